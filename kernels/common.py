@@ -1,7 +1,7 @@
 """What all kernels share: product, rounding, dropout mask, and helpers on the host.
 
-Conventions. M tokens, K in_features, N out_features, r rank; R is r rounded up to a power of two ≥ 16
-(`padded_rank`), the smallest tile that tensor cores take. Every offset that is multiplied by a stride is
+Conventions: M tokens, K in_features, N out_features, rank r. R is r rounded up to a power of two ≥ 16
+(`padded_rank`), because tensor cores take no smaller tile. Every offset that is multiplied by a stride is
 int64: a matrix, or the buffer it lies in, may have more than 2^31 elements. Products accumulate in fp32.
 """
 
@@ -15,12 +15,12 @@ import triton.language as tl
 
 from mica.kernels.limits import DTYPES, names_of
 
-# What Triton raises where a kernel cannot be compiled, or needs more than the device has.
+# Triton raises it where a kernel cannot be compiled, or needs more than the device has.
 LaunchError = triton.runtime.errors.TritonError
 
 
 class NotLoadedError(LaunchError):
-    """A kernel would have to be loaded while a CUDA graph is captured, where CUDA permits no loading."""
+    """A kernel would have to be loaded while a CUDA graph is captured, and CUDA does not permit that."""
 
 
 TRITON_DTYPES = {dtype: getattr(tl, names_of([dtype])) for dtype in DTYPES}
@@ -36,7 +36,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b in fp32. PRECISION is how fp32 factors are multiplied; 16-bit ones are exact."""
+    """acc + a b in fp32. PRECISION says how fp32 factors are multiplied; 16-bit products are exact."""
     if INTERPRETED:  # the interpreter keeps bf16 as uint16, and `tl.dot` would multiply those integers
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -68,11 +68,11 @@ def _mix(z):
 
 @triton.jit
 def dropout_keep(seed, rows, columns, threshold):
-    """Which elements of rows x columns dropout keeps: `mica.paths.dropout`, bit for bit.
+    """Which elements of rows x columns dropout keeps, an (a, b) mask: `mica.paths.dropout`, bit for bit.
 
-    seed is int64, loaded before any loop; rows (a) and columns (b) are 1-d; threshold has 24 bits. About a
-    dozen instructions per element; Philox takes four times as many. What depends on the row only is computed
-    once per row.
+    seed is int64, loaded before any loop; rows (a) and columns (b) are 1-d; threshold has 24 bits. It takes
+    about a dozen instructions per element, Philox four times as many. What depends on the row only is
+    computed once per row.
     """
     first = _mix(rows.to(tl.uint32) ^ (seed & 0xFFFFFFFF).to(tl.uint32))
     second = _mix(first + (seed >> 32).to(tl.uint32))
@@ -92,19 +92,20 @@ def wide_product(
     H_RANK: tl.constexpr, P_RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The tile rows (a) x columns (b) of h P in fp32; BLOCK_K of the rank at a time: wide ranks spill."""
-    row_mask, column_mask = (rows < num_rows)[:, None], (columns < num_columns)[None, :]
-    h_rows, p_columns = (
-        h_ptr + rows.to(tl.int64)[:, None] * stride_hm,
-        columns.to(tl.int64)[None, :] * stride_pn,
-    )
+    """The tile rows (a) x columns (b) of h P in fp32.
+
+    The sum takes BLOCK_K of the rank at a time: all of a wide rank at once spills.
+    """
+    row_mask = (rows < num_rows)[:, None]
+    column_mask = (columns < num_columns)[None, :]
+    h_rows = h_ptr + rows.to(tl.int64)[:, None] * stride_hm
+    p_columns = columns.to(tl.int64)[None, :] * stride_pn
     acc = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     for start in tl.range(0, BLOCK_R, BLOCK_K, num_stages=1):  # more buffers would add to the main loop's
         ranks = start + tl.arange(0, BLOCK_K)
         ranks_64 = ranks.to(tl.int64)
-        h = tl.load(
-            h_rows + ranks_64[None, :] * stride_hr, mask=row_mask & (ranks < H_RANK)[None, :], other=0.0
-        )
+        h_ptrs = h_rows + ranks_64[None, :] * stride_hr
+        h = tl.load(h_ptrs, mask=row_mask & (ranks < H_RANK)[None, :], other=0.0)
         p_ptrs = p_ptr + ranks_64[:, None] * stride_pr + p_columns
         if P_RANK == BLOCK_R and EVEN_N:
             p = tl.load(p_ptrs)
@@ -120,12 +121,12 @@ def wide_product(
 
 
 def padded_rank(rank: int) -> int:
-    """R: the power of two ≥ 16 that a tile has along the rank."""
+    """R, the size of a tile along the rank: the rank rounded up to a power of two, at least 16."""
     return max(16, power_of_two(rank))
 
 
 def power_of_two(number: int) -> int:
-    """The smallest one that is not less. Triton's own function takes 2.5 µs."""
+    """The smallest power of two that is not less than ``number``. Triton's own function takes 2.5 µs."""
     return 1 << (number - 1).bit_length()
 
 
@@ -135,9 +136,9 @@ def ceil_div(a: int, b: int) -> int:
 
 @functools.cache
 def target_of(device: torch.device) -> str:
-    """The compilation target of a device: "sm_90", … The interpreter stands in for "sm_90".
+    """The compilation target of a device, such as "sm_90", which the interpreter stands in for.
 
-    Cached by the device's index, which refers to one device for the life of the process.
+    Cached by the device, whose index refers to one GPU for the life of the process.
     """
     if device.type != "cuda" or INTERPRETED.value:
         return "sm_90"
@@ -145,15 +146,14 @@ def target_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-# `torch.cuda.current_stream` takes ten times as long: it makes an object. A build without CUDA has none.
+# Ten times as fast as `torch.cuda.current_stream`, which makes an object. None in a build without CUDA.
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How kernels multiply numbers of a dtype: fp32 as torch would, `torch.set_float32_matmul_precision`.
+    """How kernels multiply numbers of a dtype: fp32 as `torch.set_float32_matmul_precision` demands.
 
-    Where torch demands full fp32 ("highest"): three TF32 products, whose error is fp32's and which tensor
-    cores run.
+    For full fp32 ("highest") that is three TF32 products, whose error is fp32's and which tensor cores run.
     """
     if dtype != torch.float32:
         return "ieee"  # 16-bit products are exact anyway
@@ -161,16 +161,16 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def fp32_setting() -> str:
-    """How torch lets fp32 matrices be multiplied: "tf32", or another word."""
+    """How torch multiplies fp32 matrices: "tf32", or another word."""
     if _fp32_getter is None:
         return torch.backends.cuda.matmul.fp32_precision
     return _fp32_getter("cuda", "matmul")
 
 
-# What the property reads, in an eighth of the time.
+# Reads what the property reads, in an eighth of the time.
 _fp32_getter = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
 def keep_threshold(dropout_p: float) -> int:
-    """p in units of 2^-24, for `dropout_keep`."""
+    """The probability in units of 2^-24, for `dropout_keep`."""
     return round(dropout_p * 2**24)

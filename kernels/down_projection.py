@@ -1,7 +1,7 @@
 """h = scale·drop(x) Pᵀ: the skinny product of the forward (P = A) and of the backward (x = dy, P = Bᵀ).
 
-With ``offsets`` each expert has its own P and the rows of x are sorted by expert. Memory-bound: x is read
-once, at 2·M·K·r flops for M·K numbers. Formulas: `mica.paths.torch_path`.
+With ``offsets`` each expert has its own P, and the rows of x are sorted by expert. The kernel is
+memory-bound: x is read once, at 2·M·K·r flops for M·K numbers. Formulas: `mica.paths.torch_path`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def _down_projection_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile, split = tl.program_id(0), tl.program_id(1)
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
     expert, first_row, end = tile_of(offsets_ptr, tile, num_rows, num_experts, BLOCK_E, BLOCK_M)
     if BLOCK_E:
         if (expert >= num_experts) | (first_row >= end):  # the same for all splits of a tile
@@ -107,7 +108,9 @@ def _down_projection_kernel(
 
 def _run(launch, plan, x, factor, seed=None, offsets=None):
     h = x.new_empty(*plan.shape, dtype=plan.dtype)
-    partial, counter = workspace.of_split(plan, x) if plan.parts else (None, None)
+    partial = counter = None
+    if plan.parts:
+        partial, counter = workspace.of_split(plan, x)
     launch(x, factor, h, partial, counter, seed, offsets)
     return h
 
@@ -143,9 +146,12 @@ def down_projection(
     Raises:
         LaunchError: no configuration can be launched here.
     """
-    (num_rows, in_features), rank, dtype = x.shape, factor.shape[-2], compute_dtype or x.dtype
+    num_rows, in_features = x.shape
     num_experts = 0 if offsets is None else len(offsets)
-    block_r, columns = padded_rank(rank), padded_columns(rank)
+    rank = factor.shape[-2]
+    block_r = padded_rank(rank)
+    columns = padded_columns(rank)
+    dtype = compute_dtype or x.dtype
 
     def plan(config: configs.Config) -> Plan:
         tiles = most_tiles(num_rows, num_experts, config.block_m)
@@ -171,10 +177,20 @@ def down_projection(
             "COMPUTE": TRITON_DTYPES[dtype],
             "PRECISION": precision(dtype),
         }
-        parts = splits * num_rows * columns if splits > 1 else 0
-        shape = num_rows, columns
-        return Plan(_down_projection_kernel, (tiles, splits), numbers, meta, config, shape, dtype, parts)
+        return Plan(
+            kernel=_down_projection_kernel,
+            grid=(tiles, splits),
+            numbers=numbers,
+            meta=meta,
+            config=config,
+            shape=(num_rows, columns),
+            dtype=dtype,
+            parts=splits * num_rows * columns if splits > 1 else 0,
+        )
 
-    table = configs.experts_down if num_experts else configs.down_projection
-    each = num_rows // max(1, num_experts)
-    return table(target or target_of(x.device), each, block_r, dtype.itemsize), plan
+    target = target or target_of(x.device)
+    if num_experts:
+        table = configs.experts_down(target, num_rows // num_experts, block_r, dtype.itemsize)
+    else:
+        table = configs.down_projection(target, num_rows, block_r, dtype.itemsize)
+    return table, plan

@@ -1,9 +1,9 @@
 """Which rows of x a program has where x's rows are sorted by expert, without asking the host.
 
-The ends of the experts' rows are on the device, and reading them would make the host wait. So as many
-programs are launched as there can be tiles, and each finds its own. Expert e has the numbers from
-start // BLOCK_M + e to end // BLOCK_M + e (both included), at least as many as it has tiles; the next
-expert's begin after them. The expert of a program is then a count of ends: no sum over the experts before it
+The ends of the experts' rows are on the device, and reading them would make the host wait. Instead, as many
+programs are launched as there can be tiles, and each finds its own. Expert e has the program numbers from
+start // BLOCK_M + e to end // BLOCK_M + e (both included), which are at least as many as it has tiles; the
+next expert's begin after them. To find its expert, a program counts ends: no sum over the experts before it
 is needed, and no map in memory. At most num_experts programs have no rows, and end at once.
 
 Without experts (BLOCK_E = 0) a dense matrix is one expert that has all the rows.
@@ -44,11 +44,14 @@ def rows_of(offsets_ptr, expert, num_rows, num_experts):
 
 
 def most_tiles(num_rows: int, num_experts: int, block_m: int, tail: bool = False) -> int:
-    """How many numbers there are, with those for the rows after the last expert's if ``tail``."""
+    """How many program numbers there are; ``tail``: also for the rows after the last expert's."""
     if not num_experts:
         return ceil_div(num_rows, block_m)
-    return num_rows // block_m + num_experts + tail if num_rows else 0
+    if not num_rows:
+        return 0
+    return num_rows // block_m + num_experts + tail
 
 
 def block_e(num_experts: int) -> int:
+    """The number of ends that a program loads: a power of two, at least 16; 0 without experts."""
     return max(16, power_of_two(num_experts)) if num_experts else 0

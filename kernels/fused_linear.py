@@ -1,9 +1,10 @@
 """x w + bias + keep⊙(h P) / (1 − p) in one kernel: the base product with the low-rank term as its first step.
 
-Forward: w = Wᵀ, P = Bᵀ; backward: x = dy, w = W, h = g, P = A, with dropout's mask on the low-rank term. The
-fewest bytes of all forms (y is written once and never read), but the base product is Triton's instead of
-cuBLAS's: it pays only if that is at most 2 to 5 % slower, so it runs only where `configs.FORMS` says so. One
-rounding where the others have two. Formulas: `mica.paths.torch_path`'s `linear` and `grad_x`.
+Forward: w = Wᵀ, P = Bᵀ. Backward: x = dy, w = W, h = g, P = A, with dropout's mask on the low-rank term.
+This form moves fewer bytes than any other (y is written once and never read), but the base product is
+Triton's instead of cuBLAS's. It pays only if that is at most 2 to 5 % slower, so it runs only where
+`configs.FORMS` says so. It rounds once where the others round twice. Formulas: `mica.paths.torch_path`'s
+`linear` and `grad_x`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ GROUP_M = 8  # rows of tiles that are processed together: their part of w stays 
 @triton.jit
 def _tile(tile, num_tokens, out_features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """(row, column) of a tile in an order that keeps GROUP rows of tiles together."""
-    tiles_m, tiles_n = tl.cdiv(num_tokens, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
+    tiles_m = tl.cdiv(num_tokens, BLOCK_M)
+    tiles_n = tl.cdiv(out_features, BLOCK_N)
     group = tile // (GROUP * tiles_n)
     first = group * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
@@ -130,16 +132,17 @@ def _fused_linear_kernel(
     tl.store(out_ptrs, cast(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
-def _is_aligned(*matrices: Tensor) -> bool:
+def _is_aligned(matrix: Tensor) -> bool:
     """Whether every line in memory starts at a multiple of 16 bytes, so that loads can be 128 bits wide."""
-    return all(
-        1 in matrix.stride() and max(matrix.stride()) * matrix.element_size() % 16 == 0 for matrix in matrices
-    )
+    is_dense = 1 in matrix.stride()
+    return is_dense and max(matrix.stride()) * matrix.element_size() % 16 == 0
 
 
 def _run(launch, plan, x, w, h, factor, bias=None, seed=None):
     out = x.new_empty(*plan.shape)
-    launch(x, w, h, factor, out, bias if bias is None else bias.contiguous(), seed)
+    if bias is not None:
+        bias = bias.contiguous()
+    launch(x, w, h, factor, out, bias, seed)
     return out
 
 
@@ -173,12 +176,12 @@ def fused_linear(
     Raises:
         LaunchError: no configuration can be launched here.
     """
-    target = target or target_of(x.device)
-    (num_tokens, in_features), out_features = x.shape, w.shape[1]
-    block_r, dropout = padded_rank(factor.shape[0]), dropout_p > 0
+    num_tokens, in_features = x.shape
+    out_features = w.shape[1]
+    rank = factor.shape[0]
+    block_r = padded_rank(rank)
 
     def plan(config: configs.Config) -> Plan:
-        tiles = ceil_div(num_tokens, config.block_m) * ceil_div(out_features, config.block_n)
         numbers = {
             "num_tokens": num_tokens,
             "in_features": in_features,
@@ -189,7 +192,7 @@ def fused_linear(
         }
         meta = {
             "H_RANK": h.shape[1],
-            "P_RANK": factor.shape[0],
+            "P_RANK": rank,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
@@ -201,8 +204,24 @@ def fused_linear(
             "LOW": TRITON_DTYPES[h.dtype],
             "PRECISION": precision(torch.promote_types(x.dtype, h.dtype)),
         }
-        shape = num_tokens, out_features
-        return Plan(_fused_linear_kernel, (tiles, 1), numbers, meta, config, shape, x.dtype)
+        tiles = ceil_div(num_tokens, config.block_m) * ceil_div(out_features, config.block_n)
+        return Plan(
+            kernel=_fused_linear_kernel,
+            grid=(tiles, 1),
+            numbers=numbers,
+            meta=meta,
+            config=config,
+            shape=(num_tokens, out_features),
+            dtype=x.dtype,
+        )
 
-    kind = block_r, _is_aligned(x, w), x.element_size(), dropout
-    return configs.fused_linear(target, num_tokens, out_features, *kind), plan
+    table = configs.fused_linear(
+        target=target or target_of(x.device),
+        num_tokens=num_tokens,
+        out_features=out_features,
+        block_r=block_r,
+        is_aligned=_is_aligned(x) and _is_aligned(w),
+        itemsize=x.element_size(),
+        dropout=dropout_p > 0,
+    )
+    return table, plan

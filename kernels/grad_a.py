@@ -1,7 +1,8 @@
 """dA = scale·gᵀ drop(x), accumulated in fp32: the tokens, which are summed over, are split.
 
-With ``offsets`` a sum over each expert's own rows, which is not split: the experts are the programs, and one
-that has most of the rows takes longer. Memory-bound: x is read once. Formulas: `mica.paths.torch_path`.
+With ``offsets`` there is one sum per expert, over its own rows, which is not split: the experts are the
+programs, and one that has most of the rows takes longer. The kernel is memory-bound: x is read once.
+Formulas: `mica.paths.torch_path`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def _grad_a_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile, split = tl.program_id(0), tl.program_id(1)
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
     columns = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, BLOCK_R)
     if offsets_ptr is not None:
@@ -96,7 +98,9 @@ def _grad_a_kernel(
 
 def _run(launch, plan, g, x, seed=None, offsets=None):
     grad = x.new_empty(*plan.shape, dtype=plan.dtype)
-    partial, counter = workspace.of_split(plan, x) if plan.parts else (None, None)
+    partial = counter = None
+    if plan.parts:
+        partial, counter = workspace.of_split(plan, x)
     launch(g, x, grad, partial, counter, seed, offsets)
     return grad
 
@@ -117,7 +121,7 @@ def grad_a(
 
     Args:
         g: (num_rows, rank) or as wide as `padded_columns(rank)`, as `down_projection` gives it.
-        x: (num_rows, in_features), fp32/bf16/fp16, any strides. No rows give zeros.
+        x: (num_rows, in_features), fp32/bf16/fp16, any strides. Without rows the result is zeros.
         seed, dropout_p: as in the forward.
         offsets: (num_experts,), int32/int64, contiguous: where each expert's rows end, ascending.
         rank: rows of the result, from 1 to 256.
@@ -130,14 +134,18 @@ def grad_a(
     Raises:
         LaunchError: no configuration can be launched here.
     """
-    (num_rows, in_features), dtype = x.shape, torch.promote_types(g.dtype, x.dtype)
-    num_experts, block_r = 0 if offsets is None else len(offsets), padded_rank(rank)
+    num_rows, in_features = x.shape
+    num_experts = 0 if offsets is None else len(offsets)
+    block_r = padded_rank(rank)
+    dtype = torch.promote_types(g.dtype, x.dtype)
 
     def plan(config: configs.Config) -> Plan:
-        tiles, per_split, splits = ceil_div(in_features, config.block_k), 0, 1
-        if not num_experts:
-            length, itemsize = max(1, num_rows), x.element_size()
-            per_split, splits = split_evenly(length, config.block_m, tiles, g.shape[1], itemsize)
+        tiles = ceil_div(in_features, config.block_k)
+        if num_experts:
+            per_split, splits = 0, 1
+        else:
+            length = max(1, num_rows)
+            per_split, splits = split_evenly(length, config.block_m, tiles, g.shape[1], x.element_size())
         numbers = {
             "num_rows": num_rows,
             "num_experts": num_experts,
@@ -158,10 +166,20 @@ def grad_a(
             "COMPUTE": TRITON_DTYPES[dtype],
             "PRECISION": precision(dtype),
         }
-        shape = (num_experts, rank, in_features) if num_experts else (rank, in_features)
-        grid, parts = (tiles, num_experts or splits), splits * rank * in_features if splits > 1 else 0
-        return Plan(_grad_a_kernel, grid, numbers, meta, config, shape, out_dtype, parts)
+        return Plan(
+            kernel=_grad_a_kernel,
+            grid=(tiles, num_experts or splits),
+            numbers=numbers,
+            meta=meta,
+            config=config,
+            shape=(num_experts, rank, in_features) if num_experts else (rank, in_features),
+            dtype=out_dtype,
+            parts=splits * rank * in_features if splits > 1 else 0,
+        )
 
-    table = configs.experts_grad_a if num_experts else configs.grad_a
-    size = num_experts * in_features or num_rows
-    return table(target or target_of(x.device), size, block_r, dtype.itemsize), plan
+    target = target or target_of(x.device)
+    if num_experts:
+        table = configs.experts_grad_a(target, num_experts * in_features, block_r, dtype.itemsize)
+    else:
+        table = configs.grad_a(target, num_rows, block_r, dtype.itemsize)
+    return table, plan

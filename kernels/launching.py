@@ -1,10 +1,10 @@
 """How kernels are launched: planned once per kind of call, after that only pointers are filled in.
 
 A kernel's public function is a `Launcher`. The first call of a kind tries the plans of its configurations in
-order, through Triton's own front end, and the launcher's cache keeps the one that ran. Later calls look it up
-by all that the configuration and the arithmetic depend on, and launch the compiled kernel itself. Binding 25
-arguments in Triton costs 15 µs per launch and planning another 15 µs; this way both together take 3 µs.
-`RecordedLaunches` looks the launches of a whole formula up at once.
+order, through Triton's own front end, and the launcher's cache keeps the one that ran. Later calls look that
+plan up by everything that the configuration and the arithmetic depend on, and launch the compiled kernel
+directly. Binding 25 arguments in Triton costs 15 µs per launch and planning another 15 µs; this way both
+together take 3 µs. `RecordedLaunches` looks up the launches of a whole formula at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from triton.runtime.driver import driver
 from mica.kernels.common import INTERPRETED, LaunchError, NotLoadedError, fp32_setting, raw_stream
 from mica.kernels.configs import Config
 
-# Plans in a table before it is emptied: a varying number of tokens must not fill the memory. One is 2 KB.
+# A table with this many plans, of 2 KB each, is emptied: a varying number of tokens must not fill the memory.
 MOST_PLANS = 4096
 
 # `_cuda_getDevice` is missing in builds without CUDA.
@@ -38,7 +38,7 @@ _address = torch.Tensor.data_ptr
 class Launch:
     """A kernel launch that is ready but not yet made: the static gate compiles it, a call runs it.
 
-    ``args`` in the order of the kernel's parameters.
+    ``args`` has the tensors and numbers, in the order of the kernel's parameters; ``meta`` the constants.
     """
 
     kernel: Callable
@@ -49,16 +49,18 @@ class Launch:
     num_stages: int
 
     def __call__(self):
-        """Returns the compiled kernel, or None (interpreted, or nothing to do).
+        """Launch, and return the compiled kernel, or None (interpreted, or nothing to do).
 
         Raises:
             NotLoadedError: a CUDA graph is captured, and Triton has not launched such a kernel before.
         """
         if 0 in self.grid:  # no tokens
             return None
+
         device = next(iter(self.args.values())).device
         # Triton launches on the current device, wherever the tensors are
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        made_current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with made_current:
             if is_capturing(device) and not self._is_loaded():
                 raise NotLoadedError(
                     "a kernel for this kind of call is not loaded yet, and none can be loaded while a CUDA "
@@ -67,22 +69,23 @@ class Launch:
             return self.kernel[self.grid](*self.args.values(), **self.meta, **self.options())
 
     def _is_loaded(self) -> bool:
-        """Compiles what has to be, which calls no driver."""
+        """Whether the device has the kernel. Compiles it if need be, which calls no driver."""
         compiled = self.kernel.warmup(*self.args.values(), grid=self.grid, **self.meta, **self.options())
         return getattr(compiled, "module", None) is not None
 
     def options(self) -> dict:
-        # explicit, because the default of fused multiply-adds changes with Triton 3.10
-        fusion = {} if INTERPRETED.value else {"enable_fp_fusion": True}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **fusion}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if not INTERPRETED.value:
+            options["enable_fp_fusion"] = True  # explicit, because the default changes with Triton 3.10
+        return options
 
 
 @dataclass
 class Plan:
     """A launch without its tensors, which are the first parameters of every kernel here, before the numbers.
 
-    ``shape``, ``dtype``: of the output, where the call allocates it. ``parts``: how many fp32 numbers the
-    parts of a split sum have together, 0 where nothing is split.
+    ``shape`` and ``dtype`` are the output's, where the call allocates it. ``parts`` counts the fp32 numbers
+    that the parts of a split sum have together; it is 0 where nothing is split.
     """
 
     kernel: Callable
@@ -93,7 +96,7 @@ class Plan:
     shape: tuple[int, ...] = (0, 0)
     dtype: torch.dtype = torch.float32
     parts: int = 0
-    # which pointers are aligned (True: all) -> how to launch the kernel that Triton compiled for that
+    # which pointers are aligned (True: all of them) -> how to launch the kernel that Triton compiled for that
     _compiled: dict = field(default_factory=dict)
     _tail: tuple = field(init=False)
 
@@ -103,18 +106,27 @@ class Plan:
 
     def bind(self, tensors: Sequence[Tensor | None]) -> Launch:
         """The launch with these tensors, in the order of the kernel's parameters, None if not used."""
-        args = dict(zip(self.kernel.arg_names, tensors, strict=False)) | self.numbers
-        options = self.config.num_warps, self.config.num_stages
-        return Launch(self.kernel, self.grid, args, self.meta, *options)
+        named = dict(zip(self.kernel.arg_names, tensors, strict=False))
+        return Launch(
+            kernel=self.kernel,
+            grid=self.grid,
+            args=named | self.numbers,
+            meta=self.meta,
+            num_warps=self.config.num_warps,
+            num_stages=self.config.num_stages,
+        )
 
     def __call__(self, *tensors: Tensor | None) -> None:
         addresses = [0 if tensor is None else _address(tensor) for tensor in tensors]
-        # Triton compiles for pointers that are divisible by 16 and for others; nearly always all of them are
+        # Triton compiles one variant for pointers that 16 divides, as nearly always all are, and others else
         aligned = math.gcd(16, *addresses) == 16 or tuple(address % 16 == 0 for address in addresses)
-        direct, index = self._compiled.get(aligned), tensors[0].get_device()
+        direct = self._compiled.get(aligned)
         if direct is None or _is_observed(self.kernel):
             self._launch(tensors, aligned)
-        elif index < 0:  # a driver of another kind
+            return
+
+        index = tensors[0].get_device()
+        if index < 0:  # a driver of another kind
             self._run(direct, driver.active.get_current_stream(0), addresses)
         elif index == current_device():
             self._run(direct, raw_stream(index), addresses)
@@ -123,7 +135,7 @@ class Plan:
                 self._run(direct, raw_stream(index), addresses)
 
     def _launch(self, tensors: Sequence[Tensor | None], aligned: bool | tuple[bool, ...]) -> None:
-        """Through Triton's own front end, which compiles and calls the hooks."""
+        """Launch through Triton's own front end, which compiles and calls the hooks."""
         is_observed = _is_observed(self.kernel)
         compiled = self.bind(tensors)()
         if compiled is not None and not is_observed and can_run_directly(type(compiled)):
@@ -144,23 +156,28 @@ class PlannedCall(NamedTuple):
 
     def bind(self, config: Config | None = None) -> tuple[Tensor, Launch]:
         """The output, not yet written, and the launch that writes it."""
-        plan, bound = self.plan(config or self.configs[0]), []
-        out = self.launcher.run(lambda *tensors: bound.extend(tensors), plan, *self.tensors)
+        plan = self.plan(config or self.configs[0])
+        bound: list[Tensor | None] = []
+
+        def remember(*tensors: Tensor | None) -> None:
+            bound.extend(tensors)
+
+        out = self.launcher.run(remember, plan, *self.tensors)
         return out, plan.bind(bound)
 
     def launch_first(self, key: Hashable) -> Tensor:
         """The output, by the first plan that can be launched, which is kept for calls with this key.
 
         Raises:
-            LaunchError: none can be compiled and launched. It names the kernel and the reason of the last.
+            LaunchError: none can be compiled and launched. It names the kernel and why the last one failed.
             NotLoadedError: see `Launch`.
         """
-        cache, reason = self.launcher.cache, None
-        dtypes = [tensor if tensor is None else tensor.dtype for tensor in self.tensors]
+        cache = self.launcher.cache
+        reason = None
         for config in self.configs:
             plan = self.plan(config)
-            form = (self.tensors[0].device, config, *plan.meta.values(), plan.dtype, *dtypes)
-            if form not in cache.refused:
+            variant = self._variant(plan)
+            if variant not in cache.refused:
                 try:
                     out = self.launcher.run(plan, plan, *self.tensors)
                 except NotLoadedError:
@@ -168,13 +185,20 @@ class PlannedCall(NamedTuple):
                 except Exception as error:
                     if not _is_refusal(error):
                         raise
-                    cache.refused[form] = str(error).strip() or type(error).__name__
+                    cache.refused[variant] = str(error).strip() or type(error).__name__
                 else:
                     cache.keep(key, plan)
                     return out
-            reason = cache.refused[form]
+            reason = cache.refused[variant]
+
         name = self.launcher.__name__
         raise LaunchError(f"the kernel {name} cannot be launched in any of its configurations: {reason}")
+
+    def _variant(self, plan: Plan) -> tuple:
+        """What decides whether a kernel can be compiled and launched."""
+        dtypes = [tensor if tensor is None else tensor.dtype for tensor in self.tensors]
+        device = self.tensors[0].device
+        return (device, plan.config, *plan.meta.values(), plan.dtype, *dtypes)
 
 
 Planned = tuple[Sequence[Config], Callable[[Config], Plan]]
@@ -185,11 +209,13 @@ class Launcher:
 
     ``planned(*tensors, **numbers)`` gives the configurations, the default first, and the plan for each.
     ``run(launch, plan, *tensors)`` allocates the output, hands all tensors to ``launch`` in the order of the
-    kernel's parameters, and returns the output. Tensors that are None, or left out, are no pointers there.
+    kernel's parameters, and returns the output. A tensor that is None, or left out, is no pointer there.
     """
 
     def __init__(self, planned: Callable[..., Planned], run: Callable[..., Tensor]):
-        self.planned, self.run, self.cache = planned, run, PlanCache()
+        self.planned = planned
+        self.run = run
+        self.cache = PlanCache()
         functools.update_wrapper(self, planned)
 
     def __call__(self, *tensors: Tensor | None, **numbers: Hashable) -> Tensor:
@@ -200,26 +226,30 @@ class Launcher:
         return self.run(plan, plan, *tensors)
 
     def key(self, *tensors: Tensor | None, **numbers: Hashable) -> tuple:
-        """All that the plan may depend on."""
+        """Everything that the plan may depend on."""
         return fp32_setting(), *map(layout, tensors), *numbers.items()
 
     def plan(self, *tensors: Tensor | None, config: Config | None = None, **numbers: Hashable) -> PlannedCall:
-        """``config``: this configuration only."""
+        """The call, not yet made; with ``config``, in this configuration only."""
         configs, plan = self.planned(*tensors, **numbers)
-        return PlannedCall(self, tensors, (config,) if config else configs, plan)
+        if config:
+            configs = (config,)
+        return PlannedCall(self, tensors, configs, plan)
 
 
 def launcher(run: Callable[..., Tensor]) -> Callable[[Callable[..., Planned]], Launcher]:
+    """Decorates a ``planned``, see `Launcher`."""
     return functools.partial(Launcher, run=run)
 
 
 class PlanCache:
-    """A kernel's plans, and what cannot be launched of it."""
+    """A kernel's plans, and which of its variants cannot be launched."""
 
     def __init__(self):
         self._plans: dict[Hashable, Plan] = {}
         self.get = self._plans.get
-        self.refused: dict[Hashable, str] = {}  # compiling one again would take seconds each time
+        # variant -> why not: compiling one again would take seconds each time
+        self.refused: dict[Hashable, str] = {}
         _caches.append(self)
 
     def __len__(self) -> int:
@@ -250,11 +280,12 @@ class RecordedLaunches:
     def record(self, key: Hashable, *numbers: dict[str, Hashable]) -> list[Callable[..., Tensor]]:
         """What ``get(key)`` gives from now on: for each launcher a function of its tensors.
 
-        With the ``numbers`` of that launcher. It is planned when it is called first.
+        ``numbers`` has that launcher's keywords. A step is planned at its first call.
         """
         if len(self._steps) >= MOST_PLANS:
             self._steps.clear()
-        steps = self._steps[key] = []
+        steps: list[Callable[..., Tensor]] = []
+        self._steps[key] = steps
         for place, (launcher, own) in enumerate(zip(self.launchers, numbers, strict=True)):
             steps.append(functools.partial(_recorded, steps, place, launcher, own))
         return steps
@@ -264,6 +295,7 @@ class RecordedLaunches:
 
 
 def _recorded(steps: list, place: int, launcher: Launcher, numbers: dict, *tensors: Tensor | None) -> Tensor:
+    """Call the launcher, and put the plan that it has found in its place among the steps."""
     out = launcher(*tensors, **numbers)
     plan = launcher.cache.get(launcher.key(*tensors, **numbers))
     if plan is not None:  # another thread may have filled the cache, which empties it
@@ -281,35 +313,37 @@ def clear() -> None:
 
 
 def strides(**tensors: Tensor | None) -> dict[str, int]:
-    """By the names of kernels' parameters: ``strides(xm_xk=x)`` gives stride_xm and stride_xk.
+    """Strides by the names of a kernel's parameters: ``strides(xm_xk=x)`` gives stride_xm and stride_xk.
 
-    0 along the dimensions that a tensor lacks in front, and of None.
+    They are 0 for None, and for leading dimensions that a tensor lacks.
     """
     numbers = {}
-    for names, tensor in tensors.items():
-        names = names.split("_")
+    for keyword, tensor in tensors.items():
+        names = keyword.split("_")
         own = () if tensor is None else tensor.stride()
-        for name, stride in zip(names, (0,) * (len(names) - len(own)) + own, strict=True):
+        missing = (0,) * (len(names) - len(own))
+        for name, stride in zip(names, missing + own, strict=True):
             numbers[f"stride_{name}"] = stride
     return numbers
 
 
 def layout(tensor: Tensor | None) -> tuple | None:
-    """Everything that the plan and Triton depend on in a tensor, except for its address."""
+    """Everything about a tensor that its plan and Triton depend on, except for its address."""
     if tensor is None:
         return None
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is captured on the current stream of this device, the current one."""
+    """Whether a CUDA graph is captured on the current stream of ``device``, which is the current device."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _is_observed(kernel) -> bool:
     """Whether something else runs at a launch, or is compiled into the kernel: profilers, debuggers."""
     runtime = knobs.runtime
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # chains, which may be empty
+    enter = runtime.launch_enter_hook  # a chain of hooks, which may be empty
+    leave = runtime.launch_exit_hook
     return bool(
         getattr(enter, "calls", enter)
         or getattr(leave, "calls", leave)
@@ -340,7 +374,7 @@ def can_run_directly(kind: type) -> bool:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether it means that a kernel cannot be compiled or launched. Then no operand has changed."""
+    """Whether an error means that a kernel cannot be compiled or launched. Then no operand has changed."""
     if isinstance(error, LaunchError):
         return not isinstance(error, triton.runtime.errors.InterpreterError)  # an error of the kernel's own
     return isinstance(error, RuntimeError) and "PassManager::run failed" in str(error)

@@ -1,4 +1,4 @@
-"""What the kernels take, and the checks that they share with the operators. Importable without Triton."""
+"""The ranks and dtypes that kernels take, and checks shared with the operators. Importable without Triton."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def padded_columns(rank: int) -> int:
-    """The width of h, g and prepared B in memory: the rank rounded up to 16, so that no load is narrow."""
+    """The width of h, g and prepared B in memory: the rank rounded up to a multiple of 16.
+
+    Narrower rows would be loaded number by number.
+    """
     return (rank + 15) // 16 * 16
 
 
 def are_narrow(*row_strides: int) -> bool:
     """Whether rows of these strides, in elements, are loaded number by number.
 
-    Triton knows of a stride only whether 16 divides it. Where it does not, nothing is loaded ahead either:
-    4 to 8 times the time of a kernel, modelled.
+    All that Triton knows of a stride is whether 16 divides it. Where it does not, nothing is loaded ahead
+    either, and a kernel takes 4 to 8 times as long (modelled).
     """
     return math.gcd(16, *row_strides) != 16
 
@@ -32,6 +35,7 @@ def names_of(dtypes: Iterable[torch.dtype]) -> str:
 
 
 def same_device(**tensors: Tensor | None) -> None:
+    """Raises ValueError unless all tensors, given by their names in messages, lie on one device."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(devices.values())) > 1:
         places = ", ".join(f"{name} on {device}" for name, device in devices.items())
@@ -39,7 +43,7 @@ def same_device(**tensors: Tensor | None) -> None:
 
 
 def dropout(dropout_p: float, seed: Tensor | None) -> None:
-    """``seed``: an int64 tensor of shape (1,) where ``dropout_p`` > 0."""
+    """Raises ValueError unless 0 ≤ ``dropout_p`` < 1, with an int64 ``seed`` of shape (1,) if it is not 0."""
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be at least 0 and below 1, but it is {dropout_p}.")
     if dropout_p > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.shape != (1,)):
@@ -50,9 +54,10 @@ def dropout(dropout_p: float, seed: Tensor | None) -> None:
 def is_tracked(frozen: Tensor) -> bool:
     """Whether a change of this parameter shows in its version, so that what was made of it may be kept.
 
-    Writes through ``.data`` never do. Nor do those of who gathers sharded parameters into the same storage: a
-    module of FSDP2 is in PyTorch's table (then nothing in the process is tracked), a parameter of FSDP1 is a
-    view, and one of ZeRO has an id. Under DDP every write counts. Inference tensors have no version.
+    Writes through ``.data`` never do. Nor does gathering a sharded parameter into the storage that it had
+    before: FSDP2's modules are in a table of PyTorch (if there is one, nothing in the process is tracked),
+    FSDP1's parameters are views, and ZeRO's have an id. Under DDP every write counts. Inference tensors have
+    no version.
     """
     sharded = sys.modules.get("torch.distributed._composable_state")
     return not (

@@ -15,15 +15,17 @@ MINIMUM_CAPABILITY = (8, 0)
 
 
 def raw_variable(name: str) -> Callable[[], object]:
-    """A function that reads a variable of the environment in 0.1 µs; its result is only for comparisons.
+    """A function that reads an environment variable in 0.1 µs, without decoding: for comparisons only.
 
     `os.environ.get` takes 0.7 µs, most of it for decoding.
     """
-    if isinstance(getattr(os.environ, "_data", None), dict):
-        key = os.environ.encodekey(name)
-        # Not that dictionary itself: `datasets` leaves another os.environ behind after a map by processes
-        return lambda: os.environ._data.get(key)
-    return functools.partial(os.environ.get, name)
+    has_raw_values = isinstance(getattr(os.environ, "_data", None), dict)
+    if not has_raw_values:
+        return functools.partial(os.environ.get, name)
+
+    key = os.environ.encodekey(name)
+    # `_data` is looked up at each call: `datasets` leaves another os.environ behind after a map by processes
+    return lambda: os.environ._data.get(key)
 
 
 @functools.cache
@@ -34,12 +36,12 @@ def triton_version() -> str | None:
     try:
         return version("triton")
     except PackageNotFoundError:  # PyTorch's ROCm wheels ship it under another name
-        names = packages_distributions().get("triton")
-        return version(names[0]) if names else "unknown"
+        distributions = packages_distributions().get("triton")
+    return version(distributions[0]) if distributions else "unknown"
 
 
 def is_interpreting() -> bool:
-    """Whether TRITON_INTERPRET (1, or another yes of Triton's list) makes it run kernels in Python."""
+    """Whether TRITON_INTERPRET, set to any of the words that Triton takes for yes, runs kernels in Python."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -61,11 +63,11 @@ def why_unavailable(device: torch.device) -> str | None:
 
 
 def is_settled(device: torch.device) -> bool:
-    """Whether the result of `why_unavailable` is final: a device is not tried during a capture."""
+    """Whether the result of `why_unavailable` is final: during a capture a device is not tried."""
     return device.type != "cuda" or device in tried or is_interpreting() or triton_version() is None
 
 
-# The result of each device's trial: once per process, in which an index refers to one device.
+# What each device's trial found. One trial per process is enough: an index refers to one device throughout.
 tried: dict[torch.device, str | None] = {}
 
 
@@ -79,17 +81,19 @@ def _why_not_device(device: torch.device) -> str | None:
         return trial(device)
     except torch.OutOfMemoryError:  # says nothing about kernels, and the result would be kept
         raise
-    except Exception as error:  # whatever it is (no C compiler, no driver, …): the reference runs instead
+    except Exception as error:  # whatever it is (no C compiler, no driver, …), PyTorch runs instead
         text = str(error).strip().partition("\n")[0]
         return f"a trial kernel failed on it: {type(error).__name__}: {text}"
 
 
 def trial(device: torch.device) -> str | None:
+    """Run a small kernel; None if its result is right, else the reason in words."""
     from mica.kernels.down_projection import down_projection
 
     with torch.cuda.device(device), torch.no_grad():
         numbers = torch.arange(64 * 256, dtype=torch.int64, device=device).remainder(7).sub(3)
-        x, factor = numbers.view(64, 256).bfloat16(), numbers[: 16 * 256].view(16, 256).bfloat16()
+        x = numbers.view(64, 256).bfloat16()
+        factor = numbers[: 16 * 256].view(16, 256).bfloat16()
         expected = (x.double() @ factor.double().t()).bfloat16()
         if not torch.equal(down_projection(x, factor), expected):
             return "a trial kernel gave a wrong result on it"

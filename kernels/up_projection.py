@@ -1,7 +1,7 @@
 """y += scale·keep⊙(h P) in place: the wide product of the forward (P = Bᵀ) and of dx (h = g, P = A).
 
-With ``offsets`` each expert has its own P, and bias. Memory-bound: y is read and written once, at 2·M·N·r
-flops for 2·M·N numbers. Formulas: `mica.paths.torch_path`.
+With ``offsets`` each expert has its own P and bias. The kernel is memory-bound: y is read and written once,
+at 2·M·N·r flops for 2·M·N numbers. Formulas: `mica.paths.torch_path`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def _up_projection_kernel(
     mask = (rows < end)[:, None] & tl.full((1, BLOCK_N), True, tl.int1)
     if not EVEN_N:
         mask = mask & (columns < out_features)[None, :]
-    rows_64, columns_64 = rows.to(tl.int64)[:, None], columns.to(tl.int64)[None, :]
+    rows_64 = rows.to(tl.int64)[:, None]
+    columns_64 = columns.to(tl.int64)[None, :]
     out_ptrs = out_ptr + rows_64 * stride_om + columns_64 * stride_on
     if BLOCK_E:
         if first_row >= end:
@@ -139,16 +140,19 @@ def up_projection_(
     Raises:
         LaunchError: no configuration can be launched here.
     """
-    (num_rows, out_features), p_rank, dtype = base.shape, factor.shape[-2], compute_dtype or h.dtype
-    num_experts, block_r = 0 if offsets is None else len(offsets), padded_rank(p_rank)
+    num_rows, out_features = base.shape
+    num_experts = 0 if offsets is None else len(offsets)
+    p_rank = factor.shape[-2]
+    block_r = padded_rank(p_rank)
+    dtype = compute_dtype or h.dtype
+    written = base if out is None else out
 
     def plan(config: configs.Config) -> Plan:
-        tiles = most_tiles(num_rows, num_experts, config.block_m, tail=True)
         numbers = {
             "num_rows": num_rows,
             "num_experts": num_experts,
             "out_features": out_features,
-            **strides(bm_bn=base, om_on=base if out is None else out, hm_hr=h, pe_pr_pn=factor, ce_cn=bias),
+            **strides(bm_bn=base, om_on=written, hm_hr=h, pe_pr_pn=factor, ce_cn=bias),
             "scale": float(scale) / (1.0 - dropout_p),
             "threshold": keep_threshold(dropout_p),
         }
@@ -164,9 +168,13 @@ def up_projection_(
             "COMPUTE": TRITON_DTYPES[dtype],
             "PRECISION": precision(dtype),
         }
-        grid = (tiles * ceil_div(out_features, config.block_n), 1)
-        return Plan(_up_projection_kernel, grid, numbers, meta, config)
+        tiles_m = most_tiles(num_rows, num_experts, config.block_m, tail=True)
+        tiles_n = ceil_div(out_features, config.block_n)
+        return Plan(_up_projection_kernel, (tiles_m * tiles_n, 1), numbers, meta, config)
 
-    table = configs.experts_up if num_experts else configs.up_projection
-    each = num_rows // max(1, num_experts)
-    return table(target or target_of(base.device), each, block_r, dtype.itemsize), plan
+    target = target or target_of(base.device)
+    if num_experts:
+        table = configs.experts_up(target, num_rows // num_experts, block_r, dtype.itemsize)
+    else:
+        table = configs.up_projection(target, num_rows, block_r, dtype.itemsize)
+    return table, plan

@@ -1,4 +1,4 @@
-"""Memory of split sums: their parts, and arrival counters, integers that are 0 between launches.
+"""Memory for split sums: their parts, and arrival counters, integers that are 0 between launches.
 
 Also `allocate_persistent`, for memory that outlives a call.
 """
@@ -18,24 +18,27 @@ if TYPE_CHECKING:
     from mica.kernels.launching import Plan
 
 # One buffer per (device index, stream): launches on one stream follow each other, and each leaves 0 behind.
-# PyTorch's own streams are never destroyed; one that reuses the handle of another library's stream, destroyed
+# PyTorch's own streams are never destroyed. A stream that reuses the handle of another library's, destroyed
 # after its last launch ended, finds zeros too.
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
 def of_split(plan: Plan, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """(parts, counters) for a launch on the device of ``tensor``; a counter for each column of the grid."""
-    return tensor.new_empty(plan.parts, dtype=torch.float32), counters(plan.grid[0], tensor)
+    """(parts, counters) for a launch on the device of ``tensor``: one counter for each tile of the output."""
+    parts = tensor.new_empty(plan.parts, dtype=torch.float32)
+    num_tiles = plan.grid[0]
+    return parts, counters(num_tiles, tensor)
 
 
 def counters(count: int, tensor: Tensor) -> Tensor:
-    """At least ``count`` zeros, int32; filled only the first time on a stream, or when it needs more.
+    """At least ``count`` int32 zeros, written only the first time on a stream, or when it needs more.
 
-    While a CUDA graph is captured they are made again inside the graph: two graphs captured on one stream may
-    be replayed at the same time.
+    While a CUDA graph is captured they are made inside the graph: two graphs captured on one stream may be
+    replayed at the same time.
     """
     if not tensor.is_cuda or torch.cuda.is_current_stream_capturing():
         return tensor.new_zeros(count, dtype=torch.int32)
+
     key = (tensor.get_device(), stream_of(tensor))
     zeros = _counters.get(key)
     if zeros is None or zeros.numel() < count:
@@ -53,13 +56,15 @@ def allocate_persistent(make: Callable[[], Tensor], tensor: Tensor) -> Tensor:
     """
     if not tensor.is_cuda:
         return make()
-    caller, own = torch.cuda.current_stream(tensor.device), torch.cuda.default_stream(tensor.device)
+
+    caller = torch.cuda.current_stream(tensor.device)
+    default = torch.cuda.default_stream(tensor.device)
 
     def run() -> Tensor:
-        with torch.cuda.stream(own):
+        with torch.cuda.stream(default):
             return make()
 
-    own.wait_stream(caller)
+    default.wait_stream(caller)
     with ThreadPoolExecutor(1) as thread:
         made = thread.submit(run).result()
     follow(made)
@@ -67,12 +72,12 @@ def allocate_persistent(make: Callable[[], Tensor], tensor: Tensor) -> Tensor:
 
 
 def follow(made: Tensor) -> None:
-    """Let the current stream use what `allocate_persistent` has made; the stream it was made for may."""
+    """Let the current stream use what `allocate_persistent` has made on another one."""
     stream = torch.cuda.current_stream(made.device)
     stream.wait_stream(torch.cuda.default_stream(made.device))
     made.record_stream(stream)
 
 
 def stream_of(tensor: Tensor) -> int:
-    """The handle of the current stream of its device; 0 on a CPU."""
+    """The handle of the current stream of the tensor's device; 0 on a CPU."""
     return raw_stream(tensor.get_device()) if tensor.is_cuda else 0

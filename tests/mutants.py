@@ -88,6 +88,8 @@ def _test(tests: list[str]) -> None:
     """In a forked process, which it ends: pytest's exit status is its own."""
     os.setsid()
     signal.alarm(TIMEOUT)
+    # Tests that start processes would fail with any edit: the children of a pool must not have children
+    multiprocessing.current_process()._config["daemon"] = False
     for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:
         del sys.modules[name]
     sys.path[:] = [_folder.name, *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]

@@ -1,11 +1,12 @@
 """The minor singular subspace of a weight matrix, from which MiCA builds ``lora_B`` (arXiv 2604.01694).
 
-``solver`` is the public function: it checks, chooses a method and falls back. ``result`` is what it returns.
-``methods`` lists the ways to a ``candidate``, which a ``certificate`` judges as it is returned. ``krylov`` is
-the iteration, written once for the two kinds of Gram matrix: ``host`` (one matrix, SciPy's BLAS, by
-``lapack``) and ``batched`` (many, on an accelerator; ``device`` feeds it). ``gram`` streams products with the
-weight, ``threads`` limits those of BLAS and PyTorch and solves many small layers at once, ``cache`` keeps
-results on disk by the ``fingerprint`` of a weight. ``spectrum`` is for ``mica inspect`` only.
+``solver`` has the public function, which checks its arguments, chooses a method and falls back; ``result`` is
+what it returns. ``methods`` lists the ways to a ``candidate``, whose energy a ``certificate`` proves.
+``krylov`` is the iteration, written once for two kinds of Gram matrix: ``host`` (one matrix, on SciPy's BLAS
+through ``lapack``) and ``batched`` (many on an accelerator, where ``device`` forms the batches). ``gram``
+streams products with the weight, ``threads`` limits the threads of BLAS and PyTorch, and ``many`` solves
+whole models, which ``distributed`` shares among processes. ``cache`` keeps results on disk by the
+``fingerprint`` of a weight. ``spectrum`` is for ``mica inspect`` only.
 """
 
 from mica.subspace.result import MinorSubspace

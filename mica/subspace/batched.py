@@ -1,9 +1,9 @@
 """Gram matrices of a batch on an accelerator: few, large matrix products instead of many small kernels.
 
-Thin triangular solves are bound by latency there, so each factor is inverted once and applied by products;
-CholeskyQR replaces Householder's; problems of a few hundred numbers are solved on the host. So that the host
-need not wait for each of them, what is nearly always true is taken for true until the next numbers are read.
-The same code runs on the CPU, where it is tested.
+Thin triangular solves are bound by latency there, so each factor is inverted once and applied by products.
+CholeskyQR replaces Householder's QR, and problems of a few hundred numbers are solved on the host. So that
+the host need not wait for the answer to every check, a check that nearly always passes is assumed to have
+passed until the next numbers are read. The same code runs on the CPU, where it is tested.
 """
 
 from __future__ import annotations
@@ -18,34 +18,37 @@ import torch
 from mica.subspace.gram import image, row_blocks, transposed_image
 from mica.subspace.host import SAFE_PIVOTS, partial_eigenvectors
 
-# CUDA compute capabilities with fp64 at half the rate of fp32, or better. All others have 1/32 or 1/64.
+# CUDA compute capabilities with fp64 at half the rate of fp32, or better. All others have 1/32 or 1/64 of it.
 _STRONG_FP64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
-# n / long side up to which fp32 products, summed in fp64, are tried on devices with weak fp64.
+# Short side / long side up to which fp32 products, summed in fp64, are tried on devices with weak fp64.
 MIXED_UP_TO = 0.5
 
-# Entries up to here have squares whose sums are finite in fp32. That small ones underflow, ``error`` shows.
+# Entries up to this size have squares whose sums are finite in fp32. If small ones underflow, ``error`` shows
+# it.
 _LARGEST_MIXED = 2.0**50
 
 _ERROR_VECTORS = 8
 _ERROR_POWER = 6
 
-# Of a solution by the fp32 factor, each by one product with C.
+# How often a solution by the fp32 factor is corrected, each time by one product with C.
 _CORRECTIONS = 1
 
-# Of (backend, operation), each after those that it inherits from. All of PyTorch's ways to set a precision,
-# `torch.set_float32_matmul_precision` too, write these, and its products (from 2.9 on) read nothing else.
+# PyTorch's precision settings as (backend, operation), each after those that it inherits from. All ways to
+# set a precision, `torch.set_float32_matmul_precision` too, write these, and products (from PyTorch 2.9 on)
+# read nothing else.
 _SETTINGS = (("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("mkldnn", "all"), ("mkldnn", "matmul"))
 _REDUCED = ("tf32", "bf16")
 
-# The public properties lack one: that of `torch.backends.mkldnn` sets another's. Without these functions
-# products may be reduced, which the error that is measured of a Gram shows.
+# The public properties do not reach all of them: that of `torch.backends.mkldnn` sets another one. Without
+# these functions products may be reduced, which the measured error of a Gram then shows.
 _get_precision = getattr(torch._C, "_get_fp32_precision_getter", lambda *setting: "none")
 _set_precision = getattr(torch._C, "_set_fp32_precision_setter", None)
 _precision_lock = threading.Lock()
 
 
 def has_weak_fp64(device: torch.device) -> bool:
+    """Whether fp64 arithmetic runs at a small fraction of fp32's rate."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) not in _STRONG_FP64
@@ -60,18 +63,19 @@ def may_be_mixed(matrices: torch.Tensor) -> bool:
 
 
 class DoubtfulError(ArithmeticError):
-    """Vectors that were taken for independent are not."""
+    """Vectors that were assumed to be independent are not."""
 
 
 class BatchGram:
     """C = tallᵀ tall of every matrix in ``tall`` (batch, long, n): (batch, n, n) fp64 on its device.
 
-    ``mixed``: the products of each block of rows in fp32, only their sum in fp64; ``error`` (batch) on the
-    host then bounds ‖C − tallᵀ tall‖₂, with a probability of 1 − 1e-8. The factor is in fp32, too, and
-    ``solve`` corrects its solutions in fp64. What ``exceeds`` tests is in fp64 always.
+    With ``mixed`` the products of each block of rows are in fp32, and only their sum is in fp64; ``error``
+    (batch), on the host, then bounds ‖C − tallᵀ tall‖₂ with a probability of 1 − 1e-8. The factor is in fp32
+    too, and ``solve`` corrects its solutions in fp64. ``exceeds`` always works in fp64.
 
-    ``careful``: the factor is in fp64, and ``holds`` and ``orthonormal`` wait for their answer. Otherwise
-    that is yes, and ``read`` raises DoubtfulError where it was wrong.
+    With ``careful`` the factor is in fp64, and ``holds`` and ``orthonormal`` wait for their answer. Otherwise
+    they assume yes, and ``read`` raises DoubtfulError where that was wrong.
+
     The methods are those of ``HostGram``, which describes them; vectors are (batch, n, count) fp64.
     """
 
@@ -95,14 +99,16 @@ class BatchGram:
         return torch.empty(shape, dtype=torch.float64, device=self.device)
 
     def read(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        doubts, self._doubts = self._doubts, []
-        every = [*tensors, *(tensor for _, those in doubts for tensor in those)]
-        flat = torch.cat([tensor.reshape(-1) for tensor in every]).cpu()
-        parts = flat.split([tensor.numel() for tensor in every])
-        parts = iter([part.view(tensor.shape) for part, tensor in zip(parts, every, strict=True)])
-        result = [next(parts) for _ in tensors]
-        if not all(condition(*(next(parts) for _ in those)) for condition, those in doubts):
-            raise DoubtfulError
+        doubts = self._doubts
+        self._doubts = []
+        doubted = [tensor for _, operands in doubts for tensor in operands]
+        copies = _copied(*tensors, *doubted)
+
+        result = copies[: len(tensors)]
+        rest = iter(copies[len(tensors) :])
+        for condition, operands in doubts:
+            if not condition(*(next(rest) for _ in operands)):
+                raise DoubtfulError
         return result
 
     def holds(self, condition: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> bool:
@@ -115,10 +121,11 @@ class BatchGram:
         return torch.bmm(self._gram, vectors)
 
     def factor(self, shift: torch.Tensor) -> torch.Tensor:
-        self._inverse, self._shift = None, sent(shift, self.device)[:, None, None]
+        self._inverse = None
+        self._shift = sent(shift, self.device)[:, None, None]
         shifted = self._gram.clone()
         diagonal = shifted.diagonal(dim1=-2, dim2=-1).sub_(self._shift.squeeze(-1))
-        if self._mixed and not self.careful:  # fp32, whose range ends where that of C does not
+        if self._mixed and not self.careful:  # in fp32, whose range is smaller than that of C
             self._scale = diagonal.amax(-1)[:, None, None]
             shifted = (shifted / self._scale).float()
         with full_fp32():
@@ -153,8 +160,11 @@ class BatchGram:
         return self.read(torch.linalg.cholesky_ex(shifted).info.double())[0] == 0
 
     def smallest(self, count: int) -> torch.Tensor:
-        each = [partial_eigenvectors(matrix.T, count) for matrix in self._gram.cpu().numpy()]
-        return sent(torch.stack([torch.from_numpy(vectors) for vectors in each]), self.device)
+        found = []
+        for matrix in self._gram.cpu().numpy():
+            vectors = partial_eigenvectors(matrix.T, count)
+            found.append(torch.from_numpy(vectors))
+        return sent(torch.stack(found), self.device)
 
     def eigenvalues(self) -> torch.Tensor:
         return torch.linalg.eigvalsh(self._gram)
@@ -179,7 +189,7 @@ class BatchGram:
         return *torch.linalg.qr(vectors), False
 
     def svd(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """By CholeskyQR2, or Householder's QR, which leave an SVD of (count, count) to the host."""
+        """The reduced SVD, by CholeskyQR2 or Householder's QR, and an SVD of (count, count) on the host."""
         try:
             unit, first, _ = self.orthonormal(vectors)
             unit, second, _ = self.orthonormal(unit)
@@ -191,8 +201,15 @@ class BatchGram:
         return torch.bmm(unit, left), values, right
 
 
+def _copied(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors of one dtype on the host, by one copy."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 def sent(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """From the host to ``device``, whose queue the host does not wait for."""
+    """From the host to ``device``, without waiting for the device's queue."""
     return numbers.to(device, non_blocking=True)
 
 
@@ -206,7 +223,7 @@ def _gram(tall: torch.Tensor, product_dtype: torch.dtype) -> torch.Tensor:
     Only the block lower triangle is computed, in panels of a quarter of the columns: 5/8 of the work.
     """
     size = tall.shape[-1]
-    panel = max(128, -(-size // 4))
+    panel = max(128, math.ceil(size / 4))
     total = torch.zeros(*tall.shape[:-2], size, size, dtype=torch.float64, device=tall.device)
     for _, block in row_blocks(tall, product_dtype):
         for start in range(0, size, panel):
@@ -215,7 +232,7 @@ def _gram(tall: torch.Tensor, product_dtype: torch.dtype) -> torch.Tensor:
             if product_dtype == torch.float64:
                 target.baddbmm_(block[..., start:].mT, block[..., columns])
             else:
-                with full_fp32():  # with TF32 1e-3 is lost, no proof holds, and all is done again in fp64
+                with full_fp32():  # TF32 would lose 1e-3: no proof would hold, and all be done again in fp64
                     product = block[..., start:].mT @ block[..., columns]
                 target += product
     for start in range(panel, size, panel):
@@ -226,10 +243,10 @@ def _gram(tall: torch.Tensor, product_dtype: torch.dtype) -> torch.Tensor:
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """No fp32 product in it is made of fewer bits; afterwards every setting is what it was.
+    """A context in which fp32 products use all bits of fp32; afterwards every setting is what it was.
 
-    They are the whole process's, so one thread at a time is within. A setting that is not set reads as the
-    one above it: these go first, and what is still reduced then is a setting's own.
+    The settings are the whole process's, so only one thread at a time is inside. A setting that is not set
+    reads as the one it inherits from: those come first, and whatever still reads as reduced was set itself.
     """
     with _precision_lock:
         changed = []
@@ -246,7 +263,7 @@ def full_fp32() -> Iterator[None]:
 
 
 def error_bound(tall: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """A bound on ‖E‖₂ for E = tallᵀ tall − gram, (batch) on the host, from products with random vectors.
+    """A bound on ‖E‖₂ for E = tallᵀ tall − gram, (batch) fp64 on the host, from products with random vectors.
 
     ‖M‖ ≤ 10 √(2/π) maxᵢ ‖M ωᵢ‖ for k Gaussian ωᵢ, except with probability 10^−k (Halko, Martinsson, Tropp
     2011, lemma 4.1), here for M = E⁶, whose root shrinks the overestimate to a factor of about 2.5.
@@ -261,4 +278,5 @@ def error_bound(tall: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
         largest = vectors.norm(dim=-2).amax(-1)
         log_norm = log_norm + largest.log()
         vectors = vectors / largest.clamp_min(torch.finfo(torch.float64).tiny)[:, None, None]
-    return ((log_norm.cpu() + math.log(10 * math.sqrt(2 / math.pi))) / _ERROR_POWER).exp()
+    log_factor = math.log(10 * math.sqrt(2 / math.pi))
+    return ((log_norm.cpu() + log_factor) / _ERROR_POWER).exp()

@@ -1,11 +1,11 @@
 """Minor subspaces kept on disk, for sweeps that initialise the same model again and again.
 
-The key of a result is the content of its weight, ``fingerprint``, whatever a checkpoint is called, and its
-rank: the last columns of a larger rank's basis span the same subspace, but in other bits. One file holds one
-result. Only certified results are kept. What is read is checked against the weight: columns orthonormal, with
-the stored singular values. Only a solution proves that it is the minor subspace, so nothing is read that
-another user could have written. Disk errors never reach the caller: they cost a recomputation and one line in
-the log. The folder may be deleted at any time.
+The key of a result is the content of its weight, ``fingerprint``, whatever the checkpoint is called, and its
+rank: the last columns of a larger rank's basis span the same subspace, but with other bits. One file holds
+one result. Only certified results are kept. What is read is checked against the weight: its columns must be
+orthonormal and have the stored singular values. That does not prove it to be the minor subspace, which takes
+a solution; so no file is read that another user could have written. Disk errors never reach the caller: they
+cost a recomputation and one line in the log. The folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ ABANDONED_AFTER = 24 * 3600.0  # seconds, for the temporary file of a writer tha
 # Bytes of all files: 224 layers of a model of 7e9 parameters take 0.1 GB at rank 16, 0.7 GB at rank 128.
 SIZE = 10 << 30
 
-# max |BᵀB − I| of a result as returned stays below half of it.
+# At most max |BᵀB − I| for what is read. That of a result as returned stays below half of it.
 _ORTHONORMAL = 2e-6
 
-_HEADER_BYTES = 1 << 16  # at most, of a file's header and checksum
+_HEADER_BYTES = 1 << 16  # more than a file's header and checksum take
 _CHECKSUM_BYTES = 20
 
 _OFF = ("", "0", "off", "false", "no")
 _ON = ("1", "on", "true", "yes")
 
 _logger = logging.getLogger("mica")
-# Only the cache's own files are swept or evicted, those of earlier versions included.
-_TEMPORARY_NAME = re.compile(r"[0-9a-f]{40,64}(\.\d+)?\.[0-9a-f]{32}\.tmp")
-_STORED_NAME = re.compile(r"[0-9a-f]{40,64}(\.\d+)?\.(safetensors|subspace)")
+# Only files of the cache's own names are ever deleted.
+_STORED_NAME = re.compile(r"[0-9a-f]{64}\.\d+\.subspace")
+_TEMPORARY_NAME = re.compile(r"[0-9a-f]{64}\.\d+\.[0-9a-f]{32}\.tmp")
 _warned: set[Path] = set()
 _warned_lock = threading.Lock()
 
@@ -66,18 +66,21 @@ def default_cache() -> SubspaceCache | None:
     ``MICA_CACHE_SIZE`` limits what it holds, in bytes ("500MB", "2GiB"); unset: 10 GiB.
 
     Raises:
-        ValueError: ``MICA_CACHE_SIZE`` is no such number.
+        ValueError: ``MICA_CACHE_SIZE`` is not such a number.
     """
     setting = os.environ.get("MICA_CACHE", "on")
-    if setting.strip().lower() in _OFF:
+    word = setting.strip().lower()
+    if word in _OFF:
         return None
+
     size = _bytes(os.environ.get("MICA_CACHE_SIZE", ""))
-    if setting.strip().lower() in _ON:
+    if word in _ON:
         return SubspaceCache(Path(constants.HF_HOME) / "mica", size)
     return SubspaceCache(os.path.expanduser(setting), size)  # pathlib's raises where there is no home
 
 
 def _bytes(setting: str) -> int:
+    """The number of bytes that ``MICA_CACHE_SIZE`` names."""
     if not setting.strip():
         return SIZE
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmgt]?)(i?)b?", setting.strip().lower())
@@ -86,13 +89,15 @@ def _bytes(setting: str) -> int:
             f"MICA_CACHE_SIZE must be a number of bytes, as 500000000, 500MB or 2GiB, but it is {setting!r}."
         )
     number, prefix, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
+    base = 1024 if binary else 1000
+    exponent = " kmgt".index(prefix or " ")
+    return int(float(number) * base**exponent)
 
 
 def distrusted(folder: str | os.PathLike[str]) -> str | None:
-    """Why other users may have written to a folder, as "belongs to ..."; None: they cannot, or it is absent.
+    """Why other users may have written to a folder, such as "belongs to another user (1000)".
 
-    Checked on POSIX systems only.
+    None if they cannot have, or if there is no such folder. Only POSIX systems are checked.
     """
     try:
         return _foreign(os.stat(folder))
@@ -101,6 +106,7 @@ def distrusted(folder: str | os.PathLike[str]) -> str | None:
 
 
 def _foreign(status: os.stat_result) -> str | None:
+    """Why other users may have written to a file or folder; None if they cannot have."""
     if os.name != "posix":
         return None
     if status.st_uid not in (0, os.geteuid()):
@@ -117,8 +123,8 @@ class SubspaceCache:
 
     Args:
         folder: not used, with one warning, if users other than this one and root can write to it.
-        size: bytes that its files take at most; beyond it, the least recently used are deleted. What other
-            processes write at the same time is counted when the next process begins to write.
+        size: the most bytes that its files take; beyond it, the least recently used are deleted. What other
+            processes write meanwhile is counted when the next process begins to write.
     """
 
     def __init__(self, folder: str | os.PathLike[str], size: int = SIZE) -> None:
@@ -128,10 +134,10 @@ class SubspaceCache:
         self._held = math.inf  # bytes, as far as known: the first ``put`` counts them
 
     def get(self, weight: torch.Tensor, rank: int, *, key: str | None = None) -> MinorSubspace | None:
-        """The minor subspace of ``weight`` (out_features, in_features) of that rank, or None: recompute.
+        """The minor subspace of ``weight`` (out_features, in_features) of that rank; None if not stored.
 
-        Its tensors own their memory and are on the weight's device. It is what was stored, bit for bit, and
-        certified. A stored result of any ``method`` is returned.
+        The result has the stored bits and is certified, whatever ``method`` it came from. Its tensors own
+        their memory and are on the weight's device.
 
         Args:
             weight: as ``minor_subspace`` takes it; a stack of matrices is always a miss.
@@ -141,59 +147,70 @@ class SubspaceCache:
         if not is_weight(weight) or not self._is_trusted():
             return None
         stored = self._read(key or fingerprint(weight), weight, rank)
-        return None if stored is None else moved(stored, weight.device)
+        if stored is None:
+            return None
+        return moved(stored, weight.device)
 
     def put(self, weight: torch.Tensor, subspace: MinorSubspace, *, key: str | None = None) -> None:
-        """Keep ``subspace``, in place of one that is stored for ``weight`` and its rank.
+        """Keep ``subspace``, in place of what is stored for ``weight`` and its rank.
 
-        Silently left out: what is not certified, stacks of matrices, what is larger than the whole
-        cache may be, fp64 weights whose squares leave the range, and what holds numerically null directions
-        of a tall weight, which are arbitrary: the solver warns of them, each time.
+        Some results are silently not kept: those that are not certified, those of stacks of matrices and of
+        fp64 weights whose squares leave fp64's range, and those larger than the whole cache may be. Nor are
+        those with numerically null directions of a tall weight, which are arbitrary: the solver is to warn of
+        them each time.
         """
-        if is_weight(weight) and _is_worth_keeping(weight, subspace):
-            key = key or fingerprint(weight)
-            content = encoded(key, subspace)
-            if len(content) <= self.size:
-                self._write(self.path(key, subspace.basis.shape[1]), content)
+        if not is_weight(weight) or not _is_worth_keeping(weight, subspace):
+            return
+        key = key or fingerprint(weight)
+        content = encoded(key, subspace)
+        if len(content) <= self.size:
+            rank = subspace.basis.shape[1]
+            self._write(self.path(key, rank), content)
 
     def path(self, key: str, rank: int) -> Path:
+        """The file for the result of this rank of the weight with this ``fingerprint``."""
         return self.folder / f"{key}.{rank}.subspace"
 
     def _is_trusted(self) -> bool:
+        """Whether no other user can have written to the folder; warns if one can."""
         why = distrusted(self.folder)
-        if why:
-            _warn_once(
-                self.folder,
-                f"{self.folder} {why}: subspaces are neither read there nor kept. Make it yours alone "
-                "(chown, chmod go-w), or name another folder by MICA_CACHE.",
-            )
-        return why is None
+        if why is None:
+            return True
+        _warn_once(
+            self.folder,
+            f"{self.folder} {why}: subspaces are neither read from it nor stored in it. Make it yours alone "
+            "(chown, chmod go-w), or name another folder with MICA_CACHE.",
+        )
+        return False
 
     def _read(self, key: str, weight: torch.Tensor, rank: int) -> MinorSubspace | None:
+        """What is stored, on the CPU, if it is the weight's; None if there is nothing or it is damaged."""
         path = self.path(key, rank)
+        most_bytes = rank * (weight.shape[0] + 1) * 8 + _HEADER_BYTES
         try:
             # Read whole, not mapped: another process may replace or truncate the file at any time.
-            most_bytes = rank * (weight.shape[0] + 1) * 8 + _HEADER_BYTES
-            subspace = _decoded(_content(path, most_bytes), key, weight, rank)
+            content = _content(path, most_bytes)
+            subspace = _decoded(content, key, weight, rank)
             _verify(weight, subspace)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except Exception as error:  # whatever a damaged file can cause
-            _warn_once(path, f"{path} is not a usable cached subspace, it is recomputed: {error!r}")
+            _warn_once(path, f"{path} is not a usable cached subspace, so it is recomputed: {error!r}")
             return None
+
         with contextlib.suppress(OSError):  # in a folder that this user may only read
             os.utime(path)
         return subspace
 
     def _write(self, path: Path, content: bytes) -> None:
-        """Whole or not at all: a temporary file, renamed when it is complete.
+        """Write a file whole or not at all: as a temporary file, which is renamed when it is complete.
 
-        No fsync, which takes up to 10 ms per layer: what a power failure leaves fails the checksum.
+        Without fsync, which takes up to 10 ms per layer: what a power failure leaves fails the checksum.
         """
         temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(mode=0o755, exist_ok=True)  # whatever the umask lets others do
+            self.folder.mkdir(mode=0o755, exist_ok=True)  # even if the umask lets others write
             if not self._is_trusted():
                 return
             try:
@@ -202,27 +219,31 @@ class SubspaceCache:
                 os.replace(temporary, path)
             finally:
                 with contextlib.suppress(OSError):
-                    temporary.unlink()  # there only after a failure
+                    temporary.unlink()  # it exists only after a failure
             with self._lock:
                 self._held += len(content)
                 if self._held > self.size:
                     self._evict()
         except OSError as error:
-            _warn_once(self.folder, f"{self.folder} cannot be written, subspaces are not cached: {error!r}")
+            _warn_once(
+                self.folder, f"{self.folder} cannot be written, so subspaces are not cached: {error!r}"
+            )
         else:
             with _warned_lock:
                 _warned.discard(path)
 
     def _evict(self) -> None:
         """Delete what killed writers left, and the least recently used results beyond ``size``."""
-        abandoned, stored = time.time() - ABANDONED_AFTER, []
+        now = time.time()
+        stored = []
         for path in self.folder.iterdir():
             with contextlib.suppress(OSError):  # another process evicted it
                 status = path.lstat()
                 if _STORED_NAME.fullmatch(path.name):
                     stored.append((status.st_mtime, status.st_size, path))
-                elif _TEMPORARY_NAME.fullmatch(path.name) and status.st_mtime < abandoned:
+                elif _TEMPORARY_NAME.fullmatch(path.name) and now - status.st_mtime > ABANDONED_AFTER:
                     path.unlink()
+
         self._held = sum(size for _, size, _ in stored)
         for _, size, path in sorted(stored):
             if self._held <= self.size:
@@ -233,6 +254,7 @@ class SubspaceCache:
 
 
 def _is_worth_keeping(weight: torch.Tensor, subspace: MinorSubspace) -> bool:
+    """Whether it is certified, determined by the weight, and has shapes, dtypes and numbers that fit."""
     rank = subspace.singular_values.numel()
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     energy = subspace.singular_values.double().square().sum().item()  # infinite for an fp64 weight of 1e200
@@ -249,9 +271,10 @@ def _is_worth_keeping(weight: torch.Tensor, subspace: MinorSubspace) -> bool:
 
 
 def encoded(key: str, subspace: MinorSubspace) -> bytes:
-    """A safetensors file of the two tensors, the rest as strings in its metadata, and then its checksum."""
+    """A safetensors file of the two tensors, with the rest as strings in its metadata, then its checksum."""
     tensors = {
-        name: getattr(subspace, name).detach().cpu().contiguous() for name in ("basis", "singular_values")
+        "basis": subspace.basis.detach().cpu().contiguous(),
+        "singular_values": subspace.singular_values.detach().cpu().contiguous(),
     }
     metadata = {
         "version": str(VERSION),
@@ -265,9 +288,13 @@ def encoded(key: str, subspace: MinorSubspace) -> bytes:
 
 
 def _content(path: Path, most_bytes: int) -> bytes:
-    """Of a file that this user or root wrote, whatever it is, up to what a result may take."""
-    at_once = getattr(os, "O_NONBLOCK", 0)  # or opening a FIFO would wait for a writer
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once)) as file:
+    """The first ``most_bytes`` of a file, which only this user or root can have written."""
+
+    def opened(name: str, flags: int) -> int:
+        at_once = getattr(os, "O_NONBLOCK", 0)  # without it, opening a FIFO waits for a writer
+        return os.open(name, flags | at_once)
+
+    with open(path, "rb", opener=opened) as file:
         why = _foreign(os.fstat(file.fileno()))
         if why:
             raise ValueError(f"it {why}")
@@ -275,10 +302,12 @@ def _content(path: Path, most_bytes: int) -> bytes:
 
 
 def _decoded(content: bytes, key: str, weight: torch.Tensor, rank: int) -> MinorSubspace:
-    """The result, on the CPU, from the bytes of its file; an exception of any kind where they are not it."""
-    content, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+    """The result, on the CPU, from the bytes of its file; any exception if they are not those of a result."""
+    checksum = content[-_CHECKSUM_BYTES:]
+    content = content[:-_CHECKSUM_BYTES]
     if checksum != _checksum(content):
         raise ValueError("the checksum is wrong")
+
     header_end = 8 + int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8:header_end])["__metadata__"]  # which safetensors.torch.load leaves out
     if metadata["version"] != str(VERSION) or metadata["key"] != key:
@@ -299,10 +328,11 @@ def _decoded(content: bytes, key: str, weight: torch.Tensor, rank: int) -> Minor
 def _verify(weight: torch.Tensor, subspace: MinorSubspace) -> None:
     """ValueError unless the columns are orthonormal and ‖weightᵀ column‖ are the singular values.
 
-    Both as precisely as a certified result has them. That leaves open whether smaller ones exist. One thread,
-    16 columns of a 4096 x 4096 weight: 58 ms, where hashing it takes 80 and solving it 3200.
+    Both are tested as precisely as they hold for a certified result. Whether smaller singular values exist
+    remains open. With one thread, 16 columns of a 4096 x 4096 weight take 58 ms, where hashing the weight
+    takes 80 and solving it 3200.
     """
-    if weight.device.type != "cpu" and is_on_host(weight.device):  # which has no fp64
+    if weight.device.type != "cpu" and is_on_host(weight.device):  # a device without fp64
         weight = weight.cpu()
     weight = weight.detach()
     basis = subspace.basis.to(weight.device).double()
@@ -313,10 +343,13 @@ def _verify(weight: torch.Tensor, subspace: MinorSubspace) -> None:
         raise ValueError("its columns are not orthonormal")
     if not (squares.diff() <= 0).all().item():
         raise ValueError("its singular values are not in descending order")
-    # by rows: one fp32 sum of 3.2e8 ones is 11585²; in fp64 it would take as long as all the rest
+
+    # The norm row by row: one fp32 sum of 3.2e8 ones is 11585², and in fp64 it would take as long as the rest
     norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
-    if not subspace.resolution <= 1.001 * resolution(min(weight.shape), norms.double().square().sum().item()):
+    squared_norm = norms.double().square().sum().item()
+    if not subspace.resolution <= 1.001 * resolution(min(weight.shape), squared_norm):
         raise ValueError("its resolution is not the weight's")
+
     is_long = weight.shape[0] > weight.shape[1]
     products = transposed_image(weight, basis) if is_long else image(weight.T, basis)
     allowed = 2 * (CERTIFIED_EXCESS * squares.sum().item() + rank * subspace.resolution)

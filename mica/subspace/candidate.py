@@ -34,9 +34,13 @@ class Problem:
 
 
 class Candidate(NamedTuple):
-    """Requested vectors, the same triplets' vectors (batch, short, rank) on the short side, singular values.
+    """Singular triplets, in fp64.
 
-    fp64. ``resolved``: the Gram alone shows energies as precisely as the result's dtype.
+    basis: the requested vectors, (batch, out_features, rank).
+    short_vectors: the same triplets' vectors on the short side, (batch, short, rank).
+    singular_values: (batch, rank).
+    resolved: whether the Gram alone shows energies as precisely as the result's dtype does.
+    null_count: as in MinorSubspace.
     """
 
     basis: torch.Tensor
@@ -47,7 +51,7 @@ class Candidate(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """The basis in its dtype, signs fixed; the rest, each (batch), as in MinorSubspace."""
+    """The basis in its dtype, with its signs fixed; the rest, each (batch), as in MinorSubspace."""
 
     basis: torch.Tensor
     singular_values: torch.Tensor
@@ -56,7 +60,7 @@ class Judged(NamedTuple):
     null_count: int
 
     def result(self, method: str, resolution: float, index=...) -> MinorSubspace:
-        """That of the matrix at ``index`` of the batch."""
+        """The result for the matrix at ``index`` of the batch."""
         return MinorSubspace(
             basis=self.basis[index],
             singular_values=self.singular_values[index].to(self.basis.dtype),
@@ -69,51 +73,56 @@ class Judged(NamedTuple):
 
 
 def problem(tall: torch.Tensor, gram, rank: int, basis_is_long: bool, seed: int, method: str) -> Problem:
-    """``method`` is the first to be tried: only "krylov" needs more than the norm."""
+    """A `Problem`, with the bounds that ``method``, the first to be tried, needs of the Gram's spectrum."""
     dtype = torch.float64 if tall.dtype == torch.float64 else torch.float32
-    limits = bounds(gram, seed) if method == "krylov" else Bounds(norm(gram, seed), ())
+    limits = bounds(gram, seed) if method == "krylov" else Bounds(norm(gram, seed), shifts=())
     return Problem(tall, gram, limits, rank, basis_is_long, dtype, seed)
 
 
 def candidate(problem: Problem, vectors: torch.Tensor, small: torch.Tensor | None = None) -> Candidate | None:
     """The singular triplets of the weight on the span of ``vectors`` (batch, short, rank), orthonormal.
 
-    ``small`` is what the Gram is on that span, where the caller has it on the host.
+    ``small`` is the Gram on that span, (batch, rank, rank), where the caller has it on the host.
 
     With A the tall view and X the vectors, A X = P S Qᵀ: the columns of X Q and of P are the singular vectors
     on the short and on the long side. P is orthonormal however ill-conditioned A X is, and S keeps the digits
     that the square roots of the Gram's eigenvalues have lost. Where none are lost and P is not needed, the
     pass over the weight is left out.
 
-    None where a requested singular value of a tall weight is numerically null: the Gram does not show its
-    vector.
+    Returns None where a requested singular value of a tall weight is numerically null: the Gram does not show
+    its vector.
     """
     gram = problem.gram
     if small is None:
         (small,) = gram.read(gram.inner(vectors, gram.apply(vectors)))
     values, rotation = torch.linalg.eigh((small + small.mT) / 2)
+    smallest = values[..., 0]
     floor = problem.resolution
-    if problem.basis_is_long and (values[..., 0] <= NULL_RESOLUTIONS * floor + gram.error).any():
+    if problem.basis_is_long and (smallest <= NULL_RESOLUTIONS * floor + gram.error).any():
         return None
-    unresolved = values[..., 0] * torch.finfo(problem.dtype).eps / 2 < floor + gram.error
+
+    unresolved = smallest * torch.finfo(problem.dtype).eps / 2 < floor + gram.error
     resolved = not unresolved.any()
     if resolved and not problem.basis_is_long:
-        rotation, values = (part.flip(-1).to(gram.device, non_blocking=True) for part in (rotation, values))
+        rotation = rotation.flip(-1).to(gram.device, non_blocking=True)
+        values = values.flip(-1).to(gram.device, non_blocking=True)
         rotated = gram.combine(vectors, rotation)
         return Candidate(rotated, rotated, values.sqrt(), resolved)
+
     long_vectors, singular_values, rotation = gram.svd(image(problem.tall, vectors))
     short_vectors = gram.combine(vectors, rotation.mT)
-    return Candidate(
-        long_vectors if problem.basis_is_long else short_vectors, short_vectors, singular_values, resolved
-    )
+    basis = long_vectors if problem.basis_is_long else short_vectors
+    return Candidate(basis, short_vectors, singular_values, resolved)
 
 
 def judged(problem: Problem, triplets: Candidate, strict: bool) -> Judged:
-    """Cast, fix the signs, and judge the basis as it is returned, rounding to its dtype included."""
+    """Cast, fix the signs, and judge the basis as it is returned, which includes rounding to its dtype."""
     rounded = triplets.basis.to(problem.dtype)
     signs = signs_of(rounded)
     basis = (rounded * signs).contiguous()
-    rank, floor = problem.rank, problem.resolution
+
+    rank = problem.rank
+    floor = problem.resolution
     energy = energy_of(problem, triplets, basis, signs)
     certificate = certify(problem.gram, triplets.short_vectors, problem.limits.norm, strict, energy)
     (energy,) = certificate.read
@@ -130,7 +139,7 @@ def judged(problem: Problem, triplets: Candidate, strict: bool) -> Judged:
 
 
 def signs_of(basis: torch.Tensor) -> torch.Tensor:
-    """(batch, 1, r): that of each column's entry of largest magnitude, the first one where several are."""
+    """The sign of each column's entry of largest magnitude (the first one of several): (batch, 1, rank)."""
     return basis.gather(-2, basis.abs().argmax(dim=-2, keepdim=True)).sign()
 
 
@@ -140,16 +149,19 @@ def energy_of(
     """‖weightᵀ basis‖², (batch); an upper bound where it comes from the Gram."""
     if problem.basis_is_long:
         return transposed_image(problem.tall, basis).square().sum((-2, -1))
+
     gram = problem.gram
     rounded = gram.empty(problem.rank)
     rounded.copy_(basis)
     unseen = (ROUNDING * problem.resolution + gram.error).to(gram.device, non_blocking=True)
     if triplets.resolved:
         return (rounded * gram.apply(rounded)).sum((-2, -1)) + problem.rank * unseen
-    # Before rounding, X, it is Σσ². The Gram only gives what rounding to Z has changed,
-    # tr (Z + X)ᵀ C (Z − X), of which it misses no more than ‖Z + X‖ ‖Z − X‖ times what it misses.
+
+    # The energy of X, the basis before rounding, is Σσ². The Gram is only asked for what rounding to Z
+    # changes, tr (Z + X)ᵀ C (Z − X), in which its error is multiplied by no more than ‖Z + X‖ ‖Z − X‖.
     exact = triplets.basis * signs
-    change, total = rounded - exact, rounded + exact
+    change = rounded - exact
+    total = rounded + exact
     size = torch.linalg.matrix_norm(change) * torch.linalg.matrix_norm(total)
     difference = (total * gram.apply(change)).sum((-2, -1))
     return triplets.singular_values.square().sum(-1) + difference + size * unseen

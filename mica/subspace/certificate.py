@@ -8,15 +8,20 @@ from mica.subspace.krylov import residual_of, resolution
 
 # Share of the resolution by which the tested eigenvalue bound stays below the largest Ritz value, so that a
 # cluster that crosses the cut still passes: the test spectra need up to 0.08 for n from 2 to 1000 (most
-# where the Gram has rank 1). And the share allowed for the rounding of Cholesky and of the Gram.
+# where the Gram has rank 1).
 SLACK = 0.25
+
+# Share of the resolution that is allowed for the rounding of Cholesky and of the Gram.
 ROUNDING = 0.25
 
 
 class Certificate(NamedTuple):
-    """fp64 on the host, each (batch). ``passed``: the inertia test held, and then Σθ − Σλ ≤ ``deficit``.
+    """The outcome of `certify`, on the host; each (batch).
 
-    ``ritz_sum`` is Σθ, the energy of the subspace as the Gram sees it; ``read`` what was read along with it.
+    passed: bool, whether the inertia test held.
+    deficit: fp64; where the test held, Σθ − Σλ is at most this.
+    ritz_sum: fp64, Σθ, the energy of the subspace as the Gram sees it.
+    read: the other tensors that were read at the same time.
     """
 
     passed: torch.Tensor
@@ -31,7 +36,7 @@ def certify(
     """Bound how far ``vectors`` (batch, n, r), orthonormal, are from the r smallest eigenpairs of ``gram``.
 
     ``gram`` is a ``HostGram`` or a ``BatchGram``, whose factor is overwritten; ``norm`` (batch) is ‖C‖, or
-    up to a quarter less, on the host. ``along``: other fp64 tensors that are wanted there.
+    up to a quarter less, on the host. ``along`` are other fp64 tensors to be read there at the same time.
 
     With C the Gram, X the vectors, H = Xᵀ C X with eigenvalues (Ritz values) θ₁ ≤ … ≤ θ_r and
     R = C X − X H: if C + 2 ‖C‖ X Xᵀ − μ I has a Cholesky factor, C restricted to the complement of X has no
@@ -44,7 +49,7 @@ def certify(
     up to it the bound is rigorous. ``gram.error``, how far C is from the weight's Gram, is added r times.
     No gap is assumed: inside a cluster any basis of the right energy passes.
 
-    Without ``strict`` the test is left out: nothing passes, and ``deficit`` is what it would be.
+    Without ``strict`` the test is left out: nothing passes, and ``deficit`` is what it would be if it held.
     """
     n, rank = vectors.shape[-2:]
     floor = resolution(n, norm)
@@ -54,11 +59,12 @@ def certify(
     bound = ritz_values[..., -1] - SLACK * floor
     above = (ritz_values - bound.unsqueeze(-1)).clamp_min(0).sum(-1)
     deficit = above + rank**0.5 * residual + rank * (ROUNDING * floor + gram.error)
-    trivial = norm == 0  # every subspace of a zero matrix is minor
+    if not strict:
+        return Certificate(torch.zeros_like(norm, dtype=torch.bool), deficit, ritz_sum, tuple(along))
+
+    passed = norm == 0  # every subspace of a zero matrix is minor
     if rank == n:  # nothing outside the subspace, nothing to test
-        trivial = torch.ones_like(trivial)
-    passed = torch.zeros_like(trivial)
-    if strict:
-        passed = trivial if trivial.all() else trivial | gram.exceeds(vectors, 2 * norm, bound)
-        deficit = torch.where(passed, deficit, torch.inf)
-    return Certificate(passed, deficit, ritz_sum, tuple(along))
+        passed = torch.ones_like(passed)
+    if not passed.all():
+        passed = passed | gram.exceeds(vectors, 2 * norm, bound)
+    return Certificate(passed, torch.where(passed, deficit, torch.inf), ritz_sum, tuple(along))

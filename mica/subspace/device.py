@@ -16,19 +16,22 @@ from mica.subspace.result import MinorSubspace
 # Devices whose weights the host solves: MPS has no fp64.
 ON_HOST = ("cpu", "mps")
 
-# Of one shape at once, in a quarter of the free memory. cuBLAS takes other routines for more than 8.
+# The most weights of one shape in a batch. For more than 8, cuBLAS takes other routines.
 MOST_AT_ONCE = 8
+
+# The share of the free memory that a batch may take.
 SHARE_OF_FREE = 0.25
 
-# Bytes, for a device that does not tell.
+# Bytes, for a device that does not tell how much memory is free.
 FREE_UNKNOWN = 1 << 30
 
-# (n, n) fp64 matrices that exist at once: the Gram, a shifted copy and its factor, then that and its
-# inverse; and the basis of the Krylov subspaces, which is no larger. n = 2600, 16 vectors: 3.6.
+# (n, n) fp64 matrices that exist at once: the Gram, a shifted copy and its factor, then the factor and its
+# inverse; and the basis of the Krylov subspaces, which is no larger. For n = 2600 and 16 vectors it is 3.6.
 _MATRICES_AT_A_TIME = 4
 
 
 def is_on_host(device: torch.device) -> bool:
+    """Whether weights on this device are solved on the CPU."""
     return device.type in ON_HOST
 
 
@@ -36,11 +39,12 @@ def batch_size(out_features: int, in_features: int, device: torch.device) -> int
     """How many weights of that shape are solved at once on ``device``; at least one."""
     weights = 2 * 4 * out_features * in_features  # one by one, and stacked
     each = weights + _MATRICES_AT_A_TIME * 8 * min(out_features, in_features) ** 2
-    return max(1, min(MOST_AT_ONCE, int(SHARE_OF_FREE * free_memory(device)) // each))
+    fitting = int(SHARE_OF_FREE * free_memory(device)) // each
+    return max(1, min(MOST_AT_ONCE, fitting))
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes on ``device``, with those that PyTorch holds for tensors to come."""
+    """Free bytes on ``device``, including those that PyTorch holds for tensors to come."""
     module = getattr(torch, device.type, None)
     if not hasattr(module, "mem_get_info"):
         return FREE_UNKNOWN
@@ -53,40 +57,57 @@ def solve_batch(
 ) -> Iterator[tuple[int, MinorSubspace]]:
     """The certified results (without ``strict``: all) for ``matrices`` (batch, out, in), with their indices.
 
-    What is missing (ill-conditioned weights; numerically null, tall ones) is left to the host.
+    Missing results, those of ill-conditioned weights and of numerically null tall ones, are left to the host.
     """
-    out_features, in_features = matrices.shape[-2:]
-    size = min(out_features, in_features)
-    if method == "svd" or 4 * rank > 3 * size or (method == "krylov" and not krylov.fits(size, rank)):
+    name = _batch_method(min(matrices.shape[-2:]), rank, method)
+    if name is None:
         return
-    name = "krylov" if method != "gram" and krylov.fits(size, rank) else "gram"
     mixed = batched.may_be_mixed(matrices)
     yield from _solved(matrices, list(range(len(matrices))), rank, name, strict, seed, mixed)
+
+
+def _batch_method(size: int, rank: int, method: str) -> str | None:
+    """How a batch of Gram matrices (size, size) is solved; None: not here."""
+    if method == "svd" or 4 * rank > 3 * size:
+        return None
+    fits = krylov.fits(size, rank)
+    if method == "auto":
+        return "krylov" if fits else "gram"
+    if method == "krylov" and not fits:
+        return None
+    return method
 
 
 def _solved(
     matrices: torch.Tensor, indices: list[int], rank: int, name: str, strict: bool, seed: int, mixed: bool
 ) -> Iterator[tuple[int, MinorSubspace]]:
-    chosen = matrices  # no list as index, which would be copied to the device first
-    if len(indices) < len(matrices):
+    """`solve_batch` of the matrices at ``indices``; those that fail are tried again in smaller batches."""
+    chosen = matrices
+    if len(indices) < len(matrices):  # not by a list as index, which would be copied to the device first
         chosen = torch.stack([matrices[index] for index in indices])
     basis_is_long = chosen.shape[-2] > chosen.shape[-1]
     tall = chosen if basis_is_long else chosen.mT
     state = problem(tall, BatchGram(tall, mixed), rank, basis_is_long, seed, name)
-    triplets, failed = None, indices
-    for state.gram.careful in (False, True):
+
+    solve = by_krylov if name == "krylov" else by_gram
+    triplets = None
+    for careful in (False, True):
+        state.gram.careful = careful
         with suppress(DoubtfulError):
-            triplets = (by_krylov if name == "krylov" else by_gram)(state)
+            triplets = solve(state)
             if triplets is not None or not mixed:
                 break
+
+    failed = indices
     if triplets is not None:
         judgement = judged(state, triplets, strict)
-        done = judgement.certified if strict else torch.ones_like(judgement.certified)
-        failed = [index for index, good in zip(indices, done.tolist(), strict=True) if not good]
+        done = judgement.certified.tolist() if strict else [True] * len(indices)
         for position, index in enumerate(indices):
             if done[position]:
                 yield index, judgement.result(name, state.resolution[position].item(), position)
-    del state, triplets
+        failed = [index for position, index in enumerate(indices) if not done[position]]
+
+    del state, triplets  # their memory is needed below
     if failed and mixed:
         yield from _solved(matrices, failed, rank, name, strict, seed, mixed=False)
     elif failed and len(indices) > 1:  # one of them may have made the others fail

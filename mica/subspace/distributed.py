@@ -1,9 +1,9 @@
 """The work of ``solve_many`` shared among the processes of ``torch.distributed``.
 
-Every process solves a share and all of them hold the same bits afterwards. Nothing is assumed:
-processes share only if all of them request the same layers, and only those layers whose weights have the same
-content everywhere (the ranks of an expert-parallel model have different weights of one name). A process that
-calls alone, say under ``if rank == 0``, works alone after a while instead of waiting forever.
+Every process solves a share of the layers, and all of them hold the same bits afterwards. Processes share
+only if all of them request the same layers, and only those layers whose weights have the same content
+everywhere (the ranks of an expert-parallel model have different weights under one name). A process that calls
+alone, say under ``if rank == 0``, works alone after a while instead of waiting forever.
 """
 
 from __future__ import annotations
@@ -26,15 +26,22 @@ _logger = logging.getLogger("mica")
 # How long a process waits for the others to request the same layers.
 PATIENCE = timedelta(seconds=60)
 
-_MISSED = b"missed"  # the decision of a meeting where some have waited in vain
+# What a meeting can decide.
+_TOGETHER = b"together"
+_DECLINED = b"declined"
+_MISSED = b"missed"  # some have waited in vain
 
 
 class Sharing:
-    """Of all the calls of `solve_shared` for one model: its parts must not wait one after another."""
+    """Whether processes share a model's layers, for all calls of `solve_shared` on its parts.
 
-    is_over = False  # since not all processes came
+    Once not all processes have come, no further part waits for them.
+    """
+
+    is_over = False
 
     def agreed(self, tasks: Sequence[Task]) -> bool:
+        """Whether all processes are here with these tasks, and share them."""
         if tasks and not self.is_over:
             self.is_over = not (_several_processes() and _all_agree(tasks))
         return bool(tasks) and not self.is_over
@@ -50,39 +57,58 @@ def solve_shared(
     """``solve_many``, with the work shared where several processes request the same at the same time.
 
     Raises:
-        ValueError: as ``solve_many``, in every process if it is raised in one; RuntimeError for other errors
-            of another process.
+        ValueError: as ``solve_many``, in every process if it is raised in one of them.
+        RuntimeError: another process has failed for another reason.
     """
     if not sharing.agreed(tasks):
         yield from solve_many(tasks, device=device, cache=cache)
         return
-    everywhere = _gathered([task.key for task in tasks], tasks)
-    common = [index for index in range(len(tasks)) if len({theirs[index] for theirs in everywhere}) == 1]
-    mine = shares([cost(tasks[index]) for index in common], dist.get_world_size())[dist.get_rank()]
-    mine = [common[position] for position in mine]
-    private = sorted(set(range(len(tasks))) - set(common))
 
+    mine, private = _divided(tasks)
+    chosen = mine + private
     results: dict[int, MinorSubspace] = {}
     failure: Exception | None = None
-    chosen = mine + private
     try:
         for position, result in solve_many([tasks[index] for index in chosen], device=device, cache=cache):
             results[chosen[position]] = result
             yield chosen[position], result
-    except Exception as error:  # out of memory, for one: the others wait to hear of it
+    except Exception as error:  # out of memory, for example: the others wait to hear of it
         failure = error
+
     shared = {index: moved(results[index], "cpu") for index in mine if index in results}
-    gathered = _gathered((shared, failure and (isinstance(failure, ValueError), str(failure))), tasks)
+    gathered = _gathered((shared, _described(failure)), tasks)
     if failure:
         raise failure
-    for rank, (_, told) in enumerate(gathered):
-        if told:
-            kind = ValueError if told[0] else RuntimeError
-            raise kind(f"{told[1]} (in process {rank})")
+    for rank, (_, failed) in enumerate(gathered):
+        if failed is not None:
+            kind, message = failed
+            raise kind(f"{message} (in process {rank})")
     for theirs, _ in gathered:
         for index, result in theirs.items():
             if index not in results:
                 yield index, moved(result, tasks[index].weight.device)
+
+
+def _divided(tasks: Sequence[Task]) -> tuple[list[int], list[int]]:
+    """The indices of the tasks that this process solves for all, and of those that it solves for itself."""
+    keys = _gathered([task.key for task in tasks], tasks)
+    common, private = [], []
+    for index, of_index in enumerate(zip(*keys, strict=True)):
+        if len(set(of_index)) == 1:
+            common.append(index)
+        else:
+            private.append(index)
+    costs = [cost(tasks[index]) for index in common]
+    share = shares(costs, dist.get_world_size())[dist.get_rank()]
+    return [common[position] for position in share], private
+
+
+def _described(failure: Exception | None) -> tuple[type[Exception], str] | None:
+    """A failure as the other processes raise it."""
+    if failure is None:
+        return None
+    kind = ValueError if isinstance(failure, ValueError) else RuntimeError
+    return kind, str(failure)
 
 
 def _gathered(value: object, tasks: Sequence[Task]) -> list:
@@ -90,18 +116,21 @@ def _gathered(value: object, tasks: Sequence[Task]) -> list:
 
     NCCL sends from the current device, which a script need not have set: all processes may have the first.
     """
-    device, local = tasks[0].weight.get_device(), int(os.environ.get("LOCAL_RANK", "0"))  # -1: a CPU's
-    if device < 0 and local < torch.cuda.device_count() and torch.cuda.current_device() == 0:
-        device = local
+    device = tasks[0].weight.get_device()
+    if device < 0:  # on a CPU
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local < torch.cuda.device_count() and torch.cuda.current_device() == 0:
+            device = local
     gathered = [None] * dist.get_world_size()
-    with torch.cuda.device(device):  # -1: as it is
+    with torch.cuda.device(device):  # -1 leaves the current device as it is
         dist.all_gather_object(gathered, value)
     return gathered
 
 
 def shares(costs: Sequence[float], count: int) -> list[list[int]]:
     """Indices of ``costs`` in ``count`` parts of nearly equal sums: largest first, to the least loaded."""
-    loads, parts = [0.0] * count, [[] for _ in range(count)]
+    loads = [0.0] * count
+    parts: list[list[int]] = [[] for _ in range(count)]
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
         least = loads.index(min(loads))
         loads[least] += costs[index]
@@ -115,52 +144,66 @@ def _several_processes() -> bool:
 
 def decline(tasks: Sequence[Task]) -> None:
     """Tell the processes that request these layers not to wait for this one, which has no weights."""
-    meetings = _meetings(tasks) if tasks and _several_processes() else ()
-    for store, meeting in meetings:
-        if store.compare_set(f"{meeting}/decision", "", "declined") != _MISSED:
+    if not tasks or not _several_processes():
+        return
+    for store, meeting in _meetings(tasks):
+        if _decided(store, meeting, _DECLINED) != _MISSED:
             return
 
 
 def _all_agree(tasks: Sequence[Task]) -> bool:
     """Whether all processes are here with the same layers, within ``PATIENCE``.
 
-    The last one to arrive decides for sharing, the first one that has waited long enough or has no weights
-    against it; the first decision in the store is that of all. A process that arrives at a meeting where
-    others have waited for it in vain goes on to the next one: whether it is late, or they had called alone
-    before, is unknown, and after that all are at the same meeting again.
+    The last process to arrive decides for sharing. One that has no weights decides against it, and so does
+    one that has waited long enough; the first decision in the store binds all. A process that arrives at a
+    meeting where others have waited for it in vain goes on to the next meeting: it cannot know whether it is
+    late or the others had called alone before, and after that all are at the same meeting again.
     """
     for store, meeting in _meetings(tasks):
         decision = f"{meeting}/decision"
         if store.add(f"{meeting}/arrived", 1) == dist.get_world_size():
-            decided = store.compare_set(decision, "", "together")
-        else:
-            if not store.check([decision]):
-                try:
-                    store.wait([decision], PATIENCE)
-                except (RuntimeError, dist.DistError):  # timed out
-                    _logger.warning(
-                        "not all processes ask for these %d minor subspaces within %d s: "
-                        "each computes its own.",
-                        len(tasks),
-                        PATIENCE.total_seconds(),
-                    )
-                return store.compare_set(decision, "", _MISSED.decode()) == b"together"
+            decided = _decided(store, meeting, _TOGETHER)
+        elif store.check([decision]):
             decided = store.get(decision)
+        else:
+            _wait_for(store, decision, len(tasks))
+            return _decided(store, meeting, _MISSED) == _TOGETHER
         if decided != _MISSED:
-            return decided == b"together"
+            return decided == _TOGETHER
     return False
 
 
+def _wait_for(store: dist.Store, decision: str, count: int) -> None:
+    """Wait for the decision on ``count`` layers, with a warning if it does not come within ``PATIENCE``."""
+    try:
+        store.wait([decision], PATIENCE)
+    except (RuntimeError, dist.DistError):  # timed out
+        _logger.warning(
+            "not all processes asked for these %d minor subspaces within %d s: each computes its own.",
+            count,
+            PATIENCE.total_seconds(),
+        )
+
+
+def _decided(store: dist.Store, meeting: str, proposed: bytes) -> bytes:
+    """The decision of a meeting: what is ``proposed`` here, unless there was one before."""
+    return store.compare_set(f"{meeting}/decision", "", proposed.decode())
+
+
 def _meetings(tasks: Sequence[Task]) -> Iterator[tuple[dist.Store, str]]:
-    """Where processes that request these layers find each other: this process's next meeting, then others.
+    """Where processes that request these layers find each other: this process's next meetings, in order.
 
     The store counts, for each process and the same layers, the meetings at which it has arrived.
     """
     find_store = getattr(dist.distributed_c10d, "_get_default_store", None)
-    if find_store is None:  # it is not public
+    if find_store is None:  # it is not public, and may go
         return
+
     store = find_store()
+    rank = dist.get_rank()
     layers = [(task.name, tuple(task.weight.shape), str(task.weight.dtype), task.rank) for task in tasks]
-    prefix = f"mica/{hashlib.blake2b(repr(layers).encode(), digest_size=16).hexdigest()}"
+    digest = hashlib.blake2b(repr(layers).encode(), digest_size=16).hexdigest()
+    prefix = f"mica/{digest}"
     while True:
-        yield store, f"{prefix}/{store.add(f'{prefix}/process {dist.get_rank()}', 1)}"
+        number = store.add(f"{prefix}/process {rank}", 1)
+        yield store, f"{prefix}/{number}"

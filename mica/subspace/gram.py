@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-# fp64 elements in one block, and rows at least: 8 MiB, more from 2048 columns on. On a 576 x 49152 embedding
-# blocks of 32 MiB, which no longer fit the cache, take 1.3 times as long.
+# Elements in one block, which are 8 MiB in fp64, and the fewest rows, which make blocks larger from 2048
+# columns on. On a 576 x 49152 embedding, blocks of 32 MiB no longer fit the cache and take 1.3 times as long.
 BLOCK_ELEMENTS = 1 << 20
 BLOCK_ROWS = 512
 
@@ -20,13 +20,15 @@ def row_blocks(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield (rows, tall[..., rows, :] in ``dtype``), covering all rows in order.
 
-    A block is valid until the next one: they share their memory, because new memory has to be mapped page by
-    page (10 of 73 ms for the Gram of 1024 x 4096).
+    A block is valid until the next one is asked for: blocks share their memory, because new memory has to be
+    mapped page by page (10 of 73 ms for the Gram of 1024 x 4096).
     """
     long_features, short_features = tall.shape[-2:]
     step = max(BLOCK_ROWS, BLOCK_ELEMENTS // short_features)
-    if tall.device.type != "cpu" and dtype == torch.float64:  # fp32 products are summed in fp64 by the block
-        step *= 8  # no cache to stay in, but a launch for each
+    if tall.device.type != "cpu" and dtype == torch.float64:
+        # A device has no cache to stay in, but each block costs a launch. Not for fp32 products, whose sums
+        # over a block would then be longer: only the sum over blocks is in fp64.
+        step *= 8
     memory = None
     for start in range(0, long_features, step):
         rows = slice(start, min(start + step, long_features))
@@ -37,16 +39,19 @@ def row_blocks(
             memory = block.to(dtype)
             yield rows, memory
         else:
-            yield rows, memory[..., : rows.stop - rows.start, :].copy_(block)
+            converted = memory[..., : rows.stop - rows.start, :]
+            yield rows, converted.copy_(block)
 
 
 def extremes(matrix: torch.Tensor) -> torch.Tensor:
     """The smallest and the largest entry of a matrix, (2,) in its dtype: NaN if any entry is.
 
-    The cheapest way to see that all is finite: ``isfinite().all()`` takes 2.3 ms for 1536 x 576, this 0.24.
+    It is the cheapest way to see whether all entries are finite: ``isfinite().all()`` takes 2.3 ms for
+    1536 x 576, this 0.24.
     """
-    result = matrix.new_empty(2)  # no torch.stack: under autocast it refuses 16-bit tensors of the other kind
-    # Of a transposed view aminmax is slow: 100 against 2 ms for 576 x 49152
+    # Not by torch.stack, which under autocast refuses tensors of the other 16-bit dtype
+    result = matrix.new_empty(2)
+    # On a transposed view aminmax is slow: 100 against 2 ms for 576 x 49152
     rows = matrix.detach() if matrix.is_contiguous() else matrix.detach().mT
     torch.aminmax(rows, out=(result[0], result[1]))
     return result
@@ -58,7 +63,7 @@ def image(tall: torch.Tensor, short_vectors: torch.Tensor) -> torch.Tensor:
     shape = (*tall.shape[:-2], short_vectors.shape[-1], tall.shape[-2])
     result = torch.empty(shape, dtype=torch.float64, device=tall.device)
     for rows, block in row_blocks(tall):
-        # This order is the faster one: 54 against 92 ms for 576 x 49152, 16 vectors.
+        # The transposed product is faster: 54 against 92 ms for 576 x 49152, 16 vectors
         result[..., rows] = short_vectors.mT @ block.mT
     return result.mT
 

@@ -1,10 +1,10 @@
 """One Gram matrix on the CPU, its products and its factors, by SciPy's BLAS and LAPACK (``lapack``).
 
 PyTorch has no symmetric rank-k update, no symmetric product and no factorisation in place. SciPy has all
-three, and they are what counts here (n = 4096, fp64, 2 threads): Gram of 4096 rows 0.71 against 1.0 s,
-Cholesky 0.27 against 0.41 s, and everything in n² numbers instead of three times as many.
+three, and they take most of the time here: with n = 4096, fp64 and 2 threads, the Gram of 4096 rows takes
+0.71 instead of 1.0 s and Cholesky 0.27 instead of 0.41 s, and all of it fits n² numbers instead of 3 n².
 
-To be called within ``threads.one_pool``.
+Call everything here within ``threads.one_pool``.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,21 +15,22 @@ import torch
 from mica.subspace import lapack
 from mica.subspace.gram import row_blocks
 
-# Side of the square blocks in which a triangle is mirrored. n = 1024: 1.9 ms, in blocks of 256 3.5 ms.
+# Side of the square blocks in which a triangle is mirrored. n = 1024 takes 1.9 ms, and 3.5 in blocks of 256.
 _MIRROR_BLOCK = 64
 
 # CholeskyQR squares the condition number: below this ratio of pivots its result is not trusted.
 SAFE_PIVOTS = 1e-6
 
-# LAPACK's partial solver pays per vector, the full divide-and-conquer one does not.
+# The partial solver runs for less than a sixth of the vectors: its time grows with their number, that of the
+# full divide-and-conquer one does not.
 FULL_FROM_SHARE = 6
 
 
 def partial_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray:
-    """The eigenvectors (n, count) of a symmetric matrix to its ``count`` smallest eigenvalues, ascending.
+    """The eigenvectors (n, count) of a symmetric matrix for its ``count`` smallest eigenvalues, ascending.
 
-    Only the lower triangle of ``matrix`` (n, n) fp64 is read. The vectors are orthonormal to rounding, the
-    partial solver's too: within 3e-15 on clusters of hundreds, n up to 800.
+    Only the lower triangle of ``matrix`` (n, n) fp64 is read. The vectors are orthonormal to rounding, even
+    those of the partial solver: within 3e-15 on clusters of hundreds, with n up to 800.
     """
     if FULL_FROM_SHARE * count < len(matrix):
         vectors = lapack.smallest_eigenvectors(matrix, count)
@@ -41,11 +42,11 @@ def partial_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray:
 class HostGram:
     """C = tallᵀ tall of one weight, (n, n) fp64; see ``BatchGram`` for the same on a device.
 
-    One column-major buffer: C below the diagonal, above it the Cholesky factor of C − shift·I (or of the
-    certificate's matrix); both diagonals are kept apart, and ``_show`` puts the one in place that the next
-    call needs. Vectors are (n, count) fp64, column-major.
+    One column-major buffer holds C below the diagonal, and above it the Cholesky factor of C − shift·I (or of
+    the certificate's matrix). Both diagonals are kept apart, and ``_show`` puts in place the one that the
+    next call needs. Vectors are (n, count) fp64, column-major.
 
-    ``patience``: so many more steps cost less than a look at whether they are needed.
+    ``patience`` is how many Krylov steps cost less than checking whether they are needed.
     """
 
     patience = 0
@@ -57,7 +58,7 @@ class HostGram:
         self.error = torch.zeros((), dtype=torch.float64, device="cpu")
         buffer = np.zeros((self.size, self.size), order="F")
         for _, block in row_blocks(tall):
-            # ``block`` is row-major as a rule, and its transpose column-major
+            # a block is row-major as a rule, and its transpose column-major
             if block.stride(0) == 1:
                 lapack.syrk(block.numpy(), transposed=True, lower=True, into=buffer)
             else:
@@ -79,7 +80,7 @@ class HostGram:
         return tensors
 
     def holds(self, condition: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> bool:
-        """Whether ``condition`` does of the tensors, on the host."""
+        """Whether ``condition`` is true of the tensors, which it gets on the host."""
         return bool(condition(*tensors))
 
     def apply(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -88,7 +89,7 @@ class HostGram:
         return torch.from_numpy(lapack.symm(self._buffer, vectors.numpy()))
 
     def factor(self, shift: torch.Tensor) -> torch.Tensor:
-        """Factorise C − shift·I; whether it is positive definite, as a tensor () on the host."""
+        """Factorise C − shift·I; returns whether it is positive definite, as a tensor () on the host."""
         self._mirror(shift.item())
         return torch.tensor(self._factorise(), device="cpu")
 
@@ -106,12 +107,12 @@ class HostGram:
         return torch.tensor(self._factorise(), device="cpu")
 
     def smallest(self, count: int) -> torch.Tensor:
-        """(n, count) eigenvectors of C to its smallest eigenvalues, ascending; overwrites the factor."""
+        """The eigenvectors (n, count) of C for its smallest eigenvalues, ascending; overwrites the factor."""
         self._show(self._diagonal)
         return torch.from_numpy(partial_eigenvectors(self._buffer, count))
 
     def eigenvalues(self) -> torch.Tensor:
-        """All of C's, (n), ascending."""
+        """All eigenvalues of C, (n), ascending."""
         self._show(self._diagonal)
         return torch.linalg.eigvalsh(torch.from_numpy(self._buffer))  # which reads the lower triangle
 
@@ -124,23 +125,28 @@ class HostGram:
         return torch.from_numpy(lapack.gemm(vectors.numpy(), coefficients.numpy()))
 
     def orthonormal(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """QR of ``vectors``, and whether Cholesky was safe for it; Householder's where it was not."""
+        """QR of ``vectors``: an orthonormal basis, the triangle, and whether Cholesky was safe for it.
+
+        Where it was not, the decomposition is Householder's.
+        """
         host = vectors.numpy()
         if host.shape[1] == 1:
             norm = np.linalg.norm(host, keepdims=True)
             if norm > 0:
                 return torch.from_numpy(host / norm), torch.from_numpy(norm), True
+
         triangle = lapack.syrk(host, transposed=True)
         if lapack.potrf(triangle):
             pivots = triangle.diagonal()
             if pivots.min() > SAFE_PIVOTS * pivots.max():
                 unit = lapack.trsm(triangle, host.copy(order="F"), on_the_right=True)
                 return torch.from_numpy(unit), torch.from_numpy(triangle), True
+
         unit, upper = torch.linalg.qr(vectors)
         return unit.T.contiguous().T, upper, False
 
     def svd(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The reduced SVD of (long, count), for any long."""
+        """The reduced SVD of ``vectors`` (long, count), for any ``long``."""
         return torch.linalg.svd(vectors, full_matrices=False)
 
     def subtract(
@@ -151,8 +157,9 @@ class HostGram:
         return target
 
     def _mirror(self, shift: float) -> None:
-        """C − shift·I on and above the diagonal, from C below it."""
-        buffer, size = self._buffer, self.size
+        """Write C − shift·I on and above the diagonal, from C below it."""
+        buffer = self._buffer
+        size = self.size
         for start in range(0, size, _MIRROR_BLOCK):
             rows = slice(start, start + _MIRROR_BLOCK)
             block = np.tril(buffer[rows, rows], -1)
@@ -163,9 +170,11 @@ class HostGram:
         self._show(self._diagonal - shift)
 
     def _factorise(self) -> bool:
+        """Replace the upper triangle by its Cholesky factor; returns whether there is one."""
         definite = lapack.potrf(self._buffer)
         self._factor_diagonal = self._buffer.diagonal().copy()
         return definite
 
     def _show(self, diagonal: np.ndarray) -> None:
+        """Put a diagonal in place: C's own, or the factor's."""
         np.fill_diagonal(self._buffer, diagonal)

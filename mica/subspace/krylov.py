@@ -2,14 +2,14 @@
 
 Subspace iteration on C⁻¹ is fast only if C's smallest eigenvalues are far below the others. Those of a
 square weight are (they go down to zero as j²), those of a rectangular one are not: they stop at the edge of
-the Marchenko-Pastur law, where neighbours differ by per cents. Two measures, together about ten
-times as accurate per step as C⁻¹ without them (Gaussian 4096 × 11008, 16 vectors, blocks of 24):
+the Marchenko-Pastur law, where neighbours differ by per cents. Two measures together make a step about ten
+times as accurate as C⁻¹ alone does (Gaussian 4096 × 11008, 16 vectors, blocks of 24):
 
-- the shift: 40 steps of plain Lanczos show where the spectrum begins, and the operator is (C − σI)⁻¹ with σ
+- a shift: 40 steps of plain Lanczos show where the spectrum begins, and the operator is (C − σI)⁻¹ with σ
   just below. A Cholesky factor of C − σI proves that σ was not too high; if there is none, σ is lowered;
 - Rayleigh-Ritz over all blocks so far (block Lanczos with full reorthogonalisation), never restarted.
 
-``gram`` below is a ``HostGram`` or a ``BatchGram``; leading dimensions of every tensor are its batch's.
+``gram`` is a ``HostGram`` or a ``BatchGram``, whose batch gives the leading dimensions of every tensor.
 """
 
 import math
@@ -27,16 +27,18 @@ MOST_STEPS = 24
 
 
 class Bounds(NamedTuple):
-    """Of C's spectrum, each (batch): a lower estimate of ‖C‖, and what to shift by, first guess to last."""
+    """Of C's spectrum: a lower estimate of ‖C‖, and shifts from the first guess to the last, each (batch)."""
 
     norm: torch.Tensor
     shifts: tuple[torch.Tensor, ...]
 
 
 class Ritz(NamedTuple):
-    """``vectors`` X (batch, n, rank) by ascending Ritz values of C; ``converged`` for all of the batch.
+    """Approximate eigenvectors of C.
 
-    ``small`` (batch, rank, rank), on the host, is Xᵀ C X.
+    vectors: X (batch, n, rank), by ascending Ritz values.
+    converged: whether those of the whole batch have.
+    small: Xᵀ C X (batch, rank, rank), on the host.
     """
 
     vectors: torch.Tensor
@@ -45,20 +47,23 @@ class Ritz(NamedTuple):
 
 
 def block_size(rank: int) -> int:
-    return max(rank + 8, 16) if rank <= 32 else 6 * rank // 10 + 10
+    """The width of the blocks for ``rank`` eigenvectors."""
+    if rank <= 32:
+        return max(rank + 8, 16)
+    return 6 * rank // 10 + 10
 
 
 def fits(size: int, rank: int) -> bool:
-    """Whether the subspaces stay well below half of the space, where LAPACK's solvers are the faster ones."""
+    """Whether the subspaces stay well below half of the space. Beyond, LAPACK's solvers are faster."""
     return 2 * block_size(rank) * (FIRST_CHECK + 3) <= size
 
 
 def norm(gram, seed: int, steps: int = NORM_STEPS) -> torch.Tensor:
-    """‖C‖, or up to a quarter less, (batch) on the host: plain Lanczos, without any reorthogonalisation.
+    """‖C‖, or up to a quarter less, (batch) on the host: by plain Lanczos, without any reorthogonalisation.
 
-    What rounding does to it brings copies of Ritz values that have converged, and none above the spectrum
-    (Paige 1980). A step is a quarter of one of ``bounds``, which matters to small matrices: n = 192 takes
-    0.5 ms in place of 2 to 3, of 9 for the whole solution, and n = 576 1.0 in place of 2.5, of 31.
+    Rounding makes copies of Ritz values that have converged, but none above the spectrum (Paige 1980). A step
+    takes a quarter of the time of one of ``bounds``, which matters to small matrices: n = 192 takes 0.5 ms
+    instead of 2 to 3, where the whole solution takes 9, and n = 576 takes 1.0 instead of 2.5, of 31.
     """
     (projected,) = _tridiagonal(gram, seed, {min(steps, gram.size)})
     return torch.linalg.eigvalsh(projected)[..., -1].clamp_min(0)
@@ -67,7 +72,8 @@ def norm(gram, seed: int, steps: int = NORM_STEPS) -> torch.Tensor:
 def _tridiagonal(gram, seed: int, counts: set[int]) -> Iterator[torch.Tensor]:
     """The projected matrix of plain Lanczos, (batch, steps, steps) on the host, after each count of steps."""
     vector = previous = random_block(gram, 1, seed)
-    diagonal, below = [], []
+    diagonal: list[torch.Tensor] = []
+    below: list[torch.Tensor] = []
     for step in range(max(counts)):
         following = gram.apply(vector)
         if below:
@@ -75,60 +81,76 @@ def _tridiagonal(gram, seed: int, counts: set[int]) -> Iterator[torch.Tensor]:
         diagonal.append((vector * following).sum(-2, keepdim=True))
         following -= vector * diagonal[-1]
         below.append(torch.linalg.vector_norm(following, dim=-2, keepdim=True))
+        previous = vector
         # An exhausted space goes on with rounding noise, or, where there is none, with zero.
-        previous, vector = vector, following / below[-1].clamp_min(torch.finfo(torch.float64).tiny)
+        vector = following / below[-1].clamp_min(torch.finfo(torch.float64).tiny)
         if step + 1 in counts:
-            both = gram.read(*(torch.cat(values, -1).squeeze(-2) for values in (diagonal, below)))
-            yield torch.diag_embed(both[0]) + torch.diag_embed(both[1][..., :-1], offset=-1)
+            alpha, beta = gram.read(torch.cat(diagonal, -1).squeeze(-2), torch.cat(below, -1).squeeze(-2))
+            yield torch.diag_embed(alpha) + torch.diag_embed(beta[..., :-1], offset=-1)
 
 
 def bounds(gram, seed: int, steps: int = LANCZOS_STEPS) -> Bounds:
     """‖C‖ and shifts just below the smallest eigenvalue, from two lengths of one Lanczos run."""
     steps = min(steps, gram.size)
-    least = move = largest = None
+    edges = None
 
     def look(_, projected: torch.Tensor) -> int:
         """The number of further steps, 0 to stop: at the last one, and where the spectrum begins at zero."""
-        nonlocal least, move, largest
-        taken = projected.shape[-1]
-        values = torch.linalg.eigvalsh(projected)
-        half = torch.linalg.eigvalsh(projected[..., : (taken + 1) // 2, : (taken + 1) // 2])
-        least, largest = values[..., 0], values[..., -1].clamp_min(0)
-        move = half[..., 0] - least
+        nonlocal edges
+        edges = _edges(projected)
         # Ritz values come down to the edge as 1/steps²: a third of the last move is still to go.
-        return 0 if (least - move / 3 < 0.25 * least).all() else steps - taken
+        if (edges.least - edges.move / 3 < 0.25 * edges.least).all():
+            return 0
+        return steps - projected.shape[-1]
 
     first = min(NORM_STEPS, steps)
-    if gram.patience:  # without orthogonalisation: the edges are the same, and most of the launches are gone
+    if gram.patience:  # without orthogonalisation the edges are the same, with a fraction of the launches
         for projected in _tridiagonal(gram, seed, {first, steps}):
             if not look(None, projected):
                 break
     else:
         block_lanczos(gram, gram.apply, random_block(gram, 1, seed), steps, first, look)
+
+    least, move, largest = edges
     floor = resolution(gram.size, largest)
     candidates = (least - 0.6 * move, least - 2 * move, torch.zeros_like(least))
-    return Bounds(largest, tuple(torch.where(c > 16 * floor, c, -floor) for c in candidates))
+    shifts = [torch.where(shift > 16 * floor, shift, -floor) for shift in candidates]
+    return Bounds(largest, tuple(shifts))
+
+
+class _Edges(NamedTuple):
+    """The ends of the Ritz values, and how far the least one has moved in the last half of the steps."""
+
+    least: torch.Tensor
+    move: torch.Tensor
+    largest: torch.Tensor
+
+
+def _edges(projected: torch.Tensor) -> _Edges:
+    middle = (projected.shape[-1] + 1) // 2
+    values = torch.linalg.eigvalsh(projected)
+    earlier = torch.linalg.eigvalsh(projected[..., :middle, :middle])
+    least = values[..., 0]
+    return _Edges(least, earlier[..., 0] - least, values[..., -1].clamp_min(0))
 
 
 def resolution(size: int, norm):
-    """4 √n ε₆₄ ‖C‖: eigenvalues of the (n, n) Gram matrix C closer than this are one to fp64."""
+    """4 √n ε₆₄ ‖C‖: fp64 cannot tell eigenvalues of the (n, n) Gram matrix C apart that are closer than this.
+
+    ``norm`` is ‖C‖, a number or a tensor, as is the result.
+    """
     return 4 * math.sqrt(size) * torch.finfo(torch.float64).eps * norm
 
 
 def smallest_eigenvectors(gram, rank: int, limits: Bounds, eps: float, seed: int) -> Ritz | None:
-    """``rank`` eigenvectors of C to its smallest eigenvalues; None if C has no factor to work with.
+    """``rank`` eigenvectors of C for its smallest eigenvalues; None if C has no factor to work with.
 
-    ``eps``: the unit round-off that the caller's result will have; vectors converge to what an SVD in
-    that precision can tell of them (backward error eps ‖W‖), or to what fp64 resolves.
+    ``eps`` is the unit round-off of the caller's result: vectors converge to what an SVD in that precision
+    can tell of them (backward error eps ‖W‖), or to what fp64 resolves.
     """
-    shift, definite = limits.shifts[0], gram.factor(limits.shifts[0])
-    for lower in limits.shifts[1:]:
-        if definite.all():
-            break
-        shift = torch.where(definite, shift, lower)
-        definite = gram.factor(shift)
-    if not definite.all():
+    if not _factorise(gram, limits.shifts):
         return None
+
     width = block_size(rank)
     most = max(1, min(MOST_STEPS, gram.size // width))
     first = min(FIRST_CHECK + gram.patience, most)
@@ -147,12 +169,30 @@ def smallest_eigenvectors(gram, rank: int, limits: Bounds, eps: float, seed: int
         history.append(excess)
         if ritz.converged or stalled:
             return 0
-        # a step gains a factor of 8 on Gaussian spectra
-        likely = math.ceil(math.log(excess, 8)) if math.isfinite(excess) else 1
-        return gram.patience or max(1, min(4, likely))
+        if gram.patience:
+            return gram.patience
+        if not math.isfinite(excess):
+            return 1
+        likely = math.ceil(math.log(excess, 8))  # a step gains a factor of 8 on Gaussian spectra
+        return max(1, min(4, likely))
 
     block_lanczos(gram, gram.solve, random_block(gram, width, seed), most, first, judge)
     return ritz
+
+
+def _factorise(gram, shifts: tuple[torch.Tensor, ...]) -> bool:
+    """Factorise C minus the first of the shifts, for each matrix, that leaves it positive definite.
+
+    Returns False if none does.
+    """
+    shift = shifts[0]
+    definite = gram.factor(shift)
+    for lower in shifts[1:]:
+        if definite.all():
+            break
+        shift = torch.where(definite, shift, lower)
+        definite = gram.factor(shift)
+    return bool(definite.all())
 
 
 def residual_of(gram, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,7 +205,7 @@ def residual_of(gram, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 def relative_residual(
     gram, vectors: torch.Tensor, norm: torch.Tensor, eps: float
 ) -> tuple[float, torch.Tensor]:
-    """The worst ``residual_of`` a batch over the one that is small enough; and H, on the host."""
+    """The largest ratio in the batch of ``residual_of`` to what is small enough; and H, on the host."""
     rank = vectors.shape[-1]
     residual, small = gram.read(*residual_of(gram, vectors))
     values = torch.linalg.eigvalsh(small).clamp_min(0)
@@ -176,7 +216,7 @@ def relative_residual(
 
 
 def random_block(gram, count: int, seed: int) -> torch.Tensor:
-    """Orthonormal (batch, n, count), the same for every matrix of a batch and on every device."""
+    """Random orthonormal vectors (batch, n, count), the same for every matrix of a batch and every device."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     start = torch.randn(count, gram.size, dtype=torch.float64, generator=generator, device="cpu")
     block = gram.empty(count)
@@ -194,15 +234,17 @@ def block_lanczos(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Block Lanczos: an orthonormal basis Q of span{S, F S, …, F^(steps−1) S}, and Qᵀ F Q.
 
-    ``block`` is S, ``operation`` the symmetric F. Of Qᵀ F Q the lower triangle is filled in. From
-    ``first_check`` steps on ``judge`` may end it early.
+    ``block`` is S, ``operation`` the symmetric F. Only the lower triangle of Qᵀ F Q is filled in. From
+    ``first_check`` steps on, ``judge`` gets both, as far as they are, and returns after how many further
+    steps it wants to see them again, 0 to end the iteration.
     """
     width = block.shape[-1]
     basis = gram.empty(width * steps)
     shape = (*gram.batch_shape, width * steps, width * steps)
     projected = torch.zeros(shape, dtype=torch.float64, device=gram.device)
     for step in range(steps):
-        start, end = width * step, width * (step + 1)
+        start = width * step
+        end = start + width
         basis[..., start:end] = block
         block, coefficients = _orthogonalised(gram, operation(block), basis[..., :end])
         projected[..., start:end, :end] = coefficients.mT
@@ -217,24 +259,30 @@ def block_lanczos(
 def _orthogonalised(gram, block: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(new, coefficients) with block = basis @ coefficients + new @ a triangle, (basis, new) orthonormal.
 
-    Twice is enough, unless the block was nearly dependent: then Householder fills it up with
-    directions that have to be cleared of the basis once more. So has what was nothing but rounding noise,
-    and lost most of its length the second time: a Gram with few nonzero columns is exhausted after as many
-    steps, and ‖C‖ came out 180 times too large.
+    Orthogonalising twice is enough, unless the block was nearly dependent: then Householder fills it up with
+    directions that have to be cleared of the basis once more. The same holds for a block of nothing but
+    rounding noise, which loses most of its length the second time: a Gram with few nonzero columns is
+    exhausted after as many steps, and without a third time ‖C‖ came out 180 times too large.
     """
-    coefficients, triangle = 0, None
+    coefficients = triangle = None
     for _ in range(4):
         part = gram.inner(basis, block)
         block = gram.subtract(block, basis, part)
         if gram.patience and triangle is None and basis.shape == block.shape:
-            # Of a square weight the inverse of the least eigenvalue may dwarf all others, and the first block
-            # is nearly dependent (by its law, of 4 % of Gaussian ones); later ones are not.
-            block, factor, safe = *torch.linalg.qr(block), False
+            # For a square weight, the inverse of the least eigenvalue may dwarf all others, and then the
+            # first block is nearly dependent (for 4 % of Gaussian ones, by their law); later ones are not.
+            block, factor = torch.linalg.qr(block)
+            safe = False
         else:
             block, factor, safe = gram.orthonormal(block)
-        coefficients = part if triangle is None else coefficients + part @ triangle
-        twice, triangle = triangle is not None, factor if triangle is None else factor @ triangle
-        if twice and safe and gram.holds(_have_kept_length, factor.diagonal(dim1=-2, dim2=-1)):
+
+        if triangle is None:
+            coefficients = part
+            triangle = factor
+            continue
+        coefficients = coefficients + part @ triangle
+        triangle = factor @ triangle
+        if safe and gram.holds(_have_kept_length, factor.diagonal(dim1=-2, dim2=-1)):
             break
     return block, coefficients
 
@@ -244,8 +292,13 @@ def _have_kept_length(diagonal: torch.Tensor) -> torch.Tensor:
 
 
 def _largest_eigenvectors(matrices: torch.Tensor, count: int) -> torch.Tensor:
-    """(batch, m, count) of symmetric matrices by descending eigenvalue; the lower triangle is read."""
+    """Eigenvectors (batch, m, count) of symmetric matrices, by descending eigenvalue.
+
+    Only the lower triangle is read.
+    """
     size = matrices.shape[-1]
-    each = [partial_eigenvectors(-matrix.numpy(), count) for matrix in matrices.reshape(-1, size, size)]
-    vectors = torch.stack([torch.from_numpy(vectors) for vectors in each])
-    return vectors.reshape(*matrices.shape[:-2], size, count)
+    found = []
+    for matrix in matrices.reshape(-1, size, size):
+        vectors = partial_eigenvectors(-matrix.numpy(), count)
+        found.append(torch.from_numpy(vectors))
+    return torch.stack(found).reshape(*matrices.shape[:-2], size, count)

@@ -22,7 +22,7 @@ _logger = logging.getLogger("mica")
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """``weight`` (out_features, in_features), the ``rank`` to solve for, and its name in messages."""
+    """A weight (out_features, in_features), its ``name`` in messages, and the ``rank`` to solve for."""
 
     name: str
     weight: torch.Tensor
@@ -30,6 +30,7 @@ class Task:
 
     @cached_property
     def key(self) -> str:
+        """The fingerprint of the weight."""
         return fingerprint(self.weight)
 
 
@@ -41,23 +42,27 @@ def cost(task: Task) -> float:
 
 def accelerator() -> torch.device | None:
     """The current accelerator, if there is one with fp64."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return None if device is None or is_on_host(device) else device
+    if not torch.accelerator.is_available():
+        return None
+    device = torch.accelerator.current_accelerator()
+    if device is None or is_on_host(device):
+        return None
+    return device
 
 
 def solve_many(
     tasks: Sequence[Task], *, device: str | torch.device = "auto", cache: SubspaceCache | None = None
 ) -> Iterator[tuple[int, MinorSubspace]]:
-    """The minor subspace of every task with its index, each as soon as it is known, in no particular order.
+    """Yields (index, minor subspace) for every task as soon as it is known, in no particular order.
 
-    Results lie on the device of their weight. On an accelerator layers of one shape are solved together, up
-    to 8 in a quarter of the memory that is free; the CPU takes over where one is too much.
+    Results lie on the device of their weight. On an accelerator, layers of one shape are solved together, up
+    to 8 in a quarter of the memory that is free; layers that do not fit are solved on the CPU.
 
     Args:
         tasks: weights may lie on different devices.
         device: where weights that lie on the CPU are solved: "auto" (on an accelerator, if there is one),
             or a device.
-        cache: read before and written after; None for none.
+        cache: read before a task is solved and written afterwards; None: no cache.
 
     Raises:
         TypeError, ValueError: a weight or rank that ``minor_subspace`` refuses; the message begins with the
@@ -67,16 +72,23 @@ def solve_many(
     groups: dict[tuple, list[int]] = defaultdict(list)
     on_host: list[int] = []
     for index, task in enumerate(tasks):
-        where = target if task.weight.device.type == "cpu" and target is not None else task.weight.device
+        where = task.weight.device
+        if where.type == "cpu" and target is not None:
+            where = target
         if is_on_host(where):
             on_host.append(index)
         else:
             groups[where, task.weight.shape, task.weight.dtype, task.rank].append(index)
 
     for (where, shape, *_), indices in groups.items():
-        stored = {index: _look_up(tasks[index], cache) for index in indices}
-        missing = [index for index in indices if stored[index] is None]
-        yield from ((index, result) for index, result in stored.items() if result is not None)
+        missing: list[int] = []
+        for index in indices:
+            stored = _look_up(tasks[index], cache)
+            if stored is None:
+                missing.append(index)
+            else:
+                yield index, stored
+
         size = batch_size(*shape, where)
         for start in range(0, len(missing), size):
             chunk = missing[start : start + size]
@@ -87,6 +99,7 @@ def solve_many(
                 on_host.extend(chunk)
             else:
                 yield from zip(chunk, results, strict=True)
+
     yield from threads.run(
         lambda index: _solve(tasks[index], cache),
         on_host,
@@ -97,33 +110,41 @@ def solve_many(
 def solve_together(
     tasks: Sequence[Task], device: torch.device, cache: SubspaceCache | None
 ) -> list[MinorSubspace]:
-    """Tasks of one shape and rank, in one batch on ``device``."""
+    """The minor subspaces of tasks of one shape and rank, solved in one batch on ``device``."""
     weights = [task.weight.to(device) for task in tasks]
-    with without_autocast(device.type):  # under which torch.stack refuses 16-bit tensors, see `extremes`
+    with without_autocast(device.type):  # autocast's torch.stack refuses 16-bit tensors, see `extremes`
         stacked = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
     del weights
-    results = _solved(" or ".join(task.name for task in tasks), stacked, tasks[0].rank)
+    names = " or ".join(task.name for task in tasks)
+    results = _solved(names, stacked, tasks[0].rank)
     return [_kept(task, result, cache) for task, result in zip(tasks, results, strict=True)]
 
 
 def _solve(task: Task, cache: SubspaceCache | None) -> MinorSubspace:
-    """From the cache or where its weight lies."""
-    # An accelerator's weight is solved here if the accelerator had no memory for it.
-    return _look_up(task, cache) or _kept(task, _solved(task.name, task.weight.cpu(), task.rank)[0], cache)
+    """The minor subspace, from the cache or solved on the CPU."""
+    stored = _look_up(task, cache)
+    if stored is not None:
+        return stored
+    # The weight is still on an accelerator if there was no memory to solve it there
+    (result,) = _solved(task.name, task.weight.cpu(), task.rank)
+    return _kept(task, result, cache)
 
 
 def _look_up(task: Task, cache: SubspaceCache | None) -> MinorSubspace | None:
-    return None if cache is None else cache.get(task.weight, task.rank, key=task.key)
+    if cache is None:
+        return None
+    return cache.get(task.weight, task.rank, key=task.key)
 
 
 def _kept(task: Task, result: MinorSubspace, cache: SubspaceCache | None) -> MinorSubspace:
-    """``result`` in the cache, and on the weight's device."""
+    """Store ``result`` in the cache, and return it on the weight's device."""
     if cache is not None:
         cache.put(task.weight, result, key=task.key)
     return moved(result, task.weight.device)
 
 
 def _solved(name: str, weights: torch.Tensor, rank: int) -> list[MinorSubspace]:
+    """``solve_each``, whose errors begin with the name."""
     try:
         return solve_each(weights, rank)
     except (TypeError, ValueError) as error:

@@ -10,45 +10,49 @@ from mica.subspace import krylov
 from mica.subspace.candidate import Candidate, Problem, candidate
 from mica.subspace.threads import one_pool
 
-# Up to this n = min(out_features, in_features) LAPACK's partial eigensolver is as fast on the CPU as Krylov
-# subspaces, or faster (16 vectors, one thread, the whole solution: 150 real weights with n = 576 take 4.7
+# Up to this n = min(out_features, in_features), LAPACK's partial eigensolver is at least as fast on the CPU
+# as Krylov subspaces (16 vectors, one thread, the whole solution: 150 real weights with n = 576 take 4.7
 # against 8.1 s, 768 x 3072 77 against 93 ms, but 1024 x 4096 172 against 161, 1024 x 1024 122 against 87).
 SMALL = 1000
 
-# And where n is less than this many times the width of their blocks (2 threads: 2048 x 4096, 128 vectors,
-# 24 times: 681 against 912 ms; 4096 x 4096, 256 vectors, 25 times: 4.7 against 3.6 s).
+# It is also faster where n is less than this many times the width of the Krylov blocks (2 threads: 2048 x
+# 4096, 128 vectors, 24 times: 681 against 912 ms; 4096 x 4096, 256 vectors, 25 times: 4.7 against 3.6 s).
 BLOCKS = 25
 
 
 @one_pool()
 def by_krylov(problem: Problem) -> Candidate | None:
+    """By block Krylov subspaces; None where they are too large for the matrix or do not converge."""
     if not krylov.fits(problem.gram.size, problem.rank):
         return None
     eps = torch.finfo(problem.dtype).eps
     ritz = krylov.smallest_eigenvectors(problem.gram, problem.rank, problem.limits, eps, problem.seed)
-    return candidate(problem, ritz.vectors, ritz.small) if ritz is not None and ritz.converged else None
+    if ritz is None or not ritz.converged:
+        return None
+    return candidate(problem, ritz.vectors, ritz.small)
 
 
 @one_pool()
 def by_gram(problem: Problem) -> Candidate | None:
+    """By LAPACK's partial eigensolver on the Gram matrix."""
     return candidate(problem, problem.gram.smallest(problem.rank))
 
 
 def by_svd(problem: Problem) -> Candidate:
-    """Whole fp64 SVD, of the tall view: for a wide weight 1.9 to 2.9 times as fast as of the weight itself.
+    """By the whole fp64 SVD of the tall view, which for a wide weight is 1.9 to 2.9 times as fast as its own.
 
     Where singular values are zero, LAPACK's long vectors are an orthonormal completion.
     """
-    tall, rank = problem.tall, problem.rank
+    tall = problem.tall
+    rank = problem.rank
     long_vectors, singular_values, short_vectors = torch.linalg.svd(tall.double(), full_matrices=False)
-    null = singular_values <= tall.shape[0] * torch.finfo(torch.float64).eps * singular_values[0]
+    noise = tall.shape[0] * torch.finfo(torch.float64).eps * singular_values[0]
+    singular_values = singular_values[-rank:]
     short_vectors = short_vectors[-rank:].T
-    return Candidate(
-        basis=long_vectors[:, -rank:] if problem.basis_is_long else short_vectors,
-        short_vectors=short_vectors,
-        singular_values=singular_values[-rank:],
-        null_count=int(null[-rank:].sum()) if problem.basis_is_long else 0,
-    )
+    if not problem.basis_is_long:
+        return Candidate(short_vectors, short_vectors, singular_values)
+    null_count = int((singular_values <= noise).sum())
+    return Candidate(long_vectors[:, -rank:], short_vectors, singular_values, null_count=null_count)
 
 
 BY: dict[str, Callable[[Problem], Candidate | None]] = {
@@ -61,8 +65,8 @@ METHODS = ("auto", *BY)
 
 def route(size: int, rank: int) -> str:
     """What "auto" means on the host for a Gram matrix (size, size)."""
-    # Almost all vectors requested: the Gram's method ends in an SVD as large as the weight's own. 576 x 576,
-    # 288 / 576 vectors: 65 / 124 against 84 ms.
+    # With almost all vectors requested, the Gram's method ends in an SVD as large as the weight's own: for
+    # 576 x 576 it takes 65 ms for 288 vectors and 124 for 576, where the SVD takes 84
     if 4 * rank > 3 * size:
         return "svd"
     return "krylov" if size > max(SMALL, BLOCKS * krylov.block_size(rank)) else "gram"
@@ -70,5 +74,6 @@ def route(size: int, rank: int) -> str:
 
 def chain(method: str, size: int, rank: int) -> list[str]:
     """``method`` and what it falls back to."""
+    first = route(size, rank) if method == "auto" else method
     names = list(BY)
-    return names[names.index(route(size, rank) if method == "auto" else method) :]
+    return names[names.index(first) :]

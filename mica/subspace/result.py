@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-# A result is certified when its proven energy excess is at most this share of the smallest energy, plus
-# one resolution for each vector.
+# A result is certified if its proven energy excess is at most this share of the smallest energy, plus one
+# resolution for each vector.
 CERTIFIED_EXCESS = 1e-5
 
 # A squared singular value below this many resolutions is rounding noise: the Gram does not show its vector.
@@ -18,21 +18,21 @@ NULL_RESOLUTIONS = 16
 class MinorSubspace:
     """The minor singular subspace of a weight (out_features, in_features).
 
-    basis: (out_features, rank), orthonormal columns, singular values descending, the entry of largest
+    basis: (out_features, rank), orthonormal columns, by descending singular value, the entry of largest
         magnitude in each column positive; fp64 for an fp64 weight, else fp32; on the weight's device.
     singular_values: (rank,), descending, those of the columns of ``basis``; dtype and device as basis.
     method: what produced the result after fall-backs: "krylov", "gram" or "svd".
-    certified: proven, up to fp64 rounding, that the energy ‖weightᵀ basis‖² of the basis as returned
-        exceeds the smallest possible one, Σσ², by at most 1e-5 Σσ² + rank · resolution.
-    energy_excess: the upper bound on (‖weightᵀ basis‖² − Σσ²) / max(Σσ², rank · resolution); proven where
+    certified: whether it is proven, up to fp64 rounding, that the energy ‖weightᵀ basis‖² of the basis as
+        returned exceeds the smallest possible one, Σσ², by at most 1e-5 Σσ² + rank · resolution.
+    energy_excess: an upper bound on (‖weightᵀ basis‖² − Σσ²) / max(Σσ², rank · resolution); proven where
         ``certified``.
     resolution: 4 √min(out_features, in_features) · ε₆₄ · ‖weight‖², the difference of two squared singular
-        values below which fp64 cannot tell them apart. Of an fp64 weight whose squares leave fp64's range,
-        the end of that range: positive and finite.
-    null_count: columns of the basis that a tall weight does not determine, because their singular values are
-        numerically null; they are an arbitrary orthonormal completion.
+        values below which fp64 cannot tell them apart. For an fp64 weight whose squares leave fp64's range it
+        is the end of that range: positive and finite.
+    null_count: the number of columns of the basis that a tall weight does not determine, because their
+        singular values are numerically null; they are an arbitrary orthonormal completion.
 
-    Of a batch (..., out_features, in_features), ``basis`` is (..., out_features, rank), ``singular_values``
+    For a batch (..., out_features, in_features), ``basis`` is (..., out_features, rank), ``singular_values``
     (..., rank), and the others describe the worst matrix: ``method`` is the last resort that was needed,
     ``certified`` holds for all, ``energy_excess``, ``resolution`` and ``null_count`` are the largest.
     """
@@ -64,15 +64,16 @@ def narrowed(stored: MinorSubspace, rank: int) -> MinorSubspace | None:
 
         Σ_all (E − λ) − Σ_dropped (E − θ),    with E − θ = θ (‖column‖² − 1) up to second order:
 
-    rounding to fp32 leaves columns not quite of norm 1. That term counts: where 16 columns of a square
-    Gaussian matrix are cut to 1, it can be as large as the excess that is allowed. Of 40 such of
-    96 x 96, 15 are therefore missed at rank 1, 2 at rank 2, none at 4 or 8; of 15 of 256 x 256, none.
+    because columns rounded to fp32 do not quite have norm 1. That term counts: where 16 columns of a square
+    Gaussian matrix are cut to 1, it can be as large as the excess that is allowed. With 40 matrices of
+    96 x 96, 15 are therefore not certified at rank 1, 2 at rank 2, none at 4 or 8; with 15 of 256 x 256 none.
     """
     dropped = stored.basis.shape[1] - rank
     if dropped == 0:
         return stored
     if not stored.certified or stored.null_count:
         return None
+
     energies = stored.singular_values.double().square()
     stretch = stored.basis[:, :dropped].double().square().sum(0) - 1
     excess = stored.energy_excess * max(energies.sum().item(), (rank + dropped) * stored.resolution)
@@ -80,6 +81,7 @@ def narrowed(stored: MinorSubspace, rank: int) -> MinorSubspace | None:
     least = max(0.0, energies[dropped:].sum().item() - excess)  # Σλ of the kept is at least this
     if not is_certified(excess, least, rank, stored.resolution):
         return None
+
     reference = max(least, rank * stored.resolution)
     return replace(
         stored,

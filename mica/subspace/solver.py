@@ -18,7 +18,8 @@ from mica.subspace.methods import BY, METHODS, chain
 from mica.subspace.result import MinorSubspace
 from mica.subspace.threads import one_pool
 
-# Entries up to 2^200 leave room in fp64 for their fourth powers, summed; fp32 ends at 2^128 and 2^-149.
+# Sums of fourth powers of entries between 2^-200 and 2^200 stay within fp64's range. All entries in fp32 are
+# between these limits: they range from 2^-149 to 2^128.
 LARGEST_EXPONENT = 200
 
 
@@ -62,7 +63,7 @@ def minor_subspace(
 
 
 def warnings_about(result: MinorSubspace, name: str, strict: bool = True) -> list[str]:
-    """Warnings about a result, in sentences that call the weight ``name``."""
+    """The warnings that a result deserves, in sentences that call the weight ``name``."""
     rank = result.basis.shape[-1]
     messages = []
     if result.null_count:
@@ -89,13 +90,14 @@ def solve_each(
 ) -> list[MinorSubspace]:
     """``minor_subspace`` of each matrix of a batch, row-major, without the warnings (``warnings_about``).
 
-    What an accelerator cannot settle is solved on the host, and its result lies there.
+    Matrices that an accelerator cannot settle are solved on the host, and their results lie there.
     """
     _check_weight(weight)
     _check_rank(weight, rank)
     _check_seed(seed)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, but got {method!r}.")
+
     matrices = in_memory(weight.detach())
     if matrices.ndim != 3:
         matrices = matrices.reshape(-1, *weight.shape[-2:])
@@ -110,23 +112,25 @@ def solve_each(
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """Its fp32 products, where fp64's are slow, would be 16-bit ones: C off by 2e-3 instead of 1e-7."""
+    """A context without autocast, under which fp32 products would have 16 bits: C off by 2e-3, not 1e-7."""
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 class _NotFiniteError(ArithmeticError):
-    """There is a NaN or an infinity somewhere in a weight."""
+    """A weight has a NaN or infinite entry."""
 
 
 def _solved(matrices: torch.Tensor, rank: int, method: str, strict: bool, seed: int) -> list[MinorSubspace]:
+    """Results for ``matrices`` (batch, out, in), on an accelerator where they lie there, else on the host."""
     results: dict[int, MinorSubspace] = {}
     if not is_on_host(matrices.device) and max(map(abs, _exponents(matrices))) <= LARGEST_EXPONENT:
         size = batch_size(*matrices.shape[-2:], matrices.device)
         for start in range(0, len(matrices), size):
             for index, result in solve_batch(matrices[start : start + size], rank, method, strict, seed):
                 results[start + index] = result
+
     for index in range(len(matrices)):
         if index not in results:
             results[index] = _solve_on_host(matrices[index].cpu(), rank, method, strict, seed)
@@ -165,7 +169,7 @@ def _check_rank(weight: torch.Tensor, rank: int) -> None:
 
 
 def _check_seed(seed: int) -> None:
-    """What PyTorch's generator takes."""
+    """A seed must be what PyTorch's generator takes."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int, but got {seed!r} of type {type(seed).__name__}.")
     if not -(2**63) <= seed < 2**64:
@@ -173,7 +177,7 @@ def _check_seed(seed: int) -> None:
 
 
 def _exponents(matrices: torch.Tensor) -> list[int]:
-    """Of each matrix the least e with all entries below 2^e in magnitude."""
+    """For each matrix, the least e with all entries below 2^e in magnitude."""
     limits = torch.stack([extremes(matrix) for matrix in matrices]).double().cpu()
     if not torch.isfinite(limits).all():
         raise _NotFiniteError
@@ -185,18 +189,14 @@ def _solve_on_host(weight: torch.Tensor, rank: int, method: str, strict: bool, s
     basis_is_long = weight.shape[0] > weight.shape[1]
     tall = weight if basis_is_long else weight.T
     names = chain(method, min(weight.shape), rank)
-    scale = 1.0
     with one_pool():
         gram = HostGram(tall)
-        # The Gram shows what a pass over the weight would: NaN and infinite entries, and fp64 entries whose
-        # squares of squares leave the range. Those are scaled by a power of two.
-        if not 2.0 ** (-2 * LARGEST_EXPONENT) <= gram.largest_diagonal <= 2.0 ** (2 * LARGEST_EXPONENT):
-            (exponent,) = _exponents(weight.unsqueeze(0))
-            if abs(exponent) > LARGEST_EXPONENT:
-                scale = 2.0 ** max(-1000, min(1000, -exponent))
-                tall = tall * scale
-                gram = HostGram(tall)
+        scale = _needed_scale(weight, gram)
+        if scale != 1:
+            tall = tall * scale
+            gram = HostGram(tall)
         state = problem(tall, gram, rank, basis_is_long, seed, names[0])
+
     for name in names:
         triplets = BY[name](state)
         if triplets is None:
@@ -205,12 +205,27 @@ def _solve_on_host(weight: torch.Tensor, rank: int, method: str, strict: bool, s
             judgement = judged(state, triplets, strict)
         if judgement.certified or not strict:
             break
+
     judgement = judgement._replace(singular_values=judgement.singular_values / scale)
     return judgement.result(name, _unscaled(state.resolution.item(), scale))
 
 
+def _needed_scale(weight: torch.Tensor, gram: HostGram) -> float:
+    """The power of two to multiply a weight by so that fourth powers of its entries fit fp64; as a rule 1.
+
+    The Gram shows whether a pass over the weight is worthwhile: only then are there NaN or infinite entries,
+    for which `_NotFiniteError` is raised, or entries whose fourth powers leave the range.
+    """
+    if 2.0 ** (-2 * LARGEST_EXPONENT) <= gram.largest_diagonal <= 2.0 ** (2 * LARGEST_EXPONENT):
+        return 1.0
+    (exponent,) = _exponents(weight.unsqueeze(0))
+    if abs(exponent) <= LARGEST_EXPONENT:
+        return 1.0
+    return 2.0 ** max(-1000, min(1000, -exponent))
+
+
 def _unscaled(resolution: float, scale: float) -> float:
-    """``resolution`` / scale², within the range of fp64, which it leaves for weights beyond 1e±154."""
+    """``resolution`` / scale², kept within the range of fp64, which it leaves for weights beyond 1e±154."""
     unscaled = resolution / scale / scale
     if resolution == 0 or scale == 1:
         return unscaled
@@ -219,7 +234,7 @@ def _unscaled(resolution: float, scale: float) -> float:
 
 
 def _assembled(results: list[MinorSubspace], weight: torch.Tensor) -> MinorSubspace:
-    """The results of a weight's matrices as one, in its shape and on its device; the worst of the rest."""
+    """The results of a weight's matrices as one, in the weight's shape and on its device."""
     basis = torch.stack([result.basis.to(weight.device) for result in results])
     singular_values = torch.stack([result.singular_values.to(weight.device) for result in results])
     names = list(BY)

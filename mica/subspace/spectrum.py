@@ -1,4 +1,4 @@
-"""The singular values of one weight: the largest, or all. The solver needs neither; ``mica inspect`` does."""
+"""The singular values of one weight, for ``mica inspect``: the largest, or all. The solver needs neither."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from mica.subspace.gram import row_blocks
 from mica.subspace.host import HostGram
 from mica.subspace.threads import one_pool
 
-# min(out_features, in_features) up to which `spectrum` takes the SVD, beyond which the Gram matrix.
+# min(out_features, in_features) up to which `spectrum` uses the SVD; beyond it uses the Gram matrix.
 LARGEST_SVD = 2048
 
-# Random matrices, whose largest singular values crowd, need most: 2048 x 2048 is 3e-10 short after 60.
+# Lanczos steps for σ_max. Random matrices, whose largest singular values crowd, need most: with 60 steps a
+# 2048 x 2048 one is 3e-10 short.
 _STEPS = 60
 
 
 def _tall(weight: torch.Tensor) -> torch.Tensor:
-    """(long, short), a view, on a device with fp64."""
-    weight = weight.detach().cpu() if is_on_host(weight.device) else weight.detach()
+    """The weight as (long, short), a view, on a device with fp64."""
+    weight = weight.detach()
+    if is_on_host(weight.device):
+        weight = weight.cpu()
     return weight if weight.shape[0] >= weight.shape[1] else weight.T
 
 
 def _gram(tall: torch.Tensor) -> HostGram | BatchGram:
-    return HostGram(tall) if is_on_host(tall.device) else BatchGram(tall.unsqueeze(0))
+    if is_on_host(tall.device):
+        return HostGram(tall)
+    return BatchGram(tall.unsqueeze(0))
 
 
 @torch.no_grad()
@@ -45,17 +50,19 @@ def squared_norm(weight: torch.Tensor) -> float:
 def spectrum(weight: torch.Tensor) -> torch.Tensor:
     """All singular values of a finite (out_features, in_features) weight: descending, fp64 on the CPU.
 
-    For min(out_features, in_features) <= 2048, to fp64: by `svdvals` of the tall orientation, or of the
-    triangle R of a streamed QR decomposition where that is less than half as long. Beyond, as roots of the
-    eigenvalues of the Gram matrix, which show σ only down to about 1e-7 σ_max: smaller ones are raised to
-    that resolution, √(4 √n ε₆₄) σ_max.
+    For min(out_features, in_features) <= 2048 they have fp64's precision: they come from `svdvals` of the
+    tall orientation, or of the triangle R of a streamed QR decomposition where that is less than half as
+    long. For larger weights they are roots of the eigenvalues of the Gram matrix, which show σ only down to
+    about 1e-7 σ_max: smaller ones are raised to that resolution, √(4 √n ε₆₄) σ_max.
     """
     tall = _tall(weight)
     long_features, short_features = tall.shape
     if short_features > LARGEST_SVD:
         with one_pool():
             eigenvalues = _gram(tall).eigenvalues().flatten().flip(0).cpu()
-        return eigenvalues.clamp_min(krylov.resolution(short_features, eigenvalues[0].item())).sqrt()
+        floor = krylov.resolution(short_features, eigenvalues[0].item())
+        return eigenvalues.clamp_min(floor).sqrt()
+
     if long_features > 2 * short_features:
         tall = _triangle(tall)
     return torch.linalg.svdvals(tall.double()).cpu()

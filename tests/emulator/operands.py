@@ -17,7 +17,7 @@ REGISTER_BITS = {"rs": 16, "r": 32, "rd": 64, "f": 32, "fd": 64, "h": 16, "hh": 
 
 
 def bits_of(kind: str) -> int:
-    """Of s32, u64, b16, f32; others (bf16x2) are not read as if they were one of these."""
+    """The bits of s32, u64, b16, f32 and so on; FaultError for other kinds, such as bf16x2."""
     found = re.fullmatch(r"[subf](8|16|32|64)", kind)
     if not found:
         raise FaultError(f"no arithmetic for {kind}")

@@ -21,7 +21,7 @@ from tests.emulator.program import FaultError
 
 @dataclass
 class Result:
-    """Of one process."""
+    """What one process has run."""
 
     target: str
     counts: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0, 0]))

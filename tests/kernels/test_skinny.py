@@ -201,7 +201,7 @@ def test_down_splits_are_summed_in_order(dtype, length):
 
 
 def test_down_offsets_beyond_32_bit():
-    """Of the rows and columns of x, and of the third expert."""
+    """Offsets of the rows and columns of x, and of the third expert."""
     far, near, ends = far_apart(3, 70, FP16), operand(4, 70, FP32), [1, 2, 3]
     third = far_apart(3, 4 * 70, FP16).unflatten(1, (4, 70))
     columns = far.t().contiguous().t()
@@ -257,7 +257,7 @@ def test_up_has_one_rounding(ends):
 
 
 def test_up_offsets_beyond_32_bit():
-    """Of the rows of base and h, and of the third expert's factor and bias."""
+    """Offsets of the rows of base and h, and of the third expert's factor and bias."""
     y, ends = far_apart(3, 70, FP16), [1, 2, 3]
     far = far_apart(3, 4 * 70, FP16).unflatten(1, (4, 70))
     for base, h, factor, bias in (

@@ -30,7 +30,7 @@ def accelerated(monkeypatch):
 
 @pytest.fixture
 def weak_fp64(monkeypatch):
-    """Of every device: fp32 products are tried."""
+    """Every device has it: fp32 products are tried."""
     monkeypatch.setattr(batched, "has_weak_fp64", lambda device: True)
 
 

@@ -1,4 +1,4 @@
-"""Of a batch's Gram matrices: which one failed, panels, and fp32 products that are whole and bounded."""
+"""Gram matrices of a batch: which one failed, panels, and fp32 products that are whole and bounded."""
 
 import math
 import threading

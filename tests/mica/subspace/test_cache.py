@@ -1,4 +1,4 @@
-"""Of the cache: what comes back, what is checked before, what is kept, and its settings."""
+"""What the cache gives back, what it checks before, what it keeps, and its settings."""
 
 import dataclasses
 import logging
@@ -23,7 +23,7 @@ from tests.support.subspaces import only_file, put, quietly_solved, same
 @pytest.mark.parametrize("shape", [(24, 30), (30, 24), (7, 5), (1, 9), (9, 1)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_round_trip(cache, shape, dtype, transposed, monkeypatch):
-    """Of a parameter or a view of one, by its key too; a result outlives its file, and its successor."""
+    """For a parameter and for a view of one, by its key too; a result outlives its file and its successor."""
     weight, other = (torch.nn.Parameter(torch.randn(shape).to(dtype)) for _ in range(2))
     weight, rank = weight.T if transposed else weight, min(4, *shape)
     assert cache.get(weight, rank) is None

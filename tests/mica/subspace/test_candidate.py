@@ -24,7 +24,7 @@ on_one_and_a_batch = pytest.mark.parametrize("batch", [False, True])
 
 
 def stated(matrix: torch.Tensor, rank: int = RANK, method: str = "gram") -> Problem:
-    """Of one matrix on the host, of a batch as for a device."""
+    """The problem of one matrix as on the host, or of a batch as on a device."""
     basis_is_long = matrix.shape[-2] > matrix.shape[-1]
     tall = matrix if basis_is_long else matrix.mT
     gram = HostGram(tall) if matrix.ndim == 2 else BatchGram(tall)
@@ -32,7 +32,7 @@ def stated(matrix: torch.Tensor, rank: int = RANK, method: str = "gram") -> Prob
 
 
 def exact_candidate(state: Problem, extra: int = 0):
-    """Of the exact short vectors, in another basis; ``extra`` places above the smallest."""
+    """From the exact short vectors, ``extra`` places above the smallest, in another basis."""
     _, _, right = torch.linalg.svd(state.tall.double(), full_matrices=False)
     last = right.shape[-2] - extra
     rotation = torch.linalg.qr(random(RANK, RANK)).Q

@@ -201,7 +201,7 @@ def test_thin_products(kind):
 @pytest.mark.parametrize("count", [1, 6])
 @of_each_kind
 def test_orthonormal_vectors_however_dependent(trouble, scale, count, kind):
-    """Of a batch all are safe or none."""
+    """In a batch all are safe or none."""
     gram = Checked(weight("gaussian", 50, 40), kind).gram
     gram.careful = True
     vectors = random(*gram.batch_shape, 40, count)

@@ -36,7 +36,7 @@ def truth(matrix: torch.Tensor) -> Truth:
 
 @pytest.fixture(scope="module")
 def truths(weights):
-    """Of each third, which are of all kinds: they take longer than what they judge."""
+    """Those of every third weight, which are of all kinds: they take longer than what they judge."""
     return {name: truth(weights[name]) for name in [*weights][::3]}
 
 

@@ -139,7 +139,7 @@ def test_fp64_weights_whose_squares_leave_the_range(exponent, shape):
 @by_each_method
 @pytest.mark.parametrize("sign", [1, -1])
 def test_columns_and_signs_are_those_of_the_definition(shape, method, sign):
-    """Of a smaller rank the last ones."""
+    """A smaller rank has the last of a larger one's columns."""
     matrix = weight("hard edge", *shape)
     for rank in (1, 5, RANK, 12, 16):
         expected = truth(matrix).vectors[:, -rank:]

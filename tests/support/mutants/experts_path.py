@@ -107,8 +107,12 @@ EXPERTS_PATH = {
         "_why_not_call": [
             ("is_transformed()", "False"),
             ("and implementation is None and module.has_bias", "and False"),
-            ("not is_grouped and not fits", "False"),
-            ("torch.float64 not in (x.dtype, weight_dtype)", "True"),
+        ],
+        "_why_not_dtypes": [
+            ("if not fits", "if False"),
+            ("fits = True  #", "fits = dtype == weight_dtype  #"),
+            ("torch.float64 not in (dtype, weight_dtype)", "True"),
+            ("and not is_master", ""),
         ],
     },
 }

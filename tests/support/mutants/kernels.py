@@ -69,8 +69,8 @@ KERNELS = {
         ],
         "split_evenly": [
             ("ceil_div(length, per_split", "max(1, length // per_split"),
-            ("(8 if is_small else 32)", "8"),
-            ("(8 if is_small else 32)", "32"),
+            ("8 if is_small else 32", "8"),
+            ("8 if is_small else 32", "32"),
             ("length, 2 * block", "length, block"),
         ],
     },
@@ -111,7 +111,8 @@ KERNELS = {
         "Plan.__post_init__": [("self.kernel.arg_names[-len(values) :]", "values")],
         "layout": [("dtype, tensor.get_device()", "dtype")],
         "PlanCache.keep": [("len(self._plans) >= MOST_PLANS", "False")],
-        "PlannedCall.launch_first": [("form not in cache.refused", "True"), (", *dtypes)", ")")],
+        "PlannedCall.launch_first": [("variant not in cache.refused", "True")],
+        "PlannedCall._variant": [(", *dtypes)", ")")],
         "Launcher.key": [
             ("fp32_setting(), *map", "*map"),
             ("*map(layout, tensors),", ""),
@@ -134,7 +135,7 @@ KERNELS = {
             ("allocate_persistent(lambda:", "(lambda make, _: make())(lambda:"),
         ],
         "allocate_persistent": [
-            ("own.wait_stream(caller)", "pass"),
+            ("default.wait_stream(caller)", "pass"),
             ("thread.submit(run).result", "run"),
         ],
         "follow": [
@@ -144,7 +145,7 @@ KERNELS = {
     },
     ("kernels/configs.py", "tests/kernels/test_configs.py", "tests/kernels/test_split_k.py"): {
         "down_projection": [
-            ("<= (512 if block_r", "<= (256 if block_r"),
+            ("512 if block_r", "256 if block_r"),
             ("and num_tokens >= TALL_TOKENS", ""),
             ("if itemsize == 2 and block_r in", "if block_r in"),
             ("block_k = 64", "pass"),
@@ -182,7 +183,7 @@ KERNELS = {
             ("/ (1.0 - dropout_p)", ""),
             ("out_features % config.block_n == 0", "True"),
             ("tail=True", "tail=False"),
-            ("om_on=base if out is None else out", "om_on=base"),
+            ("om_on=written", "om_on=base"),
         ],
     },
     ("kernels/fused_linear.py", "tests/kernels/test_fused_linear.py", "tests/kernels/test_launching.py"): {
@@ -215,7 +216,7 @@ KERNELS = {
             ("lora_B.data_ptr(),", ""),
             ("state, lora_B.detach()", "state, lora_B[:0].clone()"),
             ("workspace.allocate_persistent(lambda:", "(lambda make, _: make())(lambda:"),
-            ("elif stream not in entry.streams:", "elif False:"),
+            ("if stream not in entry.streams:", "if False:"),
             ("entry.streams.add(stream)", "pass"),
         ],
         "prepare": [
