@@ -1,4 +1,8 @@
-"""The options of ``mica adapt`` as one table, from which --help, YAML and run.yaml follow, and recipes."""
+"""The options of ``mica adapt`` as one table, from which --help, YAML and run.yaml follow, and recipes.
+
+A new option is a row of `TABLE`, a sentence on its page (mica/cli/README.md) and its name in `OPTIONS` of
+tests/test_house.py.
+"""
 
 import argparse
 import shutil
