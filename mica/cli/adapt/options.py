@@ -179,7 +179,7 @@ TABLE = (  # a string: the title of the group that begins there
     "adapter",
     Option(
         "recipe",
-        "defaults for what is not given: paper (arXiv 2604.01694) or all-linear (ours)",
+        "values for what is not given: paper (arXiv 2604.01694) or all-linear",
         default="all-linear",
         choices=tuple(RECIPES),
     ),
