@@ -77,17 +77,17 @@ def resolve(given: argparse.Namespace) -> Settings:
     layers.append(_layer(RECIPES[recipe], f"recipe {recipe}"))
 
     values, origins = _flattened(layers)
-    if "warmup_ratio" in line and values["scheduler"] == "constant":
-        raise UsageError(
-            "--warmup-ratio: scheduler 'constant' has no warmup; use 'constant_with_warmup' instead"
-        )
     _derive(values, origins)
     if recorded is not None:
         _refuse_another_run(values, recorded.values, output)
-    _check(values)
+    _check(values, line)
+    return _settings(values, origins, text)
+
+
+def _settings(values: dict[str, object], origins: dict[str, str], text: str | None) -> Settings:
+    """`Settings` of the checked ``values``; of steps and epochs only the one in use keeps its origin."""
     if values["keep_best"] is None and (values["patience"] or values["max_retain_rise"]):
         values["keep_best"] = True  # who stops because it gets worse does not want the worse
-
     args = argparse.Namespace(**{name: values[name] for name in OPTIONS})
     kept = {name: origins[name] for name in OPTIONS if name not in _LENGTHS or values[name]}
     return Settings(args, kept, text)
@@ -182,10 +182,16 @@ def _refuse_others(values: dict[str, object], fixed: dict[str, object], where: s
         raise UsageError(f"{OPTIONS[name].flag} {_shown(value)}: {where} {has}; omit this option")
 
 
-def _check(values: dict[str, object]) -> None:
-    """Raise UsageError for a missing option, and for options that do not go together."""
+def _check(values: dict[str, object], line: dict[str, object]) -> None:
+    """Raise UsageError for a missing option, and for options that do not go together.
+
+    ``line``: what the command line had.
+    """
     _check_required(values)
     _check_text_weights(values)
+    if "warmup_ratio" in line and values["scheduler"] == "constant":
+        hint = "use 'constant_with_warmup' instead"
+        raise UsageError(f"--warmup-ratio: scheduler 'constant' has no warmup; {hint}")
     for name, option in OPTIONS.items():
         missing = [OPTIONS[other].flag for other in option.needs if not values[other]]
         if values[name] and missing:

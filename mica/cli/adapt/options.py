@@ -1,4 +1,8 @@
-"""The options of ``mica adapt`` as one table, from which --help, YAML and run.yaml follow, and recipes."""
+"""The options of ``mica adapt`` as one table, from which --help, YAML and run.yaml follow, and recipes.
+
+A new option is a row of `TABLE`, a sentence on its page (mica/cli/README.md) and its name in `OPTIONS` of
+tests/test_house.py.
+"""
 
 import argparse
 import shutil
@@ -175,7 +179,7 @@ TABLE = (  # a string: the title of the group that begins there
     "adapter",
     Option(
         "recipe",
-        "defaults for what is not given: paper (arXiv 2604.01694) or all-linear (ours)",
+        "values for what is not given: paper (arXiv 2604.01694) or all-linear",
         default="all-linear",
         choices=tuple(RECIPES),
     ),

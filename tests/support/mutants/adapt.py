@@ -105,6 +105,26 @@ ADAPT = {
         ],
         "_check_again": [("config.check_output(settings)", "")],
     },
+    ("mica/cli/adapt/session.py", f"{_TESTS}session.py", "-k", "packing or odd_settings or other_base"): {
+        "_with_packing": [
+            ('if settings.origins["packing"] != "default"', "if False"),
+            ('settings.origins["packing"] = "the model"', "pass"),
+        ],
+        "_note_what_is_odd": [("if recorded and recorded != number", "if False")],
+        "_check_checkpoint_base": [
+            ("checkpoints.check(checkpoint, **fingerprint.facts(source.location))", "pass")
+        ],
+    },
+    ("mica/cli/adapt/base.py", f"{_TESTS}base.py"): {
+        "check": [("if args.merge", "if False")],
+        "_own_dtype": [('if device.type == "cpu" and not has_native(dtype)', "if False")],
+        "_convert": [("if args.resume and (args.output / FOLDER).is_dir()", "if False")],
+    },
+    ("mica/cli/adapt/processes.py", f"{_TESTS}processes.py", "-k", "(two_processes and not learn) or once"): {
+        "alike": [("if value != on_main(lambda: value)", "if False")],
+        "largest": [(".max()", ".min()")],
+        "one_voice": [("raise SystemExit(2) from None", "raise")],
+    },
     ("mica/cli/adapt/base.py", f"{_TESTS}session.py", "-k", "converted_base"): {
         "place_of": [("if scratch.is_dir()", "if False")],
     },
