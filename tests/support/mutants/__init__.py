@@ -2,6 +2,8 @@
 
 from tests.support.mutants.adapt import ADAPT
 from tests.support.mutants.backend import BACKEND
+from tests.support.mutants.commands import COMMANDS
+from tests.support.mutants.creation import CREATION
 from tests.support.mutants.edits import mutants
 from tests.support.mutants.embeddings import EMBEDDINGS
 from tests.support.mutants.experts import EXPERTS
@@ -15,5 +17,5 @@ from tests.support.mutants.subspace import SUBSPACE
 from tests.support.mutants.values import VALUES
 
 _TABLES = (KERNELS, EXPERTS, OPERATORS, BACKEND, EXPERTS_PATH, SUBSPACE)
-_TABLES += (LIFECYCLE, STOPPING, EMBEDDINGS, ADAPT, SERVING, VALUES)
+_TABLES += (LIFECYCLE, CREATION, STOPPING, EMBEDDINGS, ADAPT, COMMANDS, SERVING, VALUES)
 MUTANTS = [mutant for table in _TABLES for mutant in mutants(table)]
