@@ -240,7 +240,7 @@ def _embedding_updates(args: argparse.Namespace, config, model) -> dict:
     before = trained_on.embeddings_before(args.adapter)
     if before is None:
         what = f"--adapter {args.adapter} does not record what its embeddings were before training"
-        assumed = f"those that its base {config.base_model_name_or_path} has now are assumed"
+        assumed = f"what its base {config.base_model_name_or_path} has now is assumed"
         print(f"mica transfer: note: {what}: {assumed}", file=sys.stderr, flush=True)
     return embeddings.update(config, args.adapter, before, args.trust_remote_code)
 

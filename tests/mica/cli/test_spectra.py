@@ -125,7 +125,9 @@ def test_unsuitable_layer_gives_a_reason(name):
 @pytest.mark.parametrize("name", SUITABLE)
 def test_suitable_layer_has_numbers(name):
     model = around(SUITABLE[name]())
+    trained = [parameter.requires_grad for parameter in model.layer.parameters()]
     row, values = spectra.measure("layer", model.layer, 4)
+    assert [parameter.requires_grad for parameter in model.layer.parameters()] == trained
     assert row.reason is None
     assert row.sigma_max is not None
     adapted = get_peft_model(model, CONFIG).base_model.model.layer

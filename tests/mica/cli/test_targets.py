@@ -129,6 +129,7 @@ def test_experts_that_are_modules():
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": Routed()})])})
     names = {experts: set(find_targets(model, "all-linear", experts).modules) for experts in (True, False)}
     assert names[False] == {"layers.0.mlp.gate_proj"}
+    assert set(find_targets(model, "gate_proj", True).modules) == names[True]
     assert {name for name in names[True] if "experts" not in name} == names[False]
     assert sum(".experts." in name for name in names[True]) == sum(
         isinstance(module, (torch.nn.Linear, Conv1D)) for module in model.layers[0].mlp.experts.modules()

@@ -230,6 +230,17 @@ def test_halves_of_other_parameters_are_not_taken_and_by_default_of_none():
         assert_exact(wrap_holder(holder(torch.randn(experts, 8, 12))))
 
 
+def test_halves_are_one_after_the_other_in_a_stack_that_does_not_say_how():
+    mica.fast.enable(gate_up="halves")
+    model = wrap_holder(holder(torch.randn(3, 8, 12), "gate_up_proj"), name="gate_up_proj")
+    (layer,) = wrappers(model).values()
+    B = factors(layer)[1]
+    assert B[:, :4, 0].any()
+    assert B[:, 4:, 1].any()
+    assert not B[:, 4:, 0].any()
+    assert not B[:, :4, 1].any()
+
+
 # -- frozen -------------------------------------------------------------------------------------------
 
 

@@ -61,9 +61,9 @@ def stack(*shape, name="down_proj", dtype=torch.float32, **attributes):
     return holder(torch.randn(shape or (3, 8, 12)).to(dtype), name, **attributes)
 
 
-def halves(out):
+def halves(out_features, in_features=12):
     mica.fast.enable(gate_up="halves")
-    return stack(3, out, 12, name="gate_up_proj")
+    return stack(3, out_features, in_features, name="gate_up_proj")
 
 
 def llama_4():
@@ -137,6 +137,7 @@ CASES = {  # what it is: (what builds the model, options, message, other error)
     ),
     "half a row": (lambda: halves(9), GATE_UP, f"but {GATES} has 9 out_features"),
     "halves": (lambda: halves(8), {**GATE_UP, "rank": 10}, rf"r=10 for {GATES} .*\(max usable r is 8\)"),
+    "tall halves": (lambda: halves(24, 8), {**GATE_UP, "rank": 18}, r".*\(max usable r is 16\)"),
     "torchao int4": (torchao_int4, FIRST, r"layer '0' has .* Linear \(torchao Int4Tensor, refused"),
     "ep": (lambda: stack(_is_expert_parallel=True), DOWN, f"{DOWNS} holds the experts of one process only"),
     "tp": (lambda: stack(_hf_tp_plan="grouped_gemm"), DOWN, f"{DOWNS} holds one shard of it"),

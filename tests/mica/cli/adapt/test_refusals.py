@@ -100,7 +100,8 @@ def test_bad_text(content, message, refused, tmp_path):
 @pytest.mark.parametrize("model", ["./nowhere", "nowhere/model.gguf", "nobody/no-such-model", "a/b/c", "~/x"])
 def test_model_not_found(model, refused):
     unreachable = "no such folder, and the Hub cannot be reached: give a folder"
-    refused(f"--model {model}: {unreachable if model.startswith('nobody/') else ''}", model=model)
+    reason = unreachable if model.startswith("nobody/") else "no such file or folder"
+    refused(f"--model {model}: {reason}", model=model)
 
 
 def tiny_t5(path):
