@@ -1,7 +1,7 @@
 """Launch configurations: at most three per kernel and target, chosen by shape, the first one by default.
 
 All of them are compiled ahead of time for every target by `make static`. None has been timed: they follow
-from the arithmetic of `bench.model.roofline` and from what compiles without spills. Block sizes along the
+from the bytes and operations of each product and from what compiles without spills. Block sizes along the
 rank are `padded_rank`, not part of a configuration. `FORMS` says which kernels a layer's formula consists of.
 """
 
