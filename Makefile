@@ -7,7 +7,7 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 PYTEST := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow test-all lint dist static emulate mutants fuzz kills conformance bench bench-compare bench-quality gpu gpu-dry-run clean
+.PHONY: demo test test-slow test-all lint dist static emulate mutants fuzz kills conformance bench bench-quality gpu gpu-dry-run clean
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -68,13 +68,9 @@ conformance: $(READY)
 	$(RUN) -m pip install -q -e ".[conformance]"
 	$(RUN) -m tests.conformance
 
-# All suites (about 10 minutes on two cores); ARGS=--quick: less than 3; ARGS=--full: much longer
+# All suites (15 minutes on two cores); ARGS=layer: some of them
 bench: $(READY)
 	$(RUN) -m bench $(ARGS)
-
-# What became slower between the JSON files of two runs: make bench-compare OLD=... NEW=...
-bench-compare: $(READY)
-	$(RUN) -m bench.report.compare $(OLD) $(NEW)
 
 # What MiCA, LoRA and full fine-tuning learn from unseen text, and what they forget (about 35 minutes)
 bench-quality: $(READY)

@@ -1,19 +1,18 @@
 """``python -m bench``: run the suites, write results, tables and plots to ``bench/results/<machine>/``.
 
-Each suite runs in a separate process, so that none inherits another's memory or threads.
+Each suite runs in a separate process, so that none inherits another's memory or threads, and one that hangs
+or dies is restarted without the cause.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 from datetime import date
 from pathlib import Path
 
 from bench import run
-from bench.measure.machine import ROOT, output
+from bench.measure.machine import output
 from bench.report.__main__ import write
 from bench.results.schema import Result
 
@@ -21,39 +20,28 @@ from bench.results.schema import Result
 SILENCE = 900.0
 
 
-def suites(selection: str, environment: dict[str, str]) -> list[str]:
-    """The files in which ``selection`` (``-k``) selects tests."""
-    files = sorted(file.name for file in run.SUITES.glob("bench_*.py"))
-    if not selection:
-        return files
-    command = [*run.suite(files, selection), "--collect-only"]
-    listing = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout
-    return [file for file in files if f"{file}::" in listing]
-
-
 def main() -> int:
+    suites = sorted(file.stem.removeprefix("bench_") for file in run.SUITES.glob("bench_*.py"))
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    sizes = parser.add_mutually_exclusive_group()
-    for size, text in (("quick", "3 minutes"), ("full", "more shapes, much longer")):
-        sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size, help=text)
-    parser.set_defaults(size="default")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(suites)} (default: all)")
     parser.add_argument("-k", default="", help="pytest expression: run only these")
-    parser.add_argument("--name", help="of the result files (default: today, and -quick or -full)")
+    parser.add_argument("--name", default=str(date.today()), help="of the result files (default: today)")
     parser.add_argument("--output", type=Path, help="folder (default: bench/results/<machine>, or $OUT)")
     args = parser.parse_args()
-    name = args.name or f"{date.today()}{'' if args.size == 'default' else f'-{args.size}'}"
-    environment = {"MICA_BENCH_SIZE": args.size}
-    this = run.Run((args.output or output()) / f"{name}.json")
-    this.machine["size"] = args.size
+    for name in args.suites:
+        if name not in suites:
+            parser.error(f"there is no suite {name!r}: give some of {', '.join(suites)}")
+    this = run.Run((args.output or output()) / f"{args.name}.json")
     failed = False
-    for file in suites(args.k, {**os.environ, **environment}):
-        print(file, flush=True)
-        summary = this.start(run.Job(file, run.suite([file], args.k), environment, silence=SILENCE))
+    for name in args.suites or suites:
+        print(name, flush=True)
+        command = run.suite([f"bench_{name}.py"], "-k", args.k)
+        summary = this.start(run.Job(name, command, {}, silence=SILENCE))
         failed |= summary["state"] not in ("passed", run.NOTHING)  # some suites are for other machines
-    result = Result.load(this.file) if this.file.exists() else None
-    this.journal.unlink(missing_ok=True)
-    if result is None or not (result.groups or result.refused):
-        this.file.unlink(missing_ok=True)
+    result = Result.load(this.file)
+    this.journal.unlink()
+    if not (result.groups or result.refused):
+        this.file.unlink()
         print("bench: nothing was timed", file=sys.stderr)
         return 1
     print(write(this.file))

@@ -45,19 +45,21 @@ def pytest_runtest_makereport(item, call):
     """A round counts once its test has passed; an implementation whose test failed has no number."""
     report = yield
     once = getattr(item, "once", None)
-    if once is not None and call.when == "call":
-        for sample in once.samples if report.passed else ():
+    if once is None or call.when != "call":
+        return report
+    if report.passed:
+        for sample in once.samples:
             journal.write("sample", **sample)
-        if report.failed and once.cell is not None:
-            refuse(once.cell, sentence(call.excinfo.value), once.implementation)
-            leave_if_crashed()
+    elif report.failed and once.cell is not None:
+        refuse(once.cell, sentence(call.excinfo.value), once.implementation)
+        leave_if_crashed()
     return report
 
 
 @pytest.fixture(autouse=True)
 def one_stream():
     """Not the default one, on which nothing can be captured; a backward runs on its forward's stream."""
-    with torch.cuda.stream(STREAM) if STREAM is not None else nullcontext():
+    with nullcontext() if STREAM is None else torch.cuda.stream(STREAM):
         yield
 
 
@@ -91,7 +93,8 @@ def gated():
             except Exception as error:
                 refuse(group, sentence(error))
                 leave_if_crashed()
-        if why := why_refused(group, implementation):
+        why = why_refused(group, implementation)
+        if why is not None:
             pytest.fail(f"no number for {group}, {implementation}: {why}", pytrace=False)
         return checked
 

@@ -1,37 +1,35 @@
 """``python -m bench.pages``: writes the tables of the README files from committed results.
 
 A table stands below a line ``<!-- table: NAME FILE ... -->``, up to the first line that is no row. `TABLES`
-has its function, which is given those files of ``bench/results``, without their ending, and yields the header
-and the rows. So a page says itself where its figures are from: after a new run its files are named there.
+has its function, which is given those files of ``bench/results``, without their ending, and returns the
+header and the rows. So a page says itself where its figures are from: after a new run its files are named
+there.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from statistics import median
 
-from bench.model import experts as stacks
-from bench.model import roofline
+from bench.quality import energy as directions
 from bench.quality import plots
-from bench.quality.energy import profiles, rows
-from bench.quality.recipes import METHODS, RECIPES
 from bench.quality.report import RIGHT, at_equal_forgetting
-from bench.report.frame import ONE_PROCESS
-from bench.report.markdown import markdown_table
 from bench.results import names
 from bench.results.cell import Group, Ratio
-from bench.results.names import BARE, BOTH, FAST, NO_GRADIENT, STOCK, STOCK_16
+from bench.results.names import BARE, BOTH, FAST, LORA, NO_GRADIENT, STOCK, STOCK_16
 from bench.results.schema import Result
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-PAGES = ("README.md", "bench/README.md", "mica/subspace/README.md", "kernels/README.md")
+PAGES = ("README.md", "bench/README.md", "mica/subspace/README.md")
 TABLE = re.compile(r"(<!-- table: ([\w-]+)((?: [\w/-]+)*) -->\n)((?:\|.*\n)*)")
-Rows = Iterator[list[str]]
+SHORT = {"bfloat16": "bf16", "float32": "fp32"}
+FEW = 256  # tokens; where products of a layer begin to take most of its time
+Row = list[str]
 
 
 @cache
@@ -63,6 +61,19 @@ def layers(name: str, dtype: str, *passes: str) -> list[Group]:
     return [one for one in result(name).select(suite="layer", dtype=dtype) if one.axes["pass"] in passes]
 
 
+def bf16_steps(name: str) -> tuple[Group, Group]:
+    """A training step of SmolLM2-135M, and the same under autocast."""
+    steps = [*result(name).select(suite="step", dtype="bfloat16")]
+    (plain,) = (one for one in steps if "how" not in one.axes)
+    (autocast,) = (one for one in steps if one.axes.get("how") == "autocast")
+    return plain, autocast
+
+
+def as_stock(group: Group, name: str) -> Ratio:
+    """To the stock whose adapters have the base's dtype; by default they are in float32."""
+    return group.ratio(name, STOCK if group.axes["dtype"] == "float32" else STOCK_16)
+
+
 def shown(ratio: Ratio) -> str:
     return f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
 
@@ -77,292 +88,211 @@ def span(ratios: list[Ratio]) -> str:
     return f"{1 / max(ratios).median:.2f}× to {1 / min(ratios).median:.2f}×"
 
 
-def as_stock(group: Group, name: str) -> Ratio:
-    """Over the stock whose adapters have the base's dtype: by default in float32."""
-    return group.ratio(name, STOCK if group.axes["dtype"] == "float32" else STOCK_16)
+def middle(ratios: list[Ratio]) -> str:
+    """The median of speedups."""
+    return f"{median(1 / one.median for one in ratios):.2f}×"
 
 
-def measured(run: str, of_adapter: str) -> Rows:
-    yield ["", "stock PEFT", "mica.fast", "speedup"]
-    for label, suite, decimals, digits in (
-        ("`get_peft_model`, SmolLM2-135M, fp32", "initialisation", (1, 1), 1),
-        ("`PeftModel.from_pretrained`, fp32", "loading", (1, 2), 0),
-    ):
-        group = only(of_adapter, suite=suite)
-        pairs = zip((STOCK, FAST), decimals, strict=True)
-        times = [f"{group.timings[name].median:.{n}f} s" for name, n in pairs]
-        yield [label, *times, speedup(group.ratio(FAST, STOCK), digits)]
-    label = "decoder block of {}, bf16, {} tokens, relative to the bare frozen block"
+SPEED_HEADER = ["", "stock PEFT", "mica.fast", "speedup"]
+
+
+def measured(run: str, of_adapter: str) -> list[Row]:
+    return [
+        SPEED_HEADER,
+        *_adapter_rows(of_adapter),
+        *_block_rows(run),
+        *_step_rows(run),
+        _layers_row(run, "bfloat16"),
+        _layers_row(run, "float32"),
+        *_saved_rows(run),
+        *_merge_rows(of_adapter),
+    ]
+
+
+def headline(run: str, of_adapter: str) -> list[Row]:
+    """README's rows are the first of each kind."""
+    saved, *_ = _saved_rows(run)
+    label, _, _ = saved[0].partition(" (bare model")
+    return [
+        SPEED_HEADER,
+        *_adapter_rows(of_adapter),
+        _block_rows(run)[0],
+        _layers_row(run, "bfloat16"),
+        [label, *saved[1:]],
+    ]
+
+
+def _adapter_rows(run: str) -> list[Row]:
+    created = only(run, suite="initialisation")
+    loaded = only(run, suite="loading")
+    return [
+        [
+            "`get_peft_model`, SmolLM2-135M, fp32",
+            f"{created.timings[STOCK].median:.1f} s",
+            f"{created.timings[FAST].median:.1f} s",
+            speedup(created.ratio(FAST, STOCK), digits=1),
+        ],
+        [
+            "`PeftModel.from_pretrained`, fp32",
+            f"{loaded.timings[STOCK].median:.1f} s",
+            f"{loaded.timings[FAST].median:.2f} s",
+            speedup(loaded.ratio(FAST, STOCK), digits=0),
+        ],
+    ]
+
+
+def _to_bare(label: str, group: Group) -> Row:
+    overheads = [f"{group.ratio(name, BARE).median:.2f}×" for name in (STOCK, FAST)]
+    return [label, *overheads, speedup(group.ratio(FAST, STOCK))]
+
+
+def _block_rows(run: str) -> list[Row]:
+    rows = []
     for group in result(run).select(suite="block"):
-        overheads = [f"{group.ratio(name, BARE).median:.2f}×" for name in (STOCK, FAST)]
-        named = label.format(group.axes["model"], group.axes["tokens"])
-        yield [named, *overheads, speedup(group.ratio(FAST, STOCK))]
-        label = "the same of {}, {} tokens"
-    for dtype, short in (("bfloat16", "bf16"), ("float32", "fp32")):
-        cells = [one for one in layers(run, dtype, BOTH) if one.axes["tokens"] >= 256]
-        ratios = [one.ratio(FAST, STOCK) for one in cells]
-        middle = f", median {median(1 / one.median for one in ratios):.2f}×"
-        most = max(one.axes["tokens"] for one in cells)
-        yield [f"{len(ratios)} linear layers, {short}, 256 to {most} tokens", "", "", span(ratios) + middle]
-    label = "saved for the backward pass of a step, SmolLM2-135M, {}, {} tokens"
-    for group in result(run).select(suite="step"):
-        short = {"bfloat16": "bf16", "float32": "fp32"}[group.axes["dtype"]]
-        bare, stock, fast = (group.timings[name].facts["saved_mb"] for name in (BARE, STOCK, FAST))
-        less = f"{stock - fast:.0f} MB less" if stock - fast >= 1 else "**none**: there is no copy to avoid"
-        what = label.format(
-            f"{short}, {group.axes['how']}" if "how" in group.axes else short, group.axes["tokens"]
+        which = f"{group.axes['model']}, bf16, {group.axes['tokens']} tokens"
+        label = (
+            f"the same of {which}" if rows else f"decoder block of {which}, relative to the bare frozen block"
         )
-        yield [f"{what} (bare model: {bare:.0f} MB)", f"{stock:.0f} MB", f"{fast:.0f} MB", less]
-        label = "the same, {}, {} tokens"
-    merge = only(of_adapter, suite="merge")
+        rows.append(_to_bare(label, group))
+    return rows
+
+
+def _step_rows(run: str) -> list[Row]:
+    plain, autocast = bf16_steps(run)
+    label = (
+        f"training step of SmolLM2-135M, bf16, {plain.axes['tokens']} tokens, relative to the bare model's"
+    )
+    return [_to_bare(label, plain), _to_bare("the same under autocast", autocast)]
+
+
+def _layers_row(run: str, dtype: str) -> Row:
+    cells = [one for one in layers(run, dtype, BOTH) if one.axes["tokens"] >= FEW]
+    ratios = [one.ratio(FAST, STOCK) for one in cells]
+    most = max(one.axes["tokens"] for one in cells)
+    label = f"{len(ratios)} linear layers, {SHORT[dtype]}, {FEW} to {most} tokens"
+    return [label, "", "", f"{span(ratios)}, median {middle(ratios)}"]
+
+
+def _saved_rows(run: str) -> list[Row]:
+    rows = []
+    for group in result(run).select(suite="step"):
+        bare, stock, fast = (group.timings[name].facts["saved_mb"] for name in (BARE, STOCK, FAST))
+        how = f", {group.axes['how']}" if "how" in group.axes else ""
+        which = f"{SHORT[group.axes['dtype']]}{how}, {group.axes['tokens']} tokens"
+        what = "the same" if rows else "saved for the backward pass of a step, SmolLM2-135M"
+        label = f"{what}, {which} (bare model: {bare:.0f} MB)"
+        less = f"{stock - fast:.0f} MB less"
+        if stock - fast < 1:
+            less = "**none**: there is no copy to avoid"
+        rows.append([label, f"{stock:.0f} MB", f"{fast:.0f} MB", less])
+    return rows
+
+
+def _merge_rows(run: str) -> list[Row]:
+    merge = only(run, suite="merge")
     slower = merge.ratio(FAST, STOCK)
-    slower = f"**{slower.median:.1f}× slower** ({slower.low:.1f}–{slower.high:.1f}): it is exact"
-    yield ["merge + unmerge, bf16", "", "", slower]
+    interval = f"({slower.low:.1f}–{slower.high:.1f})"
     changed = [f"{100 * merge.timings[name].facts['weights_changed']:.2f} %" for name in (STOCK, FAST)]
-    yield ["weights changed by merge + unmerge", *changed, ""]
+    return [
+        ["merge + unmerge, bf16", "", "", f"**{slower.median:.1f}× slower** {interval}: it is exact"],
+        ["weights changed by merge + unmerge", *changed, ""],
+    ]
 
 
-def headline(run: str, of_adapter: str) -> Rows:
-    """README's rows are those of the benchmarks' page."""
-    header, *rows = measured(run, of_adapter)
-    yield header
-    for label, *cells in rows:
-        if label.startswith(("`", "decoder block", "saved")) or "linear layers, bf16" in label:
-            yield [label.partition(" (bare model")[0], *cells]
-
-
-def bf16_steps(name: str) -> list[Group]:
-    """That under autocast, if it is there, is the last."""
-    pattern = r"training step( of [^,]*)?, (.*, )?bfloat16(, .*)?"
-    return [one for one in result(name).groups if re.fullmatch(pattern, one.name)]
-
-
-def runs() -> list[str]:
-    """All committed runs of the suites, the latest first."""
-    files = [str(file.relative_to(RESULTS).with_suffix("")) for file in RESULTS.glob("*/*.json")]
-    timed = [name for name in files if "benchmarks" in raw(name)]
-    return sorted(timed, key=lambda name: result(name).machine["datetime"], reverse=True)
-
-
-def steps() -> Rows:
-    yield ["", "stock PEFT ÷ bare", "mica.fast ÷ bare", "speedup"]
-    for name in runs():
-        kind = "md" if (RESULTS / f"{name}.md").exists() else "json"
-        for group in bf16_steps(name):
-            ratios = [f"{group.ratio(one, BARE).median:.2f}×" for one in (STOCK, FAST)]
-            how = f", under {group.axes['how']}" if "how" in group.axes else ""
-            where = f"[{described(result(name).machine)}](results/{name}.{kind}){how}"
-            yield [where, *ratios, speedup(group.ratio(FAST, STOCK))]
-
-
-def described(machine: dict) -> str:
-    """As "AMD EPYC, avx512-bf16, 2026-11-27"; of the earliest runs the instructions are not known."""
-    cpu = re.sub(r"\([A-Z]+\)", "", machine["cpu"])
-    words = [cpu, machine.get("bf16 instructions"), machine["datetime"][:10]]
-    return ", ".join(filter(None, words))
-
-
-def layers_compared(run: str) -> Rows:
+def layers_compared(run: str) -> list[Row]:
     """Of all cells of the layer suite, by what they are compared with."""
-    yield ["against", "layers", "cells", "speedup", "median", "more than 5 % slower"]
-    for baseline, title in (
-        (STOCK, "stock PEFT"),
-        (STOCK_16, "stock PEFT with bf16 adapters"),
-        (names.ATEN, "a control in plain PyTorch, dA rounded"),
-    ):
+    rows = [["against", "layers", "cells", "speedup", "median", "more than 5 % slower"]]
+    for baseline, title in ((STOCK, "stock PEFT"), (STOCK_16, "stock PEFT with bf16 adapters")):
         for dtype in ("bfloat16", "float32"):
-            for what, is_few in (("from 256 tokens", False), ("fewer tokens", True)):
-                cells = [
-                    (one.ratio(FAST, baseline), one.axes)
-                    for one in layers(run, dtype, BOTH, NO_GRADIENT)
-                    if baseline in one.timings and (one.axes["tokens"] < 256) == is_few
-                ]
-                if cells:
-                    ratios = [ratio for ratio, _ in cells]
-                    row = [title, f"{dtype}, {what}", str(len(cells)), span(ratios)]
-                    middle = f"{median(1 / one.median for one in ratios):.2f}×"
-                    yield [*row, middle, _slower([one for one in cells if one[0].median > 1.05])]
+            cells = [one for one in layers(run, dtype, BOTH, NO_GRADIENT) if baseline in one.timings]
+            many = [one for one in cells if one.axes["tokens"] >= FEW]
+            few = [one for one in cells if one.axes["tokens"] < FEW]
+            for what, chosen in ((f"from {FEW} tokens", many), ("fewer tokens", few)):
+                if chosen:
+                    rows.append([title, f"{dtype}, {what}", *_compared(chosen, baseline)])
+    return rows
 
 
-def _slower(cells: list[tuple[Ratio, dict]]) -> str:
-    """How many, and the worst."""
-    if not cells:
-        return "none"
-    ratio, axes = max(cells, key=lambda one: one[0].median)
-    where = "{out} x {in}, tokens: {tokens}, r = {rank}".format(**axes)
-    return f"{len(cells)}; at most {shown(ratio)} times its time: {where}"
+def _compared(cells: list[Group], baseline: str) -> Row:
+    """How many, the span and the median of speedups, and how many are slower."""
+    ratios = [one.ratio(FAST, baseline) for one in cells]
+    worst, axes = max(zip(ratios, (one.axes for one in cells), strict=True), key=lambda one: one[0].median)
+    slower = "none"
+    if worst.median > 1.05:
+        count = sum(one.median > 1.05 for one in ratios)
+        where = "{out} x {in}, tokens: {tokens}, r = {rank}".format(**axes)
+        slower = f"{count}; at most {shown(worst)} times its time: {where}"
+    return [str(len(cells)), span(ratios), middle(ratios), slower]
 
 
-def host(run: str) -> Rows:
-    columns = {
-        "PyTorch form": names.PYTORCH,
-        "kernels": names.KERNELS,
-        "kernels, in a process group": names.IN_GROUP,
-        "kernels, where they run by default (fp32)": names.BY_DEFAULT,
-    }
-    yield ["fp32 / bf16 / bf16 under autocast", *columns]
-    for label, suite, call in (
-        ("a layer, forward without gradient", "host layer", NO_GRADIENT),
-        ("a layer, forward + backward", "host layer", BOTH),
-        ("a Llama block (64 / 128), forward without gradient", "host block", NO_GRADIENT),
-        ("the same, forward + backward", "host block", BOTH),
-    ):
-        groups = [*result(run).select(suite=suite, call=call)]
+def host(run: str) -> list[Row]:
+    rows = [["fp32 / bf16 / bf16 under autocast", "PyTorch form", "kernels"]]
+    for call in (NO_GRADIENT, BOTH):
+        groups = [*result(run).select(suite="host block", call=call)]
         cells = []
-        for name in columns.values():
-            ratios = [f"{as_stock(group, name).median:.2f}" for group in groups if name in group.timings]
-            cells.append(" / ".join(ratios))
-        yield [label, *cells]
+        for name in (names.PYTORCH, names.KERNELS):
+            cells.append(" / ".join(f"{as_stock(group, name).median:.2f}" for group in groups))
+        rows.append([call, *cells])
+    return rows
 
 
-def dtypes(run: str) -> Rows:
-    yield ["tokens x out x in", "bf16", "fp16"]
-    for group in result(run).groups:
-        label = " x ".join(str(group.axes[name]) for name in ("tokens", "out", "in"))
-        ratios = [group.ratio(f"{FAST}, {dtype}", names.FLOAT32) for dtype in ("bfloat16", "float16")]
-        yield [label, *map(shown, ratios)]
-
-
-def others(generation: str, over_nf4: str, two_processes: str) -> Rows:
-    yield ["", "on", "ratio of times"]
-    generated, quantised = only(generation, suite="generation"), only(over_nf4)
-    shared = only(two_processes, "get_peft_model, float32, processes")
-    ratio = shown(generated.ratio(FAST, STOCK))
-    yield ["`generate()` of SmolLM2-135M, unmerged ÷ stock PEFT", "AMD EPYC", ratio]
-    ratio = shown(quantised.overhead(FAST, names.LORA))
-    yield ["step over nf4: overhead ÷ that of PEFT's LoRA", f"[Xeon](results/{over_nf4}.md)", ratio]
-    ratio = shown(shared.ratio("2 processes", ONE_PROCESS))
-    label = "initialisation by two processes of one thread ÷ by one"
-    yield [label, f"[older Xeon](results/{two_processes}.md)", ratio]
-
-
-def experts(run: str) -> Rows:
-    def row(label: str, group: Group, other: str, digits: int = 2) -> list[str]:
-        times = [f"{group.timings[name].median:.{digits}f} s" for name in (other, FAST)]
-        return [label, *times, shown(group.ratio(FAST, other))]
-
-    yield ["", "PEFT LoRA, or SVDs", "mica.fast", "ratio"]
-    for out, within in ((2048, 1024), (1024, 512)):
-        group, sizes = only(run, suite="experts", out=out), f"{out} and {within}"
+def experts(run: str) -> list[Row]:
+    rows = [["", "PEFT LoRA", "mica.fast", "ratio"]]
+    for group in sorted(result(run).select(suite="experts"), key=lambda one: -one.axes["out"]):
+        sizes = f"{group.axes['out']} and {group.axes['in']}"
+        times = [f"{group.timings[name].median:.2f} s" for name in (LORA, FAST)]
         label = f"step, experts of {sizes} (bare: {group.timings[BARE].median:.2f} s)"
-        yield row(label, group, names.LORA)
+        rows.append([label, *times, shown(group.ratio(FAST, LORA))])
         for fact, label in (
             ("peak_mb", "memory it adds at its peak"),
             ("saved_mb", "saved for its backward pass"),
         ):
-            values = [group.timings[name].facts[fact] for name in (names.LORA, FAST)]
-            mb = [f"{value:.0f} MB" for value in values]
-            yield [f"{label}, {sizes}", *mb, f"{values[1] / values[0]:.2f}"]
-    yield row("initialisation", only(run, suite="experts init"), names.SVD, 1)
+            theirs, ours = (group.timings[name].facts[fact] for name in (LORA, FAST))
+            rows.append([f"{label}, {sizes}", f"{theirs:.0f} MB", f"{ours:.0f} MB", f"{ours / theirs:.2f}"])
+    return rows
 
 
-def corpus(run: str) -> Rows:
-    yield ["", "time", "peak of the process", "peak of its workers"]
-    for label, name in (
-        ("tokenisation alone", "tokenise, first start"),
-        ("the whole command, with one step, two perplexities and saving", "adapt, first start"),
-        ("the whole command again: the tokens are cached", "adapt, second start"),
-    ):
-        command = raw(run)[name]
-        assert command["status"] == 0
-        own, children = (
-            f"{command[key] / 2**30:.2f} GiB" for key in ("peak_bytes", "peak_bytes_of_children")
-        )
-        yield [label, f"{command['seconds']:.0f} s", own, "" if children[0] == "0" else children]
-
-
-def recipes() -> Rows:
-    header = ["recipe", "layers", "rank of MiCA / LoRA", "alpha", "schedule", "weight decay"]
-    yield [*header, "dropout", "clipping"]
-    for label, name in (("`paper` (arXiv 2604.01694)", "paper"), ("`all-linear`", "all-linear")):
-        one, targets = RECIPES[name], RECIPES[name].target_modules
-        ranks = " / ".join(
-            ", ".join(str(one.rank) for one in METHODS if (one.recipe, one.kind) == (name, kind))
-            for kind in ("mica", "lora")
-        )
-        where = "all linear" if targets == "all-linear" else ", ".join(targets)
-        numbers = [f"{number:g}" for number in (one.weight_decay, one.dropout, one.max_grad_norm)]
-        yield [label, where, ranks, {1: "r", 2: "2r"}[one.scaling], one.scheduler, *numbers]
+def subspaces(run: str) -> list[Row]:
+    ranks = (16, 64, 128)
+    rows = [["out x in", *(f"r = {rank}" for rank in ranks)]]
+    for group in result(run).groups:
+        shape = group.name.removeprefix("minor subspace, ")
+        label = f"{shape} (embedding)" if shape == "576 x 49152" else shape
+        ratios = [group.ratio(f"minor_subspace, r = {rank}", names.SVD) for rank in ranks]
+        rows.append([label, *(f"{1 / one.median:.1f}×" for one in ratios)])
+    return rows
 
 
 def quality(run: str) -> str:
     return at_equal_forgetting(raw(run), RIGHT)
 
 
-def energy(run: str) -> list[list[str]]:
-    return rows(raw(run))
+def energy(run: str) -> list[Row]:
+    return directions.rows(raw(run))
 
 
-def subspaces(run: str, previous: str, one_thread: str, epyc: str) -> Rows:
-    ours = "minor_subspace, r = {}".format
-    runs = {"previous run, r = 16": previous, "one thread, r = 16": one_thread, "AMD EPYC, r = 16": epyc}
-    yield ["out x in", *(f"r = {rank}" for rank in (16, 64, 128)), *runs]
-    for group in result(run).groups:
-        ratios = [group.ratio(ours(rank), names.SVD) for rank in (16, 64, 128)]
-        for name in runs.values():
-            other = only(name, group.name)
-            solver = ours(16) if ours(16) in other.timings else "minor_subspace"
-            ratios.append(other.ratio(solver, names.SVD))
-        label = group.name.removeprefix("minor subspace, ")
-        label += " (embedding)" if label == "576 x 49152" else ""
-        yield [label, *(f"{1 / one.median:.1f}×" for one in ratios)]
+TABLES = {
+    "measured": measured,
+    "headline": headline,
+    "layers-compared": layers_compared,
+    "host": host,
+    "experts": experts,
+    "subspaces": subspaces,
+    "quality": quality,
+    "energy": energy,
+}
 
 
-def modelled() -> Rows:
-    yield [
-        "tokens x out x in",
-        "mica, split",
-        "mica, fused",
-        "stock PEFT, bf16 adapters",
-        "stock PEFT, default",
-    ]
-    for shape in roofline.SHAPES:
-        layer = roofline.Layer(*shape, roofline.RANK, roofline.H100.target)
-        forms = roofline.SPLIT, roofline.FUSED, roofline.STOCK_16, roofline.STOCK
-        percents = [roofline.percent(layer, roofline.H100, form) for form in forms]
-        cells = [f"{one['forward']:.0f} / {one['backward']:.0f} %" for one in percents]
-        yield [" x ".join(map(str, shape)), *cells]
-
-
-def forms() -> Rows:
-    """Launches and bytes of a layer of 8192 tokens, 4096 x 4096: forward, backward, by rank."""
-    ranks = (16, 128)
-    yield ["form", *(f"rank {rank}, {part}" for rank in ranks for part in ("forward", "backward"))]
-    for form in roofline.FORMS:
-        costs = [roofline.FORMS[form](roofline.Layer(8192, 4096, 4096, rank, "sm_90")) for rank in ranks]
-        parts = [kernels for cost in costs for kernels in cost[:2]]
-        moved = [sum(kernel.bytes + kernel.partials for kernel in kernels) / 1e6 for kernels in parts]
-        yield [form, *(f"{len(p)}: {size:.0f} MB" for p, size in zip(parts, moved, strict=True))]
-
-
-def stack() -> Rows:
-    yield ["form", "forward", "", "", "both", "", "", "kept"]
-    yield from stacks.table()
-
-
-MADE = (
-    measured,
-    headline,
-    steps,
-    layers_compared,
-    host,
-    dtypes,
-    others,
-    experts,
-    corpus,
-    recipes,
-    quality,
-    energy,
-)
-MADE += (subspaces, modelled, forms, stack)
-TABLES = {one.__name__.replace("_", "-"): one for one in MADE}
+def markdown(header: Row, rows: Iterable[Row]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def table(name: str, *files: str) -> str:
     made = TABLES[name](*files)
     if not isinstance(made, str):
         header, *rows = made
-        made = markdown_table(header, rows)
+        made = markdown(header, rows)
     return made.replace("|  |", "| |").replace("|  |", "| |") + "\n"
 
 
@@ -374,7 +304,7 @@ def filled(page: str) -> str:
 
 def main() -> None:
     (run,) = sources("energy")
-    plots.energy(profiles(raw(run)), RESULTS / f"{run}.png")
+    plots.energy(directions.profiles(raw(run)), RESULTS / f"{run}.png")
     for page in PAGES:
         (ROOT / page).write_text(filled(page), encoding="utf-8")
 

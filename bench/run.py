@@ -25,9 +25,10 @@ NOTHING = "nothing ran"
 # by exit status: all passed, some failed, three ways of not getting that far, nothing was selected
 PYTEST_ENDED = {0: "passed", 1: "failed", 2: "failed", 3: "failed", 4: "failed", 5: "passed"}
 STARTS = 4  # of one job at most
+POLL = 0.1  # seconds
 # Seconds. Rewriting the file computes all its statistics, and on a CPU what that takes would be added to
 # measured times; the journal has each round at once.
-POLL, REWRITE = 0.1, 60.0
+REWRITE = 60.0
 
 
 class Job(NamedTuple):
@@ -47,29 +48,29 @@ def pytest(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "pytest", *map(str, arguments)]
 
 
-def suite(files: list[str], selection: str = "") -> list[str]:
+def suite(files: list[str], *options: str) -> list[str]:
     """pytest's command for files in ``bench/suites``."""
-    chosen = ["-k", selection] if selection else []
-    return pytest(*(SUITES / file for file in files), "-c", SUITES.parent / "pytest.ini", *chosen)
+    return pytest(*(SUITES / file for file in files), "-c", SUITES.parent / "pytest.ini", *options)
 
 
 class Run:
     """One run: its journal, which the jobs' processes write to, and its result file."""
 
     def __init__(self, file: Path):
-        file = file.resolve()  # the processes have another working directory
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self.file, self.journal = file, file.with_suffix(".jsonl")
+        self.file = file.resolve()  # the processes have another working directory
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.journal = self.file.with_suffix(".jsonl")
         self.journal.unlink(missing_ok=True)
         os.environ[journal.VARIABLE] = str(self.journal)
         self.machine = facts()
-        self._written = (0.0, 0)
+        self._saved_at = 0.0
+        self._saved_size = 0
 
     def start(self, job: Job) -> dict:
         """Run it to the end; returns its summary, which is also in the result file."""
-        began, deadline = time.monotonic(), time.monotonic() + job.seconds
+        began = time.monotonic()
         for _ in range(STARTS):
-            state = self._process(job, deadline)
+            state = self._process(job, began + job.seconds)
             if state not in ("died", "hung") or not self._blame(job, state):
                 break
         return self._note(self._summary(job, state, time.monotonic() - began))
@@ -85,7 +86,16 @@ class Run:
 
     def save(self) -> None:
         journal.fold(journal.read(), self.machine).save(self.file)
-        self._written = time.monotonic(), self._size()
+        self._saved_at = time.monotonic()
+        self._saved_size = self._size()
+
+    def _save_sometimes(self) -> None:
+        is_due = time.monotonic() - self._saved_at > REWRITE
+        if is_due and self._size() != self._saved_size:
+            self.save()
+
+    def _size(self) -> int:
+        return self.journal.stat().st_size if self.journal.exists() else 0
 
     def _entries(self) -> list[dict]:
         """Those of the current job: since the last one ended."""
@@ -93,26 +103,32 @@ class Run:
         ends = [number for number, entry in enumerate(entries) if entry["kind"] == "stage"]
         return entries[ends[-1] + 1 :] if ends else entries
 
-    def _size(self) -> int:
-        return self.journal.stat().st_size if self.journal.exists() else 0
-
     def _process(self, job: Job, deadline: float) -> str:
         """How it ended: passed, failed, died, hung (silent for too long) or over time."""
         environment = {**os.environ, **job.environment, "MICA_BENCH_STAGE": job.name}
         process = subprocess.Popen(job.command, cwd=ROOT, env=environment, start_new_session=True)
-        size, heard, state = self._size(), float("inf"), None
-        while state is None and process.poll() is None:
-            time.sleep(POLL)
-            now = time.monotonic()
-            if (grown := self._size()) != size:
-                size, heard = grown, now
-            if grown != self._written[1] and now - self._written[0] > REWRITE:
-                self.save()
-            state = "over time" if now > deadline else "hung" if now - heard > job.silence else None
+        state = self._watch(process, job.silence, deadline)
         with suppress(ProcessLookupError):  # and what it has started
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         return state or PYTEST_ENDED.get(process.returncode, "died")
+
+    def _watch(self, process: subprocess.Popen, silence: float, deadline: float) -> str | None:
+        """Until it ends, or why it has to be ended. Silence begins with its first line."""
+        size = self._size()
+        heard = float("inf")
+        while process.poll() is None:
+            time.sleep(POLL)
+            now = time.monotonic()
+            if self._size() != size:
+                size = self._size()
+                heard = now
+            self._save_sometimes()
+            if now > deadline:
+                return "over time"
+            if now - heard > silence:
+                return "hung"
+        return None
 
     def _blame(self, job: Job, state: str) -> bool:
         """Note what it was doing, which the next process leaves out; whether it was doing anything."""
@@ -120,14 +136,17 @@ class Run:
         if not entries:
             return False
         why = "the process died" if state == "died" else f"nothing was heard for {job.silence:.0f} s"
-        last, ended = entries[-1], {one["name"] for one in entries if one["kind"] == "test"}
+        last = entries[-1]
+        if last["kind"] == "refused":  # it has refused that itself, and exited
+            return True
         if last["kind"] == "doing" and "group" in last:
             cell = {name: last[name] for name in ("group", "implementation") if name in last}
             journal.write("refused", **cell, why=why)
-        elif last["kind"] != "refused":  # else it has refused that itself, and exited
-            started = dict.fromkeys(one["test"] for one in entries if "test" in one)
-            for name in started.keys() - ended:  # of several at once the others have continued
-                journal.write("test", stage=job.name, name=name, outcome="failed", why=why, is_check=True)
+            return True
+        ended = {one["name"] for one in entries if one["kind"] == "test"}
+        started = dict.fromkeys(one["test"] for one in entries if "test" in one)
+        for name in started.keys() - ended:  # of several at once the others have continued
+            journal.write("test", stage=job.name, name=name, outcome="failed", why=why, is_check=True)
         return True
 
     def _summary(self, job: Job, state: str, seconds: float) -> dict:
@@ -136,14 +155,16 @@ class Run:
         tests = [one for one in entries if one["kind"] == "test"]
         outcomes = Counter(one["outcome"] for one in tests)
         failed = [one["name"] for one in tests if one["outcome"] == "failed"]
-        doing = next((one for one in reversed(entries) if one["kind"] == "doing"), {})
-        if state == "passed":
-            state = "failed" if failed else state if outcomes["passed"] else NOTHING
+        if state == "passed" and failed:
+            state = "failed"
+        elif state == "passed" and not outcomes["passed"]:
+            state = NOTHING
         summary = {"stage": job.name, "state": state, "seconds": round(seconds, 1)}
         summary |= {name: outcomes[name] for name in ("passed", "failed", "skipped")}
         if failed:
             summary["first_failed"] = failed[:5]
         if state in ("died", "hung", "over time"):
-            names = "group", "implementation", "test"
-            summary["was_doing"] = {name: doing[name] for name in names if name in doing}
+            doing = next((one for one in reversed(entries) if one["kind"] == "doing"), {})
+            told = ("group", "implementation", "test")
+            summary["was_doing"] = {name: doing[name] for name in told if name in doing}
         return summary

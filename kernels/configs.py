@@ -1,7 +1,7 @@
 """Launch configurations: at most three per kernel and target, chosen by shape, the first one by default.
 
 `make static` compiles all of them for every target ahead of time. None has been timed: they follow from the
-arithmetic of `bench.model.roofline` and from what compiles without spills. The block size along the rank is
+bytes and operations of each product and from what compiles without spills. The block size along the rank is
 `padded_rank`, not part of a configuration. `FORMS` says which kernels a layer's formula consists of.
 """
 

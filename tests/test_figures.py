@@ -7,15 +7,14 @@ from statistics import mean, median
 import pytest
 
 from bench import pages
-from bench.quality.recipes import OPTIONS, STOPS
+from bench.quality.recipes import OPTIONS, RECIPES, STOPS
 from bench.quality.report import RIGHT, differences, values
 from bench.quality.schedule import rates_that_count
-from bench.report.compare import compare
 from bench.results import names
 from bench.results.names import FAST, LORA, STOCK
-from bench.results.schema import Result
 
-XEON = pages.RESULTS / "intel-xeon-processor-amx-2-threads"
+XEON = "intel-xeon-processor-2-threads"
+EPYC = "amd-epyc-avx512-bf16-2-threads"
 
 
 @pytest.mark.parametrize("page", pages.PAGES)
@@ -47,11 +46,6 @@ def words():
     said = f"A whole bf16 step was {pages.speedup(plain)} faster, under autocast {pages.speedup(autocast)}"
     yield main, said
     assert autocast.high > 1, "which is within its noise"
-    *_, step = pages.bf16_steps(run)
-    saved = [step.timings[name].facts["saved_mb"] for name in (FAST, STOCK, names.BARE)]
-    text = "Under autocast {:.0f} MB are saved for the backward pass, "
-    text += "with stock PEFT {:.0f} MB (bare model: {:.0f} MB)"
-    yield bench, text.format(*saved)
     slower = pages.only(of_adapter, suite="merge").ratio(FAST, STOCK).median
     for page in (main, bench):
         yield page, f"is {slower:.1f}× slower"
@@ -69,12 +63,9 @@ def words():
     yield "mica/fast/README.md", text.format(*(pages.shown(layer.ratio(way, STOCK)) for way in ways))
     ratio = pages.only(*pages.sources("experts"), suite="experts", out=2048).ratio(FAST, LORA).median
     yield main, f"[{ratio:.2f}× as long](bench/README.md#experts)"
-    corpus = pages.raw(*pages.sources("corpus"))
+    corpus = pages.raw(f"{EPYC}/2026-11-26-corpus")
     tokens = corpus["adapt, first start"]["output"].partition(" tokens")[0].replace(",", "")
     yield bench, f"({corpus['documents']:,} documents, {int(tokens) / 1e6:.0f} M tokens of SmolLM2)"
-    before, after = (Result.load(XEON / f"2026-11-25{end}.json") for end in ("-before", ""))
-    found = compare(before, after, 0.05)
-    yield "bench/METHOD.md", f"agree in {found.agreeing} of {found.ratios} ratios"
     # what the page says of a run of model quality are the defaults of the command
     assert OPTIONS["epochs"][0] == 8
     yield bench, "Eight epochs of eight steps, the same batches for all."
@@ -118,6 +109,42 @@ def of_the_study():
     yield page, f"learned most at 0.25 to 1 nat: {full[0]} to {full[-1]} %"
 
 
-@pytest.mark.parametrize(("page", "said"), [*words(), *of_the_study()])
+def of_single_results():
+    """Figures of suites that were measured once, and of the recipes."""
+    page = "bench/README.md"
+    generated = pages.only(f"{EPYC}/2026-11-26-host", suite="generation").ratio(FAST, STOCK)
+    yield page, f"with an unmerged adapter took {pages.shown(generated)} times stock PEFT's time"
+    over_nf4 = pages.only(f"{XEON}/2026-11-25-quantised").ratio(FAST, LORA)
+    yield page, f"mica.fast took {pages.shown(over_nf4)} times as long as PEFT's LoRA"
+    shapes = pages.result("amd-epyc-as-avx2-2-threads/2026-11-26-dtype").groups
+    for dtype in ("bfloat16", "float16"):
+        ratios = [one.ratio(f"{FAST}, {dtype}", f"{FAST}, float32").median for one in shapes]
+        yield page, f"{min(ratios):.2f} to {max(ratios):.2f} times as long in {dtype}"
+    experts = pages.only(f"{EPYC}/2026-11-26-experts", suite="experts init").timings
+    ours, loop = (experts[name].median for name in (FAST, names.SVD))
+    yield page, f"took {ours:.1f} s, a loop of `torch.linalg.svd` over them {loop:.1f} s"
+    corpus = pages.raw(f"{EPYC}/2026-11-26-corpus")
+    alone, first, second = (
+        corpus[name] for name in ("tokenise, first start", "adapt, first start", "adapt, second start")
+    )
+    yield page, f"Two workers tokenise it in {alone['seconds']:.0f} s"
+    text = "takes {:.0f} s, and {:.0f} s when the tokens are cached"
+    yield page, text.format(first["seconds"], second["seconds"])
+    peaks = [first[name] / 2**30 for name in ("peak_bytes", "peak_bytes_of_children")]
+    yield page, "at most {:.2f} GiB of resident memory, its workers {:.2f} GiB".format(*peaks)
+    paper, linear = RECIPES["paper"], RECIPES["all-linear"]
+    assert (paper.target_modules, paper.scaling) == (("q_proj", "v_proj"), 2)
+    text = "{} schedule, weight decay {:g}, dropout {:g}, clipping at {:g}"
+    yield page, text.format(paper.scheduler, paper.weight_decay, paper.dropout, paper.max_grad_norm)
+    assert (linear.target_modules, linear.scaling) == ("all-linear", 1)
+    assert (linear.scheduler, linear.weight_decay, linear.dropout, linear.max_grad_norm) == (
+        "linear",
+        0,
+        0,
+        1,
+    )
+
+
+@pytest.mark.parametrize(("page", "said"), [*words(), *of_the_study(), *of_single_results()])
 def test_words(page, said):
     assert re.sub(r"\s+", " ", said) in " ".join((pages.ROOT / page).read_text(encoding="utf-8").split())

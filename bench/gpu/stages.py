@@ -45,7 +45,7 @@ STAGES = (
     # what does an adapter cost a layer?
     Stage("layers", 200, ("bench_layer.py",), "not forms"),
     # what does a model gain in time and memory, with the same losses?
-    Stage("model", 160, ("bench_step.py", "bench_experts.py")),
+    Stage("model", 160, ("bench_block.py", "bench_step.py", "bench_experts.py")),
     # how fast is the initialisation of an adapter?
     Stage("initialisation", 100, ("bench_subspace.py", "bench_adapter.py"), backend="auto"),
     # do graphs, streams and torch.compile give the same results? In which kernels does a step spend its time?
@@ -53,13 +53,16 @@ STAGES = (
     # is another form of a layer faster?
     Stage("forms", 120, ("bench_layer.py",), "forms"),
 )
-COMMANDS = "1,3,4,7", "2,5,6,8"  # of ``--stages``: each fits the default budget, for machines lent briefly
 
 
-def job(stage: Stage, folder: Path, name: str, is_dry: bool, seconds: float, silence: float) -> Job:
-    """The process of a stage; ``seconds``: what is left of the run's budget."""
-    environment = {"MICA_BACKEND": stage.backend, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
-    environment["TRITON_INTERPRET"] = str(int(is_dry))
+def job(stage: Stage, results: Path, is_dry: bool, seconds: float, silence: float) -> Job:
+    """The process of a stage; ``results``: the run's file; ``seconds``: what is left of its budget."""
+    environment = {
+        "MICA_BACKEND": stage.backend,
+        "OMP_WAIT_POLICY": "passive",
+        "HF_HUB_OFFLINE": "1",
+        "TRITON_INTERPRET": "1" if is_dry else "0",
+    }
     if is_dry:
         environment["MICA_BENCH_SIZE"] = "dry"
     if stage.tests:
@@ -67,22 +70,22 @@ def job(stage: Stage, folder: Path, name: str, is_dry: bool, seconds: float, sil
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         if not is_dry:
             environment["MICA_TEST_DEVICE"] = "cuda"
-        command = _tests(stage, is_dry, folder / f"{name}-{stage.name}.xml")
+        command = _tests(stage, is_dry, results.with_name(f"{results.stem}-{stage.name}.xml"))
     else:
-        command = suite(list(stage.files), stage.selection)
+        command = suite(list(stage.files), "-k", stage.selection)
     limit = min(DRY_SECONDS if is_dry else stage.seconds, seconds)
     return Job(stage.name, command, environment, limit, silence)
 
 
 def _tests(stage: Stage, is_dry: bool, report: Path) -> list[str]:
     """To the end, whatever fails."""
-    files, selection = stage.files, []
-    if stage.parallel and is_dry:
-        files, selection = DRY_TESTS, ["-k", DRY_SELECTION]
     # what a user's settings add could duplicate an option or stop at the first failure
     options = ["-o", "addopts=--import-mode=importlib --strict-markers -p no:cacheprovider", "--tb=short"]
-    if stage.parallel:
-        workers = min(16, os.cpu_count() or 1)
-        options += ["-n", workers, "--dist", "worksteal"]
     options += [f"--junitxml={report}", "-o", "junit_family=xunit2", "-p", "bench.measure.watching"]
-    return pytest(*(ROOT / "tests" / file for file in files), *options, *selection)
+    files = stage.files
+    if stage.parallel:
+        options += ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "worksteal"]
+        if is_dry:
+            files = DRY_TESTS
+            options += ["-k", DRY_SELECTION]
+    return pytest(*(ROOT / "tests" / file for file in files), *options)

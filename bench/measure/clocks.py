@@ -5,10 +5,15 @@
   Excludes host time, but includes a gap of a microsecond or two between launches.
 - *graph replay*: the same for a captured CUDA graph of the call, without those gaps.
 
-Triton's clocks measure something else. `do_bench` empties the cache by writing, so what it wrote is written
-back while the call is timed; and it gives the host no lead but that write: where a call takes longer to
-enqueue, its time is the host's. `do_bench_cudagraph` repeats a call within one graph, with its operands in
-the cache, and captures on a stream of its own, where a backward, which runs on its forward's, is not seen.
+`triton.testing` has clocks for the last two, which measure something else:
+
+- `do_bench` also has an event on either side of each call and an empty cache, but it empties the cache by
+  zeroing 256 MB, whose dirty lines are written back while the call is timed. And that zeroing is all the lead
+  that the host gets: a call that takes the host longer to enqueue than it takes the device is timed by the
+  host's clock. Here the cache is emptied by reading, and the device sleeps while the host enqueues.
+- `do_bench_cudagraph` captures many calls in one graph and never empties the cache, so a layer's operands are
+  in it from the second call on; here a graph is one call, and the cache is empty before each replay. And it
+  captures on a new stream, while a backward runs on that of its forward, which is not being captured.
 
 A dry run has none of these clocks; the host's stands in for all of them, and its times mean nothing.
 """
@@ -26,9 +31,14 @@ from bench.measure.machine import IS_DRY
 Call = Callable[[], object]
 
 FLUSH_BYTES = 256 * 2**20  # five times the L2 cache of an H100
-SAMPLES, SECONDS = (3, 9), 0.005  # per round: fewest and most calls, and about how long
+# Per round: fewest and most calls, and about how long
+FEWEST = 3
+MOST = 9
+SECONDS = 0.005
 # The device waits while the host enqueues a call: LEAD times what that took before, and a little more.
-LEAD, LEAST_LEAD, LONGEST_LEAD = 3.0, 50e-6, 20e-3
+LEAD = 3.0
+LEAST_LEAD = 50e-6
+LONGEST_LEAD = 20e-3
 CLOCK_RATE = 2.0e9  # cycles a second of `_sleep`; a slower clock only lengthens the lead
 
 _flush: torch.Tensor | None = None
@@ -67,8 +77,8 @@ def device_seconds(call: Call) -> float:
         return _host_seconds(call)
     lead = LEAST_LEAD + LEAD * _enqueued_in(call)
     while True:
-        spans, late = _device_spans(call, min(lead, LONGEST_LEAD))
-        if not late:
+        spans, is_late = _device_spans(call, min(lead, LONGEST_LEAD))
+        if not is_late:
             return median(spans)
         if lead >= LONGEST_LEAD:
             raise HostTooSlowError(f"the host takes {lead * 1e3:.0f} ms or more for a call, or waits in it.")
@@ -77,9 +87,12 @@ def device_seconds(call: Call) -> float:
 
 def _device_spans(call: Call, lead: float) -> tuple[list[float], bool]:
     """Seconds of some calls, and whether the host ever took longer than the device waited for it."""
-    events, late, started = [], False, time.perf_counter()
-    while len(events) < SAMPLES[0] or (len(events) < SAMPLES[1] and time.perf_counter() - started < SECONDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    events = []
+    is_late = False
+    until = time.perf_counter() + SECONDS
+    while len(events) < FEWEST or (len(events) < MOST and time.perf_counter() < until):
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         _empty_cache()
         torch.cuda.synchronize()
         torch.cuda._sleep(int(lead * CLOCK_RATE))
@@ -87,10 +100,10 @@ def _device_spans(call: Call, lead: float) -> tuple[list[float], bool]:
         start.record()
         call()
         end.record()
-        late |= time.perf_counter() - before > 0.8 * lead
+        is_late |= time.perf_counter() - before > 0.8 * lead
         end.synchronize()
         events.append((start, end))
-    return [1e-3 * start.elapsed_time(end) for start, end in events], late
+    return [1e-3 * start.elapsed_time(end) for start, end in events], is_late
 
 
 def _empty_cache() -> None:

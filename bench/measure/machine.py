@@ -19,9 +19,8 @@ from bench.results.throughput import AT_PEAK
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# "quick", "default", "full", or "dry": what a run on an accelerator does, without one, on tiny shapes
-SIZE = os.environ.get("MICA_BENCH_SIZE", "default")
-IS_DRY = SIZE == "dry"
+# What a run on an accelerator does, without one, on tiny shapes
+IS_DRY = os.environ.get("MICA_BENCH_SIZE") == "dry"
 ON_ACCELERATOR = DEVICE == "cuda" or IS_DRY
 LIBRARIES = ("torch", "peft", "transformers", "triton", "bitsandbytes")
 
@@ -31,7 +30,11 @@ def instructions() -> str:
     if limit():
         return ""
     flags = _cpu().get("flags", [])
-    return "amx" if "amx_bf16" in flags else "avx512-bf16" if "avx512_bf16" in flags else ""
+    if "amx_bf16" in flags:
+        return "amx"
+    if "avx512_bf16" in flags:
+        return "avx512-bf16"
+    return ""
 
 
 def limit() -> str:
@@ -54,15 +57,18 @@ def folder() -> str:
     if DEVICE == "cuda":
         return "-".join(re.findall(r"\w+", torch.cuda.get_device_name().lower()))
     words = re.findall(r"\w+", re.sub(r"\(\w+\)", " ", _brand().lower()))  # without (R) and (TM)
-    kinds = [instructions()] if instructions() else []
-    kinds += [f"as-{limit().lower()}"] if limit() else []
-    return "-".join([*words, *kinds, str(torch.get_num_threads()), "threads"])
+    if instructions():
+        words.append(instructions())
+    if limit():
+        words.append(f"as-{limit().lower()}")
+    return "-".join([*words, str(torch.get_num_threads()), "threads"])
 
 
 def output(name: str | None = None) -> Path:
     """The default folder of results: ``OUT`` if that is set, else this machine's."""
-    out = os.environ.get("OUT")
-    return Path(out) if out else ROOT / "bench" / "results" / (name or folder())
+    if os.environ.get("OUT"):
+        return Path(os.environ["OUT"])
+    return ROOT / "bench" / "results" / (name or folder())
 
 
 def facts() -> dict[str, str | int | bool]:
@@ -70,7 +76,7 @@ def facts() -> dict[str, str | int | bool]:
     machine: dict[str, str | int | bool] = {
         "cpu": _brand(),
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "dry run" if IS_DRY else "cpu",
+        "device": _device(),
         "threads": torch.get_num_threads(),
         "bf16 instructions": instructions(),
         "instructions limited to": limit(),
@@ -80,11 +86,17 @@ def facts() -> dict[str, str | int | bool]:
             machine[library] = version(library)
     changes = _git("status", "--porcelain", "--", ".", ":!bench/results")
     return machine | {
-        "size": SIZE,
+        "size": "dry" if IS_DRY else "default",
         "commit": _git("rev-parse", "HEAD") or os.environ.get("MICA_BENCH_COMMIT", "unknown"),
         "uncommitted_changes": bool(changes),
         "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _device() -> str:
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    return "dry run" if IS_DRY else "cpu"
 
 
 def seconds_at_peak(size: float) -> dict[str, float]:

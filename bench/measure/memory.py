@@ -1,4 +1,4 @@
-"""Memory: what a forward saves for its backward, what is trained, and how much a process grows."""
+"""Memory: what a forward saves for its backward, and how much a process grows."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def saved_bytes(
     ``but``: further tensors that exist anyway. Counted by saved-tensor hooks. What a library keeps on its own
     in an autograd.Function is not seen; with bitsandbytes that is the packed weight, a parameter.
     """
-    known = [*but, *(p for model in without for p in model.parameters())]
-    parameters = {tensor.untyped_storage().data_ptr() for tensor in known}
+    known = {tensor.untyped_storage().data_ptr() for tensor in but}
+    for model in without:
+        known.update(parameter.untyped_storage().data_ptr() for parameter in model.parameters())
     storages = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
+        if storage.data_ptr() not in known:
             storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept, or the address is reused
         return tensor
 
@@ -42,10 +43,12 @@ def peak_growth() -> Iterator[Callable[[], float | None]]:
 
     Of the device's allocator on CUDA, of the process's resident memory on Linux, None elsewhere.
     """
-    unknown = DEVICE == "cpu" and not Path("/proc/self/clear_refs").exists()
-    before = None if unknown else _peak(reset=True)
-    yield lambda: None if before is None else max(0, after - before)
-    after = None if before is None else _peak()
+    if DEVICE == "cpu" and not Path("/proc/self/clear_refs").exists():
+        yield lambda: None
+        return
+    before = _peak(reset=True)
+    yield lambda: max(0, after - before)
+    after = _peak()
 
 
 def _peak(reset: bool = False) -> int:
@@ -58,13 +61,3 @@ def _peak(reset: bool = False) -> int:
         Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
-
-
-def trainable_bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-
-
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Of the states after a step."""
-    values = (value for state in optimizer.state.values() for value in state.values())
-    return sum(value.numel() * value.element_size() for value in values if torch.is_tensor(value))

@@ -25,8 +25,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ended = {one["name"] for one in journal.read() if one["kind"] == "test" and one["stage"] == STAGE}
     left_out = [item for item in items if item.nodeid in ended]
     if left_out:
-        items[:] = [item for item in items if item.nodeid not in ended]
         config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.nodeid not in ended]
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
@@ -46,8 +46,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def _why(report: pytest.TestReport) -> str:
-    if report.skipped:
-        return str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if report.skipped and isinstance(report.longrepr, tuple):
+        _, _, reason = report.longrepr
+        return str(reason)
     crash = getattr(report.longrepr, "reprcrash", None)
-    text = crash.message if crash is not None else str(report.longrepr)
-    return text.strip().splitlines()[0] if text.strip() else "failed"
+    text = str(report.longrepr) if crash is None else crash.message
+    first_line, _, _ = text.strip().partition("\n")
+    return first_line or "failed"

@@ -6,31 +6,70 @@ Ratios are taken within a round, in which the implementations took turns: the me
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
-from bench.report.frame import BASELINES, CELL, IMPLEMENTATION, OVERHEAD, SECONDS, against, frame
 from bench.report.targets import targets
-from bench.results.names import BARE, FAST, WALL
+from bench.report.words import BASELINES, against, ratios, shape_in_words
+from bench.results.cell import Group
+from bench.results.names import BARE, BOTH, FAST, NO_GRADIENT, WALL
 from bench.results.schema import Result
-from bench.results.throughput import UNITS, number
+from bench.results.throughput import number
 
-MACHINE = ("cpu", "bf16 instructions", "instructions limited to", "device", "threads")
-MACHINE += ("torch", "peft", "transformers", "triton", "bitsandbytes", "python")
-AXES = ("model", "kernel", "tokens", "sequence", "new tokens", "features", "out × in", "layers", "weights")
-AXES += ("experts", "rank", "dtype", "autocast", "how", "pass", "call", "clock")
-HEADERS = {"rank": "r", "how": "run under", "saved_mb": "saved MB", "peak_mb": "peak MB"}
-HEADERS |= {"trained_mb": "trained MB", "optimizer_mb": "optimizer MB", "weights_changed": "weights changed"}
-RATES = tuple(unit for unit, _ in UNITS.values())
-RATIOS = tuple(against(baseline) for baseline in BASELINES)
+TOLD_LAST = ("size", "commit", "uncommitted_changes", "datetime")  # of the machine
 DRY = "**A dry run: tiny shapes, interpreted kernels, the host's clock. Its times are not measurements.**"
+HOW = (
+    "Ratios are taken within a round, in which the implementations took turns: the median and its 95 %"
+    " confidence interval. Throughput is that of the median round."
+)
 
 
-def markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), old: Result | None = None) -> str:
+    """Markdown; pictures are linked by file name. ``old``: a run that this one is compared with."""
+    device = result.machine.get("device", "cpu")
+    groups = waited_for(result)
+    parts = ["# What it costs"]
+    if device == "dry run":
+        parts += [DRY, _head(result.machine), HOW]
+    else:
+        parts += [_head(result.machine), HOW]
+        if device != "cpu":
+            parts += ["## Targets", table(targets(result.with_both()))]
+        parts += ["## In short: mica.fast, times as fast", in_short(groups)]
+    if old is not None:
+        parts += ["## Changed", changes(waited_for(old), groups)]
+    if result.refused:
+        parts.append(refused_text(result.refused))
+    if result.stages:
+        parts += ["## What ran", stage_table(result.stages)]
+    if result.checks:
+        parts += ["## Checks", *checks_text(result.checks)]
+    parts += [f"![{caption}]({path.name})\n\n{caption}" for path, caption in pictures]
+    for suite in dict.fromkeys(group.axes.get("suite", "suites") for group in groups):
+        cells = [group for group in groups if group.axes.get("suite", "suites") == suite]
+        parts += [f"## {suite.capitalize()}", suite_table(cells)]
+    return "\n\n".join(parts) + "\n"
+
+
+def waited_for(result: Result) -> list[Group]:
+    """Cells of the passes that a user waits for: no forward or backward alone."""
+    groups = result.with_both().groups
+    return [group for group in groups if group.axes.get("pass") in (None, BOTH, NO_GRADIENT)]
+
+
+def _head(machine: dict) -> str:
+    if not machine:
+        return "The machine is unknown, and so is whether these times are measurements."
+    words = [f"{name} {value}" for name, value in machine.items() if value and name not in TOLD_LAST]
+    if machine.get("bf16 instructions") == "":
+        words.append("no bf16 instructions")
+    changes = " with changes" if machine.get("uncommitted_changes") else ""
+    commit = f"commit {str(machine.get('commit'))[:12]}{changes}"
+    when = str(machine.get("datetime"))[:16]
+    return f"{', '.join(words)}; {commit}, {when}, a {machine.get('size')} run."
 
 
 def table(data: pd.DataFrame) -> str:
@@ -38,129 +77,132 @@ def table(data: pd.DataFrame) -> str:
     return data.fillna("").to_markdown(index=False, disable_numparse=True)
 
 
-def suite_table(data: pd.DataFrame) -> str:
+def suite_table(groups: list[Group]) -> str:
     """A row an implementation of a cell: the axes that cells differ in, time, throughput, ratios, facts."""
-    axes = [axis for axis in AXES if axis in data and data[axis].nunique(dropna=False) > 1]
-    unit, scale = ("s", 1.0) if data[SECONDS].max() >= 1 else ("ms", 1e3)
-    shown = data[axes].astype(object)
-    cells = data.drop_duplicates(CELL)
-    if cells.duplicated(axes or "suite").any():  # the axes do not tell all of them apart
-        shown.insert(0, CELL, data[CELL])
-    shown[IMPLEMENTATION] = data[IMPLEMENTATION]
-    shown[unit] = (scale * data[SECONDS]).map("{:.4g}".format)
-    for rate in _present(data, RATES):
-        shown[rate] = data[rate].map(number, na_action="ignore")
-    for ratio in _present(data, (*RATIOS, OVERHEAD)):
-        shown[ratio] = data[ratio].map(str, na_action="ignore")
-    for fact in _facts(data):
-        shown[fact] = data[fact].map("{:.4g}".format, na_action="ignore")
-    named = shown.columns[: list(shown.columns).index(IMPLEMENTATION)]
-    shown.loc[data[CELL].duplicated(), named] = ""  # the cell of the row above
-    return table(shown.rename(columns=HEADERS))
+    rows = [(group, name, timing) for group in groups for name, timing in group.timings.items()]
+    labels = _labels(groups, [group for group, *_ in rows])
+    seconds = pd.Series([timing.median for *_, timing in rows])
+    times = pd.DataFrame({"implementation": [name for _, name, _ in rows]})
+    if seconds.max() >= 1:
+        times["s"] = seconds.map("{:.4g}".format)
+    else:
+        times["ms"] = (1e3 * seconds).map("{:.4g}".format)
+    rates = pd.DataFrame([timing.throughput for *_, timing in rows], dtype=object)
+    columns = [against(baseline) for baseline in BASELINES]
+    divided = pd.DataFrame([ratios(group, name) for group, name, _ in rows], columns=columns, dtype=object)
+    divided = divided.dropna(axis=1, how="all")
+    facts = pd.DataFrame([timing.facts for *_, timing in rows], dtype=object)
+    facts.columns = [fact.replace("_mb", " MB").replace("_", " ") for fact in facts]
+    shown = [
+        labels,
+        times,
+        rates.map(number, na_action="ignore"),
+        divided.map(str, na_action="ignore"),
+        facts.map("{:.4g}".format, na_action="ignore"),
+    ]
+    return table(pd.concat(shown, axis=1))
 
 
-def _present(data: pd.DataFrame, columns: Iterable[str]) -> list[str]:
-    return [column for column in columns if column in data and data[column].notna().any()]
+def _labels(cells: list[Group], rows: list[Group]) -> pd.DataFrame:
+    """What tells the cells apart, of each row; nothing where it is that of the row above."""
+    values = pd.DataFrame([{"suite": "", **shape_in_words(cell.axes)} for cell in cells], dtype=object)
+    axes = [axis for axis in values if values[axis].nunique(dropna=False) > 1]
+    labels = pd.DataFrame([shape_in_words(group.axes) for group in rows], columns=axes, dtype=object)
+    names = pd.Series([group.name for group in rows])
+    if values.duplicated(axes or "suite").any():  # the axes do not
+        labels.insert(0, "cell", names)
+    return labels.apply(lambda column: column.mask(names.duplicated(), ""))
 
 
-def _facts(data: pd.DataFrame) -> list[str]:
-    known = {"suite", CELL, IMPLEMENTATION, SECONDS, OVERHEAD, *AXES, *RATES, *RATIOS}
-    return _present(data, [column for column in data if column not in known])
-
-
-def in_short(data: pd.DataFrame) -> str:
+def in_short(groups: list[Group]) -> str:
     """How many times as fast mica.fast is as what it is compared with, over the cells of each suite."""
     rows = []
-    if not len(data):
-        return f"{FAST} was compared with nothing."
-    ours = data[data[IMPLEMENTATION] == FAST]
-    for ratio in _present(ours, [one for one in RATIOS if one != against(BARE)]):
-        compared = ours[ours[ratio].notna()]
-        faster = 1 / compared[ratio].map(lambda one: one.median)
-        by_suite = faster.astype(float).groupby([compared["suite"], compared["clock"]], sort=False)
-        for (suite, clock), factors in by_suite:
-            low, middle, high = (f"{one:.2f}×" for one in (factors.min(), factors.median(), factors.max()))
-            slower = str((factors < 1).sum() or "none")
-            rows.append([suite, clock, ratio[2:], str(len(factors)), low, middle, high, slower])
-    columns = ["suite", "clock", "against", "cells", "least", "median", "most", "cells in which it is slower"]
+    for baseline in BASELINES:
+        for group in groups:
+            if baseline != BARE and {FAST, baseline} <= group.timings.keys():
+                about = (group.axes.get("suite", ""), group.axes.get("clock", WALL), baseline)
+                rows.append((*about, 1 / group.ratio(FAST, baseline).median))
     if not rows:
         return f"{FAST} was compared with nothing."
-    short = pd.DataFrame(rows, columns=columns)
-    return table(short if short["clock"].nunique() > 1 else short.drop(columns="clock"))
+    keys = ["suite", "clock", "against"]
+    faster = pd.DataFrame(rows, columns=[*keys, "factor"]).groupby(keys, sort=False)["factor"]
+    short = pd.DataFrame({"cells": faster.size().map(str)})
+    for what, factors in (("least", faster.min()), ("median", faster.median()), ("most", faster.max())):
+        short[what] = factors.map("{:.2f}×".format)
+    slower = faster.agg(lambda factors: (factors < 1).sum())
+    short["cells in which it is slower"] = slower.map(lambda count: str(count or "none"))
+    short = short.reset_index()
+    if short["clock"].nunique() == 1:
+        short = short.drop(columns="clock")
+    return table(short)
+
+
+def changes(old: list[Group], new: list[Group]) -> str:
+    """Ratios of two runs whose intervals do not overlap.
+
+    Of ratios rather than of seconds, since machines drift, as does their load. Chance separates intervals,
+    too: with equal truth and 5 rounds each in 1 of 126 ratios, with 3 rounds in 1 of 10.
+    """
+    before = {group.name: group for group in old}
+    rows = []
+    count = 0
+    for group in new:
+        then = before.get(group.name, Group("", {}))
+        for name in [one for one in group.timings if one in then.timings]:
+            was = ratios(then, name)
+            for column, now in ratios(group, name).items():
+                if column not in was:
+                    continue
+                count += 1
+                if not now.overlaps(was[column]):
+                    factor = f"{now.median / was[column].median:.2f}"
+                    rows.append((group.name, name, column, str(was[column]), str(now), factor))
+    header = ["cell", "implementation", "ratio", "old", "new", "new ÷ old"]
+    agreeing = f"{count - len(rows)} of {count} ratios agree: their intervals overlap."
+    return f"{table(pd.DataFrame(rows, columns=header))}\n\n{agreeing}" if rows else agreeing
+
+
+def refused_text(refused: list[dict[str, str]]) -> str:
+    lines = ["**No number**, and why:\n"]
+    for one in refused:
+        what = ", ".join(one[name] for name in ("group", "implementation") if one.get(name))
+        lines.append(f"- {what}: {one['why']}")
+    return "\n".join(lines)
 
 
 def stage_table(stages: list[dict]) -> str:
-    """One row per stage. One in which nothing passed has not passed, whatever its tests were skipped for."""
+    """A row a stage. One in which nothing passed has not passed, whatever its tests were skipped for."""
     rows = []
     for stage in stages:
-        state, skipped = str(stage["state"]), stage.get("skipped", 0)
-        if state == "passed" and not stage.get("passed"):
-            state = "nothing ran"
-        elif state == "passed" and skipped:
-            state = f"passed but for {skipped} skipped"
-        rows.append(
-            {
-                "stage": stage["stage"],
-                "state": state if state == "passed" else f"**{state}**",
-                **{name: str(stage.get(name, "")) for name in ("seconds", "passed", "failed", "skipped")},
-                "was doing": ", ".join(map(str, stage.get("was_doing", {}).values())),
-            }
-        )
+        row = {"stage": stage["stage"], "state": _state(stage)}
+        for name in ("seconds", "passed", "failed", "skipped"):
+            row[name] = str(stage.get(name, ""))
+        row["was doing"] = ", ".join(map(str, stage.get("was_doing", {}).values()))
+        rows.append(row)
     return table(pd.DataFrame(rows))
+
+
+def _state(stage: dict) -> str:
+    if stage["state"] != "passed":
+        return f"**{stage['state']}**"
+    if not stage.get("passed"):
+        return "**nothing ran**"
+    if stage.get("skipped"):
+        return f"**passed but for {stage['skipped']} skipped**"
+    return "passed"
 
 
 def checks_text(checks: list[dict[str, str]]) -> list[str]:
     """How many had which outcome, then those that did not pass, with why."""
-    counts = pd.Series([one["outcome"] for one in checks]).value_counts(sort=False)
-    parts = [f"{len(checks)} checks: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + "."]
+    counts = Counter(one["outcome"] for one in checks)
+    outcomes = ", ".join(f"{count} {name}" for name, count in counts.items())
+    parts = [f"{len(checks)} checks: {outcomes}."]
     for outcome, title in (("failed", "Failed"), ("skipped", "Skipped, so not checked")):
-        lines = [
-            f"- {one['stage']}, {one['name']}: {one.get('why', 'no reason given')}"
-            for one in checks
-            if one["outcome"] == outcome
-        ]
+        lines = []
+        for one in checks:
+            if one["outcome"] == outcome:
+                why = one.get("why", "no reason given")
+                lines.append(f"- {one['stage']}, {one['name']}: {why}")
         if lines:
             parts.append(f"**{title}**:\n\n" + "\n".join(lines))
     return parts
-
-
-def _head(machine: dict) -> str:
-    if not machine:
-        return "The machine is unknown, and so is whether these times are measurements."
-    text = ", ".join(f"{name} {machine[name]}" for name in MACHINE if machine.get(name))
-    text += ", no bf16 instructions" if machine.get("bf16 instructions") == "" else ""
-    commit = str(machine.get("commit"))[:12] + (" with changes" if machine.get("uncommitted_changes") else "")
-    return f"{text}; commit {commit}, {str(machine.get('datetime'))[:16]}, a {machine.get('size')} run."
-
-
-def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), note: str = "") -> str:
-    """Markdown; pictures are linked by file name."""
-    data, device = frame(result), result.machine.get("device", "cpu")
-    parts = [
-        "# What it costs",
-        *([DRY] if device == "dry run" else []),
-        _head(result.machine),
-        "Ratios are taken within a round, in which the implementations took turns: the median and its 95 %"
-        " confidence interval. Throughput is that of the median round.",
-    ]
-    has_clocks = len(data) > 0 and set(data["clock"]) != {WALL}  # as only a device has
-    if device != "dry run" and (device != "cpu" or has_clocks):
-        rows = [one.row for one in targets(result.with_both())]
-        parts += ["## Targets", table(pd.DataFrame(rows, columns=["what", "target", "measured", "met"]))]
-    if device != "dry run":
-        parts += ["## In short: mica.fast, times as fast", in_short(data)]
-    if result.refused:
-        lines = [
-            f"- {', '.join(one[what] for what in ('group', 'implementation') if one.get(what))}: {one['why']}"
-            for one in result.refused
-        ]
-        parts.append("\n".join(["**No number**, and why:\n", *lines]))
-    if result.stages:
-        parts += ["## What ran", stage_table(result.stages)]
-    if result.checks:
-        parts += ["## Checks", *checks_text(result.checks)]
-    parts += [f"![{caption}]({path.name})\n\n{caption}" for path, caption in pictures]
-    parts += [note] if note else []
-    for suite, rows in data.groupby("suite", sort=False) if len(data) else ():
-        parts += [f"## {suite.capitalize() or 'Suites'}", suite_table(rows)]
-    return "\n\n".join(parts) + "\n"

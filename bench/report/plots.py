@@ -10,44 +10,65 @@ from math import inf
 from pathlib import Path
 
 import matplotlib
+import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no display and no global state
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from bench.report.frame import IMPLEMENTATION, in_words, inverse, rounds
+from bench.report.words import in_words, inverse
 from bench.results.cell import Group, Ratio, interval
 from bench.results.names import BARE, BOTH, DEVICE_TIME, FAST, STOCK, WALL
 from bench.results.schema import Result
 
 INK = "#7a7a7a"  # as far from GitHub's light page as from its dark one
 # Okabe and Ito's hues, as dark as both pages allow
-OURS, PEFT = "#D55E00", "#1F7FC4"
+OURS = "#D55E00"
+PEFT = "#1F7FC4"
 PALETTE = {BARE: INK, STOCK: PEFT, FAST: OURS}
 SETTINGS = {  # override the user's matplotlibrc
-    **{"font.family": "DejaVu Sans", "font.size": 8.5, "savefig.dpi": 144},  # the font comes with matplotlib
-    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    **dict.fromkeys([f"{axis}tick.{kind}.size" for axis in "xy" for kind in ("major", "minor")], 0),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    **{"axes.titlelocation": "left", "axes.titlesize": 9.5, "axes.axisbelow": True, "axes.grid": True},
-    **{"grid.color": INK, "grid.alpha": 0.35, "grid.linewidth": 0.5, "legend.labelcolor": "linecolor"},
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 8.5,
+    "text.color": INK,
+    "savefig.dpi": 144,
+    "savefig.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9.5,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": INK,
+    "grid.alpha": 0.35,
+    "grid.linewidth": 0.5,
+    "legend.frameon": False,
+    "legend.labelcolor": "linecolor",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
 }
 MIN_POINTS = 3  # of a line
+ONCE = "paid once"
+EACH_STEP = "paid at each step"
 # panel -> suite -> its name there
 PANELS = {
-    "paid once": {
+    ONCE: {
         "initialisation": "initialisation",
         "loading": "loading an adapter",
         "merge": "merge and unmerge",
     },
-    "paid at each step": {
+    EACH_STEP: {
         "step": "training step",
         "block": "one block, forward + backward",
-        "generation": "generate(), adapter unmerged",
     },
 }
-ONCE, EACH_STEP = PANELS
 
 
 def draw(result: Result, folder: Path, stem: str) -> list[tuple[Path, str]]:
@@ -56,18 +77,22 @@ def draw(result: Result, folder: Path, stem: str) -> list[tuple[Path, str]]:
     pictures = []
     with matplotlib.rc_context(SETTINGS):
         for name, figure, caption in figures(result):
-            pictures.append((folder / f"{stem}-{name}.png", caption))
-            figure.savefig(pictures[-1][0], metadata={"Software": None})
+            path = folder / f"{stem}-{name}.png"
+            figure.savefig(path, metadata={"Software": None})
+            pictures.append((path, caption))
     return pictures
 
 
 def figures(result: Result) -> Iterator[tuple[str, Figure, str]]:
     """Ending of the file's name, figure, caption."""
     groups = result.with_both().groups
-    timed_by = {group.axes.get("clock") for group in groups}
-    clock = DEVICE_TIME if DEVICE_TIME in timed_by else WALL
-    yield from _throughput([one for one in groups if one.axes.get("clock", WALL) == clock])
-    yield from _against_stock([one for one in groups if one.axes.get("clock", WALL) == WALL])
+    clocks = {group.axes.get("clock") for group in groups}
+    yield from _throughput(_timed_by(groups, DEVICE_TIME if DEVICE_TIME in clocks else WALL))
+    yield from _against_stock(_timed_by(groups, WALL))
+
+
+def _timed_by(groups: list[Group], clock: str) -> list[Group]:
+    return [group for group in groups if group.axes.get("clock", WALL) == clock]
 
 
 def families(groups: list[Group]) -> list[list[Group]]:
@@ -81,11 +106,8 @@ def families(groups: list[Group]) -> list[list[Group]]:
 
 def _throughput(groups: list[Group]) -> Iterator[tuple[str, Figure, str]]:
     """Of the layer that was timed with the most numbers of tokens, the first if several."""
-    layers = [
-        one
-        for one in groups
-        if one.axes.get("suite") == "layer" and one.axes.get("pass") == BOTH and BARE in one.timings
-    ]
+    wanted = {"suite": "layer", "pass": BOTH}
+    layers = [one for one in groups if wanted.items() <= one.axes.items() and BARE in one.timings]
     family = max(families(layers), key=len, default=[])
     if len(family) < MIN_POINTS:
         return
@@ -102,13 +124,19 @@ def _throughput(groups: list[Group]) -> Iterator[tuple[str, Figure, str]]:
 
 def lines(axes: Axes, family: list[Group]) -> None:
     """Tokens a second by tokens in the batch, both logarithmic, with the interval of the median as a band."""
-    data = rounds(family, [*PALETTE])
+    rows = []
+    for group in family:
+        tokens = group.axes["tokens"]
+        for name in PALETTE.keys() & group.timings.keys():
+            rows += [(tokens, tokens / seconds, name) for seconds in group.timings[name].seconds]
+    data = pd.DataFrame(rows, columns=["tokens", "tokens/s", "implementation"])
+    drawn = set(data["implementation"])
     seaborn.lineplot(
         data,
         x="tokens",
         y="tokens/s",
-        hue=IMPLEMENTATION,
-        hue_order=[name for name in PALETTE if name in set(data[IMPLEMENTATION])],
+        hue="implementation",
+        hue_order=[name for name in PALETTE if name in drawn],
         palette=PALETTE,
         marker="o",
         estimator="median",
@@ -128,13 +156,11 @@ def _band(values) -> tuple[float, float]:
 
 
 def _against_stock(groups: list[Group]) -> Iterator[tuple[str, Figure, str]]:
-    panels: dict[str, dict[str, Ratio]] = {}
+    panels = {}
     for panel, suites in PANELS.items():
-        for suite, what in suites.items():
-            for group in groups:
-                if group.axes.get("suite") == suite and {STOCK, FAST} <= group.timings.keys():
-                    label = f"{what}\n{in_words(group.axes)}"
-                    panels.setdefault(panel, {})[label] = inverse(group.ratio(FAST, STOCK))
+        factors = _factors(groups, suites)
+        if factors:
+            panels[panel] = factors
     if not panels:
         return
     counts = [len(factors) for factors in panels.values()]
@@ -145,6 +171,16 @@ def _against_stock(groups: list[Group]) -> Iterator[tuple[str, Figure, str]]:
         axes.set_title(f"Times as fast as stock PEFT: what is {panel}")
     caption = "How many times as fast as stock PEFT a user gets what is " + " and what is ".join(panels)
     yield "against-stock", figure, f"{caption} (lines: intervals of the median)."
+
+
+def _factors(groups: list[Group], suites: dict[str, str]) -> dict[str, Ratio]:
+    """Label -> how many times as fast as stock PEFT mica.fast is."""
+    factors = {}
+    for suite, what in suites.items():
+        for group in groups:
+            if group.axes.get("suite") == suite and {STOCK, FAST} <= group.timings.keys():
+                factors[f"{what}\n{in_words(group.axes)}"] = inverse(group.ratio(FAST, STOCK))
+    return factors
 
 
 def bars(axes: Axes, factors: dict[str, Ratio], is_log: bool) -> None:
@@ -158,8 +194,8 @@ def bars(axes: Axes, factors: dict[str, Ratio], is_log: bool) -> None:
         axes.annotate(text, (max(high, 1), i), color=OURS, **place)
     axes.set_yticks(range(len(factors)), factors)
     axes.set_ylim(len(factors) - 0.3, -0.7)
-    lowest = min(1.0, *(low for _, low, _ in factors.values()))
-    highest = max(1.0, *(high for *_, high in factors.values()))
+    lowest = min(1.0, *(ratio.low for ratio in factors.values()))
+    highest = max(1.0, *(ratio.high for ratio in factors.values()))
     if is_log:
         axes.set(xscale="log", xlim=(0.8 * lowest, 2.5 * highest), xlabel="times as fast (log)")
     else:  # at least a quarter to both sides: a factor of 1.02 is to look like one

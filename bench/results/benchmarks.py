@@ -62,17 +62,21 @@ def info(machine: dict) -> tuple[dict, dict, str]:
 
     Apart, because pytest-benchmark warns where two runs have a different "machine_info".
     """
-    rest = {key: value for key, value in machine.items() if key not in (*_COMMIT, "datetime")}
-    commit = {theirs: machine[ours] for ours, theirs in _COMMIT.items() if ours in machine}
-    return rest, commit, str(machine.get("datetime", ""))
+    rest = {**machine}
+    when = str(rest.pop("datetime", ""))
+    commit = {theirs: rest.pop(ours) for ours, theirs in _COMMIT.items() if ours in rest}
+    return rest, commit, when
 
 
 def facts(document: dict) -> dict:
-    """The machine's, that `info` was given."""
-    commit = document["commit_info"]
-    ours = {ours: commit[theirs] for ours, theirs in _COMMIT.items() if theirs in commit}
-    when = {"datetime": document["datetime"]} if document["datetime"] else {}
-    return {**document["machine_info"], **ours, **when}
+    """The machine's facts, as `info` was given them."""
+    machine = {**document["machine_info"]}
+    for ours, theirs in _COMMIT.items():
+        if theirs in document["commit_info"]:
+            machine[ours] = document["commit_info"][theirs]
+    if document["datetime"]:
+        machine["datetime"] = document["datetime"]
+    return machine
 
 
 def records(document: dict) -> dict[str, list]:
@@ -85,18 +89,18 @@ def document(machine: dict, groups: Iterable[Group], lists: dict[str, list]) -> 
 
     ``lists``: `RECORDS`.
     """
-    machine_info, commit_info, when = info(machine)
-    head = {
-        "machine_info": machine_info,
-        "commit_info": commit_info,
-        "datetime": when,
-    }
-    parts = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
+    head = dict(zip(("machine_info", "commit_info", "datetime"), info(machine), strict=True))
+    parts = [f'"{name}": {json.dumps(value)}' for name, value in head.items()]
     benchmarks = [_rounded(entry.as_dict()) for entry in entries(groups)]
-    for name, values in {**lists, "benchmarks": benchmarks}.items():
-        lines = ",\n".join(map(json.dumps, values))
-        parts.append(f'"{name}": [\n{lines}\n]' if values else f'"{name}": []')
+    parts += [f'"{name}": {_listed(values)}' for name, values in {**lists, "benchmarks": benchmarks}.items()]
     return "{" + ",\n".join(parts) + "}\n"
+
+
+def _listed(values: list) -> str:
+    if not values:
+        return "[]"
+    lines = ",\n".join(map(json.dumps, values))
+    return f"[\n{lines}\n]"
 
 
 def _rounded(entry: dict) -> dict:

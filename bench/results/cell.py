@@ -14,7 +14,6 @@ from typing import NamedTuple
 from scipy.special import stdtrit  # quantiles of Student's t
 
 from bench.results import throughput
-from bench.results.names import BARE
 
 
 class Ratio(NamedTuple):
@@ -42,7 +41,8 @@ def interval(values: list[float]) -> Ratio:
     less than 95 %; then Student's interval, of the logarithms where all are positive, and at least the range.
     One value has no interval: from 0 to infinity.
     """
-    ordered, n = sorted(values), len(values)
+    ordered = sorted(values)
+    n = len(ordered)
     if n == 1:
         return Ratio(ordered[0], 0.0, inf)
     if n < 6:
@@ -54,11 +54,15 @@ def interval(values: list[float]) -> Ratio:
 
 
 def _students(ordered: list[float]) -> Ratio:
-    positive = ordered[0] > 0
-    numbers = [log(value) for value in ordered] if positive else ordered
+    is_positive = ordered[0] > 0
+    numbers = [log(value) for value in ordered] if is_positive else ordered
+    center = mean(numbers)
     reach = stdtrit(len(numbers) - 1, 0.975) * stdev(numbers) / len(numbers) ** 0.5
-    ends = mean(numbers) - reach, mean(numbers) + reach
-    low, high = map(exp, ends) if positive else ends
+    low = center - reach
+    high = center + reach
+    if is_positive:
+        low = exp(low)
+        high = exp(high)
     return Ratio(median(ordered), min(low, ordered[0]), max(high, ordered[-1]))
 
 
@@ -89,26 +93,15 @@ class Group:
     timings: dict[str, Timing] = field(default_factory=dict)
 
     def ratio(self, name: str, baseline: str) -> Ratio:
-        """Of the implementations of these names."""
+        """An implementation's time ÷ the baseline's."""
         pairs = zip(self.timings[name].seconds, self.timings[baseline].seconds, strict=True)
-        return interval([a / b for a, b in pairs])
-
-    def overhead(self, name: str, baseline: str, bare: str = BARE) -> Ratio | None:
-        """(implementation - bare) in each round ÷ median of (baseline - bare); None if that is not positive.
-
-        The divisor is a median: a round in which the baseline happens to be hardly slower than the bare model
-        would blow up a quotient taken within it.
-        """
-        extra, unit = (
-            [a - b for a, b in zip(self.timings[one].seconds, self.timings[bare].seconds, strict=True)]
-            for one in (name, baseline)
-        )
-        if median(unit) <= 0:
-            return None
-        return interval([value / median(unit) for value in extra])
+        return interval([ours / theirs for ours, theirs in pairs])
 
 
 def is_refused(refusal: dict[str, str | None], group: str, name: str) -> bool:
-    """Of this implementation, or all of them, in this group, or all whose names begin with that refused."""
+    """Whether a refusal is of this implementation, or of all, in this group.
+
+    A group's refusal holds in all groups whose names begin with its name: the passes and clocks of a cell.
+    """
     is_of_group = f"{group}, ".startswith(f"{refusal['group']}, ")
     return is_of_group and refusal.get("implementation") in (None, name)

@@ -28,13 +28,15 @@ def write(kind: str, **entry) -> None:
     """Append one whole line to the journal of this run, if it has one, from any process."""
     entry = {"kind": kind, **entry}
     _own.append(entry)
-    if path := os.environ.get(VARIABLE):
-        line = json.dumps(entry) + "\n"
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+    path = os.environ.get(VARIABLE)
+    if not path:
+        return
+    line = json.dumps(entry) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
 
 
 def read(path: Path | str | None = None) -> list[dict]:
@@ -57,35 +59,51 @@ def fold(entries: list[dict], machine: dict) -> Result:
     What was refused at any time has no number, whatever was timed before. If the run ended within a round,
     only the rounds that every implementation has count.
     """
-    refused = [
-        {name: value for name, value in entry.items() if name != "kind"}
-        for entry in entries
-        if entry["kind"] == "refused"
-    ]
+    refused = [_without_kind(entry) for entry in entries if entry["kind"] == "refused"]
+    groups = []
+    for group in _timed(entries):
+        _drop_refused(group, refused)
+        if group.timings:
+            _drop_incomplete_rounds(group)
+            groups.append(group)
+    stages = [entry["summary"] for entry in entries if entry["kind"] == "stage"]
+    return Result(machine, groups, refused, _checks(entries), stages)
+
+
+def _without_kind(entry: dict) -> dict:
+    return {name: value for name, value in entry.items() if name != "kind"}
+
+
+def _timed(entries: list[dict]) -> list[Group]:
     groups: dict[str, Group] = {}
     for entry in entries:
-        if entry["kind"] == "sample":
-            group = groups.setdefault(entry["group"], Group(entry["group"], entry["axes"]))
-            timing = group.timings.setdefault(entry["implementation"], Timing())
-            timing.seconds.append(float(f"{entry['seconds']:.5g}"))
-            timing.facts |= entry["facts"]
-            timing.work |= entry["work"]
-    for group in groups.values():
-        for name in [*group.timings]:
-            if any(is_refused(one, group.name, name) for one in refused):
-                del group.timings[name]
-        rounds = min((len(timing.seconds) for timing in group.timings.values()), default=0)
-        for timing in group.timings.values():
-            del timing.seconds[rounds:]
-    groups = {name: group for name, group in groups.items() if group.timings}
-    stages = [entry["summary"] for entry in entries if entry["kind"] == "stage"]
-    return Result(machine, list(groups.values()), refused, _checks(entries), stages)
+        if entry["kind"] != "sample":
+            continue
+        group = groups.setdefault(entry["group"], Group(entry["group"], entry["axes"]))
+        timing = group.timings.setdefault(entry["implementation"], Timing())
+        timing.seconds.append(float(f"{entry['seconds']:.5g}"))
+        timing.facts |= entry["facts"]
+        timing.work |= entry["work"]
+    return [*groups.values()]
+
+
+def _drop_refused(group: Group, refused: list[dict]) -> None:
+    for name in [*group.timings]:
+        if any(is_refused(one, group.name, name) for one in refused):
+            del group.timings[name]
+
+
+def _drop_incomplete_rounds(group: Group) -> None:
+    complete = min(len(timing.seconds) for timing in group.timings.values())
+    for timing in group.timings.values():
+        del timing.seconds[complete:]
 
 
 def _checks(entries: list[dict]) -> list[dict[str, str]]:
     """The tests that time nothing."""
-    return [
-        {name: entry[name] for name in ("stage", "name", "outcome", "why") if entry.get(name)}
-        for entry in entries
-        if entry["kind"] == "test" and entry.get("is_check")
-    ]
+    checks = []
+    for entry in entries:
+        if entry["kind"] == "test" and entry.get("is_check"):
+            told = ("stage", "name", "outcome", "why")
+            checks.append({name: entry[name] for name in told if entry.get(name)})
+    return checks

@@ -20,7 +20,7 @@ class Result:
     """One run.
 
     ``refused``: cells, or implementations in them, that have no number, and why. ``checks``: what was tested
-    in addition to the times: name, outcome, why. ``stages``: of a run on an accelerator, one summary each.
+    in addition to the times: name, outcome, why. ``stages``: the processes of the run, one summary each.
     """
 
     machine: dict[str, str | int | bool]
@@ -32,22 +32,20 @@ class Result:
     def select(self, **axes: str | int) -> Iterator[Group]:
         """The groups whose axes have these values."""
         for group in self.groups:
-            if all(group.axes.get(name) == value for name, value in axes.items()):
+            if axes.items() <= group.axes.items():
                 yield group
 
     @classmethod
     def load(cls, path: Path) -> Result:
         """From a file that `save` wrote, or that pytest-benchmark did in a run of the suites."""
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        result = cls(benchmarks.facts(raw), [], **benchmarks.records(raw))
+        document = json.loads(path.read_text(encoding="utf-8"))
         groups: dict[str, Group] = {}
-        for entry in raw["benchmarks"]:
+        for entry in document["benchmarks"]:
             info = entry["extra_info"]
             group = groups.setdefault(entry["group"], Group(entry["group"], info["axes"]))
             timing = Timing(entry["stats"]["data"], info["facts"], info["work"])
             group.timings[info["implementation"]] = timing
-        result.groups.extend(groups.values())
-        return result
+        return cls(benchmarks.facts(document), [*groups.values()], **benchmarks.records(document))
 
     def save(self, path: Path) -> None:
         """As JSON, a line for each benchmark and each other record; the file is complete at every moment."""
@@ -60,13 +58,27 @@ class Result:
         """With the sums of forward and backward within a round, where both were timed and the sum was not."""
         groups = [*self.groups]
         for forward in self.select(**{"pass": FORWARD}):
-            axes, summed = ({**forward.axes, "pass": which} for which in (BACKWARD, BOTH))
-            for backward in self.select(**axes) if not any(self.select(**summed)) else ():
-                both = Group(forward.name.replace(FORWARD, BOTH), summed)
-                for name in (one for one in forward.timings if one in backward.timings):
-                    # in an interrupted run one may have one round more
-                    first, second = forward.timings[name], backward.timings[name]
-                    pairs = zip(first.seconds, second.seconds, strict=False)
-                    both.timings[name] = Timing([a + b for a, b in pairs], {**first.facts}, {**first.work})
-                groups += [both] if both.timings else []
+            backward = next(self.select(**_of_pass(forward, BACKWARD)), None)
+            has_sum = any(self.select(**_of_pass(forward, BOTH)))
+            if backward is not None and not has_sum:
+                both = _sum(forward, backward)
+                if both.timings:
+                    groups.append(both)
         return Result(self.machine, groups, self.refused, self.checks, self.stages)
+
+
+def _of_pass(group: Group, which: str) -> dict[str, str | int]:
+    """The axes of the same cell's other pass."""
+    return {**group.axes, "pass": which}
+
+
+def _sum(forward: Group, backward: Group) -> Group:
+    """Of the implementations that both have."""
+    both = Group(forward.name.replace(FORWARD, BOTH), _of_pass(forward, BOTH))
+    for name, first in forward.timings.items():
+        if name not in backward.timings:
+            continue
+        # in an interrupted run one may have one round more
+        pairs = zip(first.seconds, backward.timings[name].seconds, strict=False)
+        both.timings[name] = Timing([sum(pair) for pair in pairs], {**first.facts}, {**first.work})
+    return both

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-TOKENS, MATRICES, FLOP, BYTES = "tokens", "matrices", "flop", "bytes"
+TOKENS = "tokens"
+MATRICES = "matrices"
+FLOP = "flop"
+BYTES = "bytes"
 AT_PEAK = "seconds at the device's peak"  # that the bytes would take at its peak bandwidth
 
 # unit of the work -> (unit of the throughput, how much work one of it is)
@@ -23,8 +26,9 @@ UNITS = {
 
 def of_axes(axes: Mapping[str, str | int]) -> dict[str, float]:
     """The work of a cell that names no other: the tokens that a call passes through the layers."""
-    tokens = axes.get("tokens")
-    return {} if tokens is None else {TOKENS: float(tokens)}
+    if "tokens" not in axes:
+        return {}
+    return {TOKENS: float(axes["tokens"])}
 
 
 def gram_flop(out_features: int, in_features: int) -> float:

@@ -1,7 +1,7 @@
 """What happens to an adapter once: initialisation, loading, merging. All linear layers, r = 16.
 
-On a CPU SmolLM2-135M, in a quick run a decoder block of random weights; on an accelerator only the
-initialisation of such a block in bf16, once: stock's SVDs take it longest.
+On a CPU SmolLM2-135M; on an accelerator only the initialisation of a decoder block of random weights in bf16:
+stock's SVDs take it longest.
 """
 
 import copy
@@ -17,16 +17,16 @@ import mica.fast
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.results.names import FAST, STOCK
 from bench.results.throughput import BYTES, FLOP, MATRICES, gram_flop
-from bench.suites.decoder import RANK, adapted, config_of
+from bench.suites.decoder import RANK, SMOLLM2, adapted, config_of
 from bench.suites.harness import build_all, pick
 from tests.support import models
 
-# Stock PEFT takes most of a minute to initialise and load; loading runs every SVD, too.
-ROUNDS = pick(default=1, full=3)
-MERGE_ROUNDS = pick(quick=2, default=3, full=5)
+# Stock PEFT takes most of a minute to initialise or load, which runs every SVD, too: more than one round, for
+# an interval, is asked for with -m "".
+ROUNDS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+MERGE_ROUNDS = 3
 IMPLEMENTATIONS = {STOCK: mica.fast.disabled, FAST: nullcontext}
-SMOLLM2 = "SmolLM2-135M"
-MODEL = pick(quick="Qwen2.5-0.5B", default=SMOLLM2, cuda="Llama-3.2-1B", dry="toy")
+MODEL = pick(default=SMOLLM2, cuda="Llama-3.2-1B", dry="toy")
 NAME = MODEL if MODEL == SMOLLM2 else f"a block of {MODEL}"
 DTYPE = "bfloat16" if ON_ACCELERATOR else "float32"
 AXES = {"model": NAME, "rank": RANK}
@@ -48,11 +48,16 @@ def saved_adapter(folder):
     return folder
 
 
+def weights(model) -> list[torch.Tensor]:
+    """Of every adapted layer."""
+    return [layer.get_base_layer().weight for layer in models.adapted_layers(model).values()]
+
+
 def energy(model) -> float:
     """‖BᵀW‖² of all layers, which is larger for any other subspace; and BᵀB has to be 1."""
     total = 0.0
-    for name, layer in models.adapted_layers(model).items():
-        basis, weight = models.bases(model)[name].detach(), layer.get_base_layer().weight
+    for (name, basis), weight in zip(models.bases(model).items(), weights(model), strict=True):
+        basis = basis.detach()
         error = float((basis.T @ basis - torch.eye(RANK, device=basis.device)).abs().max())
         # stock PEFT rounds B to the dtype of the weight
         limit = 1e-5 if weight.dtype == torch.float32 or mica.fast.is_enabled() else 1e-2
@@ -61,16 +66,11 @@ def energy(model) -> float:
     return total
 
 
-def adapted_shapes(model) -> list[tuple[int, int]]:
-    """(out_features, in_features) of every adapted layer."""
-    return [tuple(layer.get_base_layer().weight.shape) for layer in models.adapted_layers(model).values()]
-
-
 least: dict[str, float] = {}  # energies that stock PEFT reaches
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("round_", range(ROUNDS))
+@pytest.mark.parametrize("round_", ROUNDS)
 def bench_initialisation(once, gated, round_, implementation):
     group = f"get_peft_model, {NAME}, {DTYPE}"
     gated(group, base, implementation)
@@ -79,7 +79,7 @@ def bench_initialisation(once, gated, round_, implementation):
     with IMPLEMENTATIONS[implementation]():
         wrapped = once(wrap, group, implementation, axes, make=lambda: copy.deepcopy(base()))
         once.note_growth(peak_mb=1e6)
-        shapes = adapted_shapes(wrapped)
+        shapes = [weight.shape for weight in weights(wrapped)]
         once.note_work({MATRICES: len(shapes), FLOP: sum(gram_flop(*shape) for shape in shapes)})
         spent = energy(wrapped)
     if implementation == STOCK:
@@ -90,7 +90,7 @@ def bench_initialisation(once, gated, round_, implementation):
 
 @on_a_cpu
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("round_", range(ROUNDS))
+@pytest.mark.parametrize("round_", ROUNDS)
 def bench_loading(once, gated, round_, implementation, tmp_path_factory):
     group = f"PeftModel.from_pretrained, {NAME}, float32"
     adapter = gated(group, lambda: saved_adapter(tmp_path_factory.getbasetemp() / "adapter"), implementation)
@@ -108,29 +108,28 @@ def merging(group):
     unmerged = adapted(copy.deepcopy(base()).to(torch.bfloat16), 0.01)
 
     def build(implementation):
-        model, facts = copy.deepcopy(unmerged), {}
-        layers = models.adapted_layers(model).values()
-        before = [layer.get_base_layer().weight.clone() for layer in layers]
+        model = copy.deepcopy(unmerged)
         with IMPLEMENTATIONS[implementation]():
-            model.merge_adapter()
-            if implementation == FAST:
-                facts["swallowed"] = mica.fast.merge_report(model).swallowed
-            assert all(
-                not torch.equal(layer.get_base_layer().weight, weight)
-                for layer, weight in zip(layers, before, strict=True)
-            ), "merging changes nothing"
-            model.unmerge_adapter()
-        changed = sum(
-            int((layer.get_base_layer().weight != weight).sum())
-            for layer, weight in zip(layers, before, strict=True)
-        )
-        assert implementation != FAST or not changed, (
-            f"{changed} weights are not what they were before the merge"
-        )
-        facts["weights_changed"] = changed / sum(weight.numel() for weight in before)
-        return model, facts
+            return model, checked_merge(model, implementation)
 
     return build_all(group, IMPLEMENTATIONS, build)
+
+
+def checked_merge(model, implementation) -> dict[str, float]:
+    """Merges and unmerges; which share of the weights that changes, and what the merge report says."""
+    facts = {}
+    before = [weight.clone() for weight in weights(model)]
+    model.merge_adapter()
+    if implementation == FAST:
+        facts["swallowed"] = mica.fast.merge_report(model).swallowed
+    merged = zip(weights(model), before, strict=True)
+    assert not any(torch.equal(weight, old) for weight, old in merged), "merging changes nothing"
+    model.unmerge_adapter()
+    changed = sum(int((weight != old).sum()) for weight, old in zip(weights(model), before, strict=True))
+    if implementation == FAST:
+        assert not changed, f"{changed} weights are not what they were before the merge"
+    facts["weights_changed"] = changed / sum(weight.numel() for weight in before)
+    return facts
 
 
 @on_a_cpu
@@ -146,7 +145,7 @@ def bench_merge(once, gated, round_, implementation):
 
     axes = {"suite": "merge", **AXES, "dtype": "bfloat16"}
     # each weight is read and written by the merge, and again by the unmerge
-    merged = sum(out * inner for out, inner in adapted_shapes(model))
+    merged = sum(weight.numel() for weight in weights(model))
     work = {BYTES: 4.0 * merged * torch.bfloat16.itemsize}
     with IMPLEMENTATIONS[implementation]():
-        once(merge_and_unmerge, group, implementation, axes, work=work, **facts if round_ == 0 else {})
+        once(merge_and_unmerge, group, implementation, axes, work=work, **facts)

@@ -29,7 +29,8 @@ from tests.support.kernel_calls import Work, down, gradient_of_a, up
 
 pytestmark = needs_accelerator
 
-ROUNDS, ITERATIONS = pick(default=1, cuda=4), pick(default=1, cuda=50)
+ROUNDS = pick(default=1, cuda=4)
+ITERATIONS = pick(default=1, cuda=50)
 DTYPE = torch.bfloat16
 NAMES = {"down-A": DOWN_A, "down-B": DOWN_B, "up-B": UP_B, "grad_a": GRAD_A}
 
@@ -45,8 +46,14 @@ class Cell(NamedTuple):
 
     @property
     def axes(self) -> dict[str, str | int]:
-        sizes = {"tokens": self.tokens, "features": self.features, "rank": self.rank}
-        return {"suite": "kernels", "kernel": NAMES[self.kernel], **sizes, "dtype": "bfloat16"}
+        return {
+            "suite": "kernels",
+            "kernel": NAMES[self.kernel],
+            "tokens": self.tokens,
+            "features": self.features,
+            "rank": self.rank,
+            "dtype": "bfloat16",
+        }
 
     @property
     def name(self) -> str:
@@ -64,8 +71,8 @@ class Cell(NamedTuple):
 
 
 SIZES = pick(
-    quick=[(40, 64, 16)],
     default=[],
+    dry=[(40, 64, 16)],
     cuda=[
         *((tokens, 4096, rank) for rank in (16, 64) for tokens in (8192, 2048, 512)),
         *((tokens, 4096, 128) for tokens in (8192, 2048)),
@@ -77,18 +84,21 @@ CELLS = [Cell(kernel, *sizes) for sizes in SIZES for kernel in NAMES]
 
 def work_of(cell: Cell, device: str) -> Work:
     """On the device "meta" without the operands' numbers."""
-    rank, columns = cell.rank, padded_columns(cell.rank)
+    columns = padded_columns(cell.rank)
 
     def matrix(rows: int, width: int, dtype: torch.dtype = DTYPE) -> Tensor:
         return torch.randn(rows, width, device=device, dtype=dtype)
 
-    wide, low = matrix(cell.tokens, cell.features), matrix(cell.tokens, columns)
+    wide = matrix(cell.tokens, cell.features)
+    low = matrix(cell.tokens, columns)
     if cell.kernel == "grad_a":
-        return gradient_of_a(low, wide, rank)
+        return gradient_of_a(low, wide, cell.rank)
     if cell.kernel == "down-A":
-        return down(wide, matrix(rank, cell.features, torch.float32))
+        return down(wide, matrix(cell.rank, cell.features, torch.float32))
     factor = matrix(cell.features, columns).t()
-    return up(wide, low, factor, rank) if cell.kernel == "up-B" else down(wide, factor)
+    if cell.kernel == "down-B":
+        return down(wide, factor)
+    return up(wide, low, factor, cell.rank)
 
 
 def outer_product(g: Tensor, x: Tensor) -> Tensor:
@@ -115,11 +125,14 @@ def implementations(cell: Cell) -> dict[str, Config | None]:
 
 def launch_bytes(launch: Launch, out: Tensor) -> int:
     """What a launch must read and write once: its operands, and its output twice where it is updated."""
-    ignored = ("counter_ptr", "partial_ptr")
-    operands = [t for name, t in launch.args.items() if isinstance(t, Tensor) and name not in ignored]
-    once = sum(t.numel() * t.element_size() for t in {id(t): t for t in operands}.values())
-    is_updated = launch.args.get("base_ptr") is out
-    return once + (out.numel() * out.element_size() if is_updated else 0)
+    operands = {}
+    for name, value in launch.args.items():
+        if isinstance(value, Tensor) and name not in ("counter_ptr", "partial_ptr"):
+            operands[id(value)] = value
+    size = sum(tensor.nbytes for tensor in operands.values())
+    if launch.args.get("base_ptr") is out:
+        size += out.nbytes
+    return size
 
 
 def copy(size: int) -> Callable[[], object]:
@@ -131,8 +144,9 @@ def copy(size: int) -> Callable[[], object]:
 def checked(call: Callable[..., Tensor], operands: tuple[Tensor, ...], truth: Tensor) -> Callable[[], Tensor]:
     """The call with these operands, once its result is right; it may update the first of them."""
     first, *others = operands
-    wrong, limit = error(call(first.clone(), *others), truth), RELATIVE[DTYPE]
-    assert wrong <= limit, f"the relative error is {wrong:.2e}, above {limit:.0e}"
+    relative = error(call(first.clone(), *others), truth)
+    limit = RELATIVE[DTYPE]
+    assert relative <= limit, f"the relative error is {relative:.2e}, above {limit:.0e}"
     return functools.partial(call, *operands)
 
 
@@ -142,13 +156,17 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
     torch.manual_seed(0)
     work = work_of(cell, DEVICE)
     out, launch = work.plan().bind()
-    size, configs = launch_bytes(launch, out), implementations(cell)
+    size = launch_bytes(launch, out)
+    configs = implementations(cell)
 
     def build(name: str) -> Callable[[], object]:
         if name == COPY:
             return copy(size)
-        ours = functools.partial(work.kernel, **work.numbers, config=configs[name])
-        return checked(PRODUCTS[cell.kernel] if name == CUBLAS else ours, work.operands, work.expected)
+        if name == CUBLAS:
+            call = PRODUCTS[cell.kernel]
+        else:
+            call = functools.partial(work.kernel, **work.numbers, config=configs[name])
+        return checked(call, work.operands, work.expected)
 
     return build_all(cell.name, configs, build), size
 
@@ -156,6 +174,13 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
 @whole_turns(CELLS)
 def bench_kernels(once, gated, cell, round_, implementation):
     calls, size = gated(cell.name, lambda: setting(cell), implementation)
-    sample = cell.name, implementation, cell.axes, ITERATIONS
     work = {BYTES: float(size), **seconds_at_peak(size)}
-    once(calls[implementation], *sample, all_clocks=True, work=work)
+    once(
+        calls[implementation],
+        cell.name,
+        implementation,
+        cell.axes,
+        ITERATIONS,
+        all_clocks=True,
+        work=work,
+    )

@@ -1,9 +1,9 @@
 """One adapted linear layer, forward and backward, against everything it can be compared with.
 
 From one layer (2048 x 2048, 1024 tokens, r = 16, bf16) one axis varies at a time: tokens, rank, shape, dtype.
-In addition few tokens by rank, where calls cost as much as products; a full run has a grid of all tokens by
-rank. On an accelerator the layer is 4096 x 4096, tokens vary by rank, and kernels are required. *Forms*,
-there only, are those that `mica.kernels.configs` names, each forced, whatever its table has for the device.
+In addition few tokens by rank, where calls cost as much as products. On an accelerator the layer is 4096 x
+4096, tokens vary by rank, and kernels are required. *Forms*, there only, are those that
+`mica.kernels.configs` names, each forced, whatever its table has for the device.
 
 All implementations in a cell compute with the same x, W, A and B; each of their y, dx and dA is checked
 against `mica.paths.torch_path` before anything is timed, a form also by what it launches, and only the one
@@ -14,7 +14,7 @@ that is kept.
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 from unittest.mock import patch
@@ -27,9 +27,9 @@ from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import saved_bytes
 from bench.results import names
-from bench.results.names import ATEN, BACKWARD, BARE, FAST, FORWARD, LORA, NO_GRADIENT, STOCK
-from bench.suites.harness import build_all, iterations, pick, turns, under_autocast
-from bench.suites.layer import AtenControl, Form, adapted_module, check_errors, exact, make_layer
+from bench.results.names import ATEN, BACKWARD, BARE, FAST, FORWARD, NO_GRADIENT, STOCK, STOCK_16
+from bench.suites.harness import build_all, iterations, pick, turns
+from bench.suites.layer import AtenControl, Form, Layer, adapted_module, check_errors, exact, make_layer
 from mica.fast.settings import settings
 from mica.kernels import configs
 from mica.ops import mica_linear
@@ -37,14 +37,12 @@ from mica.paths import choose
 from mica.paths.products import has_native
 from tests.support.tolerances import RELATIVE
 
-ROUNDS = pick(default=5, quick=3, dry=1)
+ROUNDS = pick(default=5, dry=1)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Relative errors of y, dx and dA that no layer should pass, and the dtype of the truth: on a CPU fp64 takes
 # seconds for a large layer, and fp32 is as good as exact for bf16.
-GATES = {
-    "bfloat16": (1.5e-2, torch.float64 if DEVICE == "cuda" else torch.float32),
-    "float32": (1e-5, torch.float64),
-}
+GATES = {"bfloat16": 1.5e-2, "float32": 1e-5}
+EXACT = {"bfloat16": torch.float64 if DEVICE == "cuda" else torch.float32, "float32": torch.float64}
 PASSES = (FORWARD, BACKWARD, NO_GRADIENT)
 FORMS = {names.of_form(word): word for word in configs.FORM_NAMES} if ON_ACCELERATOR else {}
 LAUNCHED = {  # form -> by kernel, how many launches a forward and its backward make
@@ -56,8 +54,8 @@ LAUNCHED = {  # form -> by kernel, how many launches a forward and its backward 
 
 
 class Cell(NamedTuple):
-    """One layer. ``compiled``: also under torch.compile, which takes some ten seconds for each, and under
-    autocast; ``forms``: of the operator, instead of PEFT's layers."""
+    """One layer. ``compiled``: also under torch.compile, which takes some ten seconds for each;
+    ``forms``: of the operator, instead of PEFT's layers."""
 
     tokens: int = 1024
     out: int = 2048
@@ -69,8 +67,14 @@ class Cell(NamedTuple):
 
     @property
     def axes(self) -> dict[str, str | int]:
-        shape = {"tokens": self.tokens, "out": self.out, "in": self.inner}
-        return {"suite": "forms" if self.forms else "layer", **shape, "rank": self.rank, "dtype": self.dtype}
+        return {
+            "suite": "forms" if self.forms else "layer",
+            "tokens": self.tokens,
+            "out": self.out,
+            "in": self.inner,
+            "rank": self.rank,
+            "dtype": self.dtype,
+        }
 
     @property
     def key(self) -> str:
@@ -79,35 +83,36 @@ class Cell(NamedTuple):
         return f"forms-{key}" if self.forms else key
 
     @property
-    def rounds(self) -> int:
-        """Fewer for layers that take a second or more on a CPU, whose times vary less."""
-        is_small = ON_ACCELERATOR or self.tokens * self.out * self.inner < 2**34
-        return ROUNDS if is_small else min(ROUNDS, 3)
-
-    @property
     def name(self) -> str:
         name = f"layer, {self.tokens} tokens, {self.out} x {self.inner}, r = {self.rank}, {self.dtype}"
         return f"forms of a {name}" if self.forms else name
 
+    @property
+    def rounds(self) -> int:
+        """Fewer for layers that take a second or more on a CPU, whose times vary less."""
+        if ON_ACCELERATOR or self.tokens * self.out * self.inner < 2**34:
+            return ROUNDS
+        return min(ROUNDS, 3)
 
-def grid(tokens: tuple, shapes: tuple, ranks: tuple) -> list[Cell]:
+    def implementations(self, part: str) -> list[str]:
+        """Without a gradient there is no other `torch.compile`d layer: it would have to be built again."""
+        if self.forms:
+            return [] if part == NO_GRADIENT else [BARE, *FORMS, ATEN]
+        chosen = [BARE, STOCK]
+        if self.dtype != "float32":
+            chosen.append(STOCK_16)
+        chosen += [ATEN, FAST]
+        if self.compiled and part != NO_GRADIENT:
+            chosen += [names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN]
+        return chosen
+
+
+def grid(tokens: tuple[int, ...], shape: tuple[int, int], ranks: tuple[int, ...]) -> list[Cell]:
     """Every combination, in both dtypes."""
-    return [
-        Cell(count, *shape, rank, dtype)
-        for dtype, shape, rank, count in itertools.product(DTYPES, shapes, ranks, tokens)
-    ]
+    combinations = itertools.product(DTYPES, ranks, tokens)
+    return [Cell(count, *shape, rank, dtype) for dtype, rank, count in combinations]
 
 
-def chosen(cells: list[Cell]) -> list[Cell]:
-    """Each once; no bf16 on processors without instructions for it, where a product may take a minute."""
-    by_key: dict[str, Cell] = {}
-    for cell in cells:
-        if ON_ACCELERATOR or has_native(DTYPES[cell.dtype]):
-            by_key.setdefault(cell.key, cell)
-    return [*by_key.values()]
-
-
-SHAPES, RANKS = ((576, 576), (1536, 576), (2048, 2048)), (4, 16, 64, 128)
 AXES = [
     *(Cell(tokens, compiled=tokens == 1024) for tokens in (128, 512, 1024, 4096)),
     *(Cell(rank=rank) for rank in (4, 64, 128)),
@@ -115,18 +120,8 @@ AXES = [
     *(Cell(1024, *shape) for shape in ((576, 576), (1536, 576), (576, 1536), (4096, 4096))),
     *(Cell(tokens, 576, 576, dtype="float32") for tokens in (256, 1024)),
     *(Cell(1024, 576, 576, rank=rank) for rank in (4, 128)),
-    *grid((1, 32), SHAPES[:1], (16, 128)),
-    *grid((1,), SHAPES[2:], (16,)),
-]
-MORE = [
-    *(Cell(tokens, compiled=tokens == 256) for tokens in (256, 2048, 8192)),
-    Cell(rank=32),
-    *(Cell(tokens, dtype="float32") for tokens in (256, 4096)),
-    *(Cell(1024, *shape) for shape in ((1024, 1024), (8192, 2048), (2048, 8192))),
-    *(Cell(tokens, 1536, 576) for tokens in (128, 256)),
-    *(Cell(tokens, 576, 576, dtype=dtype) for dtype in DTYPES for tokens in (128, 256)),
-    *(Cell(tokens, 576, 576, 128, "float32") for tokens in (1024, 8192)),
-    *grid((1, 8, 32, 128, 512, 2048, 8192), SHAPES, RANKS),
+    *grid((1, 32), (576, 576), (16, 128)),
+    *grid((1,), (2048, 2048), (16,)),
 ]
 WIDE = [(8192, 14336, 4096), (8192, 4096, 14336)]
 CUDA = [
@@ -137,32 +132,14 @@ CUDA = [
     *(Cell(*sizes, forms=True) for sizes in ((8192, 4096, 4096, 128), (8192, 4096, 4096, 64))),
     Cell(2048, 4096, 4096, 128, forms=True),
 ]
-CELLS = chosen(
-    pick(
-        quick=[
-            Cell(128),
-            Cell(1024, compiled=True),
-            Cell(1024, dtype="float32"),
-            Cell(1024, 576, 576),
-            *grid((1,), SHAPES[:1], (16,)),
-        ],
-        cuda=CUDA,
-        dry=[
-            Cell(40, 48, 64, compiled=True),
-            Cell(1, 80, 96, 64),
-            *(Cell(40, 48, 64, rank, forms=True) for rank in (16, 32)),
-        ],
-        default=AXES,
-        full=[*AXES, *MORE],
-    )
-)
-
-
-class Setting(NamedTuple):
-    forms: dict[str, Form]
-    grad_output: torch.Tensor
-    facts: dict[str, dict[str, float]]
-    iterations: dict[str, int]
+DRY = [
+    Cell(40, 48, 64, compiled=True),
+    Cell(1, 80, 96, 64),
+    *(Cell(40, 48, 64, rank, forms=True) for rank in (16, 32)),
+]
+CELLS = pick(default=AXES, cuda=CUDA, dry=DRY)
+if not (ON_ACCELERATOR or has_native(torch.bfloat16)):  # there a product in bf16 may take a minute
+    CELLS = [cell for cell in CELLS if cell.dtype != "bfloat16"]
 
 
 @contextmanager
@@ -182,7 +159,8 @@ def launches() -> Iterator[Counter[str]]:
     """By kernel, how many are made inside."""
     from mica.kernels.launching import Plan
 
-    seen, launch = Counter(), Plan.__call__
+    seen: Counter[str] = Counter()
+    launch = Plan.__call__
 
     def counting(plan, *tensors):
         seen[plan.kernel.fn.__name__.strip("_").removesuffix("_kernel")] += 1
@@ -201,18 +179,16 @@ def plain():
     return patch.object(settings, "compile", "plain")
 
 
-def builds(cell: Cell, layer):
+def builds(cell: Cell, layer: Layer) -> dict[str, Callable[[], Form]]:
     """implementation -> what makes its `Form`."""
-    x, stock = layer.x, mica.fast.disabled
-    operands = x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling
+    x = layer.x
+    stock = mica.fast.disabled
+    operands = (x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
 
-    def adapted(dtype, context, init="mica", wrap=lambda module: module) -> Form:
-        module, lora_A = adapted_module(layer, dtype, init=init)
-        trained = [lora_A]
-        if init is True:
-            trained.append(module.lora_B["default"].weight.requires_grad_())
+    def adapted(dtype, context, wrap=lambda module: module) -> Form:
+        module, lora_A = adapted_module(layer, dtype)
         call = wrap(module)
-        return Form(lambda: call(x), (x, *trained), context, module)
+        return Form(lambda: call(x), (x, lora_A), context, module)
 
     def forced(word: str) -> Form:
         return Form(lambda: mica_linear(*operands), (x, layer.lora_A), lambda: form_of(word))
@@ -220,90 +196,87 @@ def builds(cell: Cell, layer):
     makes = {
         BARE: lambda: Form(lambda: F.linear(x, layer.weight), (x,)),
         STOCK: lambda: adapted(torch.float32, stock),
-        names.STOCK_16: lambda: adapted(x.dtype, stock),
-        names.COMPILED: lambda: adapted(x.dtype, stock, wrap=under_compiler),
-        names.COMPILED_FAST: lambda: adapted(torch.float32, nullcontext, wrap=under_compiler),
-        names.COMPILED_PLAIN: lambda: adapted(torch.float32, plain, wrap=under_compiler),
-        names.AUTOCAST: lambda: adapted(torch.float32, stock, wrap=under_autocast),
-        names.AUTOCAST_FAST: lambda: adapted(torch.float32, nullcontext, wrap=under_autocast),
-        LORA: lambda: adapted(torch.float32, stock, init=True),
+        STOCK_16: lambda: adapted(x.dtype, stock),
         ATEN: lambda: Form(lambda: AtenControl.apply(*operands), (x, layer.lora_A)),
         FAST: lambda: adapted(torch.float32, nullcontext),
+        names.COMPILED: lambda: adapted(x.dtype, stock, under_compiler),
+        names.COMPILED_FAST: lambda: adapted(torch.float32, nullcontext, under_compiler),
+        names.COMPILED_PLAIN: lambda: adapted(torch.float32, plain, under_compiler),
     }
     if cell.forms:
         makes |= {name: functools.partial(forced, word) for name, word in FORMS.items()}
-    needed = dict.fromkeys([*implementations(cell, FORWARD), *implementations(cell, NO_GRADIENT)])
-    return {name: makes[name] for name in needed}
+    return makes
 
 
-def choice_of(layer, adapter_dtype: torch.dtype) -> choose.Choice:
-    """How the forward of this layer is to run."""
-    x = layer.x.reshape(-1, layer.x.shape[-1])
-    dtypes = (x.dtype, x.dtype, adapter_dtype, adapter_dtype)
-    rows = functools.partial(choose.forward_rows, x, layer.weight.shape[0], 0.0)
-    return choose.decide("linear", x.device, layer.lora_A.shape[0], dtypes, rows)
+def checked(cell: Cell, layer: Layer, name: str, truth: dict) -> tuple[Form, dict[str, float]]:
+    """The form, and its facts.
 
-
-def checked(cell: Cell, layer, name: str, build, truth) -> tuple[Form, dict[str, float]]:
-    """The form, and its facts; raises where its results are wrong or came from another form."""
-    form, limit = build(), RELATIVE[layer.x.dtype] if cell.forms else GATES[cell.dtype][0]
-    both = name in implementations(cell, NO_GRADIENT)
+    Raises:
+        AssertionError: its results are wrong, or came from another operator or form.
+    """
+    form = builds(cell, layer)[name]()
+    is_timed_alone = name in cell.implementations(NO_GRADIENT)
     with form.context():
-        choice = choice_of(layer, layer.lora_A.dtype if cell.forms else torch.float32)
-        operator = "linear" if choice.form == choose.REFERENCE else "linear_kernels"
+        operator = operator_of(layer, layer.lora_A.dtype if cell.forms else torch.float32)
         if cell.forms:  # the first call may have to try several configurations of a kernel
             form.errors(layer.grad_output, truth)
         calls = mica.fast.call_counts[operator]
         with launches() if cell.forms else nullcontext() as launched:
             errors = form.errors(layer.grad_output, truth)
-        if both:
+        if is_timed_alone:
             with torch.no_grad():  # may take another path through the code
                 errors["y without gradient"] = form.errors(layer.grad_output, truth)["y"]
-        facts = check_errors(name, errors, limit)
         ran = mica.fast.call_counts[operator] - calls
-        is_called = name.startswith(FAST) and name != names.COMPILED_PLAIN
-        assert ran == is_called * (1 + both), f"{ran} calls of our operator"
-        if cell.forms:
-            expected = LAUNCHED[FORMS[name]] if name in FORMS else {}
-            assert launched == expected, f"launched {dict(launched)}, not {expected}"
         modules = [] if form.module is None else [form.module]
         saved = saved_bytes(form.forward, modules, but=[layer.weight]) / 1e6
+    facts = check_errors(name, errors, RELATIVE[layer.x.dtype] if cell.forms else GATES[cell.dtype])
+    expected = 0
+    if name.startswith(FAST) and name != names.COMPILED_PLAIN:
+        expected = 2 if is_timed_alone else 1
+    assert ran == expected, f"{ran} calls of our operator"
+    if cell.forms:
+        of_form = LAUNCHED[FORMS[name]] if name in FORMS else {}
+        assert launched == of_form, f"launched {dict(launched)}, not {of_form}"
     return form, {"saved_mb": saved, **facts}
+
+
+def operator_of(layer: Layer, adapter_dtype: torch.dtype) -> str:
+    """The operator that counts a forward of this layer: that on kernels, where they are to run."""
+    x = layer.x.reshape(-1, layer.x.shape[-1])
+    dtypes = (x.dtype, x.dtype, adapter_dtype, adapter_dtype)
+    rows = functools.partial(choose.forward_rows, x, layer.weight.shape[0], 0.0)
+    choice = choose.decide("linear", x.device, layer.lora_A.shape[0], dtypes, rows)
+    return "linear" if choice.form == choose.REFERENCE else "linear_kernels"
+
+
+class Setting(NamedTuple):
+    forms: dict[str, Form]
+    grad_output: torch.Tensor
+    facts: dict[str, dict[str, float]]
+    iterations: dict[str, int]
 
 
 @functools.lru_cache(maxsize=1)
 def setting(cell: Cell) -> Setting:
     layer = make_layer(cell.tokens, cell.out, cell.inner, cell.rank, DTYPES[cell.dtype], DEVICE)
-    truth = exact(layer, GATES[cell.dtype][1])
-    makes = builds(cell, layer)
-    built = build_all(cell.name, makes, lambda name: checked(cell, layer, name, makes[name], truth))
+    truth = exact(layer, EXACT[cell.dtype])
+    needed = dict.fromkeys([*cell.implementations(FORWARD), *cell.implementations(NO_GRADIENT)])
+    built = build_all(cell.name, needed, lambda name: checked(cell, layer, name, truth))
     forms = {name: form for name, (form, _) in built.items()}
+    facts = {name: facts for name, (_, facts) in built.items()}
     bare = forms[BARE]
-    back = functools.partial(bare.gradients, bare.forward(), layer.grad_output)
-    counts = {FORWARD: iterations(seconds(bare.forward)), BACKWARD: iterations(seconds(back))}
+    backward = functools.partial(bare.gradients, bare.forward(), layer.grad_output)
+    counts = {FORWARD: iterations(seconds(bare.forward)), BACKWARD: iterations(seconds(backward))}
     counts[NO_GRADIENT] = counts[FORWARD]
-    return Setting(forms, layer.grad_output, {name: facts for name, (_, facts) in built.items()}, counts)
+    return Setting(forms, layer.grad_output, facts, counts)
 
 
-def implementations(cell: Cell, part: str) -> list[str]:
-    """Without a gradient LoRA's layer is the stock one, and `torch.compile` would have to build another."""
-    if cell.forms:
-        return [] if part == NO_GRADIENT else [BARE, *FORMS, ATEN]
-    chosen = [BARE, STOCK, *([names.STOCK_16] if cell.dtype != "float32" else []), ATEN, FAST]
-    if part != NO_GRADIENT:
-        chosen.append(LORA)
-        if cell.compiled:
-            chosen += [names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN]
-        if cell.compiled and cell.dtype != "float32":
-            chosen += [names.AUTOCAST, names.AUTOCAST_FAST]
-    return chosen
-
-
-@turns(CELLS, PASSES, lambda cell: cell.rounds, implementations)
+@turns(CELLS, PASSES)
 def bench_layer(once, gated, cell, round_, part, implementation):
     group = f"{cell.name}, {part}"
     prepared = gated(group, lambda: setting(cell), implementation)
-    form, count = prepared.forms[implementation], prepared.iterations[part]
-    facts = prepared.facts[implementation] if round_ == 0 and part != NO_GRADIENT else {}
+    form = prepared.forms[implementation]
+    count = prepared.iterations[part]
+    facts = {} if part == NO_GRADIENT else prepared.facts[implementation]
     axes = {**cell.axes, "pass": part}
     form.time(once, part, prepared.grad_output, group, implementation, axes, count, **facts)

@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from bench.measure.clocks import seconds
-from bench.suites.harness import build_all, iterations, pick
+from bench.suites.harness import build_all, iterations
 from tests.support.tolerances import RELATIVE, error
 
 
@@ -18,7 +18,7 @@ def case(
     axes: Mapping[str, str | int],
     calls: Mapping[str, Callable[[], Tensor]],
     expected: Mapping[str, Callable[[], Tensor]],
-    rounds: int = pick(quick=3, default=7),
+    rounds: int = 7,
 ) -> Callable:
     """A test for pytest to collect, in which the implementations of this cell take turns.
 
@@ -29,9 +29,7 @@ def case(
     def checked(implementation: str) -> Callable[[], Tensor]:
         call = calls[implementation]
         if implementation in expected:
-            result = call()
-            wrong, limit = error(result, expected[implementation]()), RELATIVE[result.dtype]
-            assert wrong <= limit, f"the relative error is {wrong:.2e}, above {limit:.0e}"
+            check_error(call(), expected[implementation]())
         return call
 
     @functools.cache
@@ -47,3 +45,10 @@ def case(
         once(built[implementation], name, implementation, dict(axes), count, all_clocks=True)
 
     return bench
+
+
+def check_error(result: Tensor, truth: Tensor) -> None:
+    """Raises AssertionError where a result is further from the truth than its dtype explains."""
+    relative = error(result, truth)
+    limit = RELATIVE[result.dtype]
+    assert relative <= limit, f"the relative error is {relative:.2e}, above {limit:.0e}"

@@ -19,12 +19,12 @@ from tests.support import models
 Context = Callable[[], AbstractContextManager]
 
 RANK = 16
+SMOLLM2 = "SmolLM2-135M"
 LINEAR_LAYERS = 7  # of a block of Llama's or Qwen's
 _WIDTHS = {  # hidden, intermediate, heads, heads of k and v
     "Llama-3.2-1B": (LlamaConfig, 2048, 8192, 32, 8),
     "Llama-3.1-8B": (LlamaConfig, 4096, 14336, 32, 8),
     "Qwen2.5-0.5B": (Qwen2Config, 896, 4864, 14, 2),
-    "Qwen2.5-7B": (Qwen2Config, 3584, 18944, 28, 4),
     "toy": (LlamaConfig, 32, 48, 4, 2),
 }
 
@@ -57,6 +57,12 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def reference_ids(tokens: tuple[int, int]) -> Tensor:
+    """So many sequences of so many tokens of the Python reference, by SmolLM2's tokenizer."""
+    batch, sequence = tokens
+    return models.python_reference_tokens()[: batch * sequence].view(tokens)
+
+
 class Work(NamedTuple):
     """What is run: a model without a head gives y of x's shape, one with a head the loss of ``labels``.
 
@@ -73,16 +79,13 @@ class Work(NamedTuple):
     wrap: Callable[[nn.Module], Callable] = lambda model: model
 
     def step(self, name: str, context: Context, operators: dict[str, int], rate: float = 0.0) -> Step:
-        """A step of the bare model or of a copy of the masters; ``rate``: AdamW's."""
+        """A step of the bare model or of a copy of the masters; ``rate``: AdamW's.
+
+        x requires a gradient, so that the bare frozen model has a backward too.
+        """
         model = self.bare if name == BARE else copy.deepcopy(self.masters)
         if name == STOCK_16:
             cast(model, self.x.dtype)
-        return self.step_of(model, context, operators, rate)
-
-    def step_of(
-        self, model: nn.Module, context: Context, operators: dict[str, int], rate: float = 0.0
-    ) -> Step:
-        """x requires a gradient, so that the bare frozen model has a backward too."""
         call = self.wrap(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         x = self.x.detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""Shared by the suites: the size of a run, building and checking implementations one by one, refusals."""
+"""Shared by the suites: what depends on the device, building implementations one by one, refusals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.measure.machine import DEVICE, IS_DRY, ON_ACCELERATOR, SIZE
+from bench.measure.machine import DEVICE, IS_DRY, ON_ACCELERATOR
 from bench.results import journal
 from bench.results.cell import is_refused
 
@@ -29,17 +29,14 @@ needs_accelerator = pytest.mark.skipif(not ON_ACCELERATOR, reason="needs a GPU, 
 CRASHED = 86  # exit status of a process whose device no longer responds
 
 
-def pick(
-    default: T, quick: T | None = None, full: T | None = None, cuda: T | None = None, dry: T | None = None
-) -> T:
-    """The value for this size of run on this device, else ``default``; a dry run tries ``dry``, ``quick``."""
+def pick(default: T, cuda: T | None = None, dry: T | None = None) -> T:
+    """The value for a GPU or a dry run, else ``default``."""
+    chosen = None
     if IS_DRY:
-        choices = dry, quick
-    elif DEVICE == "cuda" and cuda is not None:
-        choices = (cuda,)
-    else:
-        choices = ({"quick": quick, "default": None, "full": full}[SIZE],)
-    return next((one for one in choices if one is not None), default)
+        chosen = dry
+    elif DEVICE == "cuda":
+        chosen = cuda
+    return default if chosen is None else chosen
 
 
 def iterations(seconds: float, sample: float = 0.005) -> int:
@@ -47,7 +44,9 @@ def iterations(seconds: float, sample: float = 0.005) -> int:
 
     The calls are those of the bare layer, the fastest; the others take up to five times as long.
     """
-    return 1 if IS_DRY else min(100, max(1, ceil(sample / seconds)))
+    if IS_DRY:
+        return 1
+    return min(100, max(1, ceil(sample / seconds)))
 
 
 def under_autocast(module: nn.Module) -> Callable:
@@ -55,29 +54,26 @@ def under_autocast(module: nn.Module) -> Callable:
     return torch.autocast(DEVICE, torch.bfloat16)(module.__call__)
 
 
-def turns(
-    cells: Iterable[Any],
-    parts: Sequence[str],
-    rounds: Callable[[Any], int],
-    names: Callable[[Any, str], Iterable[str]],
-) -> pytest.MarkDecorator:
-    """Parametrises by cell, round_, part and implementation, the innermost: they take turns in a round."""
-    cases = [
-        pytest.param(cell, round_, part, name, id=f"{cell.key}-{part}-{round_}-{name}")
-        for cell in cells
-        for round_, part in product(range(rounds(cell)), parts)
-        for name in names(cell, part)
-    ]
+def turns(cells: Iterable[Any], parts: Sequence[str]) -> pytest.MarkDecorator:
+    """Parametrises by cell, round_, part and implementation, the innermost: they take turns in a round.
+
+    A cell has a ``key`` for ``-k``, a number of ``rounds``, and ``implementations(part)``.
+    """
+    cases = []
+    for cell in cells:
+        for round_, part in product(range(cell.rounds), parts):
+            for name in cell.implementations(part):
+                case_id = f"{cell.key}-{part}-{round_}-{name}"
+                cases.append(pytest.param(cell, round_, part, name, id=case_id))
     return pytest.mark.parametrize(("cell", "round_", "part", "implementation"), cases)
 
 
 def whole_turns(cells: Iterable[Any]) -> pytest.MarkDecorator:
-    """The same of cells without parts, which know their ``rounds`` and ``implementations``."""
-    cases = [
-        pytest.param(cell, round_, name, id=f"{getattr(cell, 'key', cell.name)}-{round_}-{name}")
-        for cell in cells
-        for round_, name in product(range(cell.rounds), cell.implementations)
-    ]
+    """The same of cells without parts, whose ``implementations`` are a list."""
+    cases = []
+    for cell in cells:
+        for round_, name in product(range(cell.rounds), cell.implementations):
+            cases.append(pytest.param(cell, round_, name, id=f"{cell.key}-{round_}-{name}"))
     return pytest.mark.parametrize(("cell", "round_", "implementation"), cases)
 
 
@@ -89,11 +85,19 @@ def refuse(group: str, why: str, name: str | None = None) -> None:
         journal.write("refused", group=group, **whose, why=why)
 
 
+def why_refused(group: str, implementation: str) -> str | None:
+    for (name, refused), why in refusals.items():
+        if is_refused({"group": name, "implementation": refused}, group, implementation):
+            return why
+    return None
+
+
 def sentence(error: BaseException) -> str:
     """The first line of its message, with its type unless it is a failed check."""
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else ""
-    return text if isinstance(error, AssertionError) and text else f"{type(error).__name__}: {text}"
+    text = str(error).strip().partition("\n")[0]
+    if isinstance(error, AssertionError) and text:
+        return text
+    return f"{type(error).__name__}: {text}"
 
 
 def build_all(group: str, implementations: Iterable[str], build: Callable[[str], T]) -> dict[str, T]:
@@ -112,13 +116,6 @@ def build_all(group: str, implementations: Iterable[str], build: Callable[[str],
             refuse(group, sentence(error), name)
             leave_if_crashed()
     return built
-
-
-def why_refused(group: str, implementation: str) -> str | None:
-    for (name, refused), why in refusals.items():
-        if is_refused({"group": name, "implementation": refused}, group, implementation):
-            return why
-    return None
 
 
 def leave_if_crashed() -> None:

@@ -46,17 +46,20 @@ class Form(NamedTuple):
 
     def errors(self, grad_output: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
         """Frobenius norm of the difference over that of the truth, of y and, with gradients, dx and dA."""
-        y = self.forward()
-        gradients = self.gradients(y, grad_output) if torch.is_grad_enabled() else ()
-        values = zip(("y", "dx", "dA"), (y, *gradients), strict=False)
-        return {
-            name: float((value.detach().to(truth[name].dtype) - truth[name]).norm() / truth[name].norm())
-            for name, value in values
-        }
+        values = [self.forward()]
+        if torch.is_grad_enabled():
+            values += self.gradients(values[0], grad_output)
+        errors = {}
+        for what, value in zip(("y", "dx", "dA"), values, strict=False):
+            exact = truth[what]
+            errors[what] = float((value.detach().to(exact.dtype) - exact).norm() / exact.norm())
+        return errors
 
     def call(self, part: str, grad_output: Tensor) -> Callable[[], object]:
         """What is timed as this pass; the forward of a backward runs now."""
-        return partial(self.gradients, self.forward(), grad_output) if part == BACKWARD else self.forward
+        if part == BACKWARD:
+            return partial(self.gradients, self.forward(), grad_output)
+        return self.forward
 
     def time(self, once, part: str, grad_output: Tensor, *sample, **facts) -> None:
         """One sample of this pass, by every clock; ``sample``: group, implementation, axes, calls."""
@@ -72,27 +75,24 @@ def make_layer(tokens: int, out: int, inner: int, rank: int, dtype: torch.dtype,
         return torch.randn(*shape, generator=generator, device=device) * scale
 
     return Layer(
-        normal(tokens, inner).to(dtype).requires_grad_(),
-        normal(out, inner, scale=inner**-0.5).to(dtype),
-        normal(rank, inner, scale=inner**-0.5).requires_grad_(),
-        normal(out, rank, scale=0.1 * rank**-0.5),
-        1.0,
-        normal(tokens, out).to(dtype),
+        x=normal(tokens, inner).to(dtype).requires_grad_(),
+        weight=normal(out, inner, scale=inner**-0.5).to(dtype),
+        lora_A=normal(rank, inner, scale=inner**-0.5).requires_grad_(),
+        lora_B=normal(out, rank, scale=0.1 * rank**-0.5),
+        scaling=1.0,
+        grad_output=normal(tokens, out).to(dtype),
     )
 
 
-def adapted_module(
-    layer: Layer, adapter_dtype: torch.dtype, init: str | bool = False
-) -> tuple[nn.Module, Tensor]:
-    """PEFT's layer over this weight, with these factors in ``adapter_dtype``, B frozen; and its A.
-
-    ``init="mica"`` makes it one that `mica.fast` takes, ``False`` a plain LoRA layer.
-    """
+def adapted_module(layer: Layer, adapter_dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """PEFT's MiCA layer over this weight, with these factors in ``adapter_dtype``, B frozen; and its A."""
     out, inner = layer.weight.shape
     base = nn.Linear(inner, out, bias=False, device="meta")
     base.weight = nn.Parameter(layer.weight, requires_grad=False)
     rank = layer.lora_A.shape[0]
-    config = LoraConfig(r=rank, lora_alpha=rank * layer.scaling, target_modules=["0"], init_lora_weights=init)
+    config = LoraConfig(
+        r=rank, lora_alpha=rank * layer.scaling, target_modules=["0"], init_lora_weights="mica"
+    )
     adapted = get_peft_model(nn.Sequential(base), config)
     module = adapted.base_model.model[0].to(layer.x.device)
     for part, value in ((module.lora_A, layer.lora_A), (module.lora_B, layer.lora_B)):
@@ -106,16 +106,20 @@ class AtenControl(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        A = lora_A.to(x.dtype)
+        B = lora_B.to(x.dtype)
         ctx.save_for_backward(x)
-        ctx.frozen = weight, A, B, scaling
+        ctx.frozen = (weight, A, B, scaling)
         return F.linear(x, weight).addmm_(F.linear(x, A), B.t(), alpha=scaling)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        (x,), (weight, A, B, scaling) = ctx.saved_tensors, ctx.frozen
+        (x,) = ctx.saved_tensors
+        weight, A, B, scaling = ctx.frozen
         g = (grad_output @ B).mul_(scaling)
-        return (grad_output @ weight).addmm_(g, A), None, (g.t() @ x).to(torch.float32), None, None
+        dx = (grad_output @ weight).addmm_(g, A)
+        dA = (g.t() @ x).to(torch.float32)
+        return dx, None, dA, None, None
 
 
 def exact(layer: Layer, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -132,7 +136,8 @@ def check_errors(name: str, errors: dict[str, float], limit: float) -> dict[str,
     Raises:
         AssertionError: one of them is larger.
     """
-    limit = 1.0 if name == BARE else limit  # the bare layer lacks the adapter's term
+    if name == BARE:
+        limit = 1.0  # it lacks the adapter's term
     for what, error in errors.items():
         assert error <= limit, f"the relative error of {what} is {error:.2e}, above {limit:.0e}"
     if name == BARE:

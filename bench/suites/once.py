@@ -24,31 +24,29 @@ class Once:
     ``all_clocks``: on an accelerator also its device time and a replay of its graph, each a separate cell.
     """
 
-    graphs: dict[tuple[str, str], Callable] = {}  # noqa: RUF012 (of the cell that is being timed)
+    # (cell, implementation) -> the replay of its graph, and the call, which keeps its operands alive
+    graphs: dict[tuple[str, str], tuple[Callable, Callable]] = {}  # noqa: RUF012
 
     def __init__(self, benchmark):
         self.benchmark = benchmark
-        self.cell = self.implementation = self.grown = None
+        self.cell: str | None = None
+        self.implementation: str | None = None
+        self.grown: float | None = None
         self.work: dict[str, float] = {}
         self.samples: list[dict] = []
 
     def __call__(
         self, function, group, name, axes, iterations=1, make=None, all_clocks=False, work=None, **facts
     ):
-        self.cell, self.implementation = group, name
+        self.cell = group
+        self.implementation = name
         self.work = throughput.of_axes(axes) if work is None else work
         self.benchmark.group = group
         self.benchmark.extra_info.update(implementation=name, axes=axes)
         journal.write("doing", group=group, implementation=name)
-        call = function if make is None else partial(function, make())
-        call()
-        if make is not None:
-            call = None  # PEFT's models hold themselves in circles
-            gc.collect()
-            call = partial(function, make())
+        call = _warmed_up(function, make)
         with peak_growth() as growth:
-            call = clocks.wall(call, iterations)
-            result = self.benchmark.pedantic(call, rounds=1, iterations=iterations)
+            result = self.benchmark.pedantic(clocks.wall(call, iterations), rounds=1, iterations=iterations)
         self.grown = growth()
         self._add(self.benchmark.stats.stats.median, axes, facts, WALL)
         if all_clocks and ON_ACCELERATOR:
@@ -74,9 +72,19 @@ class Once:
     def _add(self, seconds: float, axes: dict, facts: dict, clock: str) -> None:
         group = self.cell
         if ON_ACCELERATOR:
-            group, axes = f"{group}, {clock}", {**axes, "clock": clock}
-        sample = {"cell": self.cell, "group": group, "axes": axes, "implementation": self.implementation}
-        self.samples.append({**sample, "seconds": seconds, "facts": facts, "work": self.work})
+            group = f"{group}, {clock}"
+            axes = {**axes, "clock": clock}
+        self.samples.append(
+            {
+                "cell": self.cell,
+                "group": group,
+                "axes": axes,
+                "implementation": self.implementation,
+                "seconds": seconds,
+                "facts": facts,
+                "work": self.work,
+            }
+        )
 
     def _add_clock(self, clock: str, measure: Callable[[], float], axes: dict) -> None:
         """One that cannot be timed by this clock has no such number, and keeps the others."""
@@ -93,7 +101,18 @@ class Once:
         """The replay of its graph, captured once per cell."""
         if not any(cell == self.cell for cell, _ in self.graphs):
             self.graphs.clear()
-        key = self.cell, self.implementation
+        key = (self.cell, self.implementation)
         if key not in self.graphs:
-            self.graphs[key] = clocks.captured(function), function  # keeps its operands alive
-        return self.graphs[key][0]
+            self.graphs[key] = (clocks.captured(function), function)
+        replay, _ = self.graphs[key]
+        return replay
+
+
+def _warmed_up(function, make: Callable | None) -> Callable:
+    """What is timed, after an untimed call."""
+    if make is None:
+        function()
+        return function
+    function(make())
+    gc.collect()  # PEFT's models hold themselves in circles
+    return partial(function, make())

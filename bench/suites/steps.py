@@ -13,6 +13,7 @@ from torch import Tensor
 
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR
+from bench.measure.memory import saved_bytes
 from bench.results.names import BARE, FAST, STOCK, STOCK_16
 from bench.suites.harness import build_all
 from bench.suites.layer import Form
@@ -26,24 +27,22 @@ def operators(linear: int, on_kernels: bool = ON_ACCELERATOR, forwards: int = 1)
     ``forwards``: 2 where gradient checkpointing recomputes every forward.
     """
     ran = {"linear": forwards * linear, "linear_backward": linear}
-    return ran | ({f"{name}_kernels": count for name, count in ran.items()} if on_kernels else {})
-
-
-def expected_operators(name: str, linear: int, forwards: int = 1) -> dict[str, int]:
-    """`operators` that the implementation's name implies."""
-    return operators(linear, forwards=forwards) if name == FAST else {}
+    if on_kernels:
+        ran |= {f"{name}_kernels": times for name, times in ran.items()}
+    return ran
 
 
 def has_run(ran: dict[str, float], expected: dict[str, float]) -> bool:
     """Whether these operators ran. Where autograd follows the forward of small layers, nothing else does."""
-    followed = {name: count for name, count in expected.items() if name == "linear"}
+    followed = {name: times for name, times in expected.items() if name == "linear"}
     return ran in (expected, followed)
 
 
 @contextmanager
 def counting() -> Iterator[dict[str, int]]:
     """Yields a dict that afterwards has how often each operator ran inside, if it did."""
-    ran, before = {}, Counter(mica.fast.call_counts)
+    ran: dict[str, int] = {}
+    before = Counter(mica.fast.call_counts)
     yield ran
     ran.update(Counter(mica.fast.call_counts) - before)
 
@@ -65,20 +64,29 @@ class Step(NamedTuple):
         y.backward(self.grad_output)
         if self.optimizer is not None:
             self.optimizer.step()
-        for tensor in self.form.inputs:
-            tensor.grad = None
+        self._clear()
         return y
 
     def results(self) -> dict[str, Tensor]:
-        """y, dx and the dA of all layers, in fp32; by `backward`: DDP's hooks do not see `autograd.grad`."""
+        """y, dx and the dA of all layers, in fp32."""
         with self.form.context():
             y = self.form.forward()
             y.backward(self.grad_output)
         dx, *grads = (tensor.grad for tensor in self.form.inputs)
+        self._clear()
+        values = {"y": y.detach().float(), "dx": dx.float()}
+        if grads:
+            values["dA"] = torch.cat([grad.flatten() for grad in grads]).float()
+        return values
+
+    def saved_mb(self) -> float:
+        """Megabytes that a forward saves for its backward."""
+        with self.form.context():
+            return saved_bytes(self.form.forward, [self.form.module]) / 1e6
+
+    def _clear(self) -> None:
         for tensor in self.form.inputs:
             tensor.grad = None
-        values = {"y": y.detach().float(), "dx": dx.float()}
-        return values | ({"dA": torch.cat([grad.flatten() for grad in grads]).float()} if grads else {})
 
     def time(
         self, once, group: str, name: str, axes: dict, calls: int = 1, call: Callable | None = None, **options
@@ -92,15 +100,32 @@ class Step(NamedTuple):
 
         def counted() -> object:
             next(run)
-            return (call or self)()
+            return self() if call is None else call()
 
         with self.form.context(), counting() as ran:
             once(counted, group, name, axes, calls, **options)
         runs = next(run)
         per_call = {name: times / runs for name, times in ran.items()}
-        right = has_run(per_call, self.operators) if call is None else bool(per_call) == bool(self.operators)
-        assert right, f"{name} ran {per_call} per call, not {self.operators}"
+        if call is None:
+            is_right = has_run(per_call, self.operators)
+        else:
+            is_right = bool(per_call) == bool(self.operators)
+        assert is_right, f"{name} ran {per_call} per call, not {self.operators}"
         return runs
+
+
+class Prepared(NamedTuple):
+    """The implementations of a cell, checked: how each takes a step, and what was counted of it."""
+
+    steps: dict[str, Step]
+    facts: dict[str, dict[str, float]]
+    iterations: int = 1  # steps in a sample
+
+    def time(self, once, cell, implementation: str, **options) -> None:
+        """A sample of the cell, which has a ``name`` and ``axes``."""
+        facts = self.facts[implementation]
+        step = self.steps[implementation]
+        step.time(once, cell.name, implementation, cell.axes, self.iterations, **options, **facts)
 
 
 def checked(step: Step, expected: dict[str, Tensor], gates: dict[str, float]) -> Step:
@@ -130,6 +155,8 @@ def check_all(
     expected = stock.results()
 
     def build_checked(name: str) -> Step:
-        return stock if name == STOCK else checked(build(name), {} if name in unchecked else expected, gates)
+        if name == STOCK:
+            return stock
+        return checked(build(name), {} if name in unchecked else expected, gates)
 
     return build_all(group, names, build_checked)

@@ -8,13 +8,12 @@ from tests.support.imports import MODULES, circular, imported
 MAY_IMPORT = {
     "results": set(),
     "measure": {"results"},
-    "model": set(),
     "suites": {"measure", "results"},
     "conftest": {"measure", "results", "suites"},
     "run": {"measure", "results"},
     "report": {"results"},
     "quality": {"measure", "report"},
-    "pages": {"model", "quality", "report", "results"},
+    "pages": {"quality", "results"},
     "gpu": {"run", "measure", "report", "results"},
     "__main__": {"run", "measure", "report", "results"},
 }

@@ -1,10 +1,10 @@
-"""``python -m bench`` on one small cell: a result, a report, and what a slow or wrong operator does."""
+"""``python -m bench`` on one small cell: a result, a report, and what a slow operator does to it."""
 
 import re
 
 import pytest
 
-from bench.report.compare import main as compare
+from bench.report.__main__ import write
 from bench.results.names import BACKWARD, BARE, FAST, FORWARD, NO_GRADIENT, STOCK
 from bench.results.schema import Result
 from tests.support.dry_run import CELL
@@ -22,7 +22,7 @@ def run(tmp_path_factory):
         settings = {}
         if operator:
             settings = {"MICA_TEST_OPERATOR": operator, "plugin": "tests.support.broken_operator"}
-        done = start("bench", "--quick", "-k", which, "--name", name, "--output", folder, **settings)
+        done = start("bench", "layer", "-k", which, "--name", name, "--output", folder, **settings)
         return done.returncode, folder / f"{name}.json", done.stdout + done.stderr
 
     return run
@@ -41,20 +41,27 @@ def test_it_writes_a_result_and_its_report(usual):
     assert [group.axes["pass"] for group in result.groups] == [FORWARD, BACKWARD, NO_GRADIENT]
     for group in result.groups:
         assert {BARE, STOCK, FAST} <= group.timings.keys()
-        assert {len(timing.seconds) for timing in group.timings.values()} == {3}
+        assert {len(timing.seconds) for timing in group.timings.values()} == {5}
     assert not result.refused
-    assert result.machine["size"] == "quick"
+    assert result.machine["size"] == "default"
     text = file.with_suffix(".md").read_text()
     assert text in output
     assert re.search(rf"^\|.* {re.escape(STOCK)} +\| [\d.]+ +\| [\d,.]+ +\|", text, re.MULTILINE)
     assert "| tokens/s " in text
 
 
-def test_a_slow_operator_is_a_regression(run, usual):
+def test_a_slow_operator_has_other_ratios(run, usual):
     code, slow, output = run("slow", "slow")
     assert code == 0, output
-    assert compare([str(usual[0]), str(slow)]) == 1
-    assert compare([str(slow), str(usual[0])]) == 0  # faster
+    text = write(slow, with_pictures=False, old=usual[0])
+    _, _, changed = text.partition("## Changed")
+    assert re.search(rf"^\|.*\| {re.escape(FAST)} +\| ÷ {re.escape(STOCK)} +\|", changed, re.MULTILINE)
+
+
+def test_a_suite_that_is_not_there_is_refused():
+    done = start("bench", "layers")
+    assert done.returncode == 2
+    assert "there is no suite 'layers'" in done.stderr
 
 
 def test_nothing_to_time(run):

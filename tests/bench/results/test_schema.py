@@ -25,12 +25,9 @@ def test_a_sum_has_the_implementations_and_rounds_of_both_passes():
     assert Result({}, [forward, backward]).with_both().groups == [forward, backward]
 
 
-def test_ratios_and_overheads_are_taken_within_a_round():
+def test_ratios_are_taken_within_a_round():
     ratio = group({BARE: [1.0, 10.0, 3.0], FAST: [2.0, 10.0, 9.0]}).ratio(FAST, BARE)
     assert ratio.low <= 1.0 < ratio.median == 2.0 < 3.0 <= ratio.high
-    cell = group({BARE: [1.0, 2.0, 1.0], "LoRA": [2.0, 2.1, 3.0], FAST: [1.5, 2.25, 1.0]})
-    assert cell.overhead(FAST, "LoRA").median == 0.25  # 0.5, 0.25, 0 over the median of 1, 0.1, 2
-    assert cell.overhead(FAST, BARE) is None
     once = interval([2.0])
     assert (once.low, once.high, str(once)) == (0.0, math.inf, "2.000 (one round)")
 

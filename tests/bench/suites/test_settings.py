@@ -11,8 +11,8 @@ from torch import nn
 
 import mica.fast
 from bench.results import journal
-from bench.results.names import BARE, FAST, MERGED, STOCK, SVD
-from bench.suites import bench_adapter, bench_host, bench_step, bench_subspace, harness
+from bench.results.names import BARE, FAST, STOCK, SVD
+from bench.suites import bench_adapter, bench_step, bench_subspace, harness
 from bench.suites.case import case
 from bench.suites.layer import Form, adapted_module, make_layer
 from bench.suites.once import Once
@@ -28,7 +28,7 @@ def written(monkeypatch, tmp_path):
     monkeypatch.setattr(harness, "refusals", {})
     monkeypatch.setattr(bench_step, "LEARNING_RATE", 3e-2)
     yield journal.read
-    for cached in (bench_step.setting, bench_subspace.setting, bench_host.generate_setting):
+    for cached in (bench_step.setting, bench_subspace.setting):
         cached.cache_clear()
 
 
@@ -118,7 +118,7 @@ class Calls:
 def layer_step(context=nullcontext, ran=None, optimizer=None):
     """A step that runs one operator of mica.fast; what it claims to run may be wrong."""
     layer = make_layer(4, 8, 8, 2, torch.float32, "cpu")
-    module, lora_A = adapted_module(layer, torch.float32, init="mica")
+    module, lora_A = adapted_module(layer, torch.float32)
     x = layer.x.detach()[None].requires_grad_()
     claimed = operators(1, on_kernels=False) if ran is None else ran
     optimizer = optimizer and optimizer([lora_A], lr=1.0)
@@ -206,20 +206,19 @@ def test_steps_that_change_nothing_can_show_nothing(monkeypatch):
 # initialisation
 # ---------------------------------------------------------------------------------------------------
 
-CELL = bench_subspace.Cell(64, 48, 1, ("auto, r = 16", "gram, r = 16"))
+CELL = bench_subspace.Cell(128, 96, 1, ranks=(16, 64))
 
 
-def test_a_method_without_a_certificate_is_refused_alone(monkeypatch):
-    solved = bench_subspace.solved
+def test_a_result_without_a_certificate_is_refused_alone(monkeypatch):
+    solve = bench_subspace.minor_subspace
 
-    def uncertified(weights, method, rank):
-        results = solved(weights, method, rank)
-        return [SimpleNamespace(certified=False)] if method == "gram" else results
+    def uncertified(weight, rank):
+        return SimpleNamespace(certified=False) if rank == 64 else solve(weight, rank)
 
-    monkeypatch.setattr(bench_subspace, "solved", uncertified)
+    monkeypatch.setattr(bench_subspace, "minor_subspace", uncertified)
     calls, _ = bench_subspace.setting(CELL)
     assert list(calls) == [SVD, "minor_subspace, auto, r = 16"]
-    assert harness.refusals == {(CELL.name, "minor_subspace, gram, r = 16"): "not certified"}
+    assert harness.refusals == {(CELL.name, "minor_subspace, auto, r = 64"): "not certified"}
 
 
 def test_a_start_from_another_subspace_has_more_energy():
@@ -235,44 +234,3 @@ def test_a_start_from_another_subspace_has_more_energy():
     assert energy(-17, -1) > 1.01 * energy(-16)
     with pytest.raises(AssertionError, match="BᵀB is off by"):
         energy(-16, scale=1.01)
-
-
-# ---------------------------------------------------------------------------------------------------
-# generate()
-# ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tiny_generation(monkeypatch):
-    def small():
-        return models.tiny_llama(num_key_value_heads=2).requires_grad_(False)
-
-    monkeypatch.setattr(bench_host.models, "smollm2", small)
-    monkeypatch.setattr(bench_host.models, "python_reference_tokens", lambda: torch.arange(3, 40))
-
-
-@pytest.mark.parametrize("wrong", [None, MERGED, FAST])
-def test_generating_other_tokens_than_stock_is_refused(tiny_generation, monkeypatch, wrong):
-    order, generated = iter((STOCK, BARE, MERGED, FAST)), bench_host.generated
-
-    def one_wrong(model, new_tokens):
-        return generated(model, new_tokens) + (next(order) == wrong)
-
-    monkeypatch.setattr(bench_host, "generated", one_wrong)
-    assert bench_host.generate_setting("cell").keys() == {*bench_host.GENERATE} - {wrong}
-    why = f"{wrong} generates other tokens than stock PEFT"
-    assert harness.refusals == ({("cell", wrong): why} if wrong else {})
-
-
-def test_generating_under_another_name_is_refused(tiny_generation, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setitem(bench_host.GENERATE, FAST, mica.fast.disabled)
-        assert bench_host.generate_setting("cell").keys() == {BARE, MERGED, STOCK}
-        assert harness.refusals == {("cell", FAST): "mica.fast ran {}"}
-    with monkeypatch.context() as patch:
-        patch.setitem(bench_host.GENERATE, STOCK, nullcontext)
-        with pytest.raises(AssertionError, match=r"stock PEFT ran {'linear"):
-            bench_host.generate_setting("another cell")
-    monkeypatch.setattr(bench_host.models, "randomise", lambda model, scale: model)  # A = 0
-    with pytest.raises(AssertionError, match="the adapter makes no difference"):
-        bench_host.generate_setting("a third cell")

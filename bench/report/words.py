@@ -1,0 +1,66 @@
+"""Axes and ratios in the words of a report."""
+
+from __future__ import annotations
+
+from bench.results import names
+from bench.results.cell import Group, Ratio
+from bench.results.names import BARE, LORA, STOCK
+
+# What an implementation's time is divided by, round by round, where its cell has it
+BASELINES = (BARE, STOCK, names.STOCK_16, LORA, names.SVD, names.COPY)
+
+# What a reader calls the value of an axis; of the others it is enough to see the value
+_IN_WORDS = {
+    "tokens": "{} tokens",
+    "rank": "r = {}",
+    "sequence": "{} tokens a sequence",
+    "layers": "{} blocks",
+    "weights": "{} weights",
+    "experts": "{} experts",
+    "features": "{} features",
+    "autocast": "autocast to {}",
+}
+_UNNAMED = ("suite", "pass")
+
+
+def shape_in_words(axes: dict[str, str | int]) -> dict[str, str | int]:
+    """Axes with "out × in" in place of "out" and "in"."""
+    shown = {}
+    for axis, value in axes.items():
+        if axis == "out" and "in" in axes:
+            shown["out × in"] = f"{value} × {axes['in']}"
+        elif axis != "in" or "out" not in axes:
+            shown[axis] = value
+    return shown
+
+
+def in_words(axes: dict[str, str | int]) -> str:
+    """As "Llama-3.2-1B, 2048 × 2048, 1024 tokens, r = 16, bfloat16", for the labels of a picture."""
+    shown = {axis: value for axis, value in shape_in_words(axes).items() if axis not in _UNNAMED}
+    if shown.get("sequence") == shown.get("tokens"):  # a batch of one
+        shown.pop("sequence", None)
+    words = [str(shown.pop(axis)) for axis in ("model", "out × in") if axis in shown]
+    words += [_IN_WORDS.get(axis, "{}").format(value) for axis, value in shown.items()]
+    return ", ".join(words)
+
+
+def against(baseline: str) -> str:
+    """The column of ratios to it."""
+    return f"÷ {baseline}"
+
+
+def ratios(group: Group, name: str) -> dict[str, Ratio]:
+    """An implementation's time ÷ that of each baseline of its cell; none of the bare model's."""
+    found = {}
+    if name == BARE:
+        return found
+    for baseline in BASELINES:
+        if baseline in group.timings and baseline != name:
+            found[against(baseline)] = group.ratio(name, baseline)
+    return found
+
+
+def inverse(ratio: Ratio) -> Ratio:
+    """How many times as fast, of a ratio of times."""
+    high = 1 / ratio.low if ratio.low else float("inf")
+    return Ratio(1 / ratio.median, 1 / ratio.high, high)
