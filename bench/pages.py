@@ -202,7 +202,12 @@ def _merge_rows(run: str) -> list[Row]:
 def layers_compared(run: str) -> list[Row]:
     """Of all cells of the layer suite, by what they are compared with."""
     rows = [["against", "layers", "cells", "speedup", "median", "more than 5 % slower"]]
-    for baseline, title in ((STOCK, "stock PEFT"), (STOCK_16, "stock PEFT with bf16 adapters")):
+    baselines = {
+        STOCK: "stock PEFT",
+        STOCK_16: "stock PEFT with bf16 adapters",
+        names.ATEN: "a control in plain PyTorch, dA rounded",
+    }
+    for baseline, title in baselines.items():
         for dtype in ("bfloat16", "float32"):
             cells = [one for one in layers(run, dtype, BOTH, NO_GRADIENT) if baseline in one.timings]
             many = [one for one in cells if one.axes["tokens"] >= FEW]

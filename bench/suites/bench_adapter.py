@@ -21,10 +21,9 @@ from bench.suites.decoder import RANK, SMOLLM2, adapted, config_of
 from bench.suites.harness import build_all, pick
 from tests.support import models
 
-# Stock PEFT takes most of a minute to initialise or load, which runs every SVD, too: more than one round, for
-# an interval, is asked for with -m "".
-ROUNDS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
-MERGE_ROUNDS = 3
+# Stock PEFT runs every SVD in each round, of loading too.
+ROUNDS = pick(default=range(3), cuda=range(1))
+MERGE_ROUNDS = 5
 IMPLEMENTATIONS = {STOCK: mica.fast.disabled, FAST: nullcontext}
 MODEL = pick(default=SMOLLM2, cuda="Llama-3.2-1B", dry="toy")
 NAME = MODEL if MODEL == SMOLLM2 else f"a block of {MODEL}"

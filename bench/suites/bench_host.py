@@ -1,4 +1,4 @@
-"""Host time: a decoder block whose tensors are so small that the code around the products decides.
+"""Host time: a layer and a decoder block so small that the code around the products decides.
 
 On a GPU the host decides wherever a layer's kernels take less time than the code that launches them: with few
 tokens, in small models, in decoding. Here kernels are compiled and handed to a driver that launches nothing
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModel, LlamaConfig
 
 import mica.fast
@@ -36,12 +37,13 @@ HIDDEN = 64
 INTERMEDIATE = 128
 # Relative differences of y, dx and dA from stock PEFT's, whose adapters compute in fp32
 GATES = {"float32": 1e-5, "bfloat16": 2e-2}
-CALLS = 50  # in a sample
+CALLS = {"layer": 300, "block": 50}  # in a sample
+A_SCALE = 0.02  # of the values of A
 
 
 @contextmanager
 def kernels():
-    """Required: one that is not available is an error, not the PyTorch form."""
+    """Required: one that is not available is an error, not the reference path."""
     with no_launch.installed(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("MICA_BACKEND", "triton")
         yield
@@ -57,8 +59,9 @@ CONTEXTS = {
 
 
 class Cell(NamedTuple):
-    """A Llama of one block, with the rest of a model: masks, rotary embedding, norm, PEFT's wrapper."""
+    """A linear layer alone, or a Llama of one block with all that is around it in a PEFT model."""
 
+    kind: str  # "layer" or "block"
     dtype: str
     autocast: bool = False  # to bfloat16, as in `Trainer(bf16=True)`
     rounds: int = 9
@@ -66,17 +69,20 @@ class Cell(NamedTuple):
     @property
     def key(self) -> str:
         """For ``-k``."""
-        return f"block-{self.dtype}-autocast" if self.autocast else f"block-{self.dtype}"
+        key = f"{self.kind}-{self.dtype}"
+        return f"{key}-autocast" if self.autocast else key
 
     @property
     def name(self) -> str:
         what = f"a Llama with 1 block of {HIDDEN} / {INTERMEDIATE}, {TOKENS} tokens"
+        if self.kind == "layer":
+            what = f"a layer, {TOKENS} tokens, {HIDDEN} x {HIDDEN}"
         name = f"host time of {what}, r = {RANK}, {self.dtype}"
         return f"{name}, autocast" if self.autocast else name
 
     @property
     def axes(self) -> dict[str, str | int]:
-        axes = {"suite": "host block", "tokens": TOKENS, "layers": 1, "rank": RANK, "dtype": self.dtype}
+        axes = {"suite": f"host {self.kind}", "tokens": TOKENS, "rank": RANK, "dtype": self.dtype}
         if self.autocast:
             axes["autocast"] = "bfloat16"
         return axes
@@ -97,16 +103,15 @@ class Cell(NamedTuple):
         return within
 
 
-CELLS = [Cell("float32")]
-if has_native(torch.bfloat16):
-    CELLS += [Cell("bfloat16"), Cell("bfloat16", autocast=True)]
+CELLS = []
+for kind in ("layer", "block"):
+    CELLS.append(Cell(kind, "float32"))
+    if has_native(torch.bfloat16):
+        CELLS += [Cell(kind, "bfloat16"), Cell(kind, "bfloat16", autocast=True)]
 
 
-@functools.lru_cache(maxsize=1)
-def setting(cell: Cell) -> dict[str, Step]:
-    """Each implementation with its own model."""
-    torch.manual_seed(0)
-    dtype = DTYPES[cell.dtype]
+def block_of(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """Bare, and with adapters."""
     config = LlamaConfig(
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
@@ -118,13 +123,41 @@ def setting(cell: Cell) -> dict[str, Step]:
         eos_token_id=None,
     )
     bare = AutoModel.from_config(config, dtype=dtype).train().requires_grad_(False)
+    return bare, adapted(bare, A_SCALE)
+
+
+def layer_of(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """Bare, and with an adapter."""
+    bare = nn.Sequential(nn.Linear(HIDDEN, HIDDEN, bias=False, dtype=dtype)).requires_grad_(False)
+    return bare, adapted(bare, A_SCALE, targets=["0"])
+
+
+class Output(NamedTuple):
+    last_hidden_state: torch.Tensor
+
+
+def alone(model: nn.Module) -> Callable:
+    """The call of the one layer, without the model around it."""
+    layer = model[0] if isinstance(model, nn.Sequential) else model.base_model.model[0]
+    return lambda inputs_embeds: Output(layer(inputs_embeds))
+
+
+@functools.lru_cache(maxsize=1)
+def setting(cell: Cell) -> dict[str, Step]:
+    """Each implementation with its own model."""
+    torch.manual_seed(0)
+    dtype = DTYPES[cell.dtype]
+    is_layer = cell.kind == "layer"
+    bare, masters = layer_of(dtype) if is_layer else block_of(dtype)
     x, dy = torch.randn(2, 1, TOKENS, HIDDEN, dtype=dtype).unbind()
-    work = Work(bare, adapted(bare, 0.02), x, dy)
+    work = Work(bare, masters, x, dy)
+    if is_layer:
+        work = work._replace(wrap=alone)
 
     def build(name: str) -> Step:
         ran = {}
         if name in (PYTORCH, KERNELS):
-            ran = operators(LINEAR_LAYERS, on_kernels=name == KERNELS)
+            ran = operators(1 if is_layer else LINEAR_LAYERS, on_kernels=name == KERNELS)
         return work.step(name, cell.context(name), ran)
 
     gates = dict.fromkeys(("y", "dx", "dA"), GATES[cell.dtype])
@@ -152,5 +185,5 @@ def bench_host(once, gated, one_thread, cell, round_, part, implementation):
     launches = no_launch.launches
     with torch.set_grad_enabled(has_gradient):
         # no work: what launches nothing has no throughput
-        runs = step.time(once, group, implementation, axes, CALLS, call, work={})
+        runs = step.time(once, group, implementation, axes, CALLS[cell.kind], call, work={})
     once.note(launches=(no_launch.launches - launches) / runs)

@@ -99,7 +99,7 @@ class Work(NamedTuple):
         return Step(Form(forward, (x, *trained), context, model), self.grad_output, optimizer, operators)
 
 
-def adapted(bare: nn.Module, scale: float) -> nn.Module:
+def adapted(bare: nn.Module, scale: float, targets: str | list[str] = "all-linear") -> nn.Module:
     """A copy with MiCA adapters whose A has values of this scale, as after training."""
-    model = models.wrap(copy.deepcopy(bare), rank=RANK, targets="all-linear")
+    model = models.wrap(copy.deepcopy(bare), rank=RANK, targets=targets)
     return models.randomise(model, scale)
