@@ -104,8 +104,8 @@ def wide_product(
     for start in tl.range(0, BLOCK_R, BLOCK_K, num_stages=1):  # more buffers would add to the main loop's
         ranks = start + tl.arange(0, BLOCK_K)
         ranks_64 = ranks.to(tl.int64)
-        h_ptrs = h_rows + ranks_64[None, :] * stride_hr
-        h = tl.load(h_ptrs, mask=row_mask & (ranks < H_RANK)[None, :], other=0.0)
+        h_mask = row_mask & (ranks < H_RANK)[None, :]
+        h = tl.load(h_rows + ranks_64[None, :] * stride_hr, mask=h_mask, other=0.0)
         p_ptrs = p_ptr + ranks_64[:, None] * stride_pr + p_columns
         if P_RANK == BLOCK_R and EVEN_N:
             p = tl.load(p_ptrs)
