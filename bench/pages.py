@@ -231,7 +231,7 @@ def _compared(cells: list[Group], baseline: str) -> Row:
 
 
 def host(run: str) -> list[Row]:
-    rows = [["fp32 / bf16 / bf16 under autocast", "PyTorch form", "kernels"]]
+    rows = [["fp32 / bf16 / bf16 under autocast", "reference path", "kernels"]]
     for call in (NO_GRADIENT, BOTH):
         groups = [*result(run).select(suite="host block", call=call)]
         cells = []

@@ -1,7 +1,7 @@
 """h = scale·drop(x) Pᵀ: the skinny product of the forward (P = A) and of the backward (x = dy, P = Bᵀ).
 
 With ``offsets`` each expert has its own P, and the rows of x are sorted by expert. The kernel is
-memory-bound: x is read once, at 2·M·K·r flops for M·K numbers. Formulas: `mica.paths.torch_path`.
+memory-bound: x is read once, at 2·M·K·r flops for M·K numbers. Formulas: `mica.paths.reference_path`.
 """
 
 from __future__ import annotations

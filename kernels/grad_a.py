@@ -2,7 +2,7 @@
 
 With ``offsets`` there is one sum per expert, over its own rows, which is not split: the experts are the
 programs, and one that has most of the rows takes longer. The kernel is memory-bound: x is read once.
-Formulas: `mica.paths.torch_path`.
+Formulas: `mica.paths.reference_path`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """y += scale·keep⊙(h P) in place: the wide product of the forward (P = Bᵀ) and of dx (h = g, P = A).
 
 With ``offsets`` each expert has its own P and bias. The kernel is memory-bound: y is read and written once,
-at 2·M·N·r flops for 2·M·N numbers. Formulas: `mica.paths.torch_path`.
+at 2·M·N·r flops for 2·M·N numbers. Formulas: `mica.paths.reference_path`.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def test_install(is_wheel, inside, triton, request, tmp_path):
 
 def test_importing_the_solver_imports_neither_peft_nor_triton():
     script = (
-        "import sys, mica, mica.ops, mica.paths.torch_path\n"
+        "import sys, mica, mica.ops, mica.paths.reference_path\n"
         "print([name for name in ('peft', 'triton', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ COMPILED_FAST = "mica.fast, torch.compile"
 COMPILED_PLAIN = "mica.fast, torch.compile, plain"
 
 # Host time
-PYTORCH = "mica.fast, PyTorch form"
+PYTORCH = "mica.fast, reference path"
 KERNELS = "mica.fast, kernels with a driver that launches nothing"
 
 SVD = "torch.linalg.svd"

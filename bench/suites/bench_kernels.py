@@ -2,7 +2,7 @@
 
 All of them are memory-bound, so a kernel is as good as the share of the copy's bandwidth that it reaches:
 its work is the bytes that a launch must read and write once. Each configuration is checked against
-`mica.paths.torch_path` in fp64 and refused individually.
+`mica.paths.reference_path` in fp64 and refused individually.
 """
 
 import functools

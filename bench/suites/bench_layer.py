@@ -5,9 +5,8 @@ In addition few tokens by rank, where calls cost as much as products. On an acce
 4096, tokens vary by rank, and kernels are required. *Forms*, there only, are those that
 `mica.kernels.configs` names, each forced, whatever its table has for the device.
 
-All implementations in a cell compute with the same x, W, A and B; each of their y, dx and dA is checked
-against `mica.paths.torch_path` before anything is timed, a form also by what it launches, and only the one
-that is wrong is left out. The forward is timed with and without recording a graph, the backward on a graph
+All implementations in a cell compute with the same x, W, A and B. Each of their y, dx and dA is checked before
+anything is timed, a form also by what it launches, and only the one that is wrong is left out. The forward is timed with and without recording a graph, the backward on a graph
 that is kept.
 """
 
@@ -49,7 +48,7 @@ LAUNCHED = {  # form -> by kernel, how many launches a forward and its backward 
     "split": {"down_projection": 2, "up_projection": 2, "grad_a": 1},
     "fused": {"down_projection": 2, "fused_linear": 2, "grad_a": 1},
     "mixed": {"up_projection": 2},
-    "aten": {},
+    "reference": {},
 }
 
 
@@ -146,10 +145,10 @@ if not (ON_ACCELERATOR or has_native(torch.bfloat16)):  # there a product in bf1
 def form_of(word: str) -> Iterator[None]:
     """Every call inside takes this form.
 
-    "aten" also where kernels are demanded, once they have been found to run (by the form before).
+    "reference" also where kernels are demanded, once they have been found to run (by the form before).
     """
     rows = {choose.device_name(torch.device(DEVICE, 0)): (configs.Forms(0, 256, word, word),)}
-    not_demanded = patch.object(choose, "setting", lambda: None) if word == "aten" else nullcontext()
+    not_demanded = patch.object(choose, "setting", lambda: None) if word == "reference" else nullcontext()
     with patch.dict(configs.FORMS, rows), not_demanded:
         yield
 

@@ -63,7 +63,7 @@ class Explanation:
 def explain(model: nn.Module) -> Explanation:
     """The path that each adapted layer of the model takes in its current state.
 
-    Path "kernel": the fused operators on Triton kernels; "reference": their PyTorch form, with the reason why
+    Path "kernel": the fused operators on Triton kernels; "reference": the reference path, with the reason why
     kernels do not run; "peft": PEFT's own code, with the reason; "error": MICA_BACKEND=triton demands kernels
     that do not exist for this layer, and a call raises. A base layer whose weight cannot be read directly is
     called, the reason says why, and only the adapter runs on the operators. Weights that FSDP2 has sharded

@@ -1,6 +1,6 @@
 """The operators ``torch.ops.mica.*`` and their checked functions; importing this registers all of them.
 
-Each takes Triton kernels (`mica.paths.triton_path`) or plain PyTorch (`mica.paths.torch_path`), as
+Each takes Triton kernels (`mica.paths.triton_path`) or plain PyTorch (`mica.paths.reference_path`), as
 `mica.paths.choose` decides. That of an embedding is always plain PyTorch.
 """
 

@@ -1,6 +1,7 @@
 """The low-rank term of an embedding: `mica_embedding`, and what `mica.fast` calls without its checks.
 
-In PyTorch's form on every device: it gathers a few columns of A, and has no base product to be fused with.
+It takes the reference path on every device: it gathers a few columns of A, and there is no base product to
+fuse it with.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mica.ops.operator import (
     saved,
     without_values,
 )
-from mica.paths import torch_path
+from mica.paths import reference_path
 
 
 def mica_embedding(
@@ -57,11 +58,11 @@ def mica_embedding(
 
 def _embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
     call_counts["embedding"] += 1
-    out = torch_path.embedding(indices.reshape(-1), lora_A, lora_B, scaling, compute_dtype)
+    out = reference_path.embedding(indices.reshape(-1), lora_A, lora_B, scaling, compute_dtype)
     return like((*indices.shape, out.shape[-1]), out)
 
 
-def _embedding_on_torch(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
+def _embedding_on_reference(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
     """`_embedding` for transforms to differentiate: column ``padding_idx`` has a tangent but no gradient."""
     if padding_idx is not None:
         every = torch.arange(lora_A.shape[1], device=lora_A.device)
@@ -73,7 +74,7 @@ def _embedding_backward(grad_output, indices, lora_A, lora_B, scaling, padding_i
     dy, flat = grad_output.reshape(-1, grad_output.shape[-1]), indices.reshape(-1)
     call_counts["embedding_backward"] += 1
     with no_autocast():
-        return torch_path.embedding_backward(dy, flat, lora_A, lora_B, scaling, padding_idx)
+        return reference_path.embedding_backward(dy, flat, lora_A, lora_B, scaling, padding_idx)
 
 
 def _embedding_fake(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
@@ -114,7 +115,7 @@ embedding = operator(
     _embedding_fake,
     _MicaEmbedding.apply,
     _cast,
-    _embedding_on_torch,
+    _embedding_on_reference,
 )
 operator(
     "embedding_backward",

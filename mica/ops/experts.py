@@ -1,6 +1,6 @@
 """A linear layer of a stack of experts: `mica_experts_linear`, on rows that are sorted by expert.
 
-The maths is `mica.paths.torch_path`'s; the operators state none of it. They can also take the tokens with
+The maths is in `mica.paths`; the operators state none of it. They can also take the tokens with
 the order of their rows (`mica.ops.routing`): then the rows, top_k times as large, are gathered in the forward
 and again in the backward, and not kept in between.
 """
@@ -55,7 +55,7 @@ def mica_experts_linear(
 
     Gradients: lora_A's in its own dtype, accumulated in fp32, 0 for experts without rows; x's where x needs
     it. Saved for the backward: x as it came and references to the operands. Nothing of the weight's size is
-    formed. Definition: `mica.paths.torch_path` (arXiv 2604.01694).
+    formed. Definition: `mica.paths.definition` (arXiv 2604.01694).
 
     Raises:
         TypeError: a dtype that is not allowed, a tensor that is not dense, an argument of another type.

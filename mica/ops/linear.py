@@ -1,6 +1,6 @@
 """The linear layer: `mica_linear`, and what `mica.fast` calls without its checks.
 
-The maths is `mica.paths.torch_path`'s; the operators state none of it.
+The maths is in `mica.paths`; the operators state none of it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def mica_linear(
 
     Gradients: lora_A's in its own dtype, accumulated in fp32 (under autocast perhaps rounded to its dtype, as
     PyTorch does); x's where x needs it. Saved for the backward: x as it came and references to the operands.
-    Definition: `mica.paths.torch_path` (arXiv 2604.01694).
+    Definition: `mica.paths.definition` (arXiv 2604.01694).
 
     Raises:
         TypeError: a dtype that is not allowed, a tensor that is not dense, an argument of another type.

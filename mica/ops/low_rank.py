@@ -3,7 +3,7 @@
     h  = scaling·drop(x) Aᵀ     mica_down_projection
     y' = y + h Bᵀ               mica_up_projection, with y = base_layer(x)
 
-Definition: `mica.paths.torch_path` (arXiv 2604.01694). Saved for the backward: x as it came, no h, no mask.
+Definition: `mica.paths.definition` (arXiv 2604.01694). Saved for the backward: x as it came, no h, no mask.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from torch._C import (
 from torch.autograd import forward_ad
 
 from mica.memory import in_memory
-from mica.paths import choose, torch_path
+from mica.paths import choose, reference_path
 from mica.paths.products import is_transformed
 
 # How often each operator's body ran, eager or compiled, which shows that a path was taken. Counted in the
@@ -42,7 +42,7 @@ VMAP = "FuncTorchBatchedDecomposition"
 
 AUTOCAST = ("cpu", "cuda")  # kinds of devices with autocast rules: others would cast within a body
 
-_force_torch = contextvars.ContextVar("mica_force_torch", default=False)
+_force_reference = contextvars.ContextVar("mica_force_reference", default=False)
 
 
 def run_formula(
@@ -53,7 +53,7 @@ def run_formula(
     *args,
     rows: Callable[[], choose.Rows] | None = None,
 ):
-    """Call ``name`` of `mica.paths.triton_path` where kernels run, else of `mica.paths.torch_path`.
+    """Call ``name`` of `mica.paths.triton_path` where kernels run, else of `mica.paths.reference_path`.
 
     tensor, rank, dtypes, rows: what `choose.decide` needs to know. args: of the formula.
 
@@ -61,10 +61,10 @@ def run_formula(
         RuntimeError: ``MICA_BACKEND=triton`` demands kernels that this call cannot have.
     """
     call_counts[name] += 1
-    formula = getattr(torch_path, name)
+    formula = getattr(reference_path, name)
     # in a backward under `is_grads_batched`
     is_batched = torch._C._functorch.is_legacy_batchedtensor(tensor)
-    if is_batched or _force_torch.get():
+    if is_batched or _force_reference.get():
         return formula(*args)
 
     choice = choose.decide(name, tensor.device, rank, dtypes, rows)
@@ -92,15 +92,15 @@ def run_formula(
     return result
 
 
-def on_torch(body: Callable) -> Callable:
-    """The body on PyTorch's path only, which autograd and every function transform can follow."""
+def on_reference(body: Callable) -> Callable:
+    """The body on the reference path only, which autograd and every function transform can follow."""
 
     def run(*args):
-        token = _force_torch.set(True)
+        token = _force_reference.set(True)
         try:
             return body(*args)
         finally:
-            _force_torch.reset(token)
+            _force_reference.reset(token)
 
     return run
 
@@ -176,9 +176,9 @@ def run_backward(operator: Callable, body: Callable, tensors: Sequence[Tensor | 
     The body runs below autograd although gradients are disabled there: PyTorch's calls take 1 µs less each.
     """
     if torch.is_grad_enabled():
-        return on_torch(body)(*args)
+        return on_reference(body)(*args)
     if not is_eager(*tensors):  # vmap would run the operator once for each in the batch
-        return on_torch(body)(*args) if is_transformed() else operator(*args)
+        return on_reference(body)(*args) if is_transformed() else operator(*args)
     with below_autograd():
         return body(*args)
 
@@ -259,7 +259,7 @@ def operator(
     LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mica::{name}", fake, lib=LIBRARY)
     registered = getattr(torch.ops.mica, name).default
-    followed = on_torch(transformed or body)
+    followed = on_reference(transformed or body)
     if apply is None:
         LIBRARY.impl(name, followed, VMAP)
         return registered

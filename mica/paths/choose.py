@@ -1,4 +1,4 @@
-"""How a call runs: on Triton kernels, and in which form, or on PyTorch's own operators, and why.
+"""How a call runs: on Triton kernels, and in which form, or on the reference path, and why.
 
 `decide` is the one decision. The operators follow it, and `mica.fast.explain` and the benchmarks report it.
 ``MICA_BACKEND`` demands a path; by default the device and the operands decide.
@@ -22,7 +22,7 @@ from mica.kernels.limits import DTYPES, MAX_RANK, are_narrow, names_of
 BACKENDS = ("auto", "triton", "reference")
 
 # Forms of a call. A layer on kernels has one of `configs.FORM_NAMES`, any other function has only `KERNELS`.
-REFERENCE = "reference"  # PyTorch's own operators
+REFERENCE = "reference"  # the reference path
 KERNELS = "kernels"
 ERROR = "error"  # kernels are demanded, and there are none
 
@@ -124,14 +124,14 @@ def _form_of_layer(
     form = forms.backward if function == "linear_backward" else forms.forward
 
     if setting() not in ("triton", b"triton"):
-        if form == "aten":
-            return Choice(REFERENCE, f"{forms.source}: PyTorch's own operators are faster here")
+        if form == REFERENCE:
+            return Choice(REFERENCE, f"{forms.source}: the reference path is faster here")
         if are_narrow(*rows.strides):
             return Choice(REFERENCE, _why_narrow(rows))
         has_one_dtype = all(dtype is row_dtype for dtype in (product_dtype, *factor_dtypes))
         if has_one_dtype and not rows.has_dropout and _is_host_bound(rows):
             return Choice(REFERENCE, f"{rows.tokens} tokens are too few: the device would wait for the host")
-    elif form == "aten":
+    elif form == REFERENCE:
         form = "split"
 
     if form == "mixed":
@@ -188,9 +188,7 @@ def give_up(
     what = f"{function} at rank {rank} ({names_of(dtypes)})"
     _given_up[Refused(device, function, rank, dtypes)] = f"{what} was given up: {text}"
     _choices.clear()
-    warnings.warn(
-        f"MiCA runs {what} on PyTorch's own operators on {device} from here on: {text}", stacklevel=2
-    )
+    warnings.warn(f"MiCA runs {what} on the reference path on {device} from here on: {text}", stacklevel=2)
 
 
 def note_missed(
@@ -202,7 +200,7 @@ def note_missed(
         _missed.add(missed)
         what = f"{function} at rank {rank} ({names_of(dtypes)})"
         warnings.warn(
-            f"MiCA runs {what} on PyTorch's own operators in a CUDA graph on {device}: {error}", stacklevel=2
+            f"MiCA runs {what} on the reference path in a CUDA graph on {device}: {error}", stacklevel=2
         )
 
 

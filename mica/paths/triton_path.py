@@ -1,4 +1,4 @@
-"""The operators' bodies on Triton kernels: which kernels make up a formula of `mica.paths.torch_path`.
+"""The operators' bodies on Triton kernels: which kernels make up a formula of `mica.paths.reference_path`.
 
     h  = down(x, A); y = x Wᵀ + bias by the vendor's library; y += h Bᵀ in place
     g  = down(dy, Bᵀ); dA = grad_a(g, x); dx = dy W by the vendor's library; dx += g A in place
@@ -26,7 +26,7 @@ from mica.kernels.grad_a import grad_a
 from mica.kernels.launching import RecordedLaunches, layout
 from mica.kernels.prepared_b import prepare, prepare_experts
 from mica.kernels.up_projection import up_projection_
-from mica.paths import torch_path
+from mica.paths import reference_path
 
 __all__ = [
     "LaunchError",
@@ -80,7 +80,7 @@ def linear(
     *,
     form: str = "split",
 ) -> Tensor:
-    """As `mica.paths.torch_path.linear`, in one of the forms of `mica.kernels.configs.FORM_NAMES`."""
+    """As `mica.paths.reference_path.linear`, in one of the forms of `mica.kernels.configs.FORM_NAMES`."""
     dtype = compute_dtype or x.dtype
     if not dropout_p:
         seed = None
@@ -91,7 +91,7 @@ def linear(
         steps = recorded_forward.record(key, numbers, {})
     down, update = steps
     if form == "mixed":
-        h = torch_path.down_projection(x, lora_A, scaling, dtype)
+        h = reference_path.down_projection(x, lora_A, scaling, dtype)
     else:
         h = down(x, as_operand(lora_A, x.shape[0], dtype), seed)
     factor = prepare(lora_B, dtype)
@@ -114,7 +114,7 @@ def linear_backward(
     *,
     form: str = "split",
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dA) as `mica.paths.torch_path.linear_backward`.
+    """(dx, dA) as `mica.paths.reference_path.linear_backward`.
 
     Kernels sum dA in fp32 and write it in the dtype of lora_A, whatever the ``grad_dtype``.
     """
@@ -130,8 +130,8 @@ def linear_backward(
     down, grad, update = steps
     grad_x = grad_A = None
     if form == "mixed":
-        g = torch_path.grad_h(grad_output, lora_B, scaling, compute_dtype)
-        grad_A = None if x is None else torch_path.grad_a(g, x).to(lora_A.dtype)
+        g = reference_path.grad_h(grad_output, lora_B, scaling, compute_dtype)
+        grad_A = None if x is None else reference_path.grad_a(g, x).to(lora_A.dtype)
     else:
         g = down(grad_output, prepare(lora_B, compute_dtype))
         grad_A = None if x is None else grad(g, x, seed)
@@ -157,7 +157,7 @@ def down_projection(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """As `mica.paths.torch_path.down_projection`."""
+    """As `mica.paths.reference_path.down_projection`."""
     numbers = {"scale": scaling, "compute_dtype": compute_dtype, "dropout_p": dropout_p}
     operand = as_operand(lora_A, x.shape[0], compute_dtype)
     h = down(x, operand, seed if dropout_p else None, **numbers)
@@ -165,14 +165,14 @@ def down_projection(
 
 
 def up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
-    """As `mica.paths.torch_path.up_projection`."""
+    """As `mica.paths.reference_path.up_projection`."""
     dtype = torch.promote_types(y.dtype, h.dtype)
     out = y.new_empty(y.shape)  # contiguous, as torch.compile is told; empty_like would keep y's strides
     return up_projection_(y, h, prepare(lora_B, dtype), None, out, compute_dtype=dtype)
 
 
 def up_projection_backward(grad_output: Tensor, lora_B: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """As `mica.paths.torch_path.up_projection_backward`."""
+    """As `mica.paths.reference_path.up_projection_backward`."""
     g = down(grad_output, prepare(lora_B, compute_dtype), compute_dtype=compute_dtype)
     return g[:, : lora_B.shape[1]].contiguous()
 
@@ -186,7 +186,7 @@ def down_projection_backward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As `mica.paths.torch_path.down_projection_backward`."""
+    """As `mica.paths.reference_path.down_projection_backward`."""
     grad_x = grad_A = None
     seed = seed if dropout_p else None
     if x is not None:
@@ -199,7 +199,7 @@ def down_projection_backward(
         operand = as_operand(lora_A, grad_h.shape[0], grad_h.dtype)
         up_projection_(grad_x, grad_h, operand, seed, scale=scaling, dropout_p=dropout_p)
     elif needs_x:  # nothing to add to: the vendor's product writes what the kernel would
-        grad_x = torch_path.grad_x_update(grad_h, lora_A * scaling)
+        grad_x = reference_path.grad_x_update(grad_h, lora_A * scaling)
     return grad_x, grad_A
 
 
@@ -227,7 +227,7 @@ def experts_linear(
     bias: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """As `mica.paths.torch_path.experts_linear`."""
+    """As `mica.paths.reference_path.experts_linear`."""
     dtype, offsets = compute_dtype or x.dtype, offsets.contiguous()
     bias = None if bias is None else bias.to(x.dtype)
     tensors = layout(x), layout(offsets), layout(lora_A), layout(bias), lora_B.shape[1]
@@ -240,7 +240,7 @@ def experts_linear(
 
 
 def experts_base(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `mica.paths.torch_path.experts_base`."""
+    """As `mica.paths.reference_path.experts_base`."""
     y = base_product(x, offsets, weight.transpose(1, 2))
     rows = torch.arange(len(y), dtype=offsets.dtype, device=y.device)
     if bias is not None:
@@ -259,7 +259,7 @@ def experts_linear_backward(
     scaling: float,
     compute_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As `mica.paths.torch_path.experts_linear_backward`."""
+    """As `mica.paths.reference_path.experts_linear_backward`."""
     grad_x = grad_A = None
     offsets = offsets.contiguous()
     tensors = layout(grad_output), layout(x), layout(offsets), layout(lora_A)
@@ -289,7 +289,7 @@ def base_product(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
             x = x.clone(memory_format=torch.contiguous_format)
         return _grouped_mm(x, weight, offs=offsets.to(torch.int32))
     y = x.new_empty(count, weight.shape[2])
-    for expert, rows in torch_path.hit(offsets):
+    for expert, rows in reference_path.hit(offsets):
         torch.mm(x[rows], weight[expert].to(x.dtype), out=y[rows])
     return y
 

@@ -1,4 +1,4 @@
-"""Training steps of adapted models, every launch emulated, against the PyTorch form.
+"""Training steps of adapted models, every launch emulated, against the reference path.
 
 Loss and gradients of both paths from the same weights; three steps of SGD, so that later ones launch by kept
 plans. A case's result is its largest relative error in units of what its dtype allows.

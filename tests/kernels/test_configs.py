@@ -128,7 +128,7 @@ def test_stages_follow_the_shared_memory():
 
 def test_the_form_of_a_layer(monkeypatch):
     """The first of a device's rows that fits the tokens and the rank; without one, what is guessed."""
-    fast, slow = configs.Forms(4096, 64, "fused", "split"), configs.Forms(1024, 16, "aten", "aten")
+    fast, slow = configs.Forms(4096, 64, "fused", "split"), configs.Forms(1024, 16, "reference", "reference")
     monkeypatch.setitem(configs.FORMS, "a card", (fast, slow))
     expected = {(4096, 64): fast, (9999, 1): fast, (9999, 65): None, (4095, 16): slow, (4095, 17): None}
     for (tokens, rank), row in expected.items():

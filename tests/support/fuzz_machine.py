@@ -126,7 +126,7 @@ class Machine(Adapters, Calls, Layers, Edits):
 
 
 class OnKernels(Machine):
-    """On Triton's interpreter, where PyTorch's path would run; tiny models, because that is slow."""
+    """On Triton's interpreter, where the reference path would run; tiny models, because that is slow."""
 
     KIND_NAMES = ("small",)
     DTYPES = (torch.float32, torch.float32, torch.bfloat16)

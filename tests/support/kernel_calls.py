@@ -21,7 +21,7 @@ from mica.kernels.launching import Launcher, PlannedCall
 from mica.kernels.limits import padded_columns
 from mica.kernels.prepared_b import prepare
 from mica.kernels.up_projection import up_projection_
-from mica.paths import torch_path
+from mica.paths import reference_path
 from tests.support.guarding import guarded
 from tests.support.oracle import Problem, problem
 
@@ -87,29 +87,29 @@ def low_rank(product: Tensor) -> Tensor:
 def down(x: Tensor, factor: Tensor, scale: float = 1.0, exact: Tensor | None = None) -> Work:
     """``exact``: the factor before it was prepared."""
     exact = factor if exact is None else exact
-    h = torch_path.down_projection(x.double(), exact.double(), scale, FP64)
+    h = reference_path.down_projection(x.double(), exact.double(), scale, FP64)
     numbers = {"scale": scale, "compute_dtype": x.dtype}
     return Work(down_projection, (x, factor), numbers, low_rank(h), x.dtype)
 
 
 def up(base: Tensor, h: Tensor, factor: Tensor, rank: int, exact: Tensor | None = None) -> Work:
     exact = factor[:rank].t() if exact is None else exact
-    y = torch_path.up_projection(base.double(), h[:, :rank].double(), exact.double())
+    y = reference_path.up_projection(base.double(), h[:, :rank].double(), exact.double())
     return Work(up_projection_, (base, h, factor), {}, y, base.dtype)
 
 
 def gradient_of_a(g: Tensor, x: Tensor, rank: int) -> Work:
     """Products of 16-bit factors are exact in fp32, so fp32's tolerance holds."""
-    exact = torch_path.grad_a(g[:, :rank].double(), x.double())
+    exact = reference_path.grad_a(g[:, :rank].double(), x.double())
     return Work(grad_a, (g, x), {"rank": rank}, exact, FP32)
 
 
 def h_of(p: Problem) -> Tensor:
-    return low_rank(torch_path.down_projection(p.x, p.lora_A, p.scaling, p.x.dtype))
+    return low_rank(reference_path.down_projection(p.x, p.lora_A, p.scaling, p.x.dtype))
 
 
 def g_of(p: Problem) -> Tensor:
-    return low_rank(torch_path.grad_h(p.grad_output, p.lora_B, p.scaling, p.x.dtype))
+    return low_rank(reference_path.grad_h(p.grad_output, p.lora_B, p.scaling, p.x.dtype))
 
 
 def fused(p: Problem, side: str) -> Work:
@@ -117,10 +117,10 @@ def fused(p: Problem, side: str) -> Work:
     if side == "forward":
         tensors, bias = (p.x, p.weight.t(), h_of(p), prepare(p.lora_B, dtype)), p.bias
         y = F.linear(p.x.double(), p.weight.double(), bias.double())
-        exact = torch_path.up_projection(y, tensors[2][:, :rank].double(), p.lora_B.double())
+        exact = reference_path.up_projection(y, tensors[2][:, :rank].double(), p.lora_B.double())
     else:
         tensors, bias = (p.grad_output, p.weight, g_of(p), p.lora_A), None
-        exact = torch_path.grad_x(
+        exact = reference_path.grad_x(
             *(t.double() for t in tensors[:2]), tensors[2][:, :rank].double(), p.lora_A.double()
         )
     return Work(fused_linear, (*tensors, bias), {}, exact, dtype)

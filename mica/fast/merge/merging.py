@@ -27,7 +27,7 @@ from mica.fast.merge.unmeasured import kind_merged_into
 from mica.fast.refusals import check_model, check_weight
 from mica.fast.settings import around, settings
 from mica.ops.operator import TENSOR_TYPES, no_autocast
-from mica.paths import torch_path
+from mica.paths import reference_path
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +80,9 @@ class Update:
             for start in range(0, count, step):
                 stop = min(start + step, count)
                 if self.transposed:
-                    update = torch_path.delta(lora_A[:, start:stop], lora_B, self.scaling).t()
+                    update = reference_path.delta(lora_A[:, start:stop], lora_B, self.scaling).t()
                 else:
-                    update = torch_path.delta(lora_A, lora_B[start:stop], self.scaling)
+                    update = reference_path.delta(lora_A, lora_B[start:stop], self.scaling)
                 yield slice(first + start, first + stop), update
 
 

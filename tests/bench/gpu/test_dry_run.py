@@ -161,12 +161,12 @@ def test_the_fastest_form_of_all_layers_of_a_size_the_most_tokens_first():
         for (tokens, part), layers in TIMES.items():
             axes = {"suite": "forms", "tokens": tokens, "rank": 16, "pass": part, "clock": clock}
             for times in (layer[::step] for layer in layers):
-                forms = zip(map(of_form, ("split", "fused", "mixed", "aten")), times, strict=True)
+                forms = zip(map(of_form, ("split", "fused", "mixed", "reference")), times, strict=True)
                 groups.append(Group("a layer", axes, {name: Timing([one]) for name, one in forms if one}))
         return Result({"device": "a card"}, groups)
 
     timed = result(DEVICE_TIME)
     timed.groups += result(WALL, step=-1).groups  # does not count
     rows = eval("{" + table(timed) + "}", {"Forms": Forms})
-    assert rows == {"a card": (Forms(8192, 16, "fused", "mixed"), Forms(512, 16, "aten", "split"))}
+    assert rows == {"a card": (Forms(8192, 16, "fused", "mixed"), Forms(512, 16, "reference", "split"))}
     assert table(result(WALL)) == table(Result({"device": "a card"}, [])) == ""

@@ -147,7 +147,7 @@ def test_a_step_trains_where_there_is_an_optimizer_and_leaves_no_gradient():
         (True, mica.fast.disabled, None),
         (False, nullcontext, {}),  # ours under stock PEFT's
         (True, nullcontext, {}),
-        (False, nullcontext, operators(1, on_kernels=True)),  # the PyTorch form under the kernels'
+        (False, nullcontext, operators(1, on_kernels=True)),  # the reference path under the kernels'
         (False, nullcontext, operators(2, on_kernels=False)),
         (False, nullcontext, operators(1, on_kernels=False, forwards=2)),
     ],

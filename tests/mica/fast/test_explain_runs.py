@@ -111,7 +111,7 @@ def run(model, call: Drawn) -> dict[str, bool]:
 @settings(max_examples=150, deadline=None, phases=PHASES)
 @given(DRAWN)
 @example(drawn())
-@example(drawn(forms=("split", "aten")))
+@example(drawn(forms=("split", "reference")))
 @example(drawn(host_bound=HOST_BOUND))
 @example(drawn(host_bound=HOST_BOUND, tokens=(7,)))
 @example(drawn(gap=8))

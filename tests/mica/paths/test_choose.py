@@ -81,7 +81,7 @@ FEW = "8 tokens are too few: the device would wait for the host"
         (("mixed", "split"), MASTERS, {"has_dropout": True}, ("split", None)),
         (("mixed", "split"), (torch.float32,) * 4, {}, ("split", None)),
         (("mixed", "split"), (BF16, *(torch.float32,) * 3), {}, ("split", None)),
-        (("aten", "split"), MASTERS, {}, ("reference", "measured: PyTorch's own operators are faster here")),
+        (("reference", "split"), MASTERS, {}, ("reference", "measured: the reference path is faster here")),
         (("split", "split"), MASTERS, {"in_features": 24, "strides": (24, 48)}, ("reference", NARROW)),
         (
             ("split", "split"),
@@ -181,7 +181,7 @@ ERROR = common.LaunchError("the kernel grad_a can be launched nowhere: out of re
 
 def test_only_what_cannot_be_launched_is_given_up(a_gpu):
     assert decided(GPU, 16, BF16) == choose.KERNELS
-    with pytest.warns(UserWarning, match="linear at rank 16 .bfloat16. on PyTorch's own operators on cuda"):
+    with pytest.warns(UserWarning, match="linear at rank 16 .bfloat16. on the reference path on cuda"):
         choose.give_up(GPU, "linear", 16, (BF16,), ERROR)
     assert decided(GPU, 16, BF16) == choose.REFERENCE
     for device, rank, dtypes, function in (

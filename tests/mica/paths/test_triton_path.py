@@ -11,7 +11,7 @@ from mica import ops
 from mica.kernels import launching, prepared_b
 from mica.ops import mica_down_projection, mica_linear
 from mica.ops.linear import linear_eager
-from mica.paths import choose, torch_path, triton_path
+from mica.paths import choose, reference_path, triton_path
 from tests.support import expert_cases
 from tests.support.kernel_cases import BF16, DEVICE, FP16, FP32, LAYER_DTYPES, seed_of
 from tests.support.linear_calls import agree, leaves, on_device, run, same_bits, tensors_of
@@ -26,7 +26,7 @@ FORMS = {
     "split": [*OTHERS, "_up_projection_kernel"],
     "mixed": ["_up_projection_kernel"],
     "fused": [*OTHERS, "_fused_linear_kernel"],
-    "aten": [],
+    "reference": [],
 }
 
 
@@ -53,7 +53,7 @@ def test_every_form_agrees_with_the_dense_oracle(
     by_default, choose_form, launched, form, dtype, adapter_dtype, compute_dtype, dropout_p
 ):
     choose_form(form)
-    if form == "aten":  # demanded kernels run whatever the table says
+    if form == "reference":  # demanded kernels run whatever the table says
         by_default()
     p = dense((3, 20), 48, 72, 16 if form == "mixed" else 5, dtype=dtype, adapter_dtype=adapter_dtype)
     options = {"dropout_p": dropout_p, "seed": seed_of(77)} if dropout_p else {}
@@ -67,7 +67,7 @@ def test_every_form_agrees_with_the_dense_oracle(
 @pytest.mark.parametrize(
     ("forms", "operands", "kernels"),
     [
-        (["aten"], lambda: dense((8,), 17, 24, 2), "split"),  # kernels are demanded
+        (["reference"], lambda: dense((8,), 17, 24, 2), "split"),  # kernels are demanded
         (["fused"], lambda: dense((8,), 17, 24, 2), "fused"),
         (["fused"], lambda: shifted(dense((8,), 16, 24, 2)), "split"),
         (["mixed"], lambda: dense((8,), 16, 24, 2), "split"),  # h would have rows of another length
@@ -328,7 +328,9 @@ def test_each_operator_has_a_function_on_the_reference_and_on_kernels():
     names = {name for name in triton_path.__all__ if not name.endswith("Error")}
     assert names == operators
     for name in names:
-        own, reference = (inspect.signature(getattr(module, name)) for module in (triton_path, torch_path))
+        own, reference = (
+            inspect.signature(getattr(module, name)) for module in (triton_path, reference_path)
+        )
         without_form = [parameter for parameter in own.parameters.values() if parameter.name != "form"]
         assert own.replace(parameters=without_form) == reference, name
 

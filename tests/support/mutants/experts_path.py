@@ -2,9 +2,9 @@
 
 EXPERTS_PATH = {
     (
-        "mica/paths/torch_path.py",
+        "mica/paths/reference_path.py",
         "tests/mica/paths/test_parity.py",
-        "tests/mica/paths/test_torch_path.py",
+        "tests/mica/paths/test_reference_path.py",
         "tests/mica/ops/test_experts.py",
         "tests/mica/ops/test_operators.py",
         *("-k", "experts"),

@@ -31,8 +31,8 @@ OPERATORS = {
         "linear_backward": [
             ("if not dropout_p:", "if True:"),
             (
-                "torch_path.grad_h(grad_output, lora_B, scaling, compute_dtype)",
-                "torch_path.grad_h(grad_output, lora_B, 1.0, compute_dtype)",
+                "reference_path.grad_h(grad_output, lora_B, scaling, compute_dtype)",
+                "reference_path.grad_h(grad_output, lora_B, 1.0, compute_dtype)",
             ),
             ("as_operand(lora_A, g.shape[0], compute_dtype)", "lora_A"),
             ("layout(grad_output), layout(x)", "layout(x)"),
@@ -64,7 +64,7 @@ OPERATORS = {
         "_form_of_layer": [
             ("if are_narrow(*rows.strides)", "if are_narrow(rows.out_features)"),
             ('setting() not in ("triton", b"triton")', "True"),
-            ('elif form == "aten":\n        form = "split"', "elif False:\n        pass"),
+            ('elif form == REFERENCE:\n        form = "split"', "elif False:\n        pass"),
             ("product_dtype.itemsize == 2", "True"),
             ("product_dtype is row_dtype and", ""),
             ("is_sixteen_bit and not rows.has_dropout and", "is_sixteen_bit and"),
@@ -163,8 +163,8 @@ OPERATORS = {
             ("choose.note_missed if in_capture else", ""),
         ],
         "run_backward": [
-            ("():\n        return on_torch(body)", "():\n        return body"),
-            ("on_torch(body)(*args) if is_transformed() else operator(*args)", "operator(*args)"),
+            ("():\n        return on_reference(body)", "():\n        return body"),
+            ("on_reference(body)(*args) if is_transformed() else operator(*args)", "operator(*args)"),
             ("if not is_eager(*tensors)", "if False"),
         ],
         "below_autograd": [
@@ -197,7 +197,11 @@ OPERATORS = {
         "_down_backward": [("grad_x.to(x_dtype)", "grad_x")],
         "_down_cast": [("None, *dropout", "compute_dtype, 0.0, None")],
     },
-    ("mica/paths/torch_path.py", "tests/mica/paths/test_torch_path.py", "tests/mica/paths/test_parity.py"): {
+    (
+        "mica/paths/reference_path.py",
+        "tests/mica/paths/test_reference_path.py",
+        "tests/mica/paths/test_parity.py",
+    ): {
         "_scaled_product": [("dtype))).mul_(scaling", "dtype))")],
         "linear_backward": [
             ("product_dtype(grad_output, (lora_A, lora_B), compute_dtype)", "compute_dtype"),
@@ -218,7 +222,7 @@ OPERATORS = {
             ("grad is None", "start >= 0"),
         ],
     },
-    ("mica/paths/dropout.py", "tests/mica/paths/test_torch_path.py", "tests/mica/paths/test_parity.py"): {
+    ("mica/paths/dropout.py", "tests/mica/paths/test_reference_path.py", "tests/mica/paths/test_parity.py"): {
         "dropout_keep": [("arange(first_row, first_row +", "arange(0,")],
     },
     ("mica/paths/products.py", "tests/mica/paths/test_products.py"): {

@@ -1,4 +1,4 @@
-"""A MiCA layer on PyTorch's own operators: the path of CPUs, and of whatever the kernels do not cover.
+"""The reference path: a MiCA layer on PyTorch's operators, for CPUs and for what the kernels do not cover.
 
 The formulas, and what M, K, N, r, s, E and S are: `mica.paths.definition`. Whether an element of x is dropped
 follows from (seed, row, column) alone (`mica.paths.dropout`), so no mask is kept.

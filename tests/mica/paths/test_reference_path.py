@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mica.paths import dropout, products, torch_path
+from mica.paths import dropout, products, reference_path
 from mica.paths.products import addmm
 from tests.support import expert_cases
 from tests.support.linear_calls import Seen, agree, run
@@ -20,9 +20,9 @@ def operands(p):
 
 def compute(p, compute_dtype=None):
     """By `linear` and `linear_backward`."""
-    y = torch_path.linear(p.x, *operands(p), p.bias, compute_dtype)
+    y = reference_path.linear(p.x, *operands(p), p.bias, compute_dtype)
     dtype = compute_dtype or p.x.dtype
-    grad_x, grad_A = torch_path.linear_backward(p.grad_output, p.x, *operands(p), dtype)
+    grad_x, grad_A = reference_path.linear_backward(p.grad_output, p.x, *operands(p), dtype)
     return {"y": y, "grad_x": grad_x, "grad_A": grad_A}
 
 
@@ -33,7 +33,7 @@ def test_grad_a_in_sixteen_bits_is_one_product_where_the_processor_has_it(monkey
     for has_native, grad_dtype in ((True, dtype), (True, torch.float32), (False, dtype)):
         monkeypatch.setattr(products, "has_native", lambda dtype, answer=has_native: answer)
         with Seen() as seen:
-            dA = torch_path.grad_a(g, x, grad_dtype=grad_dtype)
+            dA = reference_path.grad_a(g, x, grad_dtype=grad_dtype)
         is_one = has_native and grad_dtype == dtype
         assert (seen.largest(torch.float32) == 0) == is_one
         assert (dA.dtype == dtype) == is_one
@@ -46,13 +46,13 @@ def test_on_cuda_grad_a_is_one_product_without_copies_in_fp32(dtype):
     with FakeTensorMode():
         g, x = (torch.empty(8192, width, dtype=dtype, device="cuda") for width in (16, 64))
         with Seen() as seen:
-            grad = torch_path.grad_a(g, x)
+            grad = reference_path.grad_a(g, x)
     assert (grad.dtype, grad.shape) == (torch.float32, (16, 64))
     assert [name for name in seen.names if name.startswith("aten")] == ["aten::mm"]
 
 
 def stated_forward(p, dtype):
-    """`torch_path.linear` as its docstring states it, no step left out: what its bits must be."""
+    """`reference_path.linear` as its docstring states it, no step left out: what its bits must be."""
     h = addmm(None, (p.x.to(dtype), (p.lora_A * p.scaling).to(dtype).t()))
     if dtype == p.x.dtype:
         return addmm(p.bias, (p.x, p.weight.t()), (h, p.lora_B.to(dtype).t()))
@@ -61,7 +61,7 @@ def stated_forward(p, dtype):
 
 
 def stated_backward(p, dtype):
-    """`torch_path.linear_backward` in the same way; dA in chunks of 1024 tokens where x or g is cast."""
+    """`reference_path.linear_backward` in the same way; dA in chunks of 1024 tokens where x or g is cast."""
     g = addmm(None, (p.grad_output.to(dtype), (p.lora_B * p.scaling).to(dtype)))
     if dtype == p.x.dtype:
         dx = addmm(None, (p.grad_output, p.weight), (g, p.lora_A.to(dtype)))
@@ -139,9 +139,9 @@ def test_few_tokens_are_nearer_to_the_oracle_than_with_rounded_masters(monkeypat
 def test_few_tokens_take_three_products_and_nothing_else(scaling, forward_scale, backward_scale, largest):
     p = problem((2,), 40, 30, 16, torch.float32, bias=False, scaling=scaling)
     with Seen() as forward:
-        torch_path.linear(p.x, *operands(p))
+        reference_path.linear(p.x, *operands(p))
     with Seen() as backward:
-        torch_path.linear_backward(p.grad_output, p.x, *operands(p), torch.float32)
+        reference_path.linear_backward(p.grad_output, p.x, *operands(p), torch.float32)
     needed = ["aten::addmm_", "aten::mm", "aten::mm"]
     assert sorted(forward.names) == sorted([*needed, *forward_scale])
     assert sorted(backward.names) == sorted([*needed, "aten::mm", *backward_scale])
@@ -152,9 +152,9 @@ def test_few_tokens_take_three_products_and_nothing_else(scaling, forward_scale,
 @on_all_dtypes
 def test_vmap_over_adapters_of_one_layer(dtype, adapter_dtype, compute_dtype, tokens):
     p = problem((tokens,), 12, 9, 4, dtype, adapter_dtype, scaling=2.0)
-    batch = torch.func.vmap(lambda A, B: torch_path.linear(p.x, p.weight, A, B, 2.0, p.bias, compute_dtype))(
-        torch.stack([p.lora_A, -p.lora_A]), torch.stack([p.lora_B, p.lora_B])
-    )
+    batch = torch.func.vmap(
+        lambda A, B: reference_path.linear(p.x, p.weight, A, B, 2.0, p.bias, compute_dtype)
+    )(torch.stack([p.lora_A, -p.lora_A]), torch.stack([p.lora_B, p.lora_B]))
     p.lora_A = -p.lora_A
     assert error(batch[1], solve(p)["y"]) <= RELATIVE[dtype]
 
@@ -187,11 +187,11 @@ def test_dropout_is_a_function_of_seed_row_and_column():
 def test_products_in_another_dtype_than_all_operands():
     """bf16 x, A and B, and products in fp32: h is not rounded on its way."""
     p = problem((40,), 48, 30, 12, torch.bfloat16, torch.bfloat16, scaling=2.0)
-    y = torch_path.linear(p.x, *operands(p), p.bias, torch.float32)
-    h = torch_path.down_projection(p.x, p.lora_A, p.scaling, torch.float32)
-    base = torch_path.addmm(p.bias, (p.x, p.weight.t()))
-    assert torch.equal(y, torch_path.up_projection(base, h, p.lora_B))
-    assert not torch.equal(y, torch_path.linear(p.x, *operands(p), p.bias))
+    y = reference_path.linear(p.x, *operands(p), p.bias, torch.float32)
+    h = reference_path.down_projection(p.x, p.lora_A, p.scaling, torch.float32)
+    base = reference_path.addmm(p.bias, (p.x, p.weight.t()))
+    assert torch.equal(y, reference_path.up_projection(base, h, p.lora_B))
+    assert not torch.equal(y, reference_path.linear(p.x, *operands(p), p.bias))
 
 
 @pytest.mark.parametrize("route", [route for route in expert_cases.ROUTES if route != "none at all"])
@@ -199,6 +199,6 @@ def test_experts_are_differentiable_by_autograd(route):
     p = expert_cases.problem(route, 5, 4, 2, torch.float64)
 
     def experts_linear(*operands, compute_dtype):
-        return torch_path.experts_linear(*operands, compute_dtype)
+        return reference_path.experts_linear(*operands, compute_dtype)
 
     agree(run(p, function=experts_linear), solve(p), torch.float64)
