@@ -52,7 +52,7 @@ class Forms(NamedTuple):
     ``forward`` and ``backward`` are each one of four words:
 
     split      the skinny product, then the base product by the vendor's library, then an update in place
-    mixed      the same, with the skinny products and dA by the vendor's library too: 16-bit numbers, no dropout
+    mixed      the same, with the skinny products and dA by the vendor's library too: 16 bits, no dropout
     fused      base product and update in one kernel
     reference  none of these kernels: the reference path
 

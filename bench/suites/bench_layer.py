@@ -5,9 +5,9 @@ In addition few tokens by rank, where calls cost as much as products. On an acce
 4096, tokens vary by rank, and kernels are required. *Forms*, there only, are those that
 `mica.kernels.configs` names, each forced, whatever its table has for the device.
 
-All implementations in a cell compute with the same x, W, A and B. Each of their y, dx and dA is checked before
-anything is timed, a form also by what it launches, and only the one that is wrong is left out. The forward is timed with and without recording a graph, the backward on a graph
-that is kept.
+All implementations in a cell compute with the same x, W, A and B. Each of their y, dx and dA is checked
+before anything is timed, a form also by what it launches, and only the one that is wrong is left out. The
+forward is timed with and without recording a graph, the backward on a graph that is kept.
 """
 
 import functools

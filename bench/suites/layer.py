@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from bench.results.names import BACKWARD, BARE, NO_GRADIENT
-from mica.paths import reference_path
+from mica.paths import definition
 
 
 @dataclass
@@ -125,8 +125,8 @@ class AtenControl(torch.autograd.Function):
 def exact(layer: Layer, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """y, dx and dA in ``dtype`` by the reference."""
     operands = [t.detach().to(dtype) for t in (layer.x, layer.weight, layer.lora_A, layer.lora_B)]
-    y = reference_path.linear(*operands, layer.scaling)
-    dx, dA = reference_path.linear_backward(layer.grad_output.to(dtype), *operands, layer.scaling, dtype)
+    y = definition.linear(*operands, layer.scaling)
+    dx, dA = definition.linear_backward(layer.grad_output.to(dtype), *operands, layer.scaling)
     return {"y": y, "dx": dx, "dA": dA}
 
 

@@ -9,13 +9,13 @@ from torch import Tensor
 from mica.ops import linear
 
 
-def slow(function, *args):
+def slow(function, *args, **options):
     time.sleep(0.02)
-    return function(*args)
+    return function(*args, **options)
 
 
-def wrong(function, *args):
-    result = function(*args)
+def wrong(function, *args, **options):
+    result = function(*args, **options)
     return result * 1.1 if isinstance(result, Tensor) else result  # of a backward: several
 
 

@@ -167,14 +167,14 @@ def dropout(p: float, device: torch.device) -> tuple[float, Tensor | None]:
     return p, None if p == 0.0 else torch.randint(0, 2**63 - 1, (1,), device=device)
 
 
-def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | fast_check.Direct | OnPeft:
+def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | fast_check.FusedEager | OnPeft:
     """How a linear layer runs, with all of its active adapters."""
     if args or kwargs:
         if args or kwargs.keys() != {"adapter_names"} or kwargs["adapter_names"] is None:
             return OnPeft("a call with further arguments")
         return _decide_mixed_batch(layer, x, kwargs["adapter_names"])
     if x is not None:
-        direct = fast_check.direct(layer, x)
+        direct = fast_check.fused_eager(layer, x)
         if direct is not None:
             return direct
     adapters = _suitable_adapters(layer, x, None)

@@ -39,7 +39,7 @@ _GLOBAL_HOOKS = (
 )
 
 
-class Direct(NamedTuple):
+class FusedEager(NamedTuple):
     """Base product and adapter in one operator, whose own checks have been made here."""
 
     weight: Tensor  # (out_features, in_features)
@@ -54,7 +54,7 @@ class Direct(NamedTuple):
         return linear_eager(x, *self)
 
 
-def direct(layer, x: Tensor) -> Direct | None:
+def fused_eager(layer, x: Tensor) -> FusedEager | None:
     """How this layer runs on x (..., in_features); None if anything is unusual."""
     if type(layer) is not lora.Linear or type(x) not in TENSOR_TYPES or not is_eager():
         return None
@@ -94,7 +94,7 @@ def direct(layer, x: Tensor) -> Direct | None:
             return None
         if x.dtype not in _CAST or weight.dtype not in _CAST or A.dtype not in _CAST or B.dtype not in _CAST:
             return None
-        return Direct(weight, A, B, scaling, bias, None, torch.get_autocast_dtype(device_type))
+        return FusedEager(weight, A, B, scaling, bias, None, torch.get_autocast_dtype(device_type))
     dtype = x.dtype
     if weight.dtype is not dtype or B.dtype is not A.dtype or dtype not in FLOATING:
         return None
@@ -102,7 +102,7 @@ def direct(layer, x: Tensor) -> Direct | None:
         is_master = A.dtype is torch.float32 and dtype in SIXTEEN_BIT
         if not is_master or not layer.cast_input_dtype_enabled:
             return None
-    return Direct(weight, A, B, scaling, bias, compute_dtype(dtype), None)
+    return FusedEager(weight, A, B, scaling, bias, compute_dtype(dtype), None)
 
 
 def _is_special(layer, base: nn.Module, name: str) -> bool:

@@ -174,8 +174,8 @@ STEP = bench_step.Cell("toy", (1, 8), "float32", layers=1, vocabulary=64)
 
 
 def test_a_wrong_operator_and_losses_that_diverge_later_are_refused(monkeypatch):
-    def scaled(name, *args):
-        result = run_formula(name, *args)
+    def scaled(name, *args, **options):
+        result = run_formula(name, *args, **options)
         return result * 1.1 if name == "linear" else result
 
     check = bench_step.checked

@@ -84,7 +84,7 @@ BACKEND = {
         "tests/mica/fast/test_changes.py",
         "tests/mica/fast/test_eligibility.py",
     ): {
-        "direct": [
+        "fused_eager": [
             ("type(layer) is not lora.Linear", "not isinstance(layer, lora.Linear)"),
             ("or not is_eager()", ""),
             ("or type(x) not in TENSOR_TYPES", ""),
