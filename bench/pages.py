@@ -22,6 +22,7 @@ from bench.results import names
 from bench.results.cell import Group, Ratio
 from bench.results.names import BARE, BOTH, FAST, LORA, NO_GRADIENT, STOCK, STOCK_16
 from bench.results.schema import Result
+from bench.results.throughput import number
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -96,27 +97,28 @@ def middle(ratios: list[Ratio]) -> str:
 SPEED_HEADER = ["", "stock PEFT", "mica.fast", "speedup"]
 
 
-def measured(run: str, of_adapter: str) -> list[Row]:
+def measured(run: str) -> list[Row]:
     return [
         SPEED_HEADER,
-        *_adapter_rows(of_adapter),
+        *_adapter_rows(run),
         *_block_rows(run),
         *_step_rows(run),
         _layers_row(run, "bfloat16"),
         _layers_row(run, "float32"),
         *_saved_rows(run),
-        *_merge_rows(of_adapter),
+        *_merge_rows(run),
     ]
 
 
-def headline(run: str, of_adapter: str) -> list[Row]:
+def headline(run: str) -> list[Row]:
     """README's rows are the first of each kind."""
     saved, *_ = _saved_rows(run)
     label, _, _ = saved[0].partition(" (bare model")
     return [
         SPEED_HEADER,
-        *_adapter_rows(of_adapter),
+        *_adapter_rows(run),
         _block_rows(run)[0],
+        _step_rows(run)[0],
         _layers_row(run, "bfloat16"),
         [label, *saved[1:]],
     ]
@@ -141,28 +143,28 @@ def _adapter_rows(run: str) -> list[Row]:
     ]
 
 
-def _to_bare(label: str, group: Group) -> Row:
-    overheads = [f"{group.ratio(name, BARE).median:.2f}×" for name in (STOCK, FAST)]
-    return [label, *overheads, speedup(group.ratio(FAST, STOCK))]
+def _throughput_row(label: str, group: Group) -> Row:
+    """In tokens/s; the speedup is the median of the rounds', not the quotient of these medians."""
+    bare, *rates = (
+        f"{number(group.axes['tokens'] / group.timings[name].median)} tokens/s"
+        for name in (BARE, STOCK, FAST)
+    )
+    return [f"{label} (bare: {bare})", *rates, speedup(group.ratio(FAST, STOCK))]
 
 
 def _block_rows(run: str) -> list[Row]:
     rows = []
     for group in result(run).select(suite="block"):
         which = f"{group.axes['model']}, bf16, {group.axes['tokens']} tokens"
-        label = (
-            f"the same of {which}" if rows else f"decoder block of {which}, relative to the bare frozen block"
-        )
-        rows.append(_to_bare(label, group))
+        label = f"the same of {which}" if rows else f"decoder block of {which}, forward + backward"
+        rows.append(_throughput_row(label, group))
     return rows
 
 
 def _step_rows(run: str) -> list[Row]:
     plain, autocast = bf16_steps(run)
-    label = (
-        f"training step of SmolLM2-135M, bf16, {plain.axes['tokens']} tokens, relative to the bare model's"
-    )
-    return [_to_bare(label, plain), _to_bare("the same under autocast", autocast)]
+    label = f"training step of SmolLM2-135M, bf16, {plain.axes['tokens']} tokens"
+    return [_throughput_row(label, plain), _throughput_row("the same under autocast", autocast)]
 
 
 def _layers_row(run: str, dtype: str) -> Row:
@@ -232,12 +234,13 @@ def _compared(cells: list[Group], baseline: str) -> Row:
 
 def host(run: str) -> list[Row]:
     rows = [["fp32 / bf16 / bf16 under autocast", "reference path", "kernels"]]
-    for call in (NO_GRADIENT, BOTH):
-        groups = [*result(run).select(suite="host block", call=call)]
-        cells = []
-        for name in (names.PYTORCH, names.KERNELS):
-            cells.append(" / ".join(f"{as_stock(group, name).median:.2f}" for group in groups))
-        rows.append([call, *cells])
+    for what in ("layer", "block"):
+        for call in (NO_GRADIENT, BOTH):
+            groups = [*result(run).select(suite=f"host {what}", call=call)]
+            cells = []
+            for name in (names.PYTORCH, names.KERNELS):
+                cells.append(" / ".join(f"{as_stock(group, name).median:.2f}" for group in groups))
+            rows.append([f"{what}, {call}", *cells])
     return rows
 
 
