@@ -90,19 +90,12 @@ def fused_eager(layer, x: Tensor) -> FusedEager | None:
         return None
 
     if torch.is_autocast_enabled(device_type):
-        if bias is not None and bias.dtype not in _CAST:
-            return None
-        if x.dtype not in _CAST or weight.dtype not in _CAST or A.dtype not in _CAST or B.dtype not in _CAST:
+        if not _are_cast(x, weight, bias, A, B):
             return None
         return FusedEager(weight, A, B, scaling, bias, None, torch.get_autocast_dtype(device_type))
-    dtype = x.dtype
-    if weight.dtype is not dtype or B.dtype is not A.dtype or dtype not in FLOATING:
+    if not _are_multiplied(x, weight, A, B, layer.cast_input_dtype_enabled):
         return None
-    if A.dtype is not dtype:
-        is_master = A.dtype is torch.float32 and dtype in SIXTEEN_BIT
-        if not is_master or not layer.cast_input_dtype_enabled:
-            return None
-    return FusedEager(weight, A, B, scaling, bias, compute_dtype(dtype), None)
+    return FusedEager(weight, A, B, scaling, bias, compute_dtype(x.dtype), None)
 
 
 def _is_special(layer, base: nn.Module, name: str) -> bool:
@@ -144,3 +137,21 @@ def _are_plain_tensors(
     if _facts(weight) != _FROZEN or _facts(lora_B) != _FROZEN:
         return False
     return (lora_A.layout, lora_A.is_meta, lora_A.is_inference(), x.layout, x.is_nested) == _PLAIN
+
+
+def _are_cast(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether autocast gives all of them one dtype."""
+    if bias is not None and bias.dtype not in _CAST:
+        return False
+    return x.dtype in _CAST and weight.dtype in _CAST and lora_A.dtype in _CAST and lora_B.dtype in _CAST
+
+
+def _are_multiplied(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, casts_input: bool) -> bool:
+    """Whether a layer without autocast takes these dtypes: one for all, or fp32 masters over 16 bits."""
+    dtype = x.dtype
+    if weight.dtype is not dtype or lora_B.dtype is not lora_A.dtype or dtype not in FLOATING:
+        return False
+    if lora_A.dtype is dtype:
+        return True
+    is_master = lora_A.dtype is torch.float32 and dtype in SIXTEEN_BIT
+    return is_master and casts_input
