@@ -81,6 +81,7 @@ FEW = "8 tokens are too few: the device would wait for the host"
         (("mixed", "split"), MASTERS, {"has_dropout": True}, ("split", None)),
         (("mixed", "split"), (torch.float32,) * 4, {}, ("split", None)),
         (("mixed", "split"), (BF16, *(torch.float32,) * 3), {}, ("split", None)),
+        (("mixed", "split"), (torch.float16, BF16, torch.float32, torch.float32), {}, ("split", None)),
         (("reference", "split"), MASTERS, {}, ("reference", "measured: the reference path is faster here")),
         (("split", "split"), MASTERS, {"in_features": 24, "strides": (24, 48)}, ("reference", NARROW)),
         (
@@ -105,6 +106,13 @@ def test_the_form_of_a_layer_and_why_it_is_not_on_kernels(a_gpu, forms, dtypes, 
     if None not in expected:
         a_gpu.setenv("MICA_BACKEND", "triton")  # demanded kernels run
         assert choose.decide("linear", GPU, 16, dtypes, lambda: rows) == ("split", None)
+
+
+def test_mixed_needs_a_rank_without_padding(a_gpu):
+    a_gpu.setattr(choose, "_forms_of", lambda *args: configs.Forms(0, 256, "mixed", "mixed"))
+    rows = choose.Rows(64, 32, 48, (32, 48), has_dropout=False, is_aligned=True)
+    for rank, form in ((32, "mixed"), (24, "split")):
+        assert choose.decide("linear", GPU, rank, MASTERS, lambda: rows).form == form
 
 
 def test_the_two_parts_of_a_layer_have_forms_of_their_own(a_gpu):
