@@ -41,6 +41,19 @@ def test_a_dropout_s_forward_that_is_replaced_for_all_modules_runs(monkeypatch):
     assert not torch.equal(up(model)(X), expected)  # another mask
 
 
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_factors_of_another_class_are_peft_s(part):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = randomise(net(targets=["up"]))
+    getattr(up(model), part)["default"].__class__ = Doubled
+    (row,) = mica.fast.explain(model).rows
+    assert (row.path, row.reason) == ("peft", "the adapter's modules are not plain nn.Linear")
+    assert_peft_runs(up(model), X)
+
+
 def test_a_replaced_forward_of_conv1d_has_the_base_layer_called(monkeypatch):
     model = randomise(net(targets=["conv"]))
     stock, x = Conv1D.forward, torch.randn(3, 20)
