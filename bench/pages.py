@@ -85,7 +85,7 @@ def speedup(ratio: Ratio, digits: int = 2) -> str:
 
 
 def span(ratios: list[Ratio]) -> str:
-    """Of speedups."""
+    """From the lowest speedup to the highest."""
     return f"{1 / max(ratios).median:.2f}× to {1 / min(ratios).median:.2f}×"
 
 
@@ -202,7 +202,7 @@ def _merge_rows(run: str) -> list[Row]:
 
 
 def layers_compared(run: str) -> list[Row]:
-    """Of all cells of the layer suite, by what they are compared with."""
+    """All cells of the layer suite, by what they are compared with."""
     rows = [["against", "layers", "cells", "speedup", "median", "more than 5 % slower"]]
     baselines = {
         STOCK: "stock PEFT",

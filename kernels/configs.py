@@ -23,7 +23,7 @@ SHARED_MEMORY = {
 PROGRAMS = 264
 MANY_TOKENS = 8192  # more than any threshold below
 # Up to this many multiplications in the base product, a layer whose operands have one dtype runs on PyTorch's
-# operators: the device waits for the host, and plain autograd takes the host less time than our launches.
+# operators: the device waits for the host, and those take the host less time than our launches.
 # 256 tokens of 4096 x 4096 (2^32) take an H100 about 15 µs, its host 3 to 10 for every launch. A guess: only
 # the host's side was timed, with a driver that launches nothing.
 HOST_BOUND = 2**32

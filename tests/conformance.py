@@ -38,8 +38,8 @@ FILES = (
     "test_riemannian_lora.py",
     "test_tuners_utils.py",
 )
-# Of the tests that are repeated for every kind of adapter (18 000, in test_custom_models.py) those of LoRA,
-# and all others. The dashes matter: `-k` searches and ignores case, and AdaLoraConfig has a LoraConfig in it.
+# The tests that are repeated for every kind of adapter (18 000, in test_custom_models.py) run for LoRA alone,
+# all others run. The dashes matter: `-k` searches and ignores case, and AdaLoraConfig has a LoraConfig in it.
 EXPRESSION = "(-LoraConfig-) or (not Config-)"
 # PEFT's `hub_online_once` takes HF_HUB_OFFLINE back, and a test that needs the hub then waits and tries
 # again: a run took 19 minutes and computed for two and a half. Without it the same tests fail, at once.

@@ -66,7 +66,7 @@ def wall(call: Call, calls: int) -> Call:
 
 
 def seconds(call: Call) -> float:
-    """Of one call, including the wait for the device: a rough value, to choose how many make a sample."""
+    """How long one call takes, with the wait for the device: roughly, to choose how many make a sample."""
     _host_seconds(wall(lambda: None, 1))
     return _host_seconds(wall(call, 1))
 

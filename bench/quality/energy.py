@@ -41,17 +41,17 @@ RANKS, PARTS = (16, 64, 128), 10
 
 
 def linear_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Of what "all-linear" adapts: all but the output layer."""
+    """The weights that "all-linear" adapts: all but the output layer's."""
     head = model.get_output_embeddings()
     found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return {name: module.weight for name, module in found.items() if module is not head}
 
 
 def shares(basis: Tensor, update: Tensor) -> dict:
-    """Of the energy of ``update`` (out, in) along the columns of ``basis`` (out, n), largest first.
+    """Shares of the energy of ``update`` (out, in) along the columns of ``basis`` (out, n), largest first.
 
-    "tenths": of the columns; "smallest", "largest": rank -> along so many; "random": rank -> along as many
-    random directions, and "tenth".
+    "tenths": along each tenth of the columns; "smallest", "largest": rank -> along so many; "random": rank ->
+    along as many random directions, and "tenth".
     """
     out_features, count = basis.shape
     along = (basis.T @ update.double()).square().sum(1) / update.double().square().sum()
@@ -74,7 +74,7 @@ def measured(weights: dict[str, Tensor], update_of: Callable[[str], Tensor]) -> 
 
 
 def gradients(base: nn.Module, texts: Texts) -> dict[str, Tensor]:
-    """Of the mean loss over an epoch."""
+    """Gradients of the sum of an epoch's losses, by layer."""
     model = base.train().requires_grad_(True)
     for batch in batches(texts.train, steps_per_epoch(texts.train), seed=0):
         model(input_ids=batch, labels=batch).loss.backward()
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def rows(result: dict) -> list[list[str]]:
-    """Of all layers of a kind the mean share over that of as many random directions."""
+    """The mean over all layers of a kind: their share over that of as many random directions."""
     layers = result["layers"]
     kinds = dict.fromkeys(name.rpartition(".")[2] for name in layers[FULL])
     table = [["along 16 directions, random ones: 1", "smallest or largest", *(f"`{kind}`" for kind in kinds)]]

@@ -48,7 +48,7 @@ def _forgotten(evaluation: dict, base: dict) -> float:
 
 
 def chosen(result: dict, method: str, limit: float) -> list[Point]:
-    """Of all seeds, first the one that chose; none where what has forgotten so little has learned nothing."""
+    """The same point of every seed, first the one that chose; none if it would have learned nothing."""
     found = points(result, method)
     within = [one for one in found if one.seed == 0 and one.forgotten <= limit]
     best = min(within, key=lambda one: one.evaluation[VALIDATION], default=None)

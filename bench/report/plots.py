@@ -105,7 +105,7 @@ def families(groups: list[Group]) -> list[list[Group]]:
 
 
 def _throughput(groups: list[Group]) -> Iterator[tuple[str, Figure, str]]:
-    """Of the layer that was timed with the most numbers of tokens, the first if several."""
+    """Throughput of the layer that was timed with the most numbers of tokens, the first if several."""
     wanted = {"suite": "layer", "pass": BOTH}
     layers = [one for one in groups if wanted.items() <= one.axes.items() and BARE in one.timings]
     family = max(families(layers), key=len, default=[])

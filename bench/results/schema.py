@@ -73,7 +73,7 @@ def _of_pass(group: Group, which: str) -> dict[str, str | int]:
 
 
 def _sum(forward: Group, backward: Group) -> Group:
-    """Of the implementations that both have."""
+    """Both passes together, for the implementations that both have."""
     both = Group(forward.name.replace(FORWARD, BOTH), _of_pass(forward, BOTH))
     for name, first in forward.timings.items():
         if name not in backward.timings:

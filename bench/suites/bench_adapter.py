@@ -48,7 +48,7 @@ def saved_adapter(folder):
 
 
 def weights(model) -> list[torch.Tensor]:
-    """Of every adapted layer."""
+    """The base weight of every adapted layer."""
     return [layer.get_base_layer().weight for layer in models.adapted_layers(model).values()]
 
 

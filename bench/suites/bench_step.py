@@ -134,7 +134,7 @@ def build(cell: Cell, work: Work, implementation: str) -> Step:
 
 
 def losses(step: Step) -> list[float]:
-    """Of `STEPS` steps."""
+    """The losses of `STEPS` steps."""
     with step.form.context():
         return [step().item() for _ in range(STEPS)]
 

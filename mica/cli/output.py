@@ -247,7 +247,7 @@ def shown(name: str) -> str:
 
 
 def one_line(error: Exception | str) -> str:
-    """A message on one line: those of libraries may span several. Of the system's errors the reason alone."""
+    """A message on one line: those of libraries may span several. From a system error, only the reason."""
     return " ".join(_message(error).split())
 
 

@@ -27,7 +27,11 @@ MOST_STEPS = 24
 
 
 class Bounds(NamedTuple):
-    """Of C's spectrum: a lower estimate of ‖C‖, and shifts from the first guess to the last, each (batch)."""
+    """What is known of C's spectrum.
+
+    norm: (batch), a lower estimate of ‖C‖.
+    shifts: from the first guess to the last, each (batch).
+    """
 
     norm: torch.Tensor
     shifts: tuple[torch.Tensor, ...]

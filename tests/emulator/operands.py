@@ -91,7 +91,7 @@ def reader(text: str, dtype, count: int):
 
 
 def address_of(text: str, dtype, count: int):
-    """Of `[%rd1 + 8]`, `[%r1+16]`, `[global_smem]`."""
+    """The address in `[%rd1 + 8]`, `[%r1+16]`, `[global_smem]`."""
     base, _, offset = (part.strip() for part in text.strip("[] ").partition("+"))
     read, offset = reader(base, dtype, count), int(offset or 0)
     return read if not offset else lambda cta: read(cta) + np.array(offset).astype(dtype)

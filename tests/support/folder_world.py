@@ -124,7 +124,7 @@ class World:
         return Act(kind, argv, output, identity, kind == OVERWRITE)
 
     def transfer(self, seed: int, output: str, overwrites: bool, options: Sequence[str] = ()) -> Act:
-        """Of the adapter ``earlier-SEED``, which must be in the scene, unless ``options`` name another."""
+        """The adapter is ``earlier-SEED``, which must be in the scene, unless ``options`` name another."""
         argv = ["transfer", f"--adapter=earlier-{seed}", "--to=sibling", f"--output={output}", *options]
         argv += ["--overwrite"] if overwrites else []
         return Act(TRANSFER, argv, output, Identity(seed), overwrites)

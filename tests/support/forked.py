@@ -176,7 +176,7 @@ class _Watch:
         return text.startswith(self.folder) or not os.path.isabs(text)
 
     def _refuse(self, args: tuple) -> None:
-        """Of a rename both names: what is replaced is removed too."""
+        """A rename has two names that count: what is replaced is removed too."""
         for path in args:
             if isinstance(path, (str, bytes, os.PathLike)) and self._is_it(path):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fsdecode(path))

@@ -44,7 +44,7 @@ class Adapters(Base):
     @precondition(lambda self: len(self.twins.adapters) < 3)
     @action(kind=any_of("rank", "nan"))
     def add_refused(self, kind):
-        """Of a rank that no layer has: the backend leaves its model as it was (stock, half wrapped)."""
+        """With a rank that no layer has: the backend leaves its model as it was (stock, half wrapped)."""
         targets = KINDS[self.twins.kind].targets[0]
         config = LoraConfig(r=999, **targeting(targets), init_lora_weights="mica")
         before = self.twins.fingerprint()

@@ -86,7 +86,8 @@ def judge(name: str, layer: LoraLayer, adapter: str) -> None:
     """Orthonormal, of the span of the weight's left singular vectors, and with the energy of the last ones.
 
     Not compared with stock's B: PEFT unmerges the model that it adds an adapter to, but its B is that of
-    the merged weight, which may have less energy in the present one (outside of its span). Of experts, each.
+    the merged weight, which may have less energy in the present one (outside of its span).
+    Experts are judged one by one.
     """
     if is_wrapper(layer):
         weights, bases = weight_of_stack(layer).detach(), lora_B_of(layer, adapter).detach().double()

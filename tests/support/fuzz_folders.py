@@ -32,7 +32,7 @@ UNREMOVABLE = (WEIGHTS, "summary.json", "README.md", "run.yaml", "curve.csv", "o
 
 @cache
 def templates() -> Templates:
-    """Of this process."""
+    """The templates of this process."""
     return Templates()
 
 

@@ -170,7 +170,7 @@ class Twins:
 
     @property
     def tolerance(self) -> float:
-        """Of the coarsest dtype that is in the models or in autocast."""
+        """The tolerance of the coarsest dtype that is in the models or in autocast."""
         dtypes = {p.dtype for p in self.ours.parameters() if p.is_floating_point()} | {self.autocast}
         return max(RELATIVE[dtype] for dtype in dtypes if dtype is not None)
 

@@ -245,7 +245,7 @@ def check_other_interfaces() -> None:
 
 
 def check_a_capture() -> None:
-    """Of these calls launch: not what is met first, nor again, but outside of a capture and from then on.
+    """What launches: not what is met first, nor again, but outside of a capture and from then on.
 
     The last has another plan, of the kernel that is loaded.
     """

@@ -15,10 +15,8 @@ from mica.errors import UsageError
 
 FARTHEST = 10**6  # of two weights, one over the other: more is a slip, and overflows
 _LENGTHS = {"steps", "epochs"}  # the first layer with one of them decides
-_SHARES = {
-    "batch_size",
-    "gradient_accumulation_steps",
-}  # `global_batch` says whether --resume may change them
+# `global_batch` says whether --resume may change them. Not its own SHARES: reading it imports torch.
+_SHARES = {"batch_size", "gradient_accumulation_steps"}
 _PATHS = {name for name, option in OPTIONS.items() if option.is_path}
 _OF_THE_RUN = [name for name, option in OPTIONS.items() if not option.by_run]
 _FIXED = [name for name in _OF_THE_RUN if not OPTIONS[name].may_change]

@@ -55,6 +55,11 @@ _outside: dict[int, int] = {}  # id(layer) -> number at its last call outside of
 is_traced = False
 
 
+def is_counting() -> bool:
+    """Whether this thread is in a forward whose calls count: without, nobody asks for a call's `Input`."""
+    return _state.calls is not None
+
+
 def note(layer: nn.Module, reason: str | None = None, x: tuple | None = None) -> None:
     """At the beginning of a layer's forward: takes 0.2 µs.
 

@@ -59,7 +59,7 @@ def decided(decide: Callable) -> Callable:
 
 def _input(x: Tensor) -> tuple | None:
     """What `mica.fast.explain` needs to know of a call, the fields of an `Input`: takes 0.6 µs."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not call_counts.is_counting():
         return None
     autocast_dtype = None
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
@@ -88,16 +88,15 @@ class Fused(OnOperators):
         out_features, in_features = self.weight.shape
         if x is not None and not self._fits(x):  # the layer has changed since
             x = None
+        matrix = _one_row(in_features) if x is None else x.as_matrix()
         dtypes = (*product_dtypes(x, self.weight.dtype), lora_A.dtype, lora_B.dtype)
 
         def forward() -> choose.Rows:
-            matrix = _one_row(in_features) if x is None else x.as_matrix()
             rows = choose.forward_rows(matrix, out_features, dropout_p)
             return rows._replace(tokens=None) if x is None else rows
 
         def backward() -> choose.Rows:
             """With a dy as PyTorch's operators return it: contiguous."""
-            matrix = _one_row(in_features) if x is None else x.as_matrix()
             grad_output = matrix.new_empty(len(matrix), out_features)
             rows = choose.backward_rows(grad_output, matrix, in_features, dropout_p)
             return rows._replace(tokens=None) if x is None else rows

@@ -117,7 +117,7 @@ def _has_gate(module: nn.Module) -> bool:
 
 
 def _names(module: nn.Module) -> tuple[str, str]:
-    """Of the projections into the experts' hidden features and out of them."""
+    """The projections into the experts' hidden features and out of them."""
     return "gate_up_proj" if _has_gate(module) else "up_proj", "down_proj"
 
 

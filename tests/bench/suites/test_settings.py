@@ -223,7 +223,7 @@ def test_a_result_without_a_certificate_is_refused_alone(monkeypatch):
 
 def test_a_start_from_another_subspace_has_more_energy():
     def energy(first, last=None, scale=1.0):
-        """Of one adapted layer that starts from these left singular vectors of its weight."""
+        """The energy of one adapted layer that starts from these left singular vectors of its weight."""
         torch.manual_seed(0)
         model = models.wrap(nn.Sequential(nn.Linear(24, 32, bias=False)), rank=16, targets=["0"])
         (layer,) = models.adapted_layers(model).values()

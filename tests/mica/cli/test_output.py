@@ -69,7 +69,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_a_home_that_nobody_has_is_a_name(tmp_path, monkeypatch):
-    """Of a folder here, or of nothing, which each option says in its own words."""
+    """It names a folder here, or nothing, which each option says in its own words."""
     monkeypatch.chdir(tmp_path)
     name = "~no-user-has-this-name"
     output.check_folder("--output", tmp_path / "out", name)

@@ -295,7 +295,7 @@ def _classes():
 
 
 class _Config:
-    """Of any class: small sizes, a SiLU, and numbers for what limits it."""
+    """The config of experts of any class: small sizes, a SiLU, and numbers for what limits it."""
 
     def __getattr__(self, name):
         sizes = {"expert": EXPERTS, "intermediate": INNER, "act": "silu", "latent": None, "hidden": HIDDEN}

@@ -114,7 +114,7 @@ def test_first_and_second_derivatives(kind, options):
 
 @of_each_kind
 def test_function_transforms(kind):
-    """Of the rows, of A, and of both: what is mapped may be any of them."""
+    """Mapped over the rows, over A, and over both."""
     p = kind.problem(kind.rows, 5, 4, 2, torch.float64)
     xs, lora_As = torch.stack([p.x, 2 * p.x]), torch.stack([p.lora_A, p.lora_A * 3])
 

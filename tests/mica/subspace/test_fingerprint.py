@@ -60,7 +60,7 @@ def with_zeros_of_either_sign_and_not_a_number(weight):
 
 
 def in_other_blocks(rows):
-    """Of 100 bytes."""
+    """The same rows with their blocks of 100 bytes in other orders."""
     return rows, torch.cat([rows[2:4], rows[:2], rows[4:]]), rows.roll(1, 0)
 
 

@@ -38,7 +38,7 @@ class Mutant(NamedTuple):
 
 
 def mutants(table: dict[tuple[str, ...], dict[str, list[tuple[str, str]]]]) -> Iterator[Mutant]:
-    """Of a table: by file and its tests, and by function, pairs of what is replaced and what replaces it."""
+    """``table``: by file and its tests, and by function, pairs of what is replaced and what replaces it."""
     for (file, *tests), edits in table.items():
         for function, pairs in edits.items():
             for old, new in pairs:

@@ -220,7 +220,7 @@ def test_run_yaml_tells_processes_and_origins_and_nothing_of_one_start(run_folde
     [os.fsdecode(b"caf\xe9"), "a\x85b", "a\x7f\x91b", "a\nb", "-a", "a: b # c", "'\"\\", "déjà 😀", "\u2028"],
 )
 def test_any_name_is_in_run_yaml_what_it_was(tmp_path, name):
-    """Of a text, of the folder and of the file that options came from."""
+    """The name of a text, of the folder and of the file that options came from."""
     (tmp_path / f"{name}.yaml").write_text("seed: 3")
     (tmp_path / name).touch()
     text = str(tmp_path / name)

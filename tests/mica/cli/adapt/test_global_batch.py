@@ -54,7 +54,7 @@ def blocks_of(*processes: dict) -> dict:
     return {step: sorted(block for each in processes for block in each[step]) for step in processes[0]}
 
 
-# Of 30 blocks an epoch; its last step is short in the first case
+# An epoch has 30 blocks; its last step is short in the first case
 ROUNDED = (
     {"batch_size": 2, "gradient_accumulation_steps": 2},
     {"batch_size": 1, "gradient_accumulation_steps": 2},
