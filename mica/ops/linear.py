@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mica import native
 from mica.ops.checks import check_linear
 from mica.ops.operator import (
     as_matrix,
@@ -27,7 +28,7 @@ from mica.ops.operator import (
     without_none,
     without_values,
 )
-from mica.paths.choose import backward_rows, forward_rows
+from mica.paths.choose import NATIVE, Rows, backward_rows, decide, forward_rows
 
 
 def mica_linear(
@@ -164,6 +165,29 @@ class _MicaLinear(torch.autograd.Function):
         return None, grad_x, None, grad_A, None, None, None, None, None, None, None
 
 
+def _native(
+    x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None, grad_dtype=None
+) -> Tensor | None:
+    """The call from C++, if that is its form.
+
+    grad_dtype: autocast's dtype where it is on. What does not have it yet is cast in C++, where autograd
+    follows it.
+    """
+    if dropout_p or x.dim() == 0:
+        return None
+    dtype = grad_dtype or x.dtype
+    dtypes = (dtype, compute_dtype or dtype, lora_A.dtype, lora_B.dtype)
+
+    def rows() -> Rows:
+        return forward_rows(as_matrix(x), weight.shape[0], dropout_p)
+
+    choice = decide("linear", x.device, lora_A.shape[0], dtypes, rows, is_layer=True)
+    if choice.form != NATIVE:
+        return None
+    operands = x, weight, lora_A, lora_B, scaling, bias, compute_dtype
+    return native.module().linear(*operands, grad_dtype)
+
+
 def _cast(
     kind, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None, grad_dtype=None
 ):
@@ -180,6 +204,7 @@ linear = operator(
     _linear_fake,
     _MicaLinear.apply,
     _cast,
+    native_call=_native,
 )
 operator(
     "linear_backward",
@@ -204,6 +229,9 @@ def linear_eager(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, autoca
 
     autocast_dtype: autocast's where it is on. What it casts is cast here, where autograd follows it.
     """
+    y = _native(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, grad_dtype=autocast_dtype)
+    if y is not None:
+        return y
     needs_gradient = torch.is_grad_enabled() and (lora_A.requires_grad or x.requires_grad)
     if autocast_dtype is not None:
         x, weight = x.to(autocast_dtype), weight.to(autocast_dtype)

@@ -22,12 +22,14 @@ from torch._C import (
 )
 from torch.autograd import forward_ad
 
+from mica import native
 from mica.memory import in_memory
 from mica.paths import choose, reference_path
 from mica.paths.products import is_transformed
 
 # How often each operator's body ran, eager or compiled, which shows that a path was taken. Counted in the
-# bodies, which torch.compile never traces. "linear" counts every call, "linear_kernels" those on Triton.
+# bodies, which torch.compile never traces. "linear" counts every call, "linear_kernels" those on Triton, and
+# "linear_native" those from C++.
 call_counts: Counter[str] = Counter()
 
 LIBRARY = torch.library.Library("mica", "DEF")
@@ -164,10 +166,7 @@ def saved(ctx) -> tuple[Tensor | None, ...]:
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
-        raise RuntimeError(
-            "x, lora_A, lora_B or the weight of a MiCA layer has been modified by an inplace operation after "
-            "the layer's forward. They are kept as they came, without a copy: edit a clone of x instead."
-        ) from error
+        raise RuntimeError(native.EDITED) from error
 
 
 def run_backward(operator: Callable, body: Callable, tensors: Sequence[Tensor | None], *args):
@@ -241,6 +240,7 @@ def operator(
     apply: Callable | None = None,
     cast: Callable | None = None,
     transformed: Callable | None = None,
+    native_call: Callable | None = None,
 ) -> Callable:
     """Register ``torch.ops.mica.<name>``; returns a function that bypasses the dispatcher where `is_eager`.
 
@@ -251,6 +251,8 @@ def operator(
             one (a backward) the operator itself is returned: it has neither autograd nor autocast.
         cast: ``cast(device_type, *args)`` are the arguments under autocast.
         transformed: what function transforms differentiate; default ``body``.
+        native_call: the whole call from C++, autograd and all, where `is_eager`; None where Python has to
+            do it.
 
     The returned function takes and gives what the operator does. Without a gradient there is no
     autograd.Function either.
@@ -295,6 +297,10 @@ def operator(
             args = cast(device_type, *args)
             with no_autocast():
                 return call(*args)
+        if native_call is not None:
+            result = native_call(*args)
+            if result is not None:
+                return result
         if torch.is_grad_enabled():
             for tensor in tensors:
                 if tensor.requires_grad:

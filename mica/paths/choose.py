@@ -1,4 +1,4 @@
-"""How a call runs: on Triton kernels, and in which form, or on the reference path, and why.
+"""How a call runs: on Triton kernels, in which form, or on the reference path, from C++ or Python, and why.
 
 `decide` is the one decision. The operators follow it, and `mica.fast.explain` and the benchmarks report it.
 ``MICA_BACKEND`` demands a path; by default the device and the operands decide.
@@ -16,22 +16,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mica import native
 from mica.kernels import configs, runtime
 from mica.kernels.limits import DTYPES, MAX_RANK, are_narrow, names_of
+from mica.paths import products
 
 BACKENDS = ("auto", "triton", "reference")
 
 # Forms of a call. A layer on kernels has one of `configs.FORM_NAMES`, any other function has only `KERNELS`.
-REFERENCE = "reference"  # the reference path
+REFERENCE = "reference"  # the reference path, from Python
+NATIVE = "native"  # the reference path, from C++: a layer's forward together with its backward
 KERNELS = "kernels"
 ERROR = "error"  # kernels are demanded, and there are none
 
 
 class Choice(NamedTuple):
-    """The form in which a call runs, and why it is not on kernels."""
+    """The form in which a call runs, why it is not on kernels, and why a layer is not called from C++."""
 
     form: str
     reason: str | None = None
+    why_python: str | None = None
 
 
 class Rows(NamedTuple):
@@ -88,49 +92,80 @@ def decide(
     rank: int,
     dtypes: tuple[torch.dtype, ...],
     rows: Callable[[], Rows] | None = None,
+    is_layer: bool = False,
 ) -> Choice:
     """How a call of this function of `mica.paths.triton_path` runs.
 
     Args:
         dtypes: those of the operands and products; of a layer: x (or dy), products, lora_A, lora_B.
         rows: of a layer. Called only where kernels could run: on a CPU nothing is looked at.
+        is_layer: "linear" is a whole eager call without dropout, which the form "native" suits.
 
     Raises:
         ValueError: ``MICA_BACKEND`` has a value that is not allowed.
     """
-    key = (setting(), _interpreting(), device, rank, dtypes, function)
+    key = (setting(), native.setting(), _interpreting(), device, rank, dtypes, function, is_layer)
     choice = _choices.get(key)
     if choice is None:
-        reason = why_not_kernels(device, rank, *dtypes, function=function)
-        choice = _ON_KERNELS if reason is None else _without_kernels(reason)
+        choice = _choose(function, device, rank, dtypes, is_layer)
         if runtime.is_settled(device):
             _choices[key] = choice
     if choice is not _ON_KERNELS or rows is None:
         return choice
-    return _form_of_layer(function, device, rank, dtypes, rows())
+    return _form_of_layer(function, device, rank, dtypes, rows(), is_layer)
 
 
-def _without_kernels(reason: str) -> Choice:
-    return Choice(ERROR if requested() == "triton" else REFERENCE, reason)
+def _choose(
+    function: str, device: torch.device, rank: int, dtypes: tuple[torch.dtype, ...], is_layer: bool
+) -> Choice:
+    """What can be said without rows."""
+    reason = why_not_kernels(device, rank, *dtypes, function=function)
+    if reason is None:
+        return _ON_KERNELS
+    if requested() == "triton":
+        return Choice(ERROR, reason)
+    return _without_kernels(reason, device, dtypes, is_layer)
+
+
+def _without_kernels(
+    reason: str, device: torch.device, dtypes: tuple[torch.dtype, ...], is_layer: bool
+) -> Choice:
+    if not is_layer:
+        return Choice(REFERENCE, reason)
+    why_python = _why_not_native(device, dtypes)
+    return Choice(NATIVE if why_python is None else REFERENCE, reason, why_python)
+
+
+def _why_not_native(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why a layer with such operands is called from Python."""
+    reason = native.why_not()
+    if reason is not None:
+        return reason
+    row_dtype, product_dtype, *_ = dtypes
+    for dtype in (row_dtype, product_dtype):
+        if device.type == "cpu" and not products.has_native(dtype):
+            return f"this processor has no instructions for {names_of([dtype])}"
+    return None
 
 
 def _form_of_layer(
-    function: str, device: torch.device, rank: int, dtypes: tuple[torch.dtype, ...], rows: Rows
+    function: str,
+    device: torch.device,
+    rank: int,
+    dtypes: tuple[torch.dtype, ...],
+    rows: Rows,
+    is_layer: bool,
 ) -> Choice:
     """The form that `configs.FORMS` has for this part of a layer, where the operands permit it."""
-    row_dtype, product_dtype, *factor_dtypes = dtypes
+    row_dtype, product_dtype, *_ = dtypes
     tokens = sys.maxsize if rows.tokens is None else rows.tokens
     forms = _forms_of(device, tokens, rank)
     form = forms.backward if function == "linear_backward" else forms.forward
 
     if setting() not in ("triton", b"triton"):
-        if form == REFERENCE:
-            return Choice(REFERENCE, f"{forms.source}: the reference path is faster here")
-        if are_narrow(*rows.strides):
-            return Choice(REFERENCE, _why_narrow(rows))
-        has_one_dtype = all(dtype is row_dtype for dtype in (product_dtype, *factor_dtypes))
-        if has_one_dtype and not rows.has_dropout and _is_host_bound(rows):
-            return Choice(REFERENCE, f"{rows.tokens} tokens are too few: the device would wait for the host")
+        reason = _why_not_suited(forms, form, dtypes, rows, is_layer)
+        if reason is not None:
+            return _without_kernels(reason, device, dtypes, is_layer)
     elif form == REFERENCE:
         form = "split"
 
@@ -144,6 +179,23 @@ def _form_of_layer(
     return Choice(form if rows.is_aligned else "split")
 
 
+def _why_not_suited(
+    forms: configs.Forms, form: str, dtypes: tuple[torch.dtype, ...], rows: Rows, is_layer: bool
+) -> str | None:
+    """Why PyTorch's operators suit these rows better than kernels."""
+    if form == REFERENCE:
+        return f"{forms.source}: the reference path is faster here"
+    if are_narrow(*rows.strides):
+        return _why_narrow(rows)
+    if rows.has_dropout or not _is_host_bound(rows):
+        return None
+    # fp32 masters over 16-bit rows: from Python the casts would cost the host what is saved
+    has_one_dtype = all(dtype is dtypes[0] for dtype in dtypes)
+    if has_one_dtype or (is_layer and native.why_not() is None):
+        return f"{rows.tokens} tokens are too few: the device would wait for the host"
+    return None
+
+
 def _why_narrow(rows: Rows) -> str:
     if are_narrow(rows.in_features, rows.out_features):
         return "kernels need in_features and out_features divisible by 16"
@@ -152,10 +204,7 @@ def _why_narrow(rows: Rows) -> str:
 
 
 def _is_host_bound(rows: Rows) -> bool:
-    """Whether the device would wait for the host of a layer whose operands have one dtype.
-
-    With fp32 masters over 16-bit rows the casts would cost the host what is saved.
-    """
+    """Whether the device would wait for the host."""
     if rows.tokens is None:
         return False
     return rows.tokens * rows.in_features * rows.out_features <= configs.HOST_BOUND

@@ -28,7 +28,7 @@ from mica.paths.products import added, addmm, multiplies_itself, product_dtype, 
 
 # Tokens whose fp32 copy is alive at a time in `grad_a`: 1024 x 14336 fp32 are 59 MB. Measured on two CPU
 # cores at K = 576 and 1536, r = 16: the same speed within noise from 256 to 2048.
-_TOKENS_PER_CHUNK = 1024
+TOKENS_PER_CHUNK = 1024
 
 
 def linear(
@@ -121,9 +121,9 @@ def grad_a(
             return whole
     dtype = torch.promote_types(torch.promote_types(g.dtype, x.dtype), torch.float32)
     grad = None
-    one = g.shape[0] <= _TOKENS_PER_CHUNK
-    for start in range(0, max(1, g.shape[0]), _TOKENS_PER_CHUNK):  # without tokens one empty product: 0
-        tokens = slice(start, start + _TOKENS_PER_CHUNK)
+    one = g.shape[0] <= TOKENS_PER_CHUNK
+    for start in range(0, max(1, g.shape[0]), TOKENS_PER_CHUNK):  # without tokens one empty product: 0
+        tokens = slice(start, start + TOKENS_PER_CHUNK)
         g_part, x_part = (g, x) if one else (g[tokens], x[tokens])
         g_part, kept = _cast(g_part, dtype).t(), _cast(masked(x_part, start, dropout_p, seed), dtype)
         grad = g_part @ kept if grad is None else torch.addmm(grad, g_part, kept)

@@ -1,8 +1,8 @@
 import pytest
 
 from mica import ops
-from mica.paths import products
-from tests.support.linear_calls import IN_CHUNKS, OWN, PATHS, WAYS
+from mica.paths import choose, products
+from tests.support.linear_calls import IN_CHUNKS, NATIVE, OWN, PATHS, WAYS
 
 
 @pytest.fixture(params=WAYS)
@@ -16,13 +16,17 @@ def path(request, monkeypatch):
     """Kernels or an error, and PyTorch's operators with every way in which they multiply 16-bit matrices."""
     is_triton = request.param == "triton"
     monkeypatch.setenv("MICA_BACKEND", "triton" if is_triton else "reference")
-    if not is_triton:
+    if request.param == NATIVE:
+        monkeypatch.setattr(products, "has_native", lambda dtype: True)
+        choose.clear()
+    elif not is_triton:
         _multiply(request.param, monkeypatch)
     ops.call_counts.clear()
     return request.param
 
 
 def _multiply(way, monkeypatch):
+    monkeypatch.setenv("MICA_NATIVE", "0")
     monkeypatch.setattr(products, "has_native", lambda dtype: way == OWN)
     if way != OWN:
         monkeypatch.setattr(products, "FEW_ROWS", 0)

@@ -14,7 +14,8 @@ from tests.support.tolerances import RELATIVE, error
 
 # how 16-bit matrices are multiplied (`mica.paths.products`); what a layer runs on
 OWN, _, IN_CHUNKS = WAYS = ("PyTorch's own", "through fp32", "through fp32 in chunks")
-PATHS = ("triton",) if ON_DEVICE else (*WAYS, "triton")
+NATIVE = "PyTorch's own, from C++"
+PATHS = ("triton",) if ON_DEVICE else (NATIVE, *WAYS, "triton")
 
 
 def on_device(p: Problem) -> Problem:

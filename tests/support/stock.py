@@ -58,10 +58,15 @@ def as_stock(function, *tolerances):
 
 
 def counted(function):
-    """What it returns, and how often it has run each operator."""
+    """What it returns, and how often it has run each operator, from Python or C++."""
     before = mica.fast.call_counts.copy()
     result = function()
-    return result, dict(mica.fast.call_counts - before)
+    return result, whatever_language(mica.fast.call_counts - before)
+
+
+def whatever_language(counts):
+    """Counts of operators without those that say how many ran from C++, which depends on the machine."""
+    return {name: count for name, count in counts.items() if not name.endswith("_native")}
 
 
 def step(model, *args, **kwargs):

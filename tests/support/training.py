@@ -11,6 +11,7 @@ from torch import nn
 
 import mica.fast
 from tests.support.models import bases, tiny_llama, wrap
+from tests.support.stock import whatever_language
 from tests.support.tolerances import RELATIVE
 
 STEPS = 3
@@ -117,7 +118,7 @@ def report(model, losses: Callable) -> dict:
     after = gathered(bases(model))
     return {
         "losses": torch.as_tensor(seen),
-        "counts": dict(mica.fast.call_counts - counts),
+        "counts": whatever_language(mica.fast.call_counts - counts),
         "rows": mica.fast.explain(model).rows,
         "moved": [name for name, B in after.items() if not torch.equal(B, before[name])],
         "trained": {name: p.dtype for name, p in trainable(model).items()},

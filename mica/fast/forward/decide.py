@@ -26,6 +26,7 @@ from mica.fast.forward.eligibility import (
     runs_adapter,
     why_not_dense,
 )
+from mica.fast.forward.fast_check import Common, seeded
 from mica.fast.settings import compute_dtype, settings
 from mica.ops.embedding import embedding
 from mica.ops.linear import linear, traced
@@ -81,7 +82,7 @@ class Fused(OnOperators):
         operands = self.weight, lora_A, lora_B, scaling, self.bias
         if settings.compile == "plain" and not dropout_p and torch.compiler.is_compiling():
             return traced(x, *operands, self.dtype)
-        return linear(x, *operands, self.dtype, *dropout(dropout_p, x.device))
+        return linear(x, *operands, self.dtype, *seeded(dropout_p, x.device))
 
     def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
         lora_A, lora_B, _, dropout_p = self.adapter
@@ -101,8 +102,12 @@ class Fused(OnOperators):
             rows = choose.backward_rows(grad_output, matrix, in_features, dropout_p)
             return rows._replace(tokens=None) if x is None else rows
 
-        for function, rows in (("linear", forward), ("linear_backward", backward)):
-            yield function, choose.decide(function, lora_A.device, lora_A.shape[0], dtypes, rows)
+        device = lora_A.device
+        rank = lora_A.shape[0]
+        choice = choose.decide("linear", device, rank, dtypes, forward, is_layer=dropout_p == 0.0)
+        yield "linear", choice
+        if choice.form != choose.NATIVE:  # which includes the backward
+            yield "linear_backward", choose.decide("linear_backward", device, rank, dtypes, backward)
 
     def _fits(self, x: Input) -> bool:
         has_dtype = x.autocast_dtype is not None or x.dtype is self.weight.dtype
@@ -136,7 +141,7 @@ class Added(OnOperators):
     def __call__(self, x: Tensor) -> Tensor:
         y = self.base(x)
         for lora_A, lora_B, scaling, dropout_p in self.adapters:
-            h = down_projection(x, lora_A, scaling, self.dtype, *dropout(dropout_p, x.device))
+            h = down_projection(x, lora_A, scaling, self.dtype, *seeded(dropout_p, x.device))
             if self.sharding is not None:
                 h = self.sharding.sum_gradient(h) if self.sharding.plan == "colwise" else self.sharding.sum(h)
             y = up_projection(y, h, lora_B)
@@ -161,21 +166,16 @@ def _one_row(in_features: int) -> Tensor:
     return torch.empty(1, in_features, device="meta")
 
 
-def dropout(p: float, device: torch.device) -> tuple[float, Tensor | None]:
-    """Probability and a seed from torch's generator: checkpointing restores that, and so the mask."""
-    return p, None if p == 0.0 else torch.randint(0, 2**63 - 1, (1,), device=device)
-
-
-def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | fast_check.FusedEager | OnPeft:
+def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | Common | OnPeft:
     """How a linear layer runs, with all of its active adapters."""
     if args or kwargs:
         if args or kwargs.keys() != {"adapter_names"} or kwargs["adapter_names"] is None:
             return OnPeft("a call with further arguments")
         return _decide_mixed_batch(layer, x, kwargs["adapter_names"])
     if x is not None:
-        direct = fast_check.fused_eager(layer, x)
-        if direct is not None:
-            return direct
+        common = fast_check.common_case(layer, x)
+        if common is not None:
+            return common
     adapters = _suitable_adapters(layer, x, None)
     if type(adapters) is OnPeft:
         return adapters

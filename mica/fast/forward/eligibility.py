@@ -69,7 +69,9 @@ class OnOperators:
             if choice.reason is not None:
                 is_backward = function.endswith("_backward")
                 reasons.append(f"in the backward: {choice.reason}" if is_backward else choice.reason)
-                path = choice.form
+                path = ERROR if choice.form == ERROR else REFERENCE
+                if choice.why_python is not None:
+                    reasons.append(f"called from Python: {choice.why_python}")
                 break
         if self.why_called:
             reasons.append(f"base layer called: {self.why_called}")

@@ -10,7 +10,17 @@ from mica.ops import mica_experts_linear, mica_linear
 from tests.support import expert_cases, oracle
 from tests.support.expert_cases import EVERY_ROUTE
 from tests.support.kernel_cases import seed_of
-from tests.support.linear_calls import OWN, PATHS, agree, by_factors, on_device, run, same_bits, tensors_of
+from tests.support.linear_calls import (
+    NATIVE,
+    OWN,
+    PATHS,
+    agree,
+    by_factors,
+    on_device,
+    run,
+    same_bits,
+    tensors_of,
+)
 from tests.support.oracle import DTYPES, solve
 
 # operands -> function; the operators that are counted
@@ -56,7 +66,7 @@ DTYPES_ON = [
     (path, *dtypes)
     for path in PATHS
     for dtypes in DTYPES
-    if dtypes[0].itemsize <= {"triton": 4, OWN: 8}.get(path, 2)
+    if dtypes[0].itemsize <= {"triton": 4, OWN: 8, NATIVE: 8}.get(path, 2)
 ]
 
 

@@ -1,0 +1,98 @@
+"""A linear layer from C++, where the host's time counts: the reference path, to the bit.
+
+Small layers and few tokens spend most of their time in the Python around PyTorch's operators. The same
+operators are called here by one node of autograd (layer.h), behind a check of the layer (check.h). It is
+built at the first forward, once for each machine and PyTorch (`mica.native.build`). Without it everything
+runs from Python, with the same results.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from mica.kernels import runtime
+from mica.native import build
+from mica.paths import products
+
+# What both nodes of autograd say of a tensor that they have saved.
+EDITED = (
+    "x, lora_A, lora_B or the weight of a MiCA layer has been modified by an inplace operation after "
+    "the layer's forward. They are kept as they came, without a copy: edit a clone of x instead."
+)
+
+_OFF = ("0", "off", "false", "no")
+_ON = ("", "1", "on", "true", "yes")
+
+# The raw value of ``MICA_NATIVE``, None where it is unset, in 0.1 µs; only for comparisons.
+setting = runtime.raw_variable("MICA_NATIVE")
+
+
+class _Found(NamedTuple):
+    module: ModuleType | None
+    why_not: str | None
+
+
+_found: dict[object, _Found] = {}  # by the raw setting
+_lock = threading.Lock()
+
+
+def module() -> ModuleType | None:
+    """The compiled module; None: `why_not` says why there is none. The first call in a process may build it.
+
+    ``MICA_NATIVE`` decides: "0", "off", "false" or "no": none. Unset, or "1", "on", "true", "yes": it is kept
+    in the folder ``mica/native`` of the Hugging Face cache (HF_HOME). Anything else is another folder.
+    """
+    return _find().module
+
+
+def why_not() -> str | None:
+    """Why calls run from Python, in words; None if they run from C++."""
+    return _find().why_not
+
+
+def _find() -> _Found:
+    raw = setting()
+    found = _found.get(raw)
+    if found is None:
+        with _lock:
+            found = _found.get(raw) or _load()
+            _found[raw] = found
+    return found
+
+
+def _load() -> _Found:
+    value = os.environ.get("MICA_NATIVE", "")
+    word = value.strip().lower()
+    if word in _OFF:
+        return _Found(None, f"MICA_NATIVE={value}")
+    folder = build.default_folder() if word in _ON else Path(os.path.expanduser(value))
+    try:
+        loaded = _imported(build.built(folder))
+    except build.BuildError as error:
+        return _Found(None, str(error))
+    except ImportError as error:
+        return _Found(None, f"what was compiled cannot be loaded: {error}")
+    _configure(loaded)
+    return _Found(loaded, None)
+
+
+def _imported(path: Path) -> ModuleType:
+    name = "mica_native"  # as the module's own initialisation is called
+    spec = spec_from_file_location(name, path, loader=ExtensionFileLoader(name, str(path)))
+    loaded = module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def _configure(loaded: ModuleType) -> None:
+    from mica.ops.operator import call_counts
+    from mica.paths import reference_path
+
+    numbers = products.FEW_TO_ROUND, reference_path.TOKENS_PER_CHUNK, products.HAS_WIDE_SUMS
+    loaded.configure_linear(call_counts, *numbers, EDITED)

@@ -1,0 +1,293 @@
+// A MiCA linear layer's forward and backward without Python between PyTorch's operators: `mica.paths.reference_path`
+// without dropout, step by step and to the bit, as one node of autograd. No kernel is launched from here, so the same
+// code serves every device of PyTorch, and all of it runs on a CPU.
+//
+// What M, K, N, r and s are, and what is computed: mica/paths/definition.py. Why each product runs in its dtype:
+// mica/paths/reference_path.py and products.py, whose functions have the names of those here.
+
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <cmath>
+#include <cstring>
+
+namespace mica {
+
+using at::ScalarType;
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalDtype = std::optional<ScalarType>;
+
+// Set once by `configure`, from the constants of mica.paths.
+inline int64_t few_to_round = 0;
+inline int64_t tokens_per_chunk = 1;
+inline bool has_wide_sums = false;
+inline std::string edited; // the message where what was saved has been edited in place
+inline void (*on_backward)() = nullptr; // counts
+
+// ---------------------------------------------------------------------------------------------------------
+// the formula
+// ---------------------------------------------------------------------------------------------------------
+
+inline bool is_sixteen_bit(ScalarType dtype) {
+  return dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
+inline bool is_transformed() {
+  return c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+inline Tensor cast(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
+}
+
+// y + left @ right in y, whose dtype they have; vmap cannot write batched values into an unbatched y.
+inline Tensor added(const Tensor& y, const Tensor& left, const Tensor& right) {
+  return is_transformed() ? at::addmm(y, left, right) : y.addmm_(left, right);
+}
+
+inline ScalarType product_dtype(const Tensor& left, ScalarType lora_A, ScalarType lora_B, ScalarType dtype) {
+  if (!is_sixteen_bit(dtype) || left.size(0) > few_to_round || !left.is_cpu()) {
+    return dtype;
+  }
+  return lora_A == at::kFloat && lora_B == at::kFloat ? at::kFloat : dtype;
+}
+
+// Whether the scaling is a power of two that rounds nothing wherever it is applied.
+inline bool is_exact(double scaling, ScalarType dtype) {
+  int exponent = 0;
+  const bool is_power_of_two = std::abs(std::frexp(scaling, &exponent)) == 0.5;
+  const double size = std::abs(scaling);
+  return dtype != at::kHalf && is_power_of_two && size >= 0x1p-32 && size <= 0x1p32;
+}
+
+// scaling·left @ factor in dtype
+inline Tensor scaled_product(const Tensor& left, const Tensor& factor, double scaling, ScalarType dtype) {
+  if (scaling == 1.0) {
+    return at::mm(cast(left, dtype), cast(factor, dtype));
+  }
+  if (left.size(0) < factor.size(0) && is_exact(scaling, dtype)) {
+    return at::mm(cast(left, dtype), cast(factor, dtype)).mul_(scaling);
+  }
+  return at::mm(cast(left, dtype), cast(factor * scaling, dtype));
+}
+
+// y (M×N) from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)
+inline Tensor linear(
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& lora_A,
+    const Tensor& lora_B,
+    double scaling,
+    const OptionalTensor& bias,
+    ScalarType compute_dtype) {
+  const ScalarType dtype = product_dtype(x, lora_A.scalar_type(), lora_B.scalar_type(), compute_dtype);
+  const Tensor h = scaled_product(x, lora_A.t(), scaling, dtype);
+  const Tensor y = bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
+  if (dtype == y.scalar_type()) {
+    return added(y, h, cast(lora_B, dtype).t());
+  }
+  const ScalarType wide = c10::promoteTypes(y.scalar_type(), dtype);
+  const Tensor factor = cast(lora_B, wide).t();
+  if (wide == y.scalar_type()) {
+    return at::addmm(y, h.to(wide), factor);
+  }
+  return added(y.to(wide), cast(h, wide), factor).to(y.scalar_type());
+}
+
+// dA (r×K) from g (M×r) and x (M×K), summed in fp32 at least
+inline Tensor grad_a(const Tensor& g, const Tensor& x, ScalarType grad_dtype) {
+  const ScalarType dtype = g.scalar_type();
+  if (dtype == x.scalar_type()) {
+    if (!is_sixteen_bit(dtype) || (dtype == grad_dtype && g.is_cpu())) {
+      return at::mm(g.t(), x);
+    }
+    // PyTorch 2.13 has no derivative of a product of 16-bit numbers in fp32
+    const bool needs_grad = at::GradMode::is_enabled() && (g.requires_grad() || x.requires_grad());
+    if (g.is_cuda() && has_wide_sums && !needs_grad && !is_transformed()) {
+      return at::mm(g.t(), x, at::kFloat);
+    }
+  }
+  const ScalarType wide = c10::promoteTypes(c10::promoteTypes(dtype, x.scalar_type()), at::kFloat);
+  const int64_t tokens = g.size(0);
+  if (tokens <= tokens_per_chunk) {
+    return at::mm(cast(g, wide).t(), cast(x, wide));
+  }
+  Tensor grad;
+  for (int64_t start = 0; start < tokens; start += tokens_per_chunk) {
+    const int64_t size = std::min(tokens_per_chunk, tokens - start);
+    const Tensor g_part = cast(g.narrow(0, start, size), wide).t();
+    const Tensor x_part = cast(x.narrow(0, start, size), wide);
+    grad = grad.defined() ? at::addmm(grad, g_part, x_part) : at::mm(g_part, x_part);
+  }
+  return grad;
+}
+
+// dx (M×K) from dy (M×N), weight (N×K), g (M×r) and lora_A (r×K)
+inline Tensor grad_x(const Tensor& grad_output, const Tensor& weight, const Tensor& g, const Tensor& lora_A) {
+  const Tensor dx = at::mm(grad_output, weight);
+  const Tensor factor = cast(lora_A, g.scalar_type());
+  if (g.scalar_type() == dx.scalar_type()) {
+    return added(dx, g, factor);
+  }
+  return dx.add_(at::mm(g, factor).to(dx.scalar_type()));
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// shapes
+// ---------------------------------------------------------------------------------------------------------
+
+// (..., n) as a matrix (tokens, n)
+inline Tensor as_matrix(const Tensor& tensor) {
+  if (tensor.dim() == 2) {
+    return tensor;
+  }
+  const int64_t columns = tensor.size(-1);
+  return columns && tensor.is_contiguous() ? tensor.view({-1, columns}) : tensor.reshape({-1, columns});
+}
+
+// (tokens, n) with all but the last dimension of shape, and nobody's view
+inline Tensor like(at::IntArrayRef shape, const Tensor& matrix) {
+  if (shape.size() == 2) {
+    return matrix;
+  }
+  auto sizes = shape.vec();
+  sizes.back() = matrix.size(1);
+  return at::_unsafe_view(matrix, sizes);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// autograd
+// ---------------------------------------------------------------------------------------------------------
+
+// What a call has beside its tensors.
+struct Numbers {
+  double scaling;
+  ScalarType compute_dtype;
+  ScalarType factor_dtype; // of lora_A
+  ScalarType grad_dtype; // to which dA may be rounded first, as PyTorch does under autocast
+};
+
+// Autocast's casts have been made before: within a formula it would cast each product's operands.
+using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
+
+inline Tensor forward_of(
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& lora_A,
+    const Tensor& lora_B,
+    const OptionalTensor& bias,
+    const Numbers& numbers) {
+  const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const Tensor y = linear(as_matrix(x), weight, lora_A, lora_B, numbers.scaling, bias, numbers.compute_dtype);
+  return like(x.sizes(), y);
+}
+
+// (dx, dA) of what was saved; undefined where weight or x is.
+inline std::pair<Tensor, Tensor> backward_of(
+    const Tensor& grad_output,
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& lora_A,
+    const Tensor& lora_B,
+    const Numbers& numbers) {
+  const Tensor dy = as_matrix(grad_output);
+  const ScalarType dtype = product_dtype(dy, numbers.factor_dtype, lora_B.scalar_type(), numbers.compute_dtype);
+  const Tensor g = scaled_product(dy, lora_B, numbers.scaling, dtype);
+  Tensor dx;
+  if (weight.defined()) {
+    dx = like(grad_output.sizes(), grad_x(dy, weight, g, lora_A));
+  }
+  Tensor dA;
+  if (x.defined()) {
+    dA = cast(grad_a(g, as_matrix(x), numbers.grad_dtype), numbers.factor_dtype);
+  }
+  return {dx, dA};
+}
+
+// As `mica.ops.operator.save`: an alias keeps the memory that ``tensor.data = other`` replaces, shares the version,
+// and is followed by autograd where a second derivative may need it.
+inline Tensor kept(const Tensor& tensor) {
+  return tensor.requires_grad() ? tensor.view_as(tensor) : tensor.detach();
+}
+
+inline variable_list saved(AutogradContext* ctx) {
+  try {
+    return ctx->get_saved_variables();
+  } catch (const c10::Error& error) {
+    const bool is_edited = std::strstr(error.what_without_backtrace(), "modified by an inplace operation");
+    TORCH_CHECK(!is_edited, edited);
+    throw;
+  }
+}
+
+// Whether nothing but the engine looks at the operations of a backward: no second derivative, no mode, no vmap.
+inline bool is_ordinary(const Tensor& grad_output) {
+  const bool is_followed = at::GradMode::is_enabled() || is_transformed() ||
+      c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::PythonTorchFunctionTLS::stack_len() > 0;
+  const c10::DispatchKeySet special{at::DispatchKey::Python, at::DispatchKey::Batched};
+  return !is_followed && !grad_output.key_set().has_any(special);
+}
+
+struct Layer : torch::autograd::Function<Layer> {
+  static Tensor forward(
+      AutogradContext* ctx,
+      const Tensor& x,
+      const Tensor& weight,
+      const Tensor& lora_A,
+      const Tensor& lora_B,
+      const OptionalTensor& bias,
+      const Numbers& numbers) {
+    const bool needs_x = x.requires_grad();
+    const bool needs_A = lora_A.requires_grad();
+    {
+      const at::AutoGradMode with_grad(true);
+      // x as it came: no fp32 copy, no h, and nothing that no gradient needs
+      ctx->save_for_backward({
+          needs_A ? kept(x) : Tensor(),
+          needs_x ? kept(weight) : Tensor(),
+          needs_x ? kept(lora_A) : Tensor(),
+          kept(lora_B),
+      });
+    }
+    ctx->saved_data["scaling"] = numbers.scaling;
+    ctx->saved_data["compute_dtype"] = numbers.compute_dtype;
+    ctx->saved_data["factor_dtype"] = numbers.factor_dtype;
+    ctx->saved_data["grad_dtype"] = numbers.grad_dtype;
+    return forward_of(x, weight, lora_A, lora_B, bias, numbers);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    on_backward();
+    const variable_list tensors = saved(ctx);
+    const Tensor& grad_output = grad_outputs[0];
+    const bool needs_x = tensors[1].defined() && ctx->needs_input_grad(0);
+    const bool needs_A = tensors[0].defined() && ctx->needs_input_grad(2);
+    const Tensor x = needs_A ? tensors[0] : Tensor();
+    const Tensor weight = needs_x ? tensors[1] : Tensor();
+    const Numbers numbers{
+        ctx->saved_data["scaling"].toDouble(),
+        ctx->saved_data["compute_dtype"].toScalarType(),
+        ctx->saved_data["factor_dtype"].toScalarType(),
+        ctx->saved_data["grad_dtype"].toScalarType(),
+    };
+
+    const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
+    if (is_ordinary(grad_output)) {
+      below_autograd.emplace(); // PyTorch's calls take less time there
+    }
+    const auto [dx, dA] = backward_of(grad_output, x, weight, tensors[2], tensors[3], numbers);
+    return {dx, Tensor(), dA, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+} // namespace mica

@@ -1,0 +1,175 @@
+// What Python calls: the check of a layer, and the layer itself.
+
+#include <torch/csrc/Dtype.h>
+
+#include "check.h"
+#include "layer.h"
+
+namespace mica {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------
+// `mica.ops.call_counts`
+// ---------------------------------------------------------------------------------------------------------
+
+PyObject* call_counts = nullptr;
+
+// One call more of this name. Under the GIL.
+void count(const char* name) {
+  THPObjectPtr key(PyUnicode_InternFromString(name));
+  PyObject* before = PyDict_GetItemWithError(call_counts, key.get());
+  THPObjectPtr after(PyLong_FromLongLong(1 + (before ? PyLong_AsLongLong(before) : 0)));
+  if (!after || PyDict_SetItem(call_counts, key.get(), after.get()) < 0) {
+    throw python_error();
+  }
+}
+
+void count_backward() {
+  const pybind11::gil_scoped_acquire gil;
+  count("linear_backward");
+  count("linear_backward_native");
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// functions
+// ---------------------------------------------------------------------------------------------------------
+
+OptionalDtype dtype_or_none(PyObject* object) {
+  if (object == Py_None) {
+    return std::nullopt;
+  }
+  return reinterpret_cast<THPDtype*>(object)->scalar_type;
+}
+
+// As autocast: fp64 stays as it is.
+Tensor autocast_to(const Tensor& tensor, const OptionalDtype& dtype) {
+  return dtype && tensor.scalar_type() != at::kDouble ? cast(tensor, *dtype) : tensor;
+}
+
+// linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, autocast_dtype): `mica.ops.linear.linear_eager`
+PyObject* linear_function(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(num_args == 8, "linear takes 8 arguments, not ", num_args);
+  const Tensor& given_x = THPVariable_Unpack(args[0]);
+  const Tensor& given_weight = THPVariable_Unpack(args[1]);
+  const Tensor& lora_A = THPVariable_Unpack(args[2]);
+  const Tensor& lora_B = THPVariable_Unpack(args[3]);
+  const double scaling = PyFloat_AsDouble(args[4]);
+  OptionalTensor given_bias;
+  if (args[5] != Py_None) {
+    given_bias = THPVariable_Unpack(args[5]);
+  }
+  const OptionalDtype compute_dtype = dtype_or_none(args[6]);
+  const OptionalDtype autocast_dtype = dtype_or_none(args[7]);
+  count("linear");
+  count("linear_native");
+
+  Tensor y;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    // cast here, where autograd follows it
+    const Tensor x = autocast_to(given_x, autocast_dtype);
+    const Tensor weight = autocast_to(given_weight, autocast_dtype);
+    OptionalTensor bias;
+    if (given_bias) {
+      bias = autocast_to(*given_bias, autocast_dtype);
+    }
+    const ScalarType factor_dtype = lora_A.scalar_type();
+    const Numbers numbers{
+        scaling,
+        compute_dtype.value_or(x.scalar_type()),
+        factor_dtype,
+        autocast_dtype.value_or(factor_dtype),
+    };
+    const bool needs_grad = at::GradMode::is_enabled() && (x.requires_grad() || lora_A.requires_grad());
+    if (needs_grad) {
+      y = Layer::apply(x, weight, lora_A, lora_B, bias, numbers);
+    } else {
+      y = forward_of(x, weight, lora_A, lora_B, bias, numbers);
+    }
+  }
+  return THPVariable_Wrap(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+// operands(layer, x): `mica.fast.forward.fast_check`
+PyObject* operands_function(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(num_args == 2, "operands takes 2 arguments, not ", num_args);
+  PyObject* found = operands(args[0], args[1]);
+  if (!found && !PyErr_Occurred()) {
+    Py_RETURN_NONE;
+  }
+  return found;
+  END_HANDLE_TH_ERRORS
+}
+
+// configure_linear(call_counts, few_to_round, tokens_per_chunk, has_wide_sums, edited)
+PyObject* configure_linear(PyObject*, PyObject* args) {
+  long long rows = 0;
+  long long tokens = 0;
+  int wide_sums = 0;
+  const char* text = nullptr;
+  PyObject* counts = nullptr;
+  if (!PyArg_ParseTuple(args, "O!LLps", &PyDict_Type, &counts, &rows, &tokens, &wide_sums, &text)) {
+    return nullptr;
+  }
+  Py_XSETREF(call_counts, Py_NewRef(counts));
+  few_to_round = rows;
+  tokens_per_chunk = tokens;
+  has_wide_sums = wide_sums;
+  edited = text;
+  on_backward = count_backward;
+  Py_RETURN_NONE;
+}
+
+// configure_check(...): the fields of `Known`, in their order
+PyObject* configure_check(PyObject*, PyObject* args) {
+  Known given;
+  if (!PyArg_ParseTuple(
+          args,
+          "OOOOOOOOOO!OO!",
+          &given.lora_linear,
+          &given.variant,
+          &given.linear,
+          &given.identity,
+          &given.dropout,
+          &given.linear_forward,
+          &given.identity_forward,
+          &given.dropout_forward,
+          &given.call,
+          &PyDict_Type,
+          &given.functional,
+          &given.functional_linear,
+          &PyTuple_Type,
+          &given.global_hooks)) {
+    return nullptr;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args); ++i) {
+    Py_INCREF(PyTuple_GET_ITEM(args, i)); // for as long as the process lives
+  }
+  known = given;
+  Py_RETURN_NONE;
+}
+
+PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef methods[] = {
+    {"linear", fast(linear_function), METH_FASTCALL, nullptr},
+    {"operands", fast(operands_function), METH_FASTCALL, nullptr},
+    {"configure_linear", configure_linear, METH_VARARGS, nullptr},
+    {"configure_check", configure_check, METH_VARARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "mica_native", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+} // namespace
+} // namespace mica
+
+PyMODINIT_FUNC PyInit_mica_native() {
+  mica::names = new mica::Names();
+  return PyModule_Create(&mica::definition);
+}
