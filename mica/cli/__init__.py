@@ -34,7 +34,10 @@ class _Parser(argparse.ArgumentParser):
 
         argparse passes those of a command up to the main parser, which does not know its options.
         """
-        given = sys.argv[1:] if args is None else list(args)
+        if args is None:
+            given = sys.argv[1:]
+        else:
+            given = list(args)
         self._refuse_unknown(given)  # first: otherwise a misspelt required option is reported as missing
         found, unknown = super().parse_known_args(given, namespace)
         if unknown:

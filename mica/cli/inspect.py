@@ -195,16 +195,22 @@ def _header(rank: int, width: int) -> str:
 
 def _line(row, width: int) -> str:
     """One row of the table, without a line end."""
-    shape = " x ".join(map(str, row.shape)) if row.shape else "-"
+    shape = "-"
+    if row.shape:
+        shape = " x ".join(map(str, row.shape))
     start = f"{row.name:{width}}  {shape:>18}  {row.dtype or '-':8}  "
     if row.reason:
         return f"{start}cannot be adapted: {row.reason}"
 
     values = (row.sigma_max, row.sigma_above, row.sigma_largest, row.sigma_smallest)
     sigmas = "  ".join(f"{_number(value, '.4g'):>9}" for value in values)
-    share = None if row.energy_share is None else 100 * row.energy_share
+    share = None
+    if row.energy_share is not None:
+        share = 100 * row.energy_share
     numbers = f"{sigmas}  {_number(row.gap, '.4g'):>7}  {_number(share, '.2g') + '%':>8}"
-    certificate = f"proven, {row.energy_excess:.1e}" if row.proven else "not proven"
+    certificate = "not proven"
+    if row.proven:
+        certificate = f"proven, {row.energy_excess:.1e}"
     line = f"{start}{numbers}  {row.method:6}  {certificate:15}  {row.seconds:6.2f}"
     if row.quantised:
         line += f"  {row.quantised}, dequantised"

@@ -223,7 +223,10 @@ def flush(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    mode = os.O_RDONLY
+    if os.name == "nt":  # which flushes only what may be written
+        mode = os.O_RDWR
+    descriptor = os.open(path, mode)
     try:
         os.fsync(descriptor)
     finally:
@@ -242,7 +245,10 @@ def shown(name: str) -> str:
         return name
     parts = []
     for one in name:
-        parts.append(one if one.isprintable() else one.encode("unicode_escape").decode())
+        if one.isprintable():
+            parts.append(one)
+        else:
+            parts.append(one.encode("unicode_escape").decode())
     return "".join(parts)
 
 

@@ -53,7 +53,9 @@ def _panels(names: list[str]) -> dict[str, list[str]]:
     panels: dict[str, list[str]] = {}
     for name, ending in endings.items():
         last = ending.rpartition(".")[2]
-        kind = last if len(variants[last]) == 1 else ending
+        kind = ending
+        if len(variants[last]) == 1:
+            kind = last
         panels.setdefault(kind, []).append(name)
     return panels
 
@@ -95,7 +97,10 @@ def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
         axes.axvline(rank, color=_MARK, linewidth=0.8)
         for name in names:
             depth = _depth(name)
-            colour = _DEPTHS(0.4 if depth is None else scale(depth))
+            shade = 0.4
+            if depth is not None:
+                shade = scale(depth)
+            colour = _DEPTHS(shade)
             _plot_spectrum(axes, spectra[name], rank, colour)
         longest = max(len(spectra[name]) for name in names)
         axes.set_xlim(max(longest, 2), 1)

@@ -253,8 +253,11 @@ def sign(folder: Path) -> None:
     """Name all that is in ``folder``, whose record is there already, in that record."""
     found = read(folder)
     for path in folder.iterdir():
-        if path.name != FILE:
-            found.files[path.name] = _names(path) if path.is_dir() else None
+        if path.name == FILE:
+            continue
+        found.files[path.name] = None
+        if path.is_dir():
+            found.files[path.name] = _names(path)
     write(folder, found)
 
 

@@ -205,9 +205,12 @@ def judge(folder: Path) -> dict:
     layers = adapted_layers(folder)
     found = traits(config, layers)
     base = config.base_model_name_or_path
+    kind = "LoRA"
+    if requests_mica(config):
+        kind = "MiCA"
     return {
         "folder": str(folder),
-        "kind": "MiCA" if requests_mica(config) else "LoRA",
+        "kind": kind,
         "rank": config.r,
         "alpha": config.lora_alpha,
         "layers": len(layers),

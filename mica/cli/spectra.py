@@ -97,14 +97,22 @@ def measure(name: str, module: nn.Module, rank: int, parameter: str | None = Non
     except (ValueError, torch.linalg.LinAlgError) as error:  # UnsuitableLayerError; an SVD that fails
         reason = one_line(error).rstrip(".")
 
+    seconds = time.perf_counter() - start
+
+    dtype = None
+    if isinstance(weight, Tensor):
+        dtype = dtype_name(weight.dtype)
+    library = None
+    if kind:
+        library = kind.name
     row = Row(
         name=name,
         kind=type(module).__name__,
         shape=shape,
-        dtype=dtype_name(weight.dtype) if isinstance(weight, Tensor) else None,
+        dtype=dtype,
         reason=reason,
-        seconds=time.perf_counter() - start,
-        quantised=kind.name if kind else None,
+        seconds=seconds,
+        quantised=library,
         **numbers,
     )
     return row, values
@@ -121,7 +129,9 @@ def _worst_expert(measured: list[tuple[Tensor, dict]]) -> tuple[Tensor, dict]:
     excesses = [each["energy_excess"] for _, each in measured]
     numbers["expert"] = expert
     numbers["proven"] = all(each["proven"] for _, each in measured)
-    numbers["energy_excess"] = None if None in excesses else max(excesses)
+    numbers["energy_excess"] = None
+    if None not in excesses:
+        numbers["energy_excess"] = max(excesses)
     return values, numbers
 
 
@@ -200,6 +210,9 @@ def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:
     energy_share = None
     if energy:
         energy_share = values.square().sum().item() / energy
+    energy_excess = None
+    if math.isfinite(chosen.energy_excess):
+        energy_excess = chosen.energy_excess
     return values, {
         "sigma_max": sigma_max(weight),
         "sigma_above": above,
@@ -209,5 +222,5 @@ def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:
         "energy_share": energy_share,
         "method": subspace.method,
         "proven": chosen.certified,
-        "energy_excess": chosen.energy_excess if math.isfinite(chosen.energy_excess) else None,
+        "energy_excess": energy_excess,
     }

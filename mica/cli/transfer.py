@@ -152,7 +152,10 @@ def _check_output(args: argparse.Namespace, target: Path) -> None:
         what = f"is not empty, and {record.TRANSFER} has not written it: name another folder"
         raise UsageError(f"--output {args.output}: {what}")
     others = record.others(target, found)
-    stranger = others[0] if others else record.stranger(target, found, found.files)
+    if others:
+        stranger = others[0]
+    else:
+        stranger = record.stranger(target, found, found.files)
     if stranger is not None:
         name = shown(os.path.relpath(target / stranger, target))
         what = f"{name} in it was not written by {record.TRANSFER}: move it away, or name another folder"

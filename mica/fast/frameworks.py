@@ -49,7 +49,10 @@ def replaced_by(module: nn.Module) -> str | None:
     with suppress(Exception):  # attributes of foreign objects can do anything
         own = {cls.__module__.partition(".")[0] for cls in type(module).__mro__} | _ORDINARY
         attributes = vars(module)
-        calls = [attributes["forward"] if "forward" in attributes else type(module).forward]
+        if "forward" in attributes:
+            calls = [attributes["forward"]]
+        else:
+            calls = [type(module).forward]
         for name, value in attributes.items():
             if name.startswith("apply_") and callable(value):
                 calls.append(value)

@@ -25,7 +25,8 @@ INITIALISATION = "the initialisation"
 MERGING = "merging"
 PARTS = (INITIALISATION, LINEAR, EMBEDDING, EXPERTS, MERGING)
 
-_LAYERS, _VARIANTS = "peft.tuners.lora.layer", "peft.tuners.lora.variants"
+_LAYERS = "peft.tuners.lora.layer"
+_VARIANTS = "peft.tuners.lora.variants"
 
 # Part -> the functions of PEFT whose results it computes itself -> their `fingerprint` in the known releases.
 # Functions that are replaced by one that calls them are not here: what they do in another release is done.
@@ -88,7 +89,9 @@ def find(name: str):
     """
     module, _, path = name.partition(":")
     found = importlib.import_module(module)
-    for part in path.split(".") if path else ():
+    if not path:
+        return found
+    for part in path.split("."):
         found = inspect.getattr_static(found, part)
     return found
 
@@ -133,7 +136,9 @@ def sentence(version: str) -> str | None:
         return f"{begin}: all that it replaces is unchanged there, so all of it runs on this backend."
     because = "; ".join(dict.fromkeys(chain.from_iterable(left.values())))  # each reason once
     rest = [part for part in PARTS if part not in left]
-    ours = _listed(rest) if rest else "nothing"
+    ours = "nothing"
+    if rest:
+        ours = _listed(rest)
     return f"{begin}: PEFT's own code runs {_listed(left)}, because {because}; this backend runs {ours}."
 
 

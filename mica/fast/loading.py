@@ -115,7 +115,9 @@ def _warn_of_another_b(name: str, orphaned: list[NewAdapter], what: str) -> None
     """Which B an A was trained with cannot be seen; the solvers' bases agree up to sign and rotation."""
     if not orphaned:
         return
-    others = f" and {len(orphaned) - 1} more layers" if len(orphaned) > 1 else ""
+    others = ""
+    if len(orphaned) > 1:
+        others = f" and {len(orphaned) - 1} more layers"
     warnings.warn(
         f"the checkpoint of adapter {name!r} has A but no B of {orphaned[0].name}{others}, so {what}. That "
         "is the B that A was trained with only if this package made it, on this very base: stock PEFT's "

@@ -36,7 +36,8 @@ class Patch(NamedTuple):
 
 
 _LAYERS = "peft.tuners.lora.layer"
-_VARIANTS = "peft.tuners.lora.variants"
+_LINEAR_VARIANT = "peft.tuners.lora.variants:MiCALinearVariant"
+_EMBEDDING_VARIANT = "peft.tuners.lora.variants:MiCAEmbeddingVariant"
 _LAYER = f"{_LAYERS}:LoraLayer"
 _LINEAR = f"{_LAYERS}:Linear"
 _EMBEDDING = f"{_LAYERS}:Embedding"
@@ -47,6 +48,7 @@ _CONFIG = "peft.config:PeftConfigMixin"
 _HUGGING_FACE = "transformers.integrations.peft:PeftAdapterMixin"
 
 _FORWARD = "self x *args **kwargs"
+_MERGE = "module active_adapter orig_weight"
 _UPDATE = "self adapter_name r lora_alpha config **kwargs"
 # the other name is that of axolotl's wrapper for Gemma 4, which may be there first
 _CREATE = "self lora_config|peft_config adapter_name target target_name parent current_key"
@@ -113,17 +115,12 @@ PATCHES = (
     # a script that imported the function before this package keeps stock's
     Patch("peft.optimizers.lorafa", *_LORAFA),
     Patch("peft.optimizers", *_LORAFA),
-    *(
-        Patch(
-            f"{_VARIANTS}:{variant}",
-            name,
-            "module active_adapter orig_weight",
-            getattr(merging, name),
-            part=MERGING,
-        )
-        for variant in ("MiCALinearVariant", "MiCAEmbeddingVariant")
-        for name in ("merge_safe", "merge_unsafe", "unmerge")
-    ),
+    Patch(_LINEAR_VARIANT, "merge_safe", _MERGE, merging.merge_safe, part=MERGING),
+    Patch(_LINEAR_VARIANT, "merge_unsafe", _MERGE, merging.merge_unsafe, part=MERGING),
+    Patch(_LINEAR_VARIANT, "unmerge", _MERGE, merging.unmerge, part=MERGING),
+    Patch(_EMBEDDING_VARIANT, "merge_safe", _MERGE, merging.merge_safe, part=MERGING),
+    Patch(_EMBEDDING_VARIANT, "merge_unsafe", _MERGE, merging.merge_unsafe, part=MERGING),
+    Patch(_EMBEDDING_VARIANT, "unmerge", _MERGE, merging.unmerge, part=MERGING),
 )
 
 
@@ -256,7 +253,9 @@ def install() -> bool:
 
 def count() -> int:
     """How many of the functions of `PATCHES` are replaced."""
-    return len(_replaceable()) if _installed else 0
+    if not _installed:
+        return 0
+    return len(_replaceable())
 
 
 def _replaceable() -> list[Patch]:

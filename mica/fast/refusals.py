@@ -97,7 +97,9 @@ def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged 
             lost; or it is split among processes, where PEFT multiplies parts with whole tensors.
     """
     base_layer = layer.get_base_layer()
-    called = f"layer {name!r}" if name else f"this {type(base_layer).__name__} layer"
+    called = f"this {type(base_layer).__name__} layer"
+    if name:
+        called = f"layer {name!r}"
     if tensor_parallel.plan_of(base_layer) is not None:
         raise ValueError(
             f"MiCA cannot be {verb} {called} under tensor parallelism: save the adapter, and merge it in a "
@@ -116,7 +118,9 @@ def _check_weights(model: nn.Module, adapter_names) -> None:
     for name, layer in model.named_modules():
         if not isinstance(layer, lora.LoraLayer):
             continue
-        adapters = layer.active_adapters if adapter_names is None else adapter_names
+        adapters = adapter_names
+        if adapters is None:
+            adapters = layer.active_adapters
         unmerged = [adapter for adapter in adapters if adapter not in layer.merged_adapters]
         if any(is_mica(layer, adapter) for adapter in unmerged):
             check_weight(layer, name)

@@ -87,12 +87,14 @@ class BatchGram:
         self.device = tall.device
         self.careful = careful
         self._mixed = mixed
-        self._gram = _gram(tall, torch.float32 if mixed else torch.float64)
         self._inverse: torch.Tensor | None = None
         self._doubts: list[tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]] = []
-        self.error = torch.zeros(self.batch_shape, dtype=torch.float64, device="cpu")
         if mixed:
+            self._gram = _gram(tall, torch.float32)
             self.error = error_bound(tall, self._gram)
+        else:
+            self._gram = _gram(tall, torch.float64)
+            self.error = torch.zeros(self.batch_shape, dtype=torch.float64, device="cpu")
 
     def empty(self, count: int) -> torch.Tensor:
         shape = (*self.batch_shape, self.size, count)
@@ -101,7 +103,9 @@ class BatchGram:
     def read(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         doubts = self._doubts
         self._doubts = []
-        doubted = [tensor for _, operands in doubts for tensor in operands]
+        doubted: list[torch.Tensor] = []
+        for _, operands in doubts:
+            doubted.extend(operands)
         copies = _copied(*tensors, *doubted)
 
         result = copies[: len(tensors)]

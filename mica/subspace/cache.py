@@ -350,8 +350,10 @@ def _verify(weight: torch.Tensor, subspace: MinorSubspace) -> None:
     if not subspace.resolution <= 1.001 * resolution(min(weight.shape), squared_norm):
         raise ValueError("its resolution is not the weight's")
 
-    is_long = weight.shape[0] > weight.shape[1]
-    products = transposed_image(weight, basis) if is_long else image(weight.T, basis)
+    if weight.shape[0] > weight.shape[1]:
+        products = transposed_image(weight, basis)
+    else:
+        products = image(weight.T, basis)
     allowed = 2 * (CERTIFIED_EXCESS * squares.sum().item() + rank * subspace.resolution)
     if not (products.square().sum(0) - squares).abs().max().item() <= allowed:
         raise ValueError("its singular values are not the weight's")

@@ -75,7 +75,10 @@ class Judged(NamedTuple):
 def problem(tall: torch.Tensor, gram, rank: int, basis_is_long: bool, seed: int, method: str) -> Problem:
     """A `Problem`, with the bounds that ``method``, the first to be tried, needs of the Gram's spectrum."""
     dtype = torch.float64 if tall.dtype == torch.float64 else torch.float32
-    limits = bounds(gram, seed) if method == "krylov" else Bounds(norm(gram, seed), shifts=())
+    if method == "krylov":
+        limits = bounds(gram, seed)
+    else:
+        limits = Bounds(norm(gram, seed), shifts=())
     return Problem(tall, gram, limits, rank, basis_is_long, dtype, seed)
 
 

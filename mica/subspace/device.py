@@ -70,12 +70,13 @@ def _batch_method(size: int, rank: int, method: str) -> str | None:
     """How a batch of Gram matrices (size, size) is solved; None: not here."""
     if method == "svd" or 4 * rank > 3 * size:
         return None
-    fits = krylov.fits(size, rank)
+    if method == "gram":
+        return "gram"
+    if krylov.fits(size, rank):
+        return "krylov"
     if method == "auto":
-        return "krylov" if fits else "gram"
-    if method == "krylov" and not fits:
-        return None
-    return method
+        return "gram"
+    return None
 
 
 def _solved(
@@ -101,7 +102,9 @@ def _solved(
     failed = indices
     if triplets is not None:
         judgement = judged(state, triplets, strict)
-        done = judgement.certified.tolist() if strict else [True] * len(indices)
+        done = [True] * len(indices)
+        if strict:
+            done = judgement.certified.tolist()
         for position, index in enumerate(indices):
             if done[position]:
                 yield index, judgement.result(name, state.resolution[position].item(), position)

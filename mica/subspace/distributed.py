@@ -92,7 +92,8 @@ def solve_shared(
 def _divided(tasks: Sequence[Task]) -> tuple[list[int], list[int]]:
     """The indices of the tasks that this process solves for all, and of those that it solves for itself."""
     keys = _gathered([task.key for task in tasks], tasks)
-    common, private = [], []
+    common = []
+    private = []
     for index, of_index in enumerate(zip(*keys, strict=True)):
         if len(set(of_index)) == 1:
             common.append(index)
@@ -107,8 +108,9 @@ def _described(failure: Exception | None) -> tuple[type[Exception], str] | None:
     """A failure as the other processes raise it."""
     if failure is None:
         return None
-    kind = ValueError if isinstance(failure, ValueError) else RuntimeError
-    return kind, str(failure)
+    if isinstance(failure, ValueError):
+        return ValueError, str(failure)
+    return RuntimeError, str(failure)
 
 
 def _gathered(value: object, tasks: Sequence[Task]) -> list:

@@ -52,13 +52,14 @@ def fingerprint(weight: torch.Tensor) -> str:
             "weight must be a non-empty 2-D tensor of dtype float64, float32, bfloat16 or float16, but got "
             f"{weight.dtype} of shape {tuple(weight.shape)} on {weight.device}."
         )
-    is_column_major = not weight.is_contiguous() and weight.stride(0) < weight.stride(1)
     bits = in_memory(weight.detach()).view(_BITS[weight.itemsize])
-    digests = _digests(bits.T if is_column_major else bits)
+    order = "rows"
+    if not weight.is_contiguous() and weight.stride(0) < weight.stride(1):
+        bits = bits.T
+        order = "columns"
 
-    order = "columns" if is_column_major else "rows"
     header = f"{weight.dtype} {tuple(weight.shape)} {order}\n"
-    content = header.encode() + b"".join(digests)
+    content = header.encode() + b"".join(_digests(bits))
     return hashlib.blake2b(content, digest_size=_DIGEST_BYTES, person=b"mica weight").hexdigest()
 
 

@@ -52,7 +52,9 @@ _POINTER_TO = {int: _int, float: _double, bytes: bytes}
 
 def _success(info) -> int:
     """The value of LAPACK's ``info``, of which only the first 32 bits are sure to have been written."""
-    code = ctypes.c_int32.from_buffer(info).value if sys.byteorder == "little" else info.value
+    code = info.value
+    if sys.byteorder == "little":
+        code = ctypes.c_int32.from_buffer(info).value
     if code < 0:
         raise ValueError(f"LAPACK's argument {-code} had an illegal value")
     return code
@@ -177,7 +179,10 @@ def syrk(
     else:
         size, inner = factor.shape
         operation = _PLAIN
-    target = np.zeros((size, size), order="F") if into is None else _written(into)
+    if into is None:
+        target = np.zeros((size, size), order="F")
+    else:
+        target = _written(into)
     triangle = _LOWER if lower else _UPPER
     _dsyrk(triangle, operation, size, inner, alpha, factor, 1.0, target)
     return target
@@ -275,8 +280,10 @@ def _with_workspace(function, *arguments) -> int:
     integer_size = np.zeros(1, _NUMPY_INTEGER)
     function(*arguments, size, -1, integer_size, -1, info)
 
-    count = int(integer_size.view(np.int32)[0]) if sys.byteorder == "little" else int(integer_size[0])
+    count = integer_size[0]
+    if sys.byteorder == "little":  # as in `_success`
+        count = integer_size.view(np.int32)[0]
     work = np.empty(max(1, int(size[0])))
-    integers = np.zeros(max(1, count), _NUMPY_INTEGER)
+    integers = np.zeros(max(1, int(count)), _NUMPY_INTEGER)
     function(*arguments, work, len(work), integers, len(integers), info)
     return _success(info)

@@ -68,7 +68,10 @@ def solve_many(
         TypeError, ValueError: a weight or rank that ``minor_subspace`` refuses; the message begins with the
             task's name.
     """
-    target = accelerator() if device == "auto" else torch.device(device)
+    if device == "auto":
+        target = accelerator()
+    else:
+        target = torch.device(device)
     groups: dict[tuple, list[int]] = defaultdict(list)
     on_host: list[int] = []
     for index, task in enumerate(tasks):
@@ -113,7 +116,10 @@ def solve_together(
     """The minor subspaces of tasks of one shape and rank, solved in one batch on ``device``."""
     weights = [task.weight.to(device) for task in tasks]
     with without_autocast(device.type):  # autocast's torch.stack refuses 16-bit tensors, see `extremes`
-        stacked = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
+        if len(weights) > 1:
+            stacked = torch.stack(weights)
+        else:
+            stacked = weights[0].unsqueeze(0)  # no copy
     del weights
     names = " or ".join(task.name for task in tasks)
     results = _solved(names, stacked, tasks[0].rank)

@@ -69,11 +69,15 @@ def route(size: int, rank: int) -> str:
     # 576 x 576 it takes 65 ms for 288 vectors and 124 for 576, where the SVD takes 84
     if 4 * rank > 3 * size:
         return "svd"
-    return "krylov" if size > max(SMALL, BLOCKS * krylov.block_size(rank)) else "gram"
+    if size > max(SMALL, BLOCKS * krylov.block_size(rank)):
+        return "krylov"
+    return "gram"
 
 
 def chain(method: str, size: int, rank: int) -> list[str]:
     """``method`` and what it falls back to."""
-    first = route(size, rank) if method == "auto" else method
+    first = method
+    if method == "auto":
+        first = route(size, rank)
     names = list(BY)
     return names[names.index(first) :]

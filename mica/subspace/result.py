@@ -83,9 +83,12 @@ def narrowed(stored: MinorSubspace, rank: int) -> MinorSubspace | None:
         return None
 
     reference = max(least, rank * stored.resolution)
+    relative_excess = 0.0
+    if reference:
+        relative_excess = excess / reference
     return replace(
         stored,
         basis=stored.basis[:, dropped:].contiguous(),
         singular_values=stored.singular_values[dropped:].clone(),
-        energy_excess=excess / reference if reference else 0.0,
+        energy_excess=relative_excess,
     )

@@ -141,7 +141,9 @@ def _check_weight(weight: torch.Tensor) -> None:
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"weight must be a torch.Tensor, but got {type(weight).__name__}.")
     if weight.layout is not torch.strided or weight.is_nested:
-        layout = "a nested one" if weight.is_nested else f"layout {weight.layout}"
+        layout = f"layout {weight.layout}"
+        if weight.is_nested:
+            layout = "a nested one"
         raise TypeError(f"weight must be a dense tensor, but got {layout}.")
     if weight.dtype not in FLOATING:
         raise TypeError(

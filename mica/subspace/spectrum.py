@@ -24,7 +24,9 @@ def _tall(weight: torch.Tensor) -> torch.Tensor:
     weight = weight.detach()
     if is_on_host(weight.device):
         weight = weight.cpu()
-    return weight if weight.shape[0] >= weight.shape[1] else weight.T
+    if weight.shape[0] >= weight.shape[1]:
+        return weight
+    return weight.T
 
 
 def _gram(tall: torch.Tensor) -> HostGram | BatchGram:

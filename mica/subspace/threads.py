@@ -92,7 +92,9 @@ def _setters():
     except (AttributeError, OSError):  # on Windows; then new threads begin with the last number that was set
         return [torch.set_num_threads]
     mkl = getattr(linked, "MKL_Set_Num_Threads_Local", None)
-    return [openmp] if mkl is None else [openmp, mkl]
+    if mkl is None:
+        return [openmp]
+    return [openmp, mkl]
 
 
 _set_own = _setters()

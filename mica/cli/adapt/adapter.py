@@ -33,7 +33,10 @@ def start(model, args: argparse.Namespace, checkpoint: Path | None = None) -> Pe
     Raises UsageError as `check`.
     """
     targets = check(model, args, checkpoint)
-    with embeddings.in_float32(model) if args.train_embeddings else nullcontext():
+    precision = nullcontext()
+    if args.train_embeddings:
+        precision = embeddings.in_float32(model)
+    with precision:
         folder = checkpoint or args.adapter
         if folder is None:
             return _new(model, args, targets)
@@ -130,7 +133,9 @@ def _check_saved(
         expected -= {name for name, (_, shape) in parameters.items() if len(shape) == 3}
     differing = sorted(adapted ^ expected)
     if differing:
-        where = "only in the adapter" if differing[0] in adapted else "not in the adapter"
+        where = "not in the adapter"
+        if differing[0] in adapted:
+            where = "only in the adapter"
         others = f"{option} {folder} has adapted other layers: {', '.join(differing[:3])} {where}"
         raise UsageError(f"--target-modules {args.target_modules}: {others}")
 
@@ -274,7 +279,9 @@ def settings(config: LoraConfig, folder: Path, option: str = "--adapter") -> dic
         if holders:
             parameters.append(parameter)
             layers -= holders
-    modules = config.target_modules if isinstance(config.target_modules, set) else layers
+    modules = layers
+    if isinstance(config.target_modules, set):
+        modules = config.target_modules
     return {
         "rank": config.r,
         "alpha": int(config.lora_alpha),
@@ -355,7 +362,10 @@ def check_fit(
         else:
             raise UsageError(f"{option} {folder}: adapts {name}, which {model_option} does not have")
         if found != shape:
-            has = f"it has {_by(found)}" if found else f"it is a {type(modules[name]).__name__}"
+            if found:
+                has = f"it has {_by(found)}"
+            else:
+                has = f"it is a {type(modules[name]).__name__}"
             adapts = f"adapts {name} as {what} of {_by(shape)}"
             raise UsageError(f"{option} {folder}: {adapts}, but in {model_option} {has}")
 

@@ -96,7 +96,9 @@ def check(args: argparse.Namespace, source: Source) -> PreTrainedConfig | None:
     Raises UsageError if the checkpoint is quantised and ``--quantize`` or ``--merge`` is given, or if
     bitsandbytes is missing.
     """
-    config = None if source.is_gguf else load_config(source)
+    config = None
+    if not source.is_gguf:
+        config = load_config(source)
     if getattr(config, "quantization_config", None) is not None:
         given = f"--model {source.given} is quantised"
         if args.quantize is not None:

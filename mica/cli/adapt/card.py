@@ -182,10 +182,13 @@ def transfer_card(facts: dict) -> ModelCard:
     ``dtype``, ``merge_report``, ``versions``.
     """
     base = hub_name(facts["base"])
+    trained_on = ""
+    if base is not None:
+        trained_on = f", trained on `{base}`,"
     names = {
         "there": _public(facts["model"]),
         "update": _public(facts["adapter"]),
-        "on": "" if base is None else f", trained on `{base}`,",
+        "on": trained_on,
     }
     sections = [_TRANSFERRED.format(**facts, **names, paper=_PAPER)]
     if facts["embeddings"]:
@@ -236,11 +239,14 @@ def _loading(summary: dict) -> list[str]:
     folder = Path(summary["adapter"]).name
     repository = summary["settings"].get("push_to_hub")
     where = json.dumps(repository or folder)
+    note = _HERE
+    if repository:
+        note = ""
     load = _LOAD.format(
         imports="from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer",
         kind="AutoPeftModelForCausalLM",
         where=where,
-        note="" if repository else _HERE,
+        note=note,
     )
     if not summary["model"].lower().endswith(".gguf"):
         return [load]

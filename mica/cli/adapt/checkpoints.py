@@ -80,7 +80,9 @@ def facts(checkpoint: Path) -> dict[str, Any] | None:
 def marked_facts(checkpoint: Path) -> dict[str, Any] | None:
     """What `mark` was given, whatever has become of the files since; None where there is no marker."""
     marker = _read(checkpoint)
-    return None if marker is None else marker.facts
+    if marker is None:
+        return None
+    return marker.facts
 
 
 class _Marker(NamedTuple):

@@ -176,7 +176,9 @@ def _refuse_others(values: dict[str, object], fixed: dict[str, object], where: s
     for name, value in values.items():
         if _plain(fixed[name]) == _plain(value):
             continue
-        has = "does not have it" if fixed[name] is None else f"has {_shown(fixed[name])}"
+        has = f"has {_shown(fixed[name])}"
+        if fixed[name] is None:
+            has = "does not have it"
         raise UsageError(f"{OPTIONS[name].flag} {_shown(value)}: {where} {has}; omit this option")
 
 
@@ -281,8 +283,11 @@ def values(settings: Settings) -> dict[str, object]:
     found = {}
     for name in _OF_THE_RUN:
         value = getattr(settings.args, name)
-        if value is not None and value != []:
-            found[name] = _plain(value) if name in _PATHS else value
+        if value is None or value == []:
+            continue
+        if name in _PATHS:
+            value = _plain(value)
+        found[name] = value
     return found
 
 
@@ -295,7 +300,9 @@ def describe(settings: Settings) -> str:
     source = RECIPES[settings.args.recipe]["source"]
     lines = []
     for origin, texts in entries.items():
-        title = f"{origin} ({source})" if origin.startswith("recipe") else origin
+        title = origin
+        if origin.startswith("recipe"):
+            title = f"{origin} ({source})"
         lines.append(f"{title}: {', '.join(texts)}")
     return "\n".join(lines)
 
@@ -304,10 +311,14 @@ def _plain(value: object) -> object:
     """``value`` as YAML has it: a path is absolute."""
     if isinstance(value, list):
         return [_plain(one) for one in value]
-    return absolute(value) if isinstance(value, (str, Path)) else value
+    if isinstance(value, (str, Path)):
+        return absolute(value)
+    return value
 
 
 def _shown(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(_shown(one) for one in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)

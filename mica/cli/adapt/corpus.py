@@ -124,8 +124,9 @@ def _count(number: int, noun: str) -> str:
     """The number with its noun: "1 block", "1,234 copies"."""
     if number == 1:
         return f"1 {noun}"
-    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
-    return f"{number:,} {plural}"
+    if noun.endswith("y"):
+        return f"{number:,} {noun[:-1]}ies"
+    return f"{number:,} {noun}s"
 
 
 def check(args: argparse.Namespace, output: Path | None = None) -> list[list[sources.Source]]:

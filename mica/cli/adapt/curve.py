@@ -62,9 +62,14 @@ def table(history: list[dict]) -> list[dict]:
 def _as_csv(rows: list[dict]) -> str:
     lines = [",".join(COLUMNS)]
     for row in rows:
-        cells = ["" if cell is None else str(cell) for cell in row.values()]
-        lines.append(",".join(cells))
+        lines.append(",".join(_cell(value) for value in row.values()))
     return "".join(f"{line}\n" for line in lines)
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value)
 
 
 def figure(rows: list[dict], name: str) -> Figure:

@@ -78,7 +78,9 @@ def _dense_size(model: PeftModel) -> int:
         packed = getattr(weight, "quant_state", None)  # of bitsandbytes' 4 bits, two in a byte
         if packed is not None:
             number = math.prod(packed.shape)
-        dtype = weight.dtype if weight.is_floating_point() else model.get_base_model().dtype
+        dtype = weight.dtype
+        if not weight.is_floating_point():
+            dtype = model.get_base_model().dtype
         total += number * dtype.itemsize
     return total
 

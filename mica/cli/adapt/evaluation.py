@@ -26,7 +26,9 @@ class Likelihood(NamedTuple):
     @property
     def loss(self) -> float:
         """Nats per predicted token."""
-        return self.nll / self.tokens if self.tokens else math.nan
+        if not self.tokens:
+            return math.nan
+        return self.nll / self.tokens
 
     @property
     def perplexity(self) -> float:

@@ -50,7 +50,9 @@ def check(
         raise UsageError(f"--output {output}: {what}")
     _refuse_strange_checkpoints(output, others)
     record.refuse_taken(output, found, [*ALWAYS, *more])
-    replaced = list(found.files) if overwrite else [name for name in more if name == MERGED]
+    replaced = [name for name in more if name == MERGED]
+    if overwrite:
+        replaced = list(found.files)
     _refuse_strangers(output, found, replaced)
     if overwrite:
         _check_removal(output, found, inputs)

@@ -73,8 +73,10 @@ def push(output: Path, repository: str) -> str:
     """
     patterns = []
     for name in results(output):
-        is_folder = (output / name).is_dir()
-        patterns.append(f"{escape(name)}/*" if is_folder else escape(name))
+        pattern = escape(name)
+        if (output / name).is_dir():
+            pattern += "/*"
+        patterns.append(pattern)
     include = " ".join(f"--include {quote(pattern)}" for pattern in patterns)
     again = f"hf upload {repository} {output} . --private {include}"
     kept = f"; everything is in {output}; upload it with: {again}"

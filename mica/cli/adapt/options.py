@@ -332,7 +332,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def _add(group, option: Option) -> None:
     """Declare ``option`` in an argparse group."""
     if option.is_switch:
-        action = "store_true" if option.by_run else argparse.BooleanOptionalAction
+        action = argparse.BooleanOptionalAction
+        if option.by_run:
+            action = "store_true"
         group.add_argument(option.flag, action=action, default=argparse.SUPPRESS, help=option.help)
         return
 
@@ -364,4 +366,6 @@ def _recipe_table() -> str:
 def _cell(value: object) -> str:
     if value is None:
         return "-"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)

@@ -168,7 +168,9 @@ def split(documents: np.recarray, share: float, sequence_length: int, limit: int
 def too_little(option: str, what: str, sequence_length: int, *kinds: str) -> UsageError:
     """The error for a text that is too short for one block, or for one block of each of ``kinds``."""
     number = max(1, len(kinds))
-    blocks = f"one {' and one '.join(kinds)} block" if kinds else "one block"
+    blocks = "one block"
+    if kinds:
+        blocks = f"one {' and one '.join(kinds)} block"
     needed = f"{number * sequence_length:,} needed: {blocks} of --sequence-length {sequence_length}"
     return UsageError(f"{option}: {what}, {needed}")
 

@@ -75,7 +75,9 @@ def _entry(key: str, name: str, value: str | list[str] | None) -> list[str]:
         return [f"{option.flag}={value}"]  # with the value in one token: it may start with a dash
     if value.lower() not in _BOOLEANS:
         raise UsageError(f"{key} must be true or false, not {value}")
-    return [option.flag if _BOOLEANS[value.lower()] else option.flag.replace("--", "--no-", 1)]
+    if _BOOLEANS[value.lower()]:
+        return [option.flag]
+    return [option.flag.replace("--", "--no-", 1)]
 
 
 def recorded_text(output: Path) -> str | None:
@@ -91,7 +93,9 @@ def recorded_processes(path: Path) -> int | None:
     from mica.cli.adapt import flat_yaml
 
     number = flat_yaml.parse(path.read_text(encoding="utf-8")).get(_PROCESSES)
-    return int(number) if isinstance(number, str) and number.isdecimal() else None
+    if not isinstance(number, str) or not number.isdecimal():
+        return None
+    return int(number)
 
 
 def as_yaml(values: dict[str, object], origins: dict[str, str], processes: int = 1, note: str = "") -> str:
@@ -118,9 +122,14 @@ def _as_yaml(value: object) -> str:
     than four digits, and YAML does not join two of them to one character.
     """
     text = json.dumps(value, ensure_ascii=False)
-    return "".join(one if one.isprintable() else _escaped(one) for one in text)
+    return "".join(_escaped(one) for one in text)
 
 
 def _escaped(one: str) -> str:
+    """One character, as it is if it can be printed."""
+    if one.isprintable():
+        return one
     code = ord(one)
-    return f"\\U{code:08x}" if code > 0xFFFF else f"\\u{code:04x}"
+    if code > 0xFFFF:
+        return f"\\U{code:08x}"
+    return f"\\u{code:04x}"

@@ -240,7 +240,9 @@ def _drop_needless_experts(settings: Settings, model) -> None:
         return
     given = settings.args.experts
     if given is not None and not settings.origins["experts"].startswith("recipe"):
-        flag = "--experts" if given else "--no-experts"
+        flag = "--no-experts"
+        if given:
+            flag = "--experts"
         raise UsageError(f"{flag}: {type(model).__name__} has no experts")
     settings.args.experts = None
 
@@ -284,7 +286,9 @@ def _begin(settings: Settings, inputs: _Inputs) -> None:
     args = settings.args
     number = PartialState().num_processes
     sessions = history(inputs.checkpoint, number)
-    note = f"; {told(sessions)}" if len(sessions) > 1 else ""
+    note = ""
+    if len(sessions) > 1:
+        note = f"; {told(sessions)}"
     text = run_yaml.as_yaml(config.values(settings), settings.origins, number, note)
     folder.begin(
         args.output,

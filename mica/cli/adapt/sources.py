@@ -175,12 +175,16 @@ class Source:
         with _open(path) as file:
             is_array = file.read(CHUNK).lstrip().startswith("[")
         with _open(path) as file:
-            texts = [file.read()] if is_array else file
+            texts = file
+            if is_array:
+                texts = [file.read()]
             for number, text in enumerate(texts, 1):
                 if not text.strip():
                     continue
                 found = self._parsed_json(text, number, path)
-                rows = found if is_array else [found]
+                rows = [found]
+                if is_array:
+                    rows = found
                 for row in rows:
                     if not isinstance(row, dict):
                         raise self.error(f"every row must be an object, not {type(row).__name__}", path)
@@ -410,7 +414,9 @@ def _take_folder(source: Source, folder: Path, output: Path | None) -> None:
     source.files = tuple(file for file in kept if _is_text(file))
     source.skipped = len(kept) - len(source.files)
     if not source.files:
-        where = "in this folder outside --output" if source.left_out else "in this folder"
+        where = "in this folder"
+        if source.left_out:
+            where = "in this folder outside --output"
         raise source.error(f"no text files {where}; {_SUPPORTED}")
 
 

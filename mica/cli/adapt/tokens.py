@@ -89,7 +89,9 @@ def _end(text: str, start: int) -> int:
         return last_newline + 1
 
     space = text.rfind(" ", start + 1, limit)
-    return space if space >= 0 else limit
+    if space >= 0:
+        return space
+    return limit
 
 
 def tokenize(
@@ -176,8 +178,12 @@ def _serialised(tokenizer) -> str:
 
 def _build(source: Source, tokenizer, field: str | None, folder: Path) -> None:
     """Fill ``folder``: the ids of all pieces one after another, with the EOS of each document."""
-    dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32)
-    eos = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype)
+    dtype = np.dtype(np.uint32)
+    if max(tokenizer.get_vocab().values()) < 2**16:
+        dtype = np.dtype(np.uint16)
+    eos = np.array([], dtype)
+    if tokenizer.eos_token_id is not None:
+        eos = np.array([tokenizer.eos_token_id], dtype)
     bar = tqdm(desc=f"Tokenising {Path(source.given).name}", unit=" tokens", unit_scale=True, delay=2)
     with bar, (folder / "tokens.bin").open("wb") as file:
         writer = _Writer(file, eos)
@@ -192,7 +198,9 @@ def _build(source: Source, tokenizer, field: str | None, folder: Path) -> None:
                 writer.end_document()
 
     if not any(writer.lengths):
-        why = f" ({writer.empty:,} empty documents)" if writer.empty else ""
+        why = ""
+        if writer.empty:
+            why = f" ({writer.empty:,} empty documents)"
         raise source.error(f"no text in it{why}")
     np.savez(
         folder / "facts.npz",

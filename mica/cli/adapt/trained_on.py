@@ -39,7 +39,9 @@ def embeddings_before(folder: Path) -> dict[str, Any] | None:
     before = _recorded(folder).get(_EMBEDDINGS)
     if not isinstance(before, dict) or not isinstance(before.get("hashes"), dict):
         return None
-    return before if before.get("dtype") in embeddings.TRAINABLE else None
+    if before.get("dtype") not in embeddings.TRAINABLE:
+        return None
+    return before
 
 
 def is_base(folder: Path, location: str) -> bool | None:

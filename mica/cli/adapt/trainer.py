@@ -20,9 +20,12 @@ _NEVER = 2**31  # steps
 def training_arguments(args: argparse.Namespace, blocks: int, **more) -> TrainingArguments:
     """The Trainer's arguments for a run on ``blocks`` training blocks; ``more`` are passed on as they are."""
     amount = Amount.of(args, blocks, PartialState().num_processes)
+    max_steps = -1  # the epochs decide
+    if args.steps is not None:
+        max_steps = args.steps
     return TrainingArguments(
         output_dir=str(args.output),
-        max_steps=-1 if args.steps is None else args.steps,
+        max_steps=max_steps,
         num_train_epochs=args.epochs or 1,
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,

@@ -188,7 +188,10 @@ def train(
         session.run()
         base.config.use_cache = use_cache
         signum = processes.largest(hooks.agreed or request.signum)
-        adapter_step = trainer.state.global_step if signum else session.save(tokenizer)
+        if signum:
+            adapter_step = trainer.state.global_step
+        else:
+            adapter_step = session.save(tokenizer)
 
     state = trainer.state
     # without the Trainer's own summary at the end, which knows this session only
@@ -229,7 +232,9 @@ class _Session:
         self._settings = settings
         self._origin = origin
         self._had_ended = False
-        self._earlier = 0.0 if checkpoint is None else checkpoints.facts(checkpoint)["seconds"]
+        self._earlier = 0.0
+        if checkpoint is not None:
+            self._earlier = checkpoints.facts(checkpoint)["seconds"]
         self._begun = time.perf_counter()
 
     def seconds(self) -> float:
@@ -364,4 +369,6 @@ def _mean_loss(history: list[dict[str, Any]]) -> float:
         if "loss" in entry:
             total += entry["loss"] * (entry["step"] - last)
             last = entry["step"]
-    return total / last if last else math.nan
+    if not last:
+        return math.nan
+    return total / last

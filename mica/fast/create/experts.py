@@ -46,7 +46,9 @@ def tasks(layer: lora.LoraLayer, name: str, rank: int) -> list[ExpertTask]:
     result = []
     for expert, weight in enumerate(stack):
         for part, rows, columns in parts:
-            task_name = f"{name} expert {expert}{part}" if is_stack(layer) else name
+            task_name = name
+            if is_stack(layer):
+                task_name = f"{name} expert {expert}{part}"
             task = Task(task_name, weight[rows], rank // len(parts))
             place = SliceOfB(len(stack), expert, rows, columns)
             result.append(ExpertTask(task, place))

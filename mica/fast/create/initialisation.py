@@ -125,11 +125,14 @@ def update_layer(stock, self, adapter_name: str, r: int, lora_alpha: int, config
     and most of these classes resolve no variant for it, so that B would be trained. For a parameter, mostly a
     stack of experts, it refuses every variant. What it refuses for plain LoRA (dropout, ...) stays refused.
     """
-    refusal = quantised.why_not(self) if requests_mica(config) else None
+    if not requests_mica(config):
+        return stock(self, adapter_name, r, lora_alpha, config, **kwargs)
+    refusal = quantised.why_not(self)
     if refusal:
         raise UnsuitableLayerError(f"MiCA cannot be initialised: {_name_of(self)} {refusal}")
-    if not requests_mica(config) or (quantised.kind_of(self) is None and not is_wrapper(self)):
+    if quantised.kind_of(self) is None and not is_wrapper(self):
         return stock(self, adapter_name, r, lora_alpha, config, **kwargs)
+
     config.init_lora_weights = "mica"
     plain = copy.copy(config)
     plain.init_lora_weights = True
@@ -143,7 +146,9 @@ def update_layer(stock, self, adapter_name: str, r: int, lora_alpha: int, config
     stock(self, adapter_name, r, lora_alpha, plain, **kwargs)
 
     stored = NewAdapter("", self, adapter_name).stored
-    gathered = nullcontext() if stored is None else gather_params_ctx(stored)
+    gathered = nullcontext()
+    if stored is not None:
+        gathered = gather_params_ctx(stored)
     with gathered:
         _start(self, adapter_name)  # not `self.mica_init`, which another package may have replaced
 
@@ -203,8 +208,12 @@ def _set_to_zero(adapter: NewAdapter) -> bool:
         return True
     if not isinstance(weight, Tensor) or type(layer) not in (lora.Linear, lora.Embedding):
         return False
-    device = lora_A.device if weight.is_meta else weight.device
-    dtype = weight.dtype if weight.is_floating_point() else None
+    device = weight.device
+    if weight.is_meta:
+        device = lora_A.device
+    dtype = None
+    if weight.is_floating_point():
+        dtype = weight.dtype
     lora_A.data = torch.zeros(lora_A.shape, device=device, dtype=dtype)
     lora_B.data = torch.zeros(lora_B.shape, device=device, dtype=dtype)
     return True
@@ -316,7 +325,9 @@ class _Before:
 def _refuse_if_all_are_skipped(injection: _Injection, config) -> None:
     if injection.entries or not injection.skipped:
         return
-    kind = "parameters" if all(entry.is_parameter for entry in injection.skipped) else "modules"
+    kind = "modules"
+    if all(entry.is_parameter for entry in injection.skipped):
+        kind = "parameters"
     raise UnsuitableLayerError(
         f"none of the {len(injection.skipped)} target {kind} is suitable for MiCA with r={config.r}; the "
         "warnings above name them."

@@ -132,7 +132,9 @@ def _gptqmodel(layer) -> Tensor:
     expected = weight[:, probed].float()
     outputs = _outputs(layer, probed).float()
     close = (outputs - expected).abs().max() <= _AGREEMENT * expected.abs().max()
-    return weight if close else _by_calls(layer)
+    if close:
+        return weight
+    return _by_calls(layer)
 
 
 def _by_calls(layer) -> Tensor:
@@ -148,7 +150,9 @@ def _outputs(layer, columns: Tensor) -> Tensor:
     """Columns of the weight, (out_features, len(columns)), as the layer computes with them."""
     base = layer.get_base_layer()
     scales = getattr(base, "scales", None)
-    dtype = scales.dtype if isinstance(scales, Tensor) else torch.bfloat16
+    dtype = torch.bfloat16
+    if isinstance(scales, Tensor):
+        dtype = scales.dtype
     x = torch.zeros(len(columns), layer.in_features, dtype=dtype, device=stored(layer).device)
     x[torch.arange(len(columns)), columns.to(x.device)] = 1
     bias = getattr(base, "bias", None)

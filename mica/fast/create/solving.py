@@ -63,7 +63,9 @@ class NewAdapter:
         if self.is_quantised:
             return quantised.dequantise(self.layer, self.name)
         weight = tensor_parallel.gathered(self.layer.get_base_layer())
-        return weight.t() if is_stored_transposed(self.layer) else weight
+        if is_stored_transposed(self.layer):
+            return weight.t()
+        return weight
 
     @property
     def stored(self) -> Tensor | None:
@@ -110,7 +112,10 @@ class NewAdapter:
 
         B gets the dtype of A, as in PEFT. Does nothing where another process has the base weight.
         """
-        base = quantised.stored(self.layer) if self.is_quantised else self.stored
+        if self.is_quantised:
+            base = quantised.stored(self.layer)
+        else:
+            base = self.stored
         if base.is_meta:
             return
         lora_A, lora_B = adapter_weights(self.layer, self.adapter_name)
@@ -185,12 +190,16 @@ def _check_rank(adapter: NewAdapter, weight: Tensor) -> None:
         max_rank = 2 * min(out_features // 2, in_features)
     elif isinstance(adapter.layer, lora.Embedding):
         condition = "`r` <= min(num_embeddings, embedding_dim)"
-    if adapter.rank > max_rank:
-        shape = tuple(weight.shape if adapter.is_quantised else adapter.stored.shape)
-        raise UnsuitableLayerError(
-            f"MiCA requires {condition} but got r={adapter.rank} for {adapter.name} with weight shape "
-            f"{shape} (max usable r is {max_rank})."
-        )
+    if adapter.rank <= max_rank:
+        return
+    if adapter.is_quantised:  # what is stored is packed
+        shape = tuple(weight.shape)
+    else:
+        shape = tuple(adapter.stored.shape)
+    raise UnsuitableLayerError(
+        f"MiCA requires {condition} but got r={adapter.rank} for {adapter.name} with weight shape "
+        f"{shape} (max usable r is {max_rank})."
+    )
 
 
 def _check_absence(adapter: NewAdapter) -> None:
@@ -205,7 +214,9 @@ def _check_absence(adapter: NewAdapter) -> None:
 def _check_is_finite(adapter: NewAdapter, weight: Tensor) -> None:
     if torch.isfinite(extremes(weight)).all():
         return
-    matrices = weight if is_stack(adapter.layer) else [weight]
+    matrices = [weight]
+    if is_stack(adapter.layer):
+        matrices = weight
     counts = [int((~torch.isfinite(matrix)).sum()) for matrix in matrices]
     broken = [expert for expert, count in enumerate(counts) if count]
     where = experts.listed(broken, adapter.layer)
@@ -233,16 +244,22 @@ def initialise(adapters: Sequence[NewAdapter]) -> None:
     meta device, and the first one must not wait for their share. Weights that ZeRO-3 has partitioned are
     gathered one at a time, by all processes in the same order.
     """
-    absent = [adapter for adapter in adapters if adapter.is_absent]
-    decline([part.task for adapter in absent for part in adapter.tasks])
+    declined = []
+    for adapter in adapters:
+        if adapter.is_absent:
+            declined.extend(part.task for part in adapter.tasks)
+    decline(declined)
 
     adapters = [adapter for adapter in adapters if not adapter.is_absent]
     partitioned = [adapter for adapter in adapters if _is_partitioned(adapter)]
     whole = [adapter for adapter in adapters if not _is_partitioned(adapter)]
+    unit = "layer"
+    if any(is_wrapper(adapter.layer) for adapter in adapters):
+        unit = "expert"
     bar = tqdm(
         total=sum(map(_count, adapters)),
         desc="MiCA initialisation",
-        unit="expert" if any(is_wrapper(adapter.layer) for adapter in adapters) else "layer",
+        unit=unit,
         delay=2,
         leave=False,
         disable=are_progress_bars_disabled() or None,

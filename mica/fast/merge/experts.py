@@ -19,7 +19,9 @@ from mica.fast.settings import around, settings
 @around
 def merge(stock, self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
     """MiCA adapters by this backend, after the others by stock."""
-    requested = self.active_adapters if adapter_names is None else adapter_names
+    requested = adapter_names
+    if requested is None:
+        requested = self.active_adapters
     if not settings.enabled or not any(is_mica(self, name) for name in requested):
         for name in set(requested) - set(self.merged_adapters):
             pop_undo(self, name)

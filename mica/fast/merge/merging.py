@@ -271,7 +271,9 @@ def _as_matrix(weight: Tensor) -> Tensor:
 
 
 def _rows_at_a_time(weight: Tensor) -> int:
-    size = _CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK
+    size = _DEVICE_CHUNK
+    if weight.device.type == "cpu":
+        size = _CHUNK
     return max(1, size // max(1, weight.shape[1]))
 
 
@@ -314,7 +316,9 @@ def _in_any_mode(function):
 
     @functools.wraps(function)
     def outside(layer, adapter: str, weight: Tensor, *args, **kwargs):
-        mode = torch.inference_mode() if weight.is_inference() else torch.no_grad()
+        mode = torch.no_grad()
+        if weight.is_inference():
+            mode = torch.inference_mode()
         with no_autocast(), mode:
             return function(layer, adapter, weight, *args, **kwargs)
 
@@ -328,7 +332,9 @@ def merge_into(layer, adapter: str, stored: Tensor, safe: bool) -> Tensor:
     No record is kept of what PEFT will refuse: with ``safe``, a sum that is not finite.
     """
     merged = _update_of(layer, adapter)
-    result = torch.empty_like(stored) if safe else stored.data
+    result = stored.data
+    if safe:
+        result = torch.empty_like(stored)
     weight = _as_matrix(stored)
     out = _as_matrix(result)
     original_rows = fingerprint(weight)

@@ -11,10 +11,11 @@ from huggingface_hub import constants
 from mica import minor_subspace
 from mica.dtypes import FLOATING
 from mica.subspace import cache as cache_module
+from mica.subspace import krylov
 from mica.subspace.cache import SubspaceCache, default_cache
 from mica.subspace.fingerprint import fingerprint
 from tests.support import spectra
-from tests.support.subspaces import only_file, put, quietly_solved, same
+from tests.support.subspaces import only_file, put, quietly_solved, same, solved
 
 # What is stored comes back
 
@@ -117,6 +118,38 @@ def test_a_checksum_that_fits_is_not_enough(cache, shape, what, change, caplog):
     assert what in message
     cache.put(weight, result)
     assert same(cache.get(weight, 4), result)
+
+
+@pytest.mark.parametrize(("factor", "passes"), [(0.999, True), (1.002, False), (100.0, False)])
+def test_a_resolution_is_at_most_that_of_the_whole_energy(cache, factor, passes, caplog):
+    """A larger one would let the singular values of another weight pass."""
+    weight = torch.randn(24, 30)
+    energy = weight.double().square().sum().item()
+    cache.put(weight, solved(weight, 4, resolution=factor * krylov.resolution(24, energy)))
+    assert (cache.get(weight, 4) is not None) == passes
+    assert [message for message in caplog.messages if "its resolution is not" in message] == caplog.messages
+    assert bool(caplog.messages) != passes
+
+
+@pytest.mark.parametrize(("resolutions", "passes"), [(7.5, True), (8.5, False)])
+def test_a_square_is_off_by_at_most_twice_the_resolution_for_each_vector(cache, resolutions, passes):
+    weight = torch.zeros(6, 9, dtype=torch.float64)
+    weight.fill_diagonal_(1.0)
+    limit = krylov.resolution(6, 1.0)
+    weight[2:] *= math.sqrt(resolutions * limit)
+    put(cache, weight, 4, singular_values=torch.zeros(4, dtype=torch.float64), resolution=limit)
+    assert (cache.get(weight, 4) is not None) == passes
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_all_the_energy_of_a_weight_may_be_in_one_direction(cache, seed, caplog):
+    """Then ‖C‖ is the weight's squared norm, which is computed in another precision."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(24, 1, generator=generator) @ torch.randn(1, 30, generator=generator)
+    subspace = quietly_solved(weight, 4)
+    cache.put(weight, subspace)
+    assert same(cache.get(weight, 4), subspace)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", ["gaussian", "graded to 1e-7", "tail x 1e-6", "rank 5", "flat"])

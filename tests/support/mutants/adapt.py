@@ -67,7 +67,7 @@ ADAPT = {
         "beside": [("if len(os.fsencode(name)) > _LONGEST", "if False")],
     },
     ("mica/cli/adapt/run_yaml.py", f"{_TESTS}config.py", "-k", "any_name"): {
-        "_as_yaml": [("if one.isprintable() else _escaped(one)", "")],
+        "_escaped": [("if one.isprintable():", "if True:")],
         "as_yaml": [("shown(origins[row.name])", "origins[row.name]")],
     },
     ("mica/cli/transfer.py", "tests/mica/cli/test_transfer.py", "-k", "transfer or overwrite"): {

@@ -39,7 +39,7 @@ ADAPT_RUN = {
         "write_curve": [("_print_once(", "print(")],
         "table": [("sorted(rows)", "reversed(rows)")],
         "figure": [("panels[1] if column in _LABELS else panels[0]", "panels[-1]")],
-        "_as_csv": [('"" if cell is None else str(cell)', "str(cell)")],
+        "_cell": [("if value is None:", "if False:")],
         "_add_token_axis": [("return step * tokens_per_step", "return step")],
     },
     ("mica/cli/adapt/trainer.py", f"{_TESTS}training.py", "-k", "reach or (unbroken and float32)"): {

@@ -29,7 +29,7 @@ VALUES = {
         "_add": [
             ('"nargs": "+", "action": "extend"', '"nargs": "+"'),
             ("default=argparse.SUPPRESS, **keywords", "**keywords"),
-            ('"store_true" if option.by_run else argparse.BooleanOptionalAction', '"store_true"'),
+            ("if option.by_run:", "if True:"),
         ],
     },
     (
@@ -99,7 +99,7 @@ VALUES = {
         "check": [('if token.get("role") == "read"', "if False")],
         "push": [
             ("private=True", "private=False"),
-            ('f"{escape(name)}/*" if is_folder else escape(name)', "escape(name)"),
+            ('pattern += "/*"', "pass"),
         ],
     },
     ("mica/cli/adapt/checkpoints.py", f"{_TESTS}checkpoints.py", "-k", "does_not_count"): {
