@@ -179,7 +179,10 @@ def _native(
     dtypes = (dtype, compute_dtype or dtype, lora_A.dtype, lora_B.dtype)
 
     def rows() -> Rows:
-        return forward_rows(as_matrix(x), weight.shape[0], dropout_p)
+        cast = x
+        if x.dtype is not dtype:  # the strides that the cast will have
+            cast = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta").to(dtype)
+        return forward_rows(as_matrix(cast), weight.shape[0], dropout_p)
 
     choice = decide("linear", x.device, lora_A.shape[0], dtypes, rows, is_layer=True)
     if choice.form != NATIVE:

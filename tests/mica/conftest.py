@@ -1,8 +1,18 @@
 import pytest
 
-from mica import ops
+from mica import native, ops
 from mica.paths import choose, products
 from tests.support.linear_calls import IN_CHUNKS, NATIVE, OWN, PATHS, WAYS
+
+
+@pytest.fixture(params=["C++", "Python"])
+def language(request, monkeypatch):
+    """What a layer on the reference path is called from."""
+    if request.param == "Python":
+        monkeypatch.setenv("MICA_NATIVE", "0")
+    elif native.module() is None:
+        pytest.skip(native.why_not())
+    return request.param
 
 
 @pytest.fixture(params=WAYS)

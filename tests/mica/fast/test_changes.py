@@ -13,6 +13,8 @@ from tests.support.models import net, randomise
 from tests.support.stock import assert_same, both, counted
 from tests.support.tolerances import RELATIVE, error
 
+pytestmark = pytest.mark.usefixtures("language")
+
 
 def layer_of(dtype=torch.float32, **config):
     model = randomise(net(dtype, targets=["up"], **config))

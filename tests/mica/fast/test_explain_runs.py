@@ -96,15 +96,23 @@ def input_of(call: Drawn) -> torch.Tensor:
     return buffer[..., :in_features].requires_grad_()
 
 
-def run(model, call: Drawn) -> dict[str, bool]:
-    """Each function of `mica.paths` that ran in a forward and backward -> whether on kernels."""
+def run(model, call: Drawn) -> dict[str, str]:
+    """Each function of `mica.paths` that ran in a forward and backward -> "kernels", "C++" or "Python"."""
     mica.fast.call_counts.clear()
     with torch.autocast("cpu", torch.bfloat16, enabled=call.autocast):
         y = model(input_of(call))
     y.backward(torch.randn_like(y))
     counts = mica.fast.call_counts
-    functions = [name for name in counts if not name.endswith("_kernels")]
-    return {name: counts[f"{name}_kernels"] == counts[name] for name in functions}
+    how = {}
+    for name in counts:
+        if name.endswith(("_kernels", "_native")):
+            continue
+        how[name] = "Python"
+        if counts[f"{name}_kernels"] == counts[name]:
+            how[name] = "kernels"
+        if counts[f"{name}_native"] == counts[name]:
+            how[name] = "C++"
+    return how
 
 
 @pytest.mark.slow
@@ -144,7 +152,10 @@ def check(call: Drawn) -> None:
     choose.clear()
 
     assert ran.keys() & FORWARDS == ({"down_projection", "up_projection"} if call.is_called else {"linear"})
-    on_kernels = all(ran.values())
+    on_kernels = set(ran.values()) == {"kernels"}
     assert told.path == ("kernel" if on_kernels else "reference"), (told, ran)
-    forwards = all(on for name, on in ran.items() if name in FORWARDS)
-    assert told.reason.startswith("in the backward: ") == (forwards and not on_kernels)
+    forwards = {how for name, how in ran.items() if name in FORWARDS}
+    assert told.reason.startswith("in the backward: ") == (forwards == {"kernels"} and not on_kernels)
+    assert ("called from Python: " in told.reason) == (ran.get("linear") == "Python"), (told, ran)
+    if ran.get("linear") == "C++":
+        assert ran["linear_backward"] == "C++"

@@ -12,6 +12,8 @@ from tests.support.models import net, randomise, wrap
 from tests.support.stock import as_stock, both, counted
 from tests.support.tolerances import RELATIVE, error
 
+pytestmark = pytest.mark.usefixtures("language")
+
 
 def layer_of(name="up", dtype=torch.float32, **config):
     model = randomise(net(dtype, targets=[name], **config))

@@ -22,6 +22,8 @@ from tests.support.expert_cases import problem as problem_of_experts
 from tests.support.linear_calls import Marked
 from tests.support.oracle import problem
 
+pytestmark = pytest.mark.usefixtures("language")
+
 
 @pytest.fixture(params=["reference", "triton"])
 def backend(request, monkeypatch):

@@ -50,11 +50,14 @@ with_options = pytest.mark.parametrize(
 whole = pytest.mark.parametrize("kind", [KINDS["linear"], KINDS["experts"]], ids=["linear", "experts"])
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=["reference", "reference, from Python", "triton"])
 def backend(request, monkeypatch):
-    monkeypatch.setenv("MICA_BACKEND", request.param)
+    name, _, from_python = request.param.partition(", ")
+    monkeypatch.setenv("MICA_BACKEND", name)
+    if from_python:
+        monkeypatch.setenv("MICA_NATIVE", "0")
     ops.call_counts.clear()
-    return request.param
+    return name
 
 
 @pytest.mark.parametrize("needs", [(True, True), (False, True), (True, False), (False, False)])

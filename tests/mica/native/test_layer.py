@@ -1,0 +1,305 @@
+"""A layer from C++ against the same layer from Python, which is held against the definition: the same bits.
+
+What a layer has to be beside its numbers (saved tensors, views, function transforms) is tested for both
+languages in tests/mica/ops and tests/mica/fast.
+"""
+
+import threading
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mica import native, ops
+from mica.ops.linear import linear_eager
+from mica.paths import choose, definition, products
+from tests.support.tolerances import RELATIVE, error
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+IN, OUT, RANK = 24, 20, 6
+
+pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.why_not()))
+
+
+@pytest.fixture(autouse=True)
+def every_dtype(monkeypatch):
+    """16-bit products take long on processors without such instructions, but not with so few numbers."""
+    monkeypatch.setattr(products, "has_native", lambda dtype: True)
+    choose.clear()
+    yield
+    choose.clear()
+
+
+class Layer:
+    """Operands, and a call of them."""
+
+    def __init__(self, rows=(5,), dtype=FP32, adapter_dtype=None, scaling=0.75, bias=True):
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape, dtype=dtype):
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        self.x = random(*rows, IN)
+        self.weight = random(OUT, IN)
+        self.lora_A = random(RANK, IN, dtype=adapter_dtype or dtype)
+        self.lora_B = random(OUT, RANK, dtype=adapter_dtype or dtype)
+        self.bias = random(OUT) if bias else None
+        self.grad_output = random(*rows, OUT)
+        self.scaling = scaling
+        self.compute_dtype = None
+        self.autocast_dtype = None
+
+    def __call__(self, x, lora_A):
+        operands = x, self.weight, lora_A, self.lora_B, self.scaling, self.bias
+        return linear_eager(*operands, self.compute_dtype, self.autocast_dtype)
+
+    def leaves(self, needs=(True, True)):
+        """x, in the strides that it has, and lora_A."""
+        return self.x.detach().requires_grad_(needs[0]), self.lora_A.detach().requires_grad_(needs[1])
+
+
+def results(layer, needs=(True, True)):
+    """y without a gradient, y, and the gradients of those of x and lora_A that need one."""
+    x, lora_A = layer.leaves(needs)
+    with torch.no_grad():
+        found = [layer(x, lora_A)]
+    y = layer(x, lora_A)
+    found.append(y.detach())
+    leaves = [leaf for leaf in (x, lora_A) if leaf.requires_grad]
+    if leaves:
+        found += torch.autograd.grad(y, leaves, layer.grad_output.to(y.dtype))
+    return found
+
+
+def check_same_bits(layer, monkeypatch, needs=(True, True)):
+    ops.call_counts.clear()
+    ours = results(layer, needs)
+    backwards = 1 if any(needs) else 0
+    for name in ("linear", "linear_native"):
+        assert ops.call_counts[name] == 2
+    for name in ("linear_backward", "linear_backward_native"):
+        assert ops.call_counts[name] == backwards
+    with monkeypatch.context() as patch:
+        patch.setenv("MICA_NATIVE", "0")
+        ops.call_counts.clear()
+        expected = results(layer, needs)
+        assert ops.call_counts["linear_native"] == 0
+    assert len(ours) == len(expected)
+    for mine, other in zip(ours, expected, strict=True):
+        assert mine.stride() == other.stride()
+        torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)  # fp16 overflows
+
+
+ROWS = [(), (1,), (5,), (16,), (17,), (2, 3), (2, 1, 9), (1, 1024), (1030,), (0,)]
+DTYPES = [  # x, adapter, compute_dtype
+    (FP64, FP64, None),
+    (FP32, FP32, None),
+    (BF16, BF16, None),
+    (FP16, FP16, None),
+    (BF16, FP32, None),
+    (FP16, FP32, None),
+    (BF16, FP32, FP32),
+    (BF16, BF16, FP32),
+    (FP32, FP32, FP64),
+]
+
+
+@pytest.mark.parametrize("scaling", [1.0, 2.0, -0.25, 0.75, 2.0**40])
+@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_the_bits_are_python_s(monkeypatch, rows, dtype, adapter_dtype, compute_dtype, scaling):
+    layer = Layer(rows, dtype, adapter_dtype, scaling, bias=len(rows) != 1)
+    layer.compute_dtype = compute_dtype
+    check_same_bits(layer, monkeypatch)
+
+
+@pytest.mark.parametrize("autocast_dtype", [BF16, FP16])
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP32)])
+@pytest.mark.parametrize("rows", [(5,), (2, 9), (1100,)], ids=str)
+def test_the_bits_under_autocast(monkeypatch, rows, dtype, adapter_dtype, autocast_dtype):
+    layer = Layer(rows, dtype, adapter_dtype)
+    layer.autocast_dtype = autocast_dtype
+    with torch.autocast("cpu", autocast_dtype):
+        check_same_bits(layer, monkeypatch)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(FP32, FP32), (BF16, FP32)])
+def test_the_bits_where_less_is_needed(monkeypatch, dtype, adapter_dtype, needs):
+    check_same_bits(Layer((2, 9), dtype, adapter_dtype), monkeypatch, needs)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer, "x", layer.x.transpose(0, 1)),
+        lambda layer: setattr(layer, "x", torch.cat((layer.x, layer.x), dim=-1)[..., :IN]),
+        lambda layer: setattr(layer, "weight", layer.weight.t().contiguous().t()),
+        lambda layer: setattr(layer, "lora_B", layer.lora_B.t().contiguous().t()),
+        lambda layer: setattr(layer, "grad_output", torch.ones(()).expand(7, 7, OUT)),
+    ],
+    ids=["x, transposed", "x, rows apart", "the weight, transposed", "lora_B, transposed", "dy, expanded"],
+)
+def test_the_bits_of_other_layouts(monkeypatch, change, dtype):
+    layer = Layer((7, 7), dtype)
+    change(layer)
+    check_same_bits(layer, monkeypatch)
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(FP64, FP64), (FP32, FP32), (BF16, FP32), (FP16, FP16)])
+def test_the_numbers_are_the_definition_s(dtype, adapter_dtype):
+    layer = Layer((40,), dtype, adapter_dtype)
+    wide = [t.double() for t in (layer.x, layer.weight, layer.lora_A, layer.lora_B)]
+    y = definition.linear(*wide, layer.scaling, layer.bias.double())
+    grad_x, grad_A = definition.linear_backward(layer.grad_output.double(), *wide, layer.scaling)
+    found = results(layer)
+    for mine, oracle in zip(found, (y, y, grad_x, grad_A), strict=True):
+        assert error(mine, oracle) <= 3 * RELATIVE[dtype]
+
+
+# -- autograd ----------------------------------------------------------------------------------------
+
+
+def test_first_and_second_derivatives():
+    layer = Layer((2, 3), FP64)
+    assert torch.autograd.gradcheck(layer, layer.leaves())
+    assert torch.autograd.gradgradcheck(layer, layer.leaves())
+
+
+def test_a_gradient_that_nobody_asks_for_is_not_computed():
+    layer = Layer((4,))
+    x, lora_A = layer.leaves()
+    flops = []
+    for asked in ((x, lora_A), (x,), (lora_A,)):
+        y = layer(x, lora_A)
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(y, asked, layer.grad_output)
+        flops.append(counter.get_total_flops())
+    g = 2 * 4 * OUT * RANK
+    of_x = 2 * 4 * OUT * IN  # the counter does not know addmm_
+    of_A = 2 * 4 * RANK * IN
+    assert flops == [g + of_x + of_A, g + of_x, g + of_A]
+
+
+def test_two_backwards_and_a_freed_graph():
+    layer = Layer()
+    x, lora_A = layer.leaves()
+    y = layer(x, lora_A)
+    first = torch.autograd.grad(y, (x, lora_A), layer.grad_output, retain_graph=True)
+    second = torch.autograd.grad(y, (x, lora_A), layer.grad_output)
+    assert all(map(torch.equal, first, second))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(y, x, layer.grad_output)
+
+
+@pytest.mark.parametrize("part", ["x", "lora_B", "weight"])
+def test_an_edit_in_place_is_reported(part):
+    layer = Layer()
+    x, lora_A = layer.leaves()
+    y = layer(x, lora_A)
+    with torch.no_grad():
+        (x if part == "x" else getattr(layer, part)).mul_(2)
+    with pytest.raises(RuntimeError, match="of a MiCA layer has been modified"):
+        y.backward(layer.grad_output)
+
+
+def test_hooks_of_the_output_and_its_edit_in_place():
+    layer = Layer((2, 3))
+    x, lora_A = layer.leaves()
+    expected = torch.autograd.grad(torch.relu(layer(x, lora_A)), (x, lora_A), 2 * layer.grad_output)
+    y = layer(x, lora_A)
+    y.relu_().register_hook(lambda grad: 2 * grad)
+    for mine, other in zip(torch.autograd.grad(y, (x, lora_A), layer.grad_output), expected, strict=True):
+        assert error(mine, other) <= 3 * RELATIVE[FP32]
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_hooks_of_saved_tensors_see_what_python_saves(monkeypatch, needs):
+    layer = Layer((2, 3), BF16, FP32)
+
+    def saved():
+        seen = []
+        x, lora_A = layer.leaves(needs)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t.clone(), lambda t: t):
+            y = layer(x, lora_A)
+        grads = torch.autograd.grad(
+            y, [leaf for leaf in (x, lora_A) if leaf.requires_grad], layer.grad_output
+        )
+        return {(t.data_ptr(), t.dtype, t.shape) for t in seen if t.numel()}, grads
+
+    ours, grads = saved()
+    monkeypatch.setenv("MICA_NATIVE", "0")
+    theirs, expected = saved()
+    bytes_of_A = layer.lora_A.data_ptr()
+    # Python keeps the shape and dtype of lora_A by a tensor
+    assert ours == {entry for entry in theirs if needs[0] or entry[0] != bytes_of_A}
+    assert all(map(torch.equal, grads, expected))
+
+
+def test_anomaly_mode():
+    layer = Layer()
+    x, lora_A = layer.leaves()
+    with torch.autograd.detect_anomaly(check_nan=True), pytest.raises(RuntimeError, match="returned nan"):
+        layer(x, lora_A).backward(layer.grad_output * float("nan"))
+
+
+def test_backwards_in_several_threads():
+    layer = Layer((64,))
+    expected = results(layer)
+    found = []
+
+    def work():
+        for _ in range(50):
+            found.append(results(layer))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 200
+    assert all(torch.equal(*pair) for result in found for pair in zip(result, expected, strict=True))
+
+
+def test_an_error_of_pytorch_s_passes_and_the_next_call_works():
+    layer = Layer()
+    x, lora_A = layer.leaves()
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        layer(x[:, :-1], lora_A)
+    check = layer(x, lora_A)
+    assert torch.isfinite(check).all()
+
+
+@pytest.mark.parametrize("around", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_nothing_leaks(around):
+    """References to operands are all given back."""
+    layer = Layer()
+    x, lora_A = layer.leaves()
+    counts = []
+    for _ in range(3):
+        with around():
+            y = layer(x, lora_A)
+        if y.requires_grad:
+            y.backward(layer.grad_output)
+        del y
+        operands = x, lora_A, layer.weight, layer.lora_B, layer.bias, layer.grad_output
+        counts.append([t._use_count() for t in operands])
+    assert counts[1] == counts[2]
+
+
+# -- the compiled backward ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_compiled_autograd():
+    layer = Layer((2, 3))
+    x, lora_A = layer.leaves()
+    layer(x, lora_A).backward(layer.grad_output)
+    expected = x.grad, lora_A.grad
+    x.grad = lora_A.grad = None
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        layer(x, lora_A).backward(layer.grad_output)
+    for mine, other in zip((x.grad, lora_A.grad), expected, strict=True):
+        assert torch.equal(mine, other)
