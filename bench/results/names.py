@@ -14,7 +14,7 @@ COMPILED_FAST = "mica.fast, torch.compile"
 COMPILED_PLAIN = "mica.fast, torch.compile, plain"
 
 # Host time
-PYTORCH = "mica.fast, reference path"
+PYTHON = "mica.fast, reference path"  # from Python
 KERNELS = "mica.fast, kernels with a driver that launches nothing"
 
 SVD = "torch.linalg.svd"

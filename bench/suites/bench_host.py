@@ -20,10 +20,11 @@ from transformers import AutoModel, LlamaConfig
 
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR
-from bench.results.names import BARE, BOTH, KERNELS, NO_GRADIENT, PYTORCH, STOCK, STOCK_16
+from bench.results.names import BARE, BOTH, FAST, KERNELS, NO_GRADIENT, PYTHON, STOCK, STOCK_16
 from bench.suites.decoder import LINEAR_LAYERS, RANK, Work, adapted
 from bench.suites.harness import turns
 from bench.suites.steps import Step, check_all, operators
+from mica import native
 from mica.paths.products import has_native
 
 no_launch = pytest.importorskip("tests.support.no_launch")  # imports Triton
@@ -49,13 +50,23 @@ def kernels():
         yield
 
 
+@contextmanager
+def from_python():
+    """Required: as on a machine without a C++ compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MICA_NATIVE", "0")
+        yield
+
+
 CONTEXTS = {
     BARE: nullcontext,
     STOCK: mica.fast.disabled,
     STOCK_16: mica.fast.disabled,
-    PYTORCH: nullcontext,
+    FAST: nullcontext,
+    PYTHON: from_python,
     KERNELS: kernels,
 }
+OURS = (FAST, PYTHON, KERNELS)
 
 
 class Cell(NamedTuple):
@@ -88,17 +99,19 @@ class Cell(NamedTuple):
         return axes
 
     def implementations(self, part: str) -> list[str]:
-        if self.dtype == "float32":
-            return [BARE, STOCK, PYTORCH, KERNELS]
-        return [BARE, STOCK, STOCK_16, PYTORCH, KERNELS]
+        sixteen_bit = [] if self.dtype == "float32" else [STOCK_16]
+        return [BARE, STOCK, *sixteen_bit, *OURS]
 
     def context(self, name: str) -> Callable:
         """What an implementation runs within."""
 
         @contextmanager
         def within():
+            before = mica.fast.call_counts["linear_native"]
             with CONTEXTS[name](), torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
                 yield
+            from_cpp = mica.fast.call_counts["linear_native"] > before
+            assert from_cpp == (name == FAST and native.why_not() is None), f"{name} ran from C++: {from_cpp}"
 
         return within
 
@@ -156,7 +169,7 @@ def setting(cell: Cell) -> dict[str, Step]:
 
     def build(name: str) -> Step:
         ran = {}
-        if name in (PYTORCH, KERNELS):
+        if name in OURS:
             ran = operators(1 if is_layer else LINEAR_LAYERS, on_kernels=name == KERNELS)
         return work.step(name, cell.context(name), ran)
 

@@ -55,11 +55,6 @@ _outside: dict[int, int] = {}  # id(layer) -> number at its last call outside of
 is_traced = False
 
 
-def is_counting() -> bool:
-    """Whether this thread is in a forward whose calls count: without, nobody asks for a call's `Input`."""
-    return _state.calls is not None
-
-
 def note(layer: nn.Module, reason: str | None = None, x: tuple | None = None) -> None:
     """At the beginning of a layer's forward: takes 0.2 µs.
 
@@ -74,6 +69,17 @@ def note(layer: nn.Module, reason: str | None = None, x: tuple | None = None) ->
         _outside[id(layer)] = _number
     else:
         calls.append((layer, reason, x))
+
+
+def note_operators(layer: nn.Module, x: Tensor) -> None:
+    """`note` of a layer that runs on operators, with what `explain` needs to know of x: takes 0.6 µs more."""
+    if torch.compiler.is_compiling() or _state.calls is None:  # nobody asks
+        note(layer)
+        return
+    autocast_dtype = None
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        autocast_dtype = torch.get_autocast_dtype(x.device.type)
+    note(layer, None, (x.dtype, x.shape, x.stride(), autocast_dtype))
 
 
 @torch.compiler.assume_constant_result

@@ -26,7 +26,7 @@ from mica.fast.forward.eligibility import (
     runs_adapter,
     why_not_dense,
 )
-from mica.fast.forward.fast_check import Common, seeded
+from mica.fast.forward.fast_check import seeded
 from mica.fast.settings import compute_dtype, settings
 from mica.ops.embedding import embedding
 from mica.ops.linear import linear, traced
@@ -35,19 +35,24 @@ from mica.ops.operator import AUTOCAST, TENSOR_TYPES
 from mica.paths import choose
 
 
-def decided(decide: Callable) -> Callable:
+def decided(decide: Callable, run_common: Callable | None = None) -> Callable:
     """A patch of a layer's forward: what ``decide(layer, x, *args, **kwargs)`` returns computes.
 
-    Called with the layer alone, ``decide`` leaves out what only a call shows.
+    Called with the layer alone, ``decide`` leaves out what only a call shows. ``run_common(layer, x)`` is
+    asked first: it returns the output in common cases, which would be the same, and else None.
     """
 
     def patch(stock):
         def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
             reason = None
             if settings.enabled:
+                if run_common is not None and not args and not kwargs:
+                    y = run_common(self, x)
+                    if y is not None:
+                        return y
                 how = decide(self, x, *args, **kwargs)
                 if type(how) is not OnPeft:
-                    call_counts.note(self, None, _input(x))
+                    call_counts.note_operators(self, x)
                     return how(x)
                 reason = how.reason if runs_adapter(self) else None
             call_counts.note(self, reason)
@@ -56,16 +61,6 @@ def decided(decide: Callable) -> Callable:
         return forward
 
     return patch
-
-
-def _input(x: Tensor) -> tuple | None:
-    """What `mica.fast.explain` needs to know of a call, the fields of an `Input`: takes 0.6 µs."""
-    if torch.compiler.is_compiling() or not call_counts.is_counting():
-        return None
-    autocast_dtype = None
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-        autocast_dtype = torch.get_autocast_dtype(x.device.type)
-    return x.dtype, x.shape, x.stride(), autocast_dtype
 
 
 @dataclass
@@ -168,16 +163,12 @@ def _one_row(in_features: int) -> Tensor:
     return torch.empty(1, in_features, device="meta")
 
 
-def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | Common | OnPeft:
+def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnPeft:
     """How a linear layer runs, with all of its active adapters."""
     if args or kwargs:
         if args or kwargs.keys() != {"adapter_names"} or kwargs["adapter_names"] is None:
             return OnPeft("a call with further arguments")
         return _decide_mixed_batch(layer, x, kwargs["adapter_names"])
-    if x is not None:
-        common = fast_check.common_case(layer, x)
-        if common is not None:
-            return common
     adapters = _suitable_adapters(layer, x, None)
     if type(adapters) is OnPeft:
         return adapters
@@ -302,4 +293,5 @@ def _why_not_indices(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
     return None if fits else f"lora_A of {lora_A.dtype} and lora_B of {lora_B.dtype}"
 
 
-linear_forward, embedding_forward = decided(decide), decided(decide_embedding)
+linear_forward = decided(decide, fast_check.run)
+embedding_forward = decided(decide_embedding)

@@ -20,6 +20,7 @@ from torch.nn.modules import module as nn_module
 
 from mica import native
 from mica.dtypes import FLOATING, SIXTEEN_BIT
+from mica.fast.forward import call_counts
 from mica.fast.forward.eligibility import CALL, FORWARDS, LINEAR, MiCALinearVariant
 from mica.fast.settings import compute_dtype
 from mica.ops.linear import linear, linear_eager
@@ -41,8 +42,8 @@ _GLOBAL_HOOKS = (
 )
 
 
-class Common(NamedTuple):
-    """Base product and adapter in one operator, whose own checks have been made here."""
+class Operands(NamedTuple):
+    """Those of base product and adapter in one operator, whose own checks have been made here."""
 
     weight: Tensor  # (out_features, in_features)
     lora_A: Tensor  # (rank, in_features)
@@ -52,12 +53,23 @@ class Common(NamedTuple):
     dropout_p: float  # 0 in eval mode
     autocast_dtype: torch.dtype | None  # where autocast is on
 
-    def __call__(self, x: Tensor) -> Tensor:
-        weight, lora_A, lora_B, scaling, bias, dropout_p, autocast_dtype = self
-        dtype = None if autocast_dtype is not None else compute_dtype(x.dtype)
-        if dropout_p:
-            return linear(x, weight, lora_A, lora_B, scaling, bias, dtype, *seeded(dropout_p, x.device))
-        return linear_eager(x, weight, lora_A, lora_B, scaling, bias, dtype, autocast_dtype)
+
+def run(layer, x: Tensor) -> Tensor | None:
+    """The output of this layer for x (..., in_features); None if anything is unusual.
+
+    The first call in a process may compile the C++, once on a machine.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    operands = operands_of(layer, x)
+    if operands is None:
+        return None
+    call_counts.note_operators(layer, x)
+    weight, lora_A, lora_B, scaling, bias, dropout_p, autocast_dtype = operands
+    dtype = None if autocast_dtype is not None else compute_dtype(x.dtype)
+    if dropout_p:
+        return linear(x, weight, lora_A, lora_B, scaling, bias, dtype, *seeded(dropout_p, x.device))
+    return linear_eager(x, weight, lora_A, lora_B, scaling, bias, dtype, autocast_dtype)
 
 
 def seeded(p: float, device: torch.device) -> tuple[float, Tensor | None]:
@@ -65,20 +77,14 @@ def seeded(p: float, device: torch.device) -> tuple[float, Tensor | None]:
     return p, None if p == 0.0 else torch.randint(0, 2**63 - 1, (1,), device=device)
 
 
-def common_case(layer, x: Tensor) -> Common | None:
-    """How this layer runs on x (..., in_features); None if anything is unusual.
-
-    The first call in a process may compile the C++, once on a machine.
-    """
-    if torch.compiler.is_compiling():
-        return None
+def operands_of(layer, x: Tensor) -> tuple | None:
+    """The fields of `Operands`; None if anything is unusual."""
     module = native.module()
     if module is None:
-        return common_case_by_python(layer, x)
+        return operands_by_python(layer, x)
     if module is not _configured:
         _configure(module)
-    operands = module.operands(layer, x)
-    return None if operands is None else Common._make(operands)
+    return module.operands(layer, x)
 
 
 _configured: ModuleType | None = None
@@ -93,8 +99,8 @@ def _configure(module: ModuleType) -> None:
     _configured = module
 
 
-def common_case_by_python(layer, x: Tensor) -> Common | None:
-    """The same, in Python."""
+def operands_by_python(layer, x: Tensor) -> Operands | None:
+    """What the C++ finds."""
     if type(layer) is not lora.Linear or type(x) not in TENSOR_TYPES or x.dim() == 0 or not is_eager():
         return None
     if x.is_cpu:
@@ -136,10 +142,10 @@ def common_case_by_python(layer, x: Tensor) -> Common | None:
     if torch.is_autocast_enabled(device_type):
         if not _are_cast(x, weight, bias, A, B):
             return None
-        return Common(weight, A, B, scaling, bias, dropout_p, torch.get_autocast_dtype(device_type))
+        return Operands(weight, A, B, scaling, bias, dropout_p, torch.get_autocast_dtype(device_type))
     if not _are_multiplied(x, weight, A, B, layer.cast_input_dtype_enabled):
         return None
-    return Common(weight, A, B, scaling, bias, dropout_p, None)
+    return Operands(weight, A, B, scaling, bias, dropout_p, None)
 
 
 def _is_special(layer, base: nn.Module, name: str) -> bool:
