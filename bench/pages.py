@@ -233,12 +233,12 @@ def _compared(cells: list[Group], baseline: str) -> Row:
 
 
 def host(run: str) -> list[Row]:
-    rows = [["fp32 / bf16 / bf16 under autocast", "reference path", "kernels"]]
-    for what in ("layer", "block"):
+    rows = [["fp32 / bf16 / bf16 under autocast", "mica.fast", "from Python", "kernels"]]
+    for what in ("layer", "layer, without products", "block"):
         for call in (NO_GRADIENT, BOTH):
             groups = [*result(run).select(suite=f"host {what}", call=call)]
             cells = []
-            for name in (names.PYTORCH, names.KERNELS):
+            for name in (FAST, names.PYTHON, names.KERNELS):
                 cells.append(" / ".join(f"{as_stock(group, name).median:.2f}" for group in groups))
             rows.append([f"{what}, {call}", *cells])
     return rows

@@ -1,0 +1,27 @@
+"""Matrix products on the CPU that compute nothing, for the host's time of everything else (no_products.cpp).
+
+Results have the right sizes and no values. PyTorch warns, once, that its operators are replaced.
+"""
+
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from mica.native import build, folder, imported
+
+
+@cache
+def _module() -> ModuleType:
+    sources = build.Sources("no_products", Path(__file__).parent, ("no_products.cpp",))
+    return imported(build.built(folder(), sources), sources.name)
+
+
+@contextmanager
+def installed():
+    """In this process, until the block is left."""
+    _module().install()
+    try:
+        yield
+    finally:
+        _module().uninstall()
