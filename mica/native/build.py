@@ -149,7 +149,8 @@ def _problem_of(command: list[str]) -> str | None:
         try:
             output, _ = process.communicate(timeout=TIME_LIMIT)
         except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
                 return f"it was stopped after {TIME_LIMIT} seconds"
             raise

@@ -79,3 +79,8 @@ def has_ended(pid: int, seconds: float = 20.0) -> bool:
             return False
         time.sleep(0.01)
     return True
+
+
+def names(folder: Path, ending: str) -> list[str]:
+    """Those of the files in a folder that end so."""
+    return sorted(path.name for path in folder.glob(f"*{ending}"))

@@ -1,7 +1,13 @@
 """Wrong edits of how the C++ is built and found."""
 
+_TESTS = (
+    "tests/mica/native/test_build.py",
+    "tests/mica/native/test_build_files.py",
+    "tests/mica/native/test_build_processes.py",
+)
+
 NATIVE = {
-    ("mica/native/build.py", "tests/mica/native/test_build.py", "-m", "not slow"): {
+    ("mica/native/build.py", *_TESTS, "-m", "not slow"): {
         "built": [
             ("_refuse_distrusted(folder)", "pass"),
             ("if not _is_usable(path)", "if not path.exists()"),
@@ -47,7 +53,7 @@ NATIVE = {
             ("_configure(loaded)", "pass"),
         ],
     },
-    ("mica/native/__init__.py", "tests/mica/native/test_build.py", "-k", "not_load"): {
+    ("mica/native/__init__.py", "tests/mica/native/test_build_files.py", "-k", "not_load"): {
         "_load": [("except ImportError", "except ModuleNotFoundError")],
     },
     ("mica/cli/doctor.py", "tests/mica/cli/test_doctor.py", "-k", "c_plus_plus"): {
