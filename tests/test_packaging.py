@@ -80,7 +80,14 @@ def test_wheel_holds_one_package(wheel):
     assert {"mica/kernels/runtime.py", "mica/py.typed"} <= set(names)
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("mica/**/*.py")}
     sources |= {f"mica/{path.relative_to(ROOT)}" for path in ROOT.glob("kernels/*.py")}
+    sources |= {f"mica/native/{path.name}" for path in ROOT.glob("mica/native/*.[ch]*")}
+    assert {"mica/native/module.cpp", "mica/native/layer.h", "mica/native/build.py"} <= sources
     assert sources <= set(names)
+
+
+def test_wheel_is_pure_python_so_that_no_compiler_is_needed(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".so", ".o"))]
 
 
 def test_the_description_is_the_readme_without_relative_links(wheel):

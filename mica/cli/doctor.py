@@ -28,6 +28,7 @@ def add_parser(commands) -> None:
         *(commands, "doctor", run),
         help="what this machine has, which path MiCA layers take on it, and what is broken",
         description="Show versions, devices, whether MiCA layers run on Triton kernels there and why, "
+        "whether PyTorch's operators are called from C++ (which this compiles if it has not been), "
         "whether PEFT can be patched, and the caches. Exit status: 0 if nothing is broken, else 1. With "
         "--adapter: which servers can load it and why not, and nothing about the machine; exit status 0.",
     )
@@ -108,6 +109,7 @@ def examine() -> dict:
     if demand == "triton" and all(row["path"] != "kernel" for row in report["devices"]):
         problems.append("MICA_BACKEND=triton demands kernels, and no device here can run them")
     report["products"] = _products()
+    report["native"] = _native(problems)
     report["peft"] = _peft(problems)
     return report
 
@@ -272,6 +274,23 @@ def _products() -> dict[str, dict]:
     return found
 
 
+def _native(problems: list[str]) -> dict:
+    """The folder with the compiled C++ that calls PyTorch's operators, which may be compiled now; or why_not.
+
+    A machine without a compiler, or with one that fails, is not broken: the calls come from Python, with the
+    same results.
+    """
+    found = {"folder": None, "why_not": None}
+    with _noted(problems, "the C++ cannot be examined"):
+        from mica import native
+
+        module = native.module()
+        found["why_not"] = native.why_not()
+        if module is not None:
+            found["folder"] = os.path.dirname(module.__file__)
+    return found
+
+
 def _peft(problems: list[str]) -> dict:
     """patched (the number of functions that mica.fast replaced), mismatches (sentences) and note.
 
@@ -333,6 +352,7 @@ def _lines(report: dict) -> Iterator[tuple[str, str]]:
                 yield f"  {short} products", _times(ratios)
     if len(report["devices"]) == 1:
         yield "kernels", "none compiled: no GPU here"
+    yield "C++", _native_line(report["native"])
     yield from _lines_of_peft(report["peft"])
     yield "cache", _cache_line(report["caches"])
 
@@ -387,6 +407,14 @@ def _times(row: dict) -> str:
 def _rounded(ratio: float) -> str:
     digits = 2 if ratio < 10 else 3
     return f"{ratio:.{digits}g}"
+
+
+def _native_line(native: dict) -> str:
+    if native["folder"]:
+        return f"calls PyTorch's operators; compiled in {native['folder']}"
+    if native["why_not"]:
+        return f"not used, so Python calls PyTorch's operators, with the same results: {native['why_not']}"
+    return "unknown"
 
 
 def _lines_of_peft(peft: dict) -> Iterator[tuple[str, str]]:

@@ -46,7 +46,8 @@ def module() -> ModuleType | None:
     """The compiled module; None: `why_not` says why there is none. The first call in a process may build it.
 
     ``MICA_NATIVE`` decides: "0", "off", "false" or "no": none. Unset, or "1", "on", "true", "yes": it is kept
-    in the folder ``mica/native`` of the Hugging Face cache (HF_HOME). Anything else is another folder.
+    in the folder ``mica/native`` of the Hugging Face cache (HF_HOME). Anything else is another folder, where
+    ``~`` is expanded.
     """
     return _find().module
 
@@ -77,7 +78,8 @@ def _load() -> _Found:
     except build.BuildError as error:
         return _Found(None, str(error))
     except ImportError as error:
-        return _Found(None, f"what was compiled cannot be loaded: {error}")
+        hint = "delete the file, or name another folder with MICA_NATIVE"
+        return _Found(None, f"what was compiled cannot be loaded ({error}): {hint}")
     _configure(loaded)
     return _Found(loaded, None)
 

@@ -1,17 +1,20 @@
 """Compiles the C++ of this folder, once for each machine, Python and PyTorch, and keeps the result on disk.
 
 What is built for one PyTorch does not load into another, so a file's name holds all that it depends on. It
-appears whole, by a rename, under a lock that the operating system frees when a process dies. A compiler that
-fails is not started again: its output is kept in the place of the result, until that file is deleted.
+appears whole, by a rename, under a lock that the operating system frees when a process dies, and ends with a
+checksum: loading half a file would kill the process. A compiler that fails is not started again: its output
+is kept in the place of the result, until that file is deleted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -19,8 +22,8 @@ import time
 import uuid
 from pathlib import Path
 
+import filelock
 import torch
-from filelock import FileLock
 from huggingface_hub import constants
 
 from mica.subspace.cache import distrusted
@@ -31,9 +34,10 @@ COMPILERS = ("c++", "g++", "clang++")
 # Optimising more takes a quarter longer, and what is compiled here only calls PyTorch's operators.
 FLAGS = ("-O1", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
 LIBRARIES = ("torch_python", "torch", "torch_cpu", "c10")
-_NO_COMPILER = f"there is no C++ compiler ({', '.join(COMPILERS)}, or what CXX names)"
+# Seconds for the compiler, and for those who wait for it: it takes 12 on a usual machine, 30 on a slow one.
+TIME_LIMIT = 300
 _OTHER_FOLDER = "MICA_NATIVE has to name another folder"
-TIME_LIMIT = 600  # seconds for the compiler: it takes 12 on a usual machine, 25 on a slow one
+_CHECKSUM_BYTES = 32
 
 
 class BuildError(Exception):
@@ -46,37 +50,56 @@ def default_folder() -> Path:
 
 
 def built(folder: Path) -> Path:
-    """The compiled module in this folder; where there is none, it is compiled first, which a line reports.
+    """The compiled module in this folder; where there is none, it is compiled first, as stderr then says.
 
     Raises:
         BuildError: it cannot be compiled, or could not when it was tried before.
     """
     _refuse_system()
     path = folder / f"{_key()}.so"
-    failure = path.with_suffix(".txt")
     try:
-        if not path.exists():
-            _refuse_failed(failure)
-            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock")):
-                _build_if_missing(path, failure)
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)  # even if the umask lets others write
+        _refuse_distrusted(folder)
+        if not _is_usable(path):
+            _build(path)
+    except filelock.Timeout as error:
+        raise BuildError(f"another process has held {error.lock_file} for {TIME_LIMIT} seconds") from error
     except OSError as error:
-        raise BuildError(f"{folder} cannot be written ({error.strerror}), so {_OTHER_FOLDER}") from error
-    for place in (folder, path):  # code that another user could have written is not run
-        reason = distrusted(place)
-        if reason is not None:
-            raise BuildError(f"{place} {reason}, so {_OTHER_FOLDER}")
+        raise BuildError(f"{folder} cannot be used ({error.strerror}), so {_OTHER_FOLDER}") from error
+    except NotImplementedError as error:  # from older releases of filelock
+        raise BuildError(f"{folder} is on a disk without file locks, so {_OTHER_FOLDER}") from error
     return path
 
 
-def _build_if_missing(path: Path, failure: Path) -> None:
-    """Under the lock: another process may have built it, or failed, while this one waited."""
-    if path.exists():
-        return
+def _refuse_distrusted(folder: Path) -> None:
+    """Code that another user could have written is not run."""
+    reason = distrusted(folder)
+    if reason is not None:
+        raise BuildError(f"{folder} {reason}, so {_OTHER_FOLDER}")
+
+
+def _is_usable(path: Path) -> bool:
+    """Whether it is there and whole, and no other user can have written it."""
+    if distrusted(path) is not None:
+        return False
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    return content[-_CHECKSUM_BYTES:] == hashlib.sha256(content[:-_CHECKSUM_BYTES]).digest()
+
+
+def _build(path: Path) -> None:
+    """Compile it, if no other process does so meanwhile."""
+    failure = path.with_suffix(".txt")
     _refuse_failed(failure)
-    for abandoned in path.parent.glob(f"{path.stem}.*.tmp"):  # by a process that was killed
-        abandoned.unlink(missing_ok=True)
-    _compile(path, failure)
+    with filelock.FileLock(path.with_suffix(".lock"), timeout=TIME_LIMIT):
+        if _is_usable(path):
+            return
+        _refuse_failed(failure)
+        for abandoned in path.parent.glob(f"{path.stem}.*.tmp"):  # by a process that was killed
+            abandoned.unlink(missing_ok=True)
+        _compile(path, failure)
 
 
 def _refuse_failed(failure: Path) -> None:
@@ -87,46 +110,81 @@ def _refuse_failed(failure: Path) -> None:
 
 
 def _compile(path: Path, failure: Path) -> None:
-    compiler = _compiler()
-    if compiler is None:
-        raise BuildError(_NO_COMPILER)
     temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
-    command = [*compiler, *_arguments(temporary)]
-    what = f"mica: compiling C++ for PyTorch {torch.__version__}, once on this machine"
-    print(what, file=sys.stderr, end=" ... ", flush=True)
+    command = [*_compiler(), *_arguments(temporary)]
+    _say(f"compiling C++ for PyTorch {torch.__version__}, once on this machine: about half a minute")
     begin = time.monotonic()
-    try:
-        output = _failure_of(command)
-    finally:
-        print(f"{time.monotonic() - begin:.0f} s", file=sys.stderr)
-    if output is None:
+    problem = _problem_of(command)
+    seconds = f"{time.monotonic() - begin:.0f} s"
+    if problem is None and not temporary.exists():
+        problem = "it has written no file"
+    if problem is None:
+        _seal(temporary)
         os.replace(temporary, path)
+        _say(f"compiled in {seconds}")
         return
+
     temporary.unlink(missing_ok=True)
-    failure.write_text(f"{shlex.join(command)}\n{output}", encoding="utf-8")
+    failure.write_text(f"{shlex.join(command)}\n{problem}\n", encoding="utf-8", errors="replace")
+    _say(f"the C++ compiler failed after {seconds}, so layers run from Python, with the same results")
     raise BuildError(f"the C++ compiler failed: {failure} has its output")
 
 
-def _failure_of(command: list[str]) -> str | None:
+def _problem_of(command: list[str]) -> str | None:
     """The output of a compiler that fails; None where it does not."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {TIME_LIMIT} seconds"
+        # in a session of its own: a compiler is several processes, and all of them have to end
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
     except OSError as error:
         return f"it cannot be run: {error.strerror}"
-    return done.stdout + done.stderr if done.returncode else None
+    with process:
+        try:
+            output, _ = process.communicate(timeout=TIME_LIMIT)
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                return f"it was stopped after {TIME_LIMIT} seconds"
+            raise
+    return output if process.returncode else None
 
 
-def _compiler() -> list[str] | None:
+def _seal(path: Path) -> None:
+    """End it with its checksum, which no loader looks at, and let nobody else write it."""
+    content = path.read_bytes()
+    path.write_bytes(content + hashlib.sha256(content).digest())
+    path.chmod(0o644)
+
+
+def _say(text: str) -> None:
+    """A whole line at once, as several processes may write; without a terminal nothing is said."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"mica: {text}", file=sys.stderr, flush=True)
+
+
+def _compiler() -> list[str]:
     """The command, of which there may be several words in the environment variable CXX."""
-    requested = shlex.split(os.environ.get("CXX", ""))
-    if requested:
-        return requested if shutil.which(requested[0]) else None
+    setting = os.environ.get("CXX", "")
+    try:
+        words = shlex.split(setting)
+    except ValueError as error:
+        raise BuildError(f"CXX={setting} is not a command ({error})") from error
+    if words and shutil.which(words[0]) is None:
+        raise BuildError(f"there is no compiler {words[0]}, which CXX names")
+    if words:
+        return words
     for name in COMPILERS:
         if shutil.which(name):
             return [name]
-    return None
+    raise BuildError(f"there is no C++ compiler: neither {' nor '.join(COMPILERS)}, and CXX is not set")
 
 
 def _refuse_system() -> None:
@@ -138,16 +196,14 @@ def _refuse_system() -> None:
 
 
 def _includes() -> list[Path]:
-    """Folders of headers: PyTorch's come with it, Python's perhaps not (python3-dev, python3-devel)."""
+    """Folders of headers: PyTorch's come with it, Python's perhaps not."""
     root = Path(torch.__file__).parent / "include"
-    includes = [root, root / "torch" / "csrc" / "api" / "include", Path(sysconfig.get_path("include"))]
-    for needed in (
-        includes[0] / "torch" / "csrc" / "autograd" / "python_variable.h",
-        includes[2] / "Python.h",
-    ):
-        if not needed.exists():
-            raise BuildError(f"a header is missing: {needed}")
-    return includes
+    python = Path(sysconfig.get_path("include"))
+    if not (root / "torch" / "csrc" / "autograd" / "python_variable.h").exists():
+        raise BuildError(f"this PyTorch came without its headers, which would be in {root}")
+    if not (python / "Python.h").exists():
+        raise BuildError(f"there is no {python}/Python.h: the package python3-dev or python3-devel has it")
+    return [root, root / "torch" / "csrc" / "api" / "include", python]
 
 
 def _arguments(output: Path) -> list[str]:
@@ -172,5 +228,9 @@ def _key() -> str:
     ]
     digest = hashlib.sha256("\0".join(facts).encode())
     for name in SOURCES:
-        digest.update((FOLDER / name).read_bytes())
+        source = FOLDER / name
+        try:
+            digest.update(source.read_bytes())
+        except OSError as error:
+            raise BuildError(f"{source} cannot be read ({error.strerror})") from error
     return f"mica_native-{digest.hexdigest()[:24]}"

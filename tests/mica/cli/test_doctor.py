@@ -13,9 +13,11 @@ import torch
 import triton.language as tl
 
 import mica.fast
+from mica import native
 from mica.cli import doctor, main
 from mica.fast import patching
 from mica.kernels import common, runtime
+from mica.native import build
 from mica.paths.products import Slowdown
 
 RATIOS = {torch.bfloat16: Slowdown(0.5, 0.44), torch.float16: Slowdown(1.27, 160.4)}
@@ -33,6 +35,7 @@ def machine(monkeypatch):
     monkeypatch.setattr("mica.paths.products.slowdown", RATIOS.get)
     monkeypatch.setattr("mica.paths.products.has_native", lambda dtype: dtype == torch.bfloat16)
     monkeypatch.setattr(runtime, "tried", {})
+    monkeypatch.setenv("MICA_NATIVE", "0")  # nothing is compiled
     found_once = (common.target_of, runtime.triton_version)
     for function in found_once:
         function.cache_clear()
@@ -224,6 +227,38 @@ def test_gpu_that_cannot_be_opened(run, gpu, monkeypatch):
     status, report, lines = run()
     assert (status, report["devices"][1]["path"]) == (1, "error")
     assert "cannot run on cuda:0: RuntimeError: CUDA error: all devices are busy Compile" in lines[-1]
+
+
+# C++
+
+
+def test_the_c_plus_plus_is_compiled_or_not_used_and_neither_is_broken(run, monkeypatch, tmp_path):
+    _, report, lines = run()
+    assert report["native"] == {"folder": None, "why_not": "MICA_NATIVE=0"}
+    unused = "not used, so Python calls PyTorch's operators, with the same results: "
+    assert text_under(lines, "C++") == f"{unused}MICA_NATIVE=0"
+
+    def refused(folder):
+        raise build.BuildError(f"nothing is compiled in {folder}")
+
+    monkeypatch.setattr(build, "built", refused)
+    monkeypatch.setenv("MICA_NATIVE", str(tmp_path))
+    status, report, lines = run()
+    assert (status, report["problems"]) == (0, [])
+    assert text_under(lines, "C++") == f"{unused}nothing is compiled in {tmp_path}"
+
+    monkeypatch.setattr(native, "module", lambda: SimpleNamespace(__file__=str(tmp_path / "x.so")))
+    monkeypatch.setattr(native, "why_not", lambda: None)
+    status, report, lines = run()
+    assert (status, report["native"]) == (0, {"folder": str(tmp_path), "why_not": None})
+    assert text_under(lines, "C++") == f"calls PyTorch's operators; compiled in {tmp_path}"
+
+
+def test_a_surprise_of_the_c_plus_plus_is_broken(run, monkeypatch):
+    monkeypatch.setattr(native, "module", raising(RuntimeError("no such\nsymbol")))
+    status, report, lines = run()
+    assert (status, report["problems"]) == (1, ["the C++ cannot be examined: RuntimeError: no such symbol"])
+    assert text_under(lines, "C++") == "unknown"
 
 
 # Versions and what is missing

@@ -1,0 +1,81 @@
+import os
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import mica.fast
+from mica import native
+from mica.native import build
+from mica.paths import choose
+from tests.support.compilers import Compiler, copying
+from tests.support.models import randomise, wrap
+from tests.support.stock import both, step
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """The module from the real compiler, which runs once on this machine."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX"), *build.COMPILERS) if name):
+        pytest.skip("there is no C++ compiler")
+    return build.built(build.default_folder())
+
+
+@pytest.fixture
+def forget(monkeypatch):
+    """Forgets what this process has found out about the module, as a new process; also after the test."""
+    monkeypatch.setattr(native, "_found", {})
+
+    def forget():
+        native._found.clear()
+        choose.clear()
+
+    choose.clear()
+    yield forget
+    choose.clear()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, forget):
+    """A cache of the test's own, named by MICA_NATIVE."""
+    monkeypatch.setenv("MICA_NATIVE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def compiler(tmp_path, compiled, monkeypatch):
+    """A compiler that is quick and works, named by CXX."""
+    quick = Compiler(tmp_path / "bin", copying(compiled))
+    monkeypatch.setenv("CXX", quick.command)
+    return quick
+
+
+@pytest.fixture
+def assert_layer_works():
+    """A layer gives stock PEFT's numbers, the bits that it gives from Python, and is called as it says."""
+
+    def check():
+        torch.manual_seed(0)
+        model = randomise(wrap(nn.Sequential(nn.Linear(48, 32)), targets=["0"]))
+        x = torch.randn(5, 48)
+        mica.fast.call_counts.clear()
+        ours, stock = both(lambda: step(model, x))
+        is_native = native.why_not() is None
+        assert mica.fast.call_counts["linear"] == 1
+        assert mica.fast.call_counts["linear_native"] == is_native
+        assert mica.fast.call_counts["linear_backward_native"] == is_native
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MICA_NATIVE", "0")
+            from_python = step(model, x)
+        assert mica.fast.call_counts["linear_native"] == is_native
+        assert_equal(ours, from_python)
+        torch.testing.assert_close(ours, stock)
+
+    def assert_equal(left, right):
+        assert torch.equal(left[0], right[0])
+        assert left[1].keys() == right[1].keys()
+        assert left[1]
+        assert all(torch.equal(left[1][name], right[1][name]) for name in left[1])
+
+    return check

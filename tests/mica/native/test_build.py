@@ -1,0 +1,259 @@
+"""What is compiled, by which compilers and on which systems; where nothing is, a layer works and has a reason."""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+import sysconfig
+
+import pytest
+import torch
+
+from mica import native
+from mica.native import build
+from tests.support.compilers import awaited, copying, has_ended, names
+
+# What is built
+
+
+def test_it_is_compiled_once_and_a_layer_works(folder, compiler, assert_layer_works, capfd, forget):
+    assert_layer_works()
+    assert native.why_not() is None
+    said = capfd.readouterr().err
+    version = re.escape(torch.__version__)
+    start = rf"mica: compiling C\+\+ for PyTorch {version}, once on this machine: about half a minute\n"
+    assert re.fullmatch(start + r"mica: compiled in \d+ s\n", said)
+    assert len(names(folder, ".so")) == 1
+    assert not names(folder, ".tmp") + names(folder, ".txt")
+
+    forget()
+    assert_layer_works()
+    assert native.why_not() is None
+    assert capfd.readouterr().err == ""
+    assert len(compiler.runs()) == 1
+
+
+def test_a_terminal_that_is_gone_does_not_matter(folder, compiler, monkeypatch):
+    with open(os.devnull, "w") as closed:
+        monkeypatch.setattr(sys, "stderr", closed)
+    assert build.built(folder).exists()
+
+
+@pytest.mark.parametrize("umask", [0, 0o002, 0o077])
+def test_what_it_makes_it_trusts(umask, folder, compiler, tmp_path, monkeypatch):
+    folder = tmp_path / "not" / "yet" / "there"
+    compiler.does(f'{copying(build.built(tmp_path / "other"))}; chmod 777 "$output"')
+    before = os.umask(umask)
+    try:
+        path = build.built(folder)
+    finally:
+        os.umask(before)
+    for made in (path, folder):
+        assert not made.stat().st_mode & 0o022
+    runs = len(compiler.runs())
+    assert build.built(folder) == path
+    assert len(compiler.runs()) == runs
+
+
+FACTS = {
+    "version": (torch, "__version__", "2.99.0"),
+    "git version": (torch.version, "git_version", "0123456"),
+    "ABI of C++": (torch, "compiled_with_cxx11_abi", lambda: False),
+    "machine": (platform, "machine", lambda: "riscv64"),
+    "flags": (build, "FLAGS", ("-O0", *build.FLAGS[1:])),
+}
+
+
+@pytest.mark.parametrize("fact", FACTS)
+def test_another_pytorch_or_machine_has_a_file_of_its_own(fact, folder, compiler, monkeypatch):
+    path = build.built(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(*FACTS[fact])
+        other = build.built(folder)
+        assert build.built(folder) == other
+    assert build.built(folder) == path
+    assert names(folder, ".so") == sorted([path.name, other.name])
+    assert len(compiler.runs()) == 2
+
+
+def test_so_has_another_python(folder, compiler, monkeypatch):
+    path = build.built(folder)
+    found = sysconfig.get_config_var
+    monkeypatch.setattr(
+        sysconfig, "get_config_var", lambda name: "cpython-399" if name == "SOABI" else found(name)
+    )
+    assert build.built(folder) != path
+
+
+@pytest.mark.parametrize("name", build.SOURCES)
+def test_so_has_another_source(name, folder, compiler, tmp_path, monkeypatch):
+    path = build.built(folder)
+    shutil.copytree(build.FOLDER, tmp_path / "sources")
+    monkeypatch.setattr(build, "FOLDER", tmp_path / "sources")
+    assert build.built(folder) == path
+    with open(tmp_path / "sources" / name, "a") as source:
+        source.write("// changed\n")
+    assert build.built(folder) != path
+
+
+def test_all_sources_are_known():
+    """One that is not in the file's name would not be compiled again when it changes."""
+    found = {path.name for pattern in ("*.cpp", "*.h") for path in build.FOLDER.glob(pattern)}
+    assert found == set(build.SOURCES)
+
+
+# Compilers
+
+
+def test_no_compiler_until_there_is_one(folder, compiler, assert_layer_works, tmp_path, monkeypatch, forget):
+    quick = os.environ["CXX"]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.delenv("CXX")
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path / "empty"))
+        assert_layer_works()
+        assert native.why_not() == (
+            "there is no C++ compiler: neither c++ nor g++ nor clang++, and CXX is not set"
+        )
+    forget()
+    monkeypatch.setenv("CXX", "no-such-compiler -O3")
+    assert native.why_not() == "there is no compiler no-such-compiler, which CXX names"
+
+    forget()
+    monkeypatch.setenv("CXX", quick)
+    assert native.why_not() is None
+
+
+def test_the_first_of_the_usual_compilers_is_taken(folder, compiler, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", " ")
+    for name in ("g++", "clang++"):
+        shutil.copy(compiler.path, tmp_path / "bin" / name)
+    monkeypatch.setattr(shutil, "which", lambda name: (tmp_path / "bin" / name).exists() or None)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert build._compiler() == ["g++"]
+    build.built(folder)
+    assert len(compiler.runs()) == 1
+
+
+def test_cxx_may_have_several_words(folder, compiler, monkeypatch, assert_layer_works):
+    monkeypatch.setenv("CXX", f"sh {compiler.command} --launcher 'two words'")
+    assert_layer_works()
+    assert native.why_not() is None
+    (run,) = compiler.runs()
+    assert run.startswith("--launcher two words -O1 -std=c++20 ")
+
+
+def test_cxx_that_is_no_command(folder, compiler, monkeypatch, assert_layer_works):
+    monkeypatch.setenv("CXX", "g++ 'open")
+    assert_layer_works()
+    assert native.why_not() == "CXX=g++ 'open is not a command (No closing quotation)"
+
+
+FAULTS = {
+    "an error": ("printf 'layer.h:1: error: no such header \\377\\n' >&2; exit 1", "no such header"),
+    "on stdout": ("echo no licence; exit 3", "no licence"),
+    "killed": ("kill -9 $$", ""),
+    "half a file": ('echo half > "$output"; exit 1', ""),
+    "no file": ("exit 0", "it has written no file"),
+}
+
+
+@pytest.mark.parametrize(("body", "output"), FAULTS.values(), ids=FAULTS)
+def test_a_compiler_that_fails_is_not_started_again(
+    body, output, folder, compiler, assert_layer_works, capfd, compiled, forget
+):
+    compiler.does(body)
+    assert_layer_works()
+    (name,) = names(folder, ".txt")
+    failure = folder / name
+    assert native.why_not() == f"the C++ compiler failed: {failure} has its output"
+    first, last = capfd.readouterr().err.splitlines()
+    assert first.startswith("mica: compiling C++")
+    assert re.fullmatch(
+        r"mica: the C\+\+ compiler failed after \d+ s, so layers run from Python, with the same results", last
+    )
+    command, rest = failure.read_text().split("\n", 1)
+    assert shlex.split(command)[0] == str(compiler.path)
+    assert output in rest
+    assert not names(folder, ".so") + names(folder, ".tmp")
+
+    forget()
+    assert_layer_works()
+    before = f"the C++ compiler failed before: delete {failure}, which has its output, to try again"
+    assert native.why_not() == before
+    assert capfd.readouterr().err == ""
+    assert len(compiler.runs()) == 1
+
+    failure.unlink()
+    compiler.does(copying(compiled))
+    forget()
+    assert_layer_works()
+    assert native.why_not() is None
+
+
+def test_a_compiler_that_cannot_be_run(folder, compiler, assert_layer_works):
+    compiler.path.write_bytes(b"\x7fELF of another machine")
+    assert_layer_works()
+    (name,) = names(folder, ".txt")
+    assert (folder / name).read_text().endswith("it cannot be run: Exec format error\n")
+
+
+def test_a_compiler_that_hangs_ends_with_all_its_processes(
+    folder, compiler, assert_layer_works, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(build, "TIME_LIMIT", 2)
+    child = tmp_path / "child"
+    compiler.does(f"sleep 600 & echo $! > {shlex.quote(str(child))}; wait")
+    assert_layer_works()
+    (name,) = names(folder, ".txt")
+    assert native.why_not() == f"the C++ compiler failed: {folder / name} has its output"
+    assert (folder / name).read_text().endswith("\nit was stopped after 2 seconds\n")
+    assert has_ended(compiler.pid())
+    assert has_ended(int(awaited(child)))
+
+
+# Headers and systems
+
+
+def test_python_without_headers(folder, compiler, assert_layer_works, tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
+    assert_layer_works()
+    assert native.why_not() == (
+        f"there is no {tmp_path}/include/Python.h: the package python3-dev or python3-devel has it"
+    )
+    assert not compiler.runs()
+    assert not names(folder, ".txt")
+
+
+def test_pytorch_without_headers(folder, compiler, assert_layer_works, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+        reason = native.why_not()
+    assert reason == f"this PyTorch came without its headers, which would be in {tmp_path}/include"
+    assert_layer_works()
+    assert not compiler.runs()
+
+
+def test_mica_without_its_sources(folder, compiler, assert_layer_works, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    assert_layer_works()
+    assert native.why_not() == f"{tmp_path}/module.cpp cannot be read (No such file or directory)"
+
+
+@pytest.mark.parametrize("system", ["Windows", "Darwin"])
+def test_other_systems(system, folder, compiler, assert_layer_works, monkeypatch):
+    monkeypatch.setattr(platform, "system", lambda: system)
+    assert_layer_works()
+    assert native.why_not() == f"the C++ has been tried on Linux only, not on {system}"
+    assert not folder.exists()
+
+
+def test_a_python_without_its_lock(folder, compiler, monkeypatch):
+    found = sysconfig.get_config_var
+    monkeypatch.setattr(
+        sysconfig, "get_config_var", lambda name: 1 if name == "Py_GIL_DISABLED" else found(name)
+    )
+    reason = "the C++ relies on the global interpreter lock, which this Python does not have"
+    assert native.why_not() == reason

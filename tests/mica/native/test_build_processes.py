@@ -1,0 +1,161 @@
+"""Builds of several processes at once, and of processes that are killed."""
+
+import multiprocessing
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import filelock
+import pytest
+
+from mica import native
+from mica.native import build
+from tests.support.compilers import Compiler, copying, has_ended, names
+
+ROOT = Path(__file__).resolve().parents[3]
+fork = multiprocessing.get_context("fork")
+
+
+def started(code, *arguments, **environment):
+    """Another process that runs this code."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def build_quietly(folder):
+    """For a process of its own, whose traceback nobody wants to see."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    build.built(folder)
+
+
+def test_processes_that_come_at_once_compile_once(folder, compiler, compiled):
+    compiler.does(f"sleep 0.5; {copying(compiled)}")
+    processes = [fork.Process(target=build_quietly, args=(folder,)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0, 0]
+    assert len(compiler.runs()) == 1
+
+
+def test_those_that_waited_for_a_failure_do_not_try(folder, compiler):
+    compiler.does("sleep 0.5; exit 1")
+    processes = [fork.Process(target=build_quietly, args=(folder,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [1, 1, 1]
+    assert len(compiler.runs()) == 1
+
+
+def test_a_build_that_was_killed_is_done_by_the_next(folder, compiler, compiled, assert_layer_works):
+    compiler.does('head -c 1000 "$0" > "$output"; sleep 600')
+    process = fork.Process(target=build_quietly, args=(folder,))
+    process.start()
+    pid = compiler.pid()
+    while not names(folder, ".tmp"):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    os.killpg(pid, signal.SIGKILL)
+    assert has_ended(pid)
+    assert names(folder, ".tmp")
+
+    compiler.does(copying(compiled))
+    assert_layer_works()
+    assert native.why_not() is None
+    assert not names(folder, ".tmp")
+
+
+def test_ctrl_c_ends_the_compiler_and_the_next_process_builds(folder, compiler, compiled, assert_layer_works):
+    compiler.does("sleep 600")
+    process = fork.Process(target=build_quietly, args=(folder,))
+    process.start()
+    pid = compiler.pid()
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 1
+    assert has_ended(pid)
+    assert not names(folder, ".txt")
+
+    compiler.does(copying(compiled))
+    assert_layer_works()
+    assert native.why_not() is None
+
+
+def test_a_process_that_holds_the_lock_for_long(folder, compiler, assert_layer_works, monkeypatch):
+    monkeypatch.setattr(build, "TIME_LIMIT", 0.3)
+    lock = folder / f"{build._key()}.lock"
+    folder.mkdir()
+    with filelock.FileLock(lock):
+        assert_layer_works()
+    assert native.why_not() == f"another process has held {lock} for 0.3 seconds"
+    assert not compiler.runs()
+
+
+LAYER = """
+import sys
+import torch
+import mica.fast
+from mica import native
+from tests.support.models import randomise, wrap
+from tests.support.stock import step
+
+torch.manual_seed(0)
+model = randomise(wrap(torch.nn.Sequential(torch.nn.Linear(48, 32)), targets=["0"]))
+output, gradients = step(model, torch.randn(5, 48))
+print(native.why_not(), mica.fast.call_counts["linear_native"])
+print(output.tolist(), {name: grad.tolist() for name, grad in gradients.items()})
+"""
+
+
+@pytest.mark.slow
+def test_two_scripts_at_once(folder, compiler, compiled):
+    """The whole of it, in processes as a user starts them: both work, and one says that it compiles."""
+    compiler.does(f"sleep 2; {copying(compiled)}")
+    scripts = [started(LAYER), started(LAYER), started(LAYER, MICA_NATIVE="0")]
+    outputs = [script.communicate() for script in scripts]
+    reasons, results = zip(*(out.splitlines() for out, _ in outputs), strict=True)
+    assert reasons == ("None 1", "None 1", "MICA_NATIVE=0 0")
+    assert len(set(results)) == 1
+    said = [line for _, errors in outputs for line in errors.splitlines() if line.startswith("mica: ")]
+    assert [line.split()[1] for line in said] == ["compiling", "compiled"]
+    assert len(compiler.runs()) == 1
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from mica.native import build
+
+print(build.built(Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+def test_the_real_compiler_is_killed_and_starts_again(folder, tmp_path, compiled, assert_layer_works):
+    real = Compiler(tmp_path / "bin", f'exec {shlex.join(build._compiler())} "$@"')
+    process = started(BUILD, folder, CXX=real.command)
+    pid = real.pid()
+    time.sleep(3)  # it takes four times as long, or more
+    process.kill()
+    process.communicate()
+    os.killpg(pid, signal.SIGKILL)
+    assert has_ended(pid)
+
+    process = started(BUILD, folder, CXX=real.command)
+    output, said = process.communicate()
+    assert process.returncode == 0, said
+    assert names(folder, "") == sorted([Path(output.strip()).name, f"{build._key()}.lock"])
+    assert len(real.runs()) == 2
+    assert_layer_works()
+    assert native.why_not() is None

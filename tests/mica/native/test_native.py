@@ -1,0 +1,104 @@
+"""Where the module comes from, by MICA_NATIVE, and that a process looks for it once."""
+
+import importlib.util
+import threading
+import time
+
+import pytest
+from huggingface_hub import constants
+
+from mica import native
+from mica.native import build
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path, compiled, forget):
+    """The folders that a module is asked of; each of them has it."""
+    folders = []
+
+    def built(folder):
+        folders.append(folder)
+        return compiled
+
+    monkeypatch.setattr(build, "built", built)
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("setting", "folder"),
+    [
+        *((off, None) for off in ("0", "off", "OFF", "FALSE", "No", " 0 ")),
+        *((on, "hub/mica/native") for on in (None, "", "1", "on", "True", "YES", " 1 ")),
+        ("{}/a b", "a b"),
+        ("~/c", "c"),
+    ],
+)
+def test_the_words_of_mica_native(setting, folder, asked, monkeypatch, tmp_path, assert_layer_works):
+    if setting is None:
+        monkeypatch.delenv("MICA_NATIVE", raising=False)
+    else:
+        setting = setting.format(tmp_path)
+        monkeypatch.setenv("MICA_NATIVE", setting)
+    assert_layer_works()
+    if folder is None:
+        assert native.module() is None
+        assert native.why_not() == f"MICA_NATIVE={setting}"
+        assert not asked
+    else:
+        assert native.module() is not None
+        assert native.why_not() is None
+        assert asked == [tmp_path / folder]
+
+
+def test_the_setting_may_change_and_each_is_looked_up_once(asked, monkeypatch, tmp_path, assert_layer_works):
+    for _ in range(2):
+        for setting in ("0", str(tmp_path / "a"), str(tmp_path / "b")):
+            monkeypatch.setenv("MICA_NATIVE", setting)
+            assert_layer_works()
+            assert (native.why_not() is None) == (setting != "0")
+    assert asked == [tmp_path / "a", tmp_path / "b"]
+
+
+def test_threads_that_come_at_once_look_once(asked, monkeypatch, tmp_path, compiled):
+    built = build.built
+
+    def slowly(folder):
+        time.sleep(0.2)
+        return built(folder)
+
+    monkeypatch.setattr(build, "built", slowly)
+    monkeypatch.setenv("MICA_NATIVE", str(tmp_path))
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(native.module())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(asked) == 1
+    assert len(found) == 4
+    assert len(set(map(id, found))) == 1
+
+
+def test_a_reason_is_kept_too(forget, monkeypatch, tmp_path):
+    asked = []
+
+    def refused(folder):
+        asked.append(folder)
+        raise build.BuildError("no luck")
+
+    monkeypatch.setattr(build, "built", refused)
+    monkeypatch.setenv("MICA_NATIVE", str(tmp_path))
+    for _ in range(2):
+        assert native.module() is None
+        assert native.why_not() == "no luck"
+    assert len(asked) == 1
+
+
+def test_importing_builds_nothing(tmp_path, compiled):
+    """A script that uses no layer does not wait for a compiler."""
+    spec = importlib.util.find_spec("mica.native")
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    assert fresh._found == {}
