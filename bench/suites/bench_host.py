@@ -6,8 +6,8 @@ tokens, in small models, in decoding. Here kernels are compiled and handed to a 
 numbers to check; `mica.fast.call_counts` proves that it came from kernels. All other implementations are
 checked first. One thread is timed by its CPU time, so that other processes of the machine count little.
 
-On a CPU the products' own time is in these times: 2 to 4 µs each in fp32, 10 to 30 µs in 16 bits, where oneDNN
-sets up every one. A cell "without products" has the same calls with products that compute nothing
+On a CPU the products' own time is in these times: 2 to 4 µs each in fp32, 10 to 30 µs in 16 bits, where
+oneDNN sets up every one. A cell "without products" has the same calls with products that compute nothing
 (tests/support/no_products.py), as a device's host sees them.
 """
 
@@ -30,7 +30,6 @@ from bench.suites.harness import turns
 from bench.suites.steps import Step, check_all, operators
 from mica import native
 from mica.paths.products import has_native
-
 from tests.support import no_products
 
 no_launch = pytest.importorskip("tests.support.no_launch")  # imports Triton

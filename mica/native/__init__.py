@@ -74,7 +74,7 @@ def _load() -> _Found:
         return _Found(None, f"MICA_NATIVE={value}")
     folder = build.default_folder() if word in _ON else Path(os.path.expanduser(value))
     try:
-        loaded = _imported(build.built(folder))
+        loaded = imported(folder, build.NATIVE)
     except build.BuildError as error:
         return _Found(None, str(error))
     except ImportError as error:
@@ -84,8 +84,15 @@ def _load() -> _Found:
     return _Found(loaded, None)
 
 
-def _imported(path: Path) -> ModuleType:
-    name = "mica_native"  # as the module's own initialisation is called
+def imported(folder: Path, sources: build.Sources) -> ModuleType:
+    """The module that is compiled from these sources and kept in ``folder``.
+
+    Raises:
+        BuildError: see `mica.native.build.built`.
+        ImportError: what was compiled cannot be loaded.
+    """
+    path = build.built(folder, sources)
+    name = sources.name
     spec = spec_from_file_location(name, path, loader=ExtensionFileLoader(name, str(path)))
     loaded = module_from_spec(spec)
     spec.loader.exec_module(loaded)

@@ -21,6 +21,7 @@ import sysconfig
 import time
 import uuid
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import torch
@@ -28,8 +29,6 @@ from huggingface_hub import constants
 
 from mica.subspace.cache import distrusted
 
-FOLDER = Path(__file__).parent
-SOURCES = ("module.cpp", "check.h", "layer.h")
 COMPILERS = ("c++", "g++", "clang++")
 # Optimising more takes a quarter longer, and what is compiled here only calls PyTorch's operators.
 FLAGS = ("-O1", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
@@ -44,24 +43,35 @@ class BuildError(Exception):
     """Why there is no compiled module, in words for the user."""
 
 
+class Sources(NamedTuple):
+    """What a module of Python is compiled from: the first file includes the others."""
+
+    name: str  # of the module, whose initialisation is PyInit_name
+    folder: Path
+    files: tuple[str, ...]
+
+
+NATIVE = Sources("mica_native", Path(__file__).parent, ("module.cpp", "check.h", "layer.h"))
+
+
 def default_folder() -> Path:
     """``mica/native`` in the Hugging Face cache (HF_HOME)."""
     return Path(constants.HF_HOME) / "mica" / "native"
 
 
-def built(folder: Path) -> Path:
+def built(folder: Path, sources: Sources = NATIVE) -> Path:
     """The compiled module in this folder; where there is none, it is compiled first, as stderr then says.
 
     Raises:
         BuildError: it cannot be compiled, or could not when it was tried before.
     """
     _refuse_system()
-    path = folder / f"{_key()}.so"
+    path = folder / f"{_key(sources)}.so"
     try:
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)  # even if the umask lets others write
         _refuse_distrusted(folder)
         if not _is_usable(path):
-            _build(path)
+            _build(path, sources)
     except filelock.Timeout as error:
         raise BuildError(f"another process has held {error.lock_file} for {TIME_LIMIT} seconds") from error
     except OSError as error:
@@ -89,7 +99,7 @@ def _is_usable(path: Path) -> bool:
     return content[-_CHECKSUM_BYTES:] == hashlib.sha256(content[:-_CHECKSUM_BYTES]).digest()
 
 
-def _build(path: Path) -> None:
+def _build(path: Path, sources: Sources) -> None:
     """Compile it, if no other process does so meanwhile."""
     failure = path.with_suffix(".txt")
     _refuse_failed(failure)
@@ -99,7 +109,7 @@ def _build(path: Path) -> None:
         _refuse_failed(failure)
         for abandoned in path.parent.glob(f"{path.stem}.*.tmp"):  # by a process that was killed
             abandoned.unlink(missing_ok=True)
-        _compile(path, failure)
+        _compile(path, sources, failure)
 
 
 def _refuse_failed(failure: Path) -> None:
@@ -109,9 +119,9 @@ def _refuse_failed(failure: Path) -> None:
         )
 
 
-def _compile(path: Path, failure: Path) -> None:
+def _compile(path: Path, sources: Sources, failure: Path) -> None:
     temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
-    command = [*_compiler(), *_arguments(temporary)]
+    command = [*_compiler(), *_arguments(sources, temporary)]
     _say(f"compiling C++ for PyTorch {torch.__version__}, once on this machine: about half a minute")
     begin = time.monotonic()
     problem = _problem_of(command)
@@ -206,18 +216,18 @@ def _includes() -> list[Path]:
     return [root, root / "torch" / "csrc" / "api" / "include", python]
 
 
-def _arguments(output: Path) -> list[str]:
+def _arguments(sources: Sources, output: Path) -> list[str]:
     arguments = [*FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     for folder in _includes():
         arguments += ["-isystem", str(folder)]
     libraries = Path(torch.__file__).parent / "lib"
-    arguments += [str(FOLDER / SOURCES[0]), "-o", str(output), "-L", str(libraries)]
+    arguments += [str(sources.folder / sources.files[0]), "-o", str(output), "-L", str(libraries)]
     arguments += [f"-l{library}" for library in LIBRARIES]
     return arguments
 
 
-def _key() -> str:
-    """Everything that the compiled module depends on."""
+def _key(sources: Sources) -> str:
+    """Everything that the compiled module depends on, after its name."""
     facts = [
         torch.__version__,
         str(torch.version.git_version),
@@ -227,10 +237,10 @@ def _key() -> str:
         *FLAGS,
     ]
     digest = hashlib.sha256("\0".join(facts).encode())
-    for name in SOURCES:
-        source = FOLDER / name
+    for name in sources.files:
+        source = sources.folder / name
         try:
             digest.update(source.read_bytes())
         except OSError as error:
             raise BuildError(f"{source} cannot be read ({error.strerror})") from error
-    return f"mica_native-{digest.hexdigest()[:24]}"
+    return f"{sources.name}-{digest.hexdigest()[:24]}"

@@ -8,13 +8,13 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from mica.native import build, folder, imported
+from mica.native import build, imported
 
 
 @cache
 def _module() -> ModuleType:
     sources = build.Sources("no_products", Path(__file__).parent, ("no_products.cpp",))
-    return imported(build.built(folder(), sources), sources.name)
+    return imported(build.default_folder(), sources)
 
 
 @contextmanager

@@ -238,7 +238,7 @@ def test_the_c_plus_plus_is_compiled_or_not_used_and_neither_is_broken(run, monk
     unused = "not used, so Python calls PyTorch's operators, with the same results: "
     assert text_under(lines, "C++") == f"{unused}MICA_NATIVE=0"
 
-    def refused(folder):
+    def refused(folder, sources):
         raise build.BuildError(f"nothing is compiled in {folder}")
 
     monkeypatch.setattr(build, "built", refused)

@@ -1,4 +1,4 @@
-"""What is compiled, by which compilers and on which systems; where nothing is, a layer works and has a reason."""
+"""What is compiled, by which compilers, on which systems; where nothing is, a layer works and has a reason."""
 
 import os
 import platform
@@ -87,21 +87,21 @@ def test_so_has_another_python(folder, compiler, monkeypatch):
     assert build.built(folder) != path
 
 
-@pytest.mark.parametrize("name", build.SOURCES)
-def test_so_has_another_source(name, folder, compiler, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", build.NATIVE.files)
+def test_so_has_another_source(name, folder, compiler, tmp_path):
     path = build.built(folder)
-    shutil.copytree(build.FOLDER, tmp_path / "sources")
-    monkeypatch.setattr(build, "FOLDER", tmp_path / "sources")
-    assert build.built(folder) == path
-    with open(tmp_path / "sources" / name, "a") as source:
+    copied = build.NATIVE._replace(folder=tmp_path / "sources")
+    shutil.copytree(build.NATIVE.folder, copied.folder)
+    assert build.built(folder, copied) == path
+    with open(copied.folder / name, "a") as source:
         source.write("// changed\n")
-    assert build.built(folder) != path
+    assert build.built(folder, copied) != path
 
 
 def test_all_sources_are_known():
     """One that is not in the file's name would not be compiled again when it changes."""
-    found = {path.name for pattern in ("*.cpp", "*.h") for path in build.FOLDER.glob(pattern)}
-    assert found == set(build.SOURCES)
+    found = {path.name for pattern in ("*.cpp", "*.h") for path in build.NATIVE.folder.glob(pattern)}
+    assert found == set(build.NATIVE.files)
 
 
 # Compilers
@@ -237,7 +237,7 @@ def test_pytorch_without_headers(folder, compiler, assert_layer_works, tmp_path,
 
 
 def test_mica_without_its_sources(folder, compiler, assert_layer_works, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    monkeypatch.setattr(build, "NATIVE", build.NATIVE._replace(folder=tmp_path))
     assert_layer_works()
     assert native.why_not() == f"{tmp_path}/module.cpp cannot be read (No such file or directory)"
 

@@ -94,7 +94,7 @@ def test_ctrl_c_ends_the_compiler_and_the_next_process_builds(folder, compiler, 
 
 def test_a_process_that_holds_the_lock_for_long(folder, compiler, assert_layer_works, monkeypatch):
     monkeypatch.setattr(build, "TIME_LIMIT", 0.3)
-    lock = folder / f"{build._key()}.lock"
+    lock = folder / f"{build._key(build.NATIVE)}.lock"
     folder.mkdir()
     with filelock.FileLock(lock):
         assert_layer_works()
@@ -155,7 +155,7 @@ def test_the_real_compiler_is_killed_and_starts_again(folder, tmp_path, compiled
     process = started(BUILD, folder, CXX=real.command)
     output, said = process.communicate()
     assert process.returncode == 0, said
-    assert names(folder, "") == sorted([Path(output.strip()).name, f"{build._key()}.lock"])
+    assert names(folder, "") == sorted([Path(output.strip()).name, f"{build._key(build.NATIVE)}.lock"])
     assert len(real.runs()) == 2
     assert_layer_works()
     assert native.why_not() is None

@@ -16,7 +16,7 @@ def asked(monkeypatch, tmp_path, compiled, forget):
     """The folders that a module is asked of; each of them has it."""
     folders = []
 
-    def built(folder):
+    def built(folder, sources):
         folders.append(folder)
         return compiled
 
@@ -84,7 +84,7 @@ def test_threads_that_come_at_once_look_once(asked, monkeypatch, tmp_path, compi
 def test_a_reason_is_kept_too(forget, monkeypatch, tmp_path):
     asked = []
 
-    def refused(folder):
+    def refused(folder, sources):
         asked.append(folder)
         raise build.BuildError("no luck")
 
