@@ -1,4 +1,4 @@
-"""What is compiled, by which compilers, on which systems; where nothing is, a layer works and has a reason."""
+"""What is compiled, by which compilers, on which systems; elsewhere a layer works and has a reason."""
 
 import os
 import platform

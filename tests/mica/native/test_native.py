@@ -64,9 +64,9 @@ def test_the_setting_may_change_and_each_is_looked_up_once(asked, monkeypatch, t
 def test_threads_that_come_at_once_look_once(asked, monkeypatch, tmp_path, compiled):
     built = build.built
 
-    def slowly(folder):
+    def slowly(folder, sources):
         time.sleep(0.2)
-        return built(folder)
+        return built(folder, sources)
 
     monkeypatch.setattr(build, "built", slowly)
     monkeypatch.setenv("MICA_NATIVE", str(tmp_path))
