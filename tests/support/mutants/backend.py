@@ -103,7 +103,6 @@ BACKEND = {
             ("if dropout_p:", "if False:"),
         ],
         "operands_of": [
-            ("if module is None", "if True"),
             ("if module is not _configured", "if False"),
         ],
         "operands_by_python": [
