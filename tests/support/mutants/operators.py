@@ -124,17 +124,19 @@ OPERATORS = {
         ],
         "_MicaLinear.backward": [("torch.is_grad_enabled() or", ""), ("or not is_eager(grad_output, x)", "")],
         "_cast": [("seed, x.dtype", "seed, None")],
-        "_native": [
-            ("dropout_p or", ""),
-            ("choice.form != NATIVE", "False"),
-            ("*operands, grad_dtype)", "*operands, None)"),
-        ],
         "linear_eager": [
             ("(lora_A.requires_grad or x.requires_grad)", "lora_A.requires_grad"),
             ("with no_autocast():", "if True:"),
             ("below_autograd(), no_autocast()", "below_autograd()"),
             ("None, autocast_dtype)", "None, None)"),
             ("x, weight = x.to(autocast_dtype), weight.to(autocast_dtype)", "x = x.to(autocast_dtype)"),
+        ],
+    },
+    ("mica/ops/linear.py", "tests/mica/fast/test_changes.py", "-k", "dropout or autocast or variable"): {
+        "_native": [
+            ("dropout_p or", ""),
+            ("choice.form != NATIVE", "False"),
+            ("*operands, grad_dtype)", "*operands, None)"),
         ],
     },
     ("mica/ops/linear.py", "tests/mica/fast/test_layer_tensors.py", "-k", "without_dimensions"): {
