@@ -216,7 +216,7 @@ inline PyObject* operands(PyObject* layer, PyObject* given_x) {
     return nullptr;
   }
   const Tensor& x = THPVariable_Unpack(given_x);
-  const bool is_ordinary = x.layout() == at::kStrided && !x.is_nested() && x.dim() > 0;
+  const bool is_ordinary = x.layout() == at::kStrided && !x.is_nested();
   if (!is_ordinary || !(x.is_cpu() || x.is_cuda())) {
     return nullptr;
   }

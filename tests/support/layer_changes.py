@@ -152,6 +152,11 @@ CHANGES = {
     "a backward hook on lora_A": (_hook(A, **TWICE_BACK), PEFT, f"{HOOKED}lora_A"),
     "a trained weight": (_set(f"{BASE_WEIGHT}.requires_grad", True), CALLED, "the base weight is trainable"),
     "a trained bias": (_set(f"{BASE}.bias.requires_grad", True), CALLED, "the base bias is trainable"),
+    "a partitioned bias": (
+        _set(f"{BASE}.bias.ds_id", 0),
+        CALLED,
+        "the base bias is offloaded or partitioned",
+    ),
     "a trained lora_B": (_set(f"{B_WEIGHT}.requires_grad", True), PEFT, "the lora_B is trainable"),
     "a frozen lora_A": (_set(f"{A_WEIGHT}.requires_grad", False), FUSED, ""),
     "a sparse lora_A": (changed(A_WEIGHT, _sparse), PEFT, "the lora_A has layout torch.sparse_coo"),

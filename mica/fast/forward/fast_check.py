@@ -101,7 +101,7 @@ def _configure(module: ModuleType) -> None:
 
 def operands_by_python(layer, x: Tensor) -> Operands | None:
     """What the C++ finds."""
-    if type(layer) is not lora.Linear or type(x) not in TENSOR_TYPES or x.dim() == 0 or not is_eager():
+    if type(layer) is not lora.Linear or type(x) not in TENSOR_TYPES or not is_eager():
         return None
     if x.is_cpu:
         device_type = "cpu"

@@ -116,6 +116,15 @@ def test_dtypes_autocast_and_settings(layer):
     assert_runs(layer, FUSED)
 
 
+def test_autocast_s_dtype_goes_before_the_setting_s():
+    layer, narrow = layer_of(torch.bfloat16), X.bfloat16().repeat(8, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(narrow)
+        mica.fast.enable(compute_dtype=torch.float32)
+        assert torch.equal(layer(narrow), expected)
+    assert not torch.equal(layer(narrow), expected)
+
+
 def test_switched_off_and_on(layer):
     assert_runs(layer, FUSED)
     with mica.fast.disabled():

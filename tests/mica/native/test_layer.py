@@ -114,6 +114,21 @@ def test_the_bits_are_python_s(monkeypatch, rows, dtype, adapter_dtype, compute_
     check_same_bits(layer, monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scaling", "size"),
+    [(FP16, 2.0**-20, 2.0**10), (FP32, 2.0**-140, 2.0**100), (FP32, 2.0**127, 2.0**-100)],
+)
+def test_the_bits_of_scalings_that_no_factor_can_take_exactly(monkeypatch, dtype, scaling, size):
+    """Numbers of x and dy that large bring back what the scaled factors have lost."""
+    layer = Layer((2,), dtype, scaling=scaling, bias=False)
+    layer.weight.zero_()
+    layer.x *= size
+    layer.grad_output *= size
+    check_same_bits(layer, monkeypatch)
+    y, *_ = results(layer)
+    assert y.any()
+
+
 @pytest.mark.parametrize("autocast_dtype", [BF16, FP16])
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP32)])
 @pytest.mark.parametrize("rows", [(5,), (2, 9), (1100,)], ids=str)

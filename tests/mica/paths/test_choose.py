@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -106,6 +108,98 @@ def test_the_form_of_a_layer_and_why_it_is_not_on_kernels(a_gpu, forms, dtypes, 
     if None not in expected:
         a_gpu.setenv("MICA_BACKEND", "triton")  # demanded kernels run
         assert choose.decide("linear", GPU, 16, dtypes, lambda: rows)[:2] == ("split", None)
+
+
+# -- from C++ or from Python -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled(a_gpu):
+    """As if there were the C++, and this processor had all instructions."""
+    a_gpu.setattr(choose.native, "why_not", lambda: None)
+    a_gpu.setattr(choose.products, "has_native", lambda dtype: True)
+    return a_gpu
+
+
+def test_a_layer_without_kernels_is_called_from_cpp(compiled):
+    for _ in range(2):
+        layer = choose.decide("linear", CPU, 16, MASTERS, is_layer=True)
+        assert layer == (choose.NATIVE, "no GPU", None)
+        other = choose.decide("linear", CPU, 16, MASTERS)
+        assert other == (choose.REFERENCE, "no GPU", None)
+
+
+def test_why_a_layer_is_called_from_python(compiled):
+    compiled.setattr(choose.native, "why_not", lambda: "no compiler")
+    assert choose.decide("linear", CPU, 16, MASTERS, is_layer=True) == (
+        choose.REFERENCE,
+        "no GPU",
+        "no compiler",
+    )
+    assert choose.decide("linear", CPU, 16, MASTERS) == (choose.REFERENCE, "no GPU", None)
+
+
+def test_a_layer_s_language_is_kept_until_the_environment_changes(compiled):
+    compiled.setattr(choose.native, "why_not", lambda: os.environ.get("MICA_NATIVE"))
+    compiled.delenv("MICA_NATIVE", raising=False)
+    for setting, form in ((None, choose.NATIVE), ("0", choose.REFERENCE), (None, choose.NATIVE)):
+        if setting is None:
+            compiled.delenv("MICA_NATIVE", raising=False)
+        else:
+            compiled.setenv("MICA_NATIVE", setting)
+        assert choose.decide("linear", CPU, 16, ONE_DTYPE, is_layer=True).form == form
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "named"),
+    [
+        (ONE_DTYPE, "bfloat16"),
+        ((BF16, *(torch.float32,) * 3), "bfloat16"),
+        ((torch.float32, torch.float16, torch.float32, torch.float32), "float16"),
+        ((torch.float32, torch.float32, BF16, BF16), None),  # which are cast
+    ],
+)
+def test_products_without_instructions_are_python_s(compiled, dtypes, named):
+    compiled.setattr(choose.products, "has_native", lambda dtype: dtype.itemsize != 2)
+    compiled.setenv("MICA_BACKEND", "reference")
+    choice = choose.decide("linear", CPU, 16, dtypes, is_layer=True)
+    reason = None if named is None else f"this processor has no instructions for {named}"
+    assert choice[2] == reason
+    assert choice.form == (choose.NATIVE if named is None else choose.REFERENCE)
+    assert choose.decide("linear", GPU, 16, dtypes, is_layer=True).form == choose.NATIVE
+
+
+@pytest.mark.parametrize("why_python", [None, "no compiler"])
+def test_kernels_that_are_demanded_are_no_business_of_cpp_s(compiled, why_python):
+    compiled.setattr(choose.native, "why_not", lambda: why_python)
+    compiled.setenv("MICA_BACKEND", "triton")
+    assert choose.decide("linear", CPU, 16, MASTERS, is_layer=True) == (choose.ERROR, "no GPU", None)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "why_python", "is_layer", "form"),
+    [
+        (MASTERS, None, True, "native"),
+        (MASTERS, None, False, "split"),
+        (MASTERS, "no compiler", True, "split"),
+        (ONE_DTYPE, None, True, "native"),
+        (ONE_DTYPE, None, False, "reference"),
+        (ONE_DTYPE, "no compiler", True, "reference"),
+    ],
+)
+def test_few_tokens_over_masters_are_worth_it_from_cpp_only(compiled, dtypes, why_python, is_layer, form):
+    compiled.setattr(choose.native, "why_not", lambda: why_python)
+    compiled.setattr(choose, "_forms_of", lambda *args: configs.Forms(0, 256, "split", "split"))
+    compiled.setattr(configs, "HOST_BOUND", 8 * 32 * 48)
+    rows = choose.Rows(8, 32, 48, (32, 48), has_dropout=False, is_aligned=True)
+    choice = choose.decide("linear", GPU, 16, dtypes, lambda: rows, is_layer)
+    assert choice.form == form
+    assert choice.reason == (None if form == "split" else FEW)
+    many = rows._replace(tokens=9)
+    assert choose.decide("linear", GPU, 16, dtypes, lambda: many, is_layer).form == "split"
+
+
+# -- other forms -------------------------------------------------------------------------------------
 
 
 def test_mixed_needs_a_rank_without_padding(a_gpu):

@@ -79,18 +79,45 @@ BACKEND = {
         ],
         "Added.__call__": [("in self.adapters", "in self.adapters[1:]")],
     },
+    ("mica/fast/forward/decide.py", "tests/mica/fast/test_explain_runs.py"): {
+        "Fused.choices": [('why_python="dropout"', "why_python=None"), ("dropout_p == 0.0", "True")],
+    },
+    ("mica/fast/forward/call_counts.py", "tests/mica/fast/test_explain_runs.py"): {
+        "note_operators": [
+            ("_state.calls is None", "True"),
+            ("autocast_dtype = torch.get_autocast_dtype(x.device.type)", "pass"),
+        ],
+    },
     (
         "mica/fast/forward/fast_check.py",
+        "tests/mica/fast/test_fast_check.py",
         "tests/mica/fast/test_changes.py",
-        "tests/mica/fast/test_eligibility.py",
+        "tests/mica/fast/test_explain_runs.py",
     ): {
-        "fused_eager": [
+        "run": [
+            ("if torch.compiler.is_compiling()", "if False"),
+            ("if operands is None:\n        return None", "pass"),
+            ("call_counts.note_operators(layer, x)", "pass"),
+            ("None if autocast_dtype is not None else", ""),
+            ("compute_dtype(x.dtype)", "None"),
+            ("if dropout_p:", "if False:"),
+        ],
+        "operands_of": [
+            ("if module is not _configured", "if False"),
+        ],
+        "operands_by_python": [
             ("type(layer) is not lora.Linear", "not isinstance(layer, lora.Linear)"),
             ("or not is_eager()", ""),
             ("or type(x) not in TENSOR_TYPES", ""),
+            ("else:\n        return None", 'else:\n        device_type = "cpu"'),
             ("len(name) != 1", "not name"),
             ("or type(scaling) is not float", ""),
             ("_is_special(layer, base, name) or", ""),
+            ("type(dropout.p) is not float or", ""),
+            ("or dropout.p >= 1.0", ""),
+            ("dropout.p if dropout.training else 0.0", "dropout.p"),
+            ("dropout.p if dropout.training else 0.0", "0.0"),
+            ("if torch.is_autocast_enabled(device_type)", "if False"),
         ],
         "_are_cast": [
             ("bias is not None and bias.dtype not in _CAST", "False"),
@@ -102,6 +129,9 @@ BACKEND = {
         "_are_multiplied": [
             ("weight.dtype is not dtype or", ""),
             ("lora_B.dtype is not lora_A.dtype or", ""),
+            ("or dtype not in FLOATING", ""),
+            ("lora_A.dtype is torch.float32 and", ""),
+            ("and dtype in SIXTEEN_BIT", ""),
             ("is_master and casts_input", "is_master"),
         ],
         "_is_special": [
@@ -113,12 +143,12 @@ BACKEND = {
         ],
         "_are_plain_modules": [
             ("base) is type(", ""),
-            ("and type(dropout) is _IDENTITY", ""),
+            ("and kind in _CODE", ""),
             ("if any(_GLOBAL_HOOKS)", "if False"),
             ("_LINEAR.forward,", "FORWARDS[_LINEAR],"),
-            ("_IDENTITY.forward,", "FORWARDS[_IDENTITY],"),
+            ("kind.forward,", "FORWARDS[kind],"),
             ("_LINEAR.__call__,", "CALL,"),
-            ("_IDENTITY.__call__,", "CALL,"),
+            ("kind.__call__,", "CALL,"),
             (", functional.linear", ", LINEAR"),
             ("in (base, lora_A", "in (lora_A"),
             ("in (base, lora_A, lora_B", "in (base, lora_B"),
@@ -130,10 +160,15 @@ BACKEND = {
             ('and lora_B._parameters["bias"] is None', ""),
         ],
         "_are_plain_tensors": [
+            ("type(tensor) not in TENSOR_TYPES or", ""),
             ('or hasattr(tensor, "ds_id")', ""),
+            ("type(bias) not in TENSOR_TYPES or", ""),
+            ('or hasattr(bias, "ds_id")', ""),
             ("_facts(weight) != _FROZEN or", ""),
             ("or _facts(lora_B) != _FROZEN", ""),
             ("or _facts(bias) != _FROZEN", ""),
+            ("lora_A.layout, lora_A", "torch.strided, lora_A"),
+            ("lora_A.is_meta,", "False,"),
             ("lora_A.is_inference(), x.layout", "False, x.layout"),
             ("x.layout, x.is_nested)", "torch.strided, x.is_nested)"),
             ("x.layout, x.is_nested)", "x.layout, False)"),
@@ -143,6 +178,12 @@ BACKEND = {
             ('"_forward_pre_hooks", ', ""),
             ('"_backward_hooks", ', ""),
             (', "_backward_pre_hooks"', ""),
+        ],
+        "_GLOBAL_HOOKS": [
+            ("nn_module._global_forward_hooks,", ""),
+            ("nn_module._global_forward_pre_hooks,", ""),
+            ("nn_module._global_backward_hooks,", ""),
+            ("nn_module._global_backward_pre_hooks,", ""),
         ],
     },
     ("mica/fast/forward/eligibility.py", "tests/mica/fast/test_layer_tensors.py", "-k", "scaling"): {
@@ -154,7 +195,13 @@ BACKEND = {
         "tests/mica/fast/test_eligibility.py",
         "tests/mica/fast/test_explain.py",
     ): {
-        "OnOperators.explained": [("path = choice.form", "pass"), ("if self.why_called", "if False")],
+        "OnOperators.explained": [
+            ("path = ERROR if choice.form == ERROR else REFERENCE", "pass"),
+            ("ERROR if choice.form == ERROR else REFERENCE", "choice.form"),
+            ("ERROR if choice.form == ERROR else REFERENCE", "REFERENCE"),
+            ("if choice.why_python is not None", "if False"),
+            ("if self.why_called", "if False"),
+        ],
         "read_adapters": [("not is_mica(layer, name)", "False")],
         "_why_not_state": [
             ("if layer.disable_adapters", "if False"),

@@ -54,15 +54,43 @@ OPERATORS = {
     },
     ("mica/paths/choose.py", "tests/mica/paths/test_choose.py"): {
         "decide": [
-            ("key = (setting(), _interpreting()", "key = (_interpreting()"),
-            ("key = (setting(), _interpreting()", "key = (setting()"),
-            ("dtypes, function)\n    choice", "dtypes)\n    choice"),
+            ("key = (setting(), native", "key = (native"),
+            ("native.setting(), _interpreting(),", "_interpreting(),"),
+            ("native.setting(), _interpreting(),", "native.setting(),"),
+            ("dtypes, function, is_layer)\n    choice", "dtypes, is_layer)\n    choice"),
+            ("dtypes, function, is_layer)\n    choice", "dtypes, function)\n    choice"),
             ("runtime.is_settled(device)", "True"),
             ("choice is not _ON_KERNELS or", ""),
         ],
-        "_without_kernels": [('ERROR if requested() == "triton" else REFERENCE', "REFERENCE")],
-        "_form_of_layer": [
+        "_choose": [
+            ('if requested() == "triton"', "if False"),
+            ("_without_kernels(reason, device, dtypes, is_layer)", "Choice(REFERENCE, reason)"),
+        ],
+        "_without_kernels": [
+            ("if not is_layer", "if False"),
+            ("NATIVE if why_python is None else REFERENCE", "NATIVE"),
+            ("reason, why_python)", "reason)"),
+        ],
+        "_why_not_native": [
+            ("if reason is not None", "if False"),
+            ("in (row_dtype, product_dtype)", "in (row_dtype,)"),
+            ("in (row_dtype, product_dtype)", "in (product_dtype,)"),
+            ('device.type == "cpu" and', ""),
+            ("and not products.has_native(dtype)", "and False"),
+        ],
+        "_why_not_suited": [
+            ("if form == REFERENCE", "if False"),
             ("if are_narrow(*rows.strides)", "if are_narrow(rows.out_features)"),
+            ("rows.has_dropout or", ""),
+            ("or not _is_host_bound(rows)", ""),
+            ("has_one_dtype or", ""),
+            ("has_one_dtype or (is_layer and native.why_not() is None)", "True"),
+            ("has_one_dtype or (is_layer and native.why_not() is None)", "has_one_dtype"),
+            ("is_layer and", ""),
+            ("and native.why_not() is None", ""),
+        ],
+        "_form_of_layer": [
+            ("_without_kernels(reason, device, dtypes, is_layer)", "Choice(REFERENCE, reason)"),
             ('setting() not in ("triton", b"triton")', "True"),
             ('elif form == REFERENCE:\n        form = "split"', "elif False:\n        pass"),
             ("product_dtype.itemsize == 2", "True"),
@@ -70,8 +98,6 @@ OPERATORS = {
             ("is_sixteen_bit and not rows.has_dropout and", "is_sixteen_bit and"),
             ("and rank % 16 == 0", ""),
             ('form if rows.is_aligned else "split"', "form"),
-            ("has_one_dtype and not rows.has_dropout and", "has_one_dtype and"),
-            ("has_one_dtype and not rows.has_dropout and", "not rows.has_dropout and"),
             ('forms.backward if function == "linear_backward" else forms.forward', "forms.forward"),
         ],
         "_is_host_bound": [("<= configs.HOST_BOUND", "< configs.HOST_BOUND")],
@@ -104,6 +130,23 @@ OPERATORS = {
             ("below_autograd(), no_autocast()", "below_autograd()"),
             ("None, autocast_dtype)", "None, None)"),
             ("x, weight = x.to(autocast_dtype), weight.to(autocast_dtype)", "x = x.to(autocast_dtype)"),
+        ],
+    },
+    ("mica/ops/linear.py", "tests/mica/fast/test_changes.py", "-k", "dropout or autocast or variable"): {
+        "_native": [
+            ("dropout_p or", ""),
+            ("choice.form != NATIVE", "False"),
+            ("*operands, grad_dtype)", "*operands, None)"),
+        ],
+    },
+    ("mica/ops/linear.py", "tests/mica/fast/test_layer_tensors.py", "-k", "without_dimensions"): {
+        "_native": [("or x.dim() == 0", "")],
+    },
+    ("mica/ops/linear.py", "tests/mica/fast/test_explain_runs.py"): {
+        "_native": [
+            ("if x.dtype is not dtype", "if False"),
+            ("dtype = grad_dtype or x.dtype", "dtype = x.dtype"),
+            ("is_layer=True", "is_layer=False"),
         ],
     },
     (

@@ -1,0 +1,306 @@
+"""Which calls the quick check recognises, in both languages: the same ones, with the same operands.
+
+What it overlooks would run wrongly. What it refuses needlessly runs slowly, which no other test sees.
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mica.fast.forward import fast_check
+from tests.support.layer_changes import A_WEIGHT, B_WEIGHT, BASE_WEIGHT, CHANGES, FUSED, add, changed
+from tests.support.models import net, randomise
+
+pytestmark = pytest.mark.usefixtures("language")
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+X = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(0))
+
+
+def layer_of(dtype=FP32, **config):
+    model = randomise(net(dtype, targets=["up"], **config))
+    add.config = model.peft_config["default"]
+    return model.base_model.model.up
+
+
+def check_common(layer, x=X, dropout_p=0.0, autocast_dtype=None, name="default"):
+    """It is recognised, with these operands, which are nobody's copies."""
+    weight, lora_A, lora_B, scaling, bias, *numbers = fast_check.operands_of(layer, x)
+    assert weight is layer.base_layer.weight
+    assert bias is layer.base_layer.bias
+    assert lora_A is layer.lora_A[name].weight
+    assert lora_B is layer.lora_B[name].weight
+    assert scaling is layer.scaling[name]
+    assert numbers == [dropout_p, autocast_dtype]
+
+
+def check_uncommon(layer, x=X):
+    assert fast_check.operands_of(layer, x) is None
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_seen_and_so_is_its_undoing(name):
+    layer = layer_of()
+    change, operators, _ = CHANGES[name]
+    check_common(layer)
+    undo = change(layer)
+    try:
+        if operators != FUSED or name == "a scaling that is a tensor":
+            check_uncommon(layer)
+        elif name == "dropout":
+            check_common(layer, dropout_p=0.5)
+        else:
+            check_common(layer, name="second" if name == "another adapter" else "default")
+    finally:
+        undo()
+    if name != "a parametrized base":  # whose weight PyTorch makes a buffer
+        check_common(layer)
+
+
+# -- numbers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype", "is_common"),
+    [
+        *((dtype, dtype, True) for dtype in (FP64, FP32, BF16, FP16)),
+        (BF16, FP32, True),
+        (FP16, FP32, True),
+        (BF16, FP16, False),
+        (BF16, FP64, False),
+        (FP32, BF16, False),
+        (FP64, FP32, False),
+    ],
+)
+def test_dtypes(dtype, adapter_dtype, is_common):
+    layer = layer_of(dtype)
+    layer.lora_A.to(adapter_dtype), layer.lora_B.to(adapter_dtype)
+    for around in (nullcontext, torch.no_grad):
+        with around():
+            (check_common if is_common else check_uncommon)(layer, X.to(dtype))
+
+
+@pytest.mark.parametrize("part", ["x", BASE_WEIGHT, A_WEIGHT, B_WEIGHT])
+def test_one_of_another_dtype(part):
+    for dtype, other in ((FP32, BF16), (BF16, FP32), (FP32, FP64)):
+        layer, x = layer_of(dtype, autocast_adapter_dtype=False), X.to(dtype)
+        if part == "x":
+            x = x.to(other)
+        else:
+            parameter = layer.get_parameter(part)
+            parameter.data = parameter.data.to(other)
+        check_uncommon(layer, x)
+
+
+@pytest.mark.parametrize("autocast_dtype", [BF16, FP16])
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(FP32, FP32), (BF16, FP32), (FP32, BF16), (BF16, FP16)])
+def test_autocast(dtype, adapter_dtype, autocast_dtype):
+    layer = layer_of(dtype)
+    layer.lora_A.to(adapter_dtype), layer.lora_B.to(adapter_dtype)
+    with torch.autocast("cpu", autocast_dtype):
+        for x in (X, X.bfloat16(), X.half()):
+            check_common(layer, x, autocast_dtype=autocast_dtype)
+        with torch.autocast("cpu", enabled=False):
+            (check_common if dtype == adapter_dtype == FP32 else check_uncommon)(layer)
+
+
+@pytest.mark.parametrize("part", ["x", "base_layer.bias", BASE_WEIGHT, A_WEIGHT, B_WEIGHT])
+def test_fp64_under_autocast(part):
+    """Autocast leaves it as it is."""
+    layer, x = layer_of(), X
+    if part == "x":
+        x = x.double()
+    else:
+        parameter = layer.get_parameter(part)
+        parameter.data = parameter.data.double()
+    with torch.autocast("cpu", BF16):
+        check_uncommon(layer, x)
+
+
+def test_dropout():
+    layer = layer_of(lora_dropout=0.25)
+    dropout = layer.lora_dropout["default"]
+    check_common(layer, dropout_p=0.25)
+    dropout.eval()
+    check_common(layer)
+    dropout.train()
+    for p in (1.0, 1, 0, torch.tensor(0.5)):
+        dropout.p = p
+        check_uncommon(layer)
+
+
+def test_dropout_whose_training_is_no_bool():
+    layer = layer_of(lora_dropout=0.25)
+    layer.lora_dropout["default"].training = 1
+    operands = fast_check.operands_of(layer, X)
+    assert operands is None or operands[5] == 0.25
+    assert not torch.equal(layer(X), layer(X))
+
+
+@pytest.mark.parametrize("names", ["default", ["default"], ["default", "second"], ["second", "default"], []])
+def test_active_adapters(names):
+    layer = layer_of()
+    add(layer, "second")
+    layer._active_adapter = names
+    (check_common if names in ("default", ["default"]) else check_uncommon)(layer)
+
+
+# -- who else would have to see the call ---------------------------------------------------------------
+
+
+class SeesOperators(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class SeesFunctions(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("around", [SeesOperators, SeesFunctions, forward_ad.dual_level])
+def test_modes(around):
+    layer = layer_of()
+    with around():
+        check_uncommon(layer)
+    check_common(layer)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        torch.func.vmap,
+        lambda function: torch.func.grad(lambda x: function(x).sum()),
+        lambda function: torch.jit.trace(function, X, check_trace=False),
+    ],
+    ids=["vmap", "grad", "trace"],
+)
+def test_transforms(transform):
+    layer, found = layer_of(), []
+
+    def function(x):
+        found.append(fast_check.operands_of(layer, x))
+        return x * 2
+
+    transformed = transform(function)
+    if not found:
+        transformed(X)
+    assert found
+    assert not any(found)
+    check_common(layer)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn_module.register_module_forward_hook,
+        nn_module.register_module_forward_pre_hook,
+        nn_module.register_module_full_backward_hook,
+        nn_module.register_module_full_backward_pre_hook,
+    ],
+)
+def test_hooks_on_all_modules(register):
+    layer = layer_of()
+    handle = register(lambda *_: None)
+    check_uncommon(layer)
+    handle.remove()
+    check_common(layer)
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_on_one_module(part, kind):
+    layer = layer_of()
+    handle = getattr(layer.get_submodule(part), f"register_{kind}_hook")(lambda *_: None)
+    check_uncommon(layer)
+    handle.remove()
+    check_common(layer)
+
+
+@pytest.mark.parametrize("name", ["forward", "__call__"])
+def test_another_dropout_for_all(monkeypatch, name):
+    layer, plain = layer_of(lora_dropout=0.25), layer_of()
+    monkeypatch.setattr(nn.Dropout, name, lambda self, x: x, raising=False)
+    check_uncommon(layer)
+    check_common(plain)  # an nn.Identity
+
+
+# -- tensors -------------------------------------------------------------------------------------------
+
+
+class Other(torch.Tensor):
+    pass
+
+
+INPUTS = {
+    "of a subclass": lambda x: x.as_subclass(Other),
+    "sparse": torch.Tensor.to_sparse,
+    "mkldnn": torch.Tensor.to_mkldnn,
+    "nested": lambda x: torch.nested.nested_tensor([x[0], x[1, :2]]),
+    "jagged": lambda x: torch.nested.nested_tensor([x[0], x[1, :2]], layout=torch.jagged),
+    "meta": lambda x: x.to("meta"),
+    "integers": torch.Tensor.long,
+    "complex": lambda x: x.to(torch.complex64),
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_other_inputs(kind):
+    check_uncommon(layer_of(), INPUTS[kind](X))
+
+
+@pytest.mark.parametrize("rows", [(), (3,), (2, 3), (2, 1, 3), (0,)], ids=str)
+def test_any_rows(rows):
+    layer = layer_of()
+    check_common(layer, torch.randn(*rows, 12))
+    check_common(layer, torch.randn(*rows, 24)[..., ::2])
+    with torch.inference_mode():
+        check_common(layer, torch.randn(*rows, 12))
+
+
+@pytest.mark.parametrize("part", ["base_layer.bias", BASE_WEIGHT, A_WEIGHT, B_WEIGHT])
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda weight: nn.Parameter(weight.detach().as_subclass(Other), weight.requires_grad),
+        lambda weight: nn.Parameter(weight.detach().to_sparse(), weight.requires_grad),
+        lambda weight: nn.Parameter(weight.detach().to("meta"), weight.requires_grad),
+    ],
+    ids=["a subclass", "sparse", "meta"],
+)
+def test_other_weights(part, other):
+    layer = layer_of()
+    undo = changed(part, other)(layer)
+    check_uncommon(layer)
+    undo()
+    check_common(layer)
+
+
+def test_a_missing_weight():
+    """As where a parametrization or FSDP holds it."""
+    for part in ("base_layer", "lora_A.default", "lora_B.default"):
+        layer = layer_of()
+        del layer.get_submodule(part).weight
+        check_uncommon(layer)
+
+
+def test_weights_of_all_integers():
+    layer = layer_of()
+    for part in (BASE_WEIGHT, A_WEIGHT, B_WEIGHT):
+        parameter = layer.get_parameter(part)
+        parameter.requires_grad_(False).data = parameter.data.long()
+    check_uncommon(layer, X.long())
+
+
+def test_lora_a_of_inference_mode():
+    layer = layer_of()
+    with torch.inference_mode():
+        layer.lora_A["default"].weight = nn.Parameter(torch.randn(4, 12))
+    check_uncommon(layer)
