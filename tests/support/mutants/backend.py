@@ -82,6 +82,9 @@ BACKEND = {
     ("mica/fast/forward/decide.py", "tests/mica/fast/test_explain_runs.py"): {
         "Fused.choices": [('why_python="dropout"', "why_python=None"), ("dropout_p == 0.0", "True")],
     },
+    ("mica/fast/forward/eligibility.py", "tests/mica/fast/test_explain_runs.py"): {
+        "OnOperators.explained": [("if choice.why_python is not None", "if False")],
+    },
     ("mica/fast/forward/call_counts.py", "tests/mica/fast/test_explain_runs.py"): {
         "note_operators": [
             ("_state.calls is None", "True"),
@@ -199,7 +202,6 @@ BACKEND = {
             ("path = ERROR if choice.form == ERROR else REFERENCE", "pass"),
             ("ERROR if choice.form == ERROR else REFERENCE", "choice.form"),
             ("ERROR if choice.form == ERROR else REFERENCE", "REFERENCE"),
-            ("if choice.why_python is not None", "if False"),
             ("if self.why_called", "if False"),
         ],
         "read_adapters": [("not is_mica(layer, name)", "False")],
