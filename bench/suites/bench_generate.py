@@ -1,4 +1,5 @@
-"""`generate()` on a pretrained model: bare, with a merged adapter, and with an adapter that is not merged.
+"""`generate()` on a pretrained model and on a tiny one, whose time is the host's: bare, with the adapter
+merged, and with the adapter not merged.
 
 The tokens must be stock PEFT's before anything is timed.
 """
@@ -26,8 +27,20 @@ PROMPT_TOKENS = 16
 # with a scale of 0.02 some of the tokens are the bare model's, with 0.1 they repeat
 A_SCALE = 0.05
 CONTEXTS = {BARE: nullcontext, MERGED: nullcontext, STOCK: mica.fast.disabled, FAST: nullcontext}
-GROUP = f"generate() of {NEW_TOKENS} tokens after {PROMPT_TOKENS}, {SMOLLM2}, r = {RANK}, float32"
-AXES = {"suite": "generation", "model": SMOLLM2, "tokens": NEW_TOKENS, "rank": RANK, "dtype": "float32"}
+TINY = "a Llama of 2 blocks of 64 / 128"
+MODELS = {"smollm2": SMOLLM2, "tiny": TINY}  # for -k, and their names
+
+
+def group_of(model: str) -> str:
+    return f"generate() of {NEW_TOKENS} tokens after {PROMPT_TOKENS}, {model}, r = {RANK}, float32"
+
+
+def bare_of(model: str) -> nn.Module:
+    if model == SMOLLM2:
+        return models.smollm2()
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    vocabulary = int(models.python_reference_tokens().max()) + 1
+    return models.tiny_llama(0, vocab_size=vocabulary, initializer_range=0.3, **sizes)
 
 
 def generated(model: nn.Module) -> Tensor:
@@ -39,36 +52,41 @@ def generated(model: nn.Module) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def setting() -> dict[str, nn.Module]:
+def setting(name: str) -> dict[str, nn.Module]:
     """Stock PEFT and mica.fast have the same model."""
     torch.manual_seed(0)
-    bare = models.smollm2().eval().requires_grad_(False)
+    bare = bare_of(name).eval().requires_grad_(False)
     model = adapted(bare, A_SCALE).eval()
     merged = copy.deepcopy(model).merge_and_unload()
     implementations = {BARE: bare, MERGED: merged, STOCK: model, FAST: model}
 
-    def tokens_of(name: str) -> Tensor:
-        with CONTEXTS[name](), counting() as ran:
-            tokens = generated(implementations[name])
-        assert bool(ran) == (name == FAST), f"{name} ran {ran}"
-        assert tokens.shape == (1, NEW_TOKENS), f"{name} stopped after {tokens.shape[1]} tokens"
+    def tokens_of(implementation: str) -> Tensor:
+        with CONTEXTS[implementation](), counting() as ran:
+            tokens = generated(implementations[implementation])
+        assert bool(ran) == (implementation == FAST), f"{implementation} ran {ran}"
+        assert tokens.shape == (1, NEW_TOKENS), f"{implementation} stopped after {tokens.shape[1]} tokens"
         return tokens
 
     expected = tokens_of(STOCK)
     assert not torch.equal(tokens_of(BARE), expected), "the adapter makes no difference"
 
-    def checked(name: str) -> nn.Module:
-        if name in (MERGED, FAST):
-            assert torch.equal(tokens_of(name), expected), f"{name} generates other tokens than stock PEFT"
-        return implementations[name]
+    def checked(implementation: str) -> nn.Module:
+        if implementation in (MERGED, FAST):
+            is_same = torch.equal(tokens_of(implementation), expected)
+            assert is_same, f"{implementation} generates other tokens than stock PEFT"
+        return implementations[implementation]
 
-    return build_all(GROUP, implementations, checked)
+    return build_all(group_of(name), implementations, checked)
 
 
 @pytest.mark.parametrize("implementation", CONTEXTS)
 @pytest.mark.parametrize("round_", range(ROUNDS))
-def bench_generate(once, gated, round_, implementation):
-    model = gated(GROUP, setting, implementation)[implementation]
+@pytest.mark.parametrize("key", MODELS)
+def bench_generate(once, gated, key, round_, implementation):
+    name = MODELS[key]
+    group = group_of(name)
+    axes = {"suite": "generation", "model": name, "tokens": NEW_TOKENS, "rank": RANK, "dtype": "float32"}
+    model = gated(group, lambda: setting(name), implementation)[implementation]
     call = functools.partial(generated, model)
     with CONTEXTS[implementation]():
-        once(call, GROUP, implementation, AXES, work={throughput.TOKENS: NEW_TOKENS})
+        once(call, group, implementation, axes, work={throughput.TOKENS: NEW_TOKENS})

@@ -164,6 +164,8 @@ def _form_of_layer(
 
     if setting() not in ("triton", b"triton"):
         reason = _why_not_suited(forms, form, dtypes, rows, is_layer)
+        if reason is not None and is_layer and form == REFERENCE and forms.backward != REFERENCE:
+            return Choice(REFERENCE, reason, "its backward runs on kernels")
         if reason is not None:
             return _without_kernels(reason, device, dtypes, is_layer)
     elif form == REFERENCE:
