@@ -173,7 +173,7 @@ def _native(
     grad_dtype: autocast's dtype where it is on. What does not have it yet is cast in C++, where autograd
     follows it.
     """
-    if dropout_p or x.dim() == 0:
+    if dropout_p or x.dim() == 0 or native.module() is None:
         return None
     dtype = grad_dtype or x.dtype
     dtypes = (dtype, compute_dtype or dtype, lora_A.dtype, lora_B.dtype)
