@@ -45,6 +45,7 @@ from tests.support.fuzz_compare import (
     take_for_mica,
 )
 from tests.support.fuzz_models import KINDS, MIXTURES, build, run, tokens
+from tests.support.stock import whatever_language
 from tests.support.tolerances import RELATIVE
 
 # Over the relative error of one layer: a model has a few, and gradients go through all of them twice.
@@ -337,7 +338,7 @@ class Twins:
             with torch.enable_grad() if gradients else torch.no_grad():
                 out = self.call(model, ids)
             if model is self.ours:
-                counted.update(mica.fast.call_counts - before)
+                counted.update(whatever_language(mica.fast.call_counts - before))
             for hook in hooks if model is self.stock else ():
                 hook.remove()  # a recomputation in the backward is none of the forward's calls
             return out

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 
 import mica.fast
 from tests.support.models import adapted_layers
+from tests.support.stock import whatever_language
 
 
 def run(script: str, *arguments: str) -> dict:
@@ -33,7 +34,7 @@ def run(script: str, *arguments: str) -> dict:
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "paths": mica.fast.explain(trainer.model).counts(),
-        "calls": dict(mica.fast.call_counts),
+        "calls": whatever_language(mica.fast.call_counts),
         "sharded": all(hasattr(layer.base_layer.weight, "to_local") for layer in layers),
         "printed": printed.getvalue(),
     }

@@ -21,6 +21,7 @@ from tests.support import axolotl_style, on_gloo
 from tests.support.gloo import METHOD
 from tests.support.models import bases, wrap
 from tests.support.processes import start
+from tests.support.stock import whatever_language
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 from tests.support.tolerances import RELATIVE, error
 from tests.support.without_mica import logits_without_mica
@@ -61,7 +62,7 @@ def in_this_process(recipe):
     trainer = recipe()
     return SimpleNamespace(
         losses=losses_of(trainer),
-        calls=dict(mica.fast.call_counts - before),
+        calls=whatever_language(mica.fast.call_counts - before),
         explanation=mica.fast.explain(trainer.model),
         folder=Path(trainer.args.output_dir),
     )
