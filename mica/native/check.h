@@ -12,7 +12,6 @@
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
@@ -20,7 +19,7 @@
 
 namespace mica {
 
-// Names of attributes and keys.
+// Names of attributes and keys, and of what is counted.
 struct Names {
   PyObject* active_adapter = PyUnicode_InternFromString("_active_adapter");
   PyObject* backward_hooks = PyUnicode_InternFromString("_backward_hooks");
@@ -36,6 +35,9 @@ struct Names {
   PyObject* forward_pre_hooks = PyUnicode_InternFromString("_forward_pre_hooks");
   PyObject* hf_tp_plan = PyUnicode_InternFromString("_hf_tp_plan");
   PyObject* linear = PyUnicode_InternFromString("linear");
+  PyObject* linear_backward = PyUnicode_InternFromString("linear_backward");
+  PyObject* linear_backward_native = PyUnicode_InternFromString("linear_backward_native");
+  PyObject* linear_native = PyUnicode_InternFromString("linear_native");
   PyObject* lora_A = PyUnicode_InternFromString("lora_A");
   PyObject* lora_B = PyUnicode_InternFromString("lora_B");
   PyObject* lora_dropout = PyUnicode_InternFromString("lora_dropout");
@@ -123,13 +125,6 @@ inline bool has_attribute(PyObject* type, PyObject* name, PyObject* expected) {
 // ---------------------------------------------------------------------------------------------------------
 // facts
 // ---------------------------------------------------------------------------------------------------------
-
-// As `mica.ops.operator.is_eager`: only autograd and autocast need to see the call.
-inline bool is_eager() {
-  return !c10::impl::TorchDispatchModeTLS::any_modes_set() && at::impl::PythonTorchFunctionTLS::stack_len() == 0 &&
-      !is_transformed() && !torch::autograd::ForwardADLevel::try_get_by_idx(0) &&
-      !c10::impl::tls_is_dispatch_key_included(at::DispatchKey::Tracer);
-}
 
 // Whether modules of these classes compute what they did when they were defined, and nothing watches all modules.
 inline bool are_classes_plain(PyObject* dropout) {

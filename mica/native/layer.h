@@ -12,6 +12,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/forward_grad.h>
 
 #include <cmath>
 #include <cstring>
@@ -25,7 +26,7 @@ using torch::autograd::variable_list;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalDtype = std::optional<ScalarType>;
 
-// Set once by `configure`, from the constants of mica.paths.
+// Set once by `configure_linear`, from the constants of mica.paths.
 inline int64_t few_to_round = 0;
 inline int64_t tokens_per_chunk = 1;
 inline bool has_wide_sums = false;
@@ -229,12 +230,11 @@ inline variable_list saved(AutogradContext* ctx) {
   }
 }
 
-// Whether nothing but the engine looks at the operations of a backward: no second derivative, no mode, no vmap.
-inline bool is_ordinary(const Tensor& grad_output) {
-  const bool is_followed = at::GradMode::is_enabled() || is_transformed() ||
-      c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::PythonTorchFunctionTLS::stack_len() > 0;
-  const c10::DispatchKeySet special{at::DispatchKey::Python, at::DispatchKey::Batched};
-  return !is_followed && !grad_output.key_set().has_any(special);
+// As `mica.ops.operator.is_eager`: only autograd and autocast need to see the call.
+inline bool is_eager() {
+  return !c10::impl::TorchDispatchModeTLS::any_modes_set() && at::impl::PythonTorchFunctionTLS::stack_len() == 0 &&
+      !is_transformed() && !torch::autograd::ForwardADLevel::try_get_by_idx(0) &&
+      !c10::impl::tls_is_dispatch_key_included(at::DispatchKey::Tracer);
 }
 
 struct Layer : torch::autograd::Function<Layer> {
@@ -282,7 +282,7 @@ struct Layer : torch::autograd::Function<Layer> {
 
     const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
-    if (is_ordinary(grad_output)) {
+    if (!at::GradMode::is_enabled() && is_eager()) { // neither second derivatives nor tangents are wanted
       below_autograd.emplace(); // PyTorch's calls take less time there
     }
     const auto [dx, dA] = backward_of(grad_output, x, weight, tensors[2], tensors[3], numbers);

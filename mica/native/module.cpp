@@ -14,20 +14,20 @@ namespace {
 
 PyObject* call_counts = nullptr;
 
-// One call more of this name. Under the GIL.
-void count(const char* name) {
-  THPObjectPtr key(PyUnicode_InternFromString(name));
-  PyObject* before = PyDict_GetItemWithError(call_counts, key.get());
-  THPObjectPtr after(PyLong_FromLongLong(1 + (before ? PyLong_AsLongLong(before) : 0)));
-  if (!after || PyDict_SetItem(call_counts, key.get(), after.get()) < 0) {
-    throw python_error();
+// One call more of this function, and one more of it from C++. Under the GIL.
+void count(PyObject* name, PyObject* name_from_cpp) {
+  for (PyObject* key : {name, name_from_cpp}) {
+    PyObject* before = PyDict_GetItemWithError(call_counts, key);
+    THPObjectPtr after(PyLong_FromLongLong(1 + (before ? PyLong_AsLongLong(before) : 0)));
+    if (!after || PyDict_SetItem(call_counts, key, after.get()) < 0) {
+      throw python_error();
+    }
   }
 }
 
 void count_backward() {
   const pybind11::gil_scoped_acquire gil;
-  count("linear_backward");
-  count("linear_backward_native");
+  count(names->linear_backward, names->linear_backward_native);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -61,8 +61,7 @@ PyObject* linear_function(PyObject*, PyObject* const* args, Py_ssize_t num_args)
   }
   const OptionalDtype compute_dtype = dtype_or_none(args[6]);
   const OptionalDtype autocast_dtype = dtype_or_none(args[7]);
-  count("linear");
-  count("linear_native");
+  count(names->linear, names->linear_native);
 
   Tensor y;
   {

@@ -167,6 +167,21 @@ def test_vmap_within_ordinary_autograd(kind, through_dispatcher, autocast):
         assert error(ours, exact) <= limit
 
 
+@of_each_kind
+def test_tangents_of_a_backward(language, kind):
+    """The gradients are linear in the output's, and so are their tangents."""
+    p = kind.problem(kind.rows, 5, 4, 2, torch.float64)
+    inputs = leaves(p)
+    y = call(p, kind.function, *inputs)
+    tangent = torch.randn_like(p.grad_output)
+    expected = torch.autograd.grad(y, inputs, tangent, retain_graph=True)
+    with forward_ad.dual_level():
+        grads = torch.autograd.grad(y, inputs, forward_ad.make_dual(p.grad_output, tangent))
+        tangents = [forward_ad.unpack_dual(grad).tangent for grad in grads]
+    for ours, exact in zip(tangents, expected, strict=True):
+        assert error(ours, exact) <= RELATIVE[torch.float64]
+
+
 @pytest.mark.parametrize("name", ["x", "lora_A"])
 @pytest.mark.parametrize("options", [{}, DROPOUT], ids=["plain", "dropout"])
 def test_forward_mode_with_dual_tensors(name, options):
