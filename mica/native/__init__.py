@@ -19,15 +19,13 @@ from typing import NamedTuple
 from mica.kernels import runtime
 from mica.native import build
 from mica.paths import products
+from mica.subspace.cache import folder_named
 
 # What both nodes of autograd say of a tensor that they have saved.
 EDITED = (
     "x, lora_A, lora_B or the weight of a MiCA layer has been modified by an inplace operation after "
     "the layer's forward. They are kept as they came, without a copy: edit a clone of x instead."
 )
-
-_OFF = ("0", "off", "false", "no")
-_ON = ("", "1", "on", "true", "yes")
 
 # The raw value of ``MICA_NATIVE``, None where it is unset, in 0.1 µs; only for comparisons.
 setting = runtime.raw_variable("MICA_NATIVE")
@@ -69,10 +67,9 @@ def _find() -> _Found:
 
 def _load() -> _Found:
     value = os.environ.get("MICA_NATIVE", "")
-    word = value.strip().lower()
-    if word in _OFF:
+    folder = folder_named(value if value.strip() else "on", build.default_folder())
+    if folder is None:
         return _Found(None, f"MICA_NATIVE={value}")
-    folder = build.default_folder() if word in _ON else Path(os.path.expanduser(value))
     try:
         loaded = imported(folder, build.NATIVE)
     except build.BuildError as error:

@@ -28,7 +28,7 @@ from mica.ops.operator import (
     without_none,
     without_values,
 )
-from mica.paths.choose import NATIVE, Rows, backward_rows, decide, forward_rows
+from mica.paths.choose import NATIVE, Choice, Rows, backward_rows, decide, forward_rows
 
 
 def mica_linear(
@@ -75,14 +75,24 @@ def mica_linear(
 
 
 def _linear(
-    x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None, grad_dtype=None
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    scaling,
+    bias,
+    compute_dtype,
+    dropout_p=0.0,
+    seed=None,
+    grad_dtype=None,
+    choice=None,
 ):
     matrix = as_matrix(x)
     rank = lora_A.shape[0]
     dtypes = (x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
     operands = (matrix, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
     rows = partial(forward_rows, matrix, weight.shape[0], dropout_p)
-    return like(x.shape, run_formula("linear", x, rank, dtypes, *operands, rows=rows))
+    return like(x.shape, run_formula("linear", x, rank, dtypes, *operands, rows=rows, choice=choice))
 
 
 def _linear_backward(grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, output_mask, *options):
@@ -168,27 +178,33 @@ class _MicaLinear(torch.autograd.Function):
 def _native(
     x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None, grad_dtype=None
 ) -> Tensor | None:
-    """The call from C++, if that is its form.
-
-    grad_dtype: autocast's dtype where it is on. What does not have it yet is cast in C++, where autograd
-    follows it.
-    """
-    if dropout_p or x.dim() == 0 or native.module() is None:
+    """The call from C++, if that is its form."""
+    if dropout_p or native.module() is None:
         return None
-    dtype = grad_dtype or x.dtype
+    choice = _choice(x, weight, lora_A, lora_B, compute_dtype, grad_dtype)
+    if choice.form != NATIVE:
+        return None
+    return native.module().linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, grad_dtype)
+
+
+def _choice(x, weight, lora_A, lora_B, compute_dtype, autocast_dtype) -> Choice:
+    """How an eager call without dropout runs; autocast has perhaps not cast x yet.
+
+    Raises:
+        ValueError: an x without dimensions.
+    """
+    if x.dim() == 0:
+        as_matrix(x)  # raises
+    dtype = autocast_dtype or x.dtype
     dtypes = (dtype, compute_dtype or dtype, lora_A.dtype, lora_B.dtype)
 
     def rows() -> Rows:
         cast = x
         if x.dtype is not dtype:  # the strides that the cast will have
             cast = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta").to(dtype)
-        return forward_rows(as_matrix(cast), weight.shape[0], dropout_p)
+        return forward_rows(as_matrix(cast), weight.shape[0], 0.0)
 
-    choice = decide("linear", x.device, lora_A.shape[0], dtypes, rows, is_layer=True)
-    if choice.form != NATIVE:
-        return None
-    operands = x, weight, lora_A, lora_B, scaling, bias, compute_dtype
-    return native.module().linear(*operands, grad_dtype)
+    return decide("linear", x.device, lora_A.shape[0], dtypes, rows, is_layer=True)
 
 
 def _cast(
@@ -230,18 +246,20 @@ def traced(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> Tensor:
 def linear_eager(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, autocast_dtype) -> Tensor:
     """`linear` without dropout, for callers that know that `is_eager` holds.
 
-    autocast_dtype: autocast's where it is on. What it casts is cast here, where autograd follows it.
+    autocast_dtype: autocast's where it is on. What it casts is cast here, or in C++, where autograd follows.
     """
-    y = _native(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, grad_dtype=autocast_dtype)
-    if y is not None:
-        return y
+    choice = _choice(x, weight, lora_A, lora_B, compute_dtype, autocast_dtype)
+    if choice.form == NATIVE:
+        operands = x, weight, lora_A, lora_B, scaling, bias, compute_dtype
+        return native.module().linear(*operands, autocast_dtype)
     needs_gradient = torch.is_grad_enabled() and (lora_A.requires_grad or x.requires_grad)
     if autocast_dtype is not None:
         x, weight = x.to(autocast_dtype), weight.to(autocast_dtype)
         bias = None if bias is None else bias.to(autocast_dtype)
     operands = x, weight, lora_A, lora_B, scaling, bias, compute_dtype
+    run = partial(_linear, choice=choice)
     if needs_gradient:
         with no_autocast():
-            return _MicaLinear.apply(_linear, *operands, 0.0, None, autocast_dtype)
+            return _MicaLinear.apply(run, *operands, 0.0, None, autocast_dtype)
     with below_autograd(), no_autocast():
-        return _linear(*operands)
+        return run(*operands)

@@ -54,10 +54,12 @@ def run_formula(
     dtypes: tuple[torch.dtype, ...],
     *args,
     rows: Callable[[], choose.Rows] | None = None,
+    choice: choose.Choice | None = None,
 ):
     """Call ``name`` of `mica.paths.triton_path` where kernels run, else of `mica.paths.reference_path`.
 
-    tensor, rank, dtypes, rows: what `choose.decide` needs to know. args: of the formula.
+    tensor, rank, dtypes, rows: what `choose.decide` needs to know. args: of the formula. choice: where it has
+    been decided.
 
     Raises:
         RuntimeError: ``MICA_BACKEND=triton`` demands kernels that this call cannot have.
@@ -69,7 +71,8 @@ def run_formula(
     if is_batched or _force_reference.get():
         return formula(*args)
 
-    choice = choose.decide(name, tensor.device, rank, dtypes, rows)
+    if choice is None:
+        choice = choose.decide(name, tensor.device, rank, dtypes, rows)
     if choice.form == choose.REFERENCE:
         return formula(*args)
     if choice.form == choose.ERROR:

@@ -68,15 +68,20 @@ def default_cache() -> SubspaceCache | None:
     Raises:
         ValueError: ``MICA_CACHE_SIZE`` is not such a number.
     """
-    setting = os.environ.get("MICA_CACHE", "on")
+    folder = folder_named(os.environ.get("MICA_CACHE", "on"), Path(constants.HF_HOME) / "mica")
+    if folder is None:
+        return None
+    return SubspaceCache(folder, _bytes(os.environ.get("MICA_CACHE_SIZE", "")))
+
+
+def folder_named(setting: str, default: Path) -> Path | None:
+    """The folder that the value of an environment variable names; None where it says that there is none."""
     word = setting.strip().lower()
     if word in _OFF:
         return None
-
-    size = _bytes(os.environ.get("MICA_CACHE_SIZE", ""))
     if word in _ON:
-        return SubspaceCache(Path(constants.HF_HOME) / "mica", size)
-    return SubspaceCache(os.path.expanduser(setting), size)  # pathlib's raises where there is no home
+        return default
+    return Path(os.path.expanduser(setting))  # pathlib's raises where there is no home
 
 
 def _bytes(setting: str) -> int:

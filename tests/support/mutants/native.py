@@ -47,9 +47,8 @@ NATIVE = {
     ("mica/native/__init__.py", "tests/mica/native/test_native.py"): {
         "_find": [("with _lock", "if True"), ("_found.get(raw) or _load()", "_load()")],
         "_load": [
-            ("if word in _OFF", "if value in _OFF"),
-            ("if word in _ON", "if value in _ON"),
-            ("os.path.expanduser(value)", "value"),
+            ('value if value.strip() else "on"', "value"),
+            ("if folder is None", "if not value"),
             ("_configure(loaded)", "pass"),
         ],
     },

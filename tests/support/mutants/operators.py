@@ -136,16 +136,16 @@ OPERATORS = {
         "_native": [
             ("dropout_p or", ""),
             ("choice.form != NATIVE", "False"),
-            ("*operands, grad_dtype)", "*operands, None)"),
+            ("compute_dtype, grad_dtype)\n    if", "compute_dtype, None)\n    if"),
         ],
     },
     ("mica/ops/linear.py", "tests/mica/fast/test_layer_tensors.py", "-k", "without_dimensions"): {
-        "_native": [("or x.dim() == 0", "")],
+        "_choice": [("if x.dim() == 0", "if False")],
     },
     ("mica/ops/linear.py", "tests/mica/fast/test_explain_runs.py"): {
-        "_native": [
+        "_choice": [
             ("if x.dtype is not dtype", "if False"),
-            ("dtype = grad_dtype or x.dtype", "dtype = x.dtype"),
+            ("dtype = autocast_dtype or x.dtype", "dtype = x.dtype"),
             ("is_layer=True", "is_layer=False"),
         ],
     },

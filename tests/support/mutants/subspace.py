@@ -50,6 +50,11 @@ SUBSPACE = {
         "tests/mica/subspace/test_cache_files.py",
     ): {
         "_bytes": [("1024 if binary else 1000", "1000")],
+        "folder_named": [
+            ("if word in _OFF", "if setting in _OFF"),
+            ("if word in _ON", "if setting in _ON"),
+            ("os.path.expanduser(setting)", "setting"),
+        ],
         "_foreign": [("not in (0, os.geteuid())", "not in (os.geteuid(),)"), ("stat.S_IWGRP |", "")],
         "SubspaceCache.get": [("or not self._is_trusted()", "")],
         "SubspaceCache.put": [("<= self.size", "<= 2 * self.size + 10**6")],
