@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
 
 from bench.measure.machine import DEVICE
 
@@ -17,8 +18,9 @@ def saved_bytes(
 ) -> int:
     """Bytes saved for the backward of ``forward()``, by storage, without these models' parameters.
 
-    ``but``: further tensors that exist anyway. Counted by saved-tensor hooks. What a library keeps on its own
-    in an autograd.Function is not seen; with bitsandbytes that is the packed weight, a parameter.
+    ``but``: further tensors that exist anyway. Counted by saved-tensor hooks, under which a MiCA layer saves its
+    x even if it would compute it again: for a single layer, whose x nothing has made. What a library keeps on
+    its own in an autograd.Function is not seen; with bitsandbytes that is the packed weight, a parameter.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in but}
     for model in without:
@@ -35,6 +37,23 @@ def saved_bytes(
         result = forward()
     del result
     return sum(size for size, _ in storages.values())
+
+
+def alive_bytes(forward: Callable[[], Tensor]) -> int:
+    """Bytes that ``forward()`` leaves allocated, its result and its graph, as PyTorch's allocators count them.
+
+    The call before is not counted: it may fill caches.
+    """
+    forward()
+    if DEVICE == "cuda":
+        before = torch.cuda.memory_allocated()
+        result = forward()
+        return torch.cuda.memory_allocated() - before
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = forward()
+    grown = sum(event.self_cpu_memory_usage for event in profiler.events())
+    del result  # alive until here
+    return grown
 
 
 @contextmanager

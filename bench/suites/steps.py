@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR
-from bench.measure.memory import saved_bytes
+from bench.measure.memory import alive_bytes
 from bench.results.names import BARE, FAST, STOCK, STOCK_16
 from bench.suites.harness import build_all
 from bench.suites.layer import Form
@@ -76,9 +76,9 @@ class Step(NamedTuple):
         return values
 
     def saved_mb(self) -> float:
-        """Megabytes that a forward saves for its backward."""
+        """Megabytes that a forward keeps for its backward, and its result."""
         with self.form.context():
-            return saved_bytes(self.form.forward, [self.form.module]) / 1e6
+            return alive_bytes(self.form.forward) / 1e6
 
     def _clear(self) -> None:
         for tensor in self.form.inputs:

@@ -43,6 +43,7 @@ def enable(
     device: str | torch.device = "auto",
     gate_up: _settings.GateUp = "fused",
     compile: _settings.Compile = "operator",
+    recompute: _settings.Recompute | None = None,
 ) -> None:
     """Run MiCA adapters on this backend (the import does this; call it to change a setting).
 
@@ -66,6 +67,10 @@ def enable(
         compile: what `torch.compile` sees of a layer without dropout whose weight is read directly.
             "operator": one operator, which runs what eager mode runs, kernels included. "plain": PyTorch's
             own three products, which the compiler may fuse and tune; dA is rounded to their dtype.
+        recompute: what a layer's backward computes again instead of saving its x, beyond products of tensors
+            that autograd keeps anyway (act(gate)·up of a gated MLP), which it always does. "norms": the
+            output of an RMS norm that PyTorch's operators make, once for all layers that share it. The bits
+            of the gradients are the same.
 
     Raises:
         ValueError: a value that is not one of these, or a device that this process does not have.
@@ -76,6 +81,7 @@ def enable(
         device=device,
         gate_up=gate_up,
         compile=compile,
+        recompute=recompute,
     )
     _settings.switch(patching.install())
 

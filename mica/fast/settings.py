@@ -13,14 +13,18 @@ from typing import Literal, get_args
 
 import torch
 
+from mica.ops import kept
+
 OnUnsuitable = Literal["raise", "skip"]
 GateUp = Literal["fused", "halves"]
 Compile = Literal["operator", "plain"]
+Recompute = Literal["norms"]
 ALLOWED = {
     "compute_dtype": (None, torch.float32),
     "on_unsuitable": get_args(OnUnsuitable),
     "gate_up": get_args(GateUp),
     "compile": get_args(Compile),
+    "recompute": (None, *get_args(Recompute)),
 }
 
 
@@ -32,6 +36,7 @@ class Settings:
     device: str | torch.device = "auto"
     gate_up: GateUp = "fused"
     compile: Compile = "operator"
+    recompute: Recompute | None = None
 
 
 settings = Settings()
@@ -66,6 +71,7 @@ def change(**values) -> None:
     if values["device"] != "auto":
         _check_device(values["device"])
     vars(settings).update(values)
+    kept.recompute_norms(values["recompute"] == "norms")
 
 
 def _check_device(requested: str | torch.device) -> None:

@@ -51,7 +51,9 @@ class Sources(NamedTuple):
     files: tuple[str, ...]
 
 
-NATIVE = Sources("mica_native", Path(__file__).parent, ("module.cpp", "check.h", "layer.h"))
+NATIVE = Sources(
+    "mica_native", Path(__file__).parent, ("module.cpp", "check.h", "kept.h", "layer.h", "loops.h")
+)
 
 
 def default_folder() -> Path:

@@ -1,6 +1,6 @@
 // A MiCA linear layer's forward and backward without Python between PyTorch's operators: `mica.paths.reference_path`
-// without dropout, step by step and to the bit, as one node of autograd. No kernel is launched from here, so the same
-// code serves every device of PyTorch, and all of it runs on a CPU.
+// step by step and to the bit, as one node of autograd. No kernel is launched from here, so the same code serves every
+// device of PyTorch, and all of it runs on a CPU. Dropout is a loop of this folder: for CPUs only.
 //
 // What M, K, N, r and s are, and what is computed: mica/paths/definition.py. Why each product runs in its dtype:
 // mica/paths/reference_path.py and products.py, whose functions have the names of those here.
@@ -17,6 +17,9 @@
 #include <cmath>
 #include <cstring>
 
+#include "kept.h"
+#include "loops.h"
+
 namespace mica {
 
 using at::ScalarType;
@@ -29,7 +32,7 @@ using OptionalDtype = std::optional<ScalarType>;
 // Set once by `configure_linear`, from the constants of mica.paths.
 inline int64_t few_to_round = 0;
 inline int64_t tokens_per_chunk = 1;
-inline bool has_wide_sums = false;
+inline bool has_wide_sums = false; // of 16-bit products on CUDA
 inline std::string edited; // the message where what was saved has been edited in place
 inline void (*on_backward)() = nullptr; // counts
 
@@ -88,9 +91,10 @@ inline Tensor linear(
     const Tensor& lora_B,
     double scaling,
     const OptionalTensor& bias,
-    ScalarType compute_dtype) {
+    ScalarType compute_dtype,
+    const Dropout& dropout) {
   const ScalarType dtype = product_dtype(x, lora_A.scalar_type(), lora_B.scalar_type(), compute_dtype);
-  const Tensor h = scaled_product(x, lora_A.t(), scaling, dtype);
+  const Tensor h = scaled_product(masked(x, dropout), lora_A.t(), scaling / (1.0 - dropout.p), dtype);
   const Tensor y = bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
   if (dtype == y.scalar_type()) {
     return added(y, h, cast(lora_B, dtype).t());
@@ -115,6 +119,9 @@ inline Tensor grad_a(const Tensor& g, const Tensor& x, ScalarType grad_dtype) {
     if (g.is_cuda() && has_wide_sums && !needs_grad && !is_transformed()) {
       return at::mm(g.t(), x, at::kFloat);
     }
+    if (const Tensor whole = wide_product_or_none(g, x); whole.defined()) {
+      return whole;
+    }
   }
   const ScalarType wide = c10::promoteTypes(c10::promoteTypes(dtype, x.scalar_type()), at::kFloat);
   const int64_t tokens = g.size(0);
@@ -132,13 +139,18 @@ inline Tensor grad_a(const Tensor& g, const Tensor& x, ScalarType grad_dtype) {
 }
 
 // dx (M×K) from dy (M×N), weight (N×K), g (M×r) and lora_A (r×K)
-inline Tensor grad_x(const Tensor& grad_output, const Tensor& weight, const Tensor& g, const Tensor& lora_A) {
+inline Tensor grad_x(
+    const Tensor& grad_output,
+    const Tensor& weight,
+    const Tensor& g,
+    const Tensor& lora_A,
+    const Dropout& dropout) {
   const Tensor dx = at::mm(grad_output, weight);
   const Tensor factor = cast(lora_A, g.scalar_type());
-  if (g.scalar_type() == dx.scalar_type()) {
+  if (g.scalar_type() == dx.scalar_type() && !dropout) {
     return added(dx, g, factor);
   }
-  return dx.add_(at::mm(g, factor).to(dx.scalar_type()));
+  return dx.add_(masked_(at::mm(g, factor), dropout).to(dx.scalar_type()));
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -174,6 +186,8 @@ struct Numbers {
   ScalarType compute_dtype;
   ScalarType factor_dtype; // of lora_A
   ScalarType grad_dtype; // to which dA may be rounded first, as PyTorch does under autocast
+  Dropout dropout;
+  bool recomputes_norms; // see kept.h
 };
 
 // Autocast's casts have been made before: within a formula it would cast each product's operands.
@@ -188,7 +202,8 @@ inline Tensor forward_of(
     const Numbers& numbers) {
   const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const Tensor y = linear(as_matrix(x), weight, lora_A, lora_B, numbers.scaling, bias, numbers.compute_dtype);
+  const Tensor y = linear(
+      as_matrix(x), weight, lora_A, lora_B, numbers.scaling, bias, numbers.compute_dtype, numbers.dropout);
   return like(x.sizes(), y);
 }
 
@@ -202,14 +217,14 @@ inline std::pair<Tensor, Tensor> backward_of(
     const Numbers& numbers) {
   const Tensor dy = as_matrix(grad_output);
   const ScalarType dtype = product_dtype(dy, numbers.factor_dtype, lora_B.scalar_type(), numbers.compute_dtype);
-  const Tensor g = scaled_product(dy, lora_B, numbers.scaling, dtype);
+  const Tensor g = scaled_product(dy, lora_B, numbers.scaling / (1.0 - numbers.dropout.p), dtype);
   Tensor dx;
   if (weight.defined()) {
-    dx = like(grad_output.sizes(), grad_x(dy, weight, g, lora_A));
+    dx = like(grad_output.sizes(), grad_x(dy, weight, g, lora_A, numbers.dropout));
   }
   Tensor dA;
   if (x.defined()) {
-    dA = cast(grad_a(g, as_matrix(x), numbers.grad_dtype), numbers.factor_dtype);
+    dA = cast(grad_a(g, masked(as_matrix(x), numbers.dropout), numbers.grad_dtype), numbers.factor_dtype);
   }
   return {dx, dA};
 }
@@ -237,6 +252,14 @@ inline bool is_eager() {
       !c10::impl::tls_is_dispatch_key_included(at::DispatchKey::Tracer);
 }
 
+// What a node keeps beside the tensors that autograd keeps for it.
+struct Call : torch::CustomClassHolder {
+  explicit Call(const Numbers& numbers) : numbers(numbers) {}
+
+  Numbers numbers;
+  c10::intrusive_ptr<SharedInput> input; // where x is not saved
+};
+
 struct Layer : torch::autograd::Function<Layer> {
   static Tensor forward(
       AutogradContext* ctx,
@@ -248,44 +271,52 @@ struct Layer : torch::autograd::Function<Layer> {
       const Numbers& numbers) {
     const bool needs_x = x.requires_grad();
     const bool needs_A = lora_A.requires_grad();
+    auto call = c10::make_intrusive<Call>(numbers);
     {
       const at::AutoGradMode with_grad(true);
-      // x as it came: no fp32 copy, no h, and nothing that no gradient needs
-      ctx->save_for_backward({
-          needs_A ? kept(x) : Tensor(),
+      // no fp32 copy, no h, no mask, and nothing that no gradient needs
+      variable_list tensors{
           needs_x ? kept(weight) : Tensor(),
           needs_x ? kept(lora_A) : Tensor(),
           kept(lora_B),
-      });
+      };
+      if (needs_A) {
+        if (const auto recipe = recipe_of(x, numbers.recomputes_norms)) {
+          call->input = shared_input(x, *recipe);
+          for (const Tensor& tensor : recipe->tensors) {
+            tensors.push_back(kept(tensor));
+          }
+        } else {
+          tensors.push_back(kept(x));
+        }
+      }
+      ctx->save_for_backward(std::move(tensors));
     }
-    ctx->saved_data["scaling"] = numbers.scaling;
-    ctx->saved_data["compute_dtype"] = numbers.compute_dtype;
-    ctx->saved_data["factor_dtype"] = numbers.factor_dtype;
-    ctx->saved_data["grad_dtype"] = numbers.grad_dtype;
+    ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
     return forward_of(x, weight, lora_A, lora_B, bias, numbers);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     on_backward();
+    const auto capsule = ctx->saved_data["call"].toCapsule();
+    const Call& call = static_cast<const Call&>(*capsule);
     const variable_list tensors = saved(ctx);
     const Tensor& grad_output = grad_outputs[0];
-    const bool needs_x = tensors[1].defined() && ctx->needs_input_grad(0);
-    const bool needs_A = tensors[0].defined() && ctx->needs_input_grad(2);
-    const Tensor x = needs_A ? tensors[0] : Tensor();
-    const Tensor weight = needs_x ? tensors[1] : Tensor();
-    const Numbers numbers{
-        ctx->saved_data["scaling"].toDouble(),
-        ctx->saved_data["compute_dtype"].toScalarType(),
-        ctx->saved_data["factor_dtype"].toScalarType(),
-        ctx->saved_data["grad_dtype"].toScalarType(),
-    };
+    const bool needs_x = tensors[0].defined() && ctx->needs_input_grad(0);
+    const bool needs_A = tensors.size() > 3 && ctx->needs_input_grad(2);
+    const Tensor weight = needs_x ? tensors[0] : Tensor();
 
     const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
     if (!at::GradMode::is_enabled() && is_eager()) { // neither second derivatives nor tangents are wanted
       below_autograd.emplace(); // PyTorch's calls take less time there
     }
-    const auto [dx, dA] = backward_of(grad_output, x, weight, tensors[2], tensors[3], numbers);
+    Tensor x;
+    if (needs_A) {
+      const auto inputs = at::ArrayRef<Tensor>(tensors).slice(3);
+      x = call.input ? call.input->value(inputs) : inputs[0];
+    }
+    const auto [dx, dA] = backward_of(grad_output, x, weight, tensors[1], tensors[2], call.numbers);
     return {dx, Tensor(), dA, Tensor(), Tensor(), Tensor()};
   }
 };

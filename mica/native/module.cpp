@@ -46,10 +46,11 @@ Tensor autocast_to(const Tensor& tensor, const OptionalDtype& dtype) {
   return dtype && tensor.scalar_type() != at::kDouble ? cast(tensor, *dtype) : tensor;
 }
 
-// linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, autocast_dtype): `mica.ops.linear.linear_eager`
+// linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, autocast_dtype, dropout_p, seed, recomputes_norms):
+// `mica.ops.linear.linear_eager`
 PyObject* linear_function(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(num_args == 8, "linear takes 8 arguments, not ", num_args);
+  TORCH_CHECK_TYPE(num_args == 11, "linear takes 11 arguments, not ", num_args);
   const Tensor& given_x = THPVariable_Unpack(args[0]);
   const Tensor& given_weight = THPVariable_Unpack(args[1]);
   const Tensor& lora_A = THPVariable_Unpack(args[2]);
@@ -61,6 +62,12 @@ PyObject* linear_function(PyObject*, PyObject* const* args, Py_ssize_t num_args)
   }
   const OptionalDtype compute_dtype = dtype_or_none(args[6]);
   const OptionalDtype autocast_dtype = dtype_or_none(args[7]);
+  Dropout dropout;
+  dropout.p = PyFloat_AsDouble(args[8]);
+  if (dropout) {
+    dropout.seed = static_cast<uint64_t>(*THPVariable_Unpack(args[9]).const_data_ptr<int64_t>());
+  }
+  const bool recomputes_norms = args[10] == Py_True;
   count(names->linear, names->linear_native);
 
   Tensor y;
@@ -79,6 +86,8 @@ PyObject* linear_function(PyObject*, PyObject* const* args, Py_ssize_t num_args)
         compute_dtype.value_or(x.scalar_type()),
         factor_dtype,
         autocast_dtype.value_or(factor_dtype),
+        dropout,
+        recomputes_norms,
     };
     const bool needs_grad = at::GradMode::is_enabled() && (x.requires_grad() || lora_A.requires_grad());
     if (needs_grad) {
@@ -100,6 +109,24 @@ PyObject* operands_function(PyObject*, PyObject* const* args, Py_ssize_t num_arg
     Py_RETURN_NONE;
   }
   return found;
+  END_HANDLE_TH_ERRORS
+}
+
+// wide_product(g, x): gᵀ x in fp32 from bfloat16 numbers, or None; for `mica.paths.reference_path.grad_a`
+PyObject* wide_product_function(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(num_args == 2, "wide_product takes 2 arguments, not ", num_args);
+  const Tensor& g = THPVariable_Unpack(args[0]);
+  const Tensor& x = THPVariable_Unpack(args[1]);
+  Tensor whole;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    whole = wide_product_or_none(g, x);
+  }
+  if (!whole.defined()) {
+    Py_RETURN_NONE;
+  }
+  return THPVariable_Wrap(std::move(whole));
   END_HANDLE_TH_ERRORS
 }
 
@@ -157,6 +184,7 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 
 PyMethodDef methods[] = {
     {"linear", fast(linear_function), METH_FASTCALL, nullptr},
+    {"wide_product", fast(wide_product_function), METH_FASTCALL, nullptr},
     {"operands", fast(operands_function), METH_FASTCALL, nullptr},
     {"configure_linear", configure_linear, METH_VARARGS, nullptr},
     {"configure_check", configure_check, METH_VARARGS, nullptr},

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mica import native
+from mica.ops import kept
 from mica.ops.checks import check_linear
 from mica.ops.operator import (
     as_matrix,
@@ -151,17 +152,18 @@ class _MicaLinear(torch.autograd.Function):
     ):
         _, needs_x, _, needs_A = ctx.needs_input_grad[:4]
         ctx.numbers = scaling, dtype or x.dtype, dropout_p, grad_dtype
-        # x as it came: no fp32 copy, no h, no mask, and nothing that no gradient needs.
-        kept_x = x if needs_A else None
+        # no fp32 copy, no h, no mask, and nothing that no gradient needs
+        ctx.input, tensors_of_x = kept.input_of(x) if needs_A else (None, ())
         kept_weight = weight if needs_x else None
         kept_A = lora_A if needs_x else without_values(lora_A)
-        save(ctx, kept_x, kept_weight, kept_A, lora_B, seed)
+        save(ctx, kept_weight, kept_A, lora_B, seed, *tensors_of_x)
         with below_autograd():
             return run(x, weight, lora_A, lora_B, scaling, bias, dtype, dropout_p, seed, grad_dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
-        x, weight, lora_A, lora_B, seed = saved(ctx)
+        weight, lora_A, lora_B, seed, *tensors_of_x = saved(ctx)
+        x = None if ctx.input is None else ctx.input.value(tensors_of_x)
         scaling, compute_dtype, dropout_p, grad_dtype = ctx.numbers
         operands = grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype
         if torch.is_grad_enabled() or not is_eager(grad_output, x):
@@ -179,16 +181,17 @@ def _native(
     x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None, grad_dtype=None
 ) -> Tensor | None:
     """The call from C++, if that is its form."""
-    if dropout_p or native.module() is None:
+    if native.module() is None:
         return None
-    choice = _choice(x, weight, lora_A, lora_B, compute_dtype, grad_dtype)
+    choice = _choice(x, weight, lora_A, lora_B, compute_dtype, grad_dtype, dropout_p)
     if choice.form != NATIVE:
         return None
-    return native.module().linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, grad_dtype)
+    operands = x, weight, lora_A, lora_B, scaling, bias, compute_dtype
+    return native.module().linear(*operands, grad_dtype, dropout_p, seed, kept.recomputes_norms())
 
 
-def _choice(x, weight, lora_A, lora_B, compute_dtype, autocast_dtype) -> Choice:
-    """How an eager call without dropout runs; autocast has perhaps not cast x yet.
+def _choice(x, weight, lora_A, lora_B, compute_dtype, autocast_dtype, dropout_p) -> Choice:
+    """How an eager call runs; autocast has perhaps not cast x yet.
 
     Raises:
         ValueError: an x without dimensions.
@@ -202,7 +205,7 @@ def _choice(x, weight, lora_A, lora_B, compute_dtype, autocast_dtype) -> Choice:
         cast = x
         if x.dtype is not dtype:  # the strides that the cast will have
             cast = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta").to(dtype)
-        return forward_rows(as_matrix(cast), weight.shape[0], 0.0)
+        return forward_rows(as_matrix(cast), weight.shape[0], dropout_p)
 
     return decide("linear", x.device, lora_A.shape[0], dtypes, rows, is_layer=True)
 
@@ -243,23 +246,26 @@ def traced(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> Tensor:
     return (y + F.linear(h, lora_B.to(h.dtype))).to(y.dtype)
 
 
-def linear_eager(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, autocast_dtype) -> Tensor:
-    """`linear` without dropout, for callers that know that `is_eager` holds.
+def linear_eager(
+    x, weight, lora_A, lora_B, scaling, bias, compute_dtype, autocast_dtype, dropout_p=0.0, seed=None
+) -> Tensor:
+    """`linear` for callers that know that `is_eager` holds.
 
     autocast_dtype: autocast's where it is on. What it casts is cast here, or in C++, where autograd follows.
     """
-    choice = _choice(x, weight, lora_A, lora_B, compute_dtype, autocast_dtype)
+    choice = _choice(x, weight, lora_A, lora_B, compute_dtype, autocast_dtype, dropout_p)
     if choice.form == NATIVE:
         operands = x, weight, lora_A, lora_B, scaling, bias, compute_dtype
-        return native.module().linear(*operands, autocast_dtype)
+        module = native.module()
+        return module.linear(*operands, autocast_dtype, dropout_p, seed, kept.recomputes_norms())
     needs_gradient = torch.is_grad_enabled() and (lora_A.requires_grad or x.requires_grad)
     if autocast_dtype is not None:
         x, weight = x.to(autocast_dtype), weight.to(autocast_dtype)
         bias = None if bias is None else bias.to(autocast_dtype)
-    operands = x, weight, lora_A, lora_B, scaling, bias, compute_dtype
+    operands = x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, autocast_dtype
     run = partial(_linear, choice=choice)
     if needs_gradient:
         with no_autocast():
-            return _MicaLinear.apply(run, *operands, 0.0, None, autocast_dtype)
+            return _MicaLinear.apply(run, *operands)
     with below_autograd(), no_autocast():
         return run(*operands)

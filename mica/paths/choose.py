@@ -99,7 +99,7 @@ def decide(
     Args:
         dtypes: those of the operands and products; of a layer: x (or dy), products, lora_A, lora_B.
         rows: of a layer. Called only where kernels could run: on a CPU nothing is looked at.
-        is_layer: "linear" is a whole eager call without dropout, which the form "native" suits.
+        is_layer: "linear" is a whole eager call, which the form "native" suits.
 
     Raises:
         ValueError: ``MICA_BACKEND`` has a value that is not allowed.

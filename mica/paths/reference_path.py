@@ -23,7 +23,8 @@ from math import frexp
 import torch
 from torch import Tensor
 
-from mica.paths.dropout import masked
+from mica import native
+from mica.paths import dropout
 from mica.paths.products import added, addmm, multiplies_itself, product_dtype, unrounded
 
 # Tokens whose fp32 copy is alive at a time in `grad_a`: 1024 x 14336 fp32 are 59 MB. Measured on two CPU
@@ -59,9 +60,8 @@ def down_projection(
     seed: Tensor | None = None,
 ) -> Tensor:
     """h = s·drop(x) Aᵀ (M×r) in ``compute_dtype``, from x (M×K) and lora_A (r×K)."""
-    if dropout_p:
-        x, scaling = masked(x, 0, dropout_p, seed), scaling / (1.0 - dropout_p)
-    return _scaled_product(x, lora_A.t(), scaling, compute_dtype)
+    kept = dropout.applied(_keep(x, lora_A, dropout_p, seed), x)
+    return _scaled_product(kept, lora_A.t(), scaling / (1.0 - dropout_p), compute_dtype)
 
 
 def _scaled_product(left: Tensor, factor: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -101,55 +101,59 @@ def grad_h(grad_output: Tensor, lora_B: Tensor, scaling: float, compute_dtype: t
     return _scaled_product(grad_output, lora_B, scaling, compute_dtype)
 
 
-def grad_a(
-    g: Tensor,
-    x: Tensor,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    grad_dtype: torch.dtype = torch.float32,
-) -> Tensor:
+def grad_a(g: Tensor, x: Tensor, grad_dtype: torch.dtype = torch.float32) -> Tensor:
     """dA (r×K) from g (M×r) and x (M×K), summed in fp32 (fp64 where g or x is).
 
     Where ``grad_dtype`` is the 16-bit dtype of both, a CPU's own product is dA: it sums in fp32 and rounds
-    once. Otherwise that would lose 16 bits of fp32's 24; the fp32 product costs 3 % of a training step of
-    SmolLM2-135M on two CPU cores and leaves the rounding of g as the largest.
+    once. Otherwise that would lose 16 bits of fp32's 24, and the rounding of g remains the largest. PyTorch
+    offers no product of 16-bit numbers in fp32 on a CPU. `mica.native` has one of bfloat16, where it is built;
+    without it x is copied to fp32, which takes up to three times as long.
     """
-    if g.dtype is x.dtype and not dropout_p:
+    if g.dtype is x.dtype:
         if g.dtype is grad_dtype and g.is_cpu and multiplies_itself(g):
             return torch.mm(g.t(), x)
-        if (whole := unrounded(g.t(), x)) is not None:
+        whole = unrounded(g.t(), x)
+        if whole is None:
+            whole = _by_native(g, x)
+        if whole is not None:
             return whole
     dtype = torch.promote_types(torch.promote_types(g.dtype, x.dtype), torch.float32)
+    tokens = g.shape[0]
+    if tokens <= TOKENS_PER_CHUNK:
+        return _cast(g, dtype).t() @ _cast(x, dtype)
     grad = None
-    one = g.shape[0] <= TOKENS_PER_CHUNK
-    for start in range(0, max(1, g.shape[0]), TOKENS_PER_CHUNK):  # without tokens one empty product: 0
-        tokens = slice(start, start + TOKENS_PER_CHUNK)
-        g_part, x_part = (g, x) if one else (g[tokens], x[tokens])
-        g_part, kept = _cast(g_part, dtype).t(), _cast(masked(x_part, start, dropout_p, seed), dtype)
-        grad = g_part @ kept if grad is None else torch.addmm(grad, g_part, kept)
-    return grad / (1.0 - dropout_p) if dropout_p else grad
+    for start in range(0, tokens, TOKENS_PER_CHUNK):
+        chunk = slice(start, start + TOKENS_PER_CHUNK)
+        g_part, x_part = _cast(g[chunk], dtype).t(), _cast(x[chunk], dtype)
+        grad = g_part @ x_part if grad is None else torch.addmm(grad, g_part, x_part)
+    return grad
+
+
+def _by_native(g: Tensor, x: Tensor) -> Tensor | None:
+    """gᵀ x in fp32 from bfloat16 numbers, if `mica.native` multiplies them here."""
+    if g.dtype is not torch.bfloat16 or not g.is_cpu or not multiplies_itself(g):
+        return None
+    module = native.module()
+    return None if module is None else module.wide_product(g, x)
 
 
 def grad_x(
-    grad_output: Tensor,
-    weight: Tensor,
-    g: Tensor,
-    lora_A: Tensor,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    grad_output: Tensor, weight: Tensor, g: Tensor, lora_A: Tensor, keep: Tensor | None = None
 ) -> Tensor:
-    """dx (M×K) in the dtype of grad_output, from dy (M×N), weight (N×K), g (M×r) and lora_A (r×K)."""
-    if grad_output.dtype == g.dtype and not dropout_p:
+    """dx (M×K) in the dtype of grad_output, from dy (M×N), weight (N×K), g (M×r) and lora_A (r×K).
+
+    keep: bool (M×K), of dropout, whose 1 / (1 − p) is in g.
+    """
+    if grad_output.dtype == g.dtype and keep is None:
         return addmm(None, (grad_output, weight), (g, _cast(lora_A, g.dtype)))
     # rounded before it is added, as autograd does in stock PEFT
     dx = addmm(None, (grad_output, weight))
-    return dx.add_(grad_x_update(g, lora_A, dropout_p, seed).to(dx.dtype))
+    return dx.add_(grad_x_update(g, lora_A, keep).to(dx.dtype))
 
 
-def grad_x_update(g: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """The adapter's part of dx, keep⊙(g A) / (1 − p), (M×K) in the dtype of g."""
-    update = addmm(None, (g, _cast(lora_A, g.dtype)))
-    return masked(update, 0, dropout_p, seed) / (1.0 - dropout_p) if dropout_p else update
+def grad_x_update(g: Tensor, lora_A: Tensor, keep: Tensor | None = None) -> Tensor:
+    """The adapter's part of dx, keep⊙(g A), (M×K) in the dtype of g."""
+    return dropout.applied(keep, addmm(None, (g, _cast(lora_A, g.dtype))))
 
 
 def embedding(
@@ -185,9 +189,18 @@ def linear_backward(
     """
     grad_dtype = grad_dtype or lora_A.dtype
     dtype = product_dtype(grad_output, (lora_A, lora_B), compute_dtype)
-    g = grad_h(grad_output, lora_B, scaling, dtype)
-    dx = None if weight is None else grad_x(grad_output, weight, g, lora_A, dropout_p, seed)
-    return dx, None if x is None else _cast(grad_a(g, x, dropout_p, seed, grad_dtype), lora_A.dtype)
+    g = grad_h(grad_output, lora_B, scaling / (1.0 - dropout_p), dtype)
+    keep = _keep(grad_output, lora_A, dropout_p, seed)
+    dx = None if weight is None else grad_x(grad_output, weight, g, lora_A, keep)
+    dA = None if x is None else _cast(grad_a(g, dropout.applied(keep, x), grad_dtype), lora_A.dtype)
+    return dx, dA
+
+
+def _keep(rows: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
+    """What dropout has kept of x (M×K), of which only rows (M×...) may be there; None: everything."""
+    if dropout_p == 0.0:
+        return None
+    return dropout.dropout_keep(seed, rows.shape[0], lora_A.shape[1], dropout_p)
 
 
 def down_projection_backward(
@@ -203,8 +216,10 @@ def down_projection_backward(
 
     dA is None where x is None; dx is None unless ``needs_x``.
     """
-    dx = grad_x_update(grad_h, lora_A * scaling, dropout_p, seed) if needs_x else None
-    dA = None if x is None else (grad_a(grad_h, x, dropout_p, seed) * scaling).to(lora_A.dtype)
+    scaling = scaling / (1.0 - dropout_p)
+    keep = _keep(grad_h, lora_A, dropout_p, seed)
+    dx = grad_x_update(grad_h, lora_A * scaling, keep) if needs_x else None
+    dA = None if x is None else (grad_a(grad_h, dropout.applied(keep, x)) * scaling).to(lora_A.dtype)
     return dx, dA
 
 

@@ -99,9 +99,7 @@ class Fused(OnOperators):
 
         device = lora_A.device
         rank = lora_A.shape[0]
-        choice = choose.decide("linear", device, rank, dtypes, forward, is_layer=dropout_p == 0.0)
-        if dropout_p and choice.form == REFERENCE:
-            choice = choice._replace(why_python="dropout")
+        choice = choose.decide("linear", device, rank, dtypes, forward, is_layer=True)
         yield "linear", choice
         if choice.form != choose.NATIVE:  # which includes the backward
             yield "linear_backward", choose.decide("linear_backward", device, rank, dtypes, backward)

@@ -23,7 +23,7 @@ from mica.dtypes import FLOATING, SIXTEEN_BIT
 from mica.fast.forward import call_counts
 from mica.fast.forward.eligibility import CALL, FORWARDS, LINEAR, MiCALinearVariant
 from mica.fast.settings import compute_dtype
-from mica.ops.linear import linear, linear_eager
+from mica.ops.linear import linear_eager
 from mica.ops.operator import TENSOR_TYPES, is_eager
 
 _LINEAR, _IDENTITY, _DROPOUT = nn.Linear, nn.Identity, nn.Dropout
@@ -67,9 +67,8 @@ def run(layer, x: Tensor) -> Tensor | None:
     call_counts.note_operators(layer, x)
     weight, lora_A, lora_B, scaling, bias, dropout_p, autocast_dtype = operands
     dtype = None if autocast_dtype is not None else compute_dtype(x.dtype)
-    if dropout_p:
-        return linear(x, weight, lora_A, lora_B, scaling, bias, dtype, *seeded(dropout_p, x.device))
-    return linear_eager(x, weight, lora_A, lora_B, scaling, bias, dtype, autocast_dtype)
+    dropout = seeded(dropout_p, x.device)
+    return linear_eager(x, weight, lora_A, lora_B, scaling, bias, dtype, autocast_dtype, *dropout)
 
 
 def seeded(p: float, device: torch.device) -> tuple[float, Tensor | None]:

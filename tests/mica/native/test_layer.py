@@ -4,6 +4,7 @@ What a layer has to be beside its numbers (saved tensors, views, function transf
 languages in tests/mica/ops and tests/mica/fast.
 """
 
+import math
 import threading
 from contextlib import nullcontext
 
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mica import native, ops
 from mica.ops.linear import linear_eager
-from mica.paths import choose, definition, products
+from mica.paths import choose, definition, products, reference_path
 from tests.support.tolerances import RELATIVE, error
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -49,10 +50,11 @@ class Layer:
         self.scaling = scaling
         self.compute_dtype = None
         self.autocast_dtype = None
+        self.dropout = 0.0, None
 
     def __call__(self, x, lora_A):
         operands = x, self.weight, lora_A, self.lora_B, self.scaling, self.bias
-        return linear_eager(*operands, self.compute_dtype, self.autocast_dtype)
+        return linear_eager(*operands, self.compute_dtype, self.autocast_dtype, *self.dropout)
 
     def leaves(self, needs=(True, True)):
         """x, in the strides that it has, and lora_A."""
@@ -72,6 +74,14 @@ def results(layer, needs=(True, True)):
     return found
 
 
+compiled = native.module()
+
+
+def by_compiled(g, x):
+    """`reference_path._by_native` with MICA_NATIVE=0."""
+    return compiled.wide_product(g, x) if g.dtype is BF16 else None
+
+
 def check_same_bits(layer, monkeypatch, needs=(True, True)):
     ops.call_counts.clear()
     ours = results(layer, needs)
@@ -82,6 +92,9 @@ def check_same_bits(layer, monkeypatch, needs=(True, True)):
         assert ops.call_counts[name] == backwards
     with monkeypatch.context() as patch:
         patch.setenv("MICA_NATIVE", "0")
+        patch.setattr(
+            reference_path, "_by_native", by_compiled
+        )  # without which dA is summed in another order
         ops.call_counts.clear()
         expected = results(layer, needs)
         assert ops.call_counts["linear_native"] == 0
@@ -111,6 +124,17 @@ DTYPES = [  # x, adapter, compute_dtype
 def test_the_bits_are_python_s(monkeypatch, rows, dtype, adapter_dtype, compute_dtype, scaling):
     layer = Layer(rows, dtype, adapter_dtype, scaling, bias=len(rows) != 1)
     layer.compute_dtype = compute_dtype
+    check_same_bits(layer, monkeypatch)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.999, 1e-9])
+@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_the_bits_with_dropout(monkeypatch, rows, dtype, adapter_dtype, compute_dtype, p):
+    layer = Layer(rows, dtype, adapter_dtype)
+    layer.compute_dtype = compute_dtype
+    layer.dropout = p, torch.tensor([0x1234_5678_9ABC_DEF0])
+    layer.x.view(-1)[:1] = math.nan  # dropped or not
     check_same_bits(layer, monkeypatch)
 
 

@@ -112,7 +112,8 @@ def test_first_and_second_derivatives(kind, options):
     assert torch.autograd.gradgradcheck(function, inputs)
     if options and kind is KINDS["linear"]:
         saved, _ = saved_by(lambda: function(*inputs))
-        assert saved == addresses(*inputs, p.weight, p.lora_B, SEED)  # the seed, and no mask
+        # no mask; the seed is saved by Python alone, C++ has read it
+        assert saved | addresses(SEED) == addresses(*inputs, p.weight, p.lora_B, SEED)
 
 
 @of_each_kind
