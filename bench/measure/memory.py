@@ -18,9 +18,9 @@ def saved_bytes(
 ) -> int:
     """Bytes saved for the backward of ``forward()``, by storage, without these models' parameters.
 
-    ``but``: further tensors that exist anyway. Counted by saved-tensor hooks, under which a MiCA layer saves its
-    x even if it would compute it again: for a single layer, whose x nothing has made. What a library keeps on
-    its own in an autograd.Function is not seen; with bitsandbytes that is the packed weight, a parameter.
+    ``but``: further tensors that exist anyway. Counted by saved-tensor hooks, under which a MiCA layer saves x
+    where it would compute it again: for a single layer, whose x nothing has made. What a library keeps on its
+    own in an autograd.Function is not seen; with bitsandbytes that is the packed weight, a parameter.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in but}
     for model in without:
@@ -40,7 +40,7 @@ def saved_bytes(
 
 
 def alive_bytes(forward: Callable[[], Tensor]) -> int:
-    """Bytes that ``forward()`` leaves allocated, its result and its graph, as PyTorch's allocators count them.
+    """Bytes that ``forward()`` leaves allocated, for its result and its graph, as PyTorch counts them.
 
     The call before is not counted: it may fill caches.
     """

@@ -1,7 +1,8 @@
 """One adapted linear layer, forward and backward, against everything it can be compared with.
 
 From one layer (2048 x 2048, 1024 tokens, r = 16, bf16) one axis varies at a time: tokens, rank, shape, dtype.
-In addition few tokens by rank, where calls cost as much as products. On an accelerator the layer is 4096 x
+In addition few tokens by rank, where calls cost as much as products, and layers with the paper's dropout of
+0.05, of which only forward and backward are timed. On an accelerator the layer is 4096 x
 4096, tokens vary by rank, and kernels are required. *Forms*, there only, are those that
 `mica.kernels.configs` names, each forced, whatever its table has for the device.
 
@@ -28,7 +29,16 @@ from bench.measure.memory import saved_bytes
 from bench.results import names
 from bench.results.names import ATEN, BACKWARD, BARE, FAST, FORWARD, NO_GRADIENT, STOCK, STOCK_16
 from bench.suites.harness import build_all, iterations, pick, turns
-from bench.suites.layer import AtenControl, Form, Layer, adapted_module, check_errors, exact, make_layer
+from bench.suites.layer import (
+    AtenControl,
+    Form,
+    Layer,
+    adapted_module,
+    check_dropout,
+    check_errors,
+    exact,
+    make_layer,
+)
 from mica.fast.settings import settings
 from mica.kernels import configs
 from mica.ops import mica_linear
@@ -42,6 +52,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # seconds for a large layer, and fp32 is as good as exact for bf16.
 GATES = {"bfloat16": 1.5e-2, "float32": 1e-5}
 EXACT = {"bfloat16": torch.float64 if DEVICE == "cuda" else torch.float32, "float32": torch.float64}
+DROPOUT = 0.05  # the paper's
 PASSES = (FORWARD, BACKWARD, NO_GRADIENT)
 FORMS = {names.of_form(word): word for word in configs.FORM_NAMES} if ON_ACCELERATOR else {}
 LAUNCHED = {  # form -> by kernel, how many launches a forward and its backward make
@@ -63,10 +74,11 @@ class Cell(NamedTuple):
     dtype: str = "bfloat16"
     compiled: bool = False
     forms: bool = False
+    dropout: float = 0.0
 
     @property
     def axes(self) -> dict[str, str | int]:
-        return {
+        axes = {
             "suite": "forms" if self.forms else "layer",
             "tokens": self.tokens,
             "out": self.out,
@@ -74,16 +86,23 @@ class Cell(NamedTuple):
             "rank": self.rank,
             "dtype": self.dtype,
         }
+        if self.dropout:
+            axes["dropout"] = self.dropout
+        return axes
 
     @property
     def key(self) -> str:
         """For ``-k``."""
         key = f"{self.tokens}x{self.out}x{self.inner}-r{self.rank}-{self.dtype}"
+        if self.dropout:
+            key = f"{key}-dropout"
         return f"forms-{key}" if self.forms else key
 
     @property
     def name(self) -> str:
         name = f"layer, {self.tokens} tokens, {self.out} x {self.inner}, r = {self.rank}, {self.dtype}"
+        if self.dropout:
+            name = f"{name}, dropout {self.dropout}"
         return f"forms of a {name}" if self.forms else name
 
     @property
@@ -100,6 +119,8 @@ class Cell(NamedTuple):
         chosen = [BARE, STOCK]
         if self.dtype != "float32":
             chosen.append(STOCK_16)
+        if self.dropout:
+            return [] if part == NO_GRADIENT else [*chosen, FAST]
         chosen += [ATEN, FAST]
         if self.compiled and part != NO_GRADIENT:
             chosen += [names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN]
@@ -121,11 +142,17 @@ AXES = [
     *(Cell(1024, 576, 576, rank=rank) for rank in (4, 128)),
     *grid((1, 32), (576, 576), (16, 128)),
     *grid((1,), (2048, 2048), (16,)),
+    *(
+        Cell(*sizes, dtype=dtype, dropout=DROPOUT)
+        for dtype in DTYPES
+        for sizes in ((1024, 1536, 576), (1024, 2048, 2048), (512, 576, 576), (16, 64, 64))
+    ),
 ]
 WIDE = [(8192, 14336, 4096), (8192, 4096, 14336)]
 CUDA = [
     *(Cell(tokens, 4096, 4096, compiled=tokens in (512, 8192)) for tokens in (8192, 2048, 512, 128, 1)),
     *(Cell(*sizes) for sizes in WIDE),
+    *(Cell(tokens, 4096, 4096, dropout=DROPOUT) for tokens in (8192, 512)),
     *(Cell(tokens, 4096, 4096, rank) for rank in (64, 128, 8) for tokens in (8192, 2048, 512, 1)),
     *(Cell(*sizes, forms=True) for sizes in ((8192, 4096, 4096), *WIDE, (2048, 4096, 4096))),
     *(Cell(*sizes, forms=True) for sizes in ((8192, 4096, 4096, 128), (8192, 4096, 4096, 64))),
@@ -134,6 +161,7 @@ CUDA = [
 DRY = [
     Cell(40, 48, 64, compiled=True),
     Cell(1, 80, 96, 64),
+    Cell(200, 48, 64, dropout=DROPOUT),
     *(Cell(40, 48, 64, rank, forms=True) for rank in (16, 32)),
 ]
 CELLS = pick(default=AXES, cuda=CUDA, dry=DRY)
@@ -185,7 +213,7 @@ def builds(cell: Cell, layer: Layer) -> dict[str, Callable[[], Form]]:
     operands = (x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
 
     def adapted(dtype, context, wrap=lambda module: module) -> Form:
-        module, lora_A = adapted_module(layer, dtype)
+        module, lora_A = adapted_module(layer, dtype, cell.dropout)
         call = wrap(module)
         return Form(lambda: call(x), (x, lora_A), context, module)
 
@@ -216,7 +244,8 @@ def checked(cell: Cell, layer: Layer, name: str, truth: dict) -> tuple[Form, dic
     form = builds(cell, layer)[name]()
     is_timed_alone = name in cell.implementations(NO_GRADIENT)
     with form.context():
-        operator = operator_of(layer, layer.lora_A.dtype if cell.forms else torch.float32)
+        adapter_dtype = layer.lora_A.dtype if cell.forms else torch.float32
+        operator = operator_of(layer, adapter_dtype, cell.dropout)
         if cell.forms:  # the first call may have to try several configurations of a kernel
             form.errors(layer.grad_output, truth)
         calls = mica.fast.call_counts[operator]
@@ -228,6 +257,12 @@ def checked(cell: Cell, layer: Layer, name: str, truth: dict) -> tuple[Form, dic
         ran = mica.fast.call_counts[operator] - calls
         modules = [] if form.module is None else [form.module]
         saved = saved_bytes(form.forward, modules, but=[layer.weight]) / 1e6
+    if cell.dropout and name != BARE:
+        check_dropout(errors, cell.dropout)
+        form.module.eval()
+        with form.context():
+            errors = form.errors(layer.grad_output, truth)
+        form.module.train()
     facts = check_errors(name, errors, RELATIVE[layer.x.dtype] if cell.forms else GATES[cell.dtype])
     expected = 0
     if name.startswith(FAST) and name != names.COMPILED_PLAIN:
@@ -239,11 +274,11 @@ def checked(cell: Cell, layer: Layer, name: str, truth: dict) -> tuple[Form, dic
     return form, {"saved_mb": saved, **facts}
 
 
-def operator_of(layer: Layer, adapter_dtype: torch.dtype) -> str:
+def operator_of(layer: Layer, adapter_dtype: torch.dtype, dropout: float) -> str:
     """The operator that counts a forward of this layer: that on kernels, where they are to run."""
     x = layer.x.reshape(-1, layer.x.shape[-1])
     dtypes = (x.dtype, x.dtype, adapter_dtype, adapter_dtype)
-    rows = functools.partial(choose.forward_rows, x, layer.weight.shape[0], 0.0)
+    rows = functools.partial(choose.forward_rows, x, layer.weight.shape[0], dropout)
     choice = choose.decide("linear", x.device, layer.lora_A.shape[0], dtypes, rows)
     return "linear" if choice.form == choose.REFERENCE else "linear_kernels"
 
@@ -257,6 +292,7 @@ class Setting(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def setting(cell: Cell) -> Setting:
+    torch.manual_seed(0)  # of dropout
     layer = make_layer(cell.tokens, cell.out, cell.inner, cell.rank, DTYPES[cell.dtype], DEVICE)
     truth = exact(layer, EXACT[cell.dtype])
     needed = dict.fromkeys([*cell.implementations(FORWARD), *cell.implementations(NO_GRADIENT)])

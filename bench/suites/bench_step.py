@@ -1,8 +1,9 @@
 """A training step of a whole decoder with adapters on all linear layers, r = 16: bare, stock PEFT, mica.fast.
 
 On a CPU SmolLM2-135M with its own weights, on an accelerator four layers of Llama-3.2-1B's widths, also with
-gradient checkpointing, and as Trainer runs it with ``bf16=True`` (the forward under autocast). The adapted
-ones also run AdamW on A. They train from the same start, and their losses must be stock PEFT's. Memory: what
+gradient checkpointing, and as Trainer runs it with ``bf16=True`` (the forward under autocast). With a dropout
+of 0.05, on all linear layers or in the paper's recipe, results are compared while it is off. The adapted ones
+also run AdamW on A. They train from the same start, and their losses must be stock PEFT's. Memory: what
 is saved for the backward, and by how much it grows within a step.
 
 Every implementation gets embeddings that require a gradient, so that the bare frozen model has a backward too
@@ -14,9 +15,10 @@ import functools
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from bench.measure.machine import DEVICE
-from bench.results.names import BARE, FAST, STOCK, STOCK_16
+from bench.results.names import BARE, FAST, FAST_NORMS, STOCK, STOCK_16
 from bench.suites.decoder import RANK, SMOLLM2, Work, adapted, cast, causal, reference_ids
 from bench.suites.harness import build_all, pick, under_autocast, whole_turns
 from bench.suites.steps import CONTEXTS, Prepared, Step, checked, operators
@@ -28,6 +30,12 @@ LEARNING_RATE = pick(default=1e-3, dry=3e-2)
 DISTINCT = 16  # random tokens: that others never occur is learnt in a few steps
 CHECKPOINTED = "checkpointed"
 AUTOCAST = "autocast"
+DROPOUT = "dropout 0.05"
+PAPER = "paper's recipe"
+ADAPTERS = {  # how -> of the configuration
+    DROPOUT: {"lora_dropout": 0.05},
+    PAPER: {"lora_dropout": 0.05, "targets": ["q_proj", "v_proj"], "lora_alpha": 2 * RANK},
+}
 # Relative differences from stock PEFT's, whose adapters compute in fp32: of the loss (at each step), and of
 # the gradients with respect to the embeddings and A at the start.
 GATES = {
@@ -77,7 +85,9 @@ class Cell(NamedTuple):
     def implementations(self) -> list[str]:
         if self.dtype == "float32":
             return [BARE, STOCK, FAST]
-        return [BARE, STOCK, STOCK_16, FAST]
+        if self.how:
+            return [BARE, STOCK, STOCK_16, FAST]
+        return [BARE, STOCK, STOCK_16, FAST, FAST_NORMS]
 
 
 def steps_of_llama(tokens: tuple[int, int], *hows: str) -> list[Cell]:
@@ -92,13 +102,15 @@ CELLS = pick(
     default=[
         Cell(SMOLLM2, (1, 512)),
         Cell(SMOLLM2, (1, 512), how=AUTOCAST),
+        Cell(SMOLLM2, (1, 512), how=DROPOUT),
+        Cell(SMOLLM2, (1, 512), how=PAPER),
         Cell(SMOLLM2, (1, 256), "float32", rounds=2),
     ],
     cuda=[
-        *steps_of_llama((4, 2048), "", CHECKPOINTED, AUTOCAST),
+        *steps_of_llama((4, 2048), "", CHECKPOINTED, AUTOCAST, DROPOUT, PAPER),
         *steps_of_llama((1, 512), "", CHECKPOINTED, AUTOCAST),
     ],
-    dry=toy_steps("", CHECKPOINTED, AUTOCAST),
+    dry=toy_steps("", CHECKPOINTED, AUTOCAST, DROPOUT, PAPER),
 )
 
 smollm2 = functools.cache(models.smollm2)  # 15 s to read
@@ -114,7 +126,7 @@ def work_of(cell: Cell) -> Work:
     bare.train().requires_grad_(False).to(DEVICE)
     if cell.how == CHECKPOINTED:
         bare.gradient_checkpointing_enable({"use_reentrant": False})
-    masters = adapted(bare, A_SCALE).train()
+    masters = adapted(bare, A_SCALE, **ADAPTERS.get(cell.how, {})).train()
     if cell.model == SMOLLM2:
         ids = reference_ids(cell.tokens).to(DEVICE)
     else:
@@ -127,10 +139,17 @@ def work_of(cell: Cell) -> Work:
 
 def build(cell: Cell, work: Work, implementation: str) -> Step:
     ran = {}
-    if implementation == FAST:
+    if implementation in (FAST, FAST_NORMS):
         layers = len(models.adapted_layers(work.masters))
         ran = operators(layers, forwards=2 if cell.how == CHECKPOINTED else 1)
     return work.step(implementation, CONTEXTS[implementation], ran, LEARNING_RATE)
+
+
+def set_dropout(step: Step, on: bool) -> None:
+    """Every implementation draws masks of its own, so that results can be compared only while it is off."""
+    for module in step.form.module.modules():
+        if type(module) is nn.Dropout:
+            module.train(on)
 
 
 def losses(step: Step) -> list[float]:
@@ -144,6 +163,7 @@ def setting(cell: Cell) -> Prepared:
     work = work_of(cell)
     gates = GATES[cell.dtype]
     stock = build(cell, work, STOCK)
+    set_dropout(stock, False)
     expected = stock.results()
     expected_losses = losses(stock)
     change = abs(expected_losses[-1] / expected_losses[0] - 1)
@@ -155,12 +175,18 @@ def setting(cell: Cell) -> Prepared:
         step = build(cell, work, implementation)
         if implementation == BARE:
             return step
+        set_dropout(step, False)
         checked(step, expected, gates)
         for ours, theirs in zip(losses(step), expected_losses, strict=True):
             assert abs(ours / theirs - 1) <= gates["y"], f"a loss is {ours}, stock PEFT's {theirs}"
         return step
 
     steps = build_all(cell.name, cell.implementations, checked_step)
+    for name, step in steps.items():
+        set_dropout(step, True)
+        with step.form.context():
+            varies = len({float(step.form.forward()) for _ in range(4)}) > 1
+        assert varies == (cell.how in ADAPTERS and name != BARE), f"{name}: is dropout off?"
     return Prepared(steps, {name: {"saved_mb": step.saved_mb()} for name, step in steps.items()})
 
 

@@ -99,7 +99,7 @@ class Work(NamedTuple):
         return Step(Form(forward, (x, *trained), context, model), self.grad_output, optimizer, operators)
 
 
-def adapted(bare: nn.Module, scale: float, targets: str | list[str] = "all-linear") -> nn.Module:
+def adapted(bare: nn.Module, scale: float, targets: str | list[str] = "all-linear", **config) -> nn.Module:
     """A copy with MiCA adapters whose A has values of this scale, as after training."""
-    model = models.wrap(copy.deepcopy(bare), rank=RANK, targets=targets)
+    model = models.wrap(copy.deepcopy(bare), rank=RANK, targets=targets, **config)
     return models.randomise(model, scale)

@@ -84,16 +84,22 @@ def make_layer(tokens: int, out: int, inner: int, rank: int, dtype: torch.dtype,
     )
 
 
-def adapted_module(layer: Layer, adapter_dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+def adapted_module(
+    layer: Layer, adapter_dtype: torch.dtype, dropout: float = 0.0
+) -> tuple[nn.Module, Tensor]:
     """PEFT's MiCA layer over this weight, with these factors in ``adapter_dtype``, B frozen; and its A."""
     out, inner = layer.weight.shape
     base = nn.Linear(inner, out, bias=False, device="meta")
     base.weight = nn.Parameter(layer.weight, requires_grad=False)
     rank = layer.lora_A.shape[0]
     config = LoraConfig(
-        r=rank, lora_alpha=rank * layer.scaling, target_modules=["0"], init_lora_weights="mica"
+        r=rank,
+        lora_alpha=rank * layer.scaling,
+        lora_dropout=dropout,
+        target_modules=["0"],
+        init_lora_weights="mica",
     )
-    adapted = get_peft_model(nn.Sequential(base), config)
+    adapted = get_peft_model(nn.Sequential(base), config).train()
     module = adapted.base_model.model[0].to(layer.x.device)
     for part, value in ((module.lora_A, layer.lora_A), (module.lora_B, layer.lora_B)):
         part["default"].weight = nn.Parameter(value.detach().to(adapter_dtype))
@@ -128,6 +134,16 @@ def exact(layer: Layer, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]
     y = definition.linear(*operands, layer.scaling)
     dx, dA = definition.linear_backward(layer.grad_output.to(dtype), *operands, layer.scaling)
     return {"y": y, "dx": dx, "dA": dA}
+
+
+def check_dropout(errors: dict[str, float], p: float) -> None:
+    """That dA is off by what dropout adds: its x has the relative variance p / (1 − p).
+
+    Raises:
+        AssertionError: it is not.
+    """
+    expected = (p / (1.0 - p)) ** 0.5
+    assert abs(errors["dA"] / expected - 1) <= 0.5, f"dA is off by {errors['dA']:.2f}, not by {expected:.2f}"
 
 
 def check_errors(name: str, errors: dict[str, float], limit: float) -> dict[str, float]:

@@ -14,11 +14,28 @@ from torch import Tensor
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR
 from bench.measure.memory import alive_bytes
-from bench.results.names import BARE, FAST, STOCK, STOCK_16
+from bench.results.names import BARE, FAST, FAST_NORMS, STOCK, STOCK_16
 from bench.suites.harness import build_all
 from bench.suites.layer import Form
 
-CONTEXTS = {BARE: nullcontext, STOCK: mica.fast.disabled, STOCK_16: mica.fast.disabled, FAST: nullcontext}
+
+@contextmanager
+def norms_recomputed() -> Iterator[None]:
+    """Every forward inside."""
+    mica.fast.enable(recompute="norms")
+    try:
+        yield
+    finally:
+        mica.fast.enable()
+
+
+CONTEXTS = {
+    BARE: nullcontext,
+    STOCK: mica.fast.disabled,
+    STOCK_16: mica.fast.disabled,
+    FAST: nullcontext,
+    FAST_NORMS: norms_recomputed,
+}
 
 
 def operators(linear: int, on_kernels: bool = ON_ACCELERATOR, forwards: int = 1) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""x for the backward, without saving x, for the layers that run from Python: mica/native/kept.h says what and why.
+"""x for the backward, without saving x, in layers that run from Python: mica/native/kept.h says what and why.
 
 A recipe is a function of the tensors that are saved in the place of x.
 """
@@ -121,7 +121,7 @@ def _recipe_of(x: Tensor, tensors: list[Tensor]) -> Recipe | None:
 
 
 def _described(node, products: int, tensors: list[Tensor]) -> Recipe | None:
-    """How a node's output is computed by at most so many products (and casts) of tensors that autograd keeps."""
+    """How a node's output is computed by so many products (and casts) at most of what autograd keeps."""
     if type(node) is _CAST:
         dtype = node._input_metadata[0].dtype
         value = _described(node.next_functions[0][0], products, tensors)

@@ -106,8 +106,8 @@ def grad_a(g: Tensor, x: Tensor, grad_dtype: torch.dtype = torch.float32) -> Ten
 
     Where ``grad_dtype`` is the 16-bit dtype of both, a CPU's own product is dA: it sums in fp32 and rounds
     once. Otherwise that would lose 16 bits of fp32's 24, and the rounding of g remains the largest. PyTorch
-    offers no product of 16-bit numbers in fp32 on a CPU. `mica.native` has one of bfloat16, where it is built;
-    without it x is copied to fp32, which takes up to three times as long.
+    offers no product of 16-bit numbers in fp32 on a CPU. `mica.native` has one of bfloat16, where it is
+    built; without it x is copied to fp32, which takes up to three times as long.
     """
     if g.dtype is x.dtype:
         if g.dtype is grad_dtype and g.is_cpu and multiplies_itself(g):

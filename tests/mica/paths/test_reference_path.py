@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mica import native
 from mica.paths import dropout, products, reference_path
 from mica.paths.products import addmm
 from tests.support import expert_cases
@@ -182,6 +184,88 @@ def test_dropout_is_a_function_of_seed_row_and_column():
     assert torch.equal(dropout.dropout_keep(seed, 20, 30, 0.5, first_row=30), keep[30:, :30])
     assert dropout.dropout_keep(seed, 50, 40, 0.0).all()
     assert (dropout.dropout_keep(seed, 50, 40, 0.2) | ~keep).all()  # what p = 0.5 keeps, 0.2 keeps too
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**62 + 2**31, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize(
+    ("rows", "columns", "first_row"), [(0, 5, 0), (3, 0, 0), (1, 1, 7), (70, 1000, 0), (9, 40_000, 2**32 - 4)]
+)
+def test_every_way_to_draw_a_mask_draws_the_same(seed, rows, columns, first_row):
+    """NumPy's, in blocks of rows, and PyTorch's, which devices and function transforms have."""
+    for p in (1e-9, 0.05, 0.5, 0.999):
+        threshold = round(p * 2**24)
+        expected = dropout._keep_by_torch(torch.tensor([seed]), rows, columns, threshold, first_row)
+        keep = dropout.dropout_keep(torch.tensor([seed]), rows, columns, p, first_row)
+        assert keep.dtype == torch.bool
+        assert torch.equal(keep, expected)
+
+
+def test_what_is_kept_at_exactly_the_threshold():
+    """A probability whose threshold is a hash that occurs: that element is kept."""
+    seed, threshold = torch.tensor([3]), 2**20
+    keep = dropout._keep_by_numpy(3, 4, 5, threshold, 0)
+    hashes = np.array([[_hash(3, row, column) for column in range(5)] for row in range(4)])
+    assert (keep == (hashes >= threshold)).all()
+    for occurring in hashes.flat:
+        expected = hashes >= occurring
+        assert (dropout._keep_by_numpy(3, 4, 5, int(occurring), 0) == expected).all()
+        assert (dropout._keep_by_torch(seed, 4, 5, int(occurring), 0).numpy() == expected).all()
+
+
+def _hash(seed, row, column):
+    """The upper 24 bits of an element's, in Python's integers."""
+
+    def mix(z, between=0):
+        z = ((z ^ z >> 16) * dropout.FIRST_FACTOR & 0xFFFFFFFF) ^ between
+        z = (z ^ z >> 15) * dropout.SECOND_FACTOR & 0xFFFFFFFF
+        return z ^ z >> 15
+
+    first = mix(row ^ (seed & 0xFFFFFFFF))
+    second = mix(first + (seed >> 32) & 0xFFFFFFFF)
+    return mix(column * dropout.COLUMN_FACTOR + first & 0xFFFFFFFF, second) >> 8
+
+
+def test_dropout_under_a_function_transform_with_a_seed_for_each():
+    x, lora_A, lora_B, weight = (torch.randn(shape) for shape in ((3, 8), (2, 8), (4, 2), (4, 8)))
+
+    def linear(seed):
+        return reference_path.linear(x, weight, lora_A, lora_B, dropout_p=0.5, seed=seed)
+
+    seeds = torch.tensor([[1], [2]])
+    expected = torch.stack([linear(seed) for seed in seeds])
+    assert error(torch.func.vmap(linear)(seeds), expected) <= RELATIVE[torch.float32]
+
+
+@pytest.mark.skipif(not products.has_native(torch.bfloat16), reason="no instructions for bfloat16")
+@pytest.mark.skipif(native.module() is None, reason=str(native.why_not()))
+@pytest.mark.parametrize("tokens", [1, 2, 127, 129, 1500])
+@pytest.mark.parametrize("columns", [1, 31, 300, 1111])
+def test_wide_products_of_bfloat16_numbers(tokens, columns):
+    """Exact products, summed in fp32 and not rounded to bf16, whatever the strides and the threads."""
+    generator = torch.Generator().manual_seed(0)
+    g, x = (torch.randn(tokens, size, generator=generator).bfloat16() for size in (5, columns))
+    wide = torch.randn(tokens, 2 * columns, generator=generator).bfloat16()
+    for left, right in (
+        (g, x),
+        (g, x.t().contiguous().t()),
+        (g, wide[:, columns:]),
+        (g.t().contiguous().t(), x),
+    ):
+        exact = left.double().t() @ right.double()
+        dA = reference_path.grad_a(left, right)
+        assert dA.dtype == torch.float32
+        assert error(dA, exact) <= RELATIVE[torch.float32]
+        assert native.module().wide_product(left, right) is not None or not has_wide_product()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    several = reference_path.grad_a(g, x)
+    torch.set_num_threads(threads)
+    assert torch.equal(several, reference_path.grad_a(g, x))
+
+
+def has_wide_product():
+    ones = torch.ones(2, 2, dtype=torch.bfloat16)
+    return native.module().wide_product(ones, ones) is not None
 
 
 def test_products_in_another_dtype_than_all_operands():

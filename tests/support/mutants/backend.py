@@ -80,7 +80,7 @@ BACKEND = {
         "Added.__call__": [("in self.adapters", "in self.adapters[1:]")],
     },
     ("mica/fast/forward/decide.py", "tests/mica/fast/test_explain_runs.py"): {
-        "Fused.choices": [('why_python="dropout"', "why_python=None"), ("dropout_p == 0.0", "True")],
+        "Fused.choices": [("is_layer=True", "is_layer=dropout_p == 0.0")],
     },
     ("mica/fast/forward/eligibility.py", "tests/mica/fast/test_explain_runs.py"): {
         "OnOperators.explained": [("if choice.why_python is not None", "if False")],
@@ -103,7 +103,7 @@ BACKEND = {
             ("call_counts.note_operators(layer, x)", "pass"),
             ("None if autocast_dtype is not None else", ""),
             ("compute_dtype(x.dtype)", "None"),
-            ("if dropout_p:", "if False:"),
+            ("autocast_dtype, *dropout)", "autocast_dtype)"),
         ],
         "operands_of": [
             ("if module is not _configured", "if False"),

@@ -128,25 +128,54 @@ OPERATORS = {
             ("(lora_A.requires_grad or x.requires_grad)", "lora_A.requires_grad"),
             ("with no_autocast():", "if True:"),
             ("below_autograd(), no_autocast()", "below_autograd()"),
-            ("None, autocast_dtype)", "None, None)"),
+            ("dropout_p, seed, autocast_dtype", "0.0, None, autocast_dtype"),
+            ("dropout_p, seed, autocast_dtype", "dropout_p, seed, None"),
             ("x, weight = x.to(autocast_dtype), weight.to(autocast_dtype)", "x = x.to(autocast_dtype)"),
         ],
     },
     ("mica/ops/linear.py", "tests/mica/fast/test_changes.py", "-k", "dropout or autocast or variable"): {
-        "_native": [
-            ("dropout_p or", ""),
+        "_native": [("grad_dtype, dropout_p, seed", "grad_dtype, 0.0, None")],
+    },
+    ("mica/ops/linear.py", "tests/mica/ops/test_kept.py"): {
+        "_MicaLinear.forward": [("kept.input_of(x) if needs_A", "(kept._SAVED, (x,)) if needs_A")],
+    },
+    ("mica/ops/kept.py", "tests/mica/ops/test_kept.py"): {
+        "Shared.value": [
+            ("if torch.is_grad_enabled():", "if False:"),
+            ("x is not None and x._version == 0", "False"),
+            ("if self._value is None:", "if True:"),
+            ("self._served >= self._layers", "False"),
+            ("self._served >= self._layers", "True"),
+        ],
+        "input_of": [("if shared is None or not shared.is_of(x)", "if True")],
+        "_recipe_of": [
+            ("x._version or", ""),
+            ("has_hooks or", ""),
+            ("2 if _norms else 1", "1"),
+            ("2 if _norms else 1", "2"),
+            ("return _described(node", "raise RuntimeError"),
+        ],
+        "_described": [
+            (".to(dtype)", ""),
+            ("or products == 0", ""),
+            ('"other", 1', '"other", 0'),
+        ],
+        "_factor": [
+            ('getattr(raw, "unpack_hook", None) is not None', "False"),
+            ("or factor.dim() == 0", ""),
+            ("tensors.append(factor)", "tensors.insert(0, factor)"),
         ],
     },
     ("mica/ops/linear.py", "tests/mica/paths/test_triton_path.py", "-k", "which_form"): {
         "_native": [("choice.form != NATIVE", "False")],
     },
     ("mica/ops/linear.py", "tests/mica/ops/test_operators.py", "-k", "test_autocast"): {
-        "_native": [("bias, compute_dtype, grad_dtype)", "bias, compute_dtype, None)")],
+        "_native": [("*operands, grad_dtype, dropout_p", "*operands, None, dropout_p")],
     },
     ("mica/ops/linear.py", "tests/mica/native/test_layer.py", "-k", "autocast"): {
         "linear_eager": [
             ("choice.form == NATIVE", "False"),
-            ("*operands, autocast_dtype)", "*operands, None)"),
+            ("*operands, autocast_dtype, dropout_p", "*operands, None, dropout_p"),
         ],
     },
     ("mica/ops/linear.py", "tests/mica/fast/test_layer_tensors.py", "-k", "without_dimensions"): {
@@ -270,13 +299,38 @@ OPERATORS = {
         "grad_a": [
             ("g.dtype is grad_dtype and", ""),
             ("and multiplies_itself(g)", ""),
-            ("/ (1.0 - dropout_p) if dropout_p else grad", ""),
-            ("x_part, start, dropout_p", "x_part, 0, dropout_p"),
             ("grad is None", "start >= 0"),
         ],
+        "down_projection": [("scaling / (1.0 - dropout_p)", "scaling")],
+        "down_projection_backward": [
+            ("scaling = scaling / (1.0 - dropout_p)", "pass"),
+            ("lora_A * scaling, keep", "lora_A * scaling"),
+            ("dropout.applied(keep, x)", "x"),
+        ],
+        "grad_x": [("and keep is None", "")],
+    },
+    ("mica/paths/reference_path.py", "tests/mica/paths/test_reference_path.py", "-k", "dropout or wide"): {
+        "linear_backward": [
+            ("scaling / (1.0 - dropout_p)", "scaling"),
+            ("g, lora_A, keep)", "g, lora_A)"),
+            ("dropout.applied(keep, x)", "x"),
+        ],
+        "grad_a": [("whole = _by_native(g, x)", "pass")],
+        "_by_native": [("or not multiplies_itself(g)", "")],
     },
     ("mica/paths/dropout.py", "tests/mica/paths/test_reference_path.py", "tests/mica/paths/test_parity.py"): {
-        "dropout_keep": [("arange(first_row, first_row +", "arange(0,")],
+        "dropout_keep": [
+            ("is_readable and not _are", "not _are"),
+            ("and not _are_functorch_transforms_active()", ""),
+        ],
+        "_keep_by_torch": [("arange(first_row, first_row +", "arange(0,")],
+        "_keep_by_numpy": [
+            ("arange(first_row, first_row +", "arange(0,"),
+            ("(seed >> 32)", "(seed >> 31)"),
+            ("min(start + step, rows)", "start + step"),
+            ("second[block, None])", "second[None, :1])"),
+            ("np.greater_equal", "np.greater"),
+        ],
     },
     ("mica/paths/products.py", "tests/mica/paths/test_products.py"): {
         "addmm": [("right in others", "right in others[1:]")],
