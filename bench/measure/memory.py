@@ -18,8 +18,8 @@ def saved_bytes(
 ) -> int:
     """Bytes saved for the backward of ``forward()``, by storage, without these models' parameters.
 
-    ``but``: further tensors that exist anyway. Counted by saved-tensor hooks, under which a MiCA layer saves x
-    where it would compute it again: for a single layer, whose x nothing has made. What a library keeps on its
+    ``but``: further tensors that exist anyway. Counted by saved-tensor hooks, under which a MiCA layer saves
+    an x that it would compute again: for a layer alone, whose x nothing has made. What a library keeps on its
     own in an autograd.Function is not seen; with bitsandbytes that is the packed weight, a parameter.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in but}
