@@ -55,7 +55,7 @@ inline bool describe_factor(const SavedVariable& saved, Node* made_by, int produ
   if (!factor.defined()) {
     return made_by && describe(made_by, products, recipe);
   }
-  if (factor.dim() == 0 || factor.layout() != at::kStrided) { // a Python number, in whose place a tensor may promote
+  if (factor.layout() != at::kStrided) {
     return false;
   }
   recipe.instructions.push_back({Instruction::load});

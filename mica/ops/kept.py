@@ -143,8 +143,7 @@ def _factor(node, name: str, position: int, products: int, tensors: list[Tensor]
     factor = getattr(node, f"_saved_{name}")
     if factor is None:
         return _described(node.next_functions[position][0], products, tensors)
-    # a Python number has no dimensions, and a tensor in its place may promote the dtype
-    if type(factor) not in TENSOR_TYPES or factor.dim() == 0 or factor.layout is not torch.strided:
+    if type(factor) not in TENSOR_TYPES or factor.layout is not torch.strided:
         return None
     tensors.append(factor)
     return next
