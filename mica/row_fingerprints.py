@@ -30,7 +30,7 @@ def row_fingerprints(matrix: Tensor) -> Tensor:
     count = matrix.shape[1] * matrix.element_size() // word.itemsize
     generator = torch.Generator().manual_seed(0)
     odd = torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator, device="cpu") | 1
-    odd = odd.to(matrix.device)
+    odd = odd.to(matrix.device, non_blocking=True)
 
     sums = []
     for rows in matrix.split(_rows_at_a_time(matrix)):
@@ -65,7 +65,8 @@ def _rows_at_a_time(matrix: Tensor) -> int:
 
 def _viewed(rows: Tensor, word: torch.dtype) -> Tensor:
     """The words that hold the rows; a copy only where PyTorch has no view of them."""
-    rows = rows.contiguous()
-    if rows.storage_offset() * rows.element_size() % word.itemsize:
-        rows = rows.clone()
-    return rows.view(word)
+    # Flat, because a view of other words looks at all strides, even that of a single row, which means nothing
+    flat = rows.contiguous().view(-1)
+    if flat.storage_offset() * flat.element_size() % word.itemsize:
+        flat = flat.clone()
+    return flat.view(word).view(len(rows), -1)
