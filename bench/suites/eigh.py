@@ -29,7 +29,7 @@ def basis_by_eigh(weight: Tensor, rank: int) -> Tensor:
     else:
         gram = exact @ exact.T
     values, vectors = torch.linalg.eigh(gram)
-    if values[rank - 1] <= _LOST * values[-1]:
+    if values[0] <= _LOST * values[-1]:
         left, _, _ = torch.linalg.svd(exact, full_matrices=False)
         return left[:, -rank:].float()
 
