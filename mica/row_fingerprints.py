@@ -16,11 +16,11 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def row_fingerprints(matrix: Tensor) -> Tensor:
     """One int64 per row: the sum of its words, each times an odd number for its position, modulo 2^64.
 
-    It finds accidents, and an adversary could make others. A change of one word is always seen, since odd
-    numbers have an inverse; so are words that moved, which a plain sum does not notice. A change of several
-    is missed with a probability of about 2^-63. That grows to 2^-32 where only the upper halves of words
-    change, to 2^-16 for the upper quarters, and changes of nothing but the uppermost bits of two words cancel
-    each other.
+    It finds accidents, not forgeries. A change of one word is always seen, since odd numbers have an inverse;
+    so are words that moved, which a plain sum does not notice. A change of several words is missed with a
+    probability of about 2^-63, but of 2^-31 where it is confined to the upper halves of words, and of 2^-15
+    where it is confined to their upper quarters. Changes of nothing but the uppermost bits of an even number
+    of words cancel.
 
     It depends on the bits alone, on no strides, offset or device. 0.1 ms for 1536 x 576 in bf16 on one core
     (the plain sum: 0.03).
