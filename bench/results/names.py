@@ -19,6 +19,7 @@ PYTHON = "mica.fast, reference path"  # from Python
 KERNELS = "mica.fast, kernels with a driver that launches nothing"
 
 SVD = "torch.linalg.svd"
+EIGH = "fp64 Gram, torch.linalg.eigh"  # of the smaller side, all eigenvectors, as Unsloth initialises
 
 COPY = "copy"  # of as many bytes as a kernel moves, by PyTorch
 CUBLAS = "cuBLAS"  # the same product by PyTorch

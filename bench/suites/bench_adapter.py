@@ -15,9 +15,10 @@ from transformers import AutoModel
 
 import mica.fast
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
-from bench.results.names import FAST, STOCK
+from bench.results.names import EIGH, FAST, STOCK
 from bench.results.throughput import BYTES, FLOP, MATRICES, gram_flop
 from bench.suites.decoder import RANK, SMOLLM2, adapted, config_of
+from bench.suites.eigh import peft_with_eigh
 from bench.suites.harness import build_all, pick
 from tests.support import models
 
@@ -25,6 +26,7 @@ from tests.support import models
 ROUNDS = pick(default=range(3), cuda=range(1))
 MERGE_ROUNDS = 5
 IMPLEMENTATIONS = {STOCK: mica.fast.disabled, FAST: nullcontext}
+INITIALISATIONS = {STOCK: mica.fast.disabled, EIGH: peft_with_eigh, FAST: nullcontext}
 MODEL = pick(default=SMOLLM2, cuda="Llama-3.2-1B", dry="toy")
 NAME = MODEL if MODEL == SMOLLM2 else f"a block of {MODEL}"
 DTYPE = "bfloat16" if ON_ACCELERATOR else "float32"
@@ -68,14 +70,14 @@ def energy(model) -> float:
 least: dict[str, float] = {}  # energies that stock PEFT reaches
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", INITIALISATIONS)
 @pytest.mark.parametrize("round_", ROUNDS)
 def bench_initialisation(once, gated, round_, implementation):
     group = f"get_peft_model, {NAME}, {DTYPE}"
     gated(group, base, implementation)
     axes = {"suite": "initialisation", **AXES, "dtype": DTYPE}
     wrap = functools.partial(models.wrap, rank=RANK, targets="all-linear")
-    with IMPLEMENTATIONS[implementation]():
+    with INITIALISATIONS[implementation]():
         wrapped = once(wrap, group, implementation, axes, make=lambda: copy.deepcopy(base()))
         once.note_growth(peak_mb=1e6)
         shapes = [weight.shape for weight in weights(wrapped)]

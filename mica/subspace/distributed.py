@@ -12,12 +12,14 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from mica.subspace.cache import SubspaceCache
+from mica.subspace.fingerprint import is_weight, quick_fingerprint
 from mica.subspace.many import Task, cost, solve_many
 from mica.subspace.result import MinorSubspace, moved
 
@@ -75,7 +77,7 @@ def solve_shared(
     except Exception as error:  # out of memory, for example: the others wait to hear of it
         failure = error
 
-    shared = {index: moved(results[index], "cpu") for index in mine if index in results}
+    shared = {index: _as_arrays(results[index]) for index in mine if index in results}
     gathered = _gathered((shared, _described(failure)), tasks)
     if failure:
         raise failure
@@ -86,22 +88,50 @@ def solve_shared(
     for theirs, _ in gathered:
         for index, result in theirs.items():
             if index not in results:
-                yield index, moved(result, tasks[index].weight.device)
+                yield index, moved(_as_tensors(result), tasks[index].weight.device)
 
 
 def _divided(tasks: Sequence[Task]) -> tuple[list[int], list[int]]:
     """The indices of the tasks that this process solves for all, and of those that it solves for itself."""
-    keys = _gathered([task.key for task in tasks], tasks)
+    contents = _gathered([_content(task) for task in tasks], tasks)
     common = []
     private = []
-    for index, of_index in enumerate(zip(*keys, strict=True)):
-        if len(set(of_index)) == 1:
+    for index, (first, *others) in enumerate(zip(*contents, strict=True)):
+        if first is not None and all(other == first for other in others):
             common.append(index)
         else:
             private.append(index)
     costs = [cost(tasks[index]) for index in common]
     share = shares(costs, dist.get_world_size())[dist.get_rank()]
     return [common[position] for position in share], private
+
+
+def _content(task: Task) -> str | None:
+    """A key that tells the processes' weights apart; None where there is none, and the solver will say why.
+
+    Not the cache's key, which takes ten times as long and is needed only for the layers that this process
+    solves: with it, all processes would hash every weight before they share any.
+    """
+    if not is_weight(task.weight):
+        return None
+    return quick_fingerprint(task.weight)
+
+
+def _as_arrays(result: MinorSubspace) -> MinorSubspace:
+    """For a message: NumPy's arrays are pickled in a tenth of the time of tensors.
+
+    The 105 results of one of two processes for SmolLM2-135M are written and read in 9 instead of 60 ms.
+    """
+    on_host = moved(result, "cpu")
+    return replace(on_host, basis=on_host.basis.numpy(), singular_values=on_host.singular_values.numpy())
+
+
+def _as_tensors(message: MinorSubspace) -> MinorSubspace:
+    return replace(
+        message,
+        basis=torch.from_numpy(message.basis),
+        singular_values=torch.from_numpy(message.singular_values),
+    )
 
 
 def _described(failure: Exception | None) -> tuple[type[Exception], str] | None:

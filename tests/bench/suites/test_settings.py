@@ -10,8 +10,8 @@ from torch import nn
 
 import mica.fast
 from bench.results import journal
-from bench.results.names import BARE, FAST, STOCK, SVD
-from bench.suites import bench_adapter, bench_step, bench_subspace, harness
+from bench.results.names import BARE, EIGH, FAST, STOCK, SVD
+from bench.suites import bench_adapter, bench_step, bench_subspace, eigh, harness
 from bench.suites.case import case
 from bench.suites.layer import Form, adapted_module, make_layer
 from bench.suites.once import Once
@@ -219,8 +219,58 @@ def test_a_result_without_a_certificate_is_refused_alone(monkeypatch):
 
     monkeypatch.setattr(bench_subspace, "minor_subspace", uncertified)
     calls, _ = bench_subspace.setting(CELL)
-    assert list(calls) == [SVD, "minor_subspace, auto, r = 16"]
+    assert list(calls) == [SVD, EIGH, "minor_subspace, auto, r = 16"]
     assert harness.refusals == {(CELL.name, "minor_subspace, auto, r = 64"): "not certified"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (lambda vectors: vectors.flip(1), "‖BᵀW‖² is"),  # those of the largest singular values
+        (lambda vectors: 1.01 * vectors, "BᵀB is off by"),
+    ],
+)
+def test_eigenvectors_that_are_not_the_minor_ones_are_refused(monkeypatch, wrong, why):
+    solve = torch.linalg.eigh
+
+    def wrongly(gram):
+        values, vectors = solve(gram)
+        return values, wrong(vectors)
+
+    monkeypatch.setattr(torch.linalg, "eigh", wrongly)
+    with pytest.raises(AssertionError, match=why):
+        bench_subspace.by_eigh(torch.randn(96, 128), 16)
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40)], ids=str)
+@pytest.mark.parametrize("smallest", [0.5, 1e-9])
+def test_all_eigenvectors_span_the_minor_subspace(shape, smallest):
+    """And the SVD's do where the smallest singular value is lost in the Gram."""
+    weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    values[-1] = smallest
+    weight = left * values @ right
+    basis = eigh.basis_by_eigh(weight, 8)
+    assert basis.dtype == torch.float32
+    expected = left[:, -8:].float()
+    torch.testing.assert_close(basis @ basis.T, expected @ expected.T, rtol=0, atol=1e-5)
+
+
+def test_peft_creates_an_adapter_by_all_eigenvectors_and_is_itself_again():
+    def basis_of(layer):
+        return layer.lora_B["default"].weight.detach()
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(24, 32, bias=False), nn.Linear(32, 24, bias=False))
+    weights = [layer.weight.detach() for layer in base]
+    mica_init = eigh.LoraLayer.mica_init
+    with eigh.peft_with_eigh():
+        model = models.wrap(base, rank=16, targets=["0", "1"])
+    assert eigh.LoraLayer.mica_init is mica_init
+    assert mica.fast.is_enabled()
+    for layer, weight in zip(models.adapted_layers(model).values(), weights, strict=True):
+        assert torch.equal(basis_of(layer), eigh.basis_by_eigh(weight, 16))
+        assert not layer.lora_A["default"].weight.any()
 
 
 def test_a_start_from_another_subspace_has_more_energy():

@@ -35,10 +35,17 @@ def make_tasks(seed=0, count=5, value=None):
     return tasks
 
 
+def edited(tasks, edit):
+    """With another weight for the largest layer, which process 0 gets."""
+    tasks[2] = replace(tasks[2], weight=edit(tasks[2].weight))
+    return tasks
+
+
 class Solved(NamedTuple):
     step: str
     bases: dict[int, torch.Tensor]
     own: list[tuple[int, int]]  # shapes that this process solved itself
+    hashed: list[tuple[int, int]]  # and those of which it made the cache's key
     seconds: float
     patience: float
 
@@ -47,13 +54,17 @@ def solve(step, folder):
     tasks, cache = TASKS[step](), SubspaceCache(folder) if "cached" in step else None
     start = time.perf_counter()
     error = RuntimeError("no memory") if step == "out of memory" else None
-    with patch.object(many, "solve_each", wraps=many.solve_each, side_effect=error) as solver:
+    with (
+        patch.object(many, "solve_each", wraps=many.solve_each, side_effect=error) as solver,
+        patch.object(many, "fingerprint", wraps=many.fingerprint) as hashes,
+    ):
         subspaces = list(solve_shared(tasks, Sharing(), cache=cache))
     seconds = time.perf_counter() - start
     assert len({index for index, _ in subspaces}) == len(subspaces) == len(tasks)
     bases = {index: result.basis for index, result in subspaces}
     own = [tuple(call.args[0].shape) for call in solver.call_args_list]
-    return Solved(step, bases, own, seconds, distributed.PATIENCE.total_seconds())
+    hashed = [tuple(call.args[0].shape) for call in hashes.call_args_list]
+    return Solved(step, bases, own, hashed, seconds, distributed.PATIENCE.total_seconds())
 
 
 def wait_for(seconds):
@@ -66,7 +77,9 @@ TASKS = {
     "three alone": lambda: make_tasks(count=3),
     "four alone": lambda: make_tasks(count=4),
     "with another layer": lambda: make_tasks(value=2.0),
+    "in columns": lambda: edited(make_tasks(), lambda weight: weight.T.contiguous().T),
     "broken": lambda: make_tasks(value=torch.nan),
+    "one of integers": lambda: edited(make_tasks(), lambda weight: weight.int()),
 }
 STEPS = {
     "impatient": lambda: wait_for(IMPATIENCE),
@@ -100,6 +113,8 @@ SCRIPTS = {
 }
 PLAYED = SCRIPTS | {
     "different content": ["together", "with another layer"],
+    "another order in memory": ["together", "in columns"],
+    "what has no content": ["one of integers"] * 2,
     "an error in one": ["broken", "broken"],
     "any error": ["out of memory", "together"],
     "a cache": ["cached, cached again"] * 2,
@@ -161,8 +176,9 @@ def test_who_shares_and_who_goes_alone(played, case):
         assert_shared(results)
 
 
-def test_weights_of_one_name_and_different_content_are_not_shared(played):
-    (mine,), (theirs,) = played["different content"]
+@pytest.mark.parametrize("case", ["different content", "another order in memory"])
+def test_weights_of_one_name_and_different_content_are_not_shared(played, case):
+    (mine,), (theirs,) = played[case]
     for solved in (mine, theirs):
         assert_solved(solved)
         assert SHAPES[2] in solved.own
@@ -218,6 +234,19 @@ def test_each_process_asks_the_cache_for_its_share(played):
     first, again = zip(*played["a cache"], strict=True)
     assert_shared(first)
     assert not any(solved.own for solved in again)
+    for solved, later in zip(first, again, strict=True):
+        assert sorted(solved.hashed) == sorted(later.hashed) == sorted(solved.own)
+
+
+def test_no_key_of_a_cache_is_made_without_a_cache(played):
+    for (solved,) in played["different content"]:
+        assert not solved.hashed
+
+
+def test_what_the_solver_refuses_is_its_error_in_every_process(played):
+    for error in played["what has no content"]:
+        assert isinstance(error, TypeError)
+        assert "weight must be of dtype" in str(error)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

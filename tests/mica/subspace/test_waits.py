@@ -73,6 +73,15 @@ def test_a_fingerprint_is_copied_in_large_pieces(chunks, waits, monkeypatch):
     assert device.waits.total() == waits
 
 
+def test_a_quick_fingerprint_copies_nothing_but_sums(monkeypatch):
+    weight = torch.randn(300, 70)
+    monkeypatch.setattr(fingerprint, "is_weight", lambda weight: True)
+    with CountedDevice() as device:
+        key = fingerprint.quick_fingerprint(OnDevice(weight))
+    assert key == fingerprint.quick_fingerprint(weight)
+    assert device.waits.total() == 1
+
+
 # The count itself
 
 

@@ -29,12 +29,23 @@ SUBSPACE = {
         "bounds": [("if gram.patience", "if False")],
         "random_block": [("start.to(gram.device, non_blocking=True)", "start")],
     },
+    ("mica/subspace/krylov.py", "tests/mica/subspace/test_krylov.py", "-k", "norm"): {
+        "NORM_STEPS": [("12", "6")],
+    },
     ("mica/subspace/distributed.py", "tests/mica/subspace/test_distributed.py", "-k", "wait_once"): {
         "Sharing.agreed": [("tasks and not self.is_over:", "tasks:")],
     },
     ("mica/subspace/distributed.py", "tests/mica/subspace/test_distributed.py"): {
         "solve_shared": [("if index not in results:", "if False:"), ("failed is not None:", "False:")],
-        "_divided": [("len(set(of_index)) == 1", "True")],
+        "_divided": [
+            ("all(other == first for other in others)", "True"),
+            ("first is not None and", ""),
+        ],
+        "_content": [
+            ("quick_fingerprint(task.weight)", "task.name"),
+            ("quick_fingerprint(task.weight)", "task.key"),
+            ("not is_weight(task.weight)", "False"),
+        ],
         "_described": [("isinstance(failure, ValueError)", "False")],
         "_gathered": [("and torch.cuda.current_device() == 0", "")],
         "_all_agree": [
@@ -204,17 +215,38 @@ SUBSPACE = {
         "_check_rank": [("isinstance(rank, bool) or", "")],
         "_check_weight": [("weight.layout is not torch.strided or weight.is_nested", "False")],
     },
+    ("mica/row_fingerprints.py", "tests/mica/test_row_fingerprints.py"): {
+        "row_fingerprints": [
+            ("| 1", "* 0 + 1"),
+            ("torch.Generator().manual_seed(0)", "torch.default_generator"),
+            (".manual_seed(0)", ".manual_seed(torch.initial_seed())"),
+        ],
+        "_word_of": [("matrix.element_size() == 8", "False")],
+        "_viewed": [
+            ("rows.contiguous()", "rows"),
+            (".contiguous().view(-1)", ".contiguous()"),
+            ("flat = flat.clone()", "pass"),
+        ],
+    },
+    ("mica/row_fingerprints.py", "tests/mica/subspace/test_waits.py", "-k", "fingerprint"): {
+        "row_fingerprints": [(", non_blocking=True", "")],
+    },
     ("mica/subspace/fingerprint.py", "tests/mica/subspace/test_solver.py", "-k", "lazily"): {
-        "fingerprint": [("in_memory(weight.detach())", "weight.detach()")],
+        "_in_memory": [("in_memory(weight.detach())", "weight.detach()")],
     },
     ("mica/subspace/fingerprint.py", "tests/mica/subspace/test_waits.py"): {
         "_digests": [("rows.split(_COPIED_CHUNKS * step)", "rows.split(step)")],
     },
     ("mica/subspace/fingerprint.py", "tests/mica/subspace/test_fingerprint.py"): {
-        "fingerprint": [
+        "_in_memory": [
             ("bits = bits.T", "pass"),
             ("{tuple(weight.shape)} {order}", "{order}"),
+            ("{tuple(weight.shape)} {order}", "{tuple(weight.shape)}"),
             ("{weight.dtype} {tuple", "{tuple"),
+        ],
+        "quick_fingerprint": [
+            ("header + sums.tobytes()", "sums.tobytes()"),
+            ("header + sums.tobytes()", "header"),
         ],
         "is_weight": [("and weight.numel() > 0", "")],
     },

@@ -1,0 +1,114 @@
+"""A number for each row: every accident changes it, and nothing else does."""
+
+import itertools
+
+import pytest
+import torch
+
+from mica import row_fingerprints as module
+from mica.dtypes import FLOATING
+from mica.row_fingerprints import row_fingerprints
+
+on_all_dtypes = pytest.mark.parametrize("dtype", FLOATING)
+on_whole_words_and_others = pytest.mark.parametrize(
+    "shape", [(12, 20), (7, 9), (1, 20), (1, 9)], ids=["whole words", "odd", "one row", "one odd row"]
+)
+
+
+@on_all_dtypes
+@pytest.mark.parametrize("dim", [0, 1])
+@on_whole_words_and_others
+def test_values_at_other_places_are_seen(dtype, dim, shape):
+    """Every exchange of two rows or columns."""
+    matrix = torch.randn(shape, dtype=dtype)
+    expected = row_fingerprints(matrix)
+    assert expected.shape == matrix.shape[:1]
+    for one, other in itertools.combinations(range(matrix.shape[dim]), 2):
+        order = list(range(matrix.shape[dim]))
+        order[one], order[other] = other, one
+        moved = matrix.index_select(dim, torch.tensor(order))
+        assert not torch.equal(row_fingerprints(moved), expected)
+
+
+@on_all_dtypes
+@on_whole_words_and_others
+def test_one_bit_changes_the_number_of_its_row_and_no_other(dtype, shape):
+    matrix = torch.randn(shape, dtype=dtype)
+    expected = row_fingerprints(matrix)
+    bits_of_an_entry = 8 * matrix.element_size()
+    for place in itertools.product(*map(range, shape)):
+        for bit in (0, bits_of_an_entry // 2, bits_of_an_entry - 1):
+            flipped = matrix.clone()
+            words = flipped.view(module._WORDS[matrix.element_size()])
+            words[place] ^= torch.tensor(1, dtype=words.dtype) << bit
+            changed = row_fingerprints(flipped) != expected
+            assert changed.nonzero().flatten().tolist() == [place[0]]
+
+
+@on_all_dtypes
+@on_whole_words_and_others
+def test_a_matrix_is_told_from_its_negative(dtype, shape):
+    """Every sign turned, the uppermost bit of each entry: in pairs, multiples of 2^63 cancel."""
+    matrix = torch.randn(shape, dtype=dtype)
+    assert (row_fingerprints(-matrix) != row_fingerprints(matrix)).all()
+
+
+def test_any_two_signs_of_fp64_are_seen():
+    matrix = torch.randn(1, 24, dtype=torch.float64)
+    seen = {row_fingerprints(matrix).item()}
+    pairs = list(itertools.combinations(range(24), 2))
+    for pair in pairs:
+        turned = matrix.clone()
+        turned[0, list(pair)] *= -1
+        seen.add(row_fingerprints(turned).item())
+    assert len(seen) == 1 + len(pairs)
+
+
+@on_all_dtypes
+@on_whole_words_and_others
+def test_where_it_lies_in_memory_is_of_no_account(dtype, shape):
+    matrix = torch.randn(shape, dtype=dtype)
+    expected = row_fingerprints(matrix)
+    rows, columns = shape
+    for offset, step, pad in ((1, 1, 0), (3, 1, 0), (0, 1, 3), (1, 2, 1), (4, 1, 8)):
+        stride = columns * step + pad
+        memory = torch.full((rows * stride + offset,), torch.nan, dtype=dtype)
+        copy = memory.as_strided(shape, (stride, step), offset)
+        copy.copy_(matrix)
+        assert torch.equal(row_fingerprints(copy), expected)
+    assert torch.equal(row_fingerprints(matrix.T.contiguous().T), expected)
+
+
+@on_all_dtypes
+def test_an_expanded_row_is_as_its_copies(dtype):
+    row = torch.randn(1, 20, dtype=dtype)
+    assert torch.equal(row_fingerprints(row.expand(5, 20)), row_fingerprints(row).expand(5))
+
+
+@on_all_dtypes
+@on_whole_words_and_others
+def test_rows_are_summed_a_few_at_a_time(dtype, shape, monkeypatch):
+    matrix = torch.randn(shape, dtype=dtype)
+    expected = row_fingerprints(matrix)
+    for size in (1, 100, 500):
+        monkeypatch.setattr(module, "_CHUNK_BYTES", size)
+        assert torch.equal(row_fingerprints(matrix), expected)
+
+
+def test_it_is_the_same_in_every_process_and_takes_no_random_numbers():
+    matrix = torch.randn(5, 16)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append(row_fingerprints(matrix))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*found)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@on_all_dtypes
+@on_whole_words_and_others
+def test_on_cuda(dtype, shape):
+    matrix = torch.randn(shape, dtype=dtype)
+    assert torch.equal(row_fingerprints(matrix.cuda()).cpu(), row_fingerprints(matrix))
