@@ -285,6 +285,14 @@ def test_wide_products_of_bfloat16_numbers(tokens, columns):
     assert torch.equal(several, reference_path.grad_a(g, x))
 
 
+def test_no_wide_product_where_bfloat16_is_slow(monkeypatch):
+    """There the operands are copied to fp32, as for every other product."""
+    g, x = torch.randn(200, 5).bfloat16(), torch.randn(200, 300).bfloat16()
+    monkeypatch.setattr(products, "has_native", lambda dtype: False)
+    monkeypatch.setattr(native, "module", lambda: pytest.fail("asked for it"))
+    assert torch.equal(reference_path.grad_a(g, x), g.float().t() @ x.float())
+
+
 def has_wide_product():
     ones = torch.ones(2, 2, dtype=torch.bfloat16)
     return native.module().wide_product(ones, ones) is not None
