@@ -72,6 +72,12 @@ QUANTISED = {
     "peft.tuners.lora.gptq:GPTQLoraLinear.forward": ("c7b08d8a2a5d",),
     "peft.tuners.lora.awq:AwqLoraLinear.forward": ("bb381600b35d",),
 }
+# What `merge.unloading` relies on: a layer that is unloaded leaves the model right after its merge.
+UNLOADING = {
+    "peft.tuners.lora.model:LoraModel._unload_and_optionally_merge": ("29f98f2d252b", "0a336c534cd2"),
+    "peft.tuners.lora.model:LoraModel._replace_module": ("7cf1c9fc0f01",),
+    f"{_LAYERS}:ParamWrapper.unload_and_optionally_merge_module": ("14676ad4ea2a",),
+}
 
 # What was left to PEFT when this package was installed: part -> why. Changed by `patching` only.
 left: dict[str, list[str]] = {}
@@ -119,6 +125,11 @@ def differences() -> dict[str, list[str]]:
             if why is not None:
                 found.setdefault(part, []).append(why)
     return found
+
+
+def unloads_as_known() -> bool:
+    """Whether the installed release unloads a model as the known ones do."""
+    return all(why_not_the_same(name, fingerprints) is None for name, fingerprints in UNLOADING.items())
 
 
 def sentence(version: str) -> str | None:
