@@ -8,6 +8,7 @@ the known releases. What differs is left to PEFT, part by part, and one sentence
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import inspect
@@ -72,7 +73,7 @@ QUANTISED = {
     "peft.tuners.lora.gptq:GPTQLoraLinear.forward": ("c7b08d8a2a5d",),
     "peft.tuners.lora.awq:AwqLoraLinear.forward": ("bb381600b35d",),
 }
-# What `merge.unloading` relies on: a layer that is unloaded leaves the model right after its merge.
+# What `merge.unloading` rests on: PEFT takes each layer out of the model right after its merge.
 UNLOADING = {
     "peft.tuners.lora.model:LoraModel._unload_and_optionally_merge": ("29f98f2d252b", "0a336c534cd2"),
     "peft.tuners.lora.model:LoraModel._replace_module": ("7cf1c9fc0f01",),
@@ -168,6 +169,7 @@ def _listed(parts: Iterable[str]) -> str:
 _NO_RESULT = {"annotation", "returns", "type_comment", "type_params", "kind", "ctx"}
 
 
+@functools.lru_cache(maxsize=256)  # it takes milliseconds, and a function does not change
 def fingerprint(function: Callable) -> str | None:
     """A hash of what the function computes; None if its source cannot be read.
 

@@ -18,15 +18,17 @@ from torch import Tensor
 CHUNK = 2**18
 DEVICE_CHUNK = 2**24
 
-# What is held for each name, in each thread that has merged: a chunk of fp64.
+# The most that is held for a name, a chunk of fp64. A merge into bf16 has seven names, and holds 6 MB.
 _MOST_BYTES = 2**21
+_MOST_VIEWS = 64  # of that memory; models have few shapes
 
 
 class _Held(threading.local):
-    """Name -> bytes. Another thread has its own, and its memory goes when it ends."""
+    """Every thread has its own, which goes when it ends."""
 
     def __init__(self) -> None:
-        self.memory: dict[str, Tensor] = {}
+        self.memory: dict[str, Tensor] = {}  # bytes by name
+        self.views: dict[tuple, Tensor] = {}  # of them, by name, shape and dtype
 
 
 _held = _Held()
@@ -39,24 +41,28 @@ def rows_at_a_time(weight: Tensor) -> int:
     return max(1, size // max(1, weight.shape[1]))
 
 
-def split(matrix):
-    step = max(1, PIECE // max(1, matrix.shape[1])) if matrix.device.type == "cpu" else len(matrix)
-    for start in range(0, len(matrix), step):
-        yield slice(start, min(start + step, len(matrix)))
-
-
-import os
-PIECE = int(os.environ.get("PIECE", 2**18))
 def scratch(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor; on a CPU it is valid until the next one of this name in this thread."""
-    size = shape.numel() * dtype.itemsize
-    if device.type != "cpu" or size > _MOST_BYTES:
+    if device.type != "cpu" or shape.numel() * dtype.itemsize > _MOST_BYTES:
         return torch.empty(shape, dtype=dtype, device=device)
+    key = (name, shape, dtype)
+    view = _held.views.get(key)
+    if view is None:
+        with torch.inference_mode(False):  # else it could not be written to outside of that mode
+            view = _new_view(name, shape, dtype)
+        _held.views[key] = view
+    return view
+
+
+def _new_view(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    size = shape.numel() * dtype.itemsize
     memory = _held.memory.get(name)
     if memory is None or len(memory) < size:
-        with torch.inference_mode(False):  # else it could not be written to outside of that mode
-            memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         _held.memory[name] = memory
+        _held.views.clear()  # some are of the memory before
+    elif len(_held.views) >= _MOST_VIEWS:
+        _held.views.clear()
     return memory[:size].view(dtype).view(shape)
 
 

@@ -1,7 +1,7 @@
 """Which merges need no undo: those after which PEFT takes the layer out of the model.
 
-`merge_and_unload` merges one layer after the other, and puts each one's base layer in its place at once. What
-would unmerge the layer goes with it. So it is not made, but where the layer is still there if something fails.
+`merge_and_unload` merges one layer after the other, and at once puts its base layer in its place. What would
+unmerge the layer goes with it, so it is not made, unless the layer may stay because something else fails.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def _at_one_place(model: nn.Module) -> set[nn.Module]:
     """The LoRA layers that the model refers to once: PEFT replaces a layer only where it finds it first."""
     places = Counter()
     for module in model.modules():
-        places.update(module._modules.values())
-    return {layer for layer, count in places.items() if count == 1 and isinstance(layer, lora.LoraLayer)}
+        places.update(child for child in module._modules.values() if isinstance(child, lora.LoraLayer))
+    return {layer for layer, count in places.items() if count == 1}
 
 
 def needs_no_undo(layer: nn.Module, adapter: str) -> bool:
