@@ -191,14 +191,20 @@ def _saved_rows(run: str) -> list[Row]:
 
 
 def _merge_rows(run: str) -> list[Row]:
-    merge = only(run, suite="merge")
-    slower = merge.ratio(FAST, STOCK)
-    interval = f"({slower.low:.1f}–{slower.high:.1f})"
+    merge = only(run, "merge + unmerge", suite="merge")
     changed = [f"{100 * merge.timings[name].facts['weights_changed']:.2f} %" for name in (STOCK, FAST)]
-    return [
-        ["merge + unmerge, bf16", "", "", f"**{slower.median:.1f}× slower** {interval}: it is exact"],
+    rows = [
+        ["merge + unmerge, bf16", "", "", f"{_slower(merge)}: it is exact"],
         ["weights changed by merge + unmerge", *changed, ""],
     ]
+    for unload in result(run).select(suite="merge", call="merge_and_unload"):  # older runs have none
+        rows.append(["`merge_and_unload`, bf16", "", "", f"{_slower(unload)}: it rounds once"])
+    return rows
+
+
+def _slower(group: Group) -> str:
+    ratio = group.ratio(FAST, STOCK)
+    return f"**{ratio.median:.1f}× slower** ({ratio.low:.1f}–{ratio.high:.1f})"
 
 
 def layers_compared(run: str) -> list[Row]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -28,9 +30,7 @@ def row_fingerprints(matrix: Tensor) -> Tensor:
     matrix = matrix.detach()
     word = _word_of(matrix)
     count = matrix.shape[1] * matrix.element_size() // word.itemsize
-    generator = torch.Generator().manual_seed(0)
-    odd = torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator, device="cpu") | 1
-    odd = odd.to(matrix.device, non_blocking=True)
+    odd = _odd_numbers(count).to(matrix.device, non_blocking=True)
 
     sums = []
     for rows in matrix.split(_rows_at_a_time(matrix)):
@@ -41,6 +41,14 @@ def row_fingerprints(matrix: Tensor) -> Tensor:
         else:
             sums.append((words * odd).sum(dim=1))
     return torch.cat(sums)
+
+
+@functools.lru_cache(maxsize=8)
+def _odd_numbers(count: int) -> Tensor:
+    """The same ones at every call. Never written to."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False):
+        return torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator, device="cpu") | 1
 
 
 def _word_of(matrix: Tensor) -> torch.dtype:

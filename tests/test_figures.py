@@ -46,7 +46,7 @@ def words():
     said = f"A whole bf16 step was {pages.speedup(plain)} faster, under autocast {pages.speedup(autocast)}"
     yield main, said
     assert autocast.high > 1, "which is within its noise"
-    slower = pages.only(run, suite="merge").ratio(FAST, STOCK).median
+    slower = pages.only(run, "merge + unmerge", suite="merge").ratio(FAST, STOCK).median
     for page in (main, bench):
         yield page, f"is {slower:.1f}× slower"
     yield "mica/fast/README.md", f"[{slower:.1f} times]"

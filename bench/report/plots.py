@@ -62,7 +62,7 @@ PANELS = {
     ONCE: {
         "initialisation": "initialisation",
         "loading": "loading an adapter",
-        "merge": "merge and unmerge",
+        "merge": "merging",
     },
     EACH_STEP: {
         "step": "training step",

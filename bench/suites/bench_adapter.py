@@ -25,6 +25,8 @@ from tests.support import models
 # Stock PEFT runs every SVD in each round, of loading too.
 ROUNDS = pick(default=range(3), cuda=range(1))
 MERGE_ROUNDS = 5
+MERGE_AND_UNMERGE = "merge + unmerge"
+MERGE_AND_UNLOAD = "merge_and_unload"
 IMPLEMENTATIONS = {STOCK: mica.fast.disabled, FAST: nullcontext}
 INITIALISATIONS = {STOCK: mica.fast.disabled, EIGH: peft_with_eigh, FAST: nullcontext}
 MODEL = pick(default=SMOLLM2, cuda="Llama-3.2-1B", dry="toy")
@@ -104,12 +106,17 @@ def bench_loading(once, gated, round_, implementation, tmp_path_factory):
 
 
 @functools.cache
+def unmerged():
+    """SmolLM2-135M in bf16 with trained adapters, which tests copy."""
+    return adapted(copy.deepcopy(base()).to(torch.bfloat16), 0.01)
+
+
+@functools.cache
 def merging(group):
     """implementation -> (model, facts)."""
-    unmerged = adapted(copy.deepcopy(base()).to(torch.bfloat16), 0.01)
 
     def build(implementation):
-        model = copy.deepcopy(unmerged)
+        model = copy.deepcopy(unmerged())
         with IMPLEMENTATIONS[implementation]():
             return model, checked_merge(model, implementation)
 
@@ -137,16 +144,61 @@ def checked_merge(model, implementation) -> dict[str, float]:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("round_", range(MERGE_ROUNDS))
 def bench_merge(once, gated, round_, implementation):
-    group = f"merge + unmerge, {NAME}, bfloat16"
+    group = f"{MERGE_AND_UNMERGE}, {NAME}, bfloat16"
     model, facts = gated(group, lambda: merging(group), implementation)[implementation]
 
     def merge_and_unmerge():
         model.merge_adapter()
         model.unmerge_adapter()
 
-    axes = {"suite": "merge", **AXES, "dtype": "bfloat16"}
+    axes = {"suite": "merge", **AXES, "dtype": "bfloat16", "call": MERGE_AND_UNMERGE}
     # each weight is read and written by the merge, and again by the unmerge
     merged = sum(weight.numel() for weight in weights(model))
     work = {BYTES: 4.0 * merged * torch.bfloat16.itemsize}
     with IMPLEMENTATIONS[implementation]():
         once(merge_and_unmerge, group, implementation, axes, work=work, **facts)
+
+
+@functools.cache
+def exact_sums() -> list[torch.Tensor]:
+    """W + s·B·A of every adapted layer of `unmerged`, rounded once to bf16."""
+    sums = []
+    for layer in models.adapted_layers(unmerged()).values():
+        lora_A, lora_B = models.factors(layer)
+        update = layer.scaling["default"] * (lora_B.detach().double() @ lora_A.detach().double())
+        sums.append((models.stored(layer).double() + update).to(torch.bfloat16))
+    return sums
+
+
+def check_unloaded(model, names, implementation) -> None:
+    """Stock rounds twice: its weights are next to the exact ones."""
+    assert not models.adapted_layers(model), "adapters are left"
+    limit = 0.001  # where W + s·B·A is next to the middle of two numbers, fp32 may take the other one
+    if implementation == STOCK:
+        limit = 0.5
+    for name, exact in zip(names, exact_sums(), strict=True):
+        merged = model.get_submodule(name.removeprefix("base_model.model.")).weight
+        other = float((merged != exact).float().mean())
+        assert other <= limit, f"{name}: {other:.2%} of the weights are not the rounded sum"
+
+
+@on_a_cpu
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("round_", range(MERGE_ROUNDS))
+def bench_merge_and_unload(once, gated, round_, implementation):
+    group = f"{MERGE_AND_UNLOAD}, {NAME}, bfloat16"
+    model = gated(group, unmerged, implementation)
+    axes = {"suite": "merge", **AXES, "dtype": "bfloat16", "call": MERGE_AND_UNLOAD}
+    merged = sum(weight.numel() for weight in weights(model))
+    work = {BYTES: 2.0 * merged * torch.bfloat16.itemsize}  # each weight is read and written
+    names = list(models.adapted_layers(model))
+    with IMPLEMENTATIONS[implementation]():
+        unloaded = once(
+            lambda wrapped: wrapped.merge_and_unload(),
+            group,
+            implementation,
+            axes,
+            make=lambda: copy.deepcopy(model),
+            work=work,
+        )
+    check_unloaded(unloaded, names, implementation)

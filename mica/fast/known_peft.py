@@ -8,6 +8,7 @@ the known releases. What differs is left to PEFT, part by part, and one sentence
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import inspect
@@ -72,6 +73,12 @@ QUANTISED = {
     "peft.tuners.lora.gptq:GPTQLoraLinear.forward": ("c7b08d8a2a5d",),
     "peft.tuners.lora.awq:AwqLoraLinear.forward": ("bb381600b35d",),
 }
+# What `merge.unloading` rests on: PEFT takes each layer out of the model right after its merge.
+UNLOADING = {
+    "peft.tuners.lora.model:LoraModel._unload_and_optionally_merge": ("29f98f2d252b", "0a336c534cd2"),
+    "peft.tuners.lora.model:LoraModel._replace_module": ("7cf1c9fc0f01",),
+    f"{_LAYERS}:ParamWrapper.unload_and_optionally_merge_module": ("14676ad4ea2a",),
+}
 
 # What was left to PEFT when this package was installed: part -> why. Changed by `patching` only.
 left: dict[str, list[str]] = {}
@@ -121,6 +128,11 @@ def differences() -> dict[str, list[str]]:
     return found
 
 
+def unloads_as_known() -> bool:
+    """Whether the installed release unloads a model as the known ones do."""
+    return all(why_not_the_same(name, fingerprints) is None for name, fingerprints in UNLOADING.items())
+
+
 def sentence(version: str) -> str | None:
     """What runs on this backend with this release of PEFT, and what does not; None if all does, as known.
 
@@ -157,6 +169,7 @@ def _listed(parts: Iterable[str]) -> str:
 _NO_RESULT = {"annotation", "returns", "type_comment", "type_params", "kind", "ctx"}
 
 
+@functools.lru_cache(maxsize=256)  # it takes milliseconds, and a function does not change
 def fingerprint(function: Callable) -> str | None:
     """A hash of what the function computes; None if its source cannot be read.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 
 from peft.tuners import lora
 from torch import nn
@@ -12,6 +13,7 @@ from mica.fast import loading
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.eligibility import is_mica, requests_mica
 from mica.fast.forward.expert_params import weight_name
+from mica.fast.merge.unloading import merging_and_unloading
 from mica.fast.merge.unmeasured import note_unloaded, to_be_merged
 from mica.fast.settings import while_enabled
 
@@ -137,10 +139,13 @@ def merge_adapter(stock, self, adapter_names=None, *args, **kwargs) -> None:
 def unload_and_optionally_merge(
     stock, self, merge=True, progressbar=False, safe_merge=False, adapter_names=None, **kwargs
 ):
+    within = nullcontext()
     if merge:
         _check_weights(self.model, adapter_names)
+        within = merging_and_unloading(self, adapter_names)
     unmeasured = to_be_merged(self.model, adapter_names, merge)
-    model = stock(self, merge, progressbar, safe_merge, adapter_names, **kwargs)
+    with within:
+        model = stock(self, merge, progressbar, safe_merge, adapter_names, **kwargs)
     note_unloaded(model, unmeasured)
     return model
 

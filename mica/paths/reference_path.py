@@ -244,10 +244,10 @@ def embedding_backward(
     return grad.to(lora_A.dtype)
 
 
-def delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """The update s·B A (N×K) in fp32 (fp64 where A or B is), whatever the adapter's own dtype."""
+def delta_factors(lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """B (N×r) and s·A (r×K), whose product is the update, in fp32 (fp64 where A or B is)."""
     dtype = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)
-    return lora_B.to(dtype) @ (lora_A.to(dtype) * scaling)
+    return lora_B.to(dtype), lora_A.to(dtype) * scaling
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -106,6 +106,16 @@ def test_it_is_the_same_in_every_process_and_takes_no_random_numbers():
     assert torch.equal(*found)
 
 
+def test_numbers_begun_in_inference_mode_are_the_same_outside():
+    module._odd_numbers.cache_clear()
+    matrix = torch.randn(5, 8)
+    with torch.inference_mode():
+        inside = row_fingerprints(matrix).clone()
+    assert torch.equal(row_fingerprints(matrix), inside)
+    module._odd_numbers.cache_clear()
+    assert torch.equal(row_fingerprints(matrix), inside)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @on_all_dtypes
 @on_whole_words_and_others

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import mica.fast
-from mica.fast.merge import merging
+from mica.fast.merge import merging, scratch
 from tests.support.merging_models import assert_same_bits, exact_merge, quietly, trained, weights
 from tests.support.models import Net, adapted_layers, factors, net, randomise, stored, wrap
 from tests.support.moe_models import BUILDERS, qwen3_moe, second, wrap_experts
@@ -45,7 +45,7 @@ def test_merges_in_fp32_and_rounds_once_and_unmerges_to_the_bit(
     kind, rank, dtype, safe_merge, chunk, monkeypatch
 ):
     if chunk:
-        monkeypatch.setattr(merging, "_CHUNK", chunk)
+        monkeypatch.setattr(scratch, "CHUNK", chunk)
     model = trained(kind, dtype, rank=rank)
     before = weights(model)
     quietly(model.merge_adapter, safe_merge=safe_merge)

@@ -1,0 +1,70 @@
+"""Which merges need no undo: those after which PEFT takes the layer out of the model.
+
+`merge_and_unload` merges one layer after the other, and at once puts its base layer in its place. What would
+unmerge the layer goes with it, so it is not made, unless the layer may stay because something else fails.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from mica.fast import known_peft
+
+
+class _Unloading(NamedTuple):
+    """A call of PEFT's `_unload_and_optionally_merge` that merges, in this thread."""
+
+    layers: set[nn.Module]  # those that leave the model for good
+    adapter_names: Sequence[str] | None  # None: each layer's active ones
+
+
+_unloading: ContextVar[_Unloading | None] = ContextVar("unloading", default=None)
+
+
+@contextmanager
+def merging_and_unloading(tuner: nn.Module, adapter_names: Sequence[str] | None) -> Iterator[None]:
+    """Within, PEFT merges the layers of this model and takes them out of it.
+
+    tuner: PEFT's model, of which only plain LoRA's is known to do so.
+    """
+    layers = set()
+    if isinstance(tuner, lora.LoraModel) and known_peft.unloads_as_known():
+        layers = _at_one_place(tuner.model)
+    token = _unloading.set(_Unloading(layers, adapter_names))
+    try:
+        yield
+    finally:
+        _unloading.reset(token)
+
+
+def _at_one_place(model: nn.Module) -> set[nn.Module]:
+    """The LoRA layers that the model refers to once: PEFT replaces a layer only where it finds it first."""
+    places = Counter()
+    for module in model.modules():
+        places.update(child for child in module._modules.values() if isinstance(child, lora.LoraLayer))
+    return {layer for layer, count in places.items() if count == 1}
+
+
+def needs_no_undo(layer: nn.Module, adapter: str) -> bool:
+    """Whether the layer leaves the model right after a merge of this adapter, which now begins.
+
+    Not if more is merged before that and may be refused: another adapter, or the adapter of another parameter
+    of the same module, whose layer is inside of this one.
+    """
+    unloading = _unloading.get()
+    if unloading is None or layer not in unloading.layers:
+        return False
+    requested = unloading.adapter_names
+    if requested is None:
+        requested = layer.active_adapters
+    adapted = {*layer.lora_A, *layer.lora_embedding_A}
+    unmerged = [name for name in requested if name in adapted and name not in layer.merged_adapters]
+    return unmerged == [adapter] and not isinstance(layer.base_layer, BaseTunerLayer)
