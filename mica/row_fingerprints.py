@@ -47,8 +47,7 @@ def row_fingerprints(matrix: Tensor) -> Tensor:
 def _odd_numbers(count: int) -> Tensor:
     """The same ones at every call. Never written to."""
     generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode(False):
-        return torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator, device="cpu") | 1
+    return torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator, device="cpu") | 1
 
 
 def _word_of(matrix: Tensor) -> torch.dtype:

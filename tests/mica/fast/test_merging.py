@@ -180,6 +180,16 @@ def test_an_edit_while_merged_is_seen_and_said(kind, edit):
     assert not torch.equal(stored(layer), before)
 
 
+def test_an_unmerge_that_computes_otherwise_than_the_merge_is_seen_and_said():
+    """As products on another device, or by another number of threads, may do in their last bits."""
+    model = trained(dtype=BF16)
+    model.merge_adapter()
+    (undo,) = vars(model.base_model.model.up)[merging.RECORDS].values()
+    undo.update.lora_A.mul_(1.5)
+    with pytest.warns(UserWarning, match="edited, cast or moved"):
+        model.unmerge_adapter()
+
+
 @pytest.mark.parametrize("off", [mica.fast.disabled, uninstalled])
 @pytest.mark.parametrize("kind", BOTH)
 def test_switching_off_in_between_still_unmerges_to_the_bit(kind, off):

@@ -26,6 +26,7 @@ def test_a_name_has_one_memory_whatever_the_shape_and_the_dtype():
     assert place("a", 40, 30) == first
     assert place("a", 5, 7, dtype=torch.bfloat16) == first
     assert place("a", 30, 40) == first
+    assert scratch.scratch("a", torch.Size((5, 7)), torch.float16, CPU).dtype == torch.float16
     assert place("b", 30, 40) != first
 
 
@@ -45,7 +46,7 @@ def test_threads_have_their_own():
 
 
 def test_what_is_held_is_bounded():
-    for columns in range(1, 200):
+    for columns in range(200, 0, -1):
         place("a", 3, columns)
     assert len(scratch._held.views) <= 64
     large = scratch.scratch("large", torch.Size((1, 2**21)), torch.float32, CPU)
