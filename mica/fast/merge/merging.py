@@ -261,7 +261,7 @@ def merge_into(layer, adapter: str, stored: Tensor, safe: bool) -> Tensor:
     correction = None
     if parts is not None:
         correction = parts.joined()
-    _record(layer, adapter, Undo(merged.copied(weight.device), correction, stats, _period))
+    record(layer, adapter, Undo(merged.copied(weight.device), correction, stats, _period))
     return result
 
 
@@ -320,7 +320,7 @@ def _squared_norm(matrix: Tensor) -> float:
     return torch.dot(flat, flat).item()
 
 
-def _record(layer, adapter: str, undo: Undo) -> None:
+def record(layer, adapter: str, undo: Undo) -> None:
     """Keep what unmerging needs with the layer, and the statistics with its base layer."""
     records = _Records(vars(layer).get(RECORDS, ()))
     records[adapter] = undo

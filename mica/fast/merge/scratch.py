@@ -18,7 +18,7 @@ from torch import Tensor
 CHUNK = 2**18
 DEVICE_CHUNK = 2**24
 
-# The most that is held for a name, a chunk of fp64. A merge into bf16 has seven names, and holds 6 MB.
+# The most that is held for a name, a chunk of fp64. A merge into bf16 has seven names, and holds 5 MB.
 _MOST_BYTES = 2**21
 _MOST_VIEWS = 64  # of that memory; models have few shapes
 

@@ -23,13 +23,13 @@ BOTH = ["linear", "qwen3_moe"]
 def recorded(monkeypatch):
     """(layer, adapter, its record) of every merge."""
     records = []
-    record = merging._record
+    record = merging.record
 
     def recording(layer, adapter, undo):
         records.append((layer, adapter, undo))
         record(layer, adapter, undo)
 
-    monkeypatch.setattr(merging, "_record", recording)
+    monkeypatch.setattr(merging, "record", recording)
     return records
 
 
