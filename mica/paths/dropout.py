@@ -30,11 +30,11 @@ def dropout_keep(seed: Tensor, rows: int, columns: int, dropout_p: float, first_
     threshold = round(dropout_p * 2**24)
     is_readable = type(seed) in (Tensor, torch.nn.Parameter) and seed.device.type == "cpu"
     if is_readable and not _are_functorch_transforms_active():
-        return torch.from_numpy(_keep_by_numpy(int(seed), rows, columns, threshold, first_row))
-    return _keep_by_torch(seed, rows, columns, threshold, first_row)
+        return torch.from_numpy(keep_by_numpy(int(seed), rows, columns, threshold, first_row))
+    return keep_by_torch(seed, rows, columns, threshold, first_row)
 
 
-def _keep_by_torch(seed: Tensor, rows: int, columns: int, threshold: int, first_row: int) -> Tensor:
+def keep_by_torch(seed: Tensor, rows: int, columns: int, threshold: int, first_row: int) -> Tensor:
     """In int32, whose products wrap."""
     low, high = (_int32(half) for half in (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
     row = torch.arange(first_row, first_row + rows, dtype=torch.int32, device=seed.device)
@@ -65,7 +65,7 @@ def _int32(value):
     return signed.to(torch.int32) if isinstance(signed, Tensor) else signed
 
 
-def _keep_by_numpy(seed: int, rows: int, columns: int, threshold: int, first_row: int) -> np.ndarray:
+def keep_by_numpy(seed: int, rows: int, columns: int, threshold: int, first_row: int) -> np.ndarray:
     low = np.uint32(seed & 0xFFFFFFFF)
     high = np.uint32((seed >> 32) & 0xFFFFFFFF)
     row = np.arange(first_row, first_row + rows).astype(np.uint32)

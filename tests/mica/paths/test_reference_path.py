@@ -194,7 +194,7 @@ def test_every_way_to_draw_a_mask_draws_the_same(seed, rows, columns, first_row)
     """NumPy's, in blocks of rows, and PyTorch's, which devices and function transforms have."""
     for p in (1e-9, 0.05, 0.5, 0.999):
         threshold = round(p * 2**24)
-        expected = dropout._keep_by_torch(torch.tensor([seed]), rows, columns, threshold, first_row)
+        expected = dropout.keep_by_torch(torch.tensor([seed]), rows, columns, threshold, first_row)
         keep = dropout.dropout_keep(torch.tensor([seed]), rows, columns, p, first_row)
         assert keep.dtype == torch.bool
         assert torch.equal(keep, expected)
@@ -203,13 +203,13 @@ def test_every_way_to_draw_a_mask_draws_the_same(seed, rows, columns, first_row)
 def test_what_is_kept_at_exactly_the_threshold():
     """A probability whose threshold is a hash that occurs: that element is kept."""
     seed, threshold = torch.tensor([3]), 2**20
-    keep = dropout._keep_by_numpy(3, 4, 5, threshold, 0)
+    keep = dropout.keep_by_numpy(3, 4, 5, threshold, 0)
     hashes = np.array([[_hash(3, row, column) for column in range(5)] for row in range(4)])
     assert (keep == (hashes >= threshold)).all()
     for occurring in hashes.flat:
         expected = hashes >= occurring
-        assert (dropout._keep_by_numpy(3, 4, 5, int(occurring), 0) == expected).all()
-        assert (dropout._keep_by_torch(seed, 4, 5, int(occurring), 0).numpy() == expected).all()
+        assert (dropout.keep_by_numpy(3, 4, 5, int(occurring), 0) == expected).all()
+        assert (dropout.keep_by_torch(seed, 4, 5, int(occurring), 0).numpy() == expected).all()
 
 
 def _hash(seed, row, column):

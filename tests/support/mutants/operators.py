@@ -322,8 +322,8 @@ OPERATORS = {
             ("is_readable and not _are", "not _are"),
             ("and not _are_functorch_transforms_active()", ""),
         ],
-        "_keep_by_torch": [("arange(first_row, first_row +", "arange(0,")],
-        "_keep_by_numpy": [
+        "keep_by_torch": [("arange(first_row, first_row +", "arange(0,")],
+        "keep_by_numpy": [
             ("arange(first_row, first_row +", "arange(0,"),
             ("(seed >> 32)", "(seed >> 31)"),
             ("min(start + step, rows)", "start + step"),
