@@ -51,9 +51,8 @@ class Sources(NamedTuple):
     files: tuple[str, ...]
 
 
-NATIVE = Sources(
-    "mica_native", Path(__file__).parent, ("module.cpp", "check.h", "kept.h", "layer.h", "loops.h")
-)
+_FILES = ("module.cpp", "check.h", "kept.h", "layer.h", "loops.h", "merging.h")
+NATIVE = Sources("mica_native", Path(__file__).parent, _FILES)
 
 
 def default_folder() -> Path:

@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "layer.h"
+#include "merging.h"
 
 namespace mica {
 namespace {
@@ -130,6 +131,76 @@ PyObject* wide_product_function(PyObject*, PyObject* const* args, Py_ssize_t num
   END_HANDLE_TH_ERRORS
 }
 
+// merge_chunk(new, old, update, needs_lost): (positions that are lost or None, unchanged, ‖update‖², ‖error‖²), or None
+// where PyTorch's operators have to do it; ``new`` is then undefined. For `mica.fast.merge.merging`
+PyObject* merge_chunk_function(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(num_args == 4, "merge_chunk takes 4 arguments, not ", num_args);
+  const Tensor& fresh = THPVariable_Unpack(args[0]);
+  const Tensor& old = THPVariable_Unpack(args[1]);
+  const Tensor& update = THPVariable_Unpack(args[2]);
+  const bool needs_lost = args[3] == Py_True;
+  if (!takes_chunk(fresh, old, update)) {
+    Py_RETURN_NONE;
+  }
+  Merged merged;
+  Tensor lost;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    const bool is_short = old.element_size() == 2;
+    merged = is_short ? merge_words<uint16_t>(fresh, old, update, needs_lost)
+                      : merge_words<uint32_t>(fresh, old, update, needs_lost);
+    if (needs_lost) {
+      lost = at::empty({static_cast<int64_t>(merged.lost.size())}, at::kLong);
+      std::copy(merged.lost.begin(), merged.lost.end(), lost.mutable_data_ptr<int64_t>());
+    }
+  }
+  if (!merged.range.is_ordinary()) {
+    Py_RETURN_NONE;
+  }
+  THPObjectPtr positions(needs_lost ? THPVariable_Wrap(std::move(lost)) : Py_NewRef(Py_None));
+  return Py_BuildValue(
+      "(OLdd)",
+      positions.get(),
+      static_cast<long long>(merged.unchanged),
+      merged.update_squared,
+      merged.error_squared);
+  END_HANDLE_TH_ERRORS
+}
+
+// weighted_sums(words, factors): for `mica.row_fingerprints`, on a CPU
+PyObject* weighted_sums_function(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(num_args == 2, "weighted_sums takes 2 arguments, not ", num_args);
+  const Tensor words = THPVariable_Unpack(args[0]).contiguous();
+  const Tensor factors = THPVariable_Unpack(args[1]).contiguous();
+  Tensor sums;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    sums = weighted_sums(words, factors);
+  }
+  return THPVariable_Wrap(std::move(sums));
+  END_HANDLE_TH_ERRORS
+}
+
+// subtract_chunk(new, weight, update): whether ``new`` is now round(weight - update)
+PyObject* subtract_chunk_function(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(num_args == 3, "subtract_chunk takes 3 arguments, not ", num_args);
+  const Tensor& fresh = THPVariable_Unpack(args[0]);
+  const Tensor& weight = THPVariable_Unpack(args[1]);
+  const Tensor& update = THPVariable_Unpack(args[2]);
+  bool is_done = false;
+  if (takes_chunk(fresh, weight, update)) {
+    const pybind11::gil_scoped_release no_gil;
+    const bool is_short = weight.element_size() == 2;
+    is_done = is_short ? subtract_words<uint16_t>(fresh, weight, update)
+                       : subtract_words<uint32_t>(fresh, weight, update);
+  }
+  return PyBool_FromLong(is_done);
+  END_HANDLE_TH_ERRORS
+}
+
 // configure_linear(call_counts, few_to_round, tokens_per_chunk, has_wide_sums, edited)
 PyObject* configure_linear(PyObject*, PyObject* args) {
   long long rows = 0;
@@ -185,6 +256,9 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 PyMethodDef methods[] = {
     {"linear", fast(linear_function), METH_FASTCALL, nullptr},
     {"wide_product", fast(wide_product_function), METH_FASTCALL, nullptr},
+    {"merge_chunk", fast(merge_chunk_function), METH_FASTCALL, nullptr},
+    {"weighted_sums", fast(weighted_sums_function), METH_FASTCALL, nullptr},
+    {"subtract_chunk", fast(subtract_chunk_function), METH_FASTCALL, nullptr},
     {"operands", fast(operands_function), METH_FASTCALL, nullptr},
     {"configure_linear", configure_linear, METH_VARARGS, nullptr},
     {"configure_check", configure_check, METH_VARARGS, nullptr},

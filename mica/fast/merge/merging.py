@@ -17,12 +17,14 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from mica import native
 from mica.dtypes import FLOATING
 from mica.fast.create import quantised
 from mica.fast.forward.eligibility import adapter_weights, is_stored_transposed
@@ -274,12 +276,11 @@ class _CorrectionParts:
         self.merged_rows: list[Tensor] = []
         self.original_rows: list[Tensor] = []
 
-    def add(self, first: int, old: Tensor, new: Tensor, recovered: Tensor) -> None:
-        """first: flat position of the chunk in the weight. recovered: what an unmerge computes of it."""
-        indices = positions_that_differ(recovered, old)
-        self.indices.append(indices + first)
-        self.values.append(old.flatten()[indices])
-        self.merged_rows.append(fingerprint(new))
+    def add(self, first: int, old: Tensor, chunk: _Chunk) -> None:
+        """first: flat position of the chunk in the weight."""
+        self.indices.append(chunk.lost + first)
+        self.values.append(old.flatten()[chunk.lost])
+        self.merged_rows.append(fingerprint(chunk.new))
         self.original_rows.append(fingerprint(old))
 
     def joined(self) -> Correction:
@@ -297,22 +298,55 @@ def _merge_chunks(
     """Write W' to ``out``, which may be W itself. ``parts``: None where nothing has to be recovered."""
     for rows, update in merged.chunks(weight):
         old = weight[rows]
-        old_wide = converted(old, update.dtype, "old")
-        total = torch.add(old_wide, update, out=scratch_like(update, "sum"))
-        new = converted(total, weight.dtype, "new")
-        new_wide = converted(new, update.dtype, "sum")  # which is not needed any more
-        if old.element_size() > update.element_size():
-            stats.unchanged += count_equal(new, old)  # in the dtype of the update they are rounded
-        else:
-            stats.unchanged += count_equal(new_wide, old_wide)
-        recovered = torch.sub(new_wide, update, out=scratch_like(update, "recovered, wide"))
-        if parts is not None:
-            back = converted(recovered, weight.dtype, "recovered")
-            parts.add(rows.start * weight.shape[1], old, new, back)
+        chunk = merged_by_native(old, update, parts is not None)
+        if chunk is None:
+            chunk = merged_by_torch(old, update, parts is not None)
         stats.weights += old.numel()
-        stats.update_squared += _squared_norm(update)
-        stats.error_squared += _squared_norm(recovered.sub_(old_wide))
-        out[rows] = new
+        stats.unchanged += chunk.unchanged
+        stats.update_squared += chunk.update_squared
+        stats.error_squared += chunk.error_squared
+        if parts is not None:
+            parts.add(rows.start * weight.shape[1], old, chunk)
+        out[rows] = chunk.new
+
+
+class _Chunk(NamedTuple):
+    """What merging has made of a part of a weight."""
+
+    new: Tensor
+    lost: Tensor | None  # flat positions of what subtracting the update does not give back
+    unchanged: int
+    update_squared: float
+    error_squared: float
+
+
+def merged_by_native(old: Tensor, update: Tensor, needs_lost: bool) -> _Chunk | None:
+    """In one pass; None where `mica.native` is not built, or leaves it to PyTorch."""
+    module = None
+    if old.device.type == "cpu":
+        module = native.module()
+    if module is None:
+        return None
+    new = scratch_like(old, "new")
+    merged = module.merge_chunk(new, old, update, needs_lost)
+    return None if merged is None else _Chunk(new, *merged)
+
+
+def merged_by_torch(old: Tensor, update: Tensor, needs_lost: bool) -> _Chunk:
+    old_wide = converted(old, update.dtype, "old")
+    total = torch.add(old_wide, update, out=scratch_like(update, "sum"))
+    new = converted(total, old.dtype, "new")
+    new_wide = converted(new, update.dtype, "sum")  # which is not needed any more
+    if old.element_size() > update.element_size():
+        unchanged = count_equal(new, old)  # in the dtype of the update they are rounded
+    else:
+        unchanged = count_equal(new_wide, old_wide)
+    recovered = torch.sub(new_wide, update, out=scratch_like(update, "recovered, wide"))
+    lost = None
+    if needs_lost:
+        lost = positions_that_differ(converted(recovered, old.dtype, "recovered"), old)
+    error = recovered.sub_(old_wide)
+    return _Chunk(new, lost, unchanged, _squared_norm(update), _squared_norm(error))
 
 
 def _squared_norm(matrix: Tensor) -> float:
@@ -351,8 +385,7 @@ def unmerge_from(layer, adapter: str, weight: Tensor, undo: Undo | None) -> None
     else:
         merged = _update_of(layer, adapter)
     for rows, update in merged.copied(weight.device).chunks(weight):
-        wide = converted(weight[rows], update.dtype, "old")
-        weight[rows] = torch.sub(wide, update, out=scratch_like(update, "sum"))
+        weight[rows] = subtracted(weight[rows], update)
 
     if exact:
         weight.view(-1)[correction.indices.to(weight.device)] = correction.values.to(weight.device)
@@ -361,6 +394,16 @@ def unmerge_from(layer, adapter: str, weight: Tensor, undo: Undo | None) -> None
         _warn_of_inexact_unmerge(adapter, undo)
     if not layer.merged_adapters:
         _stats.get(layer.get_base_layer(), {}).pop(weight_name(layer), None)
+
+
+def subtracted(weight: Tensor, update: Tensor) -> Tensor:
+    """weight - update, not yet rounded to the weight's dtype where PyTorch computes it."""
+    if weight.device.type == "cpu" and native.module() is not None:
+        new = scratch_like(weight, "new")
+        if native.module().subtract_chunk(new, weight, update):
+            return new
+    wide = converted(weight, update.dtype, "old")
+    return torch.sub(wide, update, out=scratch_like(update, "sum"))
 
 
 def _is(weight: Tensor, rows: Tensor) -> bool:

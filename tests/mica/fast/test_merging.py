@@ -18,6 +18,8 @@ from tests.support.moe_models import BUILDERS, qwen3_moe, second, wrap_experts
 from tests.support.stock import uninstalled
 from tests.support.tolerances import RELATIVE, error
 
+pytestmark = pytest.mark.usefixtures("language")  # one pass in C++, or PyTorch's operators
+
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 BF16 = torch.bfloat16
 BOTH = ["linear", "qwen3_moe"]

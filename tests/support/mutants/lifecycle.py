@@ -99,12 +99,15 @@ LIFECYCLE = {
         ],
         "_contiguous": [("return scratch_like(matrix", "return scratch_like(matrix, 'update') or (matrix")],
         "_CorrectionParts.add": [
-            ("self.values.append(old.flatten()[indices])", "self.values.append(new.flatten()[indices])"),
-            ("self.indices.append(indices + first)", "self.indices.append(indices)"),
-            ("self.original_rows.append(fingerprint(old))", "self.original_rows.append(fingerprint(new))"),
-            ("self.merged_rows.append(fingerprint(new))", "self.merged_rows.append(fingerprint(old))"),
+            ("self.values.append(old.flatten()", "self.values.append(chunk.new.flatten()"),
+            ("self.indices.append(chunk.lost + first)", "self.indices.append(chunk.lost)"),
+            (
+                "self.original_rows.append(fingerprint(old))",
+                "self.original_rows.append(fingerprint(chunk.new))",
+            ),
+            ("self.merged_rows.append(fingerprint(chunk.new))", "self.merged_rows.append(fingerprint(old))"),
         ],
-        "_merge_chunks": [
+        "merged_by_torch": [
             ('out=scratch_like(update, "recovered, wide")', "out=new_wide"),
             ('converted(new, update.dtype, "sum")', "total"),
             ("recovered.sub_(old_wide)", "recovered"),
@@ -126,9 +129,9 @@ LIFECYCLE = {
     ("mica/fast/merge/merging.py", "tests/mica/fast/merge/test_report.py"): {
         "_merge_chunks": [
             ("stats.weights += old.numel()", "stats.weights = old.numel()"),
-            ("stats.unchanged += count_equal(new_wide", "stats.unchanged = count_equal(new_wide"),
-            ("if old.element_size() > update.element_size():", "if False:"),
+            ("stats.unchanged += chunk", "stats.unchanged = chunk"),
         ],
+        "merged_by_torch": [("if old.element_size() > update.element_size():", "if False:")],
     },
     ("mica/fast/merge/unloading.py", "tests/mica/fast/merge/test_unloading.py"): {
         "merging_and_unloading": [

@@ -42,7 +42,7 @@ NATIVE = {
             ("str(torch.version.git_version),", ""),
             ("digest.update(source.read_bytes())", "source.read_bytes()"),
         ],
-        "NATIVE": [(', "layer.h"', "")],
+        "_FILES": [(', "layer.h"', "")],
     },
     ("mica/native/__init__.py", "tests/mica/native/test_native.py"): {
         "_find": [("with _lock", "if True"), ("_found.get(raw) or _load()", "_load()")],

@@ -10,6 +10,8 @@ from mica.fast.merge import scratch
 from tests.support.models import adapted_layers, factors, net, randomise, stored
 from tests.support.tolerances import RELATIVE
 
+pytestmark = pytest.mark.usefixtures("language")  # one pass in C++, or PyTorch's operators
+
 
 @pytest.mark.parametrize("dtype", RELATIVE)
 @pytest.mark.parametrize("adapters", [None, torch.float32, torch.float64])

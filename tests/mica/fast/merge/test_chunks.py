@@ -1,0 +1,99 @@
+"""One pass in C++ over a part of a weight against PyTorch's operators: same bits, positions and counts."""
+
+import math
+
+import pytest
+import torch
+
+from mica import native
+from mica.fast.merge import merging
+from mica.row_fingerprints import row_fingerprints
+
+pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.why_not()))
+
+BF16, FP32 = torch.bfloat16, torch.float32
+both_dtypes = pytest.mark.parametrize("dtype", [BF16, FP32])
+
+
+def chunk(dtype, rows, columns, scale):
+    """A part of a weight with zeros of both signs, and an update that rounding swallows in part."""
+    generator = torch.Generator().manual_seed(rows)
+    old = torch.randn(rows, columns, generator=generator)
+    old[torch.rand(rows, columns, generator=generator) < 0.1] = 0.0
+    old[torch.rand(rows, columns, generator=generator) < 0.1] = -0.0
+    update = scale * torch.randn(rows, columns, generator=generator)
+    update[torch.rand(rows, columns, generator=generator) < 0.1] = 0.0
+    return old.to(dtype), update
+
+
+def agree(ours, expected):
+    assert torch.equal(ours.new.view(torch.uint8), expected.new.view(torch.uint8))
+    assert ours.unchanged == expected.unchanged
+    if expected.lost is None:
+        assert ours.lost is None
+    else:
+        assert ours.lost.tolist() == expected.lost.tolist()
+    assert ours.update_squared == pytest.approx(expected.update_squared, rel=1e-4)
+    assert ours.error_squared == pytest.approx(expected.error_squared, rel=1e-4)
+
+
+@both_dtypes
+@pytest.mark.parametrize("needs_lost", [True, False])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (1, 1023), (5, 205), (70, 1000)])
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e-3, 1.0, 1e4])
+def test_merging(dtype, rows, columns, scale, needs_lost):
+    old, update = chunk(dtype, rows, columns, scale)
+    before = old.clone()
+    ours = merging.merged_by_native(old, update, needs_lost)
+    ours = ours._replace(new=ours.new.clone())
+    agree(ours, merging.merged_by_torch(old, update, needs_lost))
+    assert torch.equal(old.view(torch.uint8), before.view(torch.uint8))
+
+
+@both_dtypes
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_subtracting(dtype, scale, threads, monkeypatch):
+    weight, update = chunk(dtype, 70, 1000, scale)
+    old_threads = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    ours = merging.subtracted(weight, update).to(dtype, copy=True)
+    torch.set_num_threads(old_threads)
+    monkeypatch.setenv("MICA_NATIVE", "0")
+    assert torch.equal(ours, merging.subtracted(weight, update).to(dtype))
+
+
+@both_dtypes
+@pytest.mark.parametrize("value", [math.nan, 1e-40, -1e-39])
+def test_what_processors_round_in_different_ways_is_left_to_pytorch(dtype, value):
+    old, update = chunk(dtype, 70, 1000, 0.0)
+    old[-1, -1] = value
+    assert merging.merged_by_native(old, update, True) is None
+    new = torch.empty_like(old)
+    assert not native.module().subtract_chunk(new, old, update)
+
+
+@both_dtypes
+def test_infinities(dtype):
+    """An update may be too large for the dtype, which stays a number."""
+    old, update = chunk(dtype, 4, 40, 1e-3)
+    old[0, 0] = math.inf
+    update[1, 1] = torch.finfo(FP32).max
+    ours = merging.merged_by_native(old, update, False)
+    expected = merging.merged_by_torch(old, update, False)
+    if ours is not None:  # inf - inf is NaN, and that is PyTorch's
+        assert torch.equal(ours.new, expected.new)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_are_left_to_pytorch(dtype):
+    old, update = chunk(dtype, 4, 40, 1e-3)
+    assert merging.merged_by_native(old, update, True) is None
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (7, 12), (3000, 64), (5, 4096)])
+def test_sums_of_rows(shape, monkeypatch):
+    weight = torch.randn(shape).bfloat16()
+    ours = row_fingerprints(weight)
+    monkeypatch.setenv("MICA_NATIVE", "0")
+    assert torch.equal(row_fingerprints(weight), ours)
