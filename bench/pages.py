@@ -20,7 +20,7 @@ from bench.quality import plots
 from bench.quality.report import RIGHT, at_equal_forgetting
 from bench.results import names
 from bench.results.cell import Group, Ratio
-from bench.results.names import BARE, BOTH, FAST, LORA, NO_GRADIENT, STOCK, STOCK_16
+from bench.results.names import BARE, BOTH, EIGH, FAST, FAST_NORMS, LORA, NO_GRADIENT, STOCK, STOCK_16
 from bench.results.schema import Result
 from bench.results.throughput import number
 
@@ -30,6 +30,11 @@ PAGES = ("README.md", "bench/README.md", "mica/subspace/README.md")
 TABLE = re.compile(r"(<!-- table: ([\w-]+)((?: [\w/-]+)*) -->\n)((?:\|.*\n)*)")
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 FEW = 256  # tokens; where products of a layer begin to take most of its time
+DROPOUT = 0.05
+STEPS_WITH_DROPOUT = {  # how -> in words
+    "dropout 0.05": "with dropout 0.05",
+    "paper's recipe": "in the paper's recipe (q and v only, dropout 0.05)",
+}
 Row = list[str]
 
 
@@ -58,8 +63,12 @@ def only(name: str, start: str = "", **axes: str | int) -> Group:
     return group
 
 
-def layers(name: str, dtype: str, *passes: str) -> list[Group]:
-    return [one for one in result(name).select(suite="layer", dtype=dtype) if one.axes["pass"] in passes]
+def layers(name: str, dtype: str, *passes: str, dropout: float = 0.0) -> list[Group]:
+    found = []
+    for one in result(name).select(suite="layer", dtype=dtype):
+        if one.axes["pass"] in passes and one.axes.get("dropout", 0.0) == dropout:
+            found.append(one)
+    return found
 
 
 def bf16_steps(name: str) -> tuple[Group, Group]:
@@ -105,6 +114,8 @@ def measured(run: str) -> list[Row]:
         *_step_rows(run),
         _layers_row(run, "bfloat16"),
         _layers_row(run, "float32"),
+        _dropout_row(run, "bfloat16"),
+        _dropout_row(run, "float32"),
         *_saved_rows(run),
         *_merge_rows(run),
     ]
@@ -126,6 +137,7 @@ def headline(run: str) -> list[Row]:
 
 def _adapter_rows(run: str) -> list[Row]:
     created = only(run, suite="initialisation")
+    by_eigh = created.timings[EIGH].median
     loaded = only(run, suite="loading")
     return [
         [
@@ -133,6 +145,12 @@ def _adapter_rows(run: str) -> list[Row]:
             f"{created.timings[STOCK].median:.1f} s",
             f"{created.timings[FAST].median:.1f} s",
             speedup(created.ratio(FAST, STOCK), digits=1),
+        ],
+        [
+            f"the same against all eigenvectors of fp64 Gram matrices, Unsloth's way ({by_eigh:.1f} s)",
+            "",
+            f"{created.timings[FAST].median:.1f} s",
+            speedup(created.ratio(FAST, EIGH), digits=1),
         ],
         [
             "`PeftModel.from_pretrained`, fp32",
@@ -143,13 +161,13 @@ def _adapter_rows(run: str) -> list[Row]:
     ]
 
 
-def _throughput_row(label: str, group: Group) -> Row:
+def _throughput_row(label: str, group: Group, ours: str = FAST) -> Row:
     """In tokens/s; the speedup is the median of the rounds', not the quotient of these medians."""
     bare, *rates = (
         f"{number(group.axes['tokens'] / group.timings[name].median)} tokens/s"
-        for name in (BARE, STOCK, FAST)
+        for name in (BARE, STOCK, ours)
     )
-    return [f"{label} (bare: {bare})", *rates, speedup(group.ratio(FAST, STOCK))]
+    return [f"{label} (bare: {bare})", *rates, speedup(group.ratio(ours, STOCK))]
 
 
 def _block_rows(run: str) -> list[Row]:
@@ -164,7 +182,11 @@ def _block_rows(run: str) -> list[Row]:
 def _step_rows(run: str) -> list[Row]:
     plain, autocast = bf16_steps(run)
     label = f"training step of SmolLM2-135M, bf16, {plain.axes['tokens']} tokens"
-    return [_throughput_row(label, plain), _throughput_row("the same under autocast", autocast)]
+    rows = [_throughput_row(label, plain), _throughput_row("the same under autocast", autocast)]
+    rows.append(_throughput_row('the same with `recompute="norms"`', plain, FAST_NORMS))
+    for how, what in STEPS_WITH_DROPOUT.items():
+        rows.append(_throughput_row(f"the same {what}", only(run, suite="step", how=how)))
+    return rows
 
 
 def _layers_row(run: str, dtype: str) -> Row:
@@ -175,18 +197,28 @@ def _layers_row(run: str, dtype: str) -> Row:
     return [label, "", "", f"{span(ratios)}, median {middle(ratios)}"]
 
 
+def _dropout_row(run: str, dtype: str) -> Row:
+    cells = layers(run, dtype, BOTH, dropout=DROPOUT)
+    ratios = [one.ratio(FAST, STOCK) for one in cells]
+    tokens = [one.axes["tokens"] for one in cells]
+    label = f"{len(ratios)} linear layers with dropout {DROPOUT}, {SHORT[dtype]}"
+    label = f"{label}, {min(tokens)} to {max(tokens)} tokens"
+    return [label, "", "", f"{span(ratios)}, median {middle(ratios)}"]
+
+
 def _saved_rows(run: str) -> list[Row]:
     rows = []
     for group in result(run).select(suite="step"):
-        bare, stock, fast = (group.timings[name].facts["saved_mb"] for name in (BARE, STOCK, FAST))
+        bare, stock = (group.timings[name].facts["saved_mb"] for name in (BARE, STOCK))
         how = f", {group.axes['how']}" if "how" in group.axes else ""
         which = f"{SHORT[group.axes['dtype']]}{how}, {group.axes['tokens']} tokens"
-        what = "the same" if rows else "saved for the backward pass of a step, SmolLM2-135M"
-        label = f"{what}, {which} (bare model: {bare:.0f} MB)"
-        less = f"{stock - fast:.0f} MB less"
-        if stock - fast < 1:
-            less = "**none**: there is no copy to avoid"
-        rows.append([label, f"{stock:.0f} MB", f"{fast:.0f} MB", less])
+        for name, option in ((FAST, ""), (FAST_NORMS, ', `recompute="norms"`')):
+            if name not in group.timings:
+                continue
+            what = "the same" if rows else "kept for the backward pass of a step, SmolLM2-135M"
+            kept = group.timings[name].facts["saved_mb"]
+            label = f"{what}, {which}{option} (bare model: {bare:.0f} MB)"
+            rows.append([label, f"{stock:.0f} MB", f"{kept:.0f} MB", f"{stock - kept:.0f} MB less"])
     return rows
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from statistics import mean, median
+from statistics import mean
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_tables(page):
 def test_every_table_is_shown_and_a_wrong_figure_is_seen(tmp_path, monkeypatch):
     texts = [(pages.ROOT / page).read_text(encoding="utf-8") for page in pages.PAGES]
     assert {found[2] for text in texts for found in pages.TABLE.finditer(text)} == pages.TABLES.keys()
-    (tmp_path / "README.md").write_text(texts[0].replace("17.7 s", "17.8 s"), encoding="utf-8")
+    (tmp_path / "README.md").write_text(texts[0].replace("16.4 s", "16.5 s"), encoding="utf-8")
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     assert pages.filled("README.md") == texts[0]
 
@@ -36,28 +36,31 @@ def words():
     main, bench, *_ = pages.PAGES
     (run,) = pages.sources("measured")
     (narrow,) = (row for row in pages.measured(run) if "linear layers, fp32" in row[0])
-    yield main, f"fp32 layers gain {narrow[-1]}, and save no memory"
+    yield main, f"fp32 layers gain {narrow[-1]}."
     times = 1 / pages.only(run, suite="initialisation").ratio(FAST, STOCK).median
     yield main, f"initialises them {times:.0f}× faster (SmolLM2-135M, two cores)"
     yield "mica/subspace/README.md", f"{times:.1f} times as fast as with stock PEFT"
     loading = pages.only(run, suite="loading").timings
     yield "mica/cli/USE.md", f"[{loading[STOCK].median:.1f} s instead of {loading[FAST].median:.2f} s]"
-    plain, autocast = (one.ratio(FAST, STOCK) for one in pages.bf16_steps(run))
-    said = f"A whole bf16 step was {pages.speedup(plain)} faster, under autocast {pages.speedup(autocast)}"
-    yield main, said
-    assert autocast.high > 1, "which is within its noise"
+    _, autocast = (one.ratio(FAST, STOCK) for one in pages.bf16_steps(run))
+    paper = pages.only(run, suite="step", how="paper's recipe").ratio(FAST, STOCK)
+    said = f"A whole bf16 step under autocast was {pages.speedup(autocast)} faster, one in the paper's recipe"
+    yield main, f"{said} {pages.speedup(paper)}, both within their noise"
+    assert min(autocast.high, paper.high) > 1
     slower = pages.only(run, "merge + unmerge", suite="merge").ratio(FAST, STOCK).median
     for page in (main, bench):
         yield page, f"is {slower:.1f}× slower"
+    unload = pages.only(run, "merge_and_unload", suite="merge").ratio(FAST, STOCK).median
+    yield bench, f"`merge_and_unload` {unload:.1f}×"
     yield "mica/fast/README.md", f"[{slower:.1f} times]"
     blocks = pages.result(*pages.sources("host")).select(suite="host block")
     most = max(pages.as_stock(one, names.KERNELS).median for one in blocks)
     yield main, f"Blocks of tiny tensors are up to {most:.2f}× slower where kernels are forced on them"
     layers = pages.layers(run, "bfloat16", names.BOTH)
-    assert 0.95 < median(one.ratio(FAST, names.STOCK_16).median for one in layers) < 1.05
-    yield main, "A bf16 layer is on par with stock PEFT configured to keep its adapters in bf16"
-    shape = {"dtype": "bfloat16", "tokens": 1024, "out": 2048, "rank": 16, "pass": names.BOTH}
-    layer = pages.only(run, "layer", **shape)
+    gain = pages.middle([one.ratio(FAST, names.STOCK_16) for one in layers])
+    yield main, f"stock PEFT configured to keep its adapters in bf16, bf16 layers gain {gain} in the median"
+    shape = {"tokens": 1024, "out": 2048, "rank": 16}
+    (layer,) = (one for one in layers if shape.items() <= one.axes.items())
     ways = (names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN)
     text = "{} of the time with stock PEFT compiled, {} with the operator and {} with the plain products"
     yield "mica/fast/README.md", text.format(*(pages.shown(layer.ratio(way, STOCK)) for way in ways))

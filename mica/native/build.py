@@ -30,7 +30,8 @@ from huggingface_hub import constants
 from mica.subspace.cache import distrusted
 
 COMPILERS = ("c++", "g++", "clang++")
-# Optimising more takes a quarter longer, and what is compiled here only calls PyTorch's operators.
+# Optimising more takes a quarter longer, and most of what is compiled only calls PyTorch's operators. The
+# loops ask for more themselves.
 FLAGS = ("-O1", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
 LIBRARIES = ("torch_python", "torch", "torch_cpu", "c10")
 # Seconds for the compiler, and for those who wait for it: it takes 12 on a usual machine, 30 on a slow one.
