@@ -27,7 +27,7 @@ def broken(plan, tensors):
 launching.Plan.bind = broken
 """
 LAYER = f"(bench_layer and {CELL} and backward)"
-MORE = "bench_block or (bench_step and autocast) or (r16 and backward and not forms)"
+MORE = "bench_block or (bench_step and autocast) or (r16 and backward and not forms and not dropout)"
 HOST = "(bench_host and block and float32 and backward)"
 ON_A_CPU = {"MICA_BENCH_SIZE": "default", "TRITON_INTERPRET": "0", "MICA_BACKEND": "auto"}
 ON_A_CPU |= {"MICA_TEST_OPERATOR": "wrong"}  # for the plugin that breaks operators
