@@ -185,7 +185,7 @@ def setting(cell: Cell) -> Prepared:
     for name, step in steps.items():
         set_dropout(step, True)
         with step.form.context():
-            varies = len({float(step.form.forward()) for _ in range(4)}) > 1
+            varies = len({step.form.forward().item() for _ in range(4)}) > 1
         assert varies == (cell.how in ADAPTERS and name != BARE), f"{name}: is dropout off?"
     return Prepared(steps, {name: {"saved_mb": step.saved_mb()} for name, step in steps.items()})
 
