@@ -66,7 +66,9 @@ PyObject* linear_function(PyObject*, PyObject* const* args, Py_ssize_t num_args)
   Dropout dropout;
   dropout.p = PyFloat_AsDouble(args[8]);
   if (dropout) {
-    dropout.seed = static_cast<uint64_t>(*THPVariable_Unpack(args[9]).const_data_ptr<int64_t>());
+    const Tensor& seed = THPVariable_Unpack(args[9]);
+    TORCH_CHECK(seed.is_cpu() && given_x.is_cpu(), "dropout is for tensors on a CPU here");
+    dropout.seed = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
   }
   const bool recomputes_norms = args[10] == Py_True;
   count(names->linear, names->linear_native);

@@ -207,7 +207,8 @@ def _choice(x, weight, lora_A, lora_B, compute_dtype, autocast_dtype, dropout_p)
             cast = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta").to(dtype)
         return forward_rows(as_matrix(cast), weight.shape[0], dropout_p)
 
-    return decide("linear", x.device, lora_A.shape[0], dtypes, rows, is_layer=True)
+    rank = lora_A.shape[0]
+    return decide("linear", x.device, rank, dtypes, rows, is_layer=True, has_dropout=dropout_p > 0.0)
 
 
 def _cast(

@@ -93,6 +93,7 @@ def decide(
     dtypes: tuple[torch.dtype, ...],
     rows: Callable[[], Rows] | None = None,
     is_layer: bool = False,
+    has_dropout: bool = False,
 ) -> Choice:
     """How a call of this function of `mica.paths.triton_path` runs.
 
@@ -100,6 +101,7 @@ def decide(
         dtypes: those of the operands and products; of a layer: x (or dy), products, lora_A, lora_B.
         rows: of a layer. Called only where kernels could run: on a CPU nothing is looked at.
         is_layer: "linear" is a whole eager call, which the form "native" suits.
+        has_dropout: of a whole layer.
 
     Raises:
         ValueError: ``MICA_BACKEND`` has a value that is not allowed.
@@ -110,9 +112,11 @@ def decide(
         choice = _choose(function, device, rank, dtypes, is_layer)
         if runtime.is_settled(device):
             _choices[key] = choice
-    if choice is not _ON_KERNELS or rows is None:
-        return choice
-    return _form_of_layer(function, device, rank, dtypes, rows(), is_layer)
+    if choice is _ON_KERNELS and rows is not None:
+        choice = _form_of_layer(function, device, rank, dtypes, rows(), is_layer)
+    if has_dropout and choice.form == NATIVE and device.type != "cpu":
+        return Choice(REFERENCE, choice.reason, "the mask of dropout is drawn in C++ on CPUs only")
+    return choice
 
 
 def _choose(

@@ -99,7 +99,8 @@ class Fused(OnOperators):
 
         device = lora_A.device
         rank = lora_A.shape[0]
-        choice = choose.decide("linear", device, rank, dtypes, forward, is_layer=True)
+        whole = {"is_layer": True, "has_dropout": dropout_p > 0.0}
+        choice = choose.decide("linear", device, rank, dtypes, forward, **whole)
         yield "linear", choice
         if choice.form != choose.NATIVE:  # which includes the backward
             yield "linear_backward", choose.decide("linear_backward", device, rank, dtypes, backward)

@@ -169,6 +169,25 @@ def test_products_without_instructions_are_python_s(compiled, dtypes, named):
     assert choose.decide("linear", GPU, 16, dtypes, is_layer=True).form == choose.NATIVE
 
 
+def test_dropout_on_a_device_is_python_s(compiled):
+    """C++ draws the mask on CPUs only, whether there are kernels that do not suit the rows, or none."""
+    why = "the mask of dropout is drawn in C++ on CPUs only"
+    row = configs.Forms(0, 256, "split", "split")
+    compiled.setattr(choose, "_forms_of", lambda device, tokens, rank: row)
+    narrow = choose.Rows(64, 24, 48, (24, 48), has_dropout=True, is_aligned=True)
+    for _ in range(2):
+        choice = choose.decide("linear", GPU, 16, MASTERS, lambda: narrow, is_layer=True, has_dropout=True)
+        assert choice == (choose.REFERENCE, NARROW, why)
+        plain = narrow._replace(has_dropout=False)
+        assert choose.decide("linear", GPU, 16, MASTERS, lambda: plain, is_layer=True).form == choose.NATIVE
+    compiled.setenv("MICA_BACKEND", "reference")
+    for _ in range(2):
+        choice = choose.decide("linear", GPU, 16, MASTERS, lambda: narrow, is_layer=True, has_dropout=True)
+        assert choice == (choose.REFERENCE, "MICA_BACKEND=reference", why)
+        assert choose.decide("linear", GPU, 16, MASTERS, is_layer=True).form == choose.NATIVE
+    assert choose.decide("linear", CPU, 16, MASTERS, is_layer=True, has_dropout=True).form == choose.NATIVE
+
+
 @pytest.mark.parametrize("why_python", [None, "no compiler"])
 def test_kernels_that_are_demanded_are_no_business_of_cpp_s(compiled, why_python):
     compiled.setattr(choose.native, "why_not", lambda: why_python)

@@ -80,7 +80,7 @@ BACKEND = {
         "Added.__call__": [("in self.adapters", "in self.adapters[1:]")],
     },
     ("mica/fast/forward/decide.py", "tests/mica/fast/test_explain_runs.py"): {
-        "Fused.choices": [("is_layer=True", "is_layer=dropout_p == 0.0")],
+        "Fused.choices": [('"is_layer": True', '"is_layer": dropout_p == 0.0')],
     },
     ("mica/fast/forward/eligibility.py", "tests/mica/fast/test_explain_runs.py"): {
         "OnOperators.explained": [("if choice.why_python is not None", "if False")],
