@@ -3,8 +3,8 @@
 Small layers and few tokens spend most of their time in the Python around PyTorch's operators. The same
 operators are called here by one node of autograd (layer.h, kept.h), behind a check of the layer (check.h).
 Where PyTorch has no fast operator on a CPU there is a loop: dropout and a product of bfloat16 in fp32
-(loops.h), and the merge of a chunk of a weight (merging.h). All of it is built when it is first needed, once
-for each machine and PyTorch (`mica.native.build`). Without it everything runs from Python; only dA of
+(loops.h), and the merge of a chunk of a weight (merging.h). All of it is built at the first forward, once for
+each machine and PyTorch (`mica.native.build`). Without it everything runs from Python; only dA of
 bfloat16 operands is then summed in another order.
 """
 
@@ -39,6 +39,7 @@ class _Found(NamedTuple):
 
 
 _found: dict[object, _Found] = {}  # by the raw setting
+_not_built: set[object] = set()  # raw settings whose folder had no module when `module_if_built` looked
 _lock = threading.Lock()
 
 
@@ -50,6 +51,19 @@ def module() -> ModuleType | None:
     ``~`` is expanded.
     """
     return _find().module
+
+
+def module_if_built() -> ModuleType | None:
+    """`module`, if it can be had without compiling: for what gains less than a compiler takes."""
+    raw = setting()
+    if raw not in _found:
+        if raw in _not_built:
+            return None
+        folder = _folder()
+        if folder is None or not build.is_built(folder):
+            _not_built.add(raw)
+            return None
+    return module()
 
 
 def why_not() -> str | None:
@@ -68,10 +82,9 @@ def _find() -> _Found:
 
 
 def _load() -> _Found:
-    value = os.environ.get("MICA_NATIVE", "")
-    folder = folder_named(value if value.strip() else "on", build.default_folder())
+    folder = _folder()
     if folder is None:
-        return _Found(None, f"MICA_NATIVE={value}")
+        return _Found(None, f"MICA_NATIVE={os.environ['MICA_NATIVE']}")
     try:
         loaded = imported(folder, build.NATIVE)
     except build.BuildError as error:
@@ -81,6 +94,12 @@ def _load() -> _Found:
         return _Found(None, f"what was compiled cannot be loaded ({error}): {hint}")
     _configure(loaded)
     return _Found(loaded, None)
+
+
+def _folder() -> Path | None:
+    """Where the environment keeps what is compiled; None: nowhere, there is to be none."""
+    value = os.environ.get("MICA_NATIVE", "")
+    return folder_named(value if value.strip() else "on", build.default_folder())
 
 
 def imported(folder: Path, sources: build.Sources) -> ModuleType:

@@ -68,7 +68,7 @@ def built(folder: Path, sources: Sources = NATIVE) -> Path:
         BuildError: it cannot be compiled, or could not when it was tried before.
     """
     _refuse_system()
-    path = folder / f"{_key(sources)}.so"
+    path = _path(folder, sources)
     try:
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)  # even if the umask lets others write
         _refuse_distrusted(folder)
@@ -81,6 +81,18 @@ def built(folder: Path, sources: Sources = NATIVE) -> Path:
     except NotImplementedError as error:  # from older releases of filelock
         raise BuildError(f"{folder} is on a disk without file locks, so {_OTHER_FOLDER}") from error
     return path
+
+
+def is_built(folder: Path, sources: Sources = NATIVE) -> bool:
+    """Whether `built` would compile nothing."""
+    try:
+        return _is_usable(_path(folder, sources))
+    except (BuildError, OSError):
+        return False
+
+
+def _path(folder: Path, sources: Sources) -> Path:
+    return folder / f"{_key(sources)}.so"
 
 
 def _refuse_distrusted(folder: Path) -> None:

@@ -73,8 +73,8 @@ struct Dropout {
   }
 };
 
-inline uint32_t mixed(uint32_t z) {
-  z = (z ^ (z >> 16)) * 0x21F0AAADu;
+inline uint32_t mixed(uint32_t z, uint32_t between = 0) {
+  z = ((z ^ (z >> 16)) * 0x21F0AAADu) ^ between;
   z = (z ^ (z >> 15)) * 0xD35A2D97u;
   return z ^ (z >> 15);
 }
@@ -91,10 +91,7 @@ struct RowHash {
 };
 
 inline bool keeps(RowHash row, uint32_t column, uint32_t threshold) {
-  uint32_t z = column * 0x9E3779B9u + row.first;
-  z = ((z ^ (z >> 16)) * 0x21F0AAADu) ^ row.second;
-  z = (z ^ (z >> 15)) * 0xD35A2D97u;
-  return ((z ^ (z >> 15)) >> 8) >= threshold;
+  return (mixed(column * 0x9E3779B9u + row.first, row.second) >> 8) >= threshold;
 }
 
 // out = in where it is kept, else 0, on the bits of a row of numbers: NaN that is dropped is 0, too

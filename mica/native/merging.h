@@ -231,8 +231,9 @@ MICA_VECTORS inline uint64_t weighted_sum(const uint64_t* words, const uint64_t*
   return sum;
 }
 
-// words (rows×columns, contiguous) and factors (columns) int64
-inline Tensor weighted_sums(const Tensor& words, const Tensor& factors) {
+// words (rows×columns) and factors (columns, contiguous) int64
+inline Tensor weighted_sums(const Tensor& given_words, const Tensor& factors) {
+  const Tensor words = given_words.contiguous();
   const int64_t rows = words.size(0);
   const int64_t columns = words.size(1);
   const Tensor sums = at::empty({rows}, at::kLong);

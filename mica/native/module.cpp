@@ -115,21 +115,22 @@ PyObject* operands_function(PyObject*, PyObject* const* args, Py_ssize_t num_arg
   END_HANDLE_TH_ERRORS
 }
 
-// wide_product(g, x): gᵀ x in fp32 from bfloat16 numbers, or None; for `mica.paths.reference_path.grad_a`
-PyObject* wide_product_function(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
+// A function of two tensors as Python calls it; None where its result is undefined.
+template <Tensor (*function)(const Tensor&, const Tensor&)>
+PyObject* of_two_tensors(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(num_args == 2, "wide_product takes 2 arguments, not ", num_args);
-  const Tensor& g = THPVariable_Unpack(args[0]);
-  const Tensor& x = THPVariable_Unpack(args[1]);
-  Tensor whole;
+  TORCH_CHECK_TYPE(num_args == 2, "this function takes 2 arguments, not ", num_args);
+  const Tensor& first = THPVariable_Unpack(args[0]);
+  const Tensor& second = THPVariable_Unpack(args[1]);
+  Tensor result;
   {
     const pybind11::gil_scoped_release no_gil;
-    whole = wide_product_or_none(g, x);
+    result = function(first, second);
   }
-  if (!whole.defined()) {
+  if (!result.defined()) {
     Py_RETURN_NONE;
   }
-  return THPVariable_Wrap(std::move(whole));
+  return THPVariable_Wrap(std::move(result));
   END_HANDLE_TH_ERRORS
 }
 
@@ -167,21 +168,6 @@ PyObject* merge_chunk_function(PyObject*, PyObject* const* args, Py_ssize_t num_
       static_cast<long long>(merged.unchanged),
       merged.update_squared,
       merged.error_squared);
-  END_HANDLE_TH_ERRORS
-}
-
-// weighted_sums(words, factors): for `mica.row_fingerprints`, on a CPU
-PyObject* weighted_sums_function(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(num_args == 2, "weighted_sums takes 2 arguments, not ", num_args);
-  const Tensor words = THPVariable_Unpack(args[0]).contiguous();
-  const Tensor factors = THPVariable_Unpack(args[1]).contiguous();
-  Tensor sums;
-  {
-    const pybind11::gil_scoped_release no_gil;
-    sums = weighted_sums(words, factors);
-  }
-  return THPVariable_Wrap(std::move(sums));
   END_HANDLE_TH_ERRORS
 }
 
@@ -257,9 +243,9 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 
 PyMethodDef methods[] = {
     {"linear", fast(linear_function), METH_FASTCALL, nullptr},
-    {"wide_product", fast(wide_product_function), METH_FASTCALL, nullptr},
+    {"wide_product", fast(of_two_tensors<wide_product_or_none>), METH_FASTCALL, nullptr},
     {"merge_chunk", fast(merge_chunk_function), METH_FASTCALL, nullptr},
-    {"weighted_sums", fast(weighted_sums_function), METH_FASTCALL, nullptr},
+    {"weighted_sums", fast(of_two_tensors<weighted_sums>), METH_FASTCALL, nullptr},
     {"subtract_chunk", fast(subtract_chunk_function), METH_FASTCALL, nullptr},
     {"operands", fast(operands_function), METH_FASTCALL, nullptr},
     {"configure_linear", configure_linear, METH_VARARGS, nullptr},

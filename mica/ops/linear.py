@@ -187,7 +187,11 @@ def _native(
     if choice.form != NATIVE:
         return None
     operands = x, weight, lora_A, lora_B, scaling, bias, compute_dtype
-    return native.module().linear(*operands, grad_dtype, dropout_p, seed, kept.recomputes_norms())
+    return _from_cpp(operands, grad_dtype, dropout_p, seed)
+
+
+def _from_cpp(operands: tuple, autocast_dtype, dropout_p, seed) -> Tensor:
+    return native.module().linear(*operands, autocast_dtype, dropout_p, seed, kept.recomputes_norms())
 
 
 def _choice(x, weight, lora_A, lora_B, compute_dtype, autocast_dtype, dropout_p) -> Choice:
@@ -257,8 +261,7 @@ def linear_eager(
     choice = _choice(x, weight, lora_A, lora_B, compute_dtype, autocast_dtype, dropout_p)
     if choice.form == NATIVE:
         operands = x, weight, lora_A, lora_B, scaling, bias, compute_dtype
-        module = native.module()
-        return module.linear(*operands, autocast_dtype, dropout_p, seed, kept.recomputes_norms())
+        return _from_cpp(operands, autocast_dtype, dropout_p, seed)
     needs_gradient = torch.is_grad_enabled() and (lora_A.requires_grad or x.requires_grad)
     if autocast_dtype is not None:
         x, weight = x.to(autocast_dtype), weight.to(autocast_dtype)

@@ -41,15 +41,16 @@ def keep_by_torch(seed: Tensor, rows: int, columns: int, threshold: int, first_r
     column = torch.arange(columns, dtype=torch.int32, device=seed.device)
     first = _mix(row ^ low)
     second = _mix(first + high)
-    z = column * _int32(COLUMN_FACTOR) + first.unsqueeze(1)
-    z = (z ^ _shift(z, 16)) * FIRST_FACTOR ^ second.unsqueeze(1)
-    z = (z ^ _shift(z, 15)) * _int32(SECOND_FACTOR)
-    return _shift(z ^ _shift(z, 15), 8) >= threshold
+    z = _mix(column * _int32(COLUMN_FACTOR) + first.unsqueeze(1), second.unsqueeze(1))
+    return _shift(z, 8) >= threshold
 
 
-def _mix(z: Tensor) -> Tensor:
-    """A bijection of 32 bits in which every input bit moves every output bit."""
-    z = (z ^ _shift(z, 16)) * FIRST_FACTOR
+def _mix(z: Tensor, between: Tensor | int = 0) -> Tensor:
+    """A bijection of 32 bits in which every input bit moves every output bit.
+
+    between: mixed in between its two steps.
+    """
+    z = (z ^ _shift(z, 16)) * FIRST_FACTOR ^ between
     z = (z ^ _shift(z, 15)) * _int32(SECOND_FACTOR)
     return z ^ _shift(z, 15)
 
@@ -91,7 +92,7 @@ def keep_by_numpy(seed: int, rows: int, columns: int, threshold: int, first_row:
 
 
 def _mix_in_place(z: np.ndarray, scratch: np.ndarray, between: np.ndarray | None = None) -> None:
-    """`_mix`; ``between`` its two steps something may be mixed in."""
+    """`_mix`."""
     np.right_shift(z, np.uint32(16), out=scratch)
     z ^= scratch
     z *= np.uint32(FIRST_FACTOR)

@@ -322,10 +322,8 @@ class _Chunk(NamedTuple):
 
 def merged_by_native(old: Tensor, update: Tensor, needs_lost: bool) -> _Chunk | None:
     """In one pass; None where `mica.native` is not built, or leaves it to PyTorch."""
-    module = None
-    if old.device.type == "cpu":
-        module = native.module()
-    if module is None:
+    module = native.module_if_built()
+    if module is None or old.device.type != "cpu":
         return None
     new = scratch_like(old, "new")
     merged = module.merge_chunk(new, old, update, needs_lost)
@@ -398,9 +396,10 @@ def unmerge_from(layer, adapter: str, weight: Tensor, undo: Undo | None) -> None
 
 def subtracted(weight: Tensor, update: Tensor) -> Tensor:
     """weight - update, not yet rounded to the weight's dtype where PyTorch computes it."""
-    if weight.device.type == "cpu" and native.module() is not None:
+    module = native.module_if_built()
+    if module is not None and weight.device.type == "cpu":
         new = scratch_like(weight, "new")
-        if native.module().subtract_chunk(new, weight, update):
+        if module.subtract_chunk(new, weight, update):
             return new
     wide = converted(weight, update.dtype, "old")
     return torch.sub(wide, update, out=scratch_like(update, "sum"))

@@ -26,9 +26,11 @@ def compiled():
 def forget(monkeypatch):
     """Forgets what this process has found out about the module, as a new process; also after the test."""
     monkeypatch.setattr(native, "_found", {})
+    monkeypatch.setattr(native, "_not_built", set())
 
     def forget():
         native._found.clear()
+        native._not_built.clear()
         choose.clear()
 
     choose.clear()

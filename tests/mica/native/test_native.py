@@ -52,6 +52,22 @@ def test_the_words_of_mica_native(setting, folder, asked, monkeypatch, tmp_path,
         assert asked == [tmp_path / folder]
 
 
+def test_what_gains_little_does_not_wait_for_a_compiler(asked, monkeypatch, tmp_path):
+    monkeypatch.setenv("MICA_NATIVE", "0")
+    assert native.module_if_built() is None
+    monkeypatch.setenv("MICA_NATIVE", str(tmp_path / "a"))
+    looked = []
+    monkeypatch.setattr(build, "is_built", lambda folder: looked.append(folder))
+    assert native.module_if_built() is native.module_if_built() is None
+    assert looked == [tmp_path / "a"]
+    assert not asked
+    module = native.module()  # by a forward, which compiles it
+    assert native.module_if_built() is module is not None
+    monkeypatch.setattr(build, "is_built", lambda folder: True)  # by another process
+    monkeypatch.setenv("MICA_NATIVE", str(tmp_path / "b"))
+    assert native.module_if_built() is not None
+
+
 def test_the_setting_may_change_and_each_is_looked_up_once(asked, monkeypatch, tmp_path, assert_layer_works):
     for _ in range(2):
         for setting in ("0", str(tmp_path / "a"), str(tmp_path / "b")):

@@ -200,6 +200,11 @@ def test_every_way_to_draw_a_mask_draws_the_same(seed, rows, columns, first_row)
         assert torch.equal(keep, expected)
 
 
+def test_a_mask_is_where_its_seed_is():
+    keep = dropout.dropout_keep(torch.zeros(1, dtype=torch.int64, device="meta"), 3, 4, 0.5)
+    assert (keep.device.type, keep.shape, keep.dtype) == ("meta", (3, 4), torch.bool)
+
+
 def test_what_is_kept_at_exactly_the_threshold():
     """A probability whose threshold is a hash that occurs: that element is kept."""
     seed, threshold = torch.tensor([3]), 2**20

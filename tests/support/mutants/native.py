@@ -46,11 +46,14 @@ NATIVE = {
     },
     ("mica/native/__init__.py", "tests/mica/native/test_native.py"): {
         "_find": [("with _lock", "if True"), ("_found.get(raw) or _load()", "_load()")],
-        "_load": [
-            ('value if value.strip() else "on"', "value"),
-            ("if folder is None", "if not value"),
-            ("_configure(loaded)", "pass"),
+        "_folder": [('value if value.strip() else "on"', "value")],
+        "module_if_built": [
+            ("if raw in _not_built:", "if False:"),
+            ("folder is None or", ""),
+            ("or not build.is_built(folder)", ""),
+            ("if raw not in _found:", "if True:"),
         ],
+        "_load": [("if folder is None", "if False"), ("_configure(loaded)", "pass")],
     },
     ("mica/native/__init__.py", "tests/mica/native/test_build_files.py", "-k", "not_load"): {
         "_load": [("except ImportError", "except ModuleNotFoundError")],
