@@ -11,11 +11,12 @@
 
 #include <ATen/ATen.h>
 #include <ATen/SavedTensorHooks.h>
+#include <ATen/core/List.h>
+#include <c10/core/StorageImpl.h>
 #include <c10/util/intrusive_ptr.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/csrc/autograd/saved_variable.h>
-#include <torch/custom_class.h>
 
 #include <mutex>
 #include <optional>
@@ -101,6 +102,26 @@ inline std::optional<Recipe> recipe_of(const Tensor& x, bool norms) {
   return std::nullopt;
 }
 
+// As numbers, for autograd's context.
+inline c10::List<int64_t> as_list(const std::vector<Instruction>& instructions) {
+  c10::List<int64_t> numbers;
+  for (const Instruction& instruction : instructions) {
+    numbers.push_back(instruction.kind);
+    numbers.push_back(static_cast<int64_t>(instruction.dtype));
+  }
+  return numbers;
+}
+
+inline std::vector<Instruction> instructions_of(const c10::List<int64_t>& numbers) {
+  std::vector<Instruction> instructions;
+  for (size_t i = 0; i < numbers.size(); i += 2) {
+    const int64_t kind = numbers[i];
+    const int64_t dtype = numbers[i + 1];
+    instructions.push_back({static_cast<Instruction::Kind>(kind), static_cast<ScalarType>(dtype)});
+  }
+  return instructions;
+}
+
 inline Tensor computed(const std::vector<Instruction>& instructions, at::ArrayRef<Tensor> tensors) {
   std::vector<Tensor> stack;
   size_t next = 0;
@@ -122,10 +143,9 @@ inline Tensor computed(const std::vector<Instruction>& instructions, at::ArrayRe
 // the layers that have the same x
 // ---------------------------------------------------------------------------------------------------------
 
-class SharedInput : public torch::CustomClassHolder {
+class SharedInput : public c10::intrusive_ptr_target {
  public:
-  SharedInput(const Tensor& x, std::vector<Instruction> instructions)
-      : x_(x.getIntrusivePtr()), instructions_(std::move(instructions)) {}
+  explicit SharedInput(const Tensor& x) : x_(x.getIntrusivePtr()) {}
 
   bool is_of(const Tensor& x) const {
     return x_.lock().get() == x.unsafeGetTensorImpl();
@@ -137,14 +157,14 @@ class SharedInput : public torch::CustomClassHolder {
   }
 
   // x in the backward of one of the layers, from the tensors that it has saved.
-  Tensor value(at::ArrayRef<Tensor> tensors) {
+  Tensor value(const std::vector<Instruction>& instructions, at::ArrayRef<Tensor> tensors) {
     if (at::GradMode::is_enabled()) { // for second derivatives, perhaps with respect to x
       const Tensor x(x_.lock());
-      return x.defined() && x._version() == 0 ? x : computed(instructions_, tensors);
+      return x.defined() && x._version() == 0 ? x : computed(instructions, tensors);
     }
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!value_.defined()) {
-      value_ = computed(instructions_, tensors);
+      value_ = computed(instructions, tensors);
     }
     const Tensor value = value_;
     if (++served_ >= layers_) {
@@ -156,7 +176,6 @@ class SharedInput : public torch::CustomClassHolder {
 
  private:
   c10::weak_intrusive_ptr<at::TensorImpl> x_;
-  std::vector<Instruction> instructions_;
   std::mutex mutex_;
   int layers_ = 0;
   int served_ = 0; // in this backward
@@ -164,16 +183,44 @@ class SharedInput : public torch::CustomClassHolder {
 };
 
 // That of the layer before, if it has the same x: the layers that share one are called one after the other.
-inline c10::intrusive_ptr<SharedInput> shared_input(const Tensor& x, const Recipe& recipe) {
+inline c10::intrusive_ptr<SharedInput> shared_input(const Tensor& x) {
   static thread_local c10::weak_intrusive_ptr<SharedInput> last = c10::weak_intrusive_ptr<SharedInput>(
       c10::intrusive_ptr<SharedInput>());
   auto shared = last.lock();
   if (!shared || !shared->is_of(x)) {
-    shared = c10::make_intrusive<SharedInput>(x, recipe.instructions);
+    shared = c10::make_intrusive<SharedInput>(x);
     last = c10::weak_intrusive_ptr<SharedInput>(shared);
   }
   shared->add_layer();
   return shared;
+}
+
+inline void release_shared_input(void* pointer) {
+  c10::intrusive_ptr<SharedInput>::reclaim(static_cast<SharedInput*>(pointer));
+}
+
+// A tensor without elements that owns a SharedInput. Autograd's context takes a capsule too, but compiled autograd,
+// which makes inputs of tensors, refuses one.
+inline Tensor handle_of(c10::intrusive_ptr<SharedInput> input) {
+  SharedInput* pointer = input.release();
+  auto storage = c10::make_intrusive<c10::StorageImpl>(
+      c10::StorageImpl::use_byte_size_t(),
+      0,
+      at::DataPtr(pointer, pointer, &release_shared_input, at::kCPU),
+      /*allocator=*/nullptr,
+      /*resizable=*/false);
+  return at::detail::make_tensor<at::TensorImpl>(
+      c10::Storage(std::move(storage)), c10::DispatchKeySet(c10::DispatchKey::CPU), caffe2::TypeMeta::Make<uint8_t>());
+}
+
+// x in the backward of the layer that has saved these tensors. Whoever has packed the handle away, or copied it, has
+// x computed for this layer alone.
+inline Tensor value_of(const Tensor& handle, const std::vector<Instruction>& instructions, at::ArrayRef<Tensor> tensors) {
+  if (handle.has_storage() && handle.storage().data_ptr().get_deleter() == &release_shared_input) {
+    auto* input = static_cast<SharedInput*>(handle.storage().data_ptr().get_context());
+    return input->value(instructions, tensors);
+  }
+  return computed(instructions, tensors);
 }
 
 } // namespace mica

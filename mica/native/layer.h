@@ -187,7 +187,7 @@ struct Numbers {
   ScalarType factor_dtype; // of lora_A
   ScalarType grad_dtype; // to which dA may be rounded first, as PyTorch does under autocast
   Dropout dropout;
-  bool recomputes_norms; // see kept.h
+  bool recomputes_norms = false; // in the forward; see kept.h
 };
 
 // Autocast's casts have been made before: within a formula it would cast each product's operands.
@@ -252,13 +252,47 @@ inline bool is_eager() {
       !c10::impl::tls_is_dispatch_key_included(at::DispatchKey::Tracer);
 }
 
-// What a node keeps beside the tensors that autograd keeps for it.
-struct Call : torch::CustomClassHolder {
-  explicit Call(const Numbers& numbers) : numbers(numbers) {}
+inline int64_t bits_of(double number) {
+  int64_t bits = 0;
+  std::memcpy(&bits, &number, sizeof bits);
+  return bits;
+}
 
-  Numbers numbers;
-  c10::intrusive_ptr<SharedInput> input; // where x is not saved
-};
+inline double double_of(int64_t bits) {
+  double number = 0.0;
+  std::memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
+// What a node keeps beside the tensors that autograd keeps for it is in types that compiled autograd can compare: a
+// compiled backward serves every call whose "numbers" and "recipe" are the same, and has "seed" and "input" as inputs.
+inline void save_numbers(AutogradContext* ctx, const Numbers& numbers) {
+  ctx->saved_data["numbers"] = c10::List<int64_t>({
+      bits_of(numbers.scaling),
+      static_cast<int64_t>(numbers.compute_dtype),
+      static_cast<int64_t>(numbers.factor_dtype),
+      static_cast<int64_t>(numbers.grad_dtype),
+      bits_of(numbers.dropout.p),
+  });
+  if (numbers.dropout) {
+    ctx->saved_data["seed"] = static_cast<int64_t>(numbers.dropout.seed);
+  }
+}
+
+inline Numbers saved_numbers(AutogradContext* ctx) {
+  const auto saved = ctx->saved_data["numbers"].toIntList();
+  Numbers numbers{
+      double_of(saved[0]),
+      static_cast<ScalarType>(saved[1]),
+      static_cast<ScalarType>(saved[2]),
+      static_cast<ScalarType>(saved[3]),
+      Dropout{double_of(saved[4])},
+  };
+  if (numbers.dropout) {
+    numbers.dropout.seed = static_cast<uint64_t>(ctx->saved_data["seed"].toInt());
+  }
+  return numbers;
+}
 
 struct Layer : torch::autograd::Function<Layer> {
   static Tensor forward(
@@ -271,7 +305,6 @@ struct Layer : torch::autograd::Function<Layer> {
       const Numbers& numbers) {
     const bool needs_x = x.requires_grad();
     const bool needs_A = lora_A.requires_grad();
-    auto call = c10::make_intrusive<Call>(numbers);
     {
       const at::AutoGradMode with_grad(true);
       // no fp32 copy, no h, no mask, and nothing that no gradient needs
@@ -282,7 +315,8 @@ struct Layer : torch::autograd::Function<Layer> {
       };
       if (needs_A) {
         if (const auto recipe = recipe_of(x, numbers.recomputes_norms)) {
-          call->input = shared_input(x, *recipe);
+          ctx->saved_data["recipe"] = as_list(recipe->instructions);
+          ctx->saved_data["input"] = handle_of(shared_input(x));
           for (const Tensor& tensor : recipe->tensors) {
             tensors.push_back(kept(tensor));
           }
@@ -292,14 +326,12 @@ struct Layer : torch::autograd::Function<Layer> {
       }
       ctx->save_for_backward(std::move(tensors));
     }
-    ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
+    save_numbers(ctx, numbers);
     return forward_of(x, weight, lora_A, lora_B, bias, numbers);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     on_backward();
-    const auto capsule = ctx->saved_data["call"].toCapsule();
-    const Call& call = static_cast<const Call&>(*capsule);
     const variable_list tensors = saved(ctx);
     const Tensor& grad_output = grad_outputs[0];
     const bool needs_x = tensors[0].defined() && ctx->needs_input_grad(0);
@@ -314,9 +346,14 @@ struct Layer : torch::autograd::Function<Layer> {
     Tensor x;
     if (needs_A) {
       const auto inputs = at::ArrayRef<Tensor>(tensors).slice(3);
-      x = call.input ? call.input->value(inputs) : inputs[0];
+      const auto recipe = ctx->saved_data.find("recipe");
+      if (recipe == ctx->saved_data.end()) {
+        x = inputs[0];
+      } else {
+        x = value_of(ctx->saved_data["input"].toTensor(), instructions_of(recipe->second.toIntList()), inputs);
+      }
     }
-    const auto [dx, dA] = backward_of(grad_output, x, weight, tensors[1], tensors[2], call.numbers);
+    const auto [dx, dA] = backward_of(grad_output, x, weight, tensors[1], tensors[2], saved_numbers(ctx));
     return {dx, Tensor(), dA, Tensor(), Tensor(), Tensor()};
   }
 };

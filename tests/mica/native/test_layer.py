@@ -351,13 +351,17 @@ def test_the_decision_knows_of_dropout(monkeypatch, p):
 
 
 @pytest.mark.slow
-def test_compiled_autograd():
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_compiled_autograd(p):
+    """Every seed has the same compiled backward."""
     layer = Layer((2, 3))
-    x, lora_A = layer.leaves()
-    layer(x, lora_A).backward(layer.grad_output)
-    expected = x.grad, lora_A.grad
-    x.grad = lora_A.grad = None
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
-        layer(x, lora_A).backward(layer.grad_output)
-    for mine, other in zip((x.grad, lora_A.grad), expected, strict=True):
-        assert torch.equal(mine, other)
+    torch._dynamo.utils.counters.clear()
+    for seed in (1, 2):
+        layer.dropout = p, torch.tensor(seed)
+        expected = results(layer)[2:]
+        x, lora_A = layer.leaves()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            layer(x, lora_A).backward(layer.grad_output)
+        for mine, other in zip((x.grad, lora_A.grad), expected, strict=True):
+            assert torch.equal(mine, other)
+    assert torch._dynamo.utils.counters["compiled_autograd"]["captures"] == 1

@@ -293,3 +293,16 @@ def test_gradient_checkpointing(dtype, use_reentrant):
     expected = gradients(block(gate, up), layer.lora_A, gate)
     for mine, other in zip(ours, expected, strict=True):
         assert torch.equal(mine, other)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("norms")
+@pytest.mark.parametrize("number", [1, 3])
+def test_compiled_autograd(number):
+    for _ in range(2):  # the second backward is the compiled one of the first
+        ys, layers = of_shared_norm(number)
+        (expected, *_) = gradients(sum(ys), layers[0].lora_A)
+        ys, layers = of_shared_norm(number)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            sum(ys).float().sin().sum().backward()
+        assert torch.equal(layers[0].lora_A.grad, expected)
