@@ -22,6 +22,7 @@ from bench.results import journal
 
 SUITES = ROOT / "bench" / "suites"
 NOTHING = "nothing ran"
+CUT_OFF = "cut off"  # the run was, by a signal
 # by exit status: all passed, some failed, three ways of not getting that far, nothing was selected
 PYTEST_ENDED = {0: "passed", 1: "failed", 2: "failed", 3: "failed", 4: "failed", 5: "passed"}
 STARTS = 4  # of one job at most
@@ -69,11 +70,16 @@ class Run:
     def start(self, job: Job) -> dict:
         """Run it to the end; returns its summary, which is also in the result file."""
         began = time.monotonic()
-        for _ in range(STARTS):
-            state = self._process(job, began + job.seconds)
-            if state not in ("died", "hung") or not self._blame(job, state):
-                break
-        return self._note(self._summary(job, state, time.monotonic() - began))
+        state = CUT_OFF
+        try:
+            for _ in range(STARTS):
+                state = CUT_OFF
+                state = self._process(job, began + job.seconds)
+                if state not in ("died", "hung") or not self._blame(job, state):
+                    break
+        finally:
+            summary = self._note(self._summary(job, state, time.monotonic() - began))
+        return summary
 
     def leave_out(self, name: str, why: str) -> dict:
         """The summary of a job that is not started."""
@@ -107,10 +113,12 @@ class Run:
         """How it ended: passed, failed, died, hung (silent for too long) or over time."""
         environment = {**os.environ, **job.environment, "MICA_BENCH_STAGE": job.name}
         process = subprocess.Popen(job.command, cwd=ROOT, env=environment, start_new_session=True)
-        state = self._watch(process, job.silence, deadline)
-        with suppress(ProcessLookupError):  # and what it has started
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            state = self._watch(process, job.silence, deadline)
+        finally:  # it, and what it has started, also when this process is told to end
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         return state or PYTEST_ENDED.get(process.returncode, "died")
 
     def _watch(self, process: subprocess.Popen, silence: float, deadline: float) -> str | None:
@@ -163,7 +171,7 @@ class Run:
         summary |= {name: outcomes[name] for name in ("passed", "failed", "skipped")}
         if failed:
             summary["first_failed"] = failed[:5]
-        if state in ("died", "hung", "over time"):
+        if state in ("died", "hung", "over time", CUT_OFF):
             doing = next((one for one in reversed(entries) if one["kind"] == "doing"), {})
             told = ("group", "implementation", "test")
             summary["was_doing"] = {name: doing[name] for name in told if name in doing}

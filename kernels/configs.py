@@ -27,7 +27,7 @@ MANY_TOKENS = 8192  # more than any threshold below
 # 256 tokens of 4096 x 4096 (2^32) take an H100 about 15 µs, its host 3 to 10 for every launch. A guess: only
 # the host's side was timed, with a driver that launches nothing.
 HOST_BOUND = 2**32
-FORM_NAMES = ("split", "mixed", "fused", "reference")  # described in `Forms`
+FORM_NAMES = ("split", "first", "mixed", "fused", "reference")  # described in `Forms`
 TALL_TOKENS = 4096  # with fewer, tall tiles fill the GPU only if the sum is split into many parts
 # Targets whose tensor cores read both operands from shared memory and multiply for four warps at once, which
 # leaves registers for larger tiles.
@@ -49,9 +49,11 @@ class Config(NamedTuple):
 class Forms(NamedTuple):
     """How `mica.paths.triton_path` runs a layer with at least ``tokens`` tokens and at most this ``rank``.
 
-    ``forward`` and ``backward`` are each one of four words:
+    ``forward`` and ``backward`` are each one of five words:
 
     split      the skinny product, then the base product by the vendor's library, then an update in place
+    first      the skinny product, then the low-rank term alone, to which the vendor's base product is added
+               (its beta is 1): y is not read again, and rounded while it is small; 16 bits, no dropout
     mixed      the same, with the skinny products and dA by the vendor's library too: 16 bits, no dropout
     fused      base product and update in one kernel
     reference  none of these kernels: the reference path

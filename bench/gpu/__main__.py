@@ -11,9 +11,11 @@ works; its times mean nothing, and its report says so.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
+import signal
 import sys
 import time
 from datetime import date
@@ -30,6 +32,9 @@ REQUIRED = (
     "pytest_benchmark",
     "xdist",
 )
+PEFT = (0, 20)  # the first version that has MiCA
+BUDGET = 540.0  # seconds
+DRY_BUDGET = 3000.0  # every stage of a dry run ends, on a busy machine too
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,7 +52,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="1,3,5",
         help="only these (default: all); 1,3,4,7 and 2,5,6,8 each end within the default budget",
     )
-    add("--budget", type=float, default=540.0, metavar="SECONDS", help="in total (default 540)")
+    add(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help=f"in total (default {BUDGET:.0f}, of a dry run {DRY_BUDGET:.0f})",
+    )
     add(
         "--silence",
         type=float,
@@ -71,12 +81,24 @@ def report(file: Path) -> str:
         return f"{error.name} is not installed here: python -m bench.report {file} makes the report"
 
 
+def what_is_missing() -> str | None:
+    """A sentence on the libraries that a run needs and this machine lacks."""
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"bench.gpu needs {', '.join(missing)}, which cannot be imported here"
+    found = importlib.metadata.version("peft")
+    major, minor, *_ = found.split(".")
+    if (int(major), int(minor)) < PEFT:
+        return f"bench.gpu needs PEFT {PEFT[0]}.{PEFT[1]} or later, which has MiCA, but here is {found}"
+    return None
+
+
 def main(argv: list[str] | None = None) -> int:
     command = parser()
     args = command.parse_args(argv)
-    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"bench.gpu needs {', '.join(missing)}, which cannot be imported here", file=sys.stderr)
+    why = what_is_missing()
+    if why is not None:
+        print(why, file=sys.stderr)
         return 2
     if args.dry_run:
         os.environ["MICA_BENCH_SIZE"] = "dry"
@@ -92,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     from bench.gpu.stages import STAGES, job
     from bench.measure.machine import output
     from bench.results.schema import Result
-    from bench.run import Run
+    from bench.run import CUT_OFF, Run
 
     known = {str(number): stage for number, stage in enumerate(STAGES, 1)}
     chosen = [one.strip() for one in args.stages.split(",") if one.strip()] or list(known)
@@ -101,17 +123,23 @@ def main(argv: list[str] | None = None) -> int:
         command.error(f"--stages: {', '.join(unknown)} is not one of {', '.join(known)}")
     run = Run((args.output or output("dry-run" if args.dry_run else None)) / f"{args.name}.json")
     print(json.dumps(run.machine), flush=True)
-    deadline = time.monotonic() + args.budget
+    budget = args.budget or (DRY_BUDGET if args.dry_run else BUDGET)
+    deadline = time.monotonic() + budget
     states = []
-    for number in chosen:
-        stage = known[number]
-        left = deadline - time.monotonic()
-        if left <= 0:
-            summary = run.leave_out(stage.name, "the budget is spent")
-        else:
-            summary = run.start(job(stage, run.file, args.dry_run, left, args.silence))
-        print(f"\nSTAGE {json.dumps(summary)}", flush=True)  # a killed pytest leaves half a line
-        states.append(summary["state"])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which `timeout` sends
+    try:
+        for number in chosen:
+            stage = known[number]
+            left = deadline - time.monotonic()
+            if left <= 0:
+                summary = run.leave_out(stage.name, "the budget is spent")
+            else:
+                summary = run.start(job(stage, run.file, args.dry_run, left, args.silence))
+            print(f"\nSTAGE {json.dumps(summary)}", flush=True)  # a killed pytest leaves half a line
+            states.append(summary["state"])
+    except KeyboardInterrupt:  # what has been measured by now is in the result
+        print(f"\nThe run was {CUT_OFF}.", flush=True)
+        states.append(CUT_OFF)
     run.journal.unlink()  # the result file has all of it
     print(report(run.file))
     rows = table(Result.load(run.file))

@@ -2,9 +2,10 @@
 
 From one layer (2048 x 2048, 1024 tokens, r = 16, bf16) one axis varies at a time: tokens, rank, shape, dtype.
 In addition few tokens by rank, where calls cost as much as products, and layers with the paper's dropout of
-0.05, of which only forward and backward are timed. On an accelerator the layer is 4096 x
-4096, tokens vary by rank, and kernels are required. *Forms*, there only, are those that
-`mica.kernels.configs` names, each forced, whatever its table has for the device.
+0.05, of which only forward and backward are timed. On an accelerator the layer is 4096 x 4096, tokens vary by
+rank, kernels are required, and layers under torch.compile, whose builds take longest, are cells of their own
+at the end. *Forms*, there only, are those that `mica.kernels.configs` names, each forced, whatever its table
+has for the device; with few tokens they show from how much work on kernels are worth their launches.
 
 All implementations in a cell compute with the same x, W, A and B. Each of their y, dx and dA is checked
 before anything is timed, a form also by what it launches, and only the one that is wrong is left out. The
@@ -57,6 +58,7 @@ PASSES = (FORWARD, BACKWARD, NO_GRADIENT)
 FORMS = {names.of_form(word): word for word in configs.FORM_NAMES} if ON_ACCELERATOR else {}
 LAUNCHED = {  # form -> by kernel, how many launches a forward and its backward make
     "split": {"down_projection": 2, "up_projection": 2, "grad_a": 1},
+    "first": {"down_projection": 2, "grad_a": 1},
     "fused": {"down_projection": 2, "fused_linear": 2, "grad_a": 1},
     "mixed": {"up_projection": 2},
     "reference": {},
@@ -64,8 +66,8 @@ LAUNCHED = {  # form -> by kernel, how many launches a forward and its backward 
 
 
 class Cell(NamedTuple):
-    """One layer. ``compiled``: also under torch.compile, which takes some ten seconds for each;
-    ``forms``: of the operator, instead of PEFT's layers."""
+    """One layer. ``compiled``: also under torch.compile, which takes some ten seconds for each, on an
+    accelerator that and its baselines only; ``forms``: of the operator, instead of PEFT's layers."""
 
     tokens: int = 1024
     out: int = 2048
@@ -88,7 +90,13 @@ class Cell(NamedTuple):
         }
         if self.dropout:
             axes["dropout"] = self.dropout
+        if self.is_compiled_only:
+            axes["compiler"] = "torch.compile"
         return axes
+
+    @property
+    def is_compiled_only(self) -> bool:
+        return self.compiled and ON_ACCELERATOR
 
     @property
     def key(self) -> str:
@@ -96,6 +104,8 @@ class Cell(NamedTuple):
         key = f"{self.tokens}x{self.out}x{self.inner}-r{self.rank}-{self.dtype}"
         if self.dropout:
             key = f"{key}-dropout"
+        if self.is_compiled_only:
+            key = f"{key}-compiled"
         return f"forms-{key}" if self.forms else key
 
     @property
@@ -103,6 +113,8 @@ class Cell(NamedTuple):
         name = f"layer, {self.tokens} tokens, {self.out} x {self.inner}, r = {self.rank}, {self.dtype}"
         if self.dropout:
             name = f"{name}, dropout {self.dropout}"
+        if self.is_compiled_only:
+            name = f"{name}, torch.compile"
         return f"forms of a {name}" if self.forms else name
 
     @property
@@ -121,9 +133,12 @@ class Cell(NamedTuple):
             chosen.append(STOCK_16)
         if self.dropout:
             return [] if part == NO_GRADIENT else [*chosen, FAST]
+        compiled = [names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN]
+        if self.is_compiled_only:
+            return [] if part == NO_GRADIENT else [*chosen, FAST, *compiled]
         chosen += [ATEN, FAST]
         if self.compiled and part != NO_GRADIENT:
-            chosen += [names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN]
+            chosen += compiled
         return chosen
 
 
@@ -150,18 +165,22 @@ AXES = [
 ]
 WIDE = [(8192, 14336, 4096), (8192, 4096, 14336)]
 CUDA = [
-    *(Cell(tokens, 4096, 4096, compiled=tokens in (512, 8192)) for tokens in (8192, 2048, 512, 128, 1)),
+    *(Cell(tokens, 4096, 4096) for tokens in (8192, 2048, 512, 128, 1)),
     *(Cell(*sizes) for sizes in WIDE),
     *(Cell(tokens, 4096, 4096, dropout=DROPOUT) for tokens in (8192, 512)),
     *(Cell(tokens, 4096, 4096, rank) for rank in (64, 128, 8) for tokens in (8192, 2048, 512, 1)),
+    *(Cell(tokens, 4096, 4096, compiled=True) for tokens in (8192, 512)),
     *(Cell(*sizes, forms=True) for sizes in ((8192, 4096, 4096), *WIDE, (2048, 4096, 4096))),
     *(Cell(*sizes, forms=True) for sizes in ((8192, 4096, 4096, 128), (8192, 4096, 4096, 64))),
     Cell(2048, 4096, 4096, 128, forms=True),
+    *(Cell(tokens, 4096, 4096, forms=True) for tokens in (512, 128, 32)),
+    *(Cell(tokens, 2048, 2048, forms=True) for tokens in (2048, 512)),
 ]
 DRY = [
-    Cell(40, 48, 64, compiled=True),
+    Cell(40, 48, 64),
     Cell(1, 80, 96, 64),
     Cell(200, 48, 64, dropout=DROPOUT),
+    Cell(40, 48, 64, compiled=True),
     *(Cell(40, 48, 64, rank, forms=True) for rank in (16, 32)),
 ]
 CELLS = pick(default=AXES, cuda=CUDA, dry=DRY)

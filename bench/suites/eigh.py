@@ -19,16 +19,30 @@ import mica.fast
 _LOST = 1e-12
 
 
+def _smaller_gram(exact: Tensor) -> Tensor:
+    """Of the smaller side of a matrix."""
+    is_tall = exact.shape[0] > exact.shape[1]
+    if is_tall:
+        return exact.T @ exact
+    return exact @ exact.T
+
+
+@torch.no_grad()
+def least_energy(weight: Tensor, rank: int) -> float:
+    """The least that ‖BᵀW‖² can be: the sum of the ``rank`` smallest squares of singular values.
+
+    By all eigenvalues of the Gram matrix in fp64, and by no solver of this package.
+    """
+    squares = torch.linalg.eigvalsh(_smaller_gram(weight.double()))
+    return float(squares[:rank].clamp(min=0.0).sum())
+
+
 @torch.no_grad()
 def basis_by_eigh(weight: Tensor, rank: int) -> Tensor:
     """The left singular vectors of a weight with the smallest singular values, fp32 (out_features, rank)."""
     exact = weight.double()
     is_tall = weight.shape[0] > weight.shape[1]
-    if is_tall:
-        gram = exact.T @ exact
-    else:
-        gram = exact @ exact.T
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(_smaller_gram(exact))
     if values[0] <= _LOST * values[-1]:
         left, _, _ = torch.linalg.svd(exact, full_matrices=False)
         return left[:, -rank:].float()

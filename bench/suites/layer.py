@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from bench.results.names import BACKWARD, BARE, NO_GRADIENT
+from mica.fast.loading import without_solver
 from mica.paths import definition
 
 
@@ -99,7 +100,8 @@ def adapted_module(
         target_modules=["0"],
         init_lora_weights="mica",
     )
-    adapted = get_peft_model(nn.Sequential(base), config).train()
+    with without_solver():  # on a device its first run belongs to its own stage
+        adapted = get_peft_model(nn.Sequential(base), config).train()
     module = adapted.base_model.model[0].to(layer.x.device)
     for part, value in ((module.lora_A, layer.lora_A), (module.lora_B, layer.lora_B)):
         part["default"].weight = nn.Parameter(value.detach().to(adapter_dtype))

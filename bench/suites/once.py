@@ -21,6 +21,7 @@ class Once:
     ``axes``: which work it is; ``facts``: what was counted or measured in addition to the time.
     ``work``: how much of it one call does (`bench.results.throughput`); by default the tokens of ``axes``.
     ``make``: of what a call uses up, one for each of the two calls, not timed.
+    ``warm_up``: instead of the untimed call, where one takes too long.
     ``all_clocks``: on an accelerator also its device time and a replay of its graph, each a separate cell.
     """
 
@@ -36,7 +37,17 @@ class Once:
         self.samples: list[dict] = []
 
     def __call__(
-        self, function, group, name, axes, iterations=1, make=None, all_clocks=False, work=None, **facts
+        self,
+        function,
+        group,
+        name,
+        axes,
+        iterations=1,
+        make=None,
+        all_clocks=False,
+        work=None,
+        warm_up=None,
+        **facts,
     ):
         self.cell = group
         self.implementation = name
@@ -44,7 +55,7 @@ class Once:
         self.benchmark.group = group
         self.benchmark.extra_info.update(implementation=name, axes=axes)
         journal.write("doing", group=group, implementation=name)
-        call = _warmed_up(function, make)
+        call = _warmed_up(function, make, warm_up)
         with peak_growth() as growth:
             result = self.benchmark.pedantic(clocks.wall(call, iterations), rounds=1, iterations=iterations)
         self.grown = growth()
@@ -108,8 +119,11 @@ class Once:
         return replay
 
 
-def _warmed_up(function, make: Callable | None) -> Callable:
-    """What is timed, after an untimed call."""
+def _warmed_up(function, make: Callable | None, warm_up: Callable | None) -> Callable:
+    """What is timed, after an untimed call, or what stands in for it."""
+    if warm_up is not None:
+        warm_up()
+        return function
     if make is None:
         function()
         return function

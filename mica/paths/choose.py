@@ -175,12 +175,12 @@ def _form_of_layer(
     elif form == REFERENCE:
         form = "split"
 
-    if form == "mixed":
-        # h and g as the kernels write them, without padding; the vendor's fp32 products use no tensor cores,
-        # and a mask of x would be stored
-        is_sixteen_bit = product_dtype is row_dtype and product_dtype.itemsize == 2
-        suits = is_sixteen_bit and not rows.has_dropout and rank % 16 == 0
-        return Choice("mixed" if suits else "split")
+    if form in ("first", "mixed"):
+        # the vendor's fp32 products use no tensor cores, and a mask, of x or of the update, would be stored
+        suits = product_dtype is row_dtype and product_dtype.itemsize == 2 and not rows.has_dropout
+        if form == "mixed":
+            suits = suits and rank % 16 == 0  # h and g as the kernels write them, without padding
+        return Choice(form if suits else "split")
     # at an address that 16 does not divide the fused kernels take all 255 registers of sm_80
     return Choice(form if rows.is_aligned else "split")
 

@@ -3,8 +3,9 @@
     h  = down(x, A); y = x Wᵀ + bias by the vendor's library; y += h Bᵀ in place
     g  = down(dy, Bᵀ); dA = grad_a(g, x); dx = dy W by the vendor's library; dx += g A in place
 
-`mica.kernels.configs.FORMS` says where base product and update are one kernel, where the vendor's library
-computes h, g and dA too, and where none of this is used.
+`mica.kernels.configs.FORMS` says where base product and update are one kernel, where the update is written
+first and the base product is added to it, where the vendor's library computes h, g and dA too, and where none
+of this is used.
 
 On a stack of experts the same, expert by expert: the kernels read the ends of the experts' rows on the
 device. So does PyTorch's grouped product where there is a kernel for it (bf16 on sm_90 and sm_100).
@@ -95,6 +96,9 @@ def linear(
     else:
         h = down(x, as_operand(lora_A, x.shape[0], dtype), seed)
     factor = prepare(lora_B, dtype)
+    if form == "first":
+        update_alone = torch.mm(h, factor) if bias is None else torch.addmm(bias, h, factor)
+        return update_alone.addmm_(x, weight.t())
     if form in ("split", "mixed"):
         return update(F.linear(x, weight, bias), h, factor)
     return fused_linear(x, weight.t(), h, factor, bias)
@@ -137,7 +141,10 @@ def linear_backward(
         grad_A = None if x is None else grad(g, x, seed)
     if weight is not None:
         operand = as_operand(lora_A, g.shape[0], compute_dtype)
-        if form in ("split", "mixed"):
+        if form == "first":
+            update_alone = torch.mm(g[:, : lora_A.shape[0]], operand.to(compute_dtype))
+            grad_x = update_alone.addmm_(grad_output, weight)
+        elif form in ("split", "mixed"):
             grad_x = update(torch.mm(grad_output, weight), g, operand, seed)
         else:
             grad_x = fused_linear(grad_output, weight, g, operand, None, seed, dropout_p=dropout_p)

@@ -19,6 +19,11 @@ ON_HOST = ("cpu", "mps")
 # The most weights of one shape in a batch. For more than 8, cuBLAS takes other routines.
 MOST_AT_ONCE = 8
 
+# From this short side on, weights are solved one by one: for a batch of more than one matrix PyTorch calls
+# cuSOLVER's batched Cholesky, which is meant for small ones (n <= 256), and one large matrix fills a device.
+# That is a reading of their code: no device has been timed.
+ALONE_FROM = 1536
+
 # The share of the free memory that a batch may take.
 SHARE_OF_FREE = 0.25
 
@@ -37,6 +42,8 @@ def is_on_host(device: torch.device) -> bool:
 
 def batch_size(out_features: int, in_features: int, device: torch.device) -> int:
     """How many weights of that shape are solved at once on ``device``; at least one."""
+    if min(out_features, in_features) >= ALONE_FROM:
+        return 1
     weights = 2 * 4 * out_features * in_features  # one by one, and stacked
     each = weights + _MATRICES_AT_A_TIME * 8 * min(out_features, in_features) ** 2
     fitting = int(SHARE_OF_FREE * free_memory(device)) // each

@@ -1,5 +1,6 @@
 """`bench.run`: what a process measured is kept, whatever ends it; the next one omits the cause."""
 
+import signal
 import sys
 import time
 
@@ -113,6 +114,27 @@ def test_over_time_it_ends_with_its_children(start, tmp_path):
     assert result.groups[0].timings["x"].seconds == [1.0]
     time.sleep(max(0.0, 16.5 - (time.monotonic() - began)))
     assert not note.exists()
+
+
+def test_a_run_that_is_told_to_end_keeps_what_it_has_and_leaves_no_process(monkeypatch, tmp_path):
+    monkeypatch.setenv(journal.VARIABLE, "")
+    watched = []
+
+    def watch(this, process, *limits):
+        while not any(one["kind"] == "sample" for one in journal.read()):
+            time.sleep(0.05)
+        watched.append(process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Run, "_watch", watch)
+    this = run.Run(tmp_path / "run.json")
+    with pytest.raises(KeyboardInterrupt):
+        this.start(run.Job("stage", [sys.executable, "-c", f"{SCRIPT}sample('a', 'x'); {HANG}"], {}))
+    (summary,) = Result.load(this.file).stages
+    assert summary["state"] == run.CUT_OFF
+    assert summary["was_doing"] == {"group": "a", "implementation": "x"}
+    assert Result.load(this.file).groups[0].timings["x"].seconds == [1.0]
+    assert watched[0].returncode == -signal.SIGKILL
 
 
 def test_results_are_written_while_it_runs(start):

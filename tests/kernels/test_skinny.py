@@ -10,7 +10,18 @@ from mica.kernels.limits import padded_columns
 from mica.kernels.up_projection import up_projection_
 from tests.support.expert_cases import EVERY_ROUTE, ROUTES, by_expert, idle, offsets_of, route, slices, stack
 from tests.support.guarding import run_guarded, touched
-from tests.support.kernel_cases import BF16, DTYPES, FP16, FP32, SHAPES, draw, far_apart, operand, seed_of
+from tests.support.kernel_cases import (
+    BF16,
+    DTYPES,
+    FP16,
+    FP32,
+    SHAPES,
+    TARGETS,
+    draw,
+    far_apart,
+    operand,
+    seed_of,
+)
 from tests.support.oracle import dropped
 from tests.support.properties import given, st
 from tests.support.tolerances import RELATIVE, error
@@ -155,7 +166,7 @@ TABLES = {
 
 @of_each_kernel
 def test_every_configuration(check):
-    targets, sizes = configs.SHARED_MEMORY, (1, 10_000)
+    targets, sizes = TARGETS, (1, 10_000)
     found = {c for table in TABLES[check] for t in targets for n in sizes for c in table(t, n, 16, 2)}
     for config in found:
         check(150, None, 200, 150, 9, (BF16, FP32, BF16), config=config)
@@ -167,6 +178,7 @@ def test_many_experts_with_few_rows(check):
     check(32, [min(expert // 12, 15) for expert in range(200)], 40, 40, 3, (FP32, FP32, FP32))
 
 
+@pytest.mark.usefixtures("large_memory")
 @pytest.mark.parametrize("length", [64, 150])
 def test_down_rows_of_others(length):
     """One row too many is outside the mapped memory, or NaN of another expert's, and stays there."""
@@ -200,6 +212,7 @@ def test_down_splits_are_summed_in_order(dtype, length):
         assert torch.equal(*(down_projection(x, factor, None, offsets) for _ in range(2)))
 
 
+@pytest.mark.usefixtures("large_memory")
 def test_down_offsets_beyond_32_bit():
     """Offsets of the rows and columns of x, and of the third expert."""
     far, near, ends = far_apart(3, 70, FP16), operand(4, 70, FP32), [1, 2, 3]
@@ -256,6 +269,7 @@ def test_up_has_one_rounding(ends):
     assert ((base.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all()
 
 
+@pytest.mark.usefixtures("large_memory")
 def test_up_offsets_beyond_32_bit():
     """Offsets of the rows of base and h, and of the third expert's factor and bias."""
     y, ends = far_apart(3, 70, FP16), [1, 2, 3]
@@ -303,6 +317,7 @@ def test_grad_of_padded_g_and_in_another_dtype(rank, ends):
     assert torch.equal(grad_a(g, x, None, offsets, rank=rank, out_dtype=BF16), exact.bfloat16())
 
 
+@pytest.mark.usefixtures("large_memory")
 @pytest.mark.parametrize("ends", [None, [2, 3]])
 def test_grad_offsets_beyond_32_bit(ends):
     g, x = far_apart(3, 4, FP16), far_apart(3, 70, FP16)

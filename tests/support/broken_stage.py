@@ -1,7 +1,8 @@
 """A pytest plugin for dry runs of `bench.gpu`: faults in the stages that MICA_TEST_FAULTS names.
 
 For example "kernels:raise,layers:kill". *raise*, *wrong*: in every launch of a kernel and call of the solver.
-*hang*, *kill*: in the first one, and not again in the process that is started next.
+*memory* (there is none left), *hang*, *kill*: in the first one, and not again, in the process that is started
+next neither.
 """
 
 import dataclasses
@@ -10,6 +11,8 @@ import signal
 import time
 from functools import wraps
 from pathlib import Path
+
+import torch
 
 import mica
 from mica.kernels import launching
@@ -30,10 +33,13 @@ def _is_first() -> bool:
 def _go_wrong(fault: str) -> None:
     if fault == "raise":
         raise RuntimeError("injected")
-    if fault in ("hang", "kill") and _is_first():
-        if fault == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(3600)
+    if fault not in ("memory", "hang", "kill") or not _is_first():
+        return
+    if fault == "memory":
+        raise torch.OutOfMemoryError("out of memory, injected")
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(3600)
 
 
 def _break(fault: str) -> None:

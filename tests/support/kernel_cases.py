@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from mica.kernels.common import target_of
+from mica.kernels.configs import SHARED_MEMORY
 from tests.support.guarding import guarded
 from tests.support.oracle import padded
 from tests.support.properties import st
@@ -35,6 +37,10 @@ DTYPES = [(FP32, FP32, FP32), (BF16, FP32, BF16), (BF16, BF16, BF16), (FP16, FP3
 LAYER_DTYPES = [(BF16, FP32, None), (BF16, FP32, FP32)]
 if DEVICE == "cpu":
     LAYER_DTYPES += [(FP32, FP32, None), (BF16, BF16, None), (FP16, FP32, None)]
+
+# Whose configurations are run: those of all targets in the interpreter, on a device its own, since another
+# target's may ask for more shared memory than there is.
+TARGETS = tuple(SHARED_MEMORY) if DEVICE == "cpu" else (target_of(torch.device(DEVICE)),)
 
 draw = SimpleNamespace(
     sizes=st.integers(1, 90),

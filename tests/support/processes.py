@@ -10,16 +10,22 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = ("PYTEST_", "TRITON_INTERPRET", "MICA_BENCH_", "MICA_BACKEND")
 
 
+def outside() -> dict[str, str]:
+    """The environment without the variables of this test run."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+
+
 def start(
     *arguments: object, plugin: str = "", path: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess:
-    """``python -m`` with these arguments in the checkout's root, without the variables of this test run.
+    """``python -m`` with these arguments in the checkout's root, and to its end.
 
     ``plugin``: for every pytest that it starts; ``path``: a folder of further modules.
     """
-    outside = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-    outside["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, (ROOT, path))))
+    own = {"PYTHONPATH": os.pathsep.join(map(str, filter(None, (ROOT, path))))}
     if plugin:
-        outside["PYTEST_ADDOPTS"] = f"-p {plugin}"
+        own["PYTEST_ADDOPTS"] = f"-p {plugin}"
     command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=outside | environment, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=ROOT, env=outside() | own | environment, capture_output=True, text=True
+    )

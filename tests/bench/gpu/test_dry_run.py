@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from bench.results.names import (
     BARE,
     COPY,
     DEVICE_TIME,
+    EIGH,
     FORWARD,
     STOCK,
     STOCK_16,
@@ -26,7 +30,7 @@ from bench.results.names import (
 )
 from bench.results.schema import Result
 from mica.kernels.configs import Forms
-from tests.support.processes import ROOT, start
+from tests.support.processes import ROOT, outside, start
 
 
 def test_what_it_needs_is_named(capsys, monkeypatch):
@@ -36,6 +40,16 @@ def test_what_it_needs_is_named(capsys, monkeypatch):
     monkeypatch.setattr(gpu, "REQUIRED", ("torch", "no_such_package"))
     assert gpu.main(["--dry-run"]) == 2
     assert "needs no_such_package" in capsys.readouterr().err
+
+
+def test_a_peft_without_mica_is_refused(capsys, monkeypatch):
+    versions = {"0.19.3": True, "0.20.0": False, "0.21.2": False, "1.0.0.dev0": False}
+    for version, is_refused in versions.items():
+        monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name, version=version: version)
+        assert (gpu.what_is_missing() is not None) == is_refused, version
+    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "0.19.3")
+    assert gpu.main(["--dry-run"]) == 2
+    assert "needs PEFT 0.20 or later, which has MiCA, but here is 0.19.3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
@@ -60,8 +74,8 @@ def test_two_commands_run_all_stages_within_the_budget():
     limits = {str(number): stage.seconds for number, stage in enumerate(STAGES, 1)}
     parts = [stages.split(",") for stages in commands]
     assert sorted(one for part in parts for one in part) == sorted(limits)
-    budget = gpu.parser().get_default("budget")
-    assert all(sum(limits[one] for one in part) <= budget <= 540 for part in parts)
+    assert all(sum(limits[one] for one in part) <= gpu.BUDGET <= 540 for part in parts)
+    assert 300 * len(STAGES) <= gpu.DRY_BUDGET
 
 
 def test_a_machine_without_pandas_is_told_how_to_make_the_report(monkeypatch):
@@ -74,11 +88,12 @@ def test_a_machine_without_pandas_is_told_how_to_make_the_report(monkeypatch):
 
 
 SILENCE = 25  # seconds, after which a process that has begun is taken to hang
-FAULTS = ("wrong", "raise", "kill", "hang")
-# In four runs every stage meets every fault: the tests make one, MICA_TEST_ROTATION=1 to 3 the others.
+FAULTS = ("raise", "wrong", "memory", "kill", "hang")
+# In five runs every stage meets every fault: the tests make one, MICA_TEST_ROTATION=1 to 4 the others.
 ROTATION = int(os.environ.get("MICA_TEST_ROTATION", "0"))
 FAULT_OF = {stage.name: FAULTS[(number + ROTATION) % len(FAULTS)] for number, stage in enumerate(STAGES)}
-BASELINES = {BARE, STOCK, STOCK_16, COPY, SVD}
+BASELINES = {BARE, STOCK, STOCK_16, COPY, SVD, EIGH}
+OURS_OF_SUBSPACE = "minor_subspace, auto, r = 16"
 SUITES = {  # of a stage in which something is timed
     "bandwidth": ("kernels",),
     "layers": ("layer",),
@@ -102,6 +117,26 @@ def with_faults(tmp_path_factory):
     return Result.load(folder / "run.json"), stages, done.stdout
 
 
+@pytest.mark.slow
+def test_a_run_that_is_cut_off_reports_what_it_has(tmp_path):
+    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--name", "run", "--stages", "3,8"]
+    settings = outside() | {"OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    printed = tmp_path / "printed"
+    with printed.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=settings, stdout=file)
+    entries = tmp_path / "run.jsonl"
+    while not (entries.exists() and '"sample"' in entries.read_text()):
+        assert process.poll() is None, "it ended before anything was measured"
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait() == 1
+    assert "The run was cut off." in printed.read_text()
+    result = Result.load(tmp_path / "run.json")
+    assert [one["state"] for one in result.stages] == ["cut off"]
+    assert timed(result, "bandwidth")
+    assert "**cut off**" in (tmp_path / "run.md").read_text()
+
+
 def stages_with(*faults):
     return [stage for stage, fault in FAULT_OF.items() if fault in faults]
 
@@ -117,8 +152,8 @@ def test_every_stage_is_reported_and_has_results_of_complete_rounds(with_faults)
     result, stages, output = with_faults
     assert [*stages] == [stage.name for stage in STAGES]
     assert result.stages == [*stages.values()]
-    for name, one in stages.items():  # of tests that all run kernels, none passes where these raise
-        assert one["passed"] or (FAULT_OF[name] == "raise" and one["failed"]), one
+    for name, one in stages.items():  # where every launch raises or is wrong, no test of kernels passes
+        assert one["passed"] or (FAULT_OF[name] in ("raise", "wrong") and one["failed"]), one
     assert {one["state"] for one in stages.values()} <= {"passed", "failed"}, stages
     assert all(timed(result, stage) & BASELINES for stage in SUITES)
     for group in result.groups:
@@ -134,13 +169,16 @@ def test_what_is_wrong_has_no_number_and_what_stops_a_process_is_named(with_faul
         if FAULT_OF[stage] == "wrong" and stage == "streams":
             continue  # it compares a layer with itself, which is always as wrong
         assert stages[stage]["state"] == "failed", stages[stage]
-        assert of_form("split") not in timed(result, stage), stage
+        assert not timed(result, stage) & {of_form("split"), OURS_OF_SUBSPACE}, stage
+    if "initialisation" in stages_with("wrong", "raise"):  # of the solver
+        assert {SVD, EIGH} <= timed(result, "initialisation")
     whys = [one.get("why", "") for one in (*result.refused, *result.checks)]
     assert any("injected" in why for why in whys) or not stages_with("raise")
     assert whys.count("the process died") == len(stages_with("kill")) - ("tests" in stages_with("kill"))
     assert whys.count(f"nothing was heard for {SILENCE} s") == len(stages_with("hang"))
-    if "layers" in stages_with("kill", "hang"):  # in the other cell
-        assert of_form("split") in timed(result, "layers")
+    assert any("out of memory, injected" in why for why in whys) or not stages_with("memory")
+    for stage in {"layers", "forms"} & {*stages_with("memory", "kill", "hang")}:  # in the other cells
+        assert of_form("split") in timed(result, stage)
 
 
 # seconds of four forms; of two layers

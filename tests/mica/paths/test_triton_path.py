@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("on_kernels")
 OTHERS = ["_down_projection_kernel", "_grad_a_kernel"]
 FORMS = {
     "split": [*OTHERS, "_up_projection_kernel"],
+    "first": OTHERS,
     "mixed": ["_up_projection_kernel"],
     "fused": [*OTHERS, "_fused_linear_kernel"],
     "reference": [],
@@ -60,7 +61,7 @@ def test_every_form_agrees_with_the_dense_oracle(
     for _ in range(2):  # planned, and as planned
         agree(run(p, compute_dtype, **options), solve(p, **options), dtype)
     # the vendor's fp32 products are slower than kernels, and a mask would be stored
-    is_split = form == "mixed" and (dropout_p or FP32 in (dtype, compute_dtype))
+    is_split = form in ("first", "mixed") and (dropout_p or FP32 in (dtype, compute_dtype))
     assert {name for name, _ in launched} == set(FORMS["split" if is_split else form])
 
 
@@ -71,6 +72,9 @@ def test_every_form_agrees_with_the_dense_oracle(
         (["fused"], lambda: dense((8,), 17, 24, 2), "fused"),
         (["fused"], lambda: shifted(dense((8,), 16, 24, 2)), "split"),
         (["mixed"], lambda: dense((8,), 16, 24, 2), "split"),  # h would have rows of another length
+        (["first"], lambda: dense((8,), 16, 24, 2), "first"),
+        (["first"], lambda: shifted(dense((8,), 16, 24, 2)), "first"),
+        (["first", "split"], lambda: dense((8,), 16, 24, 2), "first split"),
         (["mixed", "fused"], lambda: dense((8,), 16, 24, 16), "mixed fused"),
         (["mixed"], lambda: dense((8,), 17, 24, 16), "mixed"),  # kernels are demanded
         # of the forward, of the backward

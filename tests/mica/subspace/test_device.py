@@ -139,10 +139,18 @@ def test_without_strict_all_but_the_null_are_returned(shape, method, monkeypatch
 # Shapes, GiB of free memory, and how many at once: a quarter of it for four fp64 matrices of the short side
 # and two fp32 weights each.
 BATCH_SIZES = {
-    ((576, 576), 1): 8, ((576, 1536), 0.5): 7, ((4096, 4096), 70): 8, ((4096, 4096), 20): 8,
-    ((4096, 4096), 10): 4, ((4096, 14336), 70): 8, ((14336, 4096), 20): 5, ((4096, 128256), 20): 1,
-    ((128256, 4096), 70): 3, ((8192, 28672), 70): 4, ((100, 300), 0): 1,
+    ((576, 576), 1): 8, ((576, 1536), 0.5): 7, ((1024, 4096), 0.5): 2, ((1024, 4096), 1): 4,
+    ((4096, 1024), 2): 8, ((1024, 128256), 20): 4, ((128256, 1024), 10): 2, ((4096, 4096), 70): 1,
+    ((100, 300), 0): 1,
 }  # fmt: skip
+
+
+def test_large_weights_are_solved_one_by_one(monkeypatch):
+    monkeypatch.setattr(device, "free_memory", lambda where: 2**40)
+    for shape in ((1535, 9000), (9000, 1535)):
+        assert batch_size(*shape, torch.device("cuda")) == 8
+    for shape in ((1536, 9000), (9000, 1536)):
+        assert batch_size(*shape, torch.device("cuda")) == 1
 
 
 def test_batch_sizes(monkeypatch):

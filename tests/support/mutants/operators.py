@@ -27,6 +27,8 @@ OPERATORS = {
             ("dropout_p, fp32_setting()", "dropout_p"),
             ("if not dropout_p:", "if True:"),
             ('form == "mixed"', "False"),
+            ("torch.addmm(bias, h, factor)", "torch.mm(h, factor)"),
+            ("update_alone.addmm_(x, weight.t())", "update_alone"),
         ],
         "linear_backward": [
             ("if not dropout_p:", "if True:"),
@@ -43,6 +45,7 @@ OPERATORS = {
             ("shaped | dropped, dropped", "shaped, dropped"),
             ("shaped | dropped, dropped", "shaped | dropped, {}"),
             ("seed, dropout_p=dropout_p)", "seed)"),
+            ("update_alone.addmm_(grad_output, weight)", "update_alone"),
         ],
         "down_projection_backward": [
             ("as_operand(lora_A, grad_h.shape[0], grad_h.dtype)", "lora_A"),
@@ -97,8 +100,12 @@ OPERATORS = {
             ('elif form == REFERENCE:\n        form = "split"', "elif False:\n        pass"),
             ("product_dtype.itemsize == 2", "True"),
             ("product_dtype is row_dtype and", ""),
-            ("is_sixteen_bit and not rows.has_dropout and", "is_sixteen_bit and"),
-            ("and rank % 16 == 0", ""),
+            (" and not rows.has_dropout", ""),
+            ('form in ("first", "mixed")', 'form == "mixed"'),
+            (
+                'if form == "mixed":\n            suits = suits and',
+                "if False:\n            suits = suits and",
+            ),
             ('form if rows.is_aligned else "split"', "form"),
             ('forms.backward if function == "linear_backward" else forms.forward', "forms.forward"),
         ],

@@ -254,6 +254,7 @@ SUBSPACE = {
         "_solved": [("in (False, True)", "in (False,)")],
         "batch_size": [
             ("min(MOST_AT_ONCE, ", "max(1, "),
+            (">= ALONE_FROM", "> ALONE_FROM"),
             ("SHARE_OF_FREE * free_memory(device)", "free_memory(device)"),
             ("weights + ", ""),
         ],
