@@ -58,13 +58,17 @@ class Result:
         """With the sums of forward and backward within a round, where both were timed and the sum was not."""
         groups = [*self.groups]
         for forward in self.select(**{"pass": FORWARD}):
-            backward = next(self.select(**_of_pass(forward, BACKWARD)), None)
-            has_sum = any(self.select(**_of_pass(forward, BOTH)))
-            if backward is not None and not has_sum:
+            backward = self._other_pass(forward, BACKWARD)
+            if backward is not None and self._other_pass(forward, BOTH) is None:
                 both = _sum(forward, backward)
                 if both.timings:
                     groups.append(both)
         return Result(self.machine, groups, self.refused, self.checks, self.stages)
+
+    def _other_pass(self, group: Group, which: str) -> Group | None:
+        """The same cell's other pass: no other axis differs, and none is added, as dropout is."""
+        axes = _of_pass(group, which)
+        return next((other for other in self.groups if other.axes == axes), None)
 
 
 def _of_pass(group: Group, which: str) -> dict[str, str | int]:

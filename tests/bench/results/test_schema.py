@@ -25,6 +25,12 @@ def test_a_sum_has_the_implementations_and_rounds_of_both_passes():
     assert Result({}, [forward, backward]).with_both().groups == [forward, backward]
 
 
+def test_a_cell_with_one_more_axis_is_another_one():
+    plain = group({BARE: [1.0]}, tokens=8, **{"pass": FORWARD})
+    dropped = group({BARE: [1.0]}, tokens=8, dropout=0.1, **{"pass": BACKWARD})
+    assert Result({}, [plain, dropped]).with_both().groups == [plain, dropped]
+
+
 def test_ratios_are_taken_within_a_round():
     ratio = group({BARE: [1.0, 10.0, 3.0], FAST: [2.0, 10.0, 9.0]}).ratio(FAST, BARE)
     assert ratio.low <= 1.0 < ratio.median == 2.0 < 3.0 <= ratio.high
