@@ -159,11 +159,12 @@ KERNELS = {
             ("and not dropout", ""),
         ],
         "_fits": [("limit // bytes_per_stage", "config.num_stages")],
-        "forms_of": [
+        "first_fitting": [
             ("tokens >= row.tokens and", ""),
             ("and rank <= row.rank", ""),
-            ("FORMS.get(name) or", ""),
         ],
+        "forms_of": [("FORMS.get(name) or", "")],
+        "host_bound_of": [("HOST_BOUNDS.get(name, HOST_BOUND)", "HOST_BOUND")],
     },
     ("kernels/up_projection.py", "tests/kernels/test_skinny.py", "-k", "up"): {
         "_up_projection_kernel": [
