@@ -20,6 +20,7 @@ from mica.kernels.measured import Measured
 
 KERNELS = (names.DOWN_A, names.DOWN_B, names.UP_B, names.GRAD_A)
 LIBRARIES = ("torch", "triton", "peft")
+SUBSPACE = "subspace"  # the suite of the solver
 Devices = dict[str, Measured]
 
 
@@ -42,13 +43,20 @@ def readme(devices: Devices, root: Path) -> str:
 def limits(devices: Devices, root: Path) -> str:
     if not devices:
         return "**They and the solver have not been run on a GPU**: all measurements are from CPUs."
-    return f"**They have been measured on {_listed(devices)} only.**"
+    return f"**GPU figures are of {_listed(devices)} only.**"
 
 
 def kernels(devices: Devices, root: Path) -> str:
     if not devices:
         return "**They have not been run on a GPU yet.**"
     return f"They have been [measured](../bench/README.md#on-a-gpu) on {_listed(devices)}."
+
+
+def solver(devices: Devices, root: Path) -> str:
+    timed = {name: device for name, device in devices.items() if SUBSPACE in device.sources}
+    if not timed:
+        return "It has not been run on a GPU yet."
+    return f"It has been [measured](../../bench/README.md#on-a-gpu) on {_listed(timed)}."
 
 
 def summary(devices: Devices, root: Path) -> str:
@@ -71,6 +79,7 @@ TEXTS: dict[str, Callable[[Devices, Path], str]] = {
     "gpu-readme": readme,
     "gpu-limits": limits,
     "gpu-kernels": kernels,
+    "gpu-solver": solver,
     "gpu-summary": summary,
     "gpu-section": section,
 }
@@ -95,6 +104,11 @@ def _device(device: Measured, root: Path) -> Iterator[str]:
         "Kernels, by device time: their bandwidth as a share of a copy's, and their speed against cuBLAS.",
         ["kernel", "cells", "share of a copy", "median", "against cuBLAS", "median"],
         _kernels(suites),
+    )
+    yield from _table(
+        "Initialisation of a model, and minor subspaces of single weights:",
+        ["", "stock PEFT, or the SVD", "mica.fast", "speedup"],
+        [*_initialisation(suites), *_subspaces(suites)],
     )
     yield from _table(
         "The fastest form of a layer ([kernels/configs.py](../kernels/configs.py)):",
@@ -149,6 +163,31 @@ def _steps(suites: dict[str, Result]) -> list[Row]:
                 label = cell.name.removesuffix(f", {WALL}")
                 rows.append([label, *_times(cell), speedup(cell.ratio(FAST, STOCK))])
     return rows
+
+
+def _initialisation(suites: dict[str, Result]) -> list[Row]:
+    rows = []
+    for cell in _cells(suites, "initialisation"):
+        if cell.axes.get("clock", WALL) == WALL and {STOCK, FAST} <= cell.timings.keys():
+            rows.append(_against(cell, cell.name.removesuffix(f", {WALL}"), FAST, STOCK))
+    return rows
+
+
+def _subspaces(suites: dict[str, Result]) -> list[Row]:
+    rows = []
+    for cell in _cells(suites, SUBSPACE):
+        if cell.axes.get("clock", WALL) != WALL or names.SVD not in cell.timings:
+            continue
+        shape = shape_in_words(cell.axes)["out × in"]
+        for name in cell.timings:
+            if name.startswith("minor_subspace"):
+                rows.append(_against(cell, f"{shape}, {name}", name, names.SVD))
+    return rows
+
+
+def _against(cell: Group, label: str, ours: str, theirs: str) -> Row:
+    seconds = [f"{cell.timings[name].median:.3g} s" for name in (theirs, ours)]
+    return [label, *seconds, speedup(cell.ratio(ours, theirs))]
 
 
 def _times(cell: Group) -> list[str]:

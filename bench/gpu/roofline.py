@@ -16,8 +16,8 @@ from bench.measure.peaks import Peak
 from bench.results.names import BACKWARD
 from mica.paths.triton_path import MANY_TOKENS, WIDE_RANK
 
-# What is reached, guessed from published figures of an H100 SXM: 3.0 of 3.35 TB/s by a copy, 790 of 989
-# TFLOP/s by a large product in bfloat16, 45 of 67 by one in float32.
+# What is reached of the vendor's figures: assumptions, to be corrected by the first measured run. On
+# an H100 SXM 3.0 of 3.35 TB/s by a copy, 790 of 989 TFLOP/s by a large product in bfloat16, 45 of 67 in fp32.
 COPY = 0.9  # of the peak bandwidth
 PRODUCT = 0.8  # of the peak rate on tensor cores
 PRODUCT_FP32 = 0.67

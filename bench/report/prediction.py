@@ -32,10 +32,8 @@ def verdict(result: Result) -> str:
         if timing is not None:
             ratios.append((prediction, timing.median / prediction["seconds"]))
     off = [(prediction, ratio) for prediction, ratio in ratios if abs(ratio - 1) > TOLERANCE]
-    counts = f"{len(result.predictions)} rows are modelled, {len(ratios)} of them were measured"
-    if not ratios:
-        return f"{counts}."
-    told = f"{counts}; {len(off)} of these are off by more than {100 * TOLERANCE:.0f} %"
+    counts = f"Rows modelled: {len(result.predictions)}, measured: {len(ratios)}"
+    told = f"{counts}, off by more than {100 * TOLERANCE:.0f} %: {len(off)}"
     if not off:
         return f"{told}."
     lines = []

@@ -11,6 +11,7 @@ from bench.results.names import (
     FORWARD,
     STOCK,
     STOCK_16,
+    SVD,
     WALL,
     of_form,
 )
@@ -76,4 +77,18 @@ def kernel() -> Group:
     axes |= {"clock": DEVICE_TIME}
     times = {COPY: 9e-5, f"{DOWN_A}, default": 1e-4, f"{DOWN_A}, other": 3e-4, CUBLAS: 1.3e-4}
     name = f"{DOWN_A}, 8192 tokens, {DEVICE_TIME}"
+    return Group(name, axes, {name: rounds(seconds) for name, seconds in times.items()})
+
+
+def subspace() -> Group:
+    axes = {"suite": "subspace", "out": SIZE, "in": SIZE, "clock": WALL}
+    times = {SVD: 0.8, "minor_subspace, r = 16": 0.04}
+    name = f"minor subspace, {SIZE} x {SIZE}, {WALL}"
+    return Group(name, axes, {name: rounds(seconds) for name, seconds in times.items()})
+
+
+def initialisation() -> Group:
+    axes = {"suite": "initialisation", "rank": 16, "dtype": "float32", "clock": WALL}
+    times = {STOCK: 6.0, of_form("split"): 2.0}
+    name = f"get_peft_model, a model, float32, {WALL}"
     return Group(name, axes, {name: rounds(seconds) for name, seconds in times.items()})

@@ -12,7 +12,16 @@ from bench.measure.machine import device_folder
 from bench.results.names import WALL
 from bench.results.schema import Result
 from mica.kernels import measured
-from tests.support.gpu_results import SIZE, both_passes, kernel, layers, result, step
+from tests.support.gpu_results import (
+    SIZE,
+    both_passes,
+    initialisation,
+    kernel,
+    layers,
+    result,
+    step,
+    subspace,
+)
 
 NOTHING = "has been measured on a GPU yet"
 
@@ -51,7 +60,7 @@ def page(root, name="bench/README.md"):
 
 FORMS = both_passes(8192, {"split": 3.0, "fused": 2.0})
 SMALL = both_passes(1, {"split": 2.0, "reference": 1.0}, clock=WALL)
-ALL = [*FORMS, *SMALL, *layers(1.25e-3), step(), kernel()]
+ALL = [*FORMS, *SMALL, *layers(1.25e-3), step(), kernel(), subspace(), initialisation()]
 
 
 def test_rows_the_result_and_the_figures_of_all_pages(root, saved):
@@ -60,18 +69,19 @@ def test_rows_the_result_and_the_figures_of_all_pages(root, saved):
     source = "bench/results/a-card/run.json"
     assert copied == root / source
     assert Result.load(copied) == result(*ALL)
-    suites = dict.fromkeys(("forms", "kernels", "layer", "step"), source)
+    suites = {one.axes["suite"]: source for one in ALL}
     assert entry == measured.Measured(suites, ((8192, 16, "fused", "fused"),), SIZE**2)
     assert measured.read(root / "kernels" / "measured.json") == {"a card": entry}
 
     changed = {
         path.relative_to(root).as_posix() for path, text in contents(root).items() if before.get(path) != text
     }
-    assert changed == {source, "kernels/measured.json", "README.md", "bench/README.md", "kernels/README.md"}
-    for name in ("README.md", "bench/README.md", "kernels/README.md"):
+    assert changed == {source, "kernels/measured.json", *pages.PAGES}
+    for name in pages.PAGES:
         assert "a card" in page(root, name)
         assert NOTHING not in page(root, name)
         assert "not been run on a GPU" not in page(root, name)
+        assert "<!-- text: " in page(root, name)
     rows = page(root).splitlines()
     assert (
         "| 4096 × 4096, 8,192 tokens, r = 16 | 2 ms | 4 ms | 2.5 ms | 1.60× (1.60–1.60) | 1.20× (1.20–1.20) |"
@@ -79,6 +89,8 @@ def test_rows_the_result_and_the_figures_of_all_pages(root, saved):
     )
     assert "| a step | 100 ms | 300 ms | 150 ms | 2.00× (2.00–2.00) |" in rows
     assert "| h = x Aᵀ | 1 | 0.90 to 0.90 | 0.90 | 1.30× to 1.30× | 1.30× |" in rows
+    assert "| get_peft_model, a model, float32 | 6 s | 2 s | 3.00× (3.00–3.00) |" in rows
+    assert "| 4096 × 4096, minor_subspace, r = 16 | 0.8 s | 0.04 s | 20.00× (20.00–20.00) |" in rows
     assert "| 8,192 | 16 | fused | fused |" in rows
     assert f"Up to {SIZE**2:,} multiplications a layer is faster on PyTorch's operators." in rows
     assert "[raw results](results/a-card/run.json)" in page(root)
@@ -115,6 +127,7 @@ def test_a_run_of_some_stages_leaves_what_others_have_measured(root, saved):
     assert entry.host_bound == SIZE**2
     assert entry.sources["forms"].endswith("first.json")
     assert entry.sources["layer"].endswith("second.json")
+    assert "It has not been run on a GPU yet." in page(root, "mica/subspace/README.md")
     assert "| 2 ms | 4 ms | 2 ms |" in page(root)
     assert "| 2 ms | 4 ms | 2.5 ms |" not in page(root)
 

@@ -143,7 +143,21 @@ KERNELS = {
             ("made.record_stream(stream)", ""),
         ],
     },
-    ("kernels/configs.py", "tests/kernels/test_configs.py", "tests/kernels/test_split_k.py"): {
+    ("kernels/measured.py", "tests/kernels/test_measured.py"): {
+        "read": [
+            ('entry["host_bound"]', "None"),
+            ('entry["sources"]', "{}"),
+            ("tuple(row)", "row"),
+        ],
+        "write": [("sorted(devices)", "devices")],
+        "_entry": [("json.dumps(device.host_bound)", "device.host_bound")],
+    },
+    (
+        "kernels/configs.py",
+        "tests/kernels/test_configs.py",
+        "tests/kernels/test_measured.py",
+        "tests/kernels/test_split_k.py",
+    ): {
         "down_projection": [
             ("512 if block_r", "256 if block_r"),
             ("and num_tokens >= TALL_TOKENS", ""),

@@ -84,7 +84,7 @@ OPERATORS = {
             ("if form == REFERENCE", "if False"),
             ("if are_narrow(*rows.strides)", "if are_narrow(rows.out_features)"),
             ("rows.has_dropout or", ""),
-            ("or not _is_host_bound(rows)", ""),
+            ("or not _is_host_bound(device, rows)", ""),
             ("has_one_dtype or", ""),
             ("has_one_dtype or (is_layer and native.why_not() is None)", "True"),
             ("has_one_dtype or (is_layer and native.why_not() is None)", "has_one_dtype"),
