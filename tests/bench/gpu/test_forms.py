@@ -60,6 +60,8 @@ def test_all_layers_of_a_size_count_together():
     one = both_passes(8192, {"split": 1.0, "fused": 0.5})
     other = both_passes(8192, {"split": 9.0, "fused": 9.6}, out=2 * SIZE)
     assert forms(*one)[0][2:] == ("fused", "fused")
+    slower = both_passes(8192, {"split": 1.0, "fused": 1.1}, out=2 * SIZE)  # by less than is gained
+    assert forms(*one, *slower)[0][2:] == ("fused", "fused")
     assert forms(*one, *other)[0][2:] == ("split", "split")
     assert forms(*one, *both_passes(8192, {"split": 1.0}, out=2 * SIZE))[0][2:] == ("split", "split")
 
@@ -96,6 +98,15 @@ def test_the_bound_is_of_forward_and_backward_together_by_the_wall_clock():
     assert host_bound(result(forward, slow), ()) == 0
     assert host_bound(result(forward), ()) is None
     assert host_bound(result(*both_passes(1, REFERENCE_WINS, clock=DEVICE_TIME)), ()) is None
+
+
+def test_every_layer_of_a_size_counts_for_the_bound():
+    groups = [
+        *both_passes(1, REFERENCE_WINS, clock=WALL),
+        *both_passes(128, REFERENCE_WINS, clock=WALL),
+        *both_passes(128, KERNELS_WIN, clock=WALL, rank=64),
+    ]
+    assert host_bound(result(*groups), ()) == host_bound(result(*groups[::-1]), ()) == SIZE**2
 
 
 def test_the_kernels_of_the_bound_are_those_that_would_run():
