@@ -25,12 +25,15 @@ class RefusedError(Exception):
     """A file that cannot be adopted; the message says why, in one sentence."""
 
 
-def adopt(file: Path, root: Path = pages.ROOT) -> tuple[Path, Measured]:
+def adopt(file: Path, root: Path | None = None) -> tuple[Path, Measured]:
     """Into the checkout in ``root``; returns the copied result, and what its device's entry is now.
+
+    ``root``: by default this checkout.
 
     Raises:
         RefusedError: see `load`; or another result has this name.
     """
+    root = root or pages.ROOT
     result = load(file)
     device = result.machine["device"]
     copied = _copy(result, file, root / "bench" / "results" / device_folder(device))

@@ -97,6 +97,17 @@ def test_rows_the_result_and_the_figures_of_all_pages(root, saved):
     assert "at commit 0123456789ab (torch 2.9, triton 3.5, peft 0.21;" in page(root)
 
 
+def test_the_command_writes_a_report_and_says_what_is_left_to_do(root, saved, monkeypatch, capsys):
+    monkeypatch.setattr(pages, "ROOT", root)
+    assert gpu.main(["--adopt", str(saved(ALL))]) == 0
+    folder = root / "bench" / "results" / "a-card"
+    assert (
+        f"{folder / 'run.json'}: 1 rows of forms, bound of the host: {SIZE**2:,}." in capsys.readouterr().out
+    )
+    assert "## Targets" in (folder / "run.md").read_text(encoding="utf-8")
+    assert NOTHING not in page(root)
+
+
 def test_twice_changes_nothing(root, saved):
     file = saved(ALL)
     copied, entry = adopt(file, root)
