@@ -198,6 +198,17 @@ def test_what_is_no_result_is_refused(root, saved, tmp_path):
         adopt(saved([]), root)
 
 
+def test_a_journal_replaces_the_unfinished_result_beside_it(root):
+    folder = root / "bench" / "results" / "a-card"
+    folder.mkdir(parents=True)
+    result(*FORMS).save(folder / "run.json")
+    journal = folder / "run.jsonl"
+    journal.write_text(journal_of(ALL, result().machine), encoding="utf-8")
+    copied, _ = adopt(journal, root)
+    assert copied == folder / "run.json"
+    assert Result.load(copied) == result(*ALL)
+
+
 def test_another_result_of_this_name_is_kept(root, saved):
     copied, _ = adopt(saved(ALL), root)
     before = contents(root)
