@@ -77,7 +77,7 @@ bench-quality: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m bench.quality
 
 # On a machine with a GPU, in its own Python environment (PYTHON=...) with torch, triton and PEFT;
-# bench/METHOD.md says what else is needed. ARGS='--stages 1,3 --budget 300'
+# bench/METHOD.md says what else is needed. ARGS='--stages 1,3 --budget 300'; ARGS='--adopt FILE' afterwards
 gpu:
 	$(PYTHON) -m bench.gpu $(ARGS)
 

@@ -1,23 +1,24 @@
-"""``python -m bench.pages``: writes the tables of the README files from committed results.
+"""``python -m bench.pages``: writes the tables, and what is said of GPUs, of the README files from results.
 
 A table stands below a line ``<!-- table: NAME FILE ... -->``, up to the first line that is no row. `TABLES`
 has its function, which is given those files of ``bench/results``, without their ending, and returns the
 header and the rows. So a page says itself where its figures are from: after a new run its files are named
-there.
+there. What is said of GPUs stands between ``<!-- text: NAME -->`` and ``<!-- end -->`` (`bench.on_a_gpu`).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from statistics import median
 
+from bench import on_a_gpu
 from bench.quality import energy as directions
 from bench.quality import plots
 from bench.quality.report import RIGHT, at_equal_forgetting
+from bench.report.words import Row, markdown, shown, speedup
 from bench.results import names
 from bench.results.cell import Group, Ratio
 from bench.results.names import BARE, BOTH, EIGH, FAST, FAST_NORMS, LORA, NO_GRADIENT, STOCK, STOCK_16
@@ -26,8 +27,9 @@ from bench.results.throughput import number
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-PAGES = ("README.md", "bench/README.md", "mica/subspace/README.md")
+PAGES = ("README.md", "bench/README.md", "kernels/README.md", "mica/subspace/README.md")
 TABLE = re.compile(r"(<!-- table: ([\w-]+)((?: [\w/-]+)*) -->\n)((?:\|.*\n)*)")
+TEXT = re.compile(r"(<!-- text: ([\w-]+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 FEW = 256  # tokens; where products of a layer begin to take most of its time
 DROPOUT = 0.05
@@ -35,7 +37,6 @@ STEPS_WITH_DROPOUT = {  # how -> in words
     "dropout 0.05": "with dropout 0.05",
     "paper's recipe": "in the paper's recipe (q and v only, dropout 0.05)",
 }
-Row = list[str]
 
 
 @cache
@@ -82,15 +83,6 @@ def bf16_steps(name: str) -> tuple[Group, Group]:
 def as_stock(group: Group, name: str) -> Ratio:
     """To the stock whose adapters have the base's dtype; by default they are in float32."""
     return group.ratio(name, STOCK if group.axes["dtype"] == "float32" else STOCK_16)
-
-
-def shown(ratio: Ratio) -> str:
-    return f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
-
-
-def speedup(ratio: Ratio, digits: int = 2) -> str:
-    low, middle, high = (f"{1 / value:.{digits}f}" for value in (ratio.high, ratio.median, ratio.low))
-    return f"{middle}× ({low}–{high})"
 
 
 def span(ratios: list[Ratio]) -> str:
@@ -329,11 +321,6 @@ TABLES = {
 }
 
 
-def markdown(header: Row, rows: Iterable[Row]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def table(name: str, *files: str) -> str:
     made = TABLES[name](*files)
     if not isinstance(made, str):
@@ -342,17 +329,28 @@ def table(name: str, *files: str) -> str:
     return made.replace("|  |", "| |").replace("|  |", "| |") + "\n"
 
 
-def filled(page: str) -> str:
-    """The text of a page with the tables that follow from the results."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return TABLE.sub(lambda found: found[1] + table(found[2], *found[3].split()), text)
+def filled(page: str, root: Path | None = None) -> str:
+    """The text of a page with the tables and texts that follow from the results.
+
+    ``root``: of the checkout that has the page, and results on a GPU.
+    """
+    root = root or ROOT
+    text = (root / page).read_text(encoding="utf-8")
+    text = TABLE.sub(lambda found: found[1] + table(found[2], *found[3].split()), text)
+    return TEXT.sub(lambda found: found[1] + on_a_gpu.text(found[2], root) + found[4], text)
+
+
+def write(root: Path | None = None) -> None:
+    """All pages."""
+    root = root or ROOT
+    for page in PAGES:
+        (root / page).write_text(filled(page, root), encoding="utf-8")
 
 
 def main() -> None:
     (run,) = sources("energy")
     plots.energy(directions.profiles(raw(run)), RESULTS / f"{run}.png")
-    for page in PAGES:
-        (ROOT / page).write_text(filled(page), encoding="utf-8")
+    write()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """Launch configurations: at most three per kernel and target, chosen by shape, the first one by default.
 
-`make static` compiles all of them for every target ahead of time. None has been timed: they follow from the
-bytes and operations of each product and from what compiles without spills. The block size along the rank is
-`padded_rank`, not part of a configuration. `FORMS` says which kernels a layer's formula consists of.
+`make static` compiles all of them for every target ahead of time. They follow from the bytes and operations
+of each product and from what compiles without spills, not from timings. The block size along the rank is
+`padded_rank`, not part of a configuration. `FORMS` says which kernels a layer's formula consists of, and
+`host_bound_of` which layers are too small for kernels.
 """
 
 from __future__ import annotations
 
 import functools
 from typing import NamedTuple
+
+from mica.kernels import measured
+
+_MEASURED = measured.read()
 
 # Shared memory per program in bytes: the limit per block less what the driver reserves.
 SHARED_MEMORY = {
@@ -25,8 +30,12 @@ MANY_TOKENS = 8192  # more than any threshold below
 # Up to this many multiplications in the base product, a layer whose operands have one dtype runs on PyTorch's
 # operators: the device waits for the host, and those take the host less time than our launches.
 # 256 tokens of 4096 x 4096 (2^32) take an H100 about 15 µs, its host 3 to 10 for every launch. A guess: only
-# the host's side was timed, with a driver that launches nothing.
+# the host's side was timed, with a driver that launches nothing. It counts for devices without a bound of
+# their own.
 HOST_BOUND = 2**32
+HOST_BOUNDS: dict[str, int] = {  # by the device's name
+    name: device.host_bound for name, device in _MEASURED.items() if device.host_bound is not None
+}
 FORM_NAMES = ("split", "first", "mixed", "fused", "reference")  # described in `Forms`
 TALL_TOKENS = 4096  # with fewer, tall tiles fill the GPU only if the sum is split into many parts
 # Targets whose tensor cores read both operands from shared memory and multiply for four warps at once, which
@@ -72,9 +81,13 @@ class Forms(NamedTuple):
 # `grad_a` reads g four times; the vendor's tiles are larger. sglang #26962 and #27087 measured that division
 # of the work as the fastest on a B200.
 _WIDE_RANKS = (Forms(2048, 127, "split", "split", "guess"), Forms(2048, 256, "mixed", "mixed", "guess"))
-# What was fastest on a device, by its name, as ``make gpu`` prints it; and what is guessed for devices
-# without rows of their own, by target. The first row that fits counts.
-FORMS: dict[str, tuple[Forms, ...]] = {"sm_90": _WIDE_RANKS, "sm_100": _WIDE_RANKS}
+# What was fastest on a device, by its name (`mica.kernels.measured`); and what is guessed for devices without
+# rows of their own, by target. The first row that fits counts.
+FORMS: dict[str, tuple[Forms, ...]] = {
+    "sm_90": _WIDE_RANKS,
+    "sm_100": _WIDE_RANKS,
+    **{name: tuple(Forms(*row) for row in device.forms) for name, device in _MEASURED.items()},
+}
 UNMEASURED = Forms(0, 256, "split", "split", "guess")
 
 
@@ -87,11 +100,24 @@ def forms_of(name: str, target: str, tokens: int, rank: int) -> Forms:
         tokens: rows of x.
         rank: of the adapter.
     """
-    rows = FORMS.get(name) or FORMS.get(target, ())
+    return first_fitting(FORMS.get(name) or FORMS.get(target, ()), tokens, rank)
+
+
+def first_fitting(rows: tuple[Forms, ...], tokens: int, rank: int) -> Forms:
+    """The first row for so many tokens and this rank; `UNMEASURED` where none is."""
     for row in rows:
         if tokens >= row.tokens and rank <= row.rank:
             return row
     return UNMEASURED
+
+
+def host_bound_of(name: str) -> int:
+    """The most multiplications of a layer that is too small for kernels: measured on this device, or guessed.
+
+    Args:
+        name: as in `forms_of`.
+    """
+    return HOST_BOUNDS.get(name, HOST_BOUND)
 
 
 def rank_at_a_time(itemsize: int) -> int:

@@ -6,12 +6,13 @@ from statistics import mean
 
 import pytest
 
-from bench import pages
+from bench import on_a_gpu, pages
 from bench.quality.recipes import OPTIONS, RECIPES, STOPS
 from bench.quality.report import RIGHT, differences, values
 from bench.quality.schedule import rates_that_count
 from bench.results import names
 from bench.results.names import FAST, LORA, STOCK
+from mica.kernels import measured
 
 XEON = "intel-xeon-processor-2-threads"
 EPYC = "amd-epyc-avx512-bf16-2-threads"
@@ -23,10 +24,13 @@ def test_tables(page):
     assert pages.filled(page) == (pages.ROOT / page).read_text(encoding="utf-8")
 
 
-def test_every_table_is_shown_and_a_wrong_figure_is_seen(tmp_path, monkeypatch):
+def test_every_table_and_text_is_shown_and_a_wrong_figure_is_seen(tmp_path, monkeypatch):
     texts = [(pages.ROOT / page).read_text(encoding="utf-8") for page in pages.PAGES]
     assert {found[2] for text in texts for found in pages.TABLE.finditer(text)} == pages.TABLES.keys()
+    assert {found[2] for text in texts for found in pages.TEXT.finditer(text)} == on_a_gpu.TEXTS.keys()
     (tmp_path / "README.md").write_text(texts[0].replace("16.4 s", "16.5 s"), encoding="utf-8")
+    (tmp_path / "kernels").mkdir()
+    measured.write(measured.read(), tmp_path / "kernels" / "measured.json")
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     assert pages.filled("README.md") == texts[0]
 

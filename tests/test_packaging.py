@@ -80,6 +80,7 @@ def test_wheel_holds_one_package(wheel):
     assert {"mica/kernels/runtime.py", "mica/py.typed"} <= set(names)
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("mica/**/*.py")}
     sources |= {f"mica/{path.relative_to(ROOT)}" for path in ROOT.glob("kernels/*.py")}
+    sources.add("mica/kernels/measured.json")
     sources |= {f"mica/native/{path.name}" for path in ROOT.glob("mica/native/*.[ch]*")}
     assert {"mica/native/module.cpp", "mica/native/layer.h", "mica/native/build.py"} <= sources
     assert sources <= set(names)

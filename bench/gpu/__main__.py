@@ -6,6 +6,9 @@ before is kept. Exit status: 0 all stages passed, 1 some did not, 2 there is not
 
 ``--dry-run`` does the same on a CPU, with interpreted kernels and tiny shapes. It shows that every stage
 works; its times mean nothing, and its report says so.
+
+``--adopt FILE`` runs nothing: it makes a run's result, or the journal of a run that was cut off, part of the
+checkout (`bench.gpu.adopt`). It needs no GPU.
 """
 
 from __future__ import annotations
@@ -16,11 +19,19 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from bench.gpu.stages import Stage
+    from bench.run import Run
+
+PREDICTION_SECONDS = 60.0  # at most; it takes as long as the libraries take to import
 REQUIRED = (
     "torch",
     "triton",
@@ -66,9 +77,20 @@ def parser() -> argparse.ArgumentParser:
         help="a stage that has begun and then reports nothing for so long is restarted without what it was "
         "doing (default 75: a build by torch.compile takes longest)",
     )
-    add("--name", default=f"{date.today()}-gpu", help="of the result files")
+    add("--name", help=f"of the result files (default: {date.today()}-gpu, and the stages if not all)")
     add("--output", type=Path, help="folder (default: $OUT, or bench/results/<device>)")
+    add(
+        "--adopt",
+        type=Path,
+        metavar="FILE",
+        help="run nothing: write tables and pages from this .json or .jsonl",
+    )
     return parser
+
+
+def default_name(stages: list[str]) -> str:
+    """Of the result files. Runs of different stages on one day do not replace each other's."""
+    return "-".join([f"{date.today()}-gpu", *(["stages", *stages] if stages else [])])
 
 
 def report(file: Path) -> str:
@@ -93,9 +115,80 @@ def what_is_missing() -> str | None:
     return None
 
 
+def adopt(file: Path) -> int:
+    """``--adopt``: what has been written, or why nothing was."""
+    try:
+        from bench.gpu import adopt
+    except ImportError as error:
+        print(f"bench.gpu --adopt needs {error.name}, which cannot be imported here", file=sys.stderr)
+        return 2
+    try:
+        copied, entry = adopt.adopt(file)
+    except adopt.RefusedError as error:
+        print(f"bench.gpu: {error}", file=sys.stderr)
+        return 2
+    report(copied)
+    bound = "none" if entry.host_bound is None else f"{entry.host_bound:,}"
+    print(f"{copied}: {len(entry.forms)} rows of forms, bound of the host: {bound}.")
+    print("kernels/measured.json and the pages are written: look at git diff, run make test, and commit.")
+    return 0
+
+
+def predict(run: Run, device: str, is_dry: bool) -> None:
+    """Into the journal, before anything is measured, in a process with the environment of a stage.
+
+    The run goes on without, if the device is not in the table or the model fails.
+    """
+    from bench.gpu.prediction import DRY_RUN_AS
+    from bench.gpu.stages import DRY_SECONDS, STAGES, job
+    from bench.measure.machine import ROOT
+    from bench.measure.peaks import PEAKS
+
+    if is_dry:
+        device = DRY_RUN_AS
+    if device not in PEAKS:
+        print(f"no prediction: bench/measure/peaks.py does not have {device}", flush=True)
+        return
+    (layers,) = (stage for stage in STAGES if stage.name == "layers")
+    limit = DRY_SECONDS if is_dry else PREDICTION_SECONDS
+    environment = {**os.environ, **job(layers, run.file, is_dry, limit, limit).environment}
+    command = [sys.executable, "-m", "bench.gpu.prediction", device]
+    try:
+        subprocess.run(command, cwd=ROOT, env=environment, timeout=limit, check=True)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        print(f"no prediction: {error}", flush=True)
+
+
+def run_stages(run: Run, stages: Sequence[Stage], is_dry: bool, budget: float, silence: float) -> list[str]:
+    """How each of them ended. A signal to end is the last one's state: what was measured is in the result."""
+    from bench.gpu.stages import job
+    from bench.run import CUT_OFF
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which `timeout` sends
+    deadline = time.monotonic() + budget
+    states = []
+    try:
+        predict(run, run.machine["device"], is_dry)
+        run.save()
+        for stage in stages:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                ended = run.leave_out(stage.name, "the budget is spent")
+            else:
+                ended = run.start(job(stage, run.file, is_dry, left, silence))
+            print(f"\nSTAGE {json.dumps(ended)}", flush=True)  # a killed pytest leaves half a line
+            states.append(ended["state"])
+    except KeyboardInterrupt:
+        print(f"\nThe run was {CUT_OFF}.", flush=True)
+        states.append(CUT_OFF)
+    return states
+
+
 def main(argv: list[str] | None = None) -> int:
     command = parser()
     args = command.parse_args(argv)
+    if args.adopt:
+        return adopt(args.adopt)
     why = what_is_missing()
     if why is not None:
         print(why, file=sys.stderr)
@@ -110,41 +203,31 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
 
-    from bench.gpu.forms import table
-    from bench.gpu.stages import STAGES, job
+    from bench.gpu.forms import summary
+    from bench.gpu.stages import STAGES
     from bench.measure.machine import output
+    from bench.results import journal
     from bench.results.schema import Result
-    from bench.run import CUT_OFF, Run
+    from bench.run import Run
 
     known = {str(number): stage for number, stage in enumerate(STAGES, 1)}
     chosen = [one.strip() for one in args.stages.split(",") if one.strip()] or list(known)
     unknown = [one for one in chosen if one not in known]
     if unknown:
         command.error(f"--stages: {', '.join(unknown)} is not one of {', '.join(known)}")
-    run = Run((args.output or output("dry-run" if args.dry_run else None)) / f"{args.name}.json")
+    name = args.name or default_name([] if chosen == [*known] else chosen)
+    run = Run((args.output or output("dry-run" if args.dry_run else None)) / f"{name}.json")
     print(json.dumps(run.machine), flush=True)
+    journal.write("machine", facts=run.machine)
     budget = args.budget or (DRY_BUDGET if args.dry_run else BUDGET)
-    deadline = time.monotonic() + budget
-    states = []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which `timeout` sends
-    try:
-        for number in chosen:
-            stage = known[number]
-            left = deadline - time.monotonic()
-            if left <= 0:
-                summary = run.leave_out(stage.name, "the budget is spent")
-            else:
-                summary = run.start(job(stage, run.file, args.dry_run, left, args.silence))
-            print(f"\nSTAGE {json.dumps(summary)}", flush=True)  # a killed pytest leaves half a line
-            states.append(summary["state"])
-    except KeyboardInterrupt:  # what has been measured by now is in the result
-        print(f"\nThe run was {CUT_OFF}.", flush=True)
-        states.append(CUT_OFF)
+    states = run_stages(run, [known[number] for number in chosen], args.dry_run, budget, args.silence)
     run.journal.unlink()  # the result file has all of it
     print(report(run.file))
-    rows = table(Result.load(run.file))
-    if rows:
-        print(f"what FORMS of kernels/configs.py would hold:\n{rows}")
+    measured = summary(Result.load(run.file))
+    if measured:
+        print(f"what kernels/configs.py would hold:\n{measured}")
+    if not args.dry_run:
+        print(f"to make this part of the checkout: python -m bench.gpu --adopt {run.file}")
     return 0 if set(states) == {"passed"} else 1
 
 

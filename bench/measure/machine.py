@@ -15,6 +15,7 @@ from pathlib import Path
 import cpuinfo  # pytest-benchmark's own
 import torch
 
+from bench.measure.peaks import PEAKS
 from bench.results.throughput import AT_PEAK
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,13 +56,18 @@ def _cpu() -> dict:
 def folder() -> str:
     """The name of this machine's folder of results."""
     if DEVICE == "cuda":
-        return "-".join(re.findall(r"\w+", torch.cuda.get_device_name().lower()))
+        return device_folder(torch.cuda.get_device_name())
     words = re.findall(r"\w+", re.sub(r"\(\w+\)", " ", _brand().lower()))  # without (R) and (TM)
     if instructions():
         words.append(instructions())
     if limit():
         words.append(f"as-{limit().lower()}")
     return "-".join([*words, str(torch.get_num_threads()), "threads"])
+
+
+def device_folder(name: str) -> str:
+    """The name of the folder of results of a GPU, by the name that PyTorch gives it."""
+    return "-".join(re.findall(r"\w+", name.lower()))
 
 
 def output(name: str | None = None) -> Path:
@@ -103,9 +109,16 @@ def seconds_at_peak(size: float) -> dict[str, float]:
     """The work of moving so many bytes as time at the device's peak bandwidth; {} where that is not known."""
     if DEVICE != "cuda":
         return {}
+    return {AT_PEAK: size / _peak_bandwidth(torch.cuda.get_device_name())}
+
+
+def _peak_bandwidth(name: str) -> float:
+    """Bytes a second: the vendor's figure, or what follows from the clock and width of the memory's bus."""
+    if name in PEAKS:
+        return PEAKS[name].bandwidth
     from triton.testing import get_dram_gbps
 
-    return {AT_PEAK: size / (1e9 * get_dram_gbps())}
+    return 1e9 * get_dram_gbps()
 
 
 def _git(*words: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from bench.report import prediction
 from bench.report.targets import targets
 from bench.report.words import BASELINES, against, ratios, shape_in_words
 from bench.results.cell import Group
@@ -51,6 +52,8 @@ def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), old: Resul
     for suite in dict.fromkeys(group.axes.get("suite", "suites") for group in groups):
         cells = [group for group in groups if group.axes.get("suite", "suites") == suite]
         parts += [f"## {suite.capitalize()}", suite_table(cells)]
+    if result.predictions:
+        parts += ["## Prediction and measurement", *prediction.text(result, is_dry=device == "dry run")]
     return "\n\n".join(parts) + "\n"
 
 

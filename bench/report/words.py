@@ -1,10 +1,14 @@
-"""Axes and ratios in the words of a report."""
+"""Axes, ratios and tables in the words of a report or a page."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from bench.results import names
 from bench.results.cell import Group, Ratio
 from bench.results.names import BARE, LORA, STOCK
+
+Row = list[str]
 
 # What an implementation's time is divided by, round by round, where its cell has it
 BASELINES = (BARE, STOCK, names.STOCK_16, LORA, names.SVD, names.EIGH, names.COPY)
@@ -64,3 +68,20 @@ def inverse(ratio: Ratio) -> Ratio:
     """How many times as fast, of a ratio of times."""
     high = 1 / ratio.low if ratio.low else float("inf")
     return Ratio(1 / ratio.median, 1 / ratio.high, high)
+
+
+def shown(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
+
+
+def speedup(ratio: Ratio, digits: int = 2) -> str:
+    """How many times as fast, of a ratio of times, as a page has it."""
+    factor = inverse(ratio)
+    middle, low, high = (f"{value:.{digits}f}" for value in factor)
+    return f"{middle}× ({low}–{high})"
+
+
+def markdown(header: Row, rows: Iterable[Row]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

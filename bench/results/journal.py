@@ -2,7 +2,8 @@
 
 A line is JSON with a ``kind``: "sample" (a round of one implementation), "refused" (a cell, or an
 implementation in it, has no number), "test" (a test has ended), "doing" (what is about to happen: after a
-crash, what caused it), "stage". `fold` makes a `Result` of them at any time.
+crash, what caused it), "stage", "prediction" (of an implementation, by a model), "machine" (its facts, where
+a run has noted them). `fold` makes a `Result` of them at any time.
 """
 
 from __future__ import annotations
@@ -57,8 +58,11 @@ def fold(entries: list[dict], machine: dict) -> Result:
     """The result that these entries describe.
 
     What was refused at any time has no number, whatever was timed before. If the run ended within a round,
-    only the rounds that every implementation has count.
+    only the rounds that every implementation has count. ``machine``: its facts, unless the journal has them.
     """
+    for entry in entries:
+        if entry["kind"] == "machine":
+            machine = entry["facts"]
     refused = [_without_kind(entry) for entry in entries if entry["kind"] == "refused"]
     groups = []
     for group in _timed(entries):
@@ -67,7 +71,8 @@ def fold(entries: list[dict], machine: dict) -> Result:
             _drop_incomplete_rounds(group)
             groups.append(group)
     stages = [entry["summary"] for entry in entries if entry["kind"] == "stage"]
-    return Result(machine, groups, refused, _checks(entries), stages)
+    predictions = [_without_kind(entry) for entry in entries if entry["kind"] == "prediction"]
+    return Result(machine, groups, refused, _checks(entries), stages, predictions)
 
 
 def _without_kind(entry: dict) -> dict:

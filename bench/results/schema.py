@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bench.results import benchmarks
@@ -21,6 +21,8 @@ class Result:
 
     ``refused``: cells, or implementations in them, that have no number, and why. ``checks``: what was tested
     in addition to the times: name, outcome, why. ``stages``: the processes of the run, one summary each.
+    ``predictions``: what a model said of a cell's implementation before anything was measured: group,
+    implementation, seconds, bytes, launches, and the device that it was modelled for.
     """
 
     machine: dict[str, str | int | bool]
@@ -28,6 +30,7 @@ class Result:
     refused: list[dict[str, str]] = field(default_factory=list)
     checks: list[dict[str, str]] = field(default_factory=list)
     stages: list[dict] = field(default_factory=list)
+    predictions: list[dict] = field(default_factory=list)
 
     def select(self, **axes: str | int) -> Iterator[Group]:
         """The groups whose axes have these values."""
@@ -63,7 +66,7 @@ class Result:
                 both = _sum(forward, backward)
                 if both.timings:
                     groups.append(both)
-        return Result(self.machine, groups, self.refused, self.checks, self.stages)
+        return replace(self, groups=groups)
 
     def _other_pass(self, group: Group, which: str) -> Group | None:
         """The same cell's other pass: no other axis differs, and none is added, as dropout is."""

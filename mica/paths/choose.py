@@ -167,7 +167,7 @@ def _form_of_layer(
     form = forms.backward if function == "linear_backward" else forms.forward
 
     if setting() not in ("triton", b"triton"):
-        reason = _why_not_suited(forms, form, dtypes, rows, is_layer)
+        reason = _why_not_suited(device, forms, form, dtypes, rows, is_layer)
         if reason is not None and is_layer and form == REFERENCE and forms.backward != REFERENCE:
             return Choice(REFERENCE, reason, "its backward runs on kernels")
         if reason is not None:
@@ -186,14 +186,19 @@ def _form_of_layer(
 
 
 def _why_not_suited(
-    forms: configs.Forms, form: str, dtypes: tuple[torch.dtype, ...], rows: Rows, is_layer: bool
+    device: torch.device,
+    forms: configs.Forms,
+    form: str,
+    dtypes: tuple[torch.dtype, ...],
+    rows: Rows,
+    is_layer: bool,
 ) -> str | None:
     """Why PyTorch's operators suit these rows better than kernels."""
     if form == REFERENCE:
         return f"{forms.source}: the reference path is faster here"
     if are_narrow(*rows.strides):
         return _why_narrow(rows)
-    if rows.has_dropout or not _is_host_bound(rows):
+    if rows.has_dropout or not _is_host_bound(device, rows):
         return None
     # fp32 masters over 16-bit rows: from Python the casts would cost the host what is saved
     has_one_dtype = all(dtype is dtypes[0] for dtype in dtypes)
@@ -209,11 +214,12 @@ def _why_narrow(rows: Rows) -> str:
     return f"kernels need rows whose strides are divisible by 16, not {strides}"
 
 
-def _is_host_bound(rows: Rows) -> bool:
+def _is_host_bound(device: torch.device, rows: Rows) -> bool:
     """Whether the device would wait for the host."""
     if rows.tokens is None:
         return False
-    return rows.tokens * rows.in_features * rows.out_features <= configs.HOST_BOUND
+    multiplications = rows.tokens * rows.in_features * rows.out_features
+    return multiplications <= configs.host_bound_of(device_name(device))
 
 
 def _forms_of(device: torch.device, tokens: int, rank: int) -> configs.Forms:
@@ -224,7 +230,7 @@ def _forms_of(device: torch.device, tokens: int, rank: int) -> configs.Forms:
 
 @functools.cache
 def device_name(device: torch.device) -> str:
-    """The key of `configs.FORMS`: of a GPU its name."""
+    """The key of `configs.FORMS` and `configs.HOST_BOUNDS`: of a GPU its name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

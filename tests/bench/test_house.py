@@ -13,8 +13,9 @@ MAY_IMPORT = {
     "run": {"measure", "results"},
     "report": {"results"},
     "quality": {"measure", "report"},
-    "pages": {"quality", "results"},
-    "gpu": {"run", "measure", "report", "results"},
+    "on_a_gpu": {"report", "results"},
+    "pages": {"on_a_gpu", "quality", "report", "results"},
+    "gpu": {"run", "suites", "measure", "pages", "report", "results"},
     "__main__": {"run", "measure", "report", "results"},
 }
 BENCH = [module for module in MODULES if module.startswith("bench.")]

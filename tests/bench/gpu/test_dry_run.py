@@ -12,24 +12,9 @@ import pytest
 import torch
 
 from bench.gpu import __main__ as gpu
-from bench.gpu.forms import table
 from bench.gpu.stages import DRY_TESTS, STAGES, job
-from bench.results.cell import Group, Timing
-from bench.results.names import (
-    BACKWARD,
-    BARE,
-    COPY,
-    DEVICE_TIME,
-    EIGH,
-    FORWARD,
-    STOCK,
-    STOCK_16,
-    SVD,
-    WALL,
-    of_form,
-)
+from bench.results.names import BARE, COPY, EIGH, STOCK, STOCK_16, SVD, of_form
 from bench.results.schema import Result
-from mica.kernels.configs import Forms
 from tests.support.processes import ROOT, outside, start
 
 
@@ -163,6 +148,21 @@ def test_every_stage_is_reported_and_has_results_of_complete_rounds(with_faults)
 
 
 @pytest.mark.slow
+def test_a_model_has_predicted_rows_by_their_names_before_anything_ran(with_faults):
+    result, _, output = with_faults
+    groups = {group.name: group for group in result.groups}
+    of_no_cell = [one for one in result.predictions if one["group"] not in groups]
+    refused = {one["group"] for one in result.refused if "implementation" not in one}
+    assert {one["group"] for one in of_no_cell} <= refused
+    names = {name for group in groups.values() for name in group.timings}
+    assert {BARE, STOCK, STOCK_16, COPY} <= {one["implementation"] for one in result.predictions} & names
+    suites = {groups[one["group"]].axes["suite"] for one in result.predictions if one["group"] in groups}
+    assert suites == {"kernels", "layer", "forms"}
+    assert "## Prediction and measurement" in output
+    assert "no prediction" not in output
+
+
+@pytest.mark.slow
 def test_what_is_wrong_has_no_number_and_what_stops_a_process_is_named(with_faults):
     result, stages, _ = with_faults
     for stage in stages_with("wrong", "raise"):
@@ -179,32 +179,3 @@ def test_what_is_wrong_has_no_number_and_what_stops_a_process_is_named(with_faul
     assert any("out of memory, injected" in why for why in whys) or not stages_with("memory")
     for stage in {"layers", "forms"} & {*stages_with("memory", "kill", "hang")}:  # in the other cells
         assert of_form("split") in timed(result, stage)
-
-
-# seconds of four forms; of two layers
-TIMES = {
-    (8192, FORWARD): [(3.0, 2.0, 5.0, 4.0), (3.0, 3.5, 5.0, 4.0)],  # fused is faster for both together
-    (8192, BACKWARD): [(3.0, 4.0, 1.0, 4.0), (3.0, 4.0, 1.0, 4.0)],
-    (512, FORWARD): [(3.0, 4.0, None, 1.0)],
-    (512, BACKWARD): [(3.0, 4.0, 5.0, 3.5)],
-    (256, FORWARD): [(3.0, 4.0, 5.0, 3.5)],  # and no backward: left out
-    (64, FORWARD): [(3.0, None, None, None)],
-    (64, BACKWARD): [(None, 3.0, None, None), (3.0, None, None, None)],  # none for both
-}
-
-
-def test_the_fastest_form_of_all_layers_of_a_size_the_most_tokens_first():
-    def result(clock, step=1):
-        groups = []
-        for (tokens, part), layers in TIMES.items():
-            axes = {"suite": "forms", "tokens": tokens, "rank": 16, "pass": part, "clock": clock}
-            for times in (layer[::step] for layer in layers):
-                forms = zip(map(of_form, ("split", "fused", "mixed", "reference")), times, strict=True)
-                groups.append(Group("a layer", axes, {name: Timing([one]) for name, one in forms if one}))
-        return Result({"device": "a card"}, groups)
-
-    timed = result(DEVICE_TIME)
-    timed.groups += result(WALL, step=-1).groups  # does not count
-    rows = eval("{" + table(timed) + "}", {"Forms": Forms})
-    assert rows == {"a card": (Forms(8192, 16, "fused", "mixed"), Forms(512, 16, "reference", "split"))}
-    assert table(result(WALL)) == table(Result({"device": "a card"}, [])) == ""

@@ -74,6 +74,20 @@ def test_what_is_written_is_read_except_a_truncated_line(tmp_path, monkeypatch):
     assert not path.exists()
 
 
+def test_a_journal_knows_its_machine_and_what_was_predicted():
+    prediction = {"group": f"{CELL}, {DEVICE_TIME}", "implementation": FAST, "seconds": 1.0}
+    entries = [
+        {"kind": "machine", "facts": {"device": "a card"}},
+        {"kind": "prediction", **prediction},
+        *ENTRIES,
+    ]
+    result = journal.fold(entries, {"device": "another"})
+    assert result.machine == {"device": "a card"}
+    assert result.predictions == [prediction]
+    assert journal.fold(ENTRIES, {"device": "another"}).machine == {"device": "another"}
+    assert result.with_both().predictions == [prediction]
+
+
 @pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
 @pytest.mark.parametrize(
     ("refused", "implementation", "left"),

@@ -24,6 +24,7 @@ def a_gpu(monkeypatch):
         runtime, "why_unavailable", lambda device: None if device.type == "cuda" else "no GPU"
     )
     monkeypatch.setattr(runtime, "is_settled", lambda device: True)
+    monkeypatch.setattr(choose, "device_name", lambda device: "a card")
     return monkeypatch
 
 
@@ -111,6 +112,23 @@ def test_the_form_of_a_layer_and_why_it_is_not_on_kernels(a_gpu, forms, dtypes, 
     if None not in expected:
         a_gpu.setenv("MICA_BACKEND", "triton")  # demanded kernels run
         assert choose.decide("linear", GPU, 16, dtypes, lambda: rows)[:2] == ("split", None)
+
+
+def test_a_measured_bound_of_the_host_counts_for_its_device(a_gpu):
+    a_gpu.setattr(choose, "_forms_of", lambda *args: configs.Forms(0, 256, "split", "split"))
+    rows = choose.Rows(8, 32, 48, (32, 48), has_dropout=False, is_aligned=True)
+
+    def form():
+        return choose.decide("linear", GPU, 16, ONE_DTYPE, lambda: rows).form
+
+    assert form() == "reference"  # by the guess
+    a_gpu.setitem(configs.HOST_BOUNDS, "a card", 8 * 32 * 48 - 1)
+    assert form() == "split"
+    a_gpu.setitem(configs.HOST_BOUNDS, "a card", 8 * 32 * 48)
+    assert form() == "reference"
+    a_gpu.setattr(choose, "device_name", lambda device: "another")
+    a_gpu.setattr(configs, "HOST_BOUND", 0)
+    assert form() == "split"
 
 
 # -- from C++ or from Python -------------------------------------------------------------------------

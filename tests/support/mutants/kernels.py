@@ -143,7 +143,21 @@ KERNELS = {
             ("made.record_stream(stream)", ""),
         ],
     },
-    ("kernels/configs.py", "tests/kernels/test_configs.py", "tests/kernels/test_split_k.py"): {
+    ("kernels/measured.py", "tests/kernels/test_measured.py"): {
+        "read": [
+            ('entry["host_bound"]', "None"),
+            ('entry["sources"]', "{}"),
+            ("tuple(row)", "row"),
+        ],
+        "write": [("sorted(devices)", "devices")],
+        "_entry": [("json.dumps(device.host_bound)", "device.host_bound")],
+    },
+    (
+        "kernels/configs.py",
+        "tests/kernels/test_configs.py",
+        "tests/kernels/test_measured.py",
+        "tests/kernels/test_split_k.py",
+    ): {
         "down_projection": [
             ("512 if block_r", "256 if block_r"),
             ("and num_tokens >= TALL_TOKENS", ""),
@@ -159,11 +173,12 @@ KERNELS = {
             ("and not dropout", ""),
         ],
         "_fits": [("limit // bytes_per_stage", "config.num_stages")],
-        "forms_of": [
+        "first_fitting": [
             ("tokens >= row.tokens and", ""),
             ("and rank <= row.rank", ""),
-            ("FORMS.get(name) or", ""),
         ],
+        "forms_of": [("FORMS.get(name) or", "")],
+        "host_bound_of": [("HOST_BOUNDS.get(name, HOST_BOUND)", "HOST_BOUND")],
     },
     ("kernels/up_projection.py", "tests/kernels/test_skinny.py", "-k", "up"): {
         "_up_projection_kernel": [

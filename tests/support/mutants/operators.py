@@ -87,7 +87,7 @@ OPERATORS = {
             ("if form == REFERENCE", "if False"),
             ("if are_narrow(*rows.strides)", "if are_narrow(rows.out_features)"),
             ("rows.has_dropout or", ""),
-            ("or not _is_host_bound(rows)", ""),
+            ("or not _is_host_bound(device, rows)", ""),
             ("has_one_dtype or", ""),
             ("has_one_dtype or (is_layer and native.why_not() is None)", "True"),
             ("has_one_dtype or (is_layer and native.why_not() is None)", "has_one_dtype"),
@@ -109,7 +109,10 @@ OPERATORS = {
             ('form if rows.is_aligned else "split"', "form"),
             ('forms.backward if function == "linear_backward" else forms.forward', "forms.forward"),
         ],
-        "_is_host_bound": [("<= configs.HOST_BOUND", "< configs.HOST_BOUND")],
+        "_is_host_bound": [
+            ("<= configs.host_bound_of", "< configs.host_bound_of"),
+            ("configs.host_bound_of(device_name(device))", "configs.HOST_BOUND"),
+        ],
         "_why_narrow": [("if are_narrow(rows.in_features, rows.out_features)", "if True")],
         "forward_rows": [("x.stride(0), out_features", "x.shape[1], out_features")],
         "backward_rows": [
