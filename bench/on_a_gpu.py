@@ -115,7 +115,9 @@ def _device(device: Measured, root: Path) -> Iterator[str]:
         ["from tokens", "up to rank", "forward", "backward"],
         [[f"{tokens:,}", str(rank), *passes] for tokens, rank, *passes in device.forms],
     )
-    if device.host_bound is not None:
+    if device.host_bound == 0:
+        yield "Even the smallest layer that was timed is faster on kernels."
+    elif device.host_bound is not None:
         yield f"Up to {device.host_bound:,} multiplications a layer is faster on PyTorch's operators."
 
 
@@ -144,14 +146,19 @@ def _cells(suites: dict[str, Result], suite: str, **axes: str) -> list[Group]:
 def _layers(suites: dict[str, Result]) -> list[Row]:
     rows = []
     for cell in _cells(suites, "layer", dtype="bfloat16", clock=DEVICE_TIME, **{"pass": BOTH}):
-        if not {BARE, STOCK, FAST} <= cell.timings.keys():
+        theirs, ours = (STOCK, FAST)
+        if "compiler" in cell.axes:
+            theirs, ours = (names.COMPILED, names.COMPILED_FAST)
+        if not {BARE, theirs, ours} <= cell.timings.keys():
             continue
         shape = shape_in_words(cell.axes)
         label = f"{shape['out × in']}, {cell.axes['tokens']:,} tokens, r = {cell.axes['rank']}"
         if "dropout" in cell.axes:
             label = f"{label}, dropout {cell.axes['dropout']}"
-        against_16 = speedup(cell.ratio(FAST, STOCK_16)) if STOCK_16 in cell.timings else ""
-        rows.append([label, *_times(cell), speedup(cell.ratio(FAST, STOCK)), against_16])
+        if "compiler" in cell.axes:
+            label = f"{label}, both under {cell.axes['compiler']}"
+        against_16 = speedup(cell.ratio(ours, STOCK_16)) if STOCK_16 in cell.timings else ""
+        rows.append([label, *_times(cell, theirs, ours), speedup(cell.ratio(ours, theirs)), against_16])
     return rows
 
 
@@ -161,7 +168,7 @@ def _steps(suites: dict[str, Result]) -> list[Row]:
         for cell in _cells(suites, suite, clock=WALL):
             if {BARE, STOCK, FAST} <= cell.timings.keys():
                 label = cell.name.removesuffix(f", {WALL}")
-                rows.append([label, *_times(cell), speedup(cell.ratio(FAST, STOCK))])
+                rows.append([label, *_times(cell, STOCK, FAST), speedup(cell.ratio(FAST, STOCK))])
     return rows
 
 
@@ -190,8 +197,8 @@ def _against(cell: Group, label: str, ours: str, theirs: str) -> Row:
     return [label, *seconds, speedup(cell.ratio(ours, theirs))]
 
 
-def _times(cell: Group) -> list[str]:
-    milliseconds = [1e3 * cell.timings[name].median for name in (BARE, STOCK, FAST)]
+def _times(cell: Group, theirs: str, ours: str) -> list[str]:
+    milliseconds = [1e3 * cell.timings[name].median for name in (BARE, theirs, ours)]
     return [f"{value:.3g} ms" for value in milliseconds]
 
 

@@ -59,7 +59,7 @@ def load(file: Path) -> Result:
     except (KeyError, TypeError, ValueError):
         raise RefusedError(f"{file} is not a result of the benchmarks.") from None
     device = result.machine.get("device")
-    if device == "dry run":
+    if device == "dry run" or result.machine.get("size") == "dry":
         raise RefusedError(f"{file} is of a dry run, whose times are not measurements.")
     if device is None:
         raise RefusedError(f"{file} does not say which machine it is of.")

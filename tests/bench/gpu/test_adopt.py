@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from bench import pages
+from bench import on_a_gpu, pages
 from bench.gpu import __main__ as gpu
 from bench.gpu.adopt import RefusedError, adopt, load
 from bench.measure.machine import device_folder
@@ -15,6 +15,7 @@ from mica.kernels import measured
 from tests.support.gpu_results import (
     SIZE,
     both_passes,
+    compiled_layers,
     initialisation,
     kernel,
     layers,
@@ -184,6 +185,40 @@ def test_what_is_no_measurement_of_a_gpu_is_refused(device, root, saved, capsys)
     assert contents(root) == before
     assert gpu.main(["--adopt", str(file)]) == 2
     assert capsys.readouterr().err == f"bench.gpu: {file} is {REFUSED[device]}.\n"
+
+
+def test_a_dry_run_on_a_gpu_is_refused(tmp_path):
+    dry = result(*ALL)
+    dry.machine["size"] = "dry"
+    file = tmp_path / "run.json"
+    dry.save(file)
+    with pytest.raises(RefusedError, match=REFUSED["dry run"]):
+        load(file)
+
+
+def test_a_compiled_layer_is_compared_with_the_compiled_stock_layer(root, saved):
+    adopt(saved([*layers(fast=1.5e-3), *compiled_layers(fast=1.1e-3)]), root)
+    section = on_a_gpu.text("gpu-section", root)
+    (row,) = (line for line in section.splitlines() if "torch.compile" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[0] == "4096 × 4096, 8,192 tokens, r = 16, both under torch.compile"
+    assert cells[1:4] == ["2 ms", "2.4 ms", "2.2 ms"]
+    assert cells[4].startswith("1.09×")
+
+
+@pytest.mark.parametrize(
+    ("bound", "sentence"),
+    [
+        (0, "Even the smallest layer that was timed is faster on kernels."),
+        (1024, "Up to 1,024 multiplications a layer is faster on PyTorch's operators."),
+    ],
+)
+def test_the_bound_of_the_host_in_words(root, saved, bound, sentence):
+    adopt(saved(ALL), root)
+    file = root / "kernels" / measured.FILE.name
+    devices = measured.read(file)
+    measured.write({name: one._replace(host_bound=bound) for name, one in devices.items()}, file)
+    assert sentence in on_a_gpu.text("gpu-section", root)
 
 
 def test_what_is_no_result_is_refused(root, saved, tmp_path):
