@@ -68,11 +68,13 @@ class Forms(NamedTuple):
 
 # From rank 128 on, each row of tiles of `down_projection` reads an A that is as large as its part of x, and
 # `grad_a` reads g four times; the vendor's tiles are larger. sglang #26962 and #27087 measured that division
-# of the work as the fastest on a B200.
+# of the work as the fastest on a B200. On sm_80 (an A100 has 108 multiprocessors, 8192 x 4096) `down_projection`
+# then has 256 programs, of which 216 run at once, 1.19 waves, and `grad_a` loads g synchronously, 4 times
+# 128 bits a step next to 2 asynchronous ones of x.
 _WIDE_RANKS = (Forms(2048, 127, "split", "split", "guess"), Forms(2048, 256, "mixed", "mixed", "guess"))
 # What was fastest on a device, by its name, as ``make gpu`` prints it; and what is guessed for devices
 # without rows of their own, by target. The first row that fits counts.
-FORMS: dict[str, tuple[Forms, ...]] = {"sm_90": _WIDE_RANKS, "sm_100": _WIDE_RANKS}
+FORMS: dict[str, tuple[Forms, ...]] = {"sm_80": _WIDE_RANKS, "sm_90": _WIDE_RANKS, "sm_100": _WIDE_RANKS}
 UNMEASURED = Forms(0, 256, "split", "split", "guess")
 
 
@@ -184,6 +186,31 @@ def grad_a(target: str, num_tokens: int, block_r: int, itemsize: int) -> tuple[C
         return _fits(config, bytes_per_stage, target)
 
     return tuple(map(fitted, table))
+
+
+def is_x_first(
+    target: str, config: Config, block_r: int, itemsize: int, is_aligned: bool, dropout: bool
+) -> bool:
+    """Whether `grad_a` forms xᵀ g, whose sum it transposes once, instead of gᵀ x.
+
+    Hopper's and Blackwell's products of four warps have at least 64 rows. A padded rank of 16 or 32 has fewer,
+    a tile of columns of x has 128: with x first there are such products, and g, which they read from shared
+    memory, is loaded asynchronously as x is. Otherwise each step waits for g and multiplies in registers.
+    Registers at ranks 16 and 32 (8192 x 4096, bf16, Triton 3.9; 3.6 nearly the same): on sm_90 56 instead of
+    73 and 96 instead of 130, on sm_100 48 instead of 79 and 72 instead of 130.
+
+    Elsewhere nothing is gained. sm_120 has no such products, and would load x synchronously into 168 registers
+    instead of 84. Tiles of 32 columns are too small, and rank 64 has these products either way. With dropout
+    sm_100 takes 138 registers instead of 128, and sm_90 more instructions, in a loop that is bound by them.
+    Where x is loaded number by number there are more registers, 243 instead of 195 on sm_90.
+
+    Args:
+        is_aligned: rows of x start and end at multiples of 16 numbers.
+        dropout: whether there is any.
+    """
+    has_large_products = target in _HOPPER_ON and itemsize == 2
+    has_rows = block_r <= 32 and config.block_k >= 64
+    return has_large_products and has_rows and is_aligned and not dropout
 
 
 # Up to this many rows of an expert, on average, its tiles are small: most of a large one would be empty.
