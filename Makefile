@@ -42,12 +42,13 @@ dist: $(READY)
 	$(RUN) -m pip install -q "build>=1.2" "twine>=6"
 	$(RUN) -m tests.dist $(ARGS)
 
-# Compiles every kernel configuration for every GPU target, without a GPU; ARGS=--quick: only the default ones
+# Compiles every kernel configuration for every GPU target, without a GPU, and lists registers, shared memory and
+# modelled waves of the default ones; ARGS=--quick: only the default ones
 static: $(READY)
 	$(RUN) -m tests.static_gate $(ARGS)
 
 # Runs the kernels as compiled for sm_80 and sm_90 on numpy (5 minutes);
-# ARGS=--all: all configurations and layouts, and training steps
+# ARGS=--all: all configurations and layouts, and training steps; ARGS='--seed 7 --drawn 50': more random cases
 emulate: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m tests.emulator $(ARGS)
 

@@ -22,7 +22,12 @@ SHARED_MEMORY = {
     "sm_90": 227 * 1024,
     "sm_100": 227 * 1024,
     "sm_120": 99 * 1024,
+    # only compiled: ROCm takes the reference path
+    "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
 }
+# Of an NVIDIA device that is not listed: the least that one has since sm_80.
+UNLISTED_SHARED_MEMORY = 99 * 1024
 # Programs that keep every multiprocessor of a large GPU busy (an H100 has 132). A constant instead of the
 # device's own number, so that splits, and with them results, depend on shapes only.
 PROGRAMS = 264
@@ -79,11 +84,14 @@ class Forms(NamedTuple):
 
 # From rank 128 on, each row of tiles of `down_projection` reads an A that is as large as its part of x, and
 # `grad_a` reads g four times; the vendor's tiles are larger. sglang #26962 and #27087 measured that division
-# of the work as the fastest on a B200.
+# of the work as the fastest on a B200. On sm_80 `down_projection` then has 256 programs (8192 x 4096), of
+# which an A100 with 108 multiprocessors runs 216 at once: 1.19 waves. And `grad_a` loads g synchronously,
+# four times 128 bits a step next to two asynchronous ones of x.
 _WIDE_RANKS = (Forms(2048, 127, "split", "split", "guess"), Forms(2048, 256, "mixed", "mixed", "guess"))
 # What was fastest on a device, by its name (`mica.kernels.measured`); and what is guessed for devices without
 # rows of their own, by target. The first row that fits counts.
 FORMS: dict[str, tuple[Forms, ...]] = {
+    "sm_80": _WIDE_RANKS,
     "sm_90": _WIDE_RANKS,
     "sm_100": _WIDE_RANKS,
     **{name: tuple(Forms(*row) for row in device.forms) for name, device in _MEASURED.items()},
@@ -127,7 +135,7 @@ def rank_at_a_time(itemsize: int) -> int:
 
 def _fits(config: Config, bytes_per_stage: int, target: str) -> Config:
     """The configuration with as many stages as 90 % of the target's shared memory holds, at least one."""
-    shared_memory = SHARED_MEMORY.get(target, min(SHARED_MEMORY.values()))
+    shared_memory = SHARED_MEMORY.get(target, UNLISTED_SHARED_MEMORY)
     limit = shared_memory * 9 // 10
     num_stages = max(1, min(config.num_stages, limit // bytes_per_stage))
     return config._replace(num_stages=num_stages)
@@ -212,6 +220,31 @@ def grad_a(target: str, num_tokens: int, block_r: int, itemsize: int) -> tuple[C
         return _fits(config, bytes_per_stage, target)
 
     return tuple(map(fitted, table))
+
+
+def is_x_first(
+    target: str, config: Config, block_r: int, itemsize: int, is_aligned: bool, dropout: bool
+) -> bool:
+    """Whether `grad_a` forms xᵀ g, whose sum it transposes once, instead of gᵀ x.
+
+    Hopper's and Blackwell's products of four warps have at least 64 rows. A padded rank of 16 or 32 has
+    fewer, a tile of columns of x has 128: with x first there are such products, and g, which they read from
+    shared memory, is loaded asynchronously as x is. Otherwise each step waits for g and multiplies in
+    registers. At ranks 16 and 32 (8192 x 4096, bf16, Triton 3.9; 3.6 nearly the same) sm_90 takes 56 and 96
+    registers instead of 73 and 130, sm_100 48 and 72 instead of 79 and 130.
+
+    Elsewhere nothing is gained. sm_120 has no such products, and would load x synchronously into 168
+    registers instead of 84. Tiles of 32 columns are too small, and rank 64 has these products either way.
+    With dropout sm_100 takes 138 registers instead of 128, and sm_90 more instructions, in a loop that is
+    bound by them. Where x is loaded number by number there are more registers, 243 instead of 195 on sm_90.
+
+    Args:
+        is_aligned: rows of x start and end at multiples of 16 numbers.
+        dropout: whether there is any.
+    """
+    has_large_products = target in _HOPPER_ON and itemsize == 2
+    has_rows = block_r <= 32 and config.block_k >= 64
+    return has_large_products and has_rows and is_aligned and not dropout
 
 
 # Up to this many rows of an expert, on average, its tiles are small: most of a large one would be empty.

@@ -54,6 +54,7 @@ def _grad_a_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    X_FIRST: tl.constexpr,  # the sum is that of xᵀ g, transposed once before it is stored
     EVEN_K: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -73,7 +74,10 @@ def _grad_a_kernel(
     g_ptrs = g_ptr + rows[:, None] * stride_gm + ranks.to(tl.int64)[None, :] * stride_gr
     x_ptrs = x_ptr + rows[:, None] * stride_xm + columns.to(tl.int64)[None, :] * stride_xk
     step = tl.full((), BLOCK_M, tl.int64)
-    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    if X_FIRST:
+        acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     for start in range(first, last, BLOCK_M):
@@ -86,14 +90,24 @@ def _grad_a_kernel(
         if seed_ptr is not None:
             keep = dropout_keep(seed, start + tl.arange(0, BLOCK_M), columns, threshold)
             x = tl.where(keep, x, 0.0)
-        acc = dot(tl.trans(cast(g, COMPUTE)), cast(x, COMPUTE), acc, PRECISION)
+        if X_FIRST:
+            acc = dot(tl.trans(cast(x, COMPUTE)), cast(g, COMPUTE), acc, PRECISION)
+        else:
+            acc = dot(tl.trans(cast(g, COMPUTE)), cast(x, COMPUTE), acc, PRECISION)
         g_ptrs += step * stride_gm
         x_ptrs += step * stride_xm
 
+    if X_FIRST:
+        acc = tl.trans(acc)
     offsets = ranks.to(tl.int64)[:, None] * in_features + columns[None, :]
     mask = (ranks < RANK)[:, None] & (columns < in_features)[None, :]
     size = tl.cast(in_features, tl.int64) * RANK
     store_sum(acc, scale, out_ptr, offsets, mask, partial_ptr, counter_ptr, tile, split, num_splits, size)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether Triton knows that its rows, and where they end, are multiples of 16 numbers: loads are wide."""
+    return x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0
 
 
 def _run(launch, plan, g, x, seed=None, offsets=None):
@@ -138,6 +152,7 @@ def grad_a(
     num_experts = 0 if offsets is None else len(offsets)
     block_r = padded_rank(rank)
     dtype = torch.promote_types(g.dtype, x.dtype)
+    target = target or target_of(x.device)
 
     def plan(config: configs.Config) -> Plan:
         tiles = ceil_div(in_features, config.block_k)
@@ -162,6 +177,9 @@ def grad_a(
             "BLOCK_M": config.block_m,
             "BLOCK_K": config.block_k,
             "BLOCK_R": block_r,
+            "X_FIRST": configs.is_x_first(
+                target, config, block_r, dtype.itemsize, _is_aligned(x), dropout_p > 0
+            ),
             "EVEN_K": in_features % config.block_k == 0,
             "COMPUTE": TRITON_DTYPES[dtype],
             "PRECISION": precision(dtype),
@@ -177,7 +195,6 @@ def grad_a(
             parts=splits * rank * in_features if splits > 1 else 0,
         )
 
-    target = target or target_of(x.device)
     if num_experts:
         table = configs.experts_grad_a(target, num_experts * in_features, block_r, dtype.itemsize)
     else:

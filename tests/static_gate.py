@@ -4,13 +4,19 @@ For each one: it compiles; no spills and no stack; tensor-core instructions are 
 registers; shared memory under the target's limit; no narrow global access in a main loop, which is one with
 tensor-core instructions and no loop inside. Narrow is below 128 bits, less where a case says so. A kernel
 without a main loop is one tile: all of its stores count, and all but a few of its loads (bias, seed, h).
+Where `grad_a` multiplies x first, its main loop has products of four warps and no synchronous load.
 
-One table, a line a kernel and target. The launches are those that the launchers plan, on tensors without
-memory. Compiled kernels are kept in Triton's own cache, findings beside them: only a first run is slow.
+AMD's targets, with 16-bit products: it compiles; no scratch memory; matrix instructions are there; shared
+memory under the limit. These kernels are never launched.
+
+One table has a line a kernel and target, another one the default configurations of a layer. The launches are
+those that the launchers plan, on tensors without memory. Compiled kernels are kept in Triton's own cache,
+findings beside them: only a first run is slow.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -18,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,9 +38,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mica.kernels import configs
-from tests.support.static_cases import TARGETS, Case, cases
+from tests.support.occupancy import DEVICES, programs_at_once, waves
+from tests.support.static_cases import AMD, TARGETS, Case, cases
 
-VERSION = 5  # of what is looked for: raise it, and kept findings are made anew
+VERSION = 6  # of what is looked for: raise it, and kept findings are made anew
 _NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -50,6 +58,19 @@ class Finding:
     shared: int = 0
     tensor_core: str = ""
     faults: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Examined:
+    """A case, without what another process cannot be given, and what was found."""
+
+    kernel: str
+    label: str
+    place: tuple[str, int] | None
+    programs: int
+    num_warps: int
+    key: str  # of the finding, "" for one that is not kept
+    finding: Finding
 
 
 def source(launch, shifted: tuple[str, ...] = ()) -> ASTSource:
@@ -80,21 +101,38 @@ def source(launch, shifted: tuple[str, ...] = ()) -> ASTSource:
 
 
 def compile_for(target: str, case: Case):
-    gpu = GPUTarget("cuda", int(target[3:]), 32)
+    gpu = GPUTarget("hip", target, 64) if target in AMD else GPUTarget("cuda", int(target[3:]), 32)
     return triton.compile(source(case.launch, case.shifted), target=gpu, options=case.launch.options())
 
 
 def inspect(target: str, case: Case, kernel) -> Finding:
     finding = Finding(shared=kernel.metadata.shared)
-    _inspect_code(case, kernel.asm["cubin"], finding)
+    if target in AMD:
+        _inspect_amd(kernel.asm["amdgcn"], finding)
+    else:
+        _inspect_code(case, kernel.asm["cubin"], finding)
+        # with an address for each number, which Triton 3.6 keeps in up to 255: no spill is enough
+        if finding.registers >= 255 and not case.shifted:
+            finding.faults.append(f"{finding.registers} registers")
     if not finding.tensor_core:
         finding.faults.append("no tensor-core instruction")
-    # with an address for each number, which Triton 3.6 keeps in up to 255: no spill is enough
-    if finding.registers >= 255 and not case.shifted:
-        finding.faults.append(f"{finding.registers} registers")
     if finding.shared > configs.SHARED_MEMORY[target]:
         finding.faults.append(f"{finding.shared} bytes of shared memory")
     return finding
+
+
+def _inspect_amd(text: str, finding: Finding) -> None:
+    """What the assembler's text says of itself: scratch memory is where vector registers are spilled to."""
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
+
+    finding.registers = number("vgpr_count")
+    spilled, scratch = number("vgpr_spill_count"), number("private_segment_fixed_size")
+    if spilled or scratch:
+        finding.faults.append(f"spills {spilled} registers ({scratch} bytes of scratch memory)")
+    if re.search(r"\bv_mfma_", text):
+        finding.tensor_core = "MFMA"
 
 
 def _inspect_code(case: Case, cubin: bytes, finding: Finding) -> None:
@@ -125,20 +163,31 @@ def _inspect_code(case: Case, cubin: bytes, finding: Finding) -> None:
             size = int(width.group(1).lstrip("US")) if width else 32
             accesses.append((address, access.group(1) == "STG", size, instruction))
     products = [address for address, instruction in code if re.search(r"MMA\b", instruction)]
-    _judge_widths(case, jumps, products, accesses, finding)
-
-
-def _judge_widths(case: Case, jumps, products, accesses, finding: Finding) -> None:
-    """jumps: (first, last) place of every loop; accesses: (place, is a store, bits, instruction)."""
-    if not case.is_aligned:
-        return
     main = [
         (first, last)
         for first, last in jumps
         if any(first <= place <= last for place in products)
         and not any((a, b) != (first, last) and first <= a and b <= last for a, b in jumps)
     ]
+    if case.is_aligned:
+        _judge_widths(case, main, accesses, finding)
+    if case.is_asynchronous:
+        _judge_asynchrony(main, code, finding)
 
+
+def _judge_asynchrony(main, code, finding: Finding) -> None:
+    """main: (first, last) place of every main loop; code: (place, instruction)."""
+    inside = [text for place, text in code if any(first <= place <= last for first, last in main)]
+    if not any(re.search(r"\b(HGMMA|UTC\w*MMA)\b", text) for text in inside):
+        finding.faults.append("no product of four warps in a main loop")
+    synchronous = [text for text in inside if re.search(r"\bLDG\b", text)]
+    if synchronous:
+        example = " ".join(synchronous[0].split())
+        finding.faults.append(f"{len(synchronous)} synchronous loads in a main loop, such as {example}")
+
+
+def _judge_widths(case: Case, main, accesses, finding: Finding) -> None:
+    """main: (first, last) place of every main loop; accesses: (place, is a store, bits, instruction)."""
     narrow = [access for access in accesses if access[2] < case.load_bits]
     if main:
         narrow = [access for access in narrow if any(first <= access[0] <= last for first, last in main)]
@@ -155,18 +204,45 @@ def examine(target: str, case: Case, kept: dict[str, dict]) -> tuple[str, Findin
     """(key of the finding, finding) of one case; a compiler's error is a finding too."""
     try:
         kernel = compile_for(target, case)
-        key = f"{VERSION} {kernel.hash} {case.is_aligned} {case.load_bits} {case.few_loads}"
+        asked = case.is_aligned, case.load_bits, case.few_loads, case.is_asynchronous
+        key = " ".join(map(str, (VERSION, kernel.hash, *asked)))
         return key, Finding(**kept[key]) if key in kept else inspect(target, case, kernel)
     except Exception as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         return "", Finding(faults=[f"does not compile: {text[:200]}"])
 
 
-def examine_target(arguments: tuple[str, int, int, bool, dict]) -> list[tuple[str, str, str, Finding]]:
-    """Every ``step``-th case of one target: (kernel, label, key, finding) each."""
+def examine_target(arguments: tuple[str, int, int, bool, dict]) -> list[Examined]:
+    """Every ``step``-th case of one target."""
     target, start, step, is_quick, kept = arguments
     own = [case for case in cases(target) if case.is_quick or not is_quick][start::step]
-    return [(case.kernel, case.label, *examine(target, case, kept)) for case in own]
+    found = []
+    for case in own:
+        key, finding = examine(target, case, kept)
+        programs, num_warps = math.prod(case.launch.grid), case.launch.num_warps
+        found.append(Examined(case.kernel, case.label, case.place, programs, num_warps, key, finding))
+    return found
+
+
+def default_configurations(target: str, found: list[Examined]) -> Iterator[str]:
+    """The lines of a table: a layer's kernels by rank."""
+    device = DEVICES[target]
+    cells = {}
+    for one in found:
+        if one.place and not one.finding.faults:
+            registers, shared = one.finding.registers, one.finding.shared
+            at_once = programs_at_once(device, registers, shared, one.num_warps)
+            number = waves(device, one.programs, at_once)
+            cells[one.place] = f"{registers:>3} {shared / 1024:>3.0f} {at_once:>2} {number:>5.2f}"
+    if not cells:
+        return
+    ranks = sorted({rank for _, rank in cells})
+    yield ""
+    yield f"default configurations of a bf16 layer with fp32 adapters, 8192 x 4096, {target} ({device.name}):"
+    yield "registers, shared KiB, and modelled: programs per multiprocessor, waves"
+    yield " ".join([" " * 17, *(f"{f'rank {rank}':>18}" for rank in ranks)])
+    for name in sorted({name for name, _ in cells}):
+        yield " ".join([f"{name:17}", *(f"{cells.get((name, rank), '-'):>18}" for rank in ranks)])
 
 
 def main() -> int:
@@ -184,32 +260,41 @@ def main() -> int:
     targets = args.target or list(TARGETS)
     step = args.processes
     jobs = [(target, part, step, args.quick, kept) for target in targets for part in range(step)]
-    rows: dict[tuple[str, str], list[tuple[str, Finding]]] = defaultdict(list)
+    rows: dict[tuple[str, str], list[Examined]] = defaultdict(list)
     with ProcessPoolExecutor(args.processes) as pool:
         for job, results in zip(jobs, pool.map(examine_target, jobs), strict=True):
-            for kernel, label, key, finding in results:
-                rows[kernel, job[0]].append((label, finding))
-                if key:
-                    kept[key] = asdict(finding)
+            for one in results:
+                rows[one.kernel, job[0]].append(one)
+                finding = one.finding
+                if one.key:
+                    kept[one.key] = asdict(finding)
                 if args.verbose:
                     numbers = finding.registers, finding.shared, finding.tensor_core
-                    print(job[0], kernel, label, *numbers, flush=True)
+                    print(job[0], one.kernel, one.label, *numbers, flush=True)
     store.parent.mkdir(parents=True, exist_ok=True)
     store.write_text(json.dumps(kept))
 
     print(f"{'kernel':18} {'target':8} {'compiled':>8} {'registers':>9} {'shared KiB':>10}  tensor cores")
     faults = []
-    for (kernel, target), findings in sorted(rows.items()):
-        good = [finding for _, finding in findings if not finding.faults]
-        most = max((finding.registers for _, finding in findings), default=0)
-        shared = max((finding.shared for _, finding in findings), default=0) / 1024
-        cores = "/".join(sorted({finding.tensor_core for _, finding in findings} - {""})) or "-"
+    for (kernel, target), examined in sorted(rows.items()):
+        findings = [one.finding for one in examined]
+        good = [finding for finding in findings if not finding.faults]
+        most = max(finding.registers for finding in findings)
+        shared = max(finding.shared for finding in findings) / 1024
+        cores = "/".join(sorted({finding.tensor_core for finding in findings} - {""})) or "-"
         print(f"{kernel:18} {target:8} {len(good):>4}/{len(findings):<3} {most:>9} {shared:>10.0f}  {cores}")
-        faults += [f"{target} {kernel} {label}: {'; '.join(f.faults)}" for label, f in findings if f.faults]
+        for one in examined:
+            if one.finding.faults:
+                faults.append(f"{target} {kernel} {one.label}: {'; '.join(one.finding.faults)}")
     total = sum(map(len, rows.values()))
     seconds = time.monotonic() - start
     print(f"{total} compilations, {len(faults)} at fault, {seconds:.0f} s, triton {triton.__version__}")
-    print("\n".join(faults))
+    for fault in faults:
+        print(fault)
+    for target in DEVICES:
+        own = [one for (_, name), examined in rows.items() if name == target for one in examined]
+        for line in default_configurations(target, own):
+            print(line)
     return 1 if faults or not total else 0
 
 

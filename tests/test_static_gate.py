@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.occupancy import DEVICES, programs_at_once, waves
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,11 +20,15 @@ from tests import static_gate
 from tests.support.static_cases import BF16, FP32, Case, empty
 from mica.kernels.configs import Config
 from mica.kernels.down_projection import down_projection
+from mica.kernels.grad_a import grad_a
 from mica.kernels.up_projection import up_projection_
 
 def skinny(rank, config, dtype=BF16, width=4096, target="sm_90"):
     x, a = empty(8192, width, dtype=dtype), empty(rank, width, dtype=FP32)
     return down_projection.plan(x, a, target=target).bind(config and Config(*config))[1]
+
+def gradient():
+    return grad_a.plan(empty(8192, 16), empty(8192, 4096), rank=16, target="sm_90").bind()[1]
 
 y, h, a = empty(8192, 4095), empty(8192, 16), empty(16, 4095, dtype=FP32)
 broken, without = skinny(16, None), skinny(16, None)
@@ -35,12 +42,20 @@ cases = {
     "narrow in a tile": ("sm_90", up_projection_.plan(y, h, a, target="sm_90").bind()[1]),
     "no product": ("sm_90", without),
     "does not compile": ("sm_90", broken),
+    "good on AMD": ("gfx942", skinny(16, None, target="gfx942")),
+    "spills on AMD": ("gfx942", skinny(256, (256, 0, 64, 4, 1), target="gfx942")),
+    "shared memory on AMD": ("gfx942", skinny(64, (128, 0, 256, 8, 2), target="gfx942")),
 }
 faults = {}
 for name, (target, launch) in cases.items():
     faults[name] = static_gate.examine(target, Case(name, name, launch), {})[1].faults
 shifted = Case("shifted", "shifted", skinny(16, None), shifted=("x_ptr",))
 faults["narrow where the address is shifted"] = static_gate.examine("sm_90", shifted, {})[1].faults
+x_first, x_second = gradient(), gradient()
+x_second.meta["X_FIRST"] = False
+for name, launch in (("good with x first", x_first), ("x is not first", x_second)):
+    case = Case("grad_a", name, launch, is_asynchronous=True)
+    faults[name] = static_gate.examine("sm_90", case, {})[1].faults
 print(json.dumps(faults))
 """
 
@@ -65,14 +80,45 @@ def faults():
         ("narrow in a tile", "narrow global accesses"),
         ("no product", "no tensor-core instruction"),
         ("does not compile", "does not compile"),
+        ("spills on AMD", "bytes of scratch memory"),
+        ("shared memory on AMD", "bytes of shared memory"),
+        ("x is not first", "no product of four warps"),
+        ("x is not first", "synchronous loads"),
     ],
 )
 def test_a_bad_launch_is_refused(faults, case, fault):
     assert any(fault in text for text in faults[case]), faults[case]
 
 
-def test_a_good_launch_passes(faults):
-    assert not faults["good"]
+@pytest.mark.parametrize("case", ["good", "good on AMD", "good with x first"])
+def test_a_good_launch_passes(faults, case):
+    assert not faults[case]
+
+
+def test_the_page_shows_the_latest_table():
+    """Registers and waves in kernels/README.md are lines of the committed result."""
+    page = (ROOT / "kernels/README.md").read_text()
+    (shown,) = re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
+    (path,) = re.findall(r"\(\.\./(bench/results/static/triton-[\d.]+txt)\)", page)
+    assert shown in (ROOT / path).read_text()
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared_kib", "num_warps", "expected"),
+    [
+        (128, 0, 8, 2),  # registers
+        (57, 0, 4, 8),  # registers, which a warp gets 256 at a time
+        (32, 96, 4, 2),  # shared memory
+        (16, 0, 8, 8),  # threads
+        (16, 0, 1, 32),  # programs
+    ],
+)
+def test_programs_at_once_are_limited_by_what_is_scarcest(registers, shared_kib, num_warps, expected):
+    assert programs_at_once(DEVICES["sm_90"], registers, shared_kib * 1024, num_warps) == expected
+
+
+def test_a_full_gpu_is_one_wave():
+    assert waves(DEVICES["sm_90"], programs=264, at_once=2) == 1.0
 
 
 def test_it_does_not_pretend_to_compile_interpreted_kernels():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mica.kernels.common import padded_rank
+from mica.kernels.configs import Config
 from tests.emulator import kernel_checks, planned
 from tests.emulator.judging import BF16, F16, F32, LAYOUTS
 from tests.support.expert_cases import ROUTES
@@ -44,16 +45,22 @@ class Case:
     options: dict
     is_quick: bool
     is_foreign: bool = False  # a configuration of another target: it may ask for too much shared memory
+    name: str = ""  # of a drawn case
+    seed: int | None = None  # of its operands; default: its place among those that are run
 
     @property
     def label(self) -> str:
-        options = {name: tuple(v) if name == "config" else v for name, v in self.options.items()}
-        return f"{self.kernel} {self.dtypes}: " + " ".join(f"{name}={v}" for name, v in options.items())
+        shown = [f"{name}={_shown(value)}" for name, value in self.options.items()]
+        return f"{self.name} {self.kernel} {self.dtypes}: {' '.join(shown)}".strip()
 
     def run(self) -> float:
         """The largest error in units of what is allowed."""
         check, always = KERNELS[self.kernel]
         return check(DTYPES[self.dtypes], **(always | self.options))
+
+
+def _shown(value) -> str:
+    return str(tuple(value) if isinstance(value, Config) else value)
 
 
 def cases(target: str) -> Iterator[Case]:
@@ -62,6 +69,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from _routes()
     yield from _splits()
     yield from _far()
+    yield from _x_first()
     yield from _configurations(target)
 
 
@@ -133,6 +141,20 @@ def _far() -> Iterator[Case]:
         yield Case("fused_linear", "bf16", own | {"out_features": 3}, width == 70)
 
 
+def _x_first() -> Iterator[Case]:
+    """What makes `grad_a` multiply x first on sm_90: rows that 16 numbers divide, and its wide tile.
+
+    Columns that fill no tile, g padded to 16 and to 32 columns, split sums, experts with and without rows.
+    """
+    wide = Config(64, 0, 128, 4, 4)
+    for name in ("bf16", "fp16"):
+        for rank, tokens, width, layout in ((5, 70, 144, "wide"), (20, 1000, 128, "contiguous")):
+            own = {"rank": rank, "tokens": tokens, "width": width, "layout": layout, "config": wide}
+            yield Case("grad_a", name, own, name == "bf16" or rank == 5)
+        own = {"rank": 24, "route": "first and last idle", "width": 144, "config": wide}
+        yield Case("grad_a of experts", name, own, name == "bf16")
+
+
 def _configurations(target: str) -> Iterator[Case]:
     """Every configuration of every target, at a rank of each row of the tables."""
     sizes = {"width": 128, "tokens": 70}
@@ -141,7 +163,7 @@ def _configurations(target: str) -> Iterator[Case]:
         "grad_a": sizes | {"tokens": 150},
         "down of experts": {"width": 160},
         "up of experts": {"width": 128},
-        "grad_a of experts": {"width": 136},
+        "grad_a of experts": {"width": 144},
         "fused_linear": sizes | {"width": 192, "out_features": 136},
     }
     others = {  # other sizes, layout, side and dropout

@@ -1,7 +1,8 @@
 """One call of a kernel against fp64, each returning its largest error in units of what is allowed.
 
 ``dtypes``: of x and y, of lora_A, of the product. ``route``: the name of one of `expert_cases.ROUTES`, whose
-rows are sorted by expert; without it the kernel is dense, which is to say that there is one expert.
+rows are sorted by expert, or such a pair; without it the kernel is dense, which is to say that there is one
+expert.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ def _rows(route, tokens):
     """(number of rows, ends of the experts' rows, the same on the device or None)."""
     if route is None:
         return tokens, [tokens], None
-    rows, ends = ROUTES[route]
-    return rows, ends, offsets_of(ends, torch.int64 if route == "tiles" else torch.int32)
+    rows, ends = ROUTES.get(route, route)
+    dtype = torch.int64 if rows % 2 else torch.int32
+    return rows, list(ends), offsets_of(list(ends), dtype)
 
 
 def _factor(side, experts, rank, width, dtypes, layout, scale, is_dense):

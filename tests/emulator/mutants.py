@@ -18,6 +18,7 @@ os.environ |= {"MICA_CACHE": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import torch
 
+from mica.kernels.configs import Config
 from tests.emulator import planned
 from tests.emulator.cases import TARGETS, Case
 from tests.emulator.changes import changed, found
@@ -30,6 +31,9 @@ CASES = {
     "down, split": Case("down_projection", "bf16", {"tokens": 20, "width": 600, "rank": 6}, True),
     "up": Case("up_projection", "bf16", {"tokens": 70, "width": 136, "rank": 24}, True),
     "grad_a": Case("grad_a", "bf16", {"tokens": 300, "width": 128, "rank": 128}, True),
+    "grad_a, x first": Case(
+        "grad_a", "bf16", {"tokens": 300, "width": 128, "rank": 16, "config": Config(64, 0, 128, 4, 4)}, True
+    ),
     "down of experts": Case("down of experts", "bf16", {"width": 136, "rank": 20}, True),
     "up of experts": Case("up of experts", "bf16", {"width": 136, "rank": 20}, True),
     "fused": Case(
@@ -67,6 +71,12 @@ ROWS = [
     Row("sm_80", "up of experts", "bar.sync"),
     Row("sm_80", "fused", "cp.async.wait_group", 4, f"{AGAIN}; {LAST}"),
     Row("sm_80", "fused", "bar.sync", 1, AGAIN),
+    Row("sm_90", "grad_a, x first", "cp.async.wait_group"),
+    Row("sm_90", "grad_a, x first", "wgmma.wait_group"),
+    Row("sm_90", "grad_a, x first", "wgmma.commit_group"),
+    Row("sm_90", "grad_a, x first", "wgmma.fence"),
+    Row("sm_90", "grad_a, x first", "fence.proxy.async"),
+    Row("sm_90", "grad_a, x first", "bar.sync", 2, TWICE),
     Row("sm_90", "fused", "cp.async.wait_group", 1, LAST),
     Row("sm_90", "fused", "wgmma.wait_group"),
     Row("sm_90", "fused", "wgmma.commit_group"),

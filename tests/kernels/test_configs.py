@@ -81,7 +81,7 @@ def test_where_experts_would_spill():
     On sm_100 no square tile.
     """
     for target in TARGETS:
-        is_tight = target in ("sm_80", "sm_89", "sm_120")
+        is_tight = target not in ("sm_90", "sm_100")
         for rank, itemsize in itertools.product((128, 256), (2, 4)):
             dense, experts = (
                 f(target, 8192, rank, itemsize) for f in (configs.up_projection, configs.experts_up)
@@ -117,13 +117,33 @@ def test_the_large_tile_of_the_fused_product():
         assert 256 not in columns(target, 8192, 14336, itemsize=4)
         assert 256 not in columns(target, 8192, 14336, dropout=True)
         assert 256 not in columns(target, 8192, 14336, block_r=128)
-    for target in ("sm_80", "sm_89", "sm_120"):
+    for target in set(TARGETS) - {"sm_90", "sm_100"}:
         assert 256 not in columns(target, 8192, 14336)
+
+
+@pytest.mark.parametrize("target", [*TARGETS, "sm_86"])
+def test_where_grad_a_multiplies_x_first(target):
+    """Where there are products of four warps, which a small rank alone is too narrow for."""
+
+    def decided(num_tokens=8192, block_r=16, itemsize=2, is_aligned=True, dropout=False):
+        (config, *_) = configs.grad_a(target, num_tokens, block_r, itemsize)
+        return configs.is_x_first(target, config, block_r, itemsize, is_aligned, dropout)
+
+    has_large_products = target in ("sm_90", "sm_100")
+    assert decided() == decided(block_r=32) == has_large_products
+    assert not decided(num_tokens=512)
+    assert not decided(block_r=64)
+    assert not decided(itemsize=4)
+    assert not decided(is_aligned=False)
+    assert not decided(dropout=True)
 
 
 def test_stages_follow_the_shared_memory():
     large, small = (configs.down_projection(t, 8192, 256, 4)[0].num_stages for t in ("sm_90", "sm_89"))
     assert small < large
+    listed, unlisted, least = (configs.grad_a(t, 8192, 64, 2)[0] for t in ("sm_120", "sm_86", "gfx942"))
+    assert listed == unlisted
+    assert least.num_stages < unlisted.num_stages
 
 
 def test_the_form_of_a_layer(monkeypatch):
@@ -137,5 +157,5 @@ def test_the_form_of_a_layer(monkeypatch):
         (*TARGETS, "sm_86"), (1, 2047, 2048, 9999), (1, 127, 128, 256)
     ):
         row = configs.forms_of("another", target, tokens, rank)
-        is_mixed = target in ("sm_90", "sm_100") and tokens >= 2048 and rank >= 128
+        is_mixed = target in ("sm_80", "sm_90", "sm_100") and tokens >= 2048 and rank >= 128
         assert row[2:] == (*(("mixed", "mixed") if is_mixed else ("split", "split")), "guess")

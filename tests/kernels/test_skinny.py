@@ -74,13 +74,19 @@ def exact_grad(g, x, rank, ends=None, dropout_p=0.0, seed=None):
 
 
 def check_grad(g, x, rank, ends=None, seed=None, index=torch.int32, config=None, **options):
-    """Products of 16-bit factors are exact in fp32, so fp32's tolerance holds for all of them."""
+    """With either factor first, whatever the plan decides.
+
+    Products of 16-bit factors are exact in fp32, so fp32's tolerance holds for all of them.
+    """
     exact = exact_grad(g, x, rank, ends, seed=seed, **options)
     call = grad_a.plan(g, x, seed, ends and offsets_of(ends, index), rank=rank, **options)
-    grad = run_guarded(*call.bind(config))
-    assert grad.dtype == FP32
-    assert not grad[idle(ends or [])].any()
-    assert error(grad, exact) <= RELATIVE[FP32]
+    for x_first in (False, True):
+        out, launch = call.bind(config)
+        launch.meta = launch.meta | {"X_FIRST": x_first}
+        grad = run_guarded(out, launch)
+        assert grad.dtype == FP32
+        assert not grad[idle(ends or [])].any()
+        assert error(grad, exact) <= RELATIVE[FP32]
 
 
 MATRIX = {"contiguous": "contiguous", "gaps": "rows", "peft": "columns"}  # a stack's layout -> one like it
@@ -294,6 +300,32 @@ def test_grad_splits_are_summed_in_order(g_dtype, x_dtype, tokens):
     check_grad(g, x, 6)
     check_grad(g, x, 6, **dropout(0.3, 9))
     assert torch.equal(grad_a(g, x, rank=6), grad_a(g, x, rank=6))
+
+
+@pytest.mark.parametrize("experts", [0, 130])
+def test_grad_plans_x_first_by_the_operands(experts):
+    """For rows that Triton loads 128 bits at a time, on targets with products of four warps."""
+    ends = offsets_of([600 * (expert + 1) // experts for expert in range(experts)]) if experts else None
+
+    def planned(target="sm_90", rank=20, dropout_p=0.0, dtypes=(BF16, BF16), width=272, columns=272):
+        g = operand(600, rank, dtypes[0])
+        x = operand(600, width, dtypes[1], "contiguous")[:, :columns]
+        seed = seed_of(1) if dropout_p else None
+        call = grad_a.plan(g, x, seed, ends, rank=rank, target=target, dropout_p=dropout_p)
+        return call.bind()[1].meta["X_FIRST"]
+
+    assert [target for target in configs.SHARED_MEMORY if planned(target)] == ["sm_90", "sm_100"]
+    assert planned(rank=5)
+    assert planned(rank=32)
+    assert planned(dtypes=(FP16, FP16))
+    assert not planned(rank=33)
+    assert not planned(dropout_p=0.1)
+    assert not planned(dtypes=(FP32, BF16))  # the product is in fp32
+    assert not planned(width=280)  # 16 divides neither the distance of rows, nor where they end
+    assert not planned(columns=264)
+    apart = operand(600, 16 * 272, BF16, "contiguous")[:, ::16]  # 16 divides both distances
+    call = grad_a.plan(operand(600, 20, BF16), apart, None, ends, rank=20, target="sm_90")
+    assert not call.bind()[1].meta["X_FIRST"]
 
 
 @pytest.mark.parametrize("side", [0, 1])

@@ -11,9 +11,11 @@ from mica.kernels.fused_linear import fused_linear
 from mica.kernels.grad_a import grad_a
 from mica.kernels.launching import Launch, PlannedCall
 from mica.kernels.up_projection import up_projection_
+from mica.paths.triton_path import WIDE_RANK
 
 TARGETS = tuple(configs.SHARED_MEMORY)
-DEFAULTS_ONLY = ("sm_89", "sm_120")  # their other configurations are those of sm_80
+AMD = tuple(target for target in TARGETS if target.startswith("gfx"))  # 16-bit products only
+DEFAULTS_ONLY = ("sm_89", "sm_120", *AMD)  # their other configurations are those of sm_80
 RANKS = (16, 32, 64, 128, 256)
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # Dtype of x, of lora_A, of the product; ranks. fp16 is bf16's code but for one conversion; a 16-bit A is
@@ -36,6 +38,9 @@ class Case:
     shifted: tuple[str, ...] = ()  # pointers that 16 does not divide
     load_bits: int = 128  # the narrowest load that a main loop may have
     few_loads: int = 4  # how many loads of any width a kernel without a main loop may have (seed, h)
+    # Whether it was chosen for products of four warps, whose operands are loaded asynchronously
+    is_asynchronous: bool = False
+    place: tuple[str, int] | None = None  # in the table of a layer's default configurations: its row, rank
     is_quick: bool = True
 
 
@@ -52,7 +57,7 @@ def cases(target: str) -> list[Case]:
             main = name == "bf16" and target not in DEFAULTS_ONLY
             for kernel, part, call, is_default in _calls(target, rank, *dtypes):
                 every = main and (rank in (16, 64, 256) or kernel == "down_projection")
-                if not _is_wanted(kernel, part, name, rank):
+                if not _is_wanted(target, kernel, part, name, rank):
                     continue
                 for config in call.configs if every and not is_default else call.configs[:1]:
                     label = f"{part} {name} r={rank} {tuple(config)}"
@@ -60,6 +65,9 @@ def cases(target: str) -> list[Case]:
                     # of the ends of rows, too; and of the bias, which Triton 3.5 and 3.6 load in the layout
                     # of the product: eight times two numbers
                     case.few_loads = 12 if kernel == "up of experts" else 4
+                    case.is_asynchronous = case.launch.meta.get("X_FIRST", False)
+                    if config == call.configs[0]:
+                        case.place = _place(kernel, part, name, rank)
                     case.is_quick = config == call.configs[0] and _is_quick(target, name, rank)
                     found.append(case)
                 # what is fused gets aligned operands only
@@ -70,13 +78,29 @@ def cases(target: str) -> list[Case]:
     return found
 
 
-def _is_wanted(kernel: str, part: str, name: str, rank: int) -> bool:
+def _is_wanted(target: str, kernel: str, part: str, name: str, rank: int) -> bool:
     is_fused = kernel.startswith("fused")
+    if target in AMD and DTYPES[name][2] is FP32:
+        return False
     if name == "bf16 A":
         return part == "A" and kernel in ("down_projection", "up_projection")
     if rank in (32, 128):
         return kernel == "down_projection" or (not is_fused and part in ("A", "B", ""))
     return not is_fused or name in ("bf16", "fp32")
+
+
+def _place(kernel: str, part: str, name: str, rank: int) -> tuple[str, int] | None:
+    """Its row and rank in the table of the default configurations of a bf16 layer with fp32 adapters.
+
+    A wide A is rounded to 16 bits before the launches.
+    """
+    is_dense = kernel in ("down_projection", "up_projection", "grad_a")
+    if not is_dense or rank > 128 or part not in ("A", "B", ""):
+        return None
+    is_rounded = part == "A" and rank >= WIDE_RANK
+    if name != ("bf16 A" if is_rounded else "bf16"):
+        return None
+    return f"{kernel} {part}".strip(), rank
 
 
 def _is_quick(target: str, name: str, rank: int) -> bool:

@@ -90,8 +90,10 @@ KERNELS = {
             ("(columns < in_features)[None, :] size", "(columns <= in_features)[None, :]\n    size"),
             ("first + per_split, num_rows", "first + per_split - 1, num_rows"),
             ("split.to(tl.int64) * RANK * in_features", "split.to(tl.int64) * BLOCK_R * in_features"),
+            ("acc = tl.trans(acc)", "acc = tl.reshape(acc, (BLOCK_R, BLOCK_K))"),
         ],
-        "grad_a.plan": [("/ (1.0 - dropout_p)", "")],
+        "_is_aligned": [("and x.shape[1] % 16 == 0", ""), ("x.stride(1) == 1 and", "")],
+        "grad_a.plan": [("/ (1.0 - dropout_p)", ""), ("_is_aligned(x)", "True"), ("dropout_p > 0", "False")],
     },
     (
         "kernels/launching.py",
@@ -166,6 +168,14 @@ KERNELS = {
         ],
         "experts_down": [("TALL_TOKENS - 1", "MANY_TOKENS")],
         "grad_a": [("narrow, wide] if num_tokens <= 512 else [", "")],
+        "is_x_first": [
+            ("target in _HOPPER_ON and", ""),
+            ("and itemsize == 2", ""),
+            ("block_r <= 32 and", ""),
+            ("and config.block_k >= 64", ""),
+            ("and is_aligned", ""),
+            ("and not dropout", ""),
+        ],
         "up_projection": [("wide, *square, narrow", "*square, wide, narrow")],
         "fused_linear": [
             ("num_tokens >= 4096 and", ""),
