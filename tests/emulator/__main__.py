@@ -27,7 +27,7 @@ import triton
 from tests.emulator.cases import TARGETS
 from tests.emulator.shares import run
 
-DRAWN = 12  # of each target
+DRAWN = 8  # of each target
 
 
 def main() -> int:
