@@ -42,7 +42,7 @@ from bench.suites.layer import (
 )
 from mica.fast.settings import settings
 from mica.kernels import configs
-from mica.ops import mica_linear
+from mica.ops.linear import linear_eager
 from mica.paths import choose
 from mica.paths.products import has_native
 from tests.support.tolerances import RELATIVE
@@ -240,7 +240,9 @@ def builds(cell: Cell, layer: Layer) -> dict[str, Callable[[], Form]]:
         return Form(lambda: call(x), (x, lora_A), context, module)
 
     def forced(word: str) -> Form:
-        return Form(lambda: mica_linear(*operands), (x, layer.lora_A), lambda: form_of(word))
+        # as a layer of mica.fast calls it: without bias, and under no autocast
+        call = functools.partial(linear_eager, *operands, None, None, None)
+        return Form(call, (x, layer.lora_A), lambda: form_of(word))
 
     makes = {
         BARE: lambda: Form(lambda: F.linear(x, layer.weight), (x,)),
