@@ -156,6 +156,7 @@ def _compile(path: Path, sources: Sources, failure: Path) -> None:
 
 def _problem_of(command: list[str]) -> str | None:
     """The output of a compiler that fails; None where it does not."""
+    process = None
     try:
         # in a session of its own: a compiler is several processes, and all of them have to end
         process = subprocess.Popen(
@@ -167,18 +168,23 @@ def _problem_of(command: list[str]) -> str | None:
             errors="replace",
             start_new_session=True,
         )
+        output, _ = process.communicate(timeout=TIME_LIMIT)
     except OSError as error:
         return f"it cannot be run: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        return f"it was stopped after {TIME_LIMIT} seconds"
+    finally:
+        if process is not None:
+            _end(process)
+    return output if process.returncode else None
+
+
+def _end(process: subprocess.Popen) -> None:
+    """A compiler that still runs, with all that it has started."""
     with process:
-        try:
-            output, _ = process.communicate(timeout=TIME_LIMIT)
-        except BaseException as error:
+        if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, subprocess.TimeoutExpired):
-                return f"it was stopped after {TIME_LIMIT} seconds"
-            raise
-    return output if process.returncode else None
 
 
 def _seal(path: Path) -> None:

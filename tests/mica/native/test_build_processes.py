@@ -76,11 +76,24 @@ def test_a_build_that_was_killed_is_done_by_the_next(folder, compiler, compiled,
     assert not names(folder, ".tmp")
 
 
-def test_ctrl_c_ends_the_compiler_and_the_next_process_builds(folder, compiler, compiled, assert_layer_works):
+def test_ctrl_c_ends_the_compiler_and_the_next_process_builds(
+    folder, compiler, compiled, assert_layer_works, monkeypatch
+):
+    popen = subprocess.Popen
+    known = fork.Event()  # a signal within `Popen` comes before anybody knows whom to end
+
+    def noted(*args, **options):
+        process = popen(*args, **options)
+        known.set()
+        return process
+
     compiler.does("sleep 600")
+    monkeypatch.setattr(subprocess, "Popen", noted)
     process = fork.Process(target=build_quietly, args=(folder,))
     process.start()
     pid = compiler.pid()
+    assert known.wait(60)
+    time.sleep(0.1)  # for the call to return
     os.kill(process.pid, signal.SIGINT)
     process.join()
     assert process.exitcode == 1
