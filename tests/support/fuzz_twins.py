@@ -7,7 +7,7 @@ backend's model. Where stock has one of the bugs in mica/fast/README.md, the twi
 | --- | --- |
 | B is another basis of the same space, rounded to the base dtype | A and B of a new adapter are copied |
 | an embedding's A and B of a 16-bit model become trainable at every cast | these flags are copied |
-| an adapter that was edited while it was merged is unmerged by its present values | weights are copied |
+| an adapter that was edited while merged is unmerged by its present values | weights and their copies, too |
 | a 16-bit merge rounds twice and cannot be undone | compared within the dtype's rounding, then copied |
 | MiCA on `target_parameters` is refused | the twin's is plain LoRA, then marked as MiCA, A and B are copied |
 | experts in fp64 have no grouped product | they are switched to "eager" |
@@ -229,7 +229,18 @@ class Twins:
                         other.requires_grad_(mine.requires_grad)
             if is_mica and mica.fast.is_enabled():
                 assert not ours[1].requires_grad, f"{name}: B of {adapter} is trainable"
+        if self.edited:
+            self._take_over_copies(adapter)
         self.remember_bases(adapter)
+
+    @torch.no_grad()
+    def _take_over_copies(self, adapter: str) -> None:
+        """Those of a base that the twin has unmerged by other values, as an output layer that shares the
+        embedding's weight is copied (`modules_to_save`) once that has been unmerged."""
+        ours = dict(self.ours.named_parameters())
+        for name, other in self.stock.named_parameters():
+            if f".modules_to_save.{adapter}." in name:
+                other.copy_(ours[name])
 
     def remember_bases(self, *adapters: str) -> None:
         """What B is from now on, bit for bit."""
