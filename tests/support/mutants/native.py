@@ -28,9 +28,10 @@ NATIVE = {
             ("temporary.unlink(missing_ok=True)", "pass"),
             ("failure.write_text(", "print("),
         ],
-        "_problem_of": [
+        "_problem_of": [('errors="replace",', "")],
+        "_end": [
             ("os.killpg(process.pid, signal.SIGKILL)", "process.kill()"),
-            ('errors="replace",', ""),
+            ("process.poll() is None", "False"),
         ],
         "_seal": [("path.chmod(0o644)", "pass")],
         "_say": [("contextlib.suppress(OSError, ValueError)", "contextlib.suppress(OSError)")],
