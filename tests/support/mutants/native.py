@@ -29,10 +29,7 @@ NATIVE = {
             ("failure.write_text(", "print("),
         ],
         "_problem_of": [('errors="replace",', "")],
-        "_end": [
-            ("os.killpg(process.pid, signal.SIGKILL)", "process.kill()"),
-            ("process.poll() is None", "False"),
-        ],
+        "_end": [("os.killpg(process.pid, signal.SIGKILL)", "process.kill()")],
         "_seal": [("path.chmod(0o644)", "pass")],
         "_say": [("contextlib.suppress(OSError, ValueError)", "contextlib.suppress(OSError)")],
         "_compiler": [
