@@ -6,10 +6,12 @@ one that was adopted last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
+from bench.report.targets import KERNELS, default_configuration
 from bench.report.words import Row, markdown, shape_in_words, speedup
 from bench.results import names
 from bench.results.cell import Group
@@ -18,54 +20,67 @@ from bench.results.schema import Result
 from mica.kernels import measured
 from mica.kernels.measured import Measured
 
-KERNELS = (names.DOWN_A, names.DOWN_B, names.UP_B, names.GRAD_A)
 LIBRARIES = ("torch", "triton", "peft")
 SUBSPACE = "subspace"  # the suite of the solver
 Devices = dict[str, Measured]
 
 
+class Sentence(NamedTuple):
+    """What a page says where nothing was measured, and else, of the devices that are listed in place of {}.
+
+    ``suite``: only devices on which this one was timed count; "": any.
+    """
+
+    nothing: str
+    measured: str
+    suite: str = ""
+
+    def of(self, devices: Devices) -> str:
+        names_of_devices = sorted(
+            name for name, device in devices.items() if not self.suite or self.suite in device.sources
+        )
+        if not names_of_devices:
+            return self.nothing
+        *others, last = names_of_devices
+        return self.measured.format(f"{', '.join(others)} and {last}" if others else last)
+
+
+SENTENCES = {
+    "gpu-readme": Sentence(
+        "**Nothing here has been measured on a GPU yet**: see [limits](#limits).",
+        "[Measurements on a GPU](bench/README.md#on-a-gpu) are of {}.",
+    ),
+    "gpu-limits": Sentence(
+        "**They and the solver have not been run on a GPU**: all measurements are from CPUs.",
+        "**GPU figures are of {} only.**",
+    ),
+    "gpu-kernels": Sentence(
+        "**They have not been run on a GPU yet.**",
+        "They have been [measured](../bench/README.md#on-a-gpu) on {}.",
+    ),
+    "gpu-solver": Sentence(
+        "It has not been run on a GPU yet.",
+        "It has been [measured](../../bench/README.md#on-a-gpu) on {}.",
+        SUBSPACE,
+    ),
+    "gpu-summary": Sentence(
+        "**Nothing has been measured on a GPU yet.**",
+        "[On a GPU](#on-a-gpu), measurements are of {}.",
+    ),
+}
+SECTION = "gpu-section"
+TEXTS = (*SENTENCES, SECTION)
+
+
 def text(name: str, root: Path) -> str:
     """One of `TEXTS`, from the results of the checkout in ``root``."""
-    return TEXTS[name](measured.read(root / "kernels" / measured.FILE.name), root)
+    devices = measured.read(root / "kernels" / measured.FILE.name)
+    if name == SECTION:
+        return _section(devices, root)
+    return SENTENCES[name].of(devices)
 
 
-def _listed(devices: Devices) -> str:
-    *others, last = sorted(devices)
-    return f"{', '.join(others)} and {last}" if others else last
-
-
-def readme(devices: Devices, root: Path) -> str:
-    if not devices:
-        return "**Nothing here has been measured on a GPU yet**: see [limits](#limits)."
-    return f"[Measurements on a GPU](bench/README.md#on-a-gpu) are of {_listed(devices)}."
-
-
-def limits(devices: Devices, root: Path) -> str:
-    if not devices:
-        return "**They and the solver have not been run on a GPU**: all measurements are from CPUs."
-    return f"**GPU figures are of {_listed(devices)} only.**"
-
-
-def kernels(devices: Devices, root: Path) -> str:
-    if not devices:
-        return "**They have not been run on a GPU yet.**"
-    return f"They have been [measured](../bench/README.md#on-a-gpu) on {_listed(devices)}."
-
-
-def solver(devices: Devices, root: Path) -> str:
-    timed = {name: device for name, device in devices.items() if SUBSPACE in device.sources}
-    if not timed:
-        return "It has not been run on a GPU yet."
-    return f"It has been [measured](../../bench/README.md#on-a-gpu) on {_listed(timed)}."
-
-
-def summary(devices: Devices, root: Path) -> str:
-    if not devices:
-        return "**Nothing has been measured on a GPU yet.**"
-    return f"[On a GPU](#on-a-gpu), measurements are of {_listed(devices)}."
-
-
-def section(devices: Devices, root: Path) -> str:
+def _section(devices: Devices, root: Path) -> str:
     """All figures, a part for each device."""
     if not devices:
         return "\n\nNothing has been measured on a GPU yet.\n\n"
@@ -73,16 +88,6 @@ def section(devices: Devices, root: Path) -> str:
     for name in sorted(devices):
         parts += [f"### {name}", *_device(devices[name], root)]
     return "\n\n" + "\n\n".join(parts) + "\n\n"
-
-
-TEXTS: dict[str, Callable[[Devices, Path], str]] = {
-    "gpu-readme": readme,
-    "gpu-limits": limits,
-    "gpu-kernels": kernels,
-    "gpu-solver": solver,
-    "gpu-summary": summary,
-    "gpu-section": section,
-}
 
 
 def _device(device: Measured, root: Path) -> Iterator[str]:
@@ -203,18 +208,18 @@ def _times(cell: Group, theirs: str, ours: str) -> list[str]:
 
 
 def _kernels(suites: dict[str, Result]) -> list[Row]:
-    """A row a kernel. Its default configuration is the first."""
+    """A row a kernel, in its default configuration."""
     rows = []
     for kernel in KERNELS:
         shares = []
         speeds = []
         for cell in _cells(suites, "kernels", kernel=kernel, clock=DEVICE_TIME):
-            configurations = [name for name in cell.timings if name not in (COPY, CUBLAS)]
-            if not configurations or COPY not in cell.timings:
+            default = default_configuration(cell)
+            if default is None or COPY not in cell.timings:
                 continue
-            shares.append(cell.ratio(COPY, configurations[0]).median)
+            shares.append(cell.ratio(COPY, default).median)
             if CUBLAS in cell.timings:
-                speeds.append(cell.ratio(CUBLAS, configurations[0]).median)
+                speeds.append(cell.ratio(CUBLAS, default).median)
         if shares:
             rows.append([kernel, str(len(shares)), *_span(shares), *_span(speeds, "×")])
     return rows

@@ -70,16 +70,15 @@ class Run:
     def start(self, job: Job) -> dict:
         """Run it to the end; returns its summary, which is also in the result file."""
         began = time.monotonic()
-        state = CUT_OFF
         try:
             for _ in range(STARTS):
-                state = CUT_OFF
                 state = self._process(job, began + job.seconds)
                 if state not in ("died", "hung") or not self._blame(job, state):
                     break
-        finally:
-            summary = self._note(self._summary(job, state, time.monotonic() - began))
-        return summary
+        except KeyboardInterrupt:
+            self._note(self._summary(job, CUT_OFF, time.monotonic() - began))
+            raise
+        return self._note(self._summary(job, state, time.monotonic() - began))
 
     def leave_out(self, name: str, why: str) -> dict:
         """The summary of a job that is not started."""

@@ -68,7 +68,7 @@ class Forms(NamedTuple):
     split      the skinny product, then the base product by the vendor's library, then an update in place
     first      the skinny product, then the low-rank term alone, to which the vendor's base product is added
                (its beta is 1): y is not read again, and rounded while it is small; 16 bits, no dropout
-    mixed      the same, with the skinny products and dA by the vendor's library too: 16 bits, no dropout
+    mixed      as split, with the skinny products and dA by the vendor's library too: 16 bits, no dropout
     fused      base product and update in one kernel
     reference  none of these kernels: the reference path
 

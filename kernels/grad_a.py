@@ -26,6 +26,7 @@ from mica.kernels.common import (
 )
 from mica.kernels.expert_tiles import rows_of
 from mica.kernels.launching import Plan, Planned, launcher, strides
+from mica.kernels.limits import are_narrow
 from mica.kernels.split_k import split_evenly, store_sum
 
 
@@ -107,7 +108,7 @@ def _grad_a_kernel(
 
 def _is_aligned(x: Tensor) -> bool:
     """Whether Triton knows that its rows, and where they end, are multiples of 16 numbers: loads are wide."""
-    return x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0
+    return x.stride(1) == 1 and not are_narrow(x.stride(0), x.shape[1])
 
 
 def _run(launch, plan, g, x, seed=None, offsets=None):

@@ -134,7 +134,7 @@ def adopt(file: Path) -> int:
     return 0
 
 
-def predict(run: Run, device: str, is_dry: bool) -> None:
+def predict(run: Run, is_dry: bool) -> None:
     """Into the journal, before anything is measured, in a process with the environment of a stage.
 
     The run goes on without, if the device is not in the table or the model fails.
@@ -144,8 +144,7 @@ def predict(run: Run, device: str, is_dry: bool) -> None:
     from bench.measure.machine import ROOT
     from bench.measure.peaks import PEAKS
 
-    if is_dry:
-        device = DRY_RUN_AS
+    device = DRY_RUN_AS if is_dry else run.machine["device"]
     if device not in PEAKS:
         print(f"no prediction: bench/measure/peaks.py does not have {device}", flush=True)
         return
@@ -168,7 +167,7 @@ def run_stages(run: Run, stages: Sequence[Stage], is_dry: bool, budget: float, s
     deadline = time.monotonic() + budget
     states = []
     try:
-        predict(run, run.machine["device"], is_dry)
+        predict(run, is_dry)
         run.save()
         for stage in stages:
             left = deadline - time.monotonic()
@@ -219,7 +218,9 @@ def main(argv: list[str] | None = None) -> int:
     run = Run((args.output or output("dry-run" if args.dry_run else None)) / f"{name}.json")
     print(json.dumps(run.machine), flush=True)
     journal.write("machine", facts=run.machine)
-    budget = args.budget or (DRY_BUDGET if args.dry_run else BUDGET)
+    budget = args.budget
+    if budget is None:
+        budget = DRY_BUDGET if args.dry_run else BUDGET
     states = run_stages(run, [known[number] for number in chosen], args.dry_run, budget, args.silence)
     run.journal.unlink()  # the result file has all of it
     print(report(run.file))

@@ -96,7 +96,7 @@ def _reference_to_kernels(result: Result, layer: Group, forms: tuple[Forms, ...]
 
     ``layer``: its forward.
     """
-    backward = next(result.select(**{**layer.axes, "pass": BACKWARD}), None)
+    backward = result.other_pass(layer, BACKWARD)
     if backward is None:
         return None
     form = first_fitting(forms, layer.axes["tokens"], layer.axes["rank"])

@@ -63,19 +63,25 @@ def _speedups(result: Result) -> Iterator[list[str]]:
         yield _row(f"a layer, {names.BOTH}: {name} ÷ {names.FAST}", "≥", limit, ratio)
 
 
+def default_configuration(cell: Group) -> str | None:
+    """Of a kernel, the first one in its cell; None where none has a number."""
+    configurations = [name for name in cell.timings if name not in (names.COPY, names.CUBLAS)]
+    return configurations[0] if configurations else None
+
+
 def _bandwidths(result: Result) -> Iterator[list[str]]:
-    """The slowest cell of each kernel, in its default configuration, which is the first one.
+    """The slowest cell of each kernel, in its default configuration.
 
     A copy moves as many bytes, so the quotient of times is that of bandwidths.
     """
     for kernel in KERNELS:
         shares = []
         for group in result.select(suite="kernels", kernel=kernel, clock=names.DEVICE_TIME):
-            configurations = [one for one in group.timings if one not in (names.COPY, names.CUBLAS)]
-            if not configurations or int(group.axes["tokens"]) < TOKENS:
+            default = default_configuration(group)
+            if default is None or int(group.axes["tokens"]) < TOKENS:
                 continue
-            share = _ratio(group, names.COPY, configurations[0])
+            share = _ratio(group, names.COPY, default)
             if share is not None:
-                shares.append((share, f"{group.name}, {configurations[0]}"))
+                shares.append((share, f"{group.name}, {default}"))
         slowest, where = min(shares, default=(None, f"from {TOKENS} tokens"))
         yield _row(f"{kernel}: bandwidth ÷ that of a copy; {where}", "≥", SHARE, slowest)

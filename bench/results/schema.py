@@ -61,14 +61,14 @@ class Result:
         """With the sums of forward and backward within a round, where both were timed and the sum was not."""
         groups = [*self.groups]
         for forward in self.select(**{"pass": FORWARD}):
-            backward = self._other_pass(forward, BACKWARD)
-            if backward is not None and self._other_pass(forward, BOTH) is None:
+            backward = self.other_pass(forward, BACKWARD)
+            if backward is not None and self.other_pass(forward, BOTH) is None:
                 both = _sum(forward, backward)
                 if both.timings:
                     groups.append(both)
         return replace(self, groups=groups)
 
-    def _other_pass(self, group: Group, which: str) -> Group | None:
+    def other_pass(self, group: Group, which: str) -> Group | None:
         """The same cell's other pass: no other axis differs, and none is added, as dropout is."""
         axes = _of_pass(group, which)
         return next((other for other in self.groups if other.axes == axes), None)

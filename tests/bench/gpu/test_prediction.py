@@ -105,12 +105,13 @@ def test_a_prediction_names_the_cells_that_a_run_then_measures(tmp_path):
 
 
 class FakeRun:
-    def __init__(self, folder):
+    def __init__(self, folder, device):
         self.file = folder / "run.json"
+        self.machine = {"device": device}
 
 
 def test_a_run_goes_on_without_a_prediction(tmp_path, monkeypatch, capfd):
-    gpu.predict(FakeRun(tmp_path), "a card", False)
+    gpu.predict(FakeRun(tmp_path, "a card"), False)
     assert "no prediction: bench/measure/peaks.py does not have a card" in capfd.readouterr().out
 
     def fails(command, **options):
@@ -120,7 +121,7 @@ def test_a_run_goes_on_without_a_prediction(tmp_path, monkeypatch, capfd):
         raise gpu.subprocess.CalledProcessError(1, command)
 
     monkeypatch.setattr(gpu.subprocess, "run", fails)
-    gpu.predict(FakeRun(tmp_path), DEVICE, False)
+    gpu.predict(FakeRun(tmp_path, DEVICE), False)
     assert "no prediction: " in capfd.readouterr().out
 
 
