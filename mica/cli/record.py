@@ -42,6 +42,7 @@ LOCK = f"{OWN}lock"
 MARKER = "complete.json"  # in a checkpoint: see `mica.cli.adapt.checkpoints`
 ADAPT = "mica adapt"
 TRANSFER = "mica transfer"
+COMPARE = "mica compare"
 _ASIDE = f"{OWN}replaced-"
 _NEW = f"{OWN}json"
 _FORMAT = 1

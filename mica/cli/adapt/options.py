@@ -6,7 +6,7 @@ tests/test_house.py.
 
 import argparse
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from mica.cli.arguments import COUNT_LIMIT, DTYPES, a_name, a_path, a_source, count, number
@@ -317,16 +317,19 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(action)
 
 
-def declare(parser: argparse.ArgumentParser) -> None:
+def declare(parser: argparse.ArgumentParser, table: Iterable[str | Option] = TABLE) -> None:
     """Add all options in groups. None has a default there: only what was given is in the namespace."""
-    parser.formatter_class = _HelpFormatter
-    parser.usage = f"{parser.prog} --model MODEL --text SOURCE ... --output DIR [options]"
-    parser.epilog = _recipe_table()
-    for row in TABLE:
+    required = []
+    for row in table:
         if isinstance(row, str):
             group = parser.add_argument_group(row)
-        else:
-            _add(group, row)
+            continue
+        _add(group, row)
+        if row.required:
+            required.append(f"{row.flag} {row.metavar}{' ...' if row.many else ''}")
+    parser.formatter_class = _HelpFormatter
+    parser.usage = f"{parser.prog} {' '.join(required)} [options]"
+    parser.epilog = _recipe_table()
 
 
 def _add(group, option: Option) -> None:

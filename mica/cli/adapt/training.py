@@ -296,12 +296,17 @@ def rehearse(
     """
     silent = argparse.Namespace(**vars(args) | {"report_to": []})
     trainer, _ = _prepared(model, corpus, silent, checkpoint)
-    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
-        setattr(trainer.args, name, "no")
-    trainer.args.eval_on_start = False
+    silence(trainer)
     trainer.add_callback(callback)
     _train_from(trainer, checkpoint)
     return trainer
+
+
+def silence(trainer: Trainer) -> None:
+    """Have it train only: nothing is logged, measured or saved."""
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        setattr(trainer.args, name, "no")
+    trainer.args.eval_on_start = False
 
 
 def _train_from(trainer: Trainer, checkpoint: Path | None) -> None:
@@ -328,11 +333,11 @@ def _prepared(
     if checkpoint is not None:
         global_batch.check(checkpoint, settings, len(corpus.train), base)
     if args.gradient_checkpointing:
-        _enable_gradient_checkpointing(base)
+        enable_gradient_checkpointing(base)
     return trainer, settings
 
 
-def _enable_gradient_checkpointing(base) -> None:
+def enable_gradient_checkpointing(base) -> None:
     """Not by TrainingArguments: transformers renamed argument and method, and warns about the old names."""
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})  # the re-entrant kind gives frozen inputs no gradient

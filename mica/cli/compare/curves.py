@@ -1,0 +1,98 @@
+"""What a training has learned and forgotten, and what was learned at equal forgetting.
+
+*Forgotten* is the rise of the mean loss on the retained text, *learned* the fall of the loss on held-out
+text, in nats per token, since before the training. Held-out blocks are divided: by those of "validation"
+rates, stops and limits are chosen, those of "test" are reported.
+"""
+
+import math
+from collections.abc import Iterable
+from statistics import mean, median_low
+from typing import Any, NamedTuple
+
+Result = dict[str, Any]  # of a training: see `mica.cli.compare.training.train`
+
+
+class Point(NamedTuple):
+    """A model in the course of a training. ``test``: learned, for each block of the test."""
+
+    step: float
+    forgotten: float
+    validation: float
+    test: tuple[float, ...]
+
+    def towards(self, other: "Point", share: float) -> "Point":
+        """The point that is ``share`` of the way to ``other``."""
+        pairs = zip(self[:3], other[:3], strict=True)
+        first = [one + share * (two - one) for one, two in pairs]
+        test = [one + share * (two - one) for one, two in zip(self.test, other.test, strict=True)]
+        return Point(*first, tuple(test))
+
+
+def course(base: Result, run: Result) -> list[Point]:
+    """The points of a training in order, first the model before it."""
+    points = [Point(0, 0.0, 0.0, (0.0,) * len(base["test"]))]
+    for one in run["points"]:
+        learned = [before - after for before, after in zip(base["test"], one["test"], strict=True)]
+        forgotten = mean(one["retained"]) - mean(base["retained"])
+        validation = mean(base["validation"]) - mean(one["validation"])
+        points.append(Point(one["step"], forgotten, validation, tuple(learned)))
+    return points
+
+
+def at(points: list[Point], limit: float) -> Point:
+    """The best point, by validation, before the training forgets more than ``limit`` for the first time.
+
+    The step at which it does lies between two stops: there the line between them is taken.
+    """
+    found = [points[0]]
+    for point in points[1:]:
+        before = found[-1]
+        if point.forgotten > limit:
+            share = (limit - before.forgotten) / (point.forgotten - before.forgotten)
+            found.append(before.towards(point, share))
+            break
+        found.append(point)
+    return max(found, key=lambda point: point.validation)
+
+
+class Choice(NamedTuple):
+    """The training of a method that has learned most within a limit, with all its seeds.
+
+    ``parts``: as in `schedule.Planned`. ``points``: of each seed, first the one by which it was chosen.
+    """
+
+    rate: float
+    steps: int
+    parts: int
+    points: list[Point]
+
+    @property
+    def first(self) -> Point:
+        return self.points[0]
+
+
+def choose(base: Result, runs: Iterable[Result], limit: float) -> Choice | None:
+    """The choice among ``runs`` of one method, by their first seed; None if none has learned anything."""
+    runs = [run for run in runs if run["points"]]
+    firsts = [run for run in runs if run["seed"] == 0]
+    scored = [(at(course(base, run), limit).validation, run) for run in firsts]
+    score, best = max(scored, key=lambda pair: pair[0], default=(0.0, None))
+    if score <= 0:
+        return None
+    same = [run for run in runs if (run["rate"], run["steps"]) == (best["rate"], best["steps"])]
+    same.sort(key=lambda run: run["seed"])
+    points = [at(course(base, run), limit) for run in same]
+    return Choice(best["rate"], best["steps"], len(best["points"]), points)
+
+
+def common_limit(base: Result, runs: dict[str, list[Result]]) -> float:
+    """The forgetting at which methods are compared: what the middle one of them forgets to learn most.
+
+    Of an even number, the lower of the two in the middle. At least 0: some texts help each other.
+    """
+    chosen = [choose(base, of_method, math.inf) for of_method in runs.values()]
+    forgotten = [one.first.forgotten for one in chosen if one is not None]
+    if not forgotten:
+        return 0.0
+    return max(0.0, median_low(forgotten))

@@ -1,0 +1,37 @@
+"""What ``mica compare`` compares: MiCA, MiCA with another frozen B, LoRA, and full fine-tuning."""
+
+import argparse
+from typing import NamedTuple
+
+
+def doubling(lowest: float, number: int = 4) -> tuple[float, ...]:
+    """``number`` learning rates, each twice the one before."""
+    return tuple(float(f"{lowest * 2**power:.2g}") for power in range(number))
+
+
+class Method(NamedTuple):
+    """``title``: on the page. ``rates``: what is tried; those of the study, which enclose its best.
+
+    ``divisor``: of the rank of MiCA, for that of this method's adapter; None: no adapter, all weights are
+    trained. LoRA trains A and B, so that half the rank has about as many trained parameters.
+    """
+
+    title: str
+    rates: tuple[float, ...]
+    divisor: int | None = 1
+
+
+METHODS = {
+    "mica": Method("MiCA", doubling(5e-4)),
+    "lora": Method("LoRA", doubling(2.5e-4), 2),
+    "random": Method("MiCA with a random B", doubling(5e-4)),
+    "full": Method("full fine-tuning", doubling(5e-5), None),
+}
+
+
+def options(method: str, args: argparse.Namespace, **more) -> argparse.Namespace:
+    """The options of `mica adapt` for a training by ``method``: ``args``, with the rank of the method."""
+    divisor = METHODS[method].divisor
+    rank = max(1, args.rank // (divisor or 1))
+    alpha = max(1, round(args.alpha * rank / args.rank))  # the same scaling
+    return argparse.Namespace(**vars(args) | {"rank": rank, "alpha": alpha} | more)

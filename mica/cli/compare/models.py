@@ -1,0 +1,62 @@
+"""The models that a comparison trains, all on one base."""
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+import mica.fast  # noqa: F401 (MiCA's layers and solver)
+from mica.cli.compare.methods import METHODS
+from mica.cli.targets import find_targets
+
+
+def random_basis(weight: Tensor, rank: int) -> Tensor:
+    """(out, rank) orthonormal columns, for ``weight`` (out, in), drawn from PyTorch's generator."""
+    return torch.linalg.qr(torch.randn(weight.shape[0], rank))[0]
+
+
+@contextmanager
+def built(method: str, base: nn.Module, args: argparse.Namespace) -> Iterator[nn.Module]:
+    """The model that ``method`` trains, by its `options`; afterwards ``base`` is as it was.
+
+    ``args.seed`` draws what is drawn: LoRA's A, a random B. An adapter is put on ``base`` itself; full
+    fine-tuning trains a copy of it, in float32, as small steps are lost in 16 bits.
+
+    Raises UsageError where `targets.find_targets` does.
+    """
+    torch.manual_seed(args.seed)
+    if METHODS[method].divisor is None:
+        yield copy.deepcopy(base).float().requires_grad_(True)
+        return
+    with adapted(base, args, init_lora_weights=True if method == "lora" else "mica") as model:
+        if method == "random":
+            replace_b(model, random_basis)
+        yield model
+
+
+@contextmanager
+def adapted(base: nn.Module, args: argparse.Namespace, **config) -> Iterator[nn.Module]:
+    """``base`` with PEFT's adapter by ``args`` (rank, alpha, dropout, target_modules, experts)."""
+    targets = find_targets(base, args.target_modules, args.experts)
+    sizes = {"r": args.rank, "lora_alpha": args.alpha, "lora_dropout": args.dropout}
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **sizes, **targets.config, **config))
+    try:
+        yield model
+    finally:
+        model.unload()
+        if hasattr(base, "peft_config"):
+            del base.peft_config  # PEFT leaves it, and warns of a second adapter
+
+
+def replace_b(model: nn.Module, basis: Callable[[Tensor, int], Tensor]) -> None:
+    """Give every adapted layer ``basis(weight, rank)`` (out, rank) for its B."""
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                B = layer.lora_B["default"].weight
+                B.copy_(basis(layer.get_base_layer().weight, B.shape[1]))

@@ -1,0 +1,257 @@
+"""The page of a comparison: three sentences, a picture, tables, and how to do the best again."""
+
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+from mica.cli import record
+from mica.cli.adapt.options import OPTIONS as OF_ADAPT
+from mica.cli.compare import methods, settings
+from mica.cli.compare.methods import METHODS
+from mica.cli.output import shown, write_json
+
+Report = dict[str, Any]
+_UNIT = "nats per token"
+
+
+def write(output: Path, report: Report) -> None:
+    """Write page, picture and data of ``report`` to ``output``. Raises UsageError if that fails."""
+    from mica.cli.compare import picture  # imports matplotlib
+
+    write_json("--output", output / settings.REPORT, report)
+    drawn = {name: points for name, points in report["curves"].items() if len(points) > 1}
+    record.claimed(output, settings.PICTURE, lambda path: picture.trade_off(drawn, path, *_axes()))
+    text = markdown(report)
+    record.claimed(output, settings.PAGE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _axes() -> tuple[str, str, str]:
+    return "Learned, by what was forgotten for it", f"forgotten, {_UNIT}", f"learned, {_UNIT}"
+
+
+def sentences(report: Report) -> list[str]:
+    """Who learned most at equal forgetting, who at any, and which to take at which cost."""
+    equal = report["equal"]
+    if not equal["methods"]:
+        return ["No method has learned anything of this text: no loss on held-out text fell."]
+    within = f"At equal forgetting (at most {equal['limit']:.3f} {_UNIT})"
+    without = "However much is forgotten"
+    return [_who(within, equal), _who(without, report["any"], forgotten=True), _advice(report)]
+
+
+def _who(head: str, at: Report, forgotten: bool = False) -> str:
+    best, *others = at["methods"]
+    certain = [row for row in others if not row["tied"]]
+    tied = [row for row in others if row["tied"]]
+    amount = f"{best['learned']['mean']:.3f} {_UNIT}"
+    if forgotten:
+        amount += f" for {best['forgotten']:.3f} forgotten"
+    title = METHODS[best["method"]].title
+    if not others:
+        return f"{head}, only {title} learned anything: {amount}."
+    text = f"{head}, {title} learned most: {amount}"
+    if certain:
+        text += f"; that is {_listed([_behind(row) for row in certain])}"
+    if tied:
+        names = _listed([f"{METHODS[row['method']].title}{_measured(row)}" for row in tied])
+        text += f"; between it and {names} there is no difference that this budget can show"
+    return text + "."
+
+
+def _behind(row: Report) -> str:
+    lead = row["behind"]
+    return f"{lead['mean']:.3f} ± {lead['half']:.3f} more than {METHODS[row['method']].title}"
+
+
+def _measured(row: Report) -> str:
+    lead = row["behind"]
+    if lead["half"] is None:
+        return f" ({lead['mean']:.3f}, one seed each)"
+    return f" ({lead['mean']:.3f} ± {lead['half']:.3f})"
+
+
+def _listed(texts: list[str]) -> str:
+    if len(texts) < 2:
+        return "".join(texts)
+    return f"{', '.join(texts[:-1])} and {texts[-1]}"
+
+
+def taken(report: Report) -> Report | None:
+    """The row at equal forgetting that is recommended: the smallest in memory of what may be the best."""
+    rows = report["equal"]["methods"]
+    if not rows:
+        return None
+    good = [rows[0], *(row for row in rows[1:] if row["tied"])]
+    return min(good, key=lambda row: report["costs"][row["method"]]["bytes"])
+
+
+def _advice(report: Report) -> str:
+    row = taken(report)
+    cost = report["costs"][row["method"]]
+    parts = [
+        f"{cost['trained_parameters'] / 1e6:.3g} million trained parameters",
+        f"{cost['bytes'] / 2**30:.2f} GiB for weights, gradients and optimiser",
+        f"{cost['step_seconds']:.2g} s a step",
+    ]
+    why = "it learned most"
+    if row is not report["equal"]["methods"][0]:
+        why = "nothing is shown to learn more, and it needs least memory"
+    return f"Take {METHODS[row['method']].title}, because {why}: {_listed(parts)}."
+
+
+def markdown(report: Report) -> str:
+    """The page."""
+    used = report["settings"]
+    title = f"# {shown(Path(str(used['model'])).name)} on {_names(used['text'])}: which method?"
+    parts = [
+        title,
+        "\n".join(sentences(report)),
+        f"![Learned, by what was forgotten]({settings.PICTURE})",
+        _setting(report),
+        f"## At equal forgetting\n\n{_table(report, report['equal'])}",
+        f"## However much is forgotten\n\n{_table(report, report['any'])}",
+        _costs(report),
+        _listed_under("## What the budget did not allow", report["not_done"]),
+        _listed_under("## Failed", report["failed"]),
+    ]
+    if taken(report) is not None:
+        parts.append(f"## To do it again\n\n{again(report)}")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _names(paths: list[str]) -> str:
+    return _listed([f"`{shown(Path(path).name)}`" for path in paths])
+
+
+def _setting(report: Report) -> str:
+    facts = report["facts"]
+    used = report["settings"]
+    threads = f", {facts['threads']} threads each" if facts["device"] == "CPU" else ""
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    return (
+        f"*Learned* is the fall of the mean loss on {facts['test']} held-out blocks, *forgotten* its rise on "
+        f"{facts['retained']} blocks of {_names(used['retain'])}, both in {_UNIT}. Learning rates, stops and "
+        f"the limit of forgetting were chosen by {facts['validation']} other held-out blocks. Intervals are "
+        "of 95 %, over blocks and seeds; those of differences hold all at once.\n\n"
+        f"{facts['parameters'] / 1e6:,.0f} million parameters in {facts['dtype']}; {facts['tokens']:,} "
+        f"tokens of text, {facts['blocks']:,} training blocks of {facts['sequence_length']}. "
+        f"{report['seconds'] / 60:.1f} minutes, {facts['jobs']} trainings at a time on the "
+        f"{facts['device']}{threads}; {versions}."
+    )
+
+
+def _table(report: Report, at: Report) -> str:
+    lines = [
+        "| | learned | behind the best | forgotten | learning rate | steps | seeds |",
+        "| --- " * 7 + "|",
+    ]
+    for row in at["methods"]:
+        behind = "" if row["behind"] is None else _plus_minus(row["behind"])
+        steps = f"{row['stop']:.0f} of {row['steps']}"
+        cells = [METHODS[row["method"]].title, _plus_minus(row["learned"]), behind]
+        cells += [f"{row['forgotten']:.3f}", f"{row['rate']:g}", steps, str(row["seeds"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    missing = [name for name in report["costs"] if name not in [row["method"] for row in at["methods"]]]
+    lines += [f"| {METHODS[name].title} | nothing | | | | | |" for name in missing]
+    return "\n".join(lines)
+
+
+def _plus_minus(estimate: Report) -> str:
+    if estimate["half"] is None:
+        return f"{estimate['mean']:.3f}"
+    return f"{estimate['mean']:.3f} ± {estimate['half']:.3f}"
+
+
+def _costs(report: Report) -> str:
+    lines = ["| | trained parameters | weights, gradients, optimiser | a step |", "| --- " * 4 + "|"]
+    for method, cost in report["costs"].items():
+        size = f"{cost['bytes'] / 2**30:.2f} GiB"
+        cells = [
+            METHODS[method].title,
+            f"{cost['trained_parameters']:,}",
+            size,
+            f"{cost['step_seconds']:.3g} s",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "## Costs\n\n" + "\n".join(lines)
+
+
+def _listed_under(title: str, lines: list[str]) -> str:
+    if not lines:
+        return ""
+    return "\n".join([title, "", *(f"- {line}" for line in lines)])
+
+
+def again(report: Report) -> str:
+    """The command, or the lines for PEFT, that train what is recommended."""
+    row = taken(report)
+    resolved = settings.of_mica_adapt(report["settings"], Path("run"))
+    args = methods.options(row["method"], resolved.args)
+    if row["method"] == "mica":
+        return f"```sh\n{_command(report, row)}\n```"
+    return f"```python\n{_lines_of_peft(row, args)}\n```"
+
+
+def _command(report: Report, row: Report) -> str:
+    """`mica adapt`, which reads the same blocks in the same order."""
+    words = ["mica", "adapt"]
+    used = report["settings"] | {"rank": settings.value(report["settings"], "rank")}
+    for name in settings.SHARED:
+        if name not in used:
+            continue
+        option = OF_ADAPT[name]
+        if option.is_switch:
+            words.append(option.flag if used[name] else f"--no-{option.flag[2:]}")
+        else:
+            values = used[name] if option.many else [used[name]]
+            words += [option.flag, *map(str, values)]
+    words += ["--learning-rate", f"{row['rate']:g}", "--steps", str(row["steps"]), "--output", "run"]
+    if row["stop"] < row["steps"]:
+        rise = 100 * (math.exp(report["equal"]["limit"]) - 1)
+        every = max(1, row["steps"] // 20)
+        words += ["--eval-steps", str(every), "--max-retain-rise", f"{max(rise, 0.1):.3g}"]
+    return shlex.join(words)
+
+
+def _lines_of_peft(row: Report, args) -> str:
+    lines = []
+    if row["method"] != "full":
+        targets = args.target_modules
+        if targets != "all-linear":
+            targets = targets.split(",")
+        adapter = {
+            "r": args.rank,
+            "lora_alpha": args.alpha,
+            "lora_dropout": args.dropout,
+            "target_modules": targets,
+        }
+        if row["method"] == "random":
+            adapter = {"init_lora_weights": "mica", **adapter}
+        lines += ["model = get_peft_model(model, LoraConfig(", *_keywords(adapter), "))"]
+    if row["method"] == "random":
+        lines += [
+            "for layer in model.modules():",
+            '    if hasattr(layer, "lora_B"):',
+            '        B = layer.lora_B["default"].weight',
+            "        B.data = torch.linalg.qr(torch.randn(B.shape))[0]",
+        ]
+    training = {
+        "max_steps": row["steps"],
+        "learning_rate": row["rate"],
+        "lr_scheduler_type": args.scheduler,
+        "warmup_steps": args.warmup_ratio,
+        "weight_decay": args.weight_decay,
+        "max_grad_norm": args.max_grad_norm,
+        "per_device_train_batch_size": args.batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+    }
+    lines += ["arguments = TrainingArguments(", *_keywords(training), ")"]
+    if row["stop"] < row["steps"]:
+        lines.append(f"# stopped after about {row['stop']:.0f} steps")
+    lines.append(f"# blocks of {args.sequence_length} tokens, recipe {args.recipe}")
+    return "\n".join(lines)
+
+
+def _keywords(values: dict[str, object]) -> list[str]:
+    return [f"    {name}={value!r}," for name, value in values.items()]

@@ -1,0 +1,130 @@
+"""What a comparison has found, as ``compare.json`` holds it and the page tells it."""
+
+import math
+from importlib.metadata import version
+from statistics import mean
+from typing import Any
+
+import torch
+
+from mica.cli.compare import schedule
+from mica.cli.compare.curves import Result, choose, common_limit
+from mica.cli.compare.methods import METHODS
+from mica.cli.compare.schedule import BASE, Question, Results, runs
+from mica.cli.compare.verdict import Estimate, Verdict, verdict
+
+_DRAWN = 24  # points of a curve
+_PACKAGES = ("torch", "transformers", "peft", "accelerate")
+
+
+def report(question: Question, results: Results, settings: dict, facts: dict) -> dict[str, Any]:
+    """All that the page says, and what it follows from.
+
+    ``settings``: as given. ``facts``: of model, texts and machine.
+    """
+    found = {method: runs(results, method) for method in question.rates}
+    found = {method: some for method, some in found.items() if some}
+    base = results[BASE]
+    limit = common_limit(base, found)
+    return {
+        "settings": settings,
+        "facts": facts | {"versions": {name: version(name) for name in _PACKAGES}},
+        "equal": _as_json(verdict(base, found, limit)),
+        "any": _as_json(verdict(base, found, math.inf)),
+        "costs": {method: _costs(some) for method, some in found.items()},
+        "curves": curves(base, found),
+        "failed": _failed(question, results),
+        "not_done": schedule.not_done(question, results),
+        "seconds": max(one["ended"] for one in results.values()),
+        "results": results,
+    }
+
+
+def _failed(question: Question, results: Results) -> list[str]:
+    """A line for each training that did not come to its end, and for a method that was left out for it."""
+    lines = []
+    for one in results.values():
+        if one["failed"] is None:
+            continue
+        text = f"{one['method']}, learning rate {one['rate']:g}, seed {one['seed']}: {one['failed']}"
+        if one["phase"] == 1:
+            text += "; the method was left out"
+        lines.append(text)
+    return lines
+
+
+def _costs(some: list[Result]) -> dict[str, float]:
+    """Trained parameters, bytes of weights, gradients and optimiser, seconds a step (the median training)."""
+    steps = sorted(one["step_seconds"] for one in some)
+    return {
+        "trained_parameters": some[0]["trained_parameters"],
+        "bytes": some[0]["bytes"],
+        "step_seconds": steps[len(steps) // 2],
+    }
+
+
+def _as_json(found: Verdict) -> dict[str, Any]:
+    """JSON has no infinity: null."""
+    rows = []
+    for method, choice in found.choices.items():
+        rows.append(
+            {
+                "method": method,
+                "learned": _estimate(found.learned[method]),
+                "behind": _estimate(found.lead[method]) if method in found.lead else None,
+                "tied": method in found.tied,
+                "rate": choice.rate,
+                "steps": choice.steps,
+                "stop": choice.first.step,
+                "forgotten": mean(point.forgotten for point in choice.points),
+                "seeds": len(choice.points),
+            }
+        )
+    return {"limit": _finite(found.limit), "methods": rows}
+
+
+def _estimate(found: Estimate) -> dict[str, float | None]:
+    return {"mean": found.mean, "half": _finite(found.half)}
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def curves(base: Result, found: dict[str, list[Result]]) -> dict[str, list[list[float | None]]]:
+    """method -> points of its curve: forgotten, learned, and half of the interval of that, or null."""
+    most = 0.0
+    for some in found.values():
+        choice = choose(base, some, math.inf)
+        if choice is not None:
+            most = max(most, choice.first.forgotten)
+    drawn: dict[str, list] = {method: [[0.0, 0.0, 0.0]] for method in found}
+    for number in range(_DRAWN + 1):
+        limit = most * number / _DRAWN
+        at_limit = verdict(base, found, limit)
+        for method, choice in at_limit.choices.items():
+            forgotten = mean(point.forgotten for point in choice.points)
+            learned = at_limit.learned[method]
+            if learned.mean > drawn[method][-1][1]:
+                drawn[method].append([forgotten, learned.mean, _finite(learned.half)])
+    return {METHODS[method].title: points for method, points in drawn.items()}
+
+
+def facts(trainings, jobs: int) -> dict[str, Any]:
+    """Of model, texts and machine, for the page."""
+    data = trainings.data
+    device = trainings.base.device
+    name = "CPU"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "parameters": trainings.base.num_parameters(),
+        "dtype": str(trainings.base.dtype).removeprefix("torch."),
+        "device": name,
+        "jobs": jobs,
+        "threads": torch.get_num_threads(),
+        "tokens": sum(part.tokens for part in data.parts),
+        "blocks": len(data.train),
+        "sequence_length": data.sequence_length,
+        **{name: len(blocks) for name, blocks in trainings.sets.items()},
+    }

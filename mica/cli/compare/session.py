@@ -1,0 +1,214 @@
+"""The order of ``mica compare``: settings, data and base, trainings by all processes, and the page."""
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from mica.cli import loading
+from mica.cli.adapt import corpus, processes
+from mica.cli.adapt.packing import keeps_documents_apart
+from mica.cli.compare import methods, page, report, schedule, settings, store, workers
+from mica.cli.compare.curves import course
+from mica.cli.compare.models import built
+from mica.cli.compare.schedule import BASE, Planned, Question
+from mica.cli.compare.training import losses, train
+from mica.cli.targets import find_targets, has_experts
+from mica.errors import UsageError
+
+_EPOCHS = 4  # of a training at most: a text that is read more often is memorised
+_TESTED = 4  # every fourth held-out block is for the choice of rates and stops, the others for the report
+
+
+def compare(given: argparse.Namespace, place: workers.Place) -> int:
+    """Compare, or help the main process to; returns the exit status. Raises UsageError for bad input."""
+    output = getattr(given, "output", None)
+    if output is None:
+        raise UsageError("the following arguments are required: --output")
+    loading.quieten_libraries()
+    if place.number:
+        _help(output)
+        return 0
+
+    resume = getattr(given, "resume", False)
+    overwrite = getattr(given, "overwrite", False)
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite: use only one")
+    ours = settings.given(given)
+    if not resume:
+        settings.check_required(ours)
+        settings.of_mica_adapt(ours, output)
+    with settings.begun(output, ours, resume, overwrite) as found:
+        return _lead(found, output, getattr(given, "jobs", None), place)
+
+
+def _note(text: str) -> None:
+    print(f"mica compare: {text}", file=sys.stderr, flush=True)
+
+
+class _Trainings:
+    """What all trainings of a comparison have in common, and how one of them is made.
+
+    Raises UsageError, when it is made, for what is wrong with model, options or texts.
+    """
+
+    def __init__(self, found: dict[str, object], output: Path):
+        resolved = settings.of_mica_adapt(found, output)
+        self.settings = found
+        self.args = resolved.args
+        self.source = loading.find_source(self.args.model, self.args.trust_remote_code)
+        loading.check_backend(self.args.rank)
+        processes.start()
+        corpus.check(self.args)
+        tokenizer = loading.load_tokenizer(self.source)
+        self.data = corpus.gather(self.args, tokenizer)
+        self.base = loading.load_model(self.source, self.args.dtype, PartialState().device)
+        self.note = loading.suit_processor(self.base, self.args.dtype)
+        self.base.requires_grad_(False)
+        largest = self.data.largest_token_id
+        loading.check_limits(self.source, self.base, self.args.sequence_length, largest)
+        if self.args.packing == "documents" and not keeps_documents_apart(self.base):
+            if resolved.origins["packing"] != "default":
+                what = f"the attention of {type(self.base).__name__} does not stay within a document"
+                raise UsageError(f"--packing documents: {what}; --packing stream lets it cross them")
+            self.args.packing = "stream"
+            self.data = corpus.gather(self.args, tokenizer)
+        if not has_experts(self.base):
+            self.args.experts = None
+        find_targets(self.base, self.args.target_modules, self.args.experts)
+        self.sets = self._sets()
+
+    def _sets(self) -> dict:
+        held_out = self.data.held_out
+        chosen = range(0, len(held_out), _TESTED)
+        tested = [number for number in range(len(held_out)) if number not in chosen]
+        if len(tested) < 2:
+            what = f"{len(held_out)} blocks of {self.args.sequence_length} tokens are held out, 3 needed"
+            raise UsageError(f"--text: {what}: a longer text, or a larger --held-out")
+        return {
+            "validation": torch.utils.data.Subset(held_out, chosen),
+            "test": torch.utils.data.Subset(held_out, tested),
+            "retained": self.data.retain,
+        }
+
+    def question(self) -> Question:
+        """What is compared."""
+        given = dict(settings.value(self.settings, "rates") or [])
+        names = settings.value(self.settings, "methods") or [*methods.METHODS]
+        unused = [name for name in given if name not in names]
+        if unused:
+            raise UsageError(f"--rates {unused[0]}: --methods does not name it")
+        amount = self.data.amount(self.args)
+        return Question(
+            rates={name: [*given.get(name, methods.METHODS[name].rates)] for name in names},
+            seeds=settings.value(self.settings, "seeds"),
+            budget=60 * settings.value(self.settings, "budget"),
+            steps=settings.value(self.settings, "steps"),
+            longest=_EPOCHS * amount.epoch_steps,
+        )
+
+    def make(self, one: Planned, watch: Callable[[], None]) -> dict:
+        """The result of ``one`` training, or of the measurement before all of them."""
+        begin = time.perf_counter()
+        if one.method == BASE:
+            measured = losses(self.base, self.sets)
+            return measured | {"failed": None, "measure_seconds": time.perf_counter() - begin}
+        args = methods.options(one.method, self.args, learning_rate=one.rate, steps=one.steps, seed=one.seed)
+        try:
+            with built(one.method, self.base, args) as model:
+                start = time.perf_counter() - begin
+                done = train(model, self.data, args, one.stops, lambda it: losses(it, self.sets), watch)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return {"points": [], "failed": "out of memory"}
+        finally:
+            gc.collect()  # PEFT's models and the Trainer hold themselves in circles
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return done | {"start_seconds": start}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    is_known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return is_known or "can't allocate memory" in str(error)  # the CPU's allocator has no class for it
+
+
+def _work(trainings: _Trainings, output: Path, clock, watch, jobs: int, seen) -> dict:
+    """Take part in the trainings until there are none left; returns all results."""
+    question = trainings.question()
+
+    def make(one: Planned) -> dict:
+        facts = one._asdict() | {"jobs": jobs}
+        return facts | trainings.make(one, watch) | {"ended": round(clock(), 2)}
+
+    def planned(results: dict) -> list[Planned]:
+        return schedule.planned(question, results)
+
+    return store.work(output / settings.RUNS, planned, make, seen)
+
+
+def _help(output: Path) -> None:
+    """Take part in a comparison that another process leads."""
+    watch = workers.parent_watch()
+    clock = workers.wait_until_open(output / settings.RUNS)
+    _work(_Trainings(settings.stored(output), output), output, clock, watch, 0, lambda results: None)
+
+
+def _lead(found: dict[str, object], output: Path, jobs: int | None, place: workers.Place) -> int:
+    """The comparison, by this process and its helpers, and the page."""
+    began = time.monotonic()
+    if jobs is not None and place.total > 1:
+        raise UsageError(f"--jobs {jobs}: {place.total} processes were started, which is that number")
+    runs = output / settings.RUNS
+    earlier = store.read(runs)
+    trainings = _Trainings(found, output)
+    if trainings.note is not None:
+        _note(f"note: {trainings.note}")
+    question = trainings.question()
+    print(trainings.data.describe(trainings.args).partition("; this run")[0], flush=True)
+
+    total = place.total if place.total > 1 else jobs or workers.suitable(trainings.base)
+    threads = max(1, torch.get_num_threads() // total)
+    elapsed = max([one["ended"] for one in earlier.values()], default=0.0) + time.monotonic() - began
+    with workers.opened(runs, elapsed) as clock:
+        if place.total > 1:
+            results = _lead_work(trainings, output, clock, total, question)
+        else:
+            torch.set_num_threads(threads)
+            with workers.others(total - 1, output, threads):
+                results = _lead_work(trainings, output, clock, total, question)
+    found_out = report.report(question, results, found, report.facts(trainings, total))
+    page.write(output, found_out)
+    print("\n".join(page.sentences(found_out)))
+    print(f"\nThe page: {output / settings.PAGE}")
+    return 0
+
+
+def _lead_work(trainings: _Trainings, output: Path, clock, jobs: int, question: Question) -> dict:
+    told: set[str] = set()
+
+    def seen(results: dict) -> None:
+        new = [key for key in results if key not in told]
+        for key in sorted(new, key=lambda key: results[key]["ended"]):
+            told.add(key)
+            if results[key]["phase"] > 1 or results[key]["failed"]:
+                left = tqdm.format_interval(max(0.0, schedule.expected(question, results) - clock()))
+                _note(f"{line(results[BASE], results[key])}; {left} left")
+
+    return _work(trainings, output, clock, lambda: None, jobs, seen)
+
+
+def line(base: dict, run: dict) -> str:
+    """What a training has done, in a line."""
+    head = f"{run['method']}, learning rate {run['rate']:g}, {run['steps']} steps, seed {run['seed']}"
+    if run["failed"]:
+        return f"{head}: {run['failed']}"
+    last = course(base, run)[-1]
+    return f"{head}: learned {last.validation:.3f}, forgot {last.forgotten:.3f} nats per token"

@@ -1,0 +1,128 @@
+"""The settings of a comparison, and its folder, which is that of one comparison for good.
+
+What it has written is in the folder's record, as with every command (see `mica.cli.record`).
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mica.cli import lock, record
+from mica.cli.adapt import config
+from mica.cli.compare.options import OPTIONS, SHARED
+from mica.cli.output import check_folder, explained, write_json
+from mica.errors import UsageError
+
+FILE = "settings.json"
+RUNS = "runs"
+REPORT = "compare.json"
+PAGE = "README.md"
+PICTURE = "compare.png"
+_WRITTEN = (FILE, RUNS, REPORT, PAGE, PICTURE)
+
+
+def given(namespace: argparse.Namespace) -> dict[str, object]:
+    """What the command line says of the comparison, as JSON has it; paths are absolute."""
+    found = {}
+    for name, value in vars(namespace).items():
+        if name not in OPTIONS or OPTIONS[name].by_run or name == "output":
+            continue
+        if OPTIONS[name].is_path:
+            value = [config.absolute(one) for one in value] if OPTIONS[name].many else config.absolute(value)
+        found[name] = value
+    return found
+
+
+def of_mica_adapt(settings: dict[str, object], output: Path) -> config.Settings:
+    """The settings of a run of `mica adapt` with the shared options; ``output`` is left out of its texts.
+
+    Raises UsageError as `config.resolve`.
+    """
+    values = {name: settings[name] for name in SHARED if name in settings}
+    values.setdefault("rank", OPTIONS["rank"].default)
+    return config.resolve(argparse.Namespace(**values, output=output))
+
+
+def value(settings: dict[str, object], name: str):
+    """The value of an option of the comparison: as given, else its default."""
+    return settings.get(name, OPTIONS[name].default)
+
+
+def stored(output: Path) -> dict[str, object]:
+    """The settings of the comparison in ``output``. Raises UsageError if there are none."""
+    try:
+        return json.loads((output / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--resume: nothing to continue in {output}: it has no {FILE}") from error
+
+
+@contextmanager
+def begun(output: Path, settings: dict[str, object], resume: bool, overwrite: bool) -> Iterator[dict]:
+    """Hold ``output`` for one comparison; gives its settings, those of the folder with ``resume``.
+
+    Raises UsageError if another process writes there, if it holds anything else than a comparison, one
+    without ``resume`` or ``overwrite``, or with ``resume`` one of other settings. Nothing is changed then.
+    """
+    check_folder("--output", output, str(settings.get("model", "")))
+    with explained(f"--output {output}: cannot be made", OSError):
+        output.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock.held(output / record.LOCK):
+            yield _begun(output, settings, resume, overwrite)
+    except lock.HeldError as error:
+        raise UsageError(
+            f"--output {output}: another process writes to it; wait for it or stop it"
+        ) from error
+
+
+def _begun(output: Path, settings: dict[str, object], resume: bool, overwrite: bool) -> dict[str, object]:
+    record.recover(output)
+    found = record.read(output)
+    if found is not None and found.command != record.COMPARE:
+        raise UsageError(f"--output {output}: {found.command} has written it: choose another folder")
+    if resume:
+        return _resumed(output, settings)
+    if found is not None and not overwrite:
+        what = "is not empty: use --resume to continue, --overwrite to replace it, or another folder"
+        raise UsageError(f"--output {output}: {what}")
+    if record.others(output, found):
+        what = f"holds {record.others(output, found)[0]}, which is not of a comparison: choose another folder"
+        raise UsageError(f"--output {output}: {what}")
+
+    lost = record.removed_input(_inputs(settings), output, record.present(output, found) if found else [])
+    if lost:
+        raise UsageError(f"{lost[0]} {lost[1]}: is in --output {output}, which --overwrite would remove")
+    record.replace(output, record.Record(command=record.COMPARE), ())
+    record.claim(output, *_WRITTEN)
+    (output / RUNS).mkdir()
+    write_json("--output", output / FILE, settings)
+    return settings
+
+
+def _inputs(settings: dict[str, object]) -> dict[str, list[str]]:
+    found = {}
+    for name, names in settings.items():
+        if OPTIONS[name].is_path:
+            found[OPTIONS[name].flag] = [str(one) for one in (names if OPTIONS[name].many else [names])]
+    return found
+
+
+def _resumed(output: Path, settings: dict[str, object]) -> dict[str, object]:
+    """The settings in ``output``; of the given ones none may differ."""
+    found = stored(output)
+    for name, new in settings.items():
+        old = value(found, name)
+        if json.loads(json.dumps(old)) != json.loads(json.dumps(new)):
+            raise UsageError(f"{OPTIONS[name].flag}: not as in the comparison in {output}; omit this option")
+    record.claim(output, *_WRITTEN)
+    (output / RUNS).mkdir(exist_ok=True)
+    return found
+
+
+def check_required(settings: dict[str, object]) -> None:
+    """Raise UsageError if an option is missing."""
+    missing = [row.flag for row in OPTIONS.values() if row.required and row.name not in (*settings, "output")]
+    if missing:
+        raise UsageError(f"the following arguments are required: {', '.join(missing)}")

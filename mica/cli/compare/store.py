@@ -1,0 +1,65 @@
+"""Results as files, one each, and the work that several processes share by locks on their names.
+
+A result is written beside its name and renamed: after kill -9 it is there whole or not at all, and the system
+has released the lock of who was making it.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from mica.cli.lock import HeldError, held
+from mica.cli.output import write_json
+
+_PAUSE = 0.2  # seconds between looks at what others have done
+
+
+class Named(Protocol):
+    """What a result is made of. ``key``: the name of its file, without the suffix."""
+
+    @property
+    def key(self) -> str: ...
+
+
+Job = TypeVar("Job", bound=Named)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """key -> result, of all that are whole, in the order of their keys."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def work(
+    folder: Path,
+    planned: Callable[[dict[str, Any]], list[Job]],
+    make: Callable[[Job], dict],
+    seen: Callable[[dict[str, Any]], None] = lambda results: None,
+) -> dict[str, Any]:
+    """Make what ``planned(results)`` names until it names nothing more, and return all results.
+
+    Every process calls it with its own ``make``; each result is made by one of them. ``planned`` must follow
+    from the results alone. ``seen`` gets them before each next piece of work.
+    """
+    while True:
+        results = read(folder)
+        seen(results)
+        todo = planned(results)
+        if not todo:
+            return results
+        if not any(_made(folder, one, make) for one in todo):
+            time.sleep(_PAUSE)  # others are at all of them
+
+
+def _made(folder: Path, one: Named, make: Callable[[Named], dict]) -> bool:
+    """Whether this process has made the result now; another may be at it, or have finished it."""
+    path = folder / f"{one.key}.json"
+    try:
+        with held(folder / f"{one.key}.lock"):
+            if path.exists():
+                return True
+            write_json("--output", path, make(one))
+            return True
+    except HeldError:
+        return False
