@@ -11,10 +11,12 @@ from statistics import mean, median_low
 from typing import Any, NamedTuple
 
 Result = dict[str, Any]  # of a training: see `mica.cli.compare.training.train`
+# The retained blocks, in two sets: short trainings are measured on the first, and on no block of the test.
+RETAINED = ("retained", "retained, the rest")
 
 
 class Point(NamedTuple):
-    """A model in the course of a training. ``test``: learned, for each block of the test."""
+    """A model in the course of a training. ``test``: learned, for each block of the test, if measured."""
 
     step: float
     forgotten: float
@@ -31,13 +33,19 @@ class Point(NamedTuple):
 
 def course(base: Result, run: Result) -> list[Point]:
     """The points of a training in order, first the model before it."""
-    points = [Point(0, 0.0, 0.0, (0.0,) * len(base["test"]))]
+    points = []
     for one in run["points"]:
-        learned = [before - after for before, after in zip(base["test"], one["test"], strict=True)]
-        forgotten = mean(one["retained"]) - mean(base["retained"])
+        learned = [before - after for before, after in zip(base["test"], one.get("test", []), strict=False)]
+        names = [name for name in RETAINED if name in one]
+        forgotten = _mean_of(one, names) - _mean_of(base, names)
         validation = mean(base["validation"]) - mean(one["validation"])
         points.append(Point(one["step"], forgotten, validation, tuple(learned)))
-    return points
+    start = Point(0, 0.0, 0.0, (0.0,) * len(points[0].test)) if points else Point(0, 0.0, 0.0, ())
+    return [start, *points]
+
+
+def _mean_of(losses: Result, names: list[str]) -> float:
+    return mean(loss for name in names for loss in losses[name])
 
 
 def at(points: list[Point], limit: float) -> Point:
@@ -59,12 +67,11 @@ def at(points: list[Point], limit: float) -> Point:
 class Choice(NamedTuple):
     """The training of a method that has learned most within a limit, with all its seeds.
 
-    ``parts``: as in `schedule.Planned`. ``points``: of each seed, first the one by which it was chosen.
+    ``points``: of each seed, first the one by which it was chosen.
     """
 
     rate: float
     steps: int
-    parts: int
     points: list[Point]
 
     @property
@@ -83,7 +90,7 @@ def choose(base: Result, runs: Iterable[Result], limit: float) -> Choice | None:
     same = [run for run in runs if (run["rate"], run["steps"]) == (best["rate"], best["steps"])]
     same.sort(key=lambda run: run["seed"])
     points = [at(course(base, run), limit) for run in same]
-    return Choice(best["rate"], best["steps"], len(best["points"]), points)
+    return Choice(best["rate"], best["steps"], points)
 
 
 def common_limit(base: Result, runs: dict[str, list[Result]]) -> float:

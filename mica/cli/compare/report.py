@@ -10,7 +10,7 @@ import torch
 from mica.cli.compare import schedule
 from mica.cli.compare.curves import Result, choose, common_limit
 from mica.cli.compare.methods import METHODS
-from mica.cli.compare.schedule import BASE, Question, Results, runs
+from mica.cli.compare.schedule import BASE, Question, Results
 from mica.cli.compare.verdict import Estimate, Verdict, verdict
 
 _DRAWN = 24  # points of a curve
@@ -22,8 +22,7 @@ def report(question: Question, results: Results, settings: dict, facts: dict) ->
 
     ``settings``: as given. ``facts``: of model, texts and machine.
     """
-    found = {method: runs(results, method) for method in question.rates}
-    found = {method: some for method, some in found.items() if some}
+    found = schedule.by_method(question, results, schedule.WHOLE, schedule.SEEDS)
     base = results[BASE]
     limit = common_limit(base, found)
     return {
@@ -47,7 +46,7 @@ def _failed(question: Question, results: Results) -> list[str]:
         if one["failed"] is None:
             continue
         text = f"{one['method']}, learning rate {one['rate']:g}, seed {one['seed']}: {one['failed']}"
-        if one["phase"] == 1:
+        if one["phase"] == schedule.TRIAL:
             text += "; the method was left out"
         lines.append(text)
     return lines
@@ -127,4 +126,5 @@ def facts(trainings, jobs: int) -> dict[str, Any]:
         "blocks": len(data.train),
         "sequence_length": data.sequence_length,
         **{name: len(blocks) for name, blocks in trainings.sets.items()},
+        "retained": len(data.retain),
     }

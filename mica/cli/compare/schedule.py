@@ -1,7 +1,7 @@
 """Which trainings a comparison does, in an order that follows from what was measured, never from a clock.
 
-1. Four steps of each method, to see what they cost, and that they fit in memory.
-2. A short training at every learning rate.
+1. The loss before all, and four steps of each method, to see what they cost and that they fit in memory.
+2. A short training at every learning rate, measured on a part of the blocks.
 3. A whole one at the better half of each method's rates.
 4. Further seeds of what is near the best, for the intervals.
 
@@ -10,7 +10,7 @@ that was killed goes on as it would have.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import mean
 from typing import NamedTuple
 
@@ -20,25 +20,22 @@ from mica.errors import UsageError
 
 Results = dict[str, Result]  # by `Planned.key`
 BASE = "base"
+TRIAL, SHORT, WHOLE, SEEDS = 1, 2, 3, 4  # phases
 _TRIED = 4  # steps that show what a step costs
-_SHORT = 4  # a short training has this part of the steps of a whole one
-_PARTS = 3  # of a whole training, see `Planned`
-_LEAST = 16  # steps of a whole training, below which it shows nothing
+_PART = 4  # a short training has this part of the steps of a whole one
+_STOPS = 3  # of a whole training
+_LEAST = 32  # steps of a whole training: rather fewer rates and seeds
 _FULLEST = 0.93  # of the budget is planned: the last trainings do not end together
 
 
 class Planned(NamedTuple):
-    """A training to do, or for `BASE` the measurement of the model before all.
-
-    ``parts``: of equal length, at the end of which it is measured.
-    """
+    """A training to do, or for `BASE` the measurement of the model before all."""
 
     phase: int
     method: str
     rate: float = 0.0
     steps: int = 0
     seed: int = 0
-    parts: int = 1
 
     @property
     def key(self) -> str:
@@ -50,16 +47,19 @@ class Planned(NamedTuple):
     @property
     def stops(self) -> tuple[int, ...]:
         """The steps after which it is measured."""
-        if self.phase == 1:
+        if self.phase == TRIAL:
             return ()
-        return tuple(math.ceil(self.steps * part / self.parts) for part in range(1, self.parts + 1))
+        if self.phase == SHORT:
+            return (self.steps,)
+        return tuple(math.ceil(self.steps * part / _STOPS) for part in range(1, _STOPS + 1))
 
 
 class Question(NamedTuple):
     """What is to be compared.
 
     ``rates``: method -> learning rates, ascending. ``budget``: seconds. ``steps``: of a whole training, or
-    None. ``longest``: steps that it may have at most, by the length of the text.
+    None. ``longest``: steps that it may have at most, by the length of the text. ``short_blocks``,
+    ``whole_blocks``: how many are measured at a stop of a short and of a whole training.
     """
 
     rates: dict[str, list[float]]
@@ -67,17 +67,8 @@ class Question(NamedTuple):
     budget: float
     steps: int | None
     longest: int
-
-
-class _Cost(NamedTuple):
-    """Seconds before the first step, of a step, and of a measurement."""
-
-    start: float
-    step: float
-    measure: float
-
-    def of(self, steps: float, stops: int) -> float:
-        return self.start + steps * self.step + stops * self.measure
+    short_blocks: int
+    whole_blocks: int
 
 
 class Plan(NamedTuple):
@@ -87,11 +78,31 @@ class Plan(NamedTuple):
     rates: int
     seeds: int
 
+    @property
+    def short_steps(self) -> int:
+        return math.ceil(self.steps / _PART)
+
+
+class _Cost(NamedTuple):
+    """Seconds of a method before its first step, of a step, and of the measurement of a block."""
+
+    start: float
+    step: float
+    block: float
+
+    def short(self, question: Question, steps: float) -> float:
+        """Seconds of a short training of so many steps."""
+        return self.start + steps * self.step + question.short_blocks * self.block
+
+    def whole(self, question: Question, steps: float) -> float:
+        """Seconds of a whole one."""
+        return self.start + steps * self.step + _STOPS * question.whole_blocks * self.block
+
 
 def planned(question: Question, results: Results) -> list[Planned]:
     """All that can be done now, in order: the rest of the phase that is under way. Empty at the end.
 
-    Raises UsageError if the budget is too short for anything.
+    Raises UsageError if the budget is too short for anything, or no method can be trained.
     """
     for phase in (_trials, _short, _whole, _more_seeds):
         left = [one for one in phase(question, results) if one.key not in results]
@@ -100,78 +111,89 @@ def planned(question: Question, results: Results) -> list[Planned]:
     return []
 
 
-def runs(results: Results, method: str, phases: tuple[int, ...] = (2, 3, 4)) -> list[Result]:
+def runs(results: Results, method: str, *phases: int) -> list[Result]:
     """The trainings of ``method`` in these phases that came to their end."""
     found = [one for one in results.values() if one["method"] == method and one["phase"] in phases]
     return [one for one in found if one["failed"] is None]
 
 
+def by_method(question: Question, results: Results, *phases: int) -> dict[str, list[Result]]:
+    """method -> its `runs`, of those that have any."""
+    found = {method: runs(results, method, *phases) for method in question.rates}
+    return {method: some for method, some in found.items() if some}
+
+
 def _trials(question: Question, results: Results) -> list[Planned]:
-    lowest = [Planned(1, method, rates[0], _TRIED) for method, rates in question.rates.items()]
-    return [Planned(1, BASE), *lowest]
+    lowest = [Planned(TRIAL, method, rates[0], _TRIED) for method, rates in question.rates.items()]
+    return [Planned(TRIAL, BASE), *lowest]
 
 
 def _short(question: Question, results: Results) -> list[Planned]:
     plan = allowed(question, results)
-    steps = math.ceil(plan.steps / _SHORT)
-    found = []
-    for number in range(plan.rates):
-        for method in _working(question, results):
-            rates = _inner(question.rates[method], plan.rates)
-            if number < len(rates):
-                found.append(Planned(2, method, rates[number], steps))
-    return found
+    working = by_method(question, results, TRIAL)
+    rates = {method: inner(question.rates[method], plan.rates) for method in working}
+    return [Planned(SHORT, method, rate, plan.short_steps) for method, rate in _in_turns(rates)]
 
 
-def _inner(rates: list[float], number: int) -> list[float]:
+def inner(rates: list[float], number: int) -> list[float]:
     """``number`` of the rates, from the middle."""
     skipped = max(0, len(rates) - number) // 2
     return rates[skipped : skipped + number]
 
 
-def _working(question: Question, results: Results) -> list[str]:
-    """The methods whose first steps went well."""
-    return [method for method in question.rates if runs(results, method, (1,))]
+def _in_turns(rates: dict[str, list[float]]) -> Iterable[tuple[str, float]]:
+    """(method, rate) of all: the first rate of each method, then the second one, ..."""
+    for number in range(max(map(len, rates.values()), default=0)):
+        for method, of_method in rates.items():
+            if number < len(of_method):
+                yield method, of_method[number]
 
 
 def allowed(question: Question, results: Results) -> Plan:
-    """How much the budget allows, by the first steps of each method.
+    """What the budget allows, by the first steps of each method.
 
     Raises UsageError if that is nothing.
     """
-    working = _working(question, results)
+    working = by_method(question, results, TRIAL)
     if not working:
-        failed = [one["failed"] for one in results.values() if one["phase"] == 1 and one["failed"]]
+        failed = [one["failed"] for one in results.values() if one["failed"]]
         raise UsageError(f"no method could be trained: {failed[0]}")
-    costs = {method: _cost(results, method, (1,)) for method in working}
     most = max(len(question.rates[method]) for method in working)
-    plans = [Plan(0, most, question.seeds), Plan(0, most, 2), Plan(0, most, 1), Plan(0, min(most, 2), 1)]
-    plans = [plan for plan in plans if plan.seeds <= question.seeds]
+    plans = [Plan(0, most, seeds) for seeds in range(question.seeds, 1, -1)]
+    plans += [Plan(0, min(most, rates), min(2, question.seeds)) for rates in (most, 3, 2)]
+    plans.append(Plan(0, min(most, 2), 1))
     if question.steps is not None:
         return plans[0]._replace(steps=question.steps)
 
-    left = _left(question, results, (1,))
+    costs = {method: _cost(results, method, TRIAL) for method in working}
+    left = _left(question, results, TRIAL)
+    least = min(_LEAST, question.longest)
     for plan in plans:
-        steps = _solved(lambda steps, plan=plan: _all_seconds(question, costs, plan, steps), left)
-        if steps >= _LEAST:
-            return plan._replace(steps=min(steps, max(question.longest, _LEAST)))
+        steps = _solved(lambda steps, plan=plan: _seconds(question, costs, plan, steps), left)
+        if steps >= least:
+            return plan._replace(steps=min(steps, question.longest))
+
     jobs = results[BASE]["jobs"]
-    needed = question.budget * (1 - _FULLEST) + _spent(results, (1,))
-    needed += _all_seconds(question, costs, plans[-1], _LEAST) / jobs
+    needed = _spent(results, TRIAL) + _seconds(question, costs, plans[-1], least) / jobs
     minutes = math.ceil(needed / _FULLEST / 60)
-    raise UsageError(
-        f"--budget {question.budget / 60:g}: at least {minutes} minutes are needed here, or fewer --methods"
-    )
+    what = f"at least {minutes} minutes are needed here, or fewer --methods"
+    raise UsageError(f"--budget {question.budget / 60:g}: {what}")
 
 
-def _all_seconds(question: Question, costs: dict[str, _Cost], plan: Plan, steps: float) -> float:
-    """Seconds that all trainings of ``plan`` take, one after the other."""
+def _seconds(question: Question, costs: dict[str, _Cost], plan: Plan, steps: float) -> float:
+    """Seconds that all trainings of ``plan`` take, one after the other, with ``steps`` in a whole one."""
     total = 0.0
     for method, cost in costs.items():
         rates = min(plan.rates, len(question.rates[method]))
-        total += rates * cost.of(steps / _SHORT, 1) + math.ceil(rates / 2) * cost.of(steps, _PARTS)
-    repeated = math.ceil(len(costs) / 2) * (plan.seeds - 1)
-    return total + repeated * mean(cost.of(steps, _PARTS) for cost in costs.values())
+        total += rates * cost.short(question, steps / _PART)
+        total += math.ceil(rates / 2) * cost.whole(question, steps)
+    return total + _seconds_of_seeds(question, costs, plan, steps)
+
+
+def _seconds_of_seeds(question: Question, costs: dict[str, _Cost], plan: Plan, steps: float) -> float:
+    """Seconds of further seeds of the better half of the methods, whichever these will be."""
+    trainings = math.ceil(len(costs) / 2) * (plan.seeds - 1)
+    return trainings * mean(cost.whole(question, steps) for cost in costs.values())
 
 
 def _solved(seconds: Callable[[float], float], left: float) -> int:
@@ -181,78 +203,64 @@ def _solved(seconds: Callable[[float], float], left: float) -> int:
     return max(0, math.floor((left - fixed) / slope))
 
 
-def _cost(results: Results, method: str, phases: tuple[int, ...]) -> _Cost:
-    """By the trainings of ``method`` in these phases; by the measurement of the base where they had none."""
-    found = runs(results, method, phases)
-    measured = [one["measure_seconds"] for one in found if one["points"]] or [
-        results[BASE]["measure_seconds"]
-    ]
+def _cost(results: Results, method: str, *phases: int) -> _Cost:
+    """By the trainings of ``method`` in these phases; where they measured nothing, a block is as the base's."""
+    found = runs(results, method, *phases)
+    blocks = [one["block_seconds"] for one in found if one["points"]]
     return _Cost(
         start=mean(one["start_seconds"] for one in found),
         step=mean(one["step_seconds"] for one in found),
-        measure=mean(measured or [results[BASE]["measure_seconds"]]),
+        block=mean(blocks or [results[BASE]["block_seconds"]]),
     )
 
 
-def _spent(results: Results, phases: tuple[int, ...]) -> float:
+def _spent(results: Results, *phases: int) -> float:
     """Seconds on the clock until the last training of these phases had ended."""
     return max(one["ended"] for one in results.values() if one["phase"] in phases)
 
 
-def _left(question: Question, results: Results, phases: tuple[int, ...]) -> float:
+def _left(question: Question, results: Results, *phases: int) -> float:
     """Seconds of training that the budget leaves after these phases, of all jobs together."""
     jobs = results[BASE]["jobs"]
-    return jobs * max(0.0, _FULLEST * question.budget - _spent(results, phases))
+    return jobs * max(0.0, _FULLEST * question.budget - _spent(results, *phases))
 
 
 def _whole(question: Question, results: Results) -> list[Planned]:
     """The better half of each method's rates: best at equal forgetting, and best at any."""
-    plan = allowed(question, results)
-    short = {method: runs(results, method, (2,)) for method in _working(question, results)}
-    short = {method: found for method, found in short.items() if found}
+    short = by_method(question, results, SHORT)
     base = results[BASE]
     limit = curves.common_limit(base, short)
-    chosen = {method: _better_half(base, found, limit) for method, found in short.items()}
-    steps = _whole_steps(question, results, plan, chosen)
-    if not steps:
+    rates = {method: _better_half(base, found, limit) for method, found in short.items()}
+    if not rates:
         return []
-    most = max((len(rates) for rates in chosen.values()), default=0)
-    found = []
-    for number in range(most):
-        for method, rates in chosen.items():
-            if number < len(rates):
-                found.append(Planned(3, method, rates[number], steps, 0, _PARTS))
-    return found
+    steps = _whole_steps(question, results, rates)
+    return [Planned(WHOLE, method, rate, steps) for method, rate in _in_turns(rates)]
 
 
 def _better_half(base: Result, short: list[Result], limit: float) -> list[float]:
     """The rates of ``short`` trainings, of one method, that are worth whole ones; the best first."""
 
-    def scored(limit: float) -> list[float]:
+    def ordered(limit: float) -> list[float]:
         by_score = sorted(short, key=lambda run: -curves.at(curves.course(base, run), limit).validation)
         return [run["rate"] for run in by_score]
 
-    order = dict.fromkeys([scored(limit)[0], *scored(math.inf)])
+    order = dict.fromkeys([ordered(limit)[0], *ordered(math.inf)])
     return [*order][: math.ceil(len(short) / 2)]
 
 
-def _whole_steps(question: Question, results: Results, plan: Plan, chosen: dict[str, list[float]]) -> int:
-    """Steps of whole trainings by the time that is left now; 0 if that is too little."""
+def _whole_steps(question: Question, results: Results, rates: dict[str, list[float]]) -> int:
+    """Steps of whole trainings by the time that is left now; at least as many as short ones have."""
     if question.steps is not None:
         return question.steps
-    costs = {method: _cost(results, method, (2,)) for method in chosen}
+    plan = allowed(question, results)
+    costs = {method: _cost(results, method, SHORT) for method in rates}
 
     def seconds(steps: float) -> float:
-        total = sum(len(chosen[method]) * cost.of(steps, _PARTS) for method, cost in costs.items())
-        repeated = math.ceil(len(costs) / 2) * (plan.seeds - 1)
-        return total + repeated * mean(cost.of(steps, _PARTS) for cost in costs.values())
+        total = sum(len(rates[method]) * cost.whole(question, steps) for method, cost in costs.items())
+        return total + _seconds_of_seeds(question, costs, plan, steps)
 
-    if not costs:
-        return 0
-    steps = min(_solved(seconds, _left(question, results, (1, 2))), max(question.longest, _LEAST))
-    if steps < math.ceil(plan.steps / _SHORT):
-        return 0
-    return steps
+    steps = _solved(seconds, _left(question, results, TRIAL, SHORT))
+    return max(plan.short_steps, min(steps, question.longest))
 
 
 def wanted_seeds(question: Question, results: Results) -> list[Planned]:
@@ -261,30 +269,28 @@ def wanted_seeds(question: Question, results: Results) -> list[Planned]:
     Near: of the better half of the methods at equal forgetting, the trainings that are best there; then those
     that are best at any.
     """
-    found = {method: runs(results, method, (2, 3)) for method in question.rates}
-    found = {method: some for method, some in found.items() if some}
+    found = by_method(question, results, WHOLE)
     base = results[BASE]
-    planned_runs = []
+    wanted = []
     for limit in (curves.common_limit(base, found), math.inf):
         choices = {method: curves.choose(base, some, limit) for method, some in found.items()}
         choices = {method: one for method, one in choices.items() if one is not None}
         order = sorted(choices, key=lambda method: -choices[method].first.validation)
         for seed in range(1, question.seeds):
             for method in order[: math.ceil(len(found) / 2)]:
-                one = choices[method]
-                planned_runs.append(Planned(4, method, one.rate, one.steps, seed, one.parts))
-    return [*dict.fromkeys(planned_runs)]
+                wanted.append(Planned(SEEDS, method, choices[method].rate, choices[method].steps, seed))
+    return [*dict.fromkeys(wanted)]
 
 
 def _more_seeds(question: Question, results: Results) -> list[Planned]:
     """Of the `wanted_seeds` those for which there is time."""
     jobs = results[BASE]["jobs"]
-    left = _left(question, results, (1, 2, 3)) / jobs
+    left = _left(question, results, TRIAL, SHORT, WHOLE) / jobs
     ends = [0.0] * jobs  # on the clock, of what each job does
     found = []
     for one in wanted_seeds(question, results):
         first = ends.index(min(ends))
-        ends[first] += _cost(results, one.method, (2, 3)).of(one.steps, one.parts)
+        ends[first] += _cost(results, one.method, WHOLE).whole(question, one.steps)
         if ends[first] > left:
             break
         found.append(one)
@@ -293,27 +299,24 @@ def _more_seeds(question: Question, results: Results) -> list[Planned]:
 
 def expected(question: Question, results: Results) -> float:
     """Seconds that the whole comparison takes, as far as that can be known now."""
-    if any(one.phase == 1 for one in planned(question, results)):
+    if any(one.key not in results for one in _trials(question, results)):
         return question.budget
     plan = allowed(question, results)
-    costs = {method: _cost(results, method, (1,)) for method in _working(question, results)}
-    seconds = _all_seconds(question, costs, plan, plan.steps) / results[BASE]["jobs"]
-    return _spent(results, (1,)) + seconds
+    costs = {method: _cost(results, method, TRIAL) for method in by_method(question, results, TRIAL)}
+    seconds = _seconds(question, costs, plan, plan.steps) / results[BASE]["jobs"]
+    return _spent(results, TRIAL) + seconds
 
 
 def not_done(question: Question, results: Results) -> list[str]:
     """What the budget did not allow, a sentence each; of a comparison that has ended."""
     plan = allowed(question, results)
     lines = []
-    for method in _working(question, results):
-        given = question.rates[method]
-        left_out = [rate for rate in given if rate not in _inner(given, plan.rates)]
+    for method in by_method(question, results, TRIAL):
+        tried = inner(question.rates[method], plan.rates)
+        left_out = [f"{rate:g}" for rate in question.rates[method] if rate not in tried]
         if left_out:
-            lines.append(f"{method}: learning rates {', '.join(f'{rate:g}' for rate in left_out)}")
-    if not any(one["phase"] == 3 for one in results.values()):
-        lines.append("whole trainings: only short ones were done")
-    missing = [one for one in wanted_seeds(question, results) if one.key not in results]
-    for method in dict.fromkeys(one.method for one in missing):
-        seeds = [f"{one.seed} at {one.rate:g}" for one in missing if one.method == method]
-        lines.append(f"{method}: seed {', '.join(seeds)}")
+            lines.append(f"{method} at learning rate {' and '.join(left_out)}")
+    for one in wanted_seeds(question, results):
+        if one.key not in results:
+            lines.append(f"{one.method} at learning rate {one.rate:g}, seed {one.seed}")
     return lines

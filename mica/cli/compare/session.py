@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from mica.cli import loading
 from mica.cli.adapt import corpus, processes
 from mica.cli.adapt.packing import keeps_documents_apart
-from mica.cli.compare import methods, page, report, schedule, settings, store, workers
-from mica.cli.compare.curves import course
+from mica.cli.compare import curves, methods, page, report, schedule, settings, store, workers
 from mica.cli.compare.models import built
 from mica.cli.compare.schedule import BASE, Planned, Question
 from mica.cli.compare.training import losses, train
@@ -85,16 +85,19 @@ class _Trainings:
         self.sets = self._sets()
 
     def _sets(self) -> dict:
+        """What whole trainings are measured on, by name; short ones on the first two."""
         held_out = self.data.held_out
-        chosen = range(0, len(held_out), _TESTED)
-        tested = [number for number in range(len(held_out)) if number not in chosen]
-        if len(tested) < 2:
+        if len(held_out) < 3:
             what = f"{len(held_out)} blocks of {self.args.sequence_length} tokens are held out, 3 needed"
             raise UsageError(f"--text: {what}: a longer text, or a larger --held-out")
+        validation = range(0, len(held_out), _TESTED)
+        retained = range(len(self.data.retain))
+        first, rest = curves.RETAINED
         return {
-            "validation": torch.utils.data.Subset(held_out, chosen),
-            "test": torch.utils.data.Subset(held_out, tested),
-            "retained": self.data.retain,
+            "validation": Subset(held_out, validation),
+            first: Subset(self.data.retain, retained[::2]),
+            "test": Subset(held_out, [number for number in range(len(held_out)) if number not in validation]),
+            rest: Subset(self.data.retain, retained[1::2]),
         }
 
     def question(self) -> Question:
@@ -111,19 +114,29 @@ class _Trainings:
             budget=60 * settings.value(self.settings, "budget"),
             steps=settings.value(self.settings, "steps"),
             longest=_EPOCHS * amount.epoch_steps,
+            short_blocks=sum(map(len, self._measured(schedule.SHORT).values())),
+            whole_blocks=sum(map(len, self.sets.values())),
         )
+
+    def _measured(self, phase: int) -> dict:
+        """The sets that a training of ``phase`` is measured on."""
+        if phase == schedule.SHORT:
+            return dict(list(self.sets.items())[:2])
+        return self.sets
 
     def make(self, one: Planned, watch: Callable[[], None]) -> dict:
         """The result of ``one`` training, or of the measurement before all of them."""
         begin = time.perf_counter()
         if one.method == BASE:
             measured = losses(self.base, self.sets)
-            return measured | {"failed": None, "measure_seconds": time.perf_counter() - begin}
+            blocks = sum(map(len, measured.values()))
+            return measured | {"failed": None, "block_seconds": (time.perf_counter() - begin) / blocks}
         args = methods.options(one.method, self.args, learning_rate=one.rate, steps=one.steps, seed=one.seed)
         try:
             with built(one.method, self.base, args) as model:
                 start = time.perf_counter() - begin
-                done = train(model, self.data, args, one.stops, lambda it: losses(it, self.sets), watch)
+                sets = self._measured(one.phase)
+                done = train(model, self.data, args, one.stops, lambda it: losses(it, sets), watch)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -198,7 +211,7 @@ def _lead_work(trainings: _Trainings, output: Path, clock, jobs: int, question: 
         new = [key for key in results if key not in told]
         for key in sorted(new, key=lambda key: results[key]["ended"]):
             told.add(key)
-            if results[key]["phase"] > 1 or results[key]["failed"]:
+            if results[key]["phase"] > schedule.TRIAL or results[key]["failed"]:
                 left = tqdm.format_interval(max(0.0, schedule.expected(question, results) - clock()))
                 _note(f"{line(results[BASE], results[key])}; {left} left")
 
@@ -210,5 +223,5 @@ def line(base: dict, run: dict) -> str:
     head = f"{run['method']}, learning rate {run['rate']:g}, {run['steps']} steps, seed {run['seed']}"
     if run["failed"]:
         return f"{head}: {run['failed']}"
-    last = course(base, run)[-1]
+    last = curves.course(base, run)[-1]
     return f"{head}: learned {last.validation:.3f}, forgot {last.forgotten:.3f} nats per token"

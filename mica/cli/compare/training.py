@@ -38,6 +38,7 @@ class _Stops(TrainerCallback):
         self.points: list[dict] = []
         self.failed: str | None = None
         self.measuring = 0.0  # seconds
+        self.blocks = 0  # measured in them
         self.began = 0.0  # when the second step did; the first one fills caches
         self.steps = 0  # since then
 
@@ -54,6 +55,7 @@ class _Stops(TrainerCallback):
         begin = time.perf_counter()
         measured = self._measure(model)
         self.measuring += time.perf_counter() - begin
+        self.blocks += sum(map(len, measured.values()))
         for name, each in measured.items():
             bad = [loss for loss in each if not math.isfinite(loss)]
             if bad:
@@ -76,8 +78,9 @@ def train(
     ``data``: as `mica.cli.adapt.training.train` has it. ``watch`` is called after each step.
 
     Returns "points" (for each of ``stops`` its "step" and what ``measure(model)`` gives, losses per set),
-    "failed" (None, or why the training ended before its last step), "step_seconds" and "measure_seconds"
-    (means), "trained_parameters" and "bytes": of weights, gradients and the optimiser's state.
+    "failed" (None, or why the training ended before its last step), "step_seconds" and "block_seconds"
+    (means of steps and of measured blocks), "trained_parameters" and "bytes": of weights, gradients and the
+    optimiser's state.
     """
     model.config.use_cache = False  # a cache hides where documents begin
     if args.gradient_checkpointing:
@@ -95,7 +98,7 @@ def train(
         "points": seen.points,
         "failed": seen.failed,
         "step_seconds": seconds / max(1, seen.steps),
-        "measure_seconds": seen.measuring / max(1, len(seen.points)),
+        "block_seconds": seen.measuring / max(1, seen.blocks),
         "trained_parameters": sum(parameter.numel() for parameter in trained),
         "bytes": _bytes(model, trained, trainer.optimizer),
     }
