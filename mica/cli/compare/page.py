@@ -1,5 +1,6 @@
 """The page of a comparison: three sentences, a picture, tables, and how to do the best again."""
 
+import json
 import math
 import shlex
 from pathlib import Path
@@ -36,39 +37,44 @@ def sentences(report: Report) -> list[str]:
     if not equal["methods"]:
         return ["No method has learned anything of this text: no loss on held-out text fell."]
     within = f"At equal forgetting (at most {equal['limit']:.3f} {_UNIT})"
-    without = "However much is forgotten"
-    return [_who(within, equal), _who(without, report["any"], forgotten=True), _advice(report)]
+    if not equal["limit"]:
+        within = "Without forgetting any of the retained text"
+    found = [_who(within, equal)]
+    if _is_same(report):
+        found.append("More forgetting would not have helped any of them.")
+    else:
+        found.append(_who("However much is forgotten", report["any"], forgotten=True))
+    return [*found, _advice(report)]
+
+
+def _is_same(report: Report) -> bool:
+    """Whether the limit of forgetting changes nothing."""
+    return report["equal"]["methods"] == report["any"]["methods"]
 
 
 def _who(head: str, at: Report, forgotten: bool = False) -> str:
     best, *others = at["methods"]
-    certain = [row for row in others if not row["tied"]]
-    tied = [row for row in others if row["tied"]]
+    title = METHODS[best["method"]].title
     amount = f"{best['learned']['mean']:.3f} {_UNIT}"
     if forgotten:
         amount += f" for {best['forgotten']:.3f} forgotten"
-    title = METHODS[best["method"]].title
     if not others:
         return f"{head}, only {title} learned anything: {amount}."
-    text = f"{head}, {title} learned most: {amount}"
+    certain = [f"{_plus_minus(row['behind'])} more than {_title(row)}" for row in others if not row["tied"]]
+    tied = [f"{_title(row)} ({_plus_minus(row['behind'])})" for row in others if row["tied"]]
+    text = f"{head}, {title} learned most, {amount}"
     if certain:
-        text += f"; that is {_listed([_behind(row) for row in certain])}"
-    if tied:
-        names = _listed([f"{METHODS[row['method']].title}{_measured(row)}" for row in tied])
-        text += f"; between it and {names} there is no difference that this budget can show"
-    return text + "."
+        text += f": {_listed(certain)}"
+    if not tied:
+        return text + "."
+    seeds = ""
+    if any(row["behind"]["half"] is None for row in others):
+        seeds = ", which has one seed of each,"
+    return f"{text}. Its lead over {_listed(tied)} is no difference that this budget{seeds} can show."
 
 
-def _behind(row: Report) -> str:
-    lead = row["behind"]
-    return f"{lead['mean']:.3f} ± {lead['half']:.3f} more than {METHODS[row['method']].title}"
-
-
-def _measured(row: Report) -> str:
-    lead = row["behind"]
-    if lead["half"] is None:
-        return f" ({lead['mean']:.3f}, one seed each)"
-    return f" ({lead['mean']:.3f} ± {lead['half']:.3f})"
+def _title(row: Report) -> str:
+    return METHODS[row["method"]].title
 
 
 def _listed(texts: list[str]) -> str:
@@ -96,8 +102,8 @@ def _advice(report: Report) -> str:
     ]
     why = "it learned most"
     if row is not report["equal"]["methods"][0]:
-        why = "nothing is shown to learn more, and it needs least memory"
-    return f"Take {METHODS[row['method']].title}, because {why}: {_listed(parts)}."
+        why = "nothing is shown to learn more, and it needs the least memory"
+    return f"Take {_title(row)}: {why}. It has {_listed(parts)}."
 
 
 def markdown(report: Report) -> str:
@@ -110,7 +116,7 @@ def markdown(report: Report) -> str:
         f"![Learned, by what was forgotten]({settings.PICTURE})",
         _setting(report),
         f"## At equal forgetting\n\n{_table(report, report['equal'])}",
-        f"## However much is forgotten\n\n{_table(report, report['any'])}",
+        "" if _is_same(report) else f"## However much is forgotten\n\n{_table(report, report['any'])}",
         _costs(report),
         _listed_under("## What the budget did not allow", report["not_done"]),
         _listed_under("## Failed", report["failed"]),
@@ -131,9 +137,10 @@ def _setting(report: Report) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     return (
         f"*Learned* is the fall of the mean loss on {facts['test']} held-out blocks, *forgotten* its rise on "
-        f"{facts['retained']} blocks of {_names(used['retain'])}, both in {_UNIT}. Learning rates, stops and "
-        f"the limit of forgetting were chosen by {facts['validation']} other held-out blocks. Intervals are "
-        "of 95 %, over blocks and seeds; those of differences hold all at once.\n\n"
+        f"{facts['retained']} blocks of {_names(used['retain'])} (negative: it fell), both in {_UNIT}. "
+        "Learning rates, stops and the limit of forgetting were chosen by "
+        f"{facts['validation']} other held-out blocks. Intervals are of 95 %, over blocks and seeds; those "
+        "of differences hold all at once.\n\n"
         f"{facts['parameters'] / 1e6:,.0f} million parameters in {facts['dtype']}; {facts['tokens']:,} "
         f"tokens of text, {facts['blocks']:,} training blocks of {facts['sequence_length']}. "
         f"{report['seconds'] / 60:.1f} minutes, {facts['jobs']} trainings at a time on the "
@@ -254,4 +261,4 @@ def _lines_of_peft(row: Report, args) -> str:
 
 
 def _keywords(values: dict[str, object]) -> list[str]:
-    return [f"    {name}={value!r}," for name, value in values.items()]
+    return [f"    {name}={json.dumps(value)}," for name, value in values.items()]

@@ -32,5 +32,6 @@ def trade_off(
                 axes.fill_between(
                     [point[0] for point in known], low, high, color=colour, alpha=0.15, linewidth=0
                 )
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        if curves:
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         figure.savefig(path, format="png", metadata={"Software": None})

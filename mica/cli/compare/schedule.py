@@ -25,7 +25,8 @@ _TRIED = 4  # steps that show what a step costs
 _PART = 4  # a short training has this part of the steps of a whole one
 _STOPS = 3  # of a whole training
 _LEAST = 32  # steps of a whole training: rather fewer rates and seeds
-_FULLEST = 0.93  # of the budget is planned: the last trainings do not end together
+_FULLEST = 0.95  # of the budget is planned
+_LATEST = 1.06  # and the last trainings may end so much later
 
 
 class Planned(NamedTuple):
@@ -166,45 +167,71 @@ def allowed(question: Question, results: Results) -> Plan:
         return plans[0]._replace(steps=question.steps)
 
     costs = {method: _cost(results, method, TRIAL) for method in working}
-    left = _left(question, results, TRIAL)
-    least = min(_LEAST, question.longest)
-    for plan in plans:
-        steps = _solved(lambda steps, plan=plan: _seconds(question, costs, plan, steps), left)
-        if steps >= least:
-            return plan._replace(steps=min(steps, question.longest))
-
+    left = _FULLEST * question.budget - _spent(results, TRIAL)
     jobs = results[BASE]["jobs"]
-    needed = _spent(results, TRIAL) + _seconds(question, costs, plans[-1], least) / jobs
+    least = min(_LEAST, question.longest)
+
+    def seconds(plan: Plan, steps: int) -> float:
+        return _seconds(question, costs, plan._replace(steps=steps), jobs)
+
+    for plan in plans:
+        if seconds(plan, least) <= left:
+            steps = _most(lambda steps, plan=plan: seconds(plan, steps) <= left, least, question.longest)
+            return plan._replace(steps=steps)
+
+    needed = _spent(results, TRIAL) + seconds(plans[-1], least)
     minutes = math.ceil(needed / _FULLEST / 60)
     what = f"at least {minutes} minutes are needed here, or fewer --methods"
     raise UsageError(f"--budget {question.budget / 60:g}: {what}")
 
 
-def _seconds(question: Question, costs: dict[str, _Cost], plan: Plan, steps: float) -> float:
-    """Seconds that all trainings of ``plan`` take, one after the other, with ``steps`` in a whole one."""
-    total = 0.0
+def _seconds(question: Question, costs: dict[str, _Cost], plan: Plan, jobs: int) -> float:
+    """Seconds on the clock of all trainings of ``plan``."""
+    rates = {method: min(plan.rates, len(question.rates[method])) for method in costs}
+    short = []
     for method, cost in costs.items():
-        rates = min(plan.rates, len(question.rates[method]))
-        total += rates * cost.short(question, steps / _PART)
-        total += math.ceil(rates / 2) * cost.whole(question, steps)
-    return total + _seconds_of_seeds(question, costs, plan, steps)
+        short += [cost.short(question, plan.short_steps)] * rates[method]
+    halves = {method: math.ceil(number / 2) for method, number in rates.items()}
+    return _clock(short, jobs) + _seconds_of_whole(question, costs, halves, plan, jobs)
 
 
-def _seconds_of_seeds(question: Question, costs: dict[str, _Cost], plan: Plan, steps: float) -> float:
-    """Seconds of further seeds of the better half of the methods, whichever these will be."""
-    trainings = math.ceil(len(costs) / 2) * (plan.seeds - 1)
-    return trainings * mean(cost.whole(question, steps) for cost in costs.values())
+def _seconds_of_whole(
+    question: Question, costs: dict[str, _Cost], rates: dict[str, int], plan: Plan, jobs: int
+) -> float:
+    """The same of whole trainings at so many ``rates`` of each method, and of further seeds.
+
+    The seeds are of the better half of the methods, whichever these will be.
+    """
+    each = {method: cost.whole(question, plan.steps) for method, cost in costs.items()}
+    whole = []
+    for method, seconds in each.items():
+        whole += [seconds] * rates[method]
+    seeds = [mean(each.values())] * math.ceil(len(costs) / 2) * (plan.seeds - 1)
+    return _clock(whole, jobs) + _clock(seeds, jobs)
 
 
-def _solved(seconds: Callable[[float], float], left: float) -> int:
-    """The number of steps, at least 0, with which ``seconds(steps)``, a line, is ``left``."""
-    fixed = seconds(0)
-    slope = seconds(1) - fixed
-    return max(0, math.floor((left - fixed) / slope))
+def _clock(seconds: Iterable[float], jobs: int) -> float:
+    """When the last of some trainings ends, if ``jobs`` of them run at once and begin in this order."""
+    ends = [0.0] * jobs
+    for one in seconds:
+        first = ends.index(min(ends))
+        ends[first] += one
+    return max(ends)
+
+
+def _most(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest number from ``low``, which fits, to ``high`` that ``fits``."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _cost(results: Results, method: str, *phases: int) -> _Cost:
-    """By the trainings of ``method`` in these phases; where they measured nothing, a block is as the base's."""
+    """By trainings of ``method`` in these phases; where they measured nothing, a block is as the base's."""
     found = runs(results, method, *phases)
     blocks = [one["block_seconds"] for one in found if one["points"]]
     return _Cost(
@@ -217,12 +244,6 @@ def _cost(results: Results, method: str, *phases: int) -> _Cost:
 def _spent(results: Results, *phases: int) -> float:
     """Seconds on the clock until the last training of these phases had ended."""
     return max(one["ended"] for one in results.values() if one["phase"] in phases)
-
-
-def _left(question: Question, results: Results, *phases: int) -> float:
-    """Seconds of training that the budget leaves after these phases, of all jobs together."""
-    jobs = results[BASE]["jobs"]
-    return jobs * max(0.0, _FULLEST * question.budget - _spent(results, *phases))
 
 
 def _whole(question: Question, results: Results) -> list[Planned]:
@@ -254,13 +275,14 @@ def _whole_steps(question: Question, results: Results, rates: dict[str, list[flo
         return question.steps
     plan = allowed(question, results)
     costs = {method: _cost(results, method, SHORT) for method in rates}
+    numbers = {method: len(of_method) for method, of_method in rates.items()}
+    left = _FULLEST * question.budget - _spent(results, TRIAL, SHORT)
+    jobs = results[BASE]["jobs"]
 
-    def seconds(steps: float) -> float:
-        total = sum(len(rates[method]) * cost.whole(question, steps) for method, cost in costs.items())
-        return total + _seconds_of_seeds(question, costs, plan, steps)
+    def fits(steps: int) -> bool:
+        return _seconds_of_whole(question, costs, numbers, plan._replace(steps=steps), jobs) <= left
 
-    steps = _solved(seconds, _left(question, results, TRIAL, SHORT))
-    return max(plan.short_steps, min(steps, question.longest))
+    return _most(fits, plan.short_steps, question.longest)
 
 
 def wanted_seeds(question: Question, results: Results) -> list[Planned]:
@@ -284,14 +306,12 @@ def wanted_seeds(question: Question, results: Results) -> list[Planned]:
 
 def _more_seeds(question: Question, results: Results) -> list[Planned]:
     """Of the `wanted_seeds` those for which there is time."""
-    jobs = results[BASE]["jobs"]
-    left = _left(question, results, TRIAL, SHORT, WHOLE) / jobs
-    ends = [0.0] * jobs  # on the clock, of what each job does
+    left = _LATEST * question.budget - _spent(results, TRIAL, SHORT, WHOLE)
     found = []
+    seconds = []
     for one in wanted_seeds(question, results):
-        first = ends.index(min(ends))
-        ends[first] += _cost(results, one.method, WHOLE).whole(question, one.steps)
-        if ends[first] > left:
+        seconds.append(_cost(results, one.method, WHOLE).whole(question, one.steps))
+        if _clock(seconds, results[BASE]["jobs"]) > left:
             break
         found.append(one)
     return found
@@ -303,8 +323,7 @@ def expected(question: Question, results: Results) -> float:
         return question.budget
     plan = allowed(question, results)
     costs = {method: _cost(results, method, TRIAL) for method in by_method(question, results, TRIAL)}
-    seconds = _seconds(question, costs, plan, plan.steps) / results[BASE]["jobs"]
-    return _spent(results, TRIAL) + seconds
+    return _spent(results, TRIAL) + _seconds(question, costs, plan, results[BASE]["jobs"])
 
 
 def not_done(question: Question, results: Results) -> list[str]:

@@ -1,0 +1,82 @@
+"""The folder of a comparison: whose it is, and what a second command may do there."""
+
+import json
+
+import pytest
+
+from mica.cli import lock, record
+from mica.cli.compare import settings
+from mica.errors import UsageError
+
+GIVEN = {"model": "m", "text": ["t.txt"], "retain": ["r.txt"], "budget": 5.0}
+
+
+def begin(output, given=GIVEN, resume=False, overwrite=False):
+    with settings.begun(output, given, resume, overwrite) as found:
+        return found
+
+
+def test_a_comparison_goes_on_with_its_settings(tmp_path):
+    output = tmp_path / "out"
+    assert begin(output) == GIVEN
+    assert json.loads((output / "settings.json").read_text()) == GIVEN
+    (output / "runs" / "a.json").write_text("{}")
+    assert begin(output, {}, resume=True) == GIVEN
+    assert begin(output, {"budget": 5.0, "seeds": 3}, resume=True) == GIVEN  # 3 is the default
+    assert (output / "runs" / "a.json").exists()
+    for other in ({"budget": 6.0}, {"model": "n"}, {"seeds": 4}):
+        with pytest.raises(UsageError, match=r"not as in the comparison in .*; omit this option"):
+            begin(output, other, resume=True)
+
+
+def test_a_comparison_is_replaced_only_if_asked(tmp_path):
+    output = tmp_path / "out"
+    begin(output)
+    (output / "runs" / "a.json").write_text("{}")
+    with pytest.raises(UsageError, match="use --resume to continue, --overwrite to replace it"):
+        begin(output)
+    assert (output / "runs" / "a.json").exists()
+    other = GIVEN | {"budget": 7.0}
+    assert begin(output, other, overwrite=True) == other
+    assert list((output / "runs").iterdir()) == []
+
+
+def test_what_is_not_a_comparison_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(UsageError, match=r"holds mine\.txt, which is not of a comparison"):
+            begin(tmp_path, **options)
+    with pytest.raises(UsageError, match=r"nothing to continue in .*: it has no settings\.json"):
+        begin(tmp_path, {}, resume=True)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["mine.txt"]
+    run = tmp_path / "run"
+    record.write(run, record.Record(command=record.ADAPT))
+    with pytest.raises(UsageError, match="mica adapt has written it: choose another folder"):
+        begin(run, overwrite=True)
+
+
+def test_a_file_of_yours_in_a_comparison_is_kept(tmp_path):
+    output = tmp_path / "out"
+    begin(output)
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds notes\.txt"):
+        begin(output, overwrite=True)
+    assert begin(output, {}, resume=True) == GIVEN
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_what_is_read_is_not_removed(tmp_path):
+    output = tmp_path / "out"
+    begin(output)
+    (output / "runs" / "text.txt").write_text("a text")
+    given = GIVEN | {"text": [str(output / "runs" / "text.txt")]}
+    with pytest.raises(UsageError, match="--overwrite would remove"):
+        begin(output, given, overwrite=True)
+    assert (output / "runs" / "text.txt").exists()
+
+
+def test_one_writer_at_a_time(tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    with lock.held(output / record.LOCK), pytest.raises(UsageError, match="another process writes to it"):
+        begin(output)

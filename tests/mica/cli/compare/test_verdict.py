@@ -1,0 +1,104 @@
+"""Verdicts on planted cases: nothing is found where nothing is, and what is there is found."""
+
+import math
+
+import pytest
+from scipy import stats
+
+from mica.cli.compare.verdict import verdict
+from tests.support.comparisons import World, alike, base, proportional, whole
+
+NAMES = ("mica", "lora", "random", "full")
+
+
+def claims(world, names=NAMES, seeds=(3, 3, 1, 1), **more):
+    """The methods that are certainly worse than the best, and the verdict."""
+    runs = {name: whole(world, name, number) for name, number in zip(names, seeds, strict=False)}
+    found = verdict(base(), runs, **more)
+    return [name for name in found.lead if name not in found.tied], found
+
+
+def test_identical_methods_differ_in_at_most_one_of_twenty_comparisons():
+    wrong = [claims(World(alike, proportional, 0.05, 0.01, draw))[0] for draw in range(20)]
+    assert sum(map(bool, wrong)) <= 1
+
+
+def test_the_level_holds_over_many_comparisons():
+    """Any claim at all of a comparison is one; 5 % of 400 are 20."""
+    wrong = [claims(World(alike, proportional, 0.05, 0.01, draw))[0] for draw in range(100, 500)]
+    assert 0 < sum(map(bool, wrong)) <= 20
+
+
+def better(by):
+    def learns(method, rate, step):
+        return alike(method, rate, step) + (by * step / 60 if method == "lora" else 0.0)
+
+    return learns
+
+
+def test_a_planted_gain_is_found():
+    for draw in range(20):
+        found, result = claims(World(better(0.15), proportional, 0.05, 0.01, draw))
+        assert result.best == "lora"
+        assert sorted(found) == ["full", "mica", "random"]
+        for name in found:
+            lead = result.lead[name]
+            assert lead.mean - lead.half < 0.15 * 1.3  # the mean over blocks of what was planted
+            assert lead.mean + lead.half > 0.15 * 0.7
+
+
+def test_a_gain_below_the_noise_is_no_difference():
+    found = [claims(World(better(0.002), proportional, 0.05, 0.02, draw))[0] for draw in range(20)]
+    assert sum(map(bool, found)) <= 1
+
+
+def test_nothing_is_claimed_of_one_seed_each():
+    found, result = claims(World(better(0.5), proportional, 0.01, 0.0), seeds=(1, 1, 1, 1))
+    assert not found
+    assert result.best == "lora"
+    assert {lead.half for lead in result.lead.values()} == {math.inf}
+
+
+def test_seeds_that_differ_widen_the_interval():
+    _, calm = claims(World(better(0.1), proportional, 0.05, 0.001))
+    _, wild = claims(World(better(0.1), proportional, 0.05, 0.1))
+    assert wild.lead["full"].half > 2 * calm.lead["full"].half
+
+
+def test_the_interval_is_that_of_the_paired_t_test_where_seeds_agree():
+    world = World(better(0.1), proportional, 0.05)
+    runs = {name: whole(world, name, 1) for name in ("mica", "lora")}
+    for some in runs.values():
+        some.append(some[0] | {"seed": 1})
+    found = verdict(base(), runs)
+    ours, theirs = (found.choices[name].first.test for name in ("lora", "mica"))
+    both = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    lead = found.lead["mica"]
+    assert (lead.mean - lead.half, lead.mean + lead.half) == pytest.approx((both.low, both.high))
+
+
+def test_who_learns_more_by_forgetting_more_wins_only_where_that_is_allowed():
+    def learns(method, rate, step):
+        return (0.6 if method == "full" else 0.4) * step / 60
+
+    def forgets(method, rate, step):
+        return (1.0 if method == "full" else 0.1) * step / 60
+
+    world = World(learns, forgets, 0.01, 0.001)
+    assert claims(world, ("mica", "full"), (3, 3))[1].limit == pytest.approx(0.1)
+    found, equal = claims(world, ("mica", "full"), (3, 3))
+    assert (equal.best, found) == ("mica", ["full"])
+    assert equal.learned["full"].mean == pytest.approx(0.06, abs=0.02)  # a tenth of its way
+    found, free = claims(world, ("mica", "full"), (3, 3), limit=math.inf)
+    assert (free.best, found) == ("full", ["mica"])
+
+
+def test_who_learned_nothing_is_not_in_it():
+    def learns(method, rate, step):
+        return -0.1 if method == "mica" else 0.2 * step / 60
+
+    found = claims(World(learns, proportional, 0.01, 0.01))[1]
+    assert set(found.choices) == {"lora", "random", "full"}
+    nothing = claims(World(lambda *at: -0.1, proportional))[1]
+    assert nothing.best is None
+    assert not nothing.lead

@@ -1,0 +1,55 @@
+"""`mica compare` with settings that suit the tiny model of `tests.support.tiny_cli`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from mica.cli import main
+from tests.support.tiny_cli import TEXT
+
+KEPT = "the quick brown fox jumps over the lazy dog and runs away. " * 60
+RATES = ("--rates", "mica=0.02,0.05", "lora=0.01,0.02", "random=0.02,0.05", "full=0.001,0.002")
+
+
+def arguments(folder: Path, model, output, *options) -> list[str]:
+    """Those of the command; texts are written to ``folder``. ``options`` come last and win."""
+    text, kept = folder / "text.txt", folder / "kept.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    kept.write_text(KEPT, encoding="utf-8")
+    argv = ["compare", "--model", model, "--text", text, "--retain", kept, "--output", output, *RATES[:3]]
+    argv += ["--methods", "mica,lora", "--rank", 4, "--sequence-length", 32, "--eval-blocks", 8]
+    argv += ["--held-out", 0.2, "--steps", 8, "--seeds", 2, "--jobs", 1, *options]
+    return [str(one) for one in argv]
+
+
+def compare(folder: Path, model, output, *options) -> int:
+    """Run it here; returns the exit status."""
+    return main(arguments(folder, model, output, *options))
+
+
+def started(argv: list[str], launcher=()) -> subprocess.Popen:
+    """The same as a process, with ``launcher`` in front of ``-m mica``; one thread each."""
+    command = [sys.executable, *launcher, "-m", "mica", *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
+
+
+def report(output: Path) -> dict:
+    return json.loads((output / "compare.json").read_text(encoding="utf-8"))
+
+
+def untimed(output: Path) -> tuple[dict, str]:
+    """What was found, and the page, without seconds and numbers of processes: what must be the same again."""
+    found = report(output)
+    for one in found["results"].values():
+        for name in [name for name in one if name.endswith("seconds") or name in ("ended", "jobs")]:
+            del one[name]
+    for cost in found["costs"].values():
+        del cost["step_seconds"]
+    del found["seconds"], found["facts"]["jobs"], found["facts"]["threads"]
+    page = (output / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if " s |" not in line and " minutes, " not in line]
+    return found, "\n".join(line.split(" optimiser and ")[0] for line in lines)
