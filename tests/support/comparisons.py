@@ -29,15 +29,17 @@ class World:
     """What trainings by a method would give.
 
     ``learns``, ``forgets``: (method, rate, steps done) -> nats. ``between_blocks``: standard deviation of
-    what a training learns of a block around that of all trainings; ``between_seeds``: of its mean.
+    what a training learns of a block around that of all trainings; ``between_seeds``: of its mean;
+    ``by_order``: of what a seed changes for all methods alike.
     """
 
-    def __init__(self, learns, forgets, between_blocks=0.0, between_seeds=0.0, draw=0):
+    def __init__(self, learns, forgets, between_blocks=0.0, between_seeds=0.0, draw=0, by_order=0.0):
         self.learns = learns
         self.forgets = forgets
         self.between_blocks = between_blocks
         self.between_seeds = between_seeds
         self.draw = draw
+        self.by_order = by_order
         generator = np.random.default_rng(draw)
         self.of_block = {name: generator.normal(0, 0.3, number) for name, number in SIZES.items()}
 
@@ -45,6 +47,8 @@ class World:
         text = f"{self.draw}{one.method}{one.rate}{one.steps}{one.seed}"
         generator = np.random.default_rng([*text.encode()])
         shift = generator.normal(0, self.between_seeds) if self.between_seeds else 0.0
+        order = np.random.default_rng([self.draw, one.seed])
+        shift += order.normal(0, self.by_order) if self.by_order else 0.0
         own = {name: generator.normal(0, 1, number) * self.between_blocks for name, number in SIZES.items()}
         names = [*SIZES][:2] if one.phase == SHORT else [*SIZES]
         found = []

@@ -67,16 +67,27 @@ def at(points: list[Point], limit: float) -> Point:
 class Choice(NamedTuple):
     """The training of a method that has learned most within a limit, with all its seeds.
 
-    ``points``: of each seed, first the one by which it was chosen.
+    ``seeds``: of each seed its point; it was chosen by that of 0. ``courses``: of each seed all points.
     """
 
     rate: float
     steps: int
-    points: list[Point]
+    seeds: dict[int, Point]
+    courses: dict[int, list[Point]]
 
     @property
     def first(self) -> Point:
-        return self.points[0]
+        return self.seeds[0]
+
+    @property
+    def forgotten(self) -> float:
+        """The mean over all seeds."""
+        return mean(point.forgotten for point in self.seeds.values())
+
+    def at_stop(self, number: int) -> "Choice":
+        """The same training, taken after its stop of that number; 0 is before it."""
+        seeds = {seed: points[number] for seed, points in self.courses.items()}
+        return self._replace(seeds=seeds)
 
 
 def choose(base: Result, runs: Iterable[Result], limit: float) -> Choice | None:
@@ -88,9 +99,9 @@ def choose(base: Result, runs: Iterable[Result], limit: float) -> Choice | None:
     if score <= 0:
         return None
     same = [run for run in runs if (run["rate"], run["steps"]) == (best["rate"], best["steps"])]
-    same.sort(key=lambda run: run["seed"])
-    points = [at(course(base, run), limit) for run in same]
-    return Choice(best["rate"], best["steps"], points)
+    courses = {run["seed"]: course(base, run) for run in sorted(same, key=lambda run: run["seed"])}
+    seeds = {seed: at(points, limit) for seed, points in courses.items()}
+    return Choice(best["rate"], best["steps"], seeds, courses)
 
 
 def common_limit(base: Result, runs: dict[str, list[Result]]) -> float:

@@ -21,7 +21,7 @@ def write(output: Path, report: Report) -> None:
     from mica.cli.compare import picture  # imports matplotlib
 
     write_json("--output", output / settings.REPORT, report)
-    drawn = {name: points for name, points in report["curves"].items() if len(points) > 1}
+    drawn = report["curves"]
     record.claimed(output, settings.PICTURE, lambda path: picture.trade_off(drawn, path, *_axes()))
     text = markdown(report)
     record.claimed(output, settings.PAGE, lambda path: path.write_text(text, encoding="utf-8"))

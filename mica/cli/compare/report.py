@@ -2,18 +2,16 @@
 
 import math
 from importlib.metadata import version
-from statistics import mean
 from typing import Any
 
 import torch
 
 from mica.cli.compare import schedule
-from mica.cli.compare.curves import Result, choose, common_limit
+from mica.cli.compare.curves import Result, common_limit
 from mica.cli.compare.methods import METHODS
 from mica.cli.compare.schedule import BASE, Question, Results
-from mica.cli.compare.verdict import Estimate, Verdict, verdict
+from mica.cli.compare.verdict import Estimate, Verdict, learned_by, verdict
 
-_DRAWN = 24  # points of a curve
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
@@ -25,13 +23,14 @@ def report(question: Question, results: Results, settings: dict, facts: dict) ->
     found = schedule.by_method(question, results, schedule.WHOLE, schedule.SEEDS)
     base = results[BASE]
     limit = common_limit(base, found)
+    equal = verdict(base, found, limit)
     return {
         "settings": settings,
         "facts": facts | {"versions": {name: version(name) for name in _PACKAGES}},
-        "equal": _as_json(verdict(base, found, limit)),
+        "equal": _as_json(equal),
         "any": _as_json(verdict(base, found, math.inf)),
         "costs": {method: _costs(some) for method, some in found.items()},
-        "curves": curves(base, found),
+        "curves": _curves(equal),
         "failed": _failed(question, results),
         "not_done": schedule.not_done(question, results),
         "seconds": max(one["ended"] for one in results.values()),
@@ -75,8 +74,8 @@ def _as_json(found: Verdict) -> dict[str, Any]:
                 "rate": choice.rate,
                 "steps": choice.steps,
                 "stop": choice.first.step,
-                "forgotten": mean(point.forgotten for point in choice.points),
-                "seeds": len(choice.points),
+                "forgotten": choice.forgotten,
+                "seeds": len(choice.seeds),
             }
         )
     return {"limit": _finite(found.limit), "methods": rows}
@@ -90,23 +89,17 @@ def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def curves(base: Result, found: dict[str, list[Result]]) -> dict[str, list[list[float | None]]]:
-    """method -> points of its curve: forgotten, learned, and half of the interval of that, or null."""
-    most = 0.0
-    for some in found.values():
-        choice = choose(base, some, math.inf)
-        if choice is not None:
-            most = max(most, choice.first.forgotten)
-    drawn: dict[str, list] = {method: [[0.0, 0.0, 0.0]] for method in found}
-    for number in range(_DRAWN + 1):
-        limit = most * number / _DRAWN
-        at_limit = verdict(base, found, limit)
-        for method, choice in at_limit.choices.items():
-            forgotten = mean(point.forgotten for point in choice.points)
-            learned = at_limit.learned[method]
-            if learned.mean > drawn[method][-1][1]:
-                drawn[method].append([forgotten, learned.mean, _finite(learned.half)])
-    return {METHODS[method].title: points for method, points in drawn.items()}
+def _curves(at_limit: Verdict) -> dict[str, list[list[float | None]]]:
+    """The course of each chosen training, by title: forgotten, learned, and half of its interval or null."""
+    drawn = {}
+    for method, choice in at_limit.choices.items():
+        points = []
+        for number in range(len(choice.courses[0])):
+            there = choice.at_stop(number)
+            learned = learned_by(there, at_limit.between)
+            points.append([there.forgotten, learned.mean, _finite(learned.half)])
+        drawn[METHODS[method].title] = points
+    return drawn
 
 
 def facts(trainings, jobs: int) -> dict[str, Any]:

@@ -198,15 +198,15 @@ def _seconds(question: Question, costs: dict[str, _Cost], plan: Plan, jobs: int)
 def _seconds_of_whole(
     question: Question, costs: dict[str, _Cost], rates: dict[str, int], plan: Plan, jobs: int
 ) -> float:
-    """The same of whole trainings at so many ``rates`` of each method, and of further seeds.
-
-    The seeds are of the better half of the methods, whichever these will be.
-    """
+    """The same of whole trainings at so many ``rates`` of each method, and of the seeds to be wanted."""
     each = {method: cost.whole(question, plan.steps) for method, cost in costs.items()}
     whole = []
     for method, seconds in each.items():
         whole += [seconds] * rates[method]
-    seeds = [mean(each.values())] * math.ceil(len(costs) / 2) * (plan.seeds - 1)
+    seeds = []
+    if plan.seeds > 1:
+        seeds += each.values()
+        seeds += [mean(each.values())] * math.ceil(len(costs) / 2) * (plan.seeds - 2)
     return _clock(whole, jobs) + _clock(seeds, jobs)
 
 
@@ -288,8 +288,8 @@ def _whole_steps(question: Question, results: Results, rates: dict[str, list[flo
 def wanted_seeds(question: Question, results: Results) -> list[Planned]:
     """Further seeds of the trainings that are near the best, in the order in which they are worth most.
 
-    Near: of the better half of the methods at equal forgetting, the trainings that are best there; then those
-    that are best at any.
+    These are the trainings that are best at equal forgetting: a second seed of each, which shows what seeds
+    change, then more of the better half of the methods. Then those that are best at any.
     """
     found = by_method(question, results, WHOLE)
     base = results[BASE]
@@ -299,7 +299,7 @@ def wanted_seeds(question: Question, results: Results) -> list[Planned]:
         choices = {method: one for method, one in choices.items() if one is not None}
         order = sorted(choices, key=lambda method: -choices[method].first.validation)
         for seed in range(1, question.seeds):
-            for method in order[: math.ceil(len(found) / 2)]:
+            for method in order if seed == 1 else order[: math.ceil(len(order) / 2)]:
                 wanted.append(Planned(SEEDS, method, choices[method].rate, choices[method].steps, seed))
     return [*dict.fromkeys(wanted)]
 

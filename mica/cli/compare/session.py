@@ -13,13 +13,13 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from mica.cli import loading
-from mica.cli.adapt import corpus, processes
+from mica.cli.adapt import adapter, corpus, processes
 from mica.cli.adapt.packing import keeps_documents_apart
 from mica.cli.compare import curves, methods, page, report, schedule, settings, store, workers
 from mica.cli.compare.models import built
 from mica.cli.compare.schedule import BASE, Planned, Question
 from mica.cli.compare.training import losses, train
-from mica.cli.targets import find_targets, has_experts
+from mica.cli.targets import has_experts
 from mica.errors import UsageError
 
 _EPOCHS = 4  # of a training at most: a text that is read more often is memorised
@@ -81,7 +81,7 @@ class _Trainings:
             self.data = corpus.gather(self.args, tokenizer)
         if not has_experts(self.base):
             self.args.experts = None
-        find_targets(self.base, self.args.target_modules, self.args.experts)
+        adapter.check(self.base, self.args)
         self.sets = self._sets()
 
     def _sets(self) -> dict:

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from mica.cli.compare.curves import Point, at, choose, common_limit, course
+from mica.cli.compare.schedule import Planned
 from tests.support.comparisons import LOSS, SIZES, World, alike, base, proportional, whole
 
 
@@ -68,15 +69,13 @@ def test_the_first_seed_chooses_and_brings_its_others():
     runs = [*whole(world, "mica", 3), *whole(World(learns, proportional), "mica", 1, rate=2e-3)]
     runs[0] = World(learns, proportional).result(_planned(runs[0]))
     chosen = choose(base(), reversed(runs), math.inf)
-    assert (chosen.rate, chosen.steps, len(chosen.points)) == (2e-3, 60, 1)
+    assert (chosen.rate, chosen.steps, len(chosen.seeds)) == (2e-3, 60, 1)
     chosen = choose(base(), reversed(runs[:3]), math.inf)
-    assert len(chosen.points) == 3
+    assert list(chosen.seeds) == [0, 1, 2]
     assert chosen.first.validation == pytest.approx(0.2 * (1 + world.of_block["validation"].mean()), abs=0.1)
 
 
 def _planned(run):
-    from mica.cli.compare.schedule import Planned
-
     return Planned(*(run[name] for name in Planned._fields))
 
 
