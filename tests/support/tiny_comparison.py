@@ -45,7 +45,7 @@ def untimed(output: Path) -> tuple[dict, str]:
     """What was found, and the page, without seconds and numbers of processes: what must be the same again."""
     found = report(output)
     for one in found["results"].values():
-        for name in [name for name in one if name.endswith("seconds") or name in ("ended", "jobs")]:
+        for name in [name for name in one if name.endswith("seconds") or name in ("ended", "jobs", "worker")]:
             del one[name]
     for cost in found["costs"].values():
         del cost["step_seconds"]

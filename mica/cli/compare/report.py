@@ -102,8 +102,8 @@ def _curves(at_limit: Verdict) -> dict[str, list[list[float | None]]]:
     return drawn
 
 
-def facts(trainings, jobs: int) -> dict[str, Any]:
-    """Of model, texts and machine, for the page."""
+def facts(trainings) -> dict[str, Any]:
+    """Of model, texts and device, for the page."""
     data = trainings.data
     device = trainings.base.device
     name = "CPU"
@@ -113,8 +113,6 @@ def facts(trainings, jobs: int) -> dict[str, Any]:
         "parameters": trainings.base.num_parameters(),
         "dtype": str(trainings.base.dtype).removeprefix("torch."),
         "device": name,
-        "jobs": jobs,
-        "threads": torch.get_num_threads(),
         "tokens": sum(part.tokens for part in data.parts),
         "blocks": len(data.train),
         "sequence_length": data.sequence_length,

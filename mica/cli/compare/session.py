@@ -33,8 +33,7 @@ def compare(given: argparse.Namespace, place: workers.Place) -> int:
         raise UsageError("the following arguments are required: --output")
     loading.quieten_libraries()
     if place.number:
-        _help(output)
-        return 0
+        return _help(output, place.number)
 
     resume = getattr(given, "resume", False)
     overwrite = getattr(given, "overwrite", False)
@@ -69,14 +68,15 @@ class _Trainings:
         tokenizer = loading.load_tokenizer(self.source)
         self.data = corpus.gather(self.args, tokenizer)
         self.base = loading.load_model(self.source, self.args.dtype, PartialState().device)
-        self.note = loading.suit_processor(self.base, self.args.dtype)
+        self.notes = [note for note in [loading.suit_processor(self.base, self.args.dtype)] if note]
         self.base.requires_grad_(False)
         largest = self.data.largest_token_id
         loading.check_limits(self.source, self.base, self.args.sequence_length, largest)
         if self.args.packing == "documents" and not keeps_documents_apart(self.base):
+            what = f"the attention of {type(self.base).__name__} does not stay within a document of a block"
             if resolved.origins["packing"] != "default":
-                what = f"the attention of {type(self.base).__name__} does not stay within a document"
                 raise UsageError(f"--packing documents: {what}; --packing stream lets it cross them")
+            self.notes.append(f"packing is stream: {what}")
             self.args.packing = "stream"
             self.data = corpus.gather(self.args, tokenizer)
         if not has_experts(self.base):
@@ -153,13 +153,20 @@ def _is_out_of_memory(error: Exception) -> bool:
     return is_known or "can't allocate memory" in str(error)  # the CPU's allocator has no class for it
 
 
-def _work(trainings: _Trainings, output: Path, clock, watch, jobs: int, seen) -> dict:
-    """Take part in the trainings until there are none left; returns all results."""
+def _work(
+    trainings: _Trainings,
+    output: Path,
+    session: workers.Session,
+    number: int,
+    watch: Callable[[], None],
+    seen: Callable[[dict], None],
+) -> dict:
+    """Take part in the trainings until there are none left, as process ``number``; returns all results."""
     question = trainings.question()
 
     def make(one: Planned) -> dict:
-        facts = one._asdict() | {"jobs": jobs}
-        return facts | trainings.make(one, watch) | {"ended": round(clock(), 2)}
+        facts = one._asdict() | {"jobs": session.jobs, "worker": number}
+        return facts | trainings.make(one, watch) | {"ended": round(session.clock(), 2)}
 
     def planned(results: dict) -> list[Planned]:
         return schedule.planned(question, results)
@@ -167,11 +174,19 @@ def _work(trainings: _Trainings, output: Path, clock, watch, jobs: int, seen) ->
     return store.work(output / settings.RUNS, planned, make, seen)
 
 
-def _help(output: Path) -> None:
-    """Take part in a comparison that another process leads."""
+def _help(output: Path, number: int) -> int:
+    """Take part in a comparison that process 0 leads; returns the exit status."""
     watch = workers.parent_watch()
-    clock = workers.wait_until_open(output / settings.RUNS)
-    _work(_Trainings(settings.stored(output), output), output, clock, watch, 0, lambda results: None)
+    session = workers.wait_until_open(output / settings.RUNS)
+    try:
+        _work(_Trainings(settings.stored(output), output), output, session, number, watch, _say_nothing)
+    except UsageError:  # which the main process meets too, and says
+        return 2
+    return 0
+
+
+def _say_nothing(results: dict) -> None:
+    pass
 
 
 def _lead(found: dict[str, object], output: Path, jobs: int | None, place: workers.Place) -> int:
@@ -182,29 +197,34 @@ def _lead(found: dict[str, object], output: Path, jobs: int | None, place: worke
     runs = output / settings.RUNS
     earlier = store.read(runs)
     trainings = _Trainings(found, output)
-    if trainings.note is not None:
-        _note(f"note: {trainings.note}")
+    for note in trainings.notes:
+        _note(f"note: {note}")
     question = trainings.question()
-    print(trainings.data.describe(trainings.args).partition("; this run")[0], flush=True)
+    facts = report.facts(trainings)
+    print("{tokens:,} tokens, {blocks:,} training blocks of {sequence_length}".format(**facts), flush=True)
 
-    total = place.total if place.total > 1 else jobs or workers.suitable(trainings.base)
+    total = place.total
+    if total == 1:
+        total = jobs or workers.suitable(trainings.base)
     threads = max(1, torch.get_num_threads() // total)
     elapsed = max([one["ended"] for one in earlier.values()], default=0.0) + time.monotonic() - began
-    with workers.opened(runs, elapsed) as clock:
+    with workers.opened(runs, elapsed, total) as session:
         if place.total > 1:
-            results = _lead_work(trainings, output, clock, total, question)
+            results = _lead_work(trainings, output, session, question)
         else:
             torch.set_num_threads(threads)
             with workers.others(total - 1, output, threads):
-                results = _lead_work(trainings, output, clock, total, question)
-    found_out = report.report(question, results, found, report.facts(trainings, total))
+                results = _lead_work(trainings, output, session, question)
+    facts |= {"jobs": total, "threads": torch.get_num_threads()}
+    found_out = report.report(question, results, found, facts)
     page.write(output, found_out)
     print("\n".join(page.sentences(found_out)))
     print(f"\nThe page: {output / settings.PAGE}")
     return 0
 
 
-def _lead_work(trainings: _Trainings, output: Path, clock, jobs: int, question: Question) -> dict:
+def _lead_work(trainings: _Trainings, output: Path, session: workers.Session, question: Question) -> dict:
+    """`_work`, with a line for each result, by whichever process."""
     told: set[str] = set()
 
     def seen(results: dict) -> None:
@@ -212,13 +232,14 @@ def _lead_work(trainings: _Trainings, output: Path, clock, jobs: int, question: 
         for key in sorted(new, key=lambda key: results[key]["ended"]):
             told.add(key)
             if results[key]["phase"] > schedule.TRIAL or results[key]["failed"]:
-                left = tqdm.format_interval(max(0.0, schedule.expected(question, results) - clock()))
-                _note(f"{line(results[BASE], results[key])}; {left} left")
+                seconds = schedule.expected(question, results) - session.clock()
+                left = tqdm.format_interval(max(0.0, seconds))
+                _note(f"{_line(results.get(BASE), results[key])}; {left} left")
 
-    return _work(trainings, output, clock, lambda: None, jobs, seen)
+    return _work(trainings, output, session, 0, lambda: None, seen)
 
 
-def line(base: dict, run: dict) -> str:
+def _line(base: dict | None, run: dict) -> str:
     """What a training has done, in a line."""
     head = f"{run['method']}, learning rate {run['rate']:g}, {run['steps']} steps, seed {run['seed']}"
     if run["failed"]:

@@ -4,6 +4,7 @@ They are those of ``torchrun --nproc-per-node N -m mica compare ...`` or ``accel
 command starts them itself. They share nothing but the output folder.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 from mica.cli import lock
 
-_OPEN = "open.lock"  # held by the main process while others may work; in it, when the clock began
+_OPEN = "open.lock"  # held by the main process while others may work; its `Session` is in it
 _NUMBER = "MICA_COMPARE_WORKER"
 _OF_A_GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -69,12 +70,20 @@ def suitable(base) -> int:
     return max(1, min(4, torch.get_num_threads(), int(fitting)))
 
 
-@contextmanager
-def opened(folder: Path, elapsed: float) -> Iterator[Callable[[], float]]:
-    """Let other processes work on ``folder``; gives the clock of the comparison, in seconds.
+class Session(NamedTuple):
+    """One start of a comparison: when its clock was at 0 (Unix time), and how many trainings run at once."""
 
-    ``elapsed``: what it showed when the comparison was left.
-    """
+    zero: float
+    jobs: int
+
+    def clock(self) -> float:
+        """Seconds that all starts of the comparison have taken."""
+        return time.time() - self.zero
+
+
+@contextmanager
+def opened(folder: Path, elapsed: float, jobs: int) -> Iterator[Session]:
+    """Let other processes work on ``folder``. ``elapsed``: by the clock when the comparison was left."""
     path = folder / _OPEN
     with ExitStack() as stack:
         while True:
@@ -83,13 +92,13 @@ def opened(folder: Path, elapsed: float) -> Iterator[Callable[[], float]]:
                 break
             except lock.HeldError:  # for a moment, by one that looks whether it is held
                 time.sleep(0.01)
-        zero = time.time() - elapsed
-        path.write_text(repr(zero), encoding="utf-8")
-        yield lambda: time.time() - zero
+        session = Session(time.time() - elapsed, jobs)
+        path.write_text(json.dumps(session), encoding="utf-8")
+        yield session
 
 
-def wait_until_open(folder: Path) -> Callable[[], float]:
-    """Wait for the main process, and return its clock. Ends this process if that of its parent has gone."""
+def wait_until_open(folder: Path) -> Session:
+    """Wait for the main process, and return its session. Ends this process once its parent has gone."""
     watch = parent_watch()
     while True:
         watch()
@@ -100,7 +109,7 @@ def wait_until_open(folder: Path) -> Callable[[], float]:
             except lock.HeldError:
                 text = (folder / _OPEN).read_text(encoding="utf-8")
                 if text:
-                    return lambda: time.time() - float(text)
+                    return Session(*json.loads(text))
         time.sleep(0.1)
 
 

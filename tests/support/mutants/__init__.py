@@ -4,6 +4,7 @@ from tests.support.mutants.adapt import ADAPT
 from tests.support.mutants.adapt_run import ADAPT_RUN
 from tests.support.mutants.backend import BACKEND
 from tests.support.mutants.commands import COMMANDS
+from tests.support.mutants.comparison import COMPARISON
 from tests.support.mutants.creation import CREATION
 from tests.support.mutants.edits import mutants
 from tests.support.mutants.embeddings import EMBEDDINGS
@@ -19,5 +20,17 @@ from tests.support.mutants.subspace import SUBSPACE
 from tests.support.mutants.values import VALUES
 
 _TABLES = (KERNELS, EXPERTS, OPERATORS, BACKEND, EXPERTS_PATH, SUBSPACE)
-_TABLES += (LIFECYCLE, CREATION, STOPPING, EMBEDDINGS, ADAPT, ADAPT_RUN, COMMANDS, SERVING, VALUES, NATIVE)
+_TABLES += (
+    LIFECYCLE,
+    CREATION,
+    STOPPING,
+    EMBEDDINGS,
+    ADAPT,
+    ADAPT_RUN,
+    COMMANDS,
+    COMPARISON,
+    SERVING,
+    VALUES,
+    NATIVE,
+)
 MUTANTS = [mutant for table in _TABLES for mutant in mutants(table)]

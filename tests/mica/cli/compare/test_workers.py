@@ -41,15 +41,16 @@ def test_a_process_leaves_the_group_with_a_gpu_of_its_own(monkeypatch, given, pl
 
 
 def test_others_wait_until_it_is_open_and_have_its_clock(tmp_path):
-    clocks = []
-    thread = threading.Thread(target=lambda: clocks.append(workers.wait_until_open(tmp_path)))
+    found = []
+    thread = threading.Thread(target=lambda: found.append(workers.wait_until_open(tmp_path)))
     thread.start()
     time.sleep(0.3)
-    assert not clocks
-    with workers.opened(tmp_path, elapsed=100.0) as clock:
+    assert not found
+    with workers.opened(tmp_path, elapsed=100.0, jobs=3) as session:
         thread.join(timeout=30)
-        assert clocks[0]() == pytest.approx(clock(), abs=1)
-        assert clock() == pytest.approx(100, abs=5)
+        assert found == [session]
+        assert session.jobs == 3
+        assert session.clock() == pytest.approx(100, abs=5)
     with lock.held(tmp_path / "open.lock"):
         pass  # closed again
 
