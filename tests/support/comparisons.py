@@ -6,6 +6,7 @@ import math
 import numpy as np
 
 from mica.cli.compare import schedule
+from mica.cli.compare.report import report
 from mica.cli.compare.schedule import BASE, SEEDS, SHORT, TRIAL, WHOLE, Planned, Question
 
 SIZES = {"validation": 6, "retained": 5, "test": 18, "retained, the rest": 5}
@@ -117,3 +118,41 @@ def simulate(asked: Question, world: World, seconds, jobs=2, results=None, stop_
             else:
                 results[one.key] = world.result(one, jobs=jobs, **times)
         clock = max(free)
+
+
+FACTS = {
+    "parameters": 135_000_000,
+    "dtype": "float32",
+    "device": "CPU",
+    "jobs": 2,
+    "threads": 1,
+    "tokens": 100_000,
+    "blocks": 800,
+    "sequence_length": 128,
+    "validation": 6,
+    "test": 18,
+    "retained": 10,
+}
+SETTINGS = {"model": "some/model", "text": ["a/text.jsonl"], "retain": ["kept.txt"], "sequence_length": 128}
+BYTES = {"mica": 3 * 2**30, "random": 3 * 2**30, "lora": 4 * 2**30, "full": 16 * 2**30}
+
+
+class Sized(World):
+    """The world, with the memory that methods need."""
+
+    def result(self, one, **more):
+        return super().result(one, **more) | {"bytes": BYTES[one.method], "trained_parameters": 9_600_000}
+
+
+def found(learns=alike, forgets=proportional, noise=(0.02, 0.005), settings=SETTINGS, **more):
+    """The report of a comparison in such a world."""
+    asked = question(**more)
+    results = simulate(asked, Sized(learns, forgets, *noise), lambda one: (2.0, 1.0, 0.1))
+    return report(asked, results, settings, FACTS)
+
+
+def gaining(name, by=0.3):
+    def learns(method, rate, step):
+        return alike(method, rate, step) * (1 + by * (method == name))
+
+    return learns

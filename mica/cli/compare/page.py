@@ -1,14 +1,11 @@
 """The page of a comparison: three sentences, a picture, tables, and how to do the best again."""
 
-import json
-import math
-import shlex
 from pathlib import Path
 from typing import Any
 
 from mica.cli import record
-from mica.cli.adapt.options import OPTIONS as OF_ADAPT
-from mica.cli.compare import methods, settings
+from mica.cli.compare import settings
+from mica.cli.compare.again import again
 from mica.cli.compare.methods import METHODS
 from mica.cli.output import shown, write_json
 
@@ -121,8 +118,9 @@ def markdown(report: Report) -> str:
         _listed_under("## What the budget did not allow", report["not_done"]),
         _listed_under("## Failed", report["failed"]),
     ]
-    if taken(report) is not None:
-        parts.append(f"## To do it again\n\n{again(report)}")
+    row = taken(report)
+    if row is not None:
+        parts.append(f"## To do it again\n\n{again(report, row)}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -188,77 +186,3 @@ def _listed_under(title: str, lines: list[str]) -> str:
     if not lines:
         return ""
     return "\n".join([title, "", *(f"- {line}" for line in lines)])
-
-
-def again(report: Report) -> str:
-    """The command, or the lines for PEFT, that train what is recommended."""
-    row = taken(report)
-    resolved = settings.of_mica_adapt(report["settings"], Path("run"))
-    args = methods.options(row["method"], resolved.args)
-    if row["method"] == "mica":
-        return f"```sh\n{_command(report, row)}\n```"
-    return f"```python\n{_lines_of_peft(row, args)}\n```"
-
-
-def _command(report: Report, row: Report) -> str:
-    """`mica adapt`, which reads the same blocks in the same order."""
-    words = ["mica", "adapt"]
-    used = report["settings"] | {"rank": settings.value(report["settings"], "rank")}
-    for name in settings.SHARED:
-        if name not in used:
-            continue
-        option = OF_ADAPT[name]
-        if option.is_switch:
-            words.append(option.flag if used[name] else f"--no-{option.flag[2:]}")
-        else:
-            values = used[name] if option.many else [used[name]]
-            words += [option.flag, *map(str, values)]
-    words += ["--learning-rate", f"{row['rate']:g}", "--steps", str(row["steps"]), "--output", "run"]
-    if row["stop"] < row["steps"]:
-        rise = 100 * (math.exp(report["equal"]["limit"]) - 1)
-        every = max(1, row["steps"] // 20)
-        words += ["--eval-steps", str(every), "--max-retain-rise", f"{max(rise, 0.1):.3g}"]
-    return shlex.join(words)
-
-
-def _lines_of_peft(row: Report, args) -> str:
-    lines = []
-    if row["method"] != "full":
-        targets = args.target_modules
-        if targets != "all-linear":
-            targets = targets.split(",")
-        adapter = {
-            "r": args.rank,
-            "lora_alpha": args.alpha,
-            "lora_dropout": args.dropout,
-            "target_modules": targets,
-        }
-        if row["method"] == "random":
-            adapter = {"init_lora_weights": "mica", **adapter}
-        lines += ["model = get_peft_model(model, LoraConfig(", *_keywords(adapter), "))"]
-    if row["method"] == "random":
-        lines += [
-            "for layer in model.modules():",
-            '    if hasattr(layer, "lora_B"):',
-            '        B = layer.lora_B["default"].weight',
-            "        B.data = torch.linalg.qr(torch.randn(B.shape))[0]",
-        ]
-    training = {
-        "max_steps": row["steps"],
-        "learning_rate": row["rate"],
-        "lr_scheduler_type": args.scheduler,
-        "warmup_steps": args.warmup_ratio,
-        "weight_decay": args.weight_decay,
-        "max_grad_norm": args.max_grad_norm,
-        "per_device_train_batch_size": args.batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-    }
-    lines += ["arguments = TrainingArguments(", *_keywords(training), ")"]
-    if row["stop"] < row["steps"]:
-        lines.append(f"# stopped after about {row['stop']:.0f} steps")
-    lines.append(f"# blocks of {args.sequence_length} tokens, recipe {args.recipe}")
-    return "\n".join(lines)
-
-
-def _keywords(values: dict[str, object]) -> list[str]:
-    return [f"    {name}={json.dumps(value)}," for name, value in values.items()]

@@ -1,49 +1,7 @@
 """What the page says of planted results."""
 
-import math
-
-import pytest
-
 from mica.cli.compare import page, picture
-from mica.cli.compare.report import report
-from tests.support.comparisons import World, alike, proportional, question, simulate
-
-FACTS = {
-    "parameters": 135_000_000,
-    "dtype": "float32",
-    "device": "CPU",
-    "jobs": 2,
-    "threads": 1,
-    "tokens": 100_000,
-    "blocks": 800,
-    "sequence_length": 128,
-    "validation": 6,
-    "test": 18,
-    "retained": 10,
-}
-SETTINGS = {"model": "some/model", "text": ["a/text.jsonl"], "retain": ["kept.txt"], "sequence_length": 128}
-BYTES = {"mica": 3 * 2**30, "random": 3 * 2**30, "lora": 4 * 2**30, "full": 16 * 2**30}
-
-
-class Sized(World):
-    """The world, with the memory that methods need."""
-
-    def result(self, one, **more):
-        return super().result(one, **more) | {"bytes": BYTES[one.method], "trained_parameters": 9_600_000}
-
-
-def found(learns=alike, forgets=proportional, noise=(0.02, 0.005), settings=SETTINGS, **more):
-    """The report of a comparison in such a world."""
-    asked = question(**more)
-    results = simulate(asked, Sized(learns, forgets, *noise), lambda one: (2.0, 1.0, 0.1))
-    return report(asked, results, settings, FACTS)
-
-
-def gaining(name, by=0.3):
-    def learns(method, rate, step):
-        return alike(method, rate, step) * (1 + by * (method == name))
-
-    return learns
+from tests.support.comparisons import SETTINGS, found, gaining
 
 
 def test_the_best_is_named_and_taken_whatever_it_is():
@@ -104,49 +62,6 @@ def test_what_the_budget_did_not_allow_is_on_the_page():
     assert told["not_done"]
     for line in told["not_done"]:
         assert f"\n- {line}" in page.markdown(told)
-
-
-@pytest.mark.parametrize("name", ["lora", "random", "full"])
-def test_lines_for_peft_run(name):
-    told = found(gaining(name, 2.0))
-    told["equal"]["methods"] = [row for row in told["equal"]["methods"] if row["method"] == name]
-    lines = page.again(told)
-    assert lines.startswith("```python\n")
-    calls = {}
-
-    class Model:
-        def modules(self):
-            return [self]
-
-    names = {
-        "model": Model(),
-        "LoraConfig": lambda **given: calls.setdefault("LoraConfig", given),
-        "get_peft_model": lambda model, config: model,
-        "TrainingArguments": lambda **given: calls.setdefault("TrainingArguments", given),
-    }
-    exec(lines.removeprefix("```python\n").removesuffix("\n```"), names)
-    row = told["equal"]["methods"][0]
-    assert calls["TrainingArguments"]["learning_rate"] == row["rate"]
-    assert calls["TrainingArguments"]["max_steps"] == row["steps"]
-    assert calls["TrainingArguments"]["lr_scheduler_type"] == "linear"
-    if name == "full":
-        assert "LoraConfig" not in calls
-    else:
-        assert calls["LoraConfig"]["r"] == {"lora": 32, "random": 64}[name]
-        assert (calls["LoraConfig"].get("init_lora_weights") == "mica") == (name == "random")
-
-
-def test_the_command_stops_where_the_best_training_did():
-    told = found(gaining("mica", 2.0))
-    rows = [row for row in told["equal"]["methods"] if row["method"] == "mica"]
-    told["equal"]["methods"] = rows
-    line = page.again(told)
-    assert f"--learning-rate {rows[0]['rate']:g} --steps {rows[0]['steps']} " in line
-    stops_early = rows[0]["stop"] < rows[0]["steps"]
-    assert ("--max-retain-rise" in line) == stops_early
-    rows[0]["stop"] = rows[0]["steps"] / 2
-    rise = 100 * math.expm1(told["equal"]["limit"])
-    assert f"--max-retain-rise {rise:.3g}" in page.again(told)
 
 
 def test_names_are_without_the_folders_of_this_machine():

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import shlex
+import shutil
 import signal
 import time
 from statistics import mean
@@ -14,6 +15,7 @@ import torch
 
 from mica.cli import main
 from mica.cli.compare import page, session
+from mica.cli.compare.again import again
 from tests.support.tiny_cli import TEXT, adapt
 from tests.support.tiny_comparison import KEPT, RATES, arguments, compare, report, started, untimed
 
@@ -47,8 +49,8 @@ def test_the_page_and_its_data(finished):
 def test_mica_adapt_repeats_the_best_training(finished, tmp_path):
     """Its command gives the losses that the comparison has measured: same blocks, order and schedule."""
     found = report(finished)
-    rows = [row for row in found["equal"]["methods"] if row["method"] == "mica"]
-    line = page.again(found | {"equal": found["equal"] | {"methods": rows}})
+    (row,) = [row for row in found["equal"]["methods"] if row["method"] == "mica"]
+    line = again(found, row)
     command = shlex.split(line.removeprefix("```sh\n").removesuffix("\n```"))
     command[command.index("--output") + 1] = str(tmp_path / "run")
     for option in ("--eval-steps", "--max-retain-rise"):  # up to the last step, whatever the comparison chose
@@ -59,7 +61,7 @@ def test_mica_adapt_repeats_the_best_training(finished, tmp_path):
     (run,) = [
         one
         for one in found["results"].values()
-        if (one["method"], one["phase"], one["rate"]) == ("mica", 3, rows[0]["rate"])
+        if (one["method"], one["phase"], one["rate"]) == ("mica", 3, row["rate"])
     ]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     last = run["points"][-1]
@@ -144,8 +146,6 @@ def test_a_budget_that_is_too_small_names_one_that_is_not(model_dir, tmp_path, c
 
 
 def test_a_finished_comparison_writes_its_page_again(finished, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(finished, tmp_path / "copy")
     before = (tmp_path / "copy" / "README.md").read_bytes()
     (tmp_path / "copy" / "README.md").unlink()
