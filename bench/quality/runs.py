@@ -9,13 +9,9 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -118,17 +114,35 @@ def experiment(
     if "base" not in result:
         result["base"] = evaluate(base, texts)
     save(path, result)
-    with _helpers(processes - 1, path, end):
-        _work(base, texts, result, path, end, lambda: save(path, result))
+    threads = max(1, torch.get_num_threads() // processes)
+    torch.set_num_threads(threads)
+    context = get_context("spawn")
+    shared = {"args": (path, end, threads), "daemon": True}  # ended with this process, if that is not killed
+    helpers = [context.Process(target=_help, **shared) for _ in range(processes - 1)]
+    for helper in helpers:
+        helper.start()
+    _work(base, texts, result, path, end, lambda: save(path, result), lambda: None)
+    for helper in helpers:
+        helper.join()
     _add(result, store.read(_folder(path)))
     save(path, result)
-    shutil.rmtree(_folder(path))
+    shutil.rmtree(_folder(path), ignore_errors=True)
 
 
-def _work(base, texts: Texts, result: dict, path: Path, end: float, keep: Callable, watch=None) -> None:
-    """Make runs until none is left. ``keep``: called when ``result`` has more; ``watch``: before a run."""
+def _help(path: Path, end: float, threads: int) -> None:
+    """Make runs of the result at ``path``, as long as the process lives that has started this one."""
+    watch = workers.parent_watch()
+    torch.set_num_threads(threads)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    base, texts = load(result["settings"])
+    _work(base, texts, result, path, end, lambda: None, watch)
+
+
+def _work(base, texts: Texts, result: dict, path: Path, end: float, keep, watch) -> None:
+    """Make runs until none is left; ``keep`` is called when ``result`` has more, ``watch`` before a run."""
 
     def seen(made: dict) -> None:
+        watch()
         if _add(result, made):
             keep()
 
@@ -140,8 +154,6 @@ def _work(base, texts: Texts, result: dict, path: Path, end: float, keep: Callab
         return found
 
     def make(one: Planned) -> dict:
-        if watch is not None:
-            watch()
         made = measure(base, texts, result, one)
         print(f"{one.key}: {made['run']['diverged'] or made['run']['points'][-1]}", flush=True)
         return made
@@ -168,32 +180,3 @@ def measure(base, texts: Texts, result: dict, one: Planned) -> dict:
         "method": method._asdict() | {"trained_parameters": size, "on_fast_path": is_fast},
         "run": one._asdict() | run | {"wall_seconds": round(time.perf_counter() - begin, 1)},
     }
-
-
-@contextmanager
-def _helpers(number: int, path: Path, end: float) -> Iterator[None]:
-    """So many more processes for the result at ``path``: they get a part of the threads, and are awaited."""
-    threads = max(1, torch.get_num_threads() // (number + 1))
-    torch.set_num_threads(threads)
-    command = [sys.executable, "-m", "bench.quality.runs", str(path), str(end - time.monotonic())]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    started = [subprocess.Popen(command, env=environment) for _ in range(number)]
-    try:
-        yield
-        for process in started:
-            process.wait()
-    finally:
-        for process in started:
-            process.kill()
-
-
-def _help(path: Path, budget: float) -> None:
-    """Make runs of the result at ``path``, as long as the process lives that has started this one."""
-    end = time.monotonic() + budget
-    watch = workers.parent_watch()
-    result = json.loads(path.read_text(encoding="utf-8"))
-    _work(*load(result["settings"]), result, path, end, lambda: None, watch)
-
-
-if __name__ == "__main__":
-    _help(Path(sys.argv[1]), float(sys.argv[2]))
