@@ -130,6 +130,7 @@ def test_a_killed_run_goes_on_to_the_same_result(base, texts, begin, learns_at_o
         monkeypatch.setattr(runs, "measure", killed_at(number))
         with pytest.raises(Killed):
             runs.experiment(base, texts, result, path)
+        assert len(json.loads(path.read_text())["runs"]) == number
         (tmp_path / "run.runs" / f"{planned(result)[0].key}.lock").touch()  # nobody was there to remove it
         result = resume(path, begin())
         assert len(result["runs"]) == number
@@ -139,6 +140,21 @@ def test_a_killed_run_goes_on_to_the_same_result(base, texts, begin, learns_at_o
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
     assert [*tmp_path.iterdir()] == [path]
     assert len(result["starts"]) == 3
+
+
+def test_runs_beside_a_result_are_part_of_it(fresh, tmp_path):
+    """A process was killed before the result had them, or after that."""
+    path, known = tmp_path / "run.json", golden()
+    save(path, known)
+    (tmp_path / "run.runs").mkdir()
+    old = known["runs"][0]
+    for one in (old, old | {"seed": 7}):
+        key = Planned(one["method"], one["rate"], one["seed"]).key
+        made = {"method": {"trained_parameters": 5}, "run": one}
+        (tmp_path / "run.runs" / f"{key}.json").write_text(json.dumps(made))
+    found = resume(path, fresh)
+    assert found["runs"] == [*known["runs"], old | {"seed": 7}]
+    assert found["methods"] == {old["method"]: {"trained_parameters": 5}}
 
 
 def test_runs_without_a_result_are_of_another_one(fresh, tmp_path):

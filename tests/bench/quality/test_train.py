@@ -47,6 +47,20 @@ def test_another_frozen_b(base, texts, kind):
             assert (B.T @ minor).norm() < 1.9  # 2 if it were MiCA's
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_loras_a_follows_from_the_seed_as_in_earlier_results(base, recipe):
+    """Layer by layer, and nothing else is drawn between or before."""
+    with candidate(Method("", "lora", recipe, (1e-3,), 4), base, 3) as model:
+        found = [
+            one.lora_A["default"].weight.clone() for one in model.modules() if isinstance(one, LoraLayer)
+        ]
+        state = torch.get_rng_state()
+    torch.manual_seed(3)
+    for A in found:
+        assert torch.equal(A, torch.nn.init.kaiming_uniform_(torch.empty_like(A), a=math.sqrt(5)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_losses_of_probes(base, tokenizer):
     """One question whose right answer is the likeliest, and one whose is the least likely."""
     prompts, rows, words = ("The pet of Velma is a", "By trade, Velma is a"), [], []
