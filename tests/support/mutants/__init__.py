@@ -13,12 +13,11 @@ from tests.support.mutants.kernels import KERNELS
 from tests.support.mutants.lifecycle import LIFECYCLE
 from tests.support.mutants.native import NATIVE
 from tests.support.mutants.operators import OPERATORS
-from tests.support.mutants.quality import QUALITY
 from tests.support.mutants.serving import SERVING
 from tests.support.mutants.stopping import STOPPING
 from tests.support.mutants.subspace import SUBSPACE
 from tests.support.mutants.values import VALUES
 
-_TABLES = (KERNELS, EXPERTS, OPERATORS, BACKEND, EXPERTS_PATH, SUBSPACE, QUALITY)
+_TABLES = (KERNELS, EXPERTS, OPERATORS, BACKEND, EXPERTS_PATH, SUBSPACE)
 _TABLES += (LIFECYCLE, CREATION, STOPPING, EMBEDDINGS, ADAPT, ADAPT_RUN, COMMANDS, SERVING, VALUES, NATIVE)
 MUTANTS = [mutant for table in _TABLES for mutant in mutants(table)]
