@@ -10,8 +10,9 @@ import gc
 import json
 import math
 import shutil
+import sys
 import time
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from bench.quality.recipes import METHODS, RECIPES, STOPS, Method
 from bench.quality.schedule import Planned, planned
 from bench.quality.texts import BATCH, Texts, gather
 from bench.quality.train import candidate, evaluate, steps_per_epoch, train
-from mica.cli.compare import store, workers
+from mica.cli.compare import store
 from mica.cli.demo import smollm2_gguf
 from mica.cli.loading import find_source, load_model, load_tokenizer
 from mica.cli.output import write_file
@@ -131,7 +132,11 @@ def experiment(
 
 def _help(path: Path, end: float, threads: int) -> None:
     """Make runs of the result at ``path``, as long as the process lives that has started this one."""
-    watch = workers.parent_watch()
+
+    def watch() -> None:
+        if not parent_process().is_alive():
+            sys.exit(f"the process that keeps {path} has ended")
+
     torch.set_num_threads(threads)
     result = json.loads(path.read_text(encoding="utf-8"))
     base, texts = load(result["settings"])

@@ -181,12 +181,9 @@ def test_the_budget_ends_before_a_run_that_would_not_fit(
     assert ended == f"the budget is used up: no time for {SMALL[2].name}, rate {SMALL[2].rates[1]:g}, seed 0"
 
 
-def test_processes_share_the_runs_and_the_seeds_wait_for_all_rates(
-    base, texts, learns_at_once, tmp_path, monkeypatch
-):
-    """Threads for processes: the locks are among open files. The last of the first seeds is the slowest."""
-    slowest = Planned(SMALL[-1].name, SMALL[-1].rates[1], 0)
-    made = Made(lambda one: 0.3 if one == slowest else 0.05)
+@pytest.fixture
+def helpers(base, texts, monkeypatch):
+    """Threads for processes: locks are of open files. Gives the numbers of CPU threads that are set."""
     threads = []
 
     class Process:
@@ -199,35 +196,53 @@ def test_processes_share_the_runs_and_the_seeds_wait_for_all_rates(
         def join(self):
             self._result.result()
 
-    monkeypatch.setattr(runs, "measure", made)
     monkeypatch.setattr(runs, "load", lambda settings: (base, texts))
     monkeypatch.setattr(runs, "get_context", lambda kind: SimpleNamespace(Process=Process))
+    monkeypatch.setattr(runs, "parent_process", lambda: SimpleNamespace(is_alive=lambda: True))
     monkeypatch.setattr(runs.torch, "get_num_threads", lambda: 6)
     monkeypatch.setattr(runs.torch, "set_num_threads", threads.append)
-    path = tmp_path / "run.json"
     with ThreadPoolExecutor(2) as pool:
-        runs.experiment(base, texts, learns_at_once, path, 1000, processes=3)
+        yield threads
+
+
+def test_processes_share_the_runs_and_the_seeds_wait_for_all_rates(
+    base, texts, learns_at_once, tmp_path, monkeypatch, helpers
+):
+    """The last of the first seeds is the slowest."""
+    slowest = Planned(SMALL[-1].name, SMALL[-1].rates[1], 0)
+    made = Made(lambda one: 0.3 if one == slowest else 0.05)
+    monkeypatch.setattr(runs, "measure", made)
+    path = tmp_path / "run.json"
+    runs.experiment(base, texts, learns_at_once, path, processes=3)
     assert made.most == 3
     assert min(made.order.index(one) for one in ALL if one.seed) > made.order.index(slowest)
     assert sorted(made.order) == done(learns_at_once) == done(json.loads(path.read_text())) == ALL
     assert missing(learns_at_once) == []
-    assert threads == [2, 2, 2]  # of 6
+    assert helpers == [2, 2, 2]  # of 6
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_a_helper_ends_with_the_process_that_it_helps(base, texts, learns_at_once, tmp_path, monkeypatch):
-    class Orphaned(BaseException):
-        pass
+def test_what_others_have_begun_within_the_budget_is_waited_for(
+    base, texts, learns_at_once, tmp_path, monkeypatch, helpers
+):
+    """Runs seem to take 40 s, so that there is no time for a second one."""
+    main = threading.current_thread()
+    made = Made(lambda one: 0.3 if threading.current_thread() is main else 0.8)
+    monkeypatch.setattr(runs, "measure", made)
+    path = tmp_path / "run.json"
+    runs.experiment(base, texts, learns_at_once, path, 30, processes=2)
+    assert len(made.order) == 2
+    assert done(json.loads(path.read_text())) == done(learns_at_once) == sorted(made.order)
+    assert [*tmp_path.iterdir()] == [path]
 
-    def watch():
-        raise Orphaned
 
-    monkeypatch.setattr(runs, "load", lambda settings: (base, texts))
+def test_a_helper_ends_with_the_process_that_it_helps(learns_at_once, tmp_path, monkeypatch, helpers):
     monkeypatch.setattr(runs, "measure", Made())
-    monkeypatch.setattr(runs.workers, "parent_watch", lambda: watch)
+    monkeypatch.setattr(runs, "parent_process", lambda: SimpleNamespace(is_alive=lambda: False))
     save(tmp_path / "run.json", learns_at_once)
-    with pytest.raises(Orphaned):
+    with pytest.raises(SystemExit):
         runs._help(tmp_path / "run.json", math.inf, 1)
+    assert not [*tmp_path.glob("run.runs/*.json")]
 
 
 def test_a_diverged_run_is_named_and_not_chosen(base, texts, begin, tmp_path):
