@@ -16,7 +16,6 @@ from statistics import median
 
 from bench import on_a_gpu
 from bench.quality import energy as directions
-from bench.quality import plots
 from bench.quality.report import RIGHT, at_equal_forgetting
 from bench.report.words import Row, markdown, shown, speedup
 from bench.results import names
@@ -349,7 +348,7 @@ def write(root: Path | None = None) -> None:
 
 def main() -> None:
     (run,) = sources("energy")
-    plots.energy(directions.profiles(raw(run)), RESULTS / f"{run}.png")
+    directions.picture(raw(run), RESULTS / f"{run}.png")
     write()
 
 

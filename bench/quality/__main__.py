@@ -17,38 +17,20 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from datetime import date
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MICA_CACHE"] = "0"  # solve, not look up
 
-import torch
-from transformers.utils import logging
-
 from bench.measure.machine import facts, output
 from bench.quality.recipes import OPTIONS, QUICK
 from bench.quality.report import write
-from bench.quality.runs import experiment, load, load_here, start
-from bench.quality.store import resume, save
+from bench.quality.runs import experiment, load, resume, start
+from mica.cli.arguments import count, number
 from mica.cli.demo import smollm2_gguf
 from mica.errors import UsageError
-
-
-def _positive(kind: type) -> Callable[[str], float]:
-    """What argparse calls a value that is no positive number of this kind: an invalid one."""
-
-    def positive(text: str) -> float:
-        if not (number := kind(text)) > 0:
-            raise ValueError
-        return number
-
-    return positive
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,18 +41,17 @@ def main(argv: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     for name, (default, what) in OPTIONS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=_positive(int), default=default, help=what)
-    parser.add_argument(
-        "--budget", type=_positive(float), default=120, help="minutes; the same command goes on later"
-    )
-    parser.add_argument("--processes", type=_positive(int), default=1, help="runs at once")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=count(), default=default, help=what)
+    minutes = "minutes; the same command goes on later"
+    parser.add_argument("--budget", type=number(float, 0), default=120, help=minutes)
+    parser.add_argument("--processes", type=count(), default=1, help="runs at once")
     parser.add_argument("--quick", action="store_true", help="everything, briefly: its numbers mean nothing")
     parser.add_argument("--name", default=f"{date.today()}-trade-off", help="of the result files")
     parser.add_argument("--output", type=Path, default=output(), help="folder")
     args = parser.parse_args(argv)
     settings = {name: getattr(args, name) for name in OPTIONS} | (QUICK if args.quick else {})
+    path = args.output / f"{args.name}.json"
     try:
-        path = args.output / f"{args.name}.json"
         _run(settings | {"quick": args.quick}, path, 60 * args.budget, args.processes)
     except UsageError as error:
         parser.error(str(error))
@@ -90,17 +71,10 @@ def _run(settings: dict, path: Path, budget: float, processes: int) -> None:
     result = resume(path, start(texts, settings, **head))
     print(f"{len(result['runs'])} runs are done", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    spawn, threads = get_context("spawn"), max(1, torch.get_num_threads() // processes)
-    pool = ProcessPoolExecutor(processes, spawn, load_here, (settings, threads)) if processes > 1 else None
-    with pool or nullcontext():
-        left = budget - (time.monotonic() - begin)
-        experiment(base, texts, result, lambda one: save(path, one), left, pool=pool, at_once=processes)
-    save(path, result)
+    experiment(base, texts, result, path, budget - (time.monotonic() - begin), processes)
     print(write(path))
     print(f"results in {path} and {path.with_suffix('.md').name}")
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     main()

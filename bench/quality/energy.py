@@ -14,7 +14,7 @@ import argparse
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from statistics import mean
@@ -22,14 +22,15 @@ from statistics import mean
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from bench.measure.machine import facts, output
 from bench.quality.recipes import OPTIONS, Method
 from bench.quality.runs import load
 from bench.quality.texts import Texts
-from bench.quality.train import Candidate, batches, evaluate, steps_per_epoch, train
+from bench.quality.train import batches, candidate, evaluate, steps_per_epoch, train
+from mica.cli.compare.picture import trade_off
+from mica.cli.targets import ALL_LINEAR, find_targets
 
 GRADIENT, FULL, LORA = "gradient before training", "full fine-tuning", "LoRA, r = 16"
 # Rates at which the study's methods learn the new facts
@@ -42,9 +43,7 @@ RANKS, PARTS = (16, 64, 128), 10
 
 def linear_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights that "all-linear" adapts: all but the output layer's."""
-    head = model.get_output_embeddings()
-    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return {name: module.weight for name, module in found.items() if module is not head}
+    return {name: module.weight for name, module in find_targets(model, ALL_LINEAR).modules.items()}
 
 
 def shares(basis: Tensor, update: Tensor) -> dict:
@@ -84,14 +83,11 @@ def gradients(base: nn.Module, texts: Texts) -> dict[str, Tensor]:
     return found
 
 
-def update_by(candidate: Candidate, weights: dict[str, Tensor]) -> Callable[[str], Tensor]:
+def update_by(kind: str, model: nn.Module, weights: dict[str, Tensor]) -> Callable[[str], Tensor]:
     """name -> what training has added to the weight."""
-    model = candidate.model
-    if candidate.method.kind == "full":
-        return lambda name: model.get_submodule(name).weight.detach() - weights[name]
-    layers: Iterable = ((name, one) for name, one in model.named_modules() if isinstance(one, LoraLayer))
-    named = {name.removeprefix("base_model.model."): layer for name, layer in layers}
-    return lambda name: named[name].get_delta_weight("default")
+    if kind == "full":
+        return lambda name: model.get_submodule(name).weight - weights[name]
+    return lambda name: model.base_model.model.get_submodule(name).get_delta_weight("default")
 
 
 def experiment(base: nn.Module, texts: Texts, epochs: int) -> dict:
@@ -100,11 +96,11 @@ def experiment(base: nn.Module, texts: Texts, epochs: int) -> dict:
     grads = gradients(base, texts)
     layers, evaluations = {GRADIENT: measured(weights, grads.__getitem__)}, {GRADIENT: evaluate(base, texts)}
     for name, method in TRAINED.items():
-        candidate = Candidate(method, base)
-        run = train(candidate, texts, method.rates[0], epochs, seed=0)
-        evaluations[name] = evaluate(candidate.model, texts)
-        print(f"{name}: training loss {run['losses'][0]:.3f} to {run['losses'][-1]:.3f}", flush=True)
-        layers[name] = measured(weights, update_by(candidate, weights))
+        with candidate(method, base, seed=0) as model:
+            run = train(model, method, texts, method.rates[0], epochs, seed=0)
+            evaluations[name] = evaluate(model, texts)
+            print(f"{name}: training loss {run['losses'][0]:.3f} to {run['losses'][-1]:.3f}", flush=True)
+            layers[name] = measured(weights, update_by(method.kind, model, weights))
     return {"layers": layers, "evaluations": evaluations}
 
 
@@ -115,12 +111,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     settings = {name: default for name, (default, _) in OPTIONS.items()}
     base, texts = load(settings)
-    plan = {name: method.facts() for name, method in TRAINED.items()}
+    plan = {name: method._asdict() for name, method in TRAINED.items()}
     head = {"machine": facts(), "settings": settings, "texts": texts.about, "methods": plan}
     result = head | experiment(base, texts, settings["epochs"])
     path = args.output / f"{args.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rounded(result)) + "\n", encoding="utf-8")
+    # 210 layers have 60 numbers each: three digits
+    rounded = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.3g}"))
+    path.write_text(json.dumps(rounded) + "\n", encoding="utf-8")
     print(f"result in {path}")
 
 
@@ -137,22 +135,19 @@ def rows(result: dict) -> list[list[str]]:
     return table
 
 
-def profiles(result: dict) -> dict[str, list[float]]:
-    """update -> along each tenth of the directions the mean share over that of as many random ones."""
+def profiles(result: dict) -> dict[str, list[tuple[int, float]]]:
+    """update -> (number of the tenth, energy along it over that along as many random directions), means."""
     found = {}
     for update, layers in result["layers"].items():
-        of_layers = [[ten / one["random"]["tenth"] for ten in one["tenths"]] for one in layers.values()]
-        found[update] = [mean(values) for values in zip(*of_layers, strict=True)]
-    return found
+        of_layers = ([ten / one["random"]["tenth"] for ten in one["tenths"]] for one in layers.values())
+        found[update] = [*enumerate(map(mean, zip(*of_layers, strict=True)), 1)]
+    return found | {"random directions": [(1, 1.0), (PARTS, 1.0)]}
 
 
-def rounded(value):
-    """Numbers to three digits: 210 layers have 60 each."""
-    if isinstance(value, dict):
-        return {key: rounded(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [rounded(one) for one in value]
-    return float(f"{value:.3g}") if isinstance(value, float) else value
+def picture(result: dict, path: Path) -> None:
+    title = "Where updates lie, by the singular values of the weight"
+    tenths = "tenth of the left singular vectors: 1 the largest, 10 the smallest"
+    trade_off(profiles(result), path, title, tenths, "energy, random directions: 1")
 
 
 if __name__ == "__main__":

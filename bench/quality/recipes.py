@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+from mica.cli.compare.methods import doubling
 
 OPTIONS = {  # name -> default, help
     "epochs": (8, "over the training text"),
@@ -17,8 +19,7 @@ QUICK = {"epochs": 1, "rounds": 2, "rates": 1, "seeds": 1, "eval_blocks": 1, "le
 STOPS = (0.25, 0.5, 1.0)  # shares of a training after which it is measured
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """How a method is trained. ``scaling``: lora_alpha over the rank; ``warm_up``: share of the steps;
     ``scheduler``: a name of transformers' ``get_scheduler``; ``target_modules``: as in PEFT."""
 
@@ -38,8 +39,7 @@ RECIPES = {
 }
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """``kind``: "mica", "lora", "full", or MiCA with another frozen B: "random" orthonormal columns, or the
     left singular vectors with the "largest" singular values."""
 
@@ -48,13 +48,6 @@ class Method:
     recipe: str
     rates: tuple[float, ...]
     rank: int | None = None
-
-    def facts(self) -> dict:
-        return asdict(self) | {"rates": [*self.rates]}
-
-
-def doubling(lowest: float, count: int = 4) -> tuple[float, ...]:
-    return tuple(float(f"{lowest * 2**number:.2g}") for number in range(count))
 
 
 # Rates enclose what earlier runs chose: by the paper's recipe LoRA has twice the rank and half the rates.

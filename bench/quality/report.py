@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from bench.quality.recipes import STOPS
 from bench.quality.schedule import LIMITS, chosen, missing, points
+from bench.report.words import markdown
+from mica.cli.compare.picture import trade_off
 
 
 class Measure(NamedTuple):
@@ -43,10 +45,6 @@ def spread(values: list[float], digits: int) -> str:
     return text if len(values) < 2 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
-
-
 def values(result: dict, method: str, measure: Measure) -> list[list[float]]:
     """For each limit of forgetting one value a seed; none where the method has learned nothing."""
     return [[measure.of(one.evaluation) for one in chosen(result, method, limit)] for limit in LIMITS]
@@ -74,7 +72,7 @@ def differences(result: dict) -> str:
         cells = ["{:+.0f} ± {:.0f}".format(*difference(result, *one)) if all(one) else "" for one in both]
         if any(cells):
             lines.append([f"{ours} less {theirs}", *cells])
-    return table(["points, 95 % interval", *COLUMNS], lines) if lines else ""
+    return markdown(["points, 95 % interval", *COLUMNS], lines) if lines else ""
 
 
 def at_equal_forgetting(result: dict, measure: Measure) -> str:
@@ -86,7 +84,7 @@ def at_equal_forgetting(result: dict, measure: Measure) -> str:
             continue
         found = values(result, name, measure)
         rows.append([name, *(spread(of_seeds, measure.digits) if of_seeds else "" for of_seeds in found)])
-    return table(["forgotten", *COLUMNS], rows)
+    return markdown(["forgotten", *COLUMNS], rows)
 
 
 def curves(result: dict) -> dict[str, list[tuple[float, float]]]:
@@ -107,7 +105,7 @@ def _all_points(result: dict) -> str:
             cells = [f"{measure.of(one.evaluation):.{measure.digits}f}" for measure in LEARNED]
             rows.append([name, f"{one.rate:g}", str(one.step), str(one.seed), f"{one.forgotten:.2f}", *cells])
     header = ["", "learning rate", "step", "seed", "forgotten, nats", *(measure.title for measure in LEARNED)]
-    return table(header, rows)
+    return markdown(header, rows)
 
 
 def _listed(title: str, lines: list[str]) -> str:
@@ -159,9 +157,8 @@ def write(path: Path) -> str:
     result = json.loads(path.read_text(encoding="utf-8"))
     path.with_suffix(".md").write_text(report(result), encoding="utf-8")
     if found := curves(result):
-        from bench.quality import plots  # imports matplotlib
-
-        plots.trade_off(found, path.with_suffix(".png"))
+        title = "New facts learned, by what was forgotten for them"
+        trade_off(found, path.with_suffix(".png"), title, "forgotten, nats per token", "new facts right, %")
     return report(result)
 
 

@@ -1,22 +1,46 @@
-"""Makes the runs that a result of `bench.quality` lacks, here or in a pool of processes."""
+"""A result of `bench.quality`, a JSON file, and the runs that it lacks, by one process or several.
+
+Until the command ends, each new run is a file in a folder beside the result: processes share the work by
+locks, and kill -9 loses only a run that was under way (see `mica.cli.compare.store`).
+"""
 
 from __future__ import annotations
 
 import gc
+import json
 import math
-import statistics
+import shutil
+import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from multiprocessing import get_context, parent_process
+from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
-from bench.quality.recipes import METHODS, STOPS, Method
+import mica.fast
+from bench.quality.recipes import METHODS, RECIPES, STOPS, Method
 from bench.quality.schedule import Planned, planned
 from bench.quality.texts import BATCH, Texts, gather
-from bench.quality.train import Candidate, evaluate, recipe_facts, steps_per_epoch, train
+from bench.quality.train import candidate, evaluate, steps_per_epoch, train
+from mica.cli.compare import store
 from mica.cli.demo import smollm2_gguf
 from mica.cli.loading import find_source, load_model, load_tokenizer
+from mica.cli.output import write_file
+from mica.errors import UsageError
+
+SAME = ("model", "settings", "recipes", "texts", "plan")  # what makes runs comparable
+VERSIONS = ("torch", "peft", "transformers")  # processors are noted with every start
+
+
+def load(settings: dict) -> tuple:
+    """SmolLM2-135M in float32, frozen, and the texts of such settings."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    source = find_source(str(smollm2_gguf()), False)
+    sizes = (settings[name] for name in ("people", "rounds", "length", "eval_blocks"))
+    texts = gather(load_tokenizer(source), *sizes)
+    return load_model(source, "float32").requires_grad_(False), texts
 
 
 def start(texts: Texts, settings: dict, **head) -> dict:
@@ -29,51 +53,118 @@ def start(texts: Texts, settings: dict, **head) -> dict:
             "steps": settings["epochs"] * steps_per_epoch(texts.train),
             "answers": texts.probes["facts, held_out"].candidates.shape[1],
         },
-        "recipes": recipe_facts(),
+        "recipes": {name: recipe._asdict() for name, recipe in RECIPES.items()},
         "texts": texts.about,
-        "plan": {method.name: method.facts() for method in METHODS},
+        "plan": {method.name: method._asdict() for method in METHODS},
         "methods": {},
         "runs": [],
     }
 
 
+def resume(path: Path, fresh: dict) -> dict:
+    """The result at ``path`` to go on with, else ``fresh``, which has no runs. Methods may be added.
+
+    Raises UsageError if the runs in the file were made by other settings, texts or versions.
+    """
+    if not path.exists():
+        shutil.rmtree(_folder(path), ignore_errors=True)
+        return fresh
+    found = json.loads(path.read_text(encoding="utf-8"))
+    pairs = {key: (found.get(key), fresh[key]) for key in SAME}
+    pairs |= {key: (found.get("machine", {}).get(key), fresh["machine"].get(key)) for key in VERSIONS}
+    pairs["plan"] = found["plan"], {name: fresh["plan"].get(name) for name in found["plan"]}
+    for key, pair in pairs.items():
+        old, new = (json.loads(json.dumps(one)) for one in pair)  # tuples become lists
+        if old != new:
+            raise UsageError(f"--name {path.stem}: {path} has other {key}: take another name")
+    _add(found, store.read(_folder(path)))  # by a command that was killed
+    return found | {"plan": fresh["plan"], "starts": found["starts"] + fresh["starts"]}
+
+
+def save(path: Path, result: dict) -> None:
+    """As JSON, one line per run."""
+    head = json.dumps({key: value for key, value in result.items() if key != "runs"}, indent=1)
+    runs = ",\n  ".join(json.dumps(run, allow_nan=False) for run in result["runs"])
+    text = f'{head[:-2]},\n "runs": [\n  {runs}\n ]\n}}\n'
+    write_file("--output", path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
+def _folder(path: Path) -> Path:
+    """Where the runs are that the result at ``path`` does not have yet."""
+    return path.with_suffix(".runs")
+
+
+def _add(result: dict, made: dict[str, dict]) -> bool:
+    """Add what `measure` has made, by key, to ``result``; returns whether that is anything new."""
+    known = {Planned(run["method"], run["rate"], run["seed"]).key for run in result["runs"]}
+    new = [one for key, one in made.items() if key not in known]
+    result["methods"] |= {one["run"]["method"]: one["method"] for one in new}
+    result["runs"] += [one["run"] for one in new]
+    return bool(new)
+
+
 def experiment(
-    base,
-    texts: Texts,
-    result: dict,
-    keep: Callable[[dict], None],
-    budget: float = math.inf,
-    clock=time.monotonic,
-    pool: Executor | None = None,
-    at_once: int = 1,
+    base, texts: Texts, result: dict, path: Path, budget: float = math.inf, processes: int = 1
 ) -> None:
-    """Do what is not yet in ``result``; ``keep`` gets it after every run.
+    """Add to ``result`` what it lacks, by so many processes; it is kept at ``path`` after every run.
 
     ``budget``: seconds. No run is started that would end later, if it takes as long as the longest so far of
-    its method, or of any. ``pool``: makes the runs, ``at_once`` of them, in processes begun by `load_here`;
-    without one they are made here.
+    its method, or of any.
     """
-    end = clock() + budget
+    end = time.monotonic() + budget
     if "base" not in result:
         result["base"] = evaluate(base, texts)
-    running: dict[Future, Planned] = {}
-    while True:
-        todo = [one for one in planned(result) if one not in running.values()]
-        for one in todo[: at_once - len(running)]:
-            if clock() + _seconds(result["runs"], one.method) > end:
-                print(f"the budget is used up: no time for {one.method}, rate {one.rate:g}", flush=True)
-                break
-            needed = {key: result[key] for key in ("settings", "plan")}
-            future = pool.submit(_in_pool, needed, one) if pool else _now(measure, base, texts, needed, one)
-            running[future] = one
-        if not running:
-            return
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            facts_of_run, run = future.result()
-            result["methods"][running.pop(future).method] = facts_of_run
-            result["runs"].append(run)
-            keep(result)
-            print(_line(run), flush=True)
+    save(path, result)
+    threads = max(1, torch.get_num_threads() // processes)
+    torch.set_num_threads(threads)
+    context = get_context("spawn")
+    shared = {"args": (path, end, threads), "daemon": True}  # ended with this process, if that is not killed
+    helpers = [context.Process(target=_help, **shared) for _ in range(processes - 1)]
+    for helper in helpers:
+        helper.start()
+    _work(base, texts, result, path, end, lambda: save(path, result), lambda: None)
+    for helper in helpers:
+        helper.join()
+    _add(result, store.read(_folder(path)))
+    save(path, result)
+    shutil.rmtree(_folder(path), ignore_errors=True)
+
+
+def _help(path: Path, end: float, threads: int) -> None:
+    """Make runs of the result at ``path``, as long as the process lives that has started this one."""
+
+    def watch() -> None:
+        if not parent_process().is_alive():
+            sys.exit(f"the process that keeps {path} has ended")
+
+    torch.set_num_threads(threads)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    base, texts = load(result["settings"])
+    _work(base, texts, result, path, end, lambda: None, watch)
+
+
+def _work(base, texts: Texts, result: dict, path: Path, end: float, keep, watch) -> None:
+    """Make runs until none is left; ``keep`` is called when ``result`` has more, ``watch`` before a run."""
+
+    def seen(made: dict) -> None:
+        watch()
+        if _add(result, made):
+            keep()
+
+    def within_budget(_) -> list[Planned]:
+        todo = planned(result)
+        found = [one for one in todo if time.monotonic() + _seconds(result["runs"], one.method) <= end]
+        if todo and not found:
+            print(f"the budget is used up: no time for {todo[0].key}", flush=True)
+        return found
+
+    def make(one: Planned) -> dict:
+        made = measure(base, texts, result, one)
+        print(f"{one.key}: {made['run']['diverged'] or made['run']['points'][-1]}", flush=True)
+        return made
+
+    _folder(path).mkdir(exist_ok=True)
+    store.work(_folder(path), within_budget, make, seen)
 
 
 def _seconds(runs: list[dict], method: str) -> float:
@@ -81,48 +172,16 @@ def _seconds(runs: list[dict], method: str) -> float:
     return max(same or [one["wall_seconds"] for one in runs], default=0)
 
 
-def _now(function: Callable, *args) -> Future:
-    future: Future = Future()
-    future.set_result(function(*args))
-    return future
-
-
-_loaded: list = []  # in a process of the pool: base, texts
-
-
-def load_here(settings: dict, threads: int) -> None:
-    torch.set_num_threads(threads)
-    _loaded[:] = load(settings)
-
-
-def _in_pool(result: dict, one: Planned) -> tuple[dict, dict]:
-    return measure(*_loaded, result, one)
-
-
-def measure(base, texts: Texts, result: dict, one: Planned) -> tuple[dict, dict]:
-    """Train and measure once. Returns the facts of the method, and of the run."""
+def measure(base, texts: Texts, result: dict, one: Planned) -> dict:
+    """Train and measure once: {"method": facts of the method, "run": those of the run}."""
     gc.collect()  # PEFT's models hold themselves in circles: 16 GB were in use after twelve runs
     begin = time.perf_counter()
-    known = result["plan"][one.method]
-    candidate = Candidate(Method(**known | {"rates": tuple(known["rates"])}), base)
-    run = {"method": one.method}
-    run |= train(candidate, texts, one.rate, result["settings"]["epochs"], one.seed, STOPS)
-    run["wall_seconds"] = round(time.perf_counter() - begin, 1)
-    return candidate.facts(), run
-
-
-def load(settings: dict) -> tuple:
-    """SmolLM2-135M in float32, frozen, and the texts of such settings."""
-    source = find_source(str(smollm2_gguf()), False)
-    sizes = (settings[name] for name in ("people", "rounds", "length", "eval_blocks"))
-    texts = gather(load_tokenizer(source), *sizes)
-    return load_model(source, "float32").requires_grad_(False), texts
-
-
-def _line(run: dict) -> str:
-    head = f"{run['method']}, rate {run['rate']:g}, seed {run['seed']}"
-    if run["diverged"]:
-        return f"{head}: diverged, {run['diverged']}"
-    losses = ", ".join(f"{name} {value:.3f}" for name, value in run["points"][-1]["evaluation"].items())
-    step, ends = statistics.median(run["seconds"]), (run["losses"][0], run["losses"][-1])
-    return f"{head}, {step:.2f} s per step: training {ends[0]:.3f} to {ends[1]:.3f}, {losses}"
+    method = Method(**result["plan"][one.method])
+    with candidate(method, base, one.seed) as model:
+        size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        run = train(model, method, texts, one.rate, result["settings"]["epochs"], one.seed, STOPS)
+    is_fast = method.kind not in ("lora", "full") and mica.fast.is_enabled()
+    return {
+        "method": method._asdict() | {"trained_parameters": size, "on_fast_path": is_fast},
+        "run": one._asdict() | run | {"wall_seconds": round(time.perf_counter() - begin, 1)},
+    }

@@ -24,6 +24,10 @@ class Planned(NamedTuple):
     rate: float
     seed: int
 
+    @property
+    def key(self) -> str:
+        return f"{self.method}, rate {self.rate:g}, seed {self.seed}"
+
 
 class Point(NamedTuple):
     rate: float

@@ -2,86 +2,56 @@
 
 from __future__ import annotations
 
-import copy
+import argparse
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import get_scheduler
 
-import mica.fast
 from bench.quality.recipes import RECIPES, Method
 from bench.quality.texts import BATCH, Texts, TokenisedProbes
+from mica.cli.compare.models import built, random_basis, replace_b
 
 PROBE_BATCH = 16
 # In place of MiCA's B: kind -> (weight (out, in), rank) -> (out, rank), orthonormal
 OTHER_B = {
-    "random": lambda weight, rank: torch.linalg.qr(torch.randn(len(weight), rank))[0],
+    "random": random_basis,
     "largest": lambda weight, rank: torch.linalg.svd(weight, full_matrices=False)[0][:, :rank],
 }
 
 
-class Candidate:
-    """A method's model, to be trained repeatedly from the same start: a copy of ``base``, in its dtype, under
-    PEFT's adapter by the method's recipe, or with all weights trained."""
+@contextmanager
+def candidate(method: Method, base: nn.Module, seed: int) -> Iterator[nn.Module]:
+    """The model that ``method`` trains, an adapter on ``base`` or a copy of it: see `built`.
 
-    def __init__(self, method: Method, base):
-        self.method, self.recipe = method, RECIPES[method.recipe]
-        model = copy.deepcopy(base)
-        if method.kind == "full":
-            self.model = model.requires_grad_(True)
-        else:
-            targets = self.recipe.target_modules
-            config = LoraConfig(
-                r=method.rank,
-                lora_alpha=self.recipe.scaling * method.rank,
-                target_modules=targets if isinstance(targets, str) else [*targets],
-                lora_dropout=self.recipe.dropout,
-                init_lora_weights=True if method.kind == "lora" else "mica",
-                task_type="CAUSAL_LM",
-            )
-            self.model = get_peft_model(model, config)
-            if method.kind in OTHER_B:
-                self._replace_b(OTHER_B[method.kind])
-        self.model.config.use_cache = False
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self._initial = [p.detach().clone() for p in self.trained]
-
-    @torch.no_grad()
-    def _replace_b(self, basis: Callable[[Tensor, int], Tensor]) -> None:
-        torch.manual_seed(0)
-        for module in self.model.modules():
-            if isinstance(module, LoraLayer):
-                B = module.lora_B["default"].weight
-                B.copy_(basis(module.get_base_layer().weight, B.shape[1]))
-
-    def restart(self, seed: int) -> None:
-        """Back to the start: ``seed`` redraws LoRA's A and decides the dropout; the rest as at first."""
-        with torch.no_grad():
-            for parameter, value in zip(self.trained, self._initial, strict=True):
-                parameter.copy_(value)
+    ``seed`` draws LoRA's A and the dropout. A random B is the same for all seeds.
+    """
+    recipe, rank = RECIPES[method.recipe], method.rank or 0
+    targets = recipe.target_modules
+    args = argparse.Namespace(
+        rank=rank,
+        alpha=recipe.scaling * rank,
+        dropout=recipe.dropout,
+        target_modules=targets if isinstance(targets, str) else ",".join(targets),
+        experts=None,
+        seed=seed,
+    )
+    with built("mica" if method.kind in OTHER_B else method.kind, base, args) as model:
+        if method.kind in OTHER_B:
+            torch.manual_seed(0)
+            replace_b(model, OTHER_B[method.kind])
         torch.manual_seed(seed)
-        if self.method.kind == "lora":
-            for module in self.model.modules():
+        if method.kind == "lora":  # PEFT's first draw depends on how it builds a layer
+            for module in model.modules():
                 if isinstance(module, LoraLayer):
                     module.reset_lora_parameters("default", True)
-
-    def facts(self) -> dict:
-        return self.method.facts() | {
-            "trained_parameters": sum(p.numel() for p in self.trained),
-            "on_fast_path": self.method.kind not in ("lora", "full") and mica.fast.is_enabled(),
-        }
-
-
-def recipe_facts() -> dict[str, dict]:
-    """All recipes, as JSON."""
-    return {name: asdict(recipe) for name, recipe in RECIPES.items()}
+        yield model
 
 
 def steps_per_epoch(train: dict[str, torch.Tensor]) -> int:
@@ -103,20 +73,22 @@ def batches(train: dict[str, torch.Tensor], steps: int, seed: int) -> Iterator[t
 
 
 def train(
-    candidate: Candidate, texts: Texts, rate: float, epochs: int, seed: int, stops: Iterable[float] = ()
+    model, method: Method, texts: Texts, rate: float, epochs: int, seed: int, stops: Iterable[float] = ()
 ) -> dict:
-    """One training run by the method's recipe: AdamW, warm-up, decay, gradients clipped.
+    """Train a `candidate` by its recipe: AdamW, warm-up, decay, gradients clipped. ``seed``: of the batches.
 
     Returns the loss (nats per token) and the seconds of every step, and under "points" what `evaluate` gives
     after each of these shares of the steps. A loss that is not finite ends the run, and is noted under
     "diverged"; what was measured before counts.
     """
-    candidate.restart(seed)
-    model, recipe = candidate.model.train(), candidate.recipe
+    model.train()
+    model.config.use_cache = False
+    recipe = RECIPES[method.recipe]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     steps = epochs * steps_per_epoch(texts.train)
-    optimizer = torch.optim.AdamW(candidate.trained, lr=rate, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=recipe.weight_decay)
     schedule = get_scheduler(recipe.scheduler, optimizer, math.ceil(recipe.warm_up * steps), steps)
-    run: dict = {"rate": rate, "seed": seed, "diverged": None, "losses": [], "seconds": [], "points": []}
+    run: dict = {"diverged": None, "losses": [], "seconds": [], "points": []}
     measured = {math.ceil(stop * steps) for stop in stops}
 
     for step, batch in enumerate(batches(texts.train, steps, seed)):
@@ -126,7 +98,7 @@ def train(
             run["diverged"] = f"training loss {value} at step {step + 1}"
             return run
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(candidate.trained, recipe.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)

@@ -7,8 +7,14 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from bench.quality import texts as sources
+from bench.quality.recipes import METHODS, Method
 from tests.support import models
 
+SMALL = [  # ranks that a tiny model has
+    Method(one.name, one.kind, one.recipe, one.rates, one.rank and one.rank // 4)
+    for one in METHODS
+    if one.rank not in (64, 128)
+]
 COPIED = " ".join(f"copied{number}" for number in range(30))
 
 

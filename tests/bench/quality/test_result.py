@@ -1,7 +1,6 @@
-"""What follows from a result: the next run, what is missing, the report; and the file of a result."""
+"""What follows from a result: the next run, what is missing, the report."""
 
 import json
-from dataclasses import astuple
 from math import inf, log, sqrt
 
 import pytest
@@ -10,9 +9,7 @@ from bench.measure.machine import ROOT
 from bench.quality import report
 from bench.quality.recipes import METHODS, RECIPES, STOPS
 from bench.quality.schedule import KNOWN, LIMITS, VALIDATION, chosen, missing, planned, rates_that_count
-from bench.quality.store import resume, save
 from mica.cli.adapt import options
-from mica.errors import UsageError
 
 GOLDEN = ROOT / "tests" / "bench" / "golden"
 RESULTS = [*sorted((ROOT / "bench/results").glob("*/*-trade-off.json")), GOLDEN / "quality.json"]
@@ -29,7 +26,7 @@ def golden():
 def test_the_papers_recipe_is_that_of_mica_adapt():
     """arXiv 2604.01694, and alpha = 2 r as in its author's example."""
     ours, theirs = RECIPES["paper"], options.RECIPES["paper"]
-    assert astuple(ours) == (("q_proj", "v_proj"), 2, "cosine", 0.1, 0.01, 0.05, 0.3)
+    assert ours == (("q_proj", "v_proj"), 2, "cosine", 0.1, 0.01, 0.05, 0.3)
     assert (ours.scaling, ours.warm_up) == (theirs["alpha_per_rank"], theirs["warmup_ratio"])
     assert ",".join(ours.target_modules) == theirs["target_modules"]
     for name in ("scheduler", "weight_decay", "dropout", "max_grad_norm"):
@@ -47,7 +44,7 @@ def after(forgotten, learned):
 def start(names, seeds=3):
     settings = {"rates": 4, "seeds": seeds, "epochs": 1, "steps": 4, "facts_blocks": 3, "prose_blocks": 1}
     settings |= {"length": 96, "people": 8, "rounds": 8, "answers": 8}
-    plan = {one.name: one.facts() for one in METHODS if one.name in names}
+    plan = {one.name: one._asdict() for one in METHODS if one.name in names}
     head = {
         "machine": {"torch": "2.13"},
         "starts": [{"commit": "abc", "cpu": "a processor"}],
@@ -152,59 +149,3 @@ def test_a_report_and_its_picture(tmp_path):
     assert "**This run is not finished.** Missing:\n\n- MiCA, r = 16: learning rate 0.001 (seed 0)" in text
     assert f"{log(8):.2f}" in text
     assert len(LIMITS) == 5
-
-
-@pytest.fixture
-def fresh():
-    result = golden() | {"runs": []}
-    del result["base"]
-    return result
-
-
-def test_goes_on_with_what_is_there_and_a_kill_while_writing_leaves_the_last_file(fresh, tmp_path):
-    path, finished = tmp_path / "run.json", golden()
-    assert resume(path, fresh) is fresh
-    save(path, finished)
-    assert path.read_text() == (GOLDEN / "quality.json").read_text()  # a line for each run
-    assert [*tmp_path.iterdir()] == [path]
-    path.with_suffix(".part").write_text('{"settings"')
-    assert resume(path, fresh) == finished | {"starts": finished["starts"] + fresh["starts"]}
-
-
-def test_methods_may_be_new_and_runs_of_none_are_dropped(fresh, tmp_path):
-    path = tmp_path / "run.json"
-    save(path, golden())
-    more = fresh["plan"] | {"another": fresh["plan"]["LoRA, r = 16"]}
-    found = resume(path, fresh | {"plan": more})
-    assert (found["plan"], found["runs"]) == (more, golden()["runs"])
-    assert {one.method for one in planned(found)} == {"another"}
-    with pytest.raises(UsageError, match="has other plan"):
-        resume(path, fresh | {"plan": {}})
-
-
-@pytest.mark.parametrize(
-    ("keys", "value", "why"),
-    [
-        (("settings", "epochs"), 9, "settings"),
-        (("model",), "other", "model"),
-        (("recipes", "paper", "dropout"), 0.5, "recipes"),
-        (("texts", "reference", "tokens"), 9, "texts"),
-        (("plan", "MiCA, r = 16", "rank"), 5, "plan"),
-        (("machine", "torch"), "9.9", "torch"),
-        (("machine", "triton"), "9.9", None),
-    ],
-)
-def test_other_settings_are_refused(fresh, tmp_path, keys, value, why):
-    path = tmp_path / "run.json"
-    save(path, fresh)
-    before, inner = path.read_text(), fresh
-    for key in keys[:-1]:
-        inner = inner[key]
-    inner[keys[-1]] = value
-    if why is None:
-        assert resume(path, fresh)["runs"] == []
-    else:
-        with pytest.raises(UsageError) as raised:
-            resume(path, fresh)
-        assert str(raised.value) == f"--name run: {path} has other {why}: take another name"
-    assert path.read_text() == before
