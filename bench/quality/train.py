@@ -19,11 +19,15 @@ from bench.quality.texts import BATCH, Texts, TokenisedProbes
 from mica.cli.compare.models import built, random_basis, replace_b
 
 PROBE_BATCH = 16
-# In place of MiCA's B: kind -> (weight (out, in), rank) -> (out, rank), orthonormal
-OTHER_B = {
-    "random": random_basis,
-    "largest": lambda weight, rank: torch.linalg.svd(weight, full_matrices=False)[0][:, :rank],
-}
+
+
+def largest_basis(layer: LoraLayer, rank: int) -> torch.Tensor:
+    """(out, rank): the left singular vectors with the largest singular values."""
+    weight = layer.get_base_layer().weight
+    return torch.linalg.svd(weight, full_matrices=False)[0][:, :rank]
+
+
+OTHER_B = {"random": random_basis, "largest": largest_basis}  # in place of MiCA's
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from mica.cli.compare.methods import METHODS
 from mica.cli.targets import find_targets
 
 
-def random_basis(weight: Tensor, rank: int) -> Tensor:
-    """(out, rank) orthonormal columns, for ``weight`` (out, in), drawn from PyTorch's generator."""
-    return torch.linalg.qr(torch.randn(weight.shape[0], rank))[0]
+def random_basis(layer: LoraLayer, rank: int) -> Tensor:
+    """(out, rank) orthonormal columns for an adapted layer, drawn from PyTorch's generator."""
+    return torch.linalg.qr(torch.randn(layer.lora_B["default"].out_features, rank))[0]
 
 
 @contextmanager
@@ -53,10 +53,14 @@ def adapted(base: nn.Module, args: argparse.Namespace, **config) -> Iterator[nn.
             del base.peft_config  # PEFT leaves it, and warns of a second adapter
 
 
-def replace_b(model: nn.Module, basis: Callable[[Tensor, int], Tensor]) -> None:
-    """Give every adapted layer ``basis(weight, rank)`` (out, rank) for its B."""
+def replace_b(model: nn.Module, basis: Callable[[LoraLayer, int], Tensor]) -> None:
+    """Give every adapted layer ``basis(layer, rank)``, (out, rank), for its B; each expert of a stack one."""
     with torch.no_grad():
         for layer in model.modules():
-            if isinstance(layer, LoraLayer):
-                B = layer.lora_B["default"].weight
-                B.copy_(basis(layer.get_base_layer().weight, B.shape[1]))
+            if not isinstance(layer, LoraLayer):
+                continue
+            B = layer.lora_B["default"].weight
+            rank = layer.r["default"]
+            experts = B.shape[1] // rank
+            for expert in range(experts):  # PEFT's order: rank first, then expert
+                B[:, expert::experts] = basis(layer, rank)

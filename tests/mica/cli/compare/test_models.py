@@ -9,6 +9,8 @@ from peft.tuners.lora import LoraLayer
 
 from mica.cli.compare.methods import METHODS, doubling, options
 from mica.cli.compare.models import built
+from mica.fast.forward.expert_params import is_wrapper
+from tests.support import moe_models
 from tests.support.tiny_cli import logits, tiny_llama
 
 
@@ -72,6 +74,20 @@ def test_a_random_b_is_orthonormal_and_drawn_by_the_seed():
         assert not torch.allclose(B, found["random", 1][0][name])
         assert (B.T @ found["mica", 0][0][name]).norm() < 1.9  # 2 if it were MiCA's
         assert torch.equal(found["mica", 0][0][name], found["mica", 1][0][name])
+
+
+def test_each_expert_has_a_random_b_of_its_own():
+    base = moe_models.qwen3_moe().requires_grad_(False)
+    args = given("random")
+    args.experts = True
+    with built("random", base, args) as model:
+        stacks = [layer for layer in layers(model).values() if is_wrapper(layer)]
+        assert stacks
+        for layer in stacks:
+            B = layer.lora_B["default"].weight
+            of_expert = B.reshape(len(B), 4, layer.num_experts).permute(2, 0, 1)  # as PEFT reads it
+            gram = of_expert.transpose(1, 2) @ of_expert
+            torch.testing.assert_close(gram, torch.eye(4).expand_as(gram), rtol=0, atol=1e-5)
 
 
 def test_loras_a_is_drawn_by_the_seed():
