@@ -1,7 +1,6 @@
 """How a training of a comparison is done again: by ``mica adapt``, or by PEFT and transformers."""
 
 import json
-import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,15 @@ def _command(report: Report, row: Report) -> str:
             words += [option.flag, *map(str, values)]
     words += ["--learning-rate", f"{row['rate']:g}", "--steps", str(row["steps"]), "--output", "run"]
     if row["stop"] < row["steps"]:
-        rise = 100 * math.expm1(report["equal"]["limit"])  # per cent of perplexity
-        every = max(1, row["steps"] // 20)
-        words += ["--eval-steps", str(every), "--max-retain-rise", f"{max(rise, 0.1):.3g}"]
-    return shlex.join(words)
+        words += ["--eval-steps", str(row["stop"]), "--keep-best"]
+    return "\n".join([shlex.join(words), *_scaled(row)])
+
+
+def _scaled(row: Report) -> list[str]:
+    """A comment where the comparison has scaled the update back, to the limit of forgetting."""
+    if row["share"] == 1:
+        return []
+    return [f"# and scale what it adds to the weights by {row['share']:.2f}: it forgets more than the limit"]
 
 
 def _lines_of_peft(row: Report, args) -> str:
@@ -76,9 +80,9 @@ def _lines_of_peft(row: Report, args) -> str:
     }
     lines += ["arguments = TrainingArguments(", *_keywords(training), ")"]
     if row["stop"] < row["steps"]:
-        lines.append(f"# stopped after about {row['stop']:.0f} steps")
+        lines.append(f"# stopped after step {row['stop']}")
     lines.append(f"# blocks of {args.sequence_length} tokens, recipe {args.recipe}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_scaled(row)])
 
 
 def _keywords(values: dict[str, object]) -> list[str]:

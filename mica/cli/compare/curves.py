@@ -16,19 +16,21 @@ RETAINED = ("retained", "retained, the rest")
 
 
 class Point(NamedTuple):
-    """A model in the course of a training. ``test``: learned, for each block of the test, if measured."""
+    """A model in the course of a training. ``test``: learned, for each block of the test, if measured.
 
-    step: float
+    ``share``: of its update that is left, see `at`.
+    """
+
+    step: int
     forgotten: float
     validation: float
     test: tuple[float, ...]
+    share: float = 1.0
 
-    def towards(self, other: "Point", share: float) -> "Point":
-        """The point that is ``share`` of the way to ``other``."""
-        pairs = zip(self[:3], other[:3], strict=True)
-        first = [one + share * (two - one) for one, two in pairs]
-        test = [one + share * (two - one) for one, two in zip(self.test, other.test, strict=True)]
-        return Point(*first, tuple(test))
+    def scaled(self, share: float) -> "Point":
+        """The point that is ``share`` of the way to this one from the model before the training."""
+        test = tuple(share * one for one in self.test)
+        return Point(self.step, share * self.forgotten, share * self.validation, test, share)
 
 
 def course(base: Result, run: Result) -> list[Point]:
@@ -49,17 +51,16 @@ def _mean_of(losses: Result, names: list[str]) -> float:
 
 
 def at(points: list[Point], limit: float) -> Point:
-    """The best point, by validation, before the training forgets more than ``limit`` for the first time.
+    """The best point within ``limit``, by validation.
 
-    The step at which it does lies between two stops: there the line between them is taken.
+    A point that has forgotten more counts as if its update had been scaled back, on the line to the model
+    before the training. An adapter can be (by its scaling), and then it loses less of what was learned than
+    that line. A rule with a jump, like "before the limit is passed", makes noise of forgetting decide.
     """
-    found = [points[0]]
-    for point in points[1:]:
-        before = found[-1]
+    found = []
+    for point in points:
         if point.forgotten > limit:
-            share = (limit - before.forgotten) / (point.forgotten - before.forgotten)
-            found.append(before.towards(point, share))
-            break
+            point = point.scaled(limit / point.forgotten)
         found.append(point)
     return max(found, key=lambda point: point.validation)
 

@@ -153,7 +153,9 @@ def _table(report: Report, at: Report) -> str:
     ]
     for row in at["methods"]:
         behind = "" if row["behind"] is None else _plus_minus(row["behind"])
-        steps = f"{row['stop']:.0f} of {row['steps']}"
+        steps = f"{row['stop']} of {row['steps']}"
+        if row["share"] < 1:
+            steps += f", scaled by {row['share']:.2f}"
         cells = [METHODS[row["method"]].title, _plus_minus(row["learned"]), behind]
         cells += [f"{row['forgotten']:.3f}", f"{row['rate']:g}", steps, str(row["seeds"])]
         lines.append(f"| {' | '.join(cells)} |")

@@ -25,13 +25,10 @@ def trade_off(
             dashes = _DASHES[number // len(_COLOURS) % len(_DASHES)]
             x, y = zip(*(point[:2] for point in points), strict=True)
             axes.plot(x, y, dashes, marker="o", color=colour, label=name)
-            known = [point for point in points if len(point) > 2 and point[2] is not None]
-            if len(known) > 1:
-                low = [point[1] - point[2] for point in known]
-                high = [point[1] + point[2] for point in known]
-                axes.fill_between(
-                    [point[0] for point in known], low, high, color=colour, alpha=0.15, linewidth=0
-                )
+            known = [point for point in points if len(point) > 2 and point[2]]
+            if known:
+                x, y, half = zip(*known, strict=True)
+                axes.errorbar(x, y, half, fmt="none", ecolor=colour, elinewidth=0.8, capsize=2, alpha=0.7)
         if curves:
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         figure.savefig(path, format="png", metadata={"Software": None})

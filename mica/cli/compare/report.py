@@ -74,6 +74,7 @@ def _as_json(found: Verdict) -> dict[str, Any]:
                 "rate": choice.rate,
                 "steps": choice.steps,
                 "stop": choice.first.step,
+                "share": choice.first.share,
                 "forgotten": choice.forgotten,
                 "seeds": len(choice.seeds),
             }
@@ -91,14 +92,14 @@ def _finite(number: float) -> float | None:
 
 def _curves(at_limit: Verdict) -> dict[str, list[list[float | None]]]:
     """The course of each chosen training, by title: forgotten, learned, and half of its interval or null."""
-    drawn = {}
-    for method, choice in at_limit.choices.items():
-        points = []
-        for number in range(len(choice.courses[0])):
-            there = choice.at_stop(number)
-            learned = learned_by(there, at_limit.between)
-            points.append([there.forgotten, learned.mean, _finite(learned.half)])
-        drawn[METHODS[method].title] = points
+    choices = {method: at_limit.choices[method] for method in METHODS if method in at_limit.choices}
+    drawn: dict[str, list] = {METHODS[method].title: [] for method in choices}
+    stops = [len(choice.courses[0]) for choice in choices.values()]
+    for number in range(min(stops, default=0)):
+        there = {method: choice.at_stop(number) for method, choice in choices.items()}
+        for method, learned in learned_by(there).items():
+            point = [there[method].forgotten, learned.mean, _finite(learned.half)]
+            drawn[METHODS[method].title].append(point)
     return drawn
 
 

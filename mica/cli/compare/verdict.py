@@ -37,7 +37,7 @@ class Estimate(NamedTuple):
         return self.mean > self.half
 
 
-class Spread(NamedTuple):
+class _Spread(NamedTuple):
     """A variance, and its degrees of freedom."""
 
     variance: float
@@ -48,14 +48,13 @@ class Verdict(NamedTuple):
     """Of the methods at a ``limit`` of forgetting.
 
     ``choices``, ``learned``: of those that learned anything, the best first. ``lead``: of the best over each
-    other one. ``between``: the variance between the seeds of a training.
+    other one.
     """
 
     limit: float
     choices: dict[str, Choice]
     learned: dict[str, Estimate]
     lead: dict[str, Estimate]
-    between: Spread
 
     @property
     def best(self) -> str | None:
@@ -74,26 +73,25 @@ def verdict(base: Result, runs: dict[str, list[Result]], limit: float | None = N
     found = {method: choose(base, some, limit) for method, some in runs.items()}
     found = {method: choice for method, choice in found.items() if choice is not None}
     choices = dict(sorted(found.items(), key=lambda item: -mean(_blocks(item[1]))))
-    between = _between_seeds(choices.values())
     residual = _residual(choices.values())
     pairs = max(1, math.comb(len(choices), 2))
-    learned = {}
     lead = {}
+    for method, choice in list(choices.items())[1:]:
+        best = next(iter(choices.values()))
+        both = sorted(best.seeds.keys() & choice.seeds.keys())
+        blocks = zip(_blocks(best, both), _blocks(choice, both), strict=True)
+        gaps = [ours - theirs for ours, theirs in blocks]
+        lead[method] = _estimate(gaps, residual, 2 / len(both), _LEVEL / pairs)
+    return Verdict(limit, choices, learned_by(choices), lead)
+
+
+def learned_by(choices: dict[str, Choice]) -> dict[str, Estimate]:
+    """What each of some trainings has learned, with its own interval."""
+    between = _between_seeds(choices.values())
+    learned = {}
     for method, choice in choices.items():
-        learned[method] = learned_by(choice, between)
-        if len(learned) > 1:
-            best = next(iter(choices.values()))
-            both = best.seeds.keys() & choice.seeds.keys()
-            gaps = [
-                one - other for one, other in zip(_blocks(best, both), _blocks(choice, both), strict=True)
-            ]
-            lead[method] = _estimate(gaps, residual, 2 / len(both), _LEVEL / pairs)
-    return Verdict(limit, choices, learned, lead, between)
-
-
-def learned_by(choice: Choice, between: Spread) -> Estimate:
-    """What a training has learned, if ``between`` is the variance between seeds."""
-    return _estimate(_blocks(choice), between, 1 / len(choice.seeds), _LEVEL)
+        learned[method] = _estimate(_blocks(choice), between, 1 / len(choice.seeds), _LEVEL)
+    return learned
 
 
 def _blocks(choice: Choice, seeds: Iterable[int] | None = None) -> list[float]:
@@ -102,7 +100,7 @@ def _blocks(choice: Choice, seeds: Iterable[int] | None = None) -> list[float]:
     return [mean(of_seeds) for of_seeds in zip(*(point.test for point in points), strict=True)]
 
 
-def _between_seeds(choices: Iterable[Choice]) -> Spread:
+def _between_seeds(choices: Iterable[Choice]) -> _Spread:
     """Between the seeds of a training."""
     squares = 0.0
     degrees = 0
@@ -111,10 +109,10 @@ def _between_seeds(choices: Iterable[Choice]) -> Spread:
         if len(means) > 1:
             squares += variance(means) * (len(means) - 1)
             degrees += len(means) - 1
-    return Spread(squares / max(1, degrees), degrees)
+    return _Spread(squares / max(1, degrees), degrees)
 
 
-def _residual(choices: Iterable[Choice]) -> Spread:
+def _residual(choices: Iterable[Choice]) -> _Spread:
     """What neither method nor seed explains of what a training has learned, by least squares."""
     cells = []
     for method, choice in enumerate(choices):
@@ -128,10 +126,10 @@ def _residual(choices: Iterable[Choice]) -> Spread:
     learned = np.array([value for _, _, value in cells])
     fit, _, rank, _ = np.linalg.lstsq(design, learned, rcond=None)
     degrees = len(cells) - int(rank)
-    return Spread(float(np.square(learned - design @ fit).sum()) / max(1, degrees), degrees)
+    return _Spread(float(np.square(learned - design @ fit).sum()) / max(1, degrees), degrees)
 
 
-def _estimate(blocks: list[float], spread: Spread, share: float, level: float) -> Estimate:
+def _estimate(blocks: list[float], spread: _Spread, share: float, level: float) -> Estimate:
     """The mean of ``blocks``, and half of its interval at 1 - ``level``.
 
     ``share``: of the variance ``spread`` that this mean has beside that between its blocks.

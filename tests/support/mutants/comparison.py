@@ -4,7 +4,7 @@ _FOLDER = "tests/mica/cli/compare"
 COMPARISON = {
     ("mica/cli/compare/curves.py", f"{_FOLDER}/test_curves.py"): {
         "course": [("if name in one", ""), ("_mean_of(base, names)", "_mean_of(base, RETAINED)")],
-        "at": [("break", "pass"), ("point.forgotten > limit", "point.forgotten > 2 * limit")],
+        "at": [("limit / point.forgotten", "0"), ("point.forgotten > limit", "point.forgotten > 2 * limit")],
         "choose": [('if run["seed"] == 0', ""), ("score <= 0", "score < -9")],
         "common_limit": [("max(0.0, median_low(forgotten))", "median_low(forgotten)")],
     },

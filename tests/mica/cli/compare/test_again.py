@@ -1,7 +1,5 @@
 """The command, or the lines for PEFT, on planted results; test_session.py runs the command."""
 
-import math
-
 import pytest
 
 from mica.cli.compare.again import again
@@ -37,13 +35,11 @@ def test_lines_for_peft_run(name):
         assert (calls["LoraConfig"].get("init_lora_weights") == "mica") == (name == "random")
 
 
-def test_the_command_stops_where_the_best_training_did():
+def test_the_command_ends_as_the_best_training_did():
     told = found(gaining("mica", 2.0))
     (row,) = [row for row in told["equal"]["methods"] if row["method"] == "mica"]
-    line = again(told, row)
-    assert f"--learning-rate {row['rate']:g} --steps {row['steps']} " in line
-    stops_early = row["stop"] < row["steps"]
-    assert ("--max-retain-rise" in line) == stops_early
-    row["stop"] = row["steps"] / 2
-    rise = 100 * math.expm1(told["equal"]["limit"])
-    assert f"--max-retain-rise {rise:.3g}" in again(told, row)
+    whole = row | {"stop": row["steps"], "share": 1.0}
+    line = again(told, whole)
+    assert f"--learning-rate {row['rate']:g} --steps {row['steps']} --output run\n```" in line
+    early = again(told, whole | {"stop": 15, "share": 0.75})
+    assert "--eval-steps 15 --keep-best\n# and scale what it adds to the weights by 0.75" in early

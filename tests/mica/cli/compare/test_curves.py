@@ -13,7 +13,7 @@ def points(*pairs):
     """(forgotten, learned) after each third of a training."""
     found = [Point(0, 0.0, 0.0, (0.0, 0.0))]
     for number, (forgotten, learned) in enumerate(pairs):
-        found.append(Point(10.0 * (number + 1), forgotten, learned, (learned, 2 * learned)))
+        found.append(Point(10 * (number + 1), forgotten, learned, (learned, 2 * learned)))
     return found
 
 
@@ -22,10 +22,10 @@ def points(*pairs):
     [
         (((0.1, 0.2), (0.2, 0.3), (0.4, 0.4)), math.inf, 30, 0.4),
         (((0.1, 0.2), (0.2, 0.3), (0.4, 0.4)), 0.2, 20, 0.3),
-        (((0.1, 0.2), (0.2, 0.3), (0.4, 0.4)), 0.3, 25, 0.35),  # half way between two stops
-        (((0.1, 0.2), (0.2, 0.3), (0.4, 0.4)), 0.05, 5, 0.1),  # between the start and the first stop
+        (((0.1, 0.2), (0.2, 0.3), (0.4, 0.44)), 0.3, 30, 0.33),  # three quarters of the last update
+        (((0.1, 0.2), (0.2, 0.3), (0.4, 0.4)), 0.05, 10, 0.1),  # half of the first one
         (((0.1, 0.2), (0.2, 0.3), (0.4, 0.4)), 0.0, 0, 0.0),
-        (((0.4, 0.2), (0.1, 0.5), (0.1, 0.6)), 0.2, 5, 0.1),  # past the limit is past it, whatever follows
+        (((0.4, 0.2), (0.1, 0.5), (0.2, 0.6)), 0.2, 30, 0.6),  # what it had forgotten before does not count
         (((0.1, 0.2), (0.2, 0.1), (0.3, 0.0)), math.inf, 10, 0.2),  # it gets worse: an earlier stop
         (((0.1, -0.2), (0.2, -0.1), (0.3, -0.3)), math.inf, 0, 0.0),  # rather not at all
         (((-0.1, 0.2), (-0.2, 0.3), (-0.3, 0.4)), 0.0, 30, 0.4),  # nothing forgotten, on the contrary
@@ -33,10 +33,22 @@ def points(*pairs):
 )
 def test_the_best_point_within_a_limit(pairs, limit, step, learned):
     found = at(points(*pairs), limit)
-    assert found.step == pytest.approx(step)
+    assert found.step == step
     assert found.validation == pytest.approx(learned)
     assert found.test == pytest.approx((learned, 2 * learned))
     assert found.forgotten <= limit + 1e-12
+
+
+def test_an_update_that_forgets_too_much_is_scaled_back():
+    assert at(points((0.4, 0.4)), 0.3).share == pytest.approx(0.75)
+    assert at(points((0.4, 0.4)), 0.4).share == 1
+
+
+def test_a_little_more_forgetting_changes_little():
+    """Both sides of the limit: no jump."""
+    for step in (1e-9, -1e-9):
+        found = at(points((0.3, 0.2), (0.25 + step, 0.4)), 0.25)
+        assert found.validation == pytest.approx(0.4, abs=1e-7)
 
 
 def test_a_course_is_the_change_since_the_base():
@@ -46,7 +58,7 @@ def test_a_course_is_the_change_since_the_base():
         one["retained"] = [loss + 0.5 for loss in before["retained"]]
         one["retained, the rest"] = [loss + 0.2 for loss in before["retained, the rest"]]
     start, *rest = course(before, run)
-    assert start == (0, 0.0, 0.0, (0.0,) * SIZES["test"])
+    assert start == (0, 0.0, 0.0, (0.0,) * SIZES["test"], 1.0)
     for point, one in zip(rest, run["points"], strict=True):
         assert point.step == one["step"]
         assert point.forgotten == pytest.approx(0.35)  # of all retained blocks
@@ -58,7 +70,7 @@ def test_a_short_training_is_compared_with_the_base_on_the_blocks_it_was_measure
     before = base(retained=[1.0] * 5)  # the other retained blocks have another loss
     (run,) = whole(World(alike, proportional), "mica", 1)
     run["points"] = [{"step": 4, "validation": [2.0] * 6, "retained": [1.25] * 5}]
-    assert course(before, run)[1] == (4, 0.25, 1.0, ())
+    assert course(before, run)[1] == (4, 0.25, 1.0, (), 1.0)
 
 
 def test_the_first_seed_chooses_and_brings_its_others():

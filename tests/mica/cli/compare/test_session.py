@@ -50,12 +50,10 @@ def test_mica_adapt_repeats_the_best_training(finished, tmp_path):
     """Its command gives the losses that the comparison has measured: same blocks, order and schedule."""
     found = report(finished)
     (row,) = [row for row in found["equal"]["methods"] if row["method"] == "mica"]
-    line = again(found, row)
+    line = again(found, row | {"share": 1.0})
     command = shlex.split(line.removeprefix("```sh\n").removesuffix("\n```"))
     command[command.index("--output") + 1] = str(tmp_path / "run")
-    for option in ("--eval-steps", "--max-retain-rise"):  # up to the last step, whatever the comparison chose
-        if option in command:
-            del command[command.index(option) : command.index(option) + 2]
+    command = [word for word in command if word != "--keep-best"]  # the last step is compared
     assert command[0] == "mica"
     assert main(command[1:]) == 0
     (run,) = [
