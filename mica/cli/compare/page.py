@@ -131,7 +131,9 @@ def _names(paths: list[str]) -> str:
 def _setting(report: Report) -> str:
     facts = report["facts"]
     used = report["settings"]
-    threads = f", {facts['threads']} threads each" if facts["device"] == "CPU" else ""
+    threads = ""
+    if facts["device"] == "CPU":
+        threads = f" with {facts['threads']} {'thread' if facts['threads'] == 1 else 'threads'} each"
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     return (
         f"*Learned* is the fall of the mean loss on {facts['test']} held-out blocks, *forgotten* its rise on "

@@ -42,6 +42,7 @@ def compare(given: argparse.Namespace, place: workers.Place) -> int:
     ours = settings.given(given)
     if not resume:
         settings.check_required(ours)
+        settings.rates(ours)
         settings.of_mica_adapt(ours, output)
     with settings.begun(output, ours, resume, overwrite) as found:
         return _lead(found, output, getattr(given, "jobs", None), place)
@@ -102,14 +103,9 @@ class _Trainings:
 
     def question(self) -> Question:
         """What is compared."""
-        given = dict(settings.value(self.settings, "rates") or [])
-        names = settings.value(self.settings, "methods") or [*methods.METHODS]
-        unused = [name for name in given if name not in names]
-        if unused:
-            raise UsageError(f"--rates {unused[0]}: --methods does not name it")
         amount = self.data.amount(self.args)
         return Question(
-            rates={name: [*given.get(name, methods.METHODS[name].rates)] for name in names},
+            rates=settings.rates(self.settings),
             seeds=settings.value(self.settings, "seeds"),
             budget=60 * settings.value(self.settings, "budget"),
             steps=settings.value(self.settings, "steps"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mica.cli import lock, record
 from mica.cli.adapt import config
+from mica.cli.compare.methods import METHODS
 from mica.cli.compare.options import OPTIONS, SHARED
 from mica.cli.output import check_folder, explained, write_json
 from mica.errors import UsageError
@@ -48,6 +49,16 @@ def of_mica_adapt(settings: dict[str, object], output: Path) -> config.Settings:
 def value(settings: dict[str, object], name: str):
     """The value of an option of the comparison: as given, else its default."""
     return settings.get(name, OPTIONS[name].default)
+
+
+def rates(settings: dict[str, object]) -> dict[str, list[float]]:
+    """Method -> learning rates, ascending. Raises UsageError for rates of a method that is not compared."""
+    given = dict(value(settings, "rates") or [])
+    names = value(settings, "methods") or [*METHODS]
+    for name in given:
+        if name not in names:
+            raise UsageError(f"--rates {name}: --methods does not name it")
+    return {name: [*given.get(name, METHODS[name].rates)] for name in names}
 
 
 def stored(output: Path) -> dict[str, object]:

@@ -39,7 +39,7 @@ def test_the_page_and_its_data(finished):
     for title in ("## At equal forgetting", "## Costs", "## To do it again"):
         assert title in text
     phases = [one["phase"] for one in found["results"].values()]
-    assert [phases.count(phase) for phase in (1, 2, 3, 4)] == [5, 8, 4, len(found["equal"]["methods"]) // 2]
+    assert [phases.count(phase) for phase in (1, 2, 3, 4)] == [5, 8, 4, 4]
     costs = found["costs"]
     assert costs["lora"]["trained_parameters"] < 1.1 * costs["mica"]["trained_parameters"]
     assert costs["random"]["trained_parameters"] == costs["mica"]["trained_parameters"]
@@ -119,7 +119,7 @@ def test_another_error_is_not_taken_for_a_full_memory(model_dir, tmp_path, monke
         (("--target-modules", "q_porj"), "did you mean 'q_proj'?"),
         (("--resume", "--overwrite"), "--resume and --overwrite: use only one"),
         (("--resume",), "nothing to continue"),
-        (("--sequence-length", "3000"), "--text: "),
+        (("--sequence-length", "3000"), "--sequence-length 3000: the model takes at most 128 tokens"),
         (("--held-out", "0.001"), "1 blocks of 32 tokens are held out, 3 needed"),
     ],
 )
@@ -154,7 +154,7 @@ def test_a_finished_comparison_writes_its_page_again(finished, tmp_path, capsys)
 @pytest.mark.slow
 def test_killed_five_times_it_ends_with_the_same_page(model_dir, tmp_path):
     """kill -9 of the whole command, helpers too, at random moments."""
-    options = ("--methods", "mica,lora,full", *RATES, "--jobs", 2)
+    options = ("--methods", "mica,lora,full", "--rates", "full=0.001,0.002", "--jobs", 2)
     argv = arguments(tmp_path, model_dir, tmp_path / "whole", *options)
     whole = started(argv)
     begin = time.monotonic()

@@ -80,3 +80,11 @@ def test_one_writer_at_a_time(tmp_path):
     output.mkdir()
     with lock.held(output / record.LOCK), pytest.raises(UsageError, match="another process writes to it"):
         begin(output)
+
+
+def test_rates_are_those_given_or_our_own():
+    given = {"methods": ["mica", "lora"], "rates": [["lora", [1e-4, 3e-4]]]}
+    assert settings.rates(given) == {"mica": [5e-4, 1e-3, 2e-3, 4e-3], "lora": [1e-4, 3e-4]}
+    assert list(settings.rates({})) == ["mica", "lora", "random", "full"]
+    with pytest.raises(UsageError, match="--rates full: --methods does not name it"):
+        settings.rates(given | {"rates": [["full", [1e-5]]]})
