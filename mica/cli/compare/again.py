@@ -60,7 +60,8 @@ def _lines_of_peft(row: Report, args) -> str:
         }
         if row["method"] == "random":
             adapter = {"init_lora_weights": "mica", **adapter}
-        lines += ["model = get_peft_model(model, LoraConfig(", *_keywords(adapter), "))"]
+        keywords = [f"    {line}" for line in _keywords(adapter)]
+        lines += ["model = get_peft_model(", "    model,", "    LoraConfig(", *keywords, "    ),", ")"]
     if row["method"] == "random":
         lines += [
             "for layer in model.modules():",

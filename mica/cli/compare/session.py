@@ -33,7 +33,7 @@ def compare(given: argparse.Namespace, place: workers.Place) -> int:
         raise UsageError("the following arguments are required: --output")
     loading.quieten_libraries()
     if place.number:
-        return _help(output, place.number)
+        return _help(output, place)
 
     resume = getattr(given, "resume", False)
     overwrite = getattr(given, "overwrite", False)
@@ -170,19 +170,16 @@ def _work(
     return store.work(output / settings.RUNS, planned, make, seen)
 
 
-def _help(output: Path, number: int) -> int:
+def _help(output: Path, place: workers.Place) -> int:
     """Take part in a comparison that process 0 leads; returns the exit status."""
-    watch = workers.parent_watch()
-    session = workers.wait_until_open(output / settings.RUNS)
+    watch = workers.watch_of(place.parent)
+    session = workers.wait_until_open(output / settings.RUNS, watch)
     try:
-        _work(_Trainings(settings.stored(output), output), output, session, number, watch, _say_nothing)
+        trainings = _Trainings(settings.stored(output), output)
+        _work(trainings, output, session, place.number, watch, lambda results: watch())
     except UsageError:  # which the main process meets too, and says
         return 2
     return 0
-
-
-def _say_nothing(results: dict) -> None:
-    pass
 
 
 def _lead(found: dict[str, object], output: Path, jobs: int | None, place: workers.Place) -> int:

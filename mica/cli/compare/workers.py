@@ -17,15 +17,19 @@ from typing import NamedTuple
 from mica.cli import lock
 
 _OPEN = "open.lock"  # held by the main process while others may work; its `Session` is in it
-_NUMBER = "MICA_COMPARE_WORKER"
+_NUMBER = "MICA_COMPARE_WORKER"  # of a process that `others` starts, and its parent's: it may die before it is asked
 _OF_A_GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Place(NamedTuple):
-    """This process's ``number`` among the ``total`` that a launcher has started; the main one is 0."""
+    """This process's ``number`` among the ``total`` that a launcher has started; the main one is 0.
+
+    ``parent``: the process that has started it.
+    """
 
     number: int
     total: int
+    parent: int
 
 
 def place() -> Place:
@@ -35,8 +39,10 @@ def place() -> Place:
     """
     own = os.environ.pop(_NUMBER, None)
     if own is not None:
-        return Place(int(own), 1)
-    found = Place(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        number, parent = json.loads(own)
+        return Place(number, 1, parent)
+    number = int(os.environ.get("RANK", 0))
+    found = Place(number, int(os.environ.get("WORLD_SIZE", 1)), os.getppid())
     if found.total > 1:
         local = int(os.environ.get("LOCAL_RANK", found.number))
         os.environ["CUDA_VISIBLE_DEVICES"] = _device(local)
@@ -97,9 +103,8 @@ def opened(folder: Path, elapsed: float, jobs: int) -> Iterator[Session]:
         yield session
 
 
-def wait_until_open(folder: Path) -> Session:
-    """Wait for the main process, and return its session. Ends this process once its parent has gone."""
-    watch = parent_watch()
+def wait_until_open(folder: Path, watch: Callable[[], None]) -> Session:
+    """Wait for the main process, and return its session. ``watch`` is called meanwhile."""
     while True:
         watch()
         if folder.is_dir():
@@ -113,9 +118,8 @@ def wait_until_open(folder: Path) -> Session:
         time.sleep(0.1)
 
 
-def parent_watch() -> Callable[[], None]:
-    """A function that ends this process once its parent has died: nobody would read what it makes."""
-    parent = os.getppid()
+def watch_of(parent: int) -> Callable[[], None]:
+    """A function that ends this process once its ``parent`` has died: nobody would read what it makes."""
 
     def watch() -> None:
         if os.getppid() != parent:
@@ -132,7 +136,11 @@ def others(number: int, output: Path, threads: int) -> Iterator[None]:
     command = [sys.executable, "-m", "mica", "compare", "--resume", f"--output={output}"]
     started = []
     for one in range(1, number + 1):
-        environment = os.environ | {_NUMBER: str(one), "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+        environment = os.environ | {
+            _NUMBER: json.dumps([one, os.getpid()]),
+            "OMP_NUM_THREADS": str(threads),
+            "TQDM_DISABLE": "1",
+        }
         if torch.cuda.is_available():
             environment["CUDA_VISIBLE_DEVICES"] = _device(one % torch.cuda.device_count())
         # A session of its own: Ctrl-C is for the main process, which then ends them.

@@ -29,20 +29,25 @@ def _own_environment(monkeypatch):
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, (0, 1), None),
         ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4), "1"),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,6"}, (1, 2), "6"),
-        ({"MICA_COMPARE_WORKER": "2", "CUDA_VISIBLE_DEVICES": "5"}, (2, 1), "5"),
+        ({"MICA_COMPARE_WORKER": "[2, 77]", "CUDA_VISIBLE_DEVICES": "5"}, (2, 1), "5"),
     ],
 )
 def test_a_process_leaves_the_group_with_a_gpu_of_its_own(monkeypatch, given, place, devices):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    assert workers.place() == place
+    assert workers.place() == (*place, 77 if "MICA_COMPARE_WORKER" in given else os.getppid())
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == devices
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()
 
 
 def test_others_wait_until_it_is_open_and_have_its_clock(tmp_path):
     found = []
-    thread = threading.Thread(target=lambda: found.append(workers.wait_until_open(tmp_path)))
+    watched = []
+
+    def wait():
+        found.append(workers.wait_until_open(tmp_path, lambda: watched.append(1)))
+
+    thread = threading.Thread(target=wait)
     thread.start()
     time.sleep(0.3)
     assert not found
@@ -51,29 +56,32 @@ def test_others_wait_until_it_is_open_and_have_its_clock(tmp_path):
         assert found == [session]
         assert session.jobs == 3
         assert session.clock() == pytest.approx(100, abs=5)
+    assert watched
     with lock.held(tmp_path / "open.lock"):
         pass  # closed again
 
 
 _ORPHAN = """
-import os, sys, time
-from mica.cli.compare.workers import parent_watch
-watch = parent_watch()
-if os.fork():
-    pass
-else:
-    watch = parent_watch()
+import os, time
+from mica.cli.compare.workers import watch_of
+parent = os.getpid()
+if os.fork() == 0:
+    {before}
+    watch = watch_of(parent)
     print("started", flush=True)
     while True:
         watch()
         time.sleep(0.05)
-time.sleep(0.5)
+time.sleep(0.3)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_an_orphan_ends_itself():
-    process = subprocess.Popen([sys.executable, "-c", _ORPHAN], stdout=subprocess.PIPE)
+@pytest.mark.parametrize("before", ["pass", "time.sleep(1)"])
+def test_an_orphan_ends_itself(before):
+    """Also one whose parent has gone before it looks for the first time."""
+    code = _ORPHAN.format(before=before)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     output, _ = process.communicate(timeout=60)  # until both have closed it
     assert output == b"started\n"
 
