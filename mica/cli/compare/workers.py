@@ -17,7 +17,8 @@ from typing import NamedTuple
 from mica.cli import lock
 
 _OPEN = "open.lock"  # held by the main process while others may work; its `Session` is in it
-_NUMBER = "MICA_COMPARE_WORKER"  # of a process that `others` starts, and its parent's: it may die before it is asked
+# Number of a process that `others` starts, and of its parent, which may die before the process can look
+_NUMBER = "MICA_COMPARE_WORKER"
 _OF_A_GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
