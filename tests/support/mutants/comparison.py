@@ -19,7 +19,6 @@ COMPARISON = {
         "_residual": [("len(cells) - int(rank)", "len(cells)")],
     },
     ("mica/cli/compare/schedule.py", f"{_FOLDER}/test_schedule.py"): {
-        "planned": [("if one.key not in results", "")],
         "runs": [('if one["failed"] is None', "")],
         "allowed": [("seconds(plan, least) <= left", "True"), ("min(2, question.seeds)", "question.seeds")],
         "_clock": [("ends.index(min(ends))", "0")],

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mica.cli.compare.curves import Point, at, choose, common_limit, course
-from mica.cli.compare.schedule import Planned
+from mica.cli.compare.schedule import SEEDS, WHOLE, Planned
 from tests.support.comparisons import LOSS, SIZES, World, alike, base, proportional, whole
 
 
@@ -74,21 +74,19 @@ def test_a_short_training_is_compared_with_the_base_on_the_blocks_it_was_measure
 
 
 def test_the_first_seed_chooses_and_brings_its_others():
-    def learns(method, rate, step):
-        return (0.2 if rate == 1e-3 else 0.3) * step / 60
+    """A later seed, which only the chosen rates have, may be better by chance."""
 
-    world = World(learns, proportional, between_seeds=1.0)  # a later seed may be better by chance
-    runs = [*whole(world, "mica", 3), *whole(World(learns, proportional), "mica", 1, rate=2e-3)]
-    runs[0] = World(learns, proportional).result(_planned(runs[0]))
-    chosen = choose(base(), reversed(runs), math.inf)
-    assert (chosen.rate, chosen.steps, len(chosen.seeds)) == (2e-3, 60, 1)
-    chosen = choose(base(), reversed(runs[:3]), math.inf)
+    def run(rate, seed, learned):
+        world = World(lambda *at: learned, proportional)
+        return world.result(Planned(WHOLE if seed == 0 else SEEDS, "mica", rate, 60, seed))
+
+    runs = [run(1e-3, 2, 0.9), run(1e-3, 1, 0.1), run(1e-3, 0, 0.2), run(2e-3, 0, 0.3)]
+    chosen = choose(base(), runs, math.inf)
+    assert (chosen.rate, chosen.steps, list(chosen.seeds)) == (2e-3, 60, [0])
+    chosen = choose(base(), runs[:3], math.inf)
     assert list(chosen.seeds) == [0, 1, 2]
-    assert chosen.first.validation == pytest.approx(0.2 * (1 + world.of_block["validation"].mean()), abs=0.1)
-
-
-def _planned(run):
-    return Planned(*(run[name] for name in Planned._fields))
+    assert chosen.first == chosen.seeds[0]
+    assert chosen.seeds[2].validation > chosen.first.validation > chosen.seeds[1].validation
 
 
 def test_none_is_chosen_where_nothing_was_learned():

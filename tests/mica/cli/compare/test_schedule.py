@@ -74,6 +74,31 @@ def test_rates_are_halved_and_seeds_are_of_what_is_near_the_best():
     assert short["steps"] < whole["steps"] / 2
 
 
+def test_the_rate_that_is_best_at_equal_forgetting_is_gone_on_with():
+    """High rates learn most, and forget far more: the lowest is best where little may be forgotten."""
+
+    def forgets(method, rate, step):
+        return 0.001 * step * ((rate / 1e-3) ** 2 if method == "mica" else 1)
+
+    world = World(lambda method, rate, step: 0.01 * step * (rate / 1e-3) ** 0.5, forgets)
+    results = simulate(question(), world, costs(1))
+    rates = [one["rate"] for one in phase(results, WHOLE) if one["method"] == "mica"]
+    assert sorted(rates) == [1e-3, 8e-3]
+
+
+def test_whole_trainings_are_as_long_as_short_ones_have_shown_to_fit():
+    """The first steps were quick; then the machine was busy."""
+    quick = costs(3)
+
+    def seconds(one):
+        return tuple(value * (1 if one.phase == TRIAL else 1.5) for value in quick(one))
+
+    results = simulate(question(), WORLD, seconds)
+    planned = schedule.allowed(question(), results).steps
+    assert {one["steps"] < 0.8 * planned for one in phase(results, WHOLE)} == {True}
+    assert max(one["ended"] for one in results.values()) <= 1.1 * 1800
+
+
 def test_what_follows_depends_on_results_alone():
     """Whatever is missing of a phase is planned again, and nothing else: as after kill -9."""
     asked = question()

@@ -77,6 +77,21 @@ def test_a_phase_is_waited_for(tmp_path):
     assert all(results == ["r0", "r1"] for key, results in seen if key == "last")
 
 
+def test_what_another_has_just_finished_is_not_made_again(tmp_path):
+    """Between the look at the results and the lock."""
+
+    def stale(results):
+        if results:
+            return []
+        (tmp_path / "r0.json").write_text('{"by": "another"}')
+        return [Job("r0")]
+
+    def make(one):
+        raise AssertionError
+
+    assert store.work(tmp_path, stale, make) == {"r0": {"by": "another"}}
+
+
 def test_an_error_leaves_nothing(tmp_path):
     def make(one):
         raise ValueError("a bug")
