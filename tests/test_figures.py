@@ -1,5 +1,6 @@
 """Every figure in the README files follows from the committed results that the pages link to."""
 
+import json
 import re
 from collections import Counter
 from statistics import mean
@@ -12,6 +13,10 @@ from bench.quality.report import RIGHT, differences, values
 from bench.quality.schedule import rates_that_count
 from bench.results import names
 from bench.results.names import FAST, LORA, STOCK
+from mica.cli.compare import settings
+from mica.cli.compare.page import markdown
+from mica.cli.compare.report import report
+from mica.cli.compare.schedule import Question
 from mica.kernels import measured
 
 XEON = "intel-xeon-processor-2-threads"
@@ -162,3 +167,31 @@ def of_single_results():
 @pytest.mark.parametrize(("page", "said"), [*words(), *of_the_study(), *of_single_results()])
 def test_words(page, said):
     assert re.sub(r"\s+", " ", said) in " ".join((pages.ROOT / page).read_text(encoding="utf-8").split())
+
+
+COMPARISONS = sorted((pages.ROOT / "bench" / "results").glob("*-compare/*/compare.json"))
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.parent.name)
+def test_a_comparison_is_told_as_its_raw_results_say(path):
+    """The verdicts, curves and costs of its file, and the page, by the code as it is now."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    used, facts = stored["settings"], stored["facts"]
+    validation, retained = facts["validation"], facts["retained"]
+    question = Question(
+        rates=settings.rates(used),
+        seeds=settings.value(used, "seeds"),
+        budget=60 * settings.value(used, "budget"),
+        steps=settings.value(used, "steps"),
+        longest=4 * (facts["blocks"] // used["batch_size"]),
+        short_blocks=validation + (retained + 1) // 2,
+        whole_blocks=validation + facts["test"] + retained,
+    )
+    told = report(question, stored["results"], used, facts)
+    for name in ("equal", "any", "curves", "costs", "failed", "not_done", "seconds"):
+        assert told[name] == stored[name]
+    assert markdown(stored) == (path.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_there_are_comparisons():
+    assert [path.parent.name for path in COMPARISONS] == ["python-reference", "ukrainian"]

@@ -25,9 +25,7 @@ def run(given: argparse.Namespace) -> int:
 
     Raises UsageError for bad input.
     """
-    missing = [module for module in NEEDED if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UsageError(f"training needs {', '.join(missing)}: {how_to_install('cli')}")
+    check_libraries()
     output = getattr(given, "output", None)
     if getattr(given, "resume", False) and not getattr(given, "dry_run", False) and output is not None:
         folder.recover(output)
@@ -37,3 +35,10 @@ def run(given: argparse.Namespace) -> int:
     from mica.cli.adapt.session import adapt
 
     return adapt(settings)
+
+
+def check_libraries() -> None:
+    """Raise UsageError if a library is not installed that training needs; none is imported."""
+    missing = [module for module in NEEDED if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UsageError(f"training needs {', '.join(missing)}: {how_to_install('cli')}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mica.cli.adapt.options import OPTIONS
-from mica.cli.output import shown
+from mica.cli.output import markdown_table, shown
 
 _PAPER = "https://arxiv.org/abs/2604.01694"
 _FILES = {".gguf", ".txt", ".json", ".jsonl", ".csv", ".parquet", ".gz"}
@@ -228,10 +228,8 @@ def _table(title: str, header: tuple, rows: list[tuple]) -> list[str]:
     """A section with a table; none without rows."""
     if not rows:
         return []
-    lines = []
-    for cells in (header, ("---",) * len(header), *rows):
-        lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
-    return [f"## {title}", "\n".join(lines)]
+    cells = [[_cell(cell) for cell in row] for row in rows]
+    return [f"## {title}", markdown_table([_cell(cell) for cell in header], cells)]
 
 
 def _loading(summary: dict) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from mica.cli.adapt.config import Settings
 from mica.cli.adapt.evaluation import IGNORED
 from mica.cli.adapt.tokens import Tokens
 from mica.errors import UsageError
@@ -234,6 +235,21 @@ def _cut(spans: np.recarray, at: np.ndarray) -> tuple[np.recarray, np.recarray]:
     rests.start += at
     rests.length -= at
     return heads, rests
+
+
+def suit_packing(settings: Settings, model: torch.nn.Module) -> str | None:
+    """The line to print where ``model`` cannot keep documents apart: the packing is "stream" then, else None.
+
+    Raises UsageError if the option was given: attention across documents is another training.
+    """
+    if settings.args.packing == "stream" or keeps_documents_apart(model):
+        return None
+    reason = f"the attention of {type(model).__name__} does not stay within a document of a block"
+    if settings.origins["packing"] != "default":
+        raise UsageError(f"--packing documents: {reason}; --packing stream lets it cross them")
+    settings.args.packing = "stream"
+    settings.origins["packing"] = "the model"
+    return f"packing is stream: {reason}"
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from mica.cli.adapt.config import Settings
 from mica.cli.adapt.curve import write_curve
 from mica.cli.adapt.dry_run import check_disk, rehearsal
 from mica.cli.adapt.global_batch import history, told
-from mica.cli.adapt.packing import keeps_documents_apart
+from mica.cli.adapt.packing import suit_packing
 from mica.cli.output import dtype_name
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
@@ -219,16 +219,11 @@ def _with_packing(settings: Settings, inputs: _Inputs, model, output: Path | Non
 
     Raises UsageError if the option was given: attention across documents is another training.
     """
-    args = settings.args
-    if args.packing == "stream" or keeps_documents_apart(model):
+    note = suit_packing(settings, model)
+    if note is None:
         return inputs.data
-    reason = f"the attention of {type(model).__name__} does not stay within a document of a block"
-    if settings.origins["packing"] != "default":
-        raise UsageError(f"--packing documents: {reason}; --packing stream lets it cross them")
-    _note(f"packing is stream: {reason}")
-    args.packing = "stream"
-    settings.origins["packing"] = "the model"
-    return corpus.gather(args, inputs.tokenizer, output)
+    _note(note)
+    return corpus.gather(settings.args, inputs.tokenizer, output)
 
 
 def _drop_needless_experts(settings: Settings, model) -> None:

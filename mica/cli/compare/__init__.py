@@ -1,14 +1,11 @@
 """``mica compare``: which method learns most from a text, at which price."""
 
 import argparse
-import importlib.util
 
-from mica.cli.adapt import NEEDED
+from mica.cli.adapt import check_libraries
 from mica.cli.adapt.options import declare
 from mica.cli.arguments import add_command
 from mica.cli.compare import options, workers
-from mica.cli.extras import how_to_install
-from mica.errors import UsageError
 
 _DESCRIPTION = """\
 Short trainings of MiCA, LoRA and full fine-tuning on the same text, at several learning rates: what each has
@@ -24,9 +21,7 @@ def add_parser(commands) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Run the command; returns the exit status. Raises UsageError for bad input."""
-    missing = [module for module in NEEDED if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UsageError(f"training needs {', '.join(missing)}: {how_to_install('cli')}")
+    check_libraries()
     place = workers.place()
 
     from mica.cli.compare.session import compare

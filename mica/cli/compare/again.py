@@ -13,10 +13,10 @@ Report = dict[str, Any]
 
 def again(report: Report, row: Report) -> str:
     """The command, or the lines for PEFT, of the training in this ``row`` of ``report``, as Markdown."""
-    resolved = settings.of_mica_adapt(report["settings"], Path("run"))
-    args = methods.options(row["method"], resolved.args)
     if row["method"] == "mica":
         return f"```sh\n{_command(report, row)}\n```"
+    resolved = settings.of_mica_adapt(report["settings"], Path("run"))
+    args = methods.options(row["method"], resolved.args)
     return f"```python\n{_lines_of_peft(row, args)}\n```"
 
 

@@ -1,15 +1,13 @@
 """The page of a comparison: three sentences, a picture, tables, and how to do the best again."""
 
 from pathlib import Path
-from typing import Any
 
 from mica.cli import record
 from mica.cli.compare import settings
-from mica.cli.compare.again import again
+from mica.cli.compare.again import Report, again
 from mica.cli.compare.methods import METHODS
-from mica.cli.output import shown, write_json
+from mica.cli.output import markdown_table, shown, write_json
 
-Report = dict[str, Any]
 _UNIT = "nats per token"
 
 
@@ -18,14 +16,11 @@ def write(output: Path, report: Report) -> None:
     from mica.cli.compare import picture  # imports matplotlib
 
     write_json("--output", output / settings.REPORT, report)
-    drawn = report["curves"]
-    record.claimed(output, settings.PICTURE, lambda path: picture.trade_off(drawn, path, *_axes()))
+    labels = "Learned, by what was forgotten for it", f"forgotten, {_UNIT}", f"learned, {_UNIT}"
+    curves = report["curves"]
+    record.claimed(output, settings.PICTURE, lambda path: picture.trade_off(curves, path, *labels))
     text = markdown(report)
     record.claimed(output, settings.PAGE, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def _axes() -> tuple[str, str, str]:
-    return "Learned, by what was forgotten for it", f"forgotten, {_UNIT}", f"learned, {_UNIT}"
 
 
 def sentences(report: Report) -> list[str]:
@@ -149,21 +144,20 @@ def _setting(report: Report) -> str:
 
 
 def _table(report: Report, at: Report) -> str:
-    lines = [
-        "| | learned | behind the best | forgotten | learning rate | steps | seeds |",
-        "| --- " * 7 + "|",
-    ]
+    rows = []
     for row in at["methods"]:
         behind = "" if row["behind"] is None else _plus_minus(row["behind"])
         steps = f"{row['stop']} of {row['steps']}"
         if row["share"] < 1:
             steps += f", scaled by {row['share']:.2f}"
-        cells = [METHODS[row["method"]].title, _plus_minus(row["learned"]), behind]
-        cells += [f"{row['forgotten']:.3f}", f"{row['rate']:g}", steps, str(row["seeds"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    missing = [name for name in report["costs"] if name not in [row["method"] for row in at["methods"]]]
-    lines += [f"| {METHODS[name].title} | nothing | | | | | |" for name in missing]
-    return "\n".join(lines)
+        cells = [_title(row), _plus_minus(row["learned"]), behind, f"{row['forgotten']:.3f}"]
+        rows.append([*cells, f"{row['rate']:g}", steps, str(row["seeds"])])
+    learned = [row["method"] for row in at["methods"]]
+    for method in report["costs"]:
+        if method not in learned:
+            rows.append([METHODS[method].title, "nothing", *[""] * 5])
+    header = ["", "learned", "behind the best", "forgotten", "learning rate", "steps", "seeds"]
+    return markdown_table(header, rows)
 
 
 def _plus_minus(estimate: Report) -> str:
@@ -173,17 +167,13 @@ def _plus_minus(estimate: Report) -> str:
 
 
 def _costs(report: Report) -> str:
-    lines = ["| | trained parameters | weights, gradients, optimiser | a step |", "| --- " * 4 + "|"]
+    rows = []
     for method, cost in report["costs"].items():
         size = f"{cost['bytes'] / 2**30:.2f} GiB"
-        cells = [
-            METHODS[method].title,
-            f"{cost['trained_parameters']:,}",
-            size,
-            f"{cost['step_seconds']:.3g} s",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "## Costs\n\n" + "\n".join(lines)
+        seconds = f"{cost['step_seconds']:.3g} s"
+        rows.append([METHODS[method].title, f"{cost['trained_parameters']:,}", size, seconds])
+    header = ["", "trained parameters", "weights, gradients, optimiser", "a step"]
+    return f"## Costs\n\n{markdown_table(header, rows)}"
 
 
 def _listed_under(title: str, lines: list[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mica.cli.compare import schedule
-from mica.cli.compare.curves import Result, common_limit
+from mica.cli.compare.curves import Result
 from mica.cli.compare.methods import METHODS
 from mica.cli.compare.schedule import BASE, Question, Results
 from mica.cli.compare.verdict import Estimate, Verdict, learned_by, verdict
@@ -22,8 +22,7 @@ def report(question: Question, results: Results, settings: dict, facts: dict) ->
     """
     found = schedule.by_method(question, results, schedule.WHOLE, schedule.SEEDS)
     base = results[BASE]
-    limit = common_limit(base, found)
-    equal = verdict(base, found, limit)
+    equal = verdict(base, found)
     return {
         "settings": settings,
         "facts": facts | {"versions": {name: version(name) for name in _PACKAGES}},
@@ -31,14 +30,14 @@ def report(question: Question, results: Results, settings: dict, facts: dict) ->
         "any": _as_json(verdict(base, found, math.inf)),
         "costs": {method: _costs(some) for method, some in found.items()},
         "curves": _curves(equal),
-        "failed": _failed(question, results),
+        "failed": _failed(results),
         "not_done": schedule.not_done(question, results),
         "seconds": max(one["ended"] for one in results.values()),
         "results": results,
     }
 
 
-def _failed(question: Question, results: Results) -> list[str]:
+def _failed(results: Results) -> list[str]:
     """A line for each training that did not come to its end, and for a method that was left out for it."""
     lines = []
     for one in results.values():

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mica.cli import loading
 from mica.cli.adapt import adapter, corpus, processes
-from mica.cli.adapt.packing import keeps_documents_apart
+from mica.cli.adapt.packing import suit_packing
 from mica.cli.compare import curves, methods, page, report, schedule, settings, store, workers
 from mica.cli.compare.models import built
 from mica.cli.compare.schedule import BASE, Planned, Question
@@ -73,17 +73,15 @@ class _Trainings:
         self.base.requires_grad_(False)
         largest = self.data.largest_token_id
         loading.check_limits(self.source, self.base, self.args.sequence_length, largest)
-        if self.args.packing == "documents" and not keeps_documents_apart(self.base):
-            what = f"the attention of {type(self.base).__name__} does not stay within a document of a block"
-            if resolved.origins["packing"] != "default":
-                raise UsageError(f"--packing documents: {what}; --packing stream lets it cross them")
-            self.notes.append(f"packing is stream: {what}")
-            self.args.packing = "stream"
+        note = suit_packing(resolved, self.base)
+        if note is not None:
+            self.notes.append(note)
             self.data = corpus.gather(self.args, tokenizer)
         if not has_experts(self.base):
             self.args.experts = None
         adapter.check(self.base, self.args)
         self.sets = self._sets()
+        self.question = self._question()
 
     def _sets(self) -> dict:
         """What whole trainings are measured on, by name; short ones on the first two."""
@@ -101,8 +99,7 @@ class _Trainings:
             rest: Subset(self.data.retain, retained[1::2]),
         }
 
-    def question(self) -> Question:
-        """What is compared."""
+    def _question(self) -> Question:
         amount = self.data.amount(self.args)
         return Question(
             rates=settings.rates(self.settings),
@@ -158,14 +155,13 @@ def _work(
     seen: Callable[[dict], None],
 ) -> dict:
     """Take part in the trainings until there are none left, as process ``number``; returns all results."""
-    question = trainings.question()
 
     def make(one: Planned) -> dict:
         facts = one._asdict() | {"jobs": session.jobs, "worker": number}
         return facts | trainings.make(one, watch) | {"ended": round(session.clock(), 2)}
 
     def planned(results: dict) -> list[Planned]:
-        return schedule.planned(question, results)
+        return schedule.planned(trainings.question, results)
 
     return store.work(output / settings.RUNS, planned, make, seen)
 
@@ -192,7 +188,6 @@ def _lead(found: dict[str, object], output: Path, jobs: int | None, place: worke
     trainings = _Trainings(found, output)
     for note in trainings.notes:
         _note(f"note: {note}")
-    question = trainings.question()
     facts = report.facts(trainings)
     print("{tokens:,} tokens, {blocks:,} training blocks of {sequence_length}".format(**facts), flush=True)
 
@@ -203,20 +198,20 @@ def _lead(found: dict[str, object], output: Path, jobs: int | None, place: worke
     elapsed = max([one["ended"] for one in earlier.values()], default=0.0) + time.monotonic() - began
     with workers.opened(runs, elapsed, total) as session:
         if place.total > 1:
-            results = _lead_work(trainings, output, session, question)
+            results = _lead_work(trainings, output, session)
         else:
             torch.set_num_threads(threads)
             with workers.others(total - 1, output, threads):
-                results = _lead_work(trainings, output, session, question)
+                results = _lead_work(trainings, output, session)
     facts |= {"jobs": total, "threads": torch.get_num_threads()}
-    found_out = report.report(question, results, found, facts)
+    found_out = report.report(trainings.question, results, found, facts)
     page.write(output, found_out)
     print("\n".join(page.sentences(found_out)))
     print(f"\nThe page: {output / settings.PAGE}")
     return 0
 
 
-def _lead_work(trainings: _Trainings, output: Path, session: workers.Session, question: Question) -> dict:
+def _lead_work(trainings: _Trainings, output: Path, session: workers.Session) -> dict:
     """`_work`, with a line for each result, by whichever process."""
     told: set[str] = set()
 
@@ -225,7 +220,7 @@ def _lead_work(trainings: _Trainings, output: Path, session: workers.Session, qu
         for key in sorted(new, key=lambda key: results[key]["ended"]):
             told.add(key)
             if results[key]["phase"] > schedule.TRIAL or results[key]["failed"]:
-                seconds = schedule.expected(question, results) - session.clock()
+                seconds = schedule.expected(trainings.question, results) - session.clock()
                 left = tqdm.format_interval(max(0.0, seconds))
                 _note(f"{_line(results.get(BASE), results[key])}; {left} left")
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mica.cli import lock, record
-from mica.cli.adapt import config
+from mica.cli import record
+from mica.cli.adapt import config, folder
 from mica.cli.compare.methods import METHODS
 from mica.cli.compare.options import OPTIONS, SHARED
-from mica.cli.output import check_folder, explained, write_json
+from mica.cli.output import check_folder, write_json
 from mica.errors import UsageError
 
 FILE = "settings.json"
@@ -77,19 +77,11 @@ def begun(output: Path, settings: dict[str, object], resume: bool, overwrite: bo
     without ``resume`` or ``overwrite``, or with ``resume`` one of other settings. Nothing is changed then.
     """
     check_folder("--output", output, str(settings.get("model", "")))
-    with explained(f"--output {output}: cannot be made", OSError):
-        output.mkdir(parents=True, exist_ok=True)
-    try:
-        with lock.held(output / record.LOCK):
-            yield _begun(output, settings, resume, overwrite)
-    except lock.HeldError as error:
-        raise UsageError(
-            f"--output {output}: another process writes to it; wait for it or stop it"
-        ) from error
+    with folder.held(output):
+        yield _begun(output, settings, resume, overwrite)
 
 
 def _begun(output: Path, settings: dict[str, object], resume: bool, overwrite: bool) -> dict[str, object]:
-    record.recover(output)
     found = record.read(output)
     if found is not None and found.command != record.COMPARE:
         raise UsageError(f"--output {output}: {found.command} has written it: choose another folder")
@@ -102,9 +94,8 @@ def _begun(output: Path, settings: dict[str, object], resume: bool, overwrite: b
         what = f"holds {record.others(output, found)[0]}, which is not of a comparison: choose another folder"
         raise UsageError(f"--output {output}: {what}")
 
-    lost = record.removed_input(_inputs(settings), output, record.present(output, found) if found else [])
-    if lost:
-        raise UsageError(f"{lost[0]} {lost[1]}: is in --output {output}, which --overwrite would remove")
+    if found is not None:
+        _refuse_own_input(output, settings, found)
     record.replace(output, record.Record(command=record.COMPARE), ())
     record.claim(output, *_WRITTEN)
     (output / RUNS).mkdir()
@@ -112,12 +103,12 @@ def _begun(output: Path, settings: dict[str, object], resume: bool, overwrite: b
     return settings
 
 
-def _inputs(settings: dict[str, object]) -> dict[str, list[str]]:
-    found = {}
-    for name, names in settings.items():
-        if OPTIONS[name].is_path:
-            found[OPTIONS[name].flag] = [str(one) for one in (names if OPTIONS[name].many else [names])]
-    return found
+def _refuse_own_input(output: Path, settings: dict[str, object], found: record.Record) -> None:
+    """Raise UsageError if the new comparison reads what the one in ``output`` has written."""
+    inputs = config.inputs(of_mica_adapt(settings, output).args)
+    lost = record.removed_input(inputs, output, record.present(output, found))
+    if lost:
+        raise UsageError(f"{lost[0]} {lost[1]}: is in --output {output}, which --overwrite would remove")
 
 
 def _resumed(output: Path, settings: dict[str, object]) -> dict[str, object]:

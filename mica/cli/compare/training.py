@@ -20,10 +20,9 @@ Losses = dict[str, list[float]]
 
 def losses(model: nn.Module, sets: dict[str, Dataset]) -> Losses:
     """The loss of every block of every set, nats per token."""
-    device = next(model.parameters()).device
     found = {}
     for name, blocks in sets.items():
-        each = (evaluation.likelihood(model, Subset(blocks, [n]), 1, device) for n in range(len(blocks)))
+        each = (evaluation.likelihood(model, Subset(blocks, [n]), 1) for n in range(len(blocks)))
         found[name] = [one.loss for one in each]
     return found
 

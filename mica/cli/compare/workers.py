@@ -55,7 +55,7 @@ def place() -> Place:
 def _device(number: int) -> str:
     """The name of one of the GPUs that this process may see."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not visible:
+    if visible is None:
         return str(number)
     names = visible.split(",")
     return names[number % len(names)]

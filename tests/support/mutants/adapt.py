@@ -105,11 +105,13 @@ ADAPT = {
         ],
         "_check_again": [("config.check_output(settings)", "")],
     },
-    ("mica/cli/adapt/session.py", f"{_TESTS}session.py", "-k", "packing or odd_settings or other_base"): {
-        "_with_packing": [
+    ("mica/cli/adapt/packing.py", f"{_TESTS}session.py", "-k", "packing"): {
+        "suit_packing": [
             ('if settings.origins["packing"] != "default"', "if False"),
             ('settings.origins["packing"] = "the model"', "pass"),
         ],
+    },
+    ("mica/cli/adapt/session.py", f"{_TESTS}session.py", "-k", "packing or odd_settings or other_base"): {
         "_note_what_is_odd": [("if recorded and recorded != number", "if False")],
         "_check_checkpoint_base": [
             ("checkpoints.check(checkpoint, **fingerprint.facts(source.location))", "pass")

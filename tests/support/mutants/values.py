@@ -38,10 +38,8 @@ VALUES = {
         "-k",
         "missing_library or __file__ or bad_value",
     ): {
-        "run": [
-            ("if importlib.util.find_spec(module) is None", "if False"),
-            ("config.check_output(settings)", "pass"),
-        ],
+        "run": [("config.check_output(settings)", "pass")],
+        "check_libraries": [("if importlib.util.find_spec(module) is None", "if False")],
     },
     ("mica/cli/adapt/fingerprint.py", f"{_TESTS}fingerprint.py"): {
         "_of": [

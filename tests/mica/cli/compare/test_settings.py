@@ -78,8 +78,15 @@ def test_what_is_read_is_not_removed(tmp_path):
 def test_one_writer_at_a_time(tmp_path):
     output = tmp_path / "out"
     output.mkdir()
-    with lock.held(output / record.LOCK), pytest.raises(UsageError, match="another process writes to it"):
+    message = "another run writes to it; wait for it or stop it"
+    with lock.held(output / record.LOCK), pytest.raises(UsageError, match=message):
         begin(output)
+
+
+def test_a_refusal_leaves_no_folder(tmp_path):
+    with pytest.raises(UsageError, match="nothing to continue"):
+        begin(tmp_path / "new" / "out", {}, resume=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rates_are_those_given_or_our_own():

@@ -29,6 +29,7 @@ def _own_environment(monkeypatch):
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, (0, 1), None),
         ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4), "1"),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,6"}, (1, 2), "6"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}, (1, 2), ""),  # none, as it was told
         ({"MICA_COMPARE_WORKER": "[2, 77]", "CUDA_VISIBLE_DEVICES": "5"}, (2, 1), "5"),
     ],
 )
