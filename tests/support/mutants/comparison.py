@@ -39,8 +39,9 @@ COMPARISON = {
         "built": [("torch.manual_seed(args.seed)", "pass"), ('if method == "random":', "if False:")],
         "adapted": [("model.unload()", "pass")],
     },
-    ("mica/cli/compare/training.py", f"{_FOLDER}/test_session.py"): {
+    ("mica/cli/compare/training.py", f"{_FOLDER}/test_training.py"): {
         "_Stops._at_a_stop": [("control.should_training_stop = True", "pass")],
+        "_Stops.on_step_end": [("if step in self._stops:", "if True:")],
     },
     ("mica/cli/compare/session.py", f"{_FOLDER}/test_session.py"): {
         "_is_out_of_memory": [("torch.OutOfMemoryError", "KeyError")],
