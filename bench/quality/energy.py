@@ -94,11 +94,12 @@ def experiment(base: nn.Module, texts: Texts, epochs: int) -> dict:
     """{"layers": update -> layer -> `shares`, "evaluations": update -> what was learned}."""
     weights = linear_weights(base)
     grads = gradients(base, texts)
-    layers, evaluations = {GRADIENT: measured(weights, grads.__getitem__)}, {GRADIENT: evaluate(base, texts)}
+    layers = {GRADIENT: measured(weights, grads.__getitem__)}
+    evaluations = {GRADIENT: evaluate(base, texts)[0]}
     for name, method in TRAINED.items():
         with candidate(method, base, seed=0) as model:
             run = train(model, method, texts, method.rates[0], epochs, seed=0)
-            evaluations[name] = evaluate(model, texts)
+            evaluations[name], _ = evaluate(model, texts)
             print(f"{name}: training loss {run['losses'][0]:.3f} to {run['losses'][-1]:.3f}", flush=True)
             layers[name] = measured(weights, update_by(method.kind, model, weights))
     return {"layers": layers, "evaluations": evaluations}

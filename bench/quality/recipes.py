@@ -12,7 +12,7 @@ OPTIONS = {  # name -> default, help
     "length": (96, "tokens in a block, four blocks a step"),
     "people": (8, "invented people, four facts each"),
     "rates": (4, "learning rates of each method, at most"),
-    "seeds": (3, "runs at the rates that count: order of batches, dropout, LoRA's start"),
+    "seeds": (2, "runs at the rates that count: order of batches, dropout, LoRA's start, a random B"),
     "eval_blocks": (16, "blocks of each prose text that is measured"),
 }
 QUICK = {"epochs": 1, "rounds": 2, "rates": 1, "seeds": 1, "eval_blocks": 1, "length": 32}

@@ -30,6 +30,7 @@ from mica.cli.output import write_file
 from mica.errors import UsageError
 
 SAME = ("model", "settings", "recipes", "texts", "plan")  # what makes runs comparable
+MORE = ("seeds",)  # settings that may change: they ask for more runs or fewer, and change none
 VERSIONS = ("torch", "peft", "transformers")  # processors are noted with every start
 
 
@@ -62,7 +63,7 @@ def start(texts: Texts, settings: dict, **head) -> dict:
 
 
 def resume(path: Path, fresh: dict) -> dict:
-    """The result at ``path`` to go on with, else ``fresh``, which has no runs. Methods may be added.
+    """The result at ``path`` to go on with, else ``fresh``, without runs. Methods and seeds may be added.
 
     Raises UsageError if the runs in the file were made by other settings, texts or versions.
     """
@@ -73,12 +74,16 @@ def resume(path: Path, fresh: dict) -> dict:
     pairs = {key: (found.get(key), fresh[key]) for key in SAME}
     pairs |= {key: (found.get("machine", {}).get(key), fresh["machine"].get(key)) for key in VERSIONS}
     pairs["plan"] = found["plan"], {name: fresh["plan"].get(name) for name in found["plan"]}
+    pairs["settings"] = [
+        {name: value for name, value in one["settings"].items() if name not in MORE} for one in (found, fresh)
+    ]
     for key, pair in pairs.items():
         old, new = (json.loads(json.dumps(one)) for one in pair)  # tuples become lists
         if old != new:
             raise UsageError(f"--name {path.stem}: {path} has other {key}: take another name")
     _add(found, store.read(_folder(path)))  # by a command that was killed
-    return found | {"plan": fresh["plan"], "starts": found["starts"] + fresh["starts"]}
+    wanted = {name: fresh[name] for name in ("settings", "plan")}
+    return found | wanted | {"starts": found["starts"] + fresh["starts"]}
 
 
 def save(path: Path, result: dict) -> None:
@@ -113,7 +118,7 @@ def experiment(
     """
     end = time.monotonic() + budget
     if "base" not in result:
-        result["base"] = evaluate(base, texts)
+        result["base"], _ = evaluate(base, texts)
     save(path, result)
     threads = max(1, torch.get_num_threads() // processes)
     torch.set_num_threads(threads)

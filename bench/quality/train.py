@@ -34,7 +34,7 @@ OTHER_B = {"random": random_basis, "largest": largest_basis}  # in place of MiCA
 def candidate(method: Method, base: nn.Module, seed: int) -> Iterator[nn.Module]:
     """The model that ``method`` trains, an adapter on ``base`` or a copy of it: see `built`.
 
-    ``seed`` draws LoRA's A and the dropout. A random B is the same for all seeds.
+    ``seed`` draws LoRA's A, a random B and the dropout.
     """
     recipe, rank = RECIPES[method.recipe], method.rank or 0
     targets = recipe.target_modules
@@ -48,7 +48,7 @@ def candidate(method: Method, base: nn.Module, seed: int) -> Iterator[nn.Module]
     )
     with built("mica" if method.kind in OTHER_B else method.kind, base, args) as model:
         if method.kind in OTHER_B:
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             replace_b(model, OTHER_B[method.kind])
         torch.manual_seed(seed)
         if method.kind == "lora":  # PEFT's first draw depends on how it builds a layer
@@ -81,9 +81,9 @@ def train(
 ) -> dict:
     """Train a `candidate` by its recipe: AdamW, warm-up, decay, gradients clipped. ``seed``: of the batches.
 
-    Returns the loss (nats per token) and the seconds of every step, and under "points" what `evaluate` gives
-    after each of these shares of the steps. A loss that is not finite ends the run, and is noted under
-    "diverged"; what was measured before counts.
+    Returns the loss (nats per token) and the seconds of every step, and under "points" the losses
+    ("evaluation") and the answers ("right") that `evaluate` gives after each of these shares of the steps.
+    A loss that is not finite ends the run, and is noted under "diverged"; what was measured before counts.
     """
     model.train()
     model.config.use_cache = False
@@ -109,36 +109,44 @@ def train(
         run["seconds"].append(round(time.perf_counter() - start, 4))
         run["losses"].append(value)
         if step + 1 in measured:
-            evaluation = evaluate(model, texts)
+            evaluation, right = evaluate(model, texts)
             bad = [name for name, value in evaluation.items() if not math.isfinite(value)]
             if bad:
                 run["diverged"] = f"loss on '{bad[0]}' after step {step + 1}: {evaluation[bad[0]]}"
                 return run
-            run["points"].append({"step": step + 1, "evaluation": evaluation})
+            run["points"].append({"step": step + 1, "evaluation": evaluation, "right": right})
     return run
 
 
 @torch.no_grad()
-def evaluate(model, texts: Texts) -> dict[str, float]:
-    """Every loss in nats per token. For probes, "NAME" is the loss of the answer and "NAME, recalled" the
+def evaluate(model, texts: Texts) -> tuple[dict[str, float], dict[str, str]]:
+    """Losses, and for each set of questions with other answers which of them were answered rightly.
+
+    Every loss is in nats per token. For probes, "NAME" is the loss of the answer and "NAME, recalled" the
     share whose whole answer is the likeliest. With other answers: "NAME, among answers" is the loss of the
-    right one when only these are possible, "NAME, picked" the share where it is the likeliest of them."""
+    right one when only these are possible, "NAME, picked" the share where it is the likeliest of them. The
+    second dictionary has a string by NAME, one character a question: "1" where it was picked, else "0".
+    """
     was_training = model.training
     model.eval()
     losses = {}
     for name, blocks in texts.prose.items():
         each = [model(input_ids=b, labels=b).loss.double().item() for b in blocks.split(1)]
         losses[name] = sum(each) / len(each)  # all blocks have the same length
+    answers = {}
     for name, probes in texts.probes.items():
-        losses |= {f"{name}{ending}": value for ending, value in probe_losses(model, probes).items()}
+        found, right = probe_losses(model, probes)
+        losses |= {f"{name}{ending}": value for ending, value in found.items()}
+        if right:
+            answers[name] = right
     model.train(was_training)
-    return losses
+    return losses, answers
 
 
-def probe_losses(model, probes: TokenisedProbes) -> dict[str, float]:
-    """Ending of the name, see `evaluate` -> value."""
+def probe_losses(model, probes: TokenisedProbes) -> tuple[dict[str, float], str]:
+    """Ending of the name, see `evaluate` -> value; and which were picked ("" if there is no choice)."""
     loss, among = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    recalled = picked = 0
+    recalled, picked = 0, []
     for tokens, is_answer, candidates in zip(*(one.split(PROBE_BATCH) for one in probes), strict=True):
         logits = model(input_ids=tokens).logits[:, :-1]  # (num_probes, longest - 1, vocab_size)
         marked, labels = is_answer[:, 1:], tokens[:, 1:]
@@ -147,9 +155,10 @@ def probe_losses(model, probes: TokenisedProbes) -> dict[str, float]:
         first = marked.int().argmax(1)  # where the first token of the answer is predicted
         scores = logits[torch.arange(len(tokens)), first].gather(1, candidates).float()
         among += cross_entropy(scores, torch.zeros(len(tokens), dtype=torch.int64), reduction="sum")
-        picked += (scores[:, :1] > scores[:, 1:]).all(1).sum().item()
+        picked += (scores[:, :1] > scores[:, 1:]).all(1).tolist()
     count = len(probes.tokens)
     losses = {"": loss.item() / probes.is_answer.sum().item(), ", recalled": recalled / count}
-    if probes.candidates.shape[1] > 1:
-        losses |= {", among answers": among.item() / count, ", picked": picked / count}
-    return losses
+    if probes.candidates.shape[1] == 1:
+        return losses, ""
+    losses |= {", among answers": among.item() / count, ", picked": sum(picked) / count}
+    return losses, "".join("1" if one else "0" for one in picked)

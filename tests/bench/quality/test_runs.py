@@ -271,6 +271,15 @@ def test_goes_on_with_what_is_there(fresh, tmp_path):
     assert resume(path, fresh) == finished | {"starts": finished["starts"] + fresh["starts"]}
 
 
+def test_seeds_may_be_more(fresh, tmp_path):
+    path = tmp_path / "run.json"
+    save(path, golden())
+    seeds = golden()["settings"]["seeds"] + 1
+    found = resume(path, fresh | {"settings": fresh["settings"] | {"seeds": seeds}})
+    assert found["runs"] == golden()["runs"]
+    assert found["settings"]["seeds"] == seeds
+
+
 def test_methods_may_be_new_and_runs_of_none_are_dropped(fresh, tmp_path):
     path = tmp_path / "run.json"
     save(path, golden())

@@ -24,20 +24,25 @@ def all_b(model):
 def test_another_frozen_b(base, texts, kind):
     """Orthonormal, not MiCA's, frozen in training; the model starts as the base."""
     method = Method(kind, kind, "all-linear", (1e-3,), 4)
-    untrained = evaluate(base, texts)
+    untrained, _ = evaluate(base, texts)
     with candidate(Method("", "mica", "all-linear", (1e-3,), 4), base, 0) as model:
         others = all_b(model)
-    with candidate(method, base, 1) as model:
-        drawn = all_b(model)
+    drawn = {}
+    for seed in (0, 1):
+        with candidate(method, base, seed) as model:
+            drawn[seed] = all_b(model)
     with candidate(method, base, 0) as model:
-        assert evaluate(model, texts) == pytest.approx(untrained, rel=1e-5)
+        assert evaluate(model, texts)[0] == pytest.approx(untrained, rel=1e-5)
         before = all_b(model)
         train(model, method, texts, 1e-3, 1, 0)
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         after = all_b(model)
-    for layer, B, start, same, minor in zip(layers, after, before, drawn, others, strict=True):
+    for layer, B, start, same, other, minor in zip(
+        layers, after, before, drawn[0], drawn[1], others, strict=True
+    ):
         assert torch.equal(B, start)
-        assert torch.equal(B, same)  # for all seeds
+        assert torch.equal(B, same)
+        assert torch.equal(B, other) == (kind == "largest")  # a random B is drawn by the seed
         torch.testing.assert_close(B.T @ B, torch.eye(4), rtol=0, atol=1e-5)
         if kind == "largest":
             torch.testing.assert_close(B.T @ minor, torch.zeros(4, 4), rtol=0, atol=1e-4)
@@ -76,15 +81,20 @@ def test_losses_of_probes(base, tokenizer):
         for prompt, (right, *others) in zip(prompts, words, strict=True)
     ]
     probes_of = (probes, probes[:1], probes[1:])
-    found = [probe_losses(base, sources.tokenise(tokenizer, some)) for some in probes_of]
+    found, right = zip(
+        *(probe_losses(base, sources.tokenise(tokenizer, some)) for some in probes_of), strict=True
+    )
     among = [row.log_softmax(0)[0].item() for row in rows]
     assert found[0][""] == pytest.approx(-mean(row[0].item() for row in rows), rel=1e-5)
     assert found[0][", among answers"] == pytest.approx(-mean(among), rel=1e-5)
     assert found[0][", recalled"] == 0
     assert [one[", picked"] for one in found] == [0.5, 1, 0]
+    assert right == ("10", "1", "0")
     known = sources.tokenise(tokenizer, [sources.Probe(prompts[1], f" {likeliest}")])
-    assert probe_losses(base, known)[", recalled"] == 1
-    assert ", picked" not in probe_losses(base, known)
+    losses, right = probe_losses(base, known)
+    assert losses[", recalled"] == 1
+    assert ", picked" not in losses
+    assert right == ""
 
 
 def test_batches_are_the_same_for_all_and_have_a_block_of_each(texts):
