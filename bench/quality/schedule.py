@@ -14,6 +14,7 @@ from typing import NamedTuple
 KNOWN = ("reference", "code", "known facts")
 LIMITS = (0.1, 0.25, 0.5, 1.0, math.inf)  # nats
 VALIDATION = "facts, validation, among answers"
+TEST = "facts, held_out"
 FIRST = (1, 2, 0, 3)  # of a method's rates the middle ones: a result that ends early has one of each method
 
 
@@ -30,21 +31,27 @@ class Planned(NamedTuple):
 
 
 class Point(NamedTuple):
+    """``right``: the answers to the test's questions, "1" or "0" each; "" in results that lack them."""
+
     rate: float
     step: int
     seed: int
     forgotten: float
     evaluation: dict[str, float]
+    right: str = ""
 
 
 def points(result: dict, method: str) -> list[Point]:
-    base = result["base"]
-    return [
-        Point(run["rate"], one["step"], run["seed"], _forgotten(one["evaluation"], base), one["evaluation"])
-        for run in result["runs"]
-        if run["method"] == method
-        for one in run["points"]
-    ]
+    found = []
+    for run in result["runs"]:
+        if run["method"] != method:
+            continue
+        for one in run["points"]:
+            losses = one["evaluation"]
+            forgotten = _forgotten(losses, result["base"])
+            right = one.get("right", {}).get(TEST, "")
+            found.append(Point(run["rate"], one["step"], run["seed"], forgotten, losses, right))
+    return found
 
 
 def _forgotten(evaluation: dict, base: dict) -> float:

@@ -2,13 +2,24 @@
 
 import json
 from math import inf, log, sqrt
+from statistics import mean, variance
 
 import pytest
 
 from bench.measure.machine import ROOT
 from bench.quality import report
 from bench.quality.recipes import METHODS, RECIPES, STOPS
-from bench.quality.schedule import KNOWN, LIMITS, VALIDATION, chosen, missing, planned, rates_that_count
+from bench.quality.schedule import (
+    KNOWN,
+    LIMITS,
+    TEST,
+    VALIDATION,
+    chosen,
+    missing,
+    planned,
+    points,
+    rates_that_count,
+)
 from mica.cli.adapt import options
 
 GOLDEN = ROOT / "tests" / "bench" / "golden"
@@ -112,13 +123,38 @@ def test_differences_between_methods_over_seeds_and_questions():
     names = report.COMPARED[0]
     result = start(names) | {"texts": {"facts, held_out": {"tokens": 64}}}
     run_all(result, lambda one, share: (share, 0.5 + 0.25 * one.seed if one.method == names[0] else 0.5))
-    right, other = (report.values(result, name, report.RIGHT) for name in names)
-    assert right == [[], *[pytest.approx([32.5, 42.5, 52.5])] * 4]
-    found = report.difference(result, right[1], other[1])
-    half = 1.96 * sqrt(100 / 3 + 42.5 * 57.5 / 64 + 32.5 * 67.5 / 64)
+    assert report.values(result, names[0], report.RIGHT) == [[], *[pytest.approx([32.5, 42.5, 52.5])] * 4]
+    found = report.difference(result, *(chosen(result, name, LIMITS[1]) for name in names))
+    of_questions = mean(p * (100 - p) for p in (32.5, 42.5, 52.5)) + 32.5 * 67.5
+    half = 1.96 * sqrt(100 / 3 + of_questions / 64)
     assert found == pytest.approx((10, half))
     row = f"| MiCA, r = 64 less LoRA, r = 32 | |{f' +10 ± {half:.0f} |' * 4}\n"
     assert row in report.report(result).replace("|  |", "| |")
+
+
+def test_single_answers_make_a_difference_surer():
+    """Of 64 questions both answer 30 rightly, the one 10 more; the same shares without them say less."""
+    names = report.COMPARED[0]
+    result = start(names, seeds=1) | {"texts": {TEST: {"tokens": 64}}}
+    answers = {names[0]: "1" * 40 + "0" * 24, names[1]: "1" * 30 + "0" * 34}
+
+    def differ():
+        return report.difference(result, *(points(result, name) for name in names))
+
+    def run(name, **more):
+        evaluation = BASE | {f"{TEST}, picked": answers[name].count("1") / 64}
+        point = {"step": 4, "evaluation": evaluation, **more}
+        return {"method": name, "rate": 1e-3, "seed": 0, "points": [point]}
+
+    result["runs"] = [run(name, right={TEST: answers[name]}) for name in names]
+    paired = differ()
+    result["runs"] = [run(name) for name in names]
+    unpaired = differ()
+    assert paired[0] == unpaired[0] == pytest.approx(100 * 10 / 64)
+    spread = variance([100.0] * 10 + [0.0] * 54)
+    assert paired[1] == pytest.approx(1.96 * sqrt(spread / 64))
+    assert unpaired[1] == pytest.approx(1.96 * sqrt((62.5 * 37.5 + 46.875 * 53.125) / 64))
+    assert paired[1] < unpaired[1]
 
 
 def test_missing():
