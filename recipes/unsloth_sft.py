@@ -16,7 +16,7 @@ model, tokenizer = FastLanguageModel.from_pretrained(
     load_in_4bit=False,  # Unsloth refuses MiCA on quantised weights
 )
 
-import mica.fast  # noqa: E402  after the model: loading it has rewritten the forwards of PEFT's layers
+import mica.fast  # noqa: E402  after the model: loading it may rewrite the forwards of PEFT's layers
 
 model = FastLanguageModel.get_peft_model(
     model,
