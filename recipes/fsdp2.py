@@ -1,5 +1,10 @@
-"""A MiCA adapter with Trainer and FSDP2: torchrun --nproc-per-node 2 fsdp2.py MODEL TEXTS.jsonl OUTPUT"""
+"""A MiCA adapter with Trainer and FSDP2, started by torchrun or by accelerate launch:
 
+torchrun --nproc-per-node 2 fsdp2.py MODEL TEXTS.jsonl OUTPUT
+accelerate launch --config_file fsdp2.yaml fsdp2.py MODEL TEXTS.jsonl OUTPUT
+"""
+
+import os
 import sys
 
 import mica.fast  # before the adapter is created
@@ -50,7 +55,11 @@ def trainer_of(model_name, texts, output, **options):
 
 
 if __name__ == "__main__":
-    trainer = trainer_of(*sys.argv[1:], fsdp=True, fsdp_config=FSDP)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # set by accelerate launch, from fsdp2.yaml
+        fsdp = {}
+    else:
+        fsdp = {"fsdp": True, "fsdp_config": FSDP}
+    trainer = trainer_of(*sys.argv[1:], **fsdp)
     trainer.train()
     if trainer.is_world_process_zero():
         print(mica.fast.explain(trainer.model))  # of the sharded model: path kernel or reference

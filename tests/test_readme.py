@@ -15,7 +15,7 @@ import torch
 
 import mica.fast
 from tests.support.models import tiny_llama
-from tests.support.setups import ONE_PROCESS, ROOT, TWO_PROCESSES, setups
+from tests.support.setups import ONE_PROCESS, PAGE, ROOT, TWO_PROCESSES, setups
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
@@ -137,9 +137,20 @@ def test_every_named_test_exists(file):
 
 
 def test_rows_have_known_values():
-    assert {setup.works for setup in SETUPS} <= {"yes", "refused", "no"}
-    assert {setup.fast for setup in SETUPS} <= {"yes", "partly", "no"}
-    assert {setup.fast for setup in SETUPS if setup.works != "yes"} == {"no"}
+    assert {setup.works for setup in SETUPS} == {"yes", "stand-in", "refused"}
+    assert {setup.fast for setup in SETUPS} == {"yes", "partly", "no"}
+    assert {setup.fast for setup in SETUPS if setup.works == "refused"} == {"no"}
+
+
+def test_the_page_of_set_ups_lists_its_groups_and_explains_its_values():
+    page = read(PAGE)
+    before = page.partition("<!-- setups -->")[0]
+    listed = re.findall(r"^- \[(.*)\]\(#.*\)$", before, re.MULTILINE)
+    groups = list(dict.fromkeys(setup.group for setup in SETUPS))
+    assert listed == [*groups, "Servers"]
+    legend = re.findall(r"^\| (?:[a-z ]+ )?\| ([\w-]+) \|", before, re.MULTILINE)
+    values = {setup.works for setup in SETUPS} | {setup.fast for setup in SETUPS}
+    assert set(legend) - {"value"} == values
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Runs a script for GPUs on the CPU, in one of several processes: as it stands.
 
+``python -m tests.support.on_gloo FOLDER SCRIPT ARGUMENT …``, which a launcher starts in each process, leaves
+what `run` returns in FOLDER, in a file named by the process's rank.
+
 accelerate offers FSDP on accelerators only; here it is told that gloo is one (and, with
 ACCELERATE_TORCH_DEVICE=cpu, where it computes).
 """
@@ -9,6 +12,7 @@ import io
 import os
 import runpy
 import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -38,3 +42,8 @@ def run(script: str, *arguments: str) -> dict:
         "sharded": all(hasattr(layer.base_layer.weight, "to_local") for layer in layers),
         "printed": printed.getvalue(),
     }
+
+
+if __name__ == "__main__":
+    folder, script, *arguments = sys.argv[1:]
+    torch.save(run(script, *arguments), Path(folder) / os.environ["RANK"])

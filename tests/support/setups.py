@@ -28,21 +28,34 @@ BF16 = torch.bfloat16
 
 
 class Setup(NamedTuple):
-    """A row of the table."""
+    """A row of one of the tables."""
 
     name: str
-    works: str  # "yes", "refused" (an error that says why in one sentence) or "no"
+    works: str  # "yes", "stand-in" (as tested with one) or "refused" (an error that says why in one sentence)
     fast: str  # runs on this backend: "yes", "partly" or "no" (PEFT's own code)
     test: str  # path::function
+    group: str  # the heading above its table
+
+
+HEAD = ["| set-up | works | fast path | test |", "| --- | --- | --- | --- |"]
+ROW = re.compile(r"\| (.*) \| ([\w-]+) \| (\w+) \| \[(\w+)\]\(\.\./\.\./(.*)\) \|")
 
 
 def setups() -> dict[str, Setup]:
-    """The table, by name."""
+    """The rows of all tables, by name."""
     page = (ROOT / PAGE).read_text(encoding="utf-8")
     between = page.partition("<!-- setups -->")[2].partition("<!-- /setups -->")[0]
-    rows = re.findall(r"^\| (.*) \| (\w+) \| (\w+) \| \[(\w+)\]\(\.\./\.\./(.*)\) \|$", between, re.MULTILINE)
-    assert len(rows) == len(between.strip().splitlines()) - 2  # but for the head
-    return {name: Setup(name, works, fast, f"{file}::test_{test}") for name, works, fast, test, file in rows}
+    found = {}
+    for section in between.split("\n## ")[1:]:
+        group, *lines = [line for line in section.splitlines() if line]
+        assert lines[:2] == HEAD, group
+        for line in lines[2:]:
+            match = ROW.fullmatch(line)
+            assert match is not None, line
+            name, works, fast, test, file = match.groups()
+            assert name not in found, name
+            found[name] = Setup(name, works, fast, f"{file}::test_{test}", group)
+    return found
 
 
 # -- one process --------------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner
 
 import mica.fast
 from mica.fast.frameworks import REMEDIES, REMEDIES_OF_INITIALISATION, UNDO, owner_of
+from tests.support import swift_style
 from tests.support.models import Net, adapted_layers, factors, net, wrap
 from tests.support.moe_models import assert_exact, qwen3_moe, wrap_experts
 from tests.support.quantised_models import adapted, assert_spans, dequantised
@@ -174,6 +175,34 @@ def test_a_forward_that_was_replaced_before_is_under_this_package_s():
     finally:
         mica.fast.uninstall()
         lora.Linear.forward = stock
+
+
+def test_wrappers_of_ms_swift_that_were_there_before_leave_peft_as_it_is():
+    """Two have signatures that this package does not know. (Its recipe imports mica.fast first.)"""
+    mica.fast.uninstall()
+    with swift_style.imported():
+        with pytest.warns(UserWarning, match="mica.fast leaves PEFT") as said:
+            mica.fast.enable()
+        assert {row.path for row in mica.fast.explain(net()).rows} == {"peft"}
+    (text,) = [str(warning.message) for warning in said if "leaves PEFT" in str(warning.message)]
+    wrapped = ["LoraModel._create_and_replace takes (self peft_config adapter_name target *args **kwargs)"]
+    wrapped += ["PeftModel.load_adapter takes (self model_id *args **kwargs)"]
+    assert [part in text for part in wrapped] == [True, True]
+    assert text.count(" takes (") == 2
+
+
+def test_ms_swift_s_constructor_keeps_layers_from_the_fast_path_until_it_is_undone():
+    def paths():
+        config = swift_style.LoraConfig(init_lora_weights="mica", r=4, target_modules=["up", "down"])
+        return {(row.path, row.reason) for row in mica.fast.explain(get_peft_model(Net(), config)).rows}
+
+    with swift_style.imported():
+        ((path, reason),) = paths()
+        assert path == "peft"
+        assert reason.startswith("the lora_A has a forward of its own")
+        lora.LoraModel.__init__ = lora.LoraModel.__init_origin__
+        ((path, _),) = paths()
+        assert path == "reference"
 
 
 @pytest.mark.parametrize("function", [len, functools.partial(len), print, object()])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import runpy
 import sys
@@ -17,24 +18,26 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM
 
 import mica.fast
-from tests.support import axolotl_style, on_gloo
+from tests.support import axolotl_style, on_gloo, swift_style
 from tests.support.gloo import METHOD
-from tests.support.models import bases, wrap
-from tests.support.processes import start
+from tests.support.liger import run_on_any_device
+from tests.support.models import adapted_layers, bases, factors, wrap
+from tests.support.processes import ROOT, start
 from tests.support.stock import whatever_language
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 from tests.support.tolerances import RELATIVE, error
 from tests.support.without_mica import logits_without_mica
 
 RECIPES = Path(__file__).parents[3] / "recipes"
+PAGE = RECIPES / "README.md"
 STEPS = 4
+RECIPES_RUN = ["sft", "axolotl", "swift", "unsloth", "fsdp2", "accelerate"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def test_the_page_shows_the_files():
-    page = (RECIPES / "README.md").read_text(encoding="utf-8")
-    shown = re.findall(r"^```(?:python|yaml)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    shown = [*code_of("python"), *code_of("yaml")]
     files = [path for path in RECIPES.iterdir() if path.suffix in (".py", ".yaml")]
     assert sorted(shown) == sorted(path.read_text(encoding="utf-8") for path in files)
 
@@ -56,6 +59,13 @@ def given(tmp_path_factory):
     return SimpleNamespace(folder=folder, model=str(folder / "model"), texts=str(folder / "texts.jsonl"))
 
 
+def code_of(language):
+    """The blocks in that language on the page."""
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+
+
 def in_this_process(recipe):
     """What ``recipe()``, which returns its trainer, has done; its adapter is in ``folder``."""
     before = mica.fast.call_counts.copy()
@@ -64,6 +74,7 @@ def in_this_process(recipe):
         losses=losses_of(trainer),
         calls=whatever_language(mica.fast.call_counts - before),
         explanation=mica.fast.explain(trainer.model),
+        model=trainer.model,
         folder=Path(trainer.args.output_dir),
     )
 
@@ -103,6 +114,37 @@ def axolotl(given, plugin):
     return in_this_process(lambda: axolotl_style.train(axolotl_yaml(given)))
 
 
+def swift_options(given):
+    """Those of the page, with the names that a user would change."""
+    (command,) = [block for block in code_of("sh") if block.startswith("python mica_swift.py")]
+    options = command.replace("\\\n", " ").split()[2:]
+    names = {"MODEL": given.model, "texts.jsonl": given.texts, "adapter": str(given.folder / "swift")}
+    return [names.get(option, option) for option in options]
+
+
+@pytest.fixture(scope="module")
+def swift(given):
+    def recipe():
+        with pytest.MonkeyPatch.context() as patch, swift_style.imported():
+            patch.setattr(sys, "argv", ["", *swift_options(given)])
+            return runpy.run_path(str(RECIPES / "mica_swift.py"), run_name="__main__")["training"].trainer
+
+    return in_this_process(recipe)
+
+
+@pytest.fixture(scope="module")
+def unsloth(given, tmp_path_factory):
+    """What a process has printed that imports the stand-in as `unsloth`, before mica.fast."""
+    modules = tmp_path_factory.mktemp("modules")
+    source = "from tests.support.unsloth_style import FastLanguageModel\n"
+    (modules / "unsloth.py").write_text(source, encoding="utf-8")
+    path = os.pathsep.join(map(str, (ROOT, RECIPES, modules)))
+    folder = given.folder / "unsloth"
+    done = start("unsloth_sft", given.model, given.texts, folder, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(printed=done.stdout, said=done.stderr, folder=folder)
+
+
 @pytest.fixture(scope="module")
 def fsdp2(given):
     """What two processes of torchrun's launcher have done; it forks them from ours."""
@@ -114,12 +156,26 @@ def fsdp2(given):
     return SimpleNamespace(processes=[done[0], done[1]], folder=output)
 
 
+@pytest.fixture(scope="module")
+def accelerate(given):
+    """What two processes of ``accelerate launch`` have done; FSDP2 comes from its configuration file."""
+    output = given.folder / "accelerate"
+    results = given.folder / "processes"
+    results.mkdir()
+    launch = "accelerate.commands.launch", "--config_file", RECIPES / "fsdp2.yaml"
+    script = RECIPES / "fsdp2.py", given.model, given.texts, output
+    done = start(*launch, "--module", "tests.support.on_gloo", results, *script)
+    assert done.returncode == 0, done.stderr
+    processes = [torch.load(results / rank, weights_only=False) for rank in "01"]
+    return SimpleNamespace(processes=processes, folder=output)
+
+
 def learned(losses):
     assert len(losses) == STEPS
     assert losses[0] - losses[-1] > 0.05, losses
 
 
-@pytest.mark.parametrize("name", ["sft", "axolotl"])
+@pytest.mark.parametrize("name", ["sft", "axolotl", "swift"])
 def test_a_trainer_s_recipe_runs_on_the_fast_path(name, request):
     done = request.getfixturevalue(name)
     learned(done.losses)
@@ -129,8 +185,19 @@ def test_a_trainer_s_recipe_runs_on_the_fast_path(name, request):
     assert done.calls == {"linear": forwards * 14 * STEPS, "linear_backward": 14 * STEPS}
 
 
-def test_fsdp2_has_the_losses_of_one_process(fsdp2, given):
+def test_unsloth_s_recipe_has_the_losses_of_trl_s(unsloth, sft):
+    """Its data and its trainer are the same; printed are four digits."""
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", unsloth.printed)]
+    assert losses == pytest.approx(sft.losses, abs=1e-3)
+    assert "14 layers: 14 reference" in unsloth.printed
+    for text in ("not called", "bypass", "has replaced", "did not initialise"):
+        assert text not in unsloth.printed + unsloth.said
+
+
+@pytest.mark.parametrize("launcher", ["fsdp2", "accelerate"])
+def test_fsdp2_has_the_losses_of_one_process(launcher, request, given):
     """One that runs PEFT's own code on the same batches of 8; a step logs the mean over both processes."""
+    launched = request.getfixturevalue(launcher)
     arguments = given.model, given.texts, str(given.folder / "alone")
     trainer_of = runpy.run_path(str(RECIPES / "fsdp2.py"))["trainer_of"]
     alone = trainer_of(*arguments, per_device_train_batch_size=8)
@@ -138,28 +205,72 @@ def test_fsdp2_has_the_losses_of_one_process(fsdp2, given):
         alone.train()
     expected = losses_of(alone)
     learned(expected)
-    for process in fsdp2.processes:
+    for process in launched.processes:
         assert process["losses"] == pytest.approx(expected, rel=RELATIVE[torch.float32])
         assert process["paths"] == {"reference": 14}
         assert process["calls"] == {"linear": 14 * STEPS, "linear_backward": 14 * STEPS}
         assert process["sharded"]
-    printed = "".join(process["printed"] for process in fsdp2.processes)
+    printed = "".join(process["printed"] for process in launched.processes)
     assert printed.count("14 layers: 14 reference") == 1
+
+
+SMALL = {
+    "max_length=512": "max_length=16",
+    "per_device_train_batch_size=8": "per_device_train_batch_size=2",
+    "learning_rate=1e-3": "learning_rate=1e-2",  # so that the second loss shows the first step
+    "num_train_epochs=1": "max_steps=2",
+}
+
+
+def test_trl_s_recipe_with_liger(given, tmp_path, monkeypatch):
+    """The lines that the page adds, with few tokens: Triton's interpreter runs Liger's kernels on a CPU."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    run_on_any_device(monkeypatch)
+    plain = replaced((RECIPES / "sft_trainer.py").read_text(encoding="utf-8"), SMALL)
+    (lines,) = code_of("diff")
+    kept, added = lines.splitlines()
+    with_liger = replaced(plain, {kept[1:]: f"{kept[1:]}\n{added[1:]}"})
+
+    def run(name, source):
+        script = tmp_path / f"{name}.py"
+        script.write_text(source, encoding="utf-8")
+        monkeypatch.setattr(sys, "argv", ["", given.model, given.texts, str(tmp_path / name)])
+        return runpy.run_path(str(script), run_name="__main__")["trainer"]
+
+    with mica.fast.disabled():
+        expected = losses_of(run("without", plain))
+    with pytest.warns(FutureWarning, match="use_liger_kernel"):  # trl: until its release 2.0
+        done = in_this_process(lambda: run("with", with_liger))
+    assert done.losses == pytest.approx(expected, rel=RELATIVE[torch.float32])
+    assert done.explanation.counts() == {"reference": 14}
+    assert all(row.calls for row in done.explanation.rows)
+    assert done.calls == {"linear": 2 * 14 * 2, "linear_backward": 14 * 2}
+    assert all(factors(layer)[0].any() for layer in adapted_layers(done.model).values())
+    norm = done.model.get_base_model().model.norm
+    assert norm.forward.__func__.__module__.startswith("liger_kernel.")
+
+
+def replaced(text, changes):
+    """Each of the old texts, which occurs once, as the new one."""
+    for old, new in changes.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
 
 
 # -- what they leave behind ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def adapters(sft, axolotl, fsdp2, given):
+def adapters(request, given):
     """Folders, with the logits that PEFT without this package gives."""
-    folders = {"sft": sft.folder, "axolotl": axolotl.folder, "fsdp2": fsdp2.folder}
+    folders = {name: request.getfixturevalue(name).folder for name in RECIPES_RUN}
     loads = [(given.model, folder, "peft") for folder in folders.values()]
     theirs = logits_without_mica(given.folder, torch.arange(64).view(2, 32), *loads)
     return dict(zip(folders, zip(folders.values(), theirs, strict=True), strict=True))
 
 
-@pytest.mark.parametrize("name", ["sft", "axolotl", "fsdp2"])
+@pytest.mark.parametrize("name", RECIPES_RUN)
 def test_the_saved_adapter(name, adapters, given):
     """B is the initial one to the bit, A is not; PEFT alone loads it, and its logits are ours."""
     folder, theirs = adapters[name]
