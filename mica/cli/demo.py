@@ -26,7 +26,8 @@ _CONTEXT_SHOWN = 160  # characters: the model sees more
 _RULE = (
     "Passages: {chosen} of the {all} documents that were held out, evenly spaced, each cut in its middle. "
     "The number is the log-likelihood of the true text, the {next} tokens behind the cut: their mean in "
-    "nats per token, higher is better. Beside it stands what the model itself writes there, which need not be true."
+    "nats per token, higher is better. Beside it stands what the model itself writes there, which need "
+    "not be true."
 )
 
 
@@ -69,8 +70,8 @@ def readings(folder: Path) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     documents = passages.held_out(folder, tokenizer)
     chosen = passages.choose(documents, _PASSAGES)
-    # Not AutoPeftModel: it gives the embedding as many rows as the tokenizer has tokens, and any row that comes
-    # or goes changes all likelihoods.
+    # Not AutoPeftModel: it gives the embedding as many rows as the tokenizer has tokens, and any row that
+    # comes or goes changes all likelihoods.
     base_name = PeftConfig.from_pretrained(folder).base_model_name_or_path
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_name), folder).eval()
 
