@@ -58,7 +58,7 @@ OPTIONS = {
     "--gradient-accumulation-steps --gradient-checkpointing "
     "--methods --rates --budget --seeds --steps --jobs --eval-blocks --output --resume --overwrite",
     "transfer": "--adapter --to --output --overwrite --dtype --trust-remote-code",
-    "inspect": "model --rank --target-modules --dtype --plot --json --trust-remote-code",
+    "inspect": "model --rank --target-modules --dtype --layers --plot --json --trust-remote-code",
     "doctor": "--adapter --json",
 }
 

@@ -7,12 +7,13 @@ A command is a module with ``add_parser(subparsers)``, which declares its argume
 
 import argparse
 import logging
+import re
 import sys
 from contextlib import suppress
 
 from mica import __version__
 from mica.cli import adapt, compare, doctor, inspect, transfer
-from mica.cli.arguments import similar, with_suggestion
+from mica.cli.arguments import HelpFormatter, example, similar, with_suggestion
 from mica.cli.output import one_line
 from mica.errors import UnsuitableLayerError, UsageError
 
@@ -21,6 +22,16 @@ _COMMANDS = (adapt, compare, transfer, inspect, doctor)
 # kernels that cannot be loaded, torch warns that torchao uses a deprecated call. None of it concerns a user
 # here, and a one-line error would stand below ten such lines.
 NOISY = ("bitsandbytes", "kernels", "torch.utils._pytree", "torchao")
+
+# "-rank" too, but neither a negative number nor "-h", behind which argparse allows anything.
+_LIKE_AN_OPTION = re.compile(r"--|-(?!h)[A-Za-z]")
+_MODEL = "HuggingFaceTB/SmolLM2-135M"
+_EXAMPLE = example(
+    f"mica adapt --model {_MODEL} --text corpus.jsonl --output run",
+    "mica doctor --adapter run",
+    says="The first trains an adapter on a file of texts and writes it to run, the second says which servers "
+    "can load it. mica COMMAND --help lists the options of a command, and has an example.",
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
         self._refuse_unknown(given)  # first: otherwise a misspelt required option is reported as missing
         found, unknown = super().parse_known_args(given, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._where_all_are_listed()}")
         return found, unknown
 
     def _refuse_unknown(self, given: list[str]) -> None:
@@ -50,19 +61,30 @@ class _Parser(argparse.ArgumentParser):
         for token in given:
             if token == "--":
                 return
-            if not token.startswith("--"):
+            if not _LIKE_AN_OPTION.match(token):
                 if self._subparsers is not None:  # a command: what follows is for its parser
                     return
                 continue
             option = token.partition("=")[0]
             if option not in known:
                 names = [name.strip("-") for name in known]  # with the dashes all names are similar
-                hint = similar(option.strip("-"), names, "--")
+                hint = similar(option.strip("-"), names, "--") or self._where_all_are_listed()
                 self.error(f"unrecognized arguments: {token}{hint}")
+
+    def _where_all_are_listed(self) -> str:
+        """The end of a message about an argument that is like none of this parser."""
+        if self._subparsers is not None:
+            return f"; the options of a command follow its name: {self.prog} COMMAND [options]"
+        return f"; {self.prog} --help lists all"
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="mica", description="Minor Component Adaptation (MiCA) from the command line.")
+    parser = _Parser(
+        prog="mica",
+        description="Minor Component Adaptation (MiCA) from the command line.",
+        formatter_class=HelpFormatter,
+        epilog=_EXAMPLE,
+    )
     parser.add_argument("--version", action="version", version=f"mica {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:

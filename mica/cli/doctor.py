@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
 
 from mica import __version__
-from mica.cli.arguments import a_path, add_command
+from mica.cli.arguments import a_path, add_command, example
 from mica.cli.extras import DISTRIBUTION
 from mica.cli.output import check_file, dtype_name, explained, one_line, write_json
 from mica.errors import UsageError
@@ -31,6 +31,11 @@ def add_parser(commands) -> None:
         "whether PyTorch's operators are called from C++ (which this compiles if it has not been), "
         "whether PEFT can be patched, and the caches. Exit status: 0 if nothing is broken, else 1. With "
         "--adapter: which servers can load it and why not, and nothing about the machine; exit status 0.",
+        epilog=example(
+            "mica doctor",
+            "mica doctor --adapter run",
+            says="The first is about this machine, the second about the adapter in run.",
+        ),
     )
     parser.add_argument(
         "--adapter",

@@ -1,12 +1,14 @@
-"""``mica inspect``: what MiCA would adapt in a model, layer by layer, without adapting it."""
+"""``mica inspect``: what MiCA would adapt in a model, without adapting it."""
 
 import argparse
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-from mica.cli.arguments import a_name, a_path, a_source, add_command, add_dtype_options, count
+from mica.cli.arguments import a_name, a_path, a_source, add_command, add_dtype_options, count, example
 from mica.cli.extras import how_to_install
+from mica.cli.kinds import grouped
+from mica.cli.layer_tables import kinds_table, layer_line, layers_header, number
 from mica.cli.output import check_file, dtype_name, write_file, write_json
 from mica.errors import UsageError
 
@@ -18,9 +20,15 @@ def add_parser(commands) -> None:
     parser = add_command(
         *(commands, "inspect", run),
         help="the spectra of a model's layers, and what MiCA would adapt in them",
-        description="Show, for every layer that MiCA would adapt, the singular values at the cut, the share "
-        "of the weight's energy in the chosen subspace, and the certificate of the solver. Trains nothing "
-        "and does not change the model.",
+        description="Show, for each kind of layer that MiCA would adapt, the singular values at the cut, the "
+        "share of the weight's energy in the chosen subspace, and how many layers have the certificate of "
+        "the solver. Trains nothing and does not change the model.",
+        epilog=example(
+            "mica inspect HuggingFaceTB/SmolLM2-135M",
+            "mica inspect HuggingFaceTB/SmolLM2-135M --layers --plot spectra.png --json spectra.json",
+            says="The first prints a line for each kind of layer (q_proj, k_proj, ...). The second prints "
+            "one for each layer, draws all singular values, and writes what it has measured as JSON.",
+        ),
     )
     add = parser.add_argument
     add("model", type=a_source, metavar="MODEL", help="Hub id, checkpoint folder or GGUF file")
@@ -34,15 +42,16 @@ def add_parser(commands) -> None:
         "q_proj,embed_tokens",
     )
     add_dtype_options(parser, "dtype of the weights; auto: that of the checkpoint, float32 for GGUF")
+    add("--layers", action="store_true", help="a line for each layer, not for each kind of layer")
     add("--plot", type=a_path, metavar="FILE", help="also draw the whole spectra: .png, .pdf or .svg")
-    add("--json", type=a_path, metavar="FILE", help="also write the table as JSON")
+    add("--json", type=a_path, metavar="FILE", help="also write the numbers of all layers as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command: cheap checks first, a line as soon as a layer is measured, files at the end.
+    """Run the command: cheap checks first, files at the end. With --layers each line is printed at once.
 
     ``--json`` is one object: model, dtype, device, rank, target_modules (as given), what `summary` returns,
-    and layers, a list of objects with the fields of `mica.cli.spectra.Row`, in the order of the table.
+    and layers, a list of objects with the fields of `mica.cli.spectra.Row`, in the model's order.
     Unknown values are null.
 
     Raises UsageError; also where no layer can be adapted: before the weights are read where the rank alone
@@ -53,8 +62,11 @@ def run(args: argparse.Namespace) -> int:
     targets = _listed(_targets(model, args))
 
     start = time.perf_counter()
+    print(_first_lines(args), flush=True)
     rows, spectra = _measure(args, targets)
     result = summary(rows, seconds=time.perf_counter() - start)
+    if not args.layers:
+        print(kinds_table(grouped(rows), args.rank))
     print(_last_line(result))
 
     if args.json:
@@ -132,32 +144,46 @@ def _listed(found) -> list[tuple]:
 
 
 def _measure(args: argparse.Namespace, targets: list[tuple]) -> tuple[list, dict]:
-    """Measure the targets, and print a line for each.
+    """Measure the targets; with --layers print a line for each, else show on stderr how many are done.
 
     Returns:
         A `mica.cli.spectra.Row` for each, and with --plot all singular values by name.
     """
+    from tqdm import tqdm
+
     from mica.cli.spectra import measure, weight_of
     from mica.subspace.spectrum import spectrum
 
     rank = args.rank
     width = max(len(name) for name, _, _ in targets)
-    print(
-        f"{args.model}, r = {rank}: chosen are sigma_{rank} to sigma_1, gap = sigma_{rank + 1} / sigma_{rank}"
-    )
-    print(_header(rank, width), flush=True)
+    if args.layers:
+        print(layers_header(rank, width), flush=True)
 
     rows = []
     spectra = {}
-    for name, module, parameter in targets:
+    bar = tqdm(targets, desc="Measuring", unit=" layers", delay=2, leave=False, disable=args.layers)
+    for name, module, parameter in bar:
         row, chosen = measure(name, module, rank, parameter)
         rows.append(row)
-        print(_line(row, width), flush=True)
+        if args.layers:
+            print(layer_line(row, width), flush=True)
         if args.plot and chosen is not None:
             values = spectrum(weight_of(module, rank, parameter, row.expert))
             values[-rank:] = chosen  # exact where the Gram matrix of a large weight is not
             spectra[name] = values
     return rows, spectra
+
+
+def _first_lines(args: argparse.Namespace) -> str:
+    """What is shown, above the table."""
+    rank = args.rank
+    gap = f"gap = sigma_{rank + 1} / sigma_{rank}"
+    lines = [f"{args.model}, r = {rank}: chosen are sigma_{rank} to sigma_1, {gap}"]
+    if not args.layers:
+        lines.append(
+            "medians of each kind of layer, and its worst gap, energy and excess; --layers: each layer"
+        )
+    return "\n".join(lines)
 
 
 def _draw(args: argparse.Namespace, spectra: dict) -> None:
@@ -182,51 +208,8 @@ def summary(rows: list, seconds: float) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------------
-# the table
-# ---------------------------------------------------------------------------------------------------
-
-
-def _header(rank: int, width: int) -> str:
-    sigmas = "  ".join(f"{f'sigma_{which}':>9}" for which in ("max", rank + 1, rank, 1))
-    columns = f"{'gap':>7}  {'energy':>8}  {'method':6}  {'proven, excess':15}  {'s':>6}"
-    return f"{'layer':{width}}  {'out x in':>18}  {'dtype':8}  {sigmas}  {columns}"
-
-
-def _line(row, width: int) -> str:
-    """One row of the table, without a line end."""
-    shape = "-"
-    if row.shape:
-        shape = " x ".join(map(str, row.shape))
-    start = f"{row.name:{width}}  {shape:>18}  {row.dtype or '-':8}  "
-    if row.reason:
-        return f"{start}cannot be adapted: {row.reason}"
-
-    values = (row.sigma_max, row.sigma_above, row.sigma_largest, row.sigma_smallest)
-    sigmas = "  ".join(f"{_number(value, '.4g'):>9}" for value in values)
-    share = None
-    if row.energy_share is not None:
-        share = 100 * row.energy_share
-    numbers = f"{sigmas}  {_number(row.gap, '.4g'):>7}  {_number(share, '.2g') + '%':>8}"
-    certificate = "not proven"
-    if row.proven:
-        certificate = f"proven, {row.energy_excess:.1e}"
-    line = f"{start}{numbers}  {row.method:6}  {certificate:15}  {row.seconds:6.2f}"
-    if row.quantised:
-        line += f"  {row.quantised}, dequantised"
-    if row.expert is not None:
-        line += f"  of expert {row.expert}"
-    return line
-
-
-def _number(value: float | None, spec: str) -> str:
-    if value is None:
-        return "-"
-    return format(value, spec)
-
-
 def _last_line(result: dict) -> str:
-    worst = _number(result["worst_energy_excess"], ".1e")
+    worst = number(result["worst_energy_excess"], ".1e")
     return (
         f"{result['layers_found']} layers in {result['seconds']:.1f} s: {result['layers_proven']} proven "
         f"(worst energy excess {worst}), {result['layers_not_proven']} not proven, "

@@ -29,6 +29,15 @@ if is_accelerate_available():  # in the extra `cli`: `mica inspect` works withou
 # JSON, ValueError for contents that name no known architecture or that need custom code, RecursionError for
 # JSON that is nested too deeply.
 _BAD_SOURCE = (OSError, ValueError, RecursionError)
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,19 @@ def load_tokenizer(source: Source):
     try:
         return AutoTokenizer.from_pretrained(source.location, **source.options)
     except _BAD_SOURCE as error:
+        if _has_no_tokenizer(source):
+            missing = "has no tokenizer (no tokenizer.json or tokenizer.model); save the model's there"
+            raise source.error(missing) from error
         raise source.error(f"its tokenizer cannot be loaded: {one_line(error)}") from error
+
+
+def _has_no_tokenizer(source: Source) -> bool:
+    """Whether the source is a folder without any of the files in which tokenizers keep their tokens."""
+    folder = Path(source.location)
+    if source.is_gguf or not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return names.isdisjoint(_TOKENIZER_FILES)
 
 
 def load_config(source: Source):

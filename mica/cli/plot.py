@@ -1,7 +1,6 @@
 """The picture of ``mica inspect --plot``: whole spectra, with the part marked that MiCA adapts."""
 
 import math
-import re
 import textwrap
 
 import torch
@@ -12,6 +11,8 @@ from matplotlib.figure import Figure  # not pyplot: Agg, whatever the display, a
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from mica.cli.kinds import by_kind
 
 _MARK = "#D55E00"  # vermilion: distinct from all of viridis for all common kinds of colour blindness
 STYLE = {  # of all pictures
@@ -34,32 +35,6 @@ def _depth(name: str) -> int | None:
     return None
 
 
-def _panels(names: list[str]) -> dict[str, list[str]]:
-    """Names of modules by kind: the last component, or the last two where one has several parents.
-
-    Numbers do not count, so that the experts of a block are one kind. "h.0.attn.c_proj" and
-    "h.0.mlp.c_proj" are the kinds "attn.c_proj" and "mlp.c_proj".
-    """
-    endings = {}  # name -> its last two components without numbers
-    for name in names:
-        words = re.sub(r"(?<![^.])\d+(\.|$)", "", name).strip(".") or name
-        endings[name] = ".".join(words.split(".")[-2:])
-
-    variants: dict[str, set[str]] = {}  # last component -> the endings that it has
-    for ending in endings.values():
-        last = ending.rpartition(".")[2]
-        variants.setdefault(last, set()).add(ending)
-
-    panels: dict[str, list[str]] = {}
-    for name, ending in endings.items():
-        last = ending.rpartition(".")[2]
-        kind = ending
-        if len(variants[last]) == 1:
-            kind = last
-        panels.setdefault(kind, []).append(name)
-    return panels
-
-
 def _plot_spectrum(axes, values: torch.Tensor, rank: int, colour) -> None:
     """One line for all singular values, (n,) descending, and a thicker one for the adapted ones."""
     floor = torch.finfo(torch.float64).eps * values[0]
@@ -74,7 +49,7 @@ def _plot_spectrum(axes, values: torch.Tensor, rank: int, colour) -> None:
 
 @rc_context(STYLE)
 def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
-    """One panel per kind of layer (see `_panels`), one line per layer, coloured by the number of its block.
+    """One panel per kind of layer (see `by_kind`), one line per layer, coloured by the number of its block.
 
     ``spectra``: module name -> all its singular values, (min(out, in),), descending. They are drawn over
     their index counted from the smallest, 1, on a logarithmic axis that runs to it from the left: MiCA's
@@ -83,7 +58,7 @@ def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
 
     Axes of panels are labelled "panel", lines have the gid "spectrum" or "adapted", the shading "adapted".
     """
-    kinds = _panels(list(spectra))
+    kinds = by_kind(list(spectra))
     columns = min(4, len(kinds))
     rows = math.ceil(len(kinds) / columns)
     drawing = Figure(figsize=(1.6 + 2.9 * columns, 1.5 + 2.5 * rows), dpi=150, layout="constrained")

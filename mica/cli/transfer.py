@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mica.cli import lock, record
-from mica.cli.arguments import a_path, a_source, add_command, add_dtype_options
+from mica.cli.arguments import a_path, a_source, add_command, add_dtype_options, example
 from mica.cli.output import (
     OLD,
     PARTIAL,
@@ -32,6 +32,10 @@ def add_parser(commands) -> None:
         description="Merge the update s·B·A of a MiCA adapter, trained on a base model, into another model "
         "made from the same base, like its instruction-tuned one. Nothing is trained or computed again: "
         "B stays that of the base. Writes a plain model with MODEL's tokenizer and chat template.",
+        epilog=example(
+            "mica transfer --adapter run --to HuggingFaceTB/SmolLM2-135M-Instruct --output chat",
+            says="The adapter in run, trained on SmolLM2-135M, is merged into the chat model made from it.",
+        ),
     )
     add = parser.add_argument
     add("--adapter", required=True, type=a_path, metavar="DIR", help="output folder of mica adapt")

@@ -4,20 +4,27 @@ import argparse
 import importlib.util
 
 from mica.cli.adapt import config, folder, options
-from mica.cli.arguments import add_command
+from mica.cli.arguments import add_command, example
 from mica.cli.extras import how_to_install
 from mica.errors import UsageError
 
 _DESCRIPTION = """\
 Continued pretraining with MiCA. Several processes: torchrun --nproc-per-node N -m mica adapt ..., or
 accelerate launch -m mica adapt ..."""
+_EXAMPLE = example(
+    "mica adapt --model HuggingFaceTB/SmolLM2-135M --text corpus.jsonl --output run --dry-run",
+    "mica adapt --model HuggingFaceTB/SmolLM2-135M --text corpus.jsonl --output run",
+    says="The first says what the run would need and how long it would take; the second trains, and writes "
+    "a PEFT adapter with its model card to run.",
+)
 NEEDED = ("accelerate", "datasets", "matplotlib", "yaml")
 
 
 def add_parser(commands) -> None:
     """Declare ``mica adapt`` on an argparse subparsers object."""
     text = "continued pretraining on text with MiCA"
-    options.declare(add_command(commands, "adapt", run, help=text, description=_DESCRIPTION))
+    parser = add_command(commands, "adapt", run, help=text, description=_DESCRIPTION, epilog=_EXAMPLE)
+    options.declare(parser)
 
 
 def run(given: argparse.Namespace) -> int:

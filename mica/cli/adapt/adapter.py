@@ -147,6 +147,8 @@ def read_adapter_config(folder: Path, option: str = "--adapter", any_lora: bool 
     MiCA's (with ``any_lora``: not LoRA's).
     """
     where = f"{option} {folder}"
+    if folder.is_file():
+        raise UsageError(f"{where}: is a file; give the folder of the adapter")
     if not folder.is_dir():
         raise UsageError(f"{where}: no such folder")
     if not (folder / CONFIG).is_file():

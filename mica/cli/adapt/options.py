@@ -329,7 +329,8 @@ def declare(parser: argparse.ArgumentParser, table: Iterable[str | Option] = TAB
             required.append(f"{row.flag} {row.metavar}{' ...' if row.many else ''}")
     parser.formatter_class = _HelpFormatter
     parser.usage = f"{parser.prog} {' '.join(required)} [options]"
-    parser.epilog = _recipe_table()
+    parts = [_recipe_table(), parser.epilog]
+    parser.epilog = "\n\n".join(part for part in parts if part)
 
 
 def _add(group, option: Option) -> None:

@@ -96,6 +96,22 @@ def spread(blocks: Dataset, limit: int) -> Dataset:
     return Subset(blocks, indices.tolist())
 
 
+def documents_of(blocks: Dataset) -> list[torch.Tensor]:
+    """The tokens of each span, (length,) int64, that ``blocks`` are made of: `Blocks`, joined or `spread`."""
+    while isinstance(blocks, Subset):
+        blocks = blocks.dataset
+    parts = [blocks]
+    if isinstance(blocks, ConcatDataset):
+        parts = blocks.datasets
+
+    documents = []
+    for part in parts:
+        for span in part.spans:
+            ids = part.stores[span.store].ids[span.start : span.start + span.length]
+            documents.append(torch.from_numpy(ids.astype(np.int64)))
+    return documents
+
+
 def mix(parts: list[Blocks], weights: list[float], seed: int) -> Dataset:
     """An epoch in which each of several sources has the share that its weight says.
 

@@ -4,19 +4,26 @@ import argparse
 
 from mica.cli.adapt import check_libraries
 from mica.cli.adapt.options import declare
-from mica.cli.arguments import add_command
+from mica.cli.arguments import add_command, example
 from mica.cli.compare import options, workers
 
 _DESCRIPTION = """\
 Short trainings of MiCA, LoRA and full fine-tuning on the same text, at several learning rates: what each has
 learned of text that is held out, and forgotten of the text to be retained. Trainings run side by side; on
 several GPUs or machines: torchrun --nproc-per-node N -m mica compare ..., or accelerate launch."""
+_EXAMPLE = example(
+    "mica compare --model HuggingFaceTB/SmolLM2-135M --text corpus.jsonl --retain general.txt --output found",
+    "mica compare --output found --resume",
+    says="The first takes about 30 minutes and writes found/README.md, which says which method to take; "
+    "the second goes on if the first was stopped.",
+)
 
 
 def add_parser(commands) -> None:
     """Declare ``mica compare`` on an argparse subparsers object."""
     text = "which method learns most from a text, and what it forgets"
-    declare(add_command(commands, "compare", run, help=text, description=_DESCRIPTION), options.TABLE)
+    parser = add_command(commands, "compare", run, help=text, description=_DESCRIPTION, epilog=_EXAMPLE)
+    declare(parser, options.TABLE)
 
 
 def run(given: argparse.Namespace) -> int:

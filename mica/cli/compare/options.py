@@ -24,7 +24,7 @@ def _some_methods(text: str) -> list[str]:
 def _grid(text: str) -> list:
     """An argparse type: METHOD=RATE,RATE,... as a name and its learning rates."""
     name, _, values = text.partition("=")
-    if name not in METHODS:
+    if name not in METHODS or not values:
         expected = f"must be METHOD=RATE,RATE,... with a method of {', '.join(METHODS)}"
         raise argparse.ArgumentTypeError(f"{expected}, not '{text}'")
     rate = number(float, 0)

@@ -2,16 +2,16 @@
 
 import importlib.metadata
 import json
-import re
 import shlex
 import sys
 from collections import Counter
 
 import pytest
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from mica.cli import demo, main
+from mica.cli import demo, main, passages
 from mica.errors import UsageError
 from tests.support.adapt_results import summary
 from tests.support.tiny_cli import byte_tokenizer
@@ -95,7 +95,7 @@ def test_main_chooses_the_dtype_that_the_processor_is_quick_in(calls, monkeypatc
     assert ("no bfloat16 instructions" in capsys.readouterr().err) != native
 
 
-def test_the_end_shows_before_and_after_and_commands_that_run(tmp_path, monkeypatch, capsys):
+def test_the_end_shows_what_was_learned_and_commands_that_run(tmp_path, monkeypatch, capsys):
     write_tiny_gguf(tmp_path / "tiny.gguf")
     topics = {f"topic {n}": "".join(f"{m} times {n} is {m * n}; " for m in range(60)) for n in range(12)}
     monkeypatch.setattr(demo, "smollm2_gguf", lambda: tmp_path / "tiny.gguf")
@@ -105,22 +105,10 @@ def test_the_end_shows_before_and_after_and_commands_that_run(tmp_path, monkeypa
     tiny = ["--rank=4", "--sequence-length=32", "--dtype=float32", "--learning-rate=0.02"]
     assert demo.main(["--output", str(output), "--steps=6", *tiny]) == 0
     printed = capsys.readouterr().out.rpartition("What the model has learned")[2]
-    told = dict(re.findall(r"^(perplexity|prompt|before|after)  +(.*)$", printed, re.MULTILINE))
-
     measured = summary(output / "adapter")
-    assert told["perplexity"] == "{perplexity_before:.2f} before, {perplexity_after:.2f} after".format(
-        **measured
-    )
-    tokenizer = byte_tokenizer()
-    tokens = tokenizer(told["prompt"], return_tensors="pt")
-    base = AutoModelForCausalLM.from_pretrained(output / "adapter" / "base")
-    for when in ("before", "after"):
-        model = base if when == "before" else PeftModel.from_pretrained(base, output / "adapter")
-        answer = model.generate(**tokens, max_new_tokens=40, do_sample=False)[
-            0, tokens["input_ids"].shape[1] :
-        ]
-        assert told[when] == " ".join(tokenizer.decode(answer, skip_special_tokens=True).split())
-    assert told["before"] != told["after"]
+    perplexities = "{perplexity_before:.2f} before, {perplexity_after:.2f} after".format(**measured)
+    assert f"\nperplexity      {perplexities}\n" in printed
+    check_passages(printed, output / "adapter")
     assert f"The adapter is in {output / 'adapter'};" in printed
 
     start = f"{shlex.quote(sys.executable)} -m mica"
@@ -133,12 +121,59 @@ def test_the_end_shows_before_and_after_and_commands_that_run(tmp_path, monkeypa
     assert summary(output / "more")["perplexity_before"] == pytest.approx(measured["perplexity_after"])
 
 
+def check_passages(printed: str, folder):
+    """Each passage has two models' numbers and texts: against PEFT, without this package's code for them."""
+    tokenizer = byte_tokenizer()
+    chosen = passages.choose(passages.held_out(folder, tokenizer), 3)
+    paragraphs = printed.split("\n\n")
+    rule = next(index for index, text in enumerate(paragraphs) if text.startswith("Passages: "))
+    assert paragraphs[rule].startswith(f"Passages: {len(chosen)} of the ")
+    assert 1 <= len(chosen) <= 3
+    base = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+    numbers = {"base": [], "adapted": []}
+    for name in numbers:
+        model = base if name == "base" else PeftModel.from_pretrained(base, folder)
+        for passage, text in zip(chosen, paragraphs[rule + 1 :], strict=False):
+            context, following = passage
+            with torch.no_grad():
+                logits = model(torch.cat(passage)[None]).logits[0].double()
+            scores = logits[len(context) - 1 : -1].log_softmax(-1)
+            expected = scores.gather(1, following[:, None]).mean().item()
+            (line,) = [line for line in text.splitlines() if line.startswith(name)]
+            number = float(line[len("adapted") :].split()[0])
+            assert number == pytest.approx(expected, abs=0.006)
+            numbers[name].append(number)
+            written = model.generate(context[None], max_new_tokens=24, do_sample=False)[0, len(context) :]
+            shown = " ".join(tokenizer.decode(written, skip_special_tokens=True).split())
+            assert line[16:] == shown
+            true = " ".join(tokenizer.decode(following, skip_special_tokens=True).split())
+            assert f"\ntrue text       {true}\n" in text
+    assert numbers["base"] != numbers["adapted"]
+
+
 def test_the_end_names_mica_where_the_shell_finds_it(tmp_path, monkeypatch):
     (tmp_path / "summary.json").write_text('{"perplexity_before": 13.157, "perplexity_after": 9.99}')
-    monkeypatch.setattr(demo, "continuations", lambda folder, prompt: ("one\ntwo", "three"))
+    monkeypatch.setattr(demo, "readings", lambda folder: ["how they are chosen", "one", "two"])
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     ending = demo._ending(tmp_path, ["adapt", "--text=a b"])
-    assert "perplexity  13.16 before, 9.99 after\n" in ending
-    assert "before      one two\nafter       three\n" in ending
+    assert "perplexity      13.16 before, 9.99 after\n\nhow they are chosen\n\none\n\ntwo\n\n" in ending
     assert f"\nmica doctor --adapter {tmp_path} " in ending
     assert f"\nmica adapt '--text=a b' --adapter={tmp_path} --output={tmp_path.with_name('more')} " in ending
+
+
+@pytest.mark.parametrize("words", [0, 1, 40])
+def test_a_text_of_any_length_fits_a_terminal(words):
+    text = demo._line("true text", "some\n  words " * words)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[0].startswith("true text")
+    assert all(line.startswith(" " * 16) for line in lines[1:])
+    assert text.split()[2:] == ["some", "words"] * words
+
+
+def test_a_context_is_shown_by_its_last_words():
+    assert demo._last_words("a\n b") == "a b"
+    shown = demo._last_words("first " + "word " * 100 + "last")
+    assert shown.startswith("... word ")
+    assert shown.endswith(" word last")
+    assert len(shown) <= 164

@@ -1,8 +1,9 @@
-"""``mica inspect``: its table and JSON against the fp64 SVD of every weight, its reasons, its refusals."""
+"""``mica inspect``: its tables and JSON against the fp64 SVD of every weight, its reasons, its refusals."""
 
 import json
 import os
 import re
+import statistics
 import sys
 from types import SimpleNamespace
 
@@ -70,7 +71,8 @@ def test_rows_are_those_of_the_svd(dtype, rank, gpt2_dir, run):
 
 
 def test_table_says_what_the_json_says(model_dir, run):
-    status, table, captured = run(model_dir, "--target-modules", "q_proj,input_layernorm,embed_tokens")
+    modules = "q_proj,input_layernorm,embed_tokens"
+    status, table, captured = run(model_dir, "--layers", "--target-modules", modules)
     assert status == 0
     lines = captured.out.splitlines()
     assert str(model_dir) in lines[0]
@@ -97,6 +99,46 @@ def test_table_says_what_the_json_says(model_dir, run):
     assert "2 cannot be adapted" in lines[-1]
 
 
+@pytest.mark.parametrize("sizes", [{}, {"num_hidden_layers": 3}], ids=["two layers", "three layers"])
+def test_a_line_for_each_kind_has_its_medians_and_worst(sizes, tmp_path, run):
+    tiny_llama(**sizes).save_pretrained(tmp_path / "model")
+    status, table, captured = run(tmp_path / "model")
+    assert status == 0
+    lines = captured.out.splitlines()
+    assert lines[1].endswith("; --layers: each layer")
+    header = ["dtype", "sigma_max", "sigma_5", "sigma_4", "sigma_1", "gap", "min gap", "energy", "max energy"]
+    assert re.split("  +", lines[2])[3:-2] == header
+    by_kind = {}
+    for row in table["layers"]:
+        by_kind.setdefault(row["name"].rpartition(".")[2], []).append(row)
+    assert len(table["layers"]) == 7 * len(by_kind["q_proj"])
+    assert len(lines) == 3 + len(by_kind) + 1
+    assert len({len(line) for line in lines[2:-1]}) == 1
+    for line, (kind, rows) in zip(lines[3:-1], by_kind.items(), strict=True):
+        name, count, shape, dtype, *numbers, proven, excess = re.split("  +", line)
+        assert (name, int(count), dtype) == (kind, len(rows), "float32")
+        assert shape == f"{rows[0]['shape'][0]} x {rows[0]['shape'][1]}"
+        expected = [statistics.median(row[number] for row in rows) for number in NUMBERS]
+        expected.insert(5, min(row["gap"] for row in rows))
+        expected.append(max(row["energy_share"] for row in rows))
+        shown = [float(number.removesuffix("%")) / (100 if "%" in number else 1) for number in numbers]
+        assert shown[:6] == pytest.approx(expected[:6], rel=1e-3)
+        assert shown[6:] == pytest.approx(expected[6:], rel=0.06)
+        assert proven == f"{len(rows)} of {len(rows)}"
+        assert excess == f"{max(row['energy_excess'] for row in rows):.1e}"
+
+
+def test_what_differs_within_a_kind_has_a_line_of_its_own(tmp_path, run):
+    """Another shape, a layer that cannot be adapted, and one that is not proven."""
+    model = tiny_llama(num_hidden_layers=3)
+    model.model.layers[2].mlp.up_proj.weight.data[0, 0] = torch.inf
+    model.save_pretrained(tmp_path / "model")
+    _, _, captured = run(tmp_path / "model")
+    lines = [re.split("  +", line)[:2] for line in captured.out.splitlines() if line.startswith("up_proj")]
+    assert lines == [["up_proj", "2"], ["up_proj", "1"]]
+    assert " (model.layers.2.mlp.up_proj)\n" in captured.out
+
+
 def test_lines_appear_as_layers_are_measured(model_dir, capsys, monkeypatch):
     seen, measure = [], spectra.measure
 
@@ -105,7 +147,9 @@ def test_lines_appear_as_layers_are_measured(model_dir, capsys, monkeypatch):
         return measure(name, module, rank, *parameter)
 
     monkeypatch.setattr(spectra, "measure", spying)
-    assert main(["inspect", str(model_dir), "--rank", "4", "--target-modules", "q_proj,k_proj"]) == 0
+    assert (
+        main(["inspect", str(model_dir), "--rank", "4", "--target-modules", "q_proj,k_proj", "--layers"]) == 0
+    )
     assert seen == [2, 1, 1, 1]
 
 
@@ -132,7 +176,7 @@ def test_nf4_checkpoint_can_be_adapted(model_dir, tmp_path, run):
     assert (status, table["layers_proven"], table["layers_unsuitable"]) == (0, 14, 0)
     kinds = {(row["kind"], row["quantised"]) for row in table["layers"]}
     assert kinds == {("Linear4bit", "bitsandbytes 4-bit")}
-    assert captured.out.count("  bitsandbytes 4-bit, dequantised\n") == 14
+    assert captured.out.count("  bitsandbytes 4-bit, dequantised\n") == 7
     (row,) = [row for row in table["layers"] if row["name"] == "model.layers.1.mlp.up_proj"]
     check_numbers(row, dequantised(model.model.layers[1].mlp.up_proj), 4, rel=1e-3)
 
@@ -142,7 +186,7 @@ def test_a_model_of_which_nothing_can_be_adapted(model_dir, run, tmp_path):
     status, table, captured = run(model_dir, "--target-modules", "input_layernorm", *plot)
     assert table["layers_unsuitable"] == table["layers_found"] == 2
     assert table["worst_energy_excess"] is None
-    assert captured.out.count("cannot be adapted: ") == 2
+    assert captured.out.count("cannot be adapted: ") == 1
     assert status == 2
     reason = "no layer can be adapted: model.layers.0.input_layernorm: a layer of type LlamaRMSNorm"
     assert error_of(captured) == f"mica inspect: error: {reason}"
@@ -157,9 +201,12 @@ def test_what_is_not_proven_is_said(model_dir, run, monkeypatch):
     monkeypatch.setattr(spectra, "minor_subspace", solver)
     status, table, captured = run(model_dir, "--target-modules", "q_proj")
     assert status == 0
-    assert captured.out.count("  not proven  ") == 2
+    assert "    0 of 2           -\n" in captured.out
+    assert "\nnot proven: model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj\n" in captured.out
     assert captured.out.endswith("0 proven (worst energy excess -), 2 not proven, 0 cannot be adapted\n")
     assert [(row["proven"], row["energy_excess"]) for row in table["layers"]] == [(False, None)] * 2
+    _, _, captured = run(model_dir, "--target-modules", "q_proj", "--layers")
+    assert captured.out.count("  not proven  ") == 2
 
 
 # The plot

@@ -53,7 +53,12 @@ def test_an_explicit_dtype_is_kept_and_its_cost_said(is_busy, monkeypatch):
 
 
 def test_message_of_a_missing_tokenizer_is_whole(tmp_path):
+    """Also where there are some of its files: what transformers says then."""
     tiny_llama().save_pretrained(tmp_path)
+    missing = rf"^--model {tmp_path}: has no tokenizer \(no tokenizer\.json or tokenizer\.model\); save "
+    with pytest.raises(UsageError, match=missing):
+        load_tokenizer(find_source(str(tmp_path), False))
+    (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     whole = rf"^--model {tmp_path}: its tokenizer cannot be loaded: .*\.$"  # . is no line end
     with pytest.raises(UsageError, match=whole):
         load_tokenizer(find_source(str(tmp_path), False))

@@ -67,9 +67,28 @@ COMMANDS = {
         "run": [('if result["layers_found"] == result["layers_unsuitable"]', "if False")],
         "_check_files": [("import mica.cli.plot", "pass")],
         "_measure": [("values[-rank:] = chosen", "pass")],
-        "_line": [("100 * row.energy_share", "row.energy_share"), ("if row.quantised", "if False")],
         "summary": [("for row in solved if row.proven", "for row in solved")],
         "_load": [('str(error).removeprefix("--model ")', "str(error)")],
+    },
+    ("mica/cli/layer_tables.py", "tests/mica/cli/test_inspect.py"): {
+        "_percent": [("100 * share", "share")],
+        "_kind_line": [
+            ("if first.quantised", "if False"),
+            ("kind.smallest('gap')", "kind.largest('gap')"),
+            ("kind.largest('energy_share')", "kind.smallest('energy_share')"),
+            ("max((row.energy_excess", "min((row.energy_excess"),
+        ],
+        "_notes": [("if not row.proven", "if row.proven")],
+    },
+    ("mica/cli/layer_tables.py", "tests/mica/cli/test_layer_tables.py"): {
+        "layer_line": [("if row.quantised", "if False"), ("if row.expert is not None", "if False")],
+        "_notes": [("if len(different) > 1", "if False")],
+        "_names": [("if more > 0", "if False")],
+    },
+    ("mica/cli/kinds.py", "tests/mica/cli/test_kinds.py"): {
+        "by_kind": [("if len(variants[last]) == 1", "if True")],
+        "Kind.median": [("statistics.median(values)", "values[0]")],
+        "grouped": [("getattr(row, field) for field in _IN_COMMON", "row.shape for field in _IN_COMMON")],
     },
     ("mica/cli/spectra.py", "tests/mica/cli/test_spectra.py"): {
         "_adapted": [("weight.requires_grad_(requires_grad)", "pass")],

@@ -20,8 +20,13 @@ SERVING = {
         "judge": [("any_lora=True", "any_lora=False")],
         "_verdict": [('if not rule["serves"]', 'if rule["serves"]')],
     },
+    ("mica/cli/passages.py", "tests/mica/cli/test_passages.py"): {
+        "choose": [("len(ids) // 2", "len(ids) // 3"), ("> 2 * NEXT", "> 0")],
+        "read": [("labels[: len(passage.context)] = IGNORED", "pass"), ("-measured.loss", "measured.loss")],
+        "held_out": [(".held_out)", ".train)")],
+    },
     ("mica/cli/demo.py", "tests/mica/cli/test_demo.py"): {
-        "continuations": [("with model.disable_adapter()", "if True")],
+        "readings": [("with model.disable_adapter()", "if True")],
         "main": [
             ('if option != "--resume"', "if option"),
             ("if status or", "if status and"),

@@ -174,6 +174,8 @@ def test_weights_that_are_no_two_factors_of_a_matrix(folder):
 
 
 def test_no_folder_and_no_weights(folder):
+    with pytest.raises(UsageError, match=r"safetensors: is a file; give the folder of the adapter$"):
+        adapter.read_adapter_config(folder / adapter.WEIGHTS)
     with pytest.raises(UsageError, match="no such folder"):
         adapter.read_adapter_config(folder / "nowhere")
     (folder / adapter.WEIGHTS).unlink()

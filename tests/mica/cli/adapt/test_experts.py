@@ -179,6 +179,9 @@ def test_inspect_lists_stacks_and_no_router(made, capsys, tmp_path):
         assert (row["expert"], row["proven"], row["reason"]) == (expert, True, None)
         assert row["gap"] == pytest.approx(float(gaps.min()), rel=1e-4)
         assert row["sigma_smallest"] == pytest.approx(float(values[expert, -1]), rel=1e-4)
+    assert "\na stack of experts counts as one layer, " in capsys.readouterr().out
+    argv = ["inspect", str(base), "--rank", "4", "--layers", "--target-modules", "experts.down_proj"]
+    assert main(argv) == 0
     assert "of expert " in capsys.readouterr().out
 
 

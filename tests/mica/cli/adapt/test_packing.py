@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -18,7 +18,7 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from mica.cli.adapt.packing import Blocks, keeps_documents_apart, mix, spans_of, split, spread
+from mica.cli.adapt.packing import Blocks, documents_of, keeps_documents_apart, mix, spans_of, split, spread
 from mica.errors import UsageError
 from tests.support.adapt_texts import store
 from tests.support.tiny_cli import tiny_llama
@@ -38,6 +38,22 @@ def packed(documents: list[list[list[int]]], length: int, packing: str = "docume
 
 def firsts(blocks) -> list[int]:
     return [item["input_ids"][0].item() for item in blocks]
+
+
+def test_blocks_give_back_their_documents():
+    """However they were joined and spread; also what does not fill a block."""
+    documents = [numbered(5, 13, 2), numbered(16, 7, start=100)]
+    first, second = packed(documents, 4), packed([numbered(9, start=200)], 4, chosen=[0])
+    for blocks in (first, spread(first, 2)):
+        assert [ids.tolist() for ids in documents_of(blocks)] == [*documents[0], *documents[1]]
+    joined = spread(ConcatDataset([first, second]), 3)
+    assert [ids.tolist() for ids in documents_of(joined)] == [
+        *documents[0],
+        *documents[1],
+        *numbered(9, start=200),
+    ]
+    some = packed(documents, 4, chosen=[1, 4])
+    assert [ids.tolist() for ids in documents_of(some)] == [documents[0][1], documents[1][1]]
 
 
 @pytest.mark.parametrize("length", [2, 3, 7, 16, 45])

@@ -54,7 +54,10 @@ def test_missing_argument_unknown_command_and_version(refused, capsys):
     said = "unrecognized arguments: --target-parameters; did you mean --target-modules?"
     refused(f"mica adapt: error: {said}", options=options)
     assert main(["adapt", "--lr=1"]) == 2
-    assert capsys.readouterr().err == "mica adapt: error: unrecognized arguments: --lr=1\n"
+    assert (
+        capsys.readouterr().err
+        == "mica adapt: error: unrecognized arguments: --lr=1; mica adapt --help lists all\n"
+    )
     assert main(["adopt"]) == 2
     assert capsys.readouterr().err.startswith("mica: error: ")
     assert main(["--version"]) == 0

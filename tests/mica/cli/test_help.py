@@ -1,0 +1,57 @@
+"""``--help``: each page ends with an example of complete lines, and names no page of the repository."""
+
+import shlex
+
+import pytest
+
+from mica.cli import main, parser
+from mica.cli.arguments import example
+from tests.test_house import OPTIONS
+
+PAGES = [[], *([command] for command in OPTIONS)]
+
+
+@pytest.fixture(params=PAGES, ids=lambda command: " ".join(["mica", *command]))
+def page(request, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main([*request.param, "--help"]) == 0
+    return request.param, capsys.readouterr().out
+
+
+def test_the_example_is_complete(page):
+    command, text = page
+    _, _, end = text.partition("\nexample:\n")
+    lines = [line for line in end.splitlines() if line.startswith("  ")]
+    assert 1 <= len(lines) <= 2
+    for line in lines:
+        program, *argv = shlex.split(line)
+        assert program == "mica"
+        assert argv[: len(command)] == command
+        assert parser().parse_args(argv).command == argv[0]
+    assert end.rstrip().endswith(".")
+
+
+def test_a_page_is_readable(page):
+    _, text = page
+    assert max(map(len, text.splitlines())) <= 110
+    assert "(default: None)" not in text
+    assert "(default: False)" not in text
+    assert "OWNER" not in text
+
+
+def test_no_page_of_the_repository_is_named(page):
+    """They are not in the wheel; what a command writes may be named."""
+    _, text = page
+    assert [word for word in text.split() if ".md" in word and not word.startswith("found/")] == []
+
+
+def test_a_default_that_there_is_is_shown(capsys):
+    assert main(["inspect", "--help"]) == 0
+    assert "rank of the adapter (default: 16)" in capsys.readouterr().out
+
+
+def test_a_sentence_is_wrapped_and_a_line_is_not():
+    line = "mica adapt " + "x" * 120
+    _, first, *sentence = example(line, says="word " * 40).splitlines()
+    assert first == f"  {line}"
+    assert len(sentence) == 2
