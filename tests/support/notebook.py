@@ -52,7 +52,7 @@ def is_bar(output: dict) -> bool:
 
 
 def without_numbers(text: str) -> list[str]:
-    """Its lines, without what may differ between machines: numbers, dtypes, topics, the layer that lost most."""
+    """Its lines, without what may differ between machines: numbers, dtypes, topics, and the worst layer."""
     patterns = {_WORST_LAYER: "most in #:", _TOPICS: "held out: #", _DTYPE: "#", _NUMBER: "#"}
     lines = []
     for line in text.splitlines():
