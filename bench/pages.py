@@ -17,7 +17,7 @@ from statistics import median
 from bench import on_a_gpu
 from bench.quality import energy as directions
 from bench.quality.report import RIGHT, at_equal_forgetting
-from bench.report.words import Row, markdown, shown, speedup
+from bench.report.words import Row, markdown, shown, shows_no_difference, speedup
 from bench.results import names
 from bench.results.cell import Group, Ratio
 from bench.results.names import BARE, BOTH, EIGH, FAST, FAST_NORMS, LORA, NO_GRADIENT, STOCK, STOCK_16
@@ -95,11 +95,12 @@ def middle(ratios: list[Ratio]) -> str:
 
 
 SPEED_HEADER = ["", "stock PEFT", "mica.fast", "speedup"]
+MARK = "†"
+FOOTNOTE = [f"{MARK} The interval contains 1: this run does not show that either is faster.", "", "", ""]
 
 
 def measured(run: str) -> list[Row]:
-    return [
-        SPEED_HEADER,
+    rows = [
         *_adapter_rows(run),
         *_block_rows(run),
         *_step_rows(run),
@@ -110,20 +111,34 @@ def measured(run: str) -> list[Row]:
         *_saved_rows(run),
         *_merge_rows(run),
     ]
+    return [SPEED_HEADER, *with_footnote(rows)]
 
 
 def headline(run: str) -> list[Row]:
     """README's rows are the first of each kind."""
     saved, *_ = _saved_rows(run)
     label, _, _ = saved[0].partition(" (bare model")
-    return [
-        SPEED_HEADER,
+    rows = [
         *_adapter_rows(run),
         _block_rows(run)[0],
         _step_rows(run)[0],
         _layers_row(run, "bfloat16"),
         [label, *saved[1:]],
     ]
+    return [SPEED_HEADER, *with_footnote(rows)]
+
+
+def with_footnote(rows: list[Row]) -> list[Row]:
+    """A last row says what the mark means, if a row has it."""
+    if any(row[-1].endswith(MARK) for row in rows):
+        return [*rows, FOOTNOTE]
+    return rows
+
+
+def _speedup_cell(ratio: Ratio, digits: int = 2) -> str:
+    """With a mark where the interval contains 1."""
+    text = speedup(ratio, digits)
+    return f"{text} {MARK}" if shows_no_difference(ratio) else text
 
 
 def _adapter_rows(run: str) -> list[Row]:
@@ -135,19 +150,19 @@ def _adapter_rows(run: str) -> list[Row]:
             "`get_peft_model`, SmolLM2-135M, fp32",
             f"{created.timings[STOCK].median:.1f} s",
             f"{created.timings[FAST].median:.1f} s",
-            speedup(created.ratio(FAST, STOCK), digits=1),
+            _speedup_cell(created.ratio(FAST, STOCK), digits=1),
         ],
         [
             f"the same against all eigenvectors of fp64 Gram matrices, Unsloth's way ({by_eigh:.1f} s)",
             "",
             f"{created.timings[FAST].median:.1f} s",
-            speedup(created.ratio(FAST, EIGH), digits=1),
+            _speedup_cell(created.ratio(FAST, EIGH), digits=1),
         ],
         [
             "`PeftModel.from_pretrained`, fp32",
             f"{loaded.timings[STOCK].median:.1f} s",
             f"{loaded.timings[FAST].median:.2f} s",
-            speedup(loaded.ratio(FAST, STOCK), digits=0),
+            _speedup_cell(loaded.ratio(FAST, STOCK), digits=0),
         ],
     ]
 
@@ -158,7 +173,7 @@ def _throughput_row(label: str, group: Group, ours: str = FAST) -> Row:
         f"{number(group.axes['tokens'] / group.timings[name].median)} tokens/s"
         for name in (BARE, STOCK, ours)
     )
-    return [f"{label} (bare: {bare})", *rates, speedup(group.ratio(ours, STOCK))]
+    return [f"{label} (bare: {bare})", *rates, _speedup_cell(group.ratio(ours, STOCK))]
 
 
 def _block_rows(run: str) -> list[Row]:

@@ -10,7 +10,7 @@ import yaml
 
 from tests.support.imports import ROOT
 
-FILLED = ["pyproject.toml", "CITATION.cff", "CHANGELOG.md", "README.md"]
+FILLED = ["pyproject.toml", "CITATION.cff", "CHANGELOG.md", "README.md", "examples/mica.ipynb"]
 
 
 def read(name: str, root: Path = ROOT) -> str:
@@ -42,14 +42,20 @@ def test_a_tag_has_its_version_and_no_placeholder(tmp_path, monkeypatch):
     assert not unready(tags())
     monkeypatch.setenv("GITHUB_REF_TYPE", "tag")
     monkeypatch.setenv("GITHUB_REF_NAME", "v1.2")
+    (tmp_path / "examples").mkdir()
     for name in FILLED:
         (tmp_path / name).write_text('version = "1.2"\n## 1.2 (2026-01-01)\nhttps://x/mica\n')
     assert not unready(tags(), tmp_path)
     assert unready({"v1.3"}, tmp_path) == ["v1.3: the version is 1.2"]
-    lines = {"README.md": "git+ADDRESS", "CITATION.cff": "x/OWNER/m", "CHANGELOG.md": "(unreleased)"}
+    lines = {
+        "README.md": "git+ADDRESS",
+        "CITATION.cff": "x/OWNER/m",
+        "CHANGELOG.md": "(unreleased)",
+        "examples/mica.ipynb": '"[Open](https://x/github/OWNER/mica)\\n",',
+    }
     for name, line in lines.items():
         (tmp_path / name).write_text(line)
-    assert len(unready(tags(), tmp_path)) == 3
+    assert len(unready(tags(), tmp_path)) == len(lines)
     assert not unready(set(), tmp_path)
 
 

@@ -12,11 +12,14 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 import seaborn
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no display and no global state
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from bench.report.words import in_words, inverse
+from bench.report.words import in_words, inverse, shows_no_difference
 from bench.results.cell import Group, Ratio, interval
 from bench.results.names import BARE, BOTH, DEVICE_TIME, FAST, STOCK, WALL
 from bench.results.schema import Result
@@ -26,6 +29,9 @@ INK = "#7a7a7a"  # as far from GitHub's light page as from its dark one
 OURS = "#D55E00"
 PEFT = "#1F7FC4"
 PALETTE = {BARE: INK, STOCK: PEFT, FAST: OURS}
+FILLED = {"facecolor": OURS, "edgecolor": OURS, "linewidth": 1}
+HOLLOW = {"facecolor": "none", "edgecolor": INK, "linewidth": 1}
+COLUMN = 1.1  # where factors end, in widths of the axes
 SETTINGS = {  # override the user's matplotlibrc
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 8.5,
@@ -158,60 +164,113 @@ def _band(values) -> tuple[float, float]:
 def _against_stock(groups: list[Group]) -> Iterator[tuple[str, Figure, str]]:
     panels = {}
     for panel, suites in PANELS.items():
-        factors = _factors(groups, suites)
-        if factors:
-            panels[panel] = factors
+        cells = _cells(groups, suites)
+        if cells:
+            panels[panel] = cells
     if not panels:
         return
-    counts = [len(factors) for factors in panels.values()]
-    figure = Figure(figsize=(7.2, 0.8 * len(panels) + 0.42 * sum(counts)), layout="constrained")
+    counts = [len(cells) for cells in panels.values()]
+    figure = Figure(figsize=(7.2, 0.7 + 0.65 * len(panels) + 0.36 * sum(counts)), layout="constrained")
+    figure.suptitle("Times as fast as stock PEFT", x=0.01, ha="left", fontsize=10.5)
     rows = figure.subplots(len(panels), 1, height_ratios=counts, squeeze=False)[:, 0]
-    for axes, (panel, factors) in zip(rows, panels.items(), strict=True):
+    all_factors = []
+    for axes, (panel, cells) in zip(rows, panels.items(), strict=True):
+        common = _common(cells)
+        factors = _factors(cells, common)
+        all_factors += factors.values()
         bars(axes, factors, is_log=panel == ONCE)
-        axes.set_title(f"Times as fast as stock PEFT: what is {panel}")
-    caption = "How many times as fast as stock PEFT a user gets what is " + " and what is ".join(panels)
-    yield "against-stock", figure, f"{caption} (lines: intervals of the median)."
+        title = panel.capitalize()
+        if common:
+            title += f": {in_words(common)}"
+        axes.set_title(title)
+    figure.legend(handles=_legend(all_factors), loc="outside lower left", ncols=3)
+    what = " and what is ".join(panels)
+    caption = (
+        f"How many times as fast as stock PEFT a user gets what is {what} (lines: 95 % intervals of the"
+        " median; hollow bars: the interval contains 1, so that neither is shown to be faster)."
+    )
+    yield "against-stock", figure, caption
 
 
-def _factors(groups: list[Group], suites: dict[str, str]) -> dict[str, Ratio]:
-    """Label -> how many times as fast as stock PEFT mica.fast is."""
-    factors = {}
+def _cells(groups: list[Group], suites: dict[str, str]) -> list[tuple[str, Group]]:
+    """Those of a panel that have both implementations, each with the name of its suite there."""
+    cells = []
     for suite, what in suites.items():
         for group in groups:
             if group.axes.get("suite") == suite and {STOCK, FAST} <= group.timings.keys():
-                factors[f"{what}\n{in_words(group.axes)}"] = inverse(group.ratio(FAST, STOCK))
+                cells.append((what, group))
+    return cells
+
+
+def _common(cells: list[tuple[str, Group]]) -> dict[str, str | int]:
+    """The axes in which all cells of a panel agree: its title has them, instead of every label."""
+    _, first = cells[0]
+    if len(cells) == 1:
+        return {}
+    common = {}
+    for axis, value in first.axes.items():
+        if axis != "suite" and all(group.axes.get(axis) == value for _, group in cells):
+            common[axis] = value
+    return common
+
+
+def _factors(cells: list[tuple[str, Group]], common: dict[str, str | int]) -> dict[str, Ratio]:
+    """Label -> how many times as fast as stock PEFT mica.fast is."""
+    factors = {}
+    for what, group in cells:
+        own = {axis: value for axis, value in group.axes.items() if axis not in common}
+        factors[f"{what}\n{in_words(own)}".rstrip()] = inverse(group.ratio(FAST, STOCK))
     return factors
 
 
 def bars(axes: Axes, factors: dict[str, Ratio], is_log: bool) -> None:
-    """They start at 1, to the left where below it, the first on top."""
-    factors = {name: _finite(ratio) for name, ratio in factors.items()}
-    for i, (middle, low, high) in enumerate(factors.values()):
-        axes.barh(i, middle - 1, left=1, color=OURS, linewidth=0)
+    """They start at 1, to the left where below it, the first on top; factors stand in a column on the right.
+
+    A bar is hollow, and its factor grey, where the interval contains 1.
+    """
+    drawn = {name: _finite(ratio) for name, ratio in factors.items()}
+    for i, (name, ratio) in enumerate(factors.items()):
+        middle, low, high = drawn[name]
+        colour = INK if shows_no_difference(ratio) else OURS
+        look = HOLLOW if shows_no_difference(ratio) else FILLED
+        axes.barh(i, middle - 1, left=1, height=0.6, **look)
         axes.plot([low, high], [i, i], color=INK, linewidth=1.2)
         text = f"{middle:.2f}×" if middle < 10 else f"{middle:.0f}×"
-        place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(text, (max(high, 1), i), color=OURS, **place)
+        at_the_right = {"xycoords": axes.get_yaxis_transform(), "va": "center", "ha": "right"}
+        axes.annotate(text, (COLUMN, i), color=colour, **at_the_right)
     axes.set_yticks(range(len(factors)), factors)
-    axes.set_ylim(len(factors) - 0.3, -0.7)
-    lowest = min(1.0, *(ratio.low for ratio in factors.values()))
-    highest = max(1.0, *(ratio.high for ratio in factors.values()))
+    axes.set_ylim(len(factors) - 0.5, -0.5)
+    lowest = min(1.0, *(ratio.low for ratio in drawn.values()))
+    highest = max(1.0, *(ratio.high for ratio in drawn.values()))
     if is_log:
-        axes.set(xscale="log", xlim=(0.8 * lowest, 2.5 * highest), xlabel="times as fast (log)")
+        axes.set(xscale="log", xlim=(0.85 * lowest, 1.15 * highest), xlabel="times as fast (log)")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     else:  # at least a quarter to both sides: a factor of 1.02 is to look like one
-        axes.set(xlim=(min(0.75, lowest), max(1.25, highest + 0.15)), xlabel="times as fast")
-    plain(axes.xaxis)
+        axes.set(xlim=(min(0.75, lowest - 0.05), max(1.25, highest + 0.05)), xlabel="times as fast")
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)))
+    plain(axes.xaxis, ending="×")
     axes.axvline(1, color=INK, linewidth=1, zorder=0)
-    axes.grid(visible=False)  # the bars are labelled
-    seaborn.despine(ax=axes, bottom=True)
+    axes.grid(visible=False, axis="y")
+    seaborn.despine(ax=axes, left=True, bottom=True)
 
 
-def plain(axis, values: list[float] | None = None) -> None:
+def _legend(factors: list[Ratio]) -> list[Artist]:
+    why_hollow = "it contains 1"
+    if any(ratio.high == inf for ratio in factors):
+        why_hollow = "it contains 1, or one round only"
+    return [
+        Patch(**FILLED, label="mica.fast"),
+        Line2D([], [], color=INK, linewidth=1.2, label="95 % interval of the median"),
+        Patch(**HOLLOW, label=f"{why_hollow}: no difference shown"),
+    ]
+
+
+def plain(axis, values: list[float] | None = None, ending: str = "") -> None:
     """1024, not 10^3, on a logarithmic axis; at these values only, or where it has ticks."""
     if values is not None:
         axis.set_ticks(values)
         axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}{ending}"))
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -70,6 +70,11 @@ def inverse(ratio: Ratio) -> Ratio:
     return Ratio(1 / ratio.median, 1 / ratio.high, high)
 
 
+def shows_no_difference(ratio: Ratio) -> bool:
+    """Whether its interval contains 1: neither is shown to be faster."""
+    return ratio.low <= 1 <= ratio.high
+
+
 def shown(ratio: Ratio) -> str:
     return f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
 

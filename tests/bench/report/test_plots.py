@@ -1,6 +1,7 @@
 """The two pictures of a run: what is in them, and that they repeat and read on both pages."""
 
 import copy
+from math import inf
 from pathlib import Path
 
 import matplotlib.image
@@ -48,7 +49,7 @@ def test_what_is_drawn_and_its_caption():
     assert lines == [BARE, STOCK, FAST]
     assert "(64 × 32, r = 8, bfloat16), forward + backward, by tokens in the batch: bare, " in caption
     titles, bars, _ = pictures[AGAINST_STOCK]
-    assert [title.partition("what is ")[2] for title in titles] == [plots.ONCE, plots.EACH_STEP]
+    assert [title.partition(":")[0] for title in titles] == ["Paid once", "Paid at each step"]
     suites = [bar.partition("\n")[0] for bar in bars]
     assert suites == [
         name for panel in plots.PANELS.values() for name in panel.values() if "block" not in name
@@ -115,20 +116,70 @@ def test_the_longest_family_is_drawn_and_by_device_time_where_there_is_one():
     assert len(pictures[AGAINST_STOCK][1]) == 1  # by wall clock
 
 
+def bars(factors, is_log=False):
+    axes = matplotlib.figure.Figure().add_subplot()
+    plots.bars(axes, factors, is_log)
+    return axes
+
+
 @pytest.mark.parametrize("is_log", [True, False])
 def test_bars_begin_at_one_with_their_factor_written(is_log):
-    axes = matplotlib.figure.Figure().add_subplot()
-    plots.bars(axes, {"faster": Ratio(12.0, 11, 13), "slower": Ratio(0.5, 0.4, 0.6)}, is_log)
+    axes = bars({"faster": Ratio(12.0, 11, 13), "slower": Ratio(0.5, 0.4, 0.6)}, is_log)
     assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(1, 11.0), (1, -0.5)]
     assert [text.get_text() for text in axes.texts] == ["12×", "0.50×"]
     assert axes.get_xscale() == ("log" if is_log else "linear")
     low, high = axes.get_xlim()
-    assert low <= 0.4 < 13 < high
+    assert low < 0.4 < 13 < high
+
+
+def test_factors_stand_in_a_column_beside_the_axes():
+    axes = bars({"faster": Ratio(3.0, 2, 5), "about as fast": Ratio(1.1, 1.05, 1.2)})
+    axes.figure.draw_without_rendering()
+    edges = [text.get_window_extent() for text in axes.texts]
+    assert edges[0].x1 == pytest.approx(edges[1].x1, abs=1)
+    assert min(edge.x0 for edge in edges) > axes.bbox.x1
+
+
+@pytest.mark.parametrize(
+    ("ratio", "is_hollow"),
+    [
+        (Ratio(1.3, 1.01, 1.6), False),
+        (Ratio(0.7, 0.5, 0.99), False),
+        (Ratio(1.3, 0.99, 1.6), True),
+        (Ratio(0.7, 0.5, 1.01), True),
+        (Ratio(3.0, 0.0, inf), True),  # one round has no interval, and proves nothing
+    ],
+)
+def test_a_bar_whose_interval_contains_one_is_hollow(ratio, is_hollow):
+    axes = bars({"row": ratio})
+    (bar,) = axes.patches
+    (factor,) = axes.texts
+    assert (bar.get_facecolor()[3] == 0) == is_hollow
+    assert factor.get_color() == (plots.INK if is_hollow else plots.OURS)
+
+
+@pytest.mark.parametrize(("seconds", "words"), [([1.0, 1.1], "it contains 1"), ([1.0], "one round only")])
+def test_the_legend_says_why_a_bar_is_hollow(seconds, words):
+    timings = {STOCK: Timing([1.0] * len(seconds)), FAST: Timing(seconds)}
+    ((_, figure, _),) = plots.figures(Result({}, [Group("", {"suite": "step", "model": "M"}, timings)]))
+    (legend,) = figure.legends
+    assert legend.get_texts()[-1].get_text().endswith(f"{words}: no difference shown")
+
+
+def test_what_all_cells_of_a_panel_have_in_common_is_in_its_title_only():
+    timings = {STOCK: Timing([2.0]), FAST: Timing([1.0])}
+    step = {"suite": "step", "model": "M", "rank": 16}
+    cells = [Group("", {**step, "dtype": dtype}, timings) for dtype in ("bfloat16", "float32")]
+    titles, labels, _ = drawn(Result({}, cells))[AGAINST_STOCK]
+    assert titles == ["Paid at each step: M, r = 16"]
+    assert labels == ["training step\nbfloat16", "training step\nfloat32"]
+    titles, labels, _ = drawn(Result({}, cells[:1]))[AGAINST_STOCK]
+    assert titles == ["Paid at each step"]
+    assert labels == ["training step\nM, r = 16, bfloat16"]
 
 
 def test_a_bar_of_a_fifth_can_be_seen_where_one_is_paid_at_each_step():
-    axes = matplotlib.figure.Figure().add_subplot()
-    plots.bars(axes, {"step": Ratio(1.2, 1.1, 1.3)}, is_log=False)
+    axes = bars({"step": Ratio(1.2, 1.1, 1.3)})
     low, high = axes.get_xlim()
     assert (1.2 - 1) / (high - low) > 0.2
 
