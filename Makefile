@@ -7,7 +7,7 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 PYTEST := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow test-all lint dist static emulate mutants fuzz kills conformance bench bench-quality gpu gpu-dry-run clean
+.PHONY: demo test test-slow test-all test-deepspeed lint dist static emulate mutants fuzz kills conformance bench bench-quality gpu gpu-dry-run clean
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -31,6 +31,10 @@ test-slow: $(READY)
 
 test-all: $(READY)
 	$(PYTEST)
+
+# The tests that need DeepSpeed, with it in an environment of its own (build/deepspeed); the others skip them
+test-deepspeed: $(READY)
+	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(RUN) -m tests.with_deepspeed $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

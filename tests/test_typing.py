@@ -1,10 +1,13 @@
-"""A user's script type-checks in strict mode, with each of mypy and pyright that is installed."""
+"""A user's script type-checks in strict mode, with mypy and pyright, and the public names are fully typed.
+
+pyright runs as basedpyright, which comes with its own Node.js. It has pyright's strict mode.
+"""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,16 @@ WRONG = {
     "1 + mica.fast.merge_report(torch.nn.ReLU())": "operator",
 }
 
+# Appended to a copy of mica.fast, and its name to __all__: nothing says what `value` is
+UNTYPED = """
+
+def untyped(value) -> None:
+    print(value)
+
+
+__all__ += ["untyped"]
+"""
+
 
 def _mypy(folder: Path) -> list[str]:
     # silent: of the package itself its signatures count, as if it were installed
@@ -37,23 +50,27 @@ def _mypy(folder: Path) -> list[str]:
     return [line for line in done.stdout.splitlines() if ": error: " in line]
 
 
+def _run_pyright(folder: Path, *options: str, path: Path = ROOT) -> dict:
+    """Its report, with the packages in ``path`` before those of this environment."""
+    command = [sys.executable, "-m", "basedpyright", "--outputjson", "--pythonpath", sys.executable, *options]
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode < 2, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
 def _pyright(folder: Path) -> list[str]:
-    settings = {"include": ["."], "typeCheckingMode": "strict", "extraPaths": [str(ROOT)]}
+    settings = {"include": ["."], "typeCheckingMode": "strict"}
     (folder / "pyrightconfig.json").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    found = json.loads(done.stdout)["generalDiagnostics"]
+    found = _run_pyright(folder)["generalDiagnostics"]
     return [
         f"{Path(one['file']).name}:{one['range']['start']['line'] + 1}: {one['message']} ({one.get('rule')})"
         for one in found
     ]
 
 
-CHECKERS = [checker for checker in (_mypy, _pyright) if find_spec(checker.__name__[1:])]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("check", CHECKERS, ids=lambda check: check.__name__[1:])
+@pytest.mark.parametrize("check", [_mypy, _pyright], ids=lambda check: check.__name__[1:])
 def test_a_users_script(check, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT.read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "wrong.py").write_text("".join(f"{line}\n" for line in WRONG))
@@ -68,3 +85,33 @@ def test_a_users_script(check, tmp_path):
 def test_the_script_uses_every_public_name():
     code = SCRIPT.read_text(encoding="utf-8")
     assert not [name for names in PUBLIC.values() for name in names if name not in code]
+
+
+def _where_defined(module, name: str) -> str:
+    """What pyright calls it: a class or function by the module that defines it, a value by this one."""
+    value = getattr(module, name)
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return f"{module.__name__}.{name}"
+
+
+@pytest.mark.slow
+def test_the_types_of_public_names_are_complete(tmp_path):
+    """Parameters that the script does not pass and attributes that it does not read, too."""
+    package = tmp_path / "packages/mica"
+    shutil.copytree(ROOT / "mica", package, ignore=shutil.ignore_patterns("__pycache__"))
+    with open(package / "fast/__init__.py", "a", encoding="utf-8") as file:
+        file.write(UNTYPED)
+    report = _run_pyright(tmp_path, "--verifytypes", "mica", "--ignoreexternal", path=package.parent)
+    complete = {symbol["name"]: symbol["isTypeKnown"] for symbol in report["typeCompleteness"]["symbols"]}
+
+    public = {_where_defined(module, name) for module, names in PUBLIC.items() for name in names}
+    public -= {"mica.__version__"}  # pyright leaves out names with two underscores
+    assert public <= complete.keys()
+    public |= {"mica.fast.untyped"}
+    unknown = {
+        name
+        for name, is_known in complete.items()
+        if not is_known and any(name == owner or name.startswith(f"{owner}.") for owner in public)
+    }
+    assert unknown == {"mica.fast.untyped"}

@@ -1,4 +1,7 @@
-"""DeepSpeed's ZeRO in two gloo processes on the CPU, where it is installed; it builds an operator first."""
+"""DeepSpeed's ZeRO in two gloo processes on the CPU, where it is installed: `make test-deepspeed`.
+
+It compiles an operator first, once on a machine.
+"""
 
 import os
 from functools import partial
@@ -12,7 +15,8 @@ from tests.support import gloo
 from tests.support.models import tiny_llama, wrap
 from tests.support.training import Run, check, optimizer_of, train
 
-pytest.importorskip("deepspeed")
+pytest.importorskip("deepspeed", reason="needs DeepSpeed: make test-deepspeed")
+pytestmark = pytest.mark.slow
 
 # Its losses are 1e-3 off at most, relative; with stock PEFT, too, the third is 2e-4 off the plain run's
 LOOSE = {"reference": train, "dtype": torch.float16}
