@@ -1,4 +1,6 @@
-"""DeepSpeed's tests, in an environment that has it: ``python -m tests.with_deepspeed [--work DIR] [TEST ...]``.
+"""DeepSpeed's tests, in an environment that has it.
+
+    python -m tests.with_deepspeed [--work DIR] [TEST ...]
 
 The environment lies on top of this one and sees its packages. DeepSpeed is not installed beside them, because
 transformers and accelerate import it wherever it is installed, and other tests would not run as users do who
