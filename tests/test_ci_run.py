@@ -1,4 +1,4 @@
-"""`.ci/run` with a `make` that only notes its targets: what follows a failure, and what there is no time for."""
+"""`.ci/run` with a `make` that only notes its targets: after a failure, and when time runs out."""
 
 import os
 import re
@@ -20,7 +20,7 @@ SLOWER = TARGETS[3:]  # behind the installation, lint and `make test`
 
 
 def ci_run(tmp_path, red="", seconds=0):
-    """Its status, the last lines that it prints, and the targets it called; ``seconds`` are over as it begins."""
+    """Its status, what it prints, and the targets it calls, if ``seconds`` have gone by as it begins."""
     (tmp_path / "make").write_text(MAKE)
     (tmp_path / "make").chmod(0o755)
     notes = tmp_path / "notes"

@@ -1,8 +1,10 @@
-"""DeepSpeed's tests, in an environment that has it: ``python -m tests.with_deepspeed [--work DIR] [TEST ...]``.
+"""DeepSpeed's tests, in an environment that has it.
 
-The environment lies on top of this one and sees its packages. DeepSpeed is not installed beside them, because
-transformers and accelerate import it wherever it is installed, and other tests would not run as users do who
-have none. Nothing is compiled at the installation; a test compiles the one operator that it needs.
+    python -m tests.with_deepspeed [--work DIR] [TEST ...]
+
+The environment lies on top of this one and sees its packages. DeepSpeed is not installed into this one,
+because transformers and accelerate import it wherever it is installed, and most users do not have it.
+Installing it compiles nothing; the tests compile the one operator that they need.
 """
 
 import argparse

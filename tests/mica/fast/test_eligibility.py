@@ -72,7 +72,13 @@ def test_a_call_that_is_replaced_for_all_modules_runs_in_a_graph_from_before(mon
     compiled = torch.compile(up(model), backend="aot_eager", fullgraph=True)
     expected = compiled(X)
     stock = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *args: 2 * stock(*args), raising=False)
+
+    def twice(*args):
+        result = stock(*args)
+        # From PyTorch 2.14 on the graph is called as a module, too, and returns a tuple
+        return 2 * result if isinstance(result, torch.Tensor) else result
+
+    monkeypatch.setattr(owner, name, twice, raising=False)
     with mica.fast.disabled():
         doubled = up(model)(X)
     assert error(compiled(X), doubled) <= RELATIVE[torch.float32]

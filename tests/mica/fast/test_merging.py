@@ -214,6 +214,9 @@ def test_a_merge_without_a_record_is_unmerged_by_subtraction_and_that_is_said(ki
     before = weights(model)
     with mica.fast.disabled() if how == "disabled" else nullcontext():
         model.merge_adapter()
+    for module in model.modules():
+        # transformers keeps functions in it, if it can use Hugging Face's kernels, and pickle refuses them
+        vars(module).pop("_kernel_funcs", None)
     data = pickle.dumps(model)
     assert b"mica.fast" not in data
     if how == "pickled":

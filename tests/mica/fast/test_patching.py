@@ -164,7 +164,7 @@ def test_settings_are_checked_before_any_changes():
             mica.fast.enable(device=absent)
     with pytest.raises(ValueError, match=r"^device must be one that holds values, but 'meta' holds none\.$"):
         mica.fast.enable(device="meta")
-    with pytest.raises(TypeError, match=r"unexpected keyword argument 'compute'$"):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'compute'"):
         mica.fast.enable(compute=None)
     assert (settings.compute_dtype, settings.on_unsuitable) == (torch.float32, "skip")
     mica.fast.enable()
