@@ -116,6 +116,7 @@ def test_it_runs_and_prints_what_is_stored(tmp_path):
     script = tmp_path / "notebook.py"
     script.write_text("\n".join([*parts, LEARNED]), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "PYTHONIOENCODING": "utf-8"}
+    environment.pop("TRITON_INTERPRET", None)  # of the tests: `explain` would name it as the reason
     done = subprocess.run(
         [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8"
     )
@@ -142,12 +143,14 @@ def test_jupyter_shows_bars_and_the_tool_stores_all_else(tmp_path, monkeypatch):
     short["cells"] = [copy.deepcopy(CELLS[0]), shows]
     file.write_text(json.dumps(short), encoding="utf-8")
     _, done = notebook.execute(short, tmp_path)["cells"]
-    assert [notebook.is_bar(output) for output in done["outputs"]] == [True, False]
+    assert sum(notebook.is_bar(output) for output in done["outputs"]) == 1
     monkeypatch.setattr(notebook, "FILE", file)
     notebook.main()
     installed, stored = notebook.read()["cells"]
     assert (installed["outputs"], installed["execution_count"]) == ([], 1)
-    assert stored["outputs"] == [{"output_type": "stream", "name": "stdout", "text": ["one\n", "two\n"]}]
+    assert not any(notebook.is_bar(output) for output in stored["outputs"])
+    (printed,) = (output for output in stored["outputs"] if output.get("name") == "stdout")
+    assert printed["text"] == ["one\n", "two\n"]
 
 
 def test_the_bar_of_an_initialisation_is_jupyter_s_there():
