@@ -44,8 +44,14 @@ def compare(given: argparse.Namespace, place: workers.Place) -> int:
         settings.check_required(ours)
         settings.rates(ours)
         settings.of_mica_adapt(ours, output)
-    with settings.begun(output, ours, resume, overwrite) as found:
-        return _lead(found, output, getattr(given, "jobs", None), place)
+    jobs = getattr(given, "jobs", None)
+    if jobs is not None and place.total > 1:
+        raise UsageError(f"--jobs {jobs}: {place.total} processes were started, which is that number")
+    began = time.monotonic()
+    with settings.held(output, ours, resume, overwrite) as found:
+        trainings = _Trainings(found, output)
+        settings.begin(output, found, resume)
+        return _lead(trainings, output, jobs, place, began)
 
 
 def _note(text: str) -> None:
@@ -178,14 +184,10 @@ def _help(output: Path, place: workers.Place) -> int:
     return 0
 
 
-def _lead(found: dict[str, object], output: Path, jobs: int | None, place: workers.Place) -> int:
-    """The comparison, by this process and its helpers, and the page."""
-    began = time.monotonic()
-    if jobs is not None and place.total > 1:
-        raise UsageError(f"--jobs {jobs}: {place.total} processes were started, which is that number")
+def _lead(trainings: _Trainings, output: Path, jobs: int | None, place: workers.Place, began: float) -> int:
+    """The comparison, by this process and its helpers, and the page. ``began``: on the monotonic clock."""
     runs = output / settings.RUNS
     earlier = store.read(runs)
-    trainings = _Trainings(found, output)
     for note in trainings.notes:
         _note(f"note: {note}")
     facts = report.facts(trainings)
@@ -204,7 +206,7 @@ def _lead(found: dict[str, object], output: Path, jobs: int | None, place: worke
             with workers.others(total - 1, output, threads):
                 results = _lead_work(trainings, output, session)
     facts |= {"jobs": total, "threads": torch.get_num_threads()}
-    found_out = report.report(trainings.question, results, found, facts)
+    found_out = report.report(trainings.question, results, trainings.settings, facts)
     page.write(output, found_out)
     print("\n".join(page.sentences(found_out)))
     print(f"\nThe page: {output / settings.PAGE}")

@@ -70,18 +70,18 @@ def stored(output: Path) -> dict[str, object]:
 
 
 @contextmanager
-def begun(output: Path, settings: dict[str, object], resume: bool, overwrite: bool) -> Iterator[dict]:
+def held(output: Path, settings: dict[str, object], resume: bool, overwrite: bool) -> Iterator[dict]:
     """Hold ``output`` for one comparison; gives its settings, those of the folder with ``resume``.
 
-    Raises UsageError if another process writes there, if it holds anything else than a comparison, one
-    without ``resume`` or ``overwrite``, or with ``resume`` one of other settings. Nothing is changed then.
+    Nothing is changed before `begin`. Raises UsageError if another process writes there, if it holds anything
+    else than a comparison, one without ``resume`` or ``overwrite``, or with ``resume`` one of other settings.
     """
     check_folder("--output", output, str(settings.get("model", "")))
     with folder.held(output):
-        yield _begun(output, settings, resume, overwrite)
+        yield _checked(output, settings, resume, overwrite)
 
 
-def _begun(output: Path, settings: dict[str, object], resume: bool, overwrite: bool) -> dict[str, object]:
+def _checked(output: Path, settings: dict[str, object], resume: bool, overwrite: bool) -> dict[str, object]:
     found = record.read(output)
     if found is not None and found.command != record.COMPARE:
         raise UsageError(f"--output {output}: {found.command} has written it: choose another folder")
@@ -96,11 +96,20 @@ def _begun(output: Path, settings: dict[str, object], resume: bool, overwrite: b
 
     if found is not None:
         _refuse_own_input(output, settings, found)
-    record.replace(output, record.Record(command=record.COMPARE), ())
-    record.claim(output, *_WRITTEN)
-    (output / RUNS).mkdir()
-    write_json("--output", output / FILE, settings)
     return settings
+
+
+def begin(output: Path, settings: dict[str, object], resume: bool) -> None:
+    """Begin the comparison that `held` gave, or with ``resume`` go on with it.
+
+    To be called once model and texts have been found usable: a comparison that ``output`` holds is removed.
+    """
+    if not resume:
+        record.replace(output, record.Record(command=record.COMPARE), ())
+    record.claim(output, *_WRITTEN)
+    (output / RUNS).mkdir(exist_ok=True)
+    if not resume:
+        write_json("--output", output / FILE, settings)
 
 
 def _refuse_own_input(output: Path, settings: dict[str, object], found: record.Record) -> None:
@@ -118,8 +127,6 @@ def _resumed(output: Path, settings: dict[str, object]) -> dict[str, object]:
         old = value(found, name)
         if json.loads(json.dumps(old)) != json.loads(json.dumps(new)):
             raise UsageError(f"{OPTIONS[name].flag}: not as in the comparison in {output}; omit this option")
-    record.claim(output, *_WRITTEN)
-    (output / RUNS).mkdir(exist_ok=True)
     return found
 
 

@@ -31,7 +31,7 @@ COMPARISON = {
         "_made": [("if path.exists(): return True", ""), ("with held(", "with open(")],
     },
     ("mica/cli/compare/settings.py", f"{_FOLDER}/test_settings.py"): {
-        "_begun": [("if record.others(output, found):", "if False:")],
+        "_checked": [("if record.others(output, found):", "if False:")],
         "_refuse_own_input": [("if lost:", "if False:")],
         "_resumed": [("json.loads(json.dumps(old)) != json.loads(json.dumps(new))", "False")],
     },

@@ -128,6 +128,7 @@ def test_mistakes_are_one_line(model_dir, tmp_path, capsys, options, message):
     captured = capsys.readouterr()
     (line,) = [line for line in captured.err.splitlines() if line.startswith("mica compare: error")]
     assert message in line
+    assert not (tmp_path / "out").exists()  # so that the same command, corrected, is not refused
 
 
 def test_a_missing_retained_text_is_one_line(capsys):

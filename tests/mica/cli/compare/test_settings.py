@@ -12,7 +12,8 @@ GIVEN = {"model": "m", "text": ["t.txt"], "retain": ["r.txt"], "budget": 5.0}
 
 
 def begin(output, given=GIVEN, resume=False, overwrite=False):
-    with settings.begun(output, given, resume, overwrite) as found:
+    with settings.held(output, given, resume, overwrite) as found:
+        settings.begin(output, found, resume)
         return found
 
 
@@ -39,6 +40,20 @@ def test_a_comparison_is_replaced_only_if_asked(tmp_path):
     other = GIVEN | {"budget": 7.0}
     assert begin(output, other, overwrite=True) == other
     assert list((output / "runs").iterdir()) == []
+
+
+def test_nothing_is_changed_before_it_begins(tmp_path):
+    """What is wrong with the new model or text is found in between."""
+    output = tmp_path / "out"
+    begin(output)
+    (output / "runs" / "a.json").write_text("{}")
+    with settings.held(output, GIVEN | {"budget": 7.0}, False, True):
+        pass
+    assert (output / "runs" / "a.json").exists()
+    assert json.loads((output / "settings.json").read_text()) == GIVEN
+    with settings.held(tmp_path / "new", GIVEN, False, False):
+        pass
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_is_not_a_comparison_is_left_alone(tmp_path):
