@@ -77,7 +77,7 @@ conformance: $(READY)
 bench: $(READY)
 	$(RUN) -m bench $(ARGS)
 
-# What MiCA, LoRA and full fine-tuning learn from unseen text, and what they forget (about 35 minutes)
+# What MiCA, LoRA and full fine-tuning learn from unseen text, and what they forget (hours; it goes on where it stopped)
 bench-quality: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m bench.quality
 
