@@ -42,8 +42,14 @@ def requirements(command: str) -> list[str]:
 
 
 def notebook_text(path: Path) -> str:
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return "\n".join("".join(cell["source"]) for cell in cells)
+    """As a page has it: code in blocks."""
+    texts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            text = f"```python\n{text}\n```"
+        texts.append(text)
+    return "\n".join(texts)
 
 
 def strings(path: Path) -> list[str]:

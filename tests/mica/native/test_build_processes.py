@@ -32,6 +32,7 @@ def started(code, *arguments, **environment):
 def build_quietly(folder):
     """For a process of its own, whose traceback nobody wants to see."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
     build.built(folder)
 
 
