@@ -33,7 +33,7 @@ def test_every_table_and_text_is_shown_and_a_wrong_figure_is_seen(tmp_path, monk
     texts = [(pages.ROOT / page).read_text(encoding="utf-8") for page in pages.PAGES]
     assert {found[2] for text in texts for found in pages.TABLE.finditer(text)} == pages.TABLES.keys()
     assert {found[2] for text in texts for found in pages.TEXT.finditer(text)} == {*on_a_gpu.TEXTS}
-    (tmp_path / "README.md").write_text(texts[0].replace("16.4 s", "16.5 s"), encoding="utf-8")
+    (tmp_path / "README.md").write_text(texts[0].replace("17.7 s", "17.8 s"), encoding="utf-8")
     (tmp_path / "kernels").mkdir()
     measured.write(measured.read(), tmp_path / "kernels" / "measured.json")
     monkeypatch.setattr(pages, "ROOT", tmp_path)
@@ -57,9 +57,9 @@ def words():
     loading = pages.only(run, suite="loading").timings
     yield "mica/cli/USE.md", f"[{loading[STOCK].median:.1f} s instead of {loading[FAST].median:.2f} s]"
     paper = pages.only(run, suite="step", how="paper's recipe").ratio(FAST, STOCK)
-    said = f"A whole bf16 step under autocast was {pages.speedup(autocast)} faster, one in the paper's recipe"
-    yield main, f"{said} {pages.speedup(paper)}, both within their noise"
-    assert min(autocast.high, paper.high) > 1
+    said = f"A whole bf16 step under autocast was {pages.speedup(autocast)} as fast, one in the paper's recipe"
+    yield main, f"{said} {pages.speedup(paper)}: neither shows a difference"
+    assert min(autocast.high, paper.high) > 1 > max(autocast.low, paper.low)
     slower = pages.only(run, "merge + unmerge", suite="merge").ratio(FAST, STOCK).median
     for page in (main, bench):
         yield page, f"is {slower:.1f}× slower"
