@@ -79,12 +79,15 @@ def test_an_output_of_a_compiled_call_may_be_changed_in_place():
     assert ops.call_counts["linear"]
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "reference, from Python", "triton"])
 @pytest.mark.parametrize("tokens", [3, 17])  # masters of few tokens are multiplied in fp32
 @pytest.mark.parametrize("dtypes", [*itertools.product([torch.float32, torch.bfloat16], repeat=3)], ids=str)
 def test_past_every_check_autocast_gives_the_operator_s_bits(monkeypatch, backend, tokens, dtypes):
     """Forward, backward within autocast and outside of it, and without a gradient."""
-    monkeypatch.setenv("MICA_BACKEND", backend)
+    name, _, from_python = backend.partition(", ")
+    monkeypatch.setenv("MICA_BACKEND", name)
+    if from_python:
+        monkeypatch.setenv("MICA_NATIVE", "0")
     of_x, of_base, of_adapter = dtypes
     p = problem((tokens,), 40, 24, 8, torch.float32, scaling=1 / 3)
     frozen = p.weight.to(of_base), p.lora_B.to(of_adapter), p.bias.to(of_base)
