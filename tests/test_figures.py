@@ -57,7 +57,9 @@ def words():
     loading = pages.only(run, suite="loading").timings
     yield "mica/cli/USE.md", f"[{loading[STOCK].median:.1f} s instead of {loading[FAST].median:.2f} s]"
     paper = pages.only(run, suite="step", how="paper's recipe").ratio(FAST, STOCK)
-    said = f"A whole bf16 step under autocast was {pages.speedup(autocast)} as fast, one in the paper's recipe"
+    said = (
+        f"A whole bf16 step under autocast was {pages.speedup(autocast)} as fast, one in the paper's recipe"
+    )
     yield main, f"{said} {pages.speedup(paper)}: neither shows a difference"
     assert min(autocast.high, paper.high) > 1 > max(autocast.low, paper.low)
     slower = pages.only(run, "merge + unmerge", suite="merge").ratio(FAST, STOCK).median
