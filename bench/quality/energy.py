@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from bench.measure.machine import facts, output
+from bench.quality.picture import trade_off
 from bench.quality.recipes import OPTIONS, Method
 from bench.quality.runs import load
 from bench.quality.texts import Texts
 from bench.quality.train import batches, candidate, evaluate, steps_per_epoch, train
-from mica.cli.compare.picture import trade_off
 from mica.cli.targets import ALL_LINEAR, find_targets
 
 GRADIENT, FULL, LORA = "gradient before training", "full fine-tuning", "LoRA, r = 16"

@@ -12,10 +12,10 @@ from pathlib import Path
 from statistics import mean, variance
 from typing import NamedTuple
 
+from bench.quality.picture import trade_off
 from bench.quality.recipes import STOPS
 from bench.quality.schedule import LIMITS, TEST, Point, chosen, missing, points
 from bench.report.words import markdown
-from mica.cli.compare.picture import trade_off
 
 
 class Measure(NamedTuple):

@@ -7,17 +7,19 @@ import sys
 from pathlib import Path
 
 from mica.cli import main
-from tests.support.tiny_cli import TEXT
 
-KEPT = "the quick brown fox jumps over the lazy dog and runs away. " * 60
+DOCUMENTS = [
+    "".join(f"{n} times {n} is {n * n}; " for n in range(start, start + 2)) for start in range(0, 400, 2)
+]
+KEPT = [f"the quick brown fox jumps over {n} lazy dogs and runs away. " for n in range(60)]
 RATES = ("--rates", "mica=0.02,0.05", "lora=0.01,0.02", "random=0.02,0.05", "full=0.001,0.002")
 
 
 def arguments(folder: Path, model, output, *options) -> list[str]:
     """Those of the command; texts are written to ``folder``. ``options`` come last and win."""
-    text, kept = folder / "text.txt", folder / "kept.txt"
-    text.write_text(TEXT, encoding="utf-8")
-    kept.write_text(KEPT, encoding="utf-8")
+    text, kept = folder / "text.jsonl", folder / "kept.jsonl"
+    for path, documents in ((text, DOCUMENTS), (kept, KEPT)):
+        path.write_text("".join(json.dumps({"text": one}) + "\n" for one in documents), encoding="utf-8")
     argv = ["compare", "--model", model, "--text", text, "--retain", kept, "--output", output, *RATES[:3]]
     argv += ["--methods", "mica,lora", "--rank", 4, "--sequence-length", 32, "--eval-blocks", 8]
     argv += ["--held-out", 0.2, "--steps", 8, "--seeds", 2, "--jobs", 1, *options]

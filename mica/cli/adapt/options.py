@@ -317,8 +317,13 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(action)
 
 
-def declare(parser: argparse.ArgumentParser, table: Iterable[str | Option] = TABLE) -> None:
-    """Add all options in groups. None has a default there: only what was given is in the namespace."""
+def declare(
+    parser: argparse.ArgumentParser, table: Iterable[str | Option] = TABLE, hidden: Iterable[str] = ()
+) -> None:
+    """Add all options in groups. None has a default there: only what was given is in the namespace.
+
+    ``hidden``: values of the recipes that do not count for this command.
+    """
     required = []
     for row in table:
         if isinstance(row, str):
@@ -329,7 +334,7 @@ def declare(parser: argparse.ArgumentParser, table: Iterable[str | Option] = TAB
             required.append(f"{row.flag} {row.metavar}{' ...' if row.many else ''}")
     parser.formatter_class = _HelpFormatter
     parser.usage = f"{parser.prog} {' '.join(required)} [options]"
-    parts = [_recipe_table(), parser.epilog]
+    parts = [_recipe_table(hidden), parser.epilog]
     parser.epilog = "\n\n".join(part for part in parts if part)
 
 
@@ -353,12 +358,13 @@ def _add(group, option: Option) -> None:
     group.add_argument(option.flag, default=argparse.SUPPRESS, **keywords)
 
 
-def _recipe_table() -> str:
+def _recipe_table(hidden: Iterable[str]) -> str:
     """The recipes side by side, a line per option."""
     rows = {}
     for recipe in RECIPES.values():
         rows |= recipe
-    del rows["source"]  # the help of --recipe says it
+    for name in ("source", *hidden):  # the help of --recipe says the source
+        del rows[name]
 
     lines = [f"{'recipes:':22}" + "".join(f"{name:20}" for name in RECIPES)]
     for row in rows:

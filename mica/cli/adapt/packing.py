@@ -5,6 +5,7 @@ The choice is by content, never by order or luck. Nothing is materialised.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -86,6 +87,20 @@ class Blocks(Dataset):
             item["labels"][starts] = IGNORED
             item["position_ids"] = torch.cat([torch.arange(len(part)) for part in parts])
         return item
+
+
+def document_of(blocks: Dataset, index: int) -> int:
+    """The digest of the document that most tokens of a block are from: of `Blocks`, joined or `spread`."""
+    if isinstance(blocks, Subset):
+        return document_of(blocks.dataset, blocks.indices[index])
+    if isinstance(blocks, ConcatDataset):
+        part = bisect_right(blocks.cumulative_sizes, index)
+        before = blocks.cumulative_sizes[part] - len(blocks.datasets[part])
+        return document_of(blocks.datasets[part], index - before)
+    begin = index * blocks.sequence_length
+    starts = np.maximum(blocks.ends - blocks.spans.length, begin)
+    ends = np.minimum(blocks.ends, begin + blocks.sequence_length)
+    return int(blocks.spans.digest[np.argmax(ends - starts)])
 
 
 def spread(blocks: Dataset, limit: int) -> Dataset:

@@ -1,6 +1,7 @@
 """``mica compare``: which method learns most from a text, at which price."""
 
 import argparse
+import time
 
 from mica.cli.adapt import check_libraries
 from mica.cli.adapt.options import declare
@@ -23,14 +24,15 @@ def add_parser(commands) -> None:
     """Declare ``mica compare`` on an argparse subparsers object."""
     text = "which method learns most from a text, and what it forgets"
     parser = add_command(commands, "compare", run, help=text, description=_DESCRIPTION, epilog=_EXAMPLE)
-    declare(parser, options.TABLE)
+    declare(parser, options.TABLE, hidden=options.CHOSEN)
 
 
 def run(given: argparse.Namespace) -> int:
     """Run the command; returns the exit status. Raises UsageError for bad input."""
+    began = time.monotonic()  # what is imported now takes its time from the budget, too
     check_libraries()
     place = workers.place()
 
     from mica.cli.compare.session import compare
 
-    return compare(given, place)
+    return compare(given, place, began)

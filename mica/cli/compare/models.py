@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 import mica.fast  # noqa: F401 (MiCA's layers and solver)
-from mica.cli.compare.methods import METHODS
+from mica.cli.compare.methods import METHODS, RANDOM
 from mica.cli.targets import find_targets
 
 
@@ -33,8 +33,8 @@ def built(method: str, base: nn.Module, args: argparse.Namespace) -> Iterator[nn
     if METHODS[method].divisor is None:
         yield copy.deepcopy(base).float().requires_grad_(True)
         return
-    with adapted(base, args, init_lora_weights=True if method == "lora" else "mica") as model:
-        if method == "random":
+    with adapted(base, args, init_lora_weights=METHODS[method].init) as model:
+        if method == RANDOM:
             replace_b(model, random_basis)
         yield model
 

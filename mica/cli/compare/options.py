@@ -5,9 +5,10 @@ import argparse
 from mica.cli.adapt.options import OPTIONS as OF_ADAPT
 from mica.cli.adapt.options import Option
 from mica.cli.arguments import count, number
-from mica.cli.compare.methods import METHODS
+from mica.cli.compare.methods import METHODS, RANDOM
 
 RANK = 64  # with 16, MiCA learned next to nothing in the study (bench/README.md, model quality)
+BLOCKS = 64  # measured of each text; the more documents they are from, the narrower are the intervals
 
 
 def _some_methods(text: str) -> list[str]:
@@ -50,16 +51,23 @@ TABLE = (
     *map(_taken, ("target_modules", "dropout", "batch_size", "gradient_accumulation_steps")),
     *map(_taken, ("gradient_checkpointing",)),
     "comparison",
-    Option("methods", f"two or more of {','.join(METHODS)}; default: all", "NAMES", parse=_some_methods),
+    Option(
+        "methods",
+        f"two or more of {','.join(METHODS)}; default: all but {RANDOM}, which is a control",
+        "NAMES",
+        parse=_some_methods,
+    ),
     Option(
         "rates",
-        "learning rates of a method, instead of four of ours",
+        "learning rates of a method, instead of four of ours; given again, it adds",
         "METHOD=RATE,...",
         parse=_grid,
         many=True,
     ),
-    Option("budget", "minutes that all trainings together may take", "MINUTES", 30.0, number(float, 0)),
-    Option("seeds", "trainings at most of what is near the best", "N", 3, count()),
+    Option(
+        "budget", "minutes of wall time for all of it", "MINUTES", 30.0, number(float, 0), may_change=True
+    ),
+    Option("seeds", "trainings at most of what is near the best", "N", 3, count(), may_change=True),
     Option("steps", "steps of a whole training; default: what the budget allows", "N", parse=count(4)),
     Option(
         "jobs",
@@ -68,11 +76,13 @@ TABLE = (
         parse=count(1, 1025),
         by_run=True,
     ),
-    _taken("eval_blocks"),
+    _taken("eval_blocks", default=BLOCKS),
     "output",
     _taken("output"),
     _taken("resume", help="go on with the comparison in DIR"),
     _taken("overwrite", help="replace the comparison in DIR"),
 )
+# Of a recipe's values, those that a comparison chooses by itself; --help does not list them.
+CHOSEN = ("rank", "steps", "epochs", "learning_rate")
 OPTIONS = {row.name: row for row in TABLE if isinstance(row, Option)}
-SHARED = [name for name, option in OPTIONS.items() if name in OF_ADAPT and not option.by_run]
+SHARED = [name for name, row in OPTIONS.items() if name in OF_ADAPT and not row.by_run and name != "steps"]

@@ -1,30 +1,35 @@
-"""The page of a comparison: three sentences, a picture, tables, and how to do the best again."""
+"""The page of a comparison: what was found, a picture, tables, and how to do it again."""
 
+import math
 from pathlib import Path
 
 from mica.cli import record
 from mica.cli.compare import settings
-from mica.cli.compare.again import Report, again
+from mica.cli.compare.again import Report, command, script
 from mica.cli.compare.methods import METHODS
+from mica.cli.compare.schedule import LEAST
 from mica.cli.output import markdown_table, shown, write_json
 
 _UNIT = "nats per token"
 
 
 def write(output: Path, report: Report) -> None:
-    """Write page, picture and data of ``report`` to ``output``. Raises UsageError if that fails."""
+    """Write page, picture, scripts and data of ``report`` to ``output``. Raises UsageError if that fails."""
     from mica.cli.compare import picture  # imports matplotlib
 
     write_json("--output", output / settings.REPORT, report)
-    labels = "Learned, by what was forgotten for it", f"forgotten, {_UNIT}", f"learned, {_UNIT}"
-    curves = report["curves"]
-    record.claimed(output, settings.PICTURE, lambda path: picture.trade_off(curves, path, *labels))
-    text = markdown(report)
-    record.claimed(output, settings.PAGE, lambda path: path.write_text(text, encoding="utf-8"))
+    record.claimed(output, settings.PICTURE, lambda path: picture.trade_off(report, path))
+    for row in report["equal"]["methods"]:
+        _write_text(output, settings.SCRIPTS[row["method"]], script(report, row, output))
+    _write_text(output, settings.PAGE, markdown(report, output))
 
 
-def sentences(report: Report) -> list[str]:
-    """Who learned most at equal forgetting, who at any, and which to take at which cost."""
+def _write_text(output: Path, name: str, text: str) -> None:
+    record.claimed(output, name, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def sentences(report: Report, output: Path) -> list[str]:
+    """Who learned most at equal forgetting, who at any, and which to take, or what would decide."""
     equal = report["equal"]
     if not equal["methods"]:
         return ["No method has learned anything of this text: no loss on held-out text fell."]
@@ -36,7 +41,7 @@ def sentences(report: Report) -> list[str]:
         found.append("More forgetting would not have helped any of them.")
     else:
         found.append(_who("However much is forgotten", report["any"], forgotten=True))
-    return [*found, _advice(report)]
+    return [*found, *_advice(report, output)]
 
 
 def _is_same(report: Report) -> bool:
@@ -46,23 +51,19 @@ def _is_same(report: Report) -> bool:
 
 def _who(head: str, at: Report, forgotten: bool = False) -> str:
     best, *others = at["methods"]
-    title = METHODS[best["method"]].title
-    amount = f"{best['learned']['mean']:.3f} {_UNIT}"
+    amount = f"{best['learned']:.3f} {_UNIT}"
     if forgotten:
         amount += f" for {best['forgotten']:.3f} forgotten"
     if not others:
-        return f"{head}, only {title} learned anything: {amount}."
+        return f"{head}, only {_title(best)} learned anything: {amount}."
+    text = f"{head}, {_title(best)} learned most, {amount}"
     certain = [f"{_plus_minus(row['behind'])} more than {_title(row)}" for row in others if not row["tied"]]
-    tied = [f"{_title(row)} ({_plus_minus(row['behind'])})" for row in others if row["tied"]]
-    text = f"{head}, {title} learned most, {amount}"
     if certain:
         text += f": {_listed(certain)}"
+    tied = [f"{_title(row)} ({_plus_minus(row['behind'])})" for row in others if row["tied"]]
     if not tied:
         return text + "."
-    seeds = ""
-    if any(row["behind"]["half"] is None for row in others):
-        seeds = ", which has one seed of each,"
-    return f"{text}. Its lead over {_listed(tied)} is no difference that this budget{seeds} can show."
+    return f"{text}. Its lead over {_listed(tied)} may be chance."
 
 
 def _title(row: Report) -> str:
@@ -75,36 +76,52 @@ def _listed(texts: list[str]) -> str:
     return f"{', '.join(texts[:-1])} and {texts[-1]}"
 
 
-def taken(report: Report) -> Report | None:
-    """The row at equal forgetting that is recommended: the smallest in memory of what may be the best."""
-    rows = report["equal"]["methods"]
-    if not rows:
-        return None
-    good = [rows[0], *(row for row in rows[1:] if row["tied"])]
-    return min(good, key=lambda row: report["costs"][row["method"]]["bytes"])
+def _advice(report: Report, output: Path) -> list[str]:
+    """Which method to take; where that is undecided, what would decide, and what each costs."""
+    best = report["equal"]["methods"][0]
+    if not report["undecided"]:
+        return [f"Take {_title(best)}: at equal forgetting it learned most. It has {_cost(report, best)}."]
+    tied = [row for row in report["equal"]["methods"] if row is best or row["tied"]]
+    lines = [f"Undecided between {_listed([_title(row) for row in tied])}."]
+    for one in report["undecided"]:
+        lines.append(_what_decides(_title(best), one, output))
+    lines += [f"{_title(row)} has {_cost(report, row)}." for row in tied]
+    return lines
 
 
-def _advice(report: Report) -> str:
-    row = taken(report)
+def _what_decides(best: str, one: Report, output: Path) -> str:
+    lead = f"{best}'s lead over {_title(one)}"
+    if one["missing"]:
+        return f"Nothing can be said of {lead}: {_listed(one['missing'])}."
+    needed = one["needed"]
+    if needed is None:
+        return f"No budget that is practical would show that {lead} is more than chance."
+    head = f"If {lead} is as large as it looks, about {needed['seeds']} seeds of both"
+    if needed["documents"] == 1:
+        more = f"mica compare --output {output} --resume"
+        more += f" --budget {needed['minutes']} --seeds {needed['seeds']}"
+        return f"{head} would show it, in {needed['minutes']} minutes altogether: `{more}`."
+    blocks = f"{needed['documents']} times as many documents (`--eval-blocks`, `--held-out`)"
+    return f"{head} on {blocks} would show it, in a comparison of about {needed['minutes']} minutes."
+
+
+def _cost(report: Report, row: Report) -> str:
     cost = report["costs"][row["method"]]
     parts = [
         f"{cost['trained_parameters'] / 1e6:.3g} million trained parameters",
         f"{cost['bytes'] / 2**30:.2f} GiB for weights, gradients and optimiser",
         f"{cost['step_seconds']:.2g} s a step",
     ]
-    why = "it learned most"
-    if row is not report["equal"]["methods"][0]:
-        why = "nothing is shown to learn more, and it needs the least memory"
-    return f"Take {_title(row)}: {why}. It has {_listed(parts)}."
+    return _listed(parts)
 
 
-def markdown(report: Report) -> str:
-    """The page."""
+def markdown(report: Report, output: Path) -> str:
+    """The page of the comparison in ``output``."""
     used = report["settings"]
     title = f"# {shown(Path(str(used['model'])).name)} on {_names(used['text'])}: which method?"
     parts = [
         title,
-        "\n".join(sentences(report)),
+        "\n".join(f"- {sentence}" for sentence in sentences(report, output)),
         f"![Learned, by what was forgotten]({settings.PICTURE})",
         _setting(report),
         f"## At equal forgetting\n\n{_table(report, report['equal'])}",
@@ -112,10 +129,8 @@ def markdown(report: Report) -> str:
         _costs(report),
         _listed_under("## What the budget did not allow", report["not_done"]),
         _listed_under("## Failed", report["failed"]),
+        _again(report),
     ]
-    row = taken(report)
-    if row is not None:
-        parts.append(f"## To do it again\n\n{again(report, row)}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -126,43 +141,77 @@ def _names(paths: list[str]) -> str:
 def _setting(report: Report) -> str:
     facts = report["facts"]
     used = report["settings"]
+    documents = facts["documents"]
     threads = ""
     if facts["device"] == "CPU":
         threads = f" with {facts['threads']} {'thread' if facts['threads'] == 1 else 'threads'} each"
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    return (
-        f"*Learned* is the fall of the mean loss on {facts['test']} held-out blocks, *forgotten* its rise on "
-        f"{facts['retained']} blocks of {_names(used['retain'])} (negative: it fell), both in {_UNIT}. "
-        "Learning rates, stops and the limit of forgetting were chosen by "
-        f"{facts['validation']} other held-out blocks. Intervals are of 95 %, over blocks and seeds; those "
-        "of differences hold all at once.\n\n"
+    steps = max(row["steps"] for row in [*report["any"]["methods"], {"steps": 0}])
+    short = ""
+    if 0 < steps < LEAST:
+        short = f" **They are short**: {steps} steps say little about a long training."
+    lower = 100 * (1 - math.exp(-0.1))
+    how = [
+        f"*Learned* is the fall of the mean loss on {_blocks(facts['test'], documents['test'])} of held-out "
+        f"text, *forgotten* its rise on {_blocks(facts['retained'], documents['retained'])} of "
+        f"{_names(used['retain'])} (negative: it fell), both in {_UNIT}: 0.1 less is a perplexity that is "
+        f"{lower:.0f} % lower.",
+        f"Learning rates and the limit of forgetting were chosen by {facts['validation']} other held-out "
+        "blocks. An update that forgets more than the limit counts by the share that is within it.",
+        "After ± stands the 95 % interval of a difference, for other documents and seeds; all of them hold "
+        "at once.",
+    ]
+    what = [
+        f"All trainings that are compared have {steps} steps of {_tokens(report)} tokens.{short}",
         f"{facts['parameters'] / 1e6:,.0f} million parameters in {facts['dtype']}; {facts['tokens']:,} "
-        f"tokens of text, {facts['blocks']:,} training blocks of {facts['sequence_length']}. "
+        f"tokens of text, {facts['blocks']:,} training blocks of {facts['sequence_length']}.",
         f"{report['seconds'] / 60:.1f} minutes, {facts['jobs']} trainings at a time on the "
-        f"{facts['device']}{threads}; {versions}."
-    )
+        f"{facts['device']}{threads}; {versions}.",
+    ]
+    return f"{' '.join(how)}\n\n{' '.join(what)}"
+
+
+def _blocks(number: int, documents: int) -> str:
+    noun = "document" if documents == 1 else "documents"
+    return f"{number} blocks from {documents} {noun}"
+
+
+def _tokens(report: Report) -> str:
+    """Tokens of a step."""
+    args = settings.of_mica_adapt(report["settings"], Path("run")).args
+    return f"{args.batch_size * args.gradient_accumulation_steps * args.sequence_length:,}"
 
 
 def _table(report: Report, at: Report) -> str:
+    before = report["perplexity"]
     rows = []
     for row in at["methods"]:
         behind = "" if row["behind"] is None else _plus_minus(row["behind"])
-        steps = f"{row['stop']} of {row['steps']}"
-        if row["share"] < 1:
-            steps += f", scaled by {row['share']:.2f}"
-        cells = [_title(row), _plus_minus(row["learned"]), behind, f"{row['forgotten']:.3f}"]
-        rows.append([*cells, f"{row['rate']:g}", steps, str(row["seeds"])])
+        share = "" if row["share"] == 1 else f"{row['share']:.2f}"
+        after = [f"{row['perplexity'][name]:.2f}" for name in ("held_out", "retained")]
+        amounts = [f"{row['learned']:.3f}", behind, f"{row['forgotten']:.3f}"]
+        rows.append([_title(row), *amounts, *after, f"{row['rate']:g}", share, str(row["seeds"])])
     learned = [row["method"] for row in at["methods"]]
     for method in report["costs"]:
         if method not in learned:
-            rows.append([METHODS[method].title, "nothing", *[""] * 5])
-    header = ["", "learned", "behind the best", "forgotten", "learning rate", "steps", "seeds"]
+            rows.append([METHODS[method].title, "nothing", *[""] * 7])
+    header = [
+        "",
+        "learned",
+        "the best learned more by",
+        "forgotten",
+        f"held-out perplexity (before: {before['held_out']:.2f})",
+        f"retained perplexity (before: {before['retained']:.2f})",
+        "learning rate",
+        "share of the update",
+        "seeds",
+    ]
     return markdown_table(header, rows)
 
 
 def _plus_minus(estimate: Report) -> str:
     if estimate["half"] is None:
-        return f"{estimate['mean']:.3f}"
+        return f"{estimate['mean']:.3f} ± unknown"
     return f"{estimate['mean']:.3f} ± {estimate['half']:.3f}"
 
 
@@ -180,3 +229,18 @@ def _listed_under(title: str, lines: list[str]) -> str:
     if not lines:
         return ""
     return "\n".join([title, "", *(f"- {line}" for line in lines)])
+
+
+def _again(report: Report) -> str:
+    """The scripts beside the page, and for MiCA the command."""
+    rows = report["equal"]["methods"]
+    if not rows:
+        return ""
+    names = [settings.SCRIPTS[row["method"]] for row in rows]
+    scripts = _listed([f"[{name}]({name})" for name in names])
+    text = f"## To do it again\n\n{scripts} repeat the trainings of the first table, with seed 0."
+    mica = [row for row in rows if row["method"] == "mica"]
+    if not mica:
+        return text
+    whole = " (with its whole update)" if mica[0]["share"] < 1 else ""
+    return f"{text} MiCA's{whole} can also be had by\n\n```sh\n{command(report, mica[0])}\n```"

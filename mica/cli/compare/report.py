@@ -2,15 +2,16 @@
 
 import math
 from importlib.metadata import version
+from statistics import mean
 from typing import Any
 
 import torch
 
-from mica.cli.compare import schedule
-from mica.cli.compare.curves import Result
-from mica.cli.compare.methods import METHODS
+from mica.cli.compare import advice, schedule
+from mica.cli.compare.outcomes import RETAINED, Result, outcome
 from mica.cli.compare.schedule import BASE, Question, Results
-from mica.cli.compare.verdict import Estimate, Verdict, learned_by, verdict
+from mica.cli.compare.verdict import Verdict, verdict
+from mica.cli.targets import find_targets
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
@@ -26,10 +27,12 @@ def report(question: Question, results: Results, settings: dict, facts: dict) ->
     return {
         "settings": settings,
         "facts": facts | {"versions": {name: version(name) for name in _PACKAGES}},
-        "equal": _as_json(equal),
-        "any": _as_json(verdict(base, found, math.inf)),
+        "perplexity": _perplexity(base, 0.0, 0.0),
+        "equal": _as_json(base, equal),
+        "any": _as_json(base, verdict(base, found, math.inf)),
+        "undecided": [_undecided(question, results, equal, method) for method in equal.tied],
         "costs": {method: _costs(some) for method, some in found.items()},
-        "curves": _curves(equal),
+        "points": {method: _points(base, some) for method, some in found.items()},
         "failed": _failed(results),
         "not_done": schedule.not_done(question, results),
         "seconds": max(one["ended"] for one in results.values()),
@@ -60,62 +63,81 @@ def _costs(some: list[Result]) -> dict[str, float]:
     }
 
 
-def _as_json(found: Verdict) -> dict[str, Any]:
+def _as_json(base: Result, found: Verdict) -> dict[str, Any]:
     """JSON has no infinity: null."""
     rows = []
     for method, choice in found.choices.items():
+        learned, forgotten = choice.mean("learned"), choice.mean("forgotten")
+        behind = None
+        if method in found.lead:
+            lead = found.lead[method]
+            behind = {"mean": lead.mean, "half": _finite(lead.half)}
         rows.append(
             {
                 "method": method,
-                "learned": _estimate(found.learned[method]),
-                "behind": _estimate(found.lead[method]) if method in found.lead else None,
+                "learned": learned,
+                "forgotten": forgotten,
+                "perplexity": _perplexity(base, learned, forgotten),
+                "behind": behind,
                 "tied": method in found.tied,
                 "rate": choice.rate,
                 "steps": choice.steps,
-                "stop": choice.first.step,
-                "share": choice.first.share,
-                "forgotten": choice.forgotten,
+                "share": choice.mean("share"),
                 "seeds": len(choice.seeds),
             }
         )
     return {"limit": _finite(found.limit), "methods": rows}
 
 
-def _estimate(found: Estimate) -> dict[str, float | None]:
-    return {"mean": found.mean, "half": _finite(found.half)}
+def _perplexity(base: Result, learned: float, forgotten: float) -> dict[str, float]:
+    """On the blocks of the test and on the retained ones, once so much was learned and forgotten."""
+    retained = [loss for name in RETAINED for loss in base[name]]
+    return {
+        "held_out": math.exp(mean(base["test"]) - learned),
+        "retained": math.exp(mean(retained) + forgotten),
+    }
+
+
+def _undecided(question: Question, results: Results, equal: Verdict, method: str) -> dict[str, Any]:
+    """Of a method that may be as good as the best: what would decide, and what keeps it from being known."""
+    needed = advice.needed(question, results, equal, method)
+    return {
+        "method": method,
+        "needed": None if needed is None else needed._asdict(),
+        "missing": advice.missing(equal.lead[method]),
+    }
 
 
 def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _curves(at_limit: Verdict) -> dict[str, list[list[float | None]]]:
-    """The course of each chosen training, by title: forgotten, learned, and half of its interval or null."""
-    choices = {method: at_limit.choices[method] for method in METHODS if method in at_limit.choices}
-    drawn: dict[str, list] = {METHODS[method].title: [] for method in choices}
-    stops = [len(choice.courses[0]) for choice in choices.values()]
-    for number in range(min(stops, default=0)):
-        there = {method: choice.at_stop(number) for method, choice in choices.items()}
-        for method, learned in learned_by(there).items():
-            point = [there[method].forgotten, learned.mean, _finite(learned.half)]
-            drawn[METHODS[method].title].append(point)
-    return drawn
+def _points(base: Result, some: list[Result]) -> list[list[float]]:
+    """What each training has forgotten and learned."""
+    ends = [outcome(base, run) for run in some]
+    return [[float(end.forgotten.mean()), float(end.learned.mean())] for end in ends]
 
 
 def facts(trainings) -> dict[str, Any]:
-    """Of model, texts and device, for the page."""
+    """Of model, texts and device, for the page and the scripts."""
     data = trainings.data
     device = trainings.base.device
     name = "CPU"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+    args = trainings.args
+    documents = trainings.documents()
+    retained = {one for name in RETAINED for one in documents[name]}
     return {
         "parameters": trainings.base.num_parameters(),
         "dtype": str(trainings.base.dtype).removeprefix("torch."),
+        "packing": args.packing,
+        "targets": find_targets(trainings.base, args.target_modules, args.experts).config,
         "device": name,
         "tokens": sum(part.tokens for part in data.parts),
         "blocks": len(data.train),
         "sequence_length": data.sequence_length,
         **{name: len(blocks) for name, blocks in trainings.sets.items()},
         "retained": len(data.retain),
+        "documents": {"test": len(set(documents["test"])), "retained": len(retained)},
     }

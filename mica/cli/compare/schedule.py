@@ -6,16 +6,17 @@
 4. Further seeds of what is near the best, for the intervals.
 
 How long a training is follows from the budget and from seconds that are in the results, so that a comparison
-that was killed goes on as it would have.
+that was killed goes on as it would have. Once there is a training of a phase, all others of it are as long,
+also with another budget.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from statistics import mean
 from typing import NamedTuple
 
-from mica.cli.compare import curves
-from mica.cli.compare.curves import Result
+from mica.cli.compare import outcomes
+from mica.cli.compare.outcomes import Limit, Result
 from mica.errors import UsageError
 
 Results = dict[str, Result]  # by `Planned.key`
@@ -23,10 +24,9 @@ BASE = "base"
 TRIAL, SHORT, WHOLE, SEEDS = 1, 2, 3, 4  # phases
 _TRIED = 4  # steps that show what a step costs
 _PART = 4  # a short training has this part of the steps of a whole one
-_STOPS = 3  # of a whole training
-_LEAST = 32  # steps of a whole training: rather fewer rates and seeds
-_FULLEST = 0.95  # of the budget is planned
-_LATEST = 1.06  # and the last trainings may end so much later
+LEAST = 32  # steps of a whole training: rather fewer rates and seeds
+_FULLEST = 0.93  # of the budget is planned
+_LATEST = 1.0  # and the last trainings may end so much later
 
 
 class Planned(NamedTuple):
@@ -45,22 +45,13 @@ class Planned(NamedTuple):
             return BASE
         return f"{self.phase}-{self.method}-{self.rate:g}-{self.steps}-{self.seed}"
 
-    @property
-    def stops(self) -> tuple[int, ...]:
-        """The steps after which it is measured."""
-        if self.phase == TRIAL:
-            return ()
-        if self.phase == SHORT:
-            return (self.steps,)
-        return tuple(math.ceil(self.steps * part / _STOPS) for part in range(1, _STOPS + 1))
-
 
 class Question(NamedTuple):
     """What is to be compared.
 
     ``rates``: method -> learning rates, ascending. ``budget``: seconds. ``steps``: of a whole training, or
     None. ``longest``: steps that it may have at most, by the length of the text. ``short_blocks``,
-    ``whole_blocks``: how many are measured at a stop of a short and of a whole training.
+    ``whole_blocks``: how many are measured after a short and after a whole training.
     """
 
     rates: dict[str, list[float]]
@@ -84,7 +75,7 @@ class Plan(NamedTuple):
         return math.ceil(self.steps / _PART)
 
 
-class _Cost(NamedTuple):
+class Cost(NamedTuple):
     """Seconds of a method before its first step, of a step, and of the measurement of a block."""
 
     start: float
@@ -97,7 +88,7 @@ class _Cost(NamedTuple):
 
     def whole(self, question: Question, steps: float) -> float:
         """Seconds of a whole one."""
-        return self.start + steps * self.step + _STOPS * question.whole_blocks * self.block
+        return self.start + steps * self.step + question.whole_blocks * self.block
 
 
 def planned(question: Question, results: Results) -> list[Planned]:
@@ -133,7 +124,13 @@ def _short(question: Question, results: Results) -> list[Planned]:
     plan = allowed(question, results)
     working = by_method(question, results, TRIAL)
     rates = {method: inner(question.rates[method], plan.rates) for method in working}
-    return [Planned(SHORT, method, rate, plan.short_steps) for method, rate in _in_turns(rates)]
+    steps = _steps_of(results, SHORT) or plan.short_steps
+    return [Planned(SHORT, method, rate, steps) for method, rate in _in_turns(rates)]
+
+
+def _steps_of(results: Results, phase: int) -> int | None:
+    """How long the trainings of a phase are, if there is one."""
+    return next((one["steps"] for one in results.values() if one["phase"] == phase), None)
 
 
 def inner(rates: list[float], number: int) -> list[float]:
@@ -153,7 +150,7 @@ def _in_turns(rates: dict[str, list[float]]) -> Iterable[tuple[str, float]]:
 def allowed(question: Question, results: Results) -> Plan:
     """What the budget allows, by the first steps of each method.
 
-    Raises UsageError if that is nothing.
+    Raises UsageError if that is nothing, unless trainings were done with another budget.
     """
     working = by_method(question, results, TRIAL)
     if not working:
@@ -163,29 +160,29 @@ def allowed(question: Question, results: Results) -> Plan:
     plans = [Plan(0, most, seeds) for seeds in range(question.seeds, 1, -1)]
     plans += [Plan(0, min(most, rates), min(2, question.seeds)) for rates in (most, 3, 2)]
     plans.append(Plan(0, min(most, 2), 1))
-    if question.steps is not None:
-        return plans[0]._replace(steps=question.steps)
-
-    costs = {method: _cost(results, method, TRIAL) for method in working}
+    costs = {method: cost_of(results, method, TRIAL) for method in working}
     left = _FULLEST * question.budget - _spent(results, TRIAL)
     jobs = results[BASE]["jobs"]
-    least = min(_LEAST, question.longest)
+    least = question.steps or min(LEAST, question.longest)
+    longest = question.steps or question.longest
 
     def seconds(plan: Plan, steps: int) -> float:
         return _seconds(question, costs, plan._replace(steps=steps), jobs)
 
     for plan in plans:
         if seconds(plan, least) <= left:
-            steps = _most(lambda steps, plan=plan: seconds(plan, steps) <= left, least, question.longest)
+            steps = _most(lambda steps, plan=plan: seconds(plan, steps) <= left, least, longest)
             return plan._replace(steps=steps)
 
+    if _steps_of(results, SHORT):
+        return plans[-1]._replace(steps=least)
     needed = _spent(results, TRIAL) + seconds(plans[-1], least)
     minutes = math.ceil(needed / _FULLEST / 60)
     what = f"at least {minutes} minutes are needed here, or fewer --methods"
     raise UsageError(f"--budget {question.budget / 60:g}: {what}")
 
 
-def _seconds(question: Question, costs: dict[str, _Cost], plan: Plan, jobs: int) -> float:
+def _seconds(question: Question, costs: dict[str, Cost], plan: Plan, jobs: int) -> float:
     """Seconds on the clock of all trainings of ``plan``."""
     rates = {method: min(plan.rates, len(question.rates[method])) for method in costs}
     short = []
@@ -196,7 +193,7 @@ def _seconds(question: Question, costs: dict[str, _Cost], plan: Plan, jobs: int)
 
 
 def _seconds_of_whole(
-    question: Question, costs: dict[str, _Cost], rates: dict[str, int], plan: Plan, jobs: int
+    question: Question, costs: dict[str, Cost], rates: dict[str, int], plan: Plan, jobs: int
 ) -> float:
     """The same of whole trainings at so many ``rates`` of each method, and of the seeds to be wanted."""
     each = {method: cost.whole(question, plan.steps) for method, cost in costs.items()}
@@ -206,8 +203,13 @@ def _seconds_of_whole(
     seeds = []
     if plan.seeds > 1:
         seeds += each.values()
-        seeds += [mean(each.values())] * math.ceil(len(costs) / 2) * (plan.seeds - 2)
+        seeds += [mean(each.values())] * _number_of_better(costs) * (plan.seeds - 2)
     return _clock(whole, jobs) + _clock(seeds, jobs)
+
+
+def _number_of_better(methods: Sized) -> int:
+    """How many of some methods get further seeds: a difference between two needs those of both."""
+    return min(len(methods), max(2, math.ceil(len(methods) / 2)))
 
 
 def _clock(seconds: Iterable[float], jobs: int) -> float:
@@ -230,11 +232,11 @@ def _most(fits: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def _cost(results: Results, method: str, *phases: int) -> _Cost:
+def cost_of(results: Results, method: str, *phases: int) -> Cost:
     """By trainings of ``method`` in these phases; where they measured nothing, a block is as the base's."""
     found = runs(results, method, *phases)
     blocks = [one["block_seconds"] for one in found if one["points"]]
-    return _Cost(
+    return Cost(
         start=mean(one["start_seconds"] for one in found),
         step=mean(one["step_seconds"] for one in found),
         block=mean(blocks or [results[BASE]["block_seconds"]]),
@@ -250,7 +252,7 @@ def _whole(question: Question, results: Results) -> list[Planned]:
     """The better half of each method's rates: best at equal forgetting, and best at any."""
     short = by_method(question, results, SHORT)
     base = results[BASE]
-    limit = curves.common_limit(base, short)
+    limit = outcomes.common_limit(base, short)
     rates = {method: _better_half(base, found, limit) for method, found in short.items()}
     if not rates:
         return []
@@ -258,23 +260,24 @@ def _whole(question: Question, results: Results) -> list[Planned]:
     return [Planned(WHOLE, method, rate, steps) for method, rate in _in_turns(rates)]
 
 
-def _better_half(base: Result, short: list[Result], limit: float) -> list[float]:
+def _better_half(base: Result, short: list[Result], limit: Limit) -> list[float]:
     """The rates of ``short`` trainings, of one method, that are worth whole ones; the best first."""
 
-    def ordered(limit: float) -> list[float]:
-        by_score = sorted(short, key=lambda run: -curves.at(curves.course(base, run), limit).validation)
+    def ordered(limit: Limit) -> list[float]:
+        by_score = sorted(short, key=lambda run: -outcomes.outcome(base, run).within(limit).validation)
         return [run["rate"] for run in by_score]
 
-    order = dict.fromkeys([ordered(limit)[0], *ordered(math.inf)])
+    order = dict.fromkeys([ordered(limit)[0], *ordered(outcomes.ANY)])
     return [*order][: math.ceil(len(short) / 2)]
 
 
 def _whole_steps(question: Question, results: Results, rates: dict[str, list[float]]) -> int:
     """Steps of whole trainings by the time that is left now; at least as many as short ones have."""
-    if question.steps is not None:
-        return question.steps
+    known = question.steps or _steps_of(results, WHOLE)
+    if known is not None:
+        return known
     plan = allowed(question, results)
-    costs = {method: _cost(results, method, SHORT) for method in rates}
+    costs = {method: cost_of(results, method, SHORT) for method in rates}
     numbers = {method: len(of_method) for method, of_method in rates.items()}
     left = _FULLEST * question.budget - _spent(results, TRIAL, SHORT)
     jobs = results[BASE]["jobs"]
@@ -289,17 +292,18 @@ def wanted_seeds(question: Question, results: Results) -> list[Planned]:
     """Further seeds of the trainings that are near the best, in the order in which they are worth most.
 
     These are the trainings that are best at equal forgetting: a second seed of each, which shows what seeds
-    change, then more of the better half of the methods. Then those that are best at any.
+    change, then more of the better half of the methods, at least of two. Then those that are best at any.
     """
     found = by_method(question, results, WHOLE)
     base = results[BASE]
     wanted = []
-    for limit in (curves.common_limit(base, found), math.inf):
-        choices = {method: curves.choose(base, some, limit) for method, some in found.items()}
+    for limit in (outcomes.common_limit(base, found), outcomes.ANY):
+        choices = {method: outcomes.choose(base, some, limit) for method, some in found.items()}
         choices = {method: one for method, one in choices.items() if one is not None}
         order = sorted(choices, key=lambda method: -choices[method].first.validation)
+        better = order[: _number_of_better(order)]
         for seed in range(1, question.seeds):
-            for method in order if seed == 1 else order[: math.ceil(len(order) / 2)]:
+            for method in order if seed == 1 else better:
                 wanted.append(Planned(SEEDS, method, choices[method].rate, choices[method].steps, seed))
     return [*dict.fromkeys(wanted)]
 
@@ -310,7 +314,7 @@ def _more_seeds(question: Question, results: Results) -> list[Planned]:
     found = []
     seconds = []
     for one in wanted_seeds(question, results):
-        seconds.append(_cost(results, one.method, WHOLE).whole(question, one.steps))
+        seconds.append(cost_of(results, one.method, WHOLE).whole(question, one.steps))
         if _clock(seconds, results[BASE]["jobs"]) > left:
             break
         found.append(one)
@@ -322,7 +326,7 @@ def expected(question: Question, results: Results) -> float:
     if any(one.key not in results for one in _trials(question, results)):
         return question.budget
     plan = allowed(question, results)
-    costs = {method: _cost(results, method, TRIAL) for method in by_method(question, results, TRIAL)}
+    costs = {method: cost_of(results, method, TRIAL) for method in by_method(question, results, TRIAL)}
     return _spent(results, TRIAL) + _seconds(question, costs, plan, results[BASE]["jobs"])
 
 

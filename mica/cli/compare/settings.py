@@ -11,9 +11,9 @@ from pathlib import Path
 
 from mica.cli import record
 from mica.cli.adapt import config, folder
-from mica.cli.compare.methods import METHODS
+from mica.cli.compare.methods import METHODS, RANDOM
 from mica.cli.compare.options import OPTIONS, SHARED
-from mica.cli.output import check_folder, write_json
+from mica.cli.output import check_folder, explained, write_json
 from mica.errors import UsageError
 
 FILE = "settings.json"
@@ -21,7 +21,8 @@ RUNS = "runs"
 REPORT = "compare.json"
 PAGE = "README.md"
 PICTURE = "compare.png"
-_WRITTEN = (FILE, RUNS, REPORT, PAGE, PICTURE)
+SCRIPTS = {method: f"train_{method}.py" for method in METHODS}
+_WRITTEN = (FILE, RUNS, REPORT, PAGE, PICTURE, *SCRIPTS.values())
 
 
 def given(namespace: argparse.Namespace) -> dict[str, object]:
@@ -41,9 +42,13 @@ def of_mica_adapt(settings: dict[str, object], output: Path) -> config.Settings:
 
     Raises UsageError as `config.resolve`.
     """
-    values = {name: settings[name] for name in SHARED if name in settings}
-    values.setdefault("rank", OPTIONS["rank"].default)
-    return config.resolve(argparse.Namespace(**values, output=output))
+    return config.resolve(argparse.Namespace(**shared(settings), output=output))
+
+
+def shared(settings: dict[str, object]) -> dict[str, object]:
+    """The options of `mica adapt` that are given, and those that have another default here."""
+    values = {name: OPTIONS[name].default for name in ("rank", "eval_blocks")}
+    return values | {name: settings[name] for name in SHARED if name in settings}
 
 
 def value(settings: dict[str, object], name: str):
@@ -53,20 +58,28 @@ def value(settings: dict[str, object], name: str):
 
 def rates(settings: dict[str, object]) -> dict[str, list[float]]:
     """Method -> learning rates, ascending. Raises UsageError for rates of a method that is not compared."""
-    given = dict(value(settings, "rates") or [])
-    names = value(settings, "methods") or [*METHODS]
-    for name in given:
+    names = value(settings, "methods") or [name for name in METHODS if name != RANDOM]
+    found = {name: set() for name in names}
+    for name, some in value(settings, "rates") or []:
         if name not in names:
-            raise UsageError(f"--rates {name}: --methods does not name it")
-    return {name: [*given.get(name, METHODS[name].rates)] for name in names}
+            raise UsageError(f"--rates {name}: it is not compared: name it in --methods")
+        found[name].update(some)
+    return {name: sorted(some or METHODS[name].rates) for name, some in found.items()}
 
 
 def stored(output: Path) -> dict[str, object]:
     """The settings of the comparison in ``output``. Raises UsageError if there are none."""
     try:
-        return json.loads((output / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads((output / FILE).read_text(encoding="utf-8"))
+    except OSError as error:
         raise UsageError(f"--resume: nothing to continue in {output}: it has no {FILE}") from error
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not found.keys() <= OPTIONS.keys():
+        raise UsageError(
+            f"--resume: {output / FILE} is not what mica compare writes: begin in another folder"
+        )
+    return found
 
 
 @contextmanager
@@ -107,9 +120,14 @@ def begin(output: Path, settings: dict[str, object], resume: bool) -> None:
     if not resume:
         record.replace(output, record.Record(command=record.COMPARE), ())
     record.claim(output, *_WRITTEN)
-    (output / RUNS).mkdir(exist_ok=True)
-    if not resume:
-        write_json("--output", output / FILE, settings)
+    with explained(f"--output {output}: cannot be written", OSError):
+        (output / RUNS).mkdir(exist_ok=True)
+    write_json("--output", output / FILE, settings)
+
+
+def withdraw(output: Path) -> None:
+    """Remove the comparison that was begun in ``output``: it was refused before any training was worth it."""
+    record.replace(output, record.Record(command=record.COMPARE, begun=False), ())
 
 
 def _refuse_own_input(output: Path, settings: dict[str, object], found: record.Record) -> None:
@@ -121,13 +139,13 @@ def _refuse_own_input(output: Path, settings: dict[str, object], found: record.R
 
 
 def _resumed(output: Path, settings: dict[str, object]) -> dict[str, object]:
-    """The settings in ``output``; of the given ones none may differ."""
+    """The settings in ``output``; of the given ones only those that may change can differ."""
     found = stored(output)
     for name, new in settings.items():
-        old = value(found, name)
-        if json.loads(json.dumps(old)) != json.loads(json.dumps(new)):
+        is_same = json.loads(json.dumps(value(found, name))) == json.loads(json.dumps(new))
+        if not is_same and not OPTIONS[name].may_change:
             raise UsageError(f"{OPTIONS[name].flag}: not as in the comparison in {output}; omit this option")
-    return found
+    return found | {name: new for name, new in settings.items() if OPTIONS[name].may_change}
 
 
 def check_required(settings: dict[str, object]) -> None:

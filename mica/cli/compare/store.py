@@ -7,11 +7,12 @@ has released the lock of who was making it.
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from mica.cli.lock import HeldError, held
-from mica.cli.output import write_json
+from mica.cli.output import explained, write_json
 
 _PAUSE = 0.2  # seconds between looks at what others have done
 
@@ -27,8 +28,15 @@ Job = TypeVar("Job", bound=Named)
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """key -> result, of all that are whole, in the order of their keys."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    """key -> result, of all that are whole, in the order of their keys.
+
+    Raises UsageError for a file that is not JSON.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        with explained(f"{path}: cannot be read: remove it, and its training is done again", ValueError):
+            found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def work(
@@ -55,11 +63,12 @@ def work(
 def _made(folder: Path, one: Named, make: Callable[[Named], dict]) -> bool:
     """Whether this process has made the result now; another may be at it, or have finished it."""
     path = folder / f"{one.key}.json"
-    try:
-        with held(folder / f"{one.key}.lock"):
-            if path.exists():
-                return True
+    with ExitStack() as stack:
+        try:
+            with explained(f"--output {path}: cannot be written", OSError):
+                stack.enter_context(held(folder / f"{one.key}.lock"))
+        except HeldError:
+            return False
+        if not path.exists():
             write_json("--output", path, make(one))
-            return True
-    except HeldError:
-        return False
+    return True

@@ -1,9 +1,9 @@
-"""One training of a comparison: by the Trainer of ``mica adapt``, measured at a few stops."""
+"""One training of a comparison: by the Trainer of ``mica adapt``, and what is measured after it."""
 
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,57 +27,35 @@ def losses(model: nn.Module, sets: dict[str, Dataset]) -> Losses:
     return found
 
 
-class _Stops(TrainerCallback):
-    """Measures after the steps ``stops``, and ends the training where a loss is not finite."""
+class _Watch(TrainerCallback):
+    """Notes when the second step began; the first one fills caches. ``watch`` is called after each step."""
 
-    def __init__(self, stops: Iterable[int], measure: Callable[[nn.Module], dict], watch: Callable[[], None]):
-        self._stops = set(stops)
-        self._measure = measure
+    def __init__(self, watch: Callable[[], None]):
         self._watch = watch
-        self.points: list[dict] = []
-        self.failed: str | None = None
-        self.measuring = 0.0  # seconds
-        self.blocks = 0  # measured in them
-        self.began = 0.0  # when the second step did; the first one fills caches
+        self.began = 0.0
         self.steps = 0  # since then
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args, state, control, **kwargs):
         self._watch()
-        step = state.global_step
-        self.steps = step - 1
-        if step in self._stops:
-            self._at_a_stop(step, model, control)
-        if step == 1:
-            self.began = time.perf_counter() - self.measuring
-
-    def _at_a_stop(self, step: int, model, control) -> None:
-        begin = time.perf_counter()
-        measured = self._measure(model)
-        self.measuring += time.perf_counter() - begin
-        self.blocks += sum(map(len, measured.values()))
-        for name, each in measured.items():
-            bad = [loss for loss in each if not math.isfinite(loss)]
-            if bad:
-                self.failed = f"diverged: loss on the {name} text {bad[0]} after step {step}"
-                control.should_training_stop = True
-                return
-        self.points.append({"step": step, **measured})
+        self.steps = state.global_step - 1
+        if not self.steps:
+            self.began = time.perf_counter()
 
 
 def train(
     model: nn.Module,
     data,
     args: argparse.Namespace,
-    stops: Iterable[int],
-    measure: Callable[[nn.Module], Losses],
+    sets: dict[str, Dataset],
     watch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Train ``model`` in place for ``args.steps`` steps, as `mica adapt` does with the same options.
 
-    ``data``: as `mica.cli.adapt.training.train` has it. ``watch`` is called after each step.
+    ``data``: as `mica.cli.adapt.training.train` has it. ``sets``: what is measured at the end, if anything.
+    ``watch`` is called after each step.
 
-    Returns "points" (for each of ``stops`` its "step" and what ``measure(model)`` gives, losses per set),
-    "failed" (None, or why the training ended before its last step), "step_seconds" and "block_seconds"
+    Returns "points" (the last "step" and the `losses` on ``sets``, a list of one; of none without sets, or
+    where a loss is not finite), "failed" (None, or why there are none), "step_seconds" and "block_seconds"
     (means of steps and of measured blocks), "trained_parameters" and "bytes": of weights, gradients and the
     optimiser's state.
     """
@@ -86,21 +64,41 @@ def train(
         enable_gradient_checkpointing(model)
     trainer = build_trainer(model, data, args, None)
     silence(trainer)
-    seen = _Stops(stops, measure, watch)
+    seen = _Watch(watch)
     trainer.add_callback(seen)
     trainer.train()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - seen.began - seen.measuring
+    ended = time.perf_counter()
+    measured = losses(model, sets)
+    blocks = sum(map(len, measured.values()))
+    failed = _diverged(measured)
+    points = []
+    if sets and failed is None:
+        points = [{"step": args.steps, **measured}]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return {
-        "points": seen.points,
-        "failed": seen.failed,
-        "step_seconds": seconds / max(1, seen.steps),
-        "block_seconds": seen.measuring / max(1, seen.blocks),
+        "points": points,
+        "failed": failed,
+        "step_seconds": (ended - seen.began) / max(1, seen.steps),
+        "block_seconds": (time.perf_counter() - ended) / max(1, blocks),
         "trained_parameters": sum(parameter.numel() for parameter in trained),
         "bytes": _bytes(model, trained, trainer.optimizer),
     }
+
+
+def _diverged(measured: Losses) -> str | None:
+    """What to say of losses that are not all finite, else None."""
+    name = first_not_finite(measured)
+    return None if name is None else f"diverged: the loss on the {name} text is not finite"
+
+
+def first_not_finite(measured: Losses) -> str | None:
+    """The first set of which a loss is NaN or infinite."""
+    for name, each in measured.items():
+        if not all(map(math.isfinite, each)):
+            return name
+    return None
 
 
 def _bytes(model: nn.Module, trained: list[nn.Parameter], optimizer) -> int:

@@ -1,35 +1,70 @@
 """Who learned more at equal forgetting, by how much, and how sure that is.
 
 Two methods are compared on the same blocks and by the same seeds, which give both the same batches in the
-same order. The interval of their difference is that of the mean of the differences, block by block, and of
-what a seed changes for one method and not for the other: the variance that methods and seeds do not explain
-by themselves (the residual of a two-way layout), taken as the same for all methods, since each has few seeds.
-Student's t, with Welch's degrees of freedom. Unless two methods have second seeds, nothing is claimed. As
-every pair could have been the one that differs, each interval is at 1 - 5 % / (number of pairs): all of them
-hold at once in 95 % of comparisons (Bonferroni).
+same order. Another comparison would have other documents in the held-out text, others in the retained text,
+and other seeds. So the error of a difference has three parts:
+
+- *held-out documents*: of the differences, block by block. Blocks of one document are not independent, so
+  the unit is the document.
+- *retained documents*: where an update is scaled back to the limit of forgetting, its share follows from
+  what was measured of forgetting (`outcomes.Outcome.doubt`, to first order). The unit is the document, too.
+- *seeds*: what a seed changes for one method and not for the other: the variance that methods and seeds do
+  not explain by themselves (the residual of a two-way layout), the same for all methods, as each has few.
+
+Each part has few degrees of freedom, in a comparison of half an hour often one or two. The interval is the
+root of the sum of squares of the three intervals that Student's t gives with each part's own degrees. With
+identical methods that claimed a difference in 0 to 5 % of simulated comparisons, whatever part is largest.
+With Satterthwaite's degrees for the sum it was up to 12 %, where two methods have two seeds each: now and
+then two seeds happen to agree, and then the sum has the degrees of the other parts. A bootstrap of two seeds
+or four documents has nothing to draw from. See `bench.quality.claims`.
+
+Fewer than `FEWEST` documents, or no second seeds of two methods, make the interval infinite. As every pair
+could have been the one that differs, each interval is at 1 - 5 % / (number of pairs): all of them hold at
+once in 95 % of comparisons (Bonferroni).
 """
 
 import math
 from collections.abc import Iterable
-from statistics import mean, variance
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import t as student_t
 
-from mica.cli.compare.curves import Choice, Result, choose, common_limit
+from mica.cli.compare.outcomes import RETAINED, Choice, Limit, Result, choose, common_limit
 
 _LEVEL = 0.05
-# Degrees of freedom of the seeds from which on Welch's formula holds the level: with identical methods (800
-# comparisons each) a difference was claimed in 1 to 6 %, with 1 degree in up to 13 %.
-_ENOUGH = 3
+FEWEST = 3  # documents: of two nobody can say how documents differ
+HELD_OUT = "held-out documents"
+RETAINED_DOCUMENTS = "retained documents"
+SEEDS = "seeds"
 
 
-class Estimate(NamedTuple):
-    """``mean`` ± ``half``, nats per token; ``half`` is infinite where nothing can be said."""
+class Part(NamedTuple):
+    """A part of the error of a difference: its variance, and degrees of freedom (0: unknown)."""
+
+    source: str
+    variance: float
+    degrees: float
+
+    def half(self, level: float) -> float:
+        """Half of the interval at 1 - ``level`` that this part alone would give."""
+        if not self.degrees:
+            return math.inf
+        return float(student_t.ppf(1 - level / 2, self.degrees)) * math.sqrt(self.variance)
+
+
+class Lead(NamedTuple):
+    """A difference of two methods, nats per token: its ``mean``, and the parts of its error."""
 
     mean: float
-    half: float
+    parts: tuple[Part, ...]
+    level: float
+
+    @property
+    def half(self) -> float:
+        """Half of its interval; infinite where nothing can be said."""
+        return math.hypot(*(part.half(self.level) for part in self.parts))
 
     @property
     def is_certain(self) -> bool:
@@ -37,24 +72,15 @@ class Estimate(NamedTuple):
         return self.mean > self.half
 
 
-class _Spread(NamedTuple):
-    """A variance, and its degrees of freedom."""
-
-    variance: float
-    degrees: int
-
-
 class Verdict(NamedTuple):
     """Of the methods at a ``limit`` of forgetting.
 
-    ``choices``, ``learned``: of those that learned anything, the best first. ``lead``: of the best over each
-    other one.
+    ``choices``: of those that learned anything, the best first. ``lead``: of the best over each other one.
     """
 
     limit: float
     choices: dict[str, Choice]
-    learned: dict[str, Estimate]
-    lead: dict[str, Estimate]
+    lead: dict[str, Lead]
 
     @property
     def best(self) -> str | None:
@@ -67,56 +93,75 @@ class Verdict(NamedTuple):
 
 
 def verdict(base: Result, runs: dict[str, list[Result]], limit: float | None = None) -> Verdict:
-    """The verdict on ``runs``, by method. ``limit``: by default `common_limit`."""
-    if limit is None:
-        limit = common_limit(base, runs)
-    found = {method: choose(base, some, limit) for method, some in runs.items()}
+    """The verdict on ``runs``, by method. ``limit``: by default `common_limit`.
+
+    ``base["documents"]``, if it is there, names the document of each block, by set of blocks; otherwise each
+    block is taken for a document.
+    """
+    at = common_limit(base, runs) if limit is None else Limit(limit)
+    found = {method: choose(base, some, at) for method, some in runs.items()}
     found = {method: choice for method, choice in found.items() if choice is not None}
-    choices = dict(sorted(found.items(), key=lambda item: -mean(_blocks(item[1]))))
+    choices = dict(sorted(found.items(), key=lambda item: -item[1].mean("learned")))
     residual = _residual(choices.values())
-    pairs = max(1, math.comb(len(choices), 2))
+    level = _LEVEL / max(1, math.comb(len(choices), 2))
     lead = {}
     for method, choice in list(choices.items())[1:]:
         best = next(iter(choices.values()))
-        both = sorted(best.seeds.keys() & choice.seeds.keys())
-        blocks = zip(_blocks(best, both), _blocks(choice, both), strict=True)
-        gaps = [ours - theirs for ours, theirs in blocks]
-        lead[method] = _estimate(gaps, residual, 2 / len(both), _LEVEL / pairs)
-    return Verdict(limit, choices, learned_by(choices), lead)
+        lead[method] = _lead(base, best, choice, residual, level)
+    return Verdict(at.value, choices, lead)
 
 
-def learned_by(choices: dict[str, Choice]) -> dict[str, Estimate]:
-    """What each of some trainings has learned, with its own interval."""
-    between = _between_seeds(choices.values())
-    learned = {}
-    for method, choice in choices.items():
-        learned[method] = _estimate(_blocks(choice), between, 1 / len(choice.seeds), _LEVEL)
-    return learned
+def _lead(base: Result, best: Choice, other: Choice, residual: Part, level: float) -> Lead:
+    """Of ``best`` over ``other``, by the seeds that both have."""
+    seeds = sorted(best.seeds.keys() & other.seeds.keys())
+    pairs = [(best.seeds[seed], other.seeds[seed]) for seed in seeds]
+    gaps = np.mean([ours.learned - theirs.learned for ours, theirs in pairs], axis=0)
+    parts = [_of_documents(HELD_OUT, gaps, _documents(base, ["test"]))]
+    if any(one.doubt is not None for one in chain.from_iterable(pairs)):
+        doubts = np.mean([_doubt(ours) - _doubt(theirs) for ours, theirs in pairs], axis=0)
+        parts.append(_of_documents(RETAINED_DOCUMENTS, doubts, _documents(base, RETAINED)))
+    parts.append(residual._replace(variance=residual.variance * 2 / len(seeds)))
+    return Lead(float(gaps.mean()), tuple(parts), level)
 
 
-def _blocks(choice: Choice, seeds: Iterable[int] | None = None) -> list[float]:
-    """Learned on each block of the test, the mean over ``seeds``, by default all."""
-    points = [choice.seeds[seed] for seed in (choice.seeds if seeds is None else seeds)]
-    return [mean(of_seeds) for of_seeds in zip(*(point.test for point in points), strict=True)]
+def _doubt(one) -> np.ndarray:
+    if one.doubt is None:
+        return np.zeros(len(one.forgotten))
+    return one.doubt
 
 
-def _between_seeds(choices: Iterable[Choice]) -> _Spread:
-    """Between the seeds of a training."""
-    squares = 0.0
-    degrees = 0
-    for choice in choices:
-        means = [mean(point.test) for point in choice.seeds.values()]
-        if len(means) > 1:
-            squares += variance(means) * (len(means) - 1)
-            degrees += len(means) - 1
-    return _Spread(squares / max(1, degrees), degrees)
+def _documents(base: Result, names: Iterable[str]) -> list:
+    """The document of each block of these sets."""
+    documents = base.get("documents")
+    if documents is None:
+        return list(range(sum(len(base[name]) for name in names)))
+    return [document for name in names for document in documents[name]]
 
 
-def _residual(choices: Iterable[Choice]) -> _Spread:
+def _of_documents(source: str, blocks: np.ndarray, documents: list) -> Part:
+    """The variance of the mean of ``blocks``, (blocks,), whose unit is the document.
+
+    Documents weigh by their number of blocks. Where the blocks of a document are all alike, the expected sum
+    of squares of what documents add to the mean is ``unbiased`` / ``concentration`` of the variance; where
+    they are less alike, the variance comes out too large rather than too small. The degrees are those of as
+    many documents of equal size as have this ``concentration``.
+    """
+    _, which = np.unique(documents, return_inverse=True)
+    weights = np.bincount(which) / len(blocks)
+    added = np.bincount(which, blocks - blocks.mean()) / len(blocks)
+    if len(weights) < FEWEST:
+        return Part(source, 0.0, 0)
+    concentration = np.square(weights).sum()
+    unbiased = concentration - 2 * np.power(weights, 3).sum() + concentration**2
+    variance = np.square(added).sum() * concentration / unbiased
+    return Part(source, float(variance), float(1 / concentration - 1))
+
+
+def _residual(choices: Iterable[Choice]) -> Part:
     """What neither method nor seed explains of what a training has learned, by least squares."""
     cells = []
     for method, choice in enumerate(choices):
-        cells += [(method, seed, mean(point.test)) for seed, point in choice.seeds.items()]
+        cells += [(method, seed, one.learned.mean()) for seed, one in choice.seeds.items()]
     methods = len({method for method, _, _ in cells})
     seeds = sorted({seed for _, seed, _ in cells})
     design = np.zeros((len(cells), methods + len(seeds)))
@@ -126,22 +171,4 @@ def _residual(choices: Iterable[Choice]) -> _Spread:
     learned = np.array([value for _, _, value in cells])
     fit, _, rank, _ = np.linalg.lstsq(design, learned, rcond=None)
     degrees = len(cells) - int(rank)
-    return _Spread(float(np.square(learned - design @ fit).sum()) / max(1, degrees), degrees)
-
-
-def _estimate(blocks: list[float], spread: _Spread, share: float, level: float) -> Estimate:
-    """The mean of ``blocks``, and half of its interval at 1 - ``level``.
-
-    ``share``: of the variance ``spread`` that this mean has beside that between its blocks.
-    """
-    if len(blocks) < 2 or not spread.degrees:
-        return Estimate(mean(blocks), math.inf)
-    of_blocks = variance(blocks) / len(blocks)
-    of_seeds = spread.variance * share
-    total = of_blocks + of_seeds
-    if not total:
-        return Estimate(mean(blocks), 0.0)
-    degrees = spread.degrees
-    if degrees >= _ENOUGH:
-        degrees = total**2 / (of_blocks**2 / (len(blocks) - 1) + of_seeds**2 / degrees)
-    return Estimate(mean(blocks), float(student_t.ppf(1 - level / 2, degrees)) * math.sqrt(total))
+    return Part(SEEDS, float(np.square(learned - design @ fit).sum()) / max(1, degrees), degrees)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mica.cli import lock
+from mica.cli.output import explained
 
 _OPEN = "open.lock"  # held by the main process while others may work; its `Session` is in it
 # Number of a process that `others` starts, and of its parent, which may die before the process can look
@@ -95,12 +96,14 @@ def opened(folder: Path, elapsed: float, jobs: int) -> Iterator[Session]:
     with ExitStack() as stack:
         while True:
             try:
-                stack.enter_context(lock.held(path))
+                with explained(f"--output {path}: cannot be written", OSError):
+                    stack.enter_context(lock.held(path))
                 break
             except lock.HeldError:  # for a moment, by one that looks whether it is held
                 time.sleep(0.01)
         session = Session(time.time() - elapsed, jobs)
-        path.write_text(json.dumps(session), encoding="utf-8")
+        with explained(f"--output {path}: cannot be written", OSError):
+            path.write_text(json.dumps(session), encoding="utf-8")
         yield session
 
 
