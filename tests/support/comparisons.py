@@ -1,4 +1,4 @@
-"""Results of a comparison without a training: planted curves, noise of blocks and seeds, and a clock."""
+"""Results of a comparison without a training: planted gains, noise of blocks and seeds, and a clock."""
 
 import heapq
 import math
@@ -51,21 +51,17 @@ class World:
         order = np.random.default_rng([self.draw, one.seed])
         shift += order.normal(0, self.by_order) if self.by_order else 0.0
         own = {name: generator.normal(0, 1, number) * self.between_blocks for name, number in SIZES.items()}
+        if one.phase == TRIAL:
+            return []
         names = [*SIZES][:2] if one.phase == SHORT else [*SIZES]
-        found = []
-        for step in one.stops:
-            losses = {}
-            for name in names:
-                change = self.forgets(one.method, one.rate, step)
-                if not name.startswith("retained"):
-                    change = (
-                        -self.learns(one.method, one.rate, step) * (1 + self.of_block[name])
-                        - shift
-                        - own[name]
-                    )
-                losses[name] = (LOSS + change * np.ones(SIZES[name])).tolist()
-            found.append({"step": step, **losses})
-        return found
+        losses = {}
+        for name in names:
+            change = self.forgets(one.method, one.rate, one.steps)
+            if not name.startswith("retained"):
+                gain = self.learns(one.method, one.rate, one.steps)
+                change = -gain * (1 + self.of_block[name]) - shift - own[name]
+            losses[name] = (LOSS + change * np.ones(SIZES[name])).tolist()
+        return [{"step": one.steps, **losses}]
 
     def result(self, one: Planned, **more) -> dict:
         costs = {"start_seconds": 2.0, "step_seconds": 2.0, "block_seconds": 0.5, "jobs": 2, "ended": 0.0}
@@ -106,10 +102,8 @@ def simulate(asked: Question, world: World, seconds, jobs=2, results=None, stop_
         for one in todo:
             start, step, block = seconds(one)
             blocks = asked.whole_blocks
-            if one.phase in (TRIAL, SHORT) and one.method != BASE:
-                blocks = asked.short_blocks * len(one.stops)
-            elif one.method != BASE:
-                blocks *= len(one.stops)
+            if one.method != BASE and one.phase <= SHORT:
+                blocks = asked.short_blocks * (one.phase - TRIAL)
             end = heapq.heappop(free) + start + one.steps * step + blocks * block
             heapq.heappush(free, end)
             times = {"start_seconds": start, "step_seconds": step, "block_seconds": block, "ended": end}
@@ -132,8 +126,12 @@ FACTS = {
     "validation": 6,
     "test": 18,
     "retained": 10,
+    "documents": {"test": 18, "retained": 10},
+    "packing": "documents",
+    "targets": {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
 }
 SETTINGS = {"model": "some/model", "text": ["a/text.jsonl"], "retain": ["kept.txt"], "sequence_length": 128}
+NAMES = ("mica", "lora", "random", "full")
 BYTES = {"mica": 3 * 2**30, "random": 3 * 2**30, "lora": 4 * 2**30, "full": 16 * 2**30}
 
 
@@ -144,11 +142,14 @@ class Sized(World):
         return super().result(one, **more) | {"bytes": BYTES[one.method], "trained_parameters": 9_600_000}
 
 
-def found(learns=alike, forgets=proportional, noise=(0.02, 0.005), settings=SETTINGS, **more):
-    """The report of a comparison in such a world."""
+def found(learns=alike, forgets=proportional, noise=(0.02, 0.005), settings=SETTINGS, documents=18, **more):
+    """The report of a comparison in such a world. ``documents``: that the blocks of the test are from."""
     asked = question(**more)
     results = simulate(asked, Sized(learns, forgets, *noise), lambda one: (2.0, 1.0, 0.1))
-    return report(asked, results, settings, FACTS)
+    named = {name: [*range(number)] for name, number in SIZES.items()}
+    named["test"] = [number % documents for number in named["test"]]
+    results[BASE]["documents"] = named
+    return report(asked, results, settings, FACTS | {"documents": {"test": documents, "retained": 10}})
 
 
 def gaining(name, by=0.3):

@@ -62,10 +62,6 @@ def compare(given: argparse.Namespace, place: workers.Place, began: float) -> in
         settings.begin(output, found, resume)
         try:
             return _lead(trainings, output, jobs, place, began)
-        except UsageError:
-            if not any(one["phase"] > schedule.TRIAL for one in store.read(output / settings.RUNS).values()):
-                settings.withdraw(output)  # so that the same command, corrected, is not refused
-            raise
         except KeyboardInterrupt:
             _note(f"stopped; mica compare --output {output} --resume goes on")
             return 130
@@ -214,20 +210,23 @@ def _work(
     """
     latest = _LATEST * trainings.question.budget
 
-    def watch_all() -> None:
-        watch()
-        if session.clock() > latest:
-            raise _OutOfTimeError
+    def is_too_late(phase: int) -> bool:
+        """The first phase, which shows how long the others take, is always finished."""
+        return phase > schedule.TRIAL and session.clock() > latest
 
     def make(one: Planned) -> dict:
+        def watch_all() -> None:
+            watch()
+            if is_too_late(one.phase):
+                raise _OutOfTimeError
+
         started(one)
         facts = one._asdict() | {"jobs": session.jobs, "worker": number}
         return facts | trainings.make(one, watch_all) | {"ended": round(session.clock(), 2)}
 
     def planned(results: dict) -> list[Planned]:
-        if session.clock() > latest:
-            return []
-        return schedule.planned(trainings.question, results)
+        todo = schedule.planned(trainings.question, results)
+        return [one for one in todo if not is_too_late(one.phase)]
 
     try:
         return store.work(output / settings.RUNS, planned, make, seen)
@@ -261,13 +260,18 @@ def _lead(trainings: _Trainings, output: Path, jobs: int | None, place: workers.
         total = jobs or workers.suitable(trainings.base)
     threads = max(1, torch.get_num_threads() // total)
     elapsed = max([one["ended"] for one in earlier.values()], default=0.0) + time.monotonic() - began
-    with workers.opened(runs, elapsed, total) as session:
-        if place.total > 1:
-            results = _lead_work(trainings, output, session)
-        else:
-            torch.set_num_threads(threads)
-            with workers.others(total - 1, output, threads):
+    try:
+        with workers.opened(runs, elapsed, total) as session:
+            if place.total > 1:
                 results = _lead_work(trainings, output, session)
+            else:
+                torch.set_num_threads(threads)
+                with workers.others(total - 1, output, threads):
+                    results = _lead_work(trainings, output, session)
+    except UsageError:
+        if not any(one["phase"] > schedule.TRIAL for one in store.read(runs).values()):
+            settings.withdraw(output)  # so that the same command, corrected, is not refused
+        raise
     if not any(one["phase"] >= schedule.WHOLE for one in results.values()):
         raise UsageError(_no_whole(trainings.question, results, output))
     facts |= {"jobs": total, "threads": torch.get_num_threads()}

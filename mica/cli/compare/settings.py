@@ -76,9 +76,7 @@ def stored(output: Path) -> dict[str, object]:
     except ValueError:
         found = None
     if not isinstance(found, dict) or not found.keys() <= OPTIONS.keys():
-        raise UsageError(
-            f"--resume: {output / FILE} is not what mica compare writes: begin in another folder"
-        )
+        raise UsageError(f"--resume: {output / FILE}: mica compare has not written it: name another folder")
     return found
 
 

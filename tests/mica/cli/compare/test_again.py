@@ -1,45 +1,75 @@
-"""The command, or the lines for PEFT, on planted results; test_session.py runs the command."""
+"""The scripts and the command of planted results; test_session.py runs them."""
+
+from pathlib import Path
 
 import pytest
 
-from mica.cli.compare.again import again
-from tests.support.comparisons import found, gaining
+from mica.cli.compare.again import command, script
+from tests.support.comparisons import NAMES, SETTINGS, found, gaining, proportional
+
+OUTPUT = Path("/somewhere/comparison")
 
 
-@pytest.mark.parametrize("name", ["lora", "random", "full"])
-def test_lines_for_peft_run(name):
-    told = found(gaining(name, 2.0))
+def row_of(told, name):
     (row,) = [row for row in told["equal"]["methods"] if row["method"] == name]
-    lines = again(told, row)
-    assert lines.startswith("```python\n")
-    calls = {}
+    return row
 
-    class Model:
-        def modules(self):
-            return [self]
 
-    names = {
-        "model": Model(),
-        "LoraConfig": lambda **given: calls.setdefault("LoraConfig", given),
-        "get_peft_model": lambda model, config: model,
-        "TrainingArguments": lambda **given: calls.setdefault("TrainingArguments", given),
-    }
-    exec(lines.removeprefix("```python\n").removesuffix("\n```"), names)
-    assert calls["TrainingArguments"]["learning_rate"] == row["rate"]
-    assert calls["TrainingArguments"]["max_steps"] == row["steps"]
-    assert calls["TrainingArguments"]["lr_scheduler_type"] == "linear"
+def keywords(text, call):
+    """The keywords of the call in a script, by evaluating its lines."""
+    body = text.partition(f"{call}(\n")[2].partition("\n)")[0].partition("\n    )")[0]
+    return eval(f"dict({body})")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_says_all_that_a_training_needs(name):
+    told = found(gaining(name, 2.0))
+    text = script(told, row_of(told, name), OUTPUT)
+    compile(text, name, "exec")
+    training = keywords(text, "TrainingArguments")
+    row = row_of(told, name)
+    assert (training["learning_rate"], training["max_steps"], training["seed"]) == (
+        row["rate"],
+        row["steps"],
+        0,
+    )
+    assert training["lr_scheduler_type"] == "linear"
+    assert "load('/somewhere/comparison', dtype='float32', packing='documents')" in text.replace('"', "'")
     if name == "full":
-        assert "LoraConfig" not in calls
-    else:
-        assert calls["LoraConfig"]["r"] == {"lora": 32, "random": 64}[name]
-        assert (calls["LoraConfig"].get("init_lora_weights") == "mica") == (name == "random")
+        assert "LoraConfig" not in text
+        return
+    adapter = keywords(text, "LoraConfig")
+    assert adapter["r"] == {"lora": 32}.get(name, 64)
+    assert adapter["init_lora_weights"] == (True if name == "lora" else "mica")
+    assert adapter["target_modules"] == ["q_proj"]
+    assert adapter["target_parameters"] == ["experts.down_proj"]
+    assert ("replace_b(model, random_basis)" in text) == (name == "random")
 
 
-def test_the_command_ends_as_the_best_training_did():
-    told = found(gaining("mica", 2.0))
-    (row,) = [row for row in told["equal"]["methods"] if row["method"] == "mica"]
-    whole = row | {"stop": row["steps"], "share": 1.0}
-    line = again(told, whole)
-    assert f"--learning-rate {row['rate']:g} --steps {row['steps']} --output run\n```" in line
-    early = again(told, whole | {"stop": 15, "share": 0.75})
-    assert "--eval-steps 15 --keep-best\n# and scale what it adds to the weights by 0.75" in early
+@pytest.mark.parametrize(
+    ("name", "line"), [("lora", ".lora_alpha *= 0.25"), ("full", "torch.lerp(old, parameter, 0.25)")]
+)
+def test_an_update_that_was_scaled_back_is_scaled_back_again(name, line):
+    def forgets(method, rate, step):
+        return proportional(method, rate, step) * (4 if method == name else 1)
+
+    told = found(gaining(name, 5.0), forgets, noise=(0, 0))
+    row = row_of(told, name)
+    assert row["share"] == pytest.approx(0.25)
+    assert line in script(told, row, OUTPUT)
+    assert line not in script(told, row | {"share": 1.0}, OUTPUT)
+
+
+def test_options_that_were_given_are_kept():
+    given = SETTINGS | {"gradient_checkpointing": True, "batch_size": 3, "recipe": "paper"}
+    told = found(settings=given)
+    text = script(told, row_of(told, "mica"), OUTPUT)
+    assert "\nenable_gradient_checkpointing(model)\n" in text
+    training = keywords(text, "TrainingArguments")
+    assert (training["per_device_train_batch_size"], training["lr_scheduler_type"]) == (3, "cosine")
+    line = command(told, row_of(told, "mica"))
+    assert "--gradient-checkpointing" in line
+    assert "--recipe paper" in line
+    assert "--rank 64 --eval-blocks 64 --model some/model" in line
+    assert line.endswith(f"--steps {row_of(told, 'mica')['steps']} --output run")
+    assert line.count("--steps") == 1

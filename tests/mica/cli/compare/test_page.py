@@ -1,31 +1,68 @@
 """What the page says of planted results."""
 
+import math
+from pathlib import Path
+
+import pytest
+
 from mica.cli.compare import page, picture
-from tests.support.comparisons import SETTINGS, found, gaining
+from tests.support.comparisons import LOSS, SETTINGS, alike, found, gaining
+
+OUTPUT = Path("here")
+
+
+def sentences(told):
+    return page.sentences(told, OUTPUT)
+
+
+def markdown(told):
+    return page.markdown(told, OUTPUT)
 
 
 def test_the_best_is_named_and_taken_whatever_it_is():
     for name, title in (("lora", "LoRA"), ("full", "full fine-tuning"), ("mica", "MiCA")):
-        first, _, last = page.sentences(found(gaining(name, 0.6)))
+        first, _, last = sentences(found(gaining(name, 0.6)))
         assert first.startswith("At equal forgetting (at most ")
         assert f" {title} learned most, 0." in first
         assert first.count("more than") == 3
-        assert "no difference" not in first
-        assert last.startswith(f"Take {title}: it learned most. It has 9.6 million trained parameters, ")
+        assert "chance" not in first
+        assert last.startswith(f"Take {title}: at equal forgetting it learned most. It has 9.6 million ")
 
 
-def test_no_difference_is_said_and_the_cheapest_taken():
-    same = found()
-    first, _, last = page.sentences(same)
-    assert first.endswith("is no difference that this budget can show.")
+def test_nothing_is_recommended_without_a_difference():
+    """Neither the smallest nor the first: what would decide, and what each costs."""
+    first, _, *advice = sentences(found(noise=(0.05, 0.02)))
+    assert first.endswith(" may be chance.")
     assert "more than" not in first
-    assert last.startswith("Take MiCA")
-    assert page.taken(same)["method"] in ("mica", "random")
+    assert advice[0].startswith("Undecided between ")
+    assert advice[0].count("MiCA") == 2
+    assert "LoRA" in advice[0]
+    assert sum(" lead over " in line for line in advice) == 3
+    assert sum("million trained parameters" in line for line in advice) == 4
+    assert not any(line.startswith("Take ") for line in advice)
 
 
-def test_one_seed_of_each_claims_nothing():
-    first = page.sentences(found(gaining("lora", 0.6), seeds=1))[0]
-    assert first.endswith("is no difference that this budget, which has one seed of each, can show.")
+def test_a_gap_of_one_seed_each_recommends_nothing_however_large_it_is():
+    first, *_, advice, mica, lora = sentences(found(gaining("mica", 9.0), names=("mica", "lora"), seeds=1))
+    assert first.endswith(" ± unknown) may be chance.")
+    assert advice == "Nothing can be said of MiCA's lead over LoRA: there are no second seeds of two methods."
+    assert mica.startswith("MiCA has 9.6 million trained parameters, 3.00 GiB ")
+    assert lora.startswith("LoRA has 9.6 million trained parameters, 4.00 GiB ")
+
+
+def test_a_command_that_would_decide_is_named():
+    lines = sentences(found(gaining("lora", 0.05), noise=(0.01, 0.02), names=("mica", "lora"), seeds=2))
+    (line,) = [line for line in lines if line.startswith("If LoRA's lead over MiCA is as large as it looks")]
+    assert "`mica compare --output here --resume --budget " in line
+    assert " --seeds " in line
+
+
+def test_too_few_documents_are_named():
+    told = found(gaining("lora", 0.6), documents=2)
+    lines = sentences(told)
+    assert any(line.startswith("Undecided between LoRA, ") for line in lines)
+    assert sum("the held-out blocks are of fewer than 3 documents" in line for line in lines) == 3
+    assert "18 blocks from 2 documents of held-out text" in markdown(told)
 
 
 def test_a_price_in_forgetting_is_told():
@@ -33,57 +70,68 @@ def test_a_price_in_forgetting_is_told():
         return step * (0.05 if method == "full" else 0.002)
 
     told = found(gaining("full", 1.0), forgets)
-    first, second, last = page.sentences(told)
+    first, second, *_ = sentences(told)
     assert "full fine-tuning learned most" not in first
     assert second.startswith("However much is forgotten, full fine-tuning learned most, ")
     assert " for " in second.split(":")[0]
-    assert "full" not in last
-    assert "## However much is forgotten" in page.markdown(told)
+    assert "## However much is forgotten" in markdown(told)
 
 
 def test_where_nothing_is_forgotten_there_is_no_limit():
     told = found(forgets=lambda *at: -0.1)
-    first, second, _ = page.sentences(told)
+    first, second, *_ = sentences(told)
     assert first.startswith("Without forgetting any of the retained text, ")
     assert second == "More forgetting would not have helped any of them."
-    assert "## However much" not in page.markdown(told)
+    assert "## However much" not in markdown(told)
 
 
 def test_nothing_learned_is_said_and_recommends_nothing():
     told = found(lambda *at: -0.1)
-    assert page.sentences(told) == [
-        "No method has learned anything of this text: no loss on held-out text fell."
-    ]
-    assert "## To do it again" not in page.markdown(told)
+    assert sentences(told) == ["No method has learned anything of this text: no loss on held-out text fell."]
+    assert "## To do it again" not in markdown(told)
+
+
+def test_perplexities_before_and_after_are_in_the_table():
+    told = found(gaining("lora", 0.6))
+    text = markdown(told)
+    row = told["equal"]["methods"][0]
+    assert f"held-out perplexity (before: {math.exp(LOSS):.2f})" in text
+    assert f"retained perplexity (before: {math.exp(LOSS):.2f})" in text
+    cells = next(line for line in text.splitlines() if line.startswith("| LoRA | ")).split(" | ")
+    assert cells[4] == f"{math.exp(LOSS - row['learned']):.2f}"
+    assert cells[5] == f"{math.exp(LOSS + row['forgotten']):.2f}"
+
+
+@pytest.mark.parametrize("steps", [12, 60])
+def test_short_trainings_are_called_short(steps):
+    text = markdown(found(steps=steps))
+    assert f"All trainings that are compared have {steps} steps of 256 tokens." in text
+    assert ("They are short" in text) == (steps == 12)
 
 
 def test_what_the_budget_did_not_allow_is_on_the_page():
     told = found(budget=300.0)
     assert told["not_done"]
     for line in told["not_done"]:
-        assert f"\n- {line}" in page.markdown(told)
+        assert f"\n- {line}" in markdown(told)
 
 
 def test_names_are_without_the_folders_of_this_machine():
     secret = SETTINGS | {"model": "/home/me/model", "text": ["/home/me/t.txt"], "retain": ["/home/me/r.txt"]}
-    text = page.markdown(found(settings=secret)).partition("## To do it again")[0]  # whose command is to run
+    text = markdown(found(settings=secret)).partition("## To do it again")[0]  # whose command is to run
     assert "/home/me" not in text
     assert "`r.txt`" in text
 
 
-def test_a_curve_is_the_course_of_the_training_that_was_chosen():
-    told = found(gaining("lora"))
-    assert set(told["curves"]) == {"MiCA", "LoRA", "MiCA with a random B", "full fine-tuning"}
-    for points in told["curves"].values():
-        assert points[0][:2] == [0.0, 0.0]
-        assert len(points) == 4
-        forgotten = [point[0] for point in points]
-        assert forgotten == sorted(forgotten)
-
-
 def test_pictures(tmp_path):
-    """With and without intervals, and without anything."""
-    for number, curves in enumerate(({"a": [(0, 0, 0), (1, 2, 0.1)], "b": [(0, 0, None), (1, 3, None)]}, {})):
+    """Of methods that are certain, tied, and none at all."""
+    reports = [
+        found(gaining("lora")),
+        found(seeds=1),
+        found(lambda *at: -0.1),
+        found(alike, lambda *at: -0.1),
+    ]
+    for number, told in enumerate(reports):
         path = tmp_path / f"{number}.png"
-        picture.trade_off(curves, path, "title", "x", "y")
+        picture.trade_off(told, path)
         assert path.read_bytes().startswith(b"\x89PNG")

@@ -8,7 +8,7 @@ import pytest
 from mica.cli.compare import schedule
 from mica.cli.compare.schedule import BASE, SEEDS, SHORT, TRIAL, WHOLE, Planned
 from mica.errors import UsageError
-from tests.support.comparisons import World, proportional, question, simulate
+from tests.support.comparisons import NAMES, World, proportional, question, simulate
 
 
 def learns(method, rate, step):
@@ -17,7 +17,6 @@ def learns(method, rate, step):
     return {"mica": 0.5, "lora": 0.55}.get(method, 0.3) * peak * (1 - math.exp(-step / 30))
 
 
-NAMES = ("mica", "lora", "random", "full")
 WORLD = World(learns, proportional, 0.02, 0.01)
 
 
@@ -187,7 +186,7 @@ def test_rates_that_diverged_are_not_gone_on_with():
 
 def test_what_was_not_done_is_listed():
     assert schedule.not_done(question(), simulate(question(), WORLD, lambda one: (1.0, 0.01, 0.001))) == []
-    asked = question(budget=420.0)
+    asked = question(budget=330.0)
     results = simulate(asked, WORLD, lambda one: (2.0, 1.0, 0.2))
     lines = schedule.not_done(asked, results)
     tried = {one["rate"] for one in phase(results, SHORT) if one["method"] == "mica"}
@@ -206,3 +205,36 @@ def test_the_time_that_is_expected_is_about_right():
         assert schedule.expected(asked, {}) == 1800
         trials = {key: one for key, one in results.items() if one["phase"] == TRIAL}
         assert schedule.expected(asked, trials) == pytest.approx(end, rel=0.15)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_two_methods_get_as_many_seeds_as_were_asked_for(seeds):
+    """A difference needs the seeds of both."""
+    results = simulate(question(names=("mica", "lora"), seeds=seeds), WORLD, lambda one: (2.0, 0.5, 0.1))
+    for name in ("mica", "lora"):
+        assert sorted(one["seed"] for one in phase(results, SEEDS) if one["method"] == name) == [
+            *range(1, seeds)
+        ]
+
+
+def test_a_larger_budget_adds_to_what_is_there():
+    """Trainings of other lengths could not be compared with it."""
+    results = simulate(question(budget=600.0), WORLD, costs(1))
+    before = dict(results)
+    steps = {one["steps"] for one in phase(results, WHOLE)}
+    more = simulate(question(budget=1800.0, seeds=4), WORLD, costs(1), results=results)
+    assert before.items() <= more.items()
+    assert len(phase(more, SEEDS)) > sum(one["phase"] == SEEDS for one in before.values())
+    assert {one["steps"] for one in more.values() if one["phase"] >= WHOLE} == steps
+    assert len({one["steps"] for one in phase(more, SHORT)}) == 1
+
+
+def test_a_smaller_budget_is_not_refused_once_there_are_trainings():
+    results = simulate(question(), WORLD, costs(1))
+    assert schedule.planned(question(budget=60.0), results) == []
+    assert schedule.not_done(question(budget=60.0), results)
+
+
+def test_steps_that_do_not_fit_into_the_budget_are_refused():
+    with pytest.raises(UsageError, match=r"^--budget 30: at least \d+ minutes are needed here"):
+        simulate(question(steps=5000), WORLD, costs(1))

@@ -23,11 +23,37 @@ def test_a_comparison_goes_on_with_its_settings(tmp_path):
     assert json.loads((output / "settings.json").read_text()) == GIVEN
     (output / "runs" / "a.json").write_text("{}")
     assert begin(output, {}, resume=True) == GIVEN
-    assert begin(output, {"budget": 5.0, "seeds": 3}, resume=True) == GIVEN  # 3 is the default
+    assert begin(output, {"budget": 5.0, "rank": 64}, resume=True) == GIVEN  # 64 is the default
     assert (output / "runs" / "a.json").exists()
-    for other in ({"budget": 6.0}, {"model": "n"}, {"seeds": 4}):
+    for other in ({"model": "n"}, {"rank": 4}):
         with pytest.raises(UsageError, match=r"not as in the comparison in .*; omit this option"):
             begin(output, other, resume=True)
+
+
+def test_budget_and_seeds_may_change(tmp_path):
+    output = tmp_path / "out"
+    begin(output)
+    other = GIVEN | {"budget": 60.0, "seeds": 6}
+    assert begin(output, {"budget": 60.0, "seeds": 6}, resume=True) == other
+    assert begin(output, {}, resume=True) == other
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"some": "thing"}', "null"])
+def test_settings_that_no_comparison_has_written_are_named(tmp_path, text):
+    output = tmp_path / "out"
+    begin(output)
+    (output / "settings.json").write_text(text)
+    with pytest.raises(UsageError, match=r"settings\.json: mica compare has not written it"):
+        begin(output, {}, resume=True)
+
+
+def test_a_comparison_that_was_refused_is_withdrawn(tmp_path):
+    output = tmp_path / "out"
+    with settings.held(output, GIVEN, False, False) as found:
+        settings.begin(output, found, False)
+        (output / "runs" / "base.json").write_text("{}")
+        settings.withdraw(output)
+    assert not output.exists()
 
 
 def test_a_comparison_is_replaced_only_if_asked(tmp_path):
@@ -107,6 +133,8 @@ def test_a_refusal_leaves_no_folder(tmp_path):
 def test_rates_are_those_given_or_our_own():
     given = {"methods": ["mica", "lora"], "rates": [["lora", [1e-4, 3e-4]]]}
     assert settings.rates(given) == {"mica": [5e-4, 1e-3, 2e-3, 4e-3], "lora": [1e-4, 3e-4]}
-    assert list(settings.rates({})) == ["mica", "lora", "random", "full"]
-    with pytest.raises(UsageError, match="--rates full: --methods does not name it"):
+    twice = {"methods": ["mica", "lora"], "rates": [["lora", [3e-4]], ["mica", [1e-3]], ["lora", [1e-4]]]}
+    assert settings.rates(twice) == {"mica": [1e-3], "lora": [1e-4, 3e-4]}
+    assert list(settings.rates({})) == ["mica", "lora", "full"]  # a random B is a control
+    with pytest.raises(UsageError, match="--rates full: it is not compared: name it in --methods"):
         settings.rates(given | {"rates": [["full", [1e-5]]]})

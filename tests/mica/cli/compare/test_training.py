@@ -1,33 +1,29 @@
-"""The stops of a training of `mica compare`; whole trainings are in test_session.py."""
+"""What is measured after a training of `mica compare`; whole trainings are in test_session.py."""
 
 import math
 from types import SimpleNamespace
 
-from transformers import TrainerControl
+import pytest
 
-from mica.cli.compare.training import _Stops
-
-
-def after_step(stops: _Stops, step: int) -> TrainerControl:
-    control = TrainerControl()
-    stops.on_step_end(None, SimpleNamespace(global_step=step), control, model=None)
-    return control
+from mica.cli.compare.training import _diverged, _Watch
 
 
-def test_it_is_measured_at_its_stops_only():
+def test_the_first_step_is_not_timed():
+    """It fills caches."""
     seen = []
-    stops = _Stops([2, 4], lambda model: {"validation": [1.0, 2.0]}, lambda: seen.append(1))
-    controls = [after_step(stops, step) for step in range(1, 5)]
-    assert [point["step"] for point in stops.points] == [2, 4]
-    assert stops.blocks == 4
+    watch = _Watch(lambda: seen.append(1))
+    begun = []
+    for step in range(1, 5):
+        watch.on_step_end(None, SimpleNamespace(global_step=step), None)
+        begun.append(watch.began)
+    assert watch.steps == 3
     assert len(seen) == 4
-    assert stops.failed is None
-    assert not any(control.should_training_stop for control in controls)
+    assert len(set(begun)) == 1
 
 
-def test_a_loss_that_is_not_finite_ends_the_training():
-    """The steps that are left would cost as much, and tell nothing."""
-    stops = _Stops([1, 2], lambda model: {"validation": [1.0], "retained": [1.0, math.nan]}, lambda: None)
-    assert after_step(stops, 1).should_training_stop
-    assert stops.failed == "diverged: loss on the retained text nan after step 1"
-    assert stops.points == []
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_a_training_that_diverged(loss):
+    measured = {"validation": [1.0], "retained": [1.0, loss]}
+    assert _diverged(measured) == "diverged: the loss on the retained text is not finite"
+    assert _diverged({"validation": [1.0], "retained": [1.0]}) is None
+    assert _diverged({}) is None

@@ -2,13 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 from scipy import stats
 
-from mica.cli.compare.verdict import verdict
-from tests.support.comparisons import World, alike, base, proportional, whole
-
-NAMES = ("mica", "lora", "random", "full")
+from mica.cli.compare.outcomes import RETAINED
+from mica.cli.compare.verdict import FEWEST, HELD_OUT, RETAINED_DOCUMENTS, SEEDS, Part, _of_documents, verdict
+from tests.support.comparisons import NAMES, SIZES, World, alike, base, proportional, whole
 
 
 def claims(world, names=NAMES, seeds=(3, 3, 2, 2), **more):
@@ -68,8 +68,8 @@ def test_an_order_that_suits_all_methods_hides_no_gain():
     calm, wild = (claims(World(better(0.15), proportional, 0.05, 0.005, 3, order))[1] for order in (0.0, 0.2))
     assert sorted(name for name in wild.lead if name not in wild.tied) == ["full", "mica", "random"]
     for name in wild.lead:
-        assert wild.lead[name] == pytest.approx(calm.lead[name])
-    assert wild.learned["lora"].half > 2 * calm.learned["lora"].half
+        assert wild.lead[name].mean == pytest.approx(calm.lead[name].mean)
+        assert wild.lead[name].half == pytest.approx(calm.lead[name].half)
 
 
 def test_only_seeds_that_both_have_are_compared():
@@ -92,7 +92,7 @@ def test_the_interval_is_that_of_the_paired_t_test_where_seeds_agree():
     for some in runs.values():
         some += [some[0] | {"seed": seed} for seed in range(1, 5)]
     found = verdict(base(), runs)
-    ours, theirs = (found.choices[name].first.test for name in ("lora", "mica"))
+    ours, theirs = (found.choices[name].first.learned for name in ("lora", "mica"))
     both = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
     lead = found.lead["mica"]
     assert (lead.mean - lead.half, lead.mean + lead.half) == pytest.approx((both.low, both.high))
@@ -109,7 +109,7 @@ def test_who_learns_more_by_forgetting_more_wins_only_where_that_is_allowed():
     assert claims(world, ("mica", "full"), (3, 3))[1].limit == pytest.approx(0.1)
     found, equal = claims(world, ("mica", "full"), (3, 3))
     assert (equal.best, found) == ("mica", ["full"])
-    assert equal.learned["full"].mean == pytest.approx(0.06, abs=0.02)  # a tenth of its way
+    assert equal.choices["full"].mean("learned") == pytest.approx(0.06, abs=0.02)  # a tenth of its way
     found, free = claims(world, ("mica", "full"), (3, 3), limit=math.inf)
     assert (free.best, found) == ("full", ["mica"])
 
@@ -123,3 +123,77 @@ def test_who_learned_nothing_is_not_in_it():
     nothing = claims(World(lambda *at: -0.1, proportional))[1]
     assert nothing.best is None
     assert not nothing.lead
+
+
+def labelled(documents, retained):
+    """The base, with a document for each block."""
+    sets = {"test": documents, RETAINED[0]: retained[:5], RETAINED[1]: retained[5:]}
+    return base(documents=sets)
+
+
+def parts(found, name):
+    return {part.source: part for part in found.lead[name].parts}
+
+
+def test_blocks_of_one_document_count_once():
+    """Each document's blocks are copies of one: the interval is that of the documents."""
+    documents = [number // 3 for number in range(SIZES["test"])]
+    runs = {name: whole(World(better(0.1), proportional, 0.05), name, 2) for name in ("mica", "lora")}
+    for some in runs.values():
+        for run in some:
+            (end,) = run["points"]
+            end["test"] = [end["test"][3 * document] for document in documents]
+    found = verdict(labelled(documents, [*range(10)]), runs)
+    ours, theirs = (found.choices[name].mean("validation") for name in ("lora", "mica"))
+    assert ours > theirs
+    gaps = [
+        np.mean([one.learned for one in found.choices[name].seeds.values()], axis=0)
+        for name in ("lora", "mica")
+    ]
+    gaps = (gaps[0] - gaps[1])[::3]
+    assert parts(found, "mica")[HELD_OUT].variance == pytest.approx(np.var(gaps, ddof=1) / 6)
+    assert parts(found, "mica")[HELD_OUT].degrees == pytest.approx(5)
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 12, (6, 3, 2, 1), (9, 1, 1, 1)])
+def test_the_variance_between_documents_is_unbiased_whatever_their_sizes(sizes):
+    generator = np.random.default_rng(0)
+    documents = np.repeat(np.arange(len(sizes)), sizes)
+    means, variances = [], []
+    for _ in range(4000):
+        blocks = generator.normal(0, 1, len(sizes))[documents]
+        means.append(blocks.mean())
+        variances.append(_of_documents(HELD_OUT, blocks, documents).variance)
+    assert np.mean(variances) == pytest.approx(np.var(means), rel=0.1)
+
+
+def test_too_few_documents_claim_nothing():
+    world = World(better(0.5), proportional, 0.01, 0.001)
+    runs = {name: whole(world, name, 3) for name in ("mica", "lora")}
+    for number in (1, FEWEST - 1):
+        few = verdict(labelled([block % number for block in range(SIZES["test"])], [*range(10)]), runs)
+        assert few.tied == ["mica"]
+        assert parts(few, "mica")[HELD_OUT] == Part(HELD_OUT, 0.0, 0)
+    enough = verdict(labelled([block % 6 for block in range(SIZES["test"])], [*range(10)]), runs)
+    assert not enough.tied
+
+
+def test_forgetting_is_in_the_interval_where_it_scales_what_was_learned():
+    def forgets(method, rate, step):
+        return (0.2 if method == "lora" else 0.1) * step / 60
+
+    generator = np.random.default_rng(0)
+    runs = {name: whole(World(better(0.2), forgets, 0.02, 0.002), name, 3) for name in ("mica", "lora")}
+    for some in runs.values():
+        noise = {name: generator.normal(0, 0.05, 5) for name in RETAINED}
+        for run in some:
+            for name in RETAINED:
+                run["points"][0][name] = (np.array(run["points"][0][name]) + noise[name]).tolist()
+    equal, free = verdict(base(), runs), verdict(base(), runs, math.inf)
+    (method,) = equal.lead
+    assert set(parts(equal, method)) == {HELD_OUT, RETAINED_DOCUMENTS, SEEDS}
+    assert set(parts(free, "mica")) == {HELD_OUT, SEEDS}
+    assert equal.lead[method].half > 1.5 * free.lead["mica"].half
+    one = verdict(labelled([*range(SIZES["test"])], [0] * 10), runs)
+    assert one.tied == [method]
+    assert not verdict(labelled([*range(SIZES["test"])], [0] * 10), runs, math.inf).tied
