@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -14,6 +15,7 @@ from bench.quality.schedule import rates_that_count
 from bench.results import names
 from bench.results.names import FAST, LORA, STOCK
 from mica.cli.compare import settings
+from mica.cli.compare.again import script
 from mica.cli.compare.page import markdown
 from mica.cli.compare.report import report
 from mica.cli.compare.schedule import Question
@@ -182,7 +184,7 @@ COMPARISONS = sorted((pages.ROOT / "bench" / "results").glob("*-compare/*/compar
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.parent.name)
 def test_a_comparison_is_told_as_its_raw_results_say(path):
-    """The verdicts, curves and costs of its file, and the page, by the code as it is now."""
+    """The verdicts and costs of its file, the page and the scripts, by the code as it is now."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     used, facts = stored["settings"], stored["facts"]
     validation, retained = facts["validation"], facts["retained"]
@@ -196,9 +198,22 @@ def test_a_comparison_is_told_as_its_raw_results_say(path):
         whole_blocks=validation + facts["test"] + retained,
     )
     told = report(question, stored["results"], used, facts)
-    for name in ("equal", "any", "curves", "costs", "failed", "not_done", "seconds"):
+    for name in (
+        "perplexity",
+        "equal",
+        "any",
+        "undecided",
+        "costs",
+        "points",
+        "failed",
+        "not_done",
+        "seconds",
+    ):
         assert told[name] == stored[name]
-    assert markdown(stored) == (path.parent / "README.md").read_text(encoding="utf-8")
+    assert markdown(stored, Path("comparison")) == (path.parent / "README.md").read_text(encoding="utf-8")
+    for row in stored["equal"]["methods"]:
+        written = (path.parent / settings.SCRIPTS[row["method"]]).read_text(encoding="utf-8")
+        assert script(stored, row) == written
 
 
 def test_there_are_comparisons():

@@ -8,7 +8,7 @@ from mica.cli.compare.schedule import Question, Results
 from mica.cli.compare.verdict import FEWEST, HELD_OUT, RETAINED_DOCUMENTS, SEEDS, Lead, Part, Verdict
 
 _MOST_SEEDS = 64
-_MOST_DOCUMENTS = 32  # times as many
+_TIMES_DOCUMENTS = (1, 2, 4, 8, 16)
 
 
 class Needed(NamedTuple):
@@ -30,14 +30,14 @@ def needed(question: Question, results: Results, found: Verdict, method: str) ->
     shared = min(len(choice.seeds) for choice in both)
     if not all(part.degrees for part in lead.parts if part.source == SEEDS):
         return None
-    documents = 1
-    while documents <= _MOST_DOCUMENTS:
+    ways = []
+    for documents in _TIMES_DOCUMENTS:
         for seeds in range(shared, _MOST_SEEDS + 1):
             if lead.mean > _half(lead, documents, seeds / shared, seeds - shared):
                 seconds = _seconds(question, results, found, method, documents, seeds)
-                return Needed(documents, seeds, math.ceil(seconds / 60))
-        documents *= 2
-    return None
+                ways.append(Needed(documents, seeds, math.ceil(seconds / 60)))
+                break
+    return min(ways, key=lambda way: way.minutes, default=None)
 
 
 def _half(lead: Lead, documents: int, times_seeds: float, more_seeds: int) -> float:
@@ -74,10 +74,11 @@ def _seconds(
 
 
 def missing(lead: Lead) -> list[str]:
-    """Why nothing at all can be said of a difference, a reason each."""
+    """Why nothing at all can be said of a difference, and what to do, a reason each."""
+    few = f"blocks are of fewer than {FEWEST} documents"
     reasons = {
-        HELD_OUT: f"the held-out blocks are of fewer than {FEWEST} documents",
-        RETAINED_DOCUMENTS: f"the blocks of the retained text are of fewer than {FEWEST} documents",
-        SEEDS: "there are no second seeds of two methods",
+        HELD_OUT: f"the held-out {few} (more: --eval-blocks, --held-out, a text of shorter documents)",
+        RETAINED_DOCUMENTS: f"the retained {few} (more: --eval-blocks, --retain)",
+        SEEDS: "no two methods have second seeds (more: --budget, --seeds)",
     }
     return [reasons[part.source] for part in lead.parts if not part.degrees]

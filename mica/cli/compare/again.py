@@ -23,7 +23,7 @@ class Loaded(NamedTuple):
     collate: Callable
 
 
-def load(comparison: str, dtype: str, packing: str) -> Loaded:
+def load(comparison: Path, dtype: str, packing: str) -> Loaded:
     """The base model, the training blocks and what joins them to batches, for a script that `script` wrote.
 
     ``comparison``: the folder of the comparison. ``dtype``: of the model's weights, by PyTorch's name.
@@ -32,7 +32,7 @@ def load(comparison: str, dtype: str, packing: str) -> Loaded:
     from mica.cli.adapt import corpus, evaluation
     from mica.cli.loading import find_source, load_model, load_tokenizer
 
-    args = settings.of_mica_adapt(settings.stored(Path(comparison)), Path(comparison)).args
+    args = settings.of_mica_adapt(settings.stored(comparison), comparison).args
     args.packing = packing
     source = find_source(args.model, args.trust_remote_code)
     blocks = corpus.gather(args, load_tokenizer(source)).train
@@ -48,6 +48,8 @@ Writes {result} to the folder {output}, where it is started. Needs mica-fast[cli
 with several, CUDA_VISIBLE_DEVICES=0 python {name}
 """
 
+from pathlib import Path
+
 import torch
 {peft}from transformers import Trainer, TrainingArguments
 
@@ -55,7 +57,7 @@ import mica.fast  # PEFT's MiCA runs on this backend
 {ours}
 
 # Base model, and blocks of {sequence_length} tokens without the held-out documents
-model, blocks, collate = load({comparison!r}, dtype={dtype!r}, packing={packing!r})
+model, blocks, collate = load(Path(__file__).parent, dtype={dtype!r}, packing={packing!r})
 torch.manual_seed(0)
 {prepared}
 trainer = Trainer(
@@ -82,8 +84,8 @@ with torch.no_grad():
 )
 
 
-def script(report: Report, row: Report, output: Path) -> str:
-    """A Python script of the training in ``row`` of the ``report`` of the comparison in ``output``."""
+def script(report: Report, row: Report) -> str:
+    """A Python script of the training in ``row`` of ``report``, for the folder of the comparison."""
     method = row["method"]
     is_full = methods.METHODS[method].divisor is None
     args = _options(report, row)
@@ -113,7 +115,6 @@ def script(report: Report, row: Report, output: Path) -> str:
         peft="" if is_full else "from peft import LoraConfig, get_peft_model\n",
         ours="\n".join(sorted(ours)),
         sequence_length=args.sequence_length,
-        comparison=str(output.absolute()),
         dtype=facts["dtype"],
         packing=facts["packing"],
         prepared="\n".join(prepared),

@@ -20,7 +20,7 @@ def write(output: Path, report: Report) -> None:
     write_json("--output", output / settings.REPORT, report)
     record.claimed(output, settings.PICTURE, lambda path: picture.trade_off(report, path))
     for row in report["equal"]["methods"]:
-        _write_text(output, settings.SCRIPTS[row["method"]], script(report, row, output))
+        _write_text(output, settings.SCRIPTS[row["method"]], script(report, row))
     _write_text(output, settings.PAGE, markdown(report, output))
 
 
@@ -83,17 +83,20 @@ def _advice(report: Report, output: Path) -> list[str]:
         return [f"Take {_title(best)}: at equal forgetting it learned most. It has {_cost(report, best)}."]
     tied = [row for row in report["equal"]["methods"] if row is best or row["tied"]]
     lines = [f"Undecided between {_listed([_title(row) for row in tied])}."]
+    unknown = {}
     for one in report["undecided"]:
-        lines.append(_what_decides(_title(best), one, output))
-    lines += [f"{_title(row)} has {_cost(report, row)}." for row in tied]
-    return lines
+        if one["missing"]:
+            unknown.setdefault(_listed(one["missing"]), []).append(_title(one))
+        else:
+            lines.append(
+                _what_decides(f"the lead of {_title(best)} over {_title(one)}", one["needed"], output)
+            )
+    for reason, others in unknown.items():
+        lines.append(f"Nothing can be said of the lead of {_title(best)} over {_listed(others)}: {reason}.")
+    return [*lines, *(f"Costs of {_title(row)}: {_cost(report, row)}." for row in tied)]
 
 
-def _what_decides(best: str, one: Report, output: Path) -> str:
-    lead = f"{best}'s lead over {_title(one)}"
-    if one["missing"]:
-        return f"Nothing can be said of {lead}: {_listed(one['missing'])}."
-    needed = one["needed"]
+def _what_decides(lead: str, needed: Report | None, output: Path) -> str:
     if needed is None:
         return f"No budget that is practical would show that {lead} is more than chance."
     head = f"If {lead} is as large as it looks, about {needed['seeds']} seeds of both"

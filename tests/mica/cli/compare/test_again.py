@@ -1,13 +1,9 @@
 """The scripts and the command of planted results; test_session.py runs them."""
 
-from pathlib import Path
-
 import pytest
 
 from mica.cli.compare.again import command, script
 from tests.support.comparisons import NAMES, SETTINGS, found, gaining, proportional
-
-OUTPUT = Path("/somewhere/comparison")
 
 
 def row_of(told, name):
@@ -24,7 +20,7 @@ def keywords(text, call):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_script_says_all_that_a_training_needs(name):
     told = found(gaining(name, 2.0))
-    text = script(told, row_of(told, name), OUTPUT)
+    text = script(told, row_of(told, name))
     compile(text, name, "exec")
     training = keywords(text, "TrainingArguments")
     row = row_of(told, name)
@@ -34,7 +30,7 @@ def test_a_script_says_all_that_a_training_needs(name):
         0,
     )
     assert training["lr_scheduler_type"] == "linear"
-    assert "load('/somewhere/comparison', dtype='float32', packing='documents')" in text.replace('"', "'")
+    assert "load(Path(__file__).parent, dtype='float32', packing='documents')" in text.replace('"', "'")
     if name == "full":
         assert "LoraConfig" not in text
         return
@@ -56,14 +52,14 @@ def test_an_update_that_was_scaled_back_is_scaled_back_again(name, line):
     told = found(gaining(name, 5.0), forgets, noise=(0, 0))
     row = row_of(told, name)
     assert row["share"] == pytest.approx(0.25)
-    assert line in script(told, row, OUTPUT)
-    assert line not in script(told, row | {"share": 1.0}, OUTPUT)
+    assert line in script(told, row)
+    assert line not in script(told, row | {"share": 1.0})
 
 
 def test_options_that_were_given_are_kept():
     given = SETTINGS | {"gradient_checkpointing": True, "batch_size": 3, "recipe": "paper"}
     told = found(settings=given)
-    text = script(told, row_of(told, "mica"), OUTPUT)
+    text = script(told, row_of(told, "mica"))
     assert "\nenable_gradient_checkpointing(model)\n" in text
     training = keywords(text, "TrainingArguments")
     assert (training["per_device_train_batch_size"], training["lr_scheduler_type"]) == (3, "cosine")
