@@ -42,7 +42,7 @@ def load(comparison: Path, dtype: str, packing: str) -> Loaded:
 
 
 _SCRIPT = '''\
-"""{title} on {texts}, trained as `mica compare` did for the page beside this file (seed 0).
+"""{title} on {texts}, trained with seed 0 as for the page beside this file.
 
 Writes {result} to the folder {output}, where it is started. Needs mica-fast[cli], and one GPU or none:
 with several, CUDA_VISIBLE_DEVICES=0 python {name}

@@ -1,4 +1,4 @@
-"""full fine-tuning on python-reference.jsonl, trained as `mica compare` did for the page beside this file (seed 0).
+"""full fine-tuning on python-reference.jsonl, trained with seed 0 as for the page beside this file.
 
 Writes the model to the folder full, where it is started. Needs mica-fast[cli], and one GPU or none:
 with several, CUDA_VISIBLE_DEVICES=0 python train_full.py
@@ -9,21 +9,22 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments
 
+import mica.fast  # PEFT's MiCA runs on this backend
 from mica.cli.compare.again import load
 
 # Base model, and blocks of 128 tokens without the held-out documents
-model, blocks, collate = load(Path(__file__).parent, dtype="float32", packing="documents")
+model, blocks, collate = load(Path(__file__).parent, dtype='float32', packing='documents')
 torch.manual_seed(0)
 model = model.float().requires_grad_(True)  # small steps are lost in 16 bits
 trainer = Trainer(
     model=model,
     args=TrainingArguments(
-        output_dir="checkpoints",
+        output_dir='checkpoints',
         max_steps=30,
         learning_rate=0.0002,
-        lr_scheduler_type="linear",
+        lr_scheduler_type='linear',
         warmup_steps=0.05,
-        optim="adamw_torch",
+        optim='adamw_torch',
         weight_decay=0.0,
         max_grad_norm=1.0,
         per_device_train_batch_size=3,
@@ -32,11 +33,11 @@ trainer = Trainer(
         remove_unused_columns=False,
         seed=0,
         data_seed=0,
-        save_strategy="no",
-        report_to="none",
+        save_strategy='no',
+        report_to='none',
     ),
     train_dataset=blocks,
     data_collator=collate,
 )
 trainer.train()
-model.save_pretrained("full")
+model.save_pretrained('full')

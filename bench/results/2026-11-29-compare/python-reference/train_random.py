@@ -1,4 +1,4 @@
-"""MiCA with a random B on python-reference.jsonl, trained as `mica compare` did for the page beside this file (seed 0).
+"""MiCA with a random B on python-reference.jsonl, trained with seed 0 as for the page beside this file.
 
 Writes the adapter to the folder random, where it is started. Needs mica-fast[cli], and one GPU or none:
 with several, CUDA_VISIBLE_DEVICES=0 python train_random.py
@@ -10,19 +10,20 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+import mica.fast  # PEFT's MiCA runs on this backend
 from mica.cli.compare.again import load
 from mica.cli.compare.models import random_basis, replace_b
 
 # Base model, and blocks of 128 tokens without the held-out documents
-model, blocks, collate = load(Path(__file__).parent, dtype="float32", packing="documents")
+model, blocks, collate = load(Path(__file__).parent, dtype='float32', packing='documents')
 torch.manual_seed(0)
 config = LoraConfig(
-    task_type="CAUSAL_LM",
-    init_lora_weights="mica",
+    task_type='CAUSAL_LM',
+    init_lora_weights='mica',
     r=64,
     lora_alpha=64,
     lora_dropout=0.0,
-    target_modules="all-linear",
+    target_modules='all-linear',
     target_parameters=None,
 )
 model = get_peft_model(model, config)
@@ -30,12 +31,12 @@ replace_b(model, random_basis)  # orthonormal columns
 trainer = Trainer(
     model=model,
     args=TrainingArguments(
-        output_dir="checkpoints",
+        output_dir='checkpoints',
         max_steps=30,
         learning_rate=0.002,
-        lr_scheduler_type="linear",
+        lr_scheduler_type='linear',
         warmup_steps=0.05,
-        optim="adamw_torch",
+        optim='adamw_torch',
         weight_decay=0.0,
         max_grad_norm=1.0,
         per_device_train_batch_size=3,
@@ -44,11 +45,11 @@ trainer = Trainer(
         remove_unused_columns=False,
         seed=0,
         data_seed=0,
-        save_strategy="no",
-        report_to="none",
+        save_strategy='no',
+        report_to='none',
     ),
     train_dataset=blocks,
     data_collator=collate,
 )
 trainer.train()
-model.save_pretrained("random")
+model.save_pretrained('random')

@@ -1,4 +1,4 @@
-"""full fine-tuning on postgresql-uk.jsonl, trained as `mica compare` did for the page beside this file (seed 0).
+"""full fine-tuning on postgresql-uk.jsonl, trained with seed 0 as for the page beside this file.
 
 Writes the model to the folder full, where it is started. Needs mica-fast[cli], and one GPU or none:
 with several, CUDA_VISIBLE_DEVICES=0 python train_full.py
@@ -9,22 +9,23 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments
 
+import mica.fast  # PEFT's MiCA runs on this backend
 from mica.cli.compare.again import load
 
 # Base model, and blocks of 128 tokens without the held-out documents
-model, blocks, collate = load(Path(__file__).parent, dtype="float32", packing="documents")
+model, blocks, collate = load(Path(__file__).parent, dtype='float32', packing='documents')
 torch.manual_seed(0)
 model = model.float().requires_grad_(True)  # small steps are lost in 16 bits
 before = [parameter.detach().clone() for parameter in model.parameters()]
 trainer = Trainer(
     model=model,
     args=TrainingArguments(
-        output_dir="checkpoints",
+        output_dir='checkpoints',
         max_steps=44,
         learning_rate=0.0002,
-        lr_scheduler_type="linear",
+        lr_scheduler_type='linear',
         warmup_steps=0.05,
-        optim="adamw_torch",
+        optim='adamw_torch',
         weight_decay=0.0,
         max_grad_norm=1.0,
         per_device_train_batch_size=3,
@@ -33,8 +34,8 @@ trainer = Trainer(
         remove_unused_columns=False,
         seed=0,
         data_seed=0,
-        save_strategy="no",
-        report_to="none",
+        save_strategy='no',
+        report_to='none',
     ),
     train_dataset=blocks,
     data_collator=collate,
@@ -44,4 +45,4 @@ trainer.train()
 with torch.no_grad():
     for parameter, old in zip(model.parameters(), before, strict=True):
         parameter.copy_(torch.lerp(old, parameter, 0.931))
-model.save_pretrained("full")
+model.save_pretrained('full')
