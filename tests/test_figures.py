@@ -179,6 +179,16 @@ def test_words(page, said):
     assert re.sub(r"\s+", " ", said) in " ".join((pages.ROOT / page).read_text(encoding="utf-8").split())
 
 
+def test_false_claims_are_as_rare_as_the_page_says():
+    """Of the simulation's table: rows without a lead."""
+    lines = (pages.ROOT / "bench/results/2026-11-30-claims.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.endswith(" % |")]
+    shares = [float(row[-1].removesuffix(" %")) for row in rows if row[-2] == "0"]
+    assert len(shares) == 30
+    said = f"a difference was claimed in {min(shares):.0f} to {max(shares):.0f} %"
+    assert said in " ".join((pages.ROOT / "mica/cli/README.md").read_text(encoding="utf-8").split())
+
+
 COMPARISONS = sorted((pages.ROOT / "bench" / "results").glob("*-compare/*/compare.json"))
 
 
