@@ -22,7 +22,7 @@ $(READY): pyproject.toml
 demo: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m mica.cli.demo
 
-# Fast tests for development (5 minutes on two cores): all but those marked slow
+# Fast tests for development: all but those marked slow (5 minutes on two idle cores, 8 to 11 on busy ones)
 test: $(READY)
 	$(PYTEST) -m "not slow"
 
@@ -64,7 +64,7 @@ static: $(READY)
 emulate: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m tests.emulator $(ARGS)
 
-# Small wrong edits, each of which must make a test fail; ARGS='--sample 60': only that many
+# Small wrong edits, each of which must make a test fail (35 minutes); ARGS='--sample 60': only that many
 mutants: $(READY)
 	$(RUN) -m tests.mutants $(ARGS)
 
