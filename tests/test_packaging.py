@@ -56,9 +56,10 @@ def copy_checkout(root, target):
         paths += [path for path in root.iterdir() if path.is_file()]
         names = [path.relative_to(root) for path in paths]
     for name in names:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        if (root / name).exists():  # else it was deleted, and is tracked still
-            shutil.copy(root / name, target / name, follow_symlinks=False)
+        path = root / name
+        if path.is_file() or path.is_symlink():  # else it was deleted, and is tracked still
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target / name, follow_symlinks=False)
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
