@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from importlib.util import find_spec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be fetched, not even by mistake
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,6 +27,7 @@ from tests.support.thinning import ON_DEVICE, off_the_diagonal  # noqa: E402
 
 # Seconds since the epoch: `.ci/run` has a limit, and some machines are several times slower than others
 DEADLINE = float(os.environ.get("MICA_TEST_DEADLINE", "inf"))
+LEFT_OUT = os.environ.get("MICA_TEST_LEFT_OUT", os.devnull)  # a line for each test that did not begin by then
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -38,11 +40,54 @@ def pytest_runtest_protocol(item, nextitem):
         return None
     # The same place for all of them, so that the report has one line
     why = (__file__, 1, "Skipped: not run: no time left (MICA_TEST_DEADLINE)")
+    with open(LEFT_OUT, "a", encoding="utf-8") as noted:
+        noted.write(f"{item.nodeid}\n")
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     report = pytest.TestReport(item.nodeid, item.location, {}, "skipped", why, "setup")
     item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
+
+
+# What imports one of these, where it is not installed, is skipped
+OPTIONAL = (
+    "bitsandbytes datasets gguf hqq hypothesis kernels liger_kernel matplotlib pandas "
+    "pytest_benchmark seaborn tabulate torchao trl zstandard"
+)
+MISSING = {name for name in OPTIONAL.split() if find_spec(name) is None}
+
+
+def _skip_if_missing(error: BaseException | None) -> None:
+    """Skip if the error comes from the import of a library that is not installed."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError):
+            library = error.name.partition(".")[0]
+            if library in MISSING:
+                pytest.skip(f"needs {library}")
+        error = error.__cause__
+
+
+class _Module(pytest.Module):
+    def collect(self):
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            _skip_if_missing(error)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return _Module.from_parent(parent, path=module_path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    if call.excinfo is not None:
+        try:
+            _skip_if_missing(call.excinfo.value)
+        except pytest.skip.Exception:
+            call.excinfo = pytest.ExceptionInfo.from_current()
+    return (yield)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from mica.cli.output import files_in
+
 ROOT = Path(__file__).resolve().parent.parent
 
 PROBE = """
@@ -42,12 +44,47 @@ def probe(cwd, path="", *arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def copy_checkout(root, target):
+    """What is tracked; where that is not known, what setuptools reads. Never an environment or a model."""
+    names = []
+    if shutil.which("git"):
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True)
+        names = listed.stdout.split("\0")[:-1]
+    if not names:
+        folders = [root / "kernels", root / "mica", root / "tests"]
+        paths = [path for folder in folders for path in files_in(folder)]
+        paths += [path for path in root.iterdir() if path.is_file()]
+        names = [path.relative_to(root) for path in paths]
+    for name in names:
+        path = root / name
+        if path.is_file() or path.is_symlink():  # else it was deleted, and is tracked still
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target / name, follow_symlinks=False)
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+@pytest.mark.parametrize("is_tracked", [True, False])
+def test_environments_and_models_in_the_checkout_are_not_copied(is_tracked, tmp_path):
+    root, own = tmp_path / "root", ["kernels/one.py", "mica/kernels", "pyproject.toml", "tests/test_one.py"]
+    for name in ("kernels/one.py", "pyproject.toml", "tests/test_one.py", "venv/one.py", "models/one.bin"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    (root / "mica").mkdir()
+    (root / "mica/kernels").symlink_to("../kernels")
+    if is_tracked:
+        subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+        subprocess.run(["git", "add", *own], cwd=root, check=True)
+    copy = root / "copy"
+    copy_checkout(root, copy)
+    assert sorted(str(path.relative_to(copy)) for path in files_in(copy)) == own
+    assert (copy / "mica/kernels").is_symlink()
+
+
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
     source, folder = tmp_path_factory.mktemp("source") / "checkout", tmp_path_factory.mktemp("sdist")
     # a copy, because setuptools leaves a build folder behind whose old files would get into later wheels
-    unwanted = shutil.ignore_patterns(".venv", ".git", "build", "dist", "*.egg-info", "results")
-    shutil.copytree(ROOT, source, symlinks=True, ignore=unwanted)
+    copy_checkout(ROOT, source)
     build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
     subprocess.run([sys.executable, "-c", build, folder], cwd=source, check=True, capture_output=True)
     (built,) = folder.glob("mica_fast-*.tar.gz")

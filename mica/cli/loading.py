@@ -1,7 +1,10 @@
 """Loading of tokenizer and model from a Hub id, a folder or a GGUF file, with one-line errors."""
 
+import functools
 import importlib.util
 import json
+import os
+import sys
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -96,10 +99,22 @@ def _looks_like_a_path(model: str, path: Path) -> bool:
     return path.is_absolute() or len(path.parts) > 2
 
 
+@functools.cache
+def note_hub(location: str) -> None:
+    """Say, once, that the Hub will be asked: where it cannot be reached, that takes most of a minute."""
+    is_local = os.path.isdir(location) or _looks_like_a_path(location, Path(location))
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_local or not is_first or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    what = f"asking the Hugging Face Hub for {location}: there is no such folder"
+    print(f"mica: {what}", file=sys.stderr, flush=True)
+
+
 def _refuse_adapter(source: Source) -> None:
     """Raise UsageError if the source is a PEFT adapter, which transformers would load with its base."""
     if source.is_gguf:
         return
+    note_hub(source.location)
     config_file = None
     base = None
     # What cannot be reached or read is reported when the model is loaded.
@@ -152,6 +167,7 @@ def load_config(source: Source):
 
     Raises UsageError if there is none, or if it needs custom code.
     """
+    note_hub(source.location)
     try:
         return AutoConfig.from_pretrained(source.location, **source.options)
     except _BAD_SOURCE as error:

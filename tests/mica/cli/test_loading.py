@@ -8,7 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mica.cli.loading import find_device, find_source, load_model, load_tokenizer, skeleton, suit_processor
+from mica.cli import loading
+from mica.cli.loading import (
+    find_device,
+    find_source,
+    load_config,
+    load_model,
+    load_tokenizer,
+    skeleton,
+    suit_processor,
+)
 from mica.errors import UsageError
 from mica.paths.products import Slowdown
 from tests.support import models
@@ -62,6 +71,42 @@ def test_message_of_a_missing_tokenizer_is_whole(tmp_path):
     whole = rf"^--model {tmp_path}: its tokenizer cannot be loaded: .*\.$"  # . is no line end
     with pytest.raises(UsageError, match=whole):
         load_tokenizer(find_source(str(tmp_path), False))
+
+
+HUB_ID = "someone/model"
+ASKED = f"mica: asking the Hugging Face Hub for {HUB_ID}: there is no such folder\n"
+
+
+@pytest.mark.parametrize(
+    "load", [load_tokenizer, load_config, skeleton, lambda one: load_model(one, "float32")]
+)
+@pytest.mark.parametrize(
+    ("location", "is_offline", "rank", "said"),
+    [
+        (HUB_ID, False, "0", ASKED),
+        (HUB_ID, False, "1", ""),  # the first process says it
+        (HUB_ID, True, "0", ""),
+        ("/a/folder/that/has/gone", False, "0", ""),
+        (str(ROOT), False, "0", ""),
+    ],
+)
+def test_it_is_said_once_before_the_hub_is_asked(monkeypatch, capsys, load, location, is_offline, rank, said):
+    heard = []
+
+    def unreachable(*_, **__):
+        heard.append(capsys.readouterr().err)
+        raise OSError("We couldn't connect to it.")
+
+    monkeypatch.setattr(loading, "find_adapter_config_file", unreachable)
+    for kind in (loading.AutoConfig, loading.AutoModelForCausalLM):
+        monkeypatch.setattr(kind, "from_pretrained", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", is_offline)
+    monkeypatch.setenv("RANK", rank)
+    loading.note_hub.cache_clear()
+    with pytest.raises(UsageError):
+        load(loading.Source(location, location, {}))
+    assert heard[0] == said
+    assert "".join(heard[1:]) + capsys.readouterr().err == ""
 
 
 def test_a_relative_folder_becomes_absolute(tmp_path):

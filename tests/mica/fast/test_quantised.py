@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from peft import PeftModel
-from peft.tuners.lora.hqq import HqqLoraLinear
+from peft.tuners.lora import hqq
 from torch import nn
 
 import mica.fast
@@ -273,10 +273,10 @@ def test_mixed_batch(kind):
 
 def test_uninstalled_peft_has_its_forward_back():
     model = randomise(adapted("hqq"))
-    ours = HqqLoraLinear.forward
+    ours = hqq.HqqLoraLinear.forward
     with uninstalled():
-        assert HqqLoraLinear.forward is not ours
-        assert HqqLoraLinear.forward.__module__ == "peft.tuners.lora.hqq"
+        assert hqq.HqqLoraLinear.forward is not ours
+        assert hqq.HqqLoraLinear.forward.__module__ == "peft.tuners.lora.hqq"
         logits(model)
     assert mica.fast.explain(model).counts() == {"peft": 7}  # until the next adapter over this kind of base
     assert mica.fast.explain(second(model)).counts() == {"reference": 7}

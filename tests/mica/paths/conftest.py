@@ -27,6 +27,7 @@ def by_default(monkeypatch):
         monkeypatch.setenv("MICA_BACKEND", "auto")
         monkeypatch.setattr(choose.runtime, "is_interpreting", lambda: False)
         monkeypatch.setattr(choose.runtime, "why_unavailable", lambda device: None)
+        monkeypatch.setattr(choose.products, "has_native", lambda dtype: True)  # GPUs have them
         monkeypatch.setattr(configs, "HOST_BOUND", host_bound)
         choose.clear()
         launching.clear()

@@ -26,6 +26,7 @@ COMMANDS = {
     },
     ("mica/cli/loading.py", "tests/mica/cli/test_loading.py", "-k", "not libraries"): {
         "find_source": [("str(path.absolute())", "str(path)")],
+        "note_hub": [("is_local or", ""), ("or not is_first", "")],
         "skeleton": [('with torch.device("meta")', "if True")],
         "find_device": [("if is_distributed and", "if False and")],
         "suit_processor": [('if dtype != "auto"', "if False"), ("if is_busy", "if False")],
