@@ -117,7 +117,8 @@ BACKEND = {
             ("or type(scaling) is not float", ""),
             ("_is_special(layer, base, name) or", ""),
             ("type(dropout.p) is not float or", ""),
-            ("or dropout.p >= 1.0", ""),
+            ("not 0.0 <= dropout.p < 1.0", "dropout.p >= 1.0"),
+            ("<= dropout.p < 1.0", "<= dropout.p"),
             ("dropout.p if dropout.training else 0.0", "dropout.p"),
             ("dropout.p if dropout.training else 0.0", "0.0"),
             ("if torch.is_autocast_enabled(device_type)", "if False"),
@@ -216,7 +217,8 @@ BACKEND = {
         ],
         "_why_not_dropout": [
             ("type(dropout) is not nn.Dropout", "False"),
-            ("dropout.p >= 1.0", "False"),
+            ("0.0 <= dropout.p < 1.0", "dropout.p >= 0.0"),
+            ("0.0 <= dropout.p < 1.0", "dropout.p < 1.0"),
         ],
         "_read_linear": [
             ("and dropout.training", ""),
