@@ -47,6 +47,8 @@ def is_interpreting() -> bool:
 
 def why_unavailable(device: torch.device) -> str | None:
     """None if Triton kernels can run on the device, else the reason in words."""
+    if device.type == "cpu" and not is_interpreting():
+        return "on a CPU the reference path is the fast one"
     if triton_version() is None:
         return "Triton is not installed"
     if is_interpreting():

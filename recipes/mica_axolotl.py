@@ -17,4 +17,4 @@ class MicaPlugin(BasePlugin):
         print(mica.fast.explain(model))  # path kernel or reference: this backend
 
     def post_train(self, cfg, model):
-        print(mica.fast.explain(model))  # "not called in the last forward": something bypasses the layer
+        print(mica.fast.explain(model))  # "not called": something bypasses the layer

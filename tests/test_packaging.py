@@ -6,16 +6,19 @@ The wheel is built from the sdist, as `make dist` does: so neither may lack a fi
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
+import types
 import urllib.parse
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+import setuptools
 
 from mica.cli.output import files_in
 
@@ -36,9 +39,9 @@ print(json.dumps({
 """
 
 
-def probe(cwd, path="", *arguments):
+def probe(cwd, path="", *arguments, python=sys.executable):
     environment = {**os.environ, "PYTHONPATH": str(path)}
-    command = [sys.executable, "-c", PROBE, *arguments]
+    command = [python, "-c", PROBE, *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -181,3 +184,81 @@ def test_importing_the_solver_imports_neither_peft_nor_triton():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# -- where there are no symbolic links: Git's default on Windows, some disks, some archives ------------
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """One in which mica/kernels is a file whose text is its target."""
+    folder = tmp_path / "clone"
+    subprocess.run(["git", "-c", "core.symlinks=false", "clone", "-q", ROOT, folder], check=True)
+    shutil.copy(ROOT / "setup.py", folder)  # as it is now, not as it was committed
+    assert (folder / "mica" / "kernels").read_text() == "../kernels"
+    return folder
+
+
+def pip(command, *arguments, python=sys.executable):
+    options = ["-q", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    subprocess.run([python, "-m", "pip", command, *options, *arguments], check=True, capture_output=True)
+
+
+def kernels_of(folder):
+    return {f"mica/kernels/{path.name}" for path in folder.iterdir() if path.suffix in (".py", ".json")}
+
+
+def test_a_wheel_from_a_clone_without_links_has_the_kernels(clone, tmp_path):
+    pip("wheel", "-w", tmp_path, clone)
+    (wheel,) = tmp_path.glob("mica_fast-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert kernels_of(ROOT / "kernels") <= names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"mica", "mica_fast"}
+
+
+@pytest.mark.slow
+def test_an_editable_install_of_a_clone_without_links(clone, tmp_path):
+    """Inside and outside of the clone, in an environment that has all other packages of this one."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    ours, theirs = (
+        Path(subprocess.check_output([program, "-c", where], text=True).strip())
+        for program in (sys.executable, python)
+    )
+    (theirs / "others.pth").write_text(f"{ours}\n")
+    pip("install", "--ignore-installed", "-e", clone, python=python)
+    for cwd in (clone, tmp_path):
+        probed = probe(cwd, python=python)
+        assert Path(probed["mica"]) == clone / "mica" / "__init__.py"
+        assert Path(probed["runtime"]).resolve() == clone / "kernels" / "runtime.py"
+        assert Path(probed["kernels"]).is_relative_to(ours)  # Hugging Face's
+
+
+@pytest.mark.parametrize("platform", ["linux", "win32"])
+def test_without_the_right_to_make_links(platform, clone, monkeypatch):
+    """A junction on Windows, which needs no right, and elsewhere a copy, which the next install refreshes."""
+    symlink = os.symlink
+
+    def no_right(*args, **options):
+        raise OSError(22, "A required privilege is not held by the client")
+
+    junctions = types.SimpleNamespace(CreateJunction=symlink)
+    monkeypatch.setitem(sys.modules, "_winapi", junctions)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(os, "symlink", no_right)
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    kernels = clone / "mica" / "kernels"
+    for _ in range(2):
+        runpy.run_path(str(clone / "setup.py"))
+        assert kernels.is_symlink() == (platform == "win32")
+        assert kernels_of(kernels) == kernels_of(ROOT / "kernels")
+        assert (kernels / "runtime.py").read_text() == (clone / "kernels" / "runtime.py").read_text()
+        (clone / "kernels" / "runtime.py").write_text("# changed by a pull\n")
+
+
+def test_a_link_that_is_there_stays(monkeypatch):
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    before = (ROOT / "mica" / "kernels").lstat()
+    runpy.run_path(str(ROOT / "setup.py"))
+    assert (ROOT / "mica" / "kernels").lstat() == before

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from mica.fast.forward.eligibility import (
     REFERENCE,
     OnOperators,
     OnPeft,
+    adapters_of,
     class_of,
     is_mica,
     quantised_layers,
@@ -32,17 +33,18 @@ from mica.fast.refusals import check_model
 from mica.fast.settings import settings
 
 _COVERED = (lora.Linear, lora.Embedding, expert_params.ParamWrapper)
-_HEADER = ("layer", "base", "adapter", "path", "reason")
+_HEADER = ("layer", "base", "adapter", "path", "calls", "reason")
+_LONG = 40  # characters of a reason: one that several lines share stands below the table
 
 
 @dataclass(frozen=True)
 class Row:
     name: str
     layer: str
-    adapter: str
+    adapter: str  # those of the active ones that the layer has
     path: str  # "kernel", "reference", "peft" or "error"
     reason: str  # why not the path before it in that list; why the base layer is called, if it is
-    calls: int | None = None  # in the last forward of the whole model; None if unknown
+    calls: int | None = None  # in the last forward; None if unknown
     bypassed_by: str | None = None  # the framework or module whose code runs instead of the layer's
 
 
@@ -77,9 +79,10 @@ def explain(model: nn.Module) -> Explanation:
 
     ``calls`` of a row: how often the layer was called, on any path, in the PEFT model's last completed
     forward (`generate` has none). 0: something bypasses it, like a framework that has replaced the forward of
-    the module around it. None if unknown: before the first forward and after adapters
-    have been added, for layers that are not covered, and once torch.compile has traced a MiCA layer in this
-    process.
+    the module around it. Where only parts of the model have been called, as by a loss that calls the inner
+    model and reads the head's weight, layers that no call has reached have 0 and the others None. None if
+    unknown: before the first forward and after adapters have been added, for layers that are not covered, and
+    once torch.compile has traced a MiCA layer in this process.
 
     ``bypassed_by``: where other code runs instead of the layer, the framework's name (axolotl, unsloth) or
     that of the module with the code; ``str()`` says how to switch it off.
@@ -92,13 +95,16 @@ def explain(model: nn.Module) -> Explanation:
     """
     check_model(model, "explain")
     modules = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
     counts = call_counts.counts()
-    called = [name for name, module in modules.items() if counts.get(module)]
+    reached = {module for module in counts if counts[module]}
+    if counts.keys().isdisjoint(layers.values()):  # only parts of the model have been called, or nothing
+        reached = call_counts.called_outside().intersection(layers.values())
+        uncalled = set(layers.values()) - reached
+        counts = dict.fromkeys(uncalled if reached else (), 0)
+    called = [name for name, module in modules.items() if module in reached]
     last = _LastForward(modules, counts, called, call_counts.peft_reasons(), call_counts.inputs())
-    rows = []
-    for name, module in modules.items():
-        if isinstance(module, BaseTunerLayer):
-            rows.append(_row(model, name, module, last))
+    rows = [_row(model, name, module, last) for name, module in layers.items()]
     return Explanation(rows, list(_replaced_functions()) if rows else [])
 
 
@@ -173,7 +179,7 @@ def _in_the_last_forward(reasons: list[str], calls: int | None) -> str:
 
 
 def _adapters(layer) -> str:
-    names = layer.active_adapters
+    names = adapters_of(layer) if isinstance(layer, lora.LoraLayer) else layer.active_adapters
     return ", ".join(f"{name} (MiCA)" if is_mica(layer, name) else name for name in names)
 
 
@@ -247,30 +253,31 @@ def _replaced_functions() -> Iterator[str]:
 
 
 def _text(rows: list[Row]) -> str:
-    """Aligned lines in the order of the layers, one for all equal rows, and the totals."""
+    """Aligned lines in the order of the layers, one for all equal rows; the long reasons, and the totals."""
     if not rows:
         return "no adapted layers"
-    equal: dict[tuple, list[str]] = {}
+    equal: dict[Row, list[str]] = {}
     for row in rows:
         numberless = re.sub(r"\d+", "#", row.name)
-        equal.setdefault((numberless, row.layer, row.adapter, row.path, _remark(row)), []).append(row.name)
+        equal.setdefault(replace(row, name=numberless), []).append(row.name)
+    shared = Counter(row.reason for row in equal)
+    notes = [reason for reason, count in shared.items() if count > 1 and len(reason) > _LONG]
+
     lines = [_HEADER]
-    for (_, *rest), names in equal.items():
+    for row, names in equal.items():
+        reason = f"[{notes.index(row.reason) + 1}]" if row.reason in notes else row.reason
+        bypass = f"bypassed by {row.bypassed_by}" if row.calls == 0 and row.bypassed_by else ""
+        calls = "-" if row.calls is None else str(row.calls)
+        cells = row.layer, row.adapter, row.path, calls, "; ".join(filter(None, (reason, bypass)))
         for pattern, count in patterns(names):
-            lines.append((pattern + (f"  ×{count}" if count > 1 else ""), *rest))
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+            lines.append((pattern + (f"  ×{count}" if count > 1 else ""), *cells))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     printed = [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]).rstrip()
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
+    printed += [f"[{number}] {reason}" for number, reason in enumerate(notes, 1)]
     return "\n".join([*printed, _totals(rows), *_bypasses(rows)])
-
-
-def _remark(row) -> str:
-    by = f", bypassed by {row.bypassed_by}" if row.bypassed_by else ""
-    texts = {None: "", 0: f"not called in the last forward{by}", 1: ""}
-    calls = texts.get(row.calls, f"called {row.calls} times in the last forward")
-    return "; ".join(filter(None, (row.reason, calls)))
 
 
 def _totals(rows) -> str:
@@ -278,7 +285,7 @@ def _totals(rows) -> str:
     parts = [", ".join(f"{count} {path}" for path, count in paths.items())]
     uncalled = sum(row.calls == 0 for row in rows)
     if uncalled:
-        parts.append(f"{uncalled} not called in the last forward")
+        parts.append(f"{uncalled} not called")
     return f"{len(rows)} layer{'s' if len(rows) > 1 else ''}: {'; '.join(parts)}"
 
 

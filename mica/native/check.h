@@ -3,7 +3,8 @@
 //
 // One active MiCA adapter on an nn.Linear, with autocast or without, with dropout or without; no hooks, patches, modes
 // or tracing; ordinary operands. Nothing is kept between calls: every fact is read again, from the dictionaries of
-// the modules. Their keys are strings, so that no lookup runs Python code, and what they hold stays alive.
+// the modules. They are no subclasses and their keys are strings, so that no lookup would run Python code, and what
+// they hold stays alive.
 
 #pragma once
 
@@ -76,7 +77,7 @@ inline Known known;
 // ---------------------------------------------------------------------------------------------------------
 
 inline PyObject* item(PyObject* dict, PyObject* key) {
-  if (!dict || !PyDict_Check(dict)) {
+  if (!dict || !PyDict_CheckExact(dict)) {
     return nullptr;
   }
   PyObject* value = PyDict_GetItemWithError(dict, key);
@@ -240,10 +241,14 @@ inline PyObject* operands(PyObject* layer, PyObject* given_x) {
   if (has_dropout) {
     PyObject* p = item(own(dropout), names->p);
     PyObject* training = item(own(dropout), names->training);
-    if (!p || !PyFloat_CheckExact(p) || PyFloat_AS_DOUBLE(p) >= 1.0 || !training || !PyBool_Check(training)) {
+    if (!p || !PyFloat_CheckExact(p) || !training || !PyBool_Check(training)) {
       return nullptr;
     }
-    dropout_p = training == Py_True ? PyFloat_AS_DOUBLE(p) : 0.0;
+    const double probability = PyFloat_AS_DOUBLE(p);
+    if (!(probability >= 0.0 && probability < 1.0)) { // NaN, too
+      return nullptr;
+    }
+    dropout_p = training == Py_True ? probability : 0.0;
   }
 
   PyObject* base_parameters = item(own(base), names->parameters);

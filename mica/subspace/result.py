@@ -14,7 +14,7 @@ CERTIFIED_EXCESS = 1e-5
 NULL_RESOLUTIONS = 16
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MinorSubspace:
     """The minor singular subspace of a weight (out_features, in_features).
 
@@ -44,6 +44,11 @@ class MinorSubspace:
     energy_excess: float
     resolution: float
     null_count: int = 0
+
+    def __repr__(self) -> str:
+        basis = f"{tuple(self.basis.shape)} {self.basis.dtype} on {self.basis.device}"
+        proof = f"certified={self.certified}, energy_excess={self.energy_excess:.1e}"
+        return f"MinorSubspace(basis {basis}, method={self.method!r}, {proof}, null_count={self.null_count})"
 
 
 def moved(result: MinorSubspace, device: str | torch.device) -> MinorSubspace:

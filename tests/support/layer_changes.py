@@ -42,6 +42,13 @@ def _subclass(kind):
     return type("Other", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
 
 
+class _Scalings(dict):
+    """Scalings that are computed when they are read, from others than a reader of the raw memory finds."""
+
+    def __getitem__(self, name):
+        return 3
+
+
 def _renamed(kind):
     return type("Other", (kind,), {})
 
@@ -168,6 +175,7 @@ CHANGES = {
     "no adapter": (_activated("absent"), PEFT, "none of the active adapters ['absent'] is on this layer"),
     "another scaling": (_entry("scaling", 0.25), FUSED, ""),
     "a scaling that is a tensor": (_entry("scaling", torch.tensor(0.5)), FUSED, ""),
+    "a scaling that is computed": (changed("scaling", _Scalings), FUSED, ""),
     "a trained scaling": (_entry("scaling", _TRAINED), PEFT, "its scaling is trained"),
     "many scalings": (_entry("scaling", torch.rand(20)), PEFT, "its scaling is more than one number"),
     "dropout": (_entry("lora_dropout", nn.Dropout(0.5)), FUSED, ""),

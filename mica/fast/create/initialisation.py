@@ -14,6 +14,8 @@ import warnings
 from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from numbers import Integral
 
 import torch
 from peft.tuners import lora
@@ -127,6 +129,8 @@ def update_layer(stock, self, adapter_name: str, r: int, lora_alpha: int, config
     """
     if not requests_mica(config):
         return stock(self, adapter_name, r, lora_alpha, config, **kwargs)
+    if isinstance(r, bool) or not isinstance(r, Integral):
+        raise TypeError(f"r must be an int, but got {r!r} of type {type(r).__name__} for {_name_of(self)}.")
     refusal = quantised.why_not(self)
     if refusal:
         raise UnsuitableLayerError(f"MiCA cannot be initialised: {_name_of(self)} {refusal}")
@@ -280,8 +284,16 @@ def create_and_replace(
 def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
     call_counts.clear()  # new layers have been in no forward yet
     config = self.peft_config[adapter_name]
-    if not settings.enabled or not requests_mica(config):
+    if not settings.enabled:
         return stock(self, model, adapter_name, *args, **kwargs)
+    if not requests_mica(config):
+        try:
+            return stock(self, model, adapter_name, *args, **kwargs)
+        except ValueError as error:
+            kind = getattr(config, "init_lora_weights", None)
+            if get_close_matches(str(kind).lower(), ["mica"]):
+                raise ValueError(f"{error}. For MiCA it must be 'mica'.") from error
+            raise
 
     injection = _Injection()
     before = _Before(self, model)

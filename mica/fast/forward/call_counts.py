@@ -51,7 +51,8 @@ class _State(threading.local):
 _state = _State()
 _forwards: WeakKeyDictionary[nn.Module, _Forward] = WeakKeyDictionary()
 _number = 0  # of the latest forward
-_outside: dict[int, int] = {}  # id(layer) -> number at its last call outside of any; a reused id hides a 0
+# A layer -> number at its last call outside of any: noted in 53 ns, in a WeakKeyDictionary in 184.
+_outside: dict[ReferenceType[nn.Module], int] = {}
 is_traced = False
 
 
@@ -66,7 +67,7 @@ def note(layer: nn.Module, reason: str | None = None, x: tuple | None = None) ->
         return
     calls = _state.calls
     if calls is None:
-        _outside[id(layer)] = _number
+        _outside[ref(layer)] = _number
     else:
         calls.append((layer, reason, x))
 
@@ -142,9 +143,15 @@ def counts() -> dict[nn.Module, int]:
         called = Counter(reference() for reference in forward.calls)
         for module in model.modules():
             counts_of[module] = called[module]
-            if not counts_of[module] and _outside.get(id(module), -1) >= forward.number:
+            if not counts_of[module] and _outside.get(ref(module), -1) >= forward.number:
                 del counts_of[module]
     return counts_of
+
+
+def called_outside() -> set[nn.Module]:
+    """The layers that have been called outside of any forward since adapters were added."""
+    found = {reference() for reference in _outside}
+    return set() if is_traced else found - {None}
 
 
 def peft_reasons() -> dict[nn.Module, list[str]]:

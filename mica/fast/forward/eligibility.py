@@ -281,7 +281,7 @@ def _why_not_dropout(dropout: nn.Module) -> str | None:
         return None
     if type(dropout) is not nn.Dropout:
         return f"dropout of type {type(dropout).__name__}"
-    return "lora_dropout of 1" if dropout.p >= 1.0 else None
+    return None if 0.0 <= dropout.p < 1.0 else f"lora_dropout of {dropout.p:g}"
 
 
 def read_base(layer) -> tuple[Tensor, Tensor | None] | str:

@@ -135,7 +135,7 @@ def operands_by_python(layer, x: Tensor) -> Operands | None:
 
     dropout_p = 0.0
     if type(dropout) is _DROPOUT:
-        if type(dropout.p) is not float or dropout.p >= 1.0:
+        if type(dropout.p) is not float or not 0.0 <= dropout.p < 1.0:
             return None
         dropout_p = dropout.p if dropout.training else 0.0
     if torch.is_autocast_enabled(device_type):

@@ -53,7 +53,7 @@ def gpu(monkeypatch):
 
     def pretend(capability=(9, 0), why=None, rocm=None, interpreted=False):
         asked = []
-        verdicts = {"cuda": why, "cpu": "no Triton kernels for devices of type 'cpu'"}
+        verdicts = {"cuda": why, "cpu": "on a CPU the reference path is the fast one"}
         properties = SimpleNamespace(name="Some GPU", total_memory=80 << 30, gcnArchName=rocm)
         monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
         monkeypatch.setattr(common, "INTERPRETED", tl.constexpr(interpreted))
@@ -170,7 +170,7 @@ def test_text_says_what_the_json_says(run, gpu):
     assert text_under(lines, "cuda:0") == "Some GPU, 80.0 GiB, compute capability 9.0, target sm_90"
     assert f"{torch.get_num_threads()} threads" in text_under(lines, "cpu")
     layers = [line[16:].strip() for line in lines if "MiCA layers" in line]
-    assert layers == ["reference: no Triton kernels for devices of type 'cpu'", "kernel"]
+    assert layers == ["reference: on a CPU the reference path is the fast one", "kernel"]
     assert text_under(lines, "PEFT") == f"mica.fast replaces {len(patching.PATCHES)} of its functions"
     assert [label for label in lines if label.startswith("kernels")] == []
 
@@ -319,7 +319,7 @@ def test_missing_triton(run, versions, monkeypatch):
     _, report, lines = run()
     assert report["problems"] == ["triton is not installed, and MiCA needs >=3.5"]
     (cpu,) = report["devices"]
-    assert (cpu["path"], cpu["reason"]) == ("reference", "Triton is not installed")
+    assert (cpu["path"], cpu["reason"]) == ("reference", "on a CPU the reference path is the fast one")
     needs = ["torch>=2.9", 'triton>=3.5; platform_system == "Nowhere"', 'x; extra == "cli"']
     monkeypatch.setattr(doctor, "requires", lambda name: needs)
     status, report, lines = run()

@@ -1,7 +1,9 @@
 """How often layers were called in the last forward: what `explain` reports of layers that are bypassed."""
 
 import copy
+import itertools
 import pickle
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -26,6 +28,13 @@ def said(model) -> dict[str, tuple[str, str]]:
     return {row.name.rpartition("model.")[2]: (row.path, row.reason) for row in mica.fast.explain(model).rows}
 
 
+def printed_calls(explanation) -> list[str]:
+    """The column "calls", line by line."""
+    header, *lines = str(explanation).splitlines()
+    table = itertools.takewhile(lambda line: not re.match(r"\[|\d+ layer", line), lines)
+    return [line[header.index("calls") :].split()[0] for line in table]
+
+
 @pytest.mark.parametrize("stock", [False, True])
 def test_layers_that_a_framework_bypasses_are_named(stock):
     model = wrap(tiny_llama(), targets="all-linear")
@@ -33,7 +42,7 @@ def test_layers_that_a_framework_bypasses_are_named(stock):
         block.mlp.forward = torch.zeros_like  # as a framework does it that has fused the MLP
     explanation = mica.fast.explain(model)
     assert {row.calls for row in explanation.rows} == {None}
-    assert "called" not in str(explanation)  # nothing is known before the first forward
+    assert set(printed_calls(explanation)) == {"-"}  # nothing is known before the first forward
     with mica.fast.disabled() if stock else nullcontext():
         model(input_ids=torch.tensor([[1, 2, 3]]))
     explanation = mica.fast.explain(model)
@@ -41,10 +50,8 @@ def test_layers_that_a_framework_bypasses_are_named(stock):
         row.name for row in explanation.rows if ".mlp." in row.name
     }
     assert sum(row.calls == 1 for row in explanation.rows) == 8
-    lines = str(explanation).splitlines()
-    assert sum("not called in the last forward" in line for line in lines[:-1]) == 3
-    assert lines[-1] == "14 layers: 14 reference; 6 not called in the last forward"
-    assert "called" not in "".join(line for line in lines[:-1] if "self_attn" in line)
+    assert printed_calls(explanation) == 4 * ["1"] + 3 * ["0"]
+    assert str(explanation).splitlines()[-1] == "14 layers: 14 reference; 6 not called"
 
 
 class Twice(nn.Module):
@@ -66,9 +73,7 @@ def test_a_layer_called_twice(model):
     for _ in range(2):
         model(torch.ones(2, 8))
         assert called(model) == {"up": 2, "down": 1}
-    up, down = str(mica.fast.explain(model)).splitlines()[1:3]
-    assert up.endswith("; called 2 times in the last forward")
-    assert "called" not in down
+    assert printed_calls(mica.fast.explain(model)) == ["2", "1"]
     with pytest.raises(RuntimeError):
         model(torch.randn(2, 9))  # one that raised is not the last
     assert called(model) == {"up": 2, "down": 1}
@@ -96,6 +101,30 @@ def test_calls_outside_of_a_forward_are_not_counted_and_never_denied(model):
     assert called(model) == {"up": 1, "down": None}
     model(torch.ones(2, 8))
     assert called(model) == {"up": 1, "down": 0}
+
+
+def test_a_loss_that_calls_the_inner_model_and_reads_the_weight_of_the_head():
+    """There was no forward of the whole model, but calls of the others show that the adapter is left out."""
+    model = wrap(tiny_llama(), targets=["q_proj", "lm_head"])
+    inner = model.base_model.model
+    hidden = inner.model(torch.tensor([[1, 2, 3]]))[0]
+    (hidden @ inner.lm_head.weight.T).sum().backward()
+    explanation = mica.fast.explain(model)
+    assert {row.name.rpartition(".")[2]: row.calls for row in explanation.rows} == {
+        "q_proj": None,
+        "lm_head": 0,
+    }
+    assert printed_calls(explanation) == ["-", "0"]
+    assert str(explanation).splitlines()[-1] == "3 layers: 3 reference; 1 not called"
+    model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert {row.calls for row in mica.fast.explain(model).rows} == {1}
+
+
+def test_what_is_called_of_one_model_says_nothing_of_another(model):
+    other = wrap(Twice(), targets=["up", "down"])
+    model.base_model.model.up(torch.ones(2, 8))
+    assert called(model) == {"up": None, "down": 0}
+    assert called(other) == {"up": None, "down": None}
 
 
 def test_an_adapter_added_since_is_in_no_forward():

@@ -81,6 +81,20 @@ def test_one_weight_of_another_dtype_is_peft_s_error(layer, part):
     assert_runs(layer, FUSED)
 
 
+@pytest.mark.parametrize("p", [-0.5, 1.5, float("nan")])
+def test_a_dropout_of_no_probability_is_pytorch_s_error(p):
+    layer = layer_of(lora_dropout=0.5)
+    layer.lora_dropout["default"].p = p
+    mica.fast.call_counts.clear()
+    for _ in range(2):
+        with pytest.raises((RuntimeError, ValueError), match="dropout probability has to be between 0 and 1"):
+            layer(X)
+        layer.eval()
+    assert not mica.fast.call_counts
+    (row,) = mica.fast.explain(layer).rows
+    assert (row.path, row.reason) == ("peft", f"lora_dropout of {p}")
+
+
 def test_dropout_follows_train_and_eval():
     layer = layer_of(lora_dropout=0.5)
     assert not torch.equal(layer(X), layer(X))

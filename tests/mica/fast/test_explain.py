@@ -25,7 +25,7 @@ from tests.support.stock import uninstalled, whatever_language
 from tests.support.training import llama
 
 
-def test_one_row_per_layer_in_a_table_that_aligns():
+def test_one_row_per_layer_in_a_table_that_aligns(monkeypatch):
     model = net()
     explanation = mica.fast.explain(model)
     assert [row.name.rsplit(".", 1)[1] for row in explanation.rows] == TARGETS
@@ -34,10 +34,15 @@ def test_one_row_per_layer_in_a_table_that_aligns():
     assert explanation.counts() == {"reference": 4}
     model.base_model.model.down.base_layer.weight.requires_grad_()
     *lines, totals = str(mica.fast.explain(model)).splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert lines[4].endswith("; base layer called: the base weight is trainable")
-    assert len({line.index("default") for line in lines[1:]}) == 1
+    assert len({line.index("default") for line in lines[1:5]}) == 1
+    assert lines[0].split() == ["layer", "base", "adapter", "path", "calls", "reason"]
+    assert all(line.endswith(" reference  -      [1]") for line in lines[1:4])
+    assert lines[5] == f"[1] {INTERPRETED}"  # what three lines share stands once
     assert totals == "4 layers: 4 reference"
+    monkeypatch.setenv("MICA_BACKEND", "reference")
+    assert str(mica.fast.explain(model)).count("  MICA_BACKEND=reference") == 4  # a short reason stays
     assert str(mica.fast.explain(nn.Linear(2, 2))) == "no adapted layers"
 
 
@@ -94,6 +99,29 @@ def test_kernels_that_cannot_be_had_are_an_error_where_they_are_demanded(monkeyp
     assert mica.fast.explain(model).counts() == {"reference": 4}
 
 
+def test_on_a_cpu_the_reference_path_is_no_defect(monkeypatch):
+    monkeypatch.setattr(choose.runtime, "is_interpreting", lambda: False)
+    for version in ("3.5", None):
+        choose.clear()
+        monkeypatch.setattr(choose.runtime, "triton_version", lambda version=version: version)
+        rows = mica.fast.explain(net()).rows
+        assert {(row.path, row.reason) for row in rows} == {
+            ("reference", "on a CPU the reference path is the fast one")
+        }
+    choose.clear()
+
+
+def test_only_adapters_that_the_layer_has_are_listed():
+    model = net(targets=["up", "down"])
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["down"]))
+    model.base_model.set_adapter(["default", "second"])
+    up, down = mica.fast.explain(model).rows
+    assert (up.adapter, down.adapter) == ("default (MiCA)", "default (MiCA), second")
+    model.set_adapter("second")
+    up, down = mica.fast.explain(model).rows
+    assert (up.adapter, down.adapter) == ("", "second")
+
+
 def test_other_adapters_and_off_are_said():
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
     (row,) = mica.fast.explain(model).rows
@@ -137,7 +165,7 @@ def test_equal_rows_are_one_line():
     explanation = mica.fast.explain(model)
     assert len(explanation.rows) == 210  # for programs, one row per layer
     lines = str(explanation).splitlines()
-    assert len(lines) == 9
+    assert len(lines) == 10
     assert lines[1].startswith("base_model.model.model.layers.{0-29}.self_attn.q_proj  ×30  Linear  default")
     assert lines[-1] == "210 layers: 210 reference"
 
@@ -148,6 +176,7 @@ def test_a_layer_that_differs_is_a_line_of_its_own():
     layers[1].self_attn.q_proj.base_layer.weight.requires_grad_()
     layers[3].self_attn.q_proj.lora_A["default"].register_forward_hook(lambda *_: None)
     _, *lines, totals = str(mica.fast.explain(model)).splitlines()
+    assert len(lines) == 3
     assert [re.match(r"\S*layers\.(\S*)\.self", line)[1] for line in lines] == ["{0,2}", "1", "3"]
     assert "base weight is trainable" in lines[1]
     assert totals == "4 layers: 3 reference, 1 peft"
@@ -267,11 +296,11 @@ def test_a_framework_is_named_where_it_has_fused_layers(framework, options, name
         return
     *table, totals, remedy = str(mica.fast.explain(model)).splitlines()
     count = len(names) * len(blocks(model))
-    assert totals.endswith(f"; {count} not called in the last forward")
+    assert totals.endswith(f"; {count} not called")
     assert remedy == f"{who} bypasses {count} layers: {REMEDIES[who]}"
     for key in axolotl_style.KERNELS if framework is axolotl else ():
         assert key in remedy
-    named = [line for line in table if line.endswith(f"not called in the last forward, bypassed by {who}")]
+    named = [line for line in table if line.endswith(f"bypassed by {who}")]
     assert len(named) == len(names)
 
 

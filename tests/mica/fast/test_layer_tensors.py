@@ -166,6 +166,27 @@ def test_fp16_products_overflow_where_stock_s_do_not_unless_they_run_in_fp32(mon
         assert error(layer(x), stock) <= RELATIVE[torch.float16]
 
 
+def test_so_do_those_of_the_backward_although_y_is_finite(monkeypatch):
+    monkeypatch.setattr("mica.paths.products.FEW_TO_ROUND", 0)
+    model = wrap(nn.Sequential(nn.Linear(16, 24)).half(), targets=["0"], lora_alpha=1024)
+    layer = randomise(model).base_model.model[0]
+    x = torch.full((20, 16), 0.01, dtype=torch.float16, requires_grad=True)
+    dy = torch.full((20, 24), 400.0, dtype=torch.float16)  # with the scaling of 256 beyond 65504
+
+    def gradients():
+        y = layer(x)
+        assert y.isfinite().all()
+        return torch.autograd.grad(y, [x, layer.lora_A["default"].weight], dy)
+
+    ours, stock = both(gradients)
+    for mine, theirs in zip(ours, stock, strict=True):
+        assert theirs.isfinite().all()
+        assert not mine.isfinite().all()
+    mica.fast.enable(compute_dtype=torch.float32)
+    for mine, theirs in zip(gradients(), stock, strict=True):
+        assert error(mine, theirs) <= 2 * RELATIVE[torch.float16]
+
+
 @pytest.mark.parametrize("around", [nullcontext, torch.no_grad])
 def test_an_input_without_dimensions_is_named(around):
     with (

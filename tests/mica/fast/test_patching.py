@@ -149,7 +149,12 @@ def test_disabled_holds_for_the_recomputation_in_another_thread():
 
 def test_settings_are_checked_before_any_changes():
     mica.fast.enable(compute_dtype=torch.float32, on_unsuitable="skip")
-    for name, wrong in (("compute_dtype", torch.int8), ("on_unsuitable", "ignore"), ("compile", 1)):
+    for name, wrong in (
+        ("compute_dtype", torch.int8),
+        ("compute_dtype", "float32"),
+        ("on_unsuitable", "ignore"),
+        ("compile", 1),
+    ):
         with pytest.raises(ValueError, match=rf"^{name} must be one of \(.*\), but it is '?{wrong}"):
             mica.fast.enable(**{name: wrong})
     with pytest.raises(ValueError, match=r"^gate_up must be one of \('fused', 'halves'\), but it is 'both'"):

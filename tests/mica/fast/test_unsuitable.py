@@ -168,11 +168,29 @@ CASES["int8"] = (  # as in stock
 )
 
 
+for _rank in (8.0, "8", True):
+    _options = {"rank": _rank, "targets": ["up"]}
+    _said = rf"^r must be an int, but got {_rank!r} of type {type(_rank).__name__} for layer 'up'\.$"
+    CASES[f"a rank of {_rank!r}"] = Net, _options, _said, TypeError
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_model_is_refused_before_any_work(case, solved):
     build, options, message, *other = CASES[case]
     refused(build(), message, *other, **options)
     assert not solved
+
+
+@pytest.mark.parametrize("name", ["micaa", "Mica ", "mca"])
+def test_a_misspelt_initialisation_is_corrected(name):
+    message = rf"init_lora_weights='{name}'\. For MiCA it must be 'mica'\.$"
+    with pytest.raises(ValueError, match=message):
+        net(init_lora_weights=name)
+
+
+def test_other_unknown_initialisations_are_left_to_peft_s_words():
+    with pytest.raises(ValueError, match=r"init_lora_weights='pizza'$"):
+        net(init_lora_weights="pizza")
 
 
 @pytest.mark.parametrize("option", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])

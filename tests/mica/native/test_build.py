@@ -7,13 +7,14 @@ import shlex
 import shutil
 import sys
 import sysconfig
+import time
 
 import pytest
 import torch
 
 from mica import native
 from mica.native import build
-from tests.support.compilers import awaited, copying, has_ended, names
+from tests.support.compilers import Compiler, awaited, copying, has_ended, names
 
 # What is built
 
@@ -23,7 +24,7 @@ def test_it_is_compiled_once_and_a_layer_works(folder, compiler, assert_layer_wo
     assert native.why_not() is None
     said = capfd.readouterr().err
     version = re.escape(torch.__version__)
-    start = rf"mica: compiling C\+\+ for PyTorch {version}, once on this machine: about half a minute\n"
+    start = rf"mica: compiling C\+\+ for PyTorch {version}, once on this machine: 15 seconds to a minute\n"
     assert re.fullmatch(start + r"mica: compiled in \d+ s\n", said)
     assert len(names(folder, ".so")) == 1
     assert not names(folder, ".tmp") + names(folder, ".txt")
@@ -130,7 +131,8 @@ def test_the_first_of_the_usual_compilers_is_taken(folder, compiler, tmp_path, m
     monkeypatch.setenv("CXX", " ")
     for name in ("g++", "clang++"):
         shutil.copy(compiler.path, tmp_path / "bin" / name)
-    monkeypatch.setattr(shutil, "which", lambda name: (tmp_path / "bin" / name).exists() or None)
+    found = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: found(name, path=tmp_path / "bin"))
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     assert build._compiler() == ["g++"]
     build.built(folder)
@@ -181,8 +183,10 @@ def test_a_compiler_that_fails_is_not_started_again(
 
     forget()
     assert_layer_works()
-    before = f"the C++ compiler failed before: delete {failure}, which has its output, to try again"
-    assert native.why_not() == before
+    assert native.why_not() == (
+        f"the C++ compiler failed within the last hour: delete {failure}, "
+        "which has its output, to try again now"
+    )
     assert capfd.readouterr().err == ""
     assert len(compiler.runs()) == 1
 
@@ -191,6 +195,43 @@ def test_a_compiler_that_fails_is_not_started_again(
     forget()
     assert_layer_works()
     assert native.why_not() is None
+
+
+def test_a_failure_counts_for_an_hour(folder, compiler, compiled):
+    """A full disk or a lack of memory passes, and headers that were missing get installed."""
+    compiler.does("echo 'fatal error: No space left on device'; exit 1")
+    with pytest.raises(build.BuildError, match="has its output"):
+        build.built(folder)
+    compiler.does(copying(compiled))
+    (name,) = names(folder, ".txt")
+    for minutes, is_tried in ((59, False), (61, True)):
+        at = time.time() - 60 * minutes
+        os.utime(folder / name, (at, at))
+        if is_tried:
+            assert build.built(folder).exists()
+        else:
+            with pytest.raises(build.BuildError, match="within the last hour"):
+                build.built(folder)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["CXX", "PATH"])
+def test_another_compiler_is_tried_at_once(named, folder, compiler, compiled, tmp_path, monkeypatch):
+    """One that CXX names, or another file behind the same name, as an update leaves."""
+    failing, working = (Compiler(tmp_path / name, "exit 1") for name in ("old", "new"))
+    working.does(copying(compiled))
+    (tmp_path / "bin" / "c++").symlink_to(failing.path)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("CXX", failing.command if named else "")
+    for message in ("has its output", "within the last hour"):
+        with pytest.raises(build.BuildError, match=message):
+            build.built(folder)
+    if named:
+        monkeypatch.setenv("CXX", working.command)
+    else:
+        (tmp_path / "bin" / "c++").unlink()
+        (tmp_path / "bin" / "c++").symlink_to(working.path)
+    assert build.built(folder).exists()
+    assert len(failing.runs()) == len(working.runs()) == 1
 
 
 def test_a_compiler_that_cannot_be_run(folder, compiler, assert_layer_works):

@@ -336,3 +336,10 @@ def test_unknown_method():
     known = r"^method must be one of 'auto', 'krylov', 'gram', 'svd', but got 'qr'"
     with pytest.raises(ValueError, match=known):
         minor_subspace(torch.ones(4, 4), 1, method="qr")
+
+
+def test_a_result_is_printed_in_one_line():
+    matrix = torch.diag(torch.arange(1.0, 65.0))
+    printed = repr(minor_subspace(matrix, 4))
+    start = r"MinorSubspace\(basis \(64, 4\) torch\.float32 on cpu, method='\w+', certified=True, "
+    assert re.fullmatch(start + r"energy_excess=\d\.\de[+-]\d\d, null_count=0\)", printed)

@@ -56,8 +56,10 @@ CREATION = {
         "tests/mica/fast/test_unsuitable.py",
         "tests/mica/fast/test_initialisation.py",
         "-k",
-        "skip or nothing_suitable or failing_solver or second_adapter or low_level",
+        "skip or nothing or failing_solver or second_adapter or low_level or refused_before or unknown",
     ): {
+        "update_layer": [("isinstance(r, bool) or", ""), ("not isinstance(r, Integral)", "False")],
+        "inject_adapter": [('get_close_matches(str(kind).lower(), ["mica"])', "True")],
         "_Before.restore": [("parameter.requires_grad_(requires_grad)", "pass")],
         "_refuse_if_all_are_skipped": [("if injection.entries or not injection.skipped", "if True")],
         "_forget_skipped": [("if key not in skipped", "")],

@@ -23,6 +23,8 @@ NATIVE = {
             ("abandoned.unlink(missing_ok=True)", "pass"),
             (", timeout=TIME_LIMIT", ""),
         ],
+        "_refuse_failed": [("and time.time() - failure.stat().st_mtime < FAILURE_COUNTS_FOR", "")],
+        "_identity": [("os.path.realpath(shutil.which(compiler[0]))", "compiler[0]")],
         "_compile": [
             ("if problem is None and not temporary.exists()", "if False"),
             ("temporary.unlink(missing_ok=True)", "pass"),
