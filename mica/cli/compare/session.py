@@ -328,7 +328,7 @@ def _lead_work(trainings: _Trainings, output: Path, session: workers.Session) ->
         new = [key for key in results if key not in told]
         for key in sorted(new, key=lambda key: results[key]["ended"]):
             told.add(key)
-            if results[key]["phase"] > schedule.TRIAL or results[key]["failed"]:
+            if key != BASE:
                 seconds = schedule.expected(trainings.question, results) - session.clock()
                 left = tqdm.format_interval(max(0.0, seconds))
                 _note(f"{_line(results.get(BASE), results[key])}; {left} left")
@@ -341,5 +341,7 @@ def _line(base: dict | None, run: dict) -> str:
     head = f"{run['method']}, learning rate {run['rate']:g}, {run['steps']} steps, seed {run['seed']}"
     if run["failed"]:
         return f"{head}: {run['failed']}"
+    if run["phase"] == schedule.TRIAL:
+        return f"{run['method']}: a step takes {run['step_seconds']:.2g} s"
     end = outcomes.outcome(base, run)
     return f"{head}: learned {end.validation:.3f}, forgot {end.forgotten.mean():.3f} nats per token"
