@@ -22,9 +22,13 @@ $(READY): pyproject.toml
 demo: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m mica.cli.demo
 
-# Fast tests for development: all but those marked slow (5 minutes on two idle cores, 8 to 11 on busy ones)
+# Fast tests for development: all but those marked slow, thinned as tests/support/thinning.py says
 test: $(READY)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not weekly"
+
+# All cases of their cross products
+test-full: $(READY)
+	$(PYTEST) -m "not slow and not weekly" --full
 
 # The same on any x86 processor with the code that libraries choose on lesser ones: ATen's without AVX2; oneDNN's,
 # OpenBLAS's and NumPy's for AVX2. Inductor has a cache of its own, as its does not distinguish vector lengths
@@ -32,13 +36,26 @@ BEYOND_AVX2 := import numpy; found = numpy.show_config("dicts")["SIMD Extensions
 	print(*(name for name in found if name.startswith(("AVX512", "X86_V4"))))
 test-other-cpu: $(READY)
 	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/other-cpu ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 \
-	OPENBLAS_CORETYPE=Haswell NPY_DISABLE_CPU_FEATURES="$$($(RUN) -c '$(BEYOND_AVX2)')" $(PYTEST) -m "not slow"
+	OPENBLAS_CORETYPE=Haswell NPY_DISABLE_CPU_FEATURES="$$($(RUN) -c '$(BEYOND_AVX2)')" $(PYTEST) -m "not slow and not weekly"
 
+# What starts several processes, uses real weights or needs compilers
 test-slow: $(READY)
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not weekly"
+
+# The first slow test of each file
+test-smoke: $(READY)
+	$(PYTEST) -m "slow and not weekly" --smoke
 
 test-all: $(READY)
-	$(PYTEST)
+	$(PYTEST) -m "not weekly"
+
+# Other frameworks: stand-ins, and the real ones where they are installed
+test-frameworks: $(READY)
+	$(PYTEST) -m weekly
+
+# The rhythms beside `.ci/run`, which says what is in them
+nightly weekly:
+	.ci/run $@
 
 # The tests that need DeepSpeed, with it in an environment of its own (build/deepspeed); the others skip them
 test-deepspeed: $(READY)

@@ -72,10 +72,13 @@ def pytest_addoption(parser):
     parser.addoption(
         "--full", action="store_true", help="all cases of cross products, see tests.support.thinning"
     )
+    parser.addoption("--smoke", action="store_true", help="the first test of each file only")
 
 
 @pytest.hookimpl(trylast=True)  # behind -k and -m
 def pytest_collection_modifyitems(config, items):
+    if config.option.smoke:
+        items[:] = {item.path: item for item in reversed(items)}.values()
     if config.option.full:
         return
     dropped = left_out(items)

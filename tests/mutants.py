@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ TIMEOUT = 300  # seconds: a mutant may loop
 # Imported once, before the first fork: they take 6 s of the 12 that the tests of a mutant otherwise do.
 LIBRARIES = ("pytest", "hypothesis", "numpy", "torch", "triton.language", "transformers.integrations", "peft")
 OWN = ("bench", "mica", "tests")
+_OPTIONS = ["-m", "not slow and not weekly"]  # of pytest; each worker inherits them
 # Without an edit these must pass: where the copy or the fork breaks the tests, every mutant would look red.
 CONTROL = [
     "tests/kernels/test_split_k.py",
@@ -101,7 +103,7 @@ def _test(tests: list[str]) -> None:
     os.dup2(nowhere, 2)
     import pytest
 
-    os._exit(int(pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests])))
+    os._exit(int(pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", *_OPTIONS, *tests])))
 
 
 def sample(mutants: list[Mutant], number: int) -> list[Mutant]:
@@ -128,11 +130,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("words", nargs="*", help="only mutants whose file, function or edit contains one")
     parser.add_argument("--sample", type=int, metavar="N", help="N of them, chosen by the commit")
+    parser.add_argument("--draw", type=int, metavar="N", help="N of them, drawn from all by --seed")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="printed with --draw")
+    parser.add_argument(
+        "--slow", action="store_true", help="with slow tests and all cases, not as `make test`"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()
     chosen = [m for m in MUTANTS if not args.words or any(w in " ".join(m[:4]) for w in args.words)]
     if args.sample:
         chosen = sample(chosen, args.sample)
+    if args.draw:
+        print(f"seed {args.seed}", flush=True)
+        chosen = random.Random(args.seed).sample(chosen, min(args.draw, len(chosen)))
+    if args.slow:
+        _OPTIONS[:] = ["--full"]
     # as tests/conftest.py has it, before Triton is imported
     os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     os.environ["MICA_TESTS_SHRINK"] = "0"

@@ -238,3 +238,17 @@ def test_a_smaller_budget_is_not_refused_once_there_are_trainings():
 def test_steps_that_do_not_fit_into_the_budget_are_refused():
     with pytest.raises(UsageError, match=r"^--budget 30: at least \d+ minutes are needed here"):
         simulate(question(steps=5000), WORLD, costs(1))
+
+
+def test_seeds_that_nobody_has_time_for_are_not_begun():
+    asked = question(seeds=50)
+    results = simulate(asked, WORLD, costs(1))
+    assert max(one["ended"] for one in results.values()) <= 1.1 * 1800
+    assert any("seed 49" in line for line in schedule.not_done(asked, results))
+
+
+def test_time_that_is_left_is_not_spent_on_seeds_of_the_worse():
+    results = simulate(question(longest=20), WORLD, costs(4))
+    assert schedule.not_done(question(longest=20), results) == []
+    seeds = {name: [one["seed"] for one in phase(results, SEEDS) if one["method"] == name] for name in NAMES}
+    assert seeds == {"mica": [1, 2], "lora": [1, 2], "random": [1], "full": [1]}
