@@ -7,7 +7,7 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 PYTEST := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-other-cpu test-slow test-all test-deepspeed lint dist static emulate mutants fuzz kills conformance bench bench-quality gpu gpu-dry-run clean
+.PHONY: demo test test-full test-other-cpu test-slow test-smoke test-all test-frameworks test-deepspeed nightly weekly lint dist static emulate mutants fuzz kills conformance bench bench-quality gpu gpu-dry-run clean
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
