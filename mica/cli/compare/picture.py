@@ -41,9 +41,17 @@ def trade_off(report: dict[str, Any], path: Path) -> None:
             axes.axvline(limit, color="#999999", linestyle=":", linewidth=0.8)
             where = {"xycoords": ("data", "axes fraction"), "ha": "right", "color": "#666666"}
             axes.annotate("equal forgetting ", (limit, 0.01), fontsize=8, **where)
-        axes.margins(0.08, 0.12)
+        axes.margins(0.08)
+        _fit(axes, [learned for points in report["points"].values() for _, learned in points])
         _name(axes, rows)
         figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _fit(axes, learned: list[float]) -> None:
+    """Show all points; a bar of few seeds may be many times as long, and is cut off."""
+    if learned:
+        room = 0.2 * (max(learned) - min(learned)) or 0.1
+        axes.set_ylim(min(learned) - room, max(learned) + room)
 
 
 def _name(axes, rows: list[dict[str, Any]]) -> None:

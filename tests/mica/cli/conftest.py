@@ -1,3 +1,4 @@
+import gc
 import signal
 
 import pytest
@@ -47,3 +48,9 @@ def ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections():
+    """The Trainer collects garbage after each training: most of a tiny one, with all that was imported."""
+    gc.freeze()
