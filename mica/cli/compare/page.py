@@ -161,8 +161,8 @@ def _setting(report: Report) -> str:
         f"{lower:.0f} % lower.",
         f"Learning rates and the limit of forgetting were chosen by {facts['validation']} other held-out "
         "blocks. An update that forgets more than the limit counts by the share that is within it.",
-        "After ± stands the 95 % interval of a difference, for other documents and seeds; all of them hold "
-        "at once.",
+        "A difference is that of the seeds that both have. After ± stands its 95 % interval, for other "
+        "documents and seeds; all of them hold at once.",
     ]
     what = [
         f"All trainings that are compared have {steps} steps of {_tokens(report)} tokens.{short}",

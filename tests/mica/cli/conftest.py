@@ -54,3 +54,5 @@ def ctrl_c():
 def _quick_collections():
     """The Trainer collects garbage after each training: most of a tiny one, with all that was imported."""
     gc.freeze()
+    yield
+    gc.unfreeze()

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import time
+from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -226,6 +227,29 @@ def test_a_file_that_is_no_result_is_one_line(finished, tmp_path, capsys, name, 
     ]
     assert f"{name}.json" in line
     assert message in line
+
+
+@pytest.mark.parametrize("name", ["settings.json", "open.lock", "compare.json", "train_lora.py", "README.md"])
+def test_a_full_disk_is_one_line_and_loses_nothing(finished, tmp_path, capsys, monkeypatch, name):
+    output = tmp_path / "copy"
+    shutil.copytree(finished, output)
+    write_text = Path.write_text
+
+    def full_disk(path, *arguments, **more):
+        if name in path.name:
+            raise OSError(28, "No space left on device")
+        return write_text(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    assert main(["compare", "--output", str(output), "--resume"]) == 2
+    (line,) = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("mica compare: error")
+    ]
+    assert name in line
+    assert line.endswith("cannot be written: No space left on device")
+    monkeypatch.undo()
+    assert main(["compare", "--output", str(output), "--resume"]) == 0
+    assert untimed(output) == untimed(finished)
 
 
 def test_a_model_whose_loss_is_not_finite_is_one_line(model_dir, tmp_path, capsys):
