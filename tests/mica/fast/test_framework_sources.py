@@ -1,8 +1,15 @@
-"""What the recipes for ms-swift and Unsloth rely on is in those frameworks' sources, which are only read."""
+"""What the recipes for ms-swift and Unsloth rely on is in those frameworks' sources, which are only read.
+
+As installed, from a wheel in the folder MICA_WHEELS, and from the newest wheel of the package index.
+"""
 
 import ast
 import dataclasses
+import importlib.util
+import os
 import re
+import subprocess
+import sys
 import tempfile
 import zipfile
 from functools import cache
@@ -11,37 +18,67 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from tests.support import swift_style
-from tests.support.foreign_sources import Source, at_hand, called, download, in_wheels, parameters, texts
+from tests.support import stand_ins
 from tests.support.processes import ROOT
 
+pytestmark = pytest.mark.weekly
 DISTRIBUTIONS = {"swift": "ms-swift", "unsloth": "unsloth", "unsloth_zoo": "unsloth_zoo"}
 
 
+def in_wheels(folder, package):
+    """What the wheel in the folder that has the package holds, or None."""
+    for wheel in sorted(folder.glob("*.whl")):
+        if f"{package}/__init__.py" in zipfile.ZipFile(wheel).namelist():
+            return zipfile.Path(wheel)
+    return None
+
+
+def at_hand(package):
+    """As installed, or in the folder MICA_WHEELS."""
+    spec = importlib.util.find_spec(package)  # of a package without a dot it imports nothing
+    if spec is not None and spec.origin is not None:
+        return Path(spec.origin).parents[1]
+    folder = os.environ.get("MICA_WHEELS")
+    return folder and in_wheels(Path(folder), package)
+
+
 @cache
-def downloaded(package):
-    """What reads the newest wheel, or why there is none."""
+def newest(package):
     folder = Path(tempfile.mkdtemp(prefix="wheels"))
-    why_not = download([DISTRIBUTIONS[package]], folder)
-    return why_not or in_wheels(folder, package)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command += ["--retries", "0", "--timeout", "10", "--dest", str(folder), DISTRIBUTIONS[package]]
+    subprocess.run(command, capture_output=True)
+    return in_wheels(folder, package)
 
 
-@pytest.fixture(params=["at hand", pytest.param("newest", marks=pytest.mark.slow)])
+@pytest.fixture(params=[at_hand, newest])
 def source(request):
-    """``source(package, path)``; skips the test where there is none."""
+    """``source(package, path, *names)``: the code of a file, or of what is defined in it, within each other.
 
-    def of(package, path):
-        if request.param == "at hand":
-            read = at_hand(package)
-            if read is None:
-                pytest.skip(f"{package} is neither installed nor a wheel in the folder MICA_WHEELS")
-        else:
-            read = downloaded(package)
-            if isinstance(read, str):
-                pytest.skip(f"no wheel of {package} from a package index: {read}")
-        return Source(read(f"{package}/{path}"))
+    The code as `ast.unparse` writes it. Skips the test where there is no such package.
+    """
+
+    def of(package, path, *names):
+        folder = request.param(package)
+        if folder is None:
+            pytest.skip(f"no {package} {request.param.__name__.replace('_', ' ')}")
+        return defined((folder / package / path).read_text(encoding="utf-8"), *names)
 
     return of
+
+
+def defined(code, *names):
+    node = ast.parse(code)
+    for name in names:
+        inner = [part for part in ast.walk(node) if isinstance(part, (ast.FunctionDef, ast.ClassDef))]
+        found = [part for part in inner if part.name == name]
+        assert found, f"there is no {name}"
+        node = found[0]
+    return ast.unparse(node)
+
+
+def signature(code):
+    return re.search("^def .*", code, re.MULTILINE)[0]
 
 
 # -- ms-swift -----------------------------------------------------------------------------------------
@@ -49,52 +86,47 @@ def source(request):
 
 def test_swift_wraps_the_functions_that_the_stand_in_wraps(source):
     tuners = source("swift", "tuners/peft.py")
-    wrapped = {"__init__", "_create_and_replace", "_cast_adapter_dtype"}
-    expected = {f"LoraModel.{name}" for name in wrapped}
-    expected |= {"PeftModel.load_adapter", "PeftConfigMixin.from_pretrained", "LoraModel.__init_origin__"}
-    assert expected <= tuners.assigned()
-    assert "hot_patch_peft_module" in called(tuners.tree)  # as it is imported
+    wrapped = [f"LoraModel.{name}" for name in ("__init__", "_create_and_replace", "_cast_adapter_dtype")]
+    wrapped += ["PeftModel.load_adapter", "PeftConfigMixin.from_pretrained", "LoraModel.__init_origin__"]
+    for name in (*wrapped, "lora.forward"):  # the last one: a forward of each factor, which the recipe undoes
+        assert f"{name} = " in tuners, name
+    assert "hot_patch_peft_module()" in tuners.splitlines()  # as it is imported
     # signatures that this package does not know, so that it must be imported first
-    assert parameters(tuners.function("_create_and_replace_hook"))[-2:] == ["*args", "**kwargs"]
-    assert parameters(tuners.function("load_adapter")) == ["self", "model_id", "*args", "**kwargs"]
-
-
-def test_swift_s_constructor_gives_the_factors_a_forward(source):
-    """Of their own; which the recipe undoes."""
-    assert "lora.forward" in source("swift", "tuners/peft.py").assigned()
+    hook = source("swift", "tuners/peft.py", "_create_and_replace_hook")
+    assert re.search(r"\*args(: \w+)?, \*\*kwargs", signature(hook))
+    load = source("swift", "tuners/peft.py", "load_adapter")
+    assert re.search(r"\(self, model_id(: \w+)?, \*args(: \w+)?, \*\*kwargs", signature(load))
 
 
 def test_swift_imports_plugins_after_its_tuners(source):
     """The module that trains imports the tuners; plugins are imported once the options have been parsed."""
-    training = source("swift", "pipelines/train/tuner.py").tree.body
-    assert "swift.tuners" in {node.module for node in training if isinstance(node, ast.ImportFrom)}
-    options = source("swift", "arguments/base_args/base_args.py")
-    assert "self._import_external_plugins" in called(options.function("BaseArguments.__post_init__"))
+    assert "\nfrom swift.tuners import " in source("swift", "pipelines/train/tuner.py")
+    options = source("swift", "arguments/base_args/base_args.py", "BaseArguments", "__post_init__")
+    assert "self._import_external_plugins(" in options
 
 
 def test_swift_passes_the_initialisation_on_to_peft(source):
-    tuner = source("swift", "pipelines/train/tuner.py").function("prepare_adapter")
-    assert "init_lora_weights" in texts(tuner)
-    attributes = {ast.unparse(node) for node in ast.walk(tuner) if isinstance(node, ast.Attribute)}
-    assert "args.init_weights" in attributes
+    tuner = source("swift", "pipelines/train/tuner.py", "prepare_adapter")
+    assert "'init_lora_weights'" in tuner
+    assert "args.init_weights" in tuner
 
 
 def test_swift_has_what_the_script_uses(source):
-    assert source("swift", "pipelines/train/pretrain.py").cls("SwiftPretrain")
-    assert source("swift", "pipelines/base.py").function("SwiftPipeline.main")
-    assert "self.model" in source("swift", "pipelines/train/sft.py").assigned()
+    assert source("swift", "pipelines/train/pretrain.py", "SwiftPretrain")
+    assert source("swift", "pipelines/base.py", "SwiftPipeline", "main")
+    assert "self.model = " in source("swift", "pipelines/train/sft.py")
 
 
 def test_swift_has_the_options(source):
     page = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     command = re.search(r"^python mica_swift.py(?:.*\\\n)*.*", page, re.MULTILINE)[0]
     options = set(re.findall(r"--(\w+)", command))
-    assert options == {*swift_style.TEXTS, *swift_style.NUMBERS}
+    assert options == {*stand_ins.TEXTS, *stand_ins.NUMBERS}
     files = ["sft_args.py", "tuner_args.py"]
     files += [f"base_args/{name}_args.py" for name in ("base", "data", "model", "template")]
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for file in files:
-        known |= source("swift", f"arguments/{file}").fields()
+        known.update(re.findall(r"^    (\w+): ", source("swift", f"arguments/{file}"), re.MULTILINE))
     assert options - known == set()
 
 
@@ -102,36 +134,38 @@ def test_swift_has_the_options(source):
 
 
 def test_unsloth_s_initialisation_can_be_switched_off(source):
-    initialisation = source("unsloth", "models/lora_init.py")
-    assert {"UNSLOTH_FAST_LORA_INIT", "0", "mica_init"} <= texts(initialisation.function("fast_lora_init"))
-    create = source("unsloth", "models/llama.py").function("FastLlamaModel.get_peft_model")
-    assert "fast_lora_init" in called(create)
+    initialisation = source("unsloth", "models/lora_init.py", "fast_lora_init")
+    for text in ("UNSLOTH_FAST_LORA_INIT", "'0'", "mica_init"):
+        assert text in initialisation, text
+    create = source("unsloth", "models/llama.py", "FastLlamaModel", "get_peft_model")
+    assert "fast_lora_init(" in create
 
 
 def test_unsloth_knows_mica(source):
-    assert "mica" in texts(source("unsloth", "models/_utils.py").function("validate_init_lora_weights"))
+    assert "'mica'" in source("unsloth", "models/_utils.py", "validate_init_lora_weights")
 
 
 def test_unsloth_s_functions_take_the_arguments_of_the_recipe(source):
-    load = parameters(source("unsloth", "models/loader.py").function("FastLanguageModel.from_pretrained"))
-    assert {"model_name", "max_seq_length", "load_in_4bit"} <= set(load)
-    create = parameters(source("unsloth", "models/llama.py").function("FastLlamaModel.get_peft_model"))
-    needed = {"r", "lora_alpha", "lora_dropout", "target_modules", "init_lora_weights"}
-    assert needed | {"use_gradient_checkpointing"} <= set(create)
+    load = source("unsloth", "models/loader.py", "FastLanguageModel", "from_pretrained")
+    create = source("unsloth", "models/llama.py", "FastLlamaModel", "get_peft_model")
+    needed = ["r", "lora_alpha", "lora_dropout", "target_modules", "init_lora_weights"]
+    needed.append("use_gradient_checkpointing")
+    for function, names in ((load, ["model_name", "max_seq_length", "load_in_4bit"]), (create, needed)):
+        for name in names:
+            assert re.search(rf"[ (]{name}[=:,]", signature(function)), name
 
 
 def test_unsloth_s_kernels_decline_variants_such_as_mica(source):
-    kernels = source("unsloth", "kernels/fast_lora.py")
-    assert "lora_variant" in texts(kernels.function("_needs_peft_forward"))
-    assert "_needs_peft_forward" in called(kernels.function("_lora_dropout_and_bias"))
+    kernels = "unsloth", "kernels/fast_lora.py"
+    assert "'lora_variant'" in source(*kernels, "_needs_peft_forward")
+    assert "_needs_peft_forward(" in source(*kernels, "_lora_dropout_and_bias")
     for name in ("apply_lora_mlp_swiglu", "apply_lora_qkv", "apply_lora_o"):
-        assert "_lora_dropout_and_bias" in called(kernels.function(name))
+        assert "_lora_dropout_and_bias(" in source(*kernels, name)
 
 
 def test_unsloth_names_the_forwards_that_it_rewrites(source):
     """By that name `mica.fast.explain` knows them."""
-    rewriting = source("unsloth_zoo", "compiler.py").function("patch_lora_forwards")
-    assert {"unsloth_forward", "def unsloth_forward"} <= texts(rewriting)
+    assert "def unsloth_forward" in source("unsloth_zoo", "compiler.py", "patch_lora_forwards")
 
 
 # -- the reading itself, with a wheel made here -------------------------------------------------------
@@ -140,16 +174,10 @@ def test_unsloth_names_the_forwards_that_it_rewrites(source):
 def test_names_that_move_are_seen(tmp_path):
     with zipfile.ZipFile(tmp_path / "there-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("there/__init__.py", "")
-        code = "class A:\n    x: int = 1\n    def f(self, *a, **k):\n        A.g = h('t')\n"
-        wheel.writestr("there/code.py", code)
+        wheel.writestr("there/code.py", "class A:\n    def f(self, *a):\n        return 't'\n")
     assert in_wheels(tmp_path, "elsewhere") is None
-    read = Source(in_wheels(tmp_path, "there")("there/code.py"))
-    function = read.function("A.f")
-    assert parameters(function) == ["self", "*a", "**k"]
-    assert (texts(function), called(function)) == ({"t"}, {"h"})
-    assert (read.assigned(), read.fields()) == ({"A.g"}, {"x"})
-    for missing in ("A.g", "B.f", "g"):
-        with pytest.raises(AssertionError, match=r"no (function|class)"):
-            read.function(missing)
-    with pytest.raises((KeyError, FileNotFoundError)):
-        in_wheels(tmp_path, "there")("there/moved.py")
+    code = (in_wheels(tmp_path, "there") / "there" / "code.py").read_text(encoding="utf-8")
+    assert defined(code, "A", "f") == "def f(self, *a):\n    return 't'"
+    for missing in (("A", "g"), ("B", "f"), ("g",)):
+        with pytest.raises(AssertionError, match="there is no"):
+            defined(code, *missing)

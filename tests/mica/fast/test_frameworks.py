@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 
 import mica.fast
 from mica.fast.frameworks import REMEDIES, REMEDIES_OF_INITIALISATION, UNDO, owner_of
-from tests.support import swift_style
+from tests.support import stand_ins
 from tests.support.models import Net, adapted_layers, factors, net, wrap
 from tests.support.moe_models import assert_exact, qwen3_moe, wrap_experts
 from tests.support.quantised_models import adapted, assert_spans, dequantised
@@ -180,7 +180,7 @@ def test_a_forward_that_was_replaced_before_is_under_this_package_s():
 def test_wrappers_of_ms_swift_that_were_there_before_leave_peft_as_it_is():
     """Two have signatures that this package does not know. (Its recipe imports mica.fast first.)"""
     mica.fast.uninstall()
-    with swift_style.imported():
+    with stand_ins.swift_imported():
         with pytest.warns(UserWarning, match="mica.fast leaves PEFT") as said:
             mica.fast.enable()
         assert {row.path for row in mica.fast.explain(net()).rows} == {"peft"}
@@ -193,10 +193,10 @@ def test_wrappers_of_ms_swift_that_were_there_before_leave_peft_as_it_is():
 
 def test_ms_swift_s_constructor_keeps_layers_from_the_fast_path_until_it_is_undone():
     def paths():
-        config = swift_style.LoraConfig(init_lora_weights="mica", r=4, target_modules=["up", "down"])
+        config = stand_ins.LoraConfig(init_lora_weights="mica", r=4, target_modules=["up", "down"])
         return {(row.path, row.reason) for row in mica.fast.explain(get_peft_model(Net(), config)).rows}
 
-    with swift_style.imported():
+    with stand_ins.swift_imported():
         ((path, reason),) = paths()
         assert path == "peft"
         assert reason.startswith("the lora_A has a forward of its own")

@@ -18,7 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM
 
 import mica.fast
-from tests.support import axolotl_style, on_gloo, swift_style
+from tests.support import on_gloo, stand_ins
 from tests.support.gloo import METHOD
 from tests.support.liger import run_on_any_device
 from tests.support.models import adapted_layers, bases, factors, wrap
@@ -31,7 +31,8 @@ from tests.support.without_mica import logits_without_mica
 RECIPES = Path(__file__).parents[3] / "recipes"
 PAGE = RECIPES / "README.md"
 STEPS = 4
-RECIPES_RUN = ["sft", "axolotl", "swift", "unsloth", "fsdp2", "accelerate"]
+WITH_STAND_INS = [pytest.param(name, marks=pytest.mark.weekly) for name in ("axolotl", "swift", "unsloth")]
+RECIPES_RUN = ["sft", *WITH_STAND_INS, "fsdp2", "accelerate"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -111,7 +112,7 @@ def plugin():
 
 @pytest.fixture(scope="module")
 def axolotl(given, plugin):
-    return in_this_process(lambda: axolotl_style.train(axolotl_yaml(given)))
+    return in_this_process(lambda: stand_ins.train_axolotl(axolotl_yaml(given)))
 
 
 def swift_options(given):
@@ -125,7 +126,7 @@ def swift_options(given):
 @pytest.fixture(scope="module")
 def swift(given):
     def recipe():
-        with pytest.MonkeyPatch.context() as patch, swift_style.imported():
+        with pytest.MonkeyPatch.context() as patch, stand_ins.swift_imported():
             patch.setattr(sys, "argv", ["", *swift_options(given)])
             return runpy.run_path(str(RECIPES / "mica_swift.py"), run_name="__main__")["training"].trainer
 
@@ -136,7 +137,7 @@ def swift(given):
 def unsloth(given, tmp_path_factory):
     """What a process has printed that imports the stand-in as `unsloth`, before mica.fast."""
     modules = tmp_path_factory.mktemp("modules")
-    source = "from tests.support.unsloth_style import FastLanguageModel\n"
+    source = "from tests.support.stand_ins import FastLanguageModel\n"
     (modules / "unsloth.py").write_text(source, encoding="utf-8")
     path = os.pathsep.join(map(str, (ROOT, RECIPES, modules)))
     folder = given.folder / "unsloth"
@@ -175,7 +176,7 @@ def learned(losses):
     assert losses[0] - losses[-1] > 0.05, losses
 
 
-@pytest.mark.parametrize("name", ["sft", "axolotl", "swift"])
+@pytest.mark.parametrize("name", ["sft", *WITH_STAND_INS[:2]])
 def test_a_trainer_s_recipe_runs_on_the_fast_path(name, request):
     done = request.getfixturevalue(name)
     learned(done.losses)
@@ -185,6 +186,7 @@ def test_a_trainer_s_recipe_runs_on_the_fast_path(name, request):
     assert done.calls == {"linear": forwards * 14 * STEPS, "linear_backward": 14 * STEPS}
 
 
+@pytest.mark.weekly
 def test_unsloth_s_recipe_has_the_losses_of_trl_s(unsloth, sft):
     """Its data and its trainer are the same; printed are four digits."""
     losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", unsloth.printed)]
@@ -261,19 +263,11 @@ def replaced(text, changes):
 # -- what they leave behind ---------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def adapters(request, given):
-    """Folders, with the logits that PEFT without this package gives."""
-    folders = {name: request.getfixturevalue(name).folder for name in RECIPES_RUN}
-    loads = [(given.model, folder, "peft") for folder in folders.values()]
-    theirs = logits_without_mica(given.folder, torch.arange(64).view(2, 32), *loads)
-    return dict(zip(folders, zip(folders.values(), theirs, strict=True), strict=True))
-
-
 @pytest.mark.parametrize("name", RECIPES_RUN)
-def test_the_saved_adapter(name, adapters, given):
+def test_the_saved_adapter(name, request, given, tmp_path):
     """B is the initial one to the bit, A is not; PEFT alone loads it, and its logits are ours."""
-    folder, theirs = adapters[name]
+    folder = request.getfixturevalue(name).folder
+    (theirs,) = logits_without_mica(tmp_path, torch.arange(64).view(2, 32), (given.model, folder, "peft"))
     base = AutoModelForCausalLM.from_pretrained(given.model)
     new = wrap(copy.deepcopy(base), rank=16, lora_alpha=32, targets="all-linear")
     plain = logits(base)
@@ -290,18 +284,20 @@ def test_the_saved_adapter(name, adapters, given):
 # -- axolotl's plugin ---------------------------------------------------------------------------------
 
 
+@pytest.mark.weekly
 @pytest.mark.usefixtures("plugin")
 @pytest.mark.parametrize("left", ["none", "one"])
 def test_axolotl_s_own_kernels_are_refused(left, given):
     """axolotl sets all four to true if the file names none of them."""
     config = axolotl_yaml(given)
-    for kernel in axolotl_style.KERNELS:
+    for kernel in stand_ins.KERNELS:
         del config[kernel]
     config |= {"one": {"lora_o_kernel": True}, "none": {}}[left]
     with pytest.raises(ValueError, match=r"lora_o_kernel.* would bypass the adapted layers"):
-        axolotl_style.train(config)
+        stand_ins.train_axolotl(config)
 
 
+@pytest.mark.weekly
 def test_axolotl_itself(given, tmp_path):
     """Where it is installed (its pins exclude this package's other tests)."""
     pytest.importorskip("axolotl", reason="axolotl is not installed")
