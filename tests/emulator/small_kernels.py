@@ -23,37 +23,16 @@ def dot(
     a_ptr, b_ptr, out_ptr, M, N, K, sam, sak, sbk, sbn,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    m, n, k = (
-        tl.program_id(0) * BM + tl.arange(0, BM),
-        tl.program_id(1) * BN + tl.arange(0, BN),
-        tl.arange(0, BK),
-    )
+    m = (tl.program_id(0) * BM + tl.arange(0, BM))[:, None]
+    n = (tl.program_id(1) * BN + tl.arange(0, BN))[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
     for start in tl.range(0, K, BK, num_stages=STAGES):
-        kk = start + k
-        a = tl.load(
-            a_ptr + m[:, None] * sam + kk[None, :] * sak, mask=(m < M)[:, None] & (kk < K)[None, :], other=0.0
-        )
-        b = tl.load(
-            b_ptr + kk[:, None] * sbk + n[None, :] * sbn, mask=(kk < K)[:, None] & (n < N)[None, :], other=0.0
-        )
+        k = start + tl.arange(0, BK)
+        of_a, of_b = k[None, :], k[:, None]
+        a = tl.load(a_ptr + m * sam + of_a * sak, mask=(m < M) & (of_a < K), other=0.0)
+        b = tl.load(b_ptr + of_b * sbk + n * sbn, mask=(of_b < K) & (n < N), other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    tl.store(out_ptr + m[:, None] * N + n[None, :], acc, mask=(m < M)[:, None] & (n < N)[None, :])
-
-
-@triton.jit
-def transpose(x_ptr, out_ptr, R: tl.constexpr, C: tl.constexpr):
-    i, j = tl.arange(0, R), tl.arange(0, C)
-    x = tl.load(x_ptr + i[:, None] * C + j[None, :])
-    tl.store(out_ptr + j[:, None] * R + i[None, :], tl.trans(x))
-
-
-@triton.jit
-def count(x_ptr, out_ptr, counter_ptr, n, B: tl.constexpr):
-    i = tl.program_id(0) * B + tl.arange(0, B)
-    total = tl.sum(tl.load(x_ptr + i, mask=i < n, other=0))
-    tl.atomic_add(counter_ptr, total, sem="acq_rel")
-    tl.atomic_add(out_ptr + i % 4, 1, sem="relaxed")
+    tl.store(out_ptr + m * N + n, acc, mask=(m < M) & (n < N))
 
 
 @triton.jit

@@ -68,13 +68,8 @@ def product(mods, instruction, count):
         # registers of a: (half of k, half of rows); of b: (half of k)
         A = left.reshape(2, 2, warps, 8, 4, -1).transpose(2, 1, 3, 0, 4, 5).reshape(warps, 16, k)
         B = right.reshape(2, warps, 8, 4, -1).transpose(1, 0, 3, 4, 2).reshape(warps, k, 8)
-        C = (
-            np.stack(acc)
-            .view(np.float32)
-            .reshape(2, 2, warps, 8, 4)
-            .transpose(2, 0, 3, 4, 1)
-            .reshape(warps, 16, 8)
-        )
+        C = np.stack(acc).view(np.float32).reshape(2, 2, warps, 8, 4)
+        C = C.transpose(2, 0, 3, 4, 1).reshape(warps, 16, 8)
         D = (C.astype(np.float64) + A @ B).astype(np.float32)
         D = D.reshape(warps, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, count)
         for index, target in enumerate(d):
@@ -84,28 +79,19 @@ def product(mods, instruction, count):
 
 
 def shuffle(mods, instruction, count):
-    if len(mods) != 3 or mods[0] != "sync" or mods[2] != "b32" or "|" in instruction.operands[0]:
+    """shfl.sync.idx and shfl.sync.bfly of a whole warp."""
+    target, source, step, clamp, members = instruction.operands
+    if mods[:1] + mods[2:] != ["sync", "b32"] or mods[1] not in ("idx", "bfly"):
         return None
-    form, operands = mods[1], instruction.operands
-    if operands[4] not in ("-1", "0xffffffff"):
+    if clamp != "31" or members != "-1":
         return None
-    value, step, clamp = (reader(text, np.uint32, count) for text in operands[1:4])
+    value, other = reader(source, np.uint32, count), reader(step, np.uint32, count)
 
     def act(cta, mask):
         cta.warps(mask, instruction)
-        lane = (cta.threads % 32).astype(np.int64)
-        b, c = step(cta).astype(np.int64) & 31, clamp(cta).astype(np.int64)
-        segment = (c >> 8) & 31
-        last = (lane & segment) | (c & 31 & ~segment)
-        place = {
-            "bfly": lane ^ b,
-            "up": lane - b,
-            "down": lane + b,
-            "idx": (lane & segment) | (b & ~segment),
-        }[form]
-        valid = place >= last if form == "up" else place <= last
-        place = np.where(valid, place, lane)
-        cta.put(operands[0], value(cta)[cta.threads // 32 * 32 + place], mask)
+        lane, b = cta.threads % 32, other(cta).astype(np.int64) & 31
+        place = b if mods[1] == "idx" else lane ^ b
+        cta.put(target, value(cta)[cta.threads - lane + place], mask)
 
     return act
 
