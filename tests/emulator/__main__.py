@@ -70,11 +70,9 @@ def main() -> int:
     faults = [fault for result in results for fault in result.faults]
     total = sum(sum(counts) for result in results for counts in result.counts.values())
     sums = {name: sum(result.totals[name] for result in results) for name in results[0].totals}
-    print(
-        f"{total} cases, {len(faults)} at fault; {sums['launches']} launches ({sums['direct']} by kept plans), "
-        f"{sums['programs']} programs, {sums['instructions'] / 1e6:.1f} M instructions; "
-        f"{time.monotonic() - start:.0f} s ({sums['seconds']:.0f} of CPU), triton {triton.__version__}"
-    )
+    seconds = time.monotonic() - start
+    print(f"{total} cases, {len(faults)} at fault, {seconds:.0f} s, triton {triton.__version__}")
+    print(", ".join(f"{number:.0f} {name}" for name, number in sums.items()))
     print("\n".join(faults))
     return 1 if faults or not total else 0
 

@@ -157,6 +157,15 @@ def from_bf16(a):
     return (a.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def factors(data, kind: str):
+    """What tensor cores multiply, in fp64: the last dimension's bits as numbers of a kind."""
+    data = np.ascontiguousarray(data)
+    if kind == "tf32":
+        return (data.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
+    halves = data.view(np.uint16)
+    return (halves.view(np.float16) if kind == "f16" else from_bf16(halves)).astype(np.float64)
+
+
 def to_tf32(a):
     """To nearest, ties away from zero: 10 bits behind the point."""
     bits = a.view(np.uint32)

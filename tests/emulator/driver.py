@@ -27,7 +27,7 @@ from tests.support.no_launch import NoLaunchDriver
 
 FAR = 2**28  # bytes of a storage from which on only its rows are mapped
 settings = SimpleNamespace(order="forward", seed=0)
-statistics = SimpleNamespace(launches=0, direct=0, instructions=0)
+statistics = SimpleNamespace(launches=0, by_kept_plans=0, instructions=0)
 programs: dict[str, Program] = {}  # by the hash of their PTX
 given: list[Sequence[torch.Tensor | None]] = []  # the tensors of launches whose arguments are addresses
 
@@ -96,7 +96,7 @@ class Driver(NoLaunchDriver):
                 if arguments[: len(pointers)] != tuple(addresses):
                     raise FaultError("launched with addresses of other tensors")
                 arguments = (*pointers, *arguments[len(pointers) :])
-                statistics.direct += 1
+                statistics.by_kept_plans += 1
             named = {
                 name: value
                 for (name, kind), value in zip(kinds, arguments, strict=True)

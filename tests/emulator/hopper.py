@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-from tests.emulator.arithmetic import from_bf16
+from tests.emulator.arithmetic import factors
 from tests.emulator.operands import SHARED_BASE, reader, vector
 from tests.emulator.program import FaultError, describe
 
@@ -43,15 +43,6 @@ def places_of(descriptor: int, rows: int, columns: int, size: int, transposed: b
     if mode:
         address = address ^ ((address >> 7 & (width // 16 - 1)) << 4)
     return (address - base)[..., None] + np.arange(size)
-
-
-def numbers(data, kind: str):
-    """Bytes (..., size) to fp64."""
-    if kind == "tf32":
-        bits = np.ascontiguousarray(data).view(np.uint32)[..., 0] & np.uint32(0xFFFFE000)
-        return bits.view(np.float32).astype(np.float64)
-    bits = np.ascontiguousarray(data).view(np.uint16)[..., 0]
-    return (bits.view(np.float16) if kind == "f16" else from_bf16(bits)).astype(np.float64)
 
 
 def _flying(cta) -> list:
@@ -101,7 +92,7 @@ def multiply(mods, instruction, count):
             cta.shared.touch(flat, reads, False, instruction)
             cta.shared.reading[flat] += 1
             touched.append((flat, cta.shared.bytes[flat].copy()))
-            found.append(numbers(cta.shared.bytes[at], kind))
+            found.append(factors(cta.shared.bytes[at], kind)[..., 0])
         return np.stack(found)
 
     def act(cta, mask):
@@ -110,8 +101,7 @@ def multiply(mods, instruction, count):
         if from_registers:
             _fenced(cta, vector(operands[1]), instruction)
             bits = np.stack([read(cta) for read in lefts]).reshape(2, 2, groups * 4, 8, 4, 1)
-            parts = bits.view(np.uint8).reshape(*bits.shape[:-1], -1, size)
-            A = numbers(parts, kind).transpose(2, 1, 3, 0, 4, 5).reshape(groups, 64, k)
+            A = factors(bits, kind).transpose(2, 1, 3, 0, 4, 5).reshape(groups, 64, k)
         else:
             A = shared_operand(cta, lefts[0](cta), 64, a_transposed, touched)
         B = shared_operand(cta, right(cta), n, b_transposed, touched)

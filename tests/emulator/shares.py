@@ -6,7 +6,6 @@ import argparse
 import time
 import traceback
 import warnings
-from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,14 +25,13 @@ class Result:
     """What one process has run."""
 
     target: str
-    counts: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0, 0]))
-    errors: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    counts: dict[str, list[int]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
-    totals: dict[str, float] = field(default_factory=dict)  # of launches, programs, seconds of CPU and so on
+    totals: dict[str, float] = field(default_factory=dict)  # launches, programs and so on -> how many
 
     def finished(self) -> Result:
-        self.counts, self.errors = dict(self.counts), dict(self.errors)  # to be pickled
-        self.totals = {**vars(statistics), "programs": len(programs), "seconds": time.process_time()}
+        self.totals = {**vars(statistics), "programs": len(programs), "s of CPU": time.process_time()}
         return self
 
     def add(self, kernel: str, label: str, function, may_be_refused: bool, verbose: bool) -> None:
@@ -41,7 +39,7 @@ class Result:
         start, outcome = time.process_time(), 0
         try:
             error = function()
-            self.errors[kernel] = max(self.errors[kernel], error)
+            self.errors[kernel] = max(self.errors.get(kernel, 0.0), error)
             text = f"{error:.2f}"
         except triton.runtime.errors.OutOfResources as error:
             outcome, text = 1 if may_be_refused else 2, f"{error}"
@@ -49,7 +47,7 @@ class Result:
             outcome, text = 2, f"{type(error).__name__}: {error}"
             if not isinstance(error, WrongError | FaultError):
                 text += "\n" + traceback.format_exc()
-        self.counts[kernel][outcome] += 1
+        self.counts.setdefault(kernel, [0, 0, 0])[outcome] += 1
         if outcome == 2:
             self.faults.append(f"{self.target} {label}: {text}")
         if verbose:

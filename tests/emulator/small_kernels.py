@@ -12,13 +12,6 @@ def add(x_ptr, y_ptr, out_ptr, n, B: tl.constexpr):
 
 
 @triton.jit
-def sums(x_ptr, out_ptr, R: tl.constexpr, C: tl.constexpr, AXIS: tl.constexpr):
-    i, j = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
-    total = tl.sum(tl.load(x_ptr + i * C + j), axis=AXIS)
-    tl.store(out_ptr + tl.arange(0, C if AXIS == 0 else R), total)
-
-
-@triton.jit
 def dot(
     a_ptr, b_ptr, out_ptr, M, N, K, sam, sak, sbk, sbn,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -33,20 +26,6 @@ def dot(
         b = tl.load(b_ptr + of_b * sbk + n * sbn, mask=(of_b < K) & (n < N), other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     tl.store(out_ptr + m * N + n, acc, mask=(m < M) & (n < N))
-
-
-@triton.jit
-def integers(x_ptr, y_ptr, out_ptr, n, B: tl.constexpr):
-    i = tl.arange(0, B)
-    x, y = tl.load(x_ptr + i), tl.load(y_ptr + i)
-    q, r = x // y, x % y
-    z = x.to(tl.uint32)
-    z ^= z >> 16
-    z *= 0x21F0AAAD
-    tl.store(out_ptr + i, q)
-    tl.store(out_ptr + n + i, r)
-    tl.store(out_ptr + 2 * n + i, (z >> 1).to(tl.int32))
-    tl.store(out_ptr + 3 * n + i, tl.minimum(x, y) + (x.to(tl.int64) * y.to(tl.int64) >> 20).to(tl.int32))
 
 
 @triton.jit

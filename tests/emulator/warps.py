@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.emulator.arithmetic import from_bf16
+from tests.emulator.arithmetic import factors
 from tests.emulator.operands import address_of, dtype_of, reader, vector
 from tests.emulator.program import FaultError, describe
 
 
-def matrices(mods, instruction, count):
-    """ldmatrix: of 8 x 8 numbers of 16 bits each, a row per address."""
+def _of_matrices(mods) -> tuple[int, bool] | None:
+    """How many of 8 x 8 numbers of 16 bits each, and whether transposed, of ldmatrix and stmatrix."""
     if mods[:3] != ["sync", "aligned", "m8n8"] or mods[-2:] != ["shared", "b16"]:
         return None
-    number, transposed = int(mods[3][1:]), mods[4:-2] == ["trans"]
-    if mods[4:-2] not in ([], ["trans"]):
+    return (int(mods[3][1:]), bool(mods[4:-2])) if mods[4:-2] in ([], ["trans"]) else None
+
+
+def matrices(mods, instruction, count):
+    """ldmatrix: a row per address."""
+    form = _of_matrices(mods)
+    if form is None:
         return None
+    number, transposed = form
     targets = vector(instruction.operands[0])
     read = address_of(instruction.operands[1], np.uint32, count)
 
@@ -54,11 +60,7 @@ def product(mods, instruction, count):
 
     def numbers(registers):
         """(register, warp, group, thread in group, number) in fp64."""
-        bits = np.stack(registers).reshape(len(registers), warps, 8, 4)
-        if kind == "tf32":
-            return (bits & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)[..., None]
-        halves = np.ascontiguousarray(bits).view(np.uint16).reshape(*bits.shape, 2)
-        return (halves.view(np.float16) if kind == "f16" else from_bf16(halves)).astype(np.float64)
+        return factors(np.stack(registers).reshape(len(registers), warps, 8, 4, 1), kind)
 
     def act(cta, mask):
         cta.warps(mask, instruction)
@@ -79,19 +81,15 @@ def product(mods, instruction, count):
 
 
 def shuffle(mods, instruction, count):
-    """shfl.sync.idx and shfl.sync.bfly of a whole warp."""
-    target, source, step, clamp, members = instruction.operands
-    if mods[:1] + mods[2:] != ["sync", "b32"] or mods[1] not in ("idx", "bfly"):
+    """shfl.sync.idx of a whole warp."""
+    target, source, place, clamp, members = instruction.operands
+    if mods != ["sync", "idx", "b32"] or clamp != "31" or members != "-1":
         return None
-    if clamp != "31" or members != "-1":
-        return None
-    value, other = reader(source, np.uint32, count), reader(step, np.uint32, count)
+    value, lane = reader(source, np.uint32, count), reader(place, np.uint32, count)
 
     def act(cta, mask):
         cta.warps(mask, instruction)
-        lane, b = cta.threads % 32, other(cta).astype(np.int64) & 31
-        place = b if mods[1] == "idx" else lane ^ b
-        cta.put(target, value(cta)[cta.threads - lane + place], mask)
+        cta.put(target, value(cta)[cta.threads // 32 * 32 + lane(cta) % 32], mask)
 
     return act
 
@@ -131,13 +129,10 @@ def barrier(mods, instruction, count):
 
 
 def store_matrices(mods, instruction, count):
-    if (
-        mods[:3] != ["sync", "aligned", "m8n8"]
-        or mods[-2:] != ["shared", "b16"]
-        or mods[4:-2] not in ([], ["trans"])
-    ):
+    form = _of_matrices(mods)
+    if form is None:
         return None
-    number, transposed = int(mods[3][1:]), bool(mods[4:-2])
+    number, transposed = form
     read = address_of(instruction.operands[0], np.uint32, count)
     sources = [reader(text, np.uint32, count) for text in vector(instruction.operands[1])]
 
