@@ -12,7 +12,6 @@ import re
 import numpy as np
 
 from tests.emulator.operands import FLOATS, UNSIGNED, bits_of, dtype_of, reader, vector
-from tests.emulator.program import FaultError, describe
 
 
 def elementwise(compute, result: str, sources: list, instruction, count):
@@ -109,18 +108,13 @@ def select(mods, instruction, count):
 
 
 def field_extract(mods, instruction, count):
-    dtype, bits = dtype_of(mods[0]), bits_of(mods[0])
-    if bits != 32:
+    """Bits at a fixed place of a number of 32."""
+    target, source, position, length = instruction.operands
+    left, right = 32 - int(length) - int(position), 32 - int(length)
+    if mods not in (["s32"], ["u32"]) or left < 0 or right > 31:
         return None
-
-    def compute(a, position, length):
-        position, length = (v & np.uint32(255) for v in (position, length))
-        if ((position + length > 32) | (length == 0)).any():
-            raise FaultError(f"bits beyond the number: {describe(instruction)}")
-        raised = np.left_shift(a.view(np.uint32), np.uint32(32) - length - position).view(dtype)
-        return np.right_shift(raised, (np.uint32(32) - length).astype(dtype))
-
-    return elementwise(compute, mods[0], [dtype, np.uint32, np.uint32], instruction, count)
+    dtype, read = dtype_of(mods[0]), reader(source, np.uint32, count)
+    return lambda cta, mask: cta.put(target, (read(cta) << np.uint32(left)).view(dtype) >> dtype(right), mask)
 
 
 def move(mods, instruction, count):

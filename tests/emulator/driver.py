@@ -8,7 +8,6 @@ that launches kernels otherwise: Triton keeps what it has compiled for a device 
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from tests.support.no_launch import NoLaunchDriver
 FAR = 2**28  # bytes of a storage from which on only its rows are mapped
 settings = SimpleNamespace(order="forward", seed=0)
 statistics = SimpleNamespace(launches=0, by_kept_plans=0, instructions=0)
-programs: dict[str, Program] = {}  # by the hash of their PTX
+programs: dict[bytes, Program] = {}  # by their PTX
 given: list[Sequence[torch.Tensor | None]] = []  # the tensors of launches whose arguments are addresses
 
 
@@ -80,10 +79,9 @@ class Driver(NoLaunchDriver):
 
     @staticmethod
     def load_binary(name, binary: bytes, shared: int, device):
-        key = hashlib.sha256(binary).hexdigest()
-        if key not in programs:
-            programs[key] = decode(parse(binary.decode()))
-        return object(), (programs[key], shared), 64, 0, 1024
+        if binary not in programs:
+            programs[binary] = decode(parse(binary.decode()))
+        return object(), (programs[binary], shared), 64, 0, 1024
 
     def launcher_cls(self, source, metadata):
         kinds = source.signature.items()

@@ -23,25 +23,14 @@ WIDTHS = {1: 128, 2: 64, 3: 32}  # swizzle mode -> bytes of a row
 def places_of(descriptor: int, rows: int, columns: int, size: int, transposed: bool, base: int):
     """Byte indices (rows, columns, size) of an operand with ``columns`` along K."""
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
-    mode = descriptor >> 62
-    if descriptor >> 49 & 7:
-        raise FaultError(f"a descriptor with a base offset: {descriptor:#x}")
+    width = WIDTHS.get(descriptor >> 62)
+    if width is None or descriptor >> 49 & 7:
+        raise FaultError(f"a descriptor without a swizzle, or with a base offset: {descriptor:#x}")
     row, column = np.arange(rows)[:, None], np.arange(columns)[None, :]
-    if not transposed:
-        across, along = row, column * size
-        width = WIDTHS.get(mode, 16)
-        offset = across % 8 * width + across // 8 * stride
-        offset = offset + (along if mode else along // 16 * leading + along % 16)
-    else:
-        across, along = column, row * size
-        width = WIDTHS.get(mode, 16)
-        if mode:
-            offset = across % 8 * width + across // 8 * stride + along % width + along // width * leading
-        else:
-            offset = across % 8 * 16 + across // 8 * leading + along % 16 + along // 16 * stride
+    across, along = (column, row * size) if transposed else (row, column * size)
+    offset = across % 8 * width + across // 8 * stride + along % width + along // width * leading
     address = start + offset
-    if mode:
-        address = address ^ ((address >> 7 & (width // 16 - 1)) << 4)
+    address = address ^ ((address >> 7 & (width // 16 - 1)) << 4)
     return (address - base)[..., None] + np.arange(size)
 
 

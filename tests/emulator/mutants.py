@@ -36,7 +36,6 @@ CASES = {
     "up of experts": ("up of experts", {"width": 136, "rank": 20}),
     "fused": ("fused_linear", {"tokens": 70, "width": 256, "rank": 24, "out_features": 128}),
 }
-RELAXED = ("acq_rel", "relaxed")  # an atomic is not taken out
 
 
 class Row(NamedTuple):
@@ -84,7 +83,7 @@ def _outcome(case: Case) -> str:
     return ""
 
 
-def run(target: str, verbose: bool) -> list[tuple[Row, int, list[str]]]:
+def run(target: str) -> list[tuple[Row, int, list[str]]]:
     """(row, number of occurrences, those that are missed) of each."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -100,14 +99,13 @@ def run(target: str, verbose: bool) -> list[tuple[Row, int, list[str]]]:
             own.setdefault(row.case, [programs[key] for key in programs.keys() - before])
             number, missed = 0, []
             for program in own[row.case]:
+                words = ("acq_rel", "relaxed") if row.op == "atom" else None  # it is not taken out
                 for instruction in found(program, row.op):
-                    with changed(program, row.op, instruction, RELAXED if row.op == "atom" else None):
-                        outcome = _outcome(case)
+                    with changed(program, row.op, instruction, words):
+                        is_noticed = bool(_outcome(case))
                     number += 1
-                    if not outcome:
+                    if not is_noticed:
                         missed.append(f"{instruction.text} ({instruction.where})")
-                    if verbose:
-                        print(f"{row.case} {instruction.text} ({instruction.where}): {outcome}", flush=True)
             results.append((row, number, missed))
     return results
 
@@ -115,11 +113,10 @@ def run(target: str, verbose: bool) -> list[tuple[Row, int, list[str]]]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.emulator.mutants", description=__doc__.split("\n\n")[0])
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--verbose", action="store_true", help="how each is noticed")
     args = parser.parse_args()
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, spawned, max_tasks_per_child=1) as pool:
-        jobs = [pool.submit(run, target, args.verbose) for target in TARGETS]
+        jobs = [pool.submit(run, target) for target in TARGETS]
         results = [result for job in jobs for result in job.result()]
     bad = 0
     for row, number, missed in results:

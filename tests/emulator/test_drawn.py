@@ -23,7 +23,6 @@ def test_everything_is_drawn():
     assert {case.kernel for case in found} == set(KERNELS)
     assert {bool(own.get("dropout")) for own in options} == {False, True}
     assert {own["config"] is None for own in options} == {False, True}
-    assert {own["width"] % 16 == 0 for own in options} == {False, True}
     assert any(own["rank"] > 128 for own in options)
     assert any(own.get("tokens", 0) > 300 for own in options)
     assert any(0 in own["route"][1] for own in options if "route" in own)  # the first expert has no rows

@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 
-import mica.fast
 from tests.emulator.driver import settings, statistics
 from tests.emulator.judging import BF16, F32, WrongError
 from tests.support.models import net, randomise
@@ -30,7 +29,6 @@ CASES = {  # experts in fp32: in bf16 a rounding can move a token to another one
     "llama bf16": (wide, BF16, {"rank": 16}),
     "llama bf16, 16-bit adapters": (wide, BF16, {"rank": 24, "autocast_adapter_dtype": False}),
     "llama bf16, dropout": (wide, BF16, {"rank": 16, "lora_dropout": 0.2}),
-    "llama bf16, fp32 products": (wide, BF16, {"rank": 16, "compute_dtype": F32}),
     "qwen3_moe fp32": (partial(adapted, "qwen3_moe"), F32, {}),
     "gpt_oss fp32": (partial(adapted, "gpt_oss"), F32, {}),
     "mixtral fp32": (partial(adapted, "mixtral"), F32, {"rank": 16}),
@@ -40,8 +38,6 @@ CASES = {  # experts in fp32: in bf16 a rounding can move a token to another one
 def built(name: str):
     """A case's model, and what does a forward and a backward pass of it."""
     make, dtype, options = CASES[name]
-    options = dict(options)
-    mica.fast.enable(compute_dtype=options.pop("compute_dtype", None))
     model, ids = randomise(make(dtype=dtype, **options)).train(), tokens(2, 9) % 29
     return model, partial(step, model, ids, **({} if make is net else {"labels": ids}))
 
