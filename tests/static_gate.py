@@ -64,6 +64,7 @@ class Finding:
 class Examined:
     """A case, without what another process cannot be given, and what was found."""
 
+    target: str
     kernel: str
     label: str
     place: tuple[str, int] | None
@@ -212,15 +213,14 @@ def examine(target: str, case: Case, kept: dict[str, dict]) -> tuple[str, Findin
         return "", Finding(faults=[f"does not compile: {text[:200]}"])
 
 
-def examine_target(arguments: tuple[str, int, int, bool, dict]) -> list[Examined]:
+def examine_part(target: str, start: int, step: int, is_quick: bool, kept: dict) -> list[Examined]:
     """Every ``step``-th case of one target."""
-    target, start, step, is_quick, kept = arguments
-    own = [case for case in cases(target) if case.is_quick or not is_quick][start::step]
     found = []
-    for case in own:
-        key, finding = examine(target, case, kept)
+    for case in [case for case in cases(target) if case.is_quick or not is_quick][start::step]:
         programs, num_warps = math.prod(case.launch.grid), case.launch.num_warps
-        found.append(Examined(case.kernel, case.label, case.place, programs, num_warps, key, finding))
+        key, finding = examine(target, case, kept)
+        one = Examined(target, case.kernel, case.label, case.place, programs, num_warps, key, finding)
+        found.append(one)
     return found
 
 
@@ -257,45 +257,41 @@ def main() -> int:
     start = time.monotonic()
     store = Path(triton.knobs.cache.dir) / "mica-static-gate.json"
     kept = json.loads(store.read_text()) if store.exists() else {}
-    targets = args.target or list(TARGETS)
     step = args.processes
-    jobs = [(target, part, step, args.quick, kept) for target in targets for part in range(step)]
-    rows: dict[tuple[str, str], list[Examined]] = defaultdict(list)
-    with ProcessPoolExecutor(args.processes) as pool:
-        for job, results in zip(jobs, pool.map(examine_target, jobs), strict=True):
-            for one in results:
-                rows[one.kernel, job[0]].append(one)
-                finding = one.finding
-                if one.key:
-                    kept[one.key] = asdict(finding)
-                if args.verbose:
-                    numbers = finding.registers, finding.shared, finding.tensor_core
-                    print(job[0], one.kernel, one.label, *numbers, flush=True)
+    with ProcessPoolExecutor(step) as pool:
+        jobs = [
+            pool.submit(examine_part, target, part, step, args.quick, kept)
+            for target in args.target or TARGETS
+            for part in range(step)
+        ]
+        found = [one for job in jobs for one in job.result()]
+    kept |= {one.key: asdict(one.finding) for one in found if one.key}
     store.parent.mkdir(parents=True, exist_ok=True)
     store.write_text(json.dumps(kept))
 
+    rows: dict[tuple[str, str], list[Examined]] = defaultdict(list)
+    for one in found:
+        rows[one.kernel, one.target].append(one)
+        if args.verbose:
+            numbers = one.finding.registers, one.finding.shared, one.finding.tensor_core
+            print(one.target, one.kernel, one.label, *numbers)
     print(f"{'kernel':18} {'target':8} {'compiled':>8} {'registers':>9} {'shared KiB':>10}  tensor cores")
-    faults = []
     for (kernel, target), examined in sorted(rows.items()):
         findings = [one.finding for one in examined]
-        good = [finding for finding in findings if not finding.faults]
+        good = sum(not finding.faults for finding in findings)
         most = max(finding.registers for finding in findings)
         shared = max(finding.shared for finding in findings) / 1024
         cores = "/".join(sorted({finding.tensor_core for finding in findings} - {""})) or "-"
-        print(f"{kernel:18} {target:8} {len(good):>4}/{len(findings):<3} {most:>9} {shared:>10.0f}  {cores}")
-        for one in examined:
-            if one.finding.faults:
-                faults.append(f"{target} {kernel} {one.label}: {'; '.join(one.finding.faults)}")
-    total = sum(map(len, rows.values()))
+        print(f"{kernel:18} {target:8} {good:>4}/{len(findings):<3} {most:>9} {shared:>10.0f}  {cores}")
+    bad = [one for one in found if one.finding.faults]
     seconds = time.monotonic() - start
-    print(f"{total} compilations, {len(faults)} at fault, {seconds:.0f} s, triton {triton.__version__}")
-    for fault in faults:
-        print(fault)
+    print(f"{len(found)} compilations, {len(bad)} at fault, {seconds:.0f} s, triton {triton.__version__}")
+    for one in bad:
+        print(f"{one.target} {one.kernel} {one.label}: {'; '.join(one.finding.faults)}")
     for target in DEVICES:
-        own = [one for (_, name), examined in rows.items() if name == target for one in examined]
-        for line in default_configurations(target, own):
+        for line in default_configurations(target, [one for one in found if one.target == target]):
             print(line)
-    return 1 if faults or not total else 0
+    return 1 if bad or not found else 0
 
 
 if __name__ == "__main__":

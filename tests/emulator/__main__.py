@@ -69,15 +69,10 @@ def main() -> int:
         print(f"{kernel:18} {target:8} {counts[0]:>6} {counts[1]:>8} {counts[2]:>7}  {error:.2f}")
     faults = [fault for result in results for fault in result.faults]
     total = sum(sum(counts) for result in results for counts in result.counts.values())
-    launches, direct, number, instructions, seconds = (
-        sum(getattr(result, name) for result in results)
-        for name in ("launches", "direct", "programs", "instructions", "seconds")
-    )
-    print(
-        f"{total} cases, {len(faults)} at fault; {launches} launches ({direct} by kept plans) of {number} "
-        f"programs, {instructions / 1e6:.1f} M instructions; {time.monotonic() - start:.0f} s "
-        f"({seconds:.0f} of CPU), triton {triton.__version__}"
-    )
+    sums = {name: sum(result.totals[name] for result in results) for name in results[0].totals}
+    seconds = time.monotonic() - start
+    print(f"{total} cases, {len(faults)} at fault, {seconds:.0f} s, triton {triton.__version__}")
+    print(", ".join(f"{number:.0f} {name}" for name, number in sums.items()))
     print("\n".join(faults))
     return 1 if faults or not total else 0
 

@@ -9,24 +9,10 @@ import numpy as np
 from tests.emulator.operands import UNSIGNED, address_of, bits_of, dtype_of, reader, vector
 from tests.emulator.program import FaultError, describe
 
-HINTS = {
-    "cg",
-    "ca",
-    "cs",
-    "L1::evict_last",
-    "L1::evict_first",
-    "L1::no_allocate",
-    "relaxed",
-    "gpu",
-    "sys",
-    "cta",
-    "volatile",
-}
-
 
 def access(mods) -> tuple[str, int, str] | None:
     """(space, count of numbers, kind) of a load's or store's modifiers."""
-    mods = [m for m in mods if m not in HINTS]
+    mods = [m for m in mods if m != "cg"]  # which cache: a hint
     space, kind = mods[0].split("::")[0], mods[-1]
     numbers = int(mods[1][1:]) if len(mods) == 3 and re.fullmatch(r"v[248]", mods[1]) else 1
     if len(mods) != 2 + (numbers > 1) or space not in ("global", "shared", "param"):
@@ -101,53 +87,20 @@ def store(mods, instruction, count):
 
 
 def atomic(mods, instruction, count):
-    """atom.global.gpu.acq_rel.add.u32 and its like; red without a result."""
-    returns = instruction.op.startswith("atom")
-    mods = [m for m in mods if m not in ("gpu", "sys", "cta")]
-    if mods[0] != "global" or mods[1] not in ("acq_rel", "relaxed", "acquire", "release"):
+    """atom.global.gpu.acq_rel.add.u32, or relaxed."""
+    if mods[:2] != ["global", "gpu"] or mods[2] not in ("acq_rel", "relaxed") or mods[3:] != ["add", "u32"]:
         return None
-    if mods[1] in ("acquire", "release"):
-        return None
-    word, kind = mods[2], mods[3] if len(mods) == 4 else ""
-    if word not in ("add", "cas", "exch", "max", "min") or kind not in (
-        "u32",
-        "s32",
-        "b32",
-        "u64",
-        "b64",
-        "f32",
-    ):
-        return None
-    dtype, synchronises, first = dtype_of(kind), mods[1] == "acq_rel", int(returns)
-    read = address_of(instruction.operands[first], np.uint64, count)
-    values = [reader(text, dtype, count) for text in instruction.operands[first + 1 :]]
+    target, place, amount = instruction.operands
+    read, value = address_of(place, np.uint64, count), reader(amount, np.uint32, count)
 
     def act(cta, mask):
-        addresses, operands, old = read(cta), [value(cta) for value in values], np.zeros(count, dtype)
+        addresses, amounts, old = read(cta), value(cta), np.zeros(count, np.uint32)
         for thread in cta.lanes(mask):
-            own = [operand[thread] for operand in operands]
-
-            def change(bits, own=own):
-                before = np.array([bits], UNSIGNED[8 * np.dtype(dtype).itemsize]).view(dtype)[0]
-                if word == "add":
-                    after = before + own[0]
-                elif word == "cas":
-                    after = own[1] if before == own[0] else before
-                else:
-                    after = {
-                        "exch": lambda: own[0],
-                        "max": lambda: max(before, own[0]),
-                        "min": lambda: min(before, own[0]),
-                    }[word]()
-                return np.array([after], dtype).view(UNSIGNED[8 * np.dtype(dtype).itemsize])[0]
-
-            size = np.dtype(dtype).itemsize
-            bits = cta.memory.atomic(
-                cta, int(addresses[thread]), int(thread), size, change, instruction, synchronises
+            address, amount = int(addresses[thread]), int(amounts[thread])
+            old[thread] = cta.memory.add(
+                cta, address, amount, int(thread), instruction, synchronises=mods[2] == "acq_rel"
             )
-            old[thread] = np.array([bits], UNSIGNED[8 * size]).view(dtype)[0]
-        if returns:
-            cta.put(instruction.operands[0], old, mask)
+        cta.put(target, old, mask)
 
     return act
 
@@ -162,8 +115,8 @@ def asynchronous(mods, instruction, count):
             cta.uncommitted = []
 
         return commit
-    if mods in (["async", "wait_group"], ["async", "wait_all"]):
-        left = int(instruction.operands[0], 0) if instruction.operands else 0
+    if mods == ["async", "wait_group"]:
+        left = int(instruction.operands[0], 0)
 
         def wait(cta, mask):
             cta.all_threads(mask, instruction)
@@ -181,19 +134,13 @@ def asynchronous(mods, instruction, count):
                     cta.shared.bytes[at] = data
 
         return wait
-    if (
-        mods[:1] != ["async"]
-        or mods[1] not in ("ca", "cg")
-        or mods[2:4] != ["shared", "global"]
-        or len(mods) != 4
-    ):
+    sizes = {"cg": (16,), "ca": (4, 8, 16)}.get(mods[1], ())
+    if mods[2:] != ["shared", "global"] or int(instruction.operands[2], 0) not in sizes:
         return None
-    operands = instruction.operands
-    size = int(operands[2], 0)
-    if size not in ((16,) if mods[1] == "cg" else (4, 8, 16)) or len(operands) > 4:
-        return None
-    target, source = address_of(operands[0], np.uint32, count), address_of(operands[1], np.uint64, count)
-    used = reader(operands[3] if len(operands) == 4 else str(size), np.uint32, count)
+    to, start, whole, part = instruction.operands
+    size = int(whole, 0)
+    target, source = address_of(to, np.uint32, count), address_of(start, np.uint64, count)
+    used = reader(part, np.uint32, count)
 
     def copy(cta, mask):
         lanes = cta.lanes(mask)
@@ -212,4 +159,4 @@ def asynchronous(mods, instruction, count):
     return copy
 
 
-DECODERS = {"cp": asynchronous, "ld": load, "st": store, "atom": atomic, "red": atomic}
+DECODERS = {"cp": asynchronous, "ld": load, "st": store, "atom": atomic}

@@ -50,17 +50,13 @@ class Case:
 
     @property
     def label(self) -> str:
-        shown = [f"{name}={_shown(value)}" for name, value in self.options.items()]
+        shown = [f"{name}={value}" for name, value in self.options.items()]
         return f"{self.name} {self.kernel} {self.dtypes}: {' '.join(shown)}".strip()
 
     def run(self) -> float:
         """The largest error in units of what is allowed."""
         check, always = KERNELS[self.kernel]
         return check(DTYPES[self.dtypes], **(always | self.options))
-
-
-def _shown(value) -> str:
-    return str(tuple(value) if isinstance(value, Config) else value)
 
 
 def cases(target: str) -> Iterator[Case]:

@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-from tests.emulator.arithmetic import from_bf16
+from tests.emulator.arithmetic import factors
 from tests.emulator.operands import SHARED_BASE, reader, vector
 from tests.emulator.program import FaultError, describe
 
@@ -23,35 +23,15 @@ WIDTHS = {1: 128, 2: 64, 3: 32}  # swizzle mode -> bytes of a row
 def places_of(descriptor: int, rows: int, columns: int, size: int, transposed: bool, base: int):
     """Byte indices (rows, columns, size) of an operand with ``columns`` along K."""
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
-    mode = descriptor >> 62
-    if descriptor >> 49 & 7:
-        raise FaultError(f"a descriptor with a base offset: {descriptor:#x}")
+    width = WIDTHS.get(descriptor >> 62)
+    if width is None or descriptor >> 49 & 7:
+        raise FaultError(f"a descriptor without a swizzle, or with a base offset: {descriptor:#x}")
     row, column = np.arange(rows)[:, None], np.arange(columns)[None, :]
-    if not transposed:
-        across, along = row, column * size
-        width = WIDTHS.get(mode, 16)
-        offset = across % 8 * width + across // 8 * stride
-        offset = offset + (along if mode else along // 16 * leading + along % 16)
-    else:
-        across, along = column, row * size
-        width = WIDTHS.get(mode, 16)
-        if mode:
-            offset = across % 8 * width + across // 8 * stride + along % width + along // width * leading
-        else:
-            offset = across % 8 * 16 + across // 8 * leading + along % 16 + along // 16 * stride
+    across, along = (column, row * size) if transposed else (row, column * size)
+    offset = across % 8 * width + across // 8 * stride + along % width + along // width * leading
     address = start + offset
-    if mode:
-        address = address ^ ((address >> 7 & (width // 16 - 1)) << 4)
+    address = address ^ ((address >> 7 & (width // 16 - 1)) << 4)
     return (address - base)[..., None] + np.arange(size)
-
-
-def numbers(data, kind: str):
-    """Bytes (..., size) to fp64."""
-    if kind == "tf32":
-        bits = np.ascontiguousarray(data).view(np.uint32)[..., 0] & np.uint32(0xFFFFE000)
-        return bits.view(np.float32).astype(np.float64)
-    bits = np.ascontiguousarray(data).view(np.uint16)[..., 0]
-    return (bits.view(np.float16) if kind == "f16" else from_bf16(bits)).astype(np.float64)
 
 
 def _flying(cta) -> list:
@@ -101,7 +81,7 @@ def multiply(mods, instruction, count):
             cta.shared.touch(flat, reads, False, instruction)
             cta.shared.reading[flat] += 1
             touched.append((flat, cta.shared.bytes[flat].copy()))
-            found.append(numbers(cta.shared.bytes[at], kind))
+            found.append(factors(cta.shared.bytes[at], kind)[..., 0])
         return np.stack(found)
 
     def act(cta, mask):
@@ -110,8 +90,7 @@ def multiply(mods, instruction, count):
         if from_registers:
             _fenced(cta, vector(operands[1]), instruction)
             bits = np.stack([read(cta) for read in lefts]).reshape(2, 2, groups * 4, 8, 4, 1)
-            parts = bits.view(np.uint8).reshape(*bits.shape[:-1], -1, size)
-            A = numbers(parts, kind).transpose(2, 1, 3, 0, 4, 5).reshape(groups, 64, k)
+            A = factors(bits, kind).transpose(2, 1, 3, 0, 4, 5).reshape(groups, 64, k)
         else:
             A = shared_operand(cta, lefts[0](cta), 64, a_transposed, touched)
         B = shared_operand(cta, right(cta), n, b_transposed, touched)

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import torch
 
+from mica.kernels.down_projection import down_projection
+from mica.kernels.fused_linear import fused_linear
+from mica.kernels.grad_a import grad_a as grad_a_
 from mica.kernels.limits import padded_columns
 from mica.kernels.prepared_b import padded as prepared
-from tests.emulator import planned
+from mica.kernels.up_projection import up_projection_
 from tests.emulator.judging import F32, WrongError, in_all_orders, judged, keep_of, matrix, stack
 from tests.support.expert_cases import ROUTES, by_expert, idle, offsets_of, slices
 from tests.support.guarding import guarded
@@ -39,8 +42,9 @@ def _factor(side, experts, rank, width, dtypes, layout, scale, is_dense):
 
 
 def _dropout(p):
+    """A seed; the same for the kernel, which has one only if it drops something; its keywords."""
     seed = torch.tensor([SEED], dtype=torch.int64)
-    return seed, {"dropout_p": p, "seed": seed} if p else {}
+    return (seed, seed, {"dropout_p": p}) if p else (seed, None, {})
 
 
 def _narrow(layout):
@@ -55,10 +59,10 @@ def down(dtypes, rank, width, tokens=70, layout="contiguous", dropout=0.0, confi
     factor = _factor(side, len(ends), rank, width, dtypes, layout, width**-0.5, route is None)
     if route:
         factor[idle(ends)] = float("nan")  # not to be read
-    seed, dropped = _dropout(dropout)
+    seed, own, dropped = _dropout(dropout)
     options = {"scale": scale, "compute_dtype": dtype, "config": config, **dropped}
     given = factor if route else factor[0]
-    h = in_all_orders(lambda: planned.down(x, given, offsets, **options))[: ends[-1]]
+    h = in_all_orders(lambda: down_projection(x, given, own, offsets, **options))[: ends[-1]]
     rank = factor.shape[1]
     if h[:, rank:].any():
         raise WrongError("padding is not 0")
@@ -81,24 +85,22 @@ def up(
     if side == "A":  # of B the padding is 0
         h[:, rank:] = 0
     factor = _factor(side, len(ends), rank, width, dtypes, layout, rank**-0.5, route is None)
-    seed, dropped = _dropout(dropout)
-    options, scale = {"compute_dtype": dtype, "config": config, **dropped}, 1.0
+    seed, own, dropped = _dropout(dropout)
+    options, scale, other, added = {"compute_dtype": dtype, "config": config, **dropped}, 1.0, None, None
     if route:
-        own = stack(1, len(ends), width, y_dtype)[0] if bias else None
-        options |= {"bias": own}
+        added = stack(1, len(ends), width, y_dtype)[0] if bias else None
     else:
-        scale = 0.75
-        own, other = None, torch.full((rows, width), float("nan"), dtype=y_dtype) if out else None
-        options |= {"scale": scale, "out": other}
-    given = factor if route else factor[0]
-    y = in_all_orders(lambda: planned.up_(base, h, given, offsets, **options), lambda: base.copy_(kept))
+        scale = options["scale"] = 0.75
+        other = torch.full((rows, width), float("nan"), dtype=y_dtype) if out else None
+    tensors = base, h, factor if route else factor[0], own, other, added, offsets
+    y = in_all_orders(lambda: up_projection_(*tensors, **options), lambda: base.copy_(kept))
     if y[ends[-1] :].any():
         raise WrongError("rows of no expert are not 0")
     exact, size = kept.double(), kept.double().abs()
     for expert, part in enumerate(slices(ends)):
-        if own is not None:
-            exact[part] += own[expert].double()
-            size[part] += own[expert].double().abs()
+        if added is not None:
+            exact[part] += added[expert].double()
+            size[part] += added[expert].double().abs()
     exact[ends[-1] :] = size[ends[-1] :] = 0
     keep, scale = keep_of(seed, (rows, width), dropout), scale / (1 - dropout)
     right = factor.to(dtype).double()
@@ -113,9 +115,9 @@ def grad_a(
     rows, ends, offsets = _rows(route, tokens)
     g = matrix(rows, padded_columns(rank), dtypes[2], _narrow(layout))
     x = matrix(rows, width, dtypes[0], layout)
-    seed, dropped = _dropout(dropout)
+    seed, own, dropped = _dropout(dropout)
     options = {"config": config, "out_dtype": out_dtype, **dropped}
-    dA = in_all_orders(lambda: planned.grad(g, x, rank, offsets, **options))
+    dA = in_all_orders(lambda: grad_a_(g, x, own, offsets, rank=rank, **options))
     wide = x.double().where(keep_of(seed, x.shape, dropout), 0.0) / (1 - dropout)
     narrow, parts = g[:, :rank].double(), slices(ends)
     exact = torch.stack([narrow[part].t() @ wide[part] for part in parts])
@@ -131,10 +133,8 @@ def fused(
     """side: "forward", or "backward", where the weight lies the other way round."""
     x_dtype, _, dtype = dtypes
     is_forward = side == "forward"
-    x, h = (
-        matrix(tokens, width, x_dtype, layout),
-        matrix(tokens, padded_columns(rank), dtype, _narrow(layout)),
-    )
+    x = matrix(tokens, width, x_dtype, layout)
+    h = matrix(tokens, padded_columns(rank), dtype, _narrow(layout))
     if not is_forward:
         h[:, rank:] = 0
     shape = (out_features, width) if is_forward else (width, out_features)
@@ -142,12 +142,12 @@ def fused(
     w = w.t() if is_forward else w
     factor = _factor("BA"[not is_forward], 1, rank, out_features, dtypes, layout, rank**-0.5, True)[0]
     bias = matrix(1, out_features, x_dtype, _narrow(layout))[0] if is_forward else None
-    seed, dropped = _dropout(dropout)
-    options = {"bias": bias, "config": config, **dropped}
-    y = in_all_orders(lambda: planned.fused_linear(x, w, h, factor, **options))
+    seed, own, dropped = _dropout(dropout)
+    y = in_all_orders(lambda: fused_linear(x, w, h, factor, bias, own, config=config, **dropped))
     rows = min(h.shape[1], factor.shape[0])
     left, right = h[:, :rows].double(), factor[:rows].to(dtype).double()
     low = (left @ right / (1 - dropout)).where(keep_of(seed, y.shape, dropout), 0.0)
-    own = bias.double() if is_forward else torch.zeros((), dtype=torch.float64)
-    size = x.double().abs() @ w.double().abs() + left.abs() @ right.abs() / (1 - dropout) + own.abs()
-    return judged(y, x.double() @ w.double() + low + own, size, x_dtype, torch.promote_types(x_dtype, dtype))
+    added = bias.double() if is_forward else torch.zeros((), dtype=torch.float64)
+    size = x.double().abs() @ w.double().abs() + left.abs() @ right.abs() / (1 - dropout) + added.abs()
+    exact = x.double() @ w.double() + low + added
+    return judged(y, exact, size, x_dtype, torch.promote_types(x_dtype, dtype))

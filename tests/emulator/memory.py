@@ -6,7 +6,7 @@ import ctypes
 
 import numpy as np
 
-from tests.emulator.operands import SHARED_BASE, UNSIGNED
+from tests.emulator.operands import SHARED_BASE
 from tests.emulator.program import FaultError, Instruction, describe
 
 
@@ -132,14 +132,12 @@ class Memory:
                     f"two threads store different values to one place: {describe(instruction, cta)}"
                 )
 
-    def atomic(
-        self, cta, address: int, thread: int, size: int, change, instruction, synchronises: bool
-    ) -> int:
-        """The old value; ``change`` of it is the new one."""
-        ((buffer, _, at),) = self.find(np.array([address], np.uint64), size, instruction)
+    def add(self, cta, address: int, amount: int, thread: int, instruction, synchronises: bool) -> int:
+        """The old value of a sum of 32 bits."""
+        ((buffer, _, at),) = self.find(np.array([address], np.uint64), 4, instruction)
         self.check(cta, buffer, at, np.array([thread]), True, instruction, atomic=True)
-        before = int(buffer.bytes[at[0]].view(UNSIGNED[8 * size])[0])
-        buffer.bytes[at[0]] = np.array([change(before)], UNSIGNED[8 * size]).view(np.uint8)
+        before = int(buffer.bytes[at[0]].view(np.uint32)[0])
+        buffer.bytes[at[0]] = np.array([(before + amount) % 2**32], np.uint32).view(np.uint8)
         if synchronises:
             released = self.released.setdefault(address, {})
             mine = self.acquired.setdefault(cta.index, {})

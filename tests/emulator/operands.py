@@ -12,8 +12,8 @@ from tests.emulator.program import FaultError, split_operands
 SHARED_BASE = 1024  # the address of a CTA's shared memory
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
-FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
-REGISTER_BITS = {"rs": 16, "r": 32, "rd": 64, "f": 32, "fd": 64, "h": 16, "hh": 32}
+FLOATS = {"f16": np.float16, "f32": np.float32}
+REGISTER_BITS = {"rs": 16, "r": 32, "rd": 64}
 
 
 def bits_of(kind: str) -> int:
@@ -26,8 +26,10 @@ def bits_of(kind: str) -> int:
 
 @functools.cache
 def register_dtype(name: str):
-    kind = re.match(r"%([a-z]+)\d", name)[1]
-    return bool if kind == "p" else UNSIGNED[REGISTER_BITS[kind]]
+    found = re.match(r"%(p|rs|r|rd)\d", name)
+    if not found:
+        raise FaultError(f"unknown register {name}")
+    return bool if found[1] == "p" else UNSIGNED[REGISTER_BITS[found[1]]]
 
 
 def dtype_of(kind: str):
@@ -38,14 +40,7 @@ def dtype_of(kind: str):
 
 def constant(text: str, dtype):
     if text.startswith("0f"):
-        return (
-            np.array([int(text[2:], 16)], np.uint32)
-            .view(np.float32)
-            .astype(dtype if np.issubdtype(dtype, np.floating) else np.float32)
-            .view(dtype if np.dtype(dtype).itemsize == 4 or np.issubdtype(dtype, np.floating) else np.uint32)
-        )
-    if text.startswith("0d"):
-        return np.array([int(text[2:], 16)], np.uint64).view(np.float64).view(dtype)
+        return np.array([int(text[2:], 16)], np.uint32).view(dtype)
     number = int(text.rstrip("U"), 0)
     if np.issubdtype(dtype, np.floating):
         raise FaultError(f"an integer {text} as {dtype}")
@@ -55,17 +50,10 @@ def constant(text: str, dtype):
 
 SPECIAL = {
     "%tid.x": lambda cta: cta.threads.astype(np.uint32),
-    "%laneid": lambda cta: (cta.threads % 32).astype(np.uint32),
-    **{f"%tid.{d}": lambda cta: np.zeros(len(cta.threads), np.uint32) for d in "yz"},
     **{
         f"%ctaid.{d}": lambda cta, i=i: np.full(len(cta.threads), cta.place[i], np.uint32)
         for i, d in enumerate("xyz")
     },
-    **{
-        f"%nctaid.{d}": lambda cta, i=i: np.full(len(cta.threads), cta.grid[i], np.uint32)
-        for i, d in enumerate("xyz")
-    },
-    "%ntid.x": lambda cta: np.full(len(cta.threads), len(cta.threads), np.uint32),
 }
 
 
@@ -76,7 +64,7 @@ def reader(text: str, dtype, count: int):
     if text.startswith("%p"):
         return lambda cta: cta.registers[text]
     if text.startswith("%"):
-        have, want = REGISTER_BITS[re.match(r"%([a-z]+)\d", text)[1]], 8 * np.dtype(dtype).itemsize
+        have, want = (8 * np.dtype(each).itemsize for each in (register_dtype(text), dtype))
         if have == want:
             return lambda cta: cta.registers[text].view(dtype)
         if have > want:  # the lower bits, as PTX allows

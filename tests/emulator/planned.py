@@ -7,11 +7,7 @@ from contextlib import contextmanager
 from itertools import product
 
 from mica.kernels import configs, launching, runtime
-from mica.kernels import fused_linear as fused
-from mica.kernels.down_projection import down_projection
-from mica.kernels.grad_a import grad_a
 from mica.kernels.launching import Plan
-from mica.kernels.up_projection import up_projection_
 from mica.paths import choose, triton_path  # noqa: F401  (its target_of is replaced)
 from tests.emulator import driver
 
@@ -19,22 +15,6 @@ from tests.emulator import driver
 OUTPUTS = ("out_ptr", "partial_ptr", "counter_ptr", "y_ptr", "grad_ptr")
 LEFT_AT_ZERO = ("counter_ptr",)
 TOKENS = (9999, 1)  # many and few, of an expert too: tables differ
-
-
-def down(x, factor, offsets=None, seed=None, **numbers):
-    return down_projection(x, factor, seed, offsets, **numbers)
-
-
-def up_(y, h, factor, offsets=None, seed=None, out=None, bias=None, **numbers):
-    return up_projection_(y, h, factor, seed, out, bias, offsets, **numbers)
-
-
-def grad(g, x, rank, offsets=None, seed=None, **numbers):
-    return grad_a(g, x, seed, offsets, rank=rank, **numbers)
-
-
-def fused_linear(x, w, h, factor, bias=None, seed=None, **numbers):
-    return fused.fused_linear(x, w, h, factor, bias, seed, **numbers)
 
 
 def _fused(target, tokens, block_r, size):

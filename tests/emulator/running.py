@@ -17,7 +17,7 @@ MOST_INSTRUCTIONS = 400_000  # of one CTA: one that takes more does not end
 class CTA:
     def __init__(self, program, memory, place, grid, params, shared_size):
         self.program, self.memory, self.params = program, memory, params
-        self.place, self.grid = place, grid
+        self.place = place
         self.index = place[0] + grid[0] * (place[1] + grid[1] * place[2])
         self.threads = np.arange(program.threads)
         self.registers: dict[str, np.ndarray] = {}

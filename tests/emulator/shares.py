@@ -6,8 +6,8 @@ import argparse
 import time
 import traceback
 import warnings
-from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import triton
@@ -25,19 +25,13 @@ class Result:
     """What one process has run."""
 
     target: str
-    counts: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0, 0]))
-    errors: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    counts: dict[str, list[int]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
-    launches: int = 0
-    direct: int = 0
-    programs: int = 0
-    instructions: int = 0
-    seconds: float = 0.0  # of CPU
+    totals: dict[str, float] = field(default_factory=dict)  # launches, programs and so on -> how many
 
     def finished(self) -> Result:
-        self.counts, self.errors = dict(self.counts), dict(self.errors)  # to be pickled
-        self.launches, self.direct, self.programs = statistics.launches, statistics.direct, len(programs)
-        self.instructions, self.seconds = statistics.instructions, time.process_time()
+        self.totals = {**vars(statistics), "programs": len(programs), "s of CPU": time.process_time()}
         return self
 
     def add(self, kernel: str, label: str, function, may_be_refused: bool, verbose: bool) -> None:
@@ -45,7 +39,7 @@ class Result:
         start, outcome = time.process_time(), 0
         try:
             error = function()
-            self.errors[kernel] = max(self.errors[kernel], error)
+            self.errors[kernel] = max(self.errors.get(kernel, 0.0), error)
             text = f"{error:.2f}"
         except triton.runtime.errors.OutOfResources as error:
             outcome, text = 1 if may_be_refused else 2, f"{error}"
@@ -53,15 +47,13 @@ class Result:
             outcome, text = 2, f"{type(error).__name__}: {error}"
             if not isinstance(error, WrongError | FaultError):
                 text += "\n" + traceback.format_exc()
-        self.counts[kernel][outcome] += 1
+        self.counts.setdefault(kernel, [0, 0, 0])[outcome] += 1
         if outcome == 2:
             self.faults.append(f"{self.target} {label}: {text}")
         if verbose:
             kind = ("ok", "refused", "FAULT")[outcome]
-            print(
-                f"{kind} {self.target} {label}: {text} ({time.process_time() - start:.1f} s of CPU)",
-                flush=True,
-            )
+            seconds = time.process_time() - start
+            print(f"{kind} {self.target} {label}: {text} ({seconds:.1f} s of CPU)", flush=True)
 
 
 def run(target: str, part: int, parts: int, args: argparse.Namespace) -> Result:
@@ -84,11 +76,6 @@ def run(target: str, part: int, parts: int, args: argparse.Namespace) -> Result:
 
         steps = [name for name in training_steps.CASES if args.only in f"training {name}"]
         for name in steps[part::parts]:
-            result.add(
-                "training",
-                f"training {name}",
-                lambda name=name: training_steps.run(name),
-                False,
-                args.verbose,
-            )
+            once = partial(training_steps.run, name)
+            result.add("training", f"training {name}", once, False, args.verbose)
     return result.finished()

@@ -14,7 +14,7 @@ def described(target, seed, count):
 def test_a_case_depends_on_target_seed_and_number_only(target):
     assert described(target, 7, 20) == described(target, 7, 40)[:20]
     assert not set(described(target, 7, 20)) & set(described(target, 8, 20))
-    assert described("sm_80", 7, 20) != described("sm_90", 7, 20)
+    assert described(target, 7, 1)[0][0].startswith("drawn 0 of seed 7 ")
 
 
 def test_everything_is_drawn():
@@ -23,14 +23,6 @@ def test_everything_is_drawn():
     assert {case.kernel for case in found} == set(KERNELS)
     assert {bool(own.get("dropout")) for own in options} == {False, True}
     assert {own["config"] is None for own in options} == {False, True}
-    assert {own["width"] % 16 == 0 for own in options} == {False, True}
     assert any(own["rank"] > 128 for own in options)
     assert any(own.get("tokens", 0) > 300 for own in options)
     assert any(0 in own["route"][1] for own in options if "route" in own)  # the first expert has no rows
-    assert all(own["route"][0] > 0 for own in options if "route" in own)
-
-
-def test_the_label_names_the_case_and_its_seed():
-    (case,) = drawn("sm_80", 3, 1)
-    assert case.label.startswith("drawn 0 of seed 3 ")
-    assert case.is_quick

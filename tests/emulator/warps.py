@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.emulator.arithmetic import from_bf16
+from tests.emulator.arithmetic import factors
 from tests.emulator.operands import address_of, dtype_of, reader, vector
 from tests.emulator.program import FaultError, describe
 
 
-def matrices(mods, instruction, count):
-    """ldmatrix: of 8 x 8 numbers of 16 bits each, a row per address."""
+def _of_matrices(mods) -> tuple[int, bool] | None:
+    """How many of 8 x 8 numbers of 16 bits each, and whether transposed, of ldmatrix and stmatrix."""
     if mods[:3] != ["sync", "aligned", "m8n8"] or mods[-2:] != ["shared", "b16"]:
         return None
-    number, transposed = int(mods[3][1:]), mods[4:-2] == ["trans"]
-    if mods[4:-2] not in ([], ["trans"]):
+    return (int(mods[3][1:]), bool(mods[4:-2])) if mods[4:-2] in ([], ["trans"]) else None
+
+
+def matrices(mods, instruction, count):
+    """ldmatrix: a row per address."""
+    form = _of_matrices(mods)
+    if form is None:
         return None
+    number, transposed = form
     targets = vector(instruction.operands[0])
     read = address_of(instruction.operands[1], np.uint32, count)
 
@@ -54,11 +60,7 @@ def product(mods, instruction, count):
 
     def numbers(registers):
         """(register, warp, group, thread in group, number) in fp64."""
-        bits = np.stack(registers).reshape(len(registers), warps, 8, 4)
-        if kind == "tf32":
-            return (bits & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)[..., None]
-        halves = np.ascontiguousarray(bits).view(np.uint16).reshape(*bits.shape, 2)
-        return (halves.view(np.float16) if kind == "f16" else from_bf16(halves)).astype(np.float64)
+        return factors(np.stack(registers).reshape(len(registers), warps, 8, 4, 1), kind)
 
     def act(cta, mask):
         cta.warps(mask, instruction)
@@ -68,13 +70,8 @@ def product(mods, instruction, count):
         # registers of a: (half of k, half of rows); of b: (half of k)
         A = left.reshape(2, 2, warps, 8, 4, -1).transpose(2, 1, 3, 0, 4, 5).reshape(warps, 16, k)
         B = right.reshape(2, warps, 8, 4, -1).transpose(1, 0, 3, 4, 2).reshape(warps, k, 8)
-        C = (
-            np.stack(acc)
-            .view(np.float32)
-            .reshape(2, 2, warps, 8, 4)
-            .transpose(2, 0, 3, 4, 1)
-            .reshape(warps, 16, 8)
-        )
+        C = np.stack(acc).view(np.float32).reshape(2, 2, warps, 8, 4)
+        C = C.transpose(2, 0, 3, 4, 1).reshape(warps, 16, 8)
         D = (C.astype(np.float64) + A @ B).astype(np.float32)
         D = D.reshape(warps, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, count)
         for index, target in enumerate(d):
@@ -84,28 +81,15 @@ def product(mods, instruction, count):
 
 
 def shuffle(mods, instruction, count):
-    if len(mods) != 3 or mods[0] != "sync" or mods[2] != "b32" or "|" in instruction.operands[0]:
+    """shfl.sync.idx of a whole warp."""
+    target, source, place, clamp, members = instruction.operands
+    if mods != ["sync", "idx", "b32"] or clamp != "31" or members != "-1":
         return None
-    form, operands = mods[1], instruction.operands
-    if operands[4] not in ("-1", "0xffffffff"):
-        return None
-    value, step, clamp = (reader(text, np.uint32, count) for text in operands[1:4])
+    value, lane = reader(source, np.uint32, count), reader(place, np.uint32, count)
 
     def act(cta, mask):
         cta.warps(mask, instruction)
-        lane = (cta.threads % 32).astype(np.int64)
-        b, c = step(cta).astype(np.int64) & 31, clamp(cta).astype(np.int64)
-        segment = (c >> 8) & 31
-        last = (lane & segment) | (c & 31 & ~segment)
-        place = {
-            "bfly": lane ^ b,
-            "up": lane - b,
-            "down": lane + b,
-            "idx": (lane & segment) | (b & ~segment),
-        }[form]
-        valid = place >= last if form == "up" else place <= last
-        place = np.where(valid, place, lane)
-        cta.put(operands[0], value(cta)[cta.threads // 32 * 32 + place], mask)
+        cta.put(target, value(cta)[cta.threads // 32 * 32 + lane(cta) % 32], mask)
 
     return act
 
@@ -145,13 +129,10 @@ def barrier(mods, instruction, count):
 
 
 def store_matrices(mods, instruction, count):
-    if (
-        mods[:3] != ["sync", "aligned", "m8n8"]
-        or mods[-2:] != ["shared", "b16"]
-        or mods[4:-2] not in ([], ["trans"])
-    ):
+    form = _of_matrices(mods)
+    if form is None:
         return None
-    number, transposed = int(mods[3][1:]), bool(mods[4:-2])
+    number, transposed = form
     read = address_of(instruction.operands[0], np.uint32, count)
     sources = [reader(text, np.uint32, count) for text in vector(instruction.operands[1])]
 

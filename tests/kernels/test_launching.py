@@ -25,7 +25,7 @@ def test_compiled_launches():
     """In a process of its own: whether kernels are interpreted is decided as Triton is imported."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, str(ROOT / "tests" / "support" / "launched.py")]
+    command = [sys.executable, str(ROOT / "tests" / "kernels" / "launched.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

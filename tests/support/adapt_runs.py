@@ -1,12 +1,18 @@
-"""A run of ``mica adapt`` in short: a tiny Llama and random blocks, in this process or in others."""
+"""Runs of ``mica adapt`` in short, in this process or in others: settings, texts, and what a run leaves."""
 
 import atexit
+import bz2
 import gc
+import gzip
+import json
+import lzma
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import sys
 import threading
+from argparse import Namespace
 from collections.abc import Callable, Collection
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,15 +27,72 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from mica.cli.adapt import adapter, processes, training
+from mica.cli import main
+from mica.cli.adapt import adapter, config, processes, result, training
 from mica.cli.adapt.training import Training
 from mica.errors import UsageError
 from tests.support.server import SERVER
-from tests.support.tiny_cli import tiny_llama
+from tests.support.tiny_cli import byte_tokenizer, tiny_llama
 
 # The Trainer collects garbage at the end of a run: looking through all that is imported took half of a test.
 gc.freeze()
 atexit.register(gc.unfreeze)  # or libraries report at exit what leaks
+
+
+_TINY = {
+    "dtype": "float32",
+    "held_out": 0.1,
+    "sequence_length": 32,
+    "rank": 4,
+    "alpha": 8,
+    "dropout": 0.1,
+    "steps": 10,
+    "epochs": None,
+    "batch_size": 4,
+    "learning_rate": 5e-3,
+    "log_steps": 5,
+    "save_steps": 5,
+}
+
+
+def settings(output: Path = Path("unused"), **changed: Any) -> Namespace:
+    """All settings, resolved; ``changed`` win. Four blocks of 32 tokens a step, ten steps."""
+    given = Namespace(model="model", text=["text.txt"], output=output, recipe="paper")
+    values = vars(config.resolve(given).args) | _TINY
+    unknown = changed.keys() - values.keys()
+    assert not unknown, unknown
+    return Namespace(**{**values, **changed})
+
+
+def adapter_settings(**changes) -> Namespace:
+    """Those of a run of which base, adapter and result are tested, and not the training."""
+    own = {"model": "unused", "dtype": "auto", "dropout": 0.0, "target_modules": "q_proj,down_proj"}
+    return settings(**own | changes)
+
+
+ROWS = [
+    {"title": f"Nr {n}", "text": f"{n} mal {n} ist {n * n}; schön, 漢字.\r\n" * (n % 4 + 1)}
+    for n in range(30)
+]
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    """Write rows to a table or to JSON by the suffix of ``path``, compressed if there is a second one."""
+    import pandas as pd
+
+    kind = path.suffixes[0]
+    if kind == ".parquet":
+        pd.DataFrame(rows).to_parquet(path)
+        return path
+    if kind == ".json":
+        data = json.dumps(rows, indent=1)
+    elif kind in (".csv", ".tsv"):
+        data = pd.DataFrame(rows).to_csv(index=False, sep="," if kind == ".csv" else "\t")
+    else:
+        data = "".join(json.dumps(row) + "\n" for row in rows)
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
+    path.write_bytes(pack(data.encode()))
+    return path
 
 
 def blocks(count: int, seed: int, documents: bool = True, length: int = 32) -> list[dict[str, torch.Tensor]]:
@@ -75,16 +138,6 @@ def run(args, data=None) -> Training:
 def losses(result: Training) -> list[tuple[int, float]]:
     """Step and loss of each log."""
     return [(entry["step"], entry["loss"]) for entry in result.history if "loss" in entry]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Those of the adapter that was written to ``folder``."""
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """To the bit."""
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 class _Watched(list):
@@ -228,3 +281,84 @@ def fresh_state():
     """Forgets what accelerate keeps of a run in this process; for the files that import it."""
     yield
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# -- what a run leaves ----------------------------------------------------------------------------------
+
+
+def saved(model, folder: Path) -> Path:
+    """``folder``, with ``model`` and the byte tokenizer."""
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def command(*argv: object) -> int:
+    return main(["adapt", *map(str, argv)])
+
+
+def resume(output: Path) -> int:
+    return command("--output", output, "--resume")
+
+
+def unfinished(run: Path, output: Path, last: int = 8) -> Path:
+    """A copy of ``run`` as kill -9 leaves it after the checkpoint of step ``last``."""
+    shutil.copytree(run, output)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "summary.json", "README.md"):
+        (output / name).unlink()
+    if last == 8:
+        shutil.rmtree(output / "checkpoint-12")
+    return output
+
+
+def summary(output: Path) -> dict:
+    return json.loads((output / "summary.json").read_text(encoding="utf-8"))
+
+
+def weights(folder: Path, name: str = "adapter_model") -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{name}.safetensors")
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def move(model) -> None:
+    """As if trained: A is no longer zero."""
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_A" in name:
+            weight.data.normal_(std=0.2)
+
+
+def factors(model, factor: str) -> dict[str, torch.Tensor]:
+    return {name: w.detach().clone() for name, w in model.named_parameters() if f"lora_{factor}" in name}
+
+
+def write_adapter(folder: Path, model=None, **changes):
+    """A saved MiCA adapter that has learned; returns the model with it. Default: on the tiny Llama."""
+    wrapped = adapter.start(model or tiny_llama(), adapter_settings(**changes))
+    move(wrapped)
+    result.save(wrapped, byte_tokenizer(), folder)
+    return wrapped
+
+
+@contextmanager
+def working_in(folder: Path):
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def poison_solver(monkeypatch) -> None:
+    """Any solver that runs fails the test: this package's, and the SVD that PEFT calls."""
+
+    def solve(tasks, *_, **__):
+        assert not tasks, "the solver ran"
+        return iter(())
+
+    monkeypatch.setattr("mica.fast.create.solving.solve_shared", solve)
+    monkeypatch.setattr("torch.linalg.svd", lambda *_, **__: pytest.fail("PEFT's solver ran"))

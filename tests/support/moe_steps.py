@@ -3,10 +3,9 @@
 import torch
 from torch import nn
 
-import mica.fast
 from tests.support.models import randomise
 from tests.support.moe_models import BUILDERS, wrap_experts, wrappers
-from tests.support.stock import as_stock, step
+from tests.support.stock import as_stock, counted, step
 from tests.support.tolerances import RELATIVE
 
 STEP = ("experts_linear", "experts_linear_backward")
@@ -52,9 +51,8 @@ def use(layer, implementation):
 
 def ran(function):
     """What it returns, and how often each operator of the experts ran."""
-    before = {name: mica.fast.call_counts[name] for name in STEP}
-    result = function()
-    return result, tuple(mica.fast.call_counts[name] - before[name] for name in STEP)
+    result, counts = counted(function)
+    return result, tuple(counts.get(name, 0) for name in STEP)
 
 
 def loss_of(model, ids):

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from mica.cli import demo, main, passages
 from mica.errors import UsageError
-from tests.support.adapt_results import summary
+from tests.mica.cli.tiny_gguf import write_tiny_gguf
+from tests.support.adapt_runs import summary
 from tests.support.tiny_cli import byte_tokenizer
-from tests.support.tiny_gguf import write_tiny_gguf
 
 
 def test_finds_the_gguf_file_without_importing_the_package():

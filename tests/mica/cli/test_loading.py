@@ -21,7 +21,7 @@ from mica.cli.loading import (
 from mica.errors import UsageError
 from mica.paths.products import Slowdown
 from tests.support import models
-from tests.support.adapt_results import working_in
+from tests.support.adapt_runs import working_in
 from tests.support.processes import ROOT
 from tests.support.tiny_cli import tiny_llama
 

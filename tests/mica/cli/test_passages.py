@@ -8,7 +8,7 @@ import torch
 from mica.cli import passages
 from mica.cli.adapt import corpus
 from mica.cli.adapt.packing import documents_of
-from tests.support import adapt_settings
+from tests.support.adapt_runs import settings
 from tests.support.tiny_cli import adapt, byte_tokenizer, tiny_llama
 
 
@@ -70,9 +70,9 @@ def test_held_out_is_what_the_run_did_not_train_on(model_dir, tmp_path):
     assert 1 <= len(found) < 6
     assert set(found) < set(texts)
 
-    settings = adapt_settings.settings(
+    args = settings(
         output, text=[str(file)], model=str(model_dir), held_out=0.2, sequence_length=32, eval_blocks=32
     )
-    trained = documents_of(corpus.gather(settings, tokenizer).train)
+    trained = documents_of(corpus.gather(args, tokenizer).train)
     trained = {tokenizer.decode(ids, skip_special_tokens=True) for ids in trained}
     assert trained == set(texts) - set(found)

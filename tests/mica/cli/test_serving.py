@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from mica.cli import doctor, main, serving
 from mica.cli.adapt.adapter import adapted_layers
-from tests.support.adapt_results import write_adapter
+from tests.support.adapt_runs import write_adapter
 from tests.support.moe_models import qwen3_moe
 
 CONVERTED = "yes, after convert_lora_to_gguf.py"

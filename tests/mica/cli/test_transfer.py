@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from mica.cli import lock, main, record
-from tests.support.adapt_results import factors, poison_solver, working_in, write_adapter
+from tests.support.adapt_runs import factors, poison_solver, working_in, write_adapter
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 
 CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mica.cli import main, serving
-from tests.support.adapt_results import poison_solver, saved, working_in, write_adapter
+from tests.support.adapt_runs import poison_solver, saved, working_in, write_adapter
 from tests.support.tiny_cli import logits, tiny_llama
 
 PAGE = Path(serving.__file__).with_name("USE.md").read_text(encoding="utf-8")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import mica.fast
+from tests.mica.fast.quick_products import quick_products
 from tests.support import training
 from tests.support.models import bases, gradients, python_reference_tokens, randomise, smollm2, wrap
-from tests.support.quick_products import quick_products
 from tests.support.tolerances import error
 from tests.support.without_mica import logits_without_mica
 

@@ -9,7 +9,7 @@ import mica.fast
 from mica import native
 from mica.native import build
 from mica.paths import choose
-from tests.support.compilers import Compiler, copying
+from tests.mica.native.compilers import Compiler, copying
 from tests.support.models import randomise, wrap
 from tests.support.stock import both, step
 

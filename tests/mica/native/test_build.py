@@ -14,7 +14,7 @@ import torch
 
 from mica import native
 from mica.native import build
-from tests.support.compilers import Compiler, awaited, copying, has_ended, names
+from tests.mica.native.compilers import Compiler, awaited, copying, has_ended, names
 
 # What is built
 

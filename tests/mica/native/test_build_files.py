@@ -7,7 +7,7 @@ import pytest
 
 from mica import native
 from mica.native import build
-from tests.support.compilers import names
+from tests.mica.native.compilers import names
 
 
 def test_damaged_files_are_built_again(folder, compiler, assert_layer_works):

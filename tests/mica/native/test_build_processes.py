@@ -14,7 +14,7 @@ import pytest
 
 from mica import native
 from mica.native import build
-from tests.support.compilers import Compiler, copying, has_ended, names
+from tests.mica.native.compilers import Compiler, copying, has_ended, names
 
 ROOT = Path(__file__).resolve().parents[3]
 fork = multiprocessing.get_context("fork")

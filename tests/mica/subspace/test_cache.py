@@ -14,8 +14,8 @@ from mica.subspace import cache as cache_module
 from mica.subspace import krylov
 from mica.subspace.cache import SubspaceCache, default_cache
 from mica.subspace.fingerprint import fingerprint
+from tests.mica.subspace.subspaces import only_file, put, quietly_solved, same, solved
 from tests.support import spectra
-from tests.support.subspaces import only_file, put, quietly_solved, same, solved
 
 # What is stored comes back
 

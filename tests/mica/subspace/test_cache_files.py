@@ -18,7 +18,7 @@ import torch
 from mica.subspace import cache as cache_module
 from mica.subspace.cache import SubspaceCache
 from mica.subspace.fingerprint import fingerprint
-from tests.support.subspaces import only_file, put, same, solved
+from tests.mica.subspace.subspaces import only_file, put, same, solved
 
 
 @pytest.fixture

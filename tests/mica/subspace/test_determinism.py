@@ -12,8 +12,8 @@ from mica.subspace import many
 from mica.subspace.cache import SubspaceCache
 from mica.subspace.many import Task, solve_many
 from mica.subspace.methods import METHODS
+from tests.mica.subspace.subspaces import quietly_solved, same
 from tests.support.spectra import RANK, stack, weight
-from tests.support.subspaces import quietly_solved, same
 
 SHAPES = [(120, 40), (40, 120), (60, 60), (200, 140), (140, 200), (150, 150)]
 

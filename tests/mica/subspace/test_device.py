@@ -7,9 +7,9 @@ import torch
 
 from mica.subspace import batched, device, krylov, minor_subspace, solver
 from mica.subspace.device import batch_size, solve_batch
+from tests.mica.subspace.subspaces import quietly_solved, same
 from tests.support.judging import judge
 from tests.support.spectra import NULL, RANK, SPECTRA, stack, weight
-from tests.support.subspaces import quietly_solved, same
 
 SHAPES = [(200, 140), (140, 200), (150, 150), (60, 40), (40, 60)]
 EASY = ["gaussian", "hard edge", "times 1e4", "row scales"]

@@ -7,7 +7,7 @@ from mica import row_fingerprints
 from mica.dtypes import FLOATING
 from mica.subspace import fingerprint as module
 from mica.subspace.fingerprint import fingerprint, quick_fingerprint
-from tests.support.subspaces import put, same, solved
+from tests.mica.subspace.subspaces import put, same, solved
 
 on_all_dtypes = pytest.mark.parametrize("dtype", FLOATING)
 on_both = pytest.mark.parametrize("key_of", [fingerprint, quick_fingerprint])

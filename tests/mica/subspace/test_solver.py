@@ -11,9 +11,9 @@ from mica.dtypes import FLOATING
 from mica.subspace import MinorSubspace, krylov, methods, minor_subspace, solver
 from mica.subspace.certificate import Certificate
 from mica.subspace.fingerprint import fingerprint
+from tests.mica.subspace.subspaces import quietly_solved, same
 from tests.support.judging import columns, judge, sine, truth
 from tests.support.spectra import NULL, RANK, SPECTRA, stack, weight
-from tests.support.subspaces import quietly_solved, same
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mica.subspace import fingerprint, krylov, solver
-from tests.support.counted_device import DEVICE, CountedDevice, OnDevice
+from tests.mica.subspace.counted_device import DEVICE, CountedDevice, OnDevice
 from tests.support.judging import judge
 from tests.support.spectra import stack
 

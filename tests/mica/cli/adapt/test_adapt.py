@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.adapt_results import saved, summary, weights
+from tests.support.adapt_runs import saved, summary, weights
 from tests.support.tiny_cli import TEXT, adapt, logits, tiny_llama
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from mica.cli.adapt import adapter
 from mica.errors import UsageError
-from tests.support.adapt_results import factors, poison_solver, settings, write_adapter
+from tests.support.adapt_runs import adapter_settings as settings
+from tests.support.adapt_runs import factors, poison_solver, write_adapter
 from tests.support.models import tiny_gpt2
 from tests.support.tiny_cli import tiny_llama
 

@@ -9,9 +9,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, RandomSampler
 
 from mica.cli.adapt.amount import Amount, Pace, measurements
-from tests.support.adapt_results import command, summary
-from tests.support.adapt_runs import Process, corpus, run
-from tests.support.adapt_settings import settings
+from tests.support.adapt_runs import Process, command, corpus, run, settings, summary
 from tests.support.tiny_cli import TEXT
 
 LENGTH = 32

@@ -14,10 +14,10 @@ from mica.cli import main
 from mica.cli.adapt import adapter, base, folder, result
 from mica.cli.loading import find_source
 from mica.errors import UsageError
-from tests.support.adapt_results import move, settings, working_in
-from tests.support.adapt_runs import same
+from tests.mica.cli.tiny_gguf import write_tiny_gguf
+from tests.support.adapt_runs import adapter_settings as settings
+from tests.support.adapt_runs import move, same, working_in
 from tests.support.tiny_cli import adapt, byte_tokenizer, logits, tiny_llama
-from tests.support.tiny_gguf import write_tiny_gguf
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,10 @@ from mica.cli import record
 from mica.cli.adapt import base
 from mica.cli.adapt.card import card, hub_name
 from mica.cli.loading import find_source
-from tests.support.adapt_results import settings, working_in, write_adapter
+from tests.mica.cli.tiny_gguf import write_tiny_gguf
+from tests.support.adapt_runs import adapter_settings as settings
+from tests.support.adapt_runs import working_in, write_adapter
 from tests.support.tiny_cli import logits, tiny_llama
-from tests.support.tiny_gguf import write_tiny_gguf
 
 SUMMARY = {
     **{"model": "owner/base-1B", "adapter": "/home/someone/runs/out", "merged": None, "dtype": "float32"},

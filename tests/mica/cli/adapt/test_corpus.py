@@ -7,7 +7,8 @@ import pytest
 
 from mica.cli.adapt.corpus import Part, check, gather
 from mica.errors import UsageError
-from tests.support.adapt_texts import ROWS, settings, write
+from tests.support import adapt_runs
+from tests.support.adapt_runs import ROWS, write
 from tests.support.tiny_cli import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -16,6 +17,13 @@ TOKENIZER = byte_tokenizer()
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def settings(text, **changes):
+    """Those of a run on ``text``, one source or a list; three times two blocks a step."""
+    items = [str(item) for item in (text if isinstance(text, list) else [text])]
+    own = {"text": items, "workers": 1, "eval_blocks": 4, "batch_size": 2, "gradient_accumulation_steps": 3}
+    return adapt_runs.settings(**own | changes)
 
 
 def rows(*numbers: int, word: str = "row") -> list[dict]:

@@ -15,10 +15,10 @@ from transformers import Trainer
 from mica.cli.adapt import adapter, base, dry_run
 from mica.cli.loading import find_source
 from mica.errors import UsageError
-from tests.support.adapt_results import command, settings, unfinished
-from tests.support.adapt_runs import Process
+from tests.mica.cli.tiny_gguf import write_tiny_gguf
+from tests.support.adapt_runs import Process, command, unfinished
+from tests.support.adapt_runs import adapter_settings as settings
 from tests.support.tiny_cli import adapt, tiny_llama
-from tests.support.tiny_gguf import write_tiny_gguf
 
 
 @pytest.fixture(autouse=True)

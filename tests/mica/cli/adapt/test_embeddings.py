@@ -15,18 +15,23 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PhiC
 from mica.cli import main
 from mica.cli.adapt import adapter, corpus, embeddings, result
 from mica.errors import UsageError
-from tests.support.adapt_results import (
+from tests.support.adapt_runs import (
+    Process,
     command,
+    fresh_state,  # noqa: F401 (a fixture)
     poison_solver,
     resume,
+    run,
+    run_sharded,
     same,
     saved,
-    settings,
     summary,
     unfinished,
     weights,
 )
-from tests.support.adapt_runs import Process, fresh_state, run, run_sharded  # noqa: F401 (a fixture)
+from tests.support.adapt_runs import (
+    adapter_settings as settings,
+)
 from tests.support.moe_models import BUILDERS
 from tests.support.tiny_cli import TEXT, adapt, logits, tiny_llama
 from tests.support.without_mica import logits_without_mica

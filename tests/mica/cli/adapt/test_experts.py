@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from mica.cli import main
 from mica.cli.adapt import checkpoints
-from tests.support.adapt_results import (
+from tests.support.adapt_runs import (
+    Process,
     command,
     poison_solver,
     resume,
@@ -22,7 +23,6 @@ from tests.support.adapt_results import (
     unfinished,
     weights,
 )
-from tests.support.adapt_runs import Process
 from tests.support.moe_models import BUILDERS
 from tests.support.tiny_cli import TEXT, adapt, tiny_llama
 

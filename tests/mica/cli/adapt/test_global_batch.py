@@ -13,18 +13,21 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 from mica.cli import record
 from mica.cli.adapt import checkpoints, global_batch, training
 from mica.errors import UsageError
-from tests.support.adapt_results import command, resume, summary, unfinished
 from tests.support.adapt_runs import (
     Process,
+    command,
     corpus,
     fresh_state,  # noqa: F401 (a fixture)
     losses,
+    resume,
     run,
     run_signalled,
     same,
+    settings,
+    summary,
+    unfinished,
     weights,
 )
-from tests.support.adapt_settings import settings
 from tests.support.tiny_cli import TEXT, adapt, tiny_llama
 
 

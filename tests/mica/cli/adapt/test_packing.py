@@ -4,6 +4,7 @@ content, enough, never on both sides.
 
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,6 @@ from transformers import (
 
 from mica.cli.adapt.packing import Blocks, documents_of, keeps_documents_apart, mix, spans_of, split, spread
 from mica.errors import UsageError
-from tests.support.adapt_texts import store
 from tests.support.tiny_cli import tiny_llama
 
 
@@ -28,6 +28,15 @@ def numbered(*lengths: int, start: int = 0) -> list[list[int]]:
     """Documents of these lengths, of tokens that are all different."""
     ends = np.cumsum(lengths) + start
     return [list(range(end - length, end)) for end, length in zip(ends.tolist(), lengths, strict=True)]
+
+
+def store(*documents: list[int]) -> SimpleNamespace:
+    """What `mica.cli.adapt.tokens.Tokens` holds, of these documents."""
+    return SimpleNamespace(
+        ids=np.array([token for document in documents for token in document], np.uint16),
+        lengths=np.array([len(document) for document in documents], np.int64),
+        digests=np.array([hash(tuple(document)) % 2**64 for document in documents], np.uint64),
+    )
 
 
 def packed(documents: list[list[list[int]]], length: int, packing: str = "documents", chosen=slice(None)):

@@ -26,9 +26,9 @@ from tests.support.adapt_runs import (
     run_sharded,
     run_signalled,
     same,
+    settings,
     weights,
 )
-from tests.support.adapt_settings import settings
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 import mica
 from mica.cli import main
 from mica.cli.adapt.options import OPTIONS
-from tests.support.adapt_results import saved
+from tests.support.adapt_runs import saved
 from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, tiny_llama
 
 

@@ -18,7 +18,8 @@ from mica.cli import record
 from mica.cli.adapt import adapter, base, fingerprint, folder, result
 from mica.cli.loading import find_source
 from mica.errors import UsageError
-from tests.support.adapt_results import factors, move, settings, write_adapter
+from tests.support.adapt_runs import adapter_settings as settings
+from tests.support.adapt_runs import factors, move, write_adapter
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 
 

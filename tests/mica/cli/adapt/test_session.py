@@ -19,9 +19,9 @@ from transformers import OPTConfig, OPTForCausalLM
 from mica.cli import record
 from mica.cli.adapt import checkpoints, corpus, folder, training
 from mica.errors import UsageError
-from tests.support.adapt_results import command, resume, same, saved, summary, unfinished, weights
+from tests.mica.cli.tiny_gguf import write_tiny_gguf
+from tests.support.adapt_runs import command, resume, same, saved, summary, unfinished, weights
 from tests.support.tiny_cli import TEXT, adapt, logits
-from tests.support.tiny_gguf import write_tiny_gguf
 
 
 @pytest.fixture(scope="module")

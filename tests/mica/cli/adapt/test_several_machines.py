@@ -13,8 +13,15 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from mica.cli.adapt import checkpoints
-from tests.support.adapt_results import command, same, summary, weights
-from tests.support.adapt_runs import Process, fresh_state, gloo_as_accelerator  # noqa: F401 (a fixture)
+from tests.support.adapt_runs import (
+    Process,
+    command,
+    fresh_state,  # noqa: F401 (a fixture)
+    gloo_as_accelerator,
+    same,
+    summary,
+    weights,
+)
 from tests.support.processes import ROOT
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 
 from mica.cli.adapt.sources import find
 from mica.errors import UsageError
-from tests.support.adapt_texts import ROWS, write
+from tests.support.adapt_runs import ROWS, write
 
 TEXTS = [row["text"] for row in ROWS]
 

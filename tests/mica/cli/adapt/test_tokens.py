@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from mica.cli.adapt import tokens
 from mica.cli.adapt.sources import find
 from mica.errors import UsageError
-from tests.support.adapt_texts import ROWS, write
+from tests.support.adapt_runs import ROWS, write
 from tests.support.processes import ROOT
 from tests.support.tiny_cli import byte_tokenizer
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from mica.cli import main
 from mica.cli.adapt import embeddings, trained_on
-from tests.support.adapt_results import command, saved, summary, weights
+from tests.support.adapt_runs import command, saved, summary, weights
 from tests.support.tiny_cli import TEXT, adapt, tiny_llama
 
 EMBEDDED = ("model.embed_tokens", "lm_head")

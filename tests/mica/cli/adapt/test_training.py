@@ -18,8 +18,16 @@ from transformers import TrainerCallback, TrainerState
 from mica.cli import record
 from mica.cli.adapt import checkpoints, trainer, training
 from mica.errors import UsageError
-from tests.support.adapt_runs import corpus, fresh_state, losses, model, run, same, weights  # noqa: F401
-from tests.support.adapt_settings import settings
+from tests.support.adapt_runs import (
+    corpus,
+    fresh_state,  # noqa: F401
+    losses,
+    model,
+    run,
+    same,
+    settings,
+    weights,
+)
 from tests.support.tiny_cli import logits, tiny_llama
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from mica.cli.adapt import checkpoints
-from tests.support.adapt_runs import Process, losses, run, run_signalled, weights
-from tests.support.adapt_settings import settings
+from tests.support.adapt_runs import Process, losses, run, run_signalled, settings, weights
 
 pytestmark = pytest.mark.slow
 

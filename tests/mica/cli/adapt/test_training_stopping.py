@@ -13,9 +13,18 @@ from transformers import AutoModelForCausalLM
 from mica.cli.adapt import checkpoints, evaluation, stopping, training
 from mica.cli.adapt.evaluation import Likelihood
 from mica.errors import UsageError
-from tests.support.adapt_results import resume, summary
-from tests.support.adapt_runs import corpus, fresh_state, losses, model, run, same, weights  # noqa: F401
-from tests.support.adapt_settings import settings
+from tests.support.adapt_runs import (
+    corpus,
+    fresh_state,  # noqa: F401
+    losses,
+    model,
+    resume,
+    run,
+    same,
+    settings,
+    summary,
+    weights,
+)
 from tests.support.tiny_cli import adapt, logits, tiny_llama
 
 # Checkpoints are at 3, 6, 9 and 10, and where it is best. Two are as good: the first counts.

@@ -7,7 +7,7 @@ import pytest
 from mica.cli.compare import schedule
 from mica.cli.compare.advice import needed
 from mica.cli.compare.verdict import verdict
-from tests.support.comparisons import World, alike, base, proportional, question, simulate, whole
+from tests.mica.cli.compare.comparisons import World, alike, base, proportional, question, simulate, whole
 
 PAIR = ("mica", "lora")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from mica.cli.compare.again import command, script
-from tests.support.comparisons import NAMES, SETTINGS, found, gaining, proportional
+from tests.mica.cli.compare.comparisons import NAMES, SETTINGS, found, gaining, proportional
 
 
 def row_of(told, name):

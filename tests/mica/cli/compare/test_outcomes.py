@@ -5,7 +5,7 @@ import pytest
 
 from mica.cli.compare.outcomes import ANY, Limit, Outcome, choose, common_limit, outcome
 from mica.cli.compare.schedule import SEEDS, WHOLE, Planned
-from tests.support.comparisons import LOSS, SIZES, World, alike, base, proportional, whole
+from tests.mica.cli.compare.comparisons import LOSS, SIZES, World, alike, base, proportional, whole
 
 
 def end(forgotten, learned):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mica.cli.compare import page, picture
-from tests.support.comparisons import LOSS, SETTINGS, alike, found, gaining
+from tests.mica.cli.compare.comparisons import LOSS, SETTINGS, alike, found, gaining
 
 OUTPUT = Path("here")
 

@@ -8,7 +8,7 @@ import pytest
 from mica.cli.compare import schedule
 from mica.cli.compare.schedule import BASE, SEEDS, SHORT, TRIAL, WHOLE, Planned
 from mica.errors import UsageError
-from tests.support.comparisons import NAMES, World, proportional, question, simulate
+from tests.mica.cli.compare.comparisons import NAMES, World, proportional, question, simulate
 
 
 def learns(method, rate, step):

@@ -20,8 +20,8 @@ from mica.cli import main
 from mica.cli.compare import page, session, settings
 from mica.cli.compare.again import command
 from mica.cli.compare.training import losses
+from tests.mica.cli.compare.tiny_comparison import RATES, arguments, compare, report, started, untimed
 from tests.support.tiny_cli import adapt
-from tests.support.tiny_comparison import RATES, arguments, compare, report, started, untimed
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from scipy import stats
 
 from mica.cli.compare.outcomes import RETAINED
 from mica.cli.compare.verdict import FEWEST, HELD_OUT, RETAINED_DOCUMENTS, SEEDS, Part, _of_documents, verdict
-from tests.support.comparisons import NAMES, SIZES, World, alike, base, proportional, whole
+from tests.mica.cli.compare.comparisons import NAMES, SIZES, World, alike, base, proportional, whole
 
 
 def claims(world, names=NAMES, seeds=(3, 3, 2, 2), **more):
