@@ -1,7 +1,5 @@
 """The bounds are bounds, the subspaces orthonormal, and convergence is reported as it is."""
 
-from unittest.mock import Mock
-
 import pytest
 import torch
 
@@ -63,32 +61,6 @@ def test_bounds_and_shifts_down_from_just_below_the_spectrum(name, shape, steps)
             assert first >= 0.9 * values[0]
 
 
-@of_either_kind
-@pytest.mark.parametrize(
-    ("name", "shape", "expected"),
-    [
-        ("gaussian", (300, 300), krylov.NORM_STEPS),
-        ("graded to 1e-7", (330, 300), krylov.NORM_STEPS),
-        ("gaussian", (600, 300), krylov.LANCZOS_STEPS),
-        ("flat", (330, 300), krylov.LANCZOS_STEPS),
-    ],
-)
-def test_lanczos_goes_on_only_where_the_spectrum_begins_above_zero(kind, name, shape, expected, calls_of):
-    gram = kind(weight(name, *shape))
-    steps = calls_of(gram, "apply")
-    limits = krylov.bounds(gram, 0)
-    assert len(steps) == expected
-    if name == "flat":  # the first shift is all of it
-        assert limits.shifts[0].item() == pytest.approx(1, abs=1e-6)
-
-
-def test_one_matrix_with_an_edge_keeps_lanczos_going_for_its_batch():
-    weights = stack(["hard edge", "gaussian"], (600, 300))
-    shifts = krylov.bounds(BatchGram(weights), 0).shifts[0]
-    assert shifts[0] < 1e-4
-    assert shifts[1] == pytest.approx(krylov.bounds(HostGram(weights[1]), 0).shifts[0].item(), rel=1e-6)
-
-
 @pytest.mark.parametrize("rest", [0.7, 0.75])
 def test_the_norm_is_found_from_nearly_every_start(rest):
     """One eigenvalue above a dense rest is what few steps miss: with 6 instead of 12, 3 of 150 starts."""
@@ -130,26 +102,6 @@ def test_a_basis_is_orthonormal_where_the_space_is_exhausted(kind, columns, fill
     least = 1 - 1e-9 if columns < krylov.NORM_STEPS else 0.75  # exhausted, or not
     for estimate in (krylov.bounds(gram, 0).norm.item(), krylov.norm(gram, 0).item()):
         assert least * norm <= estimate <= (1 + 1e-9) * norm
-
-
-def test_a_basis_holds_the_powers():
-    gram, exact, _ = host("gaussian", 140, 100)
-    power, judge = krylov.random_block(gram, 4, 0), Mock(return_value=2)
-    basis, _ = krylov.block_lanczos(gram, gram.apply, power, 6, 2, judge)
-    for step in range(6):
-        part = basis[:, : 4 * (step + 1)]
-        assert error(part @ (part.T @ power), power) <= 1e-10
-        power = torch.linalg.qr(exact @ power).Q
-    # after 2 steps, then every second one
-    seen = [tuple(each.shape for each in call.args) for call in judge.call_args_list]
-    assert seen == [((100, 4 * count), (4 * count, 4 * count)) for count in (2, 4, 6)]
-
-
-@pytest.mark.parametrize(("further", "expected"), [(0, [6]), (1, [6, 9, 12, 15]), (9, [6, 15])])
-def test_the_judge_ends_it_and_has_the_last_word(further, expected):
-    gram, judge = host("gaussian", 140, 100)[0], Mock(return_value=further)
-    krylov.block_lanczos(gram, gram.apply, krylov.random_block(gram, 3, 0), 5, 2, judge)
-    assert [call.args[0].shape[1] for call in judge.call_args_list] == expected
 
 
 @pytest.mark.parametrize("shape", [(150, 140), (150, 150), (330, 300)], ids=str)
@@ -216,16 +168,6 @@ def test_in_a_batch_only_those_are_lowered_that_have_to_be(calls_of):
     torch.testing.assert_close(shares, torch.tensor([[1.5, 0.9], [0.8, 0.9]]).double())
 
 
-def test_a_batch_has_converged_when_its_last_matrix_has():
-    tall = stack(["gaussian", "hard edge"], (200, 140))
-
-    def residual(gram):
-        vectors = krylov.random_block(gram, RANK, 0)
-        return krylov.relative_residual(gram, vectors, krylov.bounds(gram, 0).norm, EPS)[0]
-
-    assert residual(BatchGram(tall)) == pytest.approx(max(residual(HostGram(matrix)) for matrix in tall))
-
-
 @pytest.mark.parametrize("name", ["zero", "rank 5", "rank deficient by most", "identity"])
 @pytest.mark.parametrize("size", [1, 2, 40, 140])
 def test_breakdown(name, size):
@@ -238,35 +180,3 @@ def test_breakdown(name, size):
             assert_orthonormal(ritz.vectors, 1e-12)
         if name == "identity" and size == 140:
             assert ritz.converged
-
-
-@pytest.mark.parametrize(
-    ("rank", "width", "room"),
-    [(1, 16, 320), (8, 16, 320), (9, 17, 340), (16, 24, 480), (32, 40, 800), (33, 29, 580), (128, 86, 1720)],
-)
-def test_block_sizes_and_where_they_fit(rank, width, room, monkeypatch):
-    monkeypatch.setattr(krylov, "FIRST_CHECK", 7)
-    assert krylov.block_size(rank) == width
-    assert krylov.fits(room, rank)
-    assert not krylov.fits(room - 1, rank)
-    assert width >= rank or rank > 32  # they hold the smallest
-
-
-def test_random_blocks_are_the_same_everywhere():
-    gram, _, _ = host("gaussian", 60, 50)
-    batch = BatchGram(torch.stack([weight("gaussian", 60, 50), 2 * weight("gaussian", 60, 50)]))
-    block = krylov.random_block(gram, 5, 3)
-    assert_orthonormal(block, 1e-14)
-    assert all(error(each, block) <= 1e-14 for each in krylov.random_block(batch, 5, 3))
-    assert error(krylov.random_block(gram, 5, 4), block) > 0.5
-
-
-def test_largest_eigenvectors_read_the_lower_triangle():
-    matrices = gram_of(stack(["gaussian", "row scales"], (60, 20)))
-    values = torch.linalg.eigvalsh(matrices)
-    lower = matrices.tril() + torch.full_like(matrices, 1e9).triu(1)
-    vectors = krylov._largest_eigenvectors(lower, 4)
-    assert vectors.shape == (2, 20, 4)
-    expected = torch.diag_embed(values.flip(-1)[:, :4])
-    assert error(vectors.mT @ matrices @ vectors, expected) <= 1e-13
-    assert error(krylov._largest_eigenvectors(lower[1], 4), vectors[1]) == 0
