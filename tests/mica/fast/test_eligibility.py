@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import mica.fast
 from mica.fast.forward import decide as calls
-from mica.fast.forward import eligibility, fast_check
+from mica.fast.forward import eligibility
 from tests.support.models import net, randomise
 from tests.support.stock import as_stock, assert_same, both, counted
 from tests.support.tolerances import RELATIVE, error
@@ -182,23 +182,6 @@ def test_a_bias_that_autocast_leaves_in_fp64_is_an_error_as_in_pytorch():
     for context in (nullcontext, mica.fast.disabled):
         with context(), torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
             layer(torch.randn(3, layer.in_features))
-
-
-@pytest.mark.parametrize(
-    "part", [None, "x", "base_layer.weight", "lora_A.default.weight", "lora_B.default.weight"]
-)
-def test_fp64_under_autocast_is_no_common_case(part):
-    """Autocast leaves it as it is."""
-    layer = randomise(net(targets=["up"])).base_model.model.up
-    x = torch.randn(3, layer.in_features)
-    if part == "x":
-        x = x.double()
-    elif part is not None:
-        parameter = layer.get_parameter(part)
-        parameter.data = parameter.data.double()
-    with torch.autocast("cpu", torch.bfloat16):
-        for operands in (fast_check.operands_of, fast_check.operands_by_python):
-            assert (operands(layer, x) is None) == (part is not None)
 
 
 @pytest.mark.parametrize(("target", "x"), [("up", X), ("embed", INDICES)])

@@ -5,14 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
 from torch.autograd import forward_ad
 
 import mica.fast
-from mica.fast.forward import expert_params as params
 from tests.support import moe_models
-from tests.support.models import net, randomise
-from tests.support.moe_models import BUILDERS, ROUTER, STACKS, tokens, wrap_experts, wrappers
+from tests.support.models import randomise
+from tests.support.moe_models import BUILDERS, STACKS, tokens, wrap_experts, wrappers
 from tests.support.moe_steps import adapted, as_stock_s, gradients, loss_of, outermost, ran, use
 from tests.support.stock import as_stock, assert_same, both
 from tests.support.tolerances import RELATIVE, error
@@ -265,43 +263,3 @@ def test_on_kernels(monkeypatch, kind):
     assert mica.fast.call_counts["experts_linear_backward_kernels"] == 4
     assert error(again, loss) <= RELATIVE[torch.float32]
     assert_same(grads_again, grads, 10 * RELATIVE[torch.float32])
-
-
-# -- the layout --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", BUILDERS)
-def test_views_share_the_memory_and_give_the_update_that_peft_adds(kind):
-    """PEFT's layout of the adapters of a stack, and of a router."""
-    model = wrap_experts(BUILDERS[kind](), stock=True, target_parameters=[*STACKS, ROUTER[kind]])
-    layers = wrappers(model).values()
-    assert sorted(map(params.weight_name, layers)) == sorted(2 * ["gate_up_proj", "down_proj", "weight"])
-    for layer in layers:
-        nn.init.normal_(layer.lora_B["default"].weight)
-        A, B, weight = (
-            params.lora_A_of(layer, "default"),
-            params.lora_B_of(layer, "default"),
-            params.weight_of_stack(layer),
-        )
-        parameter = getattr(layer.get_base_layer(), layer.parameter_name)
-        assert params.parameter_of(layer) is parameter
-        assert params.is_stack(layer) == (parameter.ndim == 3)
-        assert params.is_stored_as_in_out(layer) == (kind == "gpt_oss" and params.is_stack(layer))
-        num, rows, columns = layer.num_experts, layer.out_features, layer.in_features
-        stored = layer.lora_A["default"].weight, layer.lora_B["default"].weight, parameter
-        shapes = (num, 4, columns), (num, rows, 4), (num, rows, columns)
-        for view, tensor, shape in zip((A, B, weight), stored, shapes, strict=True):
-            assert view.shape == shape
-            assert view.data_ptr() == tensor.data_ptr()
-            assert view.untyped_storage().nbytes() == tensor.untyped_storage().nbytes()
-        update = layer.scaling["default"] * (B @ A)
-        expected = layer.get_delta_weight("default")
-        update = update.mT if params.is_stored_as_in_out(layer) else update
-        torch.testing.assert_close(update.reshape(expected.shape), expected)
-
-
-def test_other_layers_are_no_stacks():
-    layer = net().base_model.model.up
-    assert not params.is_wrapper(layer)
-    assert not params.is_stack(layer)
-    assert params.weight_name(layer) == "weight"

@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import re
 import tempfile
-import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -132,24 +131,3 @@ def test_unsloth_names_the_forwards_that_it_rewrites(source):
     """By that name `mica.fast.explain` knows them."""
     rewriting = source("unsloth_zoo", "compiler.py").function("patch_lora_forwards")
     assert {"unsloth_forward", "def unsloth_forward"} <= texts(rewriting)
-
-
-# -- the reading itself, with a wheel made here -------------------------------------------------------
-
-
-def test_names_that_move_are_seen(tmp_path):
-    with zipfile.ZipFile(tmp_path / "there-1-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("there/__init__.py", "")
-        code = "class A:\n    x: int = 1\n    def f(self, *a, **k):\n        A.g = h('t')\n"
-        wheel.writestr("there/code.py", code)
-    assert in_wheels(tmp_path, "elsewhere") is None
-    read = Source(in_wheels(tmp_path, "there")("there/code.py"))
-    function = read.function("A.f")
-    assert parameters(function) == ["self", "*a", "**k"]
-    assert (texts(function), called(function)) == ({"t"}, {"h"})
-    assert (read.assigned(), read.fields()) == ({"A.g"}, {"x"})
-    for missing in ("A.g", "B.f", "g"):
-        with pytest.raises(AssertionError, match=r"no (function|class)"):
-            read.function(missing)
-    with pytest.raises((KeyError, FileNotFoundError)):
-        in_wheels(tmp_path, "there")("there/moved.py")

@@ -25,7 +25,6 @@ from mica.fast.known_peft import EMBEDDING, EXPERTS, INITIALISATION, LINEAR, MER
 from tests.support.models import net, randomise, tiny_llama, wrap
 from tests.support.quantised_models import adapted
 from tests.support.stock import as_stock
-from tests.support.tolerances import RELATIVE
 
 README = Path(mica.fast.__file__).with_name("README.md")
 INDICES = torch.tensor([[1, 2, 3, 28]])
@@ -314,16 +313,6 @@ def test_a_copy_in_which_nothing_differs(copied):
 
 
 @pytest.mark.slow
-def test_a_copy_in_which_a_signature_differs(copied):
-    edit(copied, "Linear", "forward", "x: torch.Tensor, *args", "x: torch.Tensor, offsets=None, *args")
-    first, *rest = run_with(copied)
-    name = "peft.tuners.lora.layer:Linear.forward"
-    assert first.startswith(f"{BEGIN}: PEFT's own code runs {LINEAR}, because {name} has another body; ")
-    assert f"; {name} takes (self x offsets *args **kwargs); " in first
-    assert rest == ["[('peft', 2), ('reference', 1)]", "4"]
-
-
-@pytest.mark.slow
 def test_a_copy_in_which_a_body_differs(copied):
     """Half of the embedding's update: a wrong answer, were it this package's."""
     edit(copied, "Embedding", "forward", "result = result.to(", "result = (0.5 * result).to(")
@@ -335,13 +324,10 @@ def test_a_copy_in_which_a_body_differs(copied):
 
 def test_transformers_own_methods_do_what_the_page_says(tmp_path):
     """transformers 5.24 demands a newer PEFT than there is, but not in all of its adapter methods."""
-    model = randomise(wrap(tiny_llama(), targets=["q_proj"]))
+    model = wrap(tiny_llama(), targets=["q_proj"])
     model.save_pretrained(tmp_path)
     loaded = tiny_llama()
     loaded.load_adapter(str(tmp_path))
-    as_stock(lambda: loaded(INDICES).logits, 3 * RELATIVE[torch.float32])
-    assert torch.equal(loaded(INDICES).logits, model(INDICES).logits)
-
     calls = {
         "add_adapter": lambda: loaded.add_adapter(model.peft_config["default"], "second"),
         "set_adapter": lambda: loaded.set_adapter("default"),

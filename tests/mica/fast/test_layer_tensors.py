@@ -1,6 +1,5 @@
 """What becomes of a layer's tensors around its call: outputs in other hands, weights replaced, odd inputs."""
 
-import copy
 from contextlib import nullcontext
 
 import pytest
@@ -9,7 +8,7 @@ from torch import nn
 
 import mica.fast
 from tests.support.models import net, randomise, wrap
-from tests.support.stock import as_stock, both, counted
+from tests.support.stock import both, counted
 from tests.support.tolerances import RELATIVE, error
 
 pytestmark = pytest.mark.usefixtures("language")
@@ -102,38 +101,6 @@ def test_gradients_are_those_of_the_weights_that_the_forward_used(build, dtype, 
         assert torch.equal(actual, expected)
 
 
-def test_an_optimiser_between_the_backwards_of_two_losses():
-    """In a first layer, whose input needs no gradient, the gradient does not depend on lora_A."""
-
-    start = layer_of()
-
-    def second_gradient():
-        layer = copy.deepcopy(start)  # stock's own B would have another basis
-        y = layer(input_of(layer, (2, 3)))
-        y.sum().backward(retain_graph=True)
-        torch.optim.SGD([trained(layer)], lr=0.1).step()
-        trained(layer).grad = None
-        y.square().sum().backward()
-        return trained(layer).grad
-
-    as_stock(second_gradient, RELATIVE[torch.float32])
-
-
-@pytest.mark.parametrize("form", ["fused", "called"])
-@pytest.mark.filterwarnings("error:There is a performance drop")
-def test_vmap_as_stock(form):
-    """Without a function transform around it: autograd follows, and the gradient of A is one product."""
-    layer = FORMS[form]()
-    x = input_of(layer, (7,))
-
-    def gradients():
-        y = torch.func.vmap(layer)(x)
-        return y, torch.autograd.grad(y.square().sum(), trained(layer))
-
-    _, counts = counted(lambda: as_stock(gradients, RELATIVE[torch.float32]))
-    assert counts
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_scaling_that_is_a_tensor_is_not_rounded(dtype):
     """1.3 in bf16 is 0.24 % less, and so would be every update."""
@@ -164,27 +131,6 @@ def test_fp16_products_overflow_where_stock_s_do_not_unless_they_run_in_fp32(mon
         assert not ours.isfinite().all()
         mica.fast.enable(compute_dtype=torch.float32)
         assert error(layer(x), stock) <= RELATIVE[torch.float16]
-
-
-def test_so_do_those_of_the_backward_although_y_is_finite(monkeypatch):
-    monkeypatch.setattr("mica.paths.products.FEW_TO_ROUND", 0)
-    model = wrap(nn.Sequential(nn.Linear(16, 24)).half(), targets=["0"], lora_alpha=1024)
-    layer = randomise(model).base_model.model[0]
-    x = torch.full((20, 16), 0.01, dtype=torch.float16, requires_grad=True)
-    dy = torch.full((20, 24), 400.0, dtype=torch.float16)  # with the scaling of 256 beyond 65504
-
-    def gradients():
-        y = layer(x)
-        assert y.isfinite().all()
-        return torch.autograd.grad(y, [x, layer.lora_A["default"].weight], dy)
-
-    ours, stock = both(gradients)
-    for mine, theirs in zip(ours, stock, strict=True):
-        assert theirs.isfinite().all()
-        assert not mine.isfinite().all()
-    mica.fast.enable(compute_dtype=torch.float32)
-    for mine, theirs in zip(gradients(), stock, strict=True):
-        assert error(mine, theirs) <= 2 * RELATIVE[torch.float16]
 
 
 @pytest.mark.parametrize("around", [nullcontext, torch.no_grad])

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import mica.fast
@@ -259,18 +258,3 @@ def test_dropout_under_compile():
     assert layer.lora_A["default"].weight.grad.isfinite().all()
     layer.eval()
     assert error(compiled(x), layer(x)) <= 3 * RELATIVE[torch.float32]
-
-
-@pytest.mark.parametrize("called", [False, True], ids=["fused", "base layer called"])
-def test_forward_mode(called):
-    layer = randomise(net(targets=["up"])).base_model.model.up
-    if called:
-        layer.base_layer.register_forward_hook(lambda module, args, out: out * 2)
-    x, tangent = torch.randn(2, 3, 12)
-
-    def jvp():
-        with forward_ad.dual_level():
-            return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
-
-    _, counts = counted(lambda: as_stock(jvp, RELATIVE[torch.float32]))
-    assert counts

@@ -61,15 +61,6 @@ def test_lora_fa_of_other_adapters_is_left_alone():
         lorafa_of(mixed)
 
 
-def test_lora_fa_on_a_model_of_transformers():
-    """Its class has an ``active_adapters`` too, a method."""
-    model = wrap(tiny_llama(), targets=["q_proj"], init_lora_weights=True)
-    lorafa_of(model)
-    assert all("lora_B" in name for name in trainable(model))
-    with pytest.raises(ValueError, match=r"adapter 'default' is MiCA on layer .*q_proj"):
-        lorafa_of(wrap(tiny_llama(), targets=["q_proj"]))
-
-
 def test_uninstall_gives_the_optimizer_back():
     for _ in range(2):
         mica.fast.uninstall()
