@@ -100,13 +100,6 @@ def test_a_loss_that_calls_the_inner_model_and_reads_the_weight_of_the_head():
     assert {row.calls for row in mica.fast.explain(model).rows} == {1}
 
 
-def test_what_is_called_of_one_model_says_nothing_of_another(model):
-    other = wrap(Twice(), targets=["up", "down"])
-    model.base_model.model.up(torch.ones(2, 8))
-    assert called(model) == {"up": None, "down": 0}
-    assert called(other) == {"up": None, "down": None}
-
-
 def test_an_adapter_added_since_is_in_no_forward():
     model = wrap(Twice(), targets=["up"])
     model(torch.ones(2, 8))

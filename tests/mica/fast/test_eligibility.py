@@ -150,16 +150,6 @@ def test_adapters_made_in_inference_mode(monkeypatch, threads):
     assert error(model(INDICES), expected) <= RELATIVE[torch.float32]
 
 
-def test_input_cast_switched_off_is_peft_s_business():
-    from peft.helpers import disable_input_dtype_casting
-
-    model = randomise(net(torch.bfloat16, targets=["up"]))
-    mica.fast.call_counts.clear()
-    with disable_input_dtype_casting(model), pytest.raises(RuntimeError, match="dtype"):
-        up(model)(X.bfloat16())
-    assert not mica.fast.call_counts
-
-
 @pytest.mark.parametrize(
     ("attribute", "reason"),
     [

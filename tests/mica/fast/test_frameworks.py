@@ -12,7 +12,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner
 
 import mica.fast
-from mica.fast.frameworks import REMEDIES, REMEDIES_OF_INITIALISATION, UNDO, owner_of
+from mica.fast.frameworks import REMEDIES, REMEDIES_OF_INITIALISATION, UNDO
 from tests.support import swift_style
 from tests.support.models import Net, adapted_layers, factors, net, wrap
 from tests.support.moe_models import assert_exact, qwen3_moe, wrap_experts
@@ -203,8 +203,3 @@ def test_ms_swift_s_constructor_keeps_layers_from_the_fast_path_until_it_is_undo
         lora.LoraModel.__init__ = lora.LoraModel.__init_origin__
         ((path, _),) = paths()
         assert path == "reference"
-
-
-@pytest.mark.parametrize("function", [len, functools.partial(len), print, object()])
-def test_anything_has_an_owner(function):
-    assert isinstance(owner_of(function), str)

@@ -1,7 +1,6 @@
 """A release of PEFT that this package does not know: what runs, what PEFT runs, and one sentence about it."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,16 +12,14 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from packaging.version import Version
 from peft.tuners import lora
 from peft.tuners.lora import variants
 from torch import nn
-from transformers.integrations import peft as transformers_peft
 
 import mica.fast
 from mica.fast import known_peft, patching
 from mica.fast.known_peft import EMBEDDING, EXPERTS, INITIALISATION, LINEAR, MERGING, PARTS, REPEATED
-from tests.support.models import net, randomise, tiny_llama, wrap
+from tests.support.models import net, randomise
 from tests.support.quantised_models import adapted
 from tests.support.stock import as_stock
 
@@ -320,31 +317,3 @@ def test_a_copy_in_which_a_body_differs(copied):
     name = "peft.tuners.lora.layer:Embedding.forward"
     assert first.startswith(f"{BEGIN}: PEFT's own code runs {EMBEDDING}, because {name} has another body; ")
     assert rest == ["[('peft', 1), ('reference', 2)]", "4"]
-
-
-def test_transformers_own_methods_do_what_the_page_says(tmp_path):
-    """transformers 5.24 demands a newer PEFT than there is, but not in all of its adapter methods."""
-    model = wrap(tiny_llama(), targets=["q_proj"])
-    model.save_pretrained(tmp_path)
-    loaded = tiny_llama()
-    loaded.load_adapter(str(tmp_path))
-    calls = {
-        "add_adapter": lambda: loaded.add_adapter(model.peft_config["default"], "second"),
-        "set_adapter": lambda: loaded.set_adapter("default"),
-        "active_adapters": loaded.active_adapters,
-        "disable_adapters": loaded.disable_adapters,
-        "enable_adapters": loaded.enable_adapters,
-        "get_adapter_state_dict": loaded.get_adapter_state_dict,
-        "delete_adapter": lambda: loaded.delete_adapter("default"),
-    }
-    needed = transformers_peft.MIN_PEFT_VERSION
-    if Version(peft.__version__) >= Version(needed):
-        for call in calls.values():
-            call()
-        return
-    for call in calls.values():
-        with pytest.raises(ValueError, match=f"please use a version >= {needed}"):
-            call()
-    page = " ".join(README.read_text(encoding="utf-8").split())
-    said = page.partition("in its own adapter methods (")[2].partition(")")[0]
-    assert set(re.findall(r"`(?:model\.)?(\w+)`", said)) == set(calls)

@@ -113,38 +113,6 @@ def test_a_mask_is_never_computed_by_pytorch_where_a_layer_waits_for_its_host(by
     assert {name for name, _ in launched} == set(FORMS["split"])
 
 
-@pytest.mark.parametrize(
-    ("features", "strides", "on_kernels"),
-    [  # in and out; of the rows of x and of dy; whether forward and backward run on kernels
-        ((32, 48), (32, 48), (True, True)),
-        ((32, 40), (32, 48), (False, False)),  # y, and from C++ the backward goes with it
-        ((24, 48), (48, 48), (True, False)),  # dx
-        ((32, 48), (40, 48), (False, False)),  # x
-        ((32, 48), (32, 56), (True, False)),  # dy
-    ],
-)
-def test_rows_that_kernels_would_load_number_by_number_are_pytorch_s(
-    monkeypatch, by_default, launched, features, strides, on_kernels
-):
-    """Unless kernels are demanded."""
-    by_default()
-    p = dense((8,), *features, 16)
-    for name, stride in zip(("x", "grad_output"), strides, strict=True):
-        rows = getattr(p, name)
-        wide = torch.cat((rows, rows.new_zeros(len(rows), stride - rows.shape[1])), dim=1)
-        setattr(p, name, wide[:, : rows.shape[1]])
-    for backend, expected in (("auto", on_kernels), ("triton", (True, True))):
-        monkeypatch.setenv("MICA_BACKEND", backend)
-        x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
-        launched.clear()
-        y = mica_linear(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias)
-        forward = bool(launched)
-        launched.clear()
-        y.backward(p.grad_output)
-        assert (forward, bool(launched)) == expected
-        agree({"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}, solve(p), BF16)
-
-
 RANK, TOKENS = 64, 40  # the rule's own number of tokens would take the interpreter long
 
 

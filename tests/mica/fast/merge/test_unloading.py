@@ -66,12 +66,7 @@ def test_the_weights_and_the_report_are_those_of_a_merge(kind, dtype, safe_merge
         assert torch.equal(weight, theirs[name]), name
 
 
-def test_a_layer_that_goes_has_no_undo(recorded):
-    trained().merge_and_unload()
-    assert corrected(recorded) == [False] * 3
-
-
-def test_a_merge_that_stays_has_one(recorded):
+def test_a_merge_that_stays_has_an_undo(recorded):
     model = trained()
     copy.deepcopy(model).merge_and_unload()
     recorded.clear()
@@ -79,16 +74,14 @@ def test_a_merge_that_stays_has_one(recorded):
     assert corrected(recorded) == [True] * 3
 
 
-def test_only_the_last_adapter_of_a_layer_has_none(recorded):
-    model = randomise(second(trained()), scale=0.5, seed=3)
-    model.merge_and_unload(adapter_names=["default", "second"])
-    assert [adapter for _, adapter, _ in recorded] == ["default", "second"] * 3
-    assert corrected(recorded) == [True, False] * 3
-
-
-def test_names_that_a_layer_does_not_have_do_not_count(recorded):
-    trained().merge_and_unload(adapter_names=["default", "another"])
-    assert corrected(recorded) == [False] * 3
+@pytest.mark.parametrize(
+    ("names", "undone"),
+    [(None, [False]), (["default", "second"], [True, False]), (["default", "another"], [False])],
+    ids=["a layer that goes", "only its last adapter", "a name that no layer has"],
+)
+def test_what_is_merged_last_into_a_layer_that_goes_has_none(recorded, names, undone):
+    randomise(second(trained()), scale=0.5, seed=3).merge_and_unload(adapter_names=names)
+    assert corrected(recorded) == undone * 3
 
 
 def test_of_nested_wrappers_only_the_innermost_has_none(recorded):
