@@ -114,11 +114,3 @@ def test_numbers_begun_in_inference_mode_are_the_same_outside():
     assert torch.equal(row_fingerprints(matrix), inside)
     module._odd_numbers.cache_clear()
     assert torch.equal(row_fingerprints(matrix), inside)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@on_all_dtypes
-@on_whole_words_and_others
-def test_on_cuda(dtype, shape):
-    matrix = torch.randn(shape, dtype=dtype)
-    assert torch.equal(row_fingerprints(matrix.cuda()).cpu(), row_fingerprints(matrix))

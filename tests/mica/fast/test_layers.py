@@ -111,22 +111,8 @@ def falcon_with_hooks():
     return model
 
 
-def longformer():
-    options = {"num_attention_heads": 2, "attention_window": 4, "max_position_embeddings": 66}
-    return transformers.LongformerForMaskedLM(
-        transformers.LongformerConfig(**SIZES, intermediate_size=24, **options)
-    ).eval()
-
-
-def led():
-    sizes = {"vocab_size": 61, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "attention_window": 4}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    config = transformers.LEDConfig(**sizes, **heads, encoder_ffn_dim=24, decoder_ffn_dim=24)
-    return transformers.LEDForConditionalGeneration(config).eval()
-
-
 SIZES = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1}
-MODELS = [tiny_gpt2, tiny_llama, falcon, falcon_with_hooks, longformer, led]
+MODELS = [tiny_gpt2, tiny_llama, falcon, falcon_with_hooks]
 
 
 @pytest.mark.parametrize("build", MODELS)

@@ -30,7 +30,7 @@ from tests.support.models import (
 from tests.support.moe_models import BUILDERS, STACKS, gpt_oss, qwen3_moe, tokens, wrap_all, wrappers
 from tests.support.peft_versions import is_at_least
 from tests.support.tolerances import RELATIVE, error
-from tests.support.training import llama, report, train
+from tests.support.training import llama, train
 from tests.support.without_mica import logits_without_mica
 
 pytestmark = [
@@ -97,24 +97,6 @@ def test_stock_peft_loads_it_and_gives_the_same_logits(tmp_path):
     for theirs, ours, case in zip(results, expected, cases, strict=True):
         assert error(theirs, ours) <= 5 * RELATIVE[torch.float32], case
         assert error(theirs, logits(builders[case[0]]())) > 0.05  # the adapter does something
-
-
-def test_a_loaded_adapter_is_the_saved_one_and_trains_on(tmp_path):
-    model = llama()
-    train(model)
-    model.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / WEIGHTS)
-    assert len(weights) == 2 * 14
-    assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in weights)
-    loaded = PeftModel.from_pretrained(dense(), tmp_path)
-    assert mica.fast.explain(loaded).counts() == {"reference": 14}
-    assert torch.equal(logits(loaded), logits(model))
-    resumed = PeftModel.from_pretrained(dense(), tmp_path, is_trainable=True)
-    done = report(resumed, lambda: train(resumed))
-    assert done["counts"] == {"linear": 14 * 3, "linear_backward": 14 * 3}
-    assert not done["moved"]
-    assert all("lora_A" in name for name in done["trained"])
-    assert done["losses"][-1] < done["losses"][0]
 
 
 # -- the mark of an adapter of experts ---------------------------------------------------------------

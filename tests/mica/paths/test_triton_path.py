@@ -7,7 +7,7 @@ import torch
 import triton
 
 from mica import ops
-from mica.kernels import launching, prepared_b
+from mica.kernels import launching
 from mica.ops import mica_down_projection, mica_linear
 from mica.paths import choose, triton_path
 from tests.support import expert_cases
@@ -196,20 +196,6 @@ def test_a_is_rounded_where_it_is_read_often_enough(rank, tokens, a_dtype, dtype
     operand = triton_path.as_operand(lora_A, tokens, dtype)
     assert operand.dtype == (dtype if is_rounded else a_dtype)
     assert (operand is not lora_A) == is_rounded
-
-
-def test_the_basis_is_prepared_once_until_it_is_edited(monkeypatch):
-    """For forward and backward, and again as the parameter, whose rank is padded, has changed."""
-    made, pad = [], prepared_b.padded
-    monkeypatch.setattr(prepared_b, "padded", lambda *args: made.append(1) or pad(*args))
-    p = on_device(problem((6,), 10, 12, 3, FP32))
-    p.lora_B = torch.nn.Parameter(p.lora_B, requires_grad=False)
-    for count in (1, 2):
-        for _ in range(3):
-            agree(run(p), solve(p), FP32)
-        assert len(made) == count
-        with torch.no_grad():
-            p.lora_B.mul_(-3.0)
 
 
 def test_second_derivatives_and_transforms_take_the_plain_formulas():
