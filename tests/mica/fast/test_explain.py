@@ -294,19 +294,6 @@ def test_a_framework_is_named_where_it_has_fused_layers(framework, options, name
     assert len(named) == len(names)
 
 
-def test_axolotl_at_an_embedding():
-    """It replaces the forward of PEFT's own layer."""
-    model = wrap(tiny_llama(), targets=["embed_tokens", "q_proj"])
-    patch(model.base_model.model.model.embed_tokens, "axolotl.kernels.lora", "self.base_layer(x)")
-    model(input_ids=TOKENS)
-    explanation = mica.fast.explain(model)
-    (row,) = [row for row in explanation.rows if row.path == "peft"]
-    assert row.name == "base_model.model.model.embed_tokens"
-    assert (row.bypassed_by, row.calls) == ("axolotl", None)
-    assert row.reason == "axolotl has replaced the layer's forward"
-    assert str(explanation).splitlines()[-1].startswith("axolotl bypasses 1 layer: ")
-
-
 def test_a_loss_that_reads_the_weight_of_the_head_and_unknown_code():
     model = wrap(tiny_llama(), targets=["lm_head", "q_proj"])
     head = "self.model(input_ids)[0] @ self.lm_head.weight.T", "self, input_ids, **_"
@@ -353,14 +340,6 @@ def test_functions_in_the_place_of_a_layer(module, who):
     linear = nn.Linear(2, 2)
     patch(linear, module)
     assert replaced_by(linear) == who
-
-
-def test_a_decorated_forward_is_still_the_module_s_own(monkeypatch):
-    logged = forward_of("their_logs", "__import__('functools').wraps(f)(lambda *args: f(*args))", "f")
-    block = Block()
-    block.forward = logged(block.forward)
-    monkeypatch.setattr(nn.Linear, "forward", logged(nn.Linear.forward))
-    assert [replaced_by(module) for module in block.modules()] == [None, None, None]
 
 
 def test_what_is_around_layers_that_ran_is_not_to_blame():

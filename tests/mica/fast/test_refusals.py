@@ -234,18 +234,6 @@ def test_way_out_of_a_computed_weight(computed, kind):
     assert "down.weight" in unloaded.state_dict()
 
 
-def test_only_the_weight_matters():
-    """A parametrized bias, or a hook of another kind, is no reason."""
-    model = Net()
-    shrink(model.up, "bias")
-    prune.l1_unstructured(model.conv, "bias", amount=0.2)
-    model = randomise(wrap(model)).eval()
-    model.base_model.model.down.base_layer.register_forward_pre_hook(lambda module, args: None)
-    expected = model(INDICES)
-    model.merge_adapter()
-    assert error(model(INDICES), expected) <= RELATIVE[torch.float32]
-
-
 def test_unmerging_from_a_weight_that_is_computed_since_is_refused():
     model = randomise(net(targets=["up"]))
     expected = model(INDICES)

@@ -7,7 +7,7 @@ from mica.subspace import krylov
 from mica.subspace.batched import BatchGram
 from mica.subspace.host import HostGram
 from tests.support.judging import assert_orthonormal, gram_of
-from tests.support.spectra import NULL, RANK, SPECTRA, stack, weight
+from tests.support.spectra import NULL, RANK, SPECTRA, weight
 from tests.support.tolerances import error
 
 SHAPES = [(1, 1), (3, 2), (90, 40), (60, 60), (150, 140), (330, 300)]
@@ -15,10 +15,6 @@ EPS = torch.finfo(torch.float32).eps
 # Spectra that fit the small matrices' few steps; those that begin well above what fp64 resolves.
 CONVERGING = ["gaussian", "hard edge", "row scales", "times 1e4", "times 1e-4"]
 ABOVE_ZERO = SPECTRA.keys() - NULL - {"flat", "tail x 1e-6", "hard edge"}
-
-of_either_kind = pytest.mark.parametrize(
-    "kind", [HostGram, lambda tall: BatchGram(tall[None], careful=True)], ids=["host", "batch"]
-)
 
 
 def host(name: str, *shape: int) -> tuple[HostGram, torch.Tensor, torch.Tensor]:
@@ -68,15 +64,6 @@ def test_the_norm_is_found_from_nearly_every_start(rest):
     eigenvalues = torch.cat([torch.ones(1, dtype=torch.float64), rest * (1 + angles.cos()) / 2])
     gram = HostGram(eigenvalues.sqrt().diag())
     assert all(0.75 <= krylov.norm(gram, seed) <= 1 + 1e-12 for seed in range(150))
-
-
-def test_the_norm_of_each_of_a_batch_and_of_zero():
-    weights = stack(["gaussian", "rank 5", "zero"], (60, 40))
-    norms = krylov.norm(BatchGram(weights), 0)
-    assert norms.shape == (3,)
-    assert norms[2] == 0
-    each = [krylov.norm(HostGram(matrix), 0).item() for matrix in weights]
-    assert norms.tolist() == pytest.approx(each, rel=1e-9)
 
 
 # The subspaces
@@ -132,18 +119,6 @@ def test_a_shift_that_is_too_high_is_lowered(guesses, calls_of):
         assert_smallest(ritz, exact)
     else:
         assert ritz is None
-
-
-def test_in_a_batch_only_those_are_lowered_that_have_to_be(calls_of):
-    tall = torch.stack([weight("gaussian", 200, 140), weight("gaussian", 200, 140).flip(0) * 3])
-    tall[1] *= torch.linspace(1, 2, 140)
-    gram, values = BatchGram(tall, careful=True), torch.linalg.eigvalsh(gram_of(tall))
-    least = values[:, 0]
-    limits = krylov.Bounds(values[:, -1], (least * torch.tensor([1.5, 0.9]), least * 0.8, least * 0))
-    tried = calls_of(gram, "factor")
-    assert_smallest(found(gram, limits=limits), gram_of(tall))
-    shares = torch.stack([shift / least for (shift,) in tried])
-    torch.testing.assert_close(shares, torch.tensor([[1.5, 0.9], [0.8, 0.9]]).double())
 
 
 @pytest.mark.parametrize("name", ["zero", "rank 5", "rank deficient by most", "identity"])
