@@ -75,24 +75,6 @@ def test_a_thin_k_tile_where_an_fp32_factor_would_fill_the_shared_memory():
             assert config.block_k == 64
 
 
-def test_where_experts_would_spill():
-    """Half of a step's rank in the wide tile; no narrow tile for 16-bit numbers at rank 256.
-
-    On sm_100 no square tile.
-    """
-    for target in TARGETS:
-        is_tight = target not in ("sm_90", "sm_100")
-        for rank, itemsize in itertools.product((128, 256), (2, 4)):
-            dense, experts = (
-                f(target, 8192, rank, itemsize) for f in (configs.up_projection, configs.experts_up)
-            )
-            if is_tight and (itemsize == 4 or rank == 256):
-                halved = dense[0]._replace(block_k=64 // itemsize)
-                assert experts == (halved, dense[1])[: 1 if itemsize == 2 else 2]
-            else:
-                assert experts == (dense[::2] if target == "sm_100" else dense)
-
-
 def test_the_square_tile_of_the_wide_product():
     """A candidate, never the first; for the targets that it does not spill on."""
     for target in TARGETS:

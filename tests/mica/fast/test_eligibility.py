@@ -1,6 +1,5 @@
 """What keeps a layer on PEFT's path, or its base layer called: it is said, and the numbers are PEFT's own."""
 
-import functools
 from contextlib import nullcontext
 
 import pytest
@@ -11,7 +10,6 @@ from transformers.pytorch_utils import Conv1D
 
 import mica.fast
 from mica.fast.forward import decide as calls
-from mica.fast.forward import eligibility
 from tests.support.models import net, randomise
 from tests.support.stock import as_stock, assert_same, both, counted
 from tests.support.tolerances import RELATIVE, error
@@ -92,13 +90,6 @@ def test_fx_s_own_call_while_it_traces_is_no_reason():
     graph = make_fx(layer)(X)
     assert "mica.linear" in graph.code
     assert error(graph(X), layer(X)) <= RELATIVE[torch.float32]
-
-
-def test_a_forward_that_was_replaced_before_the_import_is_known(monkeypatch):
-    assert set(eligibility.FORWARDS.values()) == {kind.forward for kind in eligibility.FORWARDS}
-    stock = nn.Linear.forward
-    monkeypatch.setattr(nn.Linear, "forward", functools.wraps(stock)(lambda self, x: stock(self, x)))
-    assert eligibility.own(nn.Linear) is None
 
 
 INPUTS = {

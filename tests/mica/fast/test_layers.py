@@ -154,25 +154,6 @@ def test_compile_fullgraph_follows_enable_and_disable(dtype):
         assert not counted(lambda: step(compiled, INDICES))[1]
 
 
-def test_saves_x_as_it_came_and_nothing_wider():
-    """bf16 base, fp32 masters: stock keeps an fp32 copy of x at every layer, the backend x itself."""
-    model = randomise(net(torch.bfloat16, targets=["up"]))
-    x = torch.randn(6, 12, dtype=torch.bfloat16, requires_grad=True)
-    layer = model.base_model.model.up
-
-    def saved_tokens():
-        saved = {}
-        pack = lambda t: saved.setdefault((t.data_ptr(), t.dtype), t)  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            layer(x)
-        return [t for t in saved.values() if 6 in t.shape]
-
-    ours = saved_tokens()
-    assert [t.data_ptr() for t in ours] == [x.data_ptr()]
-    with mica.fast.disabled():
-        assert any(t.dtype == torch.float32 for t in saved_tokens())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("called", [False, True])
 def test_dropout_is_drawn_from_torch_s_generator(dtype, called):

@@ -61,16 +61,6 @@ def test_lora_fa_of_other_adapters_is_left_alone():
         lorafa_of(mixed)
 
 
-def test_uninstall_gives_the_optimizer_back():
-    for _ in range(2):
-        mica.fast.uninstall()
-        stock = peft.optimizers.create_lorafa_optimizer
-        assert stock is lorafa.create_lorafa_optimizer
-        assert stock.__module__ == "peft.optimizers.lorafa"
-        mica.fast.enable()
-        assert peft.optimizers.create_lorafa_optimizer is not stock
-
-
 @pytest.mark.parametrize("stock", [False, True])
 def test_lora_plus_trains_a_alone(stock):
     """Its B group is empty and its ratio without effect: A trains at `lr`, an embedding's at its own."""

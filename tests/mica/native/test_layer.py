@@ -266,25 +266,6 @@ def test_nothing_leaks(around):
     assert counts[1] == counts[2]
 
 
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_the_decision_knows_of_dropout(monkeypatch, p):
-    """On a device it is not C++'s."""
-    layer = Layer()
-    layer.dropout = p, torch.tensor([1])
-    told = []
-
-    def decide(*args, **options):
-        told.append(options["has_dropout"])
-        return choose.decide(*args, **options)
-
-    monkeypatch.setattr("mica.ops.linear.decide", decide)
-    layer(layer.x, layer.lora_A)
-    ops.mica_linear(
-        layer.x, layer.weight, layer.lora_A, layer.lora_B, dropout_p=p, seed=layer.dropout[1] if p else None
-    )
-    assert told == [p > 0, p > 0]
-
-
 # -- the compiled backward ----------------------------------------------------------------------------
 
 

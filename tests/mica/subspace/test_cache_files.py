@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -156,6 +157,20 @@ def test_what_is_no_file_or_far_too_large_is_a_miss(cache, weight, kind):
     assert only_file(cache.folder).is_dir() == (kind == "directory")  # which cannot be replaced
     loaded = cache.get(weight, 4)
     assert loaded is None if kind == "directory" else same(loaded, subspace)
+
+
+def test_no_more_of_a_file_is_read_than_a_result_can_take(cache, weight):
+    cache.folder.mkdir(parents=True)
+    path = cache.path(fingerprint(weight), 4)
+    path.touch()
+    os.truncate(path, 1 << 26)
+    tracemalloc.start()
+    try:
+        assert cache.get(weight, 4) is None
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 22
 
 
 # Several at once

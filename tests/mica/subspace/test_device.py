@@ -102,18 +102,6 @@ def test_autocast_does_not_reach_mixed_products(weak_fp64, accelerated, made):
     assert all(map(same, results, expected))
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
-def test_mixed_products_that_overflow_or_underflow(scale, weak_fp64):
-    assert solved(stack(["gaussian", "hard edge"], (40, 100)) * scale).keys() == {0, 1}
-
-
-@pytest.mark.parametrize(("shape", "weak"), [((150, 150), True), ((100, 40), False)], ids=str)
-def test_square_and_strong_ones_are_not_mixed(shape, weak, made, monkeypatch):
-    monkeypatch.setattr(batched, "has_weak_fp64", lambda device: weak)
-    solved(stack(EASY, shape), "gram")
-    assert made() == [(4, False)]
-
-
 @pytest.mark.parametrize("shape", [(60, 40), (140, 200)], ids=str)
 def test_what_is_the_host_s_from_the_start(shape, made):
     matrices, size = stack(EASY, shape), min(shape)
