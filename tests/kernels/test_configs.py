@@ -5,34 +5,6 @@ import pytest
 from mica.kernels import configs
 
 TARGETS = list(configs.SHARED_MEMORY)
-SIZES = [
-    (tokens, block_r, itemsize)
-    for tokens in (1, 200, 8192)
-    for block_r in (16, 64, 256)
-    for itemsize in (2, 4)
-]
-
-
-@pytest.mark.parametrize("target", [*TARGETS, "sm_86"])
-@pytest.mark.parametrize(("tokens", "block_r", "itemsize"), SIZES)
-def test_at_most_three_and_all_of_them_tiles(target, tokens, block_r, itemsize):
-    tables = [
-        configs.down_projection(target, tokens, block_r, itemsize),
-        configs.up_projection(target, tokens, block_r, itemsize),
-        configs.grad_a(target, tokens, block_r, itemsize),
-        configs.experts_down(target, tokens, block_r, itemsize),
-        configs.experts_up(target, tokens, block_r, itemsize),
-        configs.experts_grad_a(target, tokens * 128, block_r, itemsize),
-        configs.fused_linear(target, tokens, 14336, block_r, tokens > 1, itemsize, False),
-        configs.fused_linear(target, tokens, 4096, block_r, True, itemsize, False),
-    ]
-    for table in tables:
-        assert 1 <= len(table) <= 3
-        for config in table:
-            for size in (config.block_m, config.block_n, config.block_k):
-                assert size == 0 or (size >= 16 and size & (size - 1) == 0)
-            assert config.num_warps in (4, 8)
-            assert config.num_stages >= 1
 
 
 @pytest.mark.parametrize(

@@ -83,13 +83,6 @@ def test_caches_are_bounded(monkeypatch):
     assert len(plans) == len(recorded) == 0
 
 
-def test_the_layout_holds_the_device():
-    first, second = torch.zeros(4), torch.zeros(4).as_subclass(OnGpu)
-    assert launching.layout(first)[:3] == launching.layout(second)[:3]
-    assert launching.layout(first) != launching.layout(second)
-    assert launching.layout(None) is None
-
-
 CONFIGS = (Config(64, 0, 16, 4, 4), Config(32, 0, 16, 4, 4), Config(16, 0, 16, 4, 4))
 
 

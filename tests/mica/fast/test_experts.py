@@ -1,7 +1,5 @@
 """The forward of experts with MiCA adapters: against PEFT's own path."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -11,7 +9,7 @@ from tests.support import moe_models
 from tests.support.models import randomise
 from tests.support.moe_models import BUILDERS, STACKS, tokens, wrap_experts
 from tests.support.moe_steps import adapted, as_stock_s, gradients, loss_of, outermost, ran, use
-from tests.support.stock import as_stock, assert_same, both
+from tests.support.stock import as_stock, assert_same
 from tests.support.tolerances import RELATIVE, error
 from tests.support.training import checkpointed
 
@@ -78,39 +76,6 @@ def test_under_autocast_nothing_of_a_stack_is_kept(implementation):
     assert y.dtype == torch.float32
     y.sum().backward()
     assert x.grad.dtype == torch.float32
-
-
-def derivatives(layer, x, *routing):
-    """By every way that PyTorch has, each as a function without arguments."""
-    vectors = torch.randn(3, *x.shape, generator=torch.Generator().manual_seed(1))
-    lora_A, leaf = layer.lora_A["default"].weight, x.clone().requires_grad_()
-
-    def dual():
-        with forward_ad.dual_level():
-            y = layer(forward_ad.make_dual(x, vectors[0]), *routing)
-            return forward_ad.unpack_dual(y).tangent.detach()
-
-    def batched():
-        return torch.autograd.grad(layer(leaf, *routing), (leaf, lora_A), vectors, is_grads_batched=True)
-
-    def mapped():
-        y = layer(leaf, *routing)
-        return torch.func.vmap(partial(torch.autograd.grad, y, (leaf, lora_A), retain_graph=True))(vectors)
-
-    def jacobian():
-        return torch.autograd.functional.jacobian(lambda v: layer(v, *routing), x, vectorize=True)
-
-    return dual, batched, mapped, jacobian
-
-
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
-@pytest.mark.parametrize("way", range(4), ids=["dual", "batched", "mapped", "jacobian"])
-def test_derivatives_of_every_kind(monkeypatch, way, implementation, backend):
-    monkeypatch.setenv("MICA_BACKEND", backend)
-    layer = use(outermost(adapted()), implementation)
-    call = torch.randn(5, 32), torch.tensor([[0, 1], [2, 1], [0, 2], [2, 0], [1, 2]]), torch.rand(5, 2)
-    assert_same(*both(derivatives(layer, *call)[way]), 3 * RELATIVE[torch.float32])
 
 
 def test_forward_mode_is_pefts_and_said():

@@ -127,14 +127,6 @@ def test_dropout():
         check_uncommon(layer)
 
 
-def test_dropout_whose_training_is_no_bool():
-    layer = layer_of(lora_dropout=0.25)
-    layer.lora_dropout["default"].training = 1
-    operands = fast_check.operands_of(layer, X)
-    assert operands is None or operands[5] == 0.25
-    assert not torch.equal(layer(X), layer(X))
-
-
 @pytest.mark.parametrize("names", ["default", ["default"], ["default", "second"], ["second", "default"], []])
 def test_active_adapters(names):
     layer = layer_of()

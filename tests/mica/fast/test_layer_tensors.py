@@ -1,4 +1,4 @@
-"""What becomes of a layer's tensors around its call: outputs in other hands, weights replaced, odd inputs."""
+"""What becomes of a layer's tensors around its call: other weights, scalings, large numbers, odd inputs."""
 
 from contextlib import nullcontext
 
@@ -19,62 +19,8 @@ def layer_of(name="up", dtype=torch.float32, **config):
     return getattr(model.base_model.model, name)
 
 
-def called(dtype=torch.float32):
-    layer = layer_of(dtype=dtype)
-    layer.base_layer.register_forward_hook(lambda *_: None)
-    return layer
-
-
-def with_two_adapters():
-    model = net(targets=["up"])
-    model.add_adapter("second", model.peft_config["default"])
-    model.base_model.set_adapter(["default", "second"])
-    return randomise(model).base_model.model.up
-
-
-FORMS = {
-    "fused": layer_of,
-    "called": called,
-    "two adapters": with_two_adapters,
-    "dropout": lambda: layer_of(lora_dropout=0.5),
-    "Conv1D": lambda: layer_of("conv"),
-    "embedding": lambda: layer_of("embed"),
-}
-
-
 def trained(layer):
     return next(parameter for parameter in layer.parameters() if parameter.requires_grad)
-
-
-def input_of(layer, rows, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(2)
-    if isinstance(layer.base_layer, nn.Embedding):
-        return torch.randint(0, 29, rows, generator=generator)
-    return torch.randn(*rows, layer.in_features, generator=generator).to(dtype)
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("rows", [(), (3,), (2, 3), (2, 1, 3)], ids=str)
-@pytest.mark.parametrize("form", FORMS)
-def test_an_output_is_nobody_s_view(form, rows, autocast):
-    layer = FORMS[form]()
-    x = input_of(layer, rows)
-
-    def output():
-        torch.manual_seed(3)
-        y = layer(x)
-        assert not y._is_view()
-        return y
-
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        expected = torch.autograd.grad(10 * output().sum(), trained(layer))[0]
-        y = output()
-        y.register_hook(lambda grad: grad * 10)
-        y += 1.0
-        assert torch.equal(torch.autograd.grad(y.sum(), trained(layer))[0], expected)
-        output().detach_()
-        with torch.no_grad():
-            assert not layer(x)._is_view()
 
 
 PARTS = ["base_layer.weight", "lora_A.default.weight", "lora_B.default.weight"]
@@ -83,13 +29,16 @@ PARTS = ["base_layer.weight", "lora_A.default.weight", "lora_B.default.weight"]
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("build", [layer_of, called], ids=["fused", "called"])
-def test_gradients_are_those_of_the_weights_that_the_forward_used(build, dtype, autocast, part):
+@pytest.mark.parametrize("is_called", [False, True], ids=["fused", "called"])
+def test_gradients_are_those_of_the_weights_that_the_forward_used(is_called, dtype, autocast, part):
     """``parameter.data = other`` between forward and backward, as optimisers and loaders do it."""
     grads = []
     for replaces in (False, True):
-        layer = build(dtype=dtype)
-        x = input_of(layer, (20,), dtype).requires_grad_()
+        layer = layer_of(dtype=dtype)
+        if is_called:
+            layer.base_layer.register_forward_hook(lambda *_: None)
+        generator = torch.Generator().manual_seed(2)
+        x = torch.randn(20, 12, generator=generator).to(dtype).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y, counts = counted(lambda layer=layer, x=x: layer(x))
         assert counts

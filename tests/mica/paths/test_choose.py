@@ -43,18 +43,15 @@ def decided(device, rank, *dtypes, function="linear"):
 @pytest.mark.parametrize(
     ("setting", "operands", "reason"),
     [
-        ("auto", (GPU, 16, BF16), None),
         ("auto", (CPU, 16, BF16), "no GPU"),
         ("auto", (GPU, limits.MAX_RANK, BF16), None),
         ("auto", (GPU, limits.MAX_RANK + 1, BF16), "no Triton kernels for ranks above 256"),
         ("auto", (GPU, 16, torch.float64), "no Triton kernels for float64"),
         ("auto", (GPU, 16, BF16, torch.float64), "no Triton kernels for float64"),
-        ("", (GPU, 16, BF16), None),
         ("", (CPU, 16, BF16), "no GPU"),
         ("reference", (GPU, 16, BF16), "MICA_BACKEND=reference"),
         ("triton", (GPU, 16, BF16), None),
         ("triton", (CPU, 16, BF16), "no GPU"),
-        ("triton", (GPU, 16, BF16, torch.float64), "no Triton kernels for float64"),
     ],
 )
 def test_the_device_its_operands_and_the_setting_decide(a_gpu, setting, operands, reason):
@@ -248,10 +245,6 @@ def test_the_two_parts_of_a_layer_have_forms_of_their_own(a_gpu):
     measured(a_gpu, "fused", "mixed")
     for function, form in (("linear", "fused"), ("linear_backward", "mixed")):
         assert choose.decide(function, GPU, 16, MASTERS, lambda: ROWS).form == form
-
-
-def test_nothing_is_looked_at_where_kernels_cannot_run(a_gpu):
-    assert choose.decide("linear", CPU, 16, MASTERS, lambda: pytest.fail("looked at rows")).reason == "no GPU"
 
 
 def test_rows_are_those_of_the_operands():

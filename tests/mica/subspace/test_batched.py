@@ -139,16 +139,13 @@ SETTINGS = [("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("mkldnn", 
 REDUCED = {"tf32", "bf16"}
 cuda, cudnn, onednn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn.matmul
 WAYS = {
-    "high": lambda: torch.set_float32_matmul_precision("high"),
     "medium": lambda: torch.set_float32_matmul_precision("medium"),
     "allow_tf32": lambda: setattr(cuda, "allow_tf32", True),
     "cuda": lambda: setattr(cuda, "fp32_precision", "tf32"),
     "cuda's all": lambda: setattr(cudnn, "fp32_precision", "tf32"),
     "oneDNN": lambda: setattr(onednn, "fp32_precision", "bf16"),
     "all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
-    "all, bf16": lambda: setattr(torch.backends, "fp32_precision", "bf16"),
     "each": lambda: [put(*setting, "tf32") for setting in SETTINGS],
-    "none": lambda: None,
 }
 
 

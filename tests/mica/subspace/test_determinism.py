@@ -6,8 +6,6 @@ import sys
 import pytest
 import torch
 
-from mica.subspace.cache import SubspaceCache
-from mica.subspace.many import Task, solve_many
 from mica.subspace.methods import METHODS
 from tests.support.spectra import RANK, stack, weight
 from tests.support.subspaces import quietly_solved, same
@@ -122,13 +120,3 @@ def test_the_same_bits_under_any_default(foreign_default, name, method):
         return quietly_solved(WEIGHTS[name], RANK, method=method)
 
     assert same(foreign_default(solve), solve())
-
-
-def test_so_have_many_and_the_cache(foreign_default, tmp_path):
-    tasks = [Task(f"layer {i}", weight("gaussian", 40, 30 + i), 4) for i in range(3)]
-    expected, cache = dict(solve_many(tasks)), SubspaceCache(tmp_path)
-    for _ in range(2):
-        again = [Task(task.name, task.weight, task.rank) for task in tasks]
-        results = foreign_default(lambda again=again: dict(solve_many(again, cache=cache)))
-        assert all(same(results[index], expected[index]) for index in expected)
-        assert again[0].key == tasks[0].key

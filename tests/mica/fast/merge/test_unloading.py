@@ -142,23 +142,6 @@ def test_after_a_failure_merges_have_their_undo_again(recorded):
     assert torch.equal(stored(layer), before)
 
 
-def test_another_model_that_merges_meanwhile_keeps_its_undo(recorded, monkeypatch):
-    """As in a callback of the progress bar."""
-    model = trained()
-    layer = trained().base_model.model.up
-    replace_module = lora.LoraModel._replace_module
-
-    def merging_another(self, *args):
-        replace_module(self, *args)
-        if not layer.merged:
-            layer.merge()
-
-    monkeypatch.delitem(known_peft.UNLOADING, "peft.tuners.lora.model:LoraModel._replace_module")
-    monkeypatch.setattr(lora.LoraModel, "_replace_module", merging_another)
-    model.merge_and_unload()
-    assert corrected(recorded) == [False, True, False, False]
-
-
 # -- a failure on the way -----------------------------------------------------------------------------
 
 
