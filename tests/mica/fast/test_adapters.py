@@ -71,6 +71,26 @@ def test_switching():
     assert torch.equal(compare(model), second)
 
 
+def test_deleting_and_adding_the_same_name_again():
+    model = several()
+    first_B = bases(model)
+    config = copy.deepcopy(model.peft_config["second"])
+    before = compare(model)
+    model.delete_adapter("second")
+    model.add_adapter("second", config)
+    assert torch.equal(compare(model), before)
+    model.set_adapter("second")
+    assert path(model) == {"reference": 4}
+    with model.disable_adapter():
+        base = model(INDICES)
+    assert error(compare(model), base) <= FP32  # a new adapter: A = 0
+    for name, B in bases(model, "second").items():
+        assert not B.requires_grad
+        assert error(B, first_B[name]) <= FP32  # the same weights, the same subspace
+    model.delete_adapter("second")
+    assert torch.equal(compare(model), before)
+
+
 COMBINATIONS = ["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 COMBINATIONS += [f"{name}_svd" for name in COMBINATIONS[3:]]
 
