@@ -46,14 +46,6 @@ def test_rank_one_does_not_start_from_packed_bytes():
     assert_spans(layer.lora_B["default"].weight, dequantised(layer.get_base_layer()))
 
 
-@pytest.mark.parametrize("kind", ["nf4, fp32 storage, bf16 compute", "torchao int8"])
-def test_adapters_in_16_bits_where_the_user_wants_them(kind):
-    model = adapted(kind, autocast_adapter_dtype=False)
-    plain = adapted(kind, autocast_adapter_dtype=False, init_lora_weights=True)
-    dtypes = [[p.dtype for p in m.parameters() if p.requires_grad] for m in (model, plain)]
-    assert set(dtypes[0]) == set(dtypes[1])
-
-
 @pytest.mark.parametrize("kind", ["nf4", "int8", "hqq", "gptq stub"])
 def test_a_second_adapter(kind):
     model = adapted(kind)

@@ -137,19 +137,6 @@ def test_a_dispatch_mode_sees_the_operators(name):
     assert {f"mica::{name}_backward", aten} & set(seen.names)
 
 
-def test_a_function_mode_sees_the_operator():
-    seen = []
-
-    class Functions(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    with Functions():
-        called("linear", P.lora_A)
-    assert any("mica.linear" in name for name in seen)
-
-
 def test_tensors_of_other_classes_are_the_dispatcher_s():
     seen = []
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mica.subspace import batched
 from mica.subspace.batched import BatchGram, DoubtfulError, full_fp32
 from tests.support.judging import dense, gram_of, random
-from tests.support.spectra import stack, weight
+from tests.support.spectra import stack
 from tests.support.tolerances import error
 
 
@@ -28,19 +28,6 @@ def test_a_factor_and_a_proof_say_which_matrix_failed():
         assert torch.equal(gram.factor(values[:, 0] * share), good)
         assert torch.equal(gram.exceeds(vectors[..., :3], 2 * values[:, -1], values[:, 3] * share), good)
     assert gram.factor(values[:, 0] * 0.9).all()
-
-
-@pytest.mark.parametrize("size", [1, 127, 128, 129, 300, 600])
-@pytest.mark.parametrize("mixed", [False, True])
-def test_panels_and_blocks(size, mixed, blocks_of):
-    """One panel, several, and a last one that is narrower; several blocks of rows."""
-    blocks_of(100)
-    tall = torch.stack([weight("gaussian", 2 * size + 5, size)] * 2)
-    tall[1] *= 3
-    gram = dense(BatchGram(tall, mixed))
-    assert error(gram, gram_of(tall)) <= (1e-6 if mixed else 1e-14)
-    assert mixed == (error(gram, gram_of(tall)) > 1e-12) or size == 1
-    assert error(gram, gram.mT) <= 1e-14
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from mica.subspace import krylov
-from mica.subspace.batched import BatchGram
 from mica.subspace.host import HostGram
-from tests.support.judging import assert_orthonormal, gram_of
+from tests.support.judging import gram_of
 from tests.support.spectra import NULL, RANK, SPECTRA, weight
 from tests.support.tolerances import error
 
@@ -92,17 +91,3 @@ def test_a_shift_that_is_too_high_is_lowered(guesses, calls_of):
         assert_smallest(ritz, exact)
     else:
         assert ritz is None
-
-
-@pytest.mark.parametrize("name", ["zero", "rank 5", "rank deficient by most", "identity"])
-@pytest.mark.parametrize("size", [1, 2, 40, 140])
-def test_breakdown(name, size):
-    """Invariant subspaces, exhausted spaces: orthonormal numbers, or nothing."""
-    tall = torch.eye(size) if name == "identity" else weight(name, size, size)
-    for gram in (HostGram(tall), BatchGram(torch.stack([tall, tall]), careful=True)):
-        assert torch.isfinite(krylov.bounds(gram, 0).norm).all()
-        ritz = found(gram, min(RANK, size))
-        if ritz is not None:
-            assert_orthonormal(ritz.vectors, 1e-12)
-        if name == "identity" and size == 140:
-            assert ritz.converged
