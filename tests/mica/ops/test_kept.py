@@ -74,7 +74,7 @@ def check_same(layers, make, inputs):
         assert torch.equal(mine, other)
 
 
-def shared_weight(dtype):
+def norm_weight(dtype):
     return torch.linspace(0.5, 2, IN).to(dtype)
 
 
@@ -88,7 +88,7 @@ def offset_norm(h):
 MADE = {  # x of two tensors: (how it is made, whether that needs norms to be computed again)
     "a product": (lambda gate, up: torch.nn.functional.silu(gate) * up, False),
     "a product in another shape": (lambda h, weight: weight[0] * h.sin(), False),
-    "a norm": (lambda h, _: rms_norm(h, shared_weight(h.dtype)), True),
+    "a norm": (lambda h, _: rms_norm(h, norm_weight(h.dtype)), True),
     "a norm scaled by a number": (lambda gate, up: 2.5 * (gate * up), True),
     "a norm whose weight is offset": (lambda h, _: offset_norm(h), True),
 }
