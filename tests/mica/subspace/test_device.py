@@ -111,6 +111,15 @@ def test_what_is_the_host_s_from_the_start(shape, made):
     assert solved(matrices, "auto", rank=3 * size // 4).keys() == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("method", ["auto", "gram"])
+@pytest.mark.parametrize("shape", [(200, 140), (140, 200)], ids=str)
+def test_without_strict_all_but_the_null_are_returned(shape, method, monkeypatch):
+    monkeypatch.setattr(batched.BatchGram, "exceeds", None)  # no factorisation for a proof
+    results = solved(stack([*EASY, "rank 5"], shape), method, strict=False)
+    assert results.keys() == set(range(4 if shape[0] > shape[1] else 5))
+    assert all(0 <= result.energy_excess <= 1 + 1e-5 for result in results.values())
+
+
 # Shapes, GiB of free memory, and how many at once: a quarter of it for four fp64 matrices of the short side
 # and two fp32 weights each.
 BATCH_SIZES = {
