@@ -6,7 +6,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from peft import LoraConfig
 
 from tests.support.fuzz_machine import TALLY, OnKernels, machine, options, tally
-from tests.support.fuzz_models import MIXTURES, tokens
+from tests.support.fuzz_models import MIXTURES
 from tests.support.fuzz_quantised import Quantised
 from tests.support.fuzz_runs import Runs
 from tests.support.fuzz_twins import Twins
@@ -57,27 +57,6 @@ def test_an_adapter_added_while_another_is_merged():
     config |= {"init_lora_weights": "mica", "r": 1, "target_modules": ["c_fc"]}
     twins.each(lambda model: model.add_adapter("two", LoraConfig(**config)))
     twins.adopt("two", True, 0)
-
-
-def test_the_weights_from_before_a_merge_are_the_right_ones():
-    """Found by `make fuzz`: where stock has rounded what it unmerged, fp64 judged by these weights."""
-    config = {"init_lora_weights": "mica", "r": 2, "lora_alpha": 1, "target_modules": ["q_proj", "mix"]}
-    twins = Twins("shared", torch.float32, config)
-
-    def with_other_weights_of(changed):
-        def run(model):
-            if model is changed:
-                for weight in twins.base_parameters_of(model).values():
-                    weight.mul_(1.001)
-            with torch.no_grad():
-                return twins.call(model, tokens(2, 4, 1))
-
-        return run
-
-    twins.each(with_other_weights_of(twins.stock))
-    twins.synchronise()
-    with pytest.raises(AssertionError, match="fp64 judges"):
-        twins.each(with_other_weights_of(twins.ours))
 
 
 def test_no_action_is_dead():

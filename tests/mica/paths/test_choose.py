@@ -257,12 +257,6 @@ def test_rows_are_those_of_the_operands():
     assert choose.backward_rows(dy, None, 32, 0.1) == (5, 32, 48, (64, 32, 32), True, True)
 
 
-def test_interpreted_kernels_run_only_on_demand(monkeypatch):
-    assert "only with MICA_BACKEND=triton" in choose.why_not_kernels(CPU, 16, BF16)
-    monkeypatch.setenv("MICA_BACKEND", "triton")
-    assert choose.why_not_kernels(CPU, 16, BF16) is None
-
-
 def test_a_choice_is_kept_until_the_environment_changes(a_gpu):
     queries = []
     a_gpu.setattr(runtime, "why_unavailable", queries.append)
