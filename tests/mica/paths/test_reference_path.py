@@ -218,6 +218,8 @@ def test_wide_products_of_bfloat16_numbers(tokens, columns):
         dA = reference_path.grad_a(left, right)
         assert dA.dtype == torch.float32
         assert error(dA, exact) <= RELATIVE[torch.float32]
+        from_cpp = native.module().wide_product(left, right)
+        assert from_cpp is None or torch.equal(dA, from_cpp)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     several = reference_path.grad_a(g, x)

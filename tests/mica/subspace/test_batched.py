@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mica.subspace import batched
 from mica.subspace.batched import BatchGram, DoubtfulError, full_fp32
-from tests.support.judging import dense, gram_of, random
+from tests.support.judging import assert_orthonormal, dense, gram_of, random
 from tests.support.spectra import stack
 from tests.support.tolerances import error
 
@@ -60,6 +60,18 @@ def test_what_is_trusted_in_vain_is_known_when_numbers_are_read(spread):
     assert error(basis @ triangle, vectors) <= 1e-13
     assert gram.holds(lambda *both: torch.stack(both).sum() == 3, torch.ones(1), torch.full((1,), 2.0))
     assert not gram.holds(lambda one: one > 1, torch.ones(1))
+
+
+@pytest.mark.parametrize("careful", [False, True])
+@pytest.mark.parametrize("least", [1, 1e-5, 1e-9, 0])
+def test_the_svd_of_thin_matrices(least, careful):
+    left, right = torch.linalg.qr(random(3, 70, 5)).Q, torch.linalg.qr(random(3, 5, 5)).Q
+    values = torch.logspace(0, math.log10(least) if least else -3, 5, dtype=torch.float64)
+    values[-1] *= least > 0
+    basis, found, rotation = BatchGram(talls(), careful=careful).svd(left * values @ right)
+    assert error(found, values.expand(3, 5)) <= 1e-14
+    assert_orthonormal(basis)
+    assert error(basis * found[:, None] @ rotation, left * values @ right) <= 1e-14
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
