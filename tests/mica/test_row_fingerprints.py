@@ -55,6 +55,27 @@ def test_a_matrix_is_told_from_its_negative(dtype, shape):
 
 @on_all_dtypes
 @on_whole_words_and_others
+def test_where_it_lies_in_memory_is_of_no_account(dtype, shape):
+    matrix = torch.randn(shape, dtype=dtype)
+    expected = row_fingerprints(matrix)
+    rows, columns = shape
+    for offset, step, pad in ((1, 1, 0), (3, 1, 0), (0, 1, 3), (1, 2, 1), (4, 1, 8)):
+        stride = columns * step + pad
+        memory = torch.full((rows * stride + offset,), torch.nan, dtype=dtype)
+        copy = memory.as_strided(shape, (stride, step), offset)
+        copy.copy_(matrix)
+        assert torch.equal(row_fingerprints(copy), expected)
+    assert torch.equal(row_fingerprints(matrix.T.contiguous().T), expected)
+
+
+@on_all_dtypes
+def test_an_expanded_row_is_as_its_copies(dtype):
+    row = torch.randn(1, 20, dtype=dtype)
+    assert torch.equal(row_fingerprints(row.expand(5, 20)), row_fingerprints(row).expand(5))
+
+
+@on_all_dtypes
+@on_whole_words_and_others
 def test_rows_are_summed_a_few_at_a_time(dtype, shape, monkeypatch):
     matrix = torch.randn(shape, dtype=dtype)
     expected = row_fingerprints(matrix)
