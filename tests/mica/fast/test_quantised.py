@@ -16,7 +16,7 @@ from torch import nn
 import mica.fast
 from mica.fast.create import quantised, solving
 from tests.support import quantised_models
-from tests.support.models import adapted_layers, assert_same_bases, bases, factors, oriented, randomise, wrap
+from tests.support.models import adapted_layers, assert_same_bases, factors, randomise, wrap
 from tests.support.moe_models import second
 from tests.support.quantised_models import KINDS, TARGETS, adapted, assert_spans, dequantised, llama, logits
 from tests.support.stock import as_stock, assert_same, counted, step, uninstalled
@@ -56,13 +56,6 @@ def test_a_second_adapter(kind):
     for layer in adapted_layers(model).values():
         for adapter in ("default", "second"):
             assert_spans(layer.lora_B[adapter].weight, dequantised(layer.get_base_layer()))
-
-
-def test_next_to_layers_that_are_not_quantised():
-    model = wrap(llama("nf4"), targets=[*TARGETS, "embed_tokens", "lm_head"], ensure_weight_tying=False)
-    assert len(bases(model)) == 9
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        assert_spans(factors(layer)[1], oriented(layer).detach())
 
 
 def test_an_8_bit_layer_that_was_called_before_still_works():
