@@ -130,13 +130,21 @@ def test_function_transforms(kind):
 
 @pytest.mark.filterwarnings("error:There is a performance drop")
 @pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("through_dispatcher", [False, True])
 @of_each_kind
-def test_vmap_within_ordinary_autograd(kind, autocast):
+def test_vmap_within_ordinary_autograd(kind, through_dispatcher, autocast):
     """By the plain formulas: PyTorch maps each product, and autograd sums the gradient of A in one."""
     p = kind.problem(kind.rows, 8, 6, 2, FP32)
     xs, lora_A = torch.stack([p.x, 2 * p.x]).requires_grad_(), p.lora_A.clone().requires_grad_()
+    operators = {mica_linear: torch.ops.mica.linear, mica_experts_linear: torch.ops.mica.experts_linear}
+
+    def function(*operands, compute_dtype=None):
+        if through_dispatcher and kind.function in operators:
+            return operators[kind.function](*operands, compute_dtype)
+        return kind.function(*operands, compute_dtype=compute_dtype)
+
     with torch.autocast("cpu", BF16, enabled=autocast):
-        ys = torch.func.vmap(lambda x: call(p, kind.function, x, lora_A))(xs)
+        ys = torch.func.vmap(lambda x: call(p, function, x, lora_A))(xs)
     grads = torch.autograd.grad(ys.sum(), (xs, lora_A))
     each = [call(p, kind.function, x, lora_A) for x in xs]
     expected = torch.autograd.grad(sum(y.sum() for y in each), (xs, lora_A))
