@@ -5,34 +5,6 @@ import pytest
 from mica.kernels import configs
 
 TARGETS = list(configs.SHARED_MEMORY)
-SIZES = [
-    (tokens, block_r, itemsize)
-    for tokens in (1, 200, 8192)
-    for block_r in (16, 64, 256)
-    for itemsize in (2, 4)
-]
-
-
-@pytest.mark.parametrize("target", [*TARGETS, "sm_86"])
-@pytest.mark.parametrize(("tokens", "block_r", "itemsize"), SIZES)
-def test_at_most_three_and_all_of_them_tiles(target, tokens, block_r, itemsize):
-    tables = [
-        configs.down_projection(target, tokens, block_r, itemsize),
-        configs.up_projection(target, tokens, block_r, itemsize),
-        configs.grad_a(target, tokens, block_r, itemsize),
-        configs.experts_down(target, tokens, block_r, itemsize),
-        configs.experts_up(target, tokens, block_r, itemsize),
-        configs.experts_grad_a(target, tokens * 128, block_r, itemsize),
-        configs.fused_linear(target, tokens, 14336, block_r, tokens > 1, itemsize, False),
-        configs.fused_linear(target, tokens, 4096, block_r, True, itemsize, False),
-    ]
-    for table in tables:
-        assert 1 <= len(table) <= 3
-        for config in table:
-            for size in (config.block_m, config.block_n, config.block_k):
-                assert size == 0 or (size >= 16 and size & (size - 1) == 0)
-            assert config.num_warps in (4, 8)
-            assert config.num_stages >= 1
 
 
 @pytest.mark.parametrize(
@@ -73,24 +45,6 @@ def test_a_thin_k_tile_where_an_fp32_factor_would_fill_the_shared_memory():
     for target, tokens in itertools.product(TARGETS, (1, 1000, 4095, 8192)):
         for config in configs.down_projection(target, tokens, 32, 2):
             assert config.block_k == 64
-
-
-def test_where_experts_would_spill():
-    """Half of a step's rank in the wide tile; no narrow tile for 16-bit numbers at rank 256.
-
-    On sm_100 no square tile.
-    """
-    for target in TARGETS:
-        is_tight = target not in ("sm_90", "sm_100")
-        for rank, itemsize in itertools.product((128, 256), (2, 4)):
-            dense, experts = (
-                f(target, 8192, rank, itemsize) for f in (configs.up_projection, configs.experts_up)
-            )
-            if is_tight and (itemsize == 4 or rank == 256):
-                halved = dense[0]._replace(block_k=64 // itemsize)
-                assert experts == (halved, dense[1])[: 1 if itemsize == 2 else 2]
-            else:
-                assert experts == (dense[::2] if target == "sm_100" else dense)
 
 
 def test_the_square_tile_of_the_wide_product():

@@ -60,7 +60,3 @@ def test_many_experts():
     """As many as a vector holds, and one more."""
     for experts in (32, 33):
         check(40, [min(expert // 2, 39) for expert in range(experts)], 16)
-
-
-def test_no_rows_no_programs():
-    assert most_tiles(0, 8, 16, True) == most_tiles(0, 8, 16, False) == 0

@@ -211,11 +211,3 @@ def test_another_stream_waits_for_the_copy_once(b, monkeypatch):
         monkeypatch.setattr(prepared_b.workspace, "stream_of", lambda tensor, stream=stream: stream)
         factor = b.prepare()
     assert [tensor is factor for tensor in waited] == [True]
-
-
-def test_a_stack_of_unknown_base_has_a_copy_of_its_own():
-    lora_B = B("experts").view().detach()
-    prepare_experts(lora_B, torch.bfloat16)
-    del lora_B
-    gc.collect()
-    assert len(prepared_b.entries) == 0

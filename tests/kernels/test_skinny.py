@@ -304,28 +304,21 @@ def test_grad_splits_are_summed_in_order(g_dtype, x_dtype, tokens):
 
 @pytest.mark.parametrize("experts", [0, 130])
 def test_grad_plans_x_first_by_the_operands(experts):
-    """For rows that Triton loads 128 bits at a time, on targets with products of four warps."""
+    """For rows that Triton loads 128 bits at a time."""
     ends = offsets_of([600 * (expert + 1) // experts for expert in range(experts)]) if experts else None
 
-    def planned(target="sm_90", rank=20, dropout_p=0.0, dtypes=(BF16, BF16), width=272, columns=272):
-        g = operand(600, rank, dtypes[0])
-        x = operand(600, width, dtypes[1], "contiguous")[:, :columns]
+    def planned(dropout_p=0.0, dtype=BF16, width=272, columns=272, step=1):
+        x = operand(600, width, BF16, "contiguous")[:, :columns:step]
         seed = seed_of(1) if dropout_p else None
-        call = grad_a.plan(g, x, seed, ends, rank=rank, target=target, dropout_p=dropout_p)
-        return call.bind()[1].meta["X_FIRST"]
+        options = {"rank": 20, "target": "sm_90", "dropout_p": dropout_p}
+        return grad_a.plan(operand(600, 20, dtype), x, seed, ends, **options).bind()[1].meta["X_FIRST"]
 
-    assert [target for target in configs.SHARED_MEMORY if planned(target)] == ["sm_90", "sm_100"]
-    assert planned(rank=5)
-    assert planned(rank=32)
-    assert planned(dtypes=(FP16, FP16))
-    assert not planned(rank=33)
+    assert planned()
     assert not planned(dropout_p=0.1)
-    assert not planned(dtypes=(FP32, BF16))  # the product is in fp32
+    assert not planned(dtype=FP32)  # the product is in fp32
     assert not planned(width=280)  # 16 divides neither the distance of rows, nor where they end
     assert not planned(columns=264)
-    apart = operand(600, 16 * 272, BF16, "contiguous")[:, ::16]  # 16 divides both distances
-    call = grad_a.plan(operand(600, 20, BF16), apart, None, ends, rank=20, target="sm_90")
-    assert not call.bind()[1].meta["X_FIRST"]
+    assert not planned(width=16 * 272, columns=16 * 272, step=16)  # 16 divides both distances
 
 
 @pytest.mark.parametrize("side", [0, 1])

@@ -22,11 +22,6 @@ def test_parts_are_scaled_after_they_are_added():
     assert torch.equal(h, total * torch.tensor(launch.args["scale"], device=DEVICE))  # fp32, as in kernels
 
 
-def test_nothing_is_counted_where_nothing_is_split():
-    args = down_projection.plan(torch.randn(40, 64), torch.randn(6, 64)).bind()[1].args
-    assert args["partial_ptr"] is args["counter_ptr"] is None
-
-
 @pytest.mark.parametrize("length", [1, 300, 4096, 4097, 14336])
 @pytest.mark.parametrize(("block", "tiles"), [(64, 1), (128, 128), (32, 3), (64, 1000)])
 @pytest.mark.parametrize(("columns", "itemsize"), [(16, 2), (64, 4), (256, 2)])

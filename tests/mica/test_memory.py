@@ -27,8 +27,3 @@ def test_a_zero_tensor_has_memory():
 def test_other_tensors_are_not_copied():
     for tensor in (torch.ones(2, 3), torch.ones(1).expand(3), torch.ones(2, 3).t(), torch.ones(2).int()):
         assert in_memory(tensor) is tensor
-
-
-def test_no_real_part_has_the_conjugate_bit():
-    z = torch.complex(torch.ones(3), torch.ones(3)).conj()
-    assert not any(part.is_conj() for part in (z.real, z.imag, torch.view_as_real(z.resolve_conj())))

@@ -53,17 +53,6 @@ def test_a_matrix_is_told_from_its_negative(dtype, shape):
     assert (row_fingerprints(-matrix) != row_fingerprints(matrix)).all()
 
 
-def test_any_two_signs_of_fp64_are_seen():
-    matrix = torch.randn(1, 24, dtype=torch.float64)
-    seen = {row_fingerprints(matrix).item()}
-    pairs = list(itertools.combinations(range(24), 2))
-    for pair in pairs:
-        turned = matrix.clone()
-        turned[0, list(pair)] *= -1
-        seen.add(row_fingerprints(turned).item())
-    assert len(seen) == 1 + len(pairs)
-
-
 @on_all_dtypes
 @on_whole_words_and_others
 def test_where_it_lies_in_memory_is_of_no_account(dtype, shape):
@@ -99,6 +88,7 @@ def test_it_is_the_same_in_every_process_and_takes_no_random_numbers():
     matrix = torch.randn(5, 16)
     found = []
     for seed in (1, 2):
+        module._odd_numbers.cache_clear()  # as in another process
         torch.manual_seed(seed)
         before = torch.get_rng_state()
         found.append(row_fingerprints(matrix))
@@ -114,11 +104,3 @@ def test_numbers_begun_in_inference_mode_are_the_same_outside():
     assert torch.equal(row_fingerprints(matrix), inside)
     module._odd_numbers.cache_clear()
     assert torch.equal(row_fingerprints(matrix), inside)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@on_all_dtypes
-@on_whole_words_and_others
-def test_on_cuda(dtype, shape):
-    matrix = torch.randn(shape, dtype=dtype)
-    assert torch.equal(row_fingerprints(matrix.cuda()).cpu(), row_fingerprints(matrix))

@@ -22,7 +22,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS = 61
 LABELS = 8
-WEIGHTS = 0.3  # standard deviation of the base weights: three steps then change the loss well beyond rounding
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.3,  # three steps then change the loss well beyond rounding
+}
 
 
 def random_ids(seed: int) -> torch.Tensor:
@@ -34,35 +40,16 @@ def random_values(*shape: int, seed: int) -> torch.Tensor:
 
 
 def bert() -> nn.Module:
-    config = BertConfig(
-        vocab_size=TOKENS,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=WEIGHTS,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return BertForMaskedLM(config)
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForMaskedLM(BertConfig(vocab_size=TOKENS, **SIZES, **dropout))
 
 
-def loss_of_bert(model: nn.Module) -> torch.Tensor:
+def loss_of_text(model: nn.Module) -> torch.Tensor:
     return model(input_ids=random_ids(2), labels=random_ids(3)).loss
 
 
 def vit() -> nn.Module:
-    config = ViTConfig(
-        image_size=16,
-        patch_size=4,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=WEIGHTS,
-        num_labels=LABELS,
-    )
-    return ViTForImageClassification(config)
+    return ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, num_labels=LABELS, **SIZES))
 
 
 def loss_of_vit(model: nn.Module) -> torch.Tensor:
@@ -82,10 +69,6 @@ def t5() -> nn.Module:
         decoder_start_token_id=0,
     )
     return T5ForConditionalGeneration(config)
-
-
-def loss_of_t5(model: nn.Module) -> torch.Tensor:
-    return model(input_ids=random_ids(2), labels=random_ids(3)).loss
 
 
 def unet() -> nn.Module:
@@ -122,11 +105,11 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES = {
     # query, key, value, output and two of the MLP in each of two layers; one in the head
-    "BERT": Architecture(bert, loss_of_bert, "all-linear", 13),
+    "BERT": Architecture(bert, loss_of_text, "all-linear", 13),
     # the same and the classifier; the patch embedding is a convolution
     "ViT": Architecture(vit, loss_of_vit, "all-linear", 13),
     # 6 in each encoder layer, and 10, with the cross-attention, in each decoder layer
-    "T5": Architecture(t5, loss_of_t5, "all-linear", 32),
+    "T5": Architecture(t5, loss_of_text, "all-linear", 32),
     # self-attention and cross-attention in one block down, the middle one and two up
     "UNet": Architecture(unet, loss_of_unet, ["to_q", "to_k", "to_v", "to_out.0"], 32),
 }

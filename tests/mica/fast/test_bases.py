@@ -14,8 +14,8 @@ from mica.fast.create import solving as module
 from mica.fast.settings import settings
 from mica.subspace import device, many
 from tests.support import quantised_models
-from tests.support.models import Net, adapted_layers, assert_same_bases, bases, net, tiny_llama, wrap
-from tests.support.moe_models import assert_exact, holder, qwen3_moe, wrap_experts, wrap_holder, wrappers
+from tests.support.models import Net, assert_same_bases, bases, net, wrap
+from tests.support.moe_models import holder, qwen3_moe, wrap_experts, wrap_holder, wrappers
 from tests.support.peft_versions import needs_peft
 
 
@@ -103,16 +103,6 @@ def test_weights_on_the_cpu_go_to_an_accelerator_and_back(dtype, monkeypatch, so
     for name, basis in bases(model).items():
         assert basis.device.type == "cpu"
         torch.testing.assert_close(basis, bases(expected)[name], rtol=0, atol=1e-6)
-
-
-def test_layers_or_experts_of_one_shape_are_in_batches_of_eight(monkeypatch, solved):
-    monkeypatch.setattr(device, "ON_HOST", ())
-    model = wrap(tiny_llama(), targets="all-linear")
-    assert sum(shape[0] for shape in solved) == len(adapted_layers(model))
-    assert len(solved) == len({shape[1:] for shape in solved})
-    solved.clear()
-    assert_exact(wrap_experts(qwen3_moe()))
-    assert sorted(solved) == [(4, 32, 24), (4, 48, 32), (8, 32, 24), (8, 48, 32)]
 
 
 def stack():

@@ -1,6 +1,5 @@
 """What keeps a layer on PEFT's path, or its base layer called: it is said, and the numbers are PEFT's own."""
 
-import functools
 from contextlib import nullcontext
 
 import pytest
@@ -11,7 +10,6 @@ from transformers.pytorch_utils import Conv1D
 
 import mica.fast
 from mica.fast.forward import decide as calls
-from mica.fast.forward import eligibility, fast_check
 from tests.support.models import net, randomise
 from tests.support.stock import as_stock, assert_same, both, counted
 from tests.support.tolerances import RELATIVE, error
@@ -94,13 +92,6 @@ def test_fx_s_own_call_while_it_traces_is_no_reason():
     assert error(graph(X), layer(X)) <= RELATIVE[torch.float32]
 
 
-def test_a_forward_that_was_replaced_before_the_import_is_known(monkeypatch):
-    assert set(eligibility.FORWARDS.values()) == {kind.forward for kind in eligibility.FORWARDS}
-    stock = nn.Linear.forward
-    monkeypatch.setattr(nn.Linear, "forward", functools.wraps(stock)(lambda self, x: stock(self, x)))
-    assert eligibility.own(nn.Linear) is None
-
-
 INPUTS = {
     "nested": lambda x: torch.nested.nested_tensor([x, x[:2]]),
     "jagged": lambda x: torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged),
@@ -150,16 +141,6 @@ def test_adapters_made_in_inference_mode(monkeypatch, threads):
     assert error(model(INDICES), expected) <= RELATIVE[torch.float32]
 
 
-def test_input_cast_switched_off_is_peft_s_business():
-    from peft.helpers import disable_input_dtype_casting
-
-    model = randomise(net(torch.bfloat16, targets=["up"]))
-    mica.fast.call_counts.clear()
-    with disable_input_dtype_casting(model), pytest.raises(RuntimeError, match="dtype"):
-        up(model)(X.bfloat16())
-    assert not mica.fast.call_counts
-
-
 @pytest.mark.parametrize(
     ("attribute", "reason"),
     [
@@ -182,23 +163,6 @@ def test_a_bias_that_autocast_leaves_in_fp64_is_an_error_as_in_pytorch():
     for context in (nullcontext, mica.fast.disabled):
         with context(), torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
             layer(torch.randn(3, layer.in_features))
-
-
-@pytest.mark.parametrize(
-    "part", [None, "x", "base_layer.weight", "lora_A.default.weight", "lora_B.default.weight"]
-)
-def test_fp64_under_autocast_is_no_common_case(part):
-    """Autocast leaves it as it is."""
-    layer = randomise(net(targets=["up"])).base_model.model.up
-    x = torch.randn(3, layer.in_features)
-    if part == "x":
-        x = x.double()
-    elif part is not None:
-        parameter = layer.get_parameter(part)
-        parameter.data = parameter.data.double()
-    with torch.autocast("cpu", torch.bfloat16):
-        for operands in (fast_check.operands_of, fast_check.operands_by_python):
-            assert (operands(layer, x) is None) == (part is not None)
 
 
 @pytest.mark.parametrize(("target", "x"), [("up", X), ("embed", INDICES)])

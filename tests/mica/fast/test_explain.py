@@ -9,7 +9,6 @@ from collections import Counter
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners import lora
 from torch import nn
 
 import mica.fast
@@ -210,11 +209,9 @@ def apply_qkv(self, x):
     return product(self.q_proj, x), product(self.k_proj, x), product(self.v_proj, x)
 def apply_o(self, x):
     return product(self.o_proj, x)
-def apply_mlp(self, x, inplace=True):
+def apply_mlp(self, x):
     gate = torch.nn.functional.silu(product(self.gate_proj, x))
     return product(self.down_proj, gate * product(self.up_proj, x))
-def original_apply_qkv(self, x):
-    return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 def original_apply_o(self, x):
     return self.o_proj(x)
 def attention(self, hidden_states, *args, **kwargs):
@@ -246,26 +243,25 @@ def blocks(model):
     return model.base_model.model.model.layers
 
 
-def axolotl(model, monkeypatch, qkv=True, o=True, mlp=True):
+def axolotl(model, monkeypatch, o=True, mlp=True):
     """The attention's forward compiled and put on the class, the parts bound to each instance."""
     code, kernels = (module_of(f"axolotl.{n}", FUSED) for n in ("monkeypatch.lora_kernels", "kernels.lora"))
     monkeypatch.setattr(type(blocks(model)[0].self_attn), "forward", code.attention)
     for block in blocks(model):
         of = block.self_attn
-        of.apply_qkv = types.MethodType(kernels.apply_qkv if qkv else code.original_apply_qkv, of)
+        of.apply_qkv = types.MethodType(kernels.apply_qkv, of)
         of.apply_o = types.MethodType(kernels.apply_o if o else code.original_apply_o, of)
         if mlp:
             block.mlp.forward = types.MethodType(kernels.apply_mlp, block.mlp)
 
 
-def unsloth(model, monkeypatch, inplace=True):
-    """Plain functions as attributes of the attention; the MLP's may be a partial."""
+def unsloth(model, monkeypatch):
+    """Plain functions as attributes of the attention; the MLP's is a partial."""
     code, kernels = (module_of(f"unsloth.{name}", FUSED) for name in ("models.llama", "kernels.fast_lora"))
     monkeypatch.setattr(type(blocks(model)[0].self_attn), "forward", code.unbound_attention)
-    mlp = kernels.apply_mlp if inplace else functools.partial(kernels.apply_mlp, inplace=False)
     for block in blocks(model):
         block.self_attn.apply_qkv, block.self_attn.apply_o = kernels.apply_qkv, kernels.apply_o
-        block.mlp.forward = types.MethodType(mlp, block.mlp)
+        block.mlp.forward = types.MethodType(functools.partial(kernels.apply_mlp), block.mlp)
 
 
 def bypassed(model) -> dict[str, str | None]:
@@ -280,20 +276,14 @@ def bypassed(model) -> dict[str, str | None]:
     [
         (axolotl, {}, ATTENTION + MLP),
         (axolotl, {"mlp": False}, ATTENTION),
-        (axolotl, {"mlp": False, "qkv": False}, ("o_proj",)),
-        (axolotl, {"qkv": False, "o": False}, MLP),
-        (axolotl, {"qkv": False, "o": False, "mlp": False}, ()),
+        (axolotl, {"o": False}, (*ATTENTION[:3], *MLP)),
         (unsloth, {}, ATTENTION + MLP),
-        (unsloth, {"inplace": False}, ATTENTION + MLP),
     ],
 )
 def test_a_framework_is_named_where_it_has_fused_layers(framework, options, names, monkeypatch):
     model, who = llama(), framework.__name__
     framework(model, monkeypatch, **options)
     assert bypassed(model) == dict.fromkeys(names, who)
-    if not names:
-        assert who not in str(mica.fast.explain(model))
-        return
     *table, totals, remedy = str(mica.fast.explain(model)).splitlines()
     count = len(names) * len(blocks(model))
     assert totals.endswith(f"; {count} not called")
@@ -302,32 +292,6 @@ def test_a_framework_is_named_where_it_has_fused_layers(framework, options, name
         assert key in remedy
     named = [line for line in table if line.endswith(f"bypassed by {who}")]
     assert len(named) == len(names)
-
-
-def test_axolotl_at_an_embedding():
-    """It replaces the forward of PEFT's own layer."""
-    model = wrap(tiny_llama(), targets=["embed_tokens", "q_proj"])
-    patch(model.base_model.model.model.embed_tokens, "axolotl.kernels.lora", "self.base_layer(x)")
-    model(input_ids=TOKENS)
-    explanation = mica.fast.explain(model)
-    (row,) = [row for row in explanation.rows if row.path == "peft"]
-    assert row.name == "base_model.model.model.embed_tokens"
-    assert (row.bypassed_by, row.calls) == ("axolotl", None)
-    assert row.reason == "axolotl has replaced the layer's forward"
-    assert str(explanation).splitlines()[-1].startswith("axolotl bypasses 1 layer: ")
-
-
-def test_unsloth_in_place_of_the_class_forward(monkeypatch):
-    """unsloth_zoo compiles PEFT's forwards anew when a model is loaded, also after this backend's import."""
-    model = llama()
-    code = "self.base_layer(x)", "self, x, *args, **kwargs", "unsloth_forward"
-    with monkeypatch.context() as patched:
-        patched.setattr(lora.Linear, "forward", forward_of("Linear_peft_forward", *code))
-        model(input_ids=TOKENS)
-        rows = mica.fast.explain(model).rows
-        assert {(row.path, row.calls, row.bypassed_by) for row in rows} == {("peft", None, "unsloth")}
-    model(input_ids=TOKENS)
-    assert {(row.path, row.calls) for row in mica.fast.explain(model).rows} == {("reference", 1)}
 
 
 def test_a_loss_that_reads_the_weight_of_the_head_and_unknown_code():
@@ -376,14 +340,6 @@ def test_functions_in_the_place_of_a_layer(module, who):
     linear = nn.Linear(2, 2)
     patch(linear, module)
     assert replaced_by(linear) == who
-
-
-def test_a_decorated_forward_is_still_the_module_s_own(monkeypatch):
-    logged = forward_of("their_logs", "__import__('functools').wraps(f)(lambda *args: f(*args))", "f")
-    block = Block()
-    block.forward = logged(block.forward)
-    monkeypatch.setattr(nn.Linear, "forward", logged(nn.Linear.forward))
-    assert [replaced_by(module) for module in block.modules()] == [None, None, None]
 
 
 def test_what_is_around_layers_that_ran_is_not_to_blame():

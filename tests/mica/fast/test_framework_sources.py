@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -166,18 +165,3 @@ def test_unsloth_s_kernels_decline_variants_such_as_mica(source):
 def test_unsloth_names_the_forwards_that_it_rewrites(source):
     """By that name `mica.fast.explain` knows them."""
     assert "def unsloth_forward" in source("unsloth_zoo", "compiler.py", "patch_lora_forwards")
-
-
-# -- the reading itself, with a wheel made here -------------------------------------------------------
-
-
-def test_names_that_move_are_seen(tmp_path):
-    with zipfile.ZipFile(tmp_path / "there-1-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("there/__init__.py", "")
-        wheel.writestr("there/code.py", "class A:\n    def f(self, *a):\n        return 't'\n")
-    assert in_wheels(tmp_path, "elsewhere") is None
-    code = (in_wheels(tmp_path, "there") / "there" / "code.py").read_text(encoding="utf-8")
-    assert defined(code, "A", "f") == "def f(self, *a):\n    return 't'"
-    for missing in (("A", "g"), ("B", "f"), ("g",)):
-        with pytest.raises(AssertionError, match="there is no"):
-            defined(code, *missing)

@@ -12,7 +12,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner
 
 import mica.fast
-from mica.fast.frameworks import REMEDIES, REMEDIES_OF_INITIALISATION, UNDO, owner_of
+from mica.fast.frameworks import REMEDIES, REMEDIES_OF_INITIALISATION, UNDO
 from tests.support import stand_ins
 from tests.support.models import Net, adapted_layers, factors, net, wrap
 from tests.support.moe_models import assert_exact, qwen3_moe, wrap_experts
@@ -85,8 +85,6 @@ def test_only_its_own_layers_are_named():
         assert message.endswith(f"For the solver's: {UNDO}.")
         _, (message,) = warned(lambda: wrap(Net(), targets=["up", "conv"]))
         assert message.startswith("mica.fast did not initialise layer 'up': theirs.initialisation has ")
-        _, said = warned(lambda: wrap(Net(), targets=["conv", "embed"]))
-        assert said == []
 
 
 def test_nobody_is_named_where_the_function_only_wraps_this_package_s(monkeypatch, solved):
@@ -203,8 +201,3 @@ def test_ms_swift_s_constructor_keeps_layers_from_the_fast_path_until_it_is_undo
         lora.LoraModel.__init__ = lora.LoraModel.__init_origin__
         ((path, _),) = paths()
         assert path == "reference"
-
-
-@pytest.mark.parametrize("function", [len, functools.partial(len), print, object()])
-def test_anything_has_an_owner(function):
-    assert isinstance(owner_of(function), str)

@@ -3,13 +3,11 @@
 import pytest
 import torch
 from hypothesis.stateful import run_state_machine_as_test
-from peft import LoraConfig
 
 from tests.support.fuzz_machine import TALLY, OnKernels, machine, options, tally
-from tests.support.fuzz_models import MIXTURES, tokens
+from tests.support.fuzz_models import MIXTURES
 from tests.support.fuzz_quantised import Quantised
 from tests.support.fuzz_runs import Runs
-from tests.support.fuzz_twins import Twins
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -46,38 +44,6 @@ def test_a_quantised_merge_is_off_by_one_quantisation():
 
 def test_a_run_of_mica_adapt_that_is_broken_off_ends_as_the_unbroken_one():
     drive(Runs, 2, 4)
-
-
-def test_an_adapter_added_while_another_is_merged():
-    """Found by `make fuzz`: stock's B, of the merged weight, has less energy in a weight with out > in."""
-    targets = ["c_attn", "c_proj", "c_fc"]
-    config = {"init_lora_weights": "gaussian", "r": 2, "lora_alpha": 1, "target_modules": targets}
-    twins = Twins("gpt2", torch.float32, config)
-    twins.each(lambda model: model.merge_adapter())
-    config |= {"init_lora_weights": "mica", "r": 1, "target_modules": ["c_fc"]}
-    twins.each(lambda model: model.add_adapter("two", LoraConfig(**config)))
-    twins.adopt("two", True, 0)
-
-
-def test_the_weights_from_before_a_merge_are_the_right_ones():
-    """Found by `make fuzz`: where stock has rounded what it unmerged, fp64 judged by these weights."""
-    config = {"init_lora_weights": "mica", "r": 2, "lora_alpha": 1, "target_modules": ["q_proj", "mix"]}
-    twins = Twins("shared", torch.float32, config)
-
-    def with_other_weights_of(changed):
-        def run(model):
-            if model is changed:
-                for weight in twins.base_parameters_of(model).values():
-                    weight.mul_(1.001)
-            with torch.no_grad():
-                return twins.call(model, tokens(2, 4, 1))
-
-        return run
-
-    twins.each(with_other_weights_of(twins.stock))
-    twins.synchronise()
-    with pytest.raises(AssertionError, match="fp64 judges"):
-        twins.each(with_other_weights_of(twins.ours))
 
 
 def test_no_action_is_dead():

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import mica.fast
@@ -112,22 +111,8 @@ def falcon_with_hooks():
     return model
 
 
-def longformer():
-    options = {"num_attention_heads": 2, "attention_window": 4, "max_position_embeddings": 66}
-    return transformers.LongformerForMaskedLM(
-        transformers.LongformerConfig(**SIZES, intermediate_size=24, **options)
-    ).eval()
-
-
-def led():
-    sizes = {"vocab_size": 61, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "attention_window": 4}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    config = transformers.LEDConfig(**sizes, **heads, encoder_ffn_dim=24, decoder_ffn_dim=24)
-    return transformers.LEDForConditionalGeneration(config).eval()
-
-
 SIZES = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1}
-MODELS = [tiny_gpt2, tiny_llama, falcon, falcon_with_hooks, longformer, led]
+MODELS = [tiny_gpt2, tiny_llama, falcon, falcon_with_hooks]
 
 
 @pytest.mark.parametrize("build", MODELS)
@@ -169,25 +154,6 @@ def test_compile_fullgraph_follows_enable_and_disable(dtype):
         assert not counted(lambda: step(compiled, INDICES))[1]
 
 
-def test_saves_x_as_it_came_and_nothing_wider():
-    """bf16 base, fp32 masters: stock keeps an fp32 copy of x at every layer, the backend x itself."""
-    model = randomise(net(torch.bfloat16, targets=["up"]))
-    x = torch.randn(6, 12, dtype=torch.bfloat16, requires_grad=True)
-    layer = model.base_model.model.up
-
-    def saved_tokens():
-        saved = {}
-        pack = lambda t: saved.setdefault((t.data_ptr(), t.dtype), t)  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            layer(x)
-        return [t for t in saved.values() if 6 in t.shape]
-
-    ours = saved_tokens()
-    assert [t.data_ptr() for t in ours] == [x.data_ptr()]
-    with mica.fast.disabled():
-        assert any(t.dtype == torch.float32 for t in saved_tokens())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("called", [False, True])
 def test_dropout_is_drawn_from_torch_s_generator(dtype, called):
@@ -202,22 +168,14 @@ def test_dropout_is_drawn_from_torch_s_generator(dtype, called):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         out = layer(x)
     assert not any(t.dtype == torch.bool for t in saved)
-    grads = torch.autograd.grad(out.float().square().sum(), [x, layer.lora_A["default"].weight])
-
     torch.manual_seed(7)
     seed = torch.randint(0, 2**63 - 1, (1,))
     keep = dropout.dropout_keep(seed, 200, 12, 0.3)
     assert 0.66 <= keep.double().mean() <= 0.74
-    x64, A = x.detach().double().requires_grad_(), layer.lora_A["default"].weight.detach().double()
-    A.requires_grad_()
-    base, lora_B = layer.base_layer, layer.lora_B["default"].weight.double()
-    dropped = torch.where(keep, x64 / 0.7, 0.0)
-    expected = F.linear(x64, base.weight.double(), base.bias.double())
-    expected = expected + layer.scaling["default"] * dropped @ A.t() @ lora_B.t()
-    expected_grads = torch.autograd.grad(expected.square().sum(), [x64, A])
-    assert error(out, expected) <= 2 * RELATIVE[dtype]
-    for grad, oracle in zip(grads, expected_grads, strict=True):
-        assert error(grad, oracle) <= 5 * RELATIVE[dtype]
+    dropped = torch.where(keep, x.double() / 0.7, 0.0)
+    update = layer.get_delta_weight("default").double()
+    expected = F.linear(x.double(), layer.base_layer.weight.double(), layer.base_layer.bias.double())
+    assert error(out, expected + F.linear(dropped, update)) <= 2 * RELATIVE[dtype]
     assert not torch.equal(layer(x), out)  # the next call draws another mask
     model.eval()
     as_stock(lambda: layer(x), 3 * RELATIVE[dtype])
@@ -259,18 +217,3 @@ def test_dropout_under_compile():
     assert layer.lora_A["default"].weight.grad.isfinite().all()
     layer.eval()
     assert error(compiled(x), layer(x)) <= 3 * RELATIVE[torch.float32]
-
-
-@pytest.mark.parametrize("called", [False, True], ids=["fused", "base layer called"])
-def test_forward_mode(called):
-    layer = randomise(net(targets=["up"])).base_model.model.up
-    if called:
-        layer.base_layer.register_forward_hook(lambda module, args, out: out * 2)
-    x, tangent = torch.randn(2, 3, 12)
-
-    def jvp():
-        with forward_ad.dual_level():
-            return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
-
-    _, counts = counted(lambda: as_stock(jvp, RELATIVE[torch.float32]))
-    assert counts

@@ -20,6 +20,7 @@ pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = batches(size=1, length=6)
 
+
 KERNELS = {
     "LigerFusedLinearCrossEntropyFunctionBackward",
     "LigerRMSNormFunctionBackward",

@@ -11,7 +11,7 @@ from peft.optimizers import create_loraplus_optimizer, lorafa
 
 import mica.fast
 from tests.support.models import adapted_layers, assert_same_bases, factors, net, tiny_llama, wrap
-from tests.support.peft_versions import is_at_least, needs_peft
+from tests.support.peft_versions import is_at_least
 from tests.support.training import train
 from tests.support.unchanged import unchanged
 
@@ -61,25 +61,6 @@ def test_lora_fa_of_other_adapters_is_left_alone():
         lorafa_of(mixed)
 
 
-def test_lora_fa_on_a_model_of_transformers():
-    """Its class has an ``active_adapters`` too, a method."""
-    model = wrap(tiny_llama(), targets=["q_proj"], init_lora_weights=True)
-    lorafa_of(model)
-    assert all("lora_B" in name for name in trainable(model))
-    with pytest.raises(ValueError, match=r"adapter 'default' is MiCA on layer .*q_proj"):
-        lorafa_of(wrap(tiny_llama(), targets=["q_proj"]))
-
-
-def test_uninstall_gives_the_optimizer_back():
-    for _ in range(2):
-        mica.fast.uninstall()
-        stock = peft.optimizers.create_lorafa_optimizer
-        assert stock is lorafa.create_lorafa_optimizer
-        assert stock.__module__ == "peft.optimizers.lorafa"
-        mica.fast.enable()
-        assert peft.optimizers.create_lorafa_optimizer is not stock
-
-
 @pytest.mark.parametrize("stock", [False, True])
 def test_lora_plus_trains_a_alone(stock):
     """Its B group is empty and its ratio without effect: A trains at `lr`, an embedding's at its own."""
@@ -95,12 +76,3 @@ def test_lora_plus_trains_a_alone(stock):
         train(model, [TOKENS, TOKENS], optimizer=optimizer)
     assert all(factors(layer)[0].any() for layer in adapted_layers(model).values())
     assert_same_bases(model, before)
-
-
-@needs_peft("0.21", "no such optimizer")
-def test_riemannian_is_refused_by_stock_itself():
-    """It wants A and B to be trainable; over an orthonormal B it would only scale the gradient of A."""
-    model = net(targets=["up"])
-    with pytest.raises(ValueError, match="did not find any trainable lora_A/lora_B parameter pairs"):
-        peft.optimizers.create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-2)
-    assert trainable(model) == ["base_model.model.up.lora_A.default.weight"]

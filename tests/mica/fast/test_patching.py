@@ -1,6 +1,5 @@
 """The patches of PEFT: put on, switched, and taken off again to the object."""
 
-import pickle
 import subprocess
 import sys
 import threading
@@ -16,10 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import mica.fast
 from mica.fast import patching
 from mica.fast.settings import settings
-from tests.support.models import Net, bases, net, randomise, wrap
+from tests.support.models import Net, bases, net, wrap
 from tests.support.stock import uninstalled
-
-INDICES = torch.tensor([[1, 2, 3, 28]])
 
 
 def attributes():
@@ -230,14 +227,3 @@ def test_optional_functions_may_be_missing(monkeypatch):
         mica.fast.enable()
     assert mica.fast.is_enabled()
     mica.fast.uninstall()
-
-
-def test_nothing_of_ours_is_pickled_or_saved():
-    model = randomise(net())
-    model.merge_adapter()
-    model.unmerge_adapter()
-    assert b"mica.fast" not in pickle.dumps(model)
-    with mica.fast.disabled():
-        again = pickle.loads(pickle.dumps(model))
-        assert torch.equal(again(INDICES), model(INDICES))
-    assert set(model.state_dict()) == set(net(stock=True).state_dict())

@@ -16,7 +16,7 @@ from torch import nn
 import mica.fast
 from mica.fast.create import quantised, solving
 from tests.support import quantised_models
-from tests.support.models import adapted_layers, assert_same_bases, bases, factors, oriented, randomise, wrap
+from tests.support.models import adapted_layers, assert_same_bases, factors, randomise, wrap
 from tests.support.moe_models import second
 from tests.support.quantised_models import KINDS, TARGETS, adapted, assert_spans, dequantised, llama, logits
 from tests.support.stock import as_stock, assert_same, counted, step, uninstalled
@@ -46,18 +46,9 @@ def test_rank_one_does_not_start_from_packed_bytes():
     assert_spans(layer.lora_B["default"].weight, dequantised(layer.get_base_layer()))
 
 
-@pytest.mark.parametrize("kind", ["nf4, fp32 storage, bf16 compute", "torchao int8"])
-def test_adapters_in_16_bits_where_the_user_wants_them(kind):
-    model = adapted(kind, autocast_adapter_dtype=False)
-    plain = adapted(kind, autocast_adapter_dtype=False, init_lora_weights=True)
-    dtypes = [[p.dtype for p in m.parameters() if p.requires_grad] for m in (model, plain)]
-    assert set(dtypes[0]) == set(dtypes[1])
-
-
 @pytest.mark.parametrize("kind", ["nf4", "int8", "hqq", "gptq stub"])
-def test_any_spelling_and_a_second_adapter(kind):
-    model = adapted(kind, init_lora_weights="MICA")
-    assert model.peft_config["default"].init_lora_weights == "mica"
+def test_a_second_adapter(kind):
+    model = adapted(kind)
     second(model, r=2, lora_dropout=0.1)
     for name in ("second", "default", ["default", "second"]):
         model.base_model.set_adapter(name)
@@ -65,13 +56,6 @@ def test_any_spelling_and_a_second_adapter(kind):
     for layer in adapted_layers(model).values():
         for adapter in ("default", "second"):
             assert_spans(layer.lora_B[adapter].weight, dequantised(layer.get_base_layer()))
-
-
-def test_next_to_layers_that_are_not_quantised():
-    model = wrap(llama("nf4"), targets=[*TARGETS, "embed_tokens", "lm_head"], ensure_weight_tying=False)
-    assert len(bases(model)) == 9
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        assert_spans(factors(layer)[1], oriented(layer).detach())
 
 
 def test_an_8_bit_layer_that_was_called_before_still_works():

@@ -14,7 +14,7 @@ import mica.fast
 from mica.fast.forward.eligibility import adapter_weights
 from tests.support.merging_models import assert_same_bits, trained, weights
 from tests.support.models import Net, adapted_layers, assert_same_bases, net, randomise, tiny_llama, wrap
-from tests.support.moe_models import exact_basis, second
+from tests.support.moe_models import exact_basis
 from tests.support.tolerances import RELATIVE, error
 from tests.support.training import train
 from tests.support.unchanged import unchanged
@@ -234,18 +234,6 @@ def test_way_out_of_a_computed_weight(computed, kind):
     assert "down.weight" in unloaded.state_dict()
 
 
-def test_only_the_weight_matters():
-    """A parametrized bias, or a hook of another kind, is no reason."""
-    model = Net()
-    shrink(model.up, "bias")
-    prune.l1_unstructured(model.conv, "bias", amount=0.2)
-    model = randomise(wrap(model)).eval()
-    model.base_model.model.down.base_layer.register_forward_pre_hook(lambda module, args: None)
-    expected = model(INDICES)
-    model.merge_adapter()
-    assert error(model(INDICES), expected) <= RELATIVE[torch.float32]
-
-
 def test_unmerging_from_a_weight_that_is_computed_since_is_refused():
     model = randomise(net(targets=["up"]))
     expected = model(INDICES)
@@ -260,14 +248,6 @@ def test_unmerging_from_a_weight_that_is_computed_since_is_refused():
     with pytest.warns(UserWarning, match="edited"):
         model.unmerge_adapter()
     assert error(model(INDICES), expected) <= RELATIVE[torch.float32]
-
-
-def test_only_the_adapters_that_are_merged_matter(computed):
-    """What plain LoRA does on such a layer is stock's own."""
-    second(computed, init_lora_weights=True).merge_adapter(["second"])
-    assert computed.base_model.model.down.merged_adapters == ["second"]
-    with pytest.raises(ValueError, match="layer 'down'"):
-        computed.merge_and_unload(adapter_names=["second", "default"])
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -30,7 +30,7 @@ from tests.support.models import (
 from tests.support.moe_models import BUILDERS, STACKS, gpt_oss, qwen3_moe, tokens, wrap_all, wrappers
 from tests.support.peft_versions import is_at_least
 from tests.support.tolerances import RELATIVE, error
-from tests.support.training import llama, report, train
+from tests.support.training import llama, train
 from tests.support.without_mica import logits_without_mica
 
 pytestmark = [
@@ -97,24 +97,6 @@ def test_stock_peft_loads_it_and_gives_the_same_logits(tmp_path):
     for theirs, ours, case in zip(results, expected, cases, strict=True):
         assert error(theirs, ours) <= 5 * RELATIVE[torch.float32], case
         assert error(theirs, logits(builders[case[0]]())) > 0.05  # the adapter does something
-
-
-def test_a_loaded_adapter_is_the_saved_one_and_trains_on(tmp_path):
-    model = llama()
-    train(model)
-    model.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / WEIGHTS)
-    assert len(weights) == 2 * 14
-    assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in weights)
-    loaded = PeftModel.from_pretrained(dense(), tmp_path)
-    assert mica.fast.explain(loaded).counts() == {"reference": 14}
-    assert torch.equal(logits(loaded), logits(model))
-    resumed = PeftModel.from_pretrained(dense(), tmp_path, is_trainable=True)
-    done = report(resumed, lambda: train(resumed))
-    assert done["counts"] == {"linear": 14 * 3, "linear_backward": 14 * 3}
-    assert not done["moved"]
-    assert all("lora_A" in name for name in done["trained"])
-    assert done["losses"][-1] < done["losses"][0]
 
 
 # -- the mark of an adapter of experts ---------------------------------------------------------------
@@ -355,57 +337,40 @@ def test_a_checkpoint_without_b_is_completed_with_one_warning(name, low_cpu_mem_
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_a_layer_of_which_the_checkpoint_has_nothing_starts_anew(low_cpu_mem_usage, tmp_path):
+@pytest.mark.parametrize(
+    ("layer", "missing"), [("embed", "embed."), ("up", "up.lora_A")], ids=["has_nothing", "b_alone"]
+)
+def test_a_layer_of_which_the_checkpoint_has_no_a_starts_anew(layer, missing, low_cpu_mem_usage, tmp_path):
     """PEFT's warning names its keys; no A was trained with another B, so there is none of ours."""
     torch.manual_seed(0)
-    model = randomise(wrap(Net(), targets=["embed", "down"]))
+    model = randomise(wrap(Net(), targets=["embed", "up"]))
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / WEIGHTS)
-    save_file({key: value for key, value in state.items() if "embed" not in key}, tmp_path / WEIGHTS)
+    save_file({key: value for key, value in state.items() if missing not in key}, tmp_path / WEIGHTS)
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="missing adapter keys") as caught:
         loaded = PeftModel.from_pretrained(Net(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert not [warning for warning in caught if "has A but no B" in str(warning.message)]
-    layers = [adapted_layers(one)["base_model.model.embed"] for one in (loaded, model)]
+    layers = [adapted_layers(one)[f"base_model.model.{layer}"] for one in (loaded, model)]
     (lora_A, lora_B), (_, expected) = map(factors, layers)
     assert torch.equal(lora_B, expected)
     assert not lora_A.any()
 
 
-def test_a_layer_of_which_the_checkpoint_has_b_alone_leaves_the_meta_device(tmp_path):
-    model = randomise(wrap(Net(), targets=["up", "down"]))
-    model.save_pretrained(tmp_path)
-    state = load_file(tmp_path / WEIGHTS)
-    save_file({key: value for key, value in state.items() if "up.lora_A" not in key}, tmp_path / WEIGHTS)
-    with pytest.warns(UserWarning, match="missing adapter keys"):
-        loaded = PeftModel.from_pretrained(Net(), tmp_path, low_cpu_mem_usage=True)
-    layers = [adapted_layers(one)["base_model.model.up"] for one in (loaded, model)]
-    (lora_A, lora_B), (_, expected) = map(factors, layers)
-    assert torch.equal(lora_B, expected)
-    assert not lora_A.any()
-
-
-def test_a_state_dict_without_b_for_an_adapter_that_exists():
+@pytest.mark.parametrize("how", ["a state dict", "a file, as the Trainer resumes"])
+def test_a_checkpoint_without_b_for_an_adapter_that_exists(how, tmp_path):
     model, other = net(), randomise(net())
-    before = bases(model)
+    state, before = only_a(other, tmp_path), bases(model)
     with warned_once(KEPT, 4):
-        peft.set_peft_model_state_dict(model, only_a(other))
+        if how == "a state dict":
+            peft.set_peft_model_state_dict(model, state)
+        else:
+            model.load_adapter(tmp_path, "default", is_trainable=True)
     for name, basis in bases(model).items():
         assert torch.equal(basis, before[name])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(other))
-
-
-def test_a_checkpoint_without_b_for_an_adapter_that_exists(tmp_path):
-    """As the Trainer resumes."""
-    model, other = net(), randomise(net())
-    only_a(other, tmp_path)
-    before = bases(model)
-    with warned_once(KEPT, 4):
-        model.load_adapter(tmp_path, "default", is_trainable=True)
-    for name, basis in bases(model).items():
-        assert torch.equal(basis, before[name])
 
 
 def test_a_state_dict_without_b_for_an_adapter_on_the_meta_device():

@@ -243,9 +243,3 @@ def test_an_adapter_after_sharding_is_refused(of):
     what = r"layer 'model\.layers.*' holds one shard of it .*before the model is sharded"
     with pytest.raises(ValueError, match=what):
         of("adapter after sharding")
-
-
-def test_lora_bias_is_refused_as_by_stock():
-    what = r"lora_bias=True is only supported with init_lora_weights=True or False"
-    with pytest.raises(ValueError, match=what):
-        LoraConfig(init_lora_weights="mica", lora_bias=True)

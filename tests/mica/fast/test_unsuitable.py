@@ -142,12 +142,6 @@ CASES = {  # what it is: (what builds the model, options, message, other error)
     "ep": (lambda: stack(_is_expert_parallel=True), DOWN, f"{DOWNS} holds the experts of one process only"),
     "tp": (lambda: stack(_hf_tp_plan="grouped_gemm"), DOWN, f"{DOWNS} holds one shard of it"),
     "shard": (shard, {"targets": ["up"]}, "whole weight, but layer 'up' holds one shard of it"),
-    "DoRA": (
-        nf4,
-        {**QUANTISED, "use_dora": True},
-        "asks for DoraLinearVariant on layer '.*q_proj'",
-        ValueError,
-    ),
     "meta": (without_weights, {"targets": "all-linear"}, "model.layers.1.mlp.up_proj' is on the meta device"),
     "meta, experts": (stack_without_weights, DOWN, f"{DOWNS} is on the meta device"),
     "one": (lambda: stack(1, 8, 12, is_transposed=True), DOWN, r"expert of shape \(1, 8, 12\) stored as"),
@@ -402,15 +396,11 @@ def test_a_convolution_is_named_and_can_be_skipped():
     model(torch.randn(2, 3, 4, 4))
 
 
-@pytest.mark.parametrize("kind", [None, "nf4"])
-@pytest.mark.parametrize("field", ["use_dora", "alora_invocation_tokens"])
-def test_another_variant_is_refused(field, kind):
-    model = tiny_llama() if kind is None else quantised_models.llama(kind)
-    config = {field: True if field == "use_dora" else [1, 2]}
-    refused(model, "MiCA cannot be combined with another variant", ValueError, targets=["q_proj"], **config)
-
-
-@pytest.mark.parametrize(("build", "target"), [(Net, "up"), (Net, "embed"), (WithConv, "patches")])
-def test_another_variant_and_the_layer_are_named(build, target):
-    message = rf"the configuration asks for use_dora on layer '{target}'\.$"
-    refused(build(), message, ValueError, targets=[target], use_dora=True)
+@pytest.mark.parametrize(
+    ("build", "target"),
+    [(Net, "up"), (Net, "embed"), (WithConv, "patches"), (tiny_llama, "q_proj"), (nf4, "q_proj")],
+)
+@pytest.mark.parametrize("option", [{"use_dora": True}, {"alora_invocation_tokens": [1, 2]}])
+def test_another_variant_is_refused_and_named_with_the_layer(build, target, option):
+    message = rf"MiCA cannot be combined with another variant.*asks for \w+ on layer '.*{target}'\.$"
+    refused(build(), message, ValueError, targets=[target], **option)

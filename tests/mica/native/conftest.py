@@ -55,7 +55,7 @@ def compiler(tmp_path, compiled, monkeypatch):
 
 @pytest.fixture
 def assert_layer_works():
-    """A layer gives stock PEFT's numbers, the bits that it gives from Python, and is called as it says."""
+    """A layer gives stock PEFT's numbers, and is called as it says."""
 
     def check():
         torch.manual_seed(0)
@@ -67,17 +67,6 @@ def assert_layer_works():
         assert mica.fast.call_counts["linear"] == 1
         assert mica.fast.call_counts["linear_native"] == is_native
         assert mica.fast.call_counts["linear_backward_native"] == is_native
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MICA_NATIVE", "0")
-            from_python = step(model, x)
-        assert mica.fast.call_counts["linear_native"] == is_native
-        assert_equal(ours, from_python)
         torch.testing.assert_close(ours, stock)
-
-    def assert_equal(left, right):
-        assert torch.equal(left[0], right[0])
-        assert left[1].keys() == right[1].keys()
-        assert left[1]
-        assert all(torch.equal(left[1][name], right[1][name]) for name in left[1])
 
     return check

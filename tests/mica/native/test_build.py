@@ -64,6 +64,7 @@ FACTS = {
     "ABI of C++": (torch, "compiled_with_cxx11_abi", lambda: False),
     "machine": (platform, "machine", lambda: "riscv64"),
     "flags": (build, "FLAGS", ("-O0", *build.FLAGS[1:])),
+    "Python": (sysconfig, "get_config_var", {"SOABI": "cpython-399"}.get),
 }
 
 
@@ -77,15 +78,6 @@ def test_another_pytorch_or_machine_has_a_file_of_its_own(fact, folder, compiler
     assert build.built(folder) == path
     assert names(folder, ".so") == sorted([path.name, other.name])
     assert len(compiler.runs()) == 2
-
-
-def test_so_has_another_python(folder, compiler, monkeypatch):
-    path = build.built(folder)
-    found = sysconfig.get_config_var
-    monkeypatch.setattr(
-        sysconfig, "get_config_var", lambda name: "cpython-399" if name == "SOABI" else found(name)
-    )
-    assert build.built(folder) != path
 
 
 @pytest.mark.parametrize("name", build.NATIVE.files)
@@ -145,12 +137,6 @@ def test_cxx_may_have_several_words(folder, compiler, monkeypatch, assert_layer_
     assert native.why_not() is None
     (run,) = compiler.runs()
     assert run.startswith("--launcher two words -O1 -std=c++20 ")
-
-
-def test_cxx_that_is_no_command(folder, compiler, monkeypatch, assert_layer_works):
-    monkeypatch.setenv("CXX", "g++ 'open")
-    assert_layer_works()
-    assert native.why_not() == "CXX=g++ 'open is not a command (No closing quotation)"
 
 
 FAULTS = {
@@ -255,46 +241,42 @@ def test_a_compiler_that_hangs_ends_with_all_its_processes(
     assert has_ended(int(awaited(child)))
 
 
-# Headers and systems
+# Where nothing can be compiled
+
+NOWHERE = {  # what is missing: (what is replaced, the reason)
+    "a command": (
+        lambda patch, folder: patch.setenv("CXX", "g++ 'open"),
+        "CXX=g++ 'open is not a command (No closing quotation)",
+    ),
+    "Python's headers": (
+        lambda patch, folder: patch.setattr(sysconfig, "get_path", lambda name: f"{folder}/{name}"),
+        "there is no {}/include/Python.h: the package python3-dev or python3-devel has it",
+    ),
+    "PyTorch's headers": (
+        lambda patch, folder: patch.setattr(torch, "__file__", f"{folder}/__init__.py"),
+        "this PyTorch came without its headers, which would be in {}/include",
+    ),
+    "mica's sources": (
+        lambda patch, folder: patch.setattr(build, "NATIVE", build.NATIVE._replace(folder=folder)),
+        "{}/module.cpp cannot be read (No such file or directory)",
+    ),
+    "Linux": (
+        lambda patch, folder: patch.setattr(platform, "system", lambda: "Darwin"),
+        "the C++ has been tried on Linux only, not on Darwin",
+    ),
+    "the lock": (
+        lambda patch, folder: patch.setattr(sysconfig, "get_config_var", {"Py_GIL_DISABLED": 1}.get),
+        "the C++ relies on the global interpreter lock, which this Python does not have",
+    ),
+}
 
 
-def test_python_without_headers(folder, compiler, assert_layer_works, tmp_path, monkeypatch):
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
-    assert_layer_works()
-    assert native.why_not() == (
-        f"there is no {tmp_path}/include/Python.h: the package python3-dev or python3-devel has it"
-    )
-    assert not compiler.runs()
-    assert not names(folder, ".txt")
-
-
-def test_pytorch_without_headers(folder, compiler, assert_layer_works, tmp_path, monkeypatch):
+@pytest.mark.parametrize("missing", NOWHERE)
+def test_where_nothing_can_be_compiled(missing, folder, compiler, assert_layer_works, tmp_path, monkeypatch):
+    replace, reason = NOWHERE[missing]
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
-        reason = native.why_not()
-    assert reason == f"this PyTorch came without its headers, which would be in {tmp_path}/include"
+        replace(patch, tmp_path)
+        assert native.why_not() == reason.format(tmp_path)
     assert_layer_works()
     assert not compiler.runs()
-
-
-def test_mica_without_its_sources(folder, compiler, assert_layer_works, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "NATIVE", build.NATIVE._replace(folder=tmp_path))
-    assert_layer_works()
-    assert native.why_not() == f"{tmp_path}/module.cpp cannot be read (No such file or directory)"
-
-
-@pytest.mark.parametrize("system", ["Windows", "Darwin"])
-def test_other_systems(system, folder, compiler, assert_layer_works, monkeypatch):
-    monkeypatch.setattr(platform, "system", lambda: system)
-    assert_layer_works()
-    assert native.why_not() == f"the C++ has been tried on Linux only, not on {system}"
-    assert not folder.exists()
-
-
-def test_a_python_without_its_lock(folder, compiler, monkeypatch):
-    found = sysconfig.get_config_var
-    monkeypatch.setattr(
-        sysconfig, "get_config_var", lambda name: 1 if name == "Py_GIL_DISABLED" else found(name)
-    )
-    reason = "the C++ relies on the global interpreter lock, which this Python does not have"
-    assert native.why_not() == reason
+    assert not folder.exists() or not names(folder, ".txt")

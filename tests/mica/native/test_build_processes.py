@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 
 from mica import native
 from mica.native import build
-from tests.mica.native.compilers import Compiler, copying, has_ended, names
+from tests.mica.native.compilers import copying, has_ended, names
 
 ROOT = Path(__file__).resolve().parents[3]
 fork = multiprocessing.get_context("fork")
@@ -36,25 +35,16 @@ def build_quietly(folder):
     build.built(folder)
 
 
-def test_processes_that_come_at_once_compile_once(folder, compiler, compiled):
-    compiler.does(f"sleep 0.5; {copying(compiled)}")
+@pytest.mark.parametrize("fails", [False, True])
+def test_processes_that_come_at_once_compile_once(fails, folder, compiler, compiled):
+    """Those that waited for a failure do not try again."""
+    compiler.does(f"sleep 0.5; {'exit 1' if fails else copying(compiled)}")
     processes = [fork.Process(target=build_quietly, args=(folder,)) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0, 0]
-    assert len(compiler.runs()) == 1
-
-
-def test_those_that_waited_for_a_failure_do_not_try(folder, compiler):
-    compiler.does("sleep 0.5; exit 1")
-    processes = [fork.Process(target=build_quietly, args=(folder,)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [1, 1, 1]
+    assert [process.exitcode for process in processes] == [fails] * 4
     assert len(compiler.runs()) == 1
 
 
@@ -144,32 +134,3 @@ def test_two_scripts_at_once(folder, compiler, compiled):
     said = [line for _, errors in outputs for line in errors.splitlines() if line.startswith("mica: ")]
     assert [line.split()[1] for line in said] == ["compiling", "compiled"]
     assert len(compiler.runs()) == 1
-
-
-BUILD = """
-import sys
-from pathlib import Path
-from mica.native import build
-
-print(build.built(Path(sys.argv[1])))
-"""
-
-
-@pytest.mark.slow
-def test_the_real_compiler_is_killed_and_starts_again(folder, tmp_path, compiled, assert_layer_works):
-    real = Compiler(tmp_path / "bin", f'exec {shlex.join(build._compiler())} "$@"')
-    process = started(BUILD, folder, CXX=real.command)
-    pid = real.pid()
-    time.sleep(3)  # it takes four times as long, or more
-    process.kill()
-    process.communicate()
-    os.killpg(pid, signal.SIGKILL)
-    assert has_ended(pid)
-
-    process = started(BUILD, folder, CXX=real.command)
-    output, said = process.communicate()
-    assert process.returncode == 0, said
-    assert names(folder, "") == sorted([Path(output.strip()).name, f"{build._key(build.NATIVE)}.lock"])
-    assert len(real.runs()) == 2
-    assert_layer_works()
-    assert native.why_not() is None

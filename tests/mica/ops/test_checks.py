@@ -1,5 +1,7 @@
 """What the operators refuse, and what the message says: argument, what it is, what is allowed."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -44,7 +46,6 @@ CASES = {
                 "x must be of dtype float64.*is torch.int64",
             ),
             ({"x": randn(3, 4).bfloat16()}, TypeError, "weight must have the dtype of x.*torch.float32"),
-            ({"x": randn(3, 4).to("meta")}, ValueError, "one device, but found x on meta, weight on cpu"),
             ({"weight": randn(5, 4, 1)}, ValueError, r"weight \(5, 4, 1\)"),
             ({"lora_A": randn(2, 5)}, ValueError, r"lora_A must be \(rank, in_features\)"),
             ({"lora_A": randn(())}, ValueError, r"they are \(\) and \(5, 2\)"),
@@ -53,24 +54,14 @@ CASES = {
             ({"lora_B": randn(5, 3)}, ValueError, r"they are \(2, 4\) and \(5, 3\)"),
             ({"bias": randn(4)}, ValueError, r"bias must be \(5,\)"),
             ({"bias": randn(5).half()}, TypeError, "bias must have the dtype of x"),
-            ({"compute_dtype": torch.int32}, TypeError, "compute_dtype must be a floating dtype"),
-            ({"weight": randn(5, 4).requires_grad_()}, ValueError, "weight must be frozen"),
-            ({"lora_B": randn(5, 2).requires_grad_()}, ValueError, "lora_B must be frozen"),
-            ({"bias": randn(5).requires_grad_()}, ValueError, "bias must be frozen"),
             ({"dropout_p": 1.0}, ValueError, "dropout_p must be at least 0 and below 1, but it is 1.0"),
             ({"dropout_p": 0.1}, ValueError, "seed must be an int64 tensor.*it is None"),
             ({"dropout_p": 0.1, "seed": torch.tensor(1)}, ValueError, r"it is torch.int64 of shape \(\)"),
             ({"dropout_p": 0.1, "seed": 1}, TypeError, "seed must be a tensor, but it is of type int"),
             ({"dropout_p": torch.tensor(0.1)}, TypeError, "dropout_p must be a number, but .*type Tensor"),
-            ({"scaling": torch.tensor(2.0)}, TypeError, "scaling must be a number, but .* of type Tensor"),
             ({"scaling": True}, TypeError, "scaling must be a number, but it is True of type bool"),
-            ({"x": randn(3, 4).to_sparse()}, TypeError, "x must be a dense tensor.*sparse_coo"),
-            ({"x": randn(3, 4).to_mkldnn()}, TypeError, "x must be a dense tensor.*_mkldnn"),
             ({"x": randn(3, 4).cfloat()}, TypeError, "x must be of dtype .*complex64"),
-            ({"weight": randn(5, 4).to_sparse()}, TypeError, "weight must be a dense tensor.*sparse_coo"),
-            ({"x": [1.0]}, TypeError, "x must be a tensor, but it is of type list"),
             ({"lora_B": None}, TypeError, "lora_B must be a tensor, but it is of type NoneType"),
-            ({"bias": 0.5}, TypeError, "bias must be a tensor, but it is of type float"),
         ],
     ),
     mica_embedding: (
@@ -79,10 +70,7 @@ CASES = {
             ({"lora_B": randn(4, 3)}, ValueError, r"lora_A must be \(rank, num_embeddings\)"),
             ({"lora_A": randn(0, 5), "lora_B": randn(4, 0)}, ValueError, "rank must be at least 1"),
             ({"indices": torch.tensor([0.0])}, TypeError, "indices must be of dtype int32, int64"),
-            ({"lora_A": randn(2, 5).to("meta")}, ValueError, "lora_A on meta"),
-            ({"indices": [0]}, TypeError, "indices must be a tensor, but it is of type list"),
             ({"scaling": "2"}, TypeError, "scaling must be a number, but it is '2' of type str"),
-            ({"compute_dtype": torch.int8}, TypeError, "compute_dtype must be a floating dtype"),
             (
                 {"padding_idx": 1.0},
                 TypeError,
@@ -98,10 +86,7 @@ CASES = {
             ({"x": randn(3, 5)}, ValueError, r"x is \(3, 5\) and lora_A \(2, 4\)"),
             ({"x": torch.ones(3, 4, dtype=torch.int64)}, TypeError, "x must be of dtype"),
             ({"lora_A": randn(0, 4)}, ValueError, "rank must be at least 1"),
-            ({"lora_A": randn(2, 4).to("meta")}, ValueError, "one device"),
-            ({"lora_A": randn(2, 4).to_sparse()}, TypeError, "lora_A must be a dense tensor"),
             ({"scaling": None}, TypeError, "scaling must be a number, but it is None of type NoneType"),
-            ({"compute_dtype": torch.int8}, TypeError, "compute_dtype must be a floating dtype"),
             ({"dropout_p": 0.5}, ValueError, "seed must be an int64 tensor"),
         ],
     ),
@@ -111,10 +96,8 @@ CASES = {
             ({"y": randn(3, 6)}, ValueError, r"they are \(3, 6\), \(3, 2\) and \(5, 2\)"),
             ({"h": randn(4, 2)}, ValueError, r"\(4, 2\)"),
             ({"y": randn(5), "h": randn(())}, ValueError, r"they are \(5,\), \(\) and \(5, 2\)"),
-            ({"h": randn(3, 2).to_sparse()}, TypeError, "h must be a dense tensor"),
             ({"h": randn(3, 0), "lora_B": randn(5, 0)}, ValueError, "rank must be at least 1"),
             ({"y": torch.ones(3, 5, dtype=torch.int8)}, TypeError, "y must be of dtype"),
-            ({"lora_B": randn(5, 2).requires_grad_()}, ValueError, "lora_B must be frozen"),
         ],
     ),
     mica_experts_linear: (
@@ -125,29 +108,46 @@ CASES = {
             ({"weight": randn(4, 5)}, ValueError, r"weight \(4, 5\)"),
             ({"offsets": torch.tensor([4])}, ValueError, r"offsets must be \(4,\), but it is \(1,\)"),
             ({"offsets": torch.rand(4)}, TypeError, "offsets must be of dtype int32, int64"),
-            ({"offsets": [1, 2, 3, 4]}, TypeError, "offsets must be a tensor, but it is of type list"),
-            ({"scaling": torch.tensor(2.0)}, TypeError, "scaling must be a number"),
             ({"lora_A": randn(3, 2, 5)}, ValueError, r"they are \(3, 2, 5\) and \(4, 4, 2\)"),
             ({"lora_A": randn(8, 5)}, ValueError, r"they are \(8, 5\)"),
             ({"lora_B": randn(4, 2, 4)}, ValueError, r"they are \(4, 2, 5\) and \(4, 2, 4\)"),
             ({"lora_A": randn(4, 0, 5), "lora_B": randn(4, 4, 0)}, ValueError, "rank must be at least 1"),
             ({"bias": randn(4)}, ValueError, r"bias must be \(4, 4\)"),
             ({"x": randn(4, 5).half()}, TypeError, "weight must have the dtype of x"),
-            ({"compute_dtype": torch.int32}, TypeError, "compute_dtype must be a floating dtype"),
-            ({"offsets": torch.zeros(4, dtype=torch.int32).to("meta")}, ValueError, "offsets on meta"),
-            ({"weight": randn(4, 4, 5).requires_grad_()}, ValueError, "weight must be frozen"),
-            ({"lora_B": randn(4, 4, 2).requires_grad_()}, ValueError, "lora_B must be frozen"),
-            ({"bias": randn(4, 4).requires_grad_()}, ValueError, "bias must be frozen"),
         ],
     ),
 }
 
 
+# What may be wrong with any operand: made of a right one, and what is said
+OPERANDS = {
+    "a list": (torch.Tensor.tolist, TypeError, "{} must be a tensor, but it is of type list"),
+    "sparse": (torch.Tensor.to_sparse, TypeError, "{} must be a dense tensor.*sparse_coo"),
+    "elsewhere": (lambda tensor: tensor.to("meta"), ValueError, "one device, but found .*{} on meta"),
+    "trained": (torch.Tensor.requires_grad_, ValueError, "{} must be frozen"),
+}
+FROZEN = ("weight", "lora_B", "bias")
+OPTIONS = {
+    "scaling": (torch.tensor(2.0), TypeError, "scaling must be a number, but .* of type Tensor"),
+    "compute_dtype": (torch.int8, TypeError, "compute_dtype must be a floating dtype"),
+}
+
+
+def bad_input():
+    """(operator, what is changed, the error, what it says)"""
+    for operator, (operands, cases) in CASES.items():
+        yield from ((operator, *case) for case in cases)
+        for name in operands():
+            for wrong, (make, kind, message) in OPERANDS.items():
+                if wrong != "trained" or name in FROZEN:
+                    yield operator, {name: make(operands()[name])}, kind, message.format(name)
+        for name, (value, kind, message) in OPTIONS.items():
+            if name in inspect.signature(operator).parameters:
+                yield operator, {name: value}, kind, message
+
+
 @pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
-@pytest.mark.parametrize(
-    ("operator", "change", "kind", "message"),
-    [(operator, *case) for operator, (_, cases) in CASES.items() for case in cases],
-)
+@pytest.mark.parametrize(("operator", "change", "kind", "message"), list(bad_input()))
 def test_bad_input_is_named(monkeypatch, backend, operator, change, kind, message):
     monkeypatch.setenv("MICA_BACKEND", backend)
     operands, _ = CASES[operator]

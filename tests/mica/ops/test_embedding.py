@@ -18,14 +18,6 @@ def test_opcheck(padding_idx):
     )
 
 
-@pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
-def test_derivatives():
-    indices, lora_B = torch.tensor([[1, 4], [1, 0]]), torch.randn(3, 2, dtype=torch.float64)
-    lora_A = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a: mica_embedding(indices, a, lora_B, 0.5), (lora_A,))
-    assert torch.autograd.gradgradcheck(lambda a: mica_embedding(indices, a, lora_B, 0.5), (lora_A,))
-
-
 @pytest.mark.parametrize("padding_idx", [None, 0, 2, 5, -1, -6])
 def test_agrees_with_torch(padding_idx):
     """With its gradient, by autograd and by function transforms."""

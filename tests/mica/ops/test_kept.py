@@ -55,7 +55,7 @@ def rms_norm(h, weight):
 
 
 def gradients(y, *inputs):
-    return torch.autograd.grad(y.float().sin().sum(), inputs)
+    return torch.autograd.grad(y.float().sin().sum(), inputs, materialize_grads=True)
 
 
 def is_saved(layers, made):
@@ -74,61 +74,51 @@ def check_same(layers, make, inputs):
         assert torch.equal(mine, other)
 
 
-def test_a_product(dtype):
-    layer = Layer(dtype)
-    gate, up = leaves(dtype, dtype)
-    assert not is_saved([layer], [torch.nn.functional.silu(gate) * up])
-    assert is_saved([layer], [(torch.nn.functional.silu(gate) * up).clone()])
-    check_same([layer], lambda: torch.nn.functional.silu(gate) * up, (layer.lora_A, gate, up))
+def norm_weight(dtype):
+    return torch.linspace(0.5, 2, IN).to(dtype)
 
 
-def test_a_product_in_another_shape(dtype):
-    """A trained norm's weight is kept by its product, and so is what it multiplies."""
-    layer = Layer(dtype)
-    h, _ = leaves(dtype, dtype)
-    weight = torch.linspace(0.5, 2, IN).to(dtype).requires_grad_()
-    assert not is_saved([layer], [weight * h.sin()])
-    check_same([layer], lambda: weight * h.sin(), (layer.lora_A, h, weight))
-
-
-@pytest.mark.usefixtures("norms")
-def test_a_norm_that_layers_share(dtype):
-    layers = [Layer(dtype, seed) for seed in range(3)]
-    (h,) = leaves(dtype)
-    weight = torch.linspace(0.5, 2, IN).to(dtype)
-    factors = [layer.lora_A for layer in layers]
-    assert not is_saved(layers, [rms_norm(h, weight)])
-    check_same(layers, lambda: rms_norm(h, weight), (*factors, h))
-
-
-@pytest.mark.usefixtures("norms")
-def test_a_norm_that_is_scaled_by_a_number(dtype):
-    layer = Layer(dtype)
-    gate, up = leaves(dtype, dtype)
-    assert not is_saved([layer], [2.5 * (gate * up)])
-    check_same([layer], lambda: 2.5 * (gate * up), (layer.lora_A, gate, up))
-
-
-@pytest.mark.usefixtures("norms")
-def test_a_norm_whose_weight_is_offset(dtype):
+def offset_norm(h):
     """Gemma's: the product is in fp32, and what is cast is the whole."""
+    wide = h.float()
+    weight = torch.linspace(-0.5, 1, IN).to(h.dtype)
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + weight.float())).type_as(h)
+
+
+MADE = {  # x of two tensors: (how it is made, whether that needs norms to be computed again)
+    "a product": (lambda gate, up: torch.nn.functional.silu(gate) * up, False),
+    "a product in another shape": (lambda h, weight: weight[0] * h.sin(), False),
+    "a norm": (lambda h, _: rms_norm(h, norm_weight(h.dtype)), True),
+    "a norm scaled by a number": (lambda gate, up: 2.5 * (gate * up), True),
+    "a norm whose weight is offset": (lambda h, _: offset_norm(h), True),
+}
+SAVED = {
+    "a copy": lambda gate, up: (torch.nn.functional.silu(gate) * up).clone(),
+    "times a Python number": lambda h, _: h * 2.5,
+    "a norm, by default": MADE["a norm"][0],
+}
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("name", MADE)
+def test_an_x_that_is_computed_again_is_not_saved_and_gives_the_same_gradients(dtype, name, number, request):
+    """For one layer and for several that share it."""
+    make, is_norm = MADE[name]
+    if is_norm:
+        request.getfixturevalue("norms")
+    layers = [Layer(dtype, seed) for seed in range(number)]
+    inputs = leaves(dtype, dtype)
+    assert not is_saved(layers, [make(*inputs)])
+    trained = [layer.lora_A for layer in layers]
+    check_same(layers, lambda: make(*inputs), (*trained, *inputs))
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_any_other_x_is_saved(dtype, name):
     layer = Layer(dtype)
-    (h,) = leaves(dtype)
-    weight = torch.linspace(-0.5, 1, IN).to(dtype)
-
-    def norm():
-        wide = h.float()
-        return (
-            wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + weight.float())
-        ).type_as(h)
-
-    assert not is_saved([layer], [norm()])
-    check_same([layer], norm, (layer.lora_A, h))
-
-
-def test_a_norm_is_saved_by_default(dtype):
-    (h,) = leaves(dtype)
-    assert is_saved([Layer(dtype)], [rms_norm(h, torch.ones(IN, dtype=dtype))])
+    inputs = leaves(dtype, dtype)
+    assert is_saved([layer], [SAVED[name](*inputs)])
+    check_same([layer], lambda: SAVED[name](*inputs), (layer.lora_A, inputs[0]))
 
 
 def profiled_backward(ys, **options):
@@ -235,13 +225,6 @@ def test_a_product_whose_graph_is_freed():
     (ours,) = torch.autograd.grad(y.sum(), layer.lora_A)
     (expected,) = torch.autograd.grad(layer(x.detach()).sum(), layer.lora_A)
     assert torch.equal(ours, expected)
-
-
-def test_a_python_number_is_no_factor():
-    layer = Layer(BF16)
-    (h,) = leaves(BF16)
-    assert is_saved([layer], [h * 2.5])
-    check_same([layer], lambda: h * 2.5, (layer.lora_A, h))
 
 
 def test_a_cast_of_autocast_is_computed_again():

@@ -61,7 +61,7 @@ def backend(request, monkeypatch):
 
 
 @pytest.mark.parametrize("needs", [(True, True), (False, True), (True, False), (False, False)])
-@whole
+@of_each_kind
 def test_computes_and_saves_only_what_a_gradient_needs(backend, kind, needs):
     p = kind.problem(kind.rows, 8, 6, 2, *FP32_MASTER)
     x, lora_A = leaves(p, needs)
@@ -77,18 +77,6 @@ def test_computes_and_saves_only_what_a_gradient_needs(backend, kind, needs):
     assert (x.grad is not None, lora_A.grad is not None) == needs
     gradients = {"grad_x": x.grad, "grad_A": lora_A.grad}
     agree({name: grad for name, grad in gradients.items() if grad is not None}, solve(p), BF16)
-
-
-@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
-def test_the_factors_save_x_as_it_came_and_the_operands_that_gradients_need(needs):
-    p = oracle.problem((6,), 5, 4, 2, *FP32_MASTER)
-    x, lora_A = leaves(p, needs)
-    saved, h = saved_by(lambda: mica_down_projection(x, lora_A, 0.5, **DROPOUT))
-    assert saved == addresses(lora_A, SEED, *([x] if needs[1] else []))
-    saved, y = saved_by(lambda: mica_up_projection(torch.zeros_like(p.grad_output), h, p.lora_B))
-    assert saved == addresses(p.lora_B)
-    y.backward(p.grad_output)
-    assert (x.grad is not None, lora_A.grad is not None) == needs
 
 
 def test_y_keeps_its_dtype_and_its_precision(backend):

@@ -8,6 +8,7 @@ from mica.paths import choose
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BF16 = torch.bfloat16
+ROWS = choose.Rows(64, 32, 48, (32, 48), has_dropout=False, is_aligned=True)
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,12 @@ def a_gpu(monkeypatch):
     return monkeypatch
 
 
+def measured(patch, forward="split", backward="split"):
+    """As if these forms had been measured to be the fastest of every device."""
+    row = configs.Forms(0, 256, forward, backward)
+    patch.setattr(choose, "_forms_of", lambda device, tokens, rank: row)
+
+
 def decided(device, rank, *dtypes, function="linear"):
     """The form without a look at rows."""
     return choose.decide(function, device, rank, dtypes).form
@@ -36,18 +43,15 @@ def decided(device, rank, *dtypes, function="linear"):
 @pytest.mark.parametrize(
     ("setting", "operands", "reason"),
     [
-        ("auto", (GPU, 16, BF16), None),
         ("auto", (CPU, 16, BF16), "no GPU"),
         ("auto", (GPU, limits.MAX_RANK, BF16), None),
         ("auto", (GPU, limits.MAX_RANK + 1, BF16), "no Triton kernels for ranks above 256"),
         ("auto", (GPU, 16, torch.float64), "no Triton kernels for float64"),
         ("auto", (GPU, 16, BF16, torch.float64), "no Triton kernels for float64"),
-        ("", (GPU, 16, BF16), None),
         ("", (CPU, 16, BF16), "no GPU"),
         ("reference", (GPU, 16, BF16), "MICA_BACKEND=reference"),
         ("triton", (GPU, 16, BF16), None),
         ("triton", (CPU, 16, BF16), "no GPU"),
-        ("triton", (GPU, 16, BF16, torch.float64), "no Triton kernels for float64"),
     ],
 )
 def test_the_device_its_operands_and_the_setting_decide(a_gpu, setting, operands, reason):
@@ -85,6 +89,7 @@ FEW = "8 tokens are too few: the device would wait for the host"
         (("first", "split"), (torch.float32,) * 4, {}, ("split", None)),
         (("mixed", "split"), MASTERS, {}, ("mixed", None)),
         (("mixed", "split"), MASTERS, {"has_dropout": True}, ("split", None)),
+        (("mixed", "split"), MASTERS, {"rank": 24}, ("split", None)),  # which is padded
         (("mixed", "split"), (torch.float32,) * 4, {}, ("split", None)),
         (("mixed", "split"), (BF16, *(torch.float32,) * 3), {}, ("split", None)),
         (("mixed", "split"), (torch.float16, BF16, torch.float32, torch.float32), {}, ("split", None)),
@@ -104,19 +109,20 @@ FEW = "8 tokens are too few: the device would wait for the host"
     ],
 )
 def test_the_form_of_a_layer_and_why_it_is_not_on_kernels(a_gpu, forms, dtypes, changes, expected):
-    row = configs.Forms(0, 256, *forms)
-    a_gpu.setattr(choose, "_forms_of", lambda device, tokens, rank: row)
+    measured(a_gpu, *forms)
     a_gpu.setattr(configs, "HOST_BOUND", 8 * 32 * 48)
-    rows = choose.Rows(64, 32, 48, (32, 48), has_dropout=False, is_aligned=True)._replace(**changes)
-    assert choose.decide("linear", GPU, 16, dtypes, lambda: rows)[:2] == expected
+    changes = {"rank": 16, **changes}
+    rank = changes.pop("rank")
+    rows = ROWS._replace(**changes)
+    assert choose.decide("linear", GPU, rank, dtypes, lambda: rows)[:2] == expected
     if None not in expected:
         a_gpu.setenv("MICA_BACKEND", "triton")  # demanded kernels run
-        assert choose.decide("linear", GPU, 16, dtypes, lambda: rows)[:2] == ("split", None)
+        assert choose.decide("linear", GPU, rank, dtypes, lambda: rows)[:2] == ("split", None)
 
 
 def test_a_measured_bound_of_the_host_counts_for_its_device(a_gpu):
-    a_gpu.setattr(choose, "_forms_of", lambda *args: configs.Forms(0, 256, "split", "split"))
-    rows = choose.Rows(8, 32, 48, (32, 48), has_dropout=False, is_aligned=True)
+    measured(a_gpu)
+    rows = ROWS._replace(tokens=8)
 
     def form():
         return choose.decide("linear", GPU, 16, ONE_DTYPE, lambda: rows).form
@@ -142,22 +148,23 @@ def compiled(a_gpu):
     return a_gpu
 
 
-def test_a_layer_without_kernels_is_called_from_cpp(compiled):
+@pytest.mark.parametrize(
+    ("setting", "why_python", "expected"),
+    [
+        ("auto", None, (choose.NATIVE, "no GPU", None)),
+        ("auto", "no compiler", (choose.REFERENCE, "no GPU", "no compiler")),
+        ("triton", None, (choose.ERROR, "no GPU", None)),
+        ("triton", "no compiler", (choose.ERROR, "no GPU", None)),
+    ],
+)
+def test_a_layer_without_kernels_is_called_from_cpp(compiled, setting, why_python, expected):
+    """Where there is the C++, and kernels are not demanded; no other operator is."""
+    compiled.setenv("MICA_BACKEND", setting)
+    compiled.setattr(choose.native, "why_not", lambda: why_python)
+    other = expected if setting == "triton" else (choose.REFERENCE, "no GPU", None)
     for _ in range(2):
-        layer = choose.decide("linear", CPU, 16, MASTERS, is_layer=True)
-        assert layer == (choose.NATIVE, "no GPU", None)
-        other = choose.decide("linear", CPU, 16, MASTERS)
-        assert other == (choose.REFERENCE, "no GPU", None)
-
-
-def test_why_a_layer_is_called_from_python(compiled):
-    compiled.setattr(choose.native, "why_not", lambda: "no compiler")
-    assert choose.decide("linear", CPU, 16, MASTERS, is_layer=True) == (
-        choose.REFERENCE,
-        "no GPU",
-        "no compiler",
-    )
-    assert choose.decide("linear", CPU, 16, MASTERS) == (choose.REFERENCE, "no GPU", None)
+        assert choose.decide("linear", CPU, 16, MASTERS, is_layer=True) == expected
+        assert choose.decide("linear", CPU, 16, MASTERS) == other
 
 
 def test_a_layer_s_language_is_kept_until_the_environment_changes(compiled):
@@ -193,9 +200,8 @@ def test_products_without_instructions_are_python_s(compiled, dtypes, named):
 def test_dropout_on_a_device_is_python_s(compiled):
     """C++ draws the mask on CPUs only, whether there are kernels that do not suit the rows, or none."""
     why = "the mask of dropout is drawn in C++ on CPUs only"
-    row = configs.Forms(0, 256, "split", "split")
-    compiled.setattr(choose, "_forms_of", lambda device, tokens, rank: row)
-    narrow = choose.Rows(64, 24, 48, (24, 48), has_dropout=True, is_aligned=True)
+    measured(compiled)
+    narrow = ROWS._replace(in_features=24, strides=(24, 48), has_dropout=True)
     plain = narrow._replace(has_dropout=False)
     for _ in range(2):
         choice = choose.decide("linear", GPU, 16, MASTERS, lambda: narrow, is_layer=True, has_dropout=True)
@@ -207,13 +213,6 @@ def test_dropout_on_a_device_is_python_s(compiled):
         assert choice == (choose.REFERENCE, "MICA_BACKEND=reference", why)
         assert choose.decide("linear", GPU, 16, MASTERS, is_layer=True).form == choose.NATIVE
     assert choose.decide("linear", CPU, 16, MASTERS, is_layer=True, has_dropout=True).form == choose.NATIVE
-
-
-@pytest.mark.parametrize("why_python", [None, "no compiler"])
-def test_kernels_that_are_demanded_are_no_business_of_cpp_s(compiled, why_python):
-    compiled.setattr(choose.native, "why_not", lambda: why_python)
-    compiled.setenv("MICA_BACKEND", "triton")
-    assert choose.decide("linear", CPU, 16, MASTERS, is_layer=True) == (choose.ERROR, "no GPU", None)
 
 
 @pytest.mark.parametrize(
@@ -229,9 +228,9 @@ def test_kernels_that_are_demanded_are_no_business_of_cpp_s(compiled, why_python
 )
 def test_few_tokens_over_masters_are_worth_it_from_cpp_only(compiled, dtypes, why_python, is_layer, form):
     compiled.setattr(choose.native, "why_not", lambda: why_python)
-    compiled.setattr(choose, "_forms_of", lambda *args: configs.Forms(0, 256, "split", "split"))
+    measured(compiled)
     compiled.setattr(configs, "HOST_BOUND", 8 * 32 * 48)
-    rows = choose.Rows(8, 32, 48, (32, 48), has_dropout=False, is_aligned=True)
+    rows = ROWS._replace(tokens=8)
     choice = choose.decide("linear", GPU, 16, dtypes, lambda: rows, is_layer)
     assert choice.form == form
     assert choice.reason == (None if form == "split" else FEW)
@@ -242,22 +241,10 @@ def test_few_tokens_over_masters_are_worth_it_from_cpp_only(compiled, dtypes, wh
 # -- other forms -------------------------------------------------------------------------------------
 
 
-def test_mixed_needs_a_rank_without_padding(a_gpu):
-    a_gpu.setattr(choose, "_forms_of", lambda *args: configs.Forms(0, 256, "mixed", "mixed"))
-    rows = choose.Rows(64, 32, 48, (32, 48), has_dropout=False, is_aligned=True)
-    for rank, form in ((32, "mixed"), (24, "split")):
-        assert choose.decide("linear", GPU, rank, MASTERS, lambda: rows).form == form
-
-
 def test_the_two_parts_of_a_layer_have_forms_of_their_own(a_gpu):
-    a_gpu.setattr(choose, "_forms_of", lambda *args: configs.Forms(0, 256, "fused", "mixed"))
-    rows = choose.Rows(64, 32, 48, (32, 48), has_dropout=False, is_aligned=True)
+    measured(a_gpu, "fused", "mixed")
     for function, form in (("linear", "fused"), ("linear_backward", "mixed")):
-        assert choose.decide(function, GPU, 16, MASTERS, lambda: rows).form == form
-
-
-def test_nothing_is_looked_at_where_kernels_cannot_run(a_gpu):
-    assert choose.decide("linear", CPU, 16, MASTERS, lambda: pytest.fail("looked at rows")).reason == "no GPU"
+        assert choose.decide(function, GPU, 16, MASTERS, lambda: ROWS).form == form
 
 
 def test_rows_are_those_of_the_operands():
@@ -268,19 +255,6 @@ def test_rows_are_those_of_the_operands():
     dy = torch.zeros(5, 64)[:, :48]
     assert choose.backward_rows(dy, x, 32, 0.0) == (5, 32, 48, (64, 40, 32), False, True)
     assert choose.backward_rows(dy, None, 32, 0.1) == (5, 32, 48, (64, 32, 32), True, True)
-
-
-def test_interpreted_kernels_run_only_on_demand(monkeypatch):
-    assert "only with MICA_BACKEND=triton" in choose.why_not_kernels(CPU, 16, BF16)
-    monkeypatch.setenv("MICA_BACKEND", "triton")
-    assert choose.why_not_kernels(CPU, 16, BF16) is None
-
-
-@pytest.mark.parametrize("value", ["cuda", "Triton", "1"])
-def test_another_value_is_named(monkeypatch, value):
-    monkeypatch.setenv("MICA_BACKEND", value)
-    with pytest.raises(ValueError, match=f"must be one of auto, triton, reference, but it is '{value}'"):
-        choose.requested()
 
 
 def test_a_choice_is_kept_until_the_environment_changes(a_gpu):
@@ -305,17 +279,6 @@ def test_what_a_capture_says_is_not_kept(a_gpu):
     assert decided(GPU, 16, BF16) == choose.REFERENCE
     a_gpu.setattr(runtime, "why_unavailable", lambda device: None)
     assert decided(GPU, 16, BF16) == choose.KERNELS
-
-
-def test_the_setting_is_what_the_environment_holds(monkeypatch):
-    assert choose.setting() is None
-    settings = []
-    for value in ("triton", "reference"):
-        monkeypatch.setenv("MICA_BACKEND", value)
-        settings.append(choose.setting())
-    assert len({None, *settings}) == 3
-    monkeypatch.delenv("MICA_BACKEND")
-    assert choose.setting() is None
 
 
 ERROR = common.LaunchError("the kernel grad_a can be launched nowhere: out of resource\nand more")

@@ -1,20 +1,18 @@
 """A layer on Triton kernels (interpreted here): its forms, its operands, and refusals."""
 
 import copy
-import inspect
 
 import pytest
 import torch
 import triton
 
 from mica import ops
-from mica.kernels import launching, prepared_b
+from mica.kernels import launching
 from mica.ops import mica_down_projection, mica_linear
-from mica.ops.linear import linear_eager
-from mica.paths import choose, reference_path, triton_path
+from mica.paths import choose, triton_path
 from tests.support import expert_cases
-from tests.support.kernel_cases import BF16, DEVICE, FP16, FP32, LAYER_DTYPES, seed_of
-from tests.support.linear_calls import agree, leaves, on_device, run, same_bits, tensors_of
+from tests.support.kernel_cases import BF16, FP16, FP32, LAYER_DTYPES, seed_of
+from tests.support.linear_calls import agree, leaves, on_device, run, tensors_of
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
 
@@ -69,14 +67,9 @@ def test_every_form_agrees_with_the_dense_oracle(
     ("forms", "operands", "kernels"),
     [
         (["reference"], lambda: dense((8,), 17, 24, 2), "split"),  # kernels are demanded
-        (["fused"], lambda: dense((8,), 17, 24, 2), "fused"),
         (["fused"], lambda: shifted(dense((8,), 16, 24, 2)), "split"),
-        (["mixed"], lambda: dense((8,), 16, 24, 2), "split"),  # h would have rows of another length
-        (["first"], lambda: dense((8,), 16, 24, 2), "first"),
         (["first"], lambda: shifted(dense((8,), 16, 24, 2)), "first"),
-        (["first", "split"], lambda: dense((8,), 16, 24, 2), "first split"),
         (["mixed", "fused"], lambda: dense((8,), 16, 24, 16), "mixed fused"),
-        (["mixed"], lambda: dense((8,), 17, 24, 16), "mixed"),  # kernels are demanded
         # of the forward, of the backward
         (["fused", "split"], lambda: dense((8,), 16, 24, 2), "fused split"),
     ],
@@ -101,21 +94,10 @@ def test_which_form_is_taken(choose_form, launched, forms, operands, kernels):
 def test_a_layer_that_waits_for_its_host_has_no_kernels(
     monkeypatch, by_default, launched, tokens, adapter_dtype, demanded, kernels
 ):
-    """The operator, and what mica.fast calls, with a gradient and without."""
     by_default(8 * 32 * 48)
     monkeypatch.setenv("MICA_BACKEND", demanded)
     p = dense((tokens,), 32, 48, 16, adapter_dtype=adapter_dtype)
-    expected = solve(p)
-    agree(run(p), expected, BF16)
-    assert bool(launched) == kernels
-    launched.clear()
-    x, lora_A = leaves(p)
-    operands = x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, None, None
-    y = linear_eager(*operands)
-    y.backward(p.grad_output)
-    agree({"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}, expected, BF16)
-    with torch.no_grad():
-        agree({"y": linear_eager(*operands)}, expected, BF16)
+    agree(run(p), solve(p), BF16)
     assert bool(launched) == kernels
 
 
@@ -124,38 +106,6 @@ def test_a_mask_is_never_computed_by_pytorch_where_a_layer_waits_for_its_host(by
     p, options = dense((8,), 32, 48, 16, adapter_dtype=BF16), {"dropout_p": 0.4, "seed": seed_of(77)}
     agree(run(p, **options), solve(p, **options), BF16)
     assert {name for name, _ in launched} == set(FORMS["split"])
-
-
-@pytest.mark.parametrize(
-    ("features", "strides", "on_kernels"),
-    [  # in and out; of the rows of x and of dy; whether forward and backward run on kernels
-        ((32, 48), (32, 48), (True, True)),
-        ((32, 40), (32, 48), (False, False)),  # y, and from C++ the backward goes with it
-        ((24, 48), (48, 48), (True, False)),  # dx
-        ((32, 48), (40, 48), (False, False)),  # x
-        ((32, 48), (32, 56), (True, False)),  # dy
-    ],
-)
-def test_rows_that_kernels_would_load_number_by_number_are_pytorch_s(
-    monkeypatch, by_default, launched, features, strides, on_kernels
-):
-    """Unless kernels are demanded."""
-    by_default()
-    p = dense((8,), *features, 16)
-    for name, stride in zip(("x", "grad_output"), strides, strict=True):
-        rows = getattr(p, name)
-        wide = torch.cat((rows, rows.new_zeros(len(rows), stride - rows.shape[1])), dim=1)
-        setattr(p, name, wide[:, : rows.shape[1]])
-    for backend, expected in (("auto", on_kernels), ("triton", (True, True))):
-        monkeypatch.setenv("MICA_BACKEND", backend)
-        x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
-        launched.clear()
-        y = mica_linear(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias)
-        forward = bool(launched)
-        launched.clear()
-        y.backward(p.grad_output)
-        assert (forward, bool(launched)) == expected
-        agree({"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}, solve(p), BF16)
 
 
 RANK, TOKENS = 64, 40  # the rule's own number of tokens would take the interpreter long
@@ -201,17 +151,6 @@ def test_where_a_is_rounded_before_the_launches_no_bit_differs(monkeypatch, laun
         assert all(map(torch.equal, plain, other))
 
 
-@pytest.mark.parametrize("form", ["split", "fused"])
-def test_no_bit_differs_in_another_form(monkeypatch, choose_form, launched, form):
-    choose_form(form)
-    monkeypatch.setattr(triton_path, "MANY_TOKENS", TOKENS)
-    p = dense((TOKENS,), 48, 40, RANK)
-    rounded = run(p)
-    assert FP32 not in {kind for _, kind in launched if kind}
-    monkeypatch.setattr(triton_path, "MANY_TOKENS", TOKENS + 1)
-    same_bits(run(p), rounded)
-
-
 def test_a_write_that_no_version_counts_is_seen(monkeypatch):
     monkeypatch.setattr(triton_path, "MANY_TOKENS", TOKENS)
     p = dense((TOKENS,), 48, 40, RANK)
@@ -230,7 +169,6 @@ def test_a_write_that_no_version_counts_is_seen(monkeypatch):
         (256, 8192, FP32, FP16, True),
         (63, 8192, FP32, BF16, False),
         (64, 2047, FP32, BF16, False),
-        (64, 8192, BF16, BF16, False),
         (64, 8192, BF16, FP16, False),
         (64, 8192, FP32, FP32, False),
         (64, 8192, BF16, FP32, False),
@@ -241,58 +179,6 @@ def test_a_is_rounded_where_it_is_read_often_enough(rank, tokens, a_dtype, dtype
     operand = triton_path.as_operand(lora_A, tokens, dtype)
     assert operand.dtype == (dtype if is_rounded else a_dtype)
     assert (operand is not lora_A) == is_rounded
-
-
-def test_the_basis_is_prepared_once_until_it_is_edited(monkeypatch):
-    """For forward and backward, and again as the parameter, whose rank is padded, has changed."""
-    made, pad = [], prepared_b.padded
-    monkeypatch.setattr(prepared_b, "padded", lambda *args: made.append(1) or pad(*args))
-    p = on_device(problem((6,), 10, 12, 3, FP32))
-    p.lora_B = torch.nn.Parameter(p.lora_B, requires_grad=False)
-    for count in (1, 2):
-        for _ in range(3):
-            agree(run(p), solve(p), FP32)
-        assert len(made) == count
-        with torch.no_grad():
-            p.lora_B.mul_(-3.0)
-
-
-def with_own_seed():
-    """A layer that draws its seed by torch's generator, and gives it with y."""
-    p = on_device(problem((40,), 24, 16, 3, FP32))
-
-    def layer(x, lora_A):
-        seed = torch.randint(2**63 - 1, (1,), device=DEVICE)
-        return mica_linear(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, dropout_p=0.5, seed=seed), seed
-
-    return p, layer
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_recomputes_the_same_mask(use_reentrant):
-    """The recomputed forward draws it again."""
-    p, layer = with_own_seed()
-
-    def gradients(function):
-        torch.manual_seed(3)
-        x, lora_A = leaves(p)
-        function(x, lora_A)[0].backward(p.grad_output)
-        return x.grad, lora_A.grad
-
-    def checkpointed(x, lora_A):
-        return torch.utils.checkpoint.checkpoint(layer, x, lora_A, use_reentrant=use_reentrant)
-
-    for plain, again in zip(gradients(layer), gradients(checkpointed), strict=True):
-        assert torch.equal(plain, again)
-
-
-def test_a_compiled_layer_draws_its_own_seed():
-    torch.compiler.reset()
-    p, layer = with_own_seed()
-    x, lora_A = leaves(p)
-    y, seed = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, lora_A)
-    y.backward(p.grad_output)
-    agree({"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}, solve(p, 0.5, seed), FP32)
 
 
 def test_second_derivatives_and_transforms_take_the_plain_formulas():
@@ -310,34 +196,6 @@ def test_second_derivatives_and_transforms_take_the_plain_formulas():
 
     assert error(torch.func.grad(loss)(p.lora_A), solve(p)["grad_A"]) <= RELATIVE[FP32]
     assert ops.call_counts["linear_kernels"] == 1
-
-
-def test_what_kernels_cannot_do_is_refused_where_they_are_demanded():
-    p = on_device(problem((3,), 5, 4, 2, torch.float64))
-    with pytest.raises(RuntimeError, match=r"MICA_BACKEND=triton demands.*float64"):
-        mica_linear(p.x, p.weight, p.lora_A, p.lora_B)
-
-
-def test_what_kernels_cannot_do_runs_on_the_reference_otherwise(monkeypatch):
-    monkeypatch.setenv("MICA_BACKEND", "auto")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    run(problem((3,), 300, 300, 290, FP32))
-    assert ops.call_counts["linear"] == 1
-    assert ops.call_counts["linear_kernels"] == 0
-
-
-def test_each_operator_has_a_function_on_the_reference_and_on_kernels():
-    """One to one, and with the same parameters: `mica.ops.operator.run_formula` calls either."""
-    registered = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
-    operators = {name for library, _, name in registered if library == "mica" and "embedding" not in name}
-    names = {name for name in triton_path.__all__ if not name.endswith("Error")}
-    assert names == operators
-    for name in names:
-        own, reference = (
-            inspect.signature(getattr(module, name)) for module in (triton_path, reference_path)
-        )
-        without_form = [parameter for parameter in own.parameters.values() if parameter.name != "form"]
-        assert own.replace(parameters=without_form) == reference, name
 
 
 PARTS = {  # what cannot be launched -> the functions that have it

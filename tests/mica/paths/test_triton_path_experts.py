@@ -5,8 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mica.kernels import prepared_b
-from mica.ops.experts import experts_linear
 from mica.paths import triton_path as path
 from tests.support.expert_cases import problem
 from tests.support.kernel_cases import BF16, DEVICE, FP32, LAYER_DTYPES
@@ -94,18 +92,3 @@ def test_where_the_grouped_product_is_taken(monkeypatch, device, version, capabi
     decide = path._is_grouped.__wrapped__
     assert tuple(decide(torch.device(device), dtype, 128) for dtype in (BF16, FP32)) == answers
     assert not decide(torch.device(device), BF16, 1024)  # its kernel's limit
-
-
-def test_lora_b_is_prepared_once_for_all_calls_of_a_layer(monkeypatch):
-    """Its view is another tensor each time."""
-    prepared_b.clear()
-    made, own = [], prepared_b.padded
-    monkeypatch.setattr(prepared_b, "padded", lambda *args: made.append(1) or own(*args))
-    p, stored = stack("tiles", 33, 22, 5, BF16, FP32), torch.nn.Parameter(torch.randn(22, 20, device=DEVICE))
-    stored.requires_grad_(False)
-    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
-        with mode():
-            lora_B = stored.view(22, 5, 4).permute(2, 0, 1)
-            experts_linear(p.x, p.offsets, p.weight, p.lora_A, lora_B, p.scaling, p.bias, None)
-    run(replace(p, lora_B=stored.view(22, 5, 4).permute(2, 0, 1)))
-    assert made == [1]

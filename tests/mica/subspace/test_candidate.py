@@ -6,7 +6,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from mica.dtypes import FLOATING
 from mica.subspace import candidate as module
 from mica.subspace import krylov, methods
 from mica.subspace.batched import BatchGram
@@ -61,7 +60,7 @@ def test_the_way_that_auto_takes_and_what_it_falls_back_to(size, rank, expected,
         assert methods.chain(method, size, rank) == whole[index:]
 
 
-def test_krylov_needs_room_and_convergence_as_precise_as_the_result_s_dtype(monkeypatch):
+def test_krylov_needs_room_and_convergence(monkeypatch):
     state = stated(weight("gaussian", 200, 140), method="krylov")
     assert methods.by_krylov(state) is not None
     assert methods.by_krylov(stated(state.tall, 12, "krylov")) is None  # 2 * 20 * 4 > 140
@@ -70,11 +69,6 @@ def test_krylov_needs_room_and_convergence_as_precise_as_the_result_s_dtype(monk
     for outcome in (ritz._replace(converged=False), None):
         monkeypatch.setattr(krylov, "smallest_eigenvectors", Mock(return_value=outcome))
         assert methods.by_krylov(state) is None
-    for dtype in FLOATING:
-        state = stated(weight("gaussian", 200, 140).to(dtype), method="krylov")
-        assert methods.by_krylov(state) is None
-        eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-        assert krylov.smallest_eigenvectors.call_args.args[1:] == (RANK, state.limits, eps, 0)
 
 
 @pytest.mark.parametrize("shape", [(50, 30), (30, 50), (40, 40)], ids=str)

@@ -5,12 +5,7 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
-from mica.fast.create import initialisation
-from mica.subspace import many
-from mica.subspace.cache import SubspaceCache
-from mica.subspace.many import Task, solve_many
 from mica.subspace.methods import METHODS
 from tests.mica.subspace.subspaces import quietly_solved, same
 from tests.support.spectra import RANK, stack, weight
@@ -125,30 +120,3 @@ def test_the_same_bits_under_any_default(foreign_default, name, method):
         return quietly_solved(WEIGHTS[name], RANK, method=method)
 
     assert same(foreign_default(solve), solve())
-
-
-def test_so_have_many_and_the_cache(foreign_default, tmp_path):
-    tasks = [Task(f"layer {i}", weight("gaussian", 40, 30 + i), 4) for i in range(3)]
-    expected, cache = dict(solve_many(tasks)), SubspaceCache(tmp_path)
-    for _ in range(2):
-        again = [Task(task.name, task.weight, task.rank) for task in tasks]
-        results = foreign_default(lambda again=again: dict(solve_many(again, cache=cache)))
-        assert all(same(results[index], expected[index]) for index in expected)
-        assert again[0].key == tasks[0].key
-
-
-def test_so_have_the_layers_of_a_model(foreign_default, monkeypatch):
-    """PEFT makes its own tensors on the default device: the default is another one while B is solved."""
-    monkeypatch.setattr(many, "accelerator", lambda: None)
-
-    def adapted():
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(30, 40), torch.nn.Linear(40, 20))
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights="mica"))
-        return [module.lora_B["default"].weight for module in model.modules() if hasattr(module, "lora_B")]
-
-    expected, initialise = adapted(), initialisation.initialise
-    monkeypatch.setattr(initialisation, "initialise", lambda new: foreign_default(lambda: initialise(new)))
-    results = adapted()
-    assert len(results) == len(expected) == 2
-    assert all(map(torch.equal, results, expected))

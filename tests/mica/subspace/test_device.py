@@ -92,30 +92,14 @@ def test_mixed_products_where_they_suffice_else_fp64(shape, method, weak_fp64, m
         assert made() == [(count, True), (count, False)]
 
 
-@pytest.mark.parametrize("setting", ["autocast", "precision"])
-def test_a_users_setting_does_not_reach_mixed_products(setting, weak_fp64, accelerated, made, request):
-    """`get_peft_model` within autocast; a precision with which some processors, too, multiply in bf16."""
+def test_autocast_does_not_reach_mixed_products(weak_fp64, accelerated, made):
+    """`get_peft_model` may be called within it. Other settings: `test_batched.py`."""
     matrices = stack(["gaussian", "gaussian"], (1200, 300))
     expected = solver.solve_each(matrices, RANK)
-    request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
-    if setting == "precision":
-        torch.set_float32_matmul_precision("medium")
-    with torch.autocast("cpu", torch.bfloat16, enabled=setting == "autocast"):
+    with torch.autocast("cpu", torch.bfloat16):
         results = solver.solve_each(matrices, RANK)
     assert made() == [(2, True)] * 2
     assert all(map(same, results, expected))
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
-def test_mixed_products_that_overflow_or_underflow(scale, weak_fp64):
-    assert solved(stack(["gaussian", "hard edge"], (40, 100)) * scale).keys() == {0, 1}
-
-
-@pytest.mark.parametrize(("shape", "weak"), [((150, 150), True), ((100, 40), False)], ids=str)
-def test_square_and_strong_ones_are_not_mixed(shape, weak, made, monkeypatch):
-    monkeypatch.setattr(batched, "has_weak_fp64", lambda device: weak)
-    solved(stack(EASY, shape), "gram")
-    assert made() == [(4, False)]
 
 
 @pytest.mark.parametrize("shape", [(60, 40), (140, 200)], ids=str)

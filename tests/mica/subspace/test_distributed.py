@@ -238,11 +238,6 @@ def test_each_process_asks_the_cache_for_its_share(played):
         assert sorted(solved.hashed) == sorted(later.hashed) == sorted(solved.own)
 
 
-def test_no_key_of_a_cache_is_made_without_a_cache(played):
-    for (solved,) in played["different content"]:
-        assert not solved.hashed
-
-
 def test_what_the_solver_refuses_is_its_error_in_every_process(played):
     for error in played["what has no content"]:
         assert isinstance(error, TypeError)

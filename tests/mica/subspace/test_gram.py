@@ -184,22 +184,6 @@ def test_the_largest_diagonal_shows_what_is_not_finite():
         assert not HostGram(matrix).largest_diagonal < 1e308
 
 
-@of_each_kind
-def test_thin_products(kind):
-    gram = Checked(weight("gaussian", 30, 20), kind).gram
-    shape = gram.batch_shape
-    left, right, coefficients = (
-        random(*shape, *size, seed=seed) for seed, size in enumerate([(20, 4), (20, 3), (4, 3)])
-    )
-    assert error(gram.inner(left, right), left.mT @ right) <= 1e-14
-    for layout in (coefficients, coefficients.contiguous(), coefficients.flip(-1).flip(-1)):
-        assert error(gram.combine(left, layout), left @ coefficients) <= 1e-14
-    assert error(gram.subtract(right.clone(), left, coefficients), right - left @ coefficients) <= 1e-14
-    empty = gram.empty(5)
-    assert (empty.shape, empty.dtype) == ((*shape, 20, 5), torch.float64)
-    assert kind is BatchGram or empty.T.is_contiguous()
-
-
 @pytest.mark.parametrize("trouble", ["independent", "dependent", "nearly dependent", "zero"])
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
 @pytest.mark.parametrize("count", [1, 6])

@@ -1,26 +1,18 @@
 """The bounds are bounds, the subspaces orthonormal, and convergence is reported as it is."""
 
-from unittest.mock import Mock
-
 import pytest
 import torch
 
 from mica.subspace import krylov
-from mica.subspace.batched import BatchGram
 from mica.subspace.host import HostGram
-from tests.support.judging import assert_orthonormal, gram_of
-from tests.support.spectra import NULL, RANK, SPECTRA, stack, weight
+from tests.support.judging import gram_of
+from tests.support.spectra import NULL, RANK, SPECTRA, weight
 from tests.support.tolerances import error
 
 SHAPES = [(1, 1), (3, 2), (90, 40), (60, 60), (150, 140), (330, 300)]
 EPS = torch.finfo(torch.float32).eps
 # Spectra that fit the small matrices' few steps; those that begin well above what fp64 resolves.
-CONVERGING = ["gaussian", "hard edge", "row scales", "times 1e4", "times 1e-4"]
 ABOVE_ZERO = SPECTRA.keys() - NULL - {"flat", "tail x 1e-6", "hard edge"}
-
-of_either_kind = pytest.mark.parametrize(
-    "kind", [HostGram, lambda tall: BatchGram(tall[None], careful=True)], ids=["host", "batch"]
-)
 
 
 def host(name: str, *shape: int) -> tuple[HostGram, torch.Tensor, torch.Tensor]:
@@ -63,32 +55,6 @@ def test_bounds_and_shifts_down_from_just_below_the_spectrum(name, shape, steps)
             assert first >= 0.9 * values[0]
 
 
-@of_either_kind
-@pytest.mark.parametrize(
-    ("name", "shape", "expected"),
-    [
-        ("gaussian", (300, 300), krylov.NORM_STEPS),
-        ("graded to 1e-7", (330, 300), krylov.NORM_STEPS),
-        ("gaussian", (600, 300), krylov.LANCZOS_STEPS),
-        ("flat", (330, 300), krylov.LANCZOS_STEPS),
-    ],
-)
-def test_lanczos_goes_on_only_where_the_spectrum_begins_above_zero(kind, name, shape, expected, calls_of):
-    gram = kind(weight(name, *shape))
-    steps = calls_of(gram, "apply")
-    limits = krylov.bounds(gram, 0)
-    assert len(steps) == expected
-    if name == "flat":  # the first shift is all of it
-        assert limits.shifts[0].item() == pytest.approx(1, abs=1e-6)
-
-
-def test_one_matrix_with_an_edge_keeps_lanczos_going_for_its_batch():
-    weights = stack(["hard edge", "gaussian"], (600, 300))
-    shifts = krylov.bounds(BatchGram(weights), 0).shifts[0]
-    assert shifts[0] < 1e-4
-    assert shifts[1] == pytest.approx(krylov.bounds(HostGram(weights[1]), 0).shifts[0].item(), rel=1e-6)
-
-
 @pytest.mark.parametrize("rest", [0.7, 0.75])
 def test_the_norm_is_found_from_nearly_every_start(rest):
     """One eigenvalue above a dense rest is what few steps miss: with 6 instead of 12, 3 of 150 starts."""
@@ -98,84 +64,7 @@ def test_the_norm_is_found_from_nearly_every_start(rest):
     assert all(0.75 <= krylov.norm(gram, seed) <= 1 + 1e-12 for seed in range(150))
 
 
-def test_the_norm_of_each_of_a_batch_and_of_zero():
-    weights = stack(["gaussian", "rank 5", "zero"], (60, 40))
-    norms = krylov.norm(BatchGram(weights), 0)
-    assert norms.shape == (3,)
-    assert norms[2] == 0
-    each = [krylov.norm(HostGram(matrix), 0).item() for matrix in weights]
-    assert norms.tolist() == pytest.approx(each, rel=1e-9)
-
-
 # The subspaces
-
-
-@of_either_kind
-@pytest.mark.parametrize("columns", [1, 2, 10, 37])
-@pytest.mark.parametrize("filling", ["gaussian", "rank 5", "identity"])
-def test_a_basis_is_orthonormal_where_the_space_is_exhausted(kind, columns, filling):
-    """Zero columns keep the rounding errors inside the space; ‖C‖ came out 180 times too large."""
-    tall = torch.zeros(140, 100)
-    tall[:, :columns] = torch.eye(140, columns) if filling == "identity" else weight(filling, 140, columns)
-    gram, exact = kind(tall), gram_of(tall)
-    norm = torch.linalg.matrix_norm(exact, 2).item()
-    for width, steps in ((1, 40), (16, 6)):
-        start = krylov.random_block(gram, width, 0)
-        basis, projected = krylov.block_lanczos(gram, gram.apply, start, steps)
-        basis, projected = basis.reshape(100, -1), projected.reshape(width * steps, -1)
-        assert_orthonormal(basis)
-        assert torch.equal(basis[:, :width], start.reshape(100, width))
-        assert error(projected.tril(), (basis.T @ exact @ basis).tril()) <= 1e-13
-        assert torch.linalg.eigvalsh(projected)[-1].item() == pytest.approx(norm, rel=1e-9)
-    least = 1 - 1e-9 if columns < krylov.NORM_STEPS else 0.75  # exhausted, or not
-    for estimate in (krylov.bounds(gram, 0).norm.item(), krylov.norm(gram, 0).item()):
-        assert least * norm <= estimate <= (1 + 1e-9) * norm
-
-
-def test_a_basis_holds_the_powers():
-    gram, exact, _ = host("gaussian", 140, 100)
-    power, judge = krylov.random_block(gram, 4, 0), Mock(return_value=2)
-    basis, _ = krylov.block_lanczos(gram, gram.apply, power, 6, 2, judge)
-    for step in range(6):
-        part = basis[:, : 4 * (step + 1)]
-        assert error(part @ (part.T @ power), power) <= 1e-10
-        power = torch.linalg.qr(exact @ power).Q
-    # after 2 steps, then every second one
-    seen = [tuple(each.shape for each in call.args) for call in judge.call_args_list]
-    assert seen == [((100, 4 * count), (4 * count, 4 * count)) for count in (2, 4, 6)]
-
-
-@pytest.mark.parametrize(("further", "expected"), [(0, [6]), (1, [6, 9, 12, 15]), (9, [6, 15])])
-def test_the_judge_ends_it_and_has_the_last_word(further, expected):
-    gram, judge = host("gaussian", 140, 100)[0], Mock(return_value=further)
-    krylov.block_lanczos(gram, gram.apply, krylov.random_block(gram, 3, 0), 5, 2, judge)
-    assert [call.args[0].shape[1] for call in judge.call_args_list] == expected
-
-
-@pytest.mark.parametrize("shape", [(150, 140), (150, 150), (330, 300)], ids=str)
-@pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.parametrize("eps", [EPS, torch.finfo(torch.float64).eps])
-def test_converged_means_small_residuals(name, shape, eps):
-    gram, exact, values = host(name, *shape)
-    ritz = found(gram, eps=eps)
-    if name == "zero":
-        assert ritz is None
-        return
-    vectors = ritz.vectors
-    assert vectors.shape == (gram.size, RANK)
-    assert_orthonormal(vectors)
-    floor = krylov.resolution(gram.size, values[-1])
-    small = vectors.T @ exact @ vectors
-    energy = values[:RANK].clamp_min(0).sum() + RANK * floor
-    allowed = min(1e-6 * energy / RANK**0.5, 0.5 * eps * (values[-1] * (values[RANK - 1] + floor)).sqrt())
-    residual = torch.linalg.matrix_norm(exact @ vectors - vectors @ small)
-    if ritz.converged:
-        assert residual <= max(1.02 * allowed, 1.1 * floor)
-        assert (small.diagonal().diff() >= -1e-6 * energy - floor).all()  # ascending
-    else:
-        assert residual >= 0.98 * max(allowed, 0.75 * floor) - 0.3 * floor
-    if name in CONVERGING and eps == EPS and shape[0] > 149:
-        assert ritz.converged
 
 
 def test_no_convergence_in_one_step_is_admitted_and_the_space_is_never_more_than_whole(monkeypatch, calls_of):
@@ -202,71 +91,3 @@ def test_a_shift_that_is_too_high_is_lowered(guesses, calls_of):
         assert_smallest(ritz, exact)
     else:
         assert ritz is None
-
-
-def test_in_a_batch_only_those_are_lowered_that_have_to_be(calls_of):
-    tall = torch.stack([weight("gaussian", 200, 140), weight("gaussian", 200, 140).flip(0) * 3])
-    tall[1] *= torch.linspace(1, 2, 140)
-    gram, values = BatchGram(tall, careful=True), torch.linalg.eigvalsh(gram_of(tall))
-    least = values[:, 0]
-    limits = krylov.Bounds(values[:, -1], (least * torch.tensor([1.5, 0.9]), least * 0.8, least * 0))
-    tried = calls_of(gram, "factor")
-    assert_smallest(found(gram, limits=limits), gram_of(tall))
-    shares = torch.stack([shift / least for (shift,) in tried])
-    torch.testing.assert_close(shares, torch.tensor([[1.5, 0.9], [0.8, 0.9]]).double())
-
-
-def test_a_batch_has_converged_when_its_last_matrix_has():
-    tall = stack(["gaussian", "hard edge"], (200, 140))
-
-    def residual(gram):
-        vectors = krylov.random_block(gram, RANK, 0)
-        return krylov.relative_residual(gram, vectors, krylov.bounds(gram, 0).norm, EPS)[0]
-
-    assert residual(BatchGram(tall)) == pytest.approx(max(residual(HostGram(matrix)) for matrix in tall))
-
-
-@pytest.mark.parametrize("name", ["zero", "rank 5", "rank deficient by most", "identity"])
-@pytest.mark.parametrize("size", [1, 2, 40, 140])
-def test_breakdown(name, size):
-    """Invariant subspaces, exhausted spaces: orthonormal numbers, or nothing."""
-    tall = torch.eye(size) if name == "identity" else weight(name, size, size)
-    for gram in (HostGram(tall), BatchGram(torch.stack([tall, tall]), careful=True)):
-        assert torch.isfinite(krylov.bounds(gram, 0).norm).all()
-        ritz = found(gram, min(RANK, size))
-        if ritz is not None:
-            assert_orthonormal(ritz.vectors, 1e-12)
-        if name == "identity" and size == 140:
-            assert ritz.converged
-
-
-@pytest.mark.parametrize(
-    ("rank", "width", "room"),
-    [(1, 16, 320), (8, 16, 320), (9, 17, 340), (16, 24, 480), (32, 40, 800), (33, 29, 580), (128, 86, 1720)],
-)
-def test_block_sizes_and_where_they_fit(rank, width, room, monkeypatch):
-    monkeypatch.setattr(krylov, "FIRST_CHECK", 7)
-    assert krylov.block_size(rank) == width
-    assert krylov.fits(room, rank)
-    assert not krylov.fits(room - 1, rank)
-    assert width >= rank or rank > 32  # they hold the smallest
-
-
-def test_random_blocks_are_the_same_everywhere():
-    gram, _, _ = host("gaussian", 60, 50)
-    batch = BatchGram(torch.stack([weight("gaussian", 60, 50), 2 * weight("gaussian", 60, 50)]))
-    block = krylov.random_block(gram, 5, 3)
-    assert_orthonormal(block, 1e-14)
-    assert all(error(each, block) <= 1e-14 for each in krylov.random_block(batch, 5, 3))
-    assert error(krylov.random_block(gram, 5, 4), block) > 0.5
-
-
-def test_largest_eigenvectors_read_the_lower_triangle():
-    matrices = gram_of(stack(["gaussian", "row scales"], (60, 20)))
-    values = torch.linalg.eigvalsh(matrices)
-    lower = matrices.tril() + torch.full_like(matrices, 1e9).triu(1)
-    vectors = krylov._largest_eigenvectors(lower, 4)
-    assert vectors.shape == (2, 20, 4)
-    expected = torch.diag_embed(values.flip(-1)[:, :4])
-    assert error(vectors.mT @ matrices @ vectors, expected) <= 1e-13
-    assert error(krylov._largest_eigenvectors(lower[1], 4), vectors[1]) == 0

@@ -1,8 +1,6 @@
 """BLAS and LAPACK by pointer: every layout, nothing read or written next to the operands, no lock held."""
 
 import ctypes
-import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -184,30 +182,3 @@ def test_integers_of_either_width_and_no_routine_of_other_arguments(integer, mon
     assert not lapack.potrf(np.asfortranarray(-np.eye(3)))
     with pytest.raises(ImportError, match="dgemm takes other arguments"):
         lapack.routine(lapack.cython_blas, "dgemm", 12)
-
-
-# A call of tens of milliseconds, with the size that it takes for that.
-LONG_CALLS = {
-    "gemm": (2000, lambda a: lapack.gemm(a, a)),
-    "syrk": (2000, lambda a: lapack.syrk(a)),
-    "smallest_eigenvectors": (1000, lambda a: lapack.smallest_eigenvectors(a, 4)),
-    "all_eigenvectors": (900, lapack.all_eigenvectors),
-}
-
-
-def longest_wait(call, operand: np.ndarray) -> float:
-    """The share of a call in another thread during which this one could not run."""
-    with ThreadPoolExecutor(1) as pool:
-        looks, running = [time.perf_counter()], pool.submit(call, operand)
-        while not running.done():
-            time.sleep(1e-4)
-            looks.append(time.perf_counter())
-    return np.diff(looks).max() / (looks[-1] - looks[0])
-
-
-@pytest.mark.parametrize("name", LONG_CALLS)
-def test_other_threads_go_on_meanwhile(name):
-    """SciPy's wrappers let none; a busy machine may hold this one up too, but not each time."""
-    size, call = LONG_CALLS[name]
-    operand = np.asfortranarray(symmetric(size))
-    assert any(longest_wait(call, operand) < 0.6 for _ in range(5))

@@ -40,13 +40,6 @@ def truths(weights):
     return {name: truth(weights[name]) for name in [*weights][::3]}
 
 
-def test_what_there_is(weights, truths):
-    assert (len(weights), len(truths)) == (211, 71)
-    shapes = {(576, 576), (192, 576), (1536, 576), (576, 1536), (576, 49152)}
-    for names in (weights, truths):
-        assert {tuple(weights[name].shape) for name in names} == shapes
-
-
 @pytest.mark.parametrize("rank", [8, 32])
 @pytest.mark.parametrize("method", ["auto", "krylov"])
 @pytest.mark.filterwarnings("error")

@@ -85,38 +85,12 @@ def test_a_quick_fingerprint_copies_nothing_but_sums(monkeypatch):
 # The count itself
 
 
-READ = {
-    "item": lambda x: x.sum().item(), "bool": lambda x: bool((x > 0).all()), "list": lambda x: x.tolist(),
-    "cpu": lambda x: x.cpu(), "nonzero": lambda x: x.nonzero(), "mask": lambda x: x[x > 0],
-    "index": lambda x: x[[0, 1]], "in": lambda x: x.copy_(torch.ones(3, 3)),
-    "out": lambda x: torch.ones(3, 3).copy_(x), "to": lambda x: torch.ones(2).to(x.device),
-    "cholesky": torch.linalg.cholesky, "eigh": torch.linalg.eigh, "svd": torch.linalg.svd,
-}  # fmt: skip
-QUEUED = {
-    "to": lambda x: torch.ones(2).to(x.device, non_blocking=True), "qr": torch.linalg.qr,
-    "in": lambda x: x.copy_(torch.ones(3, 3), non_blocking=True), "cast": lambda x: x.double(),
-    "own": lambda x: x.copy_(2 * x), "eye": lambda x: x @ torch.eye(3, device=x.device),
-    "factor": lambda x: torch.linalg.cholesky_ex(x).info,
-    "solve": lambda x: torch.linalg.solve_triangular(x, x, upper=False, out=torch.empty_like(x)),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(
-    ("call", "waits"), [(READ[name], 1) for name in READ] + [(QUEUED[name], 0) for name in QUEUED]
+    ("call", "waits"),
+    [(lambda x: x.tolist(), 1), (torch.linalg.eigh, 1), (torch.linalg.cholesky_ex, 0), (torch.linalg.qr, 0)],
 )
 def test_what_counts_as_a_wait(call, waits):
     with CountedDevice() as device:
         call(OnDevice(torch.eye(3)))
     assert device.waits.total() == waits
     assert device.operators.total() >= 1
-
-
-def test_values_are_the_hosts_and_tensors_of_both_do_not_meet():
-    x = torch.randn(4, 4)
-    with CountedDevice():
-        there = OnDevice(x)
-        product = (there.mT @ there).diagonal().sub_(1)
-        assert product.device == DEVICE
-        with pytest.raises(RuntimeError, match="others on"):
-            there @ x
-        assert torch.equal(product.cpu(), (x.mT @ x).diagonal() - 1)

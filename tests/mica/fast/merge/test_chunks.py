@@ -51,19 +51,6 @@ def test_merging(dtype, rows, columns, scale, needs_lost):
 
 
 @both_dtypes
-@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_subtracting(dtype, scale, threads, monkeypatch):
-    weight, update = chunk(dtype, 70, 1000, scale)
-    old_threads = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    ours = merging.subtracted(weight, update).to(dtype, copy=True)
-    torch.set_num_threads(old_threads)
-    monkeypatch.setenv("MICA_NATIVE", "0")
-    assert torch.equal(ours, merging.subtracted(weight, update).to(dtype))
-
-
-@both_dtypes
 @pytest.mark.parametrize("value", [math.nan, 1e-40, -1e-39])
 def test_what_processors_round_in_different_ways_is_left_to_pytorch(dtype, value):
     old, update = chunk(dtype, 70, 1000, 0.0)
@@ -71,24 +58,6 @@ def test_what_processors_round_in_different_ways_is_left_to_pytorch(dtype, value
     assert merging.merged_by_native(old, update, True) is None
     new = torch.empty_like(old)
     assert not native.module().subtract_chunk(new, old, update)
-
-
-@both_dtypes
-def test_infinities(dtype):
-    """An update may be too large for the dtype, which stays a number."""
-    old, update = chunk(dtype, 4, 40, 1e-3)
-    old[0, 0] = math.inf
-    update[1, 1] = torch.finfo(FP32).max
-    ours = merging.merged_by_native(old, update, False)
-    expected = merging.merged_by_torch(old, update, False)
-    if ours is not None:  # inf - inf is NaN, and that is PyTorch's
-        assert torch.equal(ours.new, expected.new)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_other_dtypes_are_left_to_pytorch(dtype):
-    old, update = chunk(dtype, 4, 40, 1e-3)
-    assert merging.merged_by_native(old, update, True) is None
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (7, 12), (3000, 64), (5, 4096)])

@@ -66,12 +66,7 @@ def test_the_weights_and_the_report_are_those_of_a_merge(kind, dtype, safe_merge
         assert torch.equal(weight, theirs[name]), name
 
 
-def test_a_layer_that_goes_has_no_undo(recorded):
-    trained().merge_and_unload()
-    assert corrected(recorded) == [False] * 3
-
-
-def test_a_merge_that_stays_has_one(recorded):
+def test_a_merge_that_stays_has_an_undo(recorded):
     model = trained()
     copy.deepcopy(model).merge_and_unload()
     recorded.clear()
@@ -79,16 +74,14 @@ def test_a_merge_that_stays_has_one(recorded):
     assert corrected(recorded) == [True] * 3
 
 
-def test_only_the_last_adapter_of_a_layer_has_none(recorded):
-    model = randomise(second(trained()), scale=0.5, seed=3)
-    model.merge_and_unload(adapter_names=["default", "second"])
-    assert [adapter for _, adapter, _ in recorded] == ["default", "second"] * 3
-    assert corrected(recorded) == [True, False] * 3
-
-
-def test_names_that_a_layer_does_not_have_do_not_count(recorded):
-    trained().merge_and_unload(adapter_names=["default", "another"])
-    assert corrected(recorded) == [False] * 3
+@pytest.mark.parametrize(
+    ("names", "undone"),
+    [(None, [False]), (["default", "second"], [True, False]), (["default", "another"], [False])],
+    ids=["a layer that goes", "only its last adapter", "a name that no layer has"],
+)
+def test_what_is_merged_last_into_a_layer_that_goes_has_none(recorded, names, undone):
+    randomise(second(trained()), scale=0.5, seed=3).merge_and_unload(adapter_names=names)
+    assert corrected(recorded) == undone * 3
 
 
 def test_of_nested_wrappers_only_the_innermost_has_none(recorded):
@@ -147,23 +140,6 @@ def test_after_a_failure_merges_have_their_undo_again(recorded):
     assert corrected(recorded) == [True]
     quietly(layer.unmerge)
     assert torch.equal(stored(layer), before)
-
-
-def test_another_model_that_merges_meanwhile_keeps_its_undo(recorded, monkeypatch):
-    """As in a callback of the progress bar."""
-    model = trained()
-    layer = trained().base_model.model.up
-    replace_module = lora.LoraModel._replace_module
-
-    def merging_another(self, *args):
-        replace_module(self, *args)
-        if not layer.merged:
-            layer.merge()
-
-    monkeypatch.delitem(known_peft.UNLOADING, "peft.tuners.lora.model:LoraModel._replace_module")
-    monkeypatch.setattr(lora.LoraModel, "_replace_module", merging_another)
-    model.merge_and_unload()
-    assert corrected(recorded) == [False, True, False, False]
 
 
 # -- a failure on the way -----------------------------------------------------------------------------
