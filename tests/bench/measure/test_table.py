@@ -16,7 +16,7 @@ from bench.results.names import BARE, FAST, STOCK
 from bench.results.schema import Result
 from tests.support.processes import ROOT, start
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden" / "run.json"
 
 
 def rows_of(result):
@@ -51,50 +51,33 @@ def compared(monkeypatch, capsys, *files):
 
 
 def test_its_command_compares_two_of_our_files(tmp_path, monkeypatch, capsys):
-    again = shutil.copy(GOLDEN / "cpu.json", tmp_path / "again.json")
-    text = compared(monkeypatch, capsys, GOLDEN / "cpu.json", again)
+    again = shutil.copy(GOLDEN, tmp_path / "again.json")
+    text = compared(monkeypatch, capsys, GOLDEN, again)
     (step,) = re.findall(r"'a step': .*?(?=\n\n)", text, re.DOTALL)
     assert len(re.findall(rf"^{re.escape(FAST)} \(", step, re.MULTILINE)) == 2
 
 
-SELECTION = "1x576x576-r16-float32 and backward"
-OPTIONS = ["--benchmark-autosave", "--benchmark-compare", "--benchmark-compare-fail=median:10000%"]
-
-
-@pytest.fixture(scope="module")
-def two_runs(tmp_path_factory):
-    """The folder of two runs of a small cell, and what the later one, compared with the first, printed."""
-    folder = tmp_path_factory.mktemp("runs")
-    for number in (1, 2):
-        files = [
-            f"--benchmark-json={folder / f'{number}.json'}",
-            f"--benchmark-histogram={folder / 'picture'}",
-        ]
-        storage = f"--benchmark-storage={folder / 'saved'}"
-        options = OPTIONS if number == 2 else OPTIONS[:1]
-        done = start("pytest", ROOT / "bench", "-k", SELECTION, *files, storage, *options)
+@pytest.mark.slow
+def test_its_options_work_on_a_suite_and_its_files_are_results(tmp_path, monkeypatch, capsys):
+    """Two runs of a small cell, the later compared with the first."""
+    options = [f"--benchmark-storage={tmp_path / 'saved'}", "--benchmark-autosave"]
+    for file in ("1.json", "2.json"):
+        files = [f"--benchmark-json={tmp_path / file}", f"--benchmark-histogram={tmp_path / 'picture'}"]
+        selection = "1x576x576-r16-float32 and backward"
+        done = start("pytest", ROOT / "bench", "-k", selection, *files, *options)
         assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
-
-
-@pytest.mark.slow
-def test_its_options_work_on_a_suite(two_runs, monkeypatch, capsys):
-    folder, printed = two_runs
+        options += ["--benchmark-compare", "--benchmark-compare-fail=median:10000%"]
     for name in (BARE, STOCK, FAST):
-        (row,) = re.findall(rf"^{re.escape(name)} +[\d.,]+ tokens/s \(NOW\) .*", printed, re.MULTILINE)
+        (row,) = re.findall(rf"^{re.escape(name)} +[\d.,]+ tokens/s \(NOW\) .*", done.stdout, re.MULTILINE)
         assert row.split()[-1] == "5"  # rounds
-        assert re.search(rf"^{re.escape(name)} +[\d.,]+ tokens/s \(0001_", printed, re.MULTILINE)
-    (picture,) = folder.glob("picture-*.svg")
+        assert re.search(rf"^{re.escape(name)} +[\d.,]+ tokens/s \(0001_", done.stdout, re.MULTILINE)
+    (picture,) = tmp_path.glob("picture-*.svg")
     assert BARE in picture.read_text(encoding="utf-8")
-    assert len([*folder.glob("saved/*/*.json")]) == 2
-    text = compared(monkeypatch, capsys, folder / "1.json", folder / "2.json")
+    saved = [*tmp_path.glob("saved/*/*.json")]
+    assert len(saved) == 2
+    text = compared(monkeypatch, capsys, tmp_path / "1.json", tmp_path / "2.json")
     assert len(re.findall(rf"^{re.escape(FAST)} \(", text, re.MULTILINE)) == 2
-
-
-@pytest.mark.slow
-def test_its_files_are_results(two_runs):
-    folder, _ = two_runs
-    for file in (folder / "1.json", *folder.glob("saved/*/0001*.json")):
+    for file in (tmp_path / "1.json", *saved):
         result = Result.load(file)
         (cell,) = result.groups
         assert {BARE, STOCK, FAST} <= cell.timings.keys()
@@ -102,19 +85,3 @@ def test_its_files_are_results(two_runs):
         assert cell.timings[FAST].facts["saved_mb"] > 0
         assert result.machine["commit"]
         assert "node" not in json.loads(file.read_text())["machine_info"]  # the name of the host
-
-
-@pytest.mark.slow
-def test_a_wrong_implementation_has_no_row(tmp_path):
-    """Its rounds fail, and the table and the file have those of the others."""
-    settings = {"plugin": "tests.support.broken_operator", "MICA_TEST_OPERATOR": "wrong"}
-    selection = "1024x576x576-r16-float32 and backward"
-    file = tmp_path / "wrong.json"
-    done = start("pytest", ROOT / "bench", "-k", selection, f"--benchmark-json={file}", **settings)
-    assert done.returncode == 1, done.stdout + done.stderr
-    rows = re.findall(r"^(.+?) +[\d.,]+ tokens/s ", done.stdout, re.MULTILINE)
-    assert {BARE, STOCK} <= {*rows}
-    assert FAST not in rows
-    result = Result.load(file)
-    assert {name for group in result.groups for name in group.timings} == {*rows}
-    assert [one["implementation"] for one in result.refused] == [FAST]
