@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_two_commands_run_all_stages_within_the_budget():
     text = " ".join(gpu.parser().format_help().split())
     commands = re.search(r"([\d,]+) and ([\d,]+) each end within the default budget", text).groups()
     parts = [[int(number) for number in stages.split(",")] for stages in commands]
-    assert sorted(sum(parts, [])) == [*range(1, len(STAGES) + 1)]
+    assert sorted(chain(*parts)) == [*range(1, len(STAGES) + 1)]
     for part in parts:
         assert sum(STAGES[number - 1].seconds for number in part) <= gpu.BUDGET
 
