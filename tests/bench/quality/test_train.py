@@ -27,17 +27,6 @@ def test_the_b_of_the_largest_directions(base):
         torch.testing.assert_close((B.T @ weight).norm(dim=1), torch.linalg.svdvals(weight)[:4])
 
 
-def test_loras_a_follows_from_the_seed_as_in_earlier_results(base):
-    """Layer by layer, and nothing else is drawn between or before."""
-    with candidate(Method("", "lora", "all-linear", (1e-3,), 4), base, 3) as model:
-        found = [layer.lora_A["default"].weight.clone() for layer in adapted(model)]
-        state = torch.get_rng_state()
-    torch.manual_seed(3)
-    for A in found:
-        assert torch.equal(A, torch.nn.init.kaiming_uniform_(torch.empty_like(A), a=math.sqrt(5)))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_losses_of_probes(base, tokenizer):
     """One question whose right answer is the likeliest, and one whose is the least likely."""
     questions = {"The pet of Velma is a": "wolf goat fox", "By trade, Velma is a": "nurse tailor baker"}
@@ -111,11 +100,10 @@ def test_a_run_follows_its_recipe_and_its_seed(base, texts, monkeypatch, method)
 def test_the_layers_of_a_recipe(base, method):
     recipe = RECIPES[method.recipe]
     with candidate(method, base, 0) as model:
-        trained = {name.rpartition("lora_")[2] for name, p in model.named_parameters() if p.requires_grad}
+        trains_b = any(layer.lora_B["default"].weight.requires_grad for layer in adapted(model))
         layers = adapted(model)
+    assert trains_b == (method.kind == "lora")
     assert len(layers) == base.config.num_hidden_layers * (2 if method.recipe == "paper" else 7)
     for layer in layers:
         assert (layer.scaling["default"], layer.r["default"]) == (recipe.scaling, method.rank)
         assert getattr(layer.lora_dropout["default"], "p", 0.0) == recipe.dropout
-    frozen = set() if method.kind == "lora" else {"B.default.weight"}
-    assert trained == {"A.default.weight", "B.default.weight"} - frozen
