@@ -29,33 +29,35 @@ def test_the_b_of_the_largest_directions(base):
 
 def test_losses_of_probes(base, tokenizer):
     """One question whose right answer is the likeliest, and one whose is the least likely."""
-    questions = {"The pet of Velma is a": "wolf goat fox", "By trade, Velma is a": "nurse tailor baker"}
+    questions = {"The pet of Velma is a": " wolf| goat| fox", "By trade, Velma is a": " nurse| tailor| baker"}
     probes, right, among = [], [], []
-    for prompt, words in questions.items():
+    for prompt, answers in questions.items():
         with torch.no_grad():
             score = base(torch.tensor([tokenizer(prompt).input_ids])).logits[0, -1].log_softmax(-1)
-        by_word = {word: score[tokenizer(word).input_ids[0]].item() for word in words.split()}
-        answer, *others = sorted(by_word, key=by_word.get, reverse=not probes)
-        probes.append(sources.Probe(prompt, f" {answer}", tuple(f" {word}" for word in others)))
-        right.append(by_word[answer])
-        among.append(by_word[answer] - math.log(sum(map(math.exp, by_word.values()))))
+        by_answer = {answer: score[tokenizer(answer).input_ids[0]].item() for answer in answers.split("|")}
+        answer, *others = sorted(by_answer, key=by_answer.get, reverse=not probes)
+        probes.append(sources.Probe(prompt, answer, tuple(others)))
+        right.append(by_answer[answer])
+        among.append(by_answer[answer] - math.log(sum(map(math.exp, by_answer.values()))))
+    likeliest = f" {tokenizer.convert_ids_to_tokens(int(score.argmax()))}"
     losses, picked = probe_losses(base, sources.tokenise(tokenizer, probes))
-    assert losses[""] == pytest.approx(-mean(right), rel=1e-5)
-    assert losses[", among answers"] == pytest.approx(-mean(among), rel=1e-5)
-    assert losses[", recalled"] == 0
-    assert (losses[", picked"], picked) == (0.5, "10")
-    likeliest = tokenizer.convert_ids_to_tokens(int(score.argmax()))
-    known = [sources.Probe(prompt, f" {likeliest}")]
-    losses, picked = probe_losses(base, sources.tokenise(tokenizer, known))
-    assert losses.keys() == {"", ", recalled"}
-    assert (losses[", recalled"], picked) == (1, "")
+    assert losses == {
+        "": pytest.approx(-mean(right), rel=1e-5),
+        ", recalled": 0,
+        ", among answers": pytest.approx(-mean(among), rel=1e-5),
+        ", picked": 0.5,
+    }
+    assert picked == "10"
+    known = sources.tokenise(tokenizer, [sources.Probe(prompt, likeliest)])
+    losses, picked = probe_losses(base, known)
+    assert losses == {"": pytest.approx(-score.max().item(), rel=1e-5), ", recalled": 1}
+    assert picked == ""
 
 
 def test_batches_are_the_same_for_all_and_have_a_block_of_each(texts):
     first, again, other = (torch.stack([*batches(texts.train, 40, seed)]) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    assert first.shape == (40, 4, 32)
     for name, seen in zip(sources.BATCH, first.split([*sources.BATCH.values()], dim=1), strict=True):
         blocks = texts.train[name]
         epoch = seen.flatten(0, 1)[: len(blocks)]  # every block once
@@ -79,12 +81,12 @@ def test_a_run_follows_its_recipe_and_its_seed(base, texts, monkeypatch, method)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
     monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
-    recipe, before = RECIPES[method.recipe], mica.fast.call_counts.total()
 
     def losses(seed):
         with candidate(method, base, seed) as model:
             return train(model, method, texts, 1e-3, 4, seed)["losses"]
 
+    recipe, before = RECIPES[method.recipe], mica.fast.call_counts.total()
     first = losses(0)  # 20 steps, 2 of them warm-up
     assert (mica.fast.call_counts.total() > before) == (method.kind not in ("lora", "full"))
     assert norms == [recipe.max_grad_norm] * 20
@@ -100,9 +102,9 @@ def test_a_run_follows_its_recipe_and_its_seed(base, texts, monkeypatch, method)
 def test_the_layers_of_a_recipe(base, method):
     recipe = RECIPES[method.recipe]
     with candidate(method, base, 0) as model:
-        trains_b = any(layer.lora_B["default"].weight.requires_grad for layer in adapted(model))
         layers = adapted(model)
-    assert trains_b == (method.kind == "lora")
+        trains_b = {layer.lora_B["default"].weight.requires_grad for layer in layers}
+    assert trains_b == {method.kind == "lora"}
     assert len(layers) == base.config.num_hidden_layers * (2 if method.recipe == "paper" else 7)
     for layer in layers:
         assert (layer.scaling["default"], layer.r["default"]) == (recipe.scaling, method.rank)
