@@ -1,5 +1,7 @@
 """What the model writes before a run: rows that the run then measures, by the same names."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from bench.gpu import __main__ as gpu
@@ -67,39 +69,30 @@ def test_cells_of_the_suites_are_predicted(monkeypatch):
     """That a run then measures them by these names, the dry run with faults shows."""
     cells = [bench_kernels.Cell(kernel, 40, 64, 16) for kernel in bench_kernels.NAMES]
     monkeypatch.setattr(bench_kernels, "CELLS", cells)
-    rows = [*prediction.records(DEVICE)]
+    of_kernels, of_layers = [], []
+    for one in prediction.records(DEVICE):
+        is_layer = one["group"].startswith(("layer, ", "forms of a layer, "))
+        (of_layers if is_layer else of_kernels).append((one["group"], one["implementation"]))
+    expected = []
     for cell in cells:
         copy, default, *_, cublas = bench_kernels.implementations(cell)
-        found = [one for one in rows if one["group"] == f"{cell.name}, {DEVICE_TIME}"]
-        assert [one["implementation"] for one in found] == [copy, default, cublas]
-    of_layers = [one["group"] for one in rows[3 * len(cells) :]]
+        expected += [(f"{cell.name}, {DEVICE_TIME}", name) for name in (copy, default, cublas)]
+    assert of_kernels == expected
     assert of_layers
-    assert all(group.startswith(("layer, ", "forms of a layer, ")) for group in of_layers)
-    assert not any("dropout" in group for group in of_layers)
-    assert {one["device"] for one in rows} == {DEVICE}
-
-
-class FakeRun:
-    def __init__(self, folder, device):
-        self.file = folder / "run.json"
-        self.machine = {"device": device}
+    assert not any("dropout" in group for group, _ in of_layers)
 
 
 def test_a_run_goes_on_without_a_prediction(tmp_path, monkeypatch, capfd):
-    gpu.predict(FakeRun(tmp_path, "a card"), False)
+    run = SimpleNamespace(file=tmp_path / "run.json", machine={"device": "a card"})
+    gpu.predict(run, False)
     assert "no prediction: bench/measure/peaks.py does not have a card" in capfd.readouterr().out
 
-    def fails(command, **options):
+    def fails(command, env, **options):
         assert command[-1] == DEVICE
-        assert options["env"]["MICA_BACKEND"] == "triton"
-        assert options["env"]["TRITON_INTERPRET"] == "0"
+        assert env["MICA_BACKEND"] == "triton"
         raise gpu.subprocess.CalledProcessError(1, command)
 
     monkeypatch.setattr(gpu.subprocess, "run", fails)
-    gpu.predict(FakeRun(tmp_path, DEVICE), False)
+    run.machine["device"] = DEVICE
+    gpu.predict(run, False)
     assert "no prediction: " in capfd.readouterr().out
-
-
-def test_runs_of_some_stages_have_names_of_their_own():
-    assert gpu.default_name([]).endswith("-gpu")
-    assert gpu.default_name(["1", "3"]) == f"{gpu.default_name([])}-stages-1-3"

@@ -14,18 +14,21 @@ PEAK = Peak("sm_90", bandwidth=1e12, flop_16_bit=1e15, flop_fp32=1e14, cache=CAC
 LAYER = Layer(4096, 1024, 2048, 16, CACHE)
 
 
-def test_a_launch_takes_as_long_as_the_slower_of_memory_and_products():
-    assert roofline.seconds(Launch(0.0), PEAK) == GAP
-    assert roofline.seconds(Launch(1e9), PEAK) == pytest.approx(1e9 / (COPY * 1e12) + GAP)
-    assert roofline.seconds(Launch(1e9, share=0.5), PEAK) == pytest.approx(2e9 / (COPY * 1e12) + GAP)
-    assert roofline.seconds(Launch(1e9, 1e13), PEAK) == pytest.approx(1e13 / (PRODUCT * 1e15) + GAP)
-    slow = roofline.seconds(Launch(1e9, 1e13, speed=0.5), PEAK)
-    assert slow == pytest.approx(2e13 / (PRODUCT * 1e15) + GAP)
-    in_fp32 = roofline.seconds(Launch(1e9, 1e13, is_fp32=True), PEAK)
-    assert in_fp32 == pytest.approx(1e13 / (roofline.PRODUCT_FP32 * 1e14) + GAP)
-    exposed = roofline.seconds(Launch(1e9, exposed=1e9), PEAK)
-    assert exposed == pytest.approx(2e9 / (COPY * 1e12) + GAP)
-    assert roofline.seconds(Launch(1e9, cached=5e8), PEAK) < roofline.seconds(Launch(1e9), PEAK)
+@pytest.mark.parametrize(
+    ("launch", "seconds"),
+    [
+        (Launch(0.0), 0.0),
+        (Launch(1e9), 1e9 / (COPY * 1e12)),
+        (Launch(1e9, share=0.5), 2e9 / (COPY * 1e12)),
+        (Launch(1e9, 1e13), 1e13 / (PRODUCT * 1e15)),
+        (Launch(1e9, 1e13, speed=0.5), 2e13 / (PRODUCT * 1e15)),
+        (Launch(1e9, 1e13, is_fp32=True), 1e13 / (roofline.PRODUCT_FP32 * 1e14)),
+        (Launch(1e9, 1e13, exposed=1e9), 1e13 / (PRODUCT * 1e15) + 1e9 / (COPY * 1e12)),
+        (Launch(1e9, cached=1e9), 1e9 / (COPY * 1e12 * roofline.CACHE_SPEEDUP)),
+    ],
+)
+def test_a_launch_takes_as_long_as_the_slower_of_memory_and_products(launch, seconds):
+    assert roofline.seconds(launch, PEAK) == pytest.approx(seconds + GAP)
 
 
 def test_what_was_just_written_is_cached_if_it_fits():
