@@ -8,7 +8,7 @@ import pytest
 
 from bench.measure.machine import ROOT
 from bench.quality import report
-from bench.quality.recipes import METHODS, RECIPES, STOPS
+from bench.quality.recipes import METHODS, STOPS
 from bench.quality.schedule import (
     KNOWN,
     LIMITS,
@@ -20,7 +20,6 @@ from bench.quality.schedule import (
     planned,
     rates_that_count,
 )
-from mica.cli.adapt import options
 
 GOLDEN = ROOT / "tests" / "bench" / "golden" / "quality.json"
 TRADE_OFFS = sorted((ROOT / "bench" / "results").glob("*/*-trade-off.json"))
@@ -28,14 +27,6 @@ TRADE_OFFS = sorted((ROOT / "bench" / "results").glob("*/*-trade-off.json"))
 
 def golden():
     return json.loads(GOLDEN.read_text())
-
-
-def test_the_papers_recipe_is_that_of_mica_adapt():
-    names = "alpha_per_rank scheduler warmup_ratio weight_decay dropout max_grad_norm"
-    targets, *others = RECIPES["paper"]
-    theirs = options.RECIPES["paper"]
-    assert ",".join(targets) == theirs["target_modules"]
-    assert others == [theirs[name] for name in names.split()]
 
 
 def after(forgotten, learned):
@@ -70,23 +61,19 @@ NAMES = "MiCA, r = 16", "LoRA, r = 16"
 
 def test_the_middle_rates_of_all_methods_come_first_and_seeds_only_where_they_count():
     """LoRA learns with the rate, and forgets with its square; MiCA diverges at its highest rate."""
+    mica, lora = (METHODS[number] for number in (0, 3))
 
     def outcome(planned, share):
-        if planned.method == "MiCA, r = 16":
+        if planned.method == mica.name:
             return None if planned.rate == 4e-3 else (0.05, -0.1)  # learns nothing
         relative = share * planned.rate / 1e-3
         return relative**2, relative / 2 - 0.01 * (share < 1)
 
     result = start(NAMES)
-    order = run_all(result, outcome)
-    first = [(one.method, one.rate) for one in order if one.seed == 0]
-    mica, lora = (METHODS[number] for number in (0, 3))
-    assert first == [(one.name, one.rates[number]) for number in (1, 2, 0, 3) for one in (mica, lora)]
+    expected = [(one.name, one.rates[number], 0) for number in (1, 2, 0, 3) for one in (mica, lora)]
+    expected += [(lora.name, rate, seed) for seed in (1, 2) for rate in lora.rates]
+    assert run_all(result, outcome) == expected
     assert rates_that_count(result, mica.name) == []
-    assert rates_that_count(result, lora.name) == [2.5e-4, 5e-4, 1e-3, 2e-3]
-    assert [(one.rate, one.seed) for one in order[8:]] == [
-        (rate, seed) for seed in (1, 2) for rate in (2.5e-4, 5e-4, 1e-3, 2e-3)
-    ]
     assert missing(result) == []
 
 

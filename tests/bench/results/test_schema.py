@@ -19,16 +19,12 @@ def group(seconds, **axes):
 def test_a_sum_has_the_implementations_and_rounds_of_both_passes():
     forward = group({BARE: [1.0, 2.0], STOCK: [1.0, 1.0], FAST: [1.0, 2.0, 3.0]}, **{"pass": FORWARD})
     backward = group({BARE: [1.0, 2.0], FAST: [1.0, 3.0]}, **{"pass": BACKWARD})
-    both = Result({}, [forward, backward]).with_both().groups[-1]
+    *_, both = Result({}, [forward, backward]).with_both().groups
     assert both.timings == {BARE: Timing([2.0, 4.0]), FAST: Timing([2.0, 5.0])}
     backward.timings.clear()
-    assert Result({}, [forward, backward]).with_both().groups == [forward, backward]
-
-
-def test_a_cell_with_one_more_axis_is_another_one():
-    plain = group({BARE: [1.0]}, tokens=8, **{"pass": FORWARD})
-    dropped = group({BARE: [1.0]}, tokens=8, dropout=0.1, **{"pass": BACKWARD})
-    assert Result({}, [plain, dropped]).with_both().groups == [plain, dropped]
+    other = group({FAST: [1.0]}, dropout=0.1, **{"pass": BACKWARD})  # one more axis: another cell
+    groups = [forward, backward, other]
+    assert Result({}, groups).with_both().groups == groups
 
 
 def test_ratios_are_taken_within_a_round():
@@ -50,7 +46,7 @@ def test_intervals_hold_the_median_with_95_percent(count):
         assert held / times <= 0.995
 
 
-CELL, ALL = "layer, 8 tokens, forward", {BARE, STOCK, FAST}
+CELL, ALL, OTHERS = "layer, 8 tokens, forward", {BARE, STOCK, FAST}, {BARE, STOCK}
 ENTRIES = [
     {"kind": "sample", "cell": CELL, "group": f"{CELL}, {clock}", "axes": {"clock": clock}}
     | {"implementation": name, "seconds": 1.0, "facts": {}, "work": {"tokens": 8.0}}
@@ -74,38 +70,31 @@ def test_what_is_written_is_read_except_a_truncated_line(tmp_path, monkeypatch):
     assert not path.exists()
 
 
-def test_a_journal_knows_its_machine_and_what_was_predicted():
-    prediction = {"group": f"{CELL}, {DEVICE_TIME}", "implementation": FAST, "seconds": 1.0}
-    entries = [
-        {"kind": "machine", "facts": {"device": "a card"}},
-        {"kind": "prediction", **prediction},
-        *ENTRIES,
-    ]
-    result = journal.fold(entries, {"device": "another"})
-    assert result.machine == {"device": "a card"}
-    assert result.predictions == [prediction]
+def test_a_journal_knows_its_machine():
+    known = {"kind": "machine", "facts": {"device": "a card"}}
+    assert journal.fold([known, *ENTRIES], {"device": "another"}).machine == {"device": "a card"}
     assert journal.fold(ENTRIES, {"device": "another"}).machine == {"device": "another"}
-    assert result.with_both().predictions == [prediction]
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
 @pytest.mark.parametrize(
-    ("refused", "implementation", "left"),
+    ("refused", "implementation", "by_wall", "by_device"),
     [
-        (CELL, FAST, [ALL - {FAST}] * 2),
-        ("layer, 8 tokens", FAST, [ALL - {FAST}] * 2),
-        (f"{CELL}, {WALL}", FAST, [ALL - {FAST}, ALL]),
-        (f"{CELL}, {WALL}", None, [None, ALL]),
-        (CELL, None, [None, None]),
-        ("layer, 8", None, [ALL, ALL]),
-        ("layer, 8 tokens,", None, [ALL, ALL]),
-        (f"{CELL}, with something", None, [ALL, ALL]),
+        (CELL, FAST, OTHERS, OTHERS),
+        ("layer, 8 tokens", FAST, OTHERS, OTHERS),
+        (f"{CELL}, {WALL}", FAST, OTHERS, ALL),
+        (f"{CELL}, {WALL}", None, None, ALL),
+        (CELL, None, None, None),
+        ("layer, 8", None, ALL, ALL),
+        ("layer, 8 tokens,", None, ALL, ALL),
+        (f"{CELL}, with something", None, ALL, ALL),
     ],
 )
-def test_a_refusal_names_an_implementation_a_cell_or_a_clock(refused, implementation, left, order):
-    refusal = {"group": refused, "why": "wrong"}
-    refusal |= {"implementation": implementation} if implementation else {}
+def test_a_refusal_names_an_implementation_a_cell_or_a_clock(
+    refused, implementation, by_wall, by_device, order
+):
+    refusal = {"group": refused, "why": "wrong"} | ({"implementation": FAST} if implementation else {})
     result = journal.fold([{"kind": "refused", **refusal}, *ENTRIES][::order], {})
-    groups = {one.name: {*one.timings} for one in result.groups}
-    assert [groups.get(f"{CELL}, {clock}") for clock in (WALL, DEVICE_TIME)] == left
+    groups = {one.axes["clock"]: {*one.timings} for one in result.groups}
+    assert (groups.get(WALL), groups.get(DEVICE_TIME)) == (by_wall, by_device)
     assert result.refused == [refusal]
