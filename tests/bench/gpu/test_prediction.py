@@ -9,7 +9,7 @@ from bench.gpu import prediction, roofline
 from bench.gpu.roofline import Layer
 from bench.measure.peaks import PEAKS
 from bench.results import names
-from bench.results.names import BACKWARD, BARE, DEVICE_TIME, DOWN_A, FAST, FORWARD, UP_B
+from bench.results.names import BACKWARD, BARE, DEVICE_TIME, FAST, FORWARD
 from bench.suites import bench_kernels
 from mica.kernels import configs
 
@@ -23,46 +23,30 @@ def predicted(implementation, part=FORWARD, **axes):
     return prediction.of_layer({**AXES, "pass": part, **axes}, implementation, DEVICE)
 
 
-def modelled(launches):
-    return roofline.predict(launches, PEAK)
-
-
 @pytest.mark.parametrize("part", [FORWARD, BACKWARD])
 def test_each_implementation_of_a_layer_is_that_of_the_model(part):
-    assert predicted(BARE, part) == modelled(roofline.bare(LAYER, part))
-    assert predicted(names.STOCK, part) == modelled(roofline.stock(LAYER, part))
-    without_masters = LAYER._replace(has_masters=False)
-    assert predicted(names.STOCK_16, part) == modelled(roofline.stock(without_masters, part))
-    assert predicted(names.ATEN, part) == modelled(roofline.aten_control(LAYER, part))
-    for word in configs.FORM_NAMES:
-        expected = modelled(roofline.of_form(word, LAYER, part))
-        assert predicted(names.of_form(word), part, suite="forms") == expected
+    launches = {
+        BARE: roofline.bare(LAYER, part),
+        names.STOCK: roofline.stock(LAYER, part),
+        names.STOCK_16: roofline.stock(LAYER._replace(has_masters=False), part),
+        names.ATEN: roofline.aten_control(LAYER, part),
+    }
+    launches |= {names.of_form(word): roofline.of_form(word, LAYER, part) for word in configs.FORM_NAMES}
+    for name, expected in launches.items():
+        assert predicted(name, part, suite="forms") == roofline.predict(expected, PEAK)
 
 
 def test_what_is_not_modelled_has_no_prediction():
     assert predicted(FAST, dropout=0.05) is None
     assert predicted(FAST, dtype="float32") is None
     assert predicted(names.COMPILED_FAST) is None
-    assert predicted(names.of_form("fused")) is None  # in the suite of forms only
 
 
 def test_mica_fast_is_predicted_in_the_form_that_it_takes(monkeypatch):
-    default = {part: predicted(FAST, part) for part in (FORWARD, BACKWARD)}
+    default = predicted(FAST, BACKWARD)
     monkeypatch.setitem(configs.FORMS, DEVICE, (configs.Forms(0, 256, "fused", "reference"),))
-    assert predicted(FAST) == modelled(roofline.of_form("fused", LAYER, FORWARD)) != default[FORWARD]
-    assert predicted(FAST, BACKWARD) == default[BACKWARD]  # kernels are demanded
-
-
-@pytest.mark.parametrize("kernel", bench_kernels.NAMES.values())
-def test_a_copy_moves_the_bytes_of_its_kernel(kernel):
-    axes = {"kernel": kernel, "tokens": 8192, "features": 4096, "rank": 16}
-    implementations = (names.COPY, "default", names.CUBLAS)
-    copy, ours, cublas = (prediction.of_kernel(axes, name, PEAK) for name in implementations)
-    assert copy.moved == ours.moved
-    assert copy.seconds < ours.seconds
-    large = 8192 * 4096 * 2 * (2 if kernel == UP_B else 1)
-    assert 1 <= ours.moved / large < 1.02
-    assert cublas.launches == (2 if kernel == DOWN_A else 1)
+    assert predicted(FAST) == roofline.predict(roofline.of_form("fused", LAYER, FORWARD), PEAK)
+    assert predicted(FAST, BACKWARD) == default  # kernels are demanded
 
 
 def test_cells_of_the_suites_are_predicted(monkeypatch):

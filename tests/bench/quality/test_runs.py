@@ -46,8 +46,9 @@ class Made:
     def __call__(self, base, texts, result, one):
         self.order.append(one)
         time.sleep(self.seconds(one))
-        run = one._asdict() | {"diverged": None, "points": [{"step": 1, "evaluation": LEARNED}]}
-        return {"method": {"trained_parameters": 1}, "run": run | {"wall_seconds": 40.0}}
+        points = [{"step": 1, "evaluation": LEARNED}]
+        run = {**one._asdict(), "diverged": None, "points": points, "wall_seconds": 40.0}
+        return {"method": {"trained_parameters": 1}, "run": run}
 
 
 def done(path):
@@ -117,53 +118,27 @@ def test_the_budget_ends_before_a_run_that_would_not_fit(base, texts, result, pa
     assert f"\nthe budget is used up: no time for {planned(result)[0].key}\n" in capsys.readouterr().out
 
 
-@pytest.fixture
-def helpers(base, texts, monkeypatch):
-    """Threads for processes: locks are of open files. Gives the numbers of CPU threads that are set."""
-    threads = []
+def test_processes_share_the_runs_and_the_seeds_wait_for_all_rates(base, texts, result, path, monkeypatch):
+    """Threads for processes: locks are of open files. The last of the first seeds is the slowest."""
+    threads, slowest = [], Planned(SMALL[-1].name, SMALL[-1].rates[1], 0)
+    made = Made(lambda one: 0.3 if one == slowest else 0.05)
+    monkeypatch.setattr(runs, "measure", made)
     monkeypatch.setattr(runs, "load", lambda settings: (base, texts))
     monkeypatch.setattr(runs, "get_context", lambda kind: SimpleNamespace(Process=threading.Thread))
     monkeypatch.setattr(runs, "parent_process", lambda: SimpleNamespace(is_alive=lambda: True))
     monkeypatch.setattr(runs.torch, "get_num_threads", lambda: 6)
     monkeypatch.setattr(runs.torch, "set_num_threads", threads.append)
-    return threads
-
-
-def test_processes_share_the_runs_and_the_seeds_wait_for_all_rates(
-    base, texts, result, path, monkeypatch, helpers
-):
-    """The last of the first seeds is the slowest."""
-    slowest = Planned(SMALL[-1].name, SMALL[-1].rates[1], 0)
-    made = Made(lambda one: 0.3 if one == slowest else 0.05)
-    monkeypatch.setattr(runs, "measure", made)
     runs.experiment(base, texts, result, path, processes=3)
     assert min(made.order.index(one) for one in ALL if one.seed) > made.order.index(slowest)
     assert done(path) == sorted(made.order) == ALL
-    assert helpers == [2, 2, 2]  # of 6
-
-
-def test_what_others_have_begun_within_the_budget_is_waited_for(
-    base, texts, result, path, monkeypatch, helpers
-):
-    """Runs seem to take 40 s, so that there is no time for a second one."""
-    main = threading.current_thread()
-    made = Made(lambda one: 0.3 if threading.current_thread() is main else 0.8)
-    monkeypatch.setattr(runs, "measure", made)
-    runs.experiment(base, texts, result, path, 30, processes=2)
-    assert len(made.order) == 2
-    assert done(path) == sorted(made.order)
+    assert threads == [2, 2, 2]  # of 6
 
 
 def test_it_goes_on_with_what_is_there_with_more_seeds_and_other_methods(result, path):
-    """Also with what lies beside the result of a process that was killed; without it that is of another."""
+    """Also with what lies beside the result of a process that was killed."""
     one, other = (Made()(None, None, None, Planned("LoRA, r = 16", 1e-3, seed)) for seed in (0, 1))
-    beside = path.with_suffix(".runs") / "a.json"
-    beside.parent.mkdir()
-    beside.write_text(json.dumps(other))
-    assert resume(path, result) is result
-    assert not [*path.parent.iterdir()]
-
     save(path, result | {"runs": [one["run"]]})
+    beside = path.with_suffix(".runs") / "a.json"
     beside.parent.mkdir()
     beside.write_text(json.dumps(other))
     result["settings"]["seeds"] += 1
@@ -172,6 +147,9 @@ def test_it_goes_on_with_what_is_there_with_more_seeds_and_other_methods(result,
     assert found["runs"] == [one["run"], other["run"]]
     assert found["methods"] == {"LoRA, r = 16": other["method"]}
     assert (found["settings"], found["plan"]) == (result["settings"], result["plan"])
+    path.unlink()  # without it they are of another
+    assert resume(path, result) is result
+    assert not beside.exists()
 
 
 @pytest.mark.parametrize(

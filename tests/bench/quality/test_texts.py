@@ -65,9 +65,8 @@ def test_blocks_of_training_and_held_out_text_differ(texts):
 
 
 def test_texts_that_cannot_be_measured_are_refused(tokenizer, models_folder):
-    """Facts that fill no step or want more prose, and answers that begin alike."""
-    for rounds, length in ((1, 100), (200, 32)):
-        with pytest.raises(UsageError, match=f"--rounds {rounds}: too "):
-            sources.gather(tokenizer, 8, rounds, length, 1, models_folder)
+    """Facts that fill no step, and answers that begin alike."""
+    with pytest.raises(UsageError, match="--rounds 1: too "):
+        sources.gather(tokenizer, 8, 1, 100, 1, models_folder)
     with pytest.raises(UsageError, match="begins two answers"):
         sources.tokenise(tokenizer, [sources.Probe("A", " wolf", (" wolf-like",))])

@@ -12,7 +12,6 @@ import mica.fast
 from bench.results import journal
 from bench.results.names import BARE, EIGH, FAST, STOCK, SVD
 from bench.suites import bench_adapter, bench_step, bench_subspace, eigh, harness
-from bench.suites.case import case
 from bench.suites.layer import Form, adapted_module, make_layer
 from bench.suites.once import Once
 from bench.suites.steps import Step, checked, operators
@@ -47,20 +46,6 @@ def test_an_implementation_that_is_wrong_or_raises_is_refused_alone_and_not_buil
     assert {one["implementation"]: one["why"] for one in refused} == whys
     assert {one["group"] for one in refused} == {"cell"}
     assert harness.build_all("cell, backward", ["wrong", "b"], {"b": 2}.get) == {"b": 2}
-
-
-def test_a_case_gives_a_wrong_implementation_no_number():
-    right, timed = torch.ones(4), []
-    calls = {BARE: lambda: right, FAST: lambda: 2 * right, STOCK: lambda: right}
-    bench = case("cell", {}, calls, dict.fromkeys((FAST, STOCK), lambda: right))
-
-    def once(call, group, implementation, *_, **__):
-        timed.append(implementation)
-
-    for implementation in (BARE, STOCK):
-        bench(once, lambda group, check, _: check(), 0, implementation)
-    assert timed == [BARE, STOCK]
-    assert harness.refusals == {("cell", FAST): "the relative error is 1.00e+00, above 2e-06"}
 
 
 class Benchmark:
@@ -125,18 +110,16 @@ def call_it(function, group, implementation, axes, iterations):
     [
         (mica.fast.disabled, None),  # stock PEFT under our name
         (nullcontext, {}),  # ours under stock PEFT's
+        (nullcontext, operators(1, on_kernels=True)),  # the reference path under the kernels'
+        (nullcontext, operators(1, on_kernels=False, forwards=2)),
     ],
 )
 def test_an_implementation_under_another_ones_name_gets_no_number(forward_only, context, ran):
+    """A forward alone shows whether it ran operators, not which."""
     step = layer_step(context, ran)
-    with pytest.raises(AssertionError, match="implementation ran"):
+    is_wrong = not forward_only or not ran
+    with pytest.raises(AssertionError, match="implementation ran") if is_wrong else nullcontext():
         step.time(call_it, "group", "implementation", {}, 5, step.form.forward if forward_only else None)
-
-
-@pytest.mark.parametrize("options", [{"on_kernels": True}, {"on_kernels": False, "forwards": 2}])
-def test_a_path_under_the_name_of_another_one_gets_no_number(options):
-    with pytest.raises(AssertionError, match="implementation ran"):
-        layer_step(ran=operators(1, **options)).time(call_it, "group", "implementation", {}, 5)
 
 
 def test_results_are_compared_and_must_come_from_the_operators_of_the_name():
@@ -215,16 +198,15 @@ def test_peft_creates_an_adapter_by_all_eigenvectors(share):
     """They span the minor subspace; the SVD's do where the smallest singular value is lost in the Gram."""
     base = nn.Sequential(nn.Linear(64, 40, bias=False), nn.Linear(40, 64, bias=False))
     for layer in base:
-        left, values, right = torch.linalg.svd(layer.weight.detach().double(), full_matrices=False)
+        left, values, right = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
         values[-1] *= share
-        layer.weight.data = (left * values @ right).float()
+        layer.weight.data = left * values @ right
     with eigh.peft_with_eigh():
         model = models.wrap(base, rank=8, targets=["0", "1"])
     for layer in models.adapted_layers(model).values():
-        found = layer.lora_B["default"].weight.detach()
         left, _, _ = torch.linalg.svd(layer.get_base_layer().weight.detach().double(), full_matrices=False)
-        basis = left[:, -8:].float()
-        torch.testing.assert_close(found @ found.T, basis @ basis.T, rtol=0, atol=1e-5)
+        expected, found = left[:, -8:].float(), layer.lora_B["default"].weight.detach()
+        torch.testing.assert_close(found @ found.T, expected @ expected.T, rtol=0, atol=1e-5)
 
 
 def test_a_start_from_another_subspace_has_more_energy():
