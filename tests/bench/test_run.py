@@ -108,8 +108,7 @@ def test_over_time_it_ends_with_its_children(start, tmp_path):
     assert not note.exists()
 
 
-def test_a_run_that_is_told_to_end_keeps_what_it_has_and_leaves_no_process(monkeypatch, tmp_path):
-    monkeypatch.setenv(journal.VARIABLE, "")
+def test_a_run_that_is_told_to_end_keeps_what_it_has_and_leaves_no_process(start, monkeypatch, tmp_path):
     watched = []
 
     def watch(this, process, *limits):
@@ -119,13 +118,12 @@ def test_a_run_that_is_told_to_end_keeps_what_it_has_and_leaves_no_process(monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run.Run, "_watch", watch)
-    this = run.Run(tmp_path / "run.json")
     with pytest.raises(KeyboardInterrupt):
-        this.start(run.Job("stage", [sys.executable, "-c", f"{SCRIPT}sample('a', 'x'); {HANG}"], {}))
-    (summary,) = Result.load(this.file).stages
-    assert summary["state"] == run.CUT_OFF
-    assert summary["was_doing"] == {"group": "a", "implementation": "x"}
-    assert Result.load(this.file).groups[0].timings["x"].seconds == [1.0]
+        start(f"sample('a', 'x'); {HANG}")
+    result = Result.load(tmp_path / "results" / "run.json")
+    assert result.stages[0]["state"] == run.CUT_OFF
+    assert result.stages[0]["was_doing"] == {"group": "a", "implementation": "x"}
+    assert result.groups[0].timings["x"].seconds == [1.0]
     assert watched[0].returncode == -signal.SIGKILL
 
 

@@ -2,9 +2,7 @@
 
 import json
 import os
-import re
 import signal
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,14 +39,6 @@ def test_stages(stage, tmp_path):
     assert (process.environment["MICA_BACKEND"] == "triton") == timed
     assert process.environment["TRITON_INTERPRET"] == "0"  # whatever the environment says
     assert (process.environment.get("MICA_TEST_DEVICE") == "cuda") == stage.tests
-
-
-def test_two_commands_run_all_stages_within_the_budget():
-    text = " ".join(gpu.parser().format_help().split())
-    commands = re.search(r"([\d,]+) and ([\d,]+) each end within the default budget", text).groups()
-    parts = [[STAGES[int(number) - 1] for number in stages.split(",")] for stages in commands]
-    assert {*chain(*parts)} == {*STAGES}
-    assert all(sum(stage.seconds for stage in part) <= gpu.BUDGET for part in parts)
 
 
 def test_a_run_that_is_told_to_end_goes_on_to_its_report(monkeypatch, capsys):

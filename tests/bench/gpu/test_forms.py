@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.gpu.forms import host_bound, rows, summary
+from bench.gpu.forms import host_bound, rows
 from bench.results.names import BACKWARD, FORWARD, WALL
 from mica.kernels.configs import Forms
 from tests.support.gpu_results import SIZE, both_passes, of_forms, result
@@ -108,12 +108,3 @@ def test_the_kernels_of_the_bound_are_those_that_would_run():
     assert host_bound(found, (Forms(1, 16, "fused", "fused"),)) == 0
     assert host_bound(found, (Forms(1, 16, "reference", "reference"),)) == SIZE**2
     assert host_bound(found, (Forms(2, 16, "fused", "fused"),)) == SIZE**2  # another size's
-
-
-def test_the_summary_is_python_for_configs():
-    groups = [*both_passes(8192, {"split": 3.0, "fused": 2.0}), *wall(1, REFERENCE_WINS)]
-    names = {"Forms": Forms, "FORMS": {}, "HOST_BOUNDS": {}}
-    exec(summary(result(*groups)), names)
-    assert names["FORMS"] == {"a card": (Forms(8192, 16, "fused", "fused"),)}
-    assert names["HOST_BOUNDS"] == {"a card": SIZE**2}
-    assert summary(result()) == ""

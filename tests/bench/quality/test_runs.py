@@ -1,11 +1,8 @@
-"""A result: its runs by one process or several, its file, and how it goes on after a kill."""
+"""A result: its runs, its file, and how it goes on after a kill."""
 
 import copy
 import json
 import math
-import threading
-import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,12 +16,11 @@ from tests.bench.quality.conftest import SMALL
 
 SETTINGS = {"epochs": 1, "rounds": 2, "rates": 1, "seeds": 2, "length": 32, "people": 8, "eval_blocks": 2}
 LEARNED = dict.fromkeys((*KNOWN, VALIDATION), 1.0)
-ALL = sorted(Planned(one.name, one.rates[1], seed) for one in SMALL for seed in (0, 1))
 
 
 @pytest.fixture
 def result(texts):
-    """Without runs, like that of the command. Whatever is `Made` of it has learned the same."""
+    """Without runs, like that of the command. Whatever is `made` of it has learned the same."""
     machine = {"torch": "2.13", "peft": "0.21", "transformers": "5.24"}
     result = runs.start(texts, SETTINGS, machine=machine, starts=[{"commit": "abc"}], model="tiny")
     assert result["plan"].keys() == {one.name for one in METHODS}
@@ -37,25 +33,11 @@ def path(tmp_path):
     return tmp_path / "run.json"
 
 
-class Made:
-    """In place of `measure`: notes what is made."""
-
-    def __init__(self, seconds=lambda one: 0.0):
-        self.seconds, self.order = seconds, []
-
-    def __call__(self, base, texts, result, one):
-        self.order.append(one)
-        time.sleep(self.seconds(one))
-        points = [{"step": 1, "evaluation": LEARNED}]
-        run = {**one._asdict(), "diverged": None, "points": points, "wall_seconds": 40.0}
-        return {"method": {"trained_parameters": 1}, "run": run}
-
-
-def done(path):
-    """The runs of the file, beside which nothing is left."""
-    assert [*path.parent.iterdir()] == [path]
-    runs_of_file = json.loads(path.read_text())["runs"]
-    return sorted(Planned(one["method"], one["rate"], one["seed"]) for one in runs_of_file)
+def made(planned):
+    """Of a run, in place of `measure`."""
+    points = [{"step": 1, "evaluation": LEARNED}]
+    run = {**planned._asdict(), "diverged": None, "points": points, "wall_seconds": 40.0}
+    return {"method": {"trained_parameters": 1}, "run": run}
 
 
 def test_an_experiment_leaves_the_base_model_as_it_was_and_names_what_diverged(base, texts, result, path):
@@ -78,65 +60,38 @@ def test_an_experiment_leaves_the_base_model_as_it_was_and_names_what_diverged(b
 
 def test_a_killed_run_goes_on_to_the_same_result(base, texts, result, path, monkeypatch):
     """What a killed process has made is in the file or beside it; what it was making is made again."""
-    made, fresh = Made(), copy.deepcopy(result)
+    order, fresh = [], copy.deepcopy(result)
 
     class Killed(BaseException):
         """Not an Exception, like what ends a process."""
 
-    def measure(*args):
-        if len(made.order) == number:
+    def measure(base, texts, result, one):
+        if len(order) == number:
             raise Killed
-        return made(*args)
+        order.append(one)
+        return made(one)
 
     monkeypatch.setattr(runs, "measure", measure)
     for number in (3, 8):
         with pytest.raises(Killed):
             runs.experiment(base, texts, result, path)
         assert len(json.loads(path.read_text())["runs"]) == number
-        (
-            path.with_suffix(".runs") / f"{planned(result)[0].key}.lock"
-        ).touch()  # nobody was there to remove it
+        lock = path.with_suffix(".runs") / f"{planned(result)[0].key}.lock"
+        lock.touch()  # nobody was there to remove it
         result = resume(path, fresh)
     number = None
     runs.experiment(base, texts, result, path)
-    assert done(path) == sorted(made.order) == ALL
+    assert [*path.parent.iterdir()] == [path]
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
-    assert len(result["starts"]) == 3
-
-
-def test_the_budget_ends_before_a_run_that_would_not_fit(base, texts, result, path, monkeypatch, capsys):
-    now, made = [0.0], Made()
-
-    def measure(*args):
-        now[0] += 40
-        return made(*args)
-
-    monkeypatch.setattr(runs, "measure", measure)
-    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    runs.experiment(base, texts, result, path, 100)
-    assert len(result["runs"]) == 2  # the third would end at 120
-    assert f"\nthe budget is used up: no time for {planned(result)[0].key}\n" in capsys.readouterr().out
-
-
-def test_processes_share_the_runs_and_the_seeds_wait_for_all_rates(base, texts, result, path, monkeypatch):
-    """Threads for processes: locks are of open files. The last of the first seeds is the slowest."""
-    threads, slowest = [], Planned(SMALL[-1].name, SMALL[-1].rates[1], 0)
-    made = Made(lambda one: 0.3 if one == slowest else 0.05)
-    monkeypatch.setattr(runs, "measure", made)
-    monkeypatch.setattr(runs, "load", lambda settings: (base, texts))
-    monkeypatch.setattr(runs, "get_context", lambda kind: SimpleNamespace(Process=threading.Thread))
-    monkeypatch.setattr(runs, "parent_process", lambda: SimpleNamespace(is_alive=lambda: True))
-    monkeypatch.setattr(runs.torch, "get_num_threads", lambda: 6)
-    monkeypatch.setattr(runs.torch, "set_num_threads", threads.append)
-    runs.experiment(base, texts, result, path, processes=3)
-    assert min(made.order.index(one) for one in ALL if one.seed) > made.order.index(slowest)
-    assert done(path) == sorted(made.order) == ALL
-    assert threads == [2, 2, 2]  # of 6
+    found = sorted((one["method"], one["rate"], one["seed"]) for one in result["runs"])
+    assert (
+        found == sorted(order) == sorted((one.name, one.rates[1], seed) for one in SMALL for seed in (0, 1))
+    )
 
 
 def test_it_goes_on_with_what_is_there_with_more_seeds_and_other_methods(result, path):
     """Also with what lies beside the result of a process that was killed."""
-    one, other = (Made()(None, None, None, Planned("LoRA, r = 16", 1e-3, seed)) for seed in (0, 1))
+    one, other = (made(Planned("LoRA, r = 16", 1e-3, seed)) for seed in (0, 1))
     save(path, result | {"runs": [one["run"]]})
     beside = path.with_suffix(".runs") / "a.json"
     beside.parent.mkdir()

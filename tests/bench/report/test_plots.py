@@ -1,6 +1,5 @@
 """The two pictures of a run: what is in them, and that they repeat."""
 
-import copy
 from math import inf
 from pathlib import Path
 
@@ -68,17 +67,6 @@ def test_drawing_is_reproducible_whatever_the_users_settings(tmp_path):
         assert path.stat().st_size < 150_000
         pixels = matplotlib.image.imread(path)
         assert pixels[0, 0, 3] == 0  # the page shows through
-
-
-def test_what_the_run_does_not_have_is_not_drawn():
-    groups = copy.deepcopy(RUN.groups)
-    for group in groups:
-        if group.axes["suite"] != "step":
-            group.timings.pop(FAST, None)
-    pictures = drawn(*groups)
-    (axes,) = pictures[THROUGHPUT][0].axes
-    assert texts(axes.get_legend().get_texts()) == [BARE, STOCK]
-    assert len(pictures[AGAINST_STOCK][0].axes) == 1
 
 
 @pytest.mark.parametrize(

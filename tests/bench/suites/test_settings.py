@@ -11,7 +11,7 @@ from torch import nn
 import mica.fast
 from bench.results import journal
 from bench.results.names import BARE, EIGH, FAST, STOCK, SVD
-from bench.suites import bench_adapter, bench_step, bench_subspace, eigh, harness
+from bench.suites import bench_adapter, bench_step, bench_subspace, harness
 from bench.suites.layer import Form, adapted_module, make_layer
 from bench.suites.once import Once
 from bench.suites.steps import Step, checked, operators
@@ -66,10 +66,8 @@ def test_an_untimed_call_comes_before_the_timed_ones_each_on_an_operand_of_its_o
     once = Once(Benchmark())
     once(calls.append, "cell", FAST, {}, make=lambda: next(made), counted=1.0)
     assert calls[4:] == [0, 1]
-    once.grown = 3e6
-    once.note_growth(peak_mb=1e6)
     (sample,) = once.samples
-    assert (sample["seconds"], sample["facts"]) == (2.0, {"counted": 1.0, "peak_mb": 3.0})
+    assert (sample["seconds"], sample["facts"]) == (2.0, {"counted": 1.0})
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -193,31 +191,11 @@ def test_eigenvectors_that_are_not_the_minor_ones_are_refused(monkeypatch, wrong
         bench_subspace.by_eigh(torch.randn(96, 128), 16)
 
 
-@pytest.mark.parametrize("share", [1.0, 1e-7])
-def test_peft_creates_an_adapter_by_all_eigenvectors(share):
-    """They span the minor subspace; the SVD's do where the smallest singular value is lost in the Gram."""
-    base = nn.Sequential(nn.Linear(64, 40, bias=False), nn.Linear(40, 64, bias=False))
-    for layer in base:
-        left, values, right = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
-        values[-1] *= share
-        layer.weight.data = left * values @ right
-    with eigh.peft_with_eigh():
-        model = models.wrap(base, rank=8, targets=["0", "1"])
-    for layer in models.adapted_layers(model).values():
-        left, _, _ = torch.linalg.svd(layer.get_base_layer().weight.detach().double(), full_matrices=False)
-        expected, found = left[:, -8:].float(), layer.lora_B["default"].weight.detach()
-        torch.testing.assert_close(found @ found.T, expected @ expected.T, rtol=0, atol=1e-5)
-
-
 def test_a_start_from_another_subspace_has_more_energy():
     model = models.wrap(nn.Sequential(nn.Linear(24, 32, bias=False)), rank=16, targets=["0"])
     (layer,) = models.adapted_layers(model).values()
     left, _, _ = torch.linalg.svd(layer.get_base_layer().weight.detach(), full_matrices=False)
-
-    def energy(basis):
-        layer.lora_B["default"].weight.data = basis
-        return bench_adapter.energy(model)
-
-    assert energy(left[:, -17:-1]) > 1.01 * energy(left[:, -16:])
-    with pytest.raises(AssertionError, match="BᵀB is off by"):
-        energy(1.01 * left[:, -16:])
+    layer.lora_B["default"].weight.data = left[:, -16:]
+    least = bench_adapter.energy(model)
+    layer.lora_B["default"].weight.data = left[:, -17:-1]
+    assert bench_adapter.energy(model) > 1.01 * least
