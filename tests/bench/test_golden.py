@@ -75,10 +75,9 @@ def test_an_implementation_without_a_number_leaves_the_others(implementation):
 
 def test_pictures_are_linked(journal):
     markdown = command.write(journal)
-    pictures = [journal.with_name(f"run-{what}.png") for what in ("against-stock", "throughput")]
-    assert sorted(journal.parent.glob("*.png")) == pictures
-    for picture in pictures:
-        assert f"]({picture.name})\n" in markdown
+    for what in ("against-stock", "throughput"):
+        assert f"](run-{what}.png)\n" in markdown
+        assert journal.with_name(f"run-{what}.png").is_file()
 
 
 def test_ratios_that_changed_since_another_run_are_listed():

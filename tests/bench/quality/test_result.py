@@ -18,7 +18,6 @@ from bench.quality.schedule import (
     chosen,
     missing,
     planned,
-    rates_that_count,
 )
 
 GOLDEN = ROOT / "tests" / "bench" / "golden" / "quality.json"
@@ -56,39 +55,30 @@ def run_all(result, outcome):
     return order
 
 
-NAMES = "MiCA, r = 16", "LoRA, r = 16"
+def test_the_middle_rates_come_first_and_other_seeds_where_they_count():
+    """At each limit of forgetting; seed 0 chooses, though others have learned more."""
+    name = "LoRA, r = 16"
 
-
-def test_the_middle_rates_of_all_methods_come_first_and_seeds_only_where_they_count():
-    """LoRA learns with the rate, and forgets with its square; MiCA diverges at its highest rate."""
-    mica, lora = (METHODS[number] for number in (0, 3))
-
-    def outcome(planned, share):
-        if planned.method == mica.name:
-            return None if planned.rate == 4e-3 else (0.05, -0.1)  # learns nothing
-        relative = share * planned.rate / 1e-3
-        return relative**2, relative / 2 - 0.01 * (share < 1)
-
-    result = start(NAMES)
-    expected = [(one.name, one.rates[number], 0) for number in (1, 2, 0, 3) for one in (mica, lora)]
-    expected += [(lora.name, rate, seed) for seed in (1, 2) for rate in lora.rates]
-    assert run_all(result, outcome) == expected
-    assert rates_that_count(result, mica.name) == []
-    assert missing(result) == []
-
-
-def test_what_counts_at_a_limit():
     def outcome(planned, share):
         relative = share * planned.rate / 1e-3
         worse = relative / 1.99 if share < 1 else relative / 2 + 0.01
         return relative**2 + 0.001 * planned.seed, worse + planned.seed
 
-    result = start(NAMES[1:])
-    run_all(result, outcome)
-    for limit, rate in {0.1: 2.5e-4, 0.25: 5e-4, 1.0: 1e-3, inf: 2e-3}.items():
-        found = chosen(result, "LoRA, r = 16", limit)
-        # seed 0 chose, though others have learned more
+    result = start([name])
+    order = [(one.rate, one.seed) for one in run_all(result, outcome)]
+    rates = [2.5e-4, 5e-4, 1e-3, 2e-3]
+    first = [(rates[number], 0) for number in (1, 2, 0, 3)]
+    assert order == first + [(rate, seed) for seed in (1, 2) for rate in rates]
+    for limit, rate in zip((0.1, 0.25, 1.0, inf), rates, strict=True):
+        found = chosen(result, name, limit)
         assert [(one.rate, one.step, one.seed) for one in found] == [(rate, 4, seed) for seed in (0, 1, 2)]
+    assert missing(result) == []
+
+
+def test_what_has_learned_nothing_is_not_chosen():
+    result = start(["MiCA, r = 16"])
+    run_all(result, lambda one, share: None if one.rate == 4e-3 else (0.05, -0.1))  # that diverges
+    assert chosen(result, "MiCA, r = 16", inf) == []
 
 
 def test_differences_between_methods_over_seeds_and_questions():
