@@ -31,12 +31,6 @@ def test_it_writes_a_result_and_its_report(tmp_path):
     assert re.search(rf"^\|.* {re.escape(STOCK)} +\| [\d.]+ +\| [\d,.]+ +\|", text, re.MULTILINE)
 
 
-def test_a_suite_that_is_not_there_is_refused():
-    done = start("bench", "layers")
-    assert done.returncode == 2
-    assert "there is no suite 'layers'" in done.stderr
-
-
 def test_nothing_to_time(tmp_path):
     code, file, output = run(tmp_path, "no_such_benchmark")
     assert code == 1

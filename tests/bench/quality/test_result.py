@@ -96,19 +96,17 @@ def test_differences_between_methods_over_seeds_and_questions():
 def test_single_answers_make_a_difference_surer():
     """Of 64 questions both answer 30 rightly, the one 10 more; the same shares without them say less."""
     answers = "1" * 40 + "0" * 24, "1" * 30 + "0" * 34
+    result = {"texts": {TEST: {"tokens": 64}}}
 
-    def difference(*told):
-        both = []
-        for one, right in zip(answers, told, strict=True):
-            evaluation = {f"{TEST}, picked": one.count("1") / 64}
-            both.append([Point(1e-3, 4, 0, 0.0, evaluation, right)])
-        return report.difference({"texts": {TEST: {"tokens": 64}}}, *both)
+    def point(right):
+        return Point(1e-3, 4, 0, 0.0, {f"{TEST}, picked": right.count("1") / 64}, right)
 
     of_pairs = variance([100.0] * 10 + [0.0] * 54)
-    assert difference(*answers) == pytest.approx((1000 / 64, 1.96 * sqrt(of_pairs / 64)))
+    paired = [[point(right)] for right in answers]
+    assert report.difference(result, *paired) == pytest.approx((1000 / 64, 1.96 * sqrt(of_pairs / 64)))
     of_shares = 62.5 * 37.5 + 46.875 * 53.125
-    assert difference("", "") == pytest.approx((1000 / 64, 1.96 * sqrt(of_shares / 64)))
-    assert of_pairs < of_shares
+    unpaired = [[one._replace(right="")] for (one,) in paired]
+    assert report.difference(result, *unpaired) == pytest.approx((1000 / 64, 1.96 * sqrt(of_shares / 64)))
 
 
 @pytest.mark.parametrize("path", TRADE_OFFS, ids=lambda path: path.stem)

@@ -50,8 +50,6 @@ def test_an_experiment_leaves_the_base_model_as_it_was_and_names_what_diverged(b
     runs.experiment(base, texts, result, path)
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
-    trained = result["methods"]["full fine-tuning"]["trained_parameters"]
-    assert trained == sum(parameter.numel() for parameter in base.parameters())
     full, diverged, *others = result["runs"]
     assert {one["method"] for one in others} <= {"full fine-tuning"}  # no further seed of what diverged
     steps = [one["step"] for one in full["points"]]
@@ -77,10 +75,10 @@ def test_a_killed_run_goes_on_to_the_same_result(base, texts, result, path, monk
     for number in (3, 8):
         with pytest.raises(Killed):
             runs.experiment(base, texts, result, path)
-        assert len(json.loads(path.read_text())["runs"]) == number
         lock = path.with_suffix(".runs") / f"{planned(result)[0].key}.lock"
         lock.touch()  # nobody was there to remove it
         result = resume(path, fresh)
+        assert len(result["runs"]) == number
     number = None
     runs.experiment(base, texts, result, path)
     assert [*path.parent.iterdir()] == [path]

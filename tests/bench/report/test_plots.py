@@ -26,11 +26,6 @@ def texts(artists):
     return [artist.get_text() for artist in artists]
 
 
-def bars(figure):
-    """The labels of all panels."""
-    return [label for axes in figure.axes for label in texts(axes.get_yticklabels())]
-
-
 def test_what_is_drawn_and_its_caption():
     pictures = drawn(*RUN.groups)
     figure, caption = pictures[THROUGHPUT]
@@ -43,8 +38,8 @@ def test_what_is_drawn_and_its_caption():
     once, each_step = figure.axes
     assert once.get_title() == "Paid once"
     assert each_step.get_title() == "Paid at each step"
-    suites = [bar.partition("\n")[0] for bar in bars(figure)]
-    assert suites == [*plots.PANELS[plots.ONCE].values(), *["training step"] * 2]
+    labels = [label.partition("\n")[0] for axes in figure.axes for label in texts(axes.get_yticklabels())]
+    assert labels == [*plots.PANELS[plots.ONCE].values(), *["training step"] * 2]
     assert [once.get_xscale(), each_step.get_xscale()] == ["log", "linear"]
     assert texts(once.texts) == ["8.00×", "2.00×", "0.33×"]
     assert texts(each_step.texts) == ["1.33×", "1.36×"]
