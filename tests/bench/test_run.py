@@ -81,7 +81,6 @@ def test_what_stops_a_process_is_left_out_by_the_next(code, state, refused, chec
     assert result.stages == [summary]
     assert {(one["group"], one["implementation"]): one["why"] for one in result.refused} == refused
     assert {one["name"]: one.get("why") for one in result.checks} == checks
-    assert {one["outcome"] for one in result.checks if "why" in one} <= {"failed"}
     assert summary.get("first_failed", []) == [name for name, why in checks.items() if why]
     assert all([*group.timings] == ["x"] and group.timings["x"].seconds == [1.0] for group in result.groups)
     assert len(result.groups) == code.count('sample("')
@@ -102,7 +101,6 @@ def test_over_time_it_ends_with_its_children(start, tmp_path):
     code = f"sample('a', 'x'); subprocess.Popen([sys.executable, '-c', {child!r}]); {HANG}"
     summary, result = start(code, seconds=6.0)
     assert summary["state"] == "over time"
-    assert summary["seconds"] < 30
     assert result.groups[0].timings["x"].seconds == [1.0]
     time.sleep(max(0.0, 16.5 - (time.monotonic() - began)))
     assert not note.exists()

@@ -132,18 +132,21 @@ def test_the_journal_of_a_run_that_was_cut_off(tmp_path):
     assert load(file) == Result.load(GOLDEN / "run.json")
 
 
+DRY = "of a dry run, whose times are not measurements"
+
+
 @pytest.mark.parametrize(
-    ("machine", "why"),
+    ("fact", "value", "why"),
     [
-        ({"device": "dry run"}, "of a dry run, whose times are not measurements"),
-        ({"size": "dry"}, "of a dry run, whose times are not measurements"),
-        ({"device": "cpu"}, "of a CPU: only a run on a GPU can be adopted"),
+        ("device", "dry run", DRY),
+        ("size", "dry", DRY),
+        ("device", "cpu", "of a CPU: only a run on a GPU can be adopted"),
     ],
 )
-def test_what_is_no_measurement_of_a_gpu_is_refused(machine, why, root, tmp_path, monkeypatch, capsys):
+def test_what_is_no_measurement_of_a_gpu_is_refused(fact, value, why, root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pages, "ROOT", root)
     file, refused = tmp_path / "run.json", result(*ALL)
-    refused.machine |= machine
+    refused.machine[fact] = value
     refused.save(file)
     assert gpu.main(["--adopt", str(file)]) == 2
     assert capsys.readouterr().err == f"bench.gpu: {file} is {why}.\n"

@@ -36,12 +36,6 @@ def test_each_implementation_of_a_layer_is_that_of_the_model(part):
         assert predicted(name, part, suite="forms") == roofline.predict(expected, PEAK)
 
 
-def test_what_is_not_modelled_has_no_prediction():
-    assert predicted(FAST, dropout=0.05) is None
-    assert predicted(FAST, dtype="float32") is None
-    assert predicted(names.COMPILED_FAST) is None
-
-
 def test_mica_fast_is_predicted_in_the_form_that_it_takes(monkeypatch):
     default = predicted(FAST, BACKWARD)
     monkeypatch.setitem(configs.FORMS, DEVICE, (configs.Forms(0, 256, "fused", "reference"),))

@@ -57,11 +57,3 @@ def test_blocks_of_training_and_held_out_text_differ(texts):
     assert not [block for block in trained if block in held_out]
     assert [len(texts.prose[f"prose, {part}"]) for part in ("validation", "held_out")] == [1, 2]
     assert {name: len(one) for name, one in texts.train.items()} == {"facts": 15, "prose": 5}  # a batch: 3, 1
-
-
-def test_texts_that_cannot_be_measured_are_refused(tokenizer, models_folder):
-    """Facts that fill no step, and answers that begin alike."""
-    with pytest.raises(UsageError, match="--rounds 1: too "):
-        sources.gather(tokenizer, 8, 1, 100, 1, models_folder)
-    with pytest.raises(UsageError, match="begins two answers"):
-        sources.tokenise(tokenizer, [sources.Probe("A", " wolf", (" wolf-like",))])

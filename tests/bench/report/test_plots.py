@@ -59,9 +59,7 @@ def test_drawing_is_reproducible_whatever_the_users_settings(tmp_path):
         again = plots.draw(RUN, tmp_path / "2", "run")
     for (path, caption), (other, same) in zip(first, again, strict=True):
         assert (path.name, path.read_bytes(), caption) == (other.name, other.read_bytes(), same)
-        assert path.stat().st_size < 150_000
-        pixels = matplotlib.image.imread(path)
-        assert pixels[0, 0, 3] == 0  # the page shows through
+        assert matplotlib.image.imread(path)[0, 0, 3] == 0  # the page shows through
 
 
 @pytest.mark.parametrize(
