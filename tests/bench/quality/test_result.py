@@ -76,12 +76,6 @@ def test_the_middle_rates_come_first_and_other_seeds_where_they_count():
     assert missing(result) == []
 
 
-def test_what_has_learned_nothing_is_not_chosen():
-    result = start(["MiCA, r = 16"])
-    run_all(result, lambda one, share: None if one.rate == 4e-3 else (0.05, -0.1))  # that diverges
-    assert chosen(result, "MiCA, r = 16", inf) == []
-
-
 def test_differences_between_methods_over_seeds_and_questions():
     ours, theirs = report.COMPARED[0]
     result = start((ours, theirs)) | {"texts": {TEST: {"tokens": 64}}}

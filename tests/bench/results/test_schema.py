@@ -81,7 +81,6 @@ def test_a_journal_knows_its_machine():
         (f"{CELL}, {WALL}", None, None, ALL),
         (CELL, None, None, None),
         ("layer, 8", None, ALL, ALL),
-        ("layer, 8 tokens,", None, ALL, ALL),
         (f"{CELL}, with something", None, ALL, ALL),
     ],
 )
