@@ -5,7 +5,6 @@ Times are made up, so that a page's figures can be worked out by hand. After a c
 """
 
 import copy
-import re
 from pathlib import Path
 
 import pytest
@@ -40,7 +39,6 @@ def test_a_journal_becomes_a_result_and_its_report(journal, capsys):
     assert written.read_text(encoding="utf-8") == golden("run.json")
     assert journal.with_suffix(".md").read_text(encoding="utf-8") == golden("run.md")
     assert capsys.readouterr().out == golden("run.md")
-    assert {path.suffix for path in journal.parent.iterdir()} == {".jsonl", ".json", ".md"}
     result = Result.load(written)
     result.save(written)
     assert written.read_text(encoding="utf-8") == golden("run.json")
@@ -56,20 +54,15 @@ def test_an_interrupted_run_does_not_know_its_machine(journal):
     assert text.partition("## Layer")[2] == golden("run.md").partition("## Layer")[2]
 
 
-def test_a_run_that_measured_nothing_says_so():
-    text = report(Result({"device": "a GPU"}, []))
-    assert text.count(" not measured |") == 6 + 4  # of the layer and of the kernels
-    assert "mica.fast was compared with nothing." in text
-
-
 @pytest.mark.parametrize("implementation", [BARE, STOCK, FAST])
 def test_an_implementation_without_a_number_leaves_the_others(implementation):
     result = Result.load(GOLDEN / "run.json")
+    result.predictions.clear()
     for group in result.groups:
         group.timings.pop(implementation, None)
     text = report(result)
     assert f"÷ {implementation} " not in text.partition("## Layer")[2]
-    assert f"| {implementation} |" not in re.sub(" +", " ", text.partition("## Prediction")[0])
+    assert f"| {implementation} " not in text
     assert ("mica.fast was compared with nothing." in text) == (implementation == FAST)
 
 

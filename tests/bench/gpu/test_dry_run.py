@@ -24,10 +24,10 @@ def test_what_it_needs_is_named(capsys, monkeypatch):
     assert gpu.main(["--dry-run"]) == 2
     monkeypatch.setattr(gpu, "REQUIRED", ("torch", "no_such_package"))
     assert gpu.main(["--dry-run"]) == 2
-    *without, peft, package = capsys.readouterr().err.splitlines()
-    assert all("torch sees none here" in line for line in without)
-    assert "needs PEFT 0.20 or later, which has MiCA, but here is 0.19.3" in peft
-    assert "needs no_such_package" in package
+    told = capsys.readouterr().err
+    assert "torch sees none here" in told or torch.cuda.is_available()
+    assert "needs PEFT 0.20 or later, which has MiCA, but here is 0.19.3" in told
+    assert "needs no_such_package" in told
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
@@ -42,15 +42,13 @@ def test_stages(stage, tmp_path):
 
 def test_a_run_that_is_told_to_end_goes_on_to_its_report(monkeypatch, capsys):
     """SIGTERM, as `timeout` sends it, during the first of two stages."""
-
-    def start(job):
-        signal.raise_signal(signal.SIGTERM)
-
-    run = SimpleNamespace(file=Path("run.json"), save=lambda: None, start=start)
+    ended = SimpleNamespace(
+        file=Path("run.json"), save=lambda: None, start=lambda job: signal.raise_signal(signal.SIGTERM)
+    )
     monkeypatch.setattr(gpu, "predict", lambda *_: None)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        assert gpu.run_stages(run, STAGES[:2], True, 10.0, 10.0) == [CUT_OFF]
+        assert gpu.run_stages(ended, STAGES[:2], True, 10.0, 10.0) == [CUT_OFF]
     finally:
         signal.signal(signal.SIGTERM, before)
     assert "The run was cut off." in capsys.readouterr().out

