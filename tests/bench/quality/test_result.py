@@ -17,7 +17,6 @@ from bench.quality.schedule import (
     VALIDATION,
     Point,
     chosen,
-    missing,
     planned,
 )
 
@@ -73,7 +72,6 @@ def test_the_middle_rates_come_first_and_other_seeds_where_they_count():
     for limit, rate in zip((0.1, 0.25, 1.0, inf), rates, strict=True):
         found = chosen(result, name, limit)
         assert [(one.rate, one.step, one.seed) for one in found] == [(rate, 4, seed) for seed in (0, 1, 2)]
-    assert missing(result) == []
 
 
 def test_differences_between_methods_over_seeds_and_questions():

@@ -31,5 +31,4 @@ def test_a_dry_run_has_columns_and_no_verdict():
     text = report(run("dry run", 1e-9))
     assert DRY in text
     assert "Modelled for a card before the run" in text
-    assert "| modelled µs " in text
     assert "off by" not in text
