@@ -25,7 +25,6 @@ def test_it_writes_a_result_and_its_report(tmp_path):
     for group in result.groups:
         assert {BARE, STOCK, FAST} <= group.timings.keys()
         assert {len(timing.seconds) for timing in group.timings.values()} == {5}
-    assert not result.refused
     text = file.with_suffix(".md").read_text()
     assert text in output
     assert re.search(rf"^\|.* {re.escape(STOCK)} +\| [\d.]+ +\| [\d,.]+ +\|", text, re.MULTILINE)
