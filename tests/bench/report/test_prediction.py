@@ -18,9 +18,7 @@ def run(device, seconds):
     return made
 
 
-@pytest.mark.parametrize(
-    ("ratio", "is_off"), [(0.79, True), (0.81, False), (1.0, False), (1.19, False), (1.21, True)]
-)
+@pytest.mark.parametrize(("ratio", "is_off"), [(0.79, True), (0.81, False), (1.19, False), (1.21, True)])
 def test_rows_that_are_off_by_more_than_a_fifth_are_named(ratio, is_off):
     first, *lines = verdict(run("a card", 1e-3 / ratio)).splitlines()
     assert first.rstrip(":.") == f"Rows modelled: 1, measured: 1, off by more than 20 %: {int(is_off)}"
