@@ -27,14 +27,15 @@ def test_the_b_of_the_largest_directions(base):
 
 
 def test_losses_of_probes(base, tokenizer):
-    """One question whose right answer is the likeliest, and one whose is the least likely."""
+    """One question whose right answer is the likeliest, and one whose is the second."""
     questions = {"The pet of Velma is a": " wolf| goat| fox", "By trade, Velma is a": " nurse| tailor| baker"}
     probes, right, among = [], [], []
     for prompt, answers in questions.items():
         with torch.no_grad():
             score = base(torch.tensor([tokenizer(prompt).input_ids])).logits[0, -1].log_softmax(-1)
         by_answer = {answer: score[tokenizer(answer).input_ids[0]].item() for answer in answers.split("|")}
-        answer, *others = sorted(by_answer, key=by_answer.get, reverse=not probes)
+        others = sorted(by_answer, key=by_answer.get, reverse=True)
+        answer = others.pop(len(probes))
         probes.append(sources.Probe(prompt, answer, tuple(others)))
         right.append(by_answer[answer])
         among.append(by_answer[answer] - math.log(sum(map(math.exp, by_answer.values()))))
