@@ -46,14 +46,6 @@ if not journal.read():
             journal.write("test", stage="stage", name=name, outcome="passed", is_check=True)
     {HANG}
 """
-WHILE_IT_RUNS = """
-file, deadline = pathlib.Path(os.environ["FILE"]), time.monotonic() + 20
-sample("a", "x")
-while not file.exists() and time.monotonic() < deadline:
-    time.sleep(0.1)
-    sample("a", "x")
-assert json.loads(file.read_text())["benchmarks"][0]["stats"]["data"]
-"""
 DIED, SILENT = "the process died", "nothing was heard for 4 s"
 
 
@@ -65,7 +57,7 @@ def start(tmp_path, monkeypatch):
     def start(code, **limits):
         this = run.Run(tmp_path / "results" / "run.json")
         command = [sys.executable, "-c", SCRIPT + code]
-        summary = this.start(run.Job("stage", command, {"FILE": str(this.file)}, **limits))
+        summary = this.start(run.Job("stage", command, {}, **limits))
         return summary, Result.load(this.file)
 
     return start
@@ -89,7 +81,6 @@ def test_what_stops_a_process_is_left_out_by_the_next(code, state, refused, chec
     assert result.stages == [summary]
     assert {(one["group"], one["implementation"]): one["why"] for one in result.refused} == refused
     assert {one["name"]: one.get("why") for one in result.checks} == checks
-    assert {one["outcome"] for one in result.checks if "why" in one} <= {"failed"}
     assert summary.get("first_failed", []) == [name for name, why in checks.items() if why]
     assert all([*group.timings] == ["x"] and group.timings["x"].seconds == [1.0] for group in result.groups)
     assert len(result.groups) == code.count('sample("')
@@ -98,8 +89,7 @@ def test_what_stops_a_process_is_left_out_by_the_next(code, state, refused, chec
 def test_one_that_keeps_dying_is_given_up(start):
     summary, result = start(f'sample("a", "x"); {KILL}')
     assert summary["state"] == "died"
-    # between two tests: nothing is blamed, and it is not restarted for ever
-    assert len(result.refused) <= run.STARTS
+    assert len(result.refused) <= run.STARTS  # it is not restarted for ever
     assert result.stages[0]["was_doing"] == {"group": "a", "implementation": "x"}
 
 
@@ -110,14 +100,12 @@ def test_over_time_it_ends_with_its_children(start, tmp_path):
     code = f"sample('a', 'x'); subprocess.Popen([sys.executable, '-c', {child!r}]); {HANG}"
     summary, result = start(code, seconds=6.0)
     assert summary["state"] == "over time"
-    assert summary["seconds"] < 30
     assert result.groups[0].timings["x"].seconds == [1.0]
     time.sleep(max(0.0, 16.5 - (time.monotonic() - began)))
     assert not note.exists()
 
 
-def test_a_run_that_is_told_to_end_keeps_what_it_has_and_leaves_no_process(monkeypatch, tmp_path):
-    monkeypatch.setenv(journal.VARIABLE, "")
+def test_a_run_that_is_told_to_end_keeps_what_it_has_and_leaves_no_process(start, monkeypatch, tmp_path):
     watched = []
 
     def watch(this, process, *limits):
@@ -127,24 +115,16 @@ def test_a_run_that_is_told_to_end_keeps_what_it_has_and_leaves_no_process(monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run.Run, "_watch", watch)
-    this = run.Run(tmp_path / "run.json")
     with pytest.raises(KeyboardInterrupt):
-        this.start(run.Job("stage", [sys.executable, "-c", f"{SCRIPT}sample('a', 'x'); {HANG}"], {}))
-    (summary,) = Result.load(this.file).stages
-    assert summary["state"] == run.CUT_OFF
-    assert summary["was_doing"] == {"group": "a", "implementation": "x"}
-    assert Result.load(this.file).groups[0].timings["x"].seconds == [1.0]
+        start(f"sample('a', 'x'); {HANG}")
+    result = Result.load(tmp_path / "results" / "run.json")
+    assert result.stages[0]["state"] == run.CUT_OFF
+    assert result.stages[0]["was_doing"] == {"group": "a", "implementation": "x"}
+    assert result.groups[0].timings["x"].seconds == [1.0]
     assert watched[0].returncode == -signal.SIGKILL
 
 
-def test_results_are_written_while_it_runs(start):
-    assert start(WHILE_IT_RUNS)[0]["state"] == "passed"
-
-
-def test_a_machine_without_git_and_where_results_go(monkeypatch, tmp_path):
-    for name, value in {"PATH": "", "MICA_BENCH_COMMIT": "abc", "OUT": str(tmp_path)}.items():
-        monkeypatch.setenv(name, value)
+def test_a_machine_without_git_has_a_commit_all_the_same(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("MICA_BENCH_COMMIT", "abc")
     assert machine.facts()["commit"] == "abc"
-    assert machine.output() == tmp_path
-    monkeypatch.delenv("OUT")
-    assert machine.output().parts[-3:-1] == ("bench", "results")

@@ -1,130 +1,70 @@
 """What the model writes before a run: rows that the run then measures, by the same names."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from bench.gpu import __main__ as gpu
 from bench.gpu import prediction, roofline
 from bench.gpu.roofline import Layer
 from bench.measure.peaks import PEAKS
-from bench.results import journal
-from bench.results.names import (
-    ATEN,
-    BACKWARD,
-    BARE,
-    COMPILED_FAST,
-    COPY,
-    CUBLAS,
-    DEVICE_TIME,
-    DOWN_A,
-    DOWN_B,
-    FAST,
-    FORWARD,
-    GRAD_A,
-    STOCK,
-    STOCK_16,
-    UP_B,
-    of_form,
-)
+from bench.results import names
+from bench.results.names import BACKWARD, BARE, DEVICE_TIME, FAST, FORWARD
+from bench.suites import bench_kernels
 from mica.kernels import configs
-from tests.support.dry_run import dry_run
 
 DEVICE = "NVIDIA H100 80GB HBM3"
 PEAK = PEAKS[DEVICE]
 AXES = {"suite": "layer", "tokens": 8192, "out": 4096, "in": 4096, "rank": 16, "dtype": "bfloat16"}
-AXES |= {"pass": FORWARD}
 LAYER = Layer(8192, 4096, 4096, 16, PEAK.cache)
 
 
-def predicted(implementation, **axes):
-    return prediction.of_layer({**AXES, **axes}, implementation, DEVICE)
+def predicted(implementation, part=FORWARD, **axes):
+    return prediction.of_layer({**AXES, "pass": part, **axes}, implementation, DEVICE)
 
 
-def test_each_implementation_of_a_layer_is_that_of_the_model():
-    def modelled(launches):
-        return roofline.predict(launches, PEAK)
-
-    for part in (FORWARD, BACKWARD):
-        axes = {"pass": part}
-        assert predicted(BARE, **axes) == modelled(roofline.bare(LAYER, part))
-        assert predicted(STOCK, **axes) == modelled(roofline.stock(LAYER, part))
-        without_masters = LAYER._replace(has_masters=False)
-        assert predicted(STOCK_16, **axes) == modelled(roofline.stock(without_masters, part))
-        assert predicted(ATEN, **axes) == modelled(roofline.aten_control(LAYER, part))
-        for word in configs.FORM_NAMES:
-            expected = modelled(roofline.of_form(word, LAYER, part))
-            assert predicted(of_form(word), **axes, suite="forms") == expected
-    assert predicted(FAST, dropout=0.05) is None
-    assert predicted(FAST, dtype="float32") is None
-    assert predicted(COMPILED_FAST) is None
-    assert predicted(of_form("fused")) is None  # in the suite of forms only
+@pytest.mark.parametrize("part", [FORWARD, BACKWARD])
+def test_each_implementation_of_a_layer_is_that_of_the_model(part):
+    launches = {
+        BARE: roofline.bare(LAYER, part),
+        names.STOCK: roofline.stock(LAYER, part),
+        names.STOCK_16: roofline.stock(LAYER._replace(has_masters=False), part),
+        names.ATEN: roofline.aten_control(LAYER, part),
+    }
+    launches |= {names.of_form(word): roofline.of_form(word, LAYER, part) for word in configs.FORM_NAMES}
+    for name, expected in launches.items():
+        assert predicted(name, part, suite="forms") == roofline.predict(expected, PEAK)
 
 
 def test_mica_fast_is_predicted_in_the_form_that_it_takes(monkeypatch):
-    forms = {part: predicted(FAST, **{"pass": part}) for part in (FORWARD, BACKWARD)}
+    default = predicted(FAST, BACKWARD)
     monkeypatch.setitem(configs.FORMS, DEVICE, (configs.Forms(0, 256, "fused", "reference"),))
-    fused = roofline.predict(roofline.of_form("fused", LAYER, FORWARD), PEAK)
-    assert predicted(FAST) == fused != forms[FORWARD]
-    assert predicted(FAST, **{"pass": BACKWARD}) == forms[BACKWARD]  # kernels are demanded
+    assert predicted(FAST) == roofline.predict(roofline.of_form("fused", LAYER, FORWARD), PEAK)
+    assert predicted(FAST, BACKWARD) == default  # kernels are demanded
 
 
-@pytest.mark.parametrize("kernel", [DOWN_A, DOWN_B, UP_B, GRAD_A])
-def test_a_copy_moves_the_bytes_of_its_kernel(kernel):
-    axes = {"kernel": kernel, "tokens": 8192, "features": 4096, "rank": 16}
-    copy, ours, cublas = (prediction.of_kernel(axes, name, PEAK) for name in (COPY, "default", CUBLAS))
-    assert copy.moved == ours.moved
-    assert copy.seconds < ours.seconds
-    large = 8192 * 4096 * 2 * (2 if kernel == UP_B else 1)
-    assert 1 <= ours.moved / large < 1.02
-    assert cublas.launches == (2 if kernel == DOWN_A else 1)
-
-
-def test_a_prediction_names_the_cells_that_a_run_then_measures(tmp_path):
-    """By the suite of kernels, on tiny shapes; the environment decides which cells there are."""
-    injected = "\n".join(
-        [
-            "from bench.gpu import prediction",
-            f"prediction.main([{DEVICE!r}])",
-        ]
-    )
-    done = dry_run(tmp_path, "bench_kernels.py", injected=injected)
-    groups = {group.name: group for group in done.result.groups}
-    rows = done.result.predictions
-    kernels = [one for one in rows if one["group"] in groups]
-    assert len(kernels) == 4 * 3
-    for one in kernels:
-        assert groups[one["group"]].axes["clock"] == DEVICE_TIME
-        names = [*groups[one["group"]].timings]
-        assert one["implementation"] in (names[0], names[1], names[-1])  # the copy, the default, cuBLAS
-    others = {one["group"].partition(",")[0] for one in rows if one["group"] not in groups}
-    assert others == {"layer", "forms of a layer"}
-    assert {one["device"] for one in rows} == {DEVICE}
-    assert not any("dropout" in one["group"] for one in rows)
-    entries = journal.read(tmp_path / "journal.jsonl")
-    kinds = [entry["kind"] for entry in entries]
-    assert kinds.index("sample") > len(kinds) - 1 - kinds[::-1].index("prediction")  # before the first
-
-
-class FakeRun:
-    def __init__(self, folder, device):
-        self.file = folder / "run.json"
-        self.machine = {"device": device}
+def test_cells_of_the_suites_are_predicted(monkeypatch):
+    """That a run then measures them by these names, the dry run with faults shows."""
+    cells = [bench_kernels.Cell(kernel, 40, 64, 16) for kernel in bench_kernels.NAMES]
+    monkeypatch.setattr(bench_kernels, "CELLS", cells)
+    rows = [(one["group"], one["implementation"]) for one in prediction.records(DEVICE)]
+    for cell in cells:
+        copy, default, *_, cublas = bench_kernels.implementations(cell)
+        assert rows[:3] == [(f"{cell.name}, {DEVICE_TIME}", name) for name in (copy, default, cublas)]
+        del rows[:3]
+    assert rows
+    assert all(group.startswith("layer, ") and "dropout" not in group for group, _ in rows)
 
 
 def test_a_run_goes_on_without_a_prediction(tmp_path, monkeypatch, capfd):
-    gpu.predict(FakeRun(tmp_path, "a card"), False)
-    assert "no prediction: bench/measure/peaks.py does not have a card" in capfd.readouterr().out
-
-    def fails(command, **options):
+    def fails(command, env, **options):
         assert command[-1] == DEVICE
-        assert options["env"]["MICA_BACKEND"] == "triton"
-        assert options["env"]["TRITON_INTERPRET"] == "0"
+        assert env["MICA_BACKEND"] == "triton"
         raise gpu.subprocess.CalledProcessError(1, command)
 
     monkeypatch.setattr(gpu.subprocess, "run", fails)
-    gpu.predict(FakeRun(tmp_path, DEVICE), False)
-    assert "no prediction: " in capfd.readouterr().out
-
-
-def test_runs_of_some_stages_have_names_of_their_own():
-    assert gpu.default_name([]).endswith("-gpu")
-    assert gpu.default_name(["1", "3"]) == f"{gpu.default_name([])}-stages-1-3"
+    for device in ("a card", DEVICE):
+        gpu.predict(SimpleNamespace(file=tmp_path / "run.json", machine={"device": device}), False)
+    unknown, failed = capfd.readouterr().out.splitlines()
+    assert unknown == "no prediction: bench/measure/peaks.py does not have a card"
+    assert failed.startswith("no prediction: ")

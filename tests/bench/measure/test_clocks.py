@@ -1,6 +1,7 @@
 """The clocks of an accelerator, on a simulated device: which time is whose?"""
 
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,24 +28,17 @@ def device(monkeypatch):
 
     class Event:
         def __init__(self, enable_timing):
-            self.at = None
+            self.synchronize = simulated.synchronize
 
         def record(self):
             self.at = max(simulated.free, simulated.host)
 
-        def synchronize(self):
-            simulated.synchronize()
-
         def elapsed_time(self, end):
             return 1e3 * (end.at - self.at)
 
-    cuda = clocks.torch.cuda
-    monkeypatch.setattr(cuda, "Event", Event)
-    monkeypatch.setattr(cuda, "synchronize", simulated.synchronize)
-    monkeypatch.setattr(cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        cuda, "_sleep", lambda cycles: simulated.enqueue(cycles / clocks.CLOCK_RATE), raising=False
-    )
+    cuda = SimpleNamespace(Event=Event, synchronize=simulated.synchronize, is_available=lambda: True)
+    cuda._sleep = lambda cycles: simulated.enqueue(cycles / clocks.CLOCK_RATE)
+    monkeypatch.setattr(clocks.torch, "cuda", cuda)
     monkeypatch.setattr(clocks, "_empty_cache", lambda: simulated.enqueue(1e-4))
     monkeypatch.setattr(clocks.time, "perf_counter", lambda: simulated.host)
     return simulated

@@ -15,7 +15,6 @@ SMALL = [  # ranks that a tiny model has
     for one in METHODS
     if one.rank not in (64, 128)
 ]
-COPIED = " ".join(f"copied{number}" for number in range(30))
 
 
 def prose(name):
@@ -27,15 +26,15 @@ def models_folder(tmp_path_factory):
     """Like ``transformers.models``: one old model and eight new ones, some with text to leave out."""
     folder = tmp_path_factory.mktemp("models")
     for model in ("old", *(f"new{number}" for number in range(8))):
-        (folder / model).mkdir()
         parts = [prose(model)]
         if model in ("old", "new3"):
-            parts.append(f"{model} before. {COPIED} {model} after. {prose(model + 'x')}")
+            parts.append(f"{model} before. {prose('copied')} {model} after. {prose(model + 'x')}")
         if model in ("new4", "new5"):
             parts.append(f"Shared by two new models: {prose('shared')}")
         docstring = "\n\n    ".join([*parts, f"Args:\n        {prose('argument')}"])
         year = 2023 if model == "old" else 2025
         source = f'# Copyright {year} The Team.\nclass Model:\n    """{docstring}\n    """\n'
+        (folder / model).mkdir()
         (folder / model / f"modeling_{model}.py").write_text(source)
     return folder
 

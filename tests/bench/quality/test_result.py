@@ -1,47 +1,31 @@
 """What follows from a result: the next run, what is missing, the report."""
 
 import json
-from math import inf, log, sqrt
+import shutil
+from math import inf, sqrt
 from statistics import mean, variance
 
 import pytest
 
 from bench.measure.machine import ROOT
 from bench.quality import report
-from bench.quality.recipes import METHODS, RECIPES, STOPS
+from bench.quality.recipes import METHODS, STOPS
 from bench.quality.schedule import (
     KNOWN,
     LIMITS,
     TEST,
     VALIDATION,
+    Point,
     chosen,
-    missing,
     planned,
-    points,
-    rates_that_count,
 )
-from mica.cli.adapt import options
 
-GOLDEN = ROOT / "tests" / "bench" / "golden"
-RESULTS = [*sorted((ROOT / "bench/results").glob("*/*-trade-off.json")), GOLDEN / "quality.json"]
-BASE = dict.fromkeys(KNOWN, 1.0) | {
-    **{VALIDATION: 2.0, "facts, held_out, among answers": 2.0, "facts, held_out, picked": 0.125},
-    "prose, held_out": 4.0,
-}
+GOLDEN = ROOT / "tests" / "bench" / "golden" / "quality.json"
+TRADE_OFFS = sorted((ROOT / "bench" / "results").glob("*/*-trade-off.json"))
 
 
 def golden():
-    return json.loads((GOLDEN / "quality.json").read_text())
-
-
-def test_the_papers_recipe_is_that_of_mica_adapt():
-    """arXiv 2604.01694, and alpha = 2 r as in its author's example."""
-    ours, theirs = RECIPES["paper"], options.RECIPES["paper"]
-    assert ours == (("q_proj", "v_proj"), 2, "cosine", 0.1, 0.01, 0.05, 0.3)
-    assert (ours.scaling, ours.warm_up) == (theirs["alpha_per_rank"], theirs["warmup_ratio"])
-    assert ",".join(ours.target_modules) == theirs["target_modules"]
-    for name in ("scheduler", "weight_decay", "dropout", "max_grad_norm"):
-        assert getattr(ours, name) == theirs[name]
+    return json.loads(GOLDEN.read_text())
 
 
 def after(forgotten, learned):
@@ -53,15 +37,10 @@ def after(forgotten, learned):
 
 
 def start(names, seeds=3):
-    settings = {"rates": 4, "seeds": seeds, "epochs": 1, "steps": 4, "facts_blocks": 3, "prose_blocks": 1}
-    settings |= {"length": 96, "people": 8, "rounds": 8, "answers": 8}
+    result = golden()
+    result["settings"]["seeds"] = seeds
     plan = {one.name: one._asdict() for one in METHODS if one.name in names}
-    head = {
-        "machine": {"torch": "2.13"},
-        "starts": [{"commit": "abc", "cpu": "a processor"}],
-        "model": "tiny",
-    }
-    return {**head, "settings": settings, "plan": plan, "methods": {}, "base": BASE, "runs": []}
+    return result | {"plan": plan, "methods": {}, "runs": []}
 
 
 def run_all(result, outcome):
@@ -76,112 +55,63 @@ def run_all(result, outcome):
     return order
 
 
-NAMES = "MiCA, r = 16", "LoRA, r = 16"
+def test_the_middle_rates_come_first_and_other_seeds_where_they_count():
+    """At each limit of forgetting; seed 0 chooses, though others have learned more."""
+    name = "LoRA, r = 16"
 
-
-def test_the_middle_rates_of_all_methods_come_first_and_seeds_only_where_they_count():
-    """LoRA learns with the rate, and forgets with its square; MiCA diverges at its highest rate."""
-
-    def outcome(planned, share):
-        if planned.method == "MiCA, r = 16":
-            return None if planned.rate == 4e-3 else (0.05, -0.1)  # learns nothing
-        relative = share * planned.rate / 1e-3
-        return relative**2, relative / 2 - 0.01 * (share < 1)
-
-    result = start(NAMES)
-    order = run_all(result, outcome)
-    first = [(one.method, one.rate) for one in order if one.seed == 0]
-    mica, lora = (METHODS[number] for number in (0, 3))
-    assert first == [(one.name, one.rates[number]) for number in (1, 2, 0, 3) for one in (mica, lora)]
-    assert rates_that_count(result, mica.name) == []
-    assert rates_that_count(result, lora.name) == [2.5e-4, 5e-4, 1e-3, 2e-3]
-    assert [(one.rate, one.seed) for one in order[8:]] == [
-        (rate, seed) for seed in (1, 2) for rate in (2.5e-4, 5e-4, 1e-3, 2e-3)
-    ]
-    assert missing(result) == []
-
-
-@pytest.mark.parametrize(
-    ("limit", "at"),
-    [(0.1, (2.5e-4, 4)), (0.25, (5e-4, 4)), (1.0, (1e-3, 4)), (inf, (2e-3, 4))],
-)
-def test_what_counts_at_a_limit(limit, at):
     def outcome(planned, share):
         relative = share * planned.rate / 1e-3
         worse = relative / 1.99 if share < 1 else relative / 2 + 0.01
         return relative**2 + 0.001 * planned.seed, worse + planned.seed
 
-    result = start(NAMES[1:])
-    run_all(result, outcome)
-    found = chosen(result, "LoRA, r = 16", limit)
-    assert {(one.rate, one.step) for one in found} == {at}
-    assert [one.seed for one in found] == [0, 1, 2]  # the first chose, though others have learned more
-    assert found[0].forgotten <= limit
+    result = start([name])
+    order = [(one.rate, one.seed) for one in run_all(result, outcome)]
+    rates = [2.5e-4, 5e-4, 1e-3, 2e-3]
+    first = [(rates[number], 0) for number in (1, 2, 0, 3)]
+    assert order == first + [(rate, seed) for seed in (1, 2) for rate in rates]
+    for limit, rate in zip((0.1, 0.25, 1.0, inf), rates, strict=True):
+        found = chosen(result, name, limit)
+        assert [(one.rate, one.step, one.seed) for one in found] == [(rate, 4, seed) for seed in (0, 1, 2)]
 
 
 def test_differences_between_methods_over_seeds_and_questions():
-    names = report.COMPARED[0]
-    result = start(names) | {"texts": {"facts, held_out": {"tokens": 64}}}
-    run_all(result, lambda one, share: (share, 0.5 + 0.25 * one.seed if one.method == names[0] else 0.5))
-    assert report.values(result, names[0], report.RIGHT) == [[], *[pytest.approx([32.5, 42.5, 52.5])] * 4]
-    found = report.difference(result, *(chosen(result, name, LIMITS[1]) for name in names))
+    ours, theirs = report.COMPARED[0]
+    result = start((ours, theirs)) | {"texts": {TEST: {"tokens": 64}}}
+    run_all(result, lambda one, share: (share, 0.5 + 0.25 * one.seed * (one.method == ours)))
+    assert report.values(result, ours, report.RIGHT) == [[], *[pytest.approx([32.5, 42.5, 52.5])] * 4]
     of_questions = mean(p * (100 - p) for p in (32.5, 42.5, 52.5)) + 32.5 * 67.5
     half = 1.96 * sqrt(100 / 3 + of_questions / 64)
+    found = report.difference(result, *(chosen(result, name, LIMITS[1]) for name in (ours, theirs)))
     assert found == pytest.approx((10, half))
-    row = f"| MiCA, r = 64 less LoRA, r = 32 | |{f' +10 ± {half:.0f} |' * 4}\n"
-    assert row in report.report(result).replace("|  |", "| |")
+    assert f"| {ours} less {theirs} |  |{f' +10 ± {half:.0f} |' * 4}\n" in report.report(result)
 
 
 def test_single_answers_make_a_difference_surer():
     """Of 64 questions both answer 30 rightly, the one 10 more; the same shares without them say less."""
-    names = report.COMPARED[0]
-    result = start(names, seeds=1) | {"texts": {TEST: {"tokens": 64}}}
-    answers = {names[0]: "1" * 40 + "0" * 24, names[1]: "1" * 30 + "0" * 34}
+    answers = "1" * 40 + "0" * 24, "1" * 30 + "0" * 34
+    result = {"texts": {TEST: {"tokens": 64}}}
 
-    def differ():
-        return report.difference(result, *(points(result, name) for name in names))
+    def point(right):
+        return Point(1e-3, 4, 0, 0.0, {f"{TEST}, picked": right.count("1") / 64}, right)
 
-    def run(name, **more):
-        evaluation = BASE | {f"{TEST}, picked": answers[name].count("1") / 64}
-        point = {"step": 4, "evaluation": evaluation, **more}
-        return {"method": name, "rate": 1e-3, "seed": 0, "points": [point]}
-
-    result["runs"] = [run(name, right={TEST: answers[name]}) for name in names]
-    paired = differ()
-    result["runs"] = [run(name) for name in names]
-    unpaired = differ()
-    assert paired[0] == unpaired[0] == pytest.approx(100 * 10 / 64)
-    spread = variance([100.0] * 10 + [0.0] * 54)
-    assert paired[1] == pytest.approx(1.96 * sqrt(spread / 64))
-    assert unpaired[1] == pytest.approx(1.96 * sqrt((62.5 * 37.5 + 46.875 * 53.125) / 64))
-    assert paired[1] < unpaired[1]
+    of_pairs = variance([100.0] * 10 + [0.0] * 54)
+    paired = [[point(right)] for right in answers]
+    assert report.difference(result, *paired) == pytest.approx((1000 / 64, 1.96 * sqrt(of_pairs / 64)))
+    of_shares = 62.5 * 37.5 + 46.875 * 53.125
+    unpaired = [[one._replace(right="")] for (one,) in paired]
+    assert report.difference(result, *unpaired) == pytest.approx((1000 / 64, 1.96 * sqrt(of_shares / 64)))
 
 
-def test_missing():
-    result = start(NAMES)
-    lines = missing(result)
-    assert lines[0] == (
-        "MiCA, r = 16: learning rate 0.001 (seed 0), 0.002 (seed 0), 0.0005 (seed 0), 0.004 (seed 0)"
-    )
-    assert lines[-1] == "the further seeds at the rates that these show to count"
-    run_all(result, lambda planned, share: (0.0, 0.5) if planned.seed == 0 else None)
-    result["runs"] = [run for run in result["runs"] if run["seed"] < 2]
-    assert missing(result) == [
-        f"{name}: learning rate {rate} (seed 2)"
-        for name, rate in zip(NAMES, ("0.001", "0.0005"), strict=True)
-    ]
+@pytest.mark.parametrize("path", [*TRADE_OFFS, GOLDEN], ids=lambda path: path.stem)
+def test_a_report_and_its_picture_follow_from_its_json(path, tmp_path):
+    file = shutil.copy(path, tmp_path / "q.json")
+    text = path.with_suffix(".md").read_text()
+    assert report.write(file) == file.with_suffix(".md").read_text() == text
+    assert file.with_suffix(".png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
-def test_a_report_follows_from_its_json(path):
-    assert report.report(json.loads(path.read_text())) == path.with_suffix(".md").read_text()
-
-
-def test_a_report_and_its_picture(tmp_path):
-    (tmp_path / "q.json").write_text(json.dumps(golden()))
-    assert report.write(tmp_path / "q.json") == (tmp_path / "q.md").read_text()
-    assert (tmp_path / "q.png").stat().st_size > 5000
+def test_an_unfinished_run_says_what_is_missing():
     text = report.report(golden() | {"runs": []})
-    assert "**This run is not finished.** Missing:\n\n- MiCA, r = 16: learning rate 0.001 (seed 0)" in text
-    assert f"{log(8):.2f}" in text
-    assert len(LIMITS) == 5
+    rates = "0.001 (seed 0), 0.002 (seed 0), 0.0005 (seed 0), 0.004 (seed 0)"
+    assert f"**This run is not finished.** Missing:\n\n- MiCA, r = 16: learning rate {rates}" in text
+    assert "- the further seeds at the rates that these show to count\n" in text
