@@ -15,7 +15,7 @@ from tests.support.imports import ROOT
 def test_a_file_and_a_test_that_import_it_are_skipped(request, monkeypatch, tmp_path, module, is_skipped):
     conftest = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
     monkeypatch.setattr(conftest, "MISSING", {"seaborn"})
-    for name in ("seaborn", "numpy"):
+    for name in ("seaborn", "seaborn.utils", "numpy"):
         monkeypatch.setitem(sys.modules, name, None)
 
     path = tmp_path / "test_it.py"

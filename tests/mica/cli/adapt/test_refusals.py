@@ -70,7 +70,7 @@ def test_missing_argument_unknown_command_and_version(refused, capsys):
         ("cuda", "MICA_BACKEND must be one of auto, triton, reference, but it is 'cuda'."),
         (
             "triton",
-            "MICA_BACKEND=triton demands Triton kernels, but there are none here: no Triton kernels for",
+            "MICA_BACKEND=triton demands Triton kernels, but there are none here: on a CPU",
         ),
     ],
 )
