@@ -81,11 +81,11 @@ static: $(READY)
 emulate: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m tests.emulator $(ARGS)
 
-# Small wrong edits, each of which must make a test fail (35 minutes); ARGS='--sample 60': only that many
+# Small wrong edits, each of which must make a test fail; ARGS='--sample 20': only that many
 mutants: $(READY)
 	$(RUN) -m tests.mutants $(ARGS)
 
-# Random sequences of actions, with the backend and with stock PEFT; ARGS='--minutes 60 --processes 2', '--kind t5'
+# Random sequences of actions, with the backend and with stock PEFT; ARGS='--minutes 60 --processes 2'
 fuzz: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m tests.fuzz $(ARGS)
 

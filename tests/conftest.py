@@ -100,7 +100,7 @@ def pytest_terminal_summary(terminalreporter, config):
     number = config.stash.get(_LEFT_OUT, 0)
     if number:
         terminalreporter.write_line(
-            f"{number:,} cases of cross products were left out; --full runs them, too"
+            f"cases of cross products that were left out: {number:,} (--full runs them, too)"
         )
 
 

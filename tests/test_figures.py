@@ -15,7 +15,6 @@ from bench.quality.schedule import rates_that_count
 from bench.results import names
 from bench.results.names import FAST, LORA, STOCK
 from mica.cli.compare import settings
-from mica.cli.compare.again import script
 from mica.cli.compare.page import markdown
 from mica.cli.compare.report import report
 from mica.cli.compare.schedule import Question
@@ -205,7 +204,7 @@ COMPARISONS = sorted((pages.ROOT / "bench" / "results").glob("*-compare/*/compar
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.parent.name)
 def test_a_comparison_is_told_as_its_raw_results_say(path):
-    """The verdicts and costs of its file, the page and the scripts, by the code as it is now."""
+    """The verdicts and costs of its file, and the page, by the code as it is now."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     used, facts = stored["settings"], stored["facts"]
     validation, retained = facts["validation"], facts["retained"]
@@ -222,9 +221,6 @@ def test_a_comparison_is_told_as_its_raw_results_say(path):
     for name in told.keys() - {"settings", "facts", "results"}:
         assert told[name] == about(stored[name])
     assert markdown(stored, Path("comparison")) == (path.parent / "README.md").read_text(encoding="utf-8")
-    for row in stored["equal"]["methods"]:
-        written = (path.parent / settings.SCRIPTS[row["method"]]).read_text(encoding="utf-8")
-        assert script(stored, row) == written
 
 
 def test_there_are_comparisons():

@@ -239,9 +239,10 @@ def _again(report: Report) -> str:
     rows = report["equal"]["methods"]
     if not rows:
         return ""
-    names = [settings.SCRIPTS[row["method"]] for row in rows]
-    scripts = _listed([f"[{name}]({name})" for name in names])
-    text = f"## To do it again\n\n{scripts} repeat the trainings of the first table, with seed 0."
+    scripts = _listed([f"`{settings.SCRIPTS[row['method']]}`" for row in rows])
+    text = (
+        f"## To do it again\n\n{scripts} beside this page repeat the trainings of the first table (seed 0)."
+    )
     mica = [row for row in rows if row["method"] == "mica"]
     if not mica:
         return text
