@@ -14,6 +14,10 @@ class Item:
         case = "-".join(str(value) for value in params.values())
         self.nodeid = f"tests/test_x.py::{test}[{case}]"
         self.callspec = SimpleNamespace(params=params)
+        self.marks = ()
+
+    def get_closest_marker(self, name):
+        return name if name in self.marks else None
 
 
 def product(test="test_a", **axes):
@@ -55,6 +59,13 @@ def test_names_that_change_together_are_one_axis():
 def test_tables_and_tests_of_their_own_are_whole():
     plain = SimpleNamespace(nodeid="tests/test_x.py::test_c")
     items = [*product("test_a", dtype=range(5)), *product("test_b", shape=[[1], [2]], backend="xy"), plain]
+    assert not left_out(items)
+
+
+def test_a_test_that_is_marked_stays_whole():
+    items = product(dtype=range(4), shape=range(3))
+    for item in items:
+        item.marks = ("whole",)
     assert not left_out(items)
 
 

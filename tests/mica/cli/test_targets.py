@@ -77,6 +77,7 @@ DENSE = sorted(MLP + [name.replace("mlp.", "mlp.shared_experts.") for name in ML
         ("gpt_oss", "0.mlp.experts.down_proj", None, [], ["model.layers.0.mlp.experts.down_proj"]),
     ],
 )
+@pytest.mark.whole
 def test_targets_in_a_mixture(kind, names, experts, modules, parameters):
     """PEFT adapts these and nothing else, and saves them under the names that `saved_parameters` gives."""
     model = mixture(kind)

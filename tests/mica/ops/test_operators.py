@@ -62,6 +62,7 @@ def backend(request, monkeypatch):
 
 @pytest.mark.parametrize("needs", [(True, True), (False, True), (True, False), (False, False)])
 @of_each_kind
+@pytest.mark.whole
 def test_computes_and_saves_only_what_a_gradient_needs(backend, kind, needs):
     p = kind.problem(kind.rows, 8, 6, 2, *FP32_MASTER)
     x, lora_A = leaves(p, needs)

@@ -48,6 +48,7 @@ def shifted(p):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), LAYER_DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.whole
 def test_every_form_agrees_with_the_dense_oracle(
     by_default, choose_form, launched, form, dtype, adapter_dtype, compute_dtype, dropout_p
 ):

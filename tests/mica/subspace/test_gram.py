@@ -143,6 +143,7 @@ CALLS = [
 @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
 @pytest.mark.parametrize("first", CALLS)
 @of_each_kind
+@pytest.mark.whole
 def test_any_three_calls_in_any_order(first, scale, kind, monkeypatch):
     monkeypatch.setattr(host, "_MIRROR_BLOCK", 4)
     tall = scale * weight("gaussian", 14, 9)
