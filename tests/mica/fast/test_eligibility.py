@@ -39,6 +39,17 @@ def test_a_dropout_s_forward_that_is_replaced_for_all_modules_runs(monkeypatch):
     assert not torch.equal(up(model)(X), expected)  # another mask
 
 
+def test_dropout_is_off_in_eval_mode_where_the_quick_check_does_not_apply():
+    model = net(targets=["up"], lora_dropout=0.5)
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    randomise(model).eval()
+    assert mica.fast.explain(model).counts() == {"reference": 1}
+    out = up(model)(X)
+    with mica.fast.disabled():
+        assert error(out, up(model)(X)) <= RELATIVE[torch.float32]
+
+
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 def test_factors_of_another_class_are_peft_s(part):
     class Doubled(nn.Linear):
