@@ -12,6 +12,7 @@ from bench.results import names
 from bench.results.names import BACKWARD, BARE, DEVICE_TIME, FAST, FORWARD
 from bench.suites import bench_kernels
 from mica.kernels import configs
+from mica.paths import choose
 
 DEVICE = "NVIDIA H100 80GB HBM3"
 PEAK = PEAKS[DEVICE]
@@ -47,6 +48,8 @@ def test_cells_of_the_suites_are_predicted(monkeypatch):
     """That a run then measures them by these names, the dry run with faults shows."""
     cells = [bench_kernels.Cell(kernel, 40, 64, 16) for kernel in bench_kernels.NAMES]
     monkeypatch.setattr(bench_kernels, "CELLS", cells)
+    monkeypatch.setattr(choose.products, "has_native", lambda dtype: True)  # GPUs have 16-bit instructions
+    choose.clear()
     rows = [(one["group"], one["implementation"]) for one in prediction.records(DEVICE)]
     for cell in cells:
         copy, default, *_, cublas = bench_kernels.implementations(cell)
