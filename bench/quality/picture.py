@@ -14,21 +14,17 @@ _DASHES = ("-", "--", ":")
 
 
 def trade_off(
-    curves: dict[str, Sequence[Sequence[float | None]]], path: Path, title: str, x_label: str, y_label: str
+    curves: dict[str, Sequence[tuple[float, float]]], path: Path, title: str, x_label: str, y_label: str
 ) -> None:
-    """Write a PNG. ``curves``: name -> points (x, y), or (x, y, half of the interval of y or None)."""
+    """Write a PNG. ``curves``: name -> points (x, y)."""
     with rc_context({**STYLE, "lines.linewidth": 1.4, "lines.markersize": 3}):
         figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
         axes = figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label)
         for number, (name, points) in enumerate(curves.items()):
             colour = _COLOURS[number % len(_COLOURS)]
             dashes = _DASHES[number // len(_COLOURS) % len(_DASHES)]
-            x, y = zip(*(point[:2] for point in points), strict=True)
+            x, y = zip(*points, strict=True)
             axes.plot(x, y, dashes, marker="o", color=colour, label=name)
-            known = [point for point in points if len(point) > 2 and point[2]]
-            if known:
-                x, y, half = zip(*known, strict=True)
-                axes.errorbar(x, y, half, fmt="none", ecolor=colour, elinewidth=0.8, capsize=2, alpha=0.7)
         if curves:
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         figure.savefig(path, format="png", metadata={"Software": None})

@@ -98,9 +98,12 @@ def document_of(blocks: Dataset, index: int) -> int:
         before = blocks.cumulative_sizes[part] - len(blocks.datasets[part])
         return document_of(blocks.datasets[part], index - before)
     begin = index * blocks.sequence_length
-    starts = np.maximum(blocks.ends - blocks.spans.length, begin)
-    ends = np.minimum(blocks.ends, begin + blocks.sequence_length)
-    return int(blocks.spans.digest[np.argmax(ends - starts)])
+    end = begin + blocks.sequence_length
+    first, last = np.searchsorted(blocks.ends, [begin, end - 1], side="right")
+    spans = blocks.spans[first : last + 1]
+    ends = blocks.ends[first : last + 1]
+    shares = np.minimum(ends, end) - np.maximum(ends - spans.length, begin)
+    return int(spans.digest[np.argmax(shares)])
 
 
 def spread(blocks: Dataset, limit: int) -> Dataset:

@@ -149,7 +149,7 @@ def _setting(report: Report) -> str:
     if facts["device"] == "CPU":
         threads = f" with {facts['threads']} {'thread' if facts['threads'] == 1 else 'threads'} each"
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    steps = max(row["steps"] for row in [*report["any"]["methods"], {"steps": 0}])
+    steps = max((row["steps"] for row in report["any"]["methods"]), default=0)
     short = ""
     if 0 < steps < LEAST:
         short = f" **They are short**: {steps} steps say little about a long training."

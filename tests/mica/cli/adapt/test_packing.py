@@ -19,7 +19,16 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from mica.cli.adapt.packing import Blocks, documents_of, keeps_documents_apart, mix, spans_of, split, spread
+from mica.cli.adapt.packing import (
+    Blocks,
+    document_of,
+    documents_of,
+    keeps_documents_apart,
+    mix,
+    spans_of,
+    split,
+    spread,
+)
 from mica.errors import UsageError
 from tests.support.tiny_cli import tiny_llama
 
@@ -47,6 +56,20 @@ def packed(documents: list[list[list[int]]], length: int, packing: str = "docume
 
 def firsts(blocks) -> list[int]:
     return [item["input_ids"][0].item() for item in blocks]
+
+
+def test_a_block_is_of_the_document_that_has_most_of_it():
+    """Also where it is the whole of a short one, and wherever it stands in what was joined and spread."""
+    documents = [numbered(5, 2, 13), numbered(9, start=100)]
+    digests = {document[0]: hash(tuple(document)) % 2**64 for one in documents for document in one}
+    a, b, c, d = digests.values()
+    first, second = packed([documents[0]], 4), packed([documents[1]], 4)
+    expected = [a, b, c, c, c]  # the second block has one token of a, two of b, one of c
+    assert [document_of(first, number) for number in range(5)] == expected
+    joined = ConcatDataset([first, second])
+    assert [document_of(joined, number) for number in range(7)] == [*expected, d, d]
+    some = spread(joined, 3)
+    assert [document_of(some, number) for number in range(3)] == [a, c, d]
 
 
 def test_blocks_give_back_their_documents():
