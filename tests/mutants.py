@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,11 +27,11 @@ from tests.support.mutants.edits import Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("kernels", "mica", "tests", "bench", "pyproject.toml")
-TIMEOUT = 300  # seconds: a mutant may loop
+TIMEOUT = {False: 300, True: 1500}  # seconds, without and with slow tests: a mutant may loop
 # Imported once, before the first fork: they take 6 s of the 12 that the tests of a mutant otherwise do.
 LIBRARIES = ("pytest", "hypothesis", "numpy", "torch", "triton.language", "transformers.integrations", "peft")
 OWN = ("bench", "mica", "tests")
-_OPTIONS = ["-m", "not slow and not weekly"]  # of pytest; each worker inherits them
+NOTHING_RAN = 5  # pytest's exit status where no test was collected: all that are named are slow
 # Without an edit these must pass: where the copy or the fork breaks the tests, every mutant would look red.
 CONTROL = [
     "tests/kernels/test_split_k.py",
@@ -55,7 +56,10 @@ def _prepare() -> None:
 
 
 def run(mutant: Mutant) -> tuple[str, float]:
-    """("red", "GREEN" or what is wrong with the entry, seconds)."""
+    """("red", "late", "GREEN" or what is wrong with the entry, seconds).
+
+    "late": `make test` passes with the edit, or has no test of the file; the nightly tests do not pass.
+    """
     start, file = time.monotonic(), Path(_folder.name) / mutant.file
     try:
         before = file.read_text()
@@ -63,33 +67,44 @@ def run(mutant: Mutant) -> tuple[str, float]:
     except (LookupError, OSError) as error:
         return str(error), 0.0
     try:
-        status = outcome(mutant.tests)
+        state = _state(mutant.tests)
     finally:
         file.write_text(before)
-    # 1: tests failed; 2: an import failed; below 0: it crashed, as an access far outside does, or looped.
-    # Anything else (no tests, a usage error) proves nothing.
-    if status in (1, 2) or status < 0:
-        state = "red"
-    else:
-        state = "GREEN" if status == 0 else f"pytest exits with {status}"
     return state, time.monotonic() - start
 
 
-def outcome(tests: list[str]) -> int:
+def _state(tests: list[str]) -> str:
+    status = outcome(tests)
+    if _is_red(status):
+        return "red"
+    if status in (0, NOTHING_RAN):
+        status = outcome(tests, slow=True)
+        if _is_red(status):
+            return "late"
+    return "GREEN" if status == 0 else f"pytest exits with {status}"
+
+
+def _is_red(status: int) -> bool:
+    # 1: tests failed; 2: an import failed; below 0: it crashed, as an access far outside does, or looped.
+    # Anything else (no tests, a usage error) proves nothing.
+    return status in (1, 2) or status < 0
+
+
+def outcome(tests: list[str], slow: bool = False) -> int:
     """pytest's exit status in this worker's copy of the tree, below 0 where a signal ended it."""
     child = os.fork()
     if not child:
-        _test(tests)
+        _test(tests, slow)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # what its tests have started
     return status
 
 
-def _test(tests: list[str]) -> None:
+def _test(tests: list[str], slow: bool) -> None:
     """In a forked process, which it ends: pytest's exit status is its own."""
     os.setsid()
-    signal.alarm(TIMEOUT)
+    signal.alarm(TIMEOUT[slow])
     # Tests that start processes would fail with any edit: the children of a pool must not have children
     multiprocessing.current_process()._config["daemon"] = False
     for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:
@@ -103,7 +118,8 @@ def _test(tests: list[str]) -> None:
     os.dup2(nowhere, 2)
     import pytest
 
-    os._exit(int(pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", *_OPTIONS, *tests])))
+    options = ["--full"] if slow else ["-m", "not slow and not weekly"]
+    os._exit(int(pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", *options, *tests])))
 
 
 def sample(mutants: list[Mutant], number: int) -> list[Mutant]:
@@ -132,9 +148,6 @@ def main() -> int:
     parser.add_argument("--sample", type=int, metavar="N", help="N of them, chosen by the commit")
     parser.add_argument("--draw", type=int, metavar="N", help="N of them, drawn from all by --seed")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="printed with --draw")
-    parser.add_argument(
-        "--slow", action="store_true", help="with slow tests and all cases, not as `make test`"
-    )
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()
     chosen = [m for m in MUTANTS if not args.words or any(w in " ".join(m[:4]) for w in args.words)]
@@ -143,14 +156,12 @@ def main() -> int:
     if args.draw:
         print(f"seed {args.seed}", flush=True)
         chosen = random.Random(args.seed).sample(chosen, min(args.draw, len(chosen)))
-    if args.slow:
-        _OPTIONS[:] = ["--full"]
     # as tests/conftest.py has it, before Triton is imported
     os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     os.environ["MICA_TESTS_SHRINK"] = "0"
     for library in LIBRARIES:
         importlib.import_module(library)
-    bad = []
+    states = Counter()
     with multiprocessing.get_context("fork").Pool(args.processes, _prepare) as pool:
         if pool.apply(outcome, (CONTROL,)) != 0:
             print(f"the tests of {', '.join(CONTROL)} fail without any edit")
@@ -158,9 +169,12 @@ def main() -> int:
         for mutant, (state, seconds) in zip(chosen, pool.imap(run, chosen), strict=True):
             edit = " -> ".join(" ".join(text.split()) or "nothing" for text in (mutant.old, mutant.new))
             print(f"{state:6} {seconds:4.0f} s  {mutant.file}: {mutant.function}: {edit[:100]}", flush=True)
-            if state != "red":
-                bad.append(mutant)
-    print(f"{len(chosen)} mutants, {len(chosen) - len(bad)} red, {len(bad)} not")
+            states[state] += 1
+    bad = len(chosen) - states["red"] - states["late"]
+    print(
+        f"{len(chosen)} mutants, {states['red']} red, {states['late']} red only by slow tests or cases that "
+        f"`make test` leaves out, {bad} not"
+    )
     return 1 if bad or not chosen else 0
 
 
