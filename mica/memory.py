@@ -1,10 +1,15 @@
-"""Tensors whose memory does not hold their values, for code that reads memory itself: kernels, LAPACK."""
+"""Tensors as they are in memory: which have one, and what it holds."""
 
+import torch
 from torch import Tensor
+
+TENSOR_TYPES = (Tensor, torch.nn.Parameter)  # classes of tensors whose operations nothing intercepts
 
 
 def in_memory(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it where PyTorch has left something undone: what its memory holds is it.
+
+    For code that reads memory itself: kernels, LAPACK.
 
     The imaginary part of a conjugate is negated lazily, and so is the gradient of ``torch.complex(x, y)``
     once that has been conjugated. A zero tensor, a tangent of forward-mode AD, has no memory at all. The

@@ -241,7 +241,7 @@ def builds(cell: Cell, layer: Layer) -> dict[str, Callable[[], Form]]:
 
     def forced(word: str) -> Form:
         # as a layer of mica.fast calls it: without bias, and under no autocast
-        call = functools.partial(linear_eager, *operands, None, None, None)
+        call = functools.partial(linear_eager, *operands, None, None)
         return Form(call, (x, layer.lora_A), lambda: form_of(word))
 
     makes = {

@@ -53,7 +53,7 @@ class Sources(NamedTuple):
     files: tuple[str, ...]
 
 
-_FILES = ("module.cpp", "check.h", "kept.h", "layer.h", "loops.h", "merging.h")
+_FILES = ("module.cpp", "check.h", "layer.h", "loops.h", "merging.h")
 NATIVE = Sources("mica_native", Path(__file__).parent, _FILES)
 
 

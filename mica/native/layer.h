@@ -13,11 +13,11 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/saved_variable.h>
 
 #include <cmath>
 #include <cstring>
 
-#include "kept.h"
 #include "loops.h"
 
 namespace mica {
@@ -187,7 +187,6 @@ struct Numbers {
   ScalarType factor_dtype; // of lora_A
   ScalarType grad_dtype; // to which dA may be rounded first, as PyTorch does under autocast
   Dropout dropout;
-  bool recomputes_norms = false; // in the forward; see kept.h
 };
 
 // Autocast's casts have been made before: within a formula it would cast each product's operands.
@@ -265,7 +264,7 @@ inline double double_of(int64_t bits) {
 }
 
 // What a node keeps beside the tensors that autograd keeps for it is in types that compiled autograd can compare: a
-// compiled backward serves every call whose "numbers" and "recipe" are the same, and has "seed" and "input" as inputs.
+// compiled backward serves every call whose "numbers" are the same, and has "seed" as an input.
 inline void save_numbers(AutogradContext* ctx, const Numbers& numbers) {
   ctx->saved_data["numbers"] = c10::List<int64_t>({
       bits_of(numbers.scaling),
@@ -307,23 +306,13 @@ struct Layer : torch::autograd::Function<Layer> {
     const bool needs_A = lora_A.requires_grad();
     {
       const at::AutoGradMode with_grad(true);
-      // no fp32 copy, no h, no mask, and nothing that no gradient needs
+      // no fp32 copy, no h, no mask, and nothing that no gradient needs; perhaps no x: `mica.ops.kept`
       variable_list tensors{
           needs_x ? kept(weight) : Tensor(),
           needs_x ? kept(lora_A) : Tensor(),
           kept(lora_B),
+          needs_A ? kept(x) : Tensor(),
       };
-      if (needs_A) {
-        if (const auto recipe = recipe_of(x, numbers.recomputes_norms)) {
-          ctx->saved_data["recipe"] = as_list(recipe->instructions);
-          ctx->saved_data["input"] = handle_of(shared_input(x));
-          for (const Tensor& tensor : recipe->tensors) {
-            tensors.push_back(kept(tensor));
-          }
-        } else {
-          tensors.push_back(kept(x));
-        }
-      }
       ctx->save_for_backward(std::move(tensors));
     }
     save_numbers(ctx, numbers);
@@ -335,7 +324,7 @@ struct Layer : torch::autograd::Function<Layer> {
     const variable_list tensors = saved(ctx);
     const Tensor& grad_output = grad_outputs[0];
     const bool needs_x = tensors[0].defined() && ctx->needs_input_grad(0);
-    const bool needs_A = tensors.size() > 3 && ctx->needs_input_grad(2);
+    const bool needs_A = tensors[3].defined() && ctx->needs_input_grad(2);
     const Tensor weight = needs_x ? tensors[0] : Tensor();
 
     const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
@@ -343,16 +332,7 @@ struct Layer : torch::autograd::Function<Layer> {
     if (!at::GradMode::is_enabled() && is_eager()) { // neither second derivatives nor tangents are wanted
       below_autograd.emplace(); // PyTorch's calls take less time there
     }
-    Tensor x;
-    if (needs_A) {
-      const auto inputs = at::ArrayRef<Tensor>(tensors).slice(3);
-      const auto recipe = ctx->saved_data.find("recipe");
-      if (recipe == ctx->saved_data.end()) {
-        x = inputs[0];
-      } else {
-        x = value_of(ctx->saved_data["input"].toTensor(), instructions_of(recipe->second.toIntList()), inputs);
-      }
-    }
+    const Tensor x = needs_A ? tensors[3] : Tensor();
     const auto [dx, dA] = backward_of(grad_output, x, weight, tensors[1], tensors[2], saved_numbers(ctx));
     return {dx, Tensor(), dA, Tensor(), Tensor(), Tensor()};
   }

@@ -47,12 +47,12 @@ Tensor autocast_to(const Tensor& tensor, const OptionalDtype& dtype) {
   return dtype && tensor.scalar_type() != at::kDouble ? cast(tensor, *dtype) : tensor;
 }
 
-// linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, autocast_dtype, dropout_p, seed, recomputes_norms):
+// linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, autocast_dtype):
 // `mica.ops.linear.linear_eager`
 PyObject* linear_function(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(num_args == 11, "linear takes 11 arguments, not ", num_args);
-  const Tensor& given_x = THPVariable_Unpack(args[0]);
+  TORCH_CHECK_TYPE(num_args == 10, "linear takes 10 arguments, not ", num_args);
+  const Tensor& x = THPVariable_Unpack(args[0]);
   const Tensor& given_weight = THPVariable_Unpack(args[1]);
   const Tensor& lora_A = THPVariable_Unpack(args[2]);
   const Tensor& lora_B = THPVariable_Unpack(args[3]);
@@ -62,22 +62,19 @@ PyObject* linear_function(PyObject*, PyObject* const* args, Py_ssize_t num_args)
     given_bias = THPVariable_Unpack(args[5]);
   }
   const OptionalDtype compute_dtype = dtype_or_none(args[6]);
-  const OptionalDtype autocast_dtype = dtype_or_none(args[7]);
+  const OptionalDtype autocast_dtype = dtype_or_none(args[9]);
   Dropout dropout;
-  dropout.p = PyFloat_AsDouble(args[8]);
+  dropout.p = PyFloat_AsDouble(args[7]);
   if (dropout) {
-    const Tensor& seed = THPVariable_Unpack(args[9]);
-    TORCH_CHECK(seed.is_cpu() && given_x.is_cpu(), "dropout is for tensors on a CPU here");
+    const Tensor& seed = THPVariable_Unpack(args[8]);
+    TORCH_CHECK(seed.is_cpu() && x.is_cpu(), "dropout is for tensors on a CPU here");
     dropout.seed = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
   }
-  const bool recomputes_norms = args[10] == Py_True;
   count(names->linear, names->linear_native);
 
   Tensor y;
   {
     const pybind11::gil_scoped_release no_gil;
-    // cast here, where autograd follows it
-    const Tensor x = autocast_to(given_x, autocast_dtype);
     const Tensor weight = autocast_to(given_weight, autocast_dtype);
     OptionalTensor bias;
     if (given_bias) {
@@ -90,7 +87,6 @@ PyObject* linear_function(PyObject*, PyObject* const* args, Py_ssize_t num_args)
         factor_dtype,
         autocast_dtype.value_or(factor_dtype),
         dropout,
-        recomputes_norms,
     };
     const bool needs_grad = at::GradMode::is_enabled() && (x.requires_grad() || lora_A.requires_grad());
     if (needs_grad) {

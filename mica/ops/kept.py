@@ -1,18 +1,37 @@
-"""x for the backward, without saving x, in layers that run from Python: mica/native/kept.h says what and why.
+"""What the backward computes again instead of keeping it.
 
-A recipe is a function of the tensors that are saved in the place of x.
+A layer needs its x for the gradient of A. Where x was computed element by element from tensors that autograd
+keeps anyway for PyTorch's own backward, those are enough: the same operators give the same bits again.
+
+    x = act(G)·U               of a gated MLP: G and U are kept; neither x nor act(G) has to be
+    x = act(G)                 of an MLP without a gate
+    x = weight·(h·rstd)        of an RMS norm in PyTorch's operators, with `recompute_norms`: h is kept in
+                               its own 16 bits, not in the 32 that two of PyTorch's nodes keep
+
+Casts may stand between them. act is SiLU, GELU (also by tanh) or a square (of a ReLU), or all is one function
+of Liger's. This is done by PyTorch's documented hooks: `torch.autograd.graph.saved_tensors_hooks` around the
+layer's call, and ``SavedTensor.register_hooks`` of the nodes that would keep act(G) and the 32 bits of h. No
+model is patched.
+
+Whoever sets saved-tensor hooks of their own (offloading, checkpointing) gets x. An edit in place of what x is
+computed from raises in the backward. An edit that autograd does not count (``tensor.data``, NumPy's views),
+or of a value that nobody keeps any more, is not seen: the backward takes what it finds.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mica.ops.operator import TENSOR_TYPES, is_eager
+from mica import native
+from mica.dtypes import SIXTEEN_BIT
+from mica.memory import TENSOR_TYPES
 
 _norms = False
 
@@ -23,127 +42,305 @@ def recompute_norms(on: bool) -> None:
     _norms = on
 
 
-def recomputes_norms() -> bool:
-    return _norms
-
-
-class Saved:
-    """x itself is saved."""
-
-    def value(self, tensors: Sequence[Tensor]) -> Tensor:
-        (x,) = tensors
-        return x
-
-
-class Shared:
-    """x is computed again, once for all layers that have it."""
-
-    def __init__(self, x: Tensor, recipe: Recipe) -> None:
-        self._x = weakref.ref(x)
-        self._recipe = recipe
-        self._lock = threading.Lock()
-        self._layers = 0
-        self._served = 0  # in this backward
-        self._value: Tensor | None = None
-
-    def is_of(self, x: Tensor) -> bool:
-        return self._x() is x
-
-    def add_layer(self) -> None:
-        with self._lock:
-            self._layers += 1
-
-    def value(self, tensors: Sequence[Tensor]) -> Tensor:
-        """x in the backward of one of the layers, from the tensors that it has saved."""
-        if torch.is_grad_enabled():  # for second derivatives, perhaps with respect to x
-            x = self._x()
-            return x if x is not None and x._version == 0 else self._recipe(iter(tensors))
-        with self._lock:
-            if self._value is None:
-                self._value = self._recipe(iter(tensors))
-            value = self._value
-            self._served += 1
-            if self._served >= self._layers:
-                self._value = None
-                self._served = 0
-            return value
-
-
-_SAVED = Saved()
-_last = threading.local()  # .shared: weakly, that of the layer before
-
-
-def input_of(x: Tensor) -> tuple[Saved | Shared, Sequence[Tensor]]:
-    """How the backward gets x, and the tensors to save for that."""
-    tensors: list[Tensor] = []
-    recipe = _recipe_of(x, tensors)
-    if recipe is None:
-        return _SAVED, (x,)
-    shared = getattr(_last, "shared", lambda: None)()
-    if shared is None or not shared.is_of(x):
-        shared = Shared(x, recipe)
-        _last.shared = weakref.ref(shared)
-    shared.add_layer()
-    return shared, tensors
-
-
 # ---------------------------------------------------------------------------------------------------
-# how x is computed
+# values that are computed again
 # ---------------------------------------------------------------------------------------------------
 
 
-Recipe = Callable[[Iterator[Tensor]], Tensor]
+class Part:
+    """A tensor as it is now, which autograd keeps anyway.
 
-
-def _example() -> Tensor:
-    return torch.zeros(1, requires_grad=True, device="cpu")
-
-
-_PRODUCT = type((_example() * _example()).grad_fn)
-_CAST = type(_example().to(torch.float64).grad_fn)
-
-
-def _recipe_of(x: Tensor, tensors: list[Tensor]) -> Recipe | None:
-    """How x is computed from tensors that are kept anyway, which are appended; None: from none.
-
-    An RMS norm is two products: weight·(h·rstd).
+    alias: of its memory and its version. name: of what x is computed from; an operand of the layer has none.
     """
-    node = x.grad_fn
-    if type(node) is not _PRODUCT and type(node) is not _CAST:
+
+    __slots__ = ("_alias", "_name", "_version")
+
+    def __init__(self, alias: Tensor, name: str = "") -> None:
+        self._alias = alias
+        self._version = alias._version
+        self._name = name
+
+    def value(self, held: Held | None = None) -> Tensor:
+        """The tensor.
+
+        Raises:
+            RuntimeError: it was edited in place.
+        """
+        if self._alias._version != self._version:
+            shape = tuple(self._alias.shape)
+            edited = _EDITED.format(self._name, shape, self._alias.dtype)
+            raise RuntimeError(edited if self._name else native.EDITED)
+        return self._alias
+
+
+class Computed:
+    """``function(*parts)``, computed when a backward asks, and held until all who need it have had it.
+
+    Held for one backward in one thread, on one stream, and at most until that backward ends.
+    """
+
+    __slots__ = ("__weakref__", "_function", "_parts", "_users")
+
+    def __init__(self, function: Callable[..., Tensor], *parts: Part | Computed) -> None:
+        self._function = function
+        self._parts = parts
+        self._users = 0
+        for part in parts:
+            if isinstance(part, Computed):
+                part.add_user()
+
+    def add_user(self) -> None:
+        self._users += 1
+
+    def value(self, held: Held | None) -> Tensor:
+        """The value, without gradients or autocast; ``held`` is changed."""
+        if held is None:
+            return self._function(*[part.value(None) for part in self._parts])
+        value, left = held.pop(self, (None, self._users))
+        if value is None:
+            value = self._function(*[part.value(held) for part in self._parts])
+        if left > 1:
+            held[self] = value, left - 1
+            if len(held) > _HELD:
+                held.popitem(last=False)
+        return value
+
+
+Held = OrderedDict[Computed, tuple[Tensor, int]]  # the values, and how many users have yet to ask for each
+_HELD = 3  # at most: more would add up where a part of the model takes no part in a backward
+_backward = threading.local()  # .key and .held: of the one that this thread is in
+
+
+def _held() -> Held | None:
+    """What is held for this backward; None in a compiled one, and outside, where a node is looked at."""
+    task = torch._C._current_graph_task_id()
+    if task < 0 or torch.compiler.is_compiling():
         return None
-    has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    if x._version or has_hooks or not is_eager(x):  # hooks would pack what is saved here
+    key = task, torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+    if getattr(_backward, "key", None) != key:
+        _backward.key = key
+        _backward.held = OrderedDict()
+        torch.autograd.Variable._execution_engine.queue_callback(_backward.held.clear)
+    return _backward.held
+
+
+def _unpack(packed: Tensor | Part | Computed) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    if isinstance(packed, Part):
+        return packed.value()
+    with torch.no_grad(), torch._C._DisableAutocast():
+        return packed.value(_held())
+
+
+# ---------------------------------------------------------------------------------------------------
+# the layer
+# ---------------------------------------------------------------------------------------------------
+
+
+def call(layer: Callable[..., Tensor], x: Tensor, *operands) -> Tensor:
+    """``layer(x, *operands)``, eager and with gradients, whose node saves no x that can be computed again."""
+    kind = type(x.grad_fn)
+    if kind not in _KINDS and kind.__name__ not in _LIGER:
+        return layer(x, *operands)
+    computed = input_of(x)
+    if computed is None:
+        return layer(x, *operands)
+
+    computed.add_user()
+    packed = {_identity(x): computed}
+    with torch.no_grad():
+        for operand in operands:
+            if isinstance(operand, Tensor):  # a view has a base, for which kernels keep their copy of B
+                packed[_identity(operand)] = Part(operand.view_as(operand))
+
+    def pack(tensor: Tensor) -> Tensor | Part | Computed:
+        # PyTorch gives a shallow copy of each tensor that the node saves, and checks no versions itself
+        return packed.get(_identity(tensor), tensor)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+        return layer(x, *operands)
+
+
+def _identity(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+_last = threading.local()  # .x and .computed, weakly: of the call before
+
+
+def input_of(x: Tensor) -> Computed | None:
+    """How x can be computed again, if that keeps nothing which is not kept anyway.
+
+    Layers that share x (q, k and v) share what is computed: they are called one after the other.
+    """
+    if x._version or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
+    if getattr(_last, "x", _nothing)() is x:
+        computed = _last.computed()
+        if computed is not None:
+            return computed
     try:
-        return _described(node, 2 if _norms else 1, tensors)
+        computed = _described(x.grad_fn, 2 if _norms else 1)
     except RuntimeError:  # freed already, or edited since
         return None
+    _last.x = weakref.ref(x)
+    _last.computed = _nothing if computed is None else weakref.ref(computed)
+    return computed
 
 
-def _described(node, products: int, tensors: list[Tensor]) -> Recipe | None:
+def _nothing() -> None:
+    """A weak reference to nothing."""
+
+
+# ---------------------------------------------------------------------------------------------------
+# how a value was computed
+# ---------------------------------------------------------------------------------------------------
+
+
+def _node_of(function: Callable[[Tensor], Tensor]) -> type:
+    return type(function(torch.zeros(2, requires_grad=True, device="cpu")).grad_fn)
+
+
+_PRODUCT = _node_of(lambda t: t * t)
+_CAST = _node_of(lambda t: t.to(torch.float64))
+_SILU = _node_of(F.silu)
+_GELU = _node_of(F.gelu)
+_POWER = _node_of(lambda t: t.pow(2))
+_KINDS = {_PRODUCT, _CAST, _SILU, _GELU, _POWER}
+# Each keeps its two arguments, and overwrites them in its backward, which comes after that of the layer.
+_LIGER = {"LigerSiLUMulFunctionBackward", "LigerGELUMulFunctionBackward"}
+_EDITED = (
+    "{} (a tensor of shape {} and {}) was modified in place after the forward, but the backward of a MiCA "
+    "layer computes the layer's x from it again. Modify a clone of it, or call the backward before."
+)
+_FACTORS = {"self": "The first factor of a product", "other": "The second factor of a product"}
+
+
+def _kept(node, name: str) -> Tensor | None:
+    """A tensor that a node keeps, without its graph, if nobody packs it and it is an ordinary one."""
+    if getattr(node, f"_raw_saved_{name}").unpack_hook is not None:
+        return None
+    tensor = getattr(node, f"_saved_{name}")
+    if type(tensor) not in TENSOR_TYPES or tensor.layout is not torch.strided:
+        return None
+    return tensor.detach()
+
+
+def _described(node, products: int) -> Computed | None:
     """How a node's output is computed by so many products (and casts) at most of what autograd keeps."""
     if type(node) is _CAST:
-        dtype = node._input_metadata[0].dtype
-        value = _described(node.next_functions[0][0], products, tensors)
-        return None if value is None else lambda saved: value(saved).to(dtype)
-    if type(node) is not _PRODUCT or products == 0:
+        return _of_cast(node, products)
+    if type(node) is not _PRODUCT:
+        return _of_activation(node)
+    if products == 0:
         return None
-    left = _factor(node, "self", 0, products - 1, tensors)
+    left = _factor(node, "self", 0, products - 1)
     if left is None:
         return None
-    right = _factor(node, "other", 1, products - 1, tensors)
-    return None if right is None else lambda saved: left(saved) * right(saved)
+    right = _factor(node, "other", 1, products - 1)
+    return None if right is None else Computed(torch.mul, left, right)
 
 
-def _factor(node, name: str, position: int, products: int, tensors: list[Tensor]) -> Recipe | None:
-    """A factor that the product's node keeps, or, if more products are allowed, one that is computed."""
-    raw = getattr(node, f"_raw_saved_{name}")
-    if getattr(raw, "unpack_hook", None) is not None:  # the user has packed it away
+def _of_cast(node, products: int) -> Computed | None:
+    """A cast to another dtype on the same device."""
+    before = _output_before(node, 0)
+    after = node._input_metadata[0]
+    if before is None or before.device != after.device:
         return None
-    factor = getattr(node, f"_saved_{name}")
-    if factor is None:
-        return _described(node.next_functions[position][0], products, tensors)
-    if type(factor) not in TENSOR_TYPES or factor.layout is not torch.strided:
+    value = _described(node.next_functions[0][0], products)
+    dtype = after.dtype
+    return None if value is None else Computed(lambda t: t.to(dtype), value)
+
+
+def _output_before(node, position: int):
+    """What is known of the node's input at this position: dtype, device, shape."""
+    made_by, number = node.next_functions[position]
+    return None if made_by is None else made_by._input_metadata[number]
+
+
+def _of_activation(node) -> Computed | None:
+    """act(G), of the G that the activation's node keeps; of Liger's act(G)·U."""
+    if type(node).__name__ in _LIGER:
+        return _of_liger(node)
+    if type(node) is _SILU:
+        function = F.silu
+    elif type(node) is _GELU:
+        approximate = node._saved_approximate
+
+        def function(gate):
+            return F.gelu(gate, approximate=approximate)
+
+    elif type(node) is _POWER and node._saved_exponent == 2:
+        function = torch.square
+    else:
         return None
-    tensors.append(factor)
-    return next
+    gate = _kept(node, "self")
+    return None if gate is None else Computed(function, Part(gate, f"What {node.name()} keeps"))
+
+
+def _of_liger(node) -> Computed | None:
+    """Liger's function called again; what it takes after G and U its node has as attributes."""
+    if any(saved.unpack_hook is not None for saved in node._raw_saved_tensors):
+        return None
+    forward = type(node)._forward_cls.apply
+    shape = node._input_metadata[0].shape
+    names = [name for name in ("gate_multiplier", "down_multiplier") if hasattr(node, name)]
+    multipliers = [getattr(node, name) for name in names]
+
+    def function(gate, up):
+        return forward(gate, up, *multipliers).view(shape)
+
+    gate, up = (tensor.detach() for tensor in node.saved_tensors)
+    return Computed(function, Part(gate, "The gate of Liger's MLP"), Part(up, "The factor of Liger's MLP"))
+
+
+def _factor(node, name: str, position: int, products: int) -> Part | Computed | None:
+    """A factor of a product, kept by its node or computed; what is computed is kept by nobody any more."""
+    saved = getattr(node, f"_raw_saved_{name}")
+    if saved.unpack_hook is _unpack:
+        return saved.data
+    made_by = node.next_functions[position][0]
+    value = _kept(node, name)
+    if value is None:
+        is_packed = saved.unpack_hook is not None
+        return None if is_packed or made_by is None else _described(made_by, products)
+    computed = _of_activation(made_by) if value._version == 0 else None
+    if computed is not None:
+        _relieve(saved, computed)
+        return computed
+    if _norms and products == 0:
+        narrow = _narrow(node, position, value)
+        if narrow is not None:
+            return narrow
+    return Part(value, _FACTORS[name])
+
+
+def _relieve(saved, computed: Computed) -> None:
+    """The node keeps a value no longer, but has it computed."""
+    saved.register_hooks(lambda _: computed, _unpack)
+    computed.add_user()
+
+
+def _narrow(node, position: int, wide: Tensor) -> Computed | None:
+    """h of an RMS norm, h.float()·rstd, whose node and that of h.float().pow(2) both keep the 32 bits."""
+    cast = node.next_functions[position][0]
+    square = node.next_functions[1 - position][0]
+    for _ in range(_STEPS_TO_SQUARE):
+        if square is None or type(square) is _POWER:
+            break
+        square = square.next_functions[0][0] if square.next_functions else None
+    if type(cast) is not _CAST or type(square) is not _POWER or wide._version:
+        return None
+    before, same = _output_before(cast, 0), _kept(square, "self")
+    is_lossless = before is not None and before.dtype in SIXTEEN_BIT and wide.dtype is torch.float32
+    if not is_lossless or same is None or same.data_ptr() != wide.data_ptr():
+        return None
+    narrow = wide.to(before.dtype)
+    computed = Computed(torch.Tensor.float, Part(narrow, "The input of a norm"))
+    for saved in getattr(node, f"_raw_saved_{('self', 'other')[position]}"), square._raw_saved_self:
+        _relieve(saved, computed)
+    return computed
+
+
+_STEPS_TO_SQUARE = 6  # rsqrt, + eps, mean, and some to spare

@@ -29,7 +29,7 @@ from mica.ops.operator import (
     without_none,
     without_values,
 )
-from mica.paths.choose import NATIVE, Choice, Rows, backward_rows, decide, forward_rows
+from mica.paths.choose import NATIVE, Rows, backward_rows, decide, forward_rows
 
 
 def mica_linear(
@@ -153,17 +153,16 @@ class _MicaLinear(torch.autograd.Function):
         _, needs_x, _, needs_A = ctx.needs_input_grad[:4]
         ctx.numbers = scaling, dtype or x.dtype, dropout_p, grad_dtype
         # no fp32 copy, no h, no mask, and nothing that no gradient needs
-        ctx.input, tensors_of_x = kept.input_of(x) if needs_A else (None, ())
         kept_weight = weight if needs_x else None
         kept_A = lora_A if needs_x else without_values(lora_A)
-        save(ctx, kept_weight, kept_A, lora_B, seed, *tensors_of_x)
+        kept_x = x if needs_A else None
+        save(ctx, kept_weight, kept_A, lora_B, seed, kept_x)
         with below_autograd():
             return run(x, weight, lora_A, lora_B, scaling, bias, dtype, dropout_p, seed, grad_dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
-        weight, lora_A, lora_B, seed, *tensors_of_x = saved(ctx)
-        x = None if ctx.input is None else ctx.input.value(tensors_of_x)
+        weight, lora_A, lora_B, seed, x = saved(ctx)
         scaling, compute_dtype, dropout_p, grad_dtype = ctx.numbers
         operands = grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype
         if torch.is_grad_enabled() or not is_eager(grad_output, x):
@@ -177,49 +176,51 @@ class _MicaLinear(torch.autograd.Function):
         return None, grad_x, None, grad_A, None, None, None, None, None, None, None
 
 
-def _native(
-    x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None, grad_dtype=None
-) -> Tensor | None:
-    """The call from C++, if that is its form."""
-    if native.module() is None:
-        return None
-    choice = _choice(x, weight, lora_A, lora_B, compute_dtype, grad_dtype, dropout_p)
-    if choice.form != NATIVE:
-        return None
-    operands = x, weight, lora_A, lora_B, scaling, bias, compute_dtype
-    return _from_cpp(operands, grad_dtype, dropout_p, seed)
-
-
-def _from_cpp(operands: tuple, autocast_dtype, dropout_p, seed) -> Tensor:
-    return native.module().linear(*operands, autocast_dtype, dropout_p, seed, kept.recomputes_norms())
-
-
-def _choice(x, weight, lora_A, lora_B, compute_dtype, autocast_dtype, dropout_p) -> Choice:
-    """How an eager call runs; autocast has perhaps not cast x yet.
-
-    Raises:
-        ValueError: an x without dimensions.
-    """
-    if x.dim() == 0:
-        as_matrix(x)  # raises
-    dtype = autocast_dtype or x.dtype
-    dtypes = (dtype, compute_dtype or dtype, lora_A.dtype, lora_B.dtype)
-
-    def rows() -> Rows:
-        cast = x
-        if x.dtype is not dtype:  # the strides that the cast will have
-            cast = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta").to(dtype)
-        return forward_rows(as_matrix(cast), weight.shape[0], dropout_p)
-
-    rank = lora_A.shape[0]
-    return decide("linear", x.device, rank, dtypes, rows, is_layer=True, has_dropout=dropout_p > 0.0)
-
-
 def _cast(
     kind, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None, grad_dtype=None
 ):
     x, weight, bias = (autocast_to(tensor, kind) for tensor in (x, weight, bias))
     return x, weight, lora_A, lora_B, scaling, bias, None, dropout_p, seed, x.dtype
+
+
+def linear_eager(
+    x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None, autocast_dtype=None
+) -> Tensor:
+    """`linear` for callers that know that `is_eager` holds.
+
+    autocast_dtype: autocast's where it is on. What it casts is cast here, or in C++, where autograd follows.
+
+    Raises:
+        ValueError: an x without dimensions.
+    """
+    if autocast_dtype is not None and x.dtype is not autocast_dtype:
+        x = x.to(autocast_dtype)
+    if x.dim() == 0:
+        as_matrix(x)  # raises
+    rank = lora_A.shape[0]
+    dtypes = (x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
+
+    def rows() -> Rows:
+        return forward_rows(as_matrix(x), weight.shape[0], dropout_p)
+
+    choice = decide("linear", x.device, rank, dtypes, rows, is_layer=True, has_dropout=dropout_p > 0.0)
+    run = native.module().linear if choice.form == NATIVE else partial(_from_python, choice)
+    operands = weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, autocast_dtype
+    return kept.call(run, x, *operands) if torch.is_grad_enabled() else run(x, *operands)
+
+
+def _from_python(choice, x, weight, lora_A, lora_B, scaling, bias, *options) -> Tensor:
+    autocast_dtype = options[-1]
+    if autocast_dtype is not None:
+        weight = weight.to(autocast_dtype)
+        bias = None if bias is None else bias.to(autocast_dtype)
+    run = partial(_linear, choice=choice)
+    operands = x, weight, lora_A, lora_B, scaling, bias, *options
+    if torch.is_grad_enabled() and (lora_A.requires_grad or x.requires_grad):
+        with no_autocast():
+            return _MicaLinear.apply(run, *operands)
+    with below_autograd(), no_autocast():
+        return run(*operands)
 
 
 linear = operator(
@@ -231,7 +232,7 @@ linear = operator(
     _linear_fake,
     _MicaLinear.apply,
     _cast,
-    native_call=_native,
+    eager=linear_eager,
 )
 operator(
     "linear_backward",
@@ -249,27 +250,3 @@ def traced(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> Tensor:
     y = F.linear(x, weight, bias)
     h = F.linear(x.to(dtype), (lora_A * scaling).to(dtype))
     return (y + F.linear(h, lora_B.to(h.dtype))).to(y.dtype)
-
-
-def linear_eager(
-    x, weight, lora_A, lora_B, scaling, bias, compute_dtype, autocast_dtype, dropout_p=0.0, seed=None
-) -> Tensor:
-    """`linear` for callers that know that `is_eager` holds.
-
-    autocast_dtype: autocast's where it is on. What it casts is cast here, or in C++, where autograd follows.
-    """
-    choice = _choice(x, weight, lora_A, lora_B, compute_dtype, autocast_dtype, dropout_p)
-    if choice.form == NATIVE:
-        operands = x, weight, lora_A, lora_B, scaling, bias, compute_dtype
-        return _from_cpp(operands, autocast_dtype, dropout_p, seed)
-    needs_gradient = torch.is_grad_enabled() and (lora_A.requires_grad or x.requires_grad)
-    if autocast_dtype is not None:
-        x, weight = x.to(autocast_dtype), weight.to(autocast_dtype)
-        bias = None if bias is None else bias.to(autocast_dtype)
-    operands = x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, autocast_dtype
-    run = partial(_linear, choice=choice)
-    if needs_gradient:
-        with no_autocast():
-            return _MicaLinear.apply(run, *operands)
-    with below_autograd(), no_autocast():
-        return run(*operands)

@@ -23,7 +23,8 @@ from torch._C import (
 from torch.autograd import forward_ad
 
 from mica import native
-from mica.memory import in_memory
+from mica.memory import TENSOR_TYPES, in_memory
+from mica.ops import kept
 from mica.paths import choose, reference_path
 from mica.paths.products import is_transformed
 
@@ -108,9 +109,6 @@ def on_reference(body: Callable) -> Callable:
             _force_reference.reset(token)
 
     return run
-
-
-TENSOR_TYPES = (Tensor, torch.nn.Parameter)  # classes of tensors whose operations nothing intercepts
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
@@ -243,7 +241,7 @@ def operator(
     apply: Callable | None = None,
     cast: Callable | None = None,
     transformed: Callable | None = None,
-    native_call: Callable | None = None,
+    eager: Callable | None = None,
 ) -> Callable:
     """Register ``torch.ops.mica.<name>``; returns a function that bypasses the dispatcher where `is_eager`.
 
@@ -254,8 +252,7 @@ def operator(
             one (a backward) the operator itself is returned: it has neither autograd nor autocast.
         cast: ``cast(device_type, *args)`` are the arguments under autocast.
         transformed: what function transforms differentiate; default ``body``.
-        native_call: the whole call from C++, autograd and all, where `is_eager`; None where Python has to
-            do it.
+        eager: the whole call, autograd and all, where `is_eager`; by default ``apply(body, *args)``.
 
     The returned function takes and gives what the operator does. Without a gradient there is no
     autograd.Function either.
@@ -300,14 +297,10 @@ def operator(
             args = cast(device_type, *args)
             with no_autocast():
                 return call(*args)
-        if native_call is not None:
-            result = native_call(*args)
-            if result is not None:
-                return result
-        if torch.is_grad_enabled():
-            for tensor in tensors:
-                if tensor.requires_grad:
-                    return apply(body, *args)
+        if eager is not None:
+            return eager(*args)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return kept.call(partial(apply, body), *args)
         with below_autograd():
             return body(*args)
 

@@ -28,10 +28,11 @@ from mica.fast.forward.eligibility import (
 )
 from mica.fast.forward.fast_check import seeded
 from mica.fast.settings import compute_dtype, settings
+from mica.memory import TENSOR_TYPES
 from mica.ops.embedding import embedding
 from mica.ops.linear import linear, traced
 from mica.ops.low_rank import down_projection, up_projection
-from mica.ops.operator import AUTOCAST, TENSOR_TYPES
+from mica.ops.operator import AUTOCAST
 from mica.paths import choose
 
 

@@ -26,7 +26,7 @@ from mica.fast.forward import tensor_parallel
 from mica.fast.forward.call_counts import Input
 from mica.fast.forward.tensor_parallel import local
 from mica.fast.settings import compute_dtype
-from mica.ops.operator import TENSOR_TYPES
+from mica.memory import TENSOR_TYPES
 from mica.paths import choose
 
 # None if PEFT has moved them: `patching` then warns, and nothing here is reached.

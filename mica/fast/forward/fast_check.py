@@ -23,8 +23,9 @@ from mica.dtypes import FLOATING, SIXTEEN_BIT
 from mica.fast.forward import call_counts
 from mica.fast.forward.eligibility import CALL, FORWARDS, LINEAR, MiCALinearVariant
 from mica.fast.settings import compute_dtype
+from mica.memory import TENSOR_TYPES
 from mica.ops.linear import linear_eager
-from mica.ops.operator import TENSOR_TYPES, is_eager
+from mica.ops.operator import is_eager
 
 _LINEAR, _IDENTITY, _DROPOUT = nn.Linear, nn.Identity, nn.Dropout
 _parts = itemgetter("base_layer", "lora_A", "lora_B", "lora_dropout")
@@ -68,7 +69,7 @@ def run(layer, x: Tensor) -> Tensor | None:
     weight, lora_A, lora_B, scaling, bias, dropout_p, autocast_dtype = operands
     dtype = None if autocast_dtype is not None else compute_dtype(x.dtype)
     dropout = seeded(dropout_p, x.device)
-    return linear_eager(x, weight, lora_A, lora_B, scaling, bias, dtype, autocast_dtype, *dropout)
+    return linear_eager(x, weight, lora_A, lora_B, scaling, bias, dtype, *dropout, autocast_dtype)
 
 
 def seeded(p: float, device: torch.device) -> tuple[float, Tensor | None]:

@@ -36,7 +36,8 @@ from mica.fast.merge.unloading import needs_no_undo
 from mica.fast.merge.unmeasured import kind_merged_into
 from mica.fast.refusals import check_model, check_weight
 from mica.fast.settings import around, settings
-from mica.ops.operator import TENSOR_TYPES, no_autocast
+from mica.memory import TENSOR_TYPES
+from mica.ops.operator import no_autocast
 from mica.paths import reference_path
 from mica.row_fingerprints import row_fingerprints as fingerprint
 

@@ -53,7 +53,7 @@ class Layer:
 
     def __call__(self, x, lora_A):
         operands = x, self.weight, lora_A, self.lora_B, self.scaling, self.bias
-        return linear_eager(*operands, self.compute_dtype, self.autocast_dtype, *self.dropout)
+        return linear_eager(*operands, self.compute_dtype, *self.dropout, self.autocast_dtype)
 
     def leaves(self, needs=(True, True)):
         """x, in the strides that it has, and lora_A."""

@@ -1,19 +1,37 @@
-"""x that the backward computes again instead of saving it, in layers from Python and from C++."""
+"""What a layer's backward computes again instead of keeping it: bytes, bits, edits, and what may interfere.
+
+The yardstick is a layer that is called on a clone of x, which is saved as it is.
+"""
+
+import threading
+from collections import OrderedDict
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mica.ops import kept
+from bench.measure.memory import alive_bytes
+from mica.ops import kept, mica_down_projection, mica_experts_linear
 from mica.ops.linear import linear_eager
 from tests.support.linear_calls import addresses, saved_by
 from tests.support.tolerances import RELATIVE, error
 
-BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
-TOKENS, IN, OUT, RANK = 5, 12, 8, 3
+FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+TOKENS, IN, OUT, RANK = 5, 64, 8, 3
+CALLS = ("C++", "Python", "kernels")
 
-pytestmark = pytest.mark.usefixtures("language")
+
+@pytest.fixture(params=CALLS, autouse=True)
+def way(request, monkeypatch):
+    """What calls the layer, and what computes it."""
+    if request.param == "kernels":
+        pytest.importorskip("triton")
+        monkeypatch.setenv("MICA_BACKEND", "triton")
+    else:
+        monkeypatch.setenv("MICA_BACKEND", "reference")
+        monkeypatch.setenv("MICA_NATIVE", str(int(request.param == "C++")))
+    return request.param
 
 
 @pytest.fixture
@@ -23,23 +41,20 @@ def norms():
     kept.recompute_norms(False)
 
 
-@pytest.fixture(params=[FP32, BF16], ids=["fp32", "bf16"])
-def dtype(request):
-    return request.param
-
-
 class Layer:
-    def __init__(self, dtype, seed=0):
+    """``dtype``: of x and the weight; A is an fp32 master over 16 bits."""
+
+    def __init__(self, dtype=FP32, seed=0, dropout=False):
         generator = torch.Generator().manual_seed(seed)
-        self.weight = torch.randn(OUT, IN, generator=generator).to(dtype)
-        self.lora_A = torch.randn(RANK, IN, generator=generator).requires_grad_()
-        self.lora_B = torch.randn(OUT, RANK, generator=generator)
-        if dtype == FP64:
-            self.lora_A = self.lora_A.detach().double().requires_grad_()
-            self.lora_B = self.lora_B.double()
+        wide = FP64 if dtype == FP64 else FP32
+        self.weight = (torch.randn(OUT, IN, generator=generator) / 8).to(dtype)
+        self.lora_A = torch.randn(RANK, IN, generator=generator).to(wide).requires_grad_()
+        self.lora_B = torch.randn(OUT, RANK, generator=generator).to(wide)
+        self.dropout = (0.25, torch.tensor([seed])) if dropout else (0.0, None)
 
     def __call__(self, x, autocast_dtype=None):
-        return linear_eager(x, self.weight, self.lora_A, self.lora_B, 0.5, None, None, autocast_dtype)
+        operands = x, self.weight, self.lora_A, self.lora_B, 0.5, None, None
+        return linear_eager(*operands, *self.dropout, autocast_dtype)
 
 
 def leaves(*dtypes):
@@ -47,78 +62,204 @@ def leaves(*dtypes):
     return [torch.randn(TOKENS, IN, generator=generator).to(dtype).requires_grad_() for dtype in dtypes]
 
 
-def rms_norm(h, weight):
-    """As models have it that are written in PyTorch's operators."""
-    wide = h.to(FP32)
-    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
-    return weight * (wide * rstd).to(h.dtype)
+def gradients(y, *inputs, **options):
+    return torch.autograd.grad(y.float().sin().sum(), inputs, materialize_grads=True, **options)
 
 
-def gradients(y, *inputs):
-    return torch.autograd.grad(y.float().sin().sum(), inputs, materialize_grads=True)
-
-
-def is_saved(layers, made):
-    """Whether the layers' graphs keep x, the only element of a list that nobody else refers to."""
-    ys = [layer(made[0]) for layer in layers]
-    reference = StorageWeakRef(made.pop().untyped_storage())
-    assert all(y.requires_grad for y in ys)
-    return not reference.expired()
-
-
-def check_same(layers, make, inputs):
-    """The gradients are those of an x that is saved: a clone's."""
-    ours = gradients(sum(layer(x) for x in [make()] for layer in layers), *inputs)
-    expected = gradients(sum(layer(x) for x in [make().clone()] for layer in layers), *inputs)
+def assert_same(ours, expected):
     for mine, other in zip(ours, expected, strict=True):
         assert torch.equal(mine, other)
+
+
+def check(layers, make, inputs):
+    """The gradients through all layers that share an x have the bits of a saved x."""
+    found = []
+    for change in (lambda x: x, torch.clone):
+        x = change(make())
+        found.append(
+            gradients(sum(layer(x) for layer in layers), *[layer.lora_A for layer in layers], *inputs)
+        )
+    assert_same(*found)
+
+
+# ---------------------------------------------------------------------------------------------------
+# how an x is made
+# ---------------------------------------------------------------------------------------------------
 
 
 def norm_weight(dtype):
     return torch.linspace(0.5, 2, IN).to(dtype)
 
 
-def offset_norm(h):
+def rms_norm(h, _=None):
+    """As models have it that are written in PyTorch's operators."""
+    wide = h.to(FP32)
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return norm_weight(h.dtype) * (wide * rstd).to(h.dtype)
+
+
+def offset_norm(h, _=None):
     """Gemma's: the product is in fp32, and what is cast is the whole."""
     wide = h.float()
     weight = torch.linspace(-0.5, 1, IN).to(h.dtype)
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + weight.float())).type_as(h)
 
 
-MADE = {  # x of two tensors: (how it is made, whether that needs norms to be computed again)
-    "a product": (lambda gate, up: torch.nn.functional.silu(gate) * up, False),
-    "a product in another shape": (lambda h, weight: weight[0] * h.sin(), False),
-    "a norm": (lambda h, _: rms_norm(h, norm_weight(h.dtype)), True),
-    "a norm scaled by a number": (lambda gate, up: 2.5 * (gate * up), True),
-    "a norm whose weight is offset": (lambda h, _: offset_norm(h), True),
+def squared_relu(gate):
+    return F.relu(gate).square()
+
+
+class LigerSiLUMulFunction(torch.autograd.Function):
+    """Liger's contract: it keeps two matrices and numbers, and its backward overwrites the matrices."""
+
+    @staticmethod
+    def forward(ctx, gate, up, gate_multiplier=1.0, down_multiplier=1.0):
+        ctx.gate_multiplier, ctx.down_multiplier = gate_multiplier, down_multiplier
+        rows, factors = gate.view(-1, gate.shape[-1]), up.view(-1, up.shape[-1])
+        ctx.save_for_backward(rows, factors)
+        return (F.silu(rows * gate_multiplier) * factors * down_multiplier).view(gate.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, factors = ctx.saved_tensors
+        with torch.enable_grad():
+            inputs = rows.detach().clone().requires_grad_(), factors.detach().clone().requires_grad_()
+            product = F.silu(inputs[0] * ctx.gate_multiplier) * inputs[1] * ctx.down_multiplier
+        grads = torch.autograd.grad(product, inputs, grad.view(product.shape))
+        for kept_one, written in zip((rows, factors), grads, strict=True):
+            kept_one.data.copy_(written)  # no version shows what a kernel writes
+        return rows.view(grad.shape), factors.view(grad.shape), None, None
+
+
+def of_liger(gate, up):
+    # of its backward's copies: it would overwrite the test's own
+    return LigerSiLUMulFunction.apply(gate * 1, up * 1, 1.5, 0.5)
+
+
+def exact_gelu_tanh(gate):
+    return F.gelu(gate, approximate="tanh")
+
+
+MADE = {  # x of two tensors, and how many tensors of its size and dtype are kept with and without the adapter
+    "silu(G)·U": (lambda gate, up: F.silu(gate) * up, 0, 1),
+    "U·gelu(G)": (lambda gate, up: up * F.gelu(gate), 0, 1),
+    "gelu-tanh(G)·U": (lambda gate, up: exact_gelu_tanh(gate) * up, 0, 1),
+    "relu(G)²·U": (lambda gate, up: squared_relu(gate) * up, 1, 2),
+    "silu(G)·U in three dimensions": (lambda gate, up: F.silu(gate[None]) * up[None], 0, 1),
+    "gelu(G)": (lambda gate, _: F.gelu(gate), 0, 0),
+    "relu(G)²": (lambda gate, _: squared_relu(gate), 1, 1),
+    "a product in another shape": (lambda h, weight: weight[0] * h.sin(), 1, 1),
+    "Liger's": (of_liger, 2, 2),
+}
+NORMS = {
+    "a norm": (rms_norm, {FP32: 0, BF16: 1, FP16: 1}, {FP32: 0, BF16: 2, FP16: 2}),
+    "a norm whose weight is offset": (offset_norm, {FP32: 0, BF16: 1, FP16: 1}, {FP32: 0, BF16: 2, FP16: 2}),
+    "a norm scaled by a number": (lambda gate, up: 2.5 * (gate * up), 0, 0),
 }
 SAVED = {
-    "a copy": lambda gate, up: (torch.nn.functional.silu(gate) * up).clone(),
+    "a copy": lambda gate, up: (F.silu(gate) * up).clone(),
     "times a Python number": lambda h, _: h * 2.5,
-    "a norm, by default": MADE["a norm"][0],
+    "a norm, by default": rms_norm,
+    "relu(G)": lambda gate, _: F.relu(gate),
 }
+
+
+def kept_sizes(call, make, number):
+    """How many tensors like x are alive after the forward of so many layers, beside their outputs."""
+    x = make()
+    outputs = number * call(0, x).nbytes
+
+    def forward():
+        made = make()
+        return [call(i, made) for i in range(number)]
+
+    # a cache of another test's layer that is emptied meanwhile would count
+    return (max(alive_bytes(forward) for _ in range(2)) - outputs) // x.nbytes
 
 
 @pytest.mark.parametrize("number", [1, 3])
-@pytest.mark.parametrize("name", MADE)
-def test_an_x_that_is_computed_again_is_not_saved_and_gives_the_same_gradients(dtype, name, number, request):
-    """For one layer and for several that share it."""
-    make, is_norm = MADE[name]
-    if is_norm:
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("name", [*MADE, *NORMS])
+def test_it_keeps_less_and_gives_the_same_bits(name, dtype, number, request):
+    """For one layer, and for several that share an x."""
+    make, ours, bare = {**MADE, **NORMS}[name]
+    if name in NORMS:
         request.getfixturevalue("norms")
+        if isinstance(ours, dict):
+            ours, bare = ours[dtype], bare[dtype]
     layers = [Layer(dtype, seed) for seed in range(number)]
     inputs = leaves(dtype, dtype)
-    assert not is_saved(layers, [make(*inputs)])
-    trained = [layer.lora_A for layer in layers]
-    check_same(layers, lambda: make(*inputs), (*trained, *inputs))
+    made = lambda: make(*inputs)  # noqa: E731
+    assert kept_sizes(lambda i, x: F.linear(x, layers[i].weight), made, number) == bare
+    assert kept_sizes(lambda i, x: layers[i](x), made, number) == ours
+    check(layers, made, inputs)
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_any_other_x_is_saved(dtype, name):
-    layer = Layer(dtype)
+def test_any_other_x_is_saved(name):
+    layer = Layer()
+    inputs = leaves(FP32, FP32)
+    made = lambda: SAVED[name](*inputs)  # noqa: E731
+    without = kept_sizes(lambda _, x: F.linear(x, layer.weight), made, 1)
+    is_kept_anyway = name == "relu(G)"
+    assert kept_sizes(lambda _, x: layer(x), made, 1) == without + (not is_kept_anyway)
+    check([layer], made, inputs)
+
+
+def test_a_cast_to_another_device_is_saved():
+    gate, up = leaves(FP32, FP32)
+    assert kept.input_of((gate * up).to(BF16)) is not None
+    assert kept.input_of((gate * up).to("meta")) is None
+
+
+def test_what_autocast_casts(way):
+    layer = Layer(BF16)
+    gate, up = leaves(FP32, FP32)
+    found = []
+    for change in (lambda x: x, torch.clone):
+        with torch.autocast("cpu", BF16):
+            y = layer(change(F.silu(gate) * up), BF16)
+        found.append(gradients(y, layer.lora_A, gate, up))
+    assert_same(*found)
+
+
+def test_dropout():
+    inputs = leaves(BF16, BF16)
+    check([Layer(BF16, dropout=True)], lambda: F.silu(inputs[0]) * inputs[1], inputs)
+
+
+def test_the_factors_beside_a_called_base_layer_and_experts(way):
+    """Their x is that of the same MLPs."""
+    gate, up = leaves(FP32, FP32)
+    layer = Layer()
+    offsets = torch.tensor([2, TOKENS])
+    stack = [t.detach().expand(2, *t.shape).contiguous() for t in (layer.weight, layer.lora_A, layer.lora_B)]
+    stack[1].requires_grad_()
+    calls = {
+        layer.lora_A: lambda x: mica_down_projection(x, layer.lora_A, 0.5),
+        stack[1]: lambda x: mica_experts_linear(x, offsets, *stack, 0.5),
+    }
+    for lora_A, call in calls.items():
+        if way != "kernels":  # Triton's interpreter leaves cycles that hold its arguments
+            assert kept_sizes(lambda _, x: call(x), lambda: F.silu(gate) * up, 1) == 0  # noqa: B023
+        found = [
+            gradients(call(change(F.silu(gate) * up)), lora_A, gate, up)
+            for change in (lambda x: x, torch.clone)
+        ]
+        assert_same(*found)
+
+
+# ---------------------------------------------------------------------------------------------------
+# how long what is computed again lives
+# ---------------------------------------------------------------------------------------------------
+
+
+def of_shared(number, make=rms_norm, dtype=BF16):
+    """The outputs of so many layers that share an x, and the layers."""
     inputs = leaves(dtype, dtype)
-    assert is_saved([layer], [SAVED[name](*inputs)])
-    check_same([layer], lambda: SAVED[name](*inputs), (layer.lora_A, inputs[0]))
+    layers = [Layer(dtype, seed) for seed in range(number)]
+    x = make(*inputs)
+    return [layer(x) for layer in layers], layers
 
 
 def profiled_backward(ys, **options):
@@ -127,19 +268,11 @@ def profiled_backward(ys, **options):
     return profiler.events()
 
 
-def of_shared_norm(number):
-    """The outputs of so many layers that share a norm's output, and their layers."""
-    (h,) = leaves(BF16)
-    layers = [Layer(BF16, seed) for seed in range(number)]
-    x = rms_norm(h, torch.ones(IN, dtype=BF16))
-    return [layer(x) for layer in layers], layers
-
-
 @pytest.mark.usefixtures("norms")
 def test_layers_that_share_compute_once_in_each_backward():
     counts = []
     for number in (1, 3):
-        ys, _ = of_shared_norm(number)
+        ys, _ = of_shared(number)
         names = [[event.name for event in profiled_backward(ys)] for _ in range(2)]
         counts.append([of_one.count("aten::mul") for of_one in names])
     for one, three in zip(*counts, strict=True):
@@ -147,59 +280,217 @@ def test_layers_that_share_compute_once_in_each_backward():
 
 
 @pytest.mark.usefixtures("norms")
-def test_nothing_that_was_computed_outlives_a_backward():
-    (h,) = leaves(BF16)
-    layers = [Layer(BF16, seed) for seed in range(2)]
+@pytest.mark.parametrize("used", [1, 3])
+@pytest.mark.parametrize("make", [rms_norm, MADE["silu(G)·U"][0]], ids=["norm", "product"])
+def test_nothing_outlives_a_backward_whose_graph_lives_on(make, used, way):
+    """Also where some of the layers that share x take no part in it."""
+    if way == "kernels":
+        pytest.skip("what Triton's interpreter allocates is counted, too")
+    ys, _ = of_shared(3, make)
+    profiled_backward(ys)  # makes the gradients, to which the next adds
+    assert (
+        sum(event.self_cpu_memory_usage for event in profiled_backward(ys[:used], profile_memory=True)) == 0
+    )
 
-    def outputs():
-        x = rms_norm(h, torch.ones(IN, dtype=BF16))
-        return [layer(x) for layer in layers]
 
-    profiled_backward(outputs())  # makes the gradients
-    ys = outputs()
-    assert sum(event.self_cpu_memory_usage for event in profiled_backward(ys, profile_memory=True)) == 0
+def test_what_waits_for_a_layer_that_takes_no_part_does_not_add_up():
+    gate, up = leaves(FP32, FP32)
+    ys, seen = [], []
+    for seed in range(6):
+        x = F.silu(gate * seed) * up
+        x.register_hook(lambda _: seen.append(len(kept._backward.held)))
+        taking_part, other = Layer(seed=seed), Layer(seed=seed)
+        ys.append((taking_part(x), other(x)))
+
+    sum(y for y, _ in ys).sum().backward()
+    assert len(seen) == 6
+    assert 0 < max(seen) <= 3
+    assert kept._backward.held == OrderedDict()
+
+
+def test_a_node_that_is_looked_at_outside_of_a_backward():
+    gate, up = leaves(FP32, FP32)
+    x = F.silu(gate) * up
+    Layer()(x)
+    assert torch.equal(x.grad_fn._saved_self, F.silu(gate))
 
 
 @pytest.mark.usefixtures("norms")
 def test_a_backward_through_some_of_the_layers():
-    ys, layers = of_shared_norm(3)
+    ys, layers = of_shared(3)
     expected = torch.autograd.grad(ys[1].sum(), layers[1].lora_A, retain_graph=True)
     for _ in range(3):
-        assert torch.equal(*torch.autograd.grad(ys[1].sum(), layers[1].lora_A, retain_graph=True), *expected)
+        assert_same(torch.autograd.grad(ys[1].sum(), layers[1].lora_A, retain_graph=True), expected)
 
 
-def test_an_edit_of_the_product_after_the_layer_changes_nothing():
-    """x itself is not needed any more; what it was is known."""
-    layer = Layer(FP32)
+def test_two_losses_and_a_graph_that_is_retained():
+    layers = Layer(), Layer(seed=1)
     gate, up = leaves(FP32, FP32)
-    x = gate * up
+    found = []
+    for change in (lambda x: x, torch.clone):
+        x = change(F.silu(gate) * up)
+        losses = [layer(x).sin().sum() for layer in layers]
+        inputs = layers[0].lora_A, layers[1].lora_A, gate, up
+        first = torch.autograd.grad(losses[0], inputs, retain_graph=True, allow_unused=True)
+        both = torch.autograd.grad(sum(losses), inputs, retain_graph=True)
+        again = torch.autograd.grad(sum(losses), inputs)
+        found.append([t for t in (*first, *both, *again) if t is not None])
+    assert_same(*found)
+
+
+def test_two_threads(way):
+    """Each with a backward of its own, through the same graph."""
+    if way == "kernels":
+        pytest.skip("Triton's interpreter takes one thread")
+    ys, layers = of_shared(2, MADE["silu(G)·U"][0])
+    expected = [
+        torch.autograd.grad(y.float().sum(), layer.lora_A, retain_graph=True)
+        for y, layer in zip(ys, layers, strict=True)
+    ]
+    found = [[], []]
+    start = threading.Barrier(2)
+
+    def work(i):
+        start.wait()
+        for _ in range(20):
+            found[i] += torch.autograd.grad(ys[i].float().sum(), layers[i].lora_A, retain_graph=True)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for grads, (reference,) in zip(found, expected, strict=True):
+        assert len(grads) == 20
+        assert all(torch.equal(grad, reference) for grad in grads)
+
+
+# ---------------------------------------------------------------------------------------------------
+# edits
+# ---------------------------------------------------------------------------------------------------
+
+
+def edited_later(edit, dtype=FP32):
+    """The gradient of A where ``edit(layer, gate, up, act, x)`` comes between forward and backward."""
+    layer = Layer(dtype)
+    gate, up = (leaf * 1 for leaf in leaves(dtype, dtype))
+    act = F.silu(gate)
+    x = act * up
     y = layer(x)
-    (expected,) = torch.autograd.grad(y.sum(), layer.lora_A, retain_graph=True)
-    x.detach().zero_()
-    assert torch.equal(*torch.autograd.grad(y.sum(), layer.lora_A, retain_graph=True), expected)
     with torch.no_grad():
-        gate.zero_()
-    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        edit(layer, gate, up, act, x)
+    return torch.autograd.grad(y.sum(), layer.lora_A)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda layer, gate, *_: gate.zero_(),
+            r"^What SiluBackward0 keeps \(a tensor of shape \(5, 64\) and torch.float32\) was",
+        ),
+        (lambda layer, gate, up, *_: up.mul_(2), "^The second factor of a product .* Modify a clone of it"),
+        (lambda layer, *_: layer.weight.zero_(), "the weight of a MiCA layer has been modified"),
+        (lambda layer, *_: layer.lora_A.zero_(), "the weight of a MiCA layer has been modified"),
+        (lambda layer, *_: layer.lora_B.zero_(), "the weight of a MiCA layer has been modified"),
+    ],
+    ids=["gate", "up", "weight", "A", "B"],
+)
+def test_an_edit_of_what_is_needed_raises(edit, message):
+    with pytest.raises(RuntimeError, match=message):
+        edited_later(edit)
+
+
+def test_an_edit_of_a_norms_weight_raises(norms):
+    (h,) = leaves(FP32)
+    weight = norm_weight(FP32)
+    layer = Layer()
+    y = layer(weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True))))
+    weight.mul_(2)
+    with pytest.raises(RuntimeError, match="The first factor of a product"):
         y.sum().backward()
 
 
-@pytest.mark.parametrize("what", ["x", "factor"])
+@pytest.mark.parametrize("what", ["x", "act"])
+def test_an_edit_of_what_is_not_needed_any_more_changes_nothing(what):
+    expected = edited_later(lambda *_: None)
+    assert_same(edited_later(lambda layer, gate, up, act, x: {"x": x, "act": act}[what].zero_()), expected)
+
+
+def test_other_memory_for_an_operand_changes_nothing():
+    """``parameter.data = other``: what the forward has seen is kept, as where x is saved."""
+    expected = edited_later(lambda *_: None)
+
+    def replace(layer, *_):
+        for tensor in layer.weight, layer.lora_A, layer.lora_B:
+            tensor.data = torch.full_like(tensor, torch.nan)
+
+    assert_same(edited_later(replace), expected)
+
+
+@pytest.mark.parametrize("what", ["x", "act", "factor"])
 def test_an_edit_before_the_layer(what):
     """Then x is not the product of what is kept, or what is kept is not what it was: x is saved."""
-    layer = Layer(FP32)
+    layer = Layer()
     gate, up = leaves(FP32, FP32)
-    act = gate.sin()
+    act = F.silu(gate)
+    if what == "act":
+        with torch.no_grad():
+            act.mul_(2)
     x = act * up
     with torch.no_grad():
-        (x if what == "x" else act).mul_(2)
+        {"x": x, "factor": act, "act": torch.empty(0)}[what].mul_(2)
     y = layer(x)
     (ours,) = torch.autograd.grad(y.sum(), layer.lora_A)
     (expected,) = torch.autograd.grad(layer(x.detach().clone()).sum(), layer.lora_A)
     assert torch.equal(ours, expected)
 
 
+# ---------------------------------------------------------------------------------------------------
+# who else uses these values
+# ---------------------------------------------------------------------------------------------------
+
+
+def with_hooks(x, act, seen):
+    for tensor in x, act:
+        tensor.register_hook(seen.append)
+    return 0
+
+
+def with_retained(x, act, seen):
+    x.retain_grad()
+    act.retain_grad()
+    return 0
+
+
+OTHERS = {
+    "x is used again": lambda x, act, seen: x.pow(2).sum(),
+    "act(G) is used again": lambda x, act, seen: act.pow(2).sum() + act.exp().sum(),
+    "hooks": with_hooks,
+    "retain_grad": with_retained,
+}
+
+
+@pytest.mark.parametrize("when", ["before the layer", "after it"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_that_need_the_same_values(name, when):
+    layer = Layer()
+    gate, up = leaves(FP32, FP32)
+    found = []
+    for change in (lambda x: x, torch.clone):
+        act = F.silu(gate)
+        x = act * up
+        seen = []
+        more = OTHERS[name](x, act, seen) if when == "before the layer" else None
+        y = layer(change(x)).sin().sum()
+        more = OTHERS[name](x, act, seen) if more is None else more
+        grads = torch.autograd.grad(y + more, (layer.lora_A, gate, up, x, act))
+        found.append([*grads, *seen])
+    assert_same(*found)
+
+
 def test_saved_tensor_hooks_get_x():
-    layer = Layer(FP32)
+    layer = Layer()
     gate, up = leaves(FP32, FP32)
     x = gate * up
     saved, _ = saved_by(lambda: layer(x))
@@ -207,85 +498,71 @@ def test_saved_tensor_hooks_get_x():
 
 
 def test_factors_that_hooks_have_packed():
-    layer = Layer(FP32)
+    layer = Layer()
     gate, up = leaves(FP32, FP32)
     unpacked = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(t) or t):
-        x = gate * up
+        x = F.silu(gate) * up
     layer(x)
     assert not unpacked
 
 
 def test_a_product_whose_graph_is_freed():
-    layer = Layer(FP32)
+    layer = Layer()
     gate, up = leaves(FP32, FP32)
     x = gate.sin() * up
     x.sum().backward()
-    y = layer(x)
-    (ours,) = torch.autograd.grad(y.sum(), layer.lora_A)
+    (ours,) = torch.autograd.grad(layer(x).sum(), layer.lora_A)
     (expected,) = torch.autograd.grad(layer(x.detach()).sum(), layer.lora_A)
     assert torch.equal(ours, expected)
 
 
-def test_a_cast_of_autocast_is_computed_again():
-    layer = Layer(BF16)
-    gate, up = leaves(FP32, FP32)
-    found = []
-    for make in (lambda: gate * up, lambda: (gate * up).clone()):
-        with torch.autocast("cpu", BF16):
-            y = layer(make(), BF16)
-        found.append(gradients(y, layer.lora_A, gate, up))
-    for ours, expected in zip(*found, strict=True):
-        assert torch.equal(ours, expected)
+SECOND = {
+    "a gated MLP": lambda gate, up: F.silu(gate) * up,
+    "a product of products": lambda gate, up: up * (gate.sin() * up),
+}
 
 
 @pytest.mark.usefixtures("norms")
-@pytest.mark.parametrize("make", [lambda gate, up: gate.sin() * up, lambda gate, up: up * (gate.sin() * up)])
-def test_second_derivatives_by_the_product_itself(make):
-    """Which a caller can ask for as long as he has it."""
+@pytest.mark.parametrize("name", SECOND)
+def test_second_derivatives(name, way):
+    if way == "kernels":
+        pytest.skip("kernels do not compute in fp64")
     layer = Layer(FP64)
     gate, up = leaves(FP64, FP64)
     found = []
-    for keeps in (True, False):
-        x = make(gate, up)
-        y = layer(x if keeps else x.clone()).sin().sum()
+    for change in (lambda x: x, torch.clone):
+        x = SECOND[name](gate, up)
+        y = layer(change(x)).sin().sum()
         first = torch.autograd.grad(y, (layer.lora_A, gate), create_graph=True)
-        found.append(
-            torch.autograd.grad(sum(grad.pow(2).sum() for grad in first), (layer.lora_A, gate, up, x))
-        )
+        inputs = layer.lora_A, gate, up, x
+        found.append(torch.autograd.grad(sum(grad.pow(2).sum() for grad in first), inputs))
     for ours, expected in zip(*found, strict=True):
         assert error(ours, expected) <= RELATIVE[FP64]
-    x = make(gate, up)
-    assert torch.autograd.gradgradcheck(lambda gate, up, A: layer(make(gate, up)), (gate, up, layer.lora_A))
 
 
 @pytest.mark.usefixtures("norms")
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(dtype, use_reentrant):
-    layer = Layer(dtype)
-    gate, up = leaves(dtype, dtype)
+def test_gradient_checkpointing(use_reentrant):
+    layer = Layer(BF16)
+    gate, up = leaves(BF16, BF16)
 
     def block(gate, up):
-        return layer(torch.nn.functional.silu(gate) * up)
+        return layer(F.silu(gate) * up)
 
-    y = checkpoint(block, gate, up, use_reentrant=use_reentrant)
-    ours = gradients(y, layer.lora_A, gate) if not use_reentrant else None
-    if ours is None:
-        y.float().sin().sum().backward()
-        ours = layer.lora_A.grad, gate.grad
-    expected = gradients(block(gate, up), layer.lora_A, gate)
-    for mine, other in zip(ours, expected, strict=True):
-        assert torch.equal(mine, other)
+    checkpoint(block, gate, up, use_reentrant=use_reentrant).float().sin().sum().backward()
+    assert_same((layer.lora_A.grad, gate.grad), gradients(block(gate, up), layer.lora_A, gate))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("norms")
+@pytest.mark.parametrize("make", [rms_norm, MADE["silu(G)·U"][0]], ids=["norm", "product"])
 @pytest.mark.parametrize("number", [1, 3])
-def test_compiled_autograd(number):
+def test_compiled_autograd(number, make):
     for _ in range(2):  # the second backward is the compiled one of the first
-        ys, layers = of_shared_norm(number)
+        ys, layers = of_shared(number, make)
         (expected, *_) = gradients(sum(ys), layers[0].lora_A)
-        ys, layers = of_shared_norm(number)
+        ys, layers = of_shared(number, make)
         with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
             sum(ys).float().sin().sum().backward()
         assert torch.equal(layers[0].lora_A.grad, expected)

@@ -72,11 +72,11 @@ def test_past_every_check_autocast_gives_the_operator_s_bits(monkeypatch, backen
     p = problem((tokens,), 40, 24, 8, torch.float32, scaling=1 / 3)
     frozen = p.weight.to(of_base), p.lora_B.to(of_adapter), p.bias.to(of_base)
     results = []
-    for function, last in ((linear_eager, torch.bfloat16), (torch.ops.mica.linear, 0.0)):
+    for function, last in ((linear_eager, [0.0, None, torch.bfloat16]), (torch.ops.mica.linear, [])):
         for backward_inside in (False, True):
             x, A = p.x.detach().clone().to(of_x), p.lora_A.detach().clone().to(of_adapter)
             x.requires_grad_(), A.requires_grad_()
-            call = partial(function, x, frozen[0], A, frozen[1], 1 / 3, frozen[2], None, last)
+            call = partial(function, x, frozen[0], A, frozen[1], 1 / 3, frozen[2], None, *last)
             with torch.autocast("cpu", torch.bfloat16):
                 y = call()
                 with torch.no_grad():

@@ -124,7 +124,7 @@ def summed(y, weights):
 
 
 def eager(x, weight, lora_A, lora_B):
-    return linear_eager(x, weight, lora_A, lora_B, 0.75, None, None, None)
+    return linear_eager(x, weight, lora_A, lora_B, 0.75, None, None)
 
 
 def dropped(x, weight, lora_A, lora_B, seed):
@@ -241,9 +241,7 @@ def by_dual_level():
 
 OUTPUTS = {
     "linear": lambda x, p, A: mica_linear(x, p.weight, A, p.lora_B, 0.75),
-    "linear, past every check": lambda x, p, A: linear_eager(
-        x, p.weight, A, p.lora_B, 0.75, None, None, None
-    ),
+    "linear, past every check": lambda x, p, A: linear_eager(x, p.weight, A, p.lora_B, 0.75, None, None),
     "down_projection": lambda x, p, A: mica_down_projection(x, A, 0.75),
     "up_projection": lambda x, p, A: mica_up_projection(
         torch.zeros(*x.shape[:-1], 6, dtype=x.dtype), mica_down_projection(x, A), p.lora_B
