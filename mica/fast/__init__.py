@@ -67,10 +67,10 @@ def enable(
         compile: what `torch.compile` sees of a layer without dropout whose weight is read directly.
             "operator": one operator, which runs what eager mode runs, kernels included. "plain": PyTorch's
             own three products, which the compiler may fuse and tune; dA is rounded to their dtype.
-        recompute: what a layer's backward computes again instead of saving its x, beyond products of tensors
-            that autograd keeps anyway (act(gate)·up of a gated MLP), which it always does. "norms": the
-            output of an RMS norm that PyTorch's operators make, once for all layers that share it. The bits
-            of the gradients are the same.
+        recompute: what the backward computes again instead of keeping it, beyond the x of a layer that is
+            act(G)·U or act(G), which it always does. "norms": the output of an RMS norm that PyTorch's
+            operators make, once for all layers that share it, and the 32-bit copy of its 16-bit input. The
+            bits of the gradients are the same.
 
     Raises:
         ValueError: a value that is not one of these, or a device that this process does not have.

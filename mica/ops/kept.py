@@ -174,7 +174,7 @@ def input_of(x: Tensor) -> Computed | None:
 
     Layers that share x (q, k and v) share what is computed: they are called one after the other.
     """
-    if x._version or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if x._version or not _may_hook():
         return None
     if getattr(_last, "x", _nothing)() is x:
         computed = _last.computed()
@@ -191,6 +191,14 @@ def input_of(x: Tensor) -> Computed | None:
 
 def _nothing() -> None:
     """A weak reference to nothing."""
+
+
+def _may_hook() -> bool:
+    """Whether saved-tensor hooks are allowed here, and nobody else has set any, who wants to see x."""
+    autograd = torch._C._autograd
+    return (
+        autograd._saved_tensors_hooks_is_enabled() and autograd._top_saved_tensors_default_hooks(True) is None
+    )
 
 
 # ---------------------------------------------------------------------------------------------------

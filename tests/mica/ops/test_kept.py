@@ -497,6 +497,12 @@ def test_saved_tensor_hooks_get_x():
     assert saved == addresses(x, layer.weight, layer.lora_A, layer.lora_B)
 
 
+def test_where_hooks_are_forbidden():
+    inputs = leaves(FP32, FP32)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        check([Layer()], lambda: F.silu(inputs[0]) * inputs[1], inputs)
+
+
 def test_factors_that_hooks_have_packed():
     layer = Layer()
     gate, up = leaves(FP32, FP32)

@@ -111,7 +111,7 @@ BACKEND = {
             ("call_counts.note_operators(layer, x)", "pass"),
             ("None if autocast_dtype is not None else", ""),
             ("compute_dtype(x.dtype)", "None"),
-            ("autocast_dtype, *dropout)", "autocast_dtype)"),
+            ("*dropout, autocast_dtype)", "0.0, None, autocast_dtype)"),
         ],
         "operands_of": [
             ("if module is not _configured", "if False"),
