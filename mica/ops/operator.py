@@ -171,14 +171,14 @@ def saved(ctx) -> tuple[Tensor | None, ...]:
 
 
 def run_backward(operator: Callable, body: Callable, tensors: Sequence[Tensor | None], *args):
-    """Run a backward; under vmap and with ``create_graph=True``, for higher derivatives, by plain formulas.
+    """Run a backward; with ``create_graph=True``, for higher derivatives, by plain formulas.
 
     The body runs below autograd although gradients are disabled there: PyTorch's calls take 1 µs less each.
     """
     if torch.is_grad_enabled():
         return on_reference(body)(*args)
-    if not is_eager(*tensors):  # vmap would run the operator once for each in the batch
-        return on_reference(body)(*args) if is_transformed() else operator(*args)
+    if not is_eager(*tensors):
+        return operator(*args)
     with below_autograd():
         return body(*args)
 

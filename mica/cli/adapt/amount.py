@@ -77,7 +77,7 @@ class Amount:
     def blocks_after(self, step: int) -> int:
         """Blocks that were read by the end of ``step``; one that was read twice counts twice."""
         epochs, more = divmod(step, self.epoch_steps)
-        rounds = epochs * self.epoch_rounds + min(more * self.accumulation, self.epoch_rounds)
+        rounds = epochs * self.epoch_rounds + more * self.accumulation
         return rounds * self.round_blocks
 
     def tokens_after(self, step: int) -> int:
