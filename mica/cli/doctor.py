@@ -324,7 +324,8 @@ def _peft(problems: list[str]) -> dict:
 
 def _caches() -> dict:
     """The initialisation cache's folder (None: off), is_writable, distrusted (why it is not used) or None."""
-    from mica.subspace.cache import default_cache, distrusted
+    from mica.folders import distrusted
+    from mica.subspace.cache import default_cache
 
     cache = default_cache()
     if not cache:

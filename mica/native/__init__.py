@@ -12,22 +12,16 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from mica.folders import folder_named
 from mica.kernels import runtime
 from mica.native import build
-from mica.paths import products
-from mica.subspace.cache import folder_named
-
-# What both nodes of autograd say of a tensor that they have saved.
-EDITED = (
-    "x, lora_A, lora_B or the weight of a MiCA layer has been modified by an inplace operation after "
-    "the layer's forward. They are kept as they came, without a copy: edit a clone of x instead."
-)
 
 # The raw value of ``MICA_NATIVE``, None where it is unset, in 0.1 µs; only for comparisons.
 setting = runtime.raw_variable("MICA_NATIVE")
@@ -40,7 +34,17 @@ class _Found(NamedTuple):
 
 _found: dict[object, _Found] = {}  # by the raw setting
 _not_built: set[object] = set()  # raw settings whose folder had no module when `module_if_built` looked
+_preparations: list[Callable[[ModuleType], None]] = []
 _lock = threading.Lock()
+
+
+def when_loaded(prepare: Callable[[ModuleType], None]) -> None:
+    """Have ``prepare(module)`` called before anybody gets a module: what floors above know, they tell it."""
+    with _lock:
+        _preparations.append(prepare)
+        for found in _found.values():
+            if found.module is not None:
+                prepare(found.module)
 
 
 def module() -> ModuleType | None:
@@ -92,7 +96,8 @@ def _load() -> _Found:
     except ImportError as error:
         hint = "delete the file, or name another folder with MICA_NATIVE"
         return _Found(None, f"what was compiled cannot be loaded ({error}): {hint}")
-    _configure(loaded)
+    for prepare in _preparations:
+        prepare(loaded)
     return _Found(loaded, None)
 
 
@@ -115,11 +120,3 @@ def imported(folder: Path, sources: build.Sources) -> ModuleType:
     loaded = module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
-
-
-def _configure(loaded: ModuleType) -> None:
-    from mica.ops.operator import call_counts
-    from mica.paths import reference_path
-
-    numbers = products.FEW_TO_ROUND, reference_path.TOKENS_PER_CHUNK, products.HAS_WIDE_SUMS
-    loaded.configure_linear(call_counts, *numbers, EDITED)

@@ -27,7 +27,7 @@ import filelock
 import torch
 from huggingface_hub import constants
 
-from mica.subspace.cache import distrusted
+from mica.folders import distrusted
 
 COMPILERS = ("c++", "g++", "clang++")
 # Optimising more takes a quarter longer, and most of what is compiled only calls PyTorch's operators. The

@@ -29,9 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mica import native
 from mica.dtypes import SIXTEEN_BIT
 from mica.memory import TENSOR_TYPES
+
+# What the nodes of autograd say of a tensor that they have saved.
+EDITED = (
+    "x, lora_A, lora_B or the weight of a MiCA layer has been modified by an inplace operation after "
+    "the layer's forward. They are kept as they came, without a copy: edit a clone of x instead."
+)
 
 _norms = False
 
@@ -69,7 +74,7 @@ class Part:
         if self._alias._version != self._version:
             shape = tuple(self._alias.shape)
             edited = _EDITED.format(self._name, shape, self._alias.dtype)
-            raise RuntimeError(edited if self._name else native.EDITED)
+            raise RuntimeError(edited if self._name else EDITED)
         return self._alias
 
 

@@ -6,6 +6,7 @@ The maths is in `mica.paths`; the operators state none of it.
 from __future__ import annotations
 
 from functools import partial
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from mica.ops.operator import (
     as_matrix,
     autocast_to,
     below_autograd,
+    call_counts,
     is_eager,
     like,
     no_autocast,
@@ -29,6 +31,7 @@ from mica.ops.operator import (
     without_none,
     without_values,
 )
+from mica.paths import products, reference_path
 from mica.paths.choose import NATIVE, Rows, backward_rows, decide, forward_rows
 
 
@@ -181,6 +184,14 @@ def _cast(
 ):
     x, weight, bias = (autocast_to(tensor, kind) for tensor in (x, weight, bias))
     return x, weight, lora_A, lora_B, scaling, bias, None, dropout_p, seed, x.dtype
+
+
+def _configure(module: ModuleType) -> None:
+    numbers = products.FEW_TO_ROUND, reference_path.TOKENS_PER_CHUNK, products.HAS_WIDE_SUMS
+    module.configure_linear(call_counts, *numbers, kept.EDITED)
+
+
+native.when_loaded(_configure)
 
 
 def linear_eager(

@@ -22,7 +22,6 @@ from torch._C import (
 )
 from torch.autograd import forward_ad
 
-from mica import native
 from mica.memory import TENSOR_TYPES, in_memory
 from mica.ops import kept
 from mica.paths import choose, reference_path
@@ -167,7 +166,7 @@ def saved(ctx) -> tuple[Tensor | None, ...]:
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
-        raise RuntimeError(native.EDITED) from error
+        raise RuntimeError(kept.EDITED) from error
 
 
 def run_backward(operator: Callable, body: Callable, tensors: Sequence[Tensor | None], *args):

@@ -17,7 +17,6 @@ import logging
 import math
 import os
 import re
-import stat
 import threading
 import time
 import uuid
@@ -27,6 +26,7 @@ import safetensors.torch
 import torch
 from huggingface_hub import constants
 
+from mica.folders import distrusted, folder_named, foreign
 from mica.subspace.device import is_on_host
 from mica.subspace.fingerprint import fingerprint, is_weight
 from mica.subspace.gram import image, transposed_image
@@ -46,9 +46,6 @@ _ORTHONORMAL = 2e-6
 
 _HEADER_BYTES = 1 << 16  # more than a file's header and checksum take
 _CHECKSUM_BYTES = 20
-
-_OFF = ("", "0", "off", "false", "no")
-_ON = ("1", "on", "true", "yes")
 
 _logger = logging.getLogger("mica")
 # Only files of the cache's own names are ever deleted.
@@ -74,16 +71,6 @@ def default_cache() -> SubspaceCache | None:
     return SubspaceCache(folder, _bytes(os.environ.get("MICA_CACHE_SIZE", "")))
 
 
-def folder_named(setting: str, default: Path) -> Path | None:
-    """The folder that the value of an environment variable names; None where it says that there is none."""
-    word = setting.strip().lower()
-    if word in _OFF:
-        return None
-    if word in _ON:
-        return default
-    return Path(os.path.expanduser(setting))  # pathlib's raises where there is no home
-
-
 def _bytes(setting: str) -> int:
     """The number of bytes that ``MICA_CACHE_SIZE`` names."""
     if not setting.strip():
@@ -97,28 +84,6 @@ def _bytes(setting: str) -> int:
     base = 1024 if binary else 1000
     exponent = " kmgt".index(prefix or " ")
     return int(float(number) * base**exponent)
-
-
-def distrusted(folder: str | os.PathLike[str]) -> str | None:
-    """Why other users may have written to a folder, such as "belongs to another user (1000)".
-
-    None if they cannot have, or if there is no such folder. Only POSIX systems are checked.
-    """
-    try:
-        return _foreign(os.stat(folder))
-    except OSError:
-        return None
-
-
-def _foreign(status: os.stat_result) -> str | None:
-    """Why other users may have written to a file or folder; None if they cannot have."""
-    if os.name != "posix":
-        return None
-    if status.st_uid not in (0, os.geteuid()):
-        return f"belongs to another user ({status.st_uid})"
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"can be written by others (mode {stat.S_IMODE(status.st_mode):o})"
-    return None
 
 
 class SubspaceCache:
@@ -300,7 +265,7 @@ def _content(path: Path, most_bytes: int) -> bytes:
         return os.open(name, flags | at_once)
 
     with open(path, "rb", opener=opened) as file:
-        why = _foreign(os.fstat(file.fileno()))
+        why = foreign(os.fstat(file.fileno()))
         if why:
             raise ValueError(f"it {why}")
         return file.read(most_bytes)

@@ -1,0 +1,42 @@
+"""Folders that the environment names, and whether to trust what lies in them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+_OFF = ("", "0", "off", "false", "no")
+_ON = ("1", "on", "true", "yes")
+
+
+def folder_named(setting: str, default: Path) -> Path | None:
+    """The folder that the value of an environment variable names; None where it says that there is none."""
+    word = setting.strip().lower()
+    if word in _OFF:
+        return None
+    if word in _ON:
+        return default
+    return Path(os.path.expanduser(setting))  # pathlib's raises where there is no home
+
+
+def distrusted(folder: str | os.PathLike[str]) -> str | None:
+    """Why other users may have written to a folder, such as "belongs to another user (1000)".
+
+    None if they cannot have, or if there is no such folder. Only POSIX systems are checked.
+    """
+    try:
+        return foreign(os.stat(folder))
+    except OSError:
+        return None
+
+
+def foreign(status: os.stat_result) -> str | None:
+    """Why other users may have written to a file or folder; None if they cannot have."""
+    if os.name != "posix":
+        return None
+    if status.st_uid not in (0, os.geteuid()):
+        return f"belongs to another user ({status.st_uid})"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"can be written by others (mode {stat.S_IMODE(status.st_mode):o})"
+    return None
