@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
-from tests.support import folder_trials
-from tests.support.folder_scenes import OUTPUT
-from tests.support.folder_templates import FINISHED, UNFINISHED, Identity, Templates
-from tests.support.folder_world import NEW, OVERWRITE, RESUME, Act, Done, World
+from tests.fuzz import folder_trials
+from tests.fuzz.folder_scenes import OUTPUT
+from tests.fuzz.folder_templates import FINISHED, UNFINISHED, Identity, Templates
+from tests.fuzz.folder_world import NEW, OVERWRITE, RESUME, Act, Done, World
 
 pytestmark = pytest.mark.slow
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.support.fuzz_machine import TALLY, OnKernels, machine, options, tally
-from tests.support.fuzz_models import MIXTURES
-from tests.support.fuzz_quantised import Quantised
-from tests.support.fuzz_runs import Runs
+from tests.fuzz.machine import TALLY, OnKernels, machine, options, tally
+from tests.fuzz.models import MIXTURES
+from tests.fuzz.quantised import Quantised
+from tests.fuzz.runs import Runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 

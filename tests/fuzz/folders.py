@@ -19,11 +19,11 @@ from functools import cache
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize
 
-from tests.support import folder_places as places
-from tests.support.folder_scenes import REFUSED, Scene
-from tests.support.folder_templates import EARLIER, FINISHED, SEEDS, UNFINISHED, WEIGHTS, Identity, Templates
-from tests.support.folder_world import NEW, OVERWRITE, RESUME
-from tests.support.fuzz_actions import SEQUENCES, action
+from tests.fuzz import folder_places as places
+from tests.fuzz.actions import SEQUENCES, action
+from tests.fuzz.folder_scenes import REFUSED, Scene
+from tests.fuzz.folder_templates import EARLIER, FINISHED, SEEDS, UNFINISHED, WEIGHTS, Identity, Templates
+from tests.fuzz.folder_world import NEW, OVERWRITE, RESUME
 
 NUMBER = st.integers(0, 2**31 - 1)
 TEXTS = {"text": "words.txt", "held-out-text": "held.txt", "retain": "retain.txt"}

@@ -1,4 +1,4 @@
-"""Rules of `fuzz_machine` for ``mica adapt``: broken off, damaged, resumed, it ends as the unbroken run.
+"""Rules of `machine` for ``mica adapt``: broken off, damaged, resumed, it ends as the unbroken run.
 
 To the bit, all on one thread. What may differ is a logged loss after a signal, the mean since the log before:
 the sum of the losses up to a step is compared then.
@@ -36,9 +36,9 @@ from transformers import Trainer
 
 from mica.cli import main
 from mica.cli.adapt import checkpoints, curve, session  # noqa: F401 (imported before the fork)
+from tests.fuzz.actions import FLAG, SEQUENCES, action, any_of
 from tests.support import moe_models
 from tests.support.adapt_runs import Process
-from tests.support.fuzz_actions import FLAG, SEQUENCES, action, any_of
 from tests.support.tiny_cli import TEXT, byte_tokenizer, tiny_llama
 
 MODELS = ["llama", "mixture"]

@@ -27,11 +27,11 @@ import torch
 from hypothesis import seed
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.support.fuzz_actions import SEQUENCES, TALLY
-from tests.support.fuzz_folders import Folders
-from tests.support.fuzz_machine import KINDS, Machine, OnKernels, options, tally
-from tests.support.fuzz_quantised import Quantised
-from tests.support.fuzz_runs import Runs
+from tests.fuzz.actions import SEQUENCES, TALLY
+from tests.fuzz.folders import Folders
+from tests.fuzz.machine import KINDS, Machine, OnKernels, options, tally
+from tests.fuzz.quantised import Quantised
+from tests.fuzz.runs import Runs
 
 
 class Part(NamedTuple):

@@ -1,4 +1,4 @@
-"""Rules of `fuzz_machine`: forwards, training, exceptions, merging."""
+"""Rules of `machine`: forwards, training, exceptions, merging."""
 
 import copy
 
@@ -6,9 +6,9 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 
-from tests.support.fuzz_actions import FLAG, INDEX, SEEDS, Base, action, any_of
-from tests.support.fuzz_models import tokens
-from tests.support.fuzz_twins import factors, is_base, layers
+from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of
+from tests.fuzz.models import tokens
+from tests.fuzz.twins import factors, is_base, layers
 
 
 class RaisedInForwardError(Exception):

@@ -1,4 +1,4 @@
-"""Small parts of `fuzz_twins`: what an action gave, how far two results are apart, an adapter's factors."""
+"""Small parts of `twins`: what an action gave, how far two results are apart, an adapter's factors."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

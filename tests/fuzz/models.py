@@ -1,4 +1,4 @@
-"""The models of `fuzz_machine`: tiny ones of transformers' shapes, and one with what these have not."""
+"""The models of `machine`: tiny ones of transformers' shapes, and one with what these have not."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Rules of `fuzz_machine`: adapters are added, switched, scaled, edited, saved, loaded, combined, copied."""
+"""Rules of `machine`: adapters are added, switched, scaled, edited, saved, loaded, combined, copied."""
 
 import copy
 import io
@@ -16,10 +16,10 @@ from torch import nn
 
 import mica.fast
 from mica.fast.forward.expert_params import weight_name
-from tests.support.fuzz_actions import FLAG, INDEX, SEEDS, Base, action, any_of, configs
-from tests.support.fuzz_compare import attempt
-from tests.support.fuzz_models import KINDS, build, targeting
-from tests.support.fuzz_twins import factors, layers
+from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of, configs
+from tests.fuzz.compare import attempt
+from tests.fuzz.models import KINDS, build, targeting
+from tests.fuzz.twins import factors, layers
 from tests.support.peft_versions import is_at_least
 
 

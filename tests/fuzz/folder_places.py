@@ -5,8 +5,8 @@ import random
 import shutil
 from typing import NamedTuple
 
-from tests.support.folder_templates import FILES, Identity
-from tests.support.folder_world import World
+from tests.fuzz.folder_templates import FILES, Identity
+from tests.fuzz.folder_world import World
 
 ODD = tuple(
     os.fsdecode(name)

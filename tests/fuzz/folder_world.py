@@ -16,8 +16,8 @@ from typing import NamedTuple
 import yaml
 
 from mica.cli.adapt import checkpoints
-from tests.support import snapshots
-from tests.support.folder_templates import FILES, FIXED, MODEL, WEIGHTS, Identity, Templates
+from tests.fuzz import snapshots
+from tests.fuzz.folder_templates import FILES, FIXED, MODEL, WEIGHTS, Identity, Templates
 from tests.support.forked import Blow, Command
 
 NEW, RESUME, OVERWRITE, TRANSFER = "new", "--resume", "--overwrite", "transfer"

@@ -1,4 +1,4 @@
-"""Rules of `fuzz_machine` for what callers do with a layer's output: edits, hooks, complex numbers, vmap."""
+"""Rules of `machine` for what callers do with a layer's output: edits, hooks, complex numbers, vmap."""
 
 import torch
 from hypothesis import assume
@@ -7,11 +7,11 @@ from torch.func import functional_call, grad
 
 import mica.fast
 from mica.fast.forward.expert_params import is_wrapper
-from tests.support.fuzz_actions import FLAG, INDEX, SEEDS, Base, action, any_of
-from tests.support.fuzz_calls import energy
-from tests.support.fuzz_compare import factors
-from tests.support.fuzz_models import tokens
-from tests.support.fuzz_twins import is_base
+from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of
+from tests.fuzz.calls import energy
+from tests.fuzz.compare import factors
+from tests.fuzz.models import tokens
+from tests.fuzz.twins import is_base
 from tests.support.linear_calls import Marked
 from tests.support.stock import whatever_language
 

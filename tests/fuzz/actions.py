@@ -1,4 +1,4 @@
-"""What the rules of `fuzz_machine` share: how an action is followed by the comparisons.
+"""What the rules of `machine` share: how an action is followed by the comparisons.
 
 Every action ends with a comparison of all that both models hold, and mostly of an output and its gradients.
 """
@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import mica.fast
 from mica.fast.merge import merging
-from tests.support.fuzz_compare import Outcome
-from tests.support.fuzz_models import KINDS, MIXTURES, targeting
-from tests.support.fuzz_twins import Twins, is_base, layers
+from tests.fuzz.compare import Outcome
+from tests.fuzz.models import KINDS, MIXTURES, targeting
+from tests.fuzz.twins import Twins, is_base, layers
 
 NAMES = ["one", "two", "three"]
 FLAG = st.booleans()

@@ -1,4 +1,4 @@
-"""Rules of `fuzz_machine` for quantised bases: whatever was done before, a merge is off by one quantisation.
+"""Rules of `machine` for quantised bases: whatever was done before, a merge is off by one quantisation.
 
 Stock PEFT is no oracle here: some of its merges ruin the base. The effective weight of a layer is what its
 base layer makes of the unit matrix. A merge and an unmerge may round that once to the base's few bits.
@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import mica.fast
-from tests.support.fuzz_actions import FLAG, INDEX, SEEDS, SEQUENCES, action, any_of
-from tests.support.fuzz_compare import distance, layers
+from tests.fuzz.actions import FLAG, INDEX, SEEDS, SEQUENCES, action, any_of
+from tests.fuzz.compare import distance, layers
 from tests.support.quantised_models import quantise
 
 KINDS = ("nf4", "nf4", "fp4", "nf4 double, bf16 storage", "int8")

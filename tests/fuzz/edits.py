@@ -1,4 +1,4 @@
-"""Rules of `fuzz_machine`: values written past PyTorch's count of writes, between calls and within a step."""
+"""Rules of `machine`: values written past PyTorch's count of writes, between calls and within a step."""
 
 import torch
 from peft.tuners.lora import ParamWrapper
@@ -7,12 +7,12 @@ from torch import Tensor, nn
 import mica.fast
 from mica.fast.forward.expert_params import weight_name
 from mica.paths import choose
-from tests.support.fuzz_actions import FLAG, INDEX, SEEDS, Base, action, any_of
-from tests.support.fuzz_calls import energy
-from tests.support.fuzz_compare import attempt, distance, factors
-from tests.support.fuzz_layers import gradients
-from tests.support.fuzz_models import tokens
-from tests.support.fuzz_twins import GRADIENTS, layers
+from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of
+from tests.fuzz.calls import energy
+from tests.fuzz.compare import attempt, distance, factors
+from tests.fuzz.layers import gradients
+from tests.fuzz.models import tokens
+from tests.fuzz.twins import GRADIENTS, layers
 
 WHAT = any_of("lora_A", "lora_B", "lora_B", "weight", "bias")
 WAYS = ("data =", "data.copy_", "data[...] =", "numpy", "copy_")

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import mica.fast
 from mica.fast.forward.expert_params import weight_name
 from mica.fast.settings import settings
-from tests.support.fuzz_compare import (
+from tests.fuzz.compare import (
     Outcome,
     attempt,
     attributes,
@@ -44,7 +44,7 @@ from tests.support.fuzz_compare import (
     rounded_otherwise,
     take_for_mica,
 )
-from tests.support.fuzz_models import KINDS, MIXTURES, build, run, tokens
+from tests.fuzz.models import KINDS, MIXTURES, build, run, tokens
 from tests.support.stock import whatever_language
 from tests.support.tolerances import RELATIVE
 

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tests.support.folder_scenes import OUTPUT, REFUSED, Scene
-from tests.support.folder_templates import EARLIER, FINISHED, SEEDS, UNFINISHED, Identity, Templates
-from tests.support.folder_world import NEW, OVERWRITE, RESUME
+from tests.fuzz.folder_scenes import OUTPUT, REFUSED, Scene
+from tests.fuzz.folder_templates import EARLIER, FINISHED, SEEDS, UNFINISHED, Identity, Templates
+from tests.fuzz.folder_world import NEW, OVERWRITE, RESUME
 
 PAIRS = {  # (what the one does, the other) -> what may be in the folder before
     (NEW, NEW): ["nothing", "an empty folder"],

@@ -5,8 +5,8 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from tests.support.folder_templates import FINISHED, SEEDS, UNFINISHED, Identity, Templates
-from tests.support.folder_world import KILLED, NEW, OVERWRITE, RESUME, Act, Done, World
+from tests.fuzz.folder_templates import FINISHED, SEEDS, UNFINISHED, Identity, Templates
+from tests.fuzz.folder_world import KILLED, NEW, OVERWRITE, RESUME, Act, Done, World
 from tests.support.forked import Blow
 
 OUTPUT = "out"

@@ -8,13 +8,13 @@ from hypothesis.stateful import precondition
 
 import mica.fast
 from mica.paths import choose
-from tests.support.fuzz_actions import FLAG, INDEX, SEQUENCES, TALLY, action, any_of, pass_on
-from tests.support.fuzz_adapters import Adapters
-from tests.support.fuzz_calls import Calls
-from tests.support.fuzz_edits import Edits
-from tests.support.fuzz_layers import Layers
-from tests.support.fuzz_models import KINDS
-from tests.support.fuzz_twins import factors, layers
+from tests.fuzz.actions import FLAG, INDEX, SEQUENCES, TALLY, action, any_of, pass_on
+from tests.fuzz.adapters import Adapters
+from tests.fuzz.calls import Calls
+from tests.fuzz.edits import Edits
+from tests.fuzz.layers import Layers
+from tests.fuzz.models import KINDS
+from tests.fuzz.twins import factors, layers
 
 __all__ = ["KINDS", "TALLY", "Machine", "OnKernels", "machine", "options", "tally"]
 
