@@ -13,40 +13,31 @@ the sum of the losses up to a step is compared then.
 """
 
 import csv
-import errno
-import gc
 import json
-import os
 import re
 import shutil
-import signal
-import sys
 import tempfile
-import threading
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
 
-from mica.cli import main
-from mica.cli.adapt import checkpoints, curve, session  # noqa: F401 (imported before the fork)
+from mica.cli.adapt import checkpoints
 from tests.fuzz.actions import FLAG, SEQUENCES, action, any_of
 from tests.support import moe_models
-from tests.support.adapt_runs import Process
+from tests.support.forked import FULL_DISK, Blow, Command
 from tests.support.tiny_cli import TEXT, byte_tokenizer, tiny_llama
 
 MODELS = ["llama", "mixture"]
 DAMAGES = ["cut", "emptied", "deleted", "flipped"]
 CHANGES = ["an option", "run.yaml", "the base"]
-STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9, "full disk": 2}
+STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9, FULL_DISK: 2}
 MOMENTS = any_of(0.0, 0.003, 0.01, 0.03)
-WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}  # audit events, besides "open"
 
 WEIGHTS = "adapter_model.safetensors"
 FIXED = {"rank": 4, "sequence-length": 16, "eval-blocks": 3, "workers": 1}
@@ -87,50 +78,6 @@ def inputs() -> tempfile.TemporaryDirectory:
     return made
 
 
-def run(folder: Path, argv: list[str], breaking: tuple[str, int, str, float] | None) -> None:
-    """``mica adapt`` in a process of its own, in ``folder``, and broken off where ``breaking`` says."""
-    import datasets.config
-
-    os.chdir(folder)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    # a third of the time each: Trainer's collection of all that was imported, and the picture
-    gc.freeze()
-    curve.figure = lambda *_: SimpleNamespace(savefig=lambda path, **_: path.write_bytes(b"a picture"))
-    datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    if breaking:
-        _arm(argv[argv.index("--output") + 1], *breaking)
-    raise SystemExit(main(argv))
-
-
-def _arm(output: str, where: str, at: int, what: str, moment: float) -> None:
-    """At the ``at``-th step of this process, or write to ``output``, and ``moment`` seconds later."""
-    left, is_full, step = at, False, Trainer.training_step
-
-    def count(kind):
-        nonlocal left, is_full
-        left -= kind == where
-        if left or kind != where:
-            return
-        if what == "full disk":
-            is_full = True
-        else:
-            threading.Timer(moment, os.kill, (os.getpid(), signal.Signals[what])).start()
-
-    def counted(*args, **kwargs):
-        count("step")
-        return step(*args, **kwargs)
-
-    def audit(event, args):
-        is_write = event in WRITES or (event == "open" and set(args[1] or "") & set("wax+"))
-        if is_write and output in str(args[0]):
-            count("write")
-            if is_full and event in ("open", "os.mkdir"):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
-
-    Trainer.training_step = counted
-    sys.addaudithook(audit)
-
-
 class Runs(RuleBasedStateMachine):
     """One run unbroken, in ``whole``, and one in ``broken``, which the rules are done to."""
 
@@ -140,6 +87,7 @@ class Runs(RuleBasedStateMachine):
         self.inputs = Path(inputs().name)
         self.scratch = tempfile.TemporaryDirectory(dir=self.inputs)
         self.folder = Path(self.scratch.name)
+        self.outside = tempfile.TemporaryDirectory()  # what is printed, and the cache of tokens
         self.output = self.folder / "broken"
         self.options: list[str] = []
         self.is_sound = self.was_stopped = False
@@ -173,23 +121,25 @@ class Runs(RuleBasedStateMachine):
         self.adapter = load_file(self.folder / "whole" / WEIGHTS)
         self.is_sound = True
 
-    def adapt(self, name: str, *options: str, breaking: tuple | None = None) -> int:
+    def adapt(self, name: str, *options: str, blows: Sequence[Blow] = ()) -> int:
         """The exit status of a run; one that failed has said so in one line."""
         argv = ["adapt", "--output", f"{self.folder.name}/{name}", *options]
-        process = Process(run, self.inputs, argv, breaking, folder=self.folder)
-        (status,) = process.join()
-        self.errors = process.errors()
+        outside = Path(self.outside.name)
+        log = outside / f"log {len(list(outside.iterdir()))}"
+        command = Command(argv, self.inputs, log, outside / "cache", blows)
+        status = command.end()
+        self.errors = command.text()
         assert "Traceback" not in self.errors, self.errors
         lines = [line for line in self.errors.splitlines() if " error: " in line]
         assert len(lines) == (status == 2), self.errors
         return status
 
-    def go_on(self, breaking: tuple | None = None) -> int:
+    def go_on(self, blows: Sequence[Blow] = ()) -> int:
         """As a user would: resume what can be resumed, else begin."""
         _, is_lost = self.newest()
         resumes = (self.output / "run.yaml").is_file() and not is_lost
         options = ["--resume"] if resumes else [*self.options, "--overwrite"]
-        return self.adapt("broken", *options, breaking=breaking)
+        return self.adapt("broken", *options, blows=blows)
 
     def newest(self) -> tuple[Path | None, bool]:
         """The newest checkpoint that is whole, and whether it is lost: there was one, and none is whole."""
@@ -226,7 +176,7 @@ class Runs(RuleBasedStateMachine):
         if not self.is_sound:
             self.unbroken()
         at = at % 8 if where == "step" else at
-        status = self.go_on((where, at + 1, what, moment))
+        status = self.go_on([Blow(where, at + 1, what, moment)])
         assert status in (0, STATUS[what]), f"{status}: {self.errors}"
         is_stopped = status in (130, 143)
         self.was_stopped |= is_stopped
@@ -282,6 +232,7 @@ class Runs(RuleBasedStateMachine):
                 self._compare_results()
         finally:
             self.scratch.cleanup()
+            self.outside.cleanup()
 
     def _compare_results(self):
         whole, broken = self.folder / "whole", self.output
