@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 
 from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of
+from tests.fuzz.compare import energy
 from tests.fuzz.models import tokens
 from tests.fuzz.twins import factors, is_base, layers
 
@@ -17,10 +18,6 @@ class RaisedInForwardError(Exception):
 
 def do_raise(*args):
     raise RaisedInForwardError
-
-
-def energy(out: torch.Tensor) -> torch.Tensor:
-    return out.float().square().sum()
 
 
 def with_gradients(model):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import mica.fast
 from mica.fast.forward.eligibility import is_stored_transposed
 from mica.fast.forward.expert_params import is_wrapper, lora_B_of, weight_of_stack
-from tests.support.judging import energy, sine, truth
+from tests.support import judging
 
 
 class Outcome(NamedTuple):
@@ -68,6 +68,14 @@ def rounded_otherwise(model: nn.Module) -> nn.Module:
     return model
 
 
+def energy(out: torch.Tensor) -> torch.Tensor:
+    return out.float().square().sum()
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
 def furthest(results, exact) -> float:
     """The largest of the errors of all tensors in a result; gradients count together."""
     if isinstance(results, Tensor):
@@ -96,13 +104,13 @@ def judge(name: str, layer: LoraLayer, adapter: str) -> None:
         weights = [weight.t() if is_stored_transposed(layer) else weight]
         bases = [factors(layer, adapter)[1].detach().double()]
     for weight, basis in zip(weights, bases, strict=True):
-        vectors, squares = truth(weight)
+        vectors, squares = judging.truth(weight)
         rank = basis.shape[1]
         assert (basis.T @ basis - torch.eye(rank, dtype=torch.float64)).abs().max() < 1e-5, name
-        found, least = energy(weight, basis).sum().sqrt(), squares[-rank:].sum().sqrt()
+        found, least = judging.energy(weight, basis).sum().sqrt(), squares[-rank:].sum().sqrt()
         is_least = found <= least * (1 + 1e-3) + 1e-5 * weight.norm()
         assert is_least, f"{name}: energy {found}, the least is {least}"
-        assert sine(vectors, basis) < 1e-4, f"{name}: B has directions that the weight has not"
+        assert judging.sine(vectors, basis) < 1e-4, f"{name}: B has directions that the weight has not"
 
 
 def take_for_mica(adapter: str, stock: nn.Module, ours: nn.Module) -> None:

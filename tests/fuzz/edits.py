@@ -8,9 +8,7 @@ import mica.fast
 from mica.fast.forward.expert_params import weight_name
 from mica.paths import choose
 from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of
-from tests.fuzz.calls import energy
-from tests.fuzz.compare import attempt, distance, factors
-from tests.fuzz.layers import gradients
+from tests.fuzz.compare import attempt, distance, energy, factors, gradients
 from tests.fuzz.models import tokens
 from tests.fuzz.twins import GRADIENTS, layers
 

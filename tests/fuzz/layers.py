@@ -8,12 +8,11 @@ from torch.func import functional_call, grad
 import mica.fast
 from mica.fast.forward.expert_params import is_wrapper
 from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of
-from tests.fuzz.calls import energy
-from tests.fuzz.compare import factors
+from tests.fuzz.compare import energy, factors, gradients
 from tests.fuzz.models import tokens
 from tests.fuzz.twins import is_base
+from tests.support.counts import whatever_language
 from tests.support.linear_calls import Marked
-from tests.support.stock import whatever_language
 
 SHAPES = any_of((), (3,), (2, 3), (2, 3), (2, 1, 3), (2, 0))  # before the features
 EDITS = any_of(None, "add_", "mul_", "tanh_", "a column", "two outputs")
@@ -122,10 +121,6 @@ def overwrite(parameter: Tensor) -> tuple[Tensor, Tensor]:
 
 def dtype_of_base(model: nn.Module) -> torch.dtype:
     return next(p for name, p in model.named_parameters() if is_base(name)).dtype
-
-
-def gradients(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
 class Layers(Base):

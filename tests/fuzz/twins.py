@@ -45,7 +45,7 @@ from tests.fuzz.compare import (
     take_for_mica,
 )
 from tests.fuzz.models import KINDS, MIXTURES, build, run, tokens
-from tests.support.stock import whatever_language
+from tests.support.counts import whatever_language
 from tests.support.tolerances import RELATIVE
 
 # Over the relative error of one layer: a model has a few, and gradients go through all of them twice.

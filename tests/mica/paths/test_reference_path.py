@@ -77,26 +77,6 @@ def test_few_tokens_are_nearer_to_the_oracle_than_with_rounded_masters(monkeypat
     assert all(total < 0.0 for total in closer.values())
 
 
-@pytest.mark.parametrize(
-    ("scaling", "forward_scale", "backward_scale", "largest"),
-    [
-        (1.0, [], [], 2 * 30),
-        (2.0, ["aten::mul_"], ["aten::mul_"], 2 * 30),  # a power of two scales where there is least
-        (1 / 3, ["aten::mul"], ["aten::mul"], 16 * 40),
-    ],
-)
-def test_few_tokens_take_three_products_and_nothing_else(scaling, forward_scale, backward_scale, largest):
-    p = problem((2,), 40, 30, 16, torch.float32, bias=False, scaling=scaling)
-    with Seen() as forward:
-        reference_path.linear(p.x, *operands(p))
-    with Seen() as backward:
-        reference_path.linear_backward(p.grad_output, p.x, *operands(p), torch.float32)
-    needed = ["aten::addmm_", "aten::mm", "aten::mm"]
-    assert sorted(forward.names) == sorted([*needed, *forward_scale])
-    assert sorted(backward.names) == sorted([*needed, "aten::mm", *backward_scale])
-    assert forward.largest(torch.float32) == largest
-
-
 def test_dropout_keeps_the_given_share_independently():
     """Rows, columns, neighbours and seeds: shares and correlations within five standard errors of chance."""
     rows, columns, p = 1024, 768, 0.3
@@ -175,28 +155,6 @@ def test_dropout_under_a_function_transform_with_a_seed_for_each():
     seeds = torch.tensor([[1], [2]])
     expected = torch.stack([linear(seed) for seed in seeds])
     assert error(torch.func.vmap(linear)(seeds), expected) <= RELATIVE[torch.float32]
-
-
-def test_dropout_of_each_formula_against_autograd():
-    p, seed = problem((9,), 12, 10, 3, torch.float64, torch.float64, scaling=0.7), torch.tensor([5])
-    dropped = {"dropout_p": 0.3, "seed": seed}
-    keep = dropout.dropout_keep(seed, 9, 12, 0.3).double() / 0.7
-    x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
-    h = p.scaling * (keep * x) @ lora_A.t()
-    y = x @ p.weight.t() + h @ p.lora_B.t()
-    dtype = torch.float64
-    assert error(reference_path.linear(p.x, *operands(p), **dropped), y) <= RELATIVE[dtype]
-    assert (
-        error(reference_path.down_projection(p.x, p.lora_A, p.scaling, dtype, **dropped), h)
-        <= RELATIVE[dtype]
-    )
-    expected = torch.autograd.grad(y, (x, lora_A), p.grad_output, retain_graph=True)
-    grads = reference_path.linear_backward(p.grad_output, p.x, *operands(p), dtype, **dropped)
-    g = p.grad_output @ p.lora_B
-    expected += torch.autograd.grad(h, (x, lora_A), g)
-    grads += reference_path.down_projection_backward(g, p.x, p.lora_A, p.scaling, True, **dropped)
-    for ours, exact in zip(grads, expected, strict=True):
-        assert error(ours, exact) <= RELATIVE[dtype]
 
 
 @pytest.mark.skipif(not products.has_native(torch.bfloat16), reason="no instructions for bfloat16")

@@ -129,14 +129,6 @@ BATCH_SIZES = {
 }  # fmt: skip
 
 
-def test_large_weights_are_solved_one_by_one(monkeypatch):
-    monkeypatch.setattr(device, "free_memory", lambda where: 2**40)
-    for shape in ((1535, 9000), (9000, 1535)):
-        assert batch_size(*shape, torch.device("cuda")) == 8
-    for shape in ((1536, 9000), (9000, 1536)):
-        assert batch_size(*shape, torch.device("cuda")) == 1
-
-
 def test_batch_sizes(monkeypatch):
     for (shape, free), expected in BATCH_SIZES.items():
         monkeypatch.setattr(device, "free_memory", lambda where, free=free: int(free * 2**30))

@@ -83,14 +83,3 @@ def test_a_quick_fingerprint_copies_nothing_but_sums(monkeypatch):
 
 
 # The count itself
-
-
-@pytest.mark.parametrize(
-    ("call", "waits"),
-    [(lambda x: x.tolist(), 1), (torch.linalg.eigh, 1), (torch.linalg.cholesky_ex, 0), (torch.linalg.qr, 0)],
-)
-def test_what_counts_as_a_wait(call, waits):
-    with CountedDevice() as device:
-        call(OnDevice(torch.eye(3)))
-    assert device.waits.total() == waits
-    assert device.operators.total() >= 1

@@ -1,4 +1,4 @@
-"""``python -m tests.support.notebook``: executes examples/mica.ipynb and stores its outputs in it.
+"""``python -m tests.notebook``: executes examples/mica.ipynb and stores its outputs in it.
 
 Needs nbclient, ipykernel and ipywidgets. To be run in an environment with the extra `cli` only: optional
 libraries of quantisation print messages when they are imported. Progress bars are not stored: they are

@@ -1,7 +1,7 @@
 """Runs a script for GPUs on the CPU, in one of several processes: as it stands.
 
-``python -m tests.support.on_gloo FOLDER SCRIPT ARGUMENT …``, which a launcher starts in each process, leaves
-what `run` returns in FOLDER, in a file named by the process's rank.
+``python -m tests.mica.fast.on_gloo FOLDER SCRIPT ARGUMENT …``, which a launcher starts in each process,
+leaves what `run` returns in FOLDER, in a file named by the process's rank.
 
 accelerate offers FSDP on accelerators only; here it is told that gloo is one (and, with
 ACCELERATE_TORCH_DEVICE=cpu, where it computes).
@@ -19,8 +19,8 @@ import torch
 from accelerate.utils import DistributedType
 
 import mica.fast
+from tests.support.counts import whatever_language
 from tests.support.models import adapted_layers
-from tests.support.stock import whatever_language
 
 
 def run(script: str, *arguments: str) -> dict:
