@@ -4,7 +4,6 @@ After a change of it, `python -m tests.notebook` stores its outputs again.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import tqdm.auto
 
 from mica.fast.create import solving
 from tests import notebook
-from tests.support.imports import ROOT
+from tests.support.processes import ROOT, outside
 
 NOTEBOOK = notebook.read()
 CELLS = notebook.code_cells(NOTEBOOK)
@@ -67,10 +66,9 @@ def test_it_runs_and_prints_what_is_stored(tmp_path):
     parts = [f"{notebook.source(cell)}\nprint({ENDS_A_CELL!r})" for cell in cells]
     script = tmp_path / "notebook.py"
     script.write_text("\n".join([*parts, LEARNED]), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "PYTHONIOENCODING": "utf-8"}
-    environment.pop("TRITON_INTERPRET", None)  # of the tests: `explain` would name it as the reason
+    own = {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8"
+        [sys.executable, script], cwd=tmp_path, env=outside() | own, capture_output=True, encoding="utf-8"
     )
     assert done.returncode == 0, done.stderr
     *fresh, rest = done.stdout.split(f"{ENDS_A_CELL}\n")

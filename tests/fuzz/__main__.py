@@ -29,7 +29,8 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.fuzz.actions import SEQUENCES, TALLY
 from tests.fuzz.folders import Folders
-from tests.fuzz.machine import KINDS, Machine, OnKernels, options, tally
+from tests.fuzz.machine import Machine, OnKernels, options, tally
+from tests.fuzz.models import KINDS
 from tests.fuzz.quantised import Quantised
 from tests.fuzz.runs import Runs
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import mica.fast
 from mica.fast.merge import merging
-from tests.fuzz.compare import Outcome
+from tests.fuzz.compare import Outcome, dtype_of_base
 from tests.fuzz.models import KINDS, MIXTURES, targeting
-from tests.fuzz.twins import Twins, is_base, layers
+from tests.fuzz.twins import Twins, layers
 
 NAMES = ["one", "two", "three"]
 FLAG = st.booleans()
@@ -203,7 +203,7 @@ class Base(RuleBasedStateMachine):
 
     @property
     def is_double(self) -> bool:
-        return next(p for n, p in self.twins.ours.named_parameters() if is_base(n)).dtype == torch.float64
+        return dtype_of_base(self.twins.ours) == torch.float64
 
     def pick(self, index: int) -> str:
         adapters = self.twins.adapters

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 
 from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of
-from tests.fuzz.compare import energy
+from tests.fuzz.compare import dtype_of_base, energy
 from tests.fuzz.models import tokens
 from tests.fuzz.twins import factors, is_base, layers
 
@@ -94,7 +94,7 @@ class Calls(Base):
     def gradient_of_the_input(self, seed, twice):
         width = self.twins.ours.get_input_embeddings().weight.shape[1] if self.twins.form == "causal" else 12
         x = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(seed))
-        x = x.to(next(p for n, p in self.twins.ours.named_parameters() if is_base(n)).dtype)
+        x = x.to(dtype_of_base(self.twins.ours))
         twice = twice and self.checkpointing is None and self.twins.tolerance < 1e-4
 
         def step(model):

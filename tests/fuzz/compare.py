@@ -42,6 +42,10 @@ def is_base(name: str) -> bool:
     return "lora_" not in name and "modules_to_save" not in name
 
 
+def dtype_of_base(model: nn.Module) -> torch.dtype:
+    return next(p for name, p in model.named_parameters() if is_base(name)).dtype
+
+
 def distance(actual: Tensor, expected: Tensor, floor: float = 1e-6) -> float:
     """Relative Frobenius error; NaN and inf in the same places are equal, elsewhere infinitely far."""
     actual, expected = actual.detach().double(), expected.detach().double()

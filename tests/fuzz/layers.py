@@ -8,9 +8,8 @@ from torch.func import functional_call, grad
 import mica.fast
 from mica.fast.forward.expert_params import is_wrapper
 from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of
-from tests.fuzz.compare import energy, factors, gradients
+from tests.fuzz.compare import dtype_of_base, energy, factors, gradients
 from tests.fuzz.models import tokens
-from tests.fuzz.twins import is_base
 from tests.support.counts import whatever_language
 from tests.support.linear_calls import Marked
 
@@ -117,10 +116,6 @@ def overwrite(parameter: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         parameter.mul_(1.5)
     return parameter, before
-
-
-def dtype_of_base(model: nn.Module) -> torch.dtype:
-    return next(p for name, p in model.named_parameters() if is_base(name)).dtype
 
 
 class Layers(Base):

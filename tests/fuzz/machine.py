@@ -13,11 +13,7 @@ from tests.fuzz.adapters import Adapters
 from tests.fuzz.calls import Calls
 from tests.fuzz.edits import Edits
 from tests.fuzz.layers import Layers
-from tests.fuzz.models import KINDS
 from tests.fuzz.twins import factors, layers
-
-__all__ = ["KINDS", "TALLY", "Machine", "OnKernels", "machine", "options", "tally"]
-
 
 WHICH = ("nothing", "everything", "one base layer", "active", "a lora_A", "a lora_B")
 

@@ -112,6 +112,12 @@ def test_pefts_own_forward_runs_and_the_reason_is_said(name):
         assert [row.path for row in rows] == 4 * ["peft"]
 
 
+def test_lora_without_mica_is_pefts():
+    model = randomise(wrap_experts(moe_models.mixtral(), stock=True))
+    assert "is not MiCA" in reason(model)
+    assert ran(lambda: loss_of(model, tokens()))[1] == (0, 0)
+
+
 def test_a_router_keeps_peft_s_path_and_does_not_stop_the_experts():
     model = adapted("qwen3_moe", target_parameters=[*moe_models.STACKS, moe_models.ROUTER["qwen3_moe"]])
     assert as_stock_s(model, tokens()) == (4, 4)

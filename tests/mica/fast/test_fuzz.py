@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.fuzz.machine import TALLY, OnKernels, machine, options, tally
+from tests.fuzz.actions import TALLY
+from tests.fuzz.machine import OnKernels, machine, options, tally
 from tests.fuzz.models import MIXTURES
 from tests.fuzz.quantised import Quantised
 from tests.fuzz.runs import Runs

@@ -77,6 +77,26 @@ def test_few_tokens_are_nearer_to_the_oracle_than_with_rounded_masters(monkeypat
     assert all(total < 0.0 for total in closer.values())
 
 
+@pytest.mark.parametrize(
+    ("scaling", "forward_scale", "backward_scale", "largest"),
+    [
+        (1.0, [], [], 2 * 30),
+        (2.0, ["aten::mul_"], ["aten::mul_"], 2 * 30),  # a power of two scales where there is least
+        (1 / 3, ["aten::mul"], ["aten::mul"], 16 * 40),
+    ],
+)
+def test_few_tokens_take_three_products_and_nothing_else(scaling, forward_scale, backward_scale, largest):
+    p = problem((2,), 40, 30, 16, torch.float32, bias=False, scaling=scaling)
+    with Seen() as forward:
+        reference_path.linear(p.x, *operands(p))
+    with Seen() as backward:
+        reference_path.linear_backward(p.grad_output, p.x, *operands(p), torch.float32)
+    needed = ["aten::addmm_", "aten::mm", "aten::mm"]
+    assert sorted(forward.names) == sorted([*needed, *forward_scale])
+    assert sorted(backward.names) == sorted([*needed, "aten::mm", *backward_scale])
+    assert forward.largest(torch.float32) == largest
+
+
 def test_dropout_keeps_the_given_share_independently():
     """Rows, columns, neighbours and seeds: shares and correlations within five standard errors of chance."""
     rows, columns, p = 1024, 768, 0.3

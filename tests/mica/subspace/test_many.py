@@ -9,6 +9,7 @@ import torch
 from mica import minor_subspace
 from mica.subspace import device, many, threads
 from mica.subspace.cache import SubspaceCache
+from mica.subspace.fingerprint import fingerprint
 from mica.subspace.many import Task, solve_many
 
 SHAPES = [(40, 30), (30, 40), (40, 30), (64, 64), (200, 20), (40, 30)]
@@ -82,6 +83,12 @@ def test_the_cache_is_read_and_written(tasks, tmp_path, calls_of):
     assert all(torch.equal(first[index].basis, second[index].basis) for index in first)
     solved_once([replace(task, weight=task.weight + 1) for task in tasks], cache=cache)
     assert solved
+
+
+def test_the_key_of_a_task_is_that_of_its_whole_weight():
+    """Processes share the work on weights of one key."""
+    weight = torch.randn(40, 30)
+    assert Task("layer", weight, 4).key == fingerprint(weight)
 
 
 @pytest.mark.usefixtures("anywhere")

@@ -192,3 +192,9 @@ def test_the_first_error_ends_it():
     with pytest.raises(ZeroDivisionError):
         in_parallel(fail, range(200))
     assert fail.call_count < 200
+
+
+def test_only_small_cpu_matrices_share():
+    assert threads.is_small(torch.empty(threads.SMALL, 50_000, device="cpu"))
+    assert not threads.is_small(torch.empty(threads.SMALL + 1, threads.SMALL + 1))
+    assert not threads.is_small(torch.empty(4, 4, device="meta"))
