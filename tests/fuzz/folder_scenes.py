@@ -6,21 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 from tests.fuzz.folder_templates import FINISHED, SEEDS, UNFINISHED, Identity, Templates
-from tests.fuzz.folder_world import KILLED, NEW, OVERWRITE, RESUME, Act, Done, World
-from tests.support.forked import Blow
+from tests.fuzz.folder_world import KILLED, NEW, OVERWRITE, REFUSED, RESUME, Act, Done, World
+from tests.support.forked import Blow, Command
 
 OUTPUT = "out"
 USERS = (  # files of a user beside a run's, some by names that a run has too
     *("notes.txt", "adapter_notes.md", "curve.fit.py", "tokenizer_train.py", "vocab.py", "vocab.mine.txt"),
     *("merged/mine.bin", "base/code.py", "runs/events", "checkpoint-notes/a.txt"),
     *("chat_template_old.jinja", "sub/deep/file", ".hidden"),
-)
-REFUSED = (  # options that are refused, early and late
-    "--rank=40",
-    "--target-modules=no_such_proj",
-    "--retain=missing.txt",
-    "--sequence-length=4000",
-    "--held-out-text=empty.txt",
 )
 
 
@@ -58,6 +51,13 @@ class Scene:
     def identity(self, seeds: Sequence[int] = SEEDS) -> Identity:
         return Identity(self.draw.choice(seeds))
 
+    def refused_options(self, probability: float) -> list[str]:
+        """One that is refused, or none."""
+        if self.draw.random() >= probability:
+            return []
+        self.world.put("empty.txt", "")
+        return [self.draw.choice(REFUSED)]
+
     def users_files(self, output: str, most: int = 4) -> None:
         for name in self.draw.sample(USERS, self.draw.randint(0, most)):
             self.world.put(f"{output}/{name}", f"mine: {name}")
@@ -87,34 +87,29 @@ class Scene:
             one = world.start(first, self.blow(command, chance))
             time.sleep(self.draw.uniform(0, 0.4))
             other = world.start(second, self.blow(command, chance))
-            done = world.ended(first, one), world.ended(second, other)
-            world.judge(*done)
-            self.count(*done)
+            self.end((first, one), (second, other))
             return
         stopped = world.start(first, [self.stop(command), *self.blow(command, chance)])
         is_stopped = stopped.wait_until_stopped()
-        waiting = Done(first, None, "", False)
         if is_stopped:
-            world.judge(waiting)
+            world.judge(Done(first, None, "", False))
         else:
-            waiting = world.ended(first, stopped)
-            world.judge(waiting)
-            self.count(waiting)
+            self.end((first, stopped))
         other = world.start(second, self.blow(command, chance))
         limit = 5 + self.templates.counts(command)["milliseconds"] / 100
         if is_stopped and not other.has_ended(limit):
             world.story.append("  the second waits for the first")
-            done = world.ended(first, stopped), world.ended(second, other)
-            world.judge(*done)
-            self.count(*done)
+            self.end((first, stopped), (second, other))
             return
-        done = world.ended(second, other)
-        world.judge(done)
-        self.count(done)
+        self.end((second, other))
         if is_stopped:
-            done = world.ended(first, stopped)
-            world.judge(done)
-            self.count(done)
+            self.end((first, stopped))
+
+    def end(self, *commands: tuple[Act, Command]) -> None:
+        """Wait for them, and judge what they have done together."""
+        done = [self.world.ended(*command) for command in commands]
+        self.world.judge(*done)
+        self.count(*done)
 
     def afterwards(self, output: str = OUTPUT, must_work: bool = True) -> None:
         """As a user would: resume, through more kills, and if there is nothing to resume replace.

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tests.fuzz.folder_scenes import OUTPUT, REFUSED, Scene
+from tests.fuzz.folder_scenes import OUTPUT, Scene
 from tests.fuzz.folder_templates import EARLIER, FINISHED, SEEDS, UNFINISHED, Identity, Templates
 from tests.fuzz.folder_world import NEW, OVERWRITE, RESUME
 
@@ -69,16 +69,11 @@ def _overwrite(scene: Scene) -> None:
     """One run that replaces another, among files of the user; some are refused."""
     scene.prepare(scene.draw.choice([FINISHED, UNFINISHED]))
     scene.users_files(OUTPUT, 5)
-    options = []
-    if scene.draw.random() < 0.25:
-        scene.world.put("empty.txt", "")
-        options.append(scene.draw.choice(REFUSED))
+    options = scene.refused_options(0.25)
     if scene.draw.random() < 0.15:
         options.append("--merge")
     scene.world.look()
     act = scene.world.adapt(OVERWRITE, OUTPUT, scene.identity(), options)
-    if any(option in REFUSED for option in options):
-        act = act._replace(replaces=False)
     scene.count(scene.world.do(act, scene.blow(probability=0.9)))
     scene.afterwards()
 

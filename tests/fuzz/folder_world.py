@@ -22,6 +22,13 @@ from tests.support.forked import Blow, Command
 
 NEW, RESUME, OVERWRITE, TRANSFER = "new", "--resume", "--overwrite", "transfer"
 KILLED = (-9, -15, 143, 130)
+REFUSED = (  # options that are refused, early and late
+    "--rank=40",
+    "--target-modules=no_such_proj",
+    "--retain=missing.txt",
+    "--sequence-length=4000",
+    "--held-out-text=empty.txt",
+)
 
 
 class Act(NamedTuple):
@@ -121,7 +128,8 @@ class World:
             argv.append(f"--adapter={identity.adapter}")
         if kind == OVERWRITE:
             argv.append("--overwrite")
-        return Act(kind, argv, output, identity, kind == OVERWRITE)
+        is_refused = any(option in REFUSED for option in options)
+        return Act(kind, argv, output, identity, kind == OVERWRITE and not is_refused)
 
     def transfer(self, seed: int, output: str, overwrites: bool, options: Sequence[str] = ()) -> Act:
         """The adapter is ``earlier-SEED``, which must be in the scene, unless ``options`` name another."""

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize
 
 from tests.fuzz import folder_places as places
 from tests.fuzz.actions import SEQUENCES, action
-from tests.fuzz.folder_scenes import REFUSED, Scene
+from tests.fuzz.folder_scenes import Scene
 from tests.fuzz.folder_templates import EARLIER, FINISHED, SEEDS, UNFINISHED, WEIGHTS, Identity, Templates
 from tests.fuzz.folder_world import NEW, OVERWRITE, RESUME
 
@@ -99,14 +99,10 @@ class Folders(RuleBasedStateMachine):
     def a_run(self, number):
         draw = self.redraw(number)
         kind = draw.choice([NEW, RESUME, OVERWRITE, OVERWRITE, OVERWRITE])
-        options = []
-        if draw.random() < 0.2 and kind != RESUME:
-            options = [draw.choice(REFUSED)]
-            self.world.put("empty.txt", "")
+        options = self.scene.refused_options(0.2) if kind != RESUME else []
+        if options:
             self.world.look()
         act = self.act(kind, options)
-        if options:
-            act = act._replace(replaces=False)
         blows = self.scene.blow(probability=0.35)
         must_work = self.must_work(kind) and not (options or blows)
         done = self.world.do(act, blows)

@@ -15,8 +15,6 @@ from tests.fuzz.edits import Edits
 from tests.fuzz.layers import Layers
 from tests.fuzz.twins import factors, layers
 
-WHICH = ("nothing", "everything", "one base layer", "active", "a lora_A", "a lora_B")
-
 
 class Machine(Adapters, Calls, Layers, Edits):
     """All rules: those of the others, and the modes."""
@@ -49,7 +47,9 @@ class Machine(Adapters, Calls, Layers, Edits):
         if is_merged:
             self.twins.base, self.twins.exact, self.twins.edited = {}, False, True
 
-    @action(which=any_of(*WHICH), layer=INDEX)
+    @action(
+        which=any_of("nothing", "everything", "one base layer", "active", "a lora_A", "a lora_B"), layer=INDEX
+    )
     def requires_grad(self, which, layer):
         name, adapter = self.pick_layer(layer), self.pick(layer)
 
@@ -138,11 +138,6 @@ class OnKernels(Machine):
             del os.environ["MICA_BACKEND"]
         else:
             os.environ["MICA_BACKEND"] = self.backend
-
-
-def machine(name: str, **attributes) -> type[Machine]:
-    """A variant: other kinds or dtypes."""
-    return type(name, (Machine,), attributes)
 
 
 def options(examples: int, steps: int, shrinks: bool = False, derandomize: bool = False) -> settings:

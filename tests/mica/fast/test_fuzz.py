@@ -5,7 +5,7 @@ import torch
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.fuzz.actions import TALLY
-from tests.fuzz.machine import OnKernels, machine, options, tally
+from tests.fuzz.machine import Machine, OnKernels, options, tally
 from tests.fuzz.models import MIXTURES
 from tests.fuzz.quantised import Quantised
 from tests.fuzz.runs import Runs
@@ -31,7 +31,7 @@ def drive(fuzzed: type, examples: int, steps: int) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_backend_does_what_peft_does(name):
     kinds, examples, steps = VARIANTS[name]
-    drive(machine(name, KIND_NAMES=kinds), examples, steps)
+    drive(type(name, (Machine,), {"KIND_NAMES": kinds}), examples, steps)
 
 
 def test_interpreted_kernels_do_what_peft_does():

@@ -336,6 +336,27 @@ def test_a_checkpoint_without_b_is_completed_with_one_warning(name, low_cpu_mem_
         assert not (parameter.requires_grad and "lora_B" in key)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "missing"), [("embed", "embed."), ("up", "up.lora_A")], ids=["has_nothing", "b_alone"]
+)
+def test_a_layer_of_which_the_checkpoint_has_no_a_starts_anew(layer, missing, low_cpu_mem_usage, tmp_path):
+    """PEFT's warning names its keys; no A was trained with another B, so there is none of ours."""
+    torch.manual_seed(0)
+    model = randomise(wrap(Net(), targets=["embed", "up"]))
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    save_file({key: value for key, value in state.items() if missing not in key}, tmp_path / WEIGHTS)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="missing adapter keys") as caught:
+        loaded = PeftModel.from_pretrained(Net(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not [warning for warning in caught if "has A but no B" in str(warning.message)]
+    layers = [adapted_layers(one)[f"base_model.model.{layer}"] for one in (loaded, model)]
+    (lora_A, lora_B), (_, expected) = map(factors, layers)
+    assert torch.equal(lora_B, expected)
+    assert not lora_A.any()
+
+
 @pytest.mark.parametrize("how", ["a state dict", "a file, as the Trainer resumes"])
 def test_a_checkpoint_without_b_for_an_adapter_that_exists(how, tmp_path):
     model, other = net(), randomise(net())
