@@ -25,8 +25,8 @@ from mica.cli import NOISY
 for name in NOISY:  # what they log as they are imported is not about this
     logging.getLogger(name).setLevel(logging.ERROR)
 
-from tests.support import folder_trials  # noqa: E402
-from tests.support.folder_templates import Templates  # noqa: E402
+from tests.fuzz import folder_trials  # noqa: E402
+from tests.fuzz.folder_templates import Templates  # noqa: E402
 
 
 def main() -> int:

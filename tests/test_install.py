@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from mica.cli import parser
 from mica.cli.extras import DISTRIBUTION, how_to_install
 from tests.support.imports import ROOT
-from tests.test_readme import FENCED, pages, read
+from tests.support.pages import FENCED, pages, read
 
 COMMAND = re.compile(r"\bpip install [^\n`]+")
 FROM_A_CLONE = re.compile(r"\.(/mica)?\[(?P<extras>[\w,-]+)\]")

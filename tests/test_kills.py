@@ -1,13 +1,14 @@
 """A few of the trials of `make kills`, and that its oracle sees what is lost."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
-from tests.support import folder_trials
-from tests.support.folder_scenes import OUTPUT
-from tests.support.folder_templates import FINISHED, UNFINISHED, Identity, Templates
-from tests.support.folder_world import NEW, OVERWRITE, RESUME, Act, Done, World
+from tests.fuzz import folder_trials
+from tests.fuzz.folder_scenes import OUTPUT
+from tests.fuzz.folder_templates import FINISHED, UNFINISHED, Identity, Templates
+from tests.fuzz.folder_world import NEW, OVERWRITE, RESUME, Act, Done, World
 
 pytestmark = pytest.mark.slow
 
@@ -39,16 +40,13 @@ def ended(kind: str, status: int, replaces: bool = False) -> Done:
 # -- the oracle -------------------------------------------------------------------------------------
 
 
-def test_a_users_file_that_goes_is_a_loss_whatever_the_command_was_told(world):
-    world.put(f"{OUTPUT}/notes.txt")
+@pytest.mark.parametrize(
+    "change", [Path.unlink, lambda file: file.write_text("others")], ids=["goes", "other"]
+)
+def test_a_changed_file_of_the_user_is_a_loss_whatever_the_command_was_told(world, change):
+    file = world.put(f"{OUTPUT}/notes.txt")
     world.look()
-    (world.folder / OUTPUT / "notes.txt").unlink()
-    world.judge(ended(OVERWRITE, -9, replaces=True))
-    assert kinds(world) == ["lost"]
-
-
-def test_a_users_file_that_is_written_over_is_a_loss(world):
-    (world.folder / "words.txt").write_text("others")
+    change(world.folder / file)
     world.judge(ended(OVERWRITE, -9, replaces=True))
     assert kinds(world) == ["lost"]
 

@@ -1,22 +1,20 @@
 """The notebook: what is stored in it can be shown, and a fresh execution prints the same and learns.
 
-After a change of it, `python -m tests.support.notebook` stores its outputs again.
+After a change of it, `python -m tests.notebook` stores its outputs again.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
 import tqdm.auto
 
 from mica.fast.create import solving
-from tests.support import notebook
-from tests.support.imports import ROOT
+from tests import notebook
+from tests.support.processes import ROOT, outside
 
 NOTEBOOK = notebook.read()
 CELLS = notebook.code_cells(NOTEBOOK)
@@ -60,13 +58,6 @@ def test_it_installs_as_readme_does():
     assert weights in install
 
 
-def test_numbers_dtypes_and_the_worst_layer_do_not_count():
-    first = "2 layers merged into bfloat16: 20.99% (most in a.0.q_proj: 34.38%), 1e-5 x  y"
-    second = "14 layers merged into float32: 1% (most in b.1.up: 3%), 0.5 x y"
-    assert notebook.without_numbers(first) == notebook.without_numbers(second)
-    assert notebook.without_numbers("path reference") != notebook.without_numbers("path kernel")
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="the stored outputs are of a CPU")
 def test_it_runs_and_prints_what_is_stored(tmp_path):
@@ -75,36 +66,15 @@ def test_it_runs_and_prints_what_is_stored(tmp_path):
     parts = [f"{notebook.source(cell)}\nprint({ENDS_A_CELL!r})" for cell in cells]
     script = tmp_path / "notebook.py"
     script.write_text("\n".join([*parts, LEARNED]), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "PYTHONIOENCODING": "utf-8"}
-    environment.pop("TRITON_INTERPRET", None)  # of the tests: `explain` would name it as the reason
+    own = {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8"
+        [sys.executable, script], cwd=tmp_path, env=outside() | own, capture_output=True, encoding="utf-8"
     )
     assert done.returncode == 0, done.stderr
     *fresh, rest = done.stdout.split(f"{ENDS_A_CELL}\n")
     assert rest == ""
     for cell, text in zip(cells, fresh, strict=True):
         assert notebook.without_numbers(text) == notebook.without_numbers(notebook.printed(cell))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not all(map(find_spec, ("nbclient", "ipykernel", "ipywidgets"))), reason="needs Jupyter")
-def test_jupyter_shows_bars_and_the_tool_stores_all_else(tmp_path, monkeypatch):
-    """The first cell installs nothing where all is there."""
-    file = tmp_path / "n.ipynb"
-    code = "from mica.fast.create.solving import tqdm\nbar = tqdm([1], disable=None)\nprint('one\\ntwo')"
-    shows = {**CELLS[0], "source": [code], "id": "shows"}
-    short = {**NOTEBOOK, "cells": [CELLS[0], shows]}
-    file.write_text(json.dumps(short), encoding="utf-8")
-    _, done = notebook.execute(short, tmp_path)["cells"]
-    assert sum(notebook.is_bar(output) for output in done["outputs"]) == 1
-    monkeypatch.setattr(notebook, "FILE", file)
-    notebook.main()
-    installed, stored = notebook.read()["cells"]
-    assert (installed["outputs"], installed["execution_count"]) == ([], 1)
-    assert not any(notebook.is_bar(output) for output in stored["outputs"])
-    (printed,) = (output for output in stored["outputs"] if output.get("name") == "stdout")
-    assert printed["text"] == ["one\n", "two\n"]
 
 
 def test_the_bar_of_an_initialisation_is_jupyter_s_there():

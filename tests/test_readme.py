@@ -2,7 +2,6 @@
 
 import ast
 import importlib.util
-import os
 import re
 import sys
 import urllib.parse
@@ -14,24 +13,12 @@ import pytest
 import torch
 
 import mica.fast
+from tests.support.imports import ROOT
 from tests.support.models import tiny_llama
-from tests.support.setups import ONE_PROCESS, PAGE, ROOT, TWO_PROCESSES, setups
+from tests.support.pages import FENCED, pages, read
+from tests.support.setups import ONE_PROCESS, PAGE, TWO_PROCESSES, setups
 
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
-
-
-def pages() -> list[str]:
-    """Every Markdown file, relative to the root. `os.walk` does not follow the link mica/kernels."""
-    names = []
-    for folder, folders, files in os.walk(ROOT):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "build"]
-        names += [os.path.relpath(Path(folder, name), ROOT) for name in files if name.endswith(".md")]
-    return sorted(names)
-
-
-def read(page: str | Path) -> str:
-    return (ROOT / page).read_text(encoding="utf-8")
 
 
 @cache
@@ -70,7 +57,8 @@ def test_a_broken_link_is_seen(tmp_path, monkeypatch):
     page.write_text(
         "# A [b](page.md), `c`\n[1](page.md#a-b-c) ![2](none.svg) [3](#d) `[4](none)` [5](http://none)\n"
     )
-    monkeypatch.setattr("tests.test_readme.ROOT", tmp_path)
+    for module in ("tests.test_readme", "tests.support.pages"):
+        monkeypatch.setattr(f"{module}.ROOT", tmp_path)
     assert broken_links("page.md") == ["none.svg", "#d"]
 
 

@@ -1,17 +1,14 @@
 """The static gate refuses what it should: launches that are bad in one known way each, and a good one."""
 
 import json
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.support.occupancy import DEVICES, programs_at_once, waves
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.occupancy import DEVICES, programs_at_once
+from tests.support.processes import ROOT, outside, start
 
 SCRIPT = """
 import json, sys, torch
@@ -62,9 +59,9 @@ print(json.dumps(faults))
 
 @pytest.fixture(scope="module")
 def faults():
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=outside(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -117,13 +114,7 @@ def test_programs_at_once_are_limited_by_what_is_scarcest(registers, shared_kib,
     assert programs_at_once(DEVICES["sm_90"], registers, shared_kib * 1024, num_warps) == expected
 
 
-def test_a_full_gpu_is_one_wave():
-    assert waves(DEVICES["sm_90"], programs=264, at_once=2) == 1.0
-
-
 def test_it_does_not_pretend_to_compile_interpreted_kernels():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.static_gate"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = start("tests.static_gate", TRITON_INTERPRET="1")
     assert done.returncode == 1
     assert "unset TRITON_INTERPRET" in done.stderr

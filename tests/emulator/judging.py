@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from mica.paths import dropout
 from tests.emulator.driver import settings
 from tests.support import expert_cases
 from tests.support.kernel_cases import far_apart, operand
@@ -45,10 +44,6 @@ def stack(experts, rows, columns, dtype, layout="contiguous", scale=1.0):
         return matrix(experts * rows, columns, dtype, layout, scale).view(experts, rows, columns)
     kind = {"odd": "gaps", "columns": "peft"}.get(layout, "contiguous")
     return expert_cases.stack(experts, rows, columns, dtype, kind, scale)
-
-
-def keep_of(seed, shape, p):
-    return dropout.dropout_keep(seed, *shape, p) if p else torch.ones(shape, dtype=torch.bool)
 
 
 def in_all_orders(call, restore=None):

@@ -15,8 +15,8 @@ from mica.kernels.grad_a import grad_a as grad_a_
 from mica.kernels.limits import padded_columns
 from mica.kernels.prepared_b import padded as prepared
 from mica.kernels.up_projection import up_projection_
-from tests.emulator.judging import F32, WrongError, in_all_orders, judged, keep_of, matrix, stack
-from tests.support.expert_cases import ROUTES, by_expert, idle, offsets_of, slices
+from tests.emulator.judging import F32, WrongError, in_all_orders, judged, matrix, stack
+from tests.support.expert_cases import ROUTES, exact_down, exact_fused, exact_grad, exact_up, idle, offsets_of
 from tests.support.guarding import guarded
 
 SEED = 12345678901
@@ -52,6 +52,11 @@ def _narrow(layout):
     return layout if layout in ("odd", "shifted") else "contiguous"
 
 
+def of_numbers_and_sizes(function):
+    """What it gives of the operands, and of their absolute values: the sums of the terms' sizes."""
+    return function(lambda tensor: tensor), function(torch.abs)
+
+
 def down(dtypes, rank, width, tokens=70, layout="contiguous", dropout=0.0, config=None, side="A", route=None):
     scale, (x_dtype, _, dtype) = 0.75, dtypes
     rows, ends, offsets = _rows(route, tokens)
@@ -66,10 +71,11 @@ def down(dtypes, rank, width, tokens=70, layout="contiguous", dropout=0.0, confi
     rank = factor.shape[1]
     if h[:, rank:].any():
         raise WrongError("padding is not 0")
-    wide = x.to(dtype).double().where(keep_of(seed, x.shape, dropout), 0.0)[: ends[-1]] / (1 - dropout)
-    right = factor.nan_to_num().to(dtype).double().transpose(1, 2)
-    exact, size = (scale * by_expert(w, ends, r) for w, r in ((wide, right), (wide.abs(), right.abs())))
-    return judged(h[:, :rank], exact, size, dtype, dtype)
+    right = factor.nan_to_num().to(dtype)
+    expected, size = of_numbers_and_sizes(
+        lambda sized: exact_down(sized(x.to(dtype)), sized(right), ends, scale, dropout, seed)[: ends[-1]]
+    )
+    return judged(h[:, :rank], expected, size, dtype, dtype)
 
 
 def up(
@@ -86,27 +92,27 @@ def up(
         h[:, rank:] = 0
     factor = _factor(side, len(ends), rank, width, dtypes, layout, rank**-0.5, route is None)
     seed, own, dropped = _dropout(dropout)
-    options, scale, other, added = {"compute_dtype": dtype, "config": config, **dropped}, 1.0, None, None
+    options, other, added = {"compute_dtype": dtype, "config": config, **dropped}, None, None
     if route:
         added = stack(1, len(ends), width, y_dtype)[0] if bias else None
     else:
-        scale = options["scale"] = 0.75
+        options["scale"] = 0.75
         other = torch.full((rows, width), float("nan"), dtype=y_dtype) if out else None
     tensors = base, h, factor if route else factor[0], own, other, added, offsets
     y = in_all_orders(lambda: up_projection_(*tensors, **options), lambda: base.copy_(kept))
     if y[ends[-1] :].any():
         raise WrongError("rows of no expert are not 0")
-    exact, size = kept.double(), kept.double().abs()
-    for expert, part in enumerate(slices(ends)):
-        if added is not None:
-            exact[part] += added[expert].double()
-            size[part] += added[expert].double().abs()
-    exact[ends[-1] :] = size[ends[-1] :] = 0
-    keep, scale = keep_of(seed, (rows, width), dropout), scale / (1 - dropout)
-    right = factor.to(dtype).double()
-    exact += scale * by_expert(h.double(), ends, right).where(keep, 0.0)
-    size += scale * by_expert(h.double().abs(), ends, right.abs())
-    return judged(y, exact, size, y_dtype, dtype)
+    expected, size = of_numbers_and_sizes(
+        lambda sized: exact_up(
+            *(sized(tensor) for tensor in (kept, h, factor.to(dtype))),
+            ends,
+            None if added is None else sized(added),
+            options.get("scale", 1.0),
+            dropout,
+            seed,
+        )
+    )
+    return judged(y, expected, size, y_dtype, dtype)
 
 
 def grad_a(
@@ -118,12 +124,11 @@ def grad_a(
     seed, own, dropped = _dropout(dropout)
     options = {"config": config, "out_dtype": out_dtype, **dropped}
     dA = in_all_orders(lambda: grad_a_(g, x, own, offsets, rank=rank, **options))
-    wide = x.double().where(keep_of(seed, x.shape, dropout), 0.0) / (1 - dropout)
-    narrow, parts = g[:, :rank].double(), slices(ends)
-    exact = torch.stack([narrow[part].t() @ wide[part] for part in parts])
-    size = torch.stack([narrow[part].abs().t() @ wide[part].abs() for part in parts])
+    expected, size = of_numbers_and_sizes(
+        lambda sized: exact_grad(sized(g), sized(x), rank, ends, dropout, seed)
+    )
     products = torch.promote_types(g.dtype, x.dtype)
-    return judged(dA if route else dA[None], exact, size, out_dtype, products)
+    return judged(dA if route else dA[None], expected, size, out_dtype, products)
 
 
 def fused(
@@ -144,10 +149,8 @@ def fused(
     bias = matrix(1, out_features, x_dtype, _narrow(layout))[0] if is_forward else None
     seed, own, dropped = _dropout(dropout)
     y = in_all_orders(lambda: fused_linear(x, w, h, factor, bias, own, config=config, **dropped))
-    rows = min(h.shape[1], factor.shape[0])
-    left, right = h[:, :rows].double(), factor[:rows].to(dtype).double()
-    low = (left @ right / (1 - dropout)).where(keep_of(seed, y.shape, dropout), 0.0)
-    added = bias.double() if is_forward else torch.zeros((), dtype=torch.float64)
-    size = x.double().abs() @ w.double().abs() + left.abs() @ right.abs() / (1 - dropout) + added.abs()
-    exact = x.double() @ w.double() + low + added
-    return judged(y, exact, size, x_dtype, torch.promote_types(x_dtype, dtype))
+    tensors = x, w, h, factor.to(dtype)
+    expected, size = of_numbers_and_sizes(
+        lambda sized: exact_fused(*map(sized, tensors), sized(bias) if is_forward else None, dropout, seed)
+    )
+    return judged(y, expected, size, x_dtype, torch.promote_types(x_dtype, dtype))

@@ -3,6 +3,7 @@ import torch
 
 from mica.kernels import configs
 from mica.kernels.fused_linear import fused_linear
+from tests.support.expert_cases import exact_fused
 from tests.support.guarding import run_guarded
 from tests.support.kernel_cases import (
     BF16,
@@ -16,23 +17,17 @@ from tests.support.kernel_cases import (
     operand,
     seed_of,
 )
-from tests.support.oracle import dropped
 from tests.support.properties import given, st
 from tests.support.tolerances import RELATIVE, error
 
 
-def expected(x, w, h, factor, bias=None, dropout_p=0.0, seed=None):
-    rank = min(h.shape[1], factor.shape[0])
-    update = dropped(h[:, :rank].double() @ factor[:rank].double(), dropout_p, seed)
-    return x.double() @ w.double() + update + (0 if bias is None else bias.double())
-
-
 def check(x, w, h, factor, config=None, bias=None, seed=None, dropout_p=0.0):
-    exact, seed = expected(x, w, h, factor, bias, dropout_p, seed), seed if dropout_p else None
+    expected = exact_fused(x, w, h, factor, bias, dropout_p, seed)
+    seed = seed if dropout_p else None
     call = fused_linear.plan(x, w, h, factor, bias, seed, dropout_p=dropout_p)
     out = run_guarded(*call.bind(config))
     assert out.dtype == x.dtype
-    assert error(out, exact) <= RELATIVE[x.dtype]
+    assert error(out, expected) <= RELATIVE[x.dtype]
 
 
 @pytest.mark.parametrize(("dtype", "factor_dtype", "low_dtype"), DTYPES)
@@ -91,15 +86,15 @@ def test_one_rounding():
     """The base product is not rounded before the low-rank term is added: half a unit in the last place."""
     x, w = operand(64, 32, BF16), operand(32, 64, BF16)
     h, factor = operand(64, 4, BF16), operand(4, 64, BF16)
-    out, exact = fused_linear(x, w, h, factor), expected(x, w, h, factor)
-    assert ((out.double() - exact).abs() <= 0.5 * 2**-7 * exact.abs() + 1e-5).all()
+    out, expected = fused_linear(x, w, h, factor), exact_fused(x, w, h, factor)
+    assert ((out.double() - expected).abs() <= 0.5 * 2**-7 * expected.abs() + 1e-5).all()
 
 
 @pytest.mark.usefixtures("large_memory")
 def test_offsets_beyond_32_bit():
     x, w = far_apart(3, 70, FP16), operand(70, 8, FP16)
     h, factor = operand(3, 4, FP16), operand(4, 8, FP16)
-    assert error(fused_linear(x, w, h, factor), expected(x, w, h, factor)) <= RELATIVE[FP16]
+    assert error(fused_linear(x, w, h, factor), exact_fused(x, w, h, factor)) <= RELATIVE[FP16]
     wide = far_apart(3, 70, FP16)  # as a weight of three rows
     x, h, factor = operand(5, 3, FP16), operand(5, 4, FP16), operand(4, 70, FP16)
-    assert error(fused_linear(x, wide, h, factor), expected(x, wide, h, factor)) <= RELATIVE[FP16]
+    assert error(fused_linear(x, wide, h, factor), exact_fused(x, wide, h, factor)) <= RELATIVE[FP16]

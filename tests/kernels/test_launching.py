@@ -1,10 +1,6 @@
 """Plans and their tables. Compiled launches are observed by `launched.py`, in a separate process."""
 
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,17 +12,13 @@ from mica.kernels import launching
 from mica.kernels.common import LaunchError
 from mica.kernels.configs import Config
 from mica.kernels.launching import Launcher, Plan, PlanCache, RecordedLaunches
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.processes import start
 
 
 @pytest.mark.slow
 def test_compiled_launches():
     """In a process of its own: whether kernels are interpreted is decided as Triton is imported."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, str(ROOT / "tests" / "kernels" / "launched.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = start("tests.kernels.launched")
     assert done.returncode == 0, done.stderr
 
 

@@ -8,7 +8,18 @@ from mica.kernels.down_projection import down_projection
 from mica.kernels.grad_a import grad_a
 from mica.kernels.limits import padded_columns
 from mica.kernels.up_projection import up_projection_
-from tests.support.expert_cases import EVERY_ROUTE, ROUTES, by_expert, idle, offsets_of, route, slices, stack
+from tests.support.expert_cases import (
+    EVERY_ROUTE,
+    ROUTES,
+    exact_down,
+    exact_grad,
+    exact_up,
+    idle,
+    offsets_of,
+    route,
+    slices,
+    stack,
+)
 from tests.support.guarding import run_guarded, touched
 from tests.support.kernel_cases import (
     BF16,
@@ -22,14 +33,8 @@ from tests.support.kernel_cases import (
     operand,
     seed_of,
 )
-from tests.support.oracle import dropped
 from tests.support.properties import given, st
 from tests.support.tolerances import RELATIVE, error
-
-
-def exact_down(x, factor, ends, scale=1.0, dropout_p=0.0, seed=None):
-    x = dropped(x, dropout_p, seed)
-    return scale * (by_expert(x, ends, factor.transpose(1, 2)) if ends else x @ factor.double().t())
 
 
 def check_down(x, factor, dtype, ends=None, index=torch.int32, config=None, seed=None, **options):
@@ -40,37 +45,19 @@ def check_down(x, factor, dtype, ends=None, index=torch.int32, config=None, seed
     assert (h.dtype, h.shape) == (dtype, (len(x), padded_columns(rank)))
     assert not h[:used, rank:].any()
     assert h[used:].isnan().all()  # rows of no expert are not written
-    exact = exact_down(x, factor, ends, seed=seed, **options)
-    assert error(h[:used, :rank], exact[:used]) <= RELATIVE[dtype]
-
-
-def exact_up(base, h, factor, ends=None, bias=None, scale=1.0, dropout_p=0.0, seed=None):
-    if ends is None:
-        rank = min(h.shape[1], factor.shape[0])  # either may be padded
-        update = scale * (h[:, :rank].double() @ factor[:rank].double())
-    else:
-        update = scale * by_expert(h, ends, factor)
-    exact = base.double() + dropped(update, dropout_p, seed)
-    for expert, rows in enumerate(slices(ends or [])):
-        exact[rows] += 0 if bias is None else bias[expert].double()
-    exact[ends[-1] if ends else len(base) :] = 0
-    return exact
+    expected = exact_down(x, factor, ends, seed=seed, **options)
+    assert error(h[:used, :rank], expected[:used]) <= RELATIVE[dtype]
 
 
 def check_up(base, h, factor, ends=None, bias=None, seed=None, index=torch.int32, config=None, **options):
     numbers = {key: value for key, value in options.items() if key != "compute_dtype"}
-    exact = exact_up(base, h, factor, ends, bias, seed=seed, **numbers)
+    expected = exact_up(base, h, factor, ends, bias, seed=seed, **numbers)
     base[ends[-1] if ends else len(base) :] = float("nan")
     offsets = ends and offsets_of(ends, index)
     y = run_guarded(*up_projection_.plan(base, h, factor, seed, None, bias, offsets, **options).bind(config))
     assert y.dtype == base.dtype
     assert not y[ends[-1] if ends else len(base) :].any()  # rows of no expert become 0
-    assert error(y, exact) <= RELATIVE[base.dtype]
-
-
-def exact_grad(g, x, rank, ends=None, dropout_p=0.0, seed=None):
-    g, x = g[:, :rank].double(), dropped(x, dropout_p, seed)
-    return torch.stack([g[rows].t() @ x[rows] for rows in slices(ends)]) if ends else g.t() @ x
+    assert error(y, expected) <= RELATIVE[base.dtype]
 
 
 def check_grad(g, x, rank, ends=None, seed=None, index=torch.int32, config=None, **options):
@@ -78,7 +65,7 @@ def check_grad(g, x, rank, ends=None, seed=None, index=torch.int32, config=None,
 
     Products of 16-bit factors are exact in fp32, so fp32's tolerance holds for all of them.
     """
-    exact = exact_grad(g, x, rank, ends, seed=seed, **options)
+    expected = exact_grad(g, x, rank, ends, seed=seed, **options)
     call = grad_a.plan(g, x, seed, ends and offsets_of(ends, index), rank=rank, **options)
     for x_first in (False, True):
         out, launch = call.bind(config)
@@ -86,7 +73,7 @@ def check_grad(g, x, rank, ends=None, seed=None, index=torch.int32, config=None,
         grad = run_guarded(out, launch)
         assert grad.dtype == FP32
         assert not grad[idle(ends or [])].any()
-        assert error(grad, exact) <= RELATIVE[FP32]
+        assert error(grad, expected) <= RELATIVE[FP32]
 
 
 MATRIX = {"contiguous": "contiguous", "gaps": "rows", "peft": "columns"}  # a stack's layout -> one like it
@@ -255,14 +242,14 @@ def test_up_rows_of_other_experts():
 def test_up_in_place_and_out(ends):
     base, h, factor = operand(5, 8, FP32), operand(5, 2, FP32), stack(3, 2, 8, FP32)
     factor, offsets = factor if ends else factor[0], ends and offsets_of(ends)
-    before, exact = base.clone(), exact_up(base, h, factor, ends)
+    before, expected = base.clone(), exact_up(base, h, factor, ends)
     out = operand(5, 8, FP32, "columns")  # of another layout
     assert up_projection_(base, h, factor, None, out, None, offsets) is out
     assert not touched(out)
     assert torch.equal(base, before)
     assert up_projection_(base, h, factor, None, None, None, offsets) is base
     assert torch.equal(base, out)
-    assert error(base, exact) <= RELATIVE[FP32]
+    assert error(base, expected) <= RELATIVE[FP32]
 
 
 @pytest.mark.parametrize("ends", [None, [64]])
@@ -270,9 +257,9 @@ def test_up_has_one_rounding(ends):
     """In bf16 base, bias and product are summed in fp32: at most half a unit in the last place."""
     base, h, factor = operand(64, 64, BF16), operand(64, 4, FP32), stack(1, 4, 64, FP32)
     bias, factor = (operand(1, 64, BF16), factor) if ends else (None, factor[0])
-    exact = exact_up(base, h, factor, ends, bias)
+    expected = exact_up(base, h, factor, ends, bias)
     up_projection_(base, h, factor, None, None, bias, ends and offsets_of(ends))
-    assert ((base.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all()
+    assert ((base.double() - expected).abs() <= 2.0**-8 * expected.abs() + 1e-6).all()
 
 
 @pytest.mark.usefixtures("large_memory")
@@ -286,9 +273,9 @@ def test_up_offsets_beyond_32_bit():
         (y.contiguous(), far_apart(3, 4, FP16), far, y),
     ):
         of_experts = None if bias is None else ends
-        exact = exact_up(base, h, factor, of_experts, bias)
+        expected = exact_up(base, h, factor, of_experts, bias)
         actual = up_projection_(base, h, factor, None, None, bias, of_experts and offsets_of(ends))
-        assert error(actual, exact) <= RELATIVE[FP16]
+        assert error(actual, expected) <= RELATIVE[FP16]
 
 
 @pytest.mark.parametrize(("g_dtype", "x_dtype"), [(FP32, FP32), (BF16, BF16), (FP16, FP16), (FP32, BF16)])
@@ -337,9 +324,9 @@ def test_grad_of_padded_g_and_in_another_dtype(rank, ends):
     g, x, offsets = operand(50, rank, BF16), operand(50, 33, BF16), ends and offsets_of(ends)
     wide = g.new_zeros(50, padded_columns(rank))
     wide[:, :rank] = g
-    exact = grad_a(g, x, None, offsets, rank=rank)
-    assert torch.equal(grad_a(wide, x, None, offsets, rank=rank), exact)
-    assert torch.equal(grad_a(g, x, None, offsets, rank=rank, out_dtype=BF16), exact.bfloat16())
+    plain = grad_a(g, x, None, offsets, rank=rank)
+    assert torch.equal(grad_a(wide, x, None, offsets, rank=rank), plain)
+    assert torch.equal(grad_a(g, x, None, offsets, rank=rank, out_dtype=BF16), plain.bfloat16())
 
 
 @pytest.mark.usefixtures("large_memory")

@@ -1,4 +1,4 @@
-"""Routes, operands and sums expert by expert, for the tests of stacks of experts."""
+"""Routes and operands of stacks of experts, and the results of kernels, expert by expert or dense."""
 
 from itertools import accumulate, pairwise
 
@@ -6,7 +6,7 @@ import torch
 
 from tests.support.guarding import guarded
 from tests.support.kernel_cases import DEVICE
-from tests.support.oracle import Problem, padded
+from tests.support.oracle import Problem, dropped, padded
 
 # number of rows, ends: without rows at the start, in the middle and at the end, all rows to one expert, rows
 # that belong to none, one row each, more than one tile of 64, and more than one of rows that belong to none
@@ -75,6 +75,40 @@ def by_expert(left, ends, stacked):
     for expert, rows in enumerate(slices(ends)):
         out[rows] = left[rows, :rank].double() @ stacked[expert, :rank].double()
     return out
+
+
+# The kernels' results in fp64. ``ends``: where the rows of each expert end; without, a factor is a matrix
+
+
+def exact_down(x, factor, ends=None, scale=1.0, dropout_p=0.0, seed=None):
+    x = dropped(x, dropout_p, seed)
+    return scale * (by_expert(x, ends, factor.transpose(1, 2)) if ends else x @ factor.double().t())
+
+
+def _low_rank(h, factor):
+    """Their product; either may be padded."""
+    rank = min(h.shape[1], factor.shape[0])
+    return h[:, :rank].double() @ factor[:rank].double()
+
+
+def exact_up(base, h, factor, ends=None, bias=None, scale=1.0, dropout_p=0.0, seed=None):
+    """Rows of no expert are 0."""
+    update = scale * (by_expert(h, ends, factor) if ends else _low_rank(h, factor))
+    y = base.double() + dropped(update, dropout_p, seed)
+    for expert, rows in enumerate(slices(ends or [])):
+        y[rows] += 0 if bias is None else bias[expert].double()
+    y[ends[-1] if ends else len(base) :] = 0
+    return y
+
+
+def exact_grad(g, x, rank, ends=None, dropout_p=0.0, seed=None):
+    g, x = g[:, :rank].double(), dropped(x, dropout_p, seed)
+    return torch.stack([g[rows].t() @ x[rows] for rows in slices(ends)]) if ends else g.t() @ x
+
+
+def exact_fused(x, w, h, factor, bias=None, dropout_p=0.0, seed=None):
+    update = dropped(_low_rank(h, factor), dropout_p, seed)
+    return x.double() @ w.double() + update + (0 if bias is None else bias.double())
 
 
 def route(counts: list[int], leftover: int) -> tuple[int, list[int]]:

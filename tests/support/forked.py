@@ -29,6 +29,7 @@ from tests.support.server import SERVER
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "shutil.rmtree")
 LOOKS = ("os.listdir", "os.scandir")
+FULL_DISK = "full disk"
 STOPPED = ".stopped"
 COUNTS = ".counts"
 _DEADLINE = 900.0  # seconds; what takes longer hangs, on the busiest machine
@@ -36,7 +37,7 @@ _GLANCE = 0.005
 
 
 class Blow(NamedTuple):
-    """``what``, a signal's name, at the ``at``-th event of kind ``where``, and ``delay`` seconds later.
+    """``what``, a signal's name or `FULL_DISK`, at the ``at``-th event ``where``, ``delay`` seconds later.
 
     Events count from the blow before on. ``where``: "file" (whatever is opened, listed or changed in the
     scene), "write" (of these what changes something) or "step" (of the training).
@@ -147,7 +148,7 @@ class _Watch:
         self.folder, self.log, self.blows, self.unremovable = folder, log, list(blows), unremovable
         self.counts = Counter()
         self.since = Counter()  # the last blow
-        self.is_off = False
+        self.is_off = self.is_full = False
         step = Trainer.training_step
 
         def counted(*args, **kwargs):
@@ -168,6 +169,8 @@ class _Watch:
         self.count("file")
         if is_write:
             self.count("write")
+            if self.is_full and event in ("open", "os.mkdir"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fsdecode(args[0]))
 
     def _is_inside(self, path: object) -> bool:
         if not isinstance(path, (str, bytes, os.PathLike)):
@@ -193,6 +196,9 @@ class _Watch:
             self._deal(blow)
 
     def _deal(self, blow: Blow) -> None:
+        if blow.what == FULL_DISK:
+            self.is_full = True
+            return
         signum = signal.Signals[blow.what]
         if signum == signal.SIGSTOP:
             os.close(os.open(f"{self.log}{STOPPED}", os.O_WRONLY | os.O_CREAT))

@@ -10,7 +10,25 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize
 
+from tests.support.models import net, randomise
+
 FUSED, CALLED, PEFT = {"linear": 1}, {"down_projection": 1, "up_projection": 1}, {}
+X = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(0))
+INPUTS = {  # that are no plain tensors, of a matrix
+    "nested": lambda x: torch.nested.nested_tensor([x, x[:2]]),
+    "jagged": lambda x: torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged),
+    "sparse": torch.Tensor.to_sparse,
+    "sparse rows": torch.Tensor.to_sparse_csr,
+    "mkldnn": torch.Tensor.to_mkldnn,
+    "of a subclass": lambda x: x.as_subclass(type("Other", (torch.Tensor,), {})),
+}
+
+
+def layer_of(dtype=torch.float32, **config):
+    """One that takes `X`."""
+    model = randomise(net(dtype, targets=["up"], **config))
+    add.config = model.peft_config["default"]
+    return model.base_model.model.up
 
 
 def _hook(part, kind="forward", function=lambda module, args, out: out * 2):

@@ -9,13 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mica.ops import mica_down_projection, mica_experts_linear, mica_linear, mica_up_projection
 from tests.support.kernel_cases import DEVICE
 from tests.support.oracle import Problem
-from tests.support.thinning import ON_DEVICE
 from tests.support.tolerances import RELATIVE, error
 
 # how 16-bit matrices are multiplied (`mica.paths.products`); what a layer runs on
 OWN, _, IN_CHUNKS = WAYS = ("PyTorch's own", "through fp32", "through fp32 in chunks")
 NATIVE = "PyTorch's own, from C++"
-PATHS = ("triton",) if ON_DEVICE else (NATIVE, *WAYS, "triton")
+PATHS = ("triton",) if DEVICE != "cpu" else (NATIVE, *WAYS, "triton")
 
 
 def on_device(p: Problem) -> Problem:
@@ -105,3 +104,23 @@ class Seen(TorchDispatchMode):
 
     def largest(self, dtype: torch.dtype) -> int:
         return max((numel for own, numel in self.results if own == dtype), default=0)
+
+
+def arguments() -> dict[str, tuple]:
+    """Those of every operator, all matrices contiguous."""
+    x, W, A, B, b = (torch.randn(*shape) for shape in ((6, 16), (24, 16), (4, 16), (24, 4), (24,)))
+    dy, h, indices = torch.randn(6, 24), torch.randn(6, 4), torch.randint(0, 16, (6,))
+    experts, offsets = [torch.randn(2, *t.shape) for t in (W, A, B, b)], torch.tensor([2, 5])
+    both, fp32 = [True, True], torch.float32
+    return {
+        "linear": (x, W, A, B, 0.5, b, None),
+        "linear_backward": (dy, x, W, A, B, 0.5, fp32, both),
+        "down_projection": (x, A, 0.5, None),
+        "down_projection_backward": (h, x, A, 0.5, fp32, both),
+        "up_projection": (dy, h, B),
+        "up_projection_backward": (dy, B, fp32),
+        "embedding": (indices, A, B, 0.5, None, None),
+        "embedding_backward": (dy, indices, A, B, 0.5, 3),
+        "experts_linear": (x, offsets, *experts[:3], 0.5, experts[3], None),
+        "experts_linear_backward": (dy, x, offsets, *experts[:3], 0.5, fp32, both),
+    }

@@ -4,9 +4,7 @@ import os
 
 import pytest
 
-from tests.support.thinning import ON_DEVICE
-
-EXAMPLES = 3 if ON_DEVICE else 20  # nearly each is a variant of a kernel to compile
+EXAMPLES = 3 if "MICA_TEST_DEVICE" in os.environ else 20  # nearly each is a variant of a kernel to compile
 
 try:
     from hypothesis import Phase, given, settings

@@ -6,4 +6,4 @@ A start costs 0.1 s and not the 8 of a new interpreter. Its environment is that 
 import multiprocessing
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.support.fuzz_runs", "tests.support.setups", "tests.support.forked"])
+SERVER.set_forkserver_preload(["tests.fuzz.runs", "tests.support.setups", "tests.support.forked"])

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import torch
 
 import mica.fast
+from tests.support.counts import whatever_language
 from tests.support.models import gradients
 from tests.support.tolerances import error
 
@@ -62,11 +63,6 @@ def counted(function):
     before = mica.fast.call_counts.copy()
     result = function()
     return result, whatever_language(mica.fast.call_counts - before)
-
-
-def whatever_language(counts):
-    """Counts of operators without those that say how many ran from C++, which depends on the machine."""
-    return {name: count for name, count in counts.items() if not name.endswith("_native")}
 
 
 def step(model, *args, **kwargs):

@@ -9,12 +9,10 @@ Of 119 sampled mutants 118 stayed red, and of 7,912 branches of mica/fast, ops a
 more, in less than half of the time. A choice by coverage lost half of the mutants.
 """
 
-import os
 from collections import defaultdict
 
 import pytest
 
-ON_DEVICE = "MICA_TEST_DEVICE" in os.environ
 CROSSED = {"language", "path", "backend", "method", "device", "way", "sixteen_bit_products"}
 
 

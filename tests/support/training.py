@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 import mica.fast
+from tests.support.counts import whatever_language
 from tests.support.models import bases, tiny_llama, wrap
-from tests.support.stock import whatever_language
 from tests.support.tolerances import RELATIVE
 
 STEPS = 3

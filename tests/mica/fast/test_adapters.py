@@ -356,21 +356,6 @@ def test_on_a_device_one_call_is_needed_after_an_edit_that_is_not_counted(edit, 
     assert error(mixed_as_stock(model), before) > 1e-3
 
 
-@pytest.mark.parametrize("edit", EDITS)
-def test_kernels_see_a_counted_edit_and_any_other_after_one_call(edit, monkeypatch):
-    """They keep a copy of B in the layout that they need."""
-    monkeypatch.setenv("MICA_BACKEND", "triton")
-    model = randomise(net(targets=TARGETS[1:])).eval()
-    before = model(INDICES)
-    with torch.no_grad():
-        B = model.base_model.model.down.lora_B["default"].weight
-        EDITS[edit](B, 3.0 * B)
-    if edit not in COUNTED:
-        assert torch.equal(model(INDICES), before)  # the fault is real
-        mica.fast.clear_caches()
-    assert error(compare(model), before) > 1e-3
-
-
 def test_fsdp_writes_what_it_gathers_into_one_storage(monkeypatch):
     def on_any_device(lora_B):
         return limits.is_tracked(lora_B)  # as it is patched below

@@ -8,26 +8,16 @@ import torch
 from torch import nn
 
 import mica.fast
-from tests.support.layer_changes import CALLED, CHANGES, FUSED, PEFT, add, rounded
-from tests.support.models import net, randomise
+from tests.support.layer_changes import CALLED, CHANGES, FUSED, PEFT, X, layer_of, rounded
 from tests.support.stock import assert_same, both, counted
 from tests.support.tolerances import RELATIVE, error
 
 pytestmark = pytest.mark.usefixtures("language")
 
 
-def layer_of(dtype=torch.float32, **config):
-    model = randomise(net(dtype, targets=["up"], **config))
-    add.config = model.peft_config["default"]
-    return model.base_model.model.up
-
-
 @pytest.fixture
 def layer():
     return layer_of()
-
-
-X = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(0))
 
 
 def assert_runs(layer, operators, x=X, tolerance=3 * RELATIVE[torch.float32]):

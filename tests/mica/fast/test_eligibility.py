@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 import mica.fast
 from mica.fast.forward import decide as calls
+from tests.support.layer_changes import INPUTS
 from tests.support.models import net, randomise
 from tests.support.stock import as_stock, assert_same, both, counted
 from tests.support.tolerances import RELATIVE, error
@@ -101,16 +102,6 @@ def test_fx_s_own_call_while_it_traces_is_no_reason():
     graph = make_fx(layer)(X)
     assert "mica.linear" in graph.code
     assert error(graph(X), layer(X)) <= RELATIVE[torch.float32]
-
-
-INPUTS = {
-    "nested": lambda x: torch.nested.nested_tensor([x, x[:2]]),
-    "jagged": lambda x: torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged),
-    "sparse": torch.Tensor.to_sparse,
-    "sparse rows": torch.Tensor.to_sparse_csr,
-    "mkldnn": torch.Tensor.to_mkldnn,
-    "of a subclass": lambda x: x.as_subclass(type("Other", (torch.Tensor,), {})),
-}
 
 
 @pytest.mark.parametrize("kind", INPUTS)

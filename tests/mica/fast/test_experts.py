@@ -54,13 +54,6 @@ def test_gradient_checkpointing_changes_no_bit(use_reentrant):
     assert_same((again, grads_again), (loss, grads), 0.0)
 
 
-def test_fp32_masters_over_bf16():
-    model, ids = adapted(dtype=torch.bfloat16), tokens()
-    assert {w.dtype for w in model.parameters() if w.requires_grad} == {torch.float32}
-    assert as_stock_s(model, ids, torch.bfloat16) == (4, 4)
-    assert {w.grad.dtype for w in model.parameters() if w.grad is not None} == {torch.float32}
-
-
 @pytest.mark.parametrize("implementation", ["batched_mm", "eager"])
 def test_under_autocast_nothing_of_a_stack_is_kept(implementation):
     """The cast stack is an operator's own; x is kept in autocast's dtype, and the result has that of x."""

@@ -17,10 +17,11 @@ from mica.fast.frameworks import REMEDIES, replaced_by
 from mica.kernels import configs
 from mica.paths import choose
 from tests.support import stand_ins
+from tests.support.counts import whatever_language
 from tests.support.models import TARGETS, net, tiny_llama, wrap
 from tests.support.quantised_models import adapted
 from tests.support.quantised_models import logits as quantised_logits
-from tests.support.stock import uninstalled, whatever_language
+from tests.support.stock import uninstalled
 from tests.support.training import llama
 
 
@@ -96,18 +97,6 @@ def test_kernels_that_cannot_be_had_are_an_error_where_they_are_demanded(monkeyp
         model(torch.tensor([[1, 5]]))
     monkeypatch.setenv("MICA_BACKEND", "auto")
     assert mica.fast.explain(model).counts() == {"reference": 4}
-
-
-def test_on_a_cpu_the_reference_path_is_no_defect(monkeypatch):
-    monkeypatch.setattr(choose.runtime, "is_interpreting", lambda: False)
-    for version in ("3.5", None):
-        choose.clear()
-        monkeypatch.setattr(choose.runtime, "triton_version", lambda version=version: version)
-        rows = mica.fast.explain(net()).rows
-        assert {(row.path, row.reason) for row in rows} == {
-            ("reference", "on a CPU the reference path is the fast one")
-        }
-    choose.clear()
 
 
 def test_only_adapters_that_the_layer_has_are_listed():

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.support.fuzz_machine import TALLY, OnKernels, machine, options, tally
-from tests.support.fuzz_models import MIXTURES
-from tests.support.fuzz_quantised import Quantised
-from tests.support.fuzz_runs import Runs
+from tests.fuzz.actions import TALLY
+from tests.fuzz.machine import Machine, OnKernels, options, tally
+from tests.fuzz.models import MIXTURES
+from tests.fuzz.quantised import Quantised
+from tests.fuzz.runs import Runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -30,7 +31,7 @@ def drive(fuzzed: type, examples: int, steps: int) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_backend_does_what_peft_does(name):
     kinds, examples, steps = VARIANTS[name]
-    drive(machine(name, KIND_NAMES=kinds), examples, steps)
+    drive(type(name, (Machine,), {"KIND_NAMES": kinds}), examples, steps)
 
 
 def test_interpreted_kernels_do_what_peft_does():

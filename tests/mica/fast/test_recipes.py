@@ -18,12 +18,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM
 
 import mica.fast
-from tests.support import on_gloo, stand_ins
+from tests.mica.fast import on_gloo
+from tests.support import stand_ins
+from tests.support.counts import whatever_language
 from tests.support.gloo import METHOD
 from tests.support.liger import run_on_any_device
 from tests.support.models import adapted_layers, bases, factors, wrap
 from tests.support.processes import ROOT, start
-from tests.support.stock import whatever_language
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 from tests.support.tolerances import RELATIVE, error
 from tests.support.without_mica import logits_without_mica
@@ -165,7 +166,7 @@ def accelerate(given):
     results.mkdir()
     launch = "accelerate.commands.launch", "--config_file", RECIPES / "fsdp2.yaml"
     script = RECIPES / "fsdp2.py", given.model, given.texts, output
-    done = start(*launch, "--module", "tests.support.on_gloo", results, *script)
+    done = start(*launch, "--module", "tests.mica.fast.on_gloo", results, *script)
     assert done.returncode == 0, done.stderr
     processes = [torch.load(results / rank, weights_only=False) for rank in "01"]
     return SimpleNamespace(processes=processes, folder=output)

@@ -16,7 +16,7 @@ from mica.ops.embedding import embedding
 from mica.ops.linear import linear, linear_eager
 from mica.ops.low_rank import down_projection, up_projection
 from mica.paths import choose
-from tests.support.linear_calls import Seen
+from tests.support.linear_calls import Seen, arguments
 from tests.support.oracle import problem
 
 P = problem((2, 3), 8, 6, 2, torch.float32)
@@ -158,26 +158,6 @@ def test_a_device_without_a_rule_is_the_dispatcher_s():
     y = linear(*tree_map_only(torch.Tensor, lambda t: t.to("meta"), CALLS["linear"][0](P.lora_A)))
     assert y.device.type == "meta"
     assert y.shape == P.grad_output.shape
-
-
-def arguments() -> dict[str, tuple]:
-    """Those of every operator, all matrices contiguous."""
-    x, W, A, B, b = (torch.randn(*shape) for shape in ((6, 16), (24, 16), (4, 16), (24, 4), (24,)))
-    dy, h, indices = torch.randn(6, 24), torch.randn(6, 4), torch.randint(0, 16, (6,))
-    experts, offsets = [torch.randn(2, *t.shape) for t in (W, A, B, b)], torch.tensor([2, 5])
-    both, fp32 = [True, True], torch.float32
-    return {
-        "linear": (x, W, A, B, 0.5, b, None),
-        "linear_backward": (dy, x, W, A, B, 0.5, fp32, both),
-        "down_projection": (x, A, 0.5, None),
-        "down_projection_backward": (h, x, A, 0.5, fp32, both),
-        "up_projection": (dy, h, B),
-        "up_projection_backward": (dy, B, fp32),
-        "embedding": (indices, A, B, 0.5, None, None),
-        "embedding_backward": (dy, indices, A, B, 0.5, 3),
-        "experts_linear": (x, offsets, *experts[:3], 0.5, experts[3], None),
-        "experts_linear_backward": (dy, x, offsets, *experts[:3], 0.5, fp32, both),
-    }
 
 
 LAYOUTS = {

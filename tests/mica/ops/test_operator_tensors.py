@@ -17,9 +17,8 @@ from mica.ops import (
 from mica.ops.experts import experts_base, experts_linear
 from mica.ops.linear import linear_eager
 from mica.ops.routing import from_experts, route
-from tests.mica.ops.test_operator import arguments
 from tests.support.expert_cases import problem as problem_of_experts
-from tests.support.linear_calls import Marked
+from tests.support.linear_calls import Marked, arguments
 from tests.support.oracle import problem
 
 pytestmark = pytest.mark.usefixtures("language")

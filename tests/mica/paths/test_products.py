@@ -44,13 +44,6 @@ def test_agrees_with_the_oracle(dtype, transposed, addend):
     assert addend is None or torch.equal(addend, before)
 
 
-@pytest.mark.usefixtures("sixteen_bit_products")
-@pytest.mark.parametrize(("rows", "columns", "inner"), [(0, 5, 4), (3, 0, 4), (1, 1, 1), (3, 2, 0)])
-def test_degenerate_shapes(rows, columns, inner):
-    pairs = operands(torch.bfloat16, rows, (inner,), columns)
-    assert torch.equal(products.addmm(None, *pairs).double(), exact(None, pairs).bfloat16().double())
-
-
 class OnCuda(torch.Tensor):
     """In the host's memory, where PyTorch has no such product and says so."""
 

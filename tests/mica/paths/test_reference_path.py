@@ -177,28 +177,6 @@ def test_dropout_under_a_function_transform_with_a_seed_for_each():
     assert error(torch.func.vmap(linear)(seeds), expected) <= RELATIVE[torch.float32]
 
 
-def test_dropout_of_each_formula_against_autograd():
-    p, seed = problem((9,), 12, 10, 3, torch.float64, torch.float64, scaling=0.7), torch.tensor([5])
-    dropped = {"dropout_p": 0.3, "seed": seed}
-    keep = dropout.dropout_keep(seed, 9, 12, 0.3).double() / 0.7
-    x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
-    h = p.scaling * (keep * x) @ lora_A.t()
-    y = x @ p.weight.t() + h @ p.lora_B.t()
-    dtype = torch.float64
-    assert error(reference_path.linear(p.x, *operands(p), **dropped), y) <= RELATIVE[dtype]
-    assert (
-        error(reference_path.down_projection(p.x, p.lora_A, p.scaling, dtype, **dropped), h)
-        <= RELATIVE[dtype]
-    )
-    expected = torch.autograd.grad(y, (x, lora_A), p.grad_output, retain_graph=True)
-    grads = reference_path.linear_backward(p.grad_output, p.x, *operands(p), dtype, **dropped)
-    g = p.grad_output @ p.lora_B
-    expected += torch.autograd.grad(h, (x, lora_A), g)
-    grads += reference_path.down_projection_backward(g, p.x, p.lora_A, p.scaling, True, **dropped)
-    for ours, exact in zip(grads, expected, strict=True):
-        assert error(ours, exact) <= RELATIVE[dtype]
-
-
 @pytest.mark.skipif(not products.has_native(torch.bfloat16), reason="no instructions for bfloat16")
 @pytest.mark.skipif(native.module() is None, reason=str(native.why_not()))
 @pytest.mark.parametrize("tokens", [1, 2, 127, 129, 1500])

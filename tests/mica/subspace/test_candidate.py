@@ -1,7 +1,6 @@
 """The methods and what each falls back to; from vectors to triplets and to a judgement on the basis."""
 
 import math
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ from mica.subspace.batched import BatchGram
 from mica.subspace.candidate import Problem, candidate, judged, problem
 from mica.subspace.certificate import ROUNDING
 from mica.subspace.host import HostGram
-from mica.subspace.result import CERTIFIED_EXCESS
-from tests.support.judging import assert_orthonormal, columns, energy, random, resolution, sine, truth
+from tests.support.judging import columns, energy, random, resolution, truth
 from tests.support.spectra import RANK, weight
 from tests.support.tolerances import error
 
@@ -60,31 +58,6 @@ def test_the_way_that_auto_takes_and_what_it_falls_back_to(size, rank, expected,
         assert methods.chain(method, size, rank) == whole[index:]
 
 
-def test_krylov_needs_room_and_convergence(monkeypatch):
-    state = stated(weight("gaussian", 200, 140), method="krylov")
-    assert methods.by_krylov(state) is not None
-    assert methods.by_krylov(stated(state.tall, 12, "krylov")) is None  # 2 * 20 * 4 > 140
-    eps = torch.finfo(torch.float32).eps
-    ritz = krylov.smallest_eigenvectors(state.gram, RANK, state.limits, eps, 0)
-    for outcome in (ritz._replace(converged=False), None):
-        monkeypatch.setattr(krylov, "smallest_eigenvectors", Mock(return_value=outcome))
-        assert methods.by_krylov(state) is None
-
-
-@pytest.mark.parametrize("shape", [(50, 30), (30, 50), (40, 40)], ids=str)
-@pytest.mark.parametrize("lost", [0, 3, 20])
-def test_the_svd_counts_the_null_values_of_a_tall_weight(shape, lost):
-    left, values, right = torch.linalg.svd(weight("gaussian", *shape).double(), full_matrices=False)
-    values[len(values) - lost :] = 0
-    matrix = left * values @ right
-    triplets = methods.by_svd(stated(matrix, method="svd"))
-    assert triplets.null_count == (min(lost, RANK) if shape[0] > shape[1] else 0)
-    assert_orthonormal(triplets.basis)
-    assert_orthonormal(triplets.short_vectors)
-    if not lost:
-        assert sine(truth(matrix).vectors[:, -RANK:], triplets.basis) <= 1e-12
-
-
 def test_only_krylov_pays_for_shifts(calls_of):
     calls, matrix = calls_of(module, "bounds"), weight("gaussian", 40, 60)
     norms = [stated(matrix, method=method).limits.norm.item() for method in ("krylov", "gram", "svd")]
@@ -108,25 +81,6 @@ def test_triplets_of_a_span(name, shape, batch):
     for vectors, exact in ((triplets.basis, left[..., -RANK:]), (triplets.short_vectors, short[..., -RANK:])):
         cosines = (exact.mT @ vectors).abs()
         assert error(cosines, torch.eye(RANK, dtype=torch.float64).expand_as(cosines)) <= 1e-7
-
-
-@of_each_shape
-@pytest.mark.parametrize("name", ["gaussian", "hard edge", "graded to 1.6e-6"])
-def test_the_weight_is_passed_over_only_where_it_has_to_be(shape, name, calls_of):
-    calls, matrix = calls_of(module, "image"), weight(name, *shape)
-    triplets = exact_candidate(stated(matrix))
-    assert triplets.resolved == (name != "graded to 1.6e-6")
-    assert len(calls) == (shape == (60, 40) or not triplets.resolved)
-    assert not exact_candidate(stated(matrix.double())).resolved  # fp64 results want what the Gram has lost
-
-
-@on_one_and_a_batch
-@pytest.mark.parametrize("name", ["rank 5", "rank deficient by 3", "zero", "graded to 1e-7"])
-@of_each_shape
-def test_null_vectors_of_a_tall_weight_are_not_in_the_gram(name, batch, shape):
-    matrix = weight(name, *shape)
-    matrix = torch.stack([weight("gaussian", *shape), matrix]) if batch else matrix
-    assert (exact_candidate(stated(matrix)) is None) == (shape == (60, 40))
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
@@ -201,19 +155,3 @@ def test_the_energy_where_the_gram_does_not_resolve_it(name, shape, batch, dtype
         single = (basis * signs)[position] if batch else basis
         exact = energy((1 + position) * matrix, single).sum()
         assert -1e-12 * exact <= value - exact <= 1e-9 * exact + 1e-2 * floor[position]
-
-
-def test_rounding_to_the_dtype_is_judged_too():
-    state = stated(weight("graded to 1.6e-6", 50, 50))
-    triplets = exact_candidate(state)
-    state.dtype = torch.bfloat16
-    judgement = judged(state, triplets, True)
-    assert judgement.energy_excess > CERTIFIED_EXCESS
-    assert not judgement.certified
-
-
-def test_signs():
-    basis = torch.tensor([[0.1, -0.5, 0.5, -2.0], [-0.9, 0.4, -0.5, 1.0], [0.3, 0.2, 0.1, -2.0]])
-    expected = basis * torch.tensor([-1.0, -1.0, 1.0, -1.0])
-    for given in (basis, -basis, columns(basis), torch.stack([basis, -basis])):
-        assert torch.equal(given * module.signs_of(given), expected.expand_as(given))

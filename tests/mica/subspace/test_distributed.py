@@ -185,18 +185,18 @@ def test_weights_of_one_name_and_different_content_are_not_shared(played, case):
     assert len(mine.own + theirs.own) == len(SHAPES) + 1
 
 
-def test_an_error_in_one_is_an_error_in_all(played):
-    first, second = played["an error in one"]
-    assert isinstance(first, ValueError)
-    assert isinstance(second, ValueError)
-    assert str(first).startswith("layer 2: weight must be finite")
+@pytest.mark.parametrize(
+    ("case", "kind", "said"),
+    [
+        ("an error in one", ValueError, "layer 2: weight must be finite"),
+        ("any error", RuntimeError, "no memory"),
+    ],
+)
+def test_an_error_in_one_is_an_error_in_all(played, case, kind, said):
+    first, second = played[case]
+    assert type(first) is type(second) is kind
+    assert str(first).startswith(said)
     assert str(second) == f"{first} (in process 0)"
-
-
-def test_errors_other_than_of_weights_are_told_too(played):
-    first, second = played["any error"]
-    assert (type(first), str(first)) == (RuntimeError, "no memory")
-    assert (type(second), str(second)) == (RuntimeError, "no memory (in process 0)")
 
 
 @pytest.mark.parametrize(

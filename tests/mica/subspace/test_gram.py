@@ -177,14 +177,6 @@ def test_the_gram_of_any_dtype_and_layout_in_blocks(dtype, layout, rows, kind, b
     assert (gram.size, gram.batch_shape, gram.device) == (6, tall.shape[:-2], torch.device("cpu"))
 
 
-def test_the_largest_diagonal_shows_what_is_not_finite():
-    matrix = weight("gaussian", 20, 7).double()
-    assert HostGram(matrix).largest_diagonal == pytest.approx(matrix.square().sum(0).max().item())
-    for bad in (torch.nan, torch.inf, -torch.inf, 1e200):
-        matrix[3, 5] = bad
-        assert not HostGram(matrix).largest_diagonal < 1e308
-
-
 @pytest.mark.parametrize("trouble", ["independent", "dependent", "nearly dependent", "zero"])
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
 @pytest.mark.parametrize("count", [1, 6])

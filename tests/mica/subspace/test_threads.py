@@ -84,17 +84,6 @@ def test_so_does_the_solver_even_when_it_raises(count, method, monkeypatch):
         assert counts() == before
 
 
-def test_a_section_that_cannot_begin_ends(before, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(threads, "blas_threads", Mock(side_effect=RuntimeError("no")))
-        with pytest.raises(RuntimeError, match="no"), one_pool():
-            pass
-    assert counts() == before
-    with one_pool():
-        assert torch.get_num_threads() == 1
-    assert counts() == before
-
-
 def test_a_thread_that_begins_meanwhile_begins_with_what_the_caller_set():
     with one_pool():
         assert of_a_new_thread() == 2

@@ -2,9 +2,13 @@
 
 import ast
 import re
+import shlex
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
+
+import yaml
 
 
 class Mutant(NamedTuple):
@@ -37,12 +41,21 @@ class Mutant(NamedTuple):
         return source[: places[0].start()] + self.new + source[places[0].end() :]
 
 
-def mutants(table: dict[tuple[str, ...], dict[str, list[tuple[str, str]]]]) -> Iterator[Mutant]:
-    """``table``: by file and its tests, and by function, pairs of what is replaced and what replaces it."""
-    for (file, *tests), edits in table.items():
-        for function, pairs in edits.items():
-            for old, new in pairs:
-                yield Mutant(file, function, old, new, tests)
+def mutants(path: Path) -> Iterator[Mutant]:
+    """Those that a file lists."""
+    for entry in yaml.safe_load(path.read_text(encoding="utf-8")):
+        tests = shlex.split(entry["tests"])
+        for function, edits in entry["edits"].items():
+            for old, new in _EDIT.findall(edits):
+                yield Mutant(entry["file"], function, _text(old), _text(new), tests)
+
+
+# Lines of what is replaced, then lines of what replaces it
+_EDIT = re.compile(r"((?:^-.*\n)+)((?:^\+.*\n?)+)", re.MULTILINE)
+
+
+def _text(lines: str) -> str:
+    return "\n".join(line[2:] for line in lines.splitlines())
 
 
 def _pattern(old: str) -> re.Pattern:

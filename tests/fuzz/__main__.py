@@ -1,0 +1,184 @@
+"""The tester for any length of time (``make fuzz``): random sequences of actions, a new seed each round.
+
+Rounds of several parts take turns, by the time that each has had: models (with the backend, and their twins
+with stock PEFT), the same on interpreted kernels, quantised models, and ``mica adapt``.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MICA_CACHE", "0")
+os.environ.setdefault("TRITON_INTERPRET", "1")
+import torch
+from hypothesis import seed
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.fuzz.actions import SEQUENCES, TALLY
+from tests.fuzz.folders import Folders
+from tests.fuzz.machine import Machine, OnKernels, options, tally
+from tests.fuzz.models import KINDS
+from tests.fuzz.quantised import Quantised
+from tests.fuzz.runs import Runs
+
+
+class Part(NamedTuple):
+    machine: type
+    share: float  # of the time
+    examples: int  # sequences a round
+    steps: int  # actions a sequence
+    shrinks: bool = True  # a failure to the shortest sequence that fails
+
+
+PARTS = {
+    "models": Part(Machine, 0.5, 20, 25),
+    "adapt": Part(Runs, 0.15, 4, 4, shrinks=False),
+    "folders": Part(Folders, 0.15, 4, 4, shrinks=False),
+    "kernels": Part(OnKernels, 0.1, 3, 8),
+    "quantised": Part(Quantised, 0.1, 10, 15),
+}
+
+
+@dataclass
+class Totals:
+    """What a process has done, besides the counts of `TALLY` and `SEQUENCES`."""
+
+    rounds: int = 0
+    failed: list[str] = field(default_factory=list)  # the commands that run the failures again
+
+    def write(self, file: Path) -> None:
+        counts = {"tally": TALLY, "sequences": SEQUENCES, "rounds": self.rounds, "failed": self.failed}
+        file.write_text(json.dumps(counts), encoding="utf-8")
+
+    def add(self, file: Path) -> None:
+        """Those of another process, to these and to the counts of this one."""
+        counts = json.loads(file.read_text(encoding="utf-8"))
+        self.rounds += counts["rounds"]
+        self.failed += counts["failed"]
+        SEQUENCES.update(counts["sequences"])
+        for name, count in counts["tally"].items():
+            TALLY.setdefault(name, Counter()).update(count)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    limit = "no round begins later [10]"
+    parser.add_argument("--minutes", type=float, default=10, help=limit)
+    again = "a round with each of these seeds, whatever the time: a failure again"
+    parser.add_argument("--seed", type=int, nargs="+", help=again)
+    parser.add_argument(
+        "--processes", type=int, default=1, help="so many at once, each with seeds of its own [1]"
+    )
+    parser.add_argument("--kind", choices=[*KINDS, *PARTS], help="one part, or only models of this kind")
+    parser.add_argument("--examples", type=int, help="sequences a round")
+    parser.add_argument("--steps", type=int, help="actions a sequence")
+    parser.add_argument("--no-shrink", action="store_true")
+    parser.add_argument("--totals", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def seeds(args: argparse.Namespace) -> Iterator[int]:
+    if args.seed is not None:
+        yield from args.seed
+        return
+    end = time.monotonic() + 60 * args.minutes
+    while time.monotonic() < end:
+        yield random.randrange(2**31)
+
+
+def next_part(args: argparse.Namespace, spent: Counter) -> str:
+    """The part that is given, or the one that has had the least of its share."""
+    if args.kind in PARTS:
+        return args.kind
+    if args.kind is not None or args.seed is not None:
+        return "models"
+    return min(PARTS, key=lambda name: spent[name] / PARTS[name].share)
+
+
+def play(args: argparse.Namespace, name: str, number: int) -> str | None:
+    """One round. Returns the command that runs it again if it has failed, after its traceback."""
+    part = PARTS[name]
+    examples, steps = args.examples or part.examples, args.steps or part.steps
+    attributes = {"KIND_NAMES": [args.kind]} if args.kind in KINDS else {}
+    fuzzed = type("Fuzzed", (part.machine,), attributes)
+    chosen = options(examples, steps, shrinks=part.shrinks and not args.no_shrink)
+    try:
+        run_state_machine_as_test(seed(number)(fuzzed), settings=chosen)
+    except Exception:
+        traceback.print_exc()
+    else:
+        return None
+    kind = args.kind or (name if name != "models" else None)
+    words = f"--seed {number} --examples {examples} --steps {steps}" + (f" --kind {kind}" if kind else "")
+    command = f"make fuzz ARGS='{words}'"
+    print(f"again: {command}", flush=True)
+    return command
+
+
+def in_this_process(args: argparse.Namespace) -> Totals:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # with it, NaN in every torch.empty
+    warnings.simplefilter("ignore")
+    totals, spent = Totals(), Counter()
+    for number in seeds(args):
+        name, start = next_part(args, spent), time.monotonic()
+        command = play(args, name, number)
+        totals.rounds += 1
+        totals.failed += [command] if command else []
+        spent[name] += time.monotonic() - start
+    return totals
+
+
+def side_by_side(args: argparse.Namespace, argv: list[str]) -> Totals:
+    """Each process with its seeds; what they print is printed as it comes."""
+    totals = Totals()
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, f"{index}.json") for index in range(args.processes)]
+        started = []
+        for index, file in enumerate(files):
+            own = [*argv, "--processes", "1", "--totals", str(file)]
+            if args.seed is not None:
+                given = args.seed[index :: args.processes]
+                if not given:
+                    continue
+                own += ["--seed", *map(str, given)]
+            started.append((file, subprocess.Popen([sys.executable, "-m", "tests.fuzz", *own])))
+        for file, process in started:
+            process.wait()
+            if file.exists():
+                totals.add(file)
+            else:
+                totals.failed.append(f"a process that ended with {process.returncode}")
+    return totals
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args, start = arguments(argv), time.monotonic()
+    totals = side_by_side(args, argv) if args.processes > 1 else in_this_process(args)
+    if args.totals:
+        totals.write(args.totals)
+        return 1 if totals.failed else 0
+    minutes = (time.monotonic() - start) / 60
+    print(tally())
+    print(f"{totals.rounds} rounds in {minutes:.1f} minutes, {len(totals.failed)} failed")
+    for command in totals.failed:
+        print(f"again: {command}")
+    return 1 if totals.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""Rules of `machine`: adapters are added, switched, scaled, edited, saved, loaded, combined, copied."""
+
+import copy
+import io
+import warnings
+from pathlib import Path
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition
+from peft import LoraConfig, PeftModel
+from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import mica.fast
+from mica.fast.forward.expert_params import weight_name
+from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of, configs
+from tests.fuzz.compare import attempt
+from tests.fuzz.models import KINDS, build, targeting
+from tests.fuzz.twins import factors, layers
+from tests.support.peft_versions import is_at_least
+
+
+def _through_a_file(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COMBINATIONS = ["linear", "cat", "svd", "ties", "dare_linear", "magnitude_prune", "ties_svd"]
+
+
+class Adapters(Base):
+    @precondition(lambda self: len(self.twins.adapters) < 3)
+    @action(data=st.data(), seed=SEEDS, cast=FLAG, activate=FLAG)
+    def add(self, data, seed, cast, activate):
+        name = self.free_name()
+        self.create(name, data.draw(configs(self.twins.kind, self.saves)), seed, cast)
+        self.activate(name, activate)
+
+    @precondition(lambda self: len(self.twins.adapters) < 3)
+    @action(kind=any_of("rank", "nan"))
+    def add_refused(self, kind):
+        """With a rank that no layer has: the backend leaves its model as it was (stock, half wrapped)."""
+        targets = KINDS[self.twins.kind].targets[0]
+        config = LoraConfig(r=999, **targeting(targets), init_lora_weights="mica")
+        before = self.twins.fingerprint()
+        if not mica.fast.is_enabled():
+            return False
+        error = attempt(lambda model: model.add_adapter(self.free_name(), config), self.twins.ours).error
+        assert isinstance(error, ValueError), "rank 999 was not refused"
+        assert self.twins.fingerprint() == before, "a refused adapter has changed the model"
+        return True
+
+    @precondition(lambda self: len(self.twins.adapters) > 1)
+    @action(index=INDEX)
+    def delete(self, index):
+        name = self.pick(index)
+        if not is_at_least("0.21") and self.twins.is_merged_adapter(name):
+            return False  # it is not refused there, and leaves the update in the weights for good
+        return self.remove(name)
+
+    @precondition(lambda self: len(self.twins.adapters) > 1 and not self.twins.is_merged)
+    @action(data=st.data(), index=INDEX, seed=SEEDS, activate=FLAG)
+    def delete_and_add_again(self, data, index, seed, activate):
+        name, config = self.pick(index), data.draw(configs(self.twins.kind, self.saves))
+        self.remove(name)
+        self.create(name, config, seed, True)
+        self.activate(name, activate)
+
+    @action(index=INDEX, inference=FLAG)
+    def switch(self, index, inference):
+        self.repaired_if_edited()
+        name = self.pick(index)
+        self.twins.each(lambda model: model.set_adapter(name, inference_mode=inference))
+
+    @precondition(lambda self: len(self.twins.adapters) > 1)
+    @action(first=INDEX, second=INDEX)
+    def activate_several(self, first, second):
+        names = list(dict.fromkeys([self.pick(first), self.pick(second)]))
+        self.twins.each(lambda model: model.base_model.set_adapter(names))
+
+    @action(index=INDEX, on=FLAG)
+    def requires_grad_of_an_adapter(self, index, on):
+        name = self.pick(index)
+        self.twins.each(lambda model: model.set_requires_grad(name, on))
+
+    @action(seed=SEEDS, index=INDEX)
+    def new_values(self, seed, index):
+        """As an optimiser or a checkpoint writes them, in place."""
+        name = self.pick(index)
+        generator = torch.Generator().manual_seed(seed)
+        for layer in layers(self.twins.ours).values():
+            pair = factors(layer, name)
+            if pair is not None:
+                with torch.no_grad():
+                    pair[0].copy_(torch.randn(pair[0].shape, generator=generator) * 0.2)
+        self.edited()
+        self.twins.synchronise()
+
+    # -- scaling --------------------------------------------------------------------------------------
+
+    @action(index=INDEX, layer=INDEX, factor=any_of(0.5, 2.0, 1.0, 3), everywhere=FLAG)
+    def set_scale(self, index, layer, factor, everywhere):
+        name = self.pick(index)
+        self._scale(lambda module: module.set_scale(name, factor), layer, everywhere)
+
+    @action(layer=INDEX, factor=any_of(0.5, 2.0, 0.25), everywhere=FLAG)
+    def scale_layer(self, layer, factor, everywhere):
+        assume(max(max(m.scaling.values(), default=0) for m in layers(self.twins.ours).values()) < 20)
+        self._scale(lambda module: module.scale_layer(factor), layer, everywhere)
+
+    @action(layer=INDEX, factor=any_of(None, 2.0), everywhere=FLAG)
+    def unscale_layer(self, layer, factor, everywhere):
+        self._scale(lambda module: module.unscale_layer(factor), layer, everywhere)
+
+    def _scale(self, change, layer, everywhere):
+        chosen = list(layers(self.twins.ours)) if everywhere else [self.pick_layer(layer)]
+
+        def scaled(model):
+            for name in chosen:
+                change(model.get_submodule(name))
+
+        self.twins.each(scaled)
+        self.edited()
+
+    # -- files, hotswapping, weighted adapters, copies ------------------------------------------------
+
+    @action(index=INDEX, flipped=FLAG)
+    def save(self, index, flipped):
+        return self.write(self.pick(index), flipped)
+
+    @precondition(lambda self: self.files and len(self.twins.adapters) < 3)
+    @action(index=INDEX, lean=FLAG, trainable=FLAG, cast=FLAG, activate=FLAG)
+    def load(self, index, lean, trainable, cast, activate):
+        name = self.free_name()
+        self._load(self.files[index % len(self.files)], name, lean, trainable, cast)
+        self.activate(name, activate and name in self.twins.adapters)
+
+    @precondition(lambda self: self.files and len(self.twins.adapters) > 1 and not self.twins.is_merged)
+    @action(index=INDEX, file=INDEX, lean=FLAG, mixed=FLAG)
+    def delete_and_load_again(self, index, file, lean, mixed):
+        """``mixed``: a mixed batch before and after, for what is kept of a name or of an address."""
+        name, files = self.pick(index), (self.files * 2)[file % len(self.files) :][:2]
+        for folder in files if mixed else files[:1]:
+            if mixed:
+                self.call_mixed([*self.twins.adapters, "__base__"], file)
+            self.remove(name)
+            self._load(folder, name, lean, False, True)
+            if mixed:
+                self.call_mixed([*self.twins.adapters, "__base__"], file)
+
+    def _load(self, folder, name, lean, trainable, cast):
+        assume(not self.is_double)
+        options = {"low_cpu_mem_usage": lean, "is_trainable": trainable, "autocast_adapter_dtype": cast}
+        if (
+            self.twins.each(lambda model: model.load_adapter(str(folder), name, **options) and None).error
+            is None
+        ):
+            config = self.twins.ours.peft_config[name]
+            self._compare_factors(name)
+            self.twins.adopt(name, config.init_lora_weights == "mica", 0, randomise=False)
+            self.twins.remember_biases()
+        else:
+            self.refused()
+
+    @precondition(lambda self: len(self.twins.adapters) < 3 and not self.twins.is_merged)
+    @action(index=INDEX, lean=FLAG, activate=FLAG)
+    def load_without_lora_b(self, index, lean, activate):
+        """A checkpoint without the frozen factors: B is computed anew, and a warning says so.
+
+        Stock leaves B on the meta device where ``lean``, so the twin loads without that.
+        """
+        source, name = self.pick(index), self.free_name()
+        is_mica = self.twins.ours.peft_config[source].init_lora_weights == "mica"
+        if not is_mica or not mica.fast.is_enabled() or self.is_double or self.twins.is_mixture:
+            return False
+        folder = self.written_without_b(source)
+        texts: dict[bool, list[str]] = {}
+
+        def loaded(model):
+            is_ours = model is self.twins.ours
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                model.load_adapter(folder, name, low_cpu_mem_usage=lean and is_ours)
+            texts[is_ours] = [str(warning.message) for warning in caught]
+
+        if self.twins.each(loaded).error is not None:
+            self.refused()
+            return False
+        lost = [key for key, parameter in self.twins.ours.named_parameters() if parameter.is_meta]
+        assert not lost, f"{lost} have no values"
+        assert any("B was computed anew" in text for text in texts[True]), "no warning that B is another one"
+        for layer in layers(self.twins.ours).values():
+            pair, original = factors(layer, name), factors(layer, source)
+            if pair is None:
+                continue
+            lora_A = original[0]
+            if lean:  # as stock's, it goes through the dtype of the base
+                lora_A = lora_A.to(getattr(layer.get_base_layer(), weight_name(layer)).dtype)
+            assert torch.equal(pair[0], lora_A.to(pair[0])), f"A of {name} is not that of the file"
+        self.twins.adopt(name, True, 0)
+        self.activate(name, activate)
+        return True
+
+    def written_without_b(self, source):
+        """The folder of this adapter's file, as a filter by ``requires_grad`` leaves it."""
+        root = Path(self.folder.name) / f"without-B-{self.twins.seed}"
+        self.twins.ours.save_pretrained(root, selected_adapters=[source], save_embedding_layers=False)
+        file = next(root.rglob("adapter_model.safetensors"))
+        kept = {key: tensor for key, tensor in load_file(file).items() if "_B" not in key}
+        save_file(kept, file, {"format": "pt"})
+        return str(file.parent)
+
+    def _compare_factors(self, name):
+        """Before the twin takes over what was loaded."""
+        twins = layers(self.twins.stock)
+        for key, layer in layers(self.twins.ours).items():
+            ours, stock = factors(layer, name), factors(twins[key], name)
+            if ours is not None:
+                self.twins.same([f.detach() for f in ours], [f.detach() for f in stock], key)
+
+    @precondition(lambda self: self.files and not self.twins.is_merged)
+    @action(index=INDEX, lean=FLAG, trainable=FLAG)
+    def from_pretrained(self, index, lean, trainable):
+        """Both models anew, from the base and one file."""
+        assume(not self.is_double)
+        folder = str(self.files[index % len(self.files)])
+        base = {name: tensor.clone() for name, tensor in self.twins.pristine.state_dict().items()}
+
+        def loaded(model):
+            fresh = build(self.twins.kind).to(next(iter(base.values())).dtype)
+            fresh.load_state_dict(base)
+            options = {"low_cpu_mem_usage": lean, "is_trainable": trainable}
+            return PeftModel.from_pretrained(fresh, folder, "one", **options)
+
+        if not self.twins.replace(loaded):
+            return False
+        self._renewed()
+        self._compare_factors("one")
+        self.twins.adopt("one", self.twins.ours.peft_config["one"].init_lora_weights == "mica", 0, False)
+
+    def _renewed(self):
+        self.hooks.clear()
+        self.optimizers.clear()
+        self.checkpointing = None
+        self.twins.base, self.twins.frozen = {}, {}
+
+    @precondition(lambda self: self.files)
+    @action(index=INDEX, file=INDEX)
+    def hotswap(self, index, file):
+        name, folder = self.pick(index), str(self.files[file % len(self.files)])
+        outcome = self.twins.each(lambda model: hotswap_adapter(model, folder, name))
+        if outcome.error is None and self.twins.is_merged_adapter(name):
+            self.edited()  # PEFT before 0.21 does not refuse it
+        self._compare_factors(name)
+        self.twins.remember_bases(name)
+        self.twins.remember_biases()
+        return outcome.error is None
+
+    @precondition(lambda self: 1 < len(self.twins.adapters) < 3)
+    @action(combination=st.sampled_from(COMBINATIONS), weights=any_of((0.7, 0.5), (1.0, -0.4)), activate=FLAG)
+    def add_weighted_adapter(self, combination, weights, activate):
+        sources = self.twins.adapters
+        assume(not self.is_double)
+        own = layers(self.twins.ours).values()
+        ranks = [max(layer.r.get(source, 0) for layer in own) for source in sources]
+        # stock cannot load what has a rank above the weight's
+        assume(sum(ranks) <= 8 or combination != "cat")
+        name = self.free_name()
+        density = {} if combination in ("linear", "cat", "svd") else {"density": 0.6}
+        outcome = self.twins.each(
+            lambda model: model.add_weighted_adapter(sources, list(weights), name, combination, **density)
+        )
+        if outcome.error is None:
+            self._compare_factors(name)
+            self.twins.adopt(name, False, 0, randomise=False)
+            self.activate(name, activate)
+        else:
+            for model in self.twins.both:
+                if name in model.peft_config:  # refused after it was created
+                    model.delete_adapter(name)
+        return outcome.error is None
+
+    @action(way=any_of("deepcopy", "pickle", "state_dict"))
+    def copies(self, way):
+        if way == "state_dict":
+            self.twins.each(lambda model: model.load_state_dict(copy.deepcopy(model.state_dict())) and None)
+            return True
+        done = self.twins.replace(copy.deepcopy if way == "deepcopy" else _through_a_file)
+        self.optimizers.clear()
+        if way == "pickle" and self.twins.is_merged:  # it has no records
+            self.twins.exact, self.twins.is_lost = False, True
+        self.find_hooks()
+        return done

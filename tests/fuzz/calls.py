@@ -1,0 +1,238 @@
+"""Rules of `machine`: forwards, training, exceptions, merging."""
+
+import copy
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition
+
+from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of
+from tests.fuzz.compare import dtype_of_base, energy
+from tests.fuzz.models import tokens
+from tests.fuzz.twins import factors, is_base, layers
+
+
+class RaisedInForwardError(Exception):
+    """What `do_raise` raises."""
+
+
+def do_raise(*args):
+    raise RaisedInForwardError
+
+
+def with_gradients(model):
+    return [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+
+
+class Calls(Base):
+    @action(size=st.integers(0, 3), length=st.integers(1, 7))
+    def forward(self, size, length):
+        self.twins.probe(False, size, length)
+        return True
+
+    @action(rate=any_of(0.1, 0.5), way=any_of("plain", "twice", "retained", "accumulated", "adamw"))
+    def train_step(self, rate, way):
+        ids = [tokens(2, 6, self.twins.seed), tokens(3, 4, self.twins.seed + 1)]
+
+        def step(model):
+            model.zero_grad(set_to_none=True)
+            out = self.twins.call(model, ids[0])
+            if not out.requires_grad:
+                return out.detach(), {}
+            loss = energy(out)
+            if way == "twice":
+                loss = loss + energy(self.twins.call(model, ids[1]))
+            if way == "retained":
+                loss.backward(retain_graph=True)
+                loss = out.float().abs().mean()
+            loss.backward()
+            if way == "accumulated":
+                energy(self.twins.call(model, ids[1])).backward()
+            return out.detach(), {n: p.grad for n, p in with_gradients(model)}
+
+        trained, gradients = [], {}
+
+        def update(model):
+            parameters = with_gradients(model)
+            for name, parameter in parameters:  # compared: rounding must not grow in an optimizer's steps
+                if model is self.twins.stock:
+                    parameter.grad.copy_(gradients[name])
+                gradients[name] = parameter.grad.clone()
+            if parameters and way == "adamw":  # its state outlives the actions
+                optimizer = self.optimizers.get(id(model))
+                if optimizer is None:
+                    optimizer = torch.optim.AdamW([p for _, p in parameters], lr=0.02)
+                    self.optimizers[id(model)] = optimizer
+                theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+                trained.extend(name for name, p in parameters if id(p) in theirs)
+                optimizer.step()
+            elif parameters:
+                norm = torch.stack([p.grad.double().norm() for _, p in parameters]).norm()
+                trained.extend(name for name, _ in parameters)
+                with torch.no_grad():
+                    for _, p in parameters:
+                        p.sub_((p.grad * (rate / (norm + 1e-6))).to(p.dtype))
+            model.zero_grad(set_to_none=True)
+
+        worked = self.twins.compare_steps(step)
+        if self.twins.has_dropout or not worked:
+            self.twins.each(lambda model: model.zero_grad(set_to_none=True))
+            return bool(worked) and None
+        self.twins.each(update)
+        self._trained(trained)
+        return bool(trained)
+
+    def _trained(self, names):
+        if any(is_base(name) for name in names):
+            self.base_edited()
+        if any("_B" in name for name in names):
+            self.twins.remember_bases()
+            self.edited()
+
+    @precondition(lambda self: self.twins.form != "seq2seq")
+    @action(seed=SEEDS, twice=FLAG)
+    def gradient_of_the_input(self, seed, twice):
+        width = self.twins.ours.get_input_embeddings().weight.shape[1] if self.twins.form == "causal" else 12
+        x = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(seed))
+        x = x.to(dtype_of_base(self.twins.ours))
+        twice = twice and self.checkpointing is None and self.twins.tolerance < 1e-4
+
+        def step(model):
+            leaf = x.clone().requires_grad_()
+            out = self.twins.call(model, None, inputs_embeds=leaf)
+            (grad,) = torch.autograd.grad(energy(out), leaf, create_graph=twice)
+            trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            if not twice or not trained:
+                return out.detach(), {"x": grad.detach()}
+            grads = torch.autograd.grad(grad.square().sum(), trained.values(), allow_unused=True)
+            second = {f"second {n}": g for n, g in zip(trained, grads, strict=True) if g is not None}
+            return out.detach(), {"x": grad.detach(), **second}
+
+        return self.twins.compare_steps(step)
+
+    @precondition(lambda self: self.twins.form != "plain")
+    @action(seed=SEEDS, cache=FLAG)
+    def generate(self, seed, cache):
+        options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+        options |= {"use_cache": cache, "output_scores": True, "return_dict_in_generate": True}
+        texts = {}
+
+        def first_scores(model):
+            with self.twins.casting():
+                out = model.generate(input_ids=tokens(2, 3, seed), **options)
+            texts[model is self.twins.ours] = out.sequences
+            return None if self.twins.has_dropout else out.scores[0].float()
+
+        worked = self.twins.each(first_scores).error is None
+        if worked and not self.twins.has_dropout and self.twins.tolerance < 1e-4:
+            assert torch.equal(texts[True], texts[False]), f"generated {texts}"
+        return worked
+
+    @precondition(lambda self: len(self.twins.adapters) > 1)
+    @action(names=st.lists(st.integers(-1, 2), min_size=2, max_size=4), seed=SEEDS)
+    def mixed_batch(self, names, seed):
+        return self.call_mixed(["__base__" if index < 0 else self.pick(index) for index in names], seed)
+
+    def call_mixed(self, names, seed):
+        ids = tokens(len(names), 4, seed)
+        outcome = self.twins.each(lambda model: self.twins.call(model, ids, adapter_names=names).detach())
+        for model in self.twins.both:
+            for layer in layers(model).values():  # PEFT leaves its hooks there if the forward raises
+                layer._forward_pre_hooks.clear()
+        return outcome.error is None
+
+    @action(seed=SEEDS)
+    def inference_mode(self, seed):
+        def inferred(model):
+            with torch.inference_mode():
+                return self.twins.call(model, tokens(2, 4, seed)).clone()
+
+        if self.twins.has_dropout:
+            return False
+        return self.twins.each(inferred).error is None
+
+    @action(layer=INDEX, before=FLAG)
+    def exception_in_a_forward(self, layer, before):
+        name = self.pick_layer(layer)
+        register = "register_forward_pre_hook" if before else "register_forward_hook"
+
+        def failing(model):
+            hook = getattr(model.get_submodule(name), register)(do_raise)
+            try:
+                self.twins.call(model, tokens(2, 4, 0))
+            finally:
+                hook.remove()
+
+        return type(self.twins.each(failing).error) is RaisedInForwardError
+
+    @action(seed=SEEDS)
+    def exception_in_a_backward(self, seed):
+        def failing(model):
+            out = self.twins.call(model, tokens(2, 4, seed))
+            if out.requires_grad:
+                out.register_hook(do_raise)
+                try:
+                    out.float().sum().backward()
+                finally:
+                    model.zero_grad(set_to_none=True)
+
+        return self.twins.each(failing).error is not None
+
+    # -- merging --------------------------------------------------------------------------------------
+
+    @action(index=INDEX, safe=FLAG, named=FLAG)
+    def merge(self, index, safe, named):
+        names = [self.pick(index)] if named else None
+        if self.twins.of_inference:  # PyTorch leaves tensors that stock cannot train with
+            return False
+
+        self.cast_each(lambda model: model.merge_adapter(adapter_names=names, safe_merge=safe))
+        self.merged()
+        return None
+
+    @precondition(lambda self: self.twins.is_merged)
+    @action()
+    def unmerge(self):
+        self.cast_each(lambda model: model.unmerge_adapter())
+
+    @action(safe=FLAG, keep=FLAG)
+    def merge_and_unload_a_copy(self, safe, keep):
+        ids = tokens(2, 4, 1)
+
+        def unloaded(model):
+            model = copy.deepcopy(model)
+            model = model.unload() if keep else model.merge_and_unload(safe_merge=safe)
+            with torch.no_grad():
+                return self.twins.call(model.eval(), ids), dict(model.state_dict())
+
+        return self.twins.each(unloaded).error is None
+
+    @action(index=INDEX, factor=any_of("A", "B"))
+    def merge_that_is_refused(self, index, factor):
+        """NaN in an adapter: safe_merge raises on both, and both go on."""
+        name, key = self.pick_layer(index), self.pick(index)
+        pairs = [factors(model.get_submodule(name), key) for model in self.twins.both]
+        if None in pairs or self.twins.is_merged or self.twins.of_inference:
+            return False
+        kept = [(A, A.detach().clone()) for A, _ in pairs]
+        for A, _ in kept:
+            A.data[0, 0] = float("nan")
+        outcome = self.twins.each(lambda model: model.merge_adapter(adapter_names=[key], safe_merge=True))
+        for A, before in kept:
+            A.data.copy_(before)
+        self.merged()
+        return outcome.error is not None
+
+    @action(context=FLAG, on=FLAG)
+    def disable_adapters(self, context, on):
+        self.repaired_if_edited()
+        if context:
+
+            def without(model):
+                with model.disable_adapter(), torch.no_grad():
+                    return self.twins.call(model, tokens(2, 4, 5))
+
+            return self.twins.each(without).error is None
+        change = "enable_adapter_layers" if on else "disable_adapter_layers"
+        self.twins.each(lambda model: getattr(model.base_model, change)())
+        return None

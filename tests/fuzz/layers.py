@@ -1,0 +1,265 @@
+"""Rules of `machine` for what callers do with a layer's output: edits, hooks, complex numbers, vmap."""
+
+import torch
+from hypothesis import assume
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+
+import mica.fast
+from mica.fast.forward.expert_params import is_wrapper
+from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of
+from tests.fuzz.compare import dtype_of_base, energy, factors, gradients
+from tests.fuzz.models import tokens
+from tests.support.counts import whatever_language
+from tests.support.linear_calls import Marked
+
+SHAPES = any_of((), (3,), (2, 3), (2, 3), (2, 1, 3), (2, 0))  # before the features
+EDITS = any_of(None, "add_", "mul_", "tanh_", "a column", "two outputs")
+TENSOR_HOOKS = ("gradient", "several gradients", "before the node", "after the node", "retained")
+MODULE_HOOKS = ("input", "output", "gradient of the output", "gradient of the input")
+
+
+def edited(y: Tensor, edit: str | None) -> Tensor:
+    """The output of a layer as a caller changes it in place."""
+    if edit == "add_":
+        return y.add_(0.5)
+    if edit == "mul_":
+        return y.mul_(1.5)
+    if edit == "tanh_":
+        return y.tanh_()
+    if edit == "a column":
+        y[..., :1] *= 2
+        return y
+    if edit == "two outputs":
+        return Marked.apply(y)[0]
+    return y
+
+
+class Probe:
+    """Hooks that see gradients, and those that can change them double them."""
+
+    def __init__(self):
+        self.seen: list[Tensor] = []
+        self.handles: list = []
+
+    def note(self, gradient: Tensor | None) -> None:
+        self.seen.append(torch.zeros(()) if gradient is None else gradient.detach().float().norm())
+
+    def doubled(self, gradients: tuple) -> tuple:
+        for gradient in gradients:
+            self.note(gradient)
+        return tuple(gradient if gradient is None else gradient * 2 for gradient in gradients)
+
+    def on_tensor(self, y: Tensor, kind: str | None) -> None:
+        if kind is None or not y.requires_grad:
+            return
+        if kind == "gradient":
+            y.register_hook(lambda gradient: self.doubled((gradient,))[0])
+        elif kind == "several gradients":
+            # it may hold no gradient, so only that it ran is noted
+            handle = torch.autograd.graph.register_multi_grad_hook((y,), lambda found: self.note(found[0]))
+            self.handles.append(handle)
+        elif kind == "before the node" and y.grad_fn is not None:
+            y.grad_fn.register_prehook(self.doubled)
+        elif kind == "after the node" and y.grad_fn is not None:
+            y.grad_fn.register_hook(lambda inputs, outputs: self.note(outputs[0]))
+        elif kind == "retained":
+            y.retain_grad()
+
+    def on_module(self, module: nn.Module, kind: str | None) -> None:
+        if kind == "input":
+            handle = module.register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
+        elif kind == "output":
+            handle = module.register_forward_hook(lambda _, args, y: y * 2)
+        elif kind == "gradient of the output":
+            handle = module.register_full_backward_pre_hook(lambda _, gradients: self.doubled(gradients))
+        elif kind == "gradient of the input":
+            handle = module.register_full_backward_hook(lambda _, gradients, __: self.doubled(gradients))
+        else:
+            return
+        self.handles.append(handle)
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def part(layer: nn.Module, where: str) -> nn.Module:
+    """The layer, its base layer, or a module of its first adapter."""
+    if where == "layer":
+        return layer
+    if where == "base":
+        return layer.get_base_layer()
+    return next(iter(getattr(layer, where).values()), layer)
+
+
+def negated_by_a_bit(x: Tensor) -> Tensor:
+    """The values of x, which PyTorch stores as -x and a bit."""
+    return torch.complex(torch.zeros_like(x), -x).conj().imag
+
+
+def loss_of(y: Tensor, consumer: str) -> Tensor:
+    """``conjugated``: the gradient that comes back has PyTorch's negative bit, whatever the layer's path."""
+    if consumer == "squared":
+        return energy(y)
+    y = y.float() if y.dtype.itemsize < 4 else y
+    weights = torch.arange(y.numel(), dtype=y.dtype).reshape(y.shape).cos()
+    if consumer == "conjugated":
+        numbers = torch.complex(torch.zeros_like(y), y).conj()
+        return (numbers * torch.complex(weights, weights)).real.sum()
+    return (torch.complex(y, weights) * torch.complex(weights, y)).abs().sum()
+
+
+def overwrite(parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """In place, which PyTorch counts. Returns the parameter and the values that it had."""
+    before = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.mul_(1.5)
+    return parameter, before
+
+
+class Layers(Base):
+    def input_of(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
+        """What this layer takes, in fp32 or as tokens; None for a stack of experts."""
+        layer = self.twins.ours.get_submodule(name)
+        if is_wrapper(layer):
+            return None
+        if "Embedding" in type(layer).__name__:
+            return tokens(1, torch.Size(shape).numel(), seed).reshape(shape)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(*shape, layer.in_features, generator=generator)
+
+    @action(
+        layer=INDEX,
+        shape=SHAPES,
+        edit=EDITS,
+        hook=any_of(None, *TENSOR_HOOKS),
+        consumer=any_of("squared", "conjugated", "complex"),
+        gradient_of_x=FLAG,
+        negated=FLAG,
+        overwritten=any_of(False, False, True),
+        seed=SEEDS,
+    )
+    def one_layer(self, layer, shape, edit, hook, consumer, gradient_of_x, negated, overwritten, seed):
+        """``overwritten``: A is, before the backward of an x without a gradient, which does not need it."""
+        name, adapter = self.pick_layer(layer), self.pick(layer)
+        values = self.input_of(name, shape, seed)
+        if values is None:
+            return False
+
+        def step(model):
+            module, probe = model.get_submodule(name), Probe()
+            module.zero_grad(set_to_none=True)
+            kept: list[tuple[Tensor, Tensor]] = []
+            x = values.clone()  # its own: gradients add up
+            if x.is_floating_point():
+                x = x.to(dtype_of_base(model)).requires_grad_(gradient_of_x)
+            is_negated = negated and x.dtype in (torch.float32, torch.float64)
+            try:
+                with self.twins.casting():
+                    y = module(negated_by_a_bit(x) if is_negated else x)
+                probe.on_tensor(y, hook)
+                out = edited(y, edit)
+                pair = factors(module, adapter)
+                if overwritten and not gradient_of_x and pair is not None:
+                    kept.append(overwrite(pair[0]))
+                if out.requires_grad:
+                    loss_of(out, consumer).backward()
+                grads = gradients(module)
+                if x.is_floating_point() and x.grad is not None:
+                    grads["x"] = x.grad
+                if hook == "retained" and y.grad is not None:
+                    grads["y"] = y.grad.clone()
+                return (out.detach(), probe.seen), grads
+            finally:
+                for lora_A, before in kept:
+                    lora_A.data.copy_(before)
+                probe.remove()
+                module.zero_grad(set_to_none=True)
+
+        return self.twins.compare_steps(step)
+
+    @action(
+        layer=INDEX,
+        where=any_of("layer", "layer", "base", "lora_A", "lora_B", "lora_dropout"),
+        on_module=any_of(None, *MODULE_HOOKS),
+        on_output=any_of(None, *TENSOR_HOOKS),
+        edit=EDITS,
+    )
+    def hooks_in_a_step(self, layer, where, on_module, on_output, edit):
+        """Hooks on a module, and one of it that puts a hook on its output and then edits that in place."""
+        name, ids = self.pick_layer(layer), tokens(2, 5, self.twins.seed)
+        assume(on_module or on_output or edit)
+        if is_wrapper(self.twins.ours.get_submodule(name)):
+            return False
+
+        def step(model):
+            module, probe = part(model.get_submodule(name), where), Probe()
+            model.zero_grad(set_to_none=True)
+
+            def on_its_output(_, args, y):
+                probe.on_tensor(y, on_output)
+                return edited(y, edit)
+
+            try:
+                probe.on_module(module, on_module)
+                probe.handles.append(module.register_forward_hook(on_its_output))
+                out = self.twins.call(model, ids)
+                if out.requires_grad:
+                    energy(out).backward()
+                return (out.detach(), probe.seen), gradients(model)
+            finally:
+                probe.remove()
+                model.zero_grad(set_to_none=True)
+
+        return self.twins.compare_steps(step)
+
+    @action(layer=INDEX, rows=any_of(3, 200), way=any_of("vmap", "per sample"), seed=SEEDS)
+    def vmapped(self, layer, rows, way, seed):
+        """Without a rule for it, vmap calls an operator once for each row: PyTorch's own are batched."""
+        name = self.pick_layer(layer)
+        values, adapter = self.input_of(name, (rows,), seed), self.pick(layer)
+        pair = factors(self.twins.ours.get_submodule(name), adapter)
+        if values is None or not values.is_floating_point() or pair is None:
+            return False
+        counts: list[int] = []
+
+        def step(model):
+            module = model.get_submodule(name)
+            module.zero_grad(set_to_none=True)
+            x = values.to(dtype_of_base(model))
+            before = mica.fast.call_counts.copy()
+            try:
+                with self.twins.casting():
+                    return per_sample(module, adapter, x) if way == "per sample" else batched(module, x)
+            finally:
+                if model is self.twins.ours:
+                    ran = whatever_language(mica.fast.call_counts - before)
+                    counts.append(sum(ran.values()))
+                module.zero_grad(set_to_none=True)
+
+        worked = self.twins.compare_steps(step)
+        # a layer that is not fused has an operator for each factor of each adapter
+        most = 2 * len(self.twins.adapters)
+        assert all(count <= most for count in counts), f"operators in one call: {counts}"
+        return worked
+
+
+def batched(layer: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """vmap inside, and ordinary autograd outside."""
+    x = x.clone().requires_grad_()
+    y = torch.vmap(layer)(x)
+    energy(y).backward()
+    return y.detach(), {"x": x.grad, **gradients(layer)}
+
+
+def per_sample(layer: nn.Module, adapter: str, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The gradient of the adapter's A for each row."""
+    values = {name: p.detach() for name, p in layer.named_parameters()}
+    key = f"lora_A.{adapter}.weight"
+
+    def loss(lora_A, row):
+        return energy(functional_call(layer, {**values, key: lora_A}, (row,)))
+
+    grads = torch.vmap(grad(loss), (None, 0))(values[key], x)
+    return grads.sum(0), {"A": grads}

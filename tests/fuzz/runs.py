@@ -1,0 +1,267 @@
+"""Rules of `machine` for ``mica adapt``: broken off, damaged, resumed, it ends as the unbroken run.
+
+To the bit, all on one thread. What may differ is a logged loss after a signal, the mean since the log before:
+the sum of the losses up to a step is compared then.
+
+| what is done | what it must come to |
+| --- | --- |
+| a signal, at a step or at a write | 130 or 143, from the first step on with a checkpoint of it |
+| SIGKILL | no checkpoint is lost |
+| a full disk | one line, or only the curve is missing; no checkpoint is lost |
+| a damaged checkpoint | the one before is gone on from |
+| another option, run.yaml or base | one line, nothing has changed |
+"""
+
+import csv
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition
+from safetensors.torch import load_file, save_file
+
+from mica.cli.adapt import checkpoints
+from tests.fuzz.actions import FLAG, SEQUENCES, action, any_of
+from tests.support import moe_models
+from tests.support.forked import FULL_DISK, Blow, Command
+from tests.support.tiny_cli import TEXT, byte_tokenizer, tiny_llama
+
+MODELS = ["llama", "mixture"]
+DAMAGES = ["cut", "emptied", "deleted", "flipped"]
+CHANGES = ["an option", "run.yaml", "the base"]
+STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9, FULL_DISK: 2}
+MOMENTS = any_of(0.0, 0.003, 0.01, 0.03)
+
+WEIGHTS = "adapter_model.safetensors"
+FIXED = {"rank": 4, "sequence-length": 16, "eval-blocks": 3, "workers": 1}
+COUNTS = ("steps", "training_tokens", "blocks")
+OPTIONS = {  # each is given with one of these values, or left out
+    "rank": [1],
+    "dropout": [0.2],
+    "batch-size": [1],
+    "gradient-accumulation-steps": [2],
+    "learning-rate": [0.02],
+    "scheduler": ["cosine", "constant_with_warmup"],
+    "optimizer": ["sgd", "adafactor"],
+    "warmup-ratio": [0.3],
+    "weight-decay": [0.1],
+    "max-grad-norm": [0],
+    "dtype": ["bfloat16"],
+    "packing": ["stream"],
+    "recipe": ["paper"],
+    "seed": [7],
+    "eval-steps": [2, 3],
+    "log-steps": [1, 3],
+    "retain": ["retain.txt"],
+    "held-out-text": ["retain.txt"],
+}
+
+
+@cache
+def inputs() -> tempfile.TemporaryDirectory:
+    """Models, texts and the cache of tokens, for all runs of this process."""
+    made = tempfile.TemporaryDirectory()
+    folder, sizes = Path(made.name), {"vocab_size": 257, "max_position_embeddings": 128}
+    for name, model in (("llama", tiny_llama()), ("mixture", moe_models.qwen3_moe(**sizes))):
+        model.save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+    rows = (json.dumps({"text": TEXT[31 * n : 91 + 32 * n]}) for n in range(60))
+    (folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    (folder / "retain.txt").write_text("The quick brown fox jumps over the lazy dog. " * 8, encoding="utf-8")
+    return made
+
+
+class Runs(RuleBasedStateMachine):
+    """One run unbroken, in ``whole``, and one in ``broken``, which the rules are done to."""
+
+    def __init__(self):
+        super().__init__()
+        self.twins = self  # what `action` compares
+        self.inputs = Path(inputs().name)
+        self.scratch = tempfile.TemporaryDirectory(dir=self.inputs)
+        self.folder = Path(self.scratch.name)
+        self.outside = tempfile.TemporaryDirectory()  # what is printed, and the cache of tokens
+        self.output = self.folder / "broken"
+        self.options: list[str] = []
+        self.is_sound = self.was_stopped = False
+        self.step = 0  # of the last complete checkpoint, at least
+        self.accumulation = self.save_steps = 1
+
+    @initialize(data=st.data())
+    def start(self, data):
+        model = data.draw(st.sampled_from(MODELS))
+        base, self.model = f"{self.folder.name}/{model}", self.folder / model
+        shutil.copytree(self.inputs / model, self.model)
+        steps, self.save_steps = data.draw(st.integers(2, 8)), data.draw(any_of(1, 1, 2, 3))
+        options = {"model": base, "text": "rows.jsonl", "steps": steps, "save-steps": self.save_steps} | FIXED
+        for name, values in OPTIONS.items():
+            value = data.draw(st.sampled_from([None] * 2 + values))
+            options |= {name: value} if value is not None else {}
+        if model == "mixture":  # PEFT has no dropout for parameters
+            options.pop("dropout", None)
+        self.accumulation = options.get("gradient-accumulation-steps", 1)
+        self.options = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        if data.draw(FLAG):
+            self.options.append("--gradient-checkpointing")
+        if model == "mixture" and data.draw(FLAG):
+            self.options.append("--no-experts")
+
+    def unbroken(self) -> None:
+        """Not before a rule needs it: hypothesis draws starts that nothing follows."""
+        SEQUENCES["runs"] += 1
+        assert self.adapt("whole", *self.options) == 0, self.errors
+        self.base = (self.model / "model.safetensors").read_bytes()
+        self.adapter = load_file(self.folder / "whole" / WEIGHTS)
+        self.is_sound = True
+
+    def adapt(self, name: str, *options: str, blows: Sequence[Blow] = ()) -> int:
+        """The exit status of a run; one that failed has said so in one line."""
+        argv = ["adapt", "--output", f"{self.folder.name}/{name}", *options]
+        outside = Path(self.outside.name)
+        log = outside / f"log {len(list(outside.iterdir()))}"
+        command = Command(argv, self.inputs, log, outside / "cache", blows)
+        status = command.end()
+        self.errors = command.text()
+        assert "Traceback" not in self.errors, self.errors
+        lines = [line for line in self.errors.splitlines() if " error: " in line]
+        assert len(lines) == (status == 2), self.errors
+        return status
+
+    def go_on(self, blows: Sequence[Blow] = ()) -> int:
+        """As a user would: resume what can be resumed, else begin."""
+        _, is_lost = self.newest()
+        resumes = (self.output / "run.yaml").is_file() and not is_lost
+        options = ["--resume"] if resumes else [*self.options, "--overwrite"]
+        return self.adapt("broken", *options, blows=blows)
+
+    def newest(self) -> tuple[Path | None, bool]:
+        """The newest checkpoint that is whole, and whether it is lost: there was one, and none is whole."""
+        found = checkpoints.marked(self.output)
+        sound = [path for path in found if checkpoints.damaged(path) is None]
+        was_there = found or (self.output / "summary.json").is_file()
+        return (sound[-1] if sound else None), bool(was_there and not sound)
+
+    def newest_step(self) -> int:
+        latest, _ = self.newest()
+        return checkpoints.step(latest) if latest else 0
+
+    def fingerprint(self) -> list:
+        # but the record, and what a killed run has left half done, which any run clears up
+        own = re.compile(r"mica-run\.json|\.mica-run\..*|\..*\.partial")
+        found = (path for path in self.output.rglob("*") if path.is_file())
+        files = [path for path in found if not any(map(own.fullmatch, path.relative_to(self.output).parts))]
+        return sorted((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+
+    def compare(self) -> None:
+        """No checkpoint is lost, and B is the unbroken run's in each."""
+        latest, step = self.newest()[0], self.newest_step()
+        assert step >= self.step, f"checkpoint {self.step} is lost, the last is {step}"
+        self.step = step
+        if latest:
+            for name, weight in load_file(latest / WEIGHTS).items():
+                assert "lora_A" in name or torch.equal(weight, self.adapter[name]), f"step {step}: {name}"
+
+    def probe(self, gradients: bool) -> None:
+        """Nothing more: every comparison is cheap."""
+
+    @action(where=any_of("step", "write"), at=st.integers(0, 59), what=any_of(*STATUS), moment=MOMENTS)
+    def broken_off(self, where, at, what, moment):
+        if not self.is_sound:
+            self.unbroken()
+        at = at % 8 if where == "step" else at
+        status = self.go_on([Blow(where, at + 1, what, moment)])
+        assert status in (0, STATUS[what]), f"{status}: {self.errors}"
+        is_stopped = status in (130, 143)
+        self.was_stopped |= is_stopped
+        if where == "step" and status:
+            done = self.step + at // self.accumulation
+            self.step = done + 1 if is_stopped else max(self.step, done - done % self.save_steps)
+        return status != 0
+
+    @precondition(lambda self: self.step)
+    @action(how=st.sampled_from(DAMAGES), file=st.integers(0, 9), at=st.integers(0, 999))
+    def damaged(self, how, file, at):
+        """The newest checkpoint."""
+        files = sorted(self.newest()[0].iterdir())
+        files = [path for path in files if how != "flipped" or path.name != checkpoints.MARKER]
+        path = files[file % len(files)]
+        content = bytearray(path.read_bytes())
+        at %= len(content)
+        content[at] ^= 1 << at % 8
+        if how == "deleted":
+            path.unlink()
+        else:
+            path.write_bytes({"cut": content[:at], "emptied": b"", "flipped": content}[how])
+        self.step = self.newest_step()
+        return True
+
+    @precondition(lambda self: self.step)
+    @action(what=st.sampled_from(CHANGES))
+    def refused(self, what):
+        """Resuming with something else than the run had; it is put right afterwards."""
+        before, file = self.fingerprint(), self.output / "run.yaml"
+        settings = file.read_bytes()
+        if what == "run.yaml":
+            file.write_bytes(re.sub(rb"(?m)^learning_rate: .*", b"learning_rate: 0.5", settings))
+        elif what == "the base":
+            weights = load_file(self.model / "model.safetensors")
+            weights["lm_head.weight"] += 1
+            save_file(weights, self.model / "model.safetensors", {"format": "pt"})
+        try:
+            options = ["--learning-rate", "0.5"] if what == "an option" else []
+            assert self.adapt("broken", "--resume", *options) == 2, f"{what} is not refused"
+        finally:
+            if what == "run.yaml":
+                file.write_bytes(settings)
+            (self.model / "model.safetensors").write_bytes(self.base)
+        assert what == "run.yaml" or self.fingerprint() == before, "a refused run has changed the folder"
+        return True
+
+    def teardown(self):
+        """Undisturbed to the end; only a run of which nothing has failed yet."""
+        try:
+            if self.is_sound:
+                assert self.go_on() == 0, self.errors
+                self._compare_results()
+        finally:
+            self.scratch.cleanup()
+            self.outside.cleanup()
+
+    def _compare_results(self):
+        whole, broken = self.folder / "whole", self.output
+        assert (whole / WEIGHTS).read_bytes() == (broken / WEIGHTS).read_bytes(), "another adapter"
+        assert (self.model / "model.safetensors").read_bytes() == self.base, "the base has changed"
+        reports = [json.loads((folder / "summary.json").read_text()) for folder in (whole, broken)]
+        perplexities = ("perplexity_before", "perplexity_after", "retain_after")
+        expected, found = ({name: report[name] for name in (*COUNTS, *perplexities)} for report in reports)
+        assert found == expected, f"{found}, unbroken {expected}"
+        curves = [(folder / "curve.csv").read_text() for folder in (whole, broken)]
+        if not self.was_stopped:
+            assert curves[0] == curves[1], f"curve.csv: {curves[1]}, unbroken: {curves[0]}"
+            return
+        rows = [csv.DictReader(curve.splitlines()) for curve in curves]
+        expected, found = ({row["step"]: row for row in of_a_run} for of_a_run in rows)
+        totals = sums_of_losses(found)
+        for step, total in sums_of_losses(expected).items():
+            assert totals[step] == pytest.approx(total, rel=1e-5), f"loss up to step {step}"
+        for step, row in expected.items():
+            # a stop logs once more, maybe at a step that else has an evaluation only
+            others = {name: value for name, value in row.items() if name != "loss" and value}
+            assert others.items() <= found[step].items(), f"curve.csv: {found[step]}, unbroken: {row}"
+
+
+def sums_of_losses(rows: dict[str, dict[str, str]]) -> dict[str, float]:
+    """Step -> the sum of the losses of all steps up to it."""
+    sums, total, last = {}, 0.0, 0
+    for step, row in rows.items():
+        if row["loss"]:
+            total += float(row["loss"]) * (int(step) - last)
+            sums[step], last = total, int(step)
+    return sums
