@@ -2,7 +2,7 @@
 
 One active MiCA adapter on an nn.Linear, with autocast or without, with dropout or without; no hooks, patches,
 modes or tracing; ordinary operands. Anything else gives None, and then `eligibility` decides, with a reason.
-Where there is no C++ it decides on every layer: a training step of SmolLM2 takes 1 to 2 % longer there. Nothing is
+Where there is no C++ it decides on every layer: a training step of SmolLM2 takes 1 to 2 % longer. Nothing is
 kept between calls: what could change is read again at each. The C++ is mica/native/check.h.
 """
 
