@@ -95,7 +95,7 @@ def test_the_remedy_against_that():
 @pytest.mark.parametrize("recompute", [None, "norms"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_its_functions_give_is_computed_again_with_the_same_bits(dtype, recompute):
-    """Those beside hooks, where x is saved. Not kept: x of down_proj, and with "norms" that of gate and up."""
+    """As beside hooks, which get x. Not kept: x of down_proj, and with "norms" that of gate and up."""
     model = llama(num_hidden_layers=1, dtype=dtype).to(DEVICE)
     # in 16 bits the interpreter gives NaN in the rotary embedding, and in bf16 everywhere, without MiCA too
     apply_liger_kernel(model, {"rope": False, "fused_linear_cross_entropy": False})
