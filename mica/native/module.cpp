@@ -52,7 +52,7 @@ Tensor autocast_to(const Tensor& tensor, const OptionalDtype& dtype) {
 PyObject* linear_function(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(num_args == 10, "linear takes 10 arguments, not ", num_args);
-  const Tensor& x = THPVariable_Unpack(args[0]);
+  const Tensor& given_x = THPVariable_Unpack(args[0]);
   const Tensor& given_weight = THPVariable_Unpack(args[1]);
   const Tensor& lora_A = THPVariable_Unpack(args[2]);
   const Tensor& lora_B = THPVariable_Unpack(args[3]);
@@ -67,7 +67,7 @@ PyObject* linear_function(PyObject*, PyObject* const* args, Py_ssize_t num_args)
   dropout.p = PyFloat_AsDouble(args[7]);
   if (dropout) {
     const Tensor& seed = THPVariable_Unpack(args[8]);
-    TORCH_CHECK(seed.is_cpu() && x.is_cpu(), "dropout is for tensors on a CPU here");
+    TORCH_CHECK(seed.is_cpu() && given_x.is_cpu(), "dropout is for tensors on a CPU here");
     dropout.seed = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
   }
   count(names->linear, names->linear_native);
@@ -75,6 +75,8 @@ PyObject* linear_function(PyObject*, PyObject* const* args, Py_ssize_t num_args)
   Tensor y;
   {
     const pybind11::gil_scoped_release no_gil;
+    // cast here, where autograd follows it
+    const Tensor x = autocast_to(given_x, autocast_dtype);
     const Tensor weight = autocast_to(given_weight, autocast_dtype);
     OptionalTensor bias;
     if (given_bias) {

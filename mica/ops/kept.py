@@ -143,8 +143,11 @@ def _unpack(packed: Tensor | Part | Computed) -> Tensor:
 # ---------------------------------------------------------------------------------------------------
 
 
-def call(layer: Callable[..., Tensor], x: Tensor, *operands) -> Tensor:
-    """``layer(x, *operands)``, eager and with gradients, whose node saves no x that can be computed again."""
+def call(layer: Callable[..., Tensor], x: Tensor, *operands, dtype: torch.dtype | None = None) -> Tensor:
+    """``layer(x, *operands)``, eager and with gradients, whose node saves no x that can be computed again.
+
+    dtype: to which the layer would cast x, as autocast does.
+    """
     kind = type(x.grad_fn)
     if kind not in _KINDS and kind.__name__ not in _LIGER:
         return layer(x, *operands)
@@ -152,6 +155,9 @@ def call(layer: Callable[..., Tensor], x: Tensor, *operands) -> Tensor:
     if computed is None:
         return layer(x, *operands)
 
+    if dtype is not None and x.dtype is not dtype:
+        x = x.to(dtype)
+        computed = Computed(lambda t: t.to(dtype), computed)
     computed.add_user()
     packed = {_identity(x): computed}
     with torch.no_grad():

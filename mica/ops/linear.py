@@ -204,26 +204,28 @@ def linear_eager(
     Raises:
         ValueError: an x without dimensions.
     """
-    if autocast_dtype is not None and x.dtype is not autocast_dtype:
-        x = x.to(autocast_dtype)
     if x.dim() == 0:
         as_matrix(x)  # raises
     rank = lora_A.shape[0]
-    dtypes = (x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
+    dtype = autocast_dtype or x.dtype
+    dtypes = (dtype, compute_dtype or dtype, lora_A.dtype, lora_B.dtype)
 
     def rows() -> Rows:
-        return forward_rows(as_matrix(x), weight.shape[0], dropout_p)
+        cast = x
+        if x.dtype is not dtype:  # the strides that the cast will have
+            cast = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta").to(dtype)
+        return forward_rows(as_matrix(cast), weight.shape[0], dropout_p)
 
     choice = decide("linear", x.device, rank, dtypes, rows, is_layer=True, has_dropout=dropout_p > 0.0)
     run = native.module().linear if choice.form == NATIVE else partial(_from_python, choice)
     operands = weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, autocast_dtype
-    return kept.call(run, x, *operands) if torch.is_grad_enabled() else run(x, *operands)
+    return kept.call(run, x, *operands, dtype=dtype) if torch.is_grad_enabled() else run(x, *operands)
 
 
 def _from_python(choice, x, weight, lora_A, lora_B, scaling, bias, *options) -> Tensor:
     autocast_dtype = options[-1]
     if autocast_dtype is not None:
-        weight = weight.to(autocast_dtype)
+        x, weight = x.to(autocast_dtype), weight.to(autocast_dtype)
         bias = None if bias is None else bias.to(autocast_dtype)
     run = partial(_linear, choice=choice)
     operands = x, weight, lora_A, lora_B, scaling, bias, *options
