@@ -1,4 +1,10 @@
-"""The three skinny products, dense and of experts: there ``ends`` says where each expert's rows end."""
+"""The kernels of the three skinny products: h = x Pᵀ (down), y += h P (up) and dA = gᵀ x (grad).
+
+Each is for a dense layer or for one of experts. ``ends``: where the rows of each expert end, or None; later
+rows belong to no expert. ``factor``: P, or one for each expert.
+"""
+
+import itertools
 
 import pytest
 import torch
@@ -76,7 +82,8 @@ def check_grad(g, x, rank, ends=None, seed=None, index=torch.int32, config=None,
         assert error(grad, expected) <= RELATIVE[FP32]
 
 
-MATRIX = {"contiguous": "contiguous", "gaps": "rows", "peft": "columns"}  # a stack's layout -> one like it
+# layout of a stack of factors -> the most similar one of the matrix h or g, see `stack` and `operand`
+LAYOUT_LIKE = {"contiguous": "contiguous", "gaps": "rows", "peft": "columns"}
 
 
 def factor_of(ends, rank, width, dtype, layout="gaps", scale=1.0):
@@ -86,21 +93,30 @@ def factor_of(ends, rank, width, dtype, layout="gaps", scale=1.0):
     return factor if ends else factor[0]
 
 
-def down(tokens, ends, length, width, rank, kinds, left="rows", right="gaps", **options):
-    factor = factor_of(ends, rank, length, kinds[1], right, length**-0.5)
-    check_down(operand(tokens, length, kinds[0], left), factor, kinds[2], ends, **options)
+# The checks above on random operands of a layer: so many tokens, ``length`` in_features and ``width``
+# out_features; ``dtypes``: of x and y, of the factor, and of h and g.
 
 
-def up(tokens, ends, length, width, rank, kinds, left="rows", right="gaps", **options):
-    factor = factor_of(ends, rank, width, kinds[1], right, rank**-0.5)
-    bias = operand(len(ends), width, kinds[0]) if ends else None
-    y, h = operand(tokens, width, kinds[0], left), operand(tokens, rank, kinds[2], MATRIX[right])
-    h[ends[-1] if ends else tokens :] = float("nan")
+def down(tokens, ends, length, width, rank, dtypes, layout="rows", factor_layout="gaps", **options):
+    dtype, factor_dtype, compute_dtype = dtypes
+    factor = factor_of(ends, rank, length, factor_dtype, factor_layout, length**-0.5)
+    check_down(operand(tokens, length, dtype, layout), factor, compute_dtype, ends, **options)
+
+
+def up(tokens, ends, length, width, rank, dtypes, layout="rows", factor_layout="gaps", **options):
+    dtype, factor_dtype, compute_dtype = dtypes
+    factor = factor_of(ends, rank, width, factor_dtype, factor_layout, rank**-0.5)
+    bias = operand(len(ends), width, dtype) if ends else None
+    y = operand(tokens, width, dtype, layout)
+    h = operand(tokens, rank, compute_dtype, LAYOUT_LIKE[factor_layout])
+    h[ends[-1] if ends else tokens :] = float("nan")  # not read
     check_up(y, h, factor, ends, bias, scale=0.75, **options)
 
 
-def grad(tokens, ends, length, width, rank, kinds, left="rows", right="gaps", **options):
-    g, x = operand(tokens, rank, kinds[2], MATRIX[right]), operand(tokens, length, kinds[0], left)
+def grad(tokens, ends, length, width, rank, dtypes, layout="rows", factor_layout="gaps", **options):
+    dtype, _, compute_dtype = dtypes
+    g = operand(tokens, rank, compute_dtype, LAYOUT_LIKE[factor_layout])
+    x = operand(tokens, length, dtype, layout)
     used = ends[-1] if ends else tokens
     g[used:] = x[used:] = float("nan")  # not read
     check_grad(g, x, rank, ends, **options)
@@ -130,26 +146,27 @@ def test_agrees_with_fp64_on_experts(check, dtype, factor_dtype, compute_dtype, 
 
 
 @given(
-    experts=st.one_of(st.none(), draw.counts),
+    rows_of_experts=st.one_of(st.none(), draw.counts),
     leftover=draw.leftovers,
     tokens=draw.sizes,
     length=st.integers(1, 260),
     width=draw.sizes,
     rank=draw.ranks,
-    kinds=draw.dtypes,
-    left=draw.layouts,
-    right=draw.stacks,
-    drop=draw.probabilities,
+    dtypes=draw.dtypes,
+    layout=draw.layouts,
+    factor_layout=draw.stacks,
+    dropout_p=draw.probabilities,
 )
 @of_each_kernel
 def test_any_shape_and_layout(
-    check, experts, leftover, tokens, length, width, rank, kinds, left, right, drop
+    check, rows_of_experts, leftover, tokens, length, width, rank, dtypes, layout, factor_layout, dropout_p
 ):
-    tokens, ends = route(experts, leftover) if experts else (tokens, None)
-    options = {"index": torch.int64, **dropout(drop, tokens)}
-    check(tokens, ends, length, width, rank, kinds, left, right, **options)
+    tokens, ends = route(rows_of_experts, leftover) if rows_of_experts else (tokens, None)
+    options = {"index": torch.int64, **dropout(dropout_p, tokens)}
+    check(tokens, ends, length, width, rank, dtypes, layout, factor_layout, **options)
 
 
+# kernel -> its configurations for dense layers, and for experts
 TABLES = {
     down: (configs.down_projection, configs.experts_down),
     up: (configs.up_projection, configs.experts_up),
@@ -159,8 +176,9 @@ TABLES = {
 
 @of_each_kernel
 def test_every_configuration(check):
-    targets, sizes = TARGETS, (1, 10_000)
-    found = {c for table in TABLES[check] for t in targets for n in sizes for c in table(t, n, 16, 2)}
+    """For few and for many tokens, at rank 9, which is padded to 16, in 16 bits."""
+    sizes = itertools.product(TABLES[check], TARGETS, (1, 10_000))
+    found = {config for table, target, size in sizes for config in table(target, size, 16, 2)}
     for config in found:
         check(150, None, 200, 150, 9, (BF16, FP32, BF16), config=config)
         check(*ROUTES["tiles"], 130, 150, 9, (BF16, FP32, BF16), config=config)
@@ -168,23 +186,28 @@ def test_every_configuration(check):
 
 @of_each_kernel
 def test_many_experts_with_few_rows(check):
+    """Fifteen of 200 have a row each; the other 17 rows belong to none."""
     check(32, [min(expert // 12, 15) for expert in range(200)], 40, 40, 3, (FP32, FP32, FP32))
 
 
 @pytest.mark.usefixtures("large_memory")
 @pytest.mark.parametrize("length", [64, 150])
-def test_down_rows_of_others(length):
-    """One row too many is outside the mapped memory, or NaN of another expert's, and stays there."""
+def test_down_reads_no_row_after_the_last(length):
+    """It would lie outside the mapped memory: reading it would end the process."""
     x, dense = far_apart(3, length, BF16), operand(5, length, FP32, scale=length**-0.5)
     for factor, ends in ((dense, None), (stack(2, 5, length, FP32, scale=length**-0.5), [2, 3])):
         h = down_projection(x, factor, None, ends and offsets_of(ends))
         assert error(h[:, :5], exact_down(x, factor, ends)) <= RELATIVE[BF16]
+
+
+@pytest.mark.parametrize("length", [64, 150])
+def test_down_nan_of_an_expert_stays_in_its_rows(length):
     rows, ends = ROUTES["tiles"]
     for expert in (0, 2):
-        others = operand(rows, length, BF16)
-        others[mine := slices(ends)[expert]] = float("nan")
+        x = operand(rows, length, BF16)
+        x[mine := slices(ends)[expert]] = float("nan")
         factor = stack(len(ends), 5, length, FP32)
-        h = run_guarded(*down_projection.plan(others, factor, None, offsets_of(ends)).bind())
+        h = run_guarded(*down_projection.plan(x, factor, None, offsets_of(ends)).bind())
         is_nan = h[: ends[-1], :5].isnan()
         assert is_nan[mine].all()
         assert is_nan.sum() == is_nan[mine].sum()
@@ -207,7 +230,7 @@ def test_down_splits_are_summed_in_order(dtype, length):
 
 @pytest.mark.usefixtures("large_memory")
 def test_down_offsets_beyond_32_bit():
-    """Offsets of the rows and columns of x, and of the third expert."""
+    """Distances from row to row of x, from column to column, and to the third expert's factor."""
     far, near, ends = far_apart(3, 70, FP16), operand(4, 70, FP32), [1, 2, 3]
     third = far_apart(3, 4 * 70, FP16).unflatten(1, (4, 70))
     columns = far.t().contiguous().t()
@@ -229,13 +252,13 @@ def test_up_padding_of_either_side_is_not_read(rank, ends):
         check_up(base, left, right if ends else right[1], ends)
 
 
-def test_up_rows_of_other_experts():
+def test_up_nan_of_an_expert_stays_in_its_rows():
     rows, ends = ROUTES["tiles"]
     h, factor = operand(rows, 5, BF16), stack(len(ends), 5, 70, FP32)
     h[slices(ends)[2]] = float("nan")
     y = up_projection_(operand(rows, 70, BF16), h, factor, None, None, None, offsets_of(ends))
     assert y[slices(ends)[2]].isnan().all()
-    assert int(y.isnan().any(dim=1).sum()) == 1
+    assert int(y.isnan().any(dim=1).sum()) == 1  # that expert has one row
 
 
 @pytest.mark.parametrize("ends", [None, [1, 1, 5]])
@@ -264,7 +287,7 @@ def test_up_has_one_rounding(ends):
 
 @pytest.mark.usefixtures("large_memory")
 def test_up_offsets_beyond_32_bit():
-    """Offsets of the rows of base and h, and of the third expert's factor and bias."""
+    """Distances from row to row of base and of h, and to the third expert's factor and bias."""
     y, ends = far_apart(3, 70, FP16), [1, 2, 3]
     far = far_apart(3, 4 * 70, FP16).unflatten(1, (4, 70))
     for base, h, factor, bias in (
@@ -281,7 +304,7 @@ def test_up_offsets_beyond_32_bit():
 @pytest.mark.parametrize(("g_dtype", "x_dtype"), [(FP32, FP32), (BF16, BF16), (FP16, FP16), (FP32, BF16)])
 @pytest.mark.parametrize("tokens", [600, 1025])
 def test_grad_splits_are_summed_in_order(g_dtype, x_dtype, tokens):
-    """More than one split, the last of them shorter; the rows of the mask count from the first token."""
+    """More than one split, the last of them shorter; rows of the dropout mask count from the first token."""
     g, x = operand(tokens, 6, g_dtype), operand(tokens, 40, x_dtype)
     assert grad_a.plan(g, x, rank=6).bind()[1].args["num_splits"] > 1
     check_grad(g, x, 6)
@@ -291,7 +314,10 @@ def test_grad_splits_are_summed_in_order(g_dtype, x_dtype, tokens):
 
 @pytest.mark.parametrize("experts", [0, 130])
 def test_grad_plans_x_first_by_the_operands(experts):
-    """For rows that Triton loads 128 bits at a time."""
+    """x comes first if its rows start and end at multiples of 16 numbers, see `configs.is_x_first`.
+
+    For 130 experts too, whose 272 columns together are enough for wide tiles.
+    """
     ends = offsets_of([600 * (expert + 1) // experts for expert in range(experts)]) if experts else None
 
     def planned(dropout_p=0.0, dtype=BF16, width=272, columns=272, step=1):
@@ -303,13 +329,13 @@ def test_grad_plans_x_first_by_the_operands(experts):
     assert planned()
     assert not planned(dropout_p=0.1)
     assert not planned(dtype=FP32)  # the product is in fp32
-    assert not planned(width=280)  # 16 divides neither the distance of rows, nor where they end
-    assert not planned(columns=264)
-    assert not planned(width=16 * 272, columns=16 * 272, step=16)  # 16 divides both distances
+    assert not planned(width=280)  # where rows start
+    assert not planned(columns=264)  # where they end
+    assert not planned(width=16 * 272, columns=16 * 272, step=16)  # neighbours in a row lie apart
 
 
-@pytest.mark.parametrize("side", [0, 1])
-def test_grad_rows_of_other_experts(side):
+@pytest.mark.parametrize("side", [0, 1], ids=["g", "x"])
+def test_grad_nan_of_an_expert_stays_in_its_matrix(side):
     rows, ends = ROUTES["tiles"]
     operands = operand(rows, 5, BF16), operand(rows, 40, BF16)
     operands[side][slices(ends)[2]] = float("nan")

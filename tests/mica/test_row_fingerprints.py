@@ -1,4 +1,4 @@
-"""A number for each row: every accident changes it, and nothing else does."""
+"""Fingerprints of rows: an accident to the bits of a row changes its number, and nothing else does."""
 
 import itertools
 
@@ -10,6 +10,7 @@ from mica.dtypes import FLOATING
 from mica.row_fingerprints import row_fingerprints
 
 on_all_dtypes = pytest.mark.parametrize("dtype", FLOATING)
+# Rows that are read as words of 8 bytes, and rows that no such words fill
 on_whole_words_and_others = pytest.mark.parametrize(
     "shape", [(12, 20), (7, 9), (1, 20), (1, 9)], ids=["whole words", "odd", "one row", "one odd row"]
 )
@@ -23,9 +24,9 @@ def test_values_at_other_places_are_seen(dtype, dim, shape):
     matrix = torch.randn(shape, dtype=dtype)
     expected = row_fingerprints(matrix)
     assert expected.shape == matrix.shape[:1]
-    for one, other in itertools.combinations(range(matrix.shape[dim]), 2):
+    for first, second in itertools.combinations(range(matrix.shape[dim]), 2):
         order = list(range(matrix.shape[dim]))
-        order[one], order[other] = other, one
+        order[first], order[second] = second, first
         moved = matrix.index_select(dim, torch.tensor(order))
         assert not torch.equal(row_fingerprints(moved), expected)
 
@@ -48,7 +49,7 @@ def test_one_bit_changes_the_number_of_its_row_and_no_other(dtype, shape):
 @on_all_dtypes
 @on_whole_words_and_others
 def test_a_matrix_is_told_from_its_negative(dtype, shape):
-    """Every sign turned, the uppermost bit of each entry: in pairs, multiples of 2^63 cancel."""
+    """The sign is the uppermost bit: in words of 8 bytes, changes of two of them cancel, modulo 2^64."""
     matrix = torch.randn(shape, dtype=dtype)
     assert (row_fingerprints(-matrix) != row_fingerprints(matrix)).all()
 
@@ -59,6 +60,7 @@ def test_where_it_lies_in_memory_is_of_no_account(dtype, shape):
     matrix = torch.randn(shape, dtype=dtype)
     expected = row_fingerprints(matrix)
     rows, columns = shape
+    # Where it starts, the distance of columns, and the gap between rows
     for offset, step, pad in ((1, 1, 0), (3, 1, 0), (0, 1, 3), (1, 2, 1), (4, 1, 8)):
         stride = columns * step + pad
         memory = torch.full((rows * stride + offset,), torch.nan, dtype=dtype)
@@ -76,10 +78,10 @@ def test_an_expanded_row_is_as_its_copies(dtype):
 
 @on_all_dtypes
 @on_whole_words_and_others
-def test_rows_are_summed_a_few_at_a_time(dtype, shape, monkeypatch):
+def test_how_many_rows_are_summed_at_a_time_is_of_no_account(dtype, shape, monkeypatch):
     matrix = torch.randn(shape, dtype=dtype)
     expected = row_fingerprints(matrix)
-    for size in (1, 100, 500):
+    for size in (1, 100, 500):  # bytes: less than a row, up to all rows
         monkeypatch.setattr(module, "_CHUNK_BYTES", size)
         assert torch.equal(row_fingerprints(matrix), expected)
 
@@ -96,7 +98,8 @@ def test_it_is_the_same_in_every_process_and_takes_no_random_numbers():
     assert torch.equal(*found)
 
 
-def test_numbers_begun_in_inference_mode_are_the_same_outside():
+def test_factors_made_in_inference_mode_are_the_same_outside():
+    """The odd numbers that words are multiplied by are cached at the first call."""
     module._odd_numbers.cache_clear()
     matrix = torch.randn(5, 8)
     with torch.inference_mode():

@@ -9,6 +9,7 @@ from tests.support.gpu_results import SIZE, both_passes, of_forms, result
 
 
 def forms(*groups):
+    """(tokens, rank, form of the forward, of the backward), for each row: `Forms` without its source."""
     return [row[:4] for row in rows(result(*groups))]
 
 
@@ -37,10 +38,11 @@ DRIFTING = [1.0, 2.0, 4.0, 6.0, 8.0, 9.0, 10.0]  # a machine that becomes ten ti
     ("times", "form"),
     [
         ({"split": 3.0, "fused": FASTER}, "fused"),
-        ({"split": 3.0, "fused": [*FASTER[:-1], 3.1]}, "split"),  # of 7 rounds, the range
-        ({"split": 3.0, "fused": [*[1.0] * 6, 9.0], "mixed": FASTER}, "mixed"),  # not the lower median
+        # The interval of 7 rounds is their range: one that is slower is enough
+        ({"split": 3.0, "fused": [*FASTER[:-1], 3.1]}, "split"),
+        ({"split": 3.0, "fused": [*[1.0] * 6, 9.0], "mixed": FASTER}, "mixed"),  # fused has the lower median
         ({"split": [3.0], "fused": [1.0]}, "split"),  # one round has no interval
-        ({"split": DRIFTING, "fused": [0.9 * seconds for seconds in DRIFTING]}, "fused"),  # within rounds
+        ({"split": DRIFTING, "fused": [0.9 * seconds for seconds in DRIFTING]}, "fused"),  # in every round
     ],
 )
 def test_a_form_must_be_faster_with_its_whole_interval(times, form):
@@ -48,14 +50,14 @@ def test_a_form_must_be_faster_with_its_whole_interval(times, form):
 
 
 def test_all_layers_of_a_size_count_together():
-    """Faster in one, and slower in the other by less than is gained, or by more; or not timed there."""
-    one = both_passes(8192, {"split": 1.0, "fused": 0.5})
+    """In the first of two layers the fused form gains half a second."""
+    first_layer = both_passes(8192, {"split": 1.0, "fused": 0.5})
     for times, form in (
-        ({"split": 1.0, "fused": 1.1}, "fused"),
-        ({"split": 9.0, "fused": 9.6}, "split"),
-        ({"split": 1.0}, "split"),
+        ({"split": 1.0, "fused": 1.1}, "fused"),  # in the second it loses less
+        ({"split": 9.0, "fused": 9.6}, "split"),  # it loses more
+        ({"split": 1.0}, "split"),  # it was not timed
     ):
-        assert forms(*one, *both_passes(8192, times, out=2 * SIZE)) == [(8192, 16, form, form)]
+        assert forms(*first_layer, *both_passes(8192, times, out=2 * SIZE)) == [(8192, 16, form, form)]
 
 
 REFERENCE_WINS = {"split": 2.0, "reference": 1.0}
@@ -68,15 +70,16 @@ def wall(tokens, times, **axes):
 
 
 @pytest.mark.parametrize(
-    ("groups", "bound"),
+    ("groups", "tokens"),
     [
         ([*wall(1, REFERENCE_WINS), *wall(128, REFERENCE_WINS), *wall(512, KERNELS_WIN)], 128),
+        # the reference must certainly be faster
         ([*wall(1, REFERENCE_WINS), *wall(128, UNCERTAIN), *wall(512, KERNELS_WIN)], 1),
-        # not beyond the first that loses
+        # a larger size does not count where a smaller one has lost
         ([*wall(1, REFERENCE_WINS), *wall(128, KERNELS_WIN), *wall(512, REFERENCE_WINS)], 1),
         ([*wall(1, KERNELS_WIN), *wall(128, REFERENCE_WINS)], 0),
         (wall(8192, KERNELS_WIN), None),  # says nothing of smaller ones
-        (wall(1, {"split": 1.0}), None),
+        (wall(1, {"split": 1.0}), None),  # the reference was not timed
         # every layer of a size counts
         ([*wall(1, REFERENCE_WINS), *wall(128, REFERENCE_WINS), *wall(128, KERNELS_WIN, rank=64)], 1),
         # forward and backward together
@@ -87,16 +90,18 @@ def wall(tokens, times, **axes):
             ],
             0,
         ),
-        (wall(1, REFERENCE_WINS)[:1], None),
-        (both_passes(1, REFERENCE_WINS), None),  # by another clock
+        (wall(1, REFERENCE_WINS)[:1], None),  # the backward was not timed
+        (both_passes(1, REFERENCE_WINS), None),  # by device time, which decides nothing here
     ],
 )
-def test_the_bound_of_the_host_is_the_last_size_before_kernels_are_as_fast(groups, bound):
-    expected = bound and bound * SIZE**2
+def test_the_host_bound_is_the_last_size_before_kernels_are_as_fast(groups, tokens):
+    """In multiplications of a layer's base product. The order in which layers were timed does not count."""
+    expected = tokens and tokens * SIZE**2
     assert host_bound(result(*groups), ()) == host_bound(result(*groups[::-1]), ()) == expected
 
 
-def test_the_kernels_of_the_bound_are_those_that_would_run():
+def test_the_host_bound_compares_with_the_kernels_that_would_run():
+    """Those of the row that fits; of split where none does, or where the row has the reference path."""
     found = result(*wall(1, {"split": 3.0, "fused": 1.0, "reference": 2.0}))
     assert host_bound(found, ()) == SIZE**2
     assert host_bound(found, (Forms(1, 16, "fused", "fused"),)) == 0

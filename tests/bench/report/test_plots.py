@@ -13,28 +13,29 @@ from bench.results.names import BARE, DEVICE_TIME, FAST, STOCK
 from bench.results.schema import Result
 
 RUN = Result.load(Path(__file__).parents[1] / "golden" / "run.json")
-THROUGHPUT, AGAINST_STOCK = "throughput", "against-stock"
 
 
-def drawn(*groups):
-    """picture -> its figure, its caption"""
-    figures = plots.figures(Result({}, [*groups]))
-    return {name: (figure, caption) for name, figure, caption in figures}
+@pytest.fixture
+def pictures():
+    """Ending of the file's name -> (figure, caption), for `RUN`."""
+    return {name: (figure, caption) for name, figure, caption in plots.figures(RUN)}
 
 
 def texts(artists):
     return [artist.get_text() for artist in artists]
 
 
-def test_what_is_drawn_and_its_caption():
-    pictures = drawn(*RUN.groups)
-    figure, caption = pictures[THROUGHPUT]
+def test_the_picture_of_throughput_and_its_caption(pictures):
+    figure, caption = pictures["throughput"]
     (axes,) = figure.axes
     shape = f"4096 × 4096, r = 16, bfloat16, {DEVICE_TIME}"
     assert axes.get_title().splitlines()[1] == shape
     assert texts(axes.get_legend().get_texts()) == [BARE, STOCK, FAST]
     assert f"({shape}), forward + backward, by tokens in the batch: bare, " in caption
-    figure, _ = pictures[AGAINST_STOCK]
+
+
+def test_the_picture_of_factors_against_stock(pictures):
+    figure, _ = pictures["against-stock"]
     once, each_step = figure.axes
     assert once.get_title() == "Paid once"
     assert each_step.get_title() == "Paid at each step"

@@ -20,60 +20,83 @@ def cache(tmp_path, monkeypatch):
 
 
 def settings(text, **changes):
-    """Those of a run on ``text``, one source or a list; three times two blocks a step."""
+    """Settings of a run on ``text``, one source or a list; a step reads three batches of two blocks."""
     items = [str(item) for item in (text if isinstance(text, list) else [text])]
     own = {"text": items, "workers": 1, "eval_blocks": 4, "batch_size": 2, "gradient_accumulation_steps": 3}
     return adapt_runs.settings(**own | changes)
 
 
 def rows(*numbers: int, word: str = "row") -> list[dict]:
+    """One short document for each number; the same number and word make the same document."""
     return [{"text": f"{word} {number:03} {number * number}"} for number in numbers]
 
 
+def joined(documents: list[dict]) -> str:
+    return "".join(f"{row['text']}|" for row in documents)
+
+
 def texts(blocks) -> str:
-    """All text of a set of blocks, documents separated by |."""
+    """All text of a set of blocks, a | after each document, as by `joined`."""
     ids = [token for block in blocks for token in block["input_ids"].tolist()]
     return TOKENIZER.decode(ids).replace("<eos>", "|")
 
 
 def held_out_and_trained(corpus) -> list[set[str]]:
-    """The whole rows in both."""
+    """The rows in each of the two that no edge of a block cuts in half."""
     return [set(re.findall(r"row [^|]+(?=\|)", texts(blocks))) for blocks in (corpus.held_out, corpus.train)]
 
 
-def test_one_source(tmp_path):
-    args = settings(write(tmp_path / "a.jsonl", [*ROWS, {"text": ""}]))
-    corpus = gather(args, TOKENIZER)
-    total = sum(len(row["text"].encode()) + 1 for row in ROWS)
+@pytest.fixture
+def one_source(tmp_path):
+    """Settings of a run on a single file, whose last document has no text."""
+    return settings(write(tmp_path / "a.jsonl", [*ROWS, {"text": ""}]))
+
+
+def test_one_source_is_divided_into_training_and_held_out_blocks(one_source):
+    corpus = gather(one_source, TOKENIZER)
     assert corpus.held_out_by == "documents"
     assert (len(corpus.held_out), corpus.retain, corpus.retain_fingerprint) == (4, None, None)
-    assert (corpus.largest_token_id, corpus.cached) == (256, False)
-    assert 0 <= total // 32 - len(corpus.train) - len(corpus.held_out) <= 5
-    some = [row["text"] for row in [*ROWS, {"text": ""}]][::16]
-    cost = sum(len(text.encode()) for text in some) / sum(len(text.split()) for text in some)
-    assert corpus.parts == (Part(args.text[0], total, 30, 1, 0, cost),)
+    # Lost are the ends, shorter than a block, and held-out blocks beyond the four that are measured
+    assert 0 <= corpus.parts[0].tokens // 32 - len(corpus.train) - len(corpus.held_out) <= 5
+    assert corpus.largest_token_id == TOKENIZER.eos_token_id
     assert "position_ids" in corpus.train[0]
-    again = gather(args, TOKENIZER)
-    assert (again.cached, again.fingerprint) == (True, corpus.fingerprint)
+
+
+def test_a_part_says_what_its_source_holds(one_source):
+    (part,) = gather(one_source, TOKENIZER).parts
+    tokens = sum(len(row["text"].encode()) + 1 for row in ROWS)  # one for each byte, and an EOS
+    sample = [row["text"] for row in [*ROWS, {"text": ""}]][::16]  # as `mica.cli.adapt.tokens` takes it
+    tokens_per_word = sum(len(text.encode()) for text in sample) / sum(len(text.split()) for text in sample)
+    expected = {"tokens": tokens, "documents": 30, "empty": 1, "skipped": 0}
+    assert part == Part(name=one_source.text[0], **expected, tokens_per_word=tokens_per_word)
+
+
+def test_the_same_text_is_tokenised_only_once(one_source):
+    first, again = gather(one_source, TOKENIZER), gather(one_source, TOKENIZER)
+    assert (first.cached, again.cached) == (False, True)
+    assert again.fingerprint == first.fingerprint
 
 
 def test_small_sources_are_joined(tmp_path):
+    """Each of the twenty is shorter than a block; of them all, less than a block is lost on either side."""
     files = [write(tmp_path / f"{n}.jsonl", rows(n)) for n in range(20)]
     corpus = gather(settings(files, packing="stream", eval_blocks=1), TOKENIZER)
     assert len(corpus.parts) == 20
-    joined = "".join(f"{row['text']}|" for row in rows(*range(20)))
     held_out, trained = held_out_and_trained(corpus)
     assert not held_out & trained
-    assert len(texts(corpus.train)) + len(texts(corpus.held_out)) > len(joined) - 2 * 32
+    kept = len(texts(corpus.train)) + len(texts(corpus.held_out))
+    assert kept > len(joined(rows(*range(20)))) - 2 * 32
 
 
-def test_weights(tmp_path):
+def test_weights_decide_how_blocks_of_sources_are_mixed(tmp_path):
+    """Three blocks of the smaller source for each of the larger one; no block holds text of both."""
     large = write(tmp_path / "a.jsonl", rows(*range(400)))
     small = write(tmp_path / "b.jsonl", rows(*range(80), word="few"))
     args = settings([large, small], text_weights=[1, 3], held_out=0.4, packing="stream", eval_blocks=8)
     corpus = gather(args, TOKENIZER)
 
     def count(blocks, *words):
+        """The blocks in which all of the words occur."""
         return sum(all(word in texts([block]) for word in words) for block in blocks)
 
     assert 2.9 < count(corpus.train, "few") / count(corpus.train, "row") < 3.1
@@ -104,59 +127,64 @@ def test_a_held_out_set_of_its_own(tmp_path):
     args = settings(text, held_out_text=[str(held_out)], retain=[str(retain)], packing="stream")
     corpus = gather(args, TOKENIZER)
     assert (corpus.parts[0].documents, corpus.dropped, corpus.held_out_by) == (100, 10, "--held-out-text")
-    expected, measured = (
-        "".join(f"{row['text']}|" for row in rows(*numbers)) for numbers in (range(90), range(90, 130))
-    )
-    assert texts(corpus.train) == expected[: len(expected) // 32 * 32]
-    assert texts(corpus.held_out)[:32] == measured[:32]
+    trained = joined(rows(*range(90)))
+    assert texts(corpus.train) == trained[: len(trained) // 32 * 32]
+    assert texts(corpus.held_out)[:32] == joined(rows(*range(90, 130)))[:32]
     assert (len(corpus.held_out), len(corpus.retain)) == (4, 4)
     assert "keep 000" in texts(corpus.retain)
     alone = gather(settings(text, packing="stream"), TOKENIZER)
+    # All three differ, and none is None
     assert len({corpus.fingerprint, corpus.retain_fingerprint, alone.fingerprint, None}) == 4
 
 
-def test_what_is_said(tmp_path):
+@pytest.fixture
+def folder_source(tmp_path):
+    """Settings of a run on a folder with something of each kind that is left out."""
     (tmp_path / "texts").mkdir()
     write(tmp_path / "texts" / "a.jsonl", [*rows(*range(100)), {"text": " "}, *rows(7, 7)])
     (tmp_path / "texts" / "x.png").write_bytes(b"x")
-    args = settings(tmp_path / "texts", held_out_text=[str(write(tmp_path / "b.jsonl", rows(*range(1, 9))))])
-    corpus = gather(args, TOKENIZER)
-    blocks = len(corpus.train)
-    amount = corpus.amount(settings("a"), 2)
-    rest = blocks % 4
-    assert amount.left_out == rest
-    blocks_left = f"{rest} block{'s' * (rest > 1)}"
-    assert corpus.describe(settings("a"), 2).splitlines() == [
+    held_out = write(tmp_path / "b.jsonl", rows(*range(1, 9)))
+    return settings(tmp_path / "texts", held_out_text=[str(held_out)])
+
+
+def test_what_is_left_out_is_said(folder_source):
+    corpus = gather(folder_source, TOKENIZER)
+    blocks, amount = len(corpus.train), corpus.amount(folder_source, 5)
+    rest = blocks % 10  # five processes read two blocks each
+    assert amount.left_out == rest > 1
+    assert corpus.describe(folder_source, 5).splitlines() == [
         f"{corpus.parts[0].tokens:,} tokens in 102 documents, {blocks} training blocks of 32; this run sees "
         f"{amount.blocks_after(10) / blocks:.3g} epochs",
         "held out: 2 blocks (--held-out-text)",
         "left out of training: 10 copies of held-out documents",
-        *[f"left out of each epoch: {blocks_left} short of a full batch, different ones each time"][
-            : bool(rest)
-        ],
-        f"left out of {args.text[0]}: 1 document without text",
-        f"left out of {args.text[0]}: 1 file of other kinds",
+        f"left out of each epoch: {rest} blocks short of a full batch, different ones each time",
+        f"left out of {folder_source.text[0]}: 1 document without text",
+        f"left out of {folder_source.text[0]}: 1 file of other kinds",
     ]
-    part = settings("a", steps=None, epochs=2.5)
-    amount = corpus.amount(part)
-    read = amount.blocks_after(amount.steps(part))
-    assert f"this run sees {read / blocks:.3g} epochs" in corpus.describe(part)
-    share = 100 * 2 / blocks
-    one = settings("a", steps=1, gradient_accumulation_steps=1)
-    assert f"this run sees {share:.3g} % of an epoch" in corpus.describe(one)
-    assert "(already tokenised)" in gather(args, TOKENIZER).describe(args)
 
 
-def test_refusals(tmp_path):
+def test_how_much_a_run_sees_is_said(folder_source):
+    corpus = gather(folder_source, TOKENIZER)
+    blocks = len(corpus.train)
+    by_epochs = settings("unread", steps=None, epochs=2.5)
+    amount = corpus.amount(by_epochs)
+    read = amount.blocks_after(amount.steps(by_epochs))
+    assert f"this run sees {read / blocks:.3g} epochs" in corpus.describe(by_epochs)
+    one_batch = settings("unread", steps=1, gradient_accumulation_steps=1)
+    assert f"this run sees {100 * 2 / blocks:.3g} % of an epoch" in corpus.describe(one_batch)
+    assert "(already tokenised)" in gather(folder_source, TOKENIZER).describe(folder_source)
+
+
+def test_a_missing_file_is_refused_before_anything_is_read(tmp_path):
+    text, missing = write(tmp_path / "a.jsonl", ROWS), str(tmp_path / "missing.txt")
+    for name, option in {"held_out_text": "--held-out-text", "retain": "--retain"}.items():
+        with pytest.raises(UsageError, match=re.escape(f"{option} {missing}: no such file")):
+            check(settings(text, **{name: [missing]}))
+
+
+def test_too_little_text_is_refused(tmp_path):
     text = write(tmp_path / "a.jsonl", ROWS)
     short = write(tmp_path / "b.jsonl", rows(1))
-    missing = str(tmp_path / "missing.txt")
-    for changes, message in [
-        ({"held_out_text": [missing]}, f"--held-out-text {missing}: no such file"),
-        ({"retain": [missing]}, f"--retain {missing}: no such file"),
-    ]:
-        with pytest.raises(UsageError, match=re.escape(message)):
-            check(settings([text, short], **changes))
     for changes, message in [
         ({"text": [str(short)]}, "--text: 10 tokens found, 64 needed: one training and one held-out block"),
         ({"text_weights": [1.0, 1.0]}, f"--text {short}: 10 tokens found, 64 needed"),
