@@ -91,6 +91,47 @@ def test_two_runs_in_one_folder_are_seen(world):
     assert set(kinds(world)) == {"bits", "mixed"}
 
 
+def test_what_a_success_leaves_may_be_replaced_by_one_that_is_killed(world):
+    world.earlier(f"{UNFINISHED}-1", OUTPUT, Identity(1))
+    world.look()
+    world.judge(ended(RESUME, 0), ended(OVERWRITE, -9, replaces=True))
+    assert not world.faults
+    world.judge(ended(RESUME, 0))
+    assert kinds(world) == ["unusable"]
+
+
+def test_a_failed_run_is_in_the_place_of_the_one_before_or_has_changed_nothing(world):
+    folder = world.folder / OUTPUT
+    world.earlier(f"{FINISHED}-1", OUTPUT, Identity(1))
+    world.look()
+    before = world.products(OUTPUT)
+    failed = ended(OVERWRITE, 2, replaces=True)
+
+    aside = folder.rename(world.folder / "aside")
+    aside.rename(folder)
+    world.judge_failure(failed, before)
+    assert not world.faults
+
+    (folder / "README.md").unlink()
+    world.judge_failure(failed, before)
+    assert kinds(world) == ["lost"]
+
+    (folder / "run.yaml").write_bytes((folder / "run.yaml").read_bytes())  # as of a run with the same options
+    world.judge_failure(failed._replace(text="(--resume continues from it)"), before)
+    assert kinds(world) == ["lost", "mixed"]
+
+    shutil.rmtree(folder)
+    world.judge_failure(failed, before)
+    assert kinds(world) == ["lost", "mixed", "lost"]
+
+    world.faults.clear()
+    world.earlier(f"{UNFINISHED}-2", OUTPUT, Identity(2))
+    world.judge_failure(failed._replace(text="(--resume continues from it)"), before)
+    assert not world.faults
+    world.judge_failure(failed, before)
+    assert kinds(world) == ["words"]
+
+
 # -- commands ---------------------------------------------------------------------------------------
 
 

@@ -233,10 +233,10 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(option: str, path: Path, report: dict, end: str | None = None) -> None:
+def write_json(option: str, path: Path, report: dict) -> None:
     """`write_file` of ``report`` as JSON. Raises ValueError if it holds NaN or an infinity."""
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    write_file(option, path, lambda scratch: scratch.write_text(text, encoding="utf-8"), end)
+    write_file(option, path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
 def shown(name: str) -> str:

@@ -78,11 +78,19 @@ def output(draw: random.Random, world: World) -> str:
     """A name for the output folder, which is not made; of a link, its target is."""
     kind = draw.choice(OUTPUTS)
     if kind == "an odd name":
-        return f"in/{draw.choice(ODD)}" if draw.random() < 0.5 else draw.choice(ODD)
+        is_below = draw.random() < 0.5
+        name = draw.choice(ODD)
+        path = f"in/{name}" if is_below else name
+        return path if _is_accepted(path) else kind
     if kind == "a link":
         (world.folder / "real").mkdir()
         return world.link("link", "real")
     return kind
+
+
+def _is_accepted(output: str) -> bool:
+    """Models can only be written to a path that is UTF-8, and a blank one is refused like an empty one."""
+    return bool(output.strip()) and os.fsencode(output).decode(errors="replace") == output
 
 
 def file(draw: random.Random, world: World, option: str, name: str, out: str) -> Placed:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import yaml
 
 from mica.cli.adapt import checkpoints
+from mica.cli.output import RECORD
 from tests.fuzz import snapshots
 from tests.fuzz.folder_templates import FILES, FIXED, MODEL, WEIGHTS, Identity, Templates
 from tests.support.forked import Blow, Command
@@ -196,7 +197,12 @@ class World:
         """What earlier commands wrote: ``changed`` are gone or other than before."""
         outputs = {each.act.output for each in done}
         if all(each.status == 2 and not each.meets_unremovable for each in done):
-            # what a killed one has left half done may be mended by any that follows
+            # What a killed one has left half done may be mended by any that follows.
+            # What one could not remove may go, too, and the record says so.
+            gone = before.keys() - self.snapshot.keys()
+            for output in outputs:
+                if any(path.startswith(f"{self.key(output, '')}/.") for path in gone):
+                    changed = changed - {self.key(output, RECORD)}
             if changed and not outputs & self._half_done:
                 self.blame("refused, yet", f"{_told(changed)} changed")
             if added and not outputs & self._half_done:
@@ -217,7 +223,9 @@ class World:
         succeeded = [each.act for each in done if each.status == 0]
         if len(succeeded) > 1 and all(act.kind == NEW for act in succeeded):
             self.blame("lost", "two new runs into one folder have both ended well")
-        if succeeded:
+        # one that replaces may have begun after the other's end, and been killed in its place
+        is_replaced = any(each.act.replaces and each.status in KILLED for each in done)
+        if succeeded and not is_replaced:
             self._judge_result(succeeded[-1], {act.identity for act in succeeded})
 
     def key(self, output: str, name: str) -> str:
@@ -231,8 +239,50 @@ class World:
         if "Traceback" in done.text or done.status not in (0, 2, *KILLED):
             self.blame("traceback", f"{done.status}: {done.text.strip()[-700:]}")
         lines = [line for line in done.text.splitlines() if " error: " in line]
+        if done.status in KILLED and len(lines) == 1:  # by a blow that came after its error
+            return
         if (done.status == 2) != (len(lines) == 1):
             self.blame("words", f"status {done.status}, {len(lines)} lines of errors: {done.text[-300:]}")
+
+    # a failure that may come after the new run has begun ---------------------------------------------
+
+    def products(self, output: str) -> dict[str, tuple[int, int]]:
+        """Which file each one is that commands have put into ``output``: the same if it was moved and back.
+
+        One that was written anew is another, with the same bytes too. Records are left out: taking something
+        back writes them again.
+        """
+        found = {}
+        prefix = f"{self.key(output, '')}/"
+        for path in self.owned:
+            place = self.folder / path
+            if not path.startswith(prefix) or _is_scratch(path):
+                continue
+            if place.is_file() and place.name != RECORD:
+                facts = place.stat()
+                found[path] = (facts.st_ino, facts.st_mtime_ns)  # a freed number is soon given again
+        return found
+
+    def judge_failure(self, done: Done, before: dict[str, tuple[int, int]]) -> None:
+        """A run with --overwrite has failed: all of the earlier one is there, or none of it but the new one.
+
+        ``before``: `products`, before the run. An earlier run that has failed itself may lack the very file
+        at which this one fails: then nothing keeps this one from taking its place first.
+        """
+        output = done.act.output
+        if output in self._half_done:  # an earlier command's changes may have been taken back as well
+            return
+        after = self.products(output)
+        run_yaml = self.key(output, "run.yaml")
+        has_begun = run_yaml in after and after[run_yaml] != before.get(run_yaml)
+        kept = {path for path, facts in before.items() if after.get(path) == facts}
+        if has_begun and kept:
+            self.blame("mixed", f"{_told(kept)} of an earlier run beside a new run.yaml: {done.text[-300:]}")
+        if not has_begun and kept != before.keys():
+            lost = before.keys() - kept
+            self.blame("lost", f"{_told(lost)}, and no new run has begun: {done.text[-300:]}")
+        if has_begun and self.progress(output) and "(--resume continues from it)" not in done.text:
+            self.blame("words", f"the run could be continued, which nothing says: {done.text[-300:]}")
 
     # checkpoints -------------------------------------------------------------------------------------
 

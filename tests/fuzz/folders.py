@@ -9,7 +9,7 @@ Each rule is drawn from one number; `folder_world` judges what came of it.
 | names of every kind | outside of the output folder they work |
 | files of the user beside the run's | they are still there |
 | another command in the same folder | one of the two waits or is refused |
-| a file that cannot be removed | one line; what is the user's is still there |
+| a file that cannot be removed | one line; the earlier run is whole, or has all made way for the new one |
 | `mica transfer` over any of the folders | as a run |
 """
 
@@ -19,6 +19,7 @@ from functools import cache
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize
 
+from mica.cli.adapt import checkpoints
 from tests.fuzz import folder_places as places
 from tests.fuzz.actions import SEQUENCES, action
 from tests.fuzz.folder_scenes import Scene
@@ -37,7 +38,10 @@ def templates() -> Templates:
 
 
 class Folders(RuleBasedStateMachine):
-    """One scene; ``placed``: option -> where its input lies, for the commands that follow."""
+    """One scene; ``placed``: option -> where its input lies, for the commands that follow.
+
+    ``has_stranger``: whether a file of the user is in a checkpoint of a run.
+    """
 
     def __init__(self):
         super().__init__()
@@ -45,6 +49,7 @@ class Folders(RuleBasedStateMachine):
         self.scene: Scene | None = None
         self.placed: dict[str, places.Placed] = {}
         self.output = ""
+        self.has_stranger = False
 
     @initialize(number=NUMBER)
     def start(self, number):
@@ -104,11 +109,22 @@ class Folders(RuleBasedStateMachine):
             self.world.look()
         act = self.act(kind, options)
         blows = self.scene.blow(probability=0.35)
+        if kind == OVERWRITE and draw.random() < 0.2:
+            self.put_into_a_checkpoint()
         must_work = self.must_work(kind) and not (options or blows)
         done = self.world.do(act, blows)
         if must_work and done.status:
             self.world.blame("refused", f"{done.status}: {done.text[-300:]}")
         return True
+
+    def put_into_a_checkpoint(self) -> None:
+        """A file of the user, in a folder that a run has written and may not replace any more."""
+        whole = checkpoints.marked(self.world.folder / self.output)
+        if whole:
+            self.world.put(f"{self.output}/{self.scene.draw.choice(whole).name}/mine.txt")
+            self.world.story.append("placed a file in a checkpoint")
+            self.world.look()
+            self.has_stranger = True
 
     def act(self, kind: str, options: list[str] = ()):
         if kind == RESUME:
@@ -127,7 +143,8 @@ class Folders(RuleBasedStateMachine):
         is_empty = not folder.exists() or not any(folder.iterdir())
         if kind == NEW:
             return is_empty
-        return kind == OVERWRITE and (is_empty or f"{self.output}/run.yaml" in self.world.owned)
+        is_replaceable = f"{self.output}/run.yaml" in self.world.owned and not self.has_stranger
+        return kind == OVERWRITE and (is_empty or is_replaceable)
 
     @action(number=NUMBER)
     def a_run_beside(self, number):
@@ -140,15 +157,12 @@ class Folders(RuleBasedStateMachine):
 
     @action(number=NUMBER)
     def a_file_that_stays(self, number):
-        """A new run over an earlier one, of which the system removes some files only."""
+        """A new run over an earlier one; the system neither removes nor renames files of one name."""
         draw = self.redraw(number)
-        weights = self.world.folder / self.output / WEIGHTS
-        before = weights.read_bytes() if weights.is_file() else None
+        before = self.world.products(self.output)
         done = self.world.do(self.act(OVERWRITE), unremovable=draw.choice(UNREMOVABLE))
-        if done.status == 2 and before is not None:
-            is_there = weights.is_file() and weights.read_bytes() == before
-            if not is_there:
-                self.world.blame("lost", f"{WEIGHTS}, as a file could not be removed: {done.text[-300:]}")
+        if done.status == 2:
+            self.world.judge_failure(done, before)
         return True
 
     @action(number=NUMBER)

@@ -1,6 +1,7 @@
 """What ``mica adapt`` reports and writes at the end: one dictionary, as ``summary.json``, text and card."""
 
 import argparse
+import json
 import sys
 from collections import Counter
 from importlib.metadata import version
@@ -11,12 +12,22 @@ from accelerate import PartialState
 
 import mica.fast
 from mica.cli import record
-from mica.cli.adapt import config, embeddings, evaluation, fingerprint, global_batch, hub, result, stopping
+from mica.cli.adapt import (
+    checkpoints,
+    config,
+    embeddings,
+    evaluation,
+    fingerprint,
+    global_batch,
+    hub,
+    result,
+    stopping,
+)
 from mica.cli.adapt.card import card, told
 from mica.cli.adapt.corpus import Corpus
 from mica.cli.adapt.folder import SUMMARY
 from mica.cli.adapt.training import Training
-from mica.cli.output import PARTIAL, write_json
+from mica.errors import UsageError
 
 _LIBRARIES = ("mica-fast", "peft", "transformers", "accelerate", "datasets", "torch")
 
@@ -94,10 +105,12 @@ def of(settings: config.Settings, corpus: Corpus, model, done: Training) -> dict
 
 
 def finish(args: argparse.Namespace, model, tokenizer, report: dict) -> None:
-    """Write summary and model card; then what may fail without any loss: the merge and the upload."""
+    """Write summary and model card; then what may fail without any loss: the merge and the upload.
+
+    Raises UsageError if one of them fails; its message also says what is there.
+    """
     _write_summary(args.output, report)
-    text = str(card(report))
-    record.claimed(args.output, "README.md", lambda path: path.write_text(text, encoding="utf-8"))
+    _write(args.output, "README.md", str(card(report)))
     if args.merge:
         merged = result.merge(model, tokenizer, args, report[fingerprint.BASE])
         report["merged"] = str(args.output / result.MERGED)
@@ -110,8 +123,14 @@ def finish(args: argparse.Namespace, model, tokenizer, report: dict) -> None:
 
 
 def _write_summary(output: Path, report: dict) -> None:
-    record.claim(output, SUMMARY)
-    write_json("--output", output / SUMMARY, report, PARTIAL)
+    _write(output, SUMMARY, json.dumps(report, indent=2, allow_nan=False) + "\n")
+
+
+def _write(output: Path, name: str, text: str) -> None:
+    try:
+        record.claimed(output, name, lambda path: path.write_text(text, encoding="utf-8"))
+    except UsageError as error:
+        raise UsageError(f"{error}; {checkpoints.saved(output)}") from error
 
 
 def as_text(summary: dict) -> str:

@@ -361,6 +361,31 @@ def test_the_summary_is_written_before_the_merge(model_dir, rows, tmp_path, monk
     assert weights(tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["summary.json", "README.md"])
+def test_what_cannot_be_written_after_the_training_is_said_beside_what_is_there(
+    paper, tmp_path, capsys, name
+):
+    output = unfinished(paper, tmp_path / "run", last=12)
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target) == output / name:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert resume(output) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == (
+        f"mica adapt: error: --output {output / name}: cannot be written: No space left on device; "
+        f"the last complete checkpoint is {output}/checkpoint-12 (--resume continues from it)"
+    )
+    assert resume(output) == 0
+    assert summary(output)["steps"] == 12
+    assert same(weights(output), weights(paper))
+
+
 def test_bugs_end_with_their_traceback_and_the_group_is_left(model_dir, rows, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError("a bug")
