@@ -1,11 +1,9 @@
 """Shared among processes: the same bits everywhere, each its own weights, and none waits forever."""
 
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from itertools import chain
-from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -16,7 +14,7 @@ from torch.distributed import distributed_c10d
 
 from mica.subspace import distributed, many
 from mica.subspace.cache import SubspaceCache
-from mica.subspace.distributed import Sharing, shares, solve_shared
+from mica.subspace.distributed import Sharing, solve_shared
 from mica.subspace.many import Task
 from tests.support import gloo
 
@@ -79,7 +77,6 @@ TASKS = {
     "with another layer": lambda: make_tasks(value=2.0),
     "in columns": lambda: edited(make_tasks(), lambda weight: weight.T.contiguous().T),
     "broken": lambda: make_tasks(value=torch.nan),
-    "one of integers": lambda: edited(make_tasks(), lambda weight: weight.int()),
 }
 STEPS = {
     "impatient": lambda: wait_for(IMPATIENCE),
@@ -114,7 +111,6 @@ SCRIPTS = {
 PLAYED = SCRIPTS | {
     "different content": ["together", "with another layer"],
     "another order in memory": ["together", "in columns"],
-    "what has no content": ["one of integers"] * 2,
     "an error in one": ["broken", "broken"],
     "any error": ["out of memory", "together"],
     "a cache": ["cached, cached again"] * 2,
@@ -199,56 +195,9 @@ def test_an_error_in_one_is_an_error_in_all(played, case, kind, said):
     assert str(second) == f"{first} (in process 0)"
 
 
-@pytest.mark.parametrize(
-    ("weight", "current", "devices", "chosen"),
-    [
-        (2, 0, 8, 2),
-        (-1, 0, 8, 3),  # on the CPU, and no device was set
-        (-1, 5, 8, 5),
-        (-1, 0, 1, 0),  # of several that are visible to others
-    ],
-)
-def test_messages_leave_from_a_device_of_this_process(monkeypatch, weight, current, devices, chosen):
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
-    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext(used.append(index)))
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "all_gather_object", lambda gathered, value: None)
-    used, task = [], SimpleNamespace(weight=SimpleNamespace(get_device=lambda: weight))
-    distributed._gathered(None, [task])
-    assert [current if index < 0 else index for index in used] == [chosen]
-
-
-def test_the_parts_of_a_model_wait_once(monkeypatch):
-    """For processes that do not come; a part without layers waits for nobody."""
-    met, sharing = [], Sharing()
-    monkeypatch.setattr(distributed, "_several_processes", lambda: True)
-    monkeypatch.setattr(distributed, "_all_agree", lambda tasks: met.append(len(tasks)) or len(met) < 3)
-    parts = [make_tasks(count=count) for count in (0, 3, 1, 2, 4)]
-    assert [sharing.agreed(tasks) for tasks in parts] == [False, True, True, False, False]
-    assert met == [3, 1, 2]
-
-
 def test_each_process_asks_the_cache_for_its_share(played):
     first, again = zip(*played["a cache"], strict=True)
     assert_shared(first)
     assert not any(solved.own for solved in again)
     for solved, later in zip(first, again, strict=True):
         assert sorted(solved.hashed) == sorted(later.hashed) == sorted(solved.own)
-
-
-def test_what_the_solver_refuses_is_its_error_in_every_process(played):
-    for error in played["what has no content"]:
-        assert isinstance(error, TypeError)
-        assert "weight must be of dtype" in str(error)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_shares_are_nearly_equal_and_complete(count):
-    costs = [5.0, 1.0, 1.0, 9.0, 2.0, 4.0, 1.0, 3.0]
-    parts = shares(costs, count)
-    assert sorted(index for part in parts for index in part) == list(range(len(costs)))
-    loads = [sum(costs[i] for i in part) for part in parts]
-    assert max(loads) - min(loads) <= 2
-    assert shares([], count) == [[]] * count
