@@ -221,8 +221,7 @@ _SILU = _node_of(F.silu)
 _GELU = _node_of(F.gelu)
 _POWER = _node_of(lambda t: t.pow(2))
 _KINDS = {_PRODUCT, _CAST, _SILU, _GELU, _POWER}
-# Each keeps its two arguments, and overwrites them in its backward, which comes after that of the layer.
-_LIGER = {"LigerSiLUMulFunctionBackward", "LigerGELUMulFunctionBackward"}
+
 _EDITED = (
     "{} (a tensor of shape {} and {}) was modified in place after the forward, but the backward of a MiCA "
     "layer computes the layer's x from it again. Modify a clone of it, or call the backward before."
@@ -293,19 +292,47 @@ def _of_activation(node) -> Computed | None:
 
 
 def _of_liger(node) -> Computed | None:
-    """Liger's function called again; what it takes after G and U its node has as attributes."""
+    """The output of one of Liger's functions, from the matrices that its node keeps."""
     if any(saved.unpack_hook is not None for saved in node._raw_saved_tensors):
         return None
-    forward = type(node)._forward_cls.apply
+    function = _LIGER[type(node).__name__](node)
+    if function is None:
+        return None
     shape = node._input_metadata[0].shape
+    name = f"What {node.name()} keeps"
+    parts = [Part(tensor.detach(), name) for tensor in node.saved_tensors]
+    return Computed(lambda *tensors: function(*tensors).view(shape), *parts)
+
+
+def _liger_mlp(node) -> Callable[..., Tensor]:
+    """Called again. It keeps G and U, which its backward overwrites, and what else it takes as attributes."""
     names = [name for name in ("gate_multiplier", "down_multiplier") if hasattr(node, name)]
     multipliers = [getattr(node, name) for name in names]
+    forward = type(node)._forward_cls.apply
+    return lambda gate, up: forward(gate, up, *multipliers)
 
-    def function(gate, up):
-        return forward(gate, up, *multipliers).view(shape)
 
-    gate, up = (tensor.detach() for tensor in node.saved_tensors)
-    return Computed(function, Part(gate, "The gate of Liger's MLP"), Part(up, "The factor of Liger's MLP"))
+def _liger_norm(node) -> Callable[..., Tensor] | None:
+    """The steps of its kernel with the rstd that it keeps: it does not keep eps, to be called again."""
+    is_llama, is_gemma = node.casting_mode == 0, node.casting_mode == 1
+    if not _norms or not (is_llama or is_gemma) or len(node.saved_tensors) != 3:
+        return None
+    offset = node.offset
+
+    def function(h, weight, rstd):
+        normed = h.float() * rstd[:, None]
+        if is_llama:
+            normed = normed.to(h.dtype).float()
+        return (normed * (offset + weight.float())).to(h.dtype)
+
+    return function
+
+
+_LIGER = {
+    "LigerSiLUMulFunctionBackward": _liger_mlp,
+    "LigerGELUMulFunctionBackward": _liger_mlp,
+    "LigerRMSNormFunctionBackward": _liger_norm,
+}
 
 
 def _factor(node, name: str, position: int, products: int) -> Part | Computed | None:

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from triton import knobs
 from triton.compiler import CompiledKernel
 
 from mica.kernels import launching
@@ -16,7 +15,6 @@ from mica.kernels.launching import Launcher, Plan, PlanCache, RecordedLaunches
 from tests.support.processes import start
 
 
-@pytest.mark.slow
 def test_compiled_launches():
     """In a process of its own: whether kernels are interpreted is decided as Triton is imported."""
     done = start("tests.kernels.launched")
@@ -25,16 +23,6 @@ def test_compiled_launches():
 
 def test_this_triton_can_be_run_directly():
     assert launching.can_run_directly(CompiledKernel)
-
-
-@pytest.mark.parametrize("more", [(), ("a workspace",)])
-def test_a_launcher_that_passes_more_is_called_itself(more):
-    class Other:
-        def __getitem__(self, grid):
-            head, hooks = (self.function, self.packed_metadata), (None, None, None)
-            return lambda *args, stream: self.run(*grid, stream, *head, *hooks, *args, *more)
-
-    assert launching.can_run_directly(Other) == (not more)
 
 
 def kernel(*names):
@@ -71,65 +59,6 @@ def test_the_tensors_device_is_the_current_one(monkeypatch, current):
     assert entered == ([] if current == 1 else [1])
     expected = (2, 3, 1, 41, "function", "metadata", None, None, None, tensor.data_ptr(), 7, 16)
     assert seen == [expected]
-
-
-class ThroughTriton:
-    """A kernel that counts what goes through Triton's own front end, and is compiled there."""
-
-    arg_names = ("x_ptr", "BLOCK_M")
-
-    def __init__(self):
-        self.pre_run_hooks, self.launches = [], 0
-
-    def __getitem__(self, grid):
-        return self
-
-    def __call__(self, *args, **options):
-        self.launches += 1
-        return SimpleNamespace(run=lambda *args: None, function=None, packed_metadata=None)
-
-
-@pytest.fixture
-def through_triton(monkeypatch):
-    """A plan of it for the CPU, with a driver that has no streams."""
-    monkeypatch.setattr(launching, "can_run_directly", lambda kind: True)
-    active = SimpleNamespace(get_current_stream=lambda device: 0)
-    monkeypatch.setattr(launching, "driver", SimpleNamespace(active=active))
-    return Plan(ThroughTriton(), (1, 1), {}, {"BLOCK_M": 16}, CONFIGS[2])
-
-
-@pytest.mark.parametrize("observer", ["a debugger", "a hook"])
-def test_what_is_observed_goes_through_triton(observer, through_triton, monkeypatch):
-    """And what is compiled then, with the observer, is not launched again."""
-    plan, kernel, tensor = through_triton, through_triton.kernel, torch.zeros(4)
-
-    def observe(whether):
-        monkeypatch.setattr(knobs.runtime, "debug", whether and observer == "a debugger")
-        kernel.pre_run_hooks[:] = [print] if whether and observer == "a hook" else []
-
-    launches = []
-    for is_observed in (True, False, False, True, False):
-        observe(is_observed)
-        plan(tensor)
-        launches.append(kernel.launches)
-    assert launches == [1, 2, 2, 3, 3]
-
-
-def test_each_alignment_has_a_kernel_of_its_own(through_triton):
-    buffer = torch.zeros(8)
-    for launches, offset in ((1, 0), (2, 1), (2, 0), (2, 5)):
-        through_triton(buffer[offset:])
-        assert through_triton.kernel.launches == launches
-
-
-def test_plans_depend_on_how_fp32_is_multiplied():
-    launcher, tensor = skinny(Refusing(64, None)), torch.zeros(4)
-    key = launcher.key(tensor)
-    torch.set_float32_matmul_precision("high")
-    try:
-        assert launcher.key(tensor) != key
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 def test_numbers_and_constants_go_in_the_order_of_the_parameters():

@@ -65,8 +65,8 @@ def _axes(cases: list[pytest.Item]) -> dict[tuple[str, ...], tuple[int, ...]]:
 
     By repr, since not all values can be hashed.
     """
-    tables = [_names(mark) for mark in cases[0].iter_markers("parametrize")]
-    tables = [table for table in tables if CROSSED.isdisjoint(table)]
+    of_marks = [mark.args[0] for mark in cases[0].iter_markers("parametrize")]
+    tables = [names for names in of_marks if type(names) is not str and CROSSED.isdisjoint(names)]
     tables += [[name] for name in cases[0].callspec.params if not any(name in table for table in tables)]
     names_of = defaultdict(list)
     for table in tables:
@@ -74,8 +74,3 @@ def _axes(cases: list[pytest.Item]) -> dict[tuple[str, ...], tuple[int, ...]]:
         numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
         names_of[tuple(numbers[value] for value in values)] += table
     return {tuple(names): axis for axis, names in names_of.items()}
-
-
-def _names(mark: pytest.Mark) -> list[str]:
-    names = mark.args[0]
-    return [name.strip() for name in names.split(",")] if isinstance(names, str) else [*names]

@@ -106,6 +106,7 @@ def test_the_tables_word_is_what_ran(call):
 @given(DRAWN)
 @example(Drawn())
 @example(Drawn(forms=("split", "reference")))
+@example(Drawn(forms=("reference", "split"), dropout_p=0.5))
 @example(Drawn(host_bound=HOST_BOUND))
 @example(Drawn(host_bound=HOST_BOUND, tokens=(7,)))
 @example(Drawn(gap=8))

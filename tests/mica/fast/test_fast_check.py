@@ -1,4 +1,4 @@
-"""Which calls the quick check recognises, in both languages: the same ones, with the same operands.
+"""Which calls the quick check in C++ recognises, and with which operands.
 
 What it overlooks would run wrongly. What it refuses needlessly runs slowly, which no other test sees.
 """
@@ -13,6 +13,7 @@ from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mica import native
 from mica.fast.forward import fast_check
 from tests.support.layer_changes import (
     A_WEIGHT,
@@ -27,7 +28,7 @@ from tests.support.layer_changes import (
     layer_of,
 )
 
-pytestmark = pytest.mark.usefixtures("language")
+pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.why_not()))
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 

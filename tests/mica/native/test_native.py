@@ -118,3 +118,13 @@ def test_importing_builds_nothing(tmp_path, compiled):
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)
     assert fresh._found == {}
+
+
+def test_who_asks_after_the_module_was_loaded_gets_it_at_once(monkeypatch):
+    monkeypatch.setattr(native, "_preparations", [])
+    loaded = native.module()
+    if loaded is None:
+        pytest.skip(native.why_not())
+    seen = []
+    native.when_loaded(seen.append)
+    assert loaded in seen

@@ -71,9 +71,10 @@ def test_each_solves_a_share_and_has_all(group, solved, monkeypatch):
     assert solved == [["layer 2"], ["layer 0", "layer 1"]]
 
 
-def test_other_content_under_one_name_is_not_shared(group, solved):
+@pytest.mark.parametrize("change", [lambda weight: weight + 1, lambda weight: weight.T.contiguous().T])
+def test_other_content_or_order_in_memory_under_one_name_is_not_shared(group, solved, change):
     tasks = [make_tasks(), make_tasks()]
-    tasks[1][2] = replace(tasks[1][2], weight=tasks[1][2].weight + 1)
+    tasks[1][2] = replace(tasks[1][2], weight=change(tasks[1][2].weight))
     assert group.run(lambda: bases(tasks[group.rank])) == [alone(of_one) for of_one in tasks]
     assert [own.count("layer 2") for own in solved] == [1, 1]
     assert sorted(name for own in solved for name in own if name != "layer 2") == ["layer 0", "layer 1"]
@@ -86,6 +87,17 @@ def test_an_error_in_one_is_the_same_error_in_all(group):
     assert type(first) is type(second) is ValueError
     assert str(first).startswith("layer 2: weight must be finite")
     assert str(second) == f"{first} (in process 0)"
+
+
+def test_any_other_error_is_one_in_all(group, monkeypatch):
+    def solve_many(tasks, **options):
+        if group.rank == 1:
+            raise MemoryError("too large")
+        return many.solve_many(tasks, **options)
+
+    monkeypatch.setattr(distributed, "solve_many", solve_many)
+    found = [repr(error) for error in group.run(lambda: bases(make_tasks()))]
+    assert found == ["RuntimeError('too large (in process 1)')", "MemoryError('too large')"]
 
 
 def test_what_the_solver_refuses_is_its_error_in_every_process(group):
