@@ -8,12 +8,16 @@ from tests.support.thinning import left_out
 
 
 class Item:
-    def __init__(self, test, marks=(), **params):
+    def __init__(self, test, marks=(), tables=(), **params):
         case = "-".join(str(value) for value in params.values())
         self.test = test
         self.nodeid = f"tests/test_x.py::{test}[{case}]"
         self.callspec = SimpleNamespace(params=params)
         self.marks = marks
+        self.tables = [SimpleNamespace(args=[names]) for names in tables]
+
+    def iter_markers(self, name):
+        return self.tables
 
     def get_closest_marker(self, name):
         return name if name in self.marks else None
@@ -46,10 +50,15 @@ def test_every_value_is_left_once_and_some_tests_stay_whole():
         *product("test_table", dtype=range(5)),
         *product("test_crossed_alone", shape=[[1], [2]], backend="xy"),
     ]
+    tables = [  # of one row more than each value needs to occur
+        Item(f"test_of_{first}", tables=[("n", first)], dtype=dtype, **{first: one, "n": other})
+        for first, (one, other), dtype in itertools.product(("rows", "method"), ("a1", "a2", "b2"), range(2))
+    ]
     items = [
         *product("test_free", dtype=range(5), shape=range(6), bias=range(2)),
         *product("test_crossed", path=("a", "b"), dtype=range(3), shape=range(3)),
         *together,
+        *tables,
         *whole,
     ]
     cases = left(items)
@@ -57,6 +66,8 @@ def test_every_value_is_left_once_and_some_tests_stay_whole():
         "test_free": 6,
         "test_crossed": 6,
         "test_together": 4,
+        "test_of_rows": 3,
+        "test_of_method": 4,
         "test_marked": 12,
         "test_table": 5,
         "test_crossed_alone": 4,

@@ -31,6 +31,7 @@ def _dot_kernel(a_ptr, b_ptr, out_ptr, PRECISION: tl.constexpr):
     tl.store(out_ptr + places, acc)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 7, -(2**63), 2**63 - 1])
 @pytest.mark.parametrize("dropout_p", [0.0, 2**-24, 0.1, 0.5, 0.999])
 @pytest.mark.parametrize("first_row", [0, 1_000_000])

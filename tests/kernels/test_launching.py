@@ -15,7 +15,6 @@ from mica.kernels.launching import Launcher, Plan, PlanCache, RecordedLaunches
 from tests.support.processes import start
 
 
-@pytest.mark.slow
 def test_compiled_launches():
     """In a process of its own: whether kernels are interpreted is decided as Triton is imported."""
     done = start("tests.kernels.launched")

@@ -46,6 +46,7 @@ def test_one_bit_changes_the_number_of_its_row_and_no_other(dtype, shape):
             assert changed.nonzero().flatten().tolist() == [place[0]]
 
 
+@pytest.mark.whole
 @on_all_dtypes
 @on_whole_words_and_others
 def test_a_matrix_is_told_from_its_negative(dtype, shape):

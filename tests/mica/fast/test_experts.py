@@ -18,6 +18,7 @@ IMPLEMENTATIONS = ["grouped_mm", "batched_mm", "eager"]
 # -- training -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", BUILDERS)

@@ -18,6 +18,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import mica.fast
 from mica.fast.forward import experts
+from mica.fast.forward.eligibility import OnPeft
 from tests.support import moe_models
 from tests.support.layer_changes import changed
 from tests.support.models import factors, randomise
@@ -104,6 +105,7 @@ def test_pefts_own_forward_runs_and_the_reason_is_said(name):
     assert not reason(model)
     change(model)
     assert said in reason(model)
+    assert isinstance(experts.decide(outermost(model)), OnPeft)
     if operators is not None:  # those of the second layer, which is not changed
         _, counts = ran(lambda: as_stock(lambda: loss_of(model, ids), FP32))
         assert counts[0] == operators

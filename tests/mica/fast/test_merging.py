@@ -213,6 +213,7 @@ def test_an_unmerge_that_computes_otherwise_than_the_merge_is_seen_and_said():
         model.unmerge_adapter()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("off", [mica.fast.disabled, uninstalled])
 @pytest.mark.parametrize("kind", KINDS)
 def test_switching_off_in_between_still_unmerges_to_the_bit(kind, off):

@@ -43,6 +43,7 @@ def test_a_weight_in_fp32_is_cast_to_the_input_s_dtype(monkeypatch, backend, dty
         run(p)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("route", ["rows of none", "first and last idle", "no rows"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_without_an_adapter(path, route, bias):

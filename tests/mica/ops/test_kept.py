@@ -1,7 +1,4 @@
-"""What a layer's backward computes again instead of keeping it: bytes, bits, edits, and what may interfere.
-
-The yardstick is a layer that is called on a clone of x, which is saved as it is.
-"""
+"""What a layer's backward computes again instead of keeping it: bytes, bits, and how long they live."""
 
 import threading
 from collections import OrderedDict
@@ -9,93 +6,25 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from bench.measure.memory import alive_bytes
 from mica.ops import kept, mica_down_projection, mica_experts_linear
-from mica.ops.linear import linear_eager
-from tests.support.linear_calls import addresses, saved_by
-from tests.support.tolerances import RELATIVE, error
+from tests.support.kept_layers import (
+    IN,
+    TOKENS,
+    Layer,
+    assert_same,
+    check,
+    gated,
+    gradients,
+    leaves,
+    of_shared,
+    rms_norm,
+)
 
-FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-TOKENS, IN, OUT, RANK = 5, 64, 8, 3
-CALLS = ("C++", "Python", "kernels")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-
-@pytest.fixture(params=CALLS, autouse=True)
-def way(request, monkeypatch):
-    """What calls the layer, and what computes it."""
-    if request.param == "kernels":
-        pytest.importorskip("triton")
-        monkeypatch.setenv("MICA_BACKEND", "triton")
-    else:
-        monkeypatch.setenv("MICA_BACKEND", "reference")
-        monkeypatch.setenv("MICA_NATIVE", str(int(request.param == "C++")))
-    return request.param
-
-
-@pytest.fixture
-def norms():
-    kept.recompute_norms(True)
-    yield
-    kept.recompute_norms(False)
-
-
-class Layer:
-    """``dtype``: of x and the weight; A is an fp32 master over 16 bits."""
-
-    def __init__(self, dtype=FP32, seed=0, dropout=False):
-        generator = torch.Generator().manual_seed(seed)
-        wide = FP64 if dtype == FP64 else FP32
-        self.weight = (torch.randn(OUT, IN, generator=generator) / 8).to(dtype)
-        self.lora_A = torch.randn(RANK, IN, generator=generator).to(wide).requires_grad_()
-        self.lora_B = torch.randn(OUT, RANK, generator=generator).to(wide)
-        self.dropout = (0.25, torch.tensor([seed])) if dropout else (0.0, None)
-
-    def __call__(self, x, autocast_dtype=None):
-        operands = x, self.weight, self.lora_A, self.lora_B, 0.5, None, None
-        return linear_eager(*operands, *self.dropout, autocast_dtype)
-
-
-def leaves(*dtypes):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(TOKENS, IN, generator=generator).to(dtype).requires_grad_() for dtype in dtypes]
-
-
-def gradients(y, *inputs, **options):
-    return torch.autograd.grad(y.float().sin().sum(), inputs, materialize_grads=True, **options)
-
-
-def assert_same(ours, expected):
-    for mine, other in zip(ours, expected, strict=True):
-        assert torch.equal(mine, other)
-
-
-def check(layers, make, inputs):
-    """The gradients through all layers that share an x have the bits of a saved x."""
-    found = []
-    for change in (lambda x: x, torch.clone):
-        x = change(make())
-        found.append(
-            gradients(sum(layer(x) for layer in layers), *[layer.lora_A for layer in layers], *inputs)
-        )
-    assert_same(*found)
-
-
-# ---------------------------------------------------------------------------------------------------
-# how an x is made
-# ---------------------------------------------------------------------------------------------------
-
-
-def norm_weight(dtype):
-    return torch.linspace(0.5, 2, IN).to(dtype)
-
-
-def rms_norm(h, _=None):
-    """As models have it that are written in PyTorch's operators."""
-    wide = h.to(FP32)
-    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
-    return norm_weight(h.dtype) * (wide * rstd).to(h.dtype)
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def offset_norm(h, _=None):
@@ -141,7 +70,7 @@ def exact_gelu_tanh(gate):
 
 
 MADE = {  # x of two tensors, and how many tensors of its size and dtype are kept with and without the adapter
-    "silu(G)·U": (lambda gate, up: F.silu(gate) * up, 0, 1),
+    "silu(G)·U": (gated, 0, 1),
     "U·gelu(G)": (lambda gate, up: up * F.gelu(gate), 0, 1),
     "gelu-tanh(G)·U": (lambda gate, up: exact_gelu_tanh(gate) * up, 0, 1),
     "relu(G)²·U": (lambda gate, up: squared_relu(gate) * up, 1, 2),
@@ -254,14 +183,6 @@ def test_the_factors_beside_a_called_base_layer_and_experts(way):
 # ---------------------------------------------------------------------------------------------------
 
 
-def of_shared(number, make=rms_norm, dtype=BF16):
-    """The outputs of so many layers that share an x, and the layers."""
-    inputs = leaves(dtype, dtype)
-    layers = [Layer(dtype, seed) for seed in range(number)]
-    x = make(*inputs)
-    return [layer(x) for layer in layers], layers
-
-
 def profiled_backward(ys, **options):
     with torch.profiler.profile(**options) as profiler:
         sum(y.sum() for y in ys).backward(retain_graph=True)
@@ -281,7 +202,7 @@ def test_layers_that_share_compute_once_in_each_backward():
 
 @pytest.mark.usefixtures("norms")
 @pytest.mark.parametrize("used", [1, 3])
-@pytest.mark.parametrize("make", [rms_norm, MADE["silu(G)·U"][0]], ids=["norm", "product"])
+@pytest.mark.parametrize("make", [rms_norm, gated], ids=["norm", "product"])
 def test_nothing_outlives_a_backward_whose_graph_lives_on(make, used, way):
     """Also where some of the layers that share x take no part in it."""
     if way == "kernels":
@@ -342,7 +263,7 @@ def test_two_threads(way):
     """Each with a backward of its own, through the same graph."""
     if way == "kernels":
         pytest.skip("Triton's interpreter takes one thread")
-    ys, layers = of_shared(2, MADE["silu(G)·U"][0])
+    ys, layers = of_shared(2, gated)
     expected = [
         torch.autograd.grad(y.float().sum(), layer.lora_A, retain_graph=True)
         for y, layer in zip(ys, layers, strict=True)
@@ -363,212 +284,3 @@ def test_two_threads(way):
     for grads, (reference,) in zip(found, expected, strict=True):
         assert len(grads) == 20
         assert all(torch.equal(grad, reference) for grad in grads)
-
-
-# ---------------------------------------------------------------------------------------------------
-# edits
-# ---------------------------------------------------------------------------------------------------
-
-
-def edited_later(edit, dtype=FP32):
-    """The gradient of A where ``edit(layer, gate, up, act, x)`` comes between forward and backward."""
-    layer = Layer(dtype)
-    gate, up = (leaf * 1 for leaf in leaves(dtype, dtype))
-    act = F.silu(gate)
-    x = act * up
-    y = layer(x)
-    with torch.no_grad():
-        edit(layer, gate, up, act, x)
-    return torch.autograd.grad(y.sum(), layer.lora_A)
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (
-            lambda layer, gate, *_: gate.zero_(),
-            r"^What SiluBackward0 keeps \(a tensor of shape \(5, 64\) and torch.float32\) was",
-        ),
-        (lambda layer, gate, up, *_: up.mul_(2), "^The second factor of a product .* Modify a clone of it"),
-        (lambda layer, *_: layer.weight.zero_(), "the weight of a MiCA layer has been modified"),
-        (lambda layer, *_: layer.lora_A.zero_(), "the weight of a MiCA layer has been modified"),
-        (lambda layer, *_: layer.lora_B.zero_(), "the weight of a MiCA layer has been modified"),
-    ],
-    ids=["gate", "up", "weight", "A", "B"],
-)
-def test_an_edit_of_what_is_needed_raises(edit, message):
-    with pytest.raises(RuntimeError, match=message):
-        edited_later(edit)
-
-
-def test_an_edit_of_a_norms_weight_raises(norms):
-    (h,) = leaves(FP32)
-    weight = norm_weight(FP32)
-    layer = Layer()
-    y = layer(weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True))))
-    weight.mul_(2)
-    with pytest.raises(RuntimeError, match="The first factor of a product"):
-        y.sum().backward()
-
-
-@pytest.mark.parametrize("what", ["x", "act"])
-def test_an_edit_of_what_is_not_needed_any_more_changes_nothing(what):
-    expected = edited_later(lambda *_: None)
-    assert_same(edited_later(lambda layer, gate, up, act, x: {"x": x, "act": act}[what].zero_()), expected)
-
-
-def test_other_memory_for_an_operand_changes_nothing():
-    """``parameter.data = other``: what the forward has seen is kept, as where x is saved."""
-    expected = edited_later(lambda *_: None)
-
-    def replace(layer, *_):
-        for tensor in layer.weight, layer.lora_A, layer.lora_B:
-            tensor.data = torch.full_like(tensor, torch.nan)
-
-    assert_same(edited_later(replace), expected)
-
-
-@pytest.mark.parametrize("what", ["x", "act", "factor"])
-def test_an_edit_before_the_layer(what):
-    """Then x is not the product of what is kept, or what is kept is not what it was: x is saved."""
-    layer = Layer()
-    gate, up = leaves(FP32, FP32)
-    act = F.silu(gate)
-    if what == "act":
-        with torch.no_grad():
-            act.mul_(2)
-    x = act * up
-    with torch.no_grad():
-        {"x": x, "factor": act, "act": torch.empty(0)}[what].mul_(2)
-    y = layer(x)
-    (ours,) = torch.autograd.grad(y.sum(), layer.lora_A)
-    (expected,) = torch.autograd.grad(layer(x.detach().clone()).sum(), layer.lora_A)
-    assert torch.equal(ours, expected)
-
-
-# ---------------------------------------------------------------------------------------------------
-# who else uses these values
-# ---------------------------------------------------------------------------------------------------
-
-
-def with_hooks(x, act, seen):
-    for tensor in x, act:
-        tensor.register_hook(seen.append)
-    return 0
-
-
-def with_retained(x, act, seen):
-    x.retain_grad()
-    act.retain_grad()
-    return 0
-
-
-OTHERS = {
-    "x is used again": lambda x, act, seen: x.pow(2).sum(),
-    "act(G) is used again": lambda x, act, seen: act.pow(2).sum() + act.exp().sum(),
-    "hooks": with_hooks,
-    "retain_grad": with_retained,
-}
-
-
-@pytest.mark.parametrize("when", ["before the layer", "after it"])
-@pytest.mark.parametrize("name", OTHERS)
-def test_others_that_need_the_same_values(name, when):
-    layer = Layer()
-    gate, up = leaves(FP32, FP32)
-    found = []
-    for change in (lambda x: x, torch.clone):
-        act = F.silu(gate)
-        x = act * up
-        seen = []
-        more = OTHERS[name](x, act, seen) if when == "before the layer" else None
-        y = layer(change(x)).sin().sum()
-        more = OTHERS[name](x, act, seen) if more is None else more
-        grads = torch.autograd.grad(y + more, (layer.lora_A, gate, up, x, act))
-        found.append([*grads, *seen])
-    assert_same(*found)
-
-
-def test_saved_tensor_hooks_get_x():
-    layer = Layer()
-    gate, up = leaves(FP32, FP32)
-    x = gate * up
-    saved, _ = saved_by(lambda: layer(x))
-    assert saved == addresses(x, layer.weight, layer.lora_A, layer.lora_B)
-
-
-def test_where_hooks_are_forbidden():
-    inputs = leaves(FP32, FP32)
-    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
-        check([Layer()], lambda: F.silu(inputs[0]) * inputs[1], inputs)
-
-
-def test_factors_that_hooks_have_packed():
-    layer = Layer()
-    gate, up = leaves(FP32, FP32)
-    unpacked = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(t) or t):
-        x = F.silu(gate) * up
-    layer(x)
-    assert not unpacked
-
-
-def test_a_product_whose_graph_is_freed():
-    layer = Layer()
-    gate, up = leaves(FP32, FP32)
-    x = gate.sin() * up
-    x.sum().backward()
-    (ours,) = torch.autograd.grad(layer(x).sum(), layer.lora_A)
-    (expected,) = torch.autograd.grad(layer(x.detach()).sum(), layer.lora_A)
-    assert torch.equal(ours, expected)
-
-
-SECOND = {
-    "a gated MLP": lambda gate, up: F.silu(gate) * up,
-    "a product of products": lambda gate, up: up * (gate.sin() * up),
-}
-
-
-@pytest.mark.usefixtures("norms")
-@pytest.mark.parametrize("name", SECOND)
-def test_second_derivatives(name, way):
-    if way == "kernels":
-        pytest.skip("kernels do not compute in fp64")
-    layer = Layer(FP64)
-    gate, up = leaves(FP64, FP64)
-    found = []
-    for change in (lambda x: x, torch.clone):
-        x = SECOND[name](gate, up)
-        y = layer(change(x)).sin().sum()
-        first = torch.autograd.grad(y, (layer.lora_A, gate), create_graph=True)
-        inputs = layer.lora_A, gate, up, x
-        found.append(torch.autograd.grad(sum(grad.pow(2).sum() for grad in first), inputs))
-    for ours, expected in zip(*found, strict=True):
-        assert error(ours, expected) <= RELATIVE[FP64]
-
-
-@pytest.mark.usefixtures("norms")
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(use_reentrant):
-    layer = Layer(BF16)
-    gate, up = leaves(BF16, BF16)
-
-    def block(gate, up):
-        return layer(F.silu(gate) * up)
-
-    checkpoint(block, gate, up, use_reentrant=use_reentrant).float().sin().sum().backward()
-    assert_same((layer.lora_A.grad, gate.grad), gradients(block(gate, up), layer.lora_A, gate))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("norms")
-@pytest.mark.parametrize("make", [rms_norm, MADE["silu(G)·U"][0]], ids=["norm", "product"])
-@pytest.mark.parametrize("number", [1, 3])
-def test_compiled_autograd(number, make):
-    for _ in range(2):  # the second backward is the compiled one of the first
-        ys, layers = of_shared(number, make)
-        (expected, *_) = gradients(sum(ys), layers[0].lora_A)
-        ys, layers = of_shared(number, make)
-        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
-            sum(ys).float().sin().sum().backward()
-        assert torch.equal(layers[0].lora_A.grad, expected)

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -135,6 +136,20 @@ def test_a_dispatch_mode_sees_the_operators(name):
         y.backward(torch.ones_like(y))
     aten = "aten::mm" if name == "linear" else None  # of its C++
     assert {f"mica::{name}_backward", aten} & set(seen.names)
+
+
+@pytest.mark.parametrize("name", FRONTS)
+def test_a_function_mode_sees_the_operators(name):
+    seen = []
+
+    class SeesFunctions(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with SeesFunctions():
+        called(name, trained(name))
+    assert [function for function in seen if f"mica.{name}" in function]
 
 
 def test_tensors_of_other_classes_are_the_dispatcher_s():

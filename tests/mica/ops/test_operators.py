@@ -129,6 +129,7 @@ def test_function_transforms(kind):
             assert error(actual, torch.stack(each)) <= RELATIVE[torch.float64]
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("error:There is a performance drop")
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("through_dispatcher", [False, True])

@@ -58,6 +58,13 @@ def test_the_way_that_auto_takes_and_what_it_falls_back_to(size, rank, expected,
         assert methods.chain(method, size, rank) == whole[index:]
 
 
+@of_each_shape
+def test_the_svd_finds_the_smallest(shape):
+    matrix = weight("gaussian", *shape)
+    found = methods.by_svd(stated(matrix, method="svd")).basis
+    torch.testing.assert_close(energy(matrix, found), truth(matrix).squares[-RANK:])
+
+
 def test_only_krylov_pays_for_shifts(calls_of):
     calls, matrix = calls_of(module, "bounds"), weight("gaussian", 40, 60)
     norms = [stated(matrix, method=method).limits.norm.item() for method in ("krylov", "gram", "svd")]

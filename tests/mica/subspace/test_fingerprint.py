@@ -78,6 +78,7 @@ DISTINCT = {
 }
 
 
+@pytest.mark.whole
 @on_both
 @pytest.mark.parametrize("chunk", [module.CHUNK_BYTES, 100])
 @pytest.mark.parametrize("kind", DISTINCT)

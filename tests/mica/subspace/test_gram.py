@@ -177,6 +177,7 @@ def test_the_gram_of_any_dtype_and_layout_in_blocks(dtype, layout, rows, kind, b
     assert (gram.size, gram.batch_shape, gram.device) == (6, tall.shape[:-2], torch.device("cpu"))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("trouble", ["independent", "dependent", "nearly dependent", "zero"])
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
 @pytest.mark.parametrize("count", [1, 6])
@@ -203,6 +204,7 @@ def test_orthonormal_vectors_however_dependent(trouble, scale, count, kind):
     assert torch.equal(vectors, before)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("size", [1, 2, 5, 12, 13, 60])
 @pytest.mark.parametrize("count", [1, 2, 10, 60])
 @pytest.mark.parametrize("fails", [False, True])

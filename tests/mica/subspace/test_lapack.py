@@ -117,6 +117,7 @@ def test_potrf_in_the_upper_triangle(size):
         assert not lapack.potrf(broken)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [1, 2, 5, 60])
 def test_eigenvectors_of_the_lower_triangle(size, layout):

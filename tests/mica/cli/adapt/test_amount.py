@@ -45,6 +45,7 @@ def test_epochs_are_tokens_over_those_of_all_blocks():
     amount = Amount(10, LENGTH, 2, 4, 1)  # eight blocks, then two
     assert amount.epochs(amount.tokens_after(100)) == 50
     assert Amount(10, LENGTH, 64, 1, 1).epochs(3 * 10 * LENGTH) == 3
+    assert Amount(11, LENGTH, 2, 4, 1).epochs(11 * LENGTH) == 1  # one is left out of each epoch
 
 
 def test_measurements_that_are_ahead():

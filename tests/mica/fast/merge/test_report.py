@@ -13,6 +13,7 @@ from tests.support.tolerances import RELATIVE
 pytestmark = pytest.mark.usefixtures("language")  # one pass in C++, or PyTorch's operators
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("dtype", RELATIVE)
 @pytest.mark.parametrize("adapters", [None, torch.float32, torch.float64])
 def test_a_weight_is_unchanged_if_its_value_is(dtype, adapters, monkeypatch):

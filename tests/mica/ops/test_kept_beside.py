@@ -1,0 +1,228 @@
+"""What a layer's backward computes again instead of keeping it: edits, and who else uses these values."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tests.support.kept_layers import (
+    Layer,
+    assert_same,
+    check,
+    gated,
+    gradients,
+    leaves,
+    norm_weight,
+    of_shared,
+    rms_norm,
+)
+from tests.support.linear_calls import addresses, saved_by
+from tests.support.tolerances import RELATIVE, error
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+
+pytestmark = pytest.mark.usefixtures("way")
+
+
+def edited_later(edit, dtype=FP32):
+    """The gradient of A where ``edit(layer, gate, up, act, x)`` comes between forward and backward."""
+    layer = Layer(dtype)
+    gate, up = (leaf * 1 for leaf in leaves(dtype, dtype))
+    act = F.silu(gate)
+    x = act * up
+    y = layer(x)
+    with torch.no_grad():
+        edit(layer, gate, up, act, x)
+    return torch.autograd.grad(y.sum(), layer.lora_A)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda layer, gate, *_: gate.zero_(),
+            r"^What SiluBackward0 keeps \(a tensor of shape \(5, 64\) and torch.float32\) was",
+        ),
+        (lambda layer, gate, up, *_: up.mul_(2), "^The second factor of a product .* Modify a clone of it"),
+        (lambda layer, *_: layer.weight.zero_(), "the weight of a MiCA layer has been modified"),
+        (lambda layer, *_: layer.lora_A.zero_(), "the weight of a MiCA layer has been modified"),
+        (lambda layer, *_: layer.lora_B.zero_(), "the weight of a MiCA layer has been modified"),
+    ],
+    ids=["gate", "up", "weight", "A", "B"],
+)
+def test_an_edit_of_what_is_needed_raises(edit, message):
+    with pytest.raises(RuntimeError, match=message):
+        edited_later(edit)
+
+
+def test_an_edit_of_a_norms_weight_raises(norms):
+    (h,) = leaves(FP32)
+    weight = norm_weight(FP32)
+    layer = Layer()
+    y = layer(weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True))))
+    weight.mul_(2)
+    with pytest.raises(RuntimeError, match="The first factor of a product"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("what", ["x", "act"])
+def test_an_edit_of_what_is_not_needed_any_more_changes_nothing(what):
+    expected = edited_later(lambda *_: None)
+    assert_same(edited_later(lambda layer, gate, up, act, x: {"x": x, "act": act}[what].zero_()), expected)
+
+
+def test_other_memory_for_an_operand_changes_nothing():
+    """``parameter.data = other``: what the forward has seen is kept, as where x is saved."""
+    expected = edited_later(lambda *_: None)
+
+    def replace(layer, *_):
+        for tensor in layer.weight, layer.lora_A, layer.lora_B:
+            tensor.data = torch.full_like(tensor, torch.nan)
+
+    assert_same(edited_later(replace), expected)
+
+
+@pytest.mark.parametrize("what", ["x", "act", "factor"])
+def test_an_edit_before_the_layer(what):
+    """Then x is not the product of what is kept, or what is kept is not what it was: x is saved."""
+    layer = Layer()
+    gate, up = leaves(FP32, FP32)
+    act = F.silu(gate)
+    if what == "act":
+        with torch.no_grad():
+            act.mul_(2)
+    x = act * up
+    with torch.no_grad():
+        {"x": x, "factor": act, "act": torch.empty(0)}[what].mul_(2)
+    y = layer(x)
+    (ours,) = torch.autograd.grad(y.sum(), layer.lora_A)
+    (expected,) = torch.autograd.grad(layer(x.detach().clone()).sum(), layer.lora_A)
+    assert torch.equal(ours, expected)
+
+
+# ---------------------------------------------------------------------------------------------------
+# who else uses these values
+# ---------------------------------------------------------------------------------------------------
+
+
+def with_hooks(x, act, seen):
+    for tensor in x, act:
+        tensor.register_hook(seen.append)
+    return 0
+
+
+def with_retained(x, act, seen):
+    x.retain_grad()
+    act.retain_grad()
+    return 0
+
+
+OTHERS = {
+    "x is used again": lambda x, act, seen: x.pow(2).sum(),
+    "act(G) is used again": lambda x, act, seen: act.pow(2).sum() + act.exp().sum(),
+    "hooks": with_hooks,
+    "retain_grad": with_retained,
+}
+
+
+@pytest.mark.parametrize("when", ["before the layer", "after it"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_that_need_the_same_values(name, when):
+    layer = Layer()
+    gate, up = leaves(FP32, FP32)
+    found = []
+    for change in (lambda x: x, torch.clone):
+        act = F.silu(gate)
+        x = act * up
+        seen = []
+        more = OTHERS[name](x, act, seen) if when == "before the layer" else None
+        y = layer(change(x)).sin().sum()
+        more = OTHERS[name](x, act, seen) if more is None else more
+        grads = torch.autograd.grad(y + more, (layer.lora_A, gate, up, x, act))
+        found.append([*grads, *seen])
+    assert_same(*found)
+
+
+def test_saved_tensor_hooks_get_x():
+    layer = Layer()
+    gate, up = leaves(FP32, FP32)
+    x = gate * up
+    saved, _ = saved_by(lambda: layer(x))
+    assert saved == addresses(x, layer.weight, layer.lora_A, layer.lora_B)
+
+
+def test_where_hooks_are_forbidden():
+    inputs = leaves(FP32, FP32)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        check([Layer()], lambda: F.silu(inputs[0]) * inputs[1], inputs)
+
+
+def test_factors_that_hooks_have_packed():
+    layer = Layer()
+    gate, up = leaves(FP32, FP32)
+    unpacked = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(t) or t):
+        x = F.silu(gate) * up
+    layer(x)
+    assert not unpacked
+
+
+def test_a_product_whose_graph_is_freed():
+    layer = Layer()
+    gate, up = leaves(FP32, FP32)
+    x = gate.sin() * up
+    x.sum().backward()
+    (ours,) = torch.autograd.grad(layer(x).sum(), layer.lora_A)
+    (expected,) = torch.autograd.grad(layer(x.detach()).sum(), layer.lora_A)
+    assert torch.equal(ours, expected)
+
+
+SECOND = {
+    "a gated MLP": gated,
+    "a product of products": lambda gate, up: up * (gate.sin() * up),
+}
+
+
+@pytest.mark.usefixtures("norms")
+@pytest.mark.parametrize("name", SECOND)
+def test_second_derivatives(name, way):
+    if way == "kernels":
+        pytest.skip("kernels do not compute in fp64")
+    layer = Layer(FP64)
+    gate, up = leaves(FP64, FP64)
+    found = []
+    for change in (lambda x: x, torch.clone):
+        x = SECOND[name](gate, up)
+        y = layer(change(x)).sin().sum()
+        first = torch.autograd.grad(y, (layer.lora_A, gate), create_graph=True)
+        inputs = layer.lora_A, gate, up, x
+        found.append(torch.autograd.grad(sum(grad.pow(2).sum() for grad in first), inputs))
+    for ours, expected in zip(*found, strict=True):
+        assert error(ours, expected) <= RELATIVE[FP64]
+
+
+@pytest.mark.usefixtures("norms")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant):
+    layer = Layer(BF16)
+    gate, up = leaves(BF16, BF16)
+
+    def block(gate, up):
+        return layer(F.silu(gate) * up)
+
+    checkpoint(block, gate, up, use_reentrant=use_reentrant).float().sin().sum().backward()
+    assert_same((layer.lora_A.grad, gate.grad), gradients(block(gate, up), layer.lora_A, gate))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("norms")
+@pytest.mark.parametrize("make", [rms_norm, gated], ids=["norm", "product"])
+@pytest.mark.parametrize("number", [1, 3])
+def test_compiled_autograd(number, make):
+    for _ in range(2):  # the second backward is the compiled one of the first
+        ys, layers = of_shared(number, make)
+        (expected, *_) = gradients(sum(ys), layers[0].lora_A)
+        ys, layers = of_shared(number, make)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            sum(ys).float().sin().sum().backward()
+        assert torch.equal(layers[0].lora_A.grad, expected)

@@ -1,0 +1,172 @@
+"""What is shared among processes, with threads in their place; test_distributed.py has processes."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from mica.subspace import distributed, many
+from mica.subspace.distributed import Sharing, shares, solve_shared
+from mica.subspace.many import Task
+from tests.support.threads import Group
+
+SHAPES = [(12, 8), (8, 12), (20, 20)]  # the last, the largest, is process 0's
+
+
+def make_tasks(count=3):
+    generator = torch.Generator().manual_seed(0)
+    return [Task(f"layer {i}", torch.randn(SHAPES[i], generator=generator), 2) for i in range(count)]
+
+
+@pytest.fixture
+def group(monkeypatch):
+    group, store = Group(), dist.HashStore()
+
+    def gather(gathered, value):
+        gathered[:] = group.gathered(value)
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: group.count)
+    monkeypatch.setattr(dist, "get_rank", lambda: group.rank)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(distributed_c10d, "_get_default_store", lambda: store)
+    return group
+
+
+@pytest.fixture
+def solved(group, monkeypatch):
+    """Of each process, the layers that it has solved itself."""
+    solved = [[], []]
+
+    def solve_many(tasks, **options):
+        solved[group.rank] += [task.name for task in tasks]
+        return many.solve_many(tasks, **options)
+
+    monkeypatch.setattr(distributed, "solve_many", solve_many)
+    return solved
+
+
+def wait_for(seconds, monkeypatch):
+    monkeypatch.setattr(distributed, "PATIENCE", timedelta(seconds=seconds))
+
+
+def bases(tasks):
+    return {index: result.basis.tolist() for index, result in solve_shared(tasks, Sharing())}
+
+
+def alone(tasks):
+    return {index: result.basis.tolist() for index, result in many.solve_many(tasks)}
+
+
+def test_each_solves_a_share_and_has_all(group, solved, monkeypatch):
+    """Without a cache no weight is hashed for one, which takes ten times as long."""
+    monkeypatch.setattr(many, "fingerprint", None)
+    tasks = make_tasks()
+    assert group.run(lambda: bases(tasks)) == [alone(tasks)] * 2
+    assert solved == [["layer 2"], ["layer 0", "layer 1"]]
+
+
+@pytest.mark.parametrize("change", [lambda weight: weight + 1, lambda weight: weight.T.contiguous().T])
+def test_other_content_or_order_in_memory_under_one_name_is_not_shared(group, solved, change):
+    tasks = [make_tasks(), make_tasks()]
+    tasks[1][2] = replace(tasks[1][2], weight=change(tasks[1][2].weight))
+    assert group.run(lambda: bases(tasks[group.rank])) == [alone(of_one) for of_one in tasks]
+    assert [own.count("layer 2") for own in solved] == [1, 1]
+    assert sorted(name for own in solved for name in own if name != "layer 2") == ["layer 0", "layer 1"]
+
+
+def test_an_error_in_one_is_the_same_error_in_all(group):
+    tasks = make_tasks()
+    tasks[2].weight[0, 0] = torch.nan
+    first, second = group.run(lambda: bases(tasks))
+    assert type(first) is type(second) is ValueError
+    assert str(first).startswith("layer 2: weight must be finite")
+    assert str(second) == f"{first} (in process 0)"
+
+
+def test_any_other_error_is_one_in_all(group, monkeypatch):
+    def solve_many(tasks, **options):
+        if group.rank == 1:
+            raise MemoryError("too large")
+        return many.solve_many(tasks, **options)
+
+    monkeypatch.setattr(distributed, "solve_many", solve_many)
+    found = [repr(error) for error in group.run(lambda: bases(make_tasks()))]
+    assert found == ["RuntimeError('too large (in process 1)')", "MemoryError('too large')"]
+
+
+def test_what_the_solver_refuses_is_its_error_in_every_process(group):
+    tasks = make_tasks()
+    tasks[2] = replace(tasks[2], weight=tasks[2].weight.int())
+    for error in group.run(lambda: bases(tasks)):
+        assert isinstance(error, TypeError)
+        assert "weight must be of dtype" in str(error)
+
+
+def test_after_one_has_called_alone_all_meet_again(group, solved, monkeypatch, caplog):
+    tasks = make_tasks()
+    wait_for(0.01, monkeypatch)
+    assert bases(tasks) == alone(tasks)
+    assert "not all processes asked for these 3 minor subspaces" in caplog.text
+    solved[0].clear()
+    wait_for(5, monkeypatch)
+    assert group.run(lambda: bases(tasks)) == [alone(tasks)] * 2
+    assert solved == [["layer 2"], ["layer 0", "layer 1"]]
+
+
+def test_one_that_declines_after_another_called_alone(group, monkeypatch, caplog):
+    """It declines the next meeting, for which nobody waits then."""
+    tasks = make_tasks()
+    wait_for(0.01, monkeypatch)
+    bases(tasks)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    distributed.decline(tasks)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    bases(tasks)
+    assert len(caplog.records) == 1  # of the first call
+
+
+@pytest.mark.parametrize(
+    ("weight", "current", "devices", "chosen"),
+    [
+        (2, 0, 8, 2),
+        (-1, 0, 8, 3),  # on the CPU, and no device was set
+        (-1, 5, 8, 5),
+        (-1, 0, 1, 0),  # of several that are visible to others
+    ],
+)
+def test_messages_leave_from_a_device_of_this_process(monkeypatch, weight, current, devices, chosen):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext(used.append(index)))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", lambda gathered, value: None)
+    used, task = [], SimpleNamespace(weight=SimpleNamespace(get_device=lambda: weight))
+    distributed._gathered(None, [task])
+    assert [current if index < 0 else index for index in used] == [chosen]
+
+
+def test_the_parts_of_a_model_wait_once(monkeypatch):
+    """For processes that do not come; a part without layers waits for nobody."""
+    met, sharing = [], Sharing()
+    monkeypatch.setattr(distributed, "_several_processes", lambda: True)
+    monkeypatch.setattr(distributed, "_all_agree", lambda tasks: met.append(len(tasks)) or len(met) < 3)
+    parts = [make_tasks(count) for count in (0, 3, 1, 2, 3)]
+    assert [sharing.agreed(tasks) for tasks in parts] == [False, True, True, False, False]
+    assert met == [3, 1, 2]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_shares_are_nearly_equal_and_complete(count):
+    costs = [5.0, 1.0, 1.0, 9.0, 2.0, 4.0, 1.0, 3.0]
+    parts = shares(costs, count)
+    assert sorted(index for part in parts for index in part) == list(range(len(costs)))
+    loads = [sum(costs[i] for i in part) for part in parts]
+    assert max(loads) - min(loads) <= 2
+    assert shares([], count) == [[]] * count

@@ -1,0 +1,76 @@
+"""Layers whose backward computes x again, and what makes such an x.
+
+The yardstick is a layer that is called on a clone of x, which is saved as it is.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from mica.ops.linear import linear_eager
+
+FP32, FP64 = torch.float32, torch.float64
+TOKENS, IN, OUT, RANK = 5, 64, 8, 3
+
+
+class Layer:
+    """``dtype``: of x and the weight; A is an fp32 master over 16 bits."""
+
+    def __init__(self, dtype=FP32, seed=0, dropout=False):
+        generator = torch.Generator().manual_seed(seed)
+        wide = FP64 if dtype == FP64 else FP32
+        self.weight = (torch.randn(OUT, IN, generator=generator) / 8).to(dtype)
+        self.lora_A = torch.randn(RANK, IN, generator=generator).to(wide).requires_grad_()
+        self.lora_B = torch.randn(OUT, RANK, generator=generator).to(wide)
+        self.dropout = (0.25, torch.tensor([seed])) if dropout else (0.0, None)
+
+    def __call__(self, x, autocast_dtype=None):
+        operands = x, self.weight, self.lora_A, self.lora_B, 0.5, None, None
+        return linear_eager(*operands, *self.dropout, autocast_dtype)
+
+
+def leaves(*dtypes):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(TOKENS, IN, generator=generator).to(dtype).requires_grad_() for dtype in dtypes]
+
+
+def gradients(y, *inputs, **options):
+    return torch.autograd.grad(y.float().sin().sum(), inputs, materialize_grads=True, **options)
+
+
+def assert_same(ours, expected):
+    for mine, other in zip(ours, expected, strict=True):
+        assert torch.equal(mine, other)
+
+
+def check(layers, make, inputs):
+    """The gradients through all layers that share an x have the bits of a saved x."""
+    found = []
+    for change in (lambda x: x, torch.clone):
+        x = change(make())
+        found.append(
+            gradients(sum(layer(x) for layer in layers), *[layer.lora_A for layer in layers], *inputs)
+        )
+    assert_same(*found)
+
+
+def norm_weight(dtype):
+    return torch.linspace(0.5, 2, IN).to(dtype)
+
+
+def gated(gate, up):
+    return F.silu(gate) * up
+
+
+def rms_norm(h, _=None):
+    """As models have it that are written in PyTorch's operators."""
+    wide = h.to(FP32)
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return norm_weight(h.dtype) * (wide * rstd).to(h.dtype)
+
+
+def of_shared(number, make=rms_norm, dtype=torch.bfloat16):
+    """The outputs of so many layers that share an x, and the layers."""
+    inputs = leaves(dtype, dtype)
+    layers = [Layer(dtype, seed) for seed in range(number)]
+    x = make(*inputs)
+    return [layer(x) for layer in layers], layers
