@@ -99,7 +99,8 @@ MARK = "†"
 FOOTNOTE = [f"{MARK} The interval contains 1: this run does not show that either is faster.", "", "", ""]
 
 
-def measured(run: str) -> list[Row]:
+def measured(run: str, kept: str) -> list[Row]:
+    """``kept``: the run whose bytes are shown."""
     rows = [
         *_adapter_rows(run),
         *_block_rows(run),
@@ -108,22 +109,20 @@ def measured(run: str) -> list[Row]:
         _layers_row(run, "float32"),
         _dropout_row(run, "bfloat16"),
         _dropout_row(run, "float32"),
-        *_saved_rows(run),
+        *_saved_rows(kept),
         *_merge_rows(run),
     ]
     return [SPEED_HEADER, *with_footnote(rows)]
 
 
-def headline(run: str) -> list[Row]:
-    """README's rows are the first of each kind."""
-    saved, *_ = _saved_rows(run)
-    label, _, _ = saved[0].partition(" (bare model")
+def headline(run: str, kept: str) -> list[Row]:
+    """README's rows are the first of each kind, and both of what is kept."""
     rows = [
         *_adapter_rows(run),
         _block_rows(run)[0],
         _step_rows(run)[0],
         _layers_row(run, "bfloat16"),
-        [label, *saved[1:]],
+        *_saved_rows(kept)[:2],
     ]
     return [SPEED_HEADER, *with_footnote(rows)]
 

@@ -44,15 +44,22 @@ def test_every_table_and_text_is_shown_and_a_wrong_figure_is_seen(tmp_path, monk
 def words():
     """Page, what its text says with figures, what these are."""
     main, bench, *_ = pages.PAGES
-    (run,) = pages.sources("measured")
-    (narrow,) = (row for row in pages.measured(run) if "linear layers, fp32" in row[0])
+    run, kept_run = pages.sources("measured")
+    (narrow,) = (row for row in pages.measured(run, kept_run) if "linear layers, fp32" in row[0])
     yield main, f"fp32 layers gain {narrow[-1]}."
     created = pages.only(run, suite="initialisation").ratio(FAST, STOCK)
     yield main, f"`get_peft_model` is {pages.speedup(created, digits=1)} as fast as stock PEFT's"
     step, autocast = (one.ratio(FAST, STOCK) for one in pages.bf16_steps(run))
     said = f"A training step in bf16 is {pages.speedup(step)} as fast"
-    (kept,) = (row for row in pages.headline(run) if row[0].startswith("kept for the backward"))
-    yield main, f"{said}, and keeps {kept[2]} for its backward pass instead of {kept[1]}"
+    yield main, said
+    steps, *_ = pages.bf16_steps(kept_run)
+    saved = {name: f"{timing.facts['saved_mb']:.0f} MB" for name, timing in steps.timings.items()}
+    less = f"{saved[FAST]} for its backward pass, less than without an adapter ({saved[names.BARE]})"
+    yield main, f"keeps {less}"
+    yield main, f"stock PEFT keeps {saved[STOCK]}"
+    norms = steps.ratio(names.FAST_NORMS, FAST)
+    longer = f"{norms.median:.2f}× ({norms.low:.2f}–{norms.high:.2f}) as long"
+    yield main, f"it keeps {saved[names.FAST_NORMS]} and takes {longer}"
     times = 1 / created.median
     yield "mica/subspace/README.md", f"{times:.1f} times as fast as with stock PEFT"
     loading = pages.only(run, suite="loading").timings

@@ -98,7 +98,7 @@ class Computed:
         self._users += 1
 
     def value(self, held: Held | None) -> Tensor:
-        """The value, without gradients or autocast; ``held`` is changed."""
+        """The value, of parts that need no gradient; ``held`` is changed."""
         if held is None:
             return self._function(*[part.value(None) for part in self._parts])
         value, left = held.pop(self, (None, self._users))
@@ -134,7 +134,7 @@ def _unpack(packed: Tensor | Part | Computed) -> Tensor:
         return packed
     if isinstance(packed, Part):
         return packed.value()
-    with torch.no_grad(), torch._C._DisableAutocast():
+    with torch._C._DisableAutocast():
         return packed.value(_held())
 
 

@@ -65,6 +65,12 @@ def of_liger(gate, up):
     return LigerSiLUMulFunction.apply(gate * 1, up * 1, 1.5, 0.5)
 
 
+def of_liger_scaled(gate, up):
+    """In three dimensions, where Liger keeps matrices."""
+    both = torch.stack([gate, up])
+    return LigerSiLUMulFunction.apply(both * 1, both * 2) * gate
+
+
 def exact_gelu_tanh(gate):
     return F.gelu(gate, approximate="tanh")
 
@@ -79,11 +85,12 @@ MADE = {  # x of two tensors, and how many tensors of its size and dtype are kep
     "relu(G)²": (lambda gate, _: squared_relu(gate), 1, 1),
     "a product in another shape": (lambda h, weight: weight[0] * h.sin(), 1, 1),
     "Liger's": (of_liger, 2, 2),
+    "Liger's, times a tensor": (of_liger_scaled, 2, 3),
 }
-NORMS = {
-    "a norm": (rms_norm, {FP32: 0, BF16: 1, FP16: 1}, {FP32: 0, BF16: 2, FP16: 2}),
-    "a norm whose weight is offset": (offset_norm, {FP32: 0, BF16: 1, FP16: 1}, {FP32: 0, BF16: 2, FP16: 2}),
-    "a norm scaled by a number": (lambda gate, up: 2.5 * (gate * up), 0, 0),
+NORMS = {  # the same, in 32 and in 16 bits
+    "a norm": (rms_norm, (0, 0), (1, 2)),
+    "a norm whose weight is offset": (offset_norm, (0, 0), (1, 2)),
+    "a norm scaled by a number": (lambda gate, up: 2.5 * (gate * up), (0, 0), (0, 0)),
 }
 SAVED = {
     "a copy": lambda gate, up: (F.silu(gate) * up).clone(),
@@ -106,22 +113,49 @@ def kept_sizes(call, make, number):
     return (max(alive_bytes(forward) for _ in range(2)) - outputs) // x.nbytes
 
 
-@pytest.mark.parametrize("number", [1, 3])
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-@pytest.mark.parametrize("name", [*MADE, *NORMS])
-def test_it_keeps_less_and_gives_the_same_bits(name, dtype, number, request):
-    """For one layer, and for several that share an x."""
-    make, ours, bare = {**MADE, **NORMS}[name]
-    if name in NORMS:
-        request.getfixturevalue("norms")
-        if isinstance(ours, dict):
-            ours, bare = ours[dtype], bare[dtype]
+def check_sizes(make, dtype, number, way, expected):
+    """Bits and bytes; ``expected``: sizes that are kept with and without the adapter."""
     layers = [Layer(dtype, seed) for seed in range(number)]
     inputs = leaves(dtype, dtype)
     made = lambda: make(*inputs)  # noqa: E731
-    assert kept_sizes(lambda i, x: F.linear(x, layers[i].weight), made, number) == bare
-    assert kept_sizes(lambda i, x: layers[i](x), made, number) == ours
+    ours = kept_sizes(lambda i, x: layers[i](x), made, number)
+    bare = kept_sizes(lambda i, x: F.linear(x, layers[i].weight), made, number)
+    if way == "kernels":  # what Triton's interpreter has left behind may be freed meanwhile
+        assert (ours, bare) <= expected
+    else:
+        assert (ours, bare) == expected
     check(layers, made, inputs)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("name", MADE)
+def test_it_keeps_less_and_gives_the_same_bits(name, dtype, number, way):
+    """For one layer, and for several that share an x."""
+    make, *expected = MADE[name]
+    check_sizes(make, dtype, number, way, tuple(expected))
+
+
+@pytest.mark.whole  # in 16 bits h is narrow
+@pytest.mark.usefixtures("norms")
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("name", NORMS)
+def test_so_does_the_output_of_a_norm(name, dtype, way):
+    make, *expected = NORMS[name]
+    check_sizes(make, dtype, 2, way, tuple(expected[dtype is not FP32]))
+
+
+def test_an_x_that_comes_again_after_another():
+    """Then act(G) is not kept any more, but computed already."""
+    gate, up = leaves(FP32, FP32)
+    layer = Layer()
+
+    def forward():
+        x, other = gated(gate, up), gated(up, gate)
+        return [layer(x), layer(other), layer(x)]
+
+    outputs = sum(y.nbytes for y in forward())
+    assert alive_bytes(forward) - outputs < gate.nbytes
 
 
 @pytest.mark.parametrize("name", SAVED)
@@ -198,6 +232,17 @@ def test_layers_that_share_compute_once_in_each_backward():
         counts.append([of_one.count("aten::mul") for of_one in names])
     for one, three in zip(*counts, strict=True):
         assert three - one < 2 * 2  # the products of a norm, if both further layers made them
+
+
+def test_act_is_computed_once_for_the_layer_and_the_product():
+    """And nothing waits any more, as soon as both have had it."""
+    gate, up = leaves(FP32, FP32)
+    y = Layer()(gated(gate, up))
+    waiting = []
+    gate.register_hook(lambda _: waiting.append(len(kept._backward.held)))
+    names = [event.name for event in profiled_backward([y])]
+    assert names.count("aten::silu") == 1
+    assert waiting == [0]
 
 
 @pytest.mark.usefixtures("norms")
