@@ -226,3 +226,17 @@ def test_compiled_autograd(number, make):
         with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
             sum(ys).float().sin().sum().backward()
         assert torch.equal(layers[0].lora_A.grad, expected)
+
+
+@pytest.mark.usefixtures("norms")
+def test_a_norm_whose_32_bits_were_edited():
+    """They are no 16-bit number any more, from which they could be made again."""
+    (h,) = leaves(torch.bfloat16)
+
+    def make():
+        wide = h.float()
+        with torch.no_grad():
+            wide.mul_(1 + 2**-12)
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(h.dtype)
+
+    check([Layer(torch.bfloat16)], make, [h])
