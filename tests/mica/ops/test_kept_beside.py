@@ -237,6 +237,7 @@ def test_a_norm_whose_32_bits_were_edited():
         wide = h.float()
         with torch.no_grad():
             wide.mul_(1 + 2**-12)
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(h.dtype)
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return norm_weight(h.dtype) * normed.to(h.dtype)
 
     check([Layer(torch.bfloat16)], make, [h])
