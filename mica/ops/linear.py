@@ -182,7 +182,8 @@ class _MicaLinear(torch.autograd.Function):
 def _cast(
     kind, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None, grad_dtype=None
 ):
-    x, weight, bias = (autocast_to(tensor, kind) for tensor in (x, weight, bias))
+    dtype = torch.get_autocast_dtype(kind)
+    x, weight, bias = (autocast_to(tensor, dtype) for tensor in (x, weight, bias))
     return x, weight, lora_A, lora_B, scaling, bias, None, dropout_p, seed, x.dtype
 
 
@@ -225,8 +226,7 @@ def linear_eager(
 def _from_python(choice, x, weight, lora_A, lora_B, scaling, bias, *options) -> Tensor:
     autocast_dtype = options[-1]
     if autocast_dtype is not None:
-        x, weight = x.to(autocast_dtype), weight.to(autocast_dtype)
-        bias = None if bias is None else bias.to(autocast_dtype)
+        x, weight, bias = (autocast_to(tensor, autocast_dtype) for tensor in (x, weight, bias))
     run = partial(_linear, choice=choice)
     operands = x, weight, lora_A, lora_B, scaling, bias, *options
     if torch.is_grad_enabled() and (lora_A.requires_grad or x.requires_grad):

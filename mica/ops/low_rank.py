@@ -134,7 +134,7 @@ class _DownProjection(torch.autograd.Function):
 
 
 def _down_cast(device_type, x, lora_A, scaling, compute_dtype, *dropout):
-    return autocast_to(x, device_type), lora_A, scaling, None, *dropout
+    return autocast_to(x, torch.get_autocast_dtype(device_type)), lora_A, scaling, None, *dropout
 
 
 down_projection = operator(

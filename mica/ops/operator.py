@@ -216,11 +216,11 @@ def like(shape: torch.Size, matrix: Tensor) -> Tensor:
 no_autocast = torch._C._DisableAutocast
 
 
-def autocast_to(tensor: Tensor | None, device_type: str) -> Tensor | None:
+def autocast_to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """As in PEFT's layers: products in autocast's dtype, fp64 unchanged; A stays an fp32 master."""
     if tensor is None or tensor.dtype == torch.float64:
         return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
+    return tensor.to(dtype)
 
 
 def without_none(like: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:

@@ -175,6 +175,13 @@ def test_how_much_a_run_sees_is_said(folder_source):
     assert "(already tokenised)" in gather(folder_source, TOKENIZER).describe(folder_source)
 
 
+def test_nothing_is_said_of_what_has_nothing_left_out(tmp_path):
+    only_text = settings(write(tmp_path / "a.jsonl", rows(*range(100))))
+    described = gather(only_text, TOKENIZER).describe(only_text)
+    assert "left out of training" not in described
+    assert "without text" not in described
+
+
 def test_a_missing_file_is_refused_before_anything_is_read(tmp_path):
     text, missing = write(tmp_path / "a.jsonl", ROWS), str(tmp_path / "missing.txt")
     for name, option in {"held_out_text": "--held-out-text", "retain": "--retain"}.items():
