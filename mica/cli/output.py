@@ -235,8 +235,13 @@ def flush(path: Path) -> None:
 
 def write_json(option: str, path: Path, report: dict) -> None:
     """`write_file` of ``report`` as JSON. Raises ValueError if it holds NaN or an infinity."""
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    text = as_json(report)
     write_file(option, path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
+def as_json(report: dict) -> str:
+    """As every report is written. Raises ValueError if it holds NaN or an infinity."""
+    return json.dumps(report, indent=2, allow_nan=False) + "\n"
 
 
 def shown(name: str) -> str:

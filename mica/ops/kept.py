@@ -24,6 +24,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -284,11 +285,7 @@ def _of_activation(node) -> Computed | None:
     if type(node) is _SILU:
         function = F.silu
     elif type(node) is _GELU:
-        approximate = node._saved_approximate
-
-        def function(gate):
-            return F.gelu(gate, approximate=approximate)
-
+        function = partial(F.gelu, approximate=node._saved_approximate)
     elif type(node) is _POWER and node._saved_exponent == 2:
         function = torch.square
     else:
@@ -321,7 +318,7 @@ def _liger_mlp(node) -> Callable[..., Tensor]:
 def _liger_norm(node) -> Callable[..., Tensor] | None:
     """The steps of its kernel with the rstd that it keeps: it does not keep eps, to be called again."""
     is_llama, is_gemma = node.casting_mode == 0, node.casting_mode == 1
-    if not _norms or not (is_llama or is_gemma) or len(node.saved_tensors) != 3:
+    if not _norms or not (is_llama or is_gemma) or len(node._raw_saved_tensors) != 3:
         return None
     offset = node.offset
 
@@ -356,7 +353,7 @@ def _factor(node, name: str, position: int, products: int) -> Part | Computed | 
         _relieve(saved, computed)
         return computed
     if _norms and products == 0:
-        narrow = _narrow(node, position, value)
+        narrow = _narrow(node, saved, position, value)
         if narrow is not None:
             return narrow
     return Part(value, _FACTORS[name])
@@ -368,7 +365,7 @@ def _relieve(saved, computed: Computed) -> None:
     computed.add_user()
 
 
-def _narrow(node, position: int, wide: Tensor) -> Computed | None:
+def _narrow(node, saved, position: int, wide: Tensor) -> Computed | None:
     """h of an RMS norm, h.float()·rstd, whose node and that of h.float().pow(2) both keep the 32 bits."""
     cast = node.next_functions[position][0]
     square = node.next_functions[1 - position][0]
@@ -384,8 +381,8 @@ def _narrow(node, position: int, wide: Tensor) -> Computed | None:
         return None
     narrow = wide.to(before.dtype)
     computed = Computed(torch.Tensor.float, Part(narrow, "The input of a norm"))
-    for saved in getattr(node, f"_raw_saved_{('self', 'other')[position]}"), square._raw_saved_self:
-        _relieve(saved, computed)
+    for relieved in saved, square._raw_saved_self:
+        _relieve(relieved, computed)
     return computed
 
 

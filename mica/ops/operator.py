@@ -287,6 +287,8 @@ def operator(
     for device_type in AUTOCAST:
         LIBRARY.impl(name, partial(autocast, device_type), f"Autocast{device_type.upper()}")
 
+    applied = partial(apply, body)
+
     def call(*args):
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         device_type = tensors[0].device.type
@@ -299,7 +301,7 @@ def operator(
         if eager is not None:
             return eager(*args)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return kept.call(partial(apply, body), *args)
+            return kept.call(applied, *args)
         with below_autograd():
             return body(*args)
 

@@ -1,7 +1,6 @@
 """What ``mica adapt`` reports and writes at the end: one dictionary, as ``summary.json``, text and card."""
 
 import argparse
-import json
 import sys
 from collections import Counter
 from importlib.metadata import version
@@ -27,6 +26,7 @@ from mica.cli.adapt.card import card, told
 from mica.cli.adapt.corpus import Corpus
 from mica.cli.adapt.folder import SUMMARY
 from mica.cli.adapt.training import Training
+from mica.cli.output import as_json
 from mica.errors import UsageError
 
 _LIBRARIES = ("mica-fast", "peft", "transformers", "accelerate", "datasets", "torch")
@@ -123,7 +123,7 @@ def finish(args: argparse.Namespace, model, tokenizer, report: dict) -> None:
 
 
 def _write_summary(output: Path, report: dict) -> None:
-    _write(output, SUMMARY, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    _write(output, SUMMARY, as_json(report))
 
 
 def _write(output: Path, name: str, text: str) -> None:
