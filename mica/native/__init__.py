@@ -17,7 +17,6 @@ from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 from mica.folders import folder_named
 from mica.kernels import runtime
@@ -27,12 +26,8 @@ from mica.native import build
 setting = runtime.raw_variable("MICA_NATIVE")
 
 
-class _Found(NamedTuple):
-    module: ModuleType | None
-    why_not: str | None
-
-
-_found: dict[object, _Found] = {}  # by the raw setting
+# The raw setting -> the module, or why there is none. C++ reads it, too.
+modules: dict[object, ModuleType | str] = {}
 _not_built: set[object] = set()  # raw settings whose folder had no module when `module_if_built` looked
 _preparations: list[Callable[[ModuleType], None]] = []
 _lock = threading.Lock()
@@ -42,9 +37,9 @@ def when_loaded(prepare: Callable[[ModuleType], None]) -> None:
     """Have ``prepare(module)`` called before anybody gets a module: what floors above know, they tell it."""
     with _lock:
         _preparations.append(prepare)
-        for found in _found.values():
-            if found.module is not None:
-                prepare(found.module)
+        for found in modules.values():
+            if type(found) is not str:
+                prepare(found)
 
 
 def module() -> ModuleType | None:
@@ -54,13 +49,14 @@ def module() -> ModuleType | None:
     in the folder ``mica/native`` of the Hugging Face cache (HF_HOME). Anything else is another folder, where
     ``~`` is expanded.
     """
-    return _find().module
+    found = _find()
+    return None if type(found) is str else found
 
 
 def module_if_built() -> ModuleType | None:
     """`module`, if it can be had without compiling: for what gains less than a compiler takes."""
     raw = setting()
-    if raw not in _found:
+    if raw not in modules:
         if raw in _not_built:
             return None
         folder = _folder()
@@ -72,33 +68,34 @@ def module_if_built() -> ModuleType | None:
 
 def why_not() -> str | None:
     """Why calls run from Python, in words; None if they run from C++."""
-    return _find().why_not
+    found = _find()
+    return found if type(found) is str else None
 
 
-def _find() -> _Found:
+def _find() -> ModuleType | str:
     raw = setting()
-    found = _found.get(raw)
+    found = modules.get(raw)
     if found is None:
         with _lock:
-            found = _found.get(raw) or _load()
-            _found[raw] = found
+            found = modules.get(raw) or _load()
+            modules[raw] = found
     return found
 
 
-def _load() -> _Found:
+def _load() -> ModuleType | str:
     folder = _folder()
     if folder is None:
-        return _Found(None, f"MICA_NATIVE={os.environ['MICA_NATIVE']}")
+        return f"MICA_NATIVE={os.environ['MICA_NATIVE']}"
     try:
         loaded = imported(folder, build.NATIVE)
     except build.BuildError as error:
-        return _Found(None, str(error))
+        return str(error)
     except ImportError as error:
         hint = "delete the file, or name another folder with MICA_NATIVE"
-        return _Found(None, f"what was compiled cannot be loaded ({error}): {hint}")
+        return f"what was compiled cannot be loaded ({error}): {hint}"
     for prepare in _preparations:
         prepare(loaded)
-    return _Found(loaded, None)
+    return loaded
 
 
 def _folder() -> Path | None:

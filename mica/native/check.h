@@ -11,49 +11,39 @@
 #include <Python.h>
 
 #include <ATen/autocast_mode.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
+#include <algorithm>
+#include <limits>
+#include <set>
+#include <string_view>
+#include <typeindex>
+
 #include "layer.h"
 
 namespace mica {
 
-// Names of attributes and keys, and of what is counted.
-struct Names {
-  PyObject* active_adapter = PyUnicode_InternFromString("_active_adapter");
-  PyObject* backward_hooks = PyUnicode_InternFromString("_backward_hooks");
-  PyObject* backward_pre_hooks = PyUnicode_InternFromString("_backward_pre_hooks");
-  PyObject* base_layer = PyUnicode_InternFromString("base_layer");
-  PyObject* bias = PyUnicode_InternFromString("bias");
-  PyObject* call = PyUnicode_InternFromString("__call__");
-  PyObject* cast_input_dtype_enabled = PyUnicode_InternFromString("cast_input_dtype_enabled");
-  PyObject* disable_adapters = PyUnicode_InternFromString("_disable_adapters");
-  PyObject* ds_id = PyUnicode_InternFromString("ds_id");
-  PyObject* forward = PyUnicode_InternFromString("forward");
-  PyObject* forward_hooks = PyUnicode_InternFromString("_forward_hooks");
-  PyObject* forward_pre_hooks = PyUnicode_InternFromString("_forward_pre_hooks");
-  PyObject* hf_tp_plan = PyUnicode_InternFromString("_hf_tp_plan");
-  PyObject* linear = PyUnicode_InternFromString("linear");
-  PyObject* linear_backward = PyUnicode_InternFromString("linear_backward");
-  PyObject* linear_backward_native = PyUnicode_InternFromString("linear_backward_native");
-  PyObject* linear_native = PyUnicode_InternFromString("linear_native");
-  PyObject* lora_A = PyUnicode_InternFromString("lora_A");
-  PyObject* lora_B = PyUnicode_InternFromString("lora_B");
-  PyObject* lora_dropout = PyUnicode_InternFromString("lora_dropout");
-  PyObject* lora_variant = PyUnicode_InternFromString("lora_variant");
-  PyObject* merged_adapters = PyUnicode_InternFromString("merged_adapters");
-  PyObject* modules = PyUnicode_InternFromString("_modules");
-  PyObject* p = PyUnicode_InternFromString("p");
-  PyObject* parameters = PyUnicode_InternFromString("_parameters");
-  PyObject* scaling = PyUnicode_InternFromString("scaling");
-  PyObject* tp_info = PyUnicode_InternFromString("_tp_info");
-  PyObject* training = PyUnicode_InternFromString("training");
-  PyObject* weight = PyUnicode_InternFromString("weight");
+// "name"_key: the interned string, by which dictionaries are looked up fastest
+template <size_t size>
+struct Text {
+  char characters[size];
+
+  constexpr Text(const char (&text)[size]) {
+    std::copy_n(text, size, characters);
+  }
 };
 
-// What the classes are, and the functions that they had before anybody replaced them.
+template <Text text>
+PyObject* operator""_key() {
+  static PyObject* const key = PyUnicode_InternFromString(text.characters);
+  return key;
+}
+
+// What the classes are, and the functions that they had before anybody replaced them; what is shared with Python.
 struct Known {
   PyObject* lora_linear = nullptr;
   PyObject* variant = nullptr;
@@ -67,10 +57,25 @@ struct Known {
   PyObject* functional = nullptr; // the dictionary of torch.nn.functional
   PyObject* functional_linear = nullptr;
   PyObject* global_hooks = nullptr; // a tuple of dictionaries
+  PyObject* settings = nullptr; // the dictionary of `mica.fast.settings.settings`
+  PyObject* current = nullptr; // of `mica.fast.forward.call_counts`: its ``calls`` are those of this thread's forward
+  PyObject* outside = nullptr; // of the same: a weak reference to a layer -> the number of the latest forward
+  PyObject* latest = nullptr; // a list with that number
 };
 
-inline Names* names = nullptr; // made with the module
+// What calls from Python and from C++ share.
+struct Shared {
+  PyObject* call_counts = nullptr; // `mica.ops.call_counts`
+  PyObject* os = nullptr; // the dictionary of the module
+  PyObject* modules = nullptr; // of `mica.native`: a value of MICA_NATIVE -> this module, or why there is none
+  PyObject* instructions = nullptr; // of `mica.paths.products`: a 16-bit dtype -> whether the processor has any
+  PyObject* host_bounds = nullptr; // of `mica.paths.choose`: the index of a device -> multiplications
+  PyObject* eager = nullptr; // `mica.ops.linear.linear_eager`
+};
+
 inline Known known;
+inline Shared shared;
+inline std::set<std::type_index> computed_again; // nodes after which `mica.ops.kept` may compute x again
 
 // ---------------------------------------------------------------------------------------------------------
 // dictionaries: all references are borrowed, and nullptr stands for what is not there
@@ -100,7 +105,7 @@ inline PyObject* own(PyObject* object) {
 
 // A module's child of this name.
 inline PyObject* child(PyObject* module, PyObject* name) {
-  return item(item(own(module), names->modules), name);
+  return item(item(own(module), "_modules"_key), name);
 }
 
 inline bool is_empty_dict(PyObject* object) {
@@ -113,6 +118,18 @@ inline bool is_empty_list(PyObject* object) {
 
 inline bool is_of(PyObject* object, PyObject* type) {
   return object && reinterpret_cast<PyObject*>(Py_TYPE(object)) == type;
+}
+
+// torch's object of a dtype, or None: borrowed
+inline PyObject* object_of(const OptionalDtype& dtype) {
+  return dtype ? reinterpret_cast<PyObject*>(torch::getTHPDtype(*dtype)) : Py_None;
+}
+
+inline OptionalDtype dtype_or_none(PyObject* object) {
+  if (!object || object == Py_None) {
+    return std::nullopt;
+  }
+  return reinterpret_cast<THPDtype*>(object)->scalar_type;
 }
 
 inline bool has_attribute(PyObject* type, PyObject* name, PyObject* expected) {
@@ -135,23 +152,23 @@ inline bool are_classes_plain(PyObject* dropout) {
     }
   }
   PyObject* dropout_forward = dropout == known.dropout ? known.dropout_forward : known.identity_forward;
-  return has_attribute(known.linear, names->forward, known.linear_forward) &&
-      has_attribute(known.linear, names->call, known.call) &&
-      has_attribute(dropout, names->forward, dropout_forward) && has_attribute(dropout, names->call, known.call) &&
-      item(known.functional, names->linear) == known.functional_linear;
+  return has_attribute(known.linear, "forward"_key, known.linear_forward) &&
+      has_attribute(known.linear, "__call__"_key, known.call) &&
+      has_attribute(dropout, "forward"_key, dropout_forward) && has_attribute(dropout, "__call__"_key, known.call) &&
+      item(known.functional, "linear"_key) == known.functional_linear;
 }
 
 // Whether a call of the module does no more than its class's forward.
 inline bool is_module_plain(PyObject* module) {
   PyObject* dict = own(module);
-  return !item(dict, names->forward) && is_empty_dict(item(dict, names->forward_hooks)) &&
-      is_empty_dict(item(dict, names->forward_pre_hooks)) && is_empty_dict(item(dict, names->backward_hooks)) &&
-      is_empty_dict(item(dict, names->backward_pre_hooks));
+  return !item(dict, "forward"_key) && is_empty_dict(item(dict, "_forward_hooks"_key)) &&
+      is_empty_dict(item(dict, "_forward_pre_hooks"_key)) && is_empty_dict(item(dict, "_backward_hooks"_key)) &&
+      is_empty_dict(item(dict, "_backward_pre_hooks"_key));
 }
 
 // The name of the one active adapter.
 inline PyObject* active_adapter(PyObject* layer_dict) {
-  PyObject* name = item(layer_dict, names->active_adapter);
+  PyObject* name = item(layer_dict, "_active_adapter"_key);
   if (name && PyList_Check(name) && PyList_GET_SIZE(name) == 1) {
     name = PyList_GET_ITEM(name, 0);
   }
@@ -160,9 +177,9 @@ inline PyObject* active_adapter(PyObject* layer_dict) {
 
 // Whether nothing but the layer's one adapter counts.
 inline bool is_state_plain(PyObject* layer_dict, PyObject* base, PyObject* name) {
-  return item(layer_dict, names->disable_adapters) == Py_False &&
-      is_empty_list(item(layer_dict, names->merged_adapters)) && !item(layer_dict, names->tp_info) &&
-      !item(own(base), names->hf_tp_plan) && is_of(item(item(layer_dict, names->lora_variant), name), known.variant);
+  return item(layer_dict, "_disable_adapters"_key) == Py_False &&
+      is_empty_list(item(layer_dict, "merged_adapters"_key)) && !item(layer_dict, "_tp_info"_key) &&
+      !item(own(base), "_hf_tp_plan"_key) && is_of(item(item(layer_dict, "lora_variant"_key), name), known.variant);
 }
 
 // A tensor in memory that is nobody's partition.
@@ -171,7 +188,7 @@ inline bool is_tensor_plain(PyObject* object) {
     return false;
   }
   PyObject** dict = _PyObject_GetDictPtr(object);
-  if (dict && *dict && item(*dict, names->ds_id)) {
+  if (dict && *dict && item(*dict, "ds_id"_key)) {
     return false;
   }
   const Tensor& tensor = THPVariable_Unpack(object);
@@ -206,82 +223,164 @@ inline bool are_multiplied(
 // the check
 // ---------------------------------------------------------------------------------------------------------
 
-// (weight, lora_A, lora_B, scaling, bias, p of the dropout, dtype of autocast or None), or nullptr.
-inline PyObject* operands(PyObject* layer, PyObject* given_x) {
+// The probability with which a layer drops now; nothing where that is no number of [0, 1).
+inline std::optional<double> dropout_p(PyObject* dropout) {
+  if (!is_of(dropout, known.dropout)) {
+    return 0.0; // nn.Identity
+  }
+  PyObject* p = item(own(dropout), "p"_key);
+  PyObject* training = item(own(dropout), "training"_key);
+  if (!p || !PyFloat_CheckExact(p) || !training || !PyBool_Check(training)) {
+    return std::nullopt;
+  }
+  const double probability = PyFloat_AS_DOUBLE(p);
+  if (!(probability >= 0.0 && probability < 1.0)) { // NaN, too
+    return std::nullopt;
+  }
+  return training == Py_True ? probability : 0.0;
+}
+
+// The adapter's modules and the base layer of a layer that may be called so.
+struct Parts {
+  PyObject* base = nullptr;
+  PyObject* lora_A = nullptr;
+  PyObject* lora_B = nullptr;
+  PyObject* dropout = nullptr;
+  PyObject* scaling = nullptr;
+
+  explicit Parts(PyObject* layer_dict) {
+    PyObject* modules = item(layer_dict, "_modules"_key);
+    PyObject* name = active_adapter(layer_dict);
+    base = item(modules, "base_layer"_key);
+    if (!name || !is_of(base, known.linear) || !is_state_plain(layer_dict, base, name)) {
+      return;
+    }
+    lora_A = child(item(modules, "lora_A"_key), name);
+    lora_B = child(item(modules, "lora_B"_key), name);
+    dropout = child(item(modules, "lora_dropout"_key), name);
+    scaling = item(item(layer_dict, "scaling"_key), name);
+  }
+
+  bool are_plain() const {
+    const bool is_dropout = is_of(dropout, known.dropout) || is_of(dropout, known.identity);
+    return is_of(lora_A, known.linear) && is_of(lora_B, known.linear) && is_dropout && scaling &&
+        PyFloat_CheckExact(scaling) && are_classes_plain(reinterpret_cast<PyObject*>(Py_TYPE(dropout))) &&
+        is_module_plain(base) && is_module_plain(lora_A) && is_module_plain(lora_B) && is_module_plain(dropout);
+  }
+};
+
+// A call in the common case.
+struct Call {
+  Operands operands;
+  Options options;
+};
+
+inline std::optional<Call> call_of(PyObject* layer, PyObject* given_x) {
   if (!is_of(layer, known.lora_linear) || !THPVariable_CheckExact(given_x) || !is_eager()) {
-    return nullptr;
+    return std::nullopt;
   }
   const Tensor& x = THPVariable_Unpack(given_x);
-  const bool is_ordinary = x.layout() == at::kStrided && !x.is_nested();
+  const bool is_ordinary = x.layout() == at::kStrided && !x.is_nested() && x.dim() > 0;
   if (!is_ordinary || !(x.is_cpu() || x.is_cuda())) {
-    return nullptr;
+    return std::nullopt;
   }
-
   PyObject* layer_dict = own(layer);
-  PyObject* modules = item(layer_dict, names->modules);
-  PyObject* name = active_adapter(layer_dict);
-  PyObject* base = item(modules, names->base_layer);
-  if (!name || !is_of(base, known.linear) || !is_state_plain(layer_dict, base, name)) {
-    return nullptr;
+  const Parts parts(layer_dict);
+  if (!parts.are_plain()) {
+    return std::nullopt;
   }
-  PyObject* lora_A = child(item(modules, names->lora_A), name);
-  PyObject* lora_B = child(item(modules, names->lora_B), name);
-  PyObject* dropout = child(item(modules, names->lora_dropout), name);
-  PyObject* scaling = item(item(layer_dict, names->scaling), name);
-  const bool has_dropout = is_of(dropout, known.dropout);
-  if (!is_of(lora_A, known.linear) || !is_of(lora_B, known.linear) || !scaling || !PyFloat_CheckExact(scaling) ||
-      !(has_dropout || is_of(dropout, known.identity))) {
-    return nullptr;
-  }
-  if (!are_classes_plain(has_dropout ? known.dropout : known.identity) || !is_module_plain(base) ||
-      !is_module_plain(lora_A) || !is_module_plain(lora_B) || !is_module_plain(dropout)) {
-    return nullptr;
-  }
-  double dropout_p = 0.0;
-  if (has_dropout) {
-    PyObject* p = item(own(dropout), names->p);
-    PyObject* training = item(own(dropout), names->training);
-    if (!p || !PyFloat_CheckExact(p) || !training || !PyBool_Check(training)) {
-      return nullptr;
-    }
-    const double probability = PyFloat_AS_DOUBLE(p);
-    if (!(probability >= 0.0 && probability < 1.0)) { // NaN, too
-      return nullptr;
-    }
-    dropout_p = training == Py_True ? probability : 0.0;
-  }
-
-  PyObject* base_parameters = item(own(base), names->parameters);
-  PyObject* A_parameters = item(own(lora_A), names->parameters);
-  PyObject* B_parameters = item(own(lora_B), names->parameters);
-  PyObject* weight = item(base_parameters, names->weight);
-  PyObject* bias = item(base_parameters, names->bias);
-  PyObject* A = item(A_parameters, names->weight);
-  PyObject* B = item(B_parameters, names->weight);
+  const std::optional<double> p = dropout_p(parts.dropout);
+  PyObject* base_parameters = item(own(parts.base), "_parameters"_key);
+  PyObject* A_parameters = item(own(parts.lora_A), "_parameters"_key);
+  PyObject* B_parameters = item(own(parts.lora_B), "_parameters"_key);
+  PyObject* weight = item(base_parameters, "weight"_key);
+  PyObject* bias = item(base_parameters, "bias"_key);
+  PyObject* A = item(A_parameters, "weight"_key);
+  PyObject* B = item(B_parameters, "weight"_key);
   const bool has_bias = bias && bias != Py_None;
-  if (item(A_parameters, names->bias) != Py_None || item(B_parameters, names->bias) != Py_None ||
-      !is_frozen(weight) || !is_tensor_plain(A) || !is_frozen(B) || (has_bias && !is_frozen(bias))) {
-    return nullptr;
+  const bool has_factor_bias =
+      item(A_parameters, "bias"_key) != Py_None || item(B_parameters, "bias"_key) != Py_None;
+  if (!p || has_factor_bias || !is_frozen(weight) || !is_tensor_plain(A) || !is_frozen(B) ||
+      (has_bias && !is_frozen(bias)) || THPVariable_Unpack(A).is_inference()) {
+    return std::nullopt;
   }
 
-  const Tensor& weight_tensor = THPVariable_Unpack(weight);
-  const Tensor& A_tensor = THPVariable_Unpack(A);
-  const Tensor& B_tensor = THPVariable_Unpack(B);
-  if (A_tensor.is_inference()) {
-    return nullptr;
+  Call call{{THPVariable_Unpack(weight), THPVariable_Unpack(A), THPVariable_Unpack(B)}};
+  auto& [operands, options] = call;
+  if (has_bias) {
+    operands.bias = THPVariable_Unpack(bias);
   }
-  PyObject* autocast_dtype = Py_None;
+  options.scaling = PyFloat_AS_DOUBLE(parts.scaling);
+  options.dropout_p = *p;
   if (at::autocast::is_autocast_enabled(x.device().type())) {
-    if (!is_cast_by_autocast(x) || !is_cast_by_autocast(weight_tensor) || !is_cast_by_autocast(A_tensor) ||
-        !is_cast_by_autocast(B_tensor) || (has_bias && !is_cast_by_autocast(THPVariable_Unpack(bias)))) {
-      return nullptr;
-    }
-    autocast_dtype =
-        reinterpret_cast<PyObject*>(torch::getTHPDtype(at::autocast::get_autocast_dtype(x.device().type())));
-  } else if (!are_multiplied(x, weight_tensor, A_tensor, B_tensor, item(layer_dict, names->cast_input_dtype_enabled))) {
-    return nullptr;
+    options.autocast_dtype = at::autocast::get_autocast_dtype(x.device().type());
+    const bool are_cast = is_cast_by_autocast(x) && is_cast_by_autocast(operands.weight) &&
+        is_cast_by_autocast(operands.lora_A) && is_cast_by_autocast(operands.lora_B) &&
+        (!has_bias || is_cast_by_autocast(*operands.bias));
+    return are_cast ? std::optional(call) : std::nullopt;
   }
-  return Py_BuildValue("(OOOOOdO)", weight, A, B, scaling, has_bias ? bias : Py_None, dropout_p, autocast_dtype);
+  PyObject* casts_input = item(layer_dict, "cast_input_dtype_enabled"_key);
+  if (!are_multiplied(x, operands.weight, operands.lora_A, operands.lora_B, casts_input)) {
+    return std::nullopt;
+  }
+  if (const OptionalDtype wide = dtype_or_none(item(known.settings, "compute_dtype"_key))) {
+    options.compute_dtype = c10::promoteTypes(*wide, x.scalar_type());
+  }
+  return call;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// who computes
+// ---------------------------------------------------------------------------------------------------------
+
+// The environment, where it is now: `datasets` replaces os.environ.
+inline PyObject* environment() {
+  return item(own(item(shared.os, "environ"_key)), "_data"_key);
+}
+
+// Whether MICA_NATIVE, as it is now, has led to a module.
+inline bool is_switched_on() {
+  static PyObject* const name = PyBytes_FromString("MICA_NATIVE"); // keys and values of the environment are bytes
+  PyObject* setting = item(environment(), name);
+  PyObject* found = item(shared.modules, setting ? setting : Py_None);
+  return found && !PyUnicode_Check(found);
+}
+
+inline bool has_instructions(ScalarType dtype) {
+  PyObject* answer = item(shared.instructions, object_of(OptionalDtype(dtype)));
+  return !answer || answer == Py_True;
+}
+
+// Whether a call is computed here, by PyTorch's operators. `mica.paths.choose` decides about all others.
+inline bool runs_here(const Tensor& x, const Operands& operands, const Options& options) {
+  static PyObject* const name = PyBytes_FromString("MICA_BACKEND");
+  PyObject* setting = item(environment(), name);
+  const std::string_view backend = setting && PyBytes_Check(setting) ? PyBytes_AS_STRING(setting) : "";
+  const bool is_reference = backend == "reference";
+  if (!is_reference && !backend.empty() && backend != "auto") {
+    return false;
+  }
+  const ScalarType dtype = options.autocast_dtype.value_or(x.scalar_type());
+  if (x.is_cpu() && !(has_instructions(dtype) && has_instructions(options.compute_dtype.value_or(dtype)))) {
+    return false;
+  }
+  constexpr long long unbounded = std::numeric_limits<long long>::max(); // as Python's sys.maxsize
+  THPObjectPtr index(PyLong_FromLong(x.get_device()));
+  PyObject* found = item(shared.host_bounds, index.get());
+  const long long bound = is_reference ? unbounded : found ? PyLong_AsLongLong(found) : -1;
+  if (options.dropout_p > 0.0 && (bound < unbounded || !x.is_cpu())) { // the loop over a mask is for CPUs
+    return false;
+  }
+  return x.numel() * operands.weight.size(0) <= bound;
+}
+
+// Whether `mica.ops.kept` has to be asked, which may spare the layer from keeping x.
+inline bool may_be_computed_again(const Tensor& x, const Operands& operands) {
+  if (!at::GradMode::is_enabled() || !operands.lora_A.requires_grad() || !x.grad_fn()) {
+    return false;
+  }
+  const torch::autograd::Node& node = *x.grad_fn();
+  return computed_again.count(typeid(node)) > 0;
 }
 
 } // namespace mica

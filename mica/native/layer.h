@@ -36,6 +36,32 @@ inline bool has_wide_sums = false; // of 16-bit products on CUDA
 inline std::string edited; // the message where what was saved has been edited in place
 inline void (*on_backward)() = nullptr; // counts
 
+// The tensors that a layer takes beside x.
+struct Operands {
+  Tensor weight; // (out_features, in_features)
+  Tensor lora_A; // (rank, in_features)
+  Tensor lora_B; // (out_features, rank)
+  OptionalTensor bias; // (out_features)
+};
+
+// What else a call is given; `mica.ops.linear.linear_eager` takes both.
+struct Options {
+  double scaling = 1.0;
+  OptionalDtype compute_dtype; // that of the low-rank products; none: that of x
+  double dropout_p = 0.0;
+  OptionalTensor seed; // int64 (1), where dropout_p > 0
+  OptionalDtype autocast_dtype; // autocast's where it is on
+};
+
+// The same in numbers, which a backward needs, too.
+struct Numbers {
+  double scaling;
+  ScalarType compute_dtype;
+  ScalarType factor_dtype; // of lora_A
+  ScalarType grad_dtype; // to which dA may be rounded first, as PyTorch does under autocast
+  Dropout dropout;
+};
+
 // ---------------------------------------------------------------------------------------------------------
 // the formula
 // ---------------------------------------------------------------------------------------------------------
@@ -84,17 +110,11 @@ inline Tensor scaled_product(const Tensor& left, const Tensor& factor, double sc
 }
 
 // y (M×N) from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)
-inline Tensor linear(
-    const Tensor& x,
-    const Tensor& weight,
-    const Tensor& lora_A,
-    const Tensor& lora_B,
-    double scaling,
-    const OptionalTensor& bias,
-    ScalarType compute_dtype,
-    const Dropout& dropout) {
-  const ScalarType dtype = product_dtype(x, lora_A.scalar_type(), lora_B.scalar_type(), compute_dtype);
-  const Tensor h = scaled_product(masked(x, dropout), lora_A.t(), scaling / (1.0 - dropout.p), dtype);
+inline Tensor linear(const Tensor& x, const Operands& operands, const Numbers& numbers) {
+  const auto& [weight, lora_A, lora_B, bias] = operands;
+  const ScalarType dtype = product_dtype(x, lora_A.scalar_type(), lora_B.scalar_type(), numbers.compute_dtype);
+  const double scaling = numbers.scaling / (1.0 - numbers.dropout.p);
+  const Tensor h = scaled_product(masked(x, numbers.dropout), lora_A.t(), scaling, dtype);
   const Tensor y = bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
   if (dtype == y.scalar_type()) {
     return added(y, h, cast(lora_B, dtype).t());
@@ -180,30 +200,13 @@ inline Tensor like(at::IntArrayRef shape, const Tensor& matrix) {
 // autograd
 // ---------------------------------------------------------------------------------------------------------
 
-// What a call has beside its tensors.
-struct Numbers {
-  double scaling;
-  ScalarType compute_dtype;
-  ScalarType factor_dtype; // of lora_A
-  ScalarType grad_dtype; // to which dA may be rounded first, as PyTorch does under autocast
-  Dropout dropout;
-};
-
 // Autocast's casts have been made before: within a formula it would cast each product's operands.
 using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
 
-inline Tensor forward_of(
-    const Tensor& x,
-    const Tensor& weight,
-    const Tensor& lora_A,
-    const Tensor& lora_B,
-    const OptionalTensor& bias,
-    const Numbers& numbers) {
+inline Tensor forward_of(const Tensor& x, const Operands& operands, const Numbers& numbers) {
   const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const Tensor y = linear(
-      as_matrix(x), weight, lora_A, lora_B, numbers.scaling, bias, numbers.compute_dtype, numbers.dropout);
-  return like(x.sizes(), y);
+  return like(x.sizes(), linear(as_matrix(x), operands, numbers));
 }
 
 // (dx, dA) of what was saved; undefined where weight or x is.
@@ -294,13 +297,12 @@ inline Numbers saved_numbers(AutogradContext* ctx) {
 }
 
 struct Layer : torch::autograd::Function<Layer> {
+  // lora_A is the operands', given as an argument so that autograd sees it
   static Tensor forward(
       AutogradContext* ctx,
       const Tensor& x,
-      const Tensor& weight,
       const Tensor& lora_A,
-      const Tensor& lora_B,
-      const OptionalTensor& bias,
+      const Operands& operands,
       const Numbers& numbers) {
     const bool needs_x = x.requires_grad();
     const bool needs_A = lora_A.requires_grad();
@@ -308,15 +310,15 @@ struct Layer : torch::autograd::Function<Layer> {
       const at::AutoGradMode with_grad(true);
       // no fp32 copy, no h, no mask, and nothing that no gradient needs; perhaps no x: `mica.ops.kept`
       variable_list tensors{
-          needs_x ? kept(weight) : Tensor(),
+          needs_x ? kept(operands.weight) : Tensor(),
           needs_x ? kept(lora_A) : Tensor(),
-          kept(lora_B),
+          kept(operands.lora_B),
           needs_A ? kept(x) : Tensor(),
       };
       ctx->save_for_backward(std::move(tensors));
     }
     save_numbers(ctx, numbers);
-    return forward_of(x, weight, lora_A, lora_B, bias, numbers);
+    return forward_of(x, operands, numbers);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
@@ -324,7 +326,7 @@ struct Layer : torch::autograd::Function<Layer> {
     const variable_list tensors = saved(ctx);
     const Tensor& grad_output = grad_outputs[0];
     const bool needs_x = tensors[0].defined() && ctx->needs_input_grad(0);
-    const bool needs_A = tensors[3].defined() && ctx->needs_input_grad(2);
+    const bool needs_A = tensors[3].defined() && ctx->needs_input_grad(1);
     const Tensor weight = needs_x ? tensors[0] : Tensor();
 
     const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
@@ -334,8 +336,38 @@ struct Layer : torch::autograd::Function<Layer> {
     }
     const Tensor x = needs_A ? tensors[3] : Tensor();
     const auto [dx, dA] = backward_of(grad_output, x, weight, tensors[1], tensors[2], saved_numbers(ctx));
-    return {dx, Tensor(), dA, Tensor(), Tensor(), Tensor()};
+    return {dx, dA, Tensor(), Tensor()};
   }
 };
+
+// As autocast: fp64 stays as it is.
+inline Tensor autocast_to(const Tensor& tensor, const OptionalDtype& dtype) {
+  return dtype && tensor.scalar_type() != at::kDouble ? cast(tensor, *dtype) : tensor;
+}
+
+// y of a call, with autograd and autocast
+inline Tensor layer(const Tensor& given_x, Operands operands, const Options& options) {
+  // cast here, where autograd follows it
+  const Tensor x = autocast_to(given_x, options.autocast_dtype);
+  operands.weight = autocast_to(operands.weight, options.autocast_dtype);
+  if (operands.bias) {
+    operands.bias = autocast_to(*operands.bias, options.autocast_dtype);
+  }
+  const ScalarType factor_dtype = operands.lora_A.scalar_type();
+  Numbers numbers{
+      options.scaling,
+      options.compute_dtype.value_or(x.scalar_type()),
+      factor_dtype,
+      options.autocast_dtype.value_or(factor_dtype),
+      Dropout{options.dropout_p},
+  };
+  if (numbers.dropout) {
+    numbers.dropout.seed = static_cast<uint64_t>(*options.seed->const_data_ptr<int64_t>());
+  }
+  if (at::GradMode::is_enabled() && (x.requires_grad() || operands.lora_A.requires_grad())) {
+    return Layer::apply(x, operands.lora_A, operands, numbers);
+  }
+  return forward_of(x, operands, numbers);
+}
 
 } // namespace mica

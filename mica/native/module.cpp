@@ -1,262 +1,235 @@
-// What Python calls: the check of a layer, and the layer itself.
+// What Python calls: a layer by its check, a layer by its operands, and loops.
 
-#include <torch/csrc/Dtype.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <limits>
 
 #include "check.h"
 #include "layer.h"
 #include "merging.h"
 
+namespace py = pybind11;
+
 namespace mica {
 namespace {
 
 // ---------------------------------------------------------------------------------------------------------
-// `mica.ops.call_counts`
+// what is counted
 // ---------------------------------------------------------------------------------------------------------
 
-PyObject* call_counts = nullptr;
-
-// One call more of this function, and one more of it from C++. Under the GIL.
+// In `mica.ops.call_counts` one call more of this function, and one more of it from C++. Under the GIL.
 void count(PyObject* name, PyObject* name_from_cpp) {
   for (PyObject* key : {name, name_from_cpp}) {
-    PyObject* before = PyDict_GetItemWithError(call_counts, key);
+    PyObject* before = PyDict_GetItemWithError(shared.call_counts, key);
     THPObjectPtr after(PyLong_FromLongLong(1 + (before ? PyLong_AsLongLong(before) : 0)));
-    if (!after || PyDict_SetItem(call_counts, key, after.get()) < 0) {
+    if (!after || PyDict_SetItem(shared.call_counts, key, after.get()) < 0) {
       throw python_error();
     }
   }
 }
 
 void count_backward() {
-  const pybind11::gil_scoped_acquire gil;
-  count(names->linear_backward, names->linear_backward_native);
+  const py::gil_scoped_acquire gil;
+  count("linear_backward"_key, "linear_backward_native"_key);
+}
+
+PyObject* tuple_of(at::IntArrayRef numbers) {
+  PyObject* tuple = PyTuple_New(static_cast<Py_ssize_t>(numbers.size()));
+  for (size_t i = 0; tuple && i < numbers.size(); ++i) {
+    PyTuple_SET_ITEM(tuple, static_cast<Py_ssize_t>(i), PyLong_FromLongLong(numbers[i]));
+  }
+  return tuple;
+}
+
+// As `mica.fast.forward.call_counts.note_operators`.
+void note(PyObject* layer, const Tensor& x, const OptionalDtype& autocast_dtype) {
+  THPObjectPtr calls(PyObject_GetAttr(known.current, "calls"_key));
+  if (calls && PyList_Check(calls.get())) {
+    THPObjectPtr entry(Py_BuildValue(
+        "(OO(ONNO))",
+        layer,
+        Py_None,
+        object_of(x.scalar_type()),
+        tuple_of(x.sizes()),
+        tuple_of(x.strides()),
+        object_of(autocast_dtype)));
+    if (!entry || PyList_Append(calls.get(), entry.get()) < 0) {
+      throw python_error();
+    }
+    return;
+  }
+  THPObjectPtr reference(calls ? PyWeakref_NewRef(layer, nullptr) : nullptr);
+  if (!reference || PyDict_SetItem(known.outside, reference.get(), PyList_GET_ITEM(known.latest, 0)) < 0) {
+    throw python_error();
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// functions
+// a layer
 // ---------------------------------------------------------------------------------------------------------
 
-OptionalDtype dtype_or_none(PyObject* object) {
-  if (object == Py_None) {
+Tensor call_here(const Tensor& x, const Operands& operands, const Options& options) {
+  count("linear"_key, "linear_native"_key);
+  const py::gil_scoped_release no_gil;
+  return layer(x, operands, options);
+}
+
+// `mica.ops.linear.linear_eager`
+PyObject* call_python(PyObject* x, const Operands& operands, const Options& options) {
+  const auto& [weight, lora_A, lora_B, bias] = operands;
+  const auto& [scaling, compute_dtype, dropout_p, seed, autocast_dtype] = options;
+  const py::handle dtype = object_of(compute_dtype);
+  const py::handle eager = shared.eager;
+  return eager(
+             py::handle(x), weight, lora_A, lora_B, scaling, bias, dtype, dropout_p, seed,
+             py::handle(object_of(autocast_dtype)))
+      .release()
+      .ptr();
+}
+
+// fast(layer, x): y, or None where anything is unusual. `mica.fast.forward.fast`
+PyObject* fast(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(num_args == 2, "fast takes 2 arguments, not ", num_args);
+  std::optional<Call> call = is_switched_on() ? call_of(args[0], args[1]) : std::nullopt;
+  if (!call) {
+    Py_RETURN_NONE;
+  }
+  auto& [operands, options] = *call;
+  const Tensor& x = THPVariable_Unpack(args[1]);
+  note(args[0], x, options.autocast_dtype);
+  if (options.dropout_p > 0.0) {
+    // by torch's generator: checkpointing restores that, and so the mask
+    const auto on_device = at::TensorOptions(at::kLong).device(x.device());
+    options.seed = at::randint(0, std::numeric_limits<int64_t>::max(), {1}, on_device);
+  }
+  if (runs_here(x, operands, options) && !may_be_computed_again(x, operands)) {
+    return THPVariable_Wrap(call_here(x, operands, options));
+  }
+  return call_python(args[1], operands, options);
+  END_HANDLE_TH_ERRORS
+}
+
+// y, or None where kernels may run. `mica.ops.linear`
+OptionalTensor linear_or_none(
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& lora_A,
+    const Tensor& lora_B,
+    double scaling,
+    const OptionalTensor& bias,
+    const py::object& compute_dtype,
+    double dropout_p,
+    const OptionalTensor& seed,
+    const py::object& autocast_dtype) {
+  const Operands operands{weight, lora_A, lora_B, bias};
+  const Options options{
+      scaling, dtype_or_none(compute_dtype.ptr()), dropout_p, seed, dtype_or_none(autocast_dtype.ptr())};
+  if (!runs_here(x, operands, options)) {
     return std::nullopt;
   }
-  return reinterpret_cast<THPDtype*>(object)->scalar_type;
+  return call_here(x, operands, options);
 }
 
-// As autocast: fp64 stays as it is.
-Tensor autocast_to(const Tensor& tensor, const OptionalDtype& dtype) {
-  return dtype && tensor.scalar_type() != at::kDouble ? cast(tensor, *dtype) : tensor;
+// ---------------------------------------------------------------------------------------------------------
+// loops
+// ---------------------------------------------------------------------------------------------------------
+
+OptionalTensor wide_product(const Tensor& left, const Tensor& right) {
+  const py::gil_scoped_release no_gil;
+  const Tensor product = wide_product_or_none(left, right);
+  return product.defined() ? OptionalTensor(product) : std::nullopt;
 }
 
-// linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, autocast_dtype):
-// `mica.ops.linear.linear_eager`
-PyObject* linear_function(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(num_args == 10, "linear takes 10 arguments, not ", num_args);
-  const Tensor& given_x = THPVariable_Unpack(args[0]);
-  const Tensor& given_weight = THPVariable_Unpack(args[1]);
-  const Tensor& lora_A = THPVariable_Unpack(args[2]);
-  const Tensor& lora_B = THPVariable_Unpack(args[3]);
-  const double scaling = PyFloat_AsDouble(args[4]);
-  OptionalTensor given_bias;
-  if (args[5] != Py_None) {
-    given_bias = THPVariable_Unpack(args[5]);
-  }
-  const OptionalDtype compute_dtype = dtype_or_none(args[6]);
-  const OptionalDtype autocast_dtype = dtype_or_none(args[9]);
-  Dropout dropout;
-  dropout.p = PyFloat_AsDouble(args[7]);
-  if (dropout) {
-    const Tensor& seed = THPVariable_Unpack(args[8]);
-    TORCH_CHECK(seed.is_cpu() && given_x.is_cpu(), "dropout is for tensors on a CPU here");
-    dropout.seed = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
-  }
-  count(names->linear, names->linear_native);
-
-  Tensor y;
-  {
-    const pybind11::gil_scoped_release no_gil;
-    // cast here, where autograd follows it
-    const Tensor x = autocast_to(given_x, autocast_dtype);
-    const Tensor weight = autocast_to(given_weight, autocast_dtype);
-    OptionalTensor bias;
-    if (given_bias) {
-      bias = autocast_to(*given_bias, autocast_dtype);
-    }
-    const ScalarType factor_dtype = lora_A.scalar_type();
-    const Numbers numbers{
-        scaling,
-        compute_dtype.value_or(x.scalar_type()),
-        factor_dtype,
-        autocast_dtype.value_or(factor_dtype),
-        dropout,
-    };
-    const bool needs_grad = at::GradMode::is_enabled() && (x.requires_grad() || lora_A.requires_grad());
-    if (needs_grad) {
-      y = Layer::apply(x, weight, lora_A, lora_B, bias, numbers);
-    } else {
-      y = forward_of(x, weight, lora_A, lora_B, bias, numbers);
-    }
-  }
-  return THPVariable_Wrap(std::move(y));
-  END_HANDLE_TH_ERRORS
-}
-
-// operands(layer, x): `mica.fast.forward.fast_check`
-PyObject* operands_function(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(num_args == 2, "operands takes 2 arguments, not ", num_args);
-  PyObject* found = operands(args[0], args[1]);
-  if (!found && !PyErr_Occurred()) {
-    Py_RETURN_NONE;
-  }
-  return found;
-  END_HANDLE_TH_ERRORS
-}
-
-// A function of two tensors as Python calls it; None where its result is undefined.
-template <Tensor (*function)(const Tensor&, const Tensor&)>
-PyObject* of_two_tensors(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(num_args == 2, "this function takes 2 arguments, not ", num_args);
-  const Tensor& first = THPVariable_Unpack(args[0]);
-  const Tensor& second = THPVariable_Unpack(args[1]);
-  Tensor result;
-  {
-    const pybind11::gil_scoped_release no_gil;
-    result = function(first, second);
-  }
-  if (!result.defined()) {
-    Py_RETURN_NONE;
-  }
-  return THPVariable_Wrap(std::move(result));
-  END_HANDLE_TH_ERRORS
-}
-
-// merge_chunk(new, old, update, needs_lost): (positions that are lost or None, unchanged, ‖update‖², ‖error‖²), or None
-// where PyTorch's operators have to do it; ``new`` is then undefined. For `mica.fast.merge.merging`
-PyObject* merge_chunk_function(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(num_args == 4, "merge_chunk takes 4 arguments, not ", num_args);
-  const Tensor& fresh = THPVariable_Unpack(args[0]);
-  const Tensor& old = THPVariable_Unpack(args[1]);
-  const Tensor& update = THPVariable_Unpack(args[2]);
-  const bool needs_lost = args[3] == Py_True;
+// (positions that are lost or None, unchanged, ‖update‖², ‖error‖²), or None where PyTorch's operators have to do it;
+// ``fresh`` is then undefined. For `mica.fast.merge.merging`
+py::object merge_chunk(const Tensor& fresh, const Tensor& old, const Tensor& update, bool needs_lost) {
   if (!takes_chunk(fresh, old, update)) {
-    Py_RETURN_NONE;
+    return py::none();
   }
   Merged merged;
-  Tensor lost;
+  OptionalTensor lost;
   {
-    const pybind11::gil_scoped_release no_gil;
+    const py::gil_scoped_release no_gil;
     const bool is_short = old.element_size() == 2;
     merged = is_short ? merge_words<uint16_t>(fresh, old, update, needs_lost)
                       : merge_words<uint32_t>(fresh, old, update, needs_lost);
     if (needs_lost) {
       lost = at::empty({static_cast<int64_t>(merged.lost.size())}, at::kLong);
-      std::copy(merged.lost.begin(), merged.lost.end(), lost.mutable_data_ptr<int64_t>());
+      std::copy(merged.lost.begin(), merged.lost.end(), lost->mutable_data_ptr<int64_t>());
     }
   }
   if (!merged.range.is_ordinary()) {
-    Py_RETURN_NONE;
+    return py::none();
   }
-  THPObjectPtr positions(needs_lost ? THPVariable_Wrap(std::move(lost)) : Py_NewRef(Py_None));
-  return Py_BuildValue(
-      "(OLdd)",
-      positions.get(),
-      static_cast<long long>(merged.unchanged),
-      merged.update_squared,
-      merged.error_squared);
-  END_HANDLE_TH_ERRORS
+  return py::make_tuple(lost, merged.unchanged, merged.update_squared, merged.error_squared);
 }
 
-// subtract_chunk(new, weight, update): whether ``new`` is now round(weight - update)
-PyObject* subtract_chunk_function(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(num_args == 3, "subtract_chunk takes 3 arguments, not ", num_args);
-  const Tensor& fresh = THPVariable_Unpack(args[0]);
-  const Tensor& weight = THPVariable_Unpack(args[1]);
-  const Tensor& update = THPVariable_Unpack(args[2]);
-  bool is_done = false;
-  if (takes_chunk(fresh, weight, update)) {
-    const pybind11::gil_scoped_release no_gil;
-    const bool is_short = weight.element_size() == 2;
-    is_done = is_short ? subtract_words<uint16_t>(fresh, weight, update)
-                       : subtract_words<uint32_t>(fresh, weight, update);
+// Whether ``fresh`` is now round(weight - update).
+bool subtract_chunk(const Tensor& fresh, const Tensor& weight, const Tensor& update) {
+  if (!takes_chunk(fresh, weight, update)) {
+    return false;
   }
-  return PyBool_FromLong(is_done);
-  END_HANDLE_TH_ERRORS
+  const py::gil_scoped_release no_gil;
+  const bool is_short = weight.element_size() == 2;
+  return is_short ? subtract_words<uint16_t>(fresh, weight, update)
+                  : subtract_words<uint32_t>(fresh, weight, update);
 }
 
-// configure_linear(call_counts, few_to_round, tokens_per_chunk, has_wide_sums, edited)
-PyObject* configure_linear(PyObject*, PyObject* args) {
-  long long rows = 0;
-  long long tokens = 0;
-  int wide_sums = 0;
-  const char* text = nullptr;
-  PyObject* counts = nullptr;
-  if (!PyArg_ParseTuple(args, "O!LLps", &PyDict_Type, &counts, &rows, &tokens, &wide_sums, &text)) {
-    return nullptr;
+// ---------------------------------------------------------------------------------------------------------
+// what Python tells
+// ---------------------------------------------------------------------------------------------------------
+
+// The objects of a tuple into fields, in their order, for as long as the process lives.
+template <typename Fields>
+void fill(Fields& fields, const py::tuple& objects) {
+  TORCH_CHECK(objects.size() * sizeof(PyObject*) == sizeof(Fields), "not so many fields: ", objects.size());
+  auto** pointers = reinterpret_cast<PyObject**>(&fields);
+  for (const py::handle object : objects) {
+    *pointers++ = object.inc_ref().ptr();
   }
-  Py_XSETREF(call_counts, Py_NewRef(counts));
-  few_to_round = rows;
-  tokens_per_chunk = tokens;
+}
+
+// outputs: those of the operators after which `mica.ops.kept` may compute x again
+void configure_linear(
+    int64_t few_rows,
+    int64_t chunk,
+    bool wide_sums,
+    const std::string& text,
+    const std::vector<Tensor>& outputs,
+    const py::tuple& objects) {
+  few_to_round = few_rows;
+  tokens_per_chunk = chunk;
   has_wide_sums = wide_sums;
   edited = text;
   on_backward = count_backward;
-  Py_RETURN_NONE;
-}
-
-// configure_check(...): the fields of `Known`, in their order
-PyObject* configure_check(PyObject*, PyObject* args) {
-  Known given;
-  if (!PyArg_ParseTuple(
-          args,
-          "OOOOOOOOOO!OO!",
-          &given.lora_linear,
-          &given.variant,
-          &given.linear,
-          &given.identity,
-          &given.dropout,
-          &given.linear_forward,
-          &given.identity_forward,
-          &given.dropout_forward,
-          &given.call,
-          &PyDict_Type,
-          &given.functional,
-          &given.functional_linear,
-          &PyTuple_Type,
-          &given.global_hooks)) {
-    return nullptr;
+  for (const Tensor& output : outputs) {
+    const torch::autograd::Node& node = *output.grad_fn();
+    computed_again.emplace(typeid(node));
   }
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args); ++i) {
-    Py_INCREF(PyTuple_GET_ITEM(args, i)); // for as long as the process lives
-  }
-  known = given;
-  Py_RETURN_NONE;
+  fill(shared, objects);
 }
 
-PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+void configure_check(const py::tuple& objects) {
+  fill(known, objects);
 }
 
-PyMethodDef methods[] = {
-    {"linear", fast(linear_function), METH_FASTCALL, nullptr},
-    {"wide_product", fast(of_two_tensors<wide_product_or_none>), METH_FASTCALL, nullptr},
-    {"merge_chunk", fast(merge_chunk_function), METH_FASTCALL, nullptr},
-    {"weighted_sums", fast(of_two_tensors<weighted_sums>), METH_FASTCALL, nullptr},
-    {"subtract_chunk", fast(subtract_chunk_function), METH_FASTCALL, nullptr},
-    {"operands", fast(operands_function), METH_FASTCALL, nullptr},
-    {"configure_linear", configure_linear, METH_VARARGS, nullptr},
-    {"configure_check", configure_check, METH_VARARGS, nullptr},
+PyMethodDef quickly_called[] = {
+    {"fast", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fast)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
-
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "mica_native", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 } // namespace
 } // namespace mica
 
-PyMODINIT_FUNC PyInit_mica_native() {
-  mica::names = new mica::Names();
-  return PyModule_Create(&mica::definition);
+PYBIND11_MODULE(mica_native, module) {
+  PyModule_AddFunctions(module.ptr(), mica::quickly_called);
+  module.def("linear", mica::linear_or_none);
+  module.def("wide_product", mica::wide_product);
+  module.def("weighted_sums", mica::weighted_sums, py::call_guard<py::gil_scoped_release>());
+  module.def("merge_chunk", mica::merge_chunk);
+  module.def("subtract_chunk", mica::subtract_chunk);
+  module.def("configure_linear", mica::configure_linear);
+  module.def("configure_check", mica::configure_check);
 }

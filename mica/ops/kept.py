@@ -218,15 +218,22 @@ def _may_hook() -> bool:
 # ---------------------------------------------------------------------------------------------------
 
 
-def _node_of(function: Callable[[Tensor], Tensor]) -> type:
-    return type(function(torch.zeros(2, requires_grad=True, device="cpu")).grad_fn)
+class _OfPython(torch.autograd.Function):
+    """Liger's functions are of PyTorch's class of nodes that this one's is of, too."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.clone()
 
 
-_PRODUCT = _node_of(lambda t: t * t)
-_CAST = _node_of(lambda t: t.to(torch.float64))
-_SILU = _node_of(F.silu)
-_GELU = _node_of(F.gelu)
-_POWER = _node_of(lambda t: t.pow(2))
+def outputs() -> tuple[Tensor, ...]:
+    """An output of each operator that may have made an x that is computed again; the last is Python's."""
+    t = torch.zeros(2, requires_grad=True, device="cpu")
+    with torch.enable_grad():
+        return t * t, t.to(torch.float64), F.silu(t), F.gelu(t), t.pow(2), _OfPython.apply(t)
+
+
+_PRODUCT, _CAST, _SILU, _GELU, _POWER, _ = (type(output.grad_fn) for output in outputs())
 _KINDS = {_PRODUCT, _CAST, _SILU, _GELU, _POWER}
 
 _EDITED = (

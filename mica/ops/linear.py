@@ -5,6 +5,7 @@ The maths is in `mica.paths`; the operators state none of it.
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from types import ModuleType
 
@@ -31,8 +32,8 @@ from mica.ops.operator import (
     without_none,
     without_values,
 )
-from mica.paths import products, reference_path
-from mica.paths.choose import NATIVE, Rows, backward_rows, decide, forward_rows
+from mica.paths import choose, products, reference_path
+from mica.paths.choose import backward_rows, forward_rows
 
 
 def mica_linear(
@@ -89,14 +90,13 @@ def _linear(
     dropout_p=0.0,
     seed=None,
     grad_dtype=None,
-    choice=None,
 ):
     matrix = as_matrix(x)
     rank = lora_A.shape[0]
     dtypes = (x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
     operands = (matrix, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
     rows = partial(forward_rows, matrix, weight.shape[0], dropout_p)
-    return like(x.shape, run_formula("linear", x, rank, dtypes, *operands, rows=rows, choice=choice))
+    return like(x.shape, run_formula("linear", x, rank, dtypes, *operands, rows=rows))
 
 
 def _linear_backward(grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, output_mask, *options):
@@ -187,14 +187,6 @@ def _cast(
     return x, weight, lora_A, lora_B, scaling, bias, None, dropout_p, seed, x.dtype
 
 
-def _configure(module: ModuleType) -> None:
-    numbers = products.FEW_TO_ROUND, reference_path.TOKENS_PER_CHUNK, products.HAS_WIDE_SUMS
-    module.configure_linear(call_counts, *numbers, kept.EDITED)
-
-
-native.when_loaded(_configure)
-
-
 def linear_eager(
     x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None, autocast_dtype=None
 ) -> Tensor:
@@ -207,34 +199,37 @@ def linear_eager(
     """
     if x.dim() == 0:
         as_matrix(x)  # raises
-    rank = lora_A.shape[0]
-    dtype = autocast_dtype or x.dtype
-    dtypes = (dtype, compute_dtype or dtype, lora_A.dtype, lora_B.dtype)
-
-    def rows() -> Rows:
-        cast = x
-        if x.dtype is not dtype:  # the strides that the cast will have
-            cast = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta").to(dtype)
-        return forward_rows(as_matrix(cast), weight.shape[0], dropout_p)
-
-    choice = decide("linear", x.device, rank, dtypes, rows, is_layer=True, has_dropout=dropout_p > 0.0)
-    run = native.module().linear if choice.form == NATIVE else partial(_from_python, choice)
     operands = weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, autocast_dtype
-    return kept.call(run, x, *operands, dtype=dtype) if torch.is_grad_enabled() else run(x, *operands)
+    if torch.is_grad_enabled() and lora_A.requires_grad:
+        return kept.call(_run, x, *operands, dtype=autocast_dtype)
+    return _run(x, *operands)
 
 
-def _from_python(choice, x, weight, lora_A, lora_B, scaling, bias, *options) -> Tensor:
+def _run(x, *operands) -> Tensor:
+    module = native.module()
+    y = None if module is None else module.linear(x, *operands)
+    return _from_python(x, *operands) if y is None else y
+
+
+def _from_python(x, weight, lora_A, lora_B, scaling, bias, *options) -> Tensor:
     autocast_dtype = options[-1]
     if autocast_dtype is not None:
         x, weight, bias = (autocast_to(tensor, autocast_dtype) for tensor in (x, weight, bias))
-    run = partial(_linear, choice=choice)
     operands = x, weight, lora_A, lora_B, scaling, bias, *options
     if torch.is_grad_enabled() and (lora_A.requires_grad or x.requires_grad):
         with no_autocast():
-            return _MicaLinear.apply(run, *operands)
+            return _MicaLinear.apply(_linear, *operands)
     with below_autograd(), no_autocast():
-        return run(*operands)
+        return _linear(*operands)
 
+
+def configure(module: ModuleType) -> None:
+    numbers = products.FEW_TO_ROUND, reference_path.TOKENS_PER_CHUNK, products.HAS_WIDE_SUMS
+    tables = call_counts, vars(os), native.modules, products.ANSWERS, choose.host_bounds
+    module.configure_linear(*numbers, kept.EDITED, kept.outputs(), (*tables, linear_eager))
+
+
+native.when_loaded(configure)
 
 linear = operator(
     "linear",

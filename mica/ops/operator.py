@@ -54,12 +54,10 @@ def run_formula(
     dtypes: tuple[torch.dtype, ...],
     *args,
     rows: Callable[[], choose.Rows] | None = None,
-    choice: choose.Choice | None = None,
 ):
     """Call ``name`` of `mica.paths.triton_path` where kernels run, else of `mica.paths.reference_path`.
 
-    tensor, rank, dtypes, rows: what `choose.decide` needs to know. args: of the formula. choice: where it has
-    been decided.
+    tensor, rank, dtypes, rows: what `choose.decide` needs to know. args: of the formula.
 
     Raises:
         RuntimeError: ``MICA_BACKEND=triton`` demands kernels that this call cannot have.
@@ -71,8 +69,7 @@ def run_formula(
     if is_batched or _force_reference.get():
         return formula(*args)
 
-    if choice is None:
-        choice = choose.decide(name, tensor.device, rank, dtypes, rows)
+    choice = choose.decide(name, tensor.device, rank, dtypes, rows)
     if choice.form == choose.REFERENCE:
         return formula(*args)
     if choice.form == choose.ERROR:

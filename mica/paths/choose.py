@@ -1,7 +1,8 @@
-"""How a call runs: on Triton kernels, in which form, or on the reference path, from C++ or Python, and why.
+"""How a call runs: on Triton kernels, in which form, or on the reference path, and why.
 
 `decide` is the one decision. The operators follow it, and `mica.fast.explain` and the benchmarks report it.
-``MICA_BACKEND`` demands a path; by default the device and the operands decide.
+``MICA_BACKEND`` demands a path; by default the device and the operands decide. C++ computes layers up to the
+`host_bounds` of a device.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,18 +25,16 @@ from mica.paths import products
 BACKENDS = ("auto", "triton", "reference")
 
 # Forms of a call. A layer on kernels has one of `configs.FORM_NAMES`, any other function has only `KERNELS`.
-REFERENCE = "reference"  # the reference path, from Python
-NATIVE = "native"  # the reference path, from C++: a layer's forward together with its backward
+REFERENCE = "reference"
 KERNELS = "kernels"
 ERROR = "error"  # kernels are demanded, and there are none
 
 
 class Choice(NamedTuple):
-    """The form in which a call runs, why it is not on kernels, and why a layer is not called from C++."""
+    """The form in which a call runs, and why it is not on kernels."""
 
     form: str
     reason: str | None = None
-    why_python: str | None = None
 
 
 class Rows(NamedTuple):
@@ -83,6 +82,11 @@ _interpreting = runtime.raw_variable("TRITON_INTERPRET")
 
 # What `decide` has found out without looking at rows. Only the environment and `give_up` can change it.
 _choices: dict[tuple, Choice] = {}
+
+# The index of a device (-1: a CPU) -> multiplications up to which C++ computes a layer on it: a device would
+# wait for the host, and without kernels there is no other way. Python decides about one that is not here yet.
+_CPU = -1
+host_bounds = {_CPU: sys.maxsize}
 _ON_KERNELS = Choice(KERNELS)
 
 
@@ -92,73 +96,58 @@ def decide(
     rank: int,
     dtypes: tuple[torch.dtype, ...],
     rows: Callable[[], Rows] | None = None,
-    is_layer: bool = False,
-    has_dropout: bool = False,
 ) -> Choice:
     """How a call of this function of `mica.paths.triton_path` runs.
 
     Args:
         dtypes: those of the operands and products; of a layer: x (or dy), products, lora_A, lora_B.
-        rows: of a layer. Called only where kernels could run: on a CPU nothing is looked at.
-        is_layer: "linear" is a whole eager call, which the form "native" suits.
-        has_dropout: of a whole layer.
+        rows: those of a layer. Called only where kernels could run: on a CPU nothing is looked at.
 
     Raises:
         ValueError: ``MICA_BACKEND`` has a value that is not allowed.
     """
-    key = (setting(), native.setting(), _interpreting(), device, rank, dtypes, function, is_layer)
+    key = (setting(), _interpreting(), device, rank, dtypes, function)
     choice = _choices.get(key)
     if choice is None:
-        choice = _choose(function, device, rank, dtypes, is_layer)
+        choice = _choose(function, device, rank, dtypes)
         if runtime.is_settled(device):
             _choices[key] = choice
+            _note_host_bound(device)
     if choice is _ON_KERNELS and rows is not None:
-        choice = _form_of_layer(function, device, rank, dtypes, rows(), is_layer)
-    if has_dropout and choice.form == NATIVE and device.type != "cpu":
-        return Choice(REFERENCE, choice.reason, "the mask of dropout is drawn in C++ on CPUs only")
+        return _form_of_layer(function, device, rank, dtypes, rows())
     return choice
 
 
-def _choose(
-    function: str, device: torch.device, rank: int, dtypes: tuple[torch.dtype, ...], is_layer: bool
-) -> Choice:
+def _choose(function: str, device: torch.device, rank: int, dtypes: tuple[torch.dtype, ...]) -> Choice:
     """What can be said without rows."""
     reason = why_not_kernels(device, rank, *dtypes, function=function)
     if reason is None:
         return _ON_KERNELS
-    if requested() == "triton":
-        return Choice(ERROR, reason)
-    return _without_kernels(reason, device, dtypes, is_layer)
+    return Choice(ERROR if requested() == "triton" else REFERENCE, reason)
 
 
-def _without_kernels(
-    reason: str, device: torch.device, dtypes: tuple[torch.dtype, ...], is_layer: bool
-) -> Choice:
-    if not is_layer:
-        return Choice(REFERENCE, reason)
-    why_python = _why_not_native(device, dtypes)
-    return Choice(NATIVE if why_python is None else REFERENCE, reason, why_python)
+def _note_host_bound(device: torch.device) -> None:
+    if device.type != "cuda" or device.index in host_bounds:
+        return
+    bound = sys.maxsize
+    if runtime.why_unavailable(device) is None:
+        bound = configs.host_bound_of(device_name(device))
+    host_bounds[device.index] = bound
 
 
-def _why_not_native(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """Why a layer with such operands is called from Python."""
+def why_not_cpp(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    """Why C++ calls no layer on this device; ``dtypes``: those in which x and the products are multiplied."""
     reason = native.why_not()
     if reason is not None:
         return reason
-    row_dtype, product_dtype, *_ = dtypes
-    for dtype in (row_dtype, product_dtype):
+    for dtype in dtypes:
         if device.type == "cpu" and not products.has_native(dtype):
             return f"this processor has no instructions for {names_of([dtype])}"
     return None
 
 
 def _form_of_layer(
-    function: str,
-    device: torch.device,
-    rank: int,
-    dtypes: tuple[torch.dtype, ...],
-    rows: Rows,
-    is_layer: bool,
+    function: str, device: torch.device, rank: int, dtypes: tuple[torch.dtype, ...], rows: Rows
 ) -> Choice:
     """The form that `configs.FORMS` has for this part of a layer, where the operands permit it."""
     row_dtype, product_dtype, *_ = dtypes
@@ -167,11 +156,9 @@ def _form_of_layer(
     form = forms.backward if function == "linear_backward" else forms.forward
 
     if setting() not in ("triton", b"triton"):
-        reason = _why_not_suited(device, forms, form, dtypes, rows, is_layer)
-        if reason is not None and is_layer and form == REFERENCE and forms.backward != REFERENCE:
-            return Choice(REFERENCE, reason, "its backward runs on kernels")
+        reason = _why_not_suited(device, forms, form, rows)
         if reason is not None:
-            return _without_kernels(reason, device, dtypes, is_layer)
+            return Choice(REFERENCE, reason)
     elif form == REFERENCE:
         form = "split"
 
@@ -185,14 +172,7 @@ def _form_of_layer(
     return Choice(form if rows.is_aligned else "split")
 
 
-def _why_not_suited(
-    device: torch.device,
-    forms: configs.Forms,
-    form: str,
-    dtypes: tuple[torch.dtype, ...],
-    rows: Rows,
-    is_layer: bool,
-) -> str | None:
+def _why_not_suited(device: torch.device, forms: configs.Forms, form: str, rows: Rows) -> str | None:
     """Why PyTorch's operators suit these rows better than kernels."""
     if form == REFERENCE:
         return f"{forms.source}: the reference path is faster here"
@@ -200,11 +180,7 @@ def _why_not_suited(
         return _why_narrow(rows)
     if rows.has_dropout or not _is_host_bound(device, rows):
         return None
-    # fp32 masters over 16-bit rows: from Python the casts would cost the host what is saved
-    has_one_dtype = all(dtype is dtypes[0] for dtype in dtypes)
-    if has_one_dtype or (is_layer and native.why_not() is None):
-        return f"{rows.tokens} tokens are too few: the device would wait for the host"
-    return None
+    return f"{rows.tokens} tokens are too few: the device would wait for the host"
 
 
 def _why_narrow(rows: Rows) -> str:
@@ -270,6 +246,8 @@ def clear() -> None:
     _given_up.clear()
     _missed.clear()
     _choices.clear()
+    host_bounds.clear()
+    host_bounds[_CPU] = sys.maxsize
 
 
 def clear_prepared() -> None:

@@ -1,8 +1,9 @@
 import pytest
 
 from mica import native, ops
-from mica.paths import choose, products
+from mica.paths import products
 from tests.support.linear_calls import IN_CHUNKS, NATIVE, OWN, PATHS, WAYS
+from tests.support.processor import has_instructions
 
 
 @pytest.fixture(params=["C++", "Python"])
@@ -27,8 +28,7 @@ def path(request, monkeypatch):
     is_triton = request.param == "triton"
     monkeypatch.setenv("MICA_BACKEND", "triton" if is_triton else "reference")
     if request.param == NATIVE:
-        monkeypatch.setattr(products, "has_native", lambda dtype: True)
-        choose.clear()
+        has_instructions(True, monkeypatch)
     elif not is_triton:
         _multiply(request.param, monkeypatch)
     ops.call_counts.clear()
@@ -37,7 +37,7 @@ def path(request, monkeypatch):
 
 def _multiply(way, monkeypatch):
     monkeypatch.setenv("MICA_NATIVE", "0")
-    monkeypatch.setattr(products, "has_native", lambda dtype: way == OWN)
+    has_instructions(way == OWN, monkeypatch)
     if way != OWN:
         monkeypatch.setattr(products, "FEW_ROWS", 0)
     if way == IN_CHUNKS:

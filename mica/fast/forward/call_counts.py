@@ -25,7 +25,7 @@ class Input(NamedTuple):
     """What is known about the x of a call."""
 
     dtype: torch.dtype
-    shape: torch.Size
+    shape: tuple[int, ...]
     strides: tuple[int, ...]
     autocast_dtype: torch.dtype | None  # where autocast was on
 
@@ -43,16 +43,18 @@ class _Forward(NamedTuple):
     inputs: list[tuple[ReferenceType[nn.Module], Input]]
 
 
-class _State(threading.local):
+class _Current(threading.local):
     # in this thread's current forward: the layer, why PEFT's code ran its adapter, and what x was
     calls: list[tuple[nn.Module, str | None, tuple | None]] | None = None
 
 
-_state = _State()
-_forwards: WeakKeyDictionary[nn.Module, _Forward] = WeakKeyDictionary()
-_number = 0  # of the latest forward
+# C++ adds to these three, too: `note` in mica/native/module.cpp.
+current = _Current()
+latest = [0]  # the number of the latest forward
 # A layer -> number at its last call outside of any: noted in 53 ns, in a WeakKeyDictionary in 184.
-_outside: dict[ReferenceType[nn.Module], int] = {}
+outside: dict[ReferenceType[nn.Module], int] = {}
+
+_forwards: WeakKeyDictionary[nn.Module, _Forward] = WeakKeyDictionary()
 is_traced = False
 
 
@@ -65,22 +67,22 @@ def note(layer: nn.Module, reason: str | None = None, x: tuple | None = None) ->
     if torch.compiler.is_compiling():
         _note_trace()
         return
-    calls = _state.calls
+    calls = current.calls
     if calls is None:
-        _outside[ref(layer)] = _number
+        outside[ref(layer)] = latest[0]
     else:
         calls.append((layer, reason, x))
 
 
 def note_operators(layer: nn.Module, x: Tensor) -> None:
     """`note` of a layer that runs on operators, with what `explain` needs to know of x: takes 0.6 µs more."""
-    if torch.compiler.is_compiling() or _state.calls is None:  # nobody asks
+    if torch.compiler.is_compiling() or current.calls is None:  # nobody asks
         note(layer)
         return
     autocast_dtype = None
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         autocast_dtype = torch.get_autocast_dtype(x.device.type)
-    note(layer, None, (x.dtype, x.shape, x.stride(), autocast_dtype))
+    note(layer, None, (x.dtype, tuple(x.shape), x.stride(), autocast_dtype))
 
 
 @torch.compiler.assume_constant_result
@@ -92,18 +94,18 @@ def _note_trace() -> None:
 
 @contextmanager
 def _counting(model: nn.Module) -> Iterator[None]:
-    global _number
     if torch._C._current_graph_task_id() != -1:
         yield
         return
-    _number = number = _number + 1
-    outer = _state.calls
-    calls = _state.calls = [] if outer is None else outer
+    latest[0] += 1
+    number = latest[0]
+    outer = current.calls
+    calls = current.calls = [] if outer is None else outer
     first = len(calls)
     try:
         yield
     finally:
-        _state.calls = outer
+        current.calls = outer
     own = calls[first:]
     called = [ref(layer) for layer, *_ in own]
     if not settings.enabled and model in _forwards:  # it shows nothing about calls with the backend on
@@ -130,7 +132,7 @@ def whole_forward(stock):
 def clear() -> None:
     """Until the next forward nothing is known."""
     _forwards.clear()
-    _outside.clear()
+    outside.clear()
 
 
 def counts() -> dict[nn.Module, int]:
@@ -143,14 +145,14 @@ def counts() -> dict[nn.Module, int]:
         called = Counter(reference() for reference in forward.calls)
         for module in model.modules():
             counts_of[module] = called[module]
-            if not counts_of[module] and _outside.get(ref(module), -1) >= forward.number:
+            if not counts_of[module] and outside.get(ref(module), -1) >= forward.number:
                 del counts_of[module]
     return counts_of
 
 
 def called_outside() -> set[nn.Module]:
     """The layers that have been called outside of any forward since adapters were added."""
-    found = {reference() for reference in _outside}
+    found = {reference() for reference in outside}
     return set() if is_traced else found - {None}
 
 

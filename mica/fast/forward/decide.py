@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from mica.dtypes import SIXTEEN_BIT
-from mica.fast.forward import call_counts, fast_check, mixed_batch, tensor_parallel
+from mica.fast.forward import call_counts, fast, mixed_batch, tensor_parallel
 from mica.fast.forward.call_counts import Input
 from mica.fast.forward.eligibility import (
     REFERENCE,
@@ -26,7 +27,6 @@ from mica.fast.forward.eligibility import (
     runs_adapter,
     why_not_dense,
 )
-from mica.fast.forward.fast_check import seeded
 from mica.fast.settings import compute_dtype, settings
 from mica.memory import TENSOR_TYPES
 from mica.ops.embedding import embedding
@@ -36,19 +36,19 @@ from mica.ops.operator import AUTOCAST
 from mica.paths import choose
 
 
-def decided(decide: Callable, run_common: Callable | None = None) -> Callable:
+def decided(decide: Callable, common: ModuleType | None = None) -> Callable:
     """A patch of a layer's forward: what ``decide(layer, x, *args, **kwargs)`` returns computes.
 
-    Called with the layer alone, ``decide`` leaves out what only a call shows. ``run_common(layer, x)`` is
-    asked first: it returns the output in common cases, which would be the same, and else None.
+    Called with the layer alone, ``decide`` leaves out what only a call shows. It is asked where ``call`` of
+    ``common`` returns None for (layer, x), which else is the output, and would be the same.
     """
 
     def patch(stock):
         def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
             reason = None
             if settings.enabled:
-                if run_common is not None and not args and not kwargs:
-                    y = run_common(self, x)
+                if common is not None and not args and not kwargs and not torch.compiler.is_compiling():
+                    y = common.call(self, x)
                     if y is not None:
                         return y
                 how = decide(self, x, *args, **kwargs)
@@ -62,6 +62,11 @@ def decided(decide: Callable, run_common: Callable | None = None) -> Callable:
         return forward
 
     return patch
+
+
+def seeded(p: float, device: torch.device) -> tuple[float, Tensor | None]:
+    """Probability and a seed from torch's generator: checkpointing restores that, and so the mask."""
+    return p, None if p == 0.0 else torch.randint(0, 2**63 - 1, (1,), device=device)
 
 
 @dataclass
@@ -100,11 +105,11 @@ class Fused(OnOperators):
 
         device = lora_A.device
         rank = lora_A.shape[0]
-        whole = {"is_layer": True, "has_dropout": dropout_p > 0.0}
-        choice = choose.decide("linear", device, rank, dtypes, forward, **whole)
-        yield "linear", choice
-        if choice.form != choose.NATIVE:  # which includes the backward
-            yield "linear_backward", choose.decide("linear_backward", device, rank, dtypes, backward)
+        yield "linear", choose.decide("linear", device, rank, dtypes, forward)
+        yield "linear_backward", choose.decide("linear_backward", device, rank, dtypes, backward)
+
+    def why_python(self, x: Input | None) -> str | None:
+        return choose.why_not_cpp(self.weight.device, product_dtypes(x, self.weight.dtype))
 
     def _fits(self, x: Input) -> bool:
         has_dtype = x.autocast_dtype is not None or x.dtype is self.weight.dtype
@@ -293,5 +298,5 @@ def _why_not_indices(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
     return None if fits else f"lora_A of {lora_A.dtype} and lora_B of {lora_B.dtype}"
 
 
-linear_forward = decided(decide, fast_check.run)
+linear_forward = decided(decide, fast)
 embedding_forward = decided(decide_embedding)

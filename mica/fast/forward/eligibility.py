@@ -61,6 +61,10 @@ class OnOperators:
         """
         raise NotImplementedError
 
+    def why_python(self, x: Input | None) -> str | None:
+        """Why C++ never calls this layer on the reference path; None where it may."""
+        return None
+
     def explained(self, x: Input | None = None) -> tuple[str, str]:
         """The path, and why it is not the one before it in the list above."""
         reasons = []
@@ -70,8 +74,9 @@ class OnOperators:
                 is_backward = function.endswith("_backward")
                 reasons.append(f"in the backward: {choice.reason}" if is_backward else choice.reason)
                 path = ERROR if choice.form == ERROR else REFERENCE
-                if choice.why_python is not None:
-                    reasons.append(f"called from Python: {choice.why_python}")
+                why_python = self.why_python(x)
+                if path == REFERENCE and not is_backward and why_python is not None:
+                    reasons.append(f"called from Python: {why_python}")
                 break
         if self.why_called:
             reasons.append(f"base layer called: {self.why_called}")

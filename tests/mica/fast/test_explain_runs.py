@@ -127,6 +127,7 @@ def check(call: Drawn) -> None:
         row = configs.Forms(0, 256, *call.forms)
         patch.setitem(configs.FORMS, choose.device_name(torch.device("cpu")), (row,))
         choose.clear()
+        patch.setitem(choose.host_bounds, -1, call.host_bound)
         model = layer_of(call)
         ran = run(model, call)
         (told,) = mica.fast.explain(model).rows
@@ -137,6 +138,7 @@ def check(call: Drawn) -> None:
     assert told.path == ("kernel" if on_kernels else "reference"), (told, ran)
     forwards = {how for name, how in ran.items() if name in FORWARDS}
     assert told.reason.startswith("in the backward: ") == (forwards == {"kernels"} and not on_kernels)
-    assert ("called from Python: " in told.reason) == (ran.get("linear") == "Python"), (told, ran)
+    if "called from Python: " in told.reason:
+        assert ran["linear"] == "Python", (told, ran)
     if ran.get("linear") == "C++":
         assert ran["linear_backward"] == "C++"

@@ -25,11 +25,11 @@ def compiled():
 @pytest.fixture
 def forget(monkeypatch):
     """Forgets what this process has found out about the module, as a new process; also after the test."""
-    monkeypatch.setattr(native, "_found", {})
+    monkeypatch.setattr(native, "modules", {})
     monkeypatch.setattr(native, "_not_built", set())
 
     def forget():
-        native._found.clear()
+        native.modules.clear()
         native._not_built.clear()
         choose.clear()
 

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mica import native, ops
 from mica.ops.linear import linear_eager
-from mica.paths import choose, products, reference_path
+from mica.paths import reference_path
+from tests.support.processor import has_instructions
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 IN, OUT, RANK = 24, 20, 6
@@ -25,10 +26,7 @@ pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.why_n
 @pytest.fixture(autouse=True)
 def every_dtype(monkeypatch):
     """16-bit products take long on processors without such instructions, but not with so few numbers."""
-    monkeypatch.setattr(products, "has_native", lambda dtype: True)
-    choose.clear()
-    yield
-    choose.clear()
+    has_instructions(True, monkeypatch)
 
 
 class Layer:

@@ -117,7 +117,7 @@ def test_importing_builds_nothing(tmp_path, compiled):
     spec = importlib.util.find_spec("mica.native")
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)
-    assert fresh._found == {}
+    assert fresh.modules == {}
 
 
 def test_who_asks_after_the_module_was_loaded_gets_it_at_once(monkeypatch):

@@ -16,9 +16,9 @@ from mica.ops import mica_linear
 from mica.ops.embedding import embedding
 from mica.ops.linear import linear, linear_eager
 from mica.ops.low_rank import down_projection, up_projection
-from mica.paths import choose
 from tests.support.linear_calls import Seen, arguments
 from tests.support.oracle import problem
+from tests.support.processor import has_instructions
 
 P = problem((2, 3), 8, 6, 2, torch.float32)
 INDICES = torch.tensor([[0, 4, 1], [4, 2, 3]])
@@ -98,8 +98,7 @@ def names_of(call):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", FRONTS)
 def test_an_eager_call_goes_past_the_dispatcher_to_the_same_bits(monkeypatch, name, autocast):
-    monkeypatch.setattr(choose.products, "has_native", lambda dtype: True)  # else it is called from Python
-    choose.clear()
+    has_instructions(True, monkeypatch)  # else it is called from Python
     results, events = [], []
 
     def call(function):

@@ -6,6 +6,7 @@ from mica.kernels import configs, launching
 from mica.kernels.launching import Plan
 from mica.paths import choose
 from tests.support.kernel_cases import DEVICE
+from tests.support.processor import has_instructions
 
 
 @pytest.fixture
@@ -27,9 +28,10 @@ def by_default(monkeypatch):
         monkeypatch.setenv("MICA_BACKEND", "auto")
         monkeypatch.setattr(choose.runtime, "is_interpreting", lambda: False)
         monkeypatch.setattr(choose.runtime, "why_unavailable", lambda device: None)
-        monkeypatch.setattr(choose.products, "has_native", lambda dtype: True)  # GPUs have them
+        has_instructions(True, monkeypatch)  # GPUs have them
         monkeypatch.setattr(configs, "HOST_BOUND", host_bound)
         choose.clear()
+        monkeypatch.setitem(choose.host_bounds, -1, host_bound)  # that of the CPU, which stands for a device
         launching.clear()
 
     return by_default

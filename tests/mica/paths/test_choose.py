@@ -1,10 +1,11 @@
-import os
+import sys
 
 import pytest
 import torch
 
 from mica.kernels import common, configs, limits, runtime
 from mica.paths import choose
+from tests.support.processor import has_instructions
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BF16 = torch.bfloat16
@@ -106,7 +107,7 @@ FEW = "8 tokens are too few: the device would wait for the host"
         (("split", "split"), ONE_DTYPE, {"tokens": 9}, ("split", None)),
         (("split", "split"), ONE_DTYPE, {"tokens": None}, ("split", None)),
         (("split", "split"), ONE_DTYPE, {"tokens": 8, "has_dropout": True}, ("split", None)),
-        (("split", "split"), MASTERS, {"tokens": 8}, ("split", None)),
+        (("split", "split"), MASTERS, {"tokens": 8}, ("reference", FEW)),
     ],
 )
 def test_the_form_of_a_layer_and_why_it_is_not_on_kernels(a_gpu, forms, dtypes, changes, expected):
@@ -138,105 +139,43 @@ def test_a_measured_bound_of_the_host_counts_for_its_device(a_gpu):
     assert form() == "split"
 
 
-# -- from C++ or from Python -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def compiled(a_gpu):
-    """As if there were the C++, and this processor had all instructions."""
-    a_gpu.setattr(choose.native, "why_not", lambda: None)
-    a_gpu.setattr(choose.products, "has_native", lambda dtype: True)
-    return a_gpu
-
-
-@pytest.mark.parametrize(
-    ("setting", "why_python", "expected"),
-    [
-        ("auto", None, (choose.NATIVE, "no GPU", None)),
-        ("auto", "no compiler", (choose.REFERENCE, "no GPU", "no compiler")),
-        ("triton", None, (choose.ERROR, "no GPU", None)),
-        ("triton", "no compiler", (choose.ERROR, "no GPU", None)),
-    ],
-)
-def test_a_layer_without_kernels_is_called_from_cpp(compiled, setting, why_python, expected):
-    """Where there is the C++, and kernels are not demanded; no other operator is."""
-    compiled.setenv("MICA_BACKEND", setting)
-    compiled.setattr(choose.native, "why_not", lambda: why_python)
-    other = expected if setting == "triton" else (choose.REFERENCE, "no GPU", None)
-    for _ in range(2):
-        assert choose.decide("linear", CPU, 16, MASTERS, is_layer=True) == expected
-        assert choose.decide("linear", CPU, 16, MASTERS) == other
-
-
-def test_a_layer_s_language_is_kept_until_the_environment_changes(compiled):
-    compiled.setattr(choose.native, "why_not", lambda: os.environ.get("MICA_NATIVE"))
-    compiled.delenv("MICA_NATIVE", raising=False)
-    for setting, form in ((None, choose.NATIVE), ("0", choose.REFERENCE), (None, choose.NATIVE)):
-        if setting is None:
-            compiled.delenv("MICA_NATIVE", raising=False)
-        else:
-            compiled.setenv("MICA_NATIVE", setting)
-        assert choose.decide("linear", CPU, 16, ONE_DTYPE, is_layer=True).form == form
+# -- C++ ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("dtypes", "named"),
     [
-        (ONE_DTYPE, "bfloat16"),
-        ((BF16, *(torch.float32,) * 3), "bfloat16"),
-        ((torch.float32, torch.float16, torch.float32, torch.float32), "float16"),
-        ((torch.float32, torch.float32, BF16, BF16), None),  # which are cast
+        ((BF16, BF16), "bfloat16"),
+        ((BF16, torch.float32), "bfloat16"),
+        ((torch.float32, torch.float16), "float16"),
+        ((torch.float32, torch.float32), None),
     ],
 )
-def test_products_without_instructions_are_python_s(compiled, dtypes, named):
-    compiled.setattr(choose.products, "has_native", lambda dtype: dtype.itemsize != 2)
-    compiled.setenv("MICA_BACKEND", "reference")
-    choice = choose.decide("linear", CPU, 16, dtypes, is_layer=True)
+def test_products_without_instructions_are_python_s(monkeypatch, dtypes, named):
+    monkeypatch.setattr(choose.native, "why_not", lambda: None)
+    has_instructions(False, monkeypatch)
     reason = None if named is None else f"this processor has no instructions for {named}"
-    assert choice[2] == reason
-    assert choice.form == (choose.NATIVE if named is None else choose.REFERENCE)
-    assert choose.decide("linear", GPU, 16, dtypes, is_layer=True).form == choose.NATIVE
+    assert choose.why_not_cpp(CPU, dtypes) == reason
+    assert choose.why_not_cpp(GPU, dtypes) is None
+    monkeypatch.setattr(choose.native, "why_not", lambda: "no compiler")
+    assert choose.why_not_cpp(GPU, dtypes) == "no compiler"
 
 
-def test_dropout_on_a_device_is_python_s(compiled):
-    """C++ draws the mask on CPUs only, whether there are kernels that do not suit the rows, or none."""
-    why = "the mask of dropout is drawn in C++ on CPUs only"
-    measured(compiled)
-    narrow = ROWS._replace(in_features=24, strides=(24, 48), has_dropout=True)
-    plain = narrow._replace(has_dropout=False)
-    for _ in range(2):
-        choice = choose.decide("linear", GPU, 16, MASTERS, lambda: narrow, is_layer=True, has_dropout=True)
-        assert choice == (choose.REFERENCE, NARROW, why)
-        assert choose.decide("linear", GPU, 16, MASTERS, lambda: plain, is_layer=True).form == choose.NATIVE
-    compiled.setenv("MICA_BACKEND", "reference")
-    for _ in range(2):
-        choice = choose.decide("linear", GPU, 16, MASTERS, is_layer=True, has_dropout=True)
-        assert choice == (choose.REFERENCE, "MICA_BACKEND=reference", why)
-        assert choose.decide("linear", GPU, 16, MASTERS, is_layer=True).form == choose.NATIVE
-    assert choose.decide("linear", CPU, 16, MASTERS, is_layer=True, has_dropout=True).form == choose.NATIVE
-
-
-@pytest.mark.parametrize(
-    ("dtypes", "why_python", "is_layer", "form"),
-    [
-        (MASTERS, None, True, "native"),
-        (MASTERS, None, False, "split"),
-        (MASTERS, "no compiler", True, "split"),
-        (ONE_DTYPE, None, True, "native"),
-        (ONE_DTYPE, None, False, "reference"),
-        (ONE_DTYPE, "no compiler", True, "reference"),
-    ],
-)
-def test_few_tokens_over_masters_are_worth_it_from_cpp_only(compiled, dtypes, why_python, is_layer, form):
-    compiled.setattr(choose.native, "why_not", lambda: why_python)
-    measured(compiled)
-    compiled.setattr(configs, "HOST_BOUND", 8 * 32 * 48)
-    rows = ROWS._replace(tokens=8)
-    choice = choose.decide("linear", GPU, 16, dtypes, lambda: rows, is_layer)
-    assert choice.form == form
-    assert choice.reason == (None if form == "split" else FEW)
-    many = rows._replace(tokens=9)
-    assert choose.decide("linear", GPU, 16, dtypes, lambda: many, is_layer).form == "split"
+def test_the_bounds_that_cpp_reads(a_gpu):
+    """That of a device is there once it has been decided about, and follows what runs on it."""
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert choose.host_bounds == {-1: sys.maxsize}
+    a_gpu.setattr(configs, "HOST_BOUND", 1000)
+    decided(first, 16, BF16)
+    assert choose.host_bounds == {-1: sys.maxsize, 0: 1000}
+    a_gpu.setattr(runtime, "why_unavailable", lambda device: "no Triton")
+    decided(second, 16, BF16)
+    assert choose.host_bounds[1] == sys.maxsize
+    choose.clear()
+    assert choose.host_bounds == {-1: sys.maxsize}
+    a_gpu.setattr(runtime, "is_settled", lambda device: False)
+    decided(second, 16, BF16)
+    assert choose.host_bounds == {-1: sys.maxsize}
 
 
 # -- other forms -------------------------------------------------------------------------------------
@@ -244,6 +183,7 @@ def test_few_tokens_over_masters_are_worth_it_from_cpp_only(compiled, dtypes, wh
 
 def test_the_two_parts_of_a_layer_have_forms_of_their_own(a_gpu):
     measured(a_gpu, "fused", "mixed")
+    a_gpu.setattr(configs, "HOST_BOUND", 0)
     for function, form in (("linear", "fused"), ("linear_backward", "mixed")):
         assert choose.decide(function, GPU, 16, MASTERS, lambda: ROWS).form == form
 
@@ -261,9 +201,10 @@ def test_rows_are_those_of_the_operands():
 def test_a_choice_is_kept_until_the_environment_changes(a_gpu):
     queries = []
     a_gpu.setattr(runtime, "why_unavailable", queries.append)
+    assert decided(GPU, 16, BF16) == choose.KERNELS
+    asked = len(queries)
     for _ in range(3):
         assert decided(GPU, 16, BF16) == choose.KERNELS
-    assert len(queries) == 1
     a_gpu.setenv("MICA_BACKEND", "reference")
     assert decided(GPU, 16, BF16) == choose.REFERENCE
     a_gpu.delenv("MICA_BACKEND")
@@ -271,7 +212,7 @@ def test_a_choice_is_kept_until_the_environment_changes(a_gpu):
     assert decided(GPU, 16, BF16) == choose.REFERENCE
     a_gpu.delenv("TRITON_INTERPRET")
     assert decided(GPU, 16, BF16) == choose.KERNELS
-    assert len(queries) == 1
+    assert len(queries) == asked
 
 
 def test_what_a_capture_says_is_not_kept(a_gpu):

@@ -1,4 +1,4 @@
-"""Which calls the quick check in C++ recognises, and with which operands.
+"""Which calls the quick check in C++ recognises, and with which operands it calls.
 
 What it overlooks would run wrongly. What it refuses needlessly runs slowly, which no other test sees.
 """
@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mica import native
-from mica.fast.forward import fast_check
+from mica.fast.forward import fast
+from mica.ops import linear
 from tests.support.layer_changes import (
     A_WEIGHT,
     B_WEIGHT,
@@ -30,6 +31,23 @@ from tests.support.layer_changes import (
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.why_not()))
 
+
+@pytest.fixture(autouse=True)
+def calls_return_their_operands(monkeypatch):
+    """As with kernels, which are called from Python."""
+    monkeypatch.setenv("MICA_BACKEND", "triton")
+    with monkeypatch.context() as patch:
+        patch.setattr(linear, "linear_eager", lambda x, *operands: operands)
+        linear.configure(native.module())
+        yield
+    linear.configure(native.module())
+
+
+def called(layer, x):
+    """The operands of the call; None where it is not recognised."""
+    return fast.call(layer, x)
+
+
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
@@ -42,17 +60,18 @@ def replaced(part, make):
 
 def check_common(layer, x=X, dropout_p=0.0, autocast_dtype=None, name="default"):
     """It is recognised, with these operands, which are nobody's copies."""
-    weight, lora_A, lora_B, scaling, bias, *numbers = fast_check.operands_of(layer, x)
+    weight, lora_A, lora_B, scaling, bias, compute_dtype, p, seed, autocast = called(layer, x)
     assert weight is layer.base_layer.weight
     assert bias is layer.base_layer.bias
     assert lora_A is layer.lora_A[name].weight
     assert lora_B is layer.lora_B[name].weight
-    assert scaling is layer.scaling[name]
-    assert numbers == [dropout_p, autocast_dtype]
+    assert scaling == layer.scaling[name]
+    assert (compute_dtype, p, autocast) == (None, dropout_p, autocast_dtype)
+    assert (seed is None) == (dropout_p == 0.0)
 
 
 def check_uncommon(layer, x=X):
-    assert fast_check.operands_of(layer, x) is None
+    assert called(layer, x) is None
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -173,7 +192,7 @@ def test_transforms(transform):
     layer, found = layer_of(), []
 
     def function(x):
-        found.append(fast_check.operands_of(layer, x))
+        found.append(called(layer, x))
         return x * 2
 
     transformed = transform(function)
@@ -217,6 +236,7 @@ class Other(torch.Tensor):
 
 
 OTHER_INPUTS = INPUTS | {
+    "without dimensions": lambda x: x.flatten()[0],
     "meta": lambda x: x.to("meta"),
     "in bf16": torch.Tensor.bfloat16,
     "in fp64": torch.Tensor.double,

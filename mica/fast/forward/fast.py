@@ -1,0 +1,53 @@
+"""The common case of a linear layer, checked and called in one function of C++.
+
+One active MiCA adapter on an nn.Linear, with autocast or without, with dropout or without; no hooks, patches,
+modes or tracing; ordinary operands. It is recognised in 1 µs, for which `eligibility` takes 13. Anything else
+gives None, and then `eligibility` decides, with a reason. Where there is no C++ it decides on every layer: a
+training step of SmolLM2 takes 1 to 2 % longer. Nothing is kept between calls: what could change is read again
+at each. The C++ is mica/native/check.h.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules import module as nn_module
+
+from mica import native
+from mica.fast.forward import call_counts
+from mica.fast.forward.eligibility import CALL, FORWARDS, LINEAR, MiCALinearVariant
+from mica.fast.settings import settings
+
+_GLOBAL_HOOKS = (
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)
+
+
+def _look_for_cpp(layer, x: Tensor) -> Tensor | None:
+    """The first call in a process may compile the C++, once on a machine."""
+    global call
+    module = native.module()
+    if module is None:
+        return None
+    configure(module)
+    call = module.fast
+    return call(layer, x)
+
+
+# The output of a layer for x (..., in_features), counted by `call_counts`; None if anything is unusual.
+call = _look_for_cpp
+
+
+def configure(module: ModuleType) -> None:
+    """Tell the C++ what the classes are, and the functions that they had before anybody replaced them."""
+    classes = lora.Linear, MiCALinearVariant, nn.Linear, nn.Identity, nn.Dropout
+    forwards = FORWARDS[nn.Linear], FORWARDS[nn.Identity], FORWARDS[nn.Dropout]
+    functions = *forwards, CALL, vars(functional), LINEAR
+    counted = call_counts.current, call_counts.outside, call_counts.latest
+    module.configure_check((*classes, *functions, _GLOBAL_HOOKS, vars(settings), *counted))
