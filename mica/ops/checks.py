@@ -7,21 +7,13 @@ from torch import Tensor
 
 from mica.dtypes import FLOATING
 from mica.kernels import limits
+from mica.paths.operands import Operands
 
 _INTEGER = (torch.int32, torch.int64)
 
 
-def check_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    compute_dtype: torch.dtype | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> None:
+def check_linear(x: Tensor, operands: Operands) -> None:
+    weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, _ = operands
     _check_dense(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B)
     _check_dense(**_given(bias=bias, seed=seed))
     _check_number("scaling", scaling)
@@ -30,20 +22,12 @@ def check_linear(
             f"x must be (..., in_features) and weight (out_features, in_features), but x is "
             f"{tuple(x.shape)} and weight {tuple(weight.shape)}."
         )
-    _check_operands(x, weight, lora_A, lora_B, bias, seed=seed)
+    _check_operands(x, operands, seed=seed)
     _check_compute(compute_dtype, dropout_p, seed)
 
 
-def check_experts_linear(
-    x: Tensor,
-    offsets: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    compute_dtype: torch.dtype | None,
-) -> None:
+def check_experts_linear(x: Tensor, offsets: Tensor, operands: Operands) -> None:
+    weight, lora_A, lora_B, scaling, bias, compute_dtype, *_ = operands
     _check_dense(x=x, offsets=offsets, weight=weight, lora_A=lora_A, lora_B=lora_B)
     _check_dense(**_given(bias=bias))
     _check_number("scaling", scaling)
@@ -55,14 +39,13 @@ def check_experts_linear(
     if offsets.shape != weight.shape[:1]:
         raise ValueError(f"offsets must be ({weight.shape[0]},), but it is {tuple(offsets.shape)}.")
     _check_dtypes(_INTEGER, offsets=offsets)
-    _check_operands(x, weight, lora_A, lora_B, bias, offsets=offsets)
+    _check_operands(x, operands, offsets=offsets)
     _check_compute(compute_dtype, 0.0, None)
 
 
-def _check_operands(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, **others: Tensor | None
-) -> None:
+def _check_operands(x: Tensor, operands: Operands, **others: Tensor | None) -> None:
     """weight (..., out_features, in_features) with its adapter; leading dimensions: those of experts."""
+    weight, lora_A, lora_B, _, bias, *_ = operands
     *experts, out_features, in_features = weight.shape
     rank = lora_A.shape[-2] if lora_A.dim() == weight.dim() else 0
     shapes = (*experts, rank, in_features), (*experts, out_features, rank)

@@ -23,6 +23,7 @@ from mica.ops.operator import (
     without_values,
 )
 from mica.ops.routing import summed, to_experts
+from mica.paths.operands import Operands
 
 
 def mica_experts_linear(
@@ -62,47 +63,57 @@ def mica_experts_linear(
         ValueError: shapes or devices that do not fit, or a frozen operand that requires a gradient.
         RuntimeError: MICA_BACKEND=triton where there are no kernels for the call.
     """
-    check_experts_linear(x, offsets, weight, lora_A, lora_B, bias, scaling, compute_dtype)
-    return experts_linear(x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype)
+    operands = Operands(weight, lora_A, lora_B, scaling, bias, compute_dtype)
+    check_experts_linear(x, offsets, operands)
+    return experts_linear(x, offsets, *operands[:_OPERANDS])
 
 
-_SORTED = (None, None, 0)  # in place of a routing where the rows of x are sorted by expert already
+_OPERANDS = 6  # the fields of `Operands` that a stack has; tokens, inverse and num_tokens follow
 
 
-def _experts(x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype, tokens=None, inverse=None):
-    """tokens, inverse: those of a `Routing`, where x is (num_tokens, in_features)."""
+def _split(args: tuple) -> tuple[Operands, Tensor | None, Tensor | None, int]:
+    """The operands, then the `Routing`'s tokens and inverse, None where the rows of x are sorted already.
+
+    At last, of a backward, the number of tokens.
+    """
+    defaults = None, None, 0
+    routing = args[_OPERANDS:]
+    return Operands(*args[:_OPERANDS]), *routing, *defaults[len(routing) :]
+
+
+def _experts(x, offsets, *args):
+    """x: (num_tokens, in_features) where there is a routing, else (rows, in_features)."""
+    operands, tokens, *_ = _split(args)
     rows = x if tokens is None else to_experts(x, tokens)
-    dtypes = (x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
-    operands = (rows, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype)
-    return run_formula("experts_linear", x, lora_A.shape[1], dtypes, *operands)
+    return run_formula("experts_linear", x, operands.rank, operands.dtypes(x), rows, offsets, operands)
 
 
-def _experts_fake(x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype, tokens=None, *inverse):
-    return x.new_empty((x if tokens is None else tokens).shape[0], weight.shape[1])
+def _experts_fake(x, offsets, *args):
+    operands, tokens, *_ = _split(args)
+    return x.new_empty((x if tokens is None else tokens).shape[0], operands.out_features)
 
 
-def _backward(grad_output, x, offsets, weight, lora_A, lora_B, scaling, compute_dtype, output_mask, *routing):
-    """routing: tokens and inverse as for `_experts`, and the number of tokens."""
-    tokens, inverse, num_tokens = (*routing, *_SORTED[len(routing) :])
+def _backward(grad_output, x, offsets, output_mask, *args):
+    operands, tokens, inverse, num_tokens = _split(args)
     needs_x, needs_A = output_mask
-    dtypes = (grad_output.dtype, compute_dtype, lora_A.dtype, lora_B.dtype)
-    rows = x if not needs_A or tokens is None else to_experts(x, tokens)
-    operands = (rows if needs_A else None, offsets, weight if needs_x else None, lora_A, lora_B)
+    if not needs_x:
+        operands = operands._replace(weight=None)
+    if not needs_A:
+        x = None
+    elif tokens is not None:
+        x = to_experts(x, tokens)
+    formula = "experts_linear_backward", grad_output, operands.rank, operands.dtypes(grad_output)
     with no_autocast():
-        arguments = grad_output, *operands, scaling, compute_dtype
-        grad_x, grad_A = run_formula(
-            "experts_linear_backward", grad_output, lora_A.shape[1], dtypes, *arguments
-        )
+        grad_x, grad_A = run_formula(*formula, grad_output, x, offsets, operands)
     if needs_x and inverse is not None:
         grad_x = summed(grad_x, inverse, num_tokens)
     return without_none(grad_output, grad_x, grad_A)
 
 
-def _backward_fake(
-    grad_output, x, offsets, weight, lora_A, lora_B, scaling, compute_dtype, output_mask, *routing
-):
-    _, inverse, num_tokens = (*routing, *_SORTED[len(routing) :])
+def _backward_fake(grad_output, x, offsets, output_mask, *args):
+    operands, _, inverse, num_tokens = _split(args)
     needs_x, needs_A = output_mask
+    lora_A = operands.lora_A
     rows = grad_output.shape[0] if inverse is None else num_tokens
     grad_x = grad_output.new_empty(rows, lora_A.shape[2]) if needs_x else None
     return without_none(grad_output, grad_x, lora_A.new_empty(lora_A.shape) if needs_A else None)
@@ -112,39 +123,43 @@ class _ExpertsLinear(torch.autograd.Function):
     """``run`` computes y: `_experts` or the operator (`mica.ops.operator.operator`)."""
 
     @staticmethod
-    def forward(ctx, run, x, offsets, weight, lora_A, lora_B, scaling, bias, dtype, *routing):
-        tokens, inverse, _ = (*routing, *_SORTED[len(routing) :])
+    def forward(ctx, run, x, offsets, *args):
+        operands, tokens, inverse, _ = _split(args)
         _, needs_x, _, _, needs_A = ctx.needs_input_grad[:5]
-        ctx.scaling, ctx.compute_dtype, ctx.num_tokens = scaling, dtype or x.dtype, x.shape[0]
+        ctx.scaling, ctx.compute_dtype, ctx.num_tokens = operands.scaling, operands.dtype(x), x.shape[0]
         # x as it came, and nothing that no gradient needs
         kept_x = x if needs_A else None
-        kept_weight = weight if needs_x else None
-        kept_A = lora_A if needs_x else without_values(lora_A)
+        kept_weight = operands.weight if needs_x else None
+        kept_A = operands.lora_A if needs_x else without_values(operands.lora_A)
         kept_tokens = tokens if needs_A else None
         kept_inverse = inverse if needs_x else None
-        save(ctx, kept_x, offsets, kept_weight, kept_A, lora_B, kept_tokens, kept_inverse)
+        save(ctx, kept_x, offsets, kept_weight, kept_A, operands.lora_B, kept_tokens, kept_inverse)
         with below_autograd():
-            return run(x, offsets, weight, lora_A, lora_B, scaling, bias, dtype, *routing)
+            return run(x, offsets, *args)
 
     @staticmethod
     def backward(ctx, grad_output):
         x, offsets, weight, lora_A, lora_B, tokens, inverse = saved(ctx)
         mask = [weight is not None, x is not None]
         tensors = grad_output, x, offsets, weight, lora_A, lora_B
-        args = *tensors, ctx.scaling, ctx.compute_dtype, mask, tokens, inverse, ctx.num_tokens
+        operands = weight, lora_A, lora_B, ctx.scaling, None, ctx.compute_dtype
+        args = grad_output, x, offsets, mask, *operands, tokens, inverse, ctx.num_tokens
         grads = run_backward(torch.ops.mica.experts_linear_backward, _backward, tensors, *args)
         grad_x, grad_A = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
         return None, grad_x, None, None, grad_A, *[None] * 6
 
 
-def _cast(device_type, x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype, *routing):
-    return x.to(weight.dtype), offsets, weight, lora_A, lora_B, scaling, bias, None, *routing
+def _cast(device_type, x, offsets, *args):
+    operands, *routing, _ = _split(args)
+    operands = operands._replace(compute_dtype=None)
+    return x.to(operands.weight.dtype), offsets, *operands[:_OPERANDS], *routing
 
 
+_FACTORS = "Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, ScalarType? compute_dtype"
+_ROUTING = "Tensor? tokens=None, Tensor? inverse=None"
 experts_linear = operator(
     "experts_linear",
-    "(Tensor x, Tensor offsets, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias,"
-    " ScalarType? compute_dtype, Tensor? tokens=None, Tensor? inverse=None) -> Tensor",
+    f"(Tensor x, Tensor offsets, Tensor weight, {_FACTORS}, {_ROUTING}) -> Tensor",
     _experts,
     _experts_fake,
     _ExpertsLinear.apply,
@@ -152,9 +167,8 @@ experts_linear = operator(
 )
 operator(
     "experts_linear_backward",
-    "(Tensor grad_output, Tensor? x, Tensor offsets, Tensor? weight, Tensor lora_A, Tensor lora_B,"
-    " float scaling, ScalarType compute_dtype, bool[2] output_mask, Tensor? tokens=None,"
-    " Tensor? inverse=None, SymInt num_tokens=0) -> (Tensor, Tensor)",
+    f"(Tensor grad_output, Tensor? x, Tensor offsets, bool[2] output_mask, Tensor? weight, {_FACTORS},"
+    f" {_ROUTING}, SymInt num_tokens=0) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -198,8 +212,7 @@ def _base_cast(device_type, x, offsets, weight, *bias_and_routing):
 # Frozen: only x gets a gradient, dx_e = dy_e W_e. Rows that belong to no expert are 0.
 experts_base = operator(
     "experts_base",
-    "(Tensor x, Tensor offsets, Tensor weight, Tensor? bias, Tensor? tokens=None, Tensor? inverse=None)"
-    " -> Tensor",
+    f"(Tensor x, Tensor offsets, Tensor weight, Tensor? bias, {_ROUTING}) -> Tensor",
     _base,
     _base_fake,
     _ExpertsBase.apply,

@@ -226,14 +226,11 @@ class _OfPython(torch.autograd.Function):
         return tensor.clone()
 
 
-def outputs() -> tuple[Tensor, ...]:
-    """An output of each operator that may have made an x that is computed again; the last is Python's."""
-    t = torch.zeros(2, requires_grad=True, device="cpu")
-    with torch.enable_grad():
-        return t * t, t.to(torch.float64), F.silu(t), F.gelu(t), t.pow(2), _OfPython.apply(t)
-
-
-_PRODUCT, _CAST, _SILU, _GELU, _POWER, _ = (type(output.grad_fn) for output in outputs())
+with torch.inference_mode(False), torch.enable_grad():
+    _t = torch.zeros(2, requires_grad=True, device="cpu")
+    # An output of each operator that may have made an x that is computed again; the last is Python's.
+    OUTPUTS = (_t * _t, _t.to(torch.float64), F.silu(_t), F.gelu(_t), _t.pow(2), _OfPython.apply(_t))
+_PRODUCT, _CAST, _SILU, _GELU, _POWER, _ = (type(output.grad_fn) for output in OUTPUTS)
 _KINDS = {_PRODUCT, _CAST, _SILU, _GELU, _POWER}
 
 _EDITED = (

@@ -34,6 +34,7 @@ from mica.ops.operator import (
 )
 from mica.paths import choose, products, reference_path
 from mica.paths.choose import backward_rows, forward_rows
+from mica.paths.operands import Operands
 
 
 def mica_linear(
@@ -75,71 +76,43 @@ def mica_linear(
         ValueError: shapes or devices that do not fit, or a frozen operand that requires a gradient.
         RuntimeError: MICA_BACKEND=triton where there are no kernels for the call.
     """
-    check_linear(x, weight, lora_A, lora_B, bias, scaling, compute_dtype, dropout_p, seed)
-    return linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
+    operands = Operands(weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
+    check_linear(x, operands)
+    return linear(x, *operands)
 
 
-def _linear(
-    x,
-    weight,
-    lora_A,
-    lora_B,
-    scaling,
-    bias,
-    compute_dtype,
-    dropout_p=0.0,
-    seed=None,
-    grad_dtype=None,
-):
+def _linear(x, *args):
+    operands = Operands(*args)
     matrix = as_matrix(x)
-    rank = lora_A.shape[0]
-    dtypes = (x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
-    operands = (matrix, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
-    rows = partial(forward_rows, matrix, weight.shape[0], dropout_p)
-    return like(x.shape, run_formula("linear", x, rank, dtypes, *operands, rows=rows))
+    rows = partial(forward_rows, matrix, operands.out_features, operands.dropout_p)
+    y = run_formula("linear", x, operands.rank, operands.dtypes(x), matrix, operands, rows=rows)
+    return like(x.shape, y)
 
 
-def _linear_backward(grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, output_mask, *options):
+def _linear_backward(grad_output, x, output_mask, *args):
     needs_x, needs_A = output_mask
-    operands = (x if needs_A else None, weight if needs_x else None, lora_A, lora_B, scaling, compute_dtype)
-    return without_none(grad_output, *_gradients(grad_output, *operands, *options))
+    operands = Operands(*args)
+    if not needs_x:
+        operands = operands._replace(weight=None)
+    return without_none(grad_output, *_gradients(grad_output, x if needs_A else None, operands))
 
 
-def _gradients(
-    grad_output,
-    x,
-    weight,
-    lora_A,
-    lora_B,
-    scaling,
-    compute_dtype,
-    dropout_p=0.0,
-    seed=None,
-    grad_dtype=None,
-):
+def _gradients(grad_output, x: Tensor | None, operands: Operands) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dA); None where no gradient is needed, and so x or the weight is None."""
     dy = as_matrix(grad_output)
     matrix = None if x is None else as_matrix(x)
-    rank, in_features = lora_A.shape
-    dtypes = (grad_output.dtype, compute_dtype, lora_A.dtype, lora_B.dtype)
-    operands = (dy, matrix, weight, lora_A, lora_B, scaling, compute_dtype, dropout_p, seed, grad_dtype)
-    rows = partial(backward_rows, dy, matrix, in_features, dropout_p)
+    rows = partial(backward_rows, dy, matrix, operands.lora_A.shape[1], operands.dropout_p)
+    dtypes = operands.dtypes(dy)
     with no_autocast():
-        grad_x, grad_A = run_formula("linear_backward", dy, rank, dtypes, *operands, rows=rows)
-    if grad_x is not None:
-        grad_x = like(grad_output.shape, grad_x)
-    return grad_x, grad_A
+        dx, dA = run_formula("linear_backward", dy, operands.rank, dtypes, dy, matrix, operands, rows=rows)
+    return None if dx is None else like(grad_output.shape, dx), dA
 
 
-def _linear_fake(
-    x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None, grad_dtype=None
-):
+def _linear_fake(x, weight, *args):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _linear_backward_fake(
-    grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, output_mask, *options
-):
+def _linear_backward_fake(grad_output, x, output_mask, weight, lora_A, *args):
     needs_x, needs_A = output_mask
     grad_x = grad_output.new_empty(*grad_output.shape[:-1], lora_A.shape[1]) if needs_x else None
     grad_A = lora_A.new_empty(lora_A.shape) if needs_A else None
@@ -150,92 +123,96 @@ class _MicaLinear(torch.autograd.Function):
     """``run`` computes y: `_linear` or the operator (`mica.ops.operator.operator`)."""
 
     @staticmethod
-    def forward(
-        ctx, run, x, weight, lora_A, lora_B, scaling, bias, dtype, dropout_p=0.0, seed=None, grad_dtype=None
-    ):
+    def forward(ctx, run, x, *args):
+        operands = Operands(*args)
         _, needs_x, _, needs_A = ctx.needs_input_grad[:4]
-        ctx.numbers = scaling, dtype or x.dtype, dropout_p, grad_dtype
         # no fp32 copy, no h, no mask, and nothing that no gradient needs
-        kept_weight = weight if needs_x else None
-        kept_A = lora_A if needs_x else without_values(lora_A)
-        kept_x = x if needs_A else None
-        save(ctx, kept_weight, kept_A, lora_B, seed, kept_x)
+        kept_weight = operands.weight if needs_x else None
+        kept_A = operands.lora_A if needs_x else without_values(operands.lora_A)
+        save(ctx, x if needs_A else None, kept_weight, kept_A, operands.lora_B, operands.seed)
+        nothing = {"weight": None, "lora_A": None, "lora_B": None, "bias": None, "seed": None}
+        ctx.operands = operands._replace(compute_dtype=operands.dtype(x), **nothing)
         with below_autograd():
-            return run(x, weight, lora_A, lora_B, scaling, bias, dtype, dropout_p, seed, grad_dtype)
+            return run(x, *operands)
 
     @staticmethod
     def backward(ctx, grad_output):
-        weight, lora_A, lora_B, seed, x = saved(ctx)
-        scaling, compute_dtype, dropout_p, grad_dtype = ctx.numbers
-        operands = grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype
+        x, weight, lora_A, lora_B, seed = saved(ctx)
+        operands = ctx.operands._replace(weight=weight, lora_A=lora_A, lora_B=lora_B, seed=seed)
         if torch.is_grad_enabled() or not is_eager(grad_output, x):
             mask = [weight is not None, x is not None]
-            args = *operands, mask, dropout_p, seed, grad_dtype
-            grads = run_backward(torch.ops.mica.linear_backward, _linear_backward, operands[:5], *args)
+            tensors = grad_output, x, weight, lora_A, lora_B
+            args = grad_output, x, mask, *operands
+            grads = run_backward(torch.ops.mica.linear_backward, _linear_backward, tensors, *args)
             grad_x, grad_A = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
         else:
             with below_autograd():
-                grad_x, grad_A = _gradients(*operands, dropout_p, seed, grad_dtype)
-        return None, grad_x, None, grad_A, None, None, None, None, None, None, None
+                grad_x, grad_A = _gradients(grad_output, x, operands)
+        return None, grad_x, None, grad_A, *[None] * 7
 
 
-def _cast(
-    kind, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None, grad_dtype=None
-):
+def _cast(kind, x, *args):
+    operands = Operands(*args)
     dtype = torch.get_autocast_dtype(kind)
-    x, weight, bias = (autocast_to(tensor, dtype) for tensor in (x, weight, bias))
-    return x, weight, lora_A, lora_B, scaling, bias, None, dropout_p, seed, x.dtype
+    x = autocast_to(x, dtype)
+    return x, *_cast_operands(operands, dtype)._replace(compute_dtype=None, autocast_dtype=x.dtype)
 
 
-def linear_eager(
-    x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None, autocast_dtype=None
-) -> Tensor:
-    """`linear` for callers that know that `is_eager` holds.
+def _cast_operands(operands: Operands, dtype: torch.dtype) -> Operands:
+    weight = autocast_to(operands.weight, dtype)
+    return operands._replace(weight=weight, bias=autocast_to(operands.bias, dtype))
 
-    autocast_dtype: autocast's where it is on. What it casts is cast here, or in C++, where autograd follows.
+
+def linear_eager(x, *args) -> Tensor:
+    """`linear` for callers that know that `is_eager` holds; ``args``: the fields of `Operands`.
+
+    What autocast casts is cast here, or in C++, where autograd follows.
 
     Raises:
         ValueError: an x without dimensions.
     """
     if x.dim() == 0:
         as_matrix(x)  # raises
-    operands = weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, autocast_dtype
-    if torch.is_grad_enabled() and lora_A.requires_grad:
-        return kept.call(_run, x, *operands, dtype=autocast_dtype)
+    operands = Operands(*args)
+    if torch.is_grad_enabled() and operands.lora_A.requires_grad:
+        return kept.call(_run, x, *operands, dtype=operands.autocast_dtype)
     return _run(x, *operands)
 
 
-def _run(x, *operands) -> Tensor:
+def _run(x, *args) -> Tensor:
+    """From C++, or else from Python."""
     module = native.module()
-    y = None if module is None else module.linear(x, *operands)
-    return _from_python(x, *operands) if y is None else y
+    y = None if module is None else module.linear(x, *args)
+    return _from_python(x, Operands(*args)) if y is None else y
 
 
-def _from_python(x, weight, lora_A, lora_B, scaling, bias, *options) -> Tensor:
-    autocast_dtype = options[-1]
-    if autocast_dtype is not None:
-        x, weight, bias = (autocast_to(tensor, autocast_dtype) for tensor in (x, weight, bias))
-    operands = x, weight, lora_A, lora_B, scaling, bias, *options
-    if torch.is_grad_enabled() and (lora_A.requires_grad or x.requires_grad):
+def _from_python(x, operands: Operands) -> Tensor:
+    if operands.autocast_dtype is not None:
+        x = autocast_to(x, operands.autocast_dtype)
+        operands = _cast_operands(operands, operands.autocast_dtype)
+    if torch.is_grad_enabled() and (operands.lora_A.requires_grad or x.requires_grad):
         with no_autocast():
-            return _MicaLinear.apply(_linear, *operands)
+            return _MicaLinear.apply(_linear, x, *operands)
     with below_autograd(), no_autocast():
-        return _linear(*operands)
+        return _linear(x, *operands)
 
 
 def configure(module: ModuleType) -> None:
+    """Tell the C++ what it shares with Python."""
     numbers = products.FEW_TO_ROUND, reference_path.TOKENS_PER_CHUNK, products.HAS_WIDE_SUMS
     tables = call_counts, vars(os), native.modules, products.ANSWERS, choose.host_bounds
-    module.configure_linear(*numbers, kept.EDITED, kept.outputs(), (*tables, linear_eager))
+    module.configure_linear(*numbers, kept.EDITED, kept.OUTPUTS, (*tables, linear_eager))
 
 
 native.when_loaded(configure)
 
+_FACTORS = (
+    "Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, ScalarType? compute_dtype,"
+    " float dropout_p=0.0, Tensor? seed=None, ScalarType? autocast_dtype=None"
+)
 linear = operator(
     "linear",
-    "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias,"
-    " ScalarType? compute_dtype, float dropout_p=0.0, Tensor? seed=None, ScalarType? grad_dtype=None)"
-    " -> Tensor",
+    f"(Tensor x, Tensor weight, {_FACTORS}) -> Tensor",
     _linear,
     _linear_fake,
     _MicaLinear.apply,
@@ -244,9 +221,7 @@ linear = operator(
 )
 operator(
     "linear_backward",
-    "(Tensor grad_output, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, float scaling,"
-    " ScalarType compute_dtype, bool[2] output_mask, float dropout_p=0.0, Tensor? seed=None,"
-    " ScalarType? grad_dtype=None) -> (Tensor, Tensor)",
+    f"(Tensor grad_output, Tensor? x, bool[2] output_mask, Tensor? weight, {_FACTORS}) -> (Tensor, Tensor)",
     _linear_backward,
     _linear_backward_fake,
 )

@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from mica.memory import TENSOR_TYPES, in_memory
 from mica.ops import kept
 from mica.paths import choose, reference_path
+from mica.paths.operands import Operands
 from mica.paths.products import is_transformed
 
 # How often each operator's body ran, eager or compiled, which shows that a path was taken. Counted in the
@@ -77,7 +78,7 @@ def run_formula(
 
     from mica.paths import triton_path  # imports Triton
 
-    args = [in_memory(arg) if isinstance(arg, Tensor) else arg for arg in args]
+    args = [_in_memory(arg) for arg in args]
     options = {} if rows is None else {"form": choice.form}
     try:
         result = getattr(triton_path, name)(*args, **options)
@@ -92,6 +93,12 @@ def run_formula(
         return formula(*args)
     call_counts[f"{name}_kernels"] += 1
     return result
+
+
+def _in_memory(arg):
+    if isinstance(arg, Operands):
+        return Operands(*map(_in_memory, arg))
+    return in_memory(arg) if isinstance(arg, Tensor) else arg
 
 
 def on_reference(body: Callable) -> Callable:

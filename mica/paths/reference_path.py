@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mica import native
 from mica.paths import dropout
+from mica.paths.operands import Operands
 from mica.paths.products import added, addmm, multiplies_itself, product_dtype, unrounded
 
 # Tokens whose fp32 copy is alive at a time in `grad_a`: 1024 x 14336 fp32 are 59 MB. Measured on two CPU
@@ -32,19 +33,10 @@ from mica.paths.products import added, addmm, multiplies_itself, product_dtype, 
 TOKENS_PER_CHUNK = 1024
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float = 1.0,
-    bias: Tensor | None = None,
-    compute_dtype: torch.dtype | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
+def linear(x: Tensor, operands: Operands) -> Tensor:
     """y (M×N) in the dtype of x, from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)."""
-    dtype = product_dtype(x, (lora_A, lora_B), compute_dtype or x.dtype)
+    weight, lora_A, lora_B, scaling, bias, _, dropout_p, seed, _ = operands
+    dtype = product_dtype(x, (lora_A, lora_B), operands.dtype(x))
     h = down_projection(x, lora_A, scaling, dtype, dropout_p, seed)
     if h.dtype == x.dtype:
         return addmm(bias, (x, weight.t()), (h, _cast(lora_B, h.dtype).t()))
@@ -172,27 +164,19 @@ def embedding(
 
 
 def linear_backward(
-    grad_output: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    compute_dtype: torch.dtype,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    grad_dtype: torch.dtype | None = None,
+    grad_output: Tensor, x: Tensor | None, operands: Operands
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dA in the dtype of lora_A) of `linear`; None where the weight or x that it takes is None.
-
-    grad_dtype: to which dA may be rounded first, as PyTorch does under autocast.
-    """
-    grad_dtype = grad_dtype or lora_A.dtype
-    dtype = product_dtype(grad_output, (lora_A, lora_B), compute_dtype)
+    """(dx, dA in the dtype of lora_A) of `linear`; None where the weight or x is None."""
+    weight, lora_A, lora_B, scaling, _, _, dropout_p, seed, autocast_dtype = operands
+    dtype = product_dtype(grad_output, (lora_A, lora_B), operands.dtype(grad_output))
     g = grad_h(grad_output, lora_B, scaling / (1.0 - dropout_p), dtype)
     keep = _keep(grad_output, lora_A, dropout_p, seed)
-    dx = None if weight is None else grad_x(grad_output, weight, g, lora_A, keep)
-    dA = None if x is None else _cast(grad_a(g, dropout.applied(keep, x), grad_dtype), lora_A.dtype)
+    dx = dA = None
+    if weight is not None:
+        dx = grad_x(grad_output, weight, g, lora_A, keep)
+    if x is not None:
+        kept = dropout.applied(keep, x)
+        dA = _cast(grad_a(g, kept, autocast_dtype or lora_A.dtype), lora_A.dtype)
     return dx, dA
 
 
@@ -255,16 +239,7 @@ def delta_factors(lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tenso
 # ---------------------------------------------------------------------------------------------------
 
 
-def experts_linear(
-    x: Tensor,
-    offsets: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float = 1.0,
-    bias: Tensor | None = None,
-    compute_dtype: torch.dtype | None = None,
-) -> Tensor:
+def experts_linear(x: Tensor, offsets: Tensor, operands: Operands) -> Tensor:
     """y (S×N) in the dtype of x, from x (S×K), weight (E×N×K), lora_A (E×r×K), lora_B (E×N×r), bias (E×N).
 
     Rows after the last offset, which belong to no expert, are 0. A weight or bias of another dtype (under
@@ -272,9 +247,17 @@ def experts_linear(
     """
 
     def product(expert: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return linear(x, weight, lora_A[expert], lora_B[expert].contiguous(), scaling, bias, compute_dtype)
+        return linear(x, _of_expert(operands, expert, weight, bias))
 
-    return _by_expert(product, x, offsets, weight, bias)
+    return _by_expert(product, x, offsets, operands.weight, operands.bias)
+
+
+def _of_expert(
+    operands: Operands, expert: int, weight: Tensor | None, bias: Tensor | None = None
+) -> Operands:
+    # a stack's is strided: PEFT stores (N×r·E), the expert fastest
+    lora_B = operands.lora_B[expert].contiguous()
+    return operands._replace(weight=weight, bias=bias, lora_A=operands.lora_A[expert], lora_B=lora_B)
 
 
 def experts_base(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -294,27 +277,17 @@ def _by_expert(product: Callable[..., Tensor], x, offsets, weight, bias) -> Tens
 
 
 def experts_linear_backward(
-    grad_output: Tensor,
-    x: Tensor | None,
-    offsets: Tensor,
-    weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    compute_dtype: torch.dtype,
+    grad_output: Tensor, x: Tensor | None, offsets: Tensor, operands: Operands
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx (S×K), dA (E×r×K) in the dtype of lora_A); None where the weight or x that it takes is None."""
+    """(dx (S×K), dA (E×r×K) in the dtype of lora_A); None where the weight or x is None."""
+    weight, lora_A, *_ = operands
     dx = None if weight is None else grad_output.new_empty(grad_output.shape[0], lora_A.shape[2])
     dA = None if x is None else lora_A.new_zeros(lora_A.shape)
     fill, end = _filling(grad_output), 0
     for expert, rows in hit(offsets):
-        operands = (
-            None if x is None else x[rows],
-            None if weight is None else _cast(weight[expert], grad_output.dtype),
-            lora_A[expert],
-            lora_B[expert].contiguous(),  # a stack's is strided: PEFT stores (N×r·E), the expert fastest
-        )
-        part, own = linear_backward(grad_output[rows], *operands, scaling, compute_dtype)
+        own_x = None if x is None else x[rows]
+        own_weight = None if weight is None else _cast(weight[expert], grad_output.dtype)
+        part, own = linear_backward(grad_output[rows], own_x, _of_expert(operands, expert, own_weight))
         if dx is not None:
             dx = fill(dx, rows, part)
         if dA is not None:

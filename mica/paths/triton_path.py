@@ -28,6 +28,7 @@ from mica.kernels.launching import RecordedLaunches, layout
 from mica.kernels.prepared_b import prepare, prepare_experts
 from mica.kernels.up_projection import up_projection_
 from mica.paths import reference_path
+from mica.paths.operands import Operands
 
 __all__ = [
     "LaunchError",
@@ -68,21 +69,10 @@ def as_operand(lora_A: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
 # ---------------------------------------------------------------------------------------------------
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float = 1.0,
-    bias: Tensor | None = None,
-    compute_dtype: torch.dtype | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    *,
-    form: str = "split",
-) -> Tensor:
+def linear(x: Tensor, operands: Operands, *, form: str = "split") -> Tensor:
     """As `mica.paths.reference_path.linear`, in one of the forms of `mica.kernels.configs.FORM_NAMES`."""
-    dtype = compute_dtype or x.dtype
+    weight, lora_A, lora_B, scaling, bias, _, dropout_p, seed, _ = operands
+    dtype = operands.dtype(x)
     if not dropout_p:
         seed = None
     key = layout(x), layout(lora_A), lora_B.shape[0], scaling, dtype, dropout_p, fp32_setting()
@@ -105,23 +95,14 @@ def linear(
 
 
 def linear_backward(
-    grad_output: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    compute_dtype: torch.dtype,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    grad_dtype: torch.dtype | None = None,
-    *,
-    form: str = "split",
+    grad_output: Tensor, x: Tensor | None, operands: Operands, *, form: str = "split"
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dA) as `mica.paths.reference_path.linear_backward`.
 
-    Kernels sum dA in fp32 and write it in the dtype of lora_A, whatever the ``grad_dtype``.
+    Kernels sum dA in fp32 and write it in the dtype of lora_A, whatever the dtype of autocast.
     """
+    weight, lora_A, lora_B, scaling, _, _, dropout_p, seed, _ = operands
+    compute_dtype = operands.dtype(grad_output)
     if not dropout_p:
         seed = None
     key = layout(grad_output), layout(x), layout(lora_A), scaling, compute_dtype, dropout_p, fp32_setting()
@@ -224,18 +205,11 @@ _MOST_GROUPS = 1023  # of its CUDA kernel
 _MOST_ELEMENTS = 2**31 - 1  # of x, and of y: with more, an illegal access was reported (torchtitan#1932)
 
 
-def experts_linear(
-    x: Tensor,
-    offsets: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float = 1.0,
-    bias: Tensor | None = None,
-    compute_dtype: torch.dtype | None = None,
-) -> Tensor:
+def experts_linear(x: Tensor, offsets: Tensor, operands: Operands) -> Tensor:
     """As `mica.paths.reference_path.experts_linear`."""
-    dtype, offsets = compute_dtype or x.dtype, offsets.contiguous()
+    weight, lora_A, lora_B, scaling, bias, *_ = operands
+    dtype = operands.dtype(x)
+    offsets = offsets.contiguous()
     bias = None if bias is None else bias.to(x.dtype)
     tensors = layout(x), layout(offsets), layout(lora_A), layout(bias), lora_B.shape[1]
     key = *tensors, scaling, dtype, fp32_setting()
@@ -257,16 +231,11 @@ def experts_base(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def experts_linear_backward(
-    grad_output: Tensor,
-    x: Tensor | None,
-    offsets: Tensor,
-    weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    compute_dtype: torch.dtype,
+    grad_output: Tensor, x: Tensor | None, offsets: Tensor, operands: Operands
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `mica.paths.reference_path.experts_linear_backward`."""
+    weight, lora_A, lora_B, scaling, *_ = operands
+    compute_dtype = operands.dtype(grad_output)
     grad_x = grad_A = None
     offsets = offsets.contiguous()
     tensors = layout(grad_output), layout(x), layout(offsets), layout(lora_A)

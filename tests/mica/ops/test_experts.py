@@ -130,5 +130,6 @@ def test_tokens_compiled_and_twice_differentiated():
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*inputs), function(*inputs))
     opcheck(torch.ops.mica.experts_linear.default, arguments(p, *inputs, *order))
-    operands = (p.grad_output, *arguments(p, p.x, p.lora_A)[:6], torch.float64, [True, True])
+    x, offsets, *operands = arguments(p, p.x, p.lora_A)
+    operands = (p.grad_output, x, offsets, [True, True], *operands[:4], None, torch.float64)
     opcheck(torch.ops.mica.experts_linear_backward.default, (*operands, *order, 6))

@@ -297,10 +297,11 @@ def test_opcheck(backend, kind, dtype, adapter_dtype, compute_dtype, bias):
     forward, backward = (getattr(torch.ops.mica, op).default for op in (name, f"{name}_backward"))
     factors = p.lora_B, p.scaling
     opcheck(forward, (x, *offsets, p.weight, lora_A, *factors, p.bias, compute_dtype, *dropout))
-    operands = p.grad_output, p.x, *offsets, p.weight, p.lora_A, *factors, compute_dtype or dtype
-    opcheck(backward, (*operands, [True, True], *dropout))
+    operands = p.weight, p.lora_A, *factors, None, compute_dtype or dtype, *dropout
+    rows = p.grad_output, p.x, *offsets
+    opcheck(backward, (*rows, [True, True], *operands))
     for mask in ([True, False], [False, True]):  # only what is returned depends on it
-        opcheck(backward, (*operands, mask, *dropout), test_utils=("test_schema", "test_faketensor"))
+        opcheck(backward, (*rows, mask, *operands), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("compute_dtype", [None, FP32])

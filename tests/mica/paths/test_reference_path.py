@@ -5,6 +5,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mica import native
 from mica.paths import dropout, products, reference_path
+from mica.paths.operands import Operands
 from tests.support.linear_calls import Seen, agree
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
@@ -13,15 +14,15 @@ in_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 in_each_way = pytest.mark.usefixtures("sixteen_bit_products")
 
 
-def operands(p):
-    return p.weight, p.lora_A, p.lora_B, p.scaling
+def operands(p, bias=None, compute_dtype=None):
+    return Operands(p.weight, p.lora_A, p.lora_B, p.scaling, bias, compute_dtype)
 
 
 def compute(p, compute_dtype=None):
     """By `linear` and `linear_backward`."""
-    y = reference_path.linear(p.x, *operands(p), p.bias, compute_dtype)
-    dtype = compute_dtype or p.x.dtype
-    grad_x, grad_A = reference_path.linear_backward(p.grad_output, p.x, *operands(p), dtype)
+    of_p = operands(p, p.bias, compute_dtype)
+    y = reference_path.linear(p.x, of_p)
+    grad_x, grad_A = reference_path.linear_backward(p.grad_output, p.x, of_p)
     return {"y": y, "grad_x": grad_x, "grad_A": grad_A}
 
 
@@ -88,9 +89,9 @@ def test_few_tokens_are_nearer_to_the_oracle_than_with_rounded_masters(monkeypat
 def test_few_tokens_take_three_products_and_nothing_else(scaling, forward_scale, backward_scale, largest):
     p = problem((2,), 40, 30, 16, torch.float32, bias=False, scaling=scaling)
     with Seen() as forward:
-        reference_path.linear(p.x, *operands(p))
+        reference_path.linear(p.x, operands(p))
     with Seen() as backward:
-        reference_path.linear_backward(p.grad_output, p.x, *operands(p), torch.float32)
+        reference_path.linear_backward(p.grad_output, p.x, operands(p))
     needed = ["aten::addmm_", "aten::mm", "aten::mm"]
     assert sorted(forward.names) == sorted([*needed, *forward_scale])
     assert sorted(backward.names) == sorted([*needed, "aten::mm", *backward_scale])
@@ -170,7 +171,7 @@ def test_dropout_under_a_function_transform_with_a_seed_for_each():
     x, lora_A, lora_B, weight = (torch.randn(shape) for shape in ((3, 8), (2, 8), (4, 2), (4, 8)))
 
     def linear(seed):
-        return reference_path.linear(x, weight, lora_A, lora_B, dropout_p=0.5, seed=seed)
+        return reference_path.linear(x, Operands(weight, lora_A, lora_B, dropout_p=0.5, seed=seed))
 
     seeds = torch.tensor([[1], [2]])
     expected = torch.stack([linear(seed) for seed in seeds])
