@@ -258,25 +258,12 @@ def _find_path(row: dict) -> None:
         row["trial"] = "failed" if reason else "passed"
 
 
-def _products() -> dict[str, dict]:
-    """How fast a frozen layer's products are in bf16 and fp16.
-
-    For each dtype the time of "x Wᵀ" and "dy W" over fp32's, whether the machine is too "busy" to measure
-    them, and whether MiCA uses them ("native").
-    """
+def _products() -> dict[str, bool]:
+    """Whether the processor has instructions for each 16-bit dtype."""
     from mica.dtypes import SIXTEEN_BIT
-    from mica.paths.products import has_native, slowdown
+    from mica.paths.products import has_native
 
-    found = {}
-    for dtype in SIXTEEN_BIT:
-        forward, backward, is_busy = slowdown(dtype)
-        found[dtype_name(dtype)] = {
-            "x Wᵀ": forward,
-            "dy W": backward,
-            "busy": is_busy,
-            "native": has_native(dtype),
-        }
-    return found
+    return {dtype_name(dtype): has_native(dtype) for dtype in SIXTEEN_BIT}
 
 
 def _native(problems: list[str]) -> dict:
@@ -353,9 +340,9 @@ def _lines(report: dict) -> Iterator[tuple[str, str]]:
     for row in report["devices"]:
         yield from _lines_of_device(row)
         if row["device"] == "cpu":
-            for dtype, ratios in report["products"].items():
+            for dtype, is_native in report["products"].items():
                 short = "bf16" if dtype == "bfloat16" else "fp16"
-                yield f"  {short} products", _times(ratios)
+                yield f"  {short} products", _INSTRUCTIONS[is_native]
     if len(report["devices"]) == 1:
         yield "kernels", "none compiled: no GPU here"
     yield "C++", _native_line(report["native"])
@@ -399,20 +386,10 @@ def _lines_of_device(row: dict) -> Iterator[tuple[str, str]]:
         yield "  trial kernel", row["trial"]
 
 
-def _times(row: dict) -> str:
-    """The text on the 16-bit products of a CPU, of small matrices each."""
-    if row["busy"]:
-        times = "not measured, because other processes keep this machine busy"
-    else:
-        times = f"x Wᵀ takes {_rounded(row['x Wᵀ'])}x as long as in float32, dy W {_rounded(row['dy W'])}x"
-    if row["native"]:
-        return f"small ones: {times}"
-    return f"small ones: {times}; adapted layers compute in float32, which --dtype auto selects"
-
-
-def _rounded(ratio: float) -> str:
-    digits = 2 if ratio < 10 else 3
-    return f"{ratio:.{digits}g}"
+_INSTRUCTIONS = {
+    True: "by the processor's own instructions",
+    False: "no instructions: adapted layers compute in float32, which --dtype auto selects",
+}
 
 
 def _native_line(native: dict) -> str:

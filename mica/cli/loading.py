@@ -23,7 +23,7 @@ from mica.cli.extras import how_to_install
 from mica.cli.output import dtype_name, expanded, first_sentences, one_line
 from mica.errors import UsageError
 from mica.paths import choose
-from mica.paths.products import has_native, slowdown
+from mica.paths.products import has_native
 
 if is_accelerate_available():  # in the extra `cli`: `mica inspect` works without it
     from accelerate import PartialState
@@ -277,14 +277,7 @@ def suit_processor(model, dtype: str) -> str | None:
     if model.device.type != "cpu" or has_native(model.dtype):
         return None
     name = dtype_name(model.dtype)
-    forward, backward, is_busy = slowdown(model.dtype)
-    if is_busy:  # the measured times mean nothing
-        times = "many times as long as in float32"
-    else:
-        times = (
-            f"{forward:.0f}x as long as in float32 in a forward pass and {backward:.0f}x in a backward pass"
-        )
-    cost = f"this processor has no {name} instructions, so even a small matrix product takes {times}"
+    cost = f"this processor has no {name} instructions, so matrix products take 10 to 400 times as long"
 
     if dtype != "auto":
         return f"--dtype {dtype}: {cost} (adapted layers compute in float32); --dtype float32 is faster"

@@ -269,13 +269,8 @@ struct Parts {
   }
 };
 
-// A call in the common case.
-struct Call {
-  Operands operands;
-  Options options;
-};
-
-inline std::optional<Call> call_of(PyObject* layer, PyObject* given_x) {
+// What a common case is called with.
+inline std::optional<Operands> operands_of(PyObject* layer, PyObject* given_x) {
   if (!is_of(layer, known.lora_linear) || !THPVariable_CheckExact(given_x) || !is_eager()) {
     return std::nullopt;
   }
@@ -305,28 +300,27 @@ inline std::optional<Call> call_of(PyObject* layer, PyObject* given_x) {
     return std::nullopt;
   }
 
-  Call call{{THPVariable_Unpack(weight), THPVariable_Unpack(A), THPVariable_Unpack(B)}};
-  auto& [operands, options] = call;
+  Operands operands{THPVariable_Unpack(weight), THPVariable_Unpack(A), THPVariable_Unpack(B)};
+  operands.scaling = PyFloat_AS_DOUBLE(parts.scaling);
+  operands.dropout_p = *p;
   if (has_bias) {
     operands.bias = THPVariable_Unpack(bias);
   }
-  options.scaling = PyFloat_AS_DOUBLE(parts.scaling);
-  options.dropout_p = *p;
   if (at::autocast::is_autocast_enabled(x.device().type())) {
-    options.autocast_dtype = at::autocast::get_autocast_dtype(x.device().type());
+    operands.autocast_dtype = at::autocast::get_autocast_dtype(x.device().type());
     const bool are_cast = is_cast_by_autocast(x) && is_cast_by_autocast(operands.weight) &&
         is_cast_by_autocast(operands.lora_A) && is_cast_by_autocast(operands.lora_B) &&
         (!has_bias || is_cast_by_autocast(*operands.bias));
-    return are_cast ? std::optional(call) : std::nullopt;
+    return are_cast ? std::optional(operands) : std::nullopt;
   }
   PyObject* casts_input = item(layer_dict, "cast_input_dtype_enabled"_key);
   if (!are_multiplied(x, operands.weight, operands.lora_A, operands.lora_B, casts_input)) {
     return std::nullopt;
   }
   if (const OptionalDtype wide = dtype_or_none(item(known.settings, "compute_dtype"_key))) {
-    options.compute_dtype = c10::promoteTypes(*wide, x.scalar_type());
+    operands.compute_dtype = c10::promoteTypes(*wide, x.scalar_type());
   }
-  return call;
+  return operands;
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -352,7 +346,7 @@ inline bool has_instructions(ScalarType dtype) {
 }
 
 // Whether a call is computed here, by PyTorch's operators. `mica.paths.choose` decides about all others.
-inline bool runs_here(const Tensor& x, const Operands& operands, const Options& options) {
+inline bool runs_here(const Tensor& x, const Operands& operands) {
   static PyObject* const name = PyBytes_FromString("MICA_BACKEND");
   PyObject* setting = item(environment(), name);
   const std::string_view backend = setting && PyBytes_Check(setting) ? PyBytes_AS_STRING(setting) : "";
@@ -360,15 +354,15 @@ inline bool runs_here(const Tensor& x, const Operands& operands, const Options& 
   if (!is_reference && !backend.empty() && backend != "auto") {
     return false;
   }
-  const ScalarType dtype = options.autocast_dtype.value_or(x.scalar_type());
-  if (x.is_cpu() && !(has_instructions(dtype) && has_instructions(options.compute_dtype.value_or(dtype)))) {
+  const ScalarType dtype = operands.autocast_dtype.value_or(x.scalar_type());
+  if (x.is_cpu() && !(has_instructions(dtype) && has_instructions(operands.compute_dtype.value_or(dtype)))) {
     return false;
   }
   constexpr long long unbounded = std::numeric_limits<long long>::max(); // as Python's sys.maxsize
   THPObjectPtr index(PyLong_FromLong(x.get_device()));
   PyObject* found = item(shared.host_bounds, index.get());
   const long long bound = is_reference ? unbounded : found ? PyLong_AsLongLong(found) : -1;
-  if (options.dropout_p > 0.0 && (bound < unbounded || !x.is_cpu())) { // the loop over a mask is for CPUs
+  if (operands.dropout_p > 0.0 && (bound < unbounded || !x.is_cpu())) { // the loop over a mask is for CPUs
     return false;
   }
   return x.numel() * operands.weight.size(0) <= bound;

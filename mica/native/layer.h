@@ -36,24 +36,20 @@ inline bool has_wide_sums = false; // of 16-bit products on CUDA
 inline std::string edited; // the message where what was saved has been edited in place
 inline void (*on_backward)() = nullptr; // counts
 
-// The tensors that a layer takes beside x.
+// What a layer takes beside x, before autocast has cast anything: `mica.paths.operands.Operands`.
 struct Operands {
   Tensor weight; // (out_features, in_features)
   Tensor lora_A; // (rank, in_features)
   Tensor lora_B; // (out_features, rank)
-  OptionalTensor bias; // (out_features)
-};
-
-// What else a call is given; `mica.ops.linear.linear_eager` takes both.
-struct Options {
   double scaling = 1.0;
+  OptionalTensor bias; // (out_features)
   OptionalDtype compute_dtype; // that of the low-rank products; none: that of x
   double dropout_p = 0.0;
   OptionalTensor seed; // int64 (1), where dropout_p > 0
   OptionalDtype autocast_dtype; // autocast's where it is on
 };
 
-// The same in numbers, which a backward needs, too.
+// The numbers among them, which a backward needs, too.
 struct Numbers {
   double scaling;
   ScalarType compute_dtype;
@@ -111,9 +107,9 @@ inline Tensor scaled_product(const Tensor& left, const Tensor& factor, double sc
 
 // y (M×N) from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)
 inline Tensor linear(const Tensor& x, const Operands& operands, const Numbers& numbers) {
-  const auto& [weight, lora_A, lora_B, bias] = operands;
-  const ScalarType dtype = product_dtype(x, lora_A.scalar_type(), lora_B.scalar_type(), numbers.compute_dtype);
-  const double scaling = numbers.scaling / (1.0 - numbers.dropout.p);
+  const auto& [weight, lora_A, lora_B, given_scaling, bias, _1, _2, _3, _4] = operands;
+  const ScalarType dtype = product_dtype(x, numbers.factor_dtype, lora_B.scalar_type(), numbers.compute_dtype);
+  const double scaling = given_scaling / (1.0 - numbers.dropout.p);
   const Tensor h = scaled_product(masked(x, numbers.dropout), lora_A.t(), scaling, dtype);
   const Tensor y = bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
   if (dtype == y.scalar_type()) {
@@ -254,46 +250,24 @@ inline bool is_eager() {
       !c10::impl::tls_is_dispatch_key_included(at::DispatchKey::Tracer);
 }
 
-inline int64_t bits_of(double number) {
-  int64_t bits = 0;
-  std::memcpy(&bits, &number, sizeof bits);
-  return bits;
-}
-
-inline double double_of(int64_t bits) {
-  double number = 0.0;
-  std::memcpy(&number, &bits, sizeof number);
-  return number;
-}
-
 // What a node keeps beside the tensors that autograd keeps for it is in types that compiled autograd can compare: a
 // compiled backward serves every call whose "numbers" are the same, and has "seed" as an input.
 inline void save_numbers(AutogradContext* ctx, const Numbers& numbers) {
-  ctx->saved_data["numbers"] = c10::List<int64_t>({
-      bits_of(numbers.scaling),
-      static_cast<int64_t>(numbers.compute_dtype),
-      static_cast<int64_t>(numbers.factor_dtype),
-      static_cast<int64_t>(numbers.grad_dtype),
-      bits_of(numbers.dropout.p),
+  ctx->saved_data["numbers"] = c10::List<double>({
+      numbers.scaling,
+      static_cast<double>(numbers.compute_dtype),
+      static_cast<double>(numbers.factor_dtype),
+      static_cast<double>(numbers.grad_dtype),
+      numbers.dropout.p,
   });
-  if (numbers.dropout) {
-    ctx->saved_data["seed"] = static_cast<int64_t>(numbers.dropout.seed);
-  }
+  ctx->saved_data["seed"] = static_cast<int64_t>(numbers.dropout.seed);
 }
 
 inline Numbers saved_numbers(AutogradContext* ctx) {
-  const auto saved = ctx->saved_data["numbers"].toIntList();
-  Numbers numbers{
-      double_of(saved[0]),
-      static_cast<ScalarType>(saved[1]),
-      static_cast<ScalarType>(saved[2]),
-      static_cast<ScalarType>(saved[3]),
-      Dropout{double_of(saved[4])},
-  };
-  if (numbers.dropout) {
-    numbers.dropout.seed = static_cast<uint64_t>(ctx->saved_data["seed"].toInt());
-  }
-  return numbers;
+  const auto saved = ctx->saved_data["numbers"].toDoubleVector();
+  const auto dtype = [&](size_t i) { return static_cast<ScalarType>(saved[i]); };
+  const auto seed = static_cast<uint64_t>(ctx->saved_data["seed"].toInt());
+  return {saved[0], dtype(1), dtype(2), dtype(3), Dropout{saved[4], seed}};
 }
 
 struct Layer : torch::autograd::Function<Layer> {
@@ -346,24 +320,22 @@ inline Tensor autocast_to(const Tensor& tensor, const OptionalDtype& dtype) {
 }
 
 // y of a call, with autograd and autocast
-inline Tensor layer(const Tensor& given_x, Operands operands, const Options& options) {
+inline Tensor layer(const Tensor& given_x, Operands operands) {
+  const OptionalDtype& autocast_dtype = operands.autocast_dtype;
   // cast here, where autograd follows it
-  const Tensor x = autocast_to(given_x, options.autocast_dtype);
-  operands.weight = autocast_to(operands.weight, options.autocast_dtype);
+  const Tensor x = autocast_to(given_x, autocast_dtype);
+  operands.weight = autocast_to(operands.weight, autocast_dtype);
   if (operands.bias) {
-    operands.bias = autocast_to(*operands.bias, options.autocast_dtype);
+    operands.bias = autocast_to(*operands.bias, autocast_dtype);
   }
   const ScalarType factor_dtype = operands.lora_A.scalar_type();
-  Numbers numbers{
-      options.scaling,
-      options.compute_dtype.value_or(x.scalar_type()),
-      factor_dtype,
-      options.autocast_dtype.value_or(factor_dtype),
-      Dropout{options.dropout_p},
-  };
-  if (numbers.dropout) {
-    numbers.dropout.seed = static_cast<uint64_t>(*options.seed->const_data_ptr<int64_t>());
+  const ScalarType compute_dtype = operands.compute_dtype.value_or(x.scalar_type());
+  Dropout dropout{operands.dropout_p};
+  if (dropout) {
+    dropout.seed = static_cast<uint64_t>(*operands.seed->const_data_ptr<int64_t>());
   }
+  const Numbers numbers{
+      operands.scaling, compute_dtype, factor_dtype, autocast_dtype.value_or(factor_dtype), dropout};
   if (at::GradMode::is_enabled() && (x.requires_grad() || operands.lora_A.requires_grad())) {
     return Layer::apply(x, operands.lora_A, operands, numbers);
   }

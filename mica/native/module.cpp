@@ -34,14 +34,6 @@ void count_backward() {
   count("linear_backward"_key, "linear_backward_native"_key);
 }
 
-PyObject* tuple_of(at::IntArrayRef numbers) {
-  PyObject* tuple = PyTuple_New(static_cast<Py_ssize_t>(numbers.size()));
-  for (size_t i = 0; tuple && i < numbers.size(); ++i) {
-    PyTuple_SET_ITEM(tuple, static_cast<Py_ssize_t>(i), PyLong_FromLongLong(numbers[i]));
-  }
-  return tuple;
-}
-
 // As `mica.fast.forward.call_counts.note_operators`.
 void note(PyObject* layer, const Tensor& x, const OptionalDtype& autocast_dtype) {
   THPObjectPtr calls(PyObject_GetAttr(known.current, "calls"_key));
@@ -51,8 +43,8 @@ void note(PyObject* layer, const Tensor& x, const OptionalDtype& autocast_dtype)
         layer,
         Py_None,
         object_of(x.scalar_type()),
-        tuple_of(x.sizes()),
-        tuple_of(x.strides()),
+        py::cast(x.sizes()).release().ptr(),
+        py::cast(x.strides()).release().ptr(),
         object_of(autocast_dtype)));
     if (!entry || PyList_Append(calls.get(), entry.get()) < 0) {
       throw python_error();
@@ -69,45 +61,40 @@ void note(PyObject* layer, const Tensor& x, const OptionalDtype& autocast_dtype)
 // a layer
 // ---------------------------------------------------------------------------------------------------------
 
-Tensor call_here(const Tensor& x, const Operands& operands, const Options& options) {
+Tensor call_here(const Tensor& x, const Operands& operands) {
   count("linear"_key, "linear_native"_key);
   const py::gil_scoped_release no_gil;
-  return layer(x, operands, options);
+  return layer(x, operands);
 }
 
 // `mica.ops.linear.linear_eager`
-PyObject* call_python(PyObject* x, const Operands& operands, const Options& options) {
-  const auto& [weight, lora_A, lora_B, bias] = operands;
-  const auto& [scaling, compute_dtype, dropout_p, seed, autocast_dtype] = options;
-  const py::handle dtype = object_of(compute_dtype);
+PyObject* call_python(PyObject* x, const Operands& operands) {
+  const auto& [weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, autocast_dtype] = operands;
+  const py::handle product = object_of(compute_dtype);
+  const py::handle cast = object_of(autocast_dtype);
   const py::handle eager = shared.eager;
-  return eager(
-             py::handle(x), weight, lora_A, lora_B, scaling, bias, dtype, dropout_p, seed,
-             py::handle(object_of(autocast_dtype)))
-      .release()
-      .ptr();
+  return eager(py::handle(x), weight, lora_A, lora_B, scaling, bias, product, dropout_p, seed, cast).release().ptr();
 }
 
 // fast(layer, x): y, or None where anything is unusual. `mica.fast.forward.fast`
 PyObject* fast(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(num_args == 2, "fast takes 2 arguments, not ", num_args);
-  std::optional<Call> call = is_switched_on() ? call_of(args[0], args[1]) : std::nullopt;
-  if (!call) {
+  std::optional<Operands> operands = is_switched_on() ? operands_of(args[0], args[1]) : std::nullopt;
+  if (!operands) {
     Py_RETURN_NONE;
   }
-  auto& [operands, options] = *call;
   const Tensor& x = THPVariable_Unpack(args[1]);
-  note(args[0], x, options.autocast_dtype);
-  if (options.dropout_p > 0.0) {
+  note(args[0], x, operands->autocast_dtype);
+  if (operands->dropout_p > 0.0) {
     // by torch's generator: checkpointing restores that, and so the mask
     const auto on_device = at::TensorOptions(at::kLong).device(x.device());
-    options.seed = at::randint(0, std::numeric_limits<int64_t>::max(), {1}, on_device);
+    operands->seed = at::randint(0, std::numeric_limits<int64_t>::max(), {1}, on_device);
   }
-  if (runs_here(x, operands, options) && !may_be_computed_again(x, operands)) {
-    return THPVariable_Wrap(call_here(x, operands, options));
+  if (runs_here(x, *operands) && !may_be_computed_again(x, *operands)) {
+    return THPVariable_Wrap(call_here(x, *operands));
   }
-  return call_python(args[1], operands, options);
+  return call_python(args[1], *operands);
   END_HANDLE_TH_ERRORS
 }
 
@@ -123,13 +110,10 @@ OptionalTensor linear_or_none(
     double dropout_p,
     const OptionalTensor& seed,
     const py::object& autocast_dtype) {
-  const Operands operands{weight, lora_A, lora_B, bias};
-  const Options options{
-      scaling, dtype_or_none(compute_dtype.ptr()), dropout_p, seed, dtype_or_none(autocast_dtype.ptr())};
-  if (!runs_here(x, operands, options)) {
-    return std::nullopt;
-  }
-  return call_here(x, operands, options);
+  const OptionalDtype product = dtype_or_none(compute_dtype.ptr());
+  const OptionalDtype cast = dtype_or_none(autocast_dtype.ptr());
+  const Operands operands{weight, lora_A, lora_B, scaling, bias, product, dropout_p, seed, cast};
+  return runs_here(x, operands) ? OptionalTensor(call_here(x, operands)) : std::nullopt;
 }
 
 // ---------------------------------------------------------------------------------------------------------

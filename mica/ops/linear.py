@@ -227,9 +227,9 @@ operator(
 )
 
 
-def traced(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> Tensor:
+def traced(x: Tensor, operands: Operands) -> Tensor:
     """`linear` as PyTorch's own operations, for a compiler: autocast reaches each, and autograd follows."""
-    dtype = compute_dtype or x.dtype
-    y = F.linear(x, weight, bias)
-    h = F.linear(x.to(dtype), (lora_A * scaling).to(dtype))
-    return (y + F.linear(h, lora_B.to(h.dtype))).to(y.dtype)
+    dtype = operands.dtype(x)
+    y = F.linear(x, operands.weight, operands.bias)
+    h = F.linear(x.to(dtype), (operands.lora_A * operands.scaling).to(dtype))
+    return (y + F.linear(h, operands.lora_B.to(h.dtype))).to(y.dtype)

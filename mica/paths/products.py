@@ -7,11 +7,7 @@ cast to fp32 in chunks, multiplied, summed, and rounded once at the end.
 
 from __future__ import annotations
 
-import math
-import sys
-import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +28,6 @@ FEW_ROWS = 8
 FEW_TO_ROUND = 16
 
 SHORTEST = 64  # smallest side of a chunk, however long the sum
-ROUNDS = 8  # of `slowdown`
 
 QUERIES = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
@@ -138,12 +133,12 @@ def _rounded(addend: Tensor | None, pairs, dtype: torch.dtype) -> Tensor:
     return total.to(dtype)
 
 
-def query(dtype: torch.dtype) -> bool | None:
-    """Whether oneDNN supports this dtype, as PyTorch itself queries it; None in a build without oneDNN."""
+def query(dtype: torch.dtype) -> bool:
+    """Whether oneDNN supports this dtype, as PyTorch itself queries it; False in a build without oneDNN."""
     try:
         return bool(getattr(torch.ops.mkldnn, QUERIES[dtype])())
     except (AttributeError, RuntimeError):
-        return None
+        return False
 
 
 # Queried at import, in microseconds: a graph that is being traced can read an answer but not query.
@@ -151,68 +146,5 @@ ANSWERS = {dtype: query(dtype) for dtype in QUERIES}
 
 
 def has_native(dtype: torch.dtype) -> bool:
-    """Whether this CPU's own products of this dtype are fast, by PyTorch's own query to oneDNN.
-
-    Where that has no answer: whether both layouts take less than four times as long as fp32, measured once.
-    """
-    answer = ANSWERS.get(dtype, True)
-    if answer is None:
-        answer = ANSWERS[dtype] = max(slowdown(dtype)[:2]) < 4.0
-    return answer
-
-
-class Slowdown(NamedTuple):
-    """Times of PyTorch's own x Wᵀ and dy W in a 16-bit dtype on this CPU, relative to fp32's.
-
-    ``is_busy``: not known, because other processes held the CPU during every call of one of the products.
-    """
-
-    forward: float
-    backward: float
-    is_busy: bool = False
-
-
-def slowdown(dtype: torch.dtype) -> Slowdown:
-    """Measure it: 64 tokens, 512 features, mostly below a quarter of a second, at most about one.
-
-    Larger products fare worse where there are no instructions for the dtype (dy W 40 times as long, with
-    1024 x 2048 x 2048 400 times). One thread: on a busy machine several wait for each other longer than the
-    products take. All products take turns, at least `ROUNDS` times and until each has had a call that
-    nothing interrupted, and the best calls count.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        best = _best_calls(dtype)
-    finally:
-        torch.set_num_threads(threads)
-    (forward, _), (backward, _), (narrow_forward, _), (narrow_backward, _) = best
-    return Slowdown(narrow_forward / forward, narrow_backward / backward, not all(map(_is_undisturbed, best)))
-
-
-def _best_calls(dtype: torch.dtype) -> list[tuple[float, float]]:
-    """(wall time, CPU time) of the quickest x Wᵀ and dy W in fp32 and in ``dtype``, in this order."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(rows, 512, generator=generator, device="cpu") for rows in (64, 512))
-    x16, weight16 = x.to(dtype), weight.to(dtype)
-    products = ((x, weight.t()), (x, weight), (x16, weight16.t()), (x16, weight16))
-    best = [(math.inf, 0.0)] * len(products)
-    begin, rounds = time.perf_counter(), 0
-    while rounds < ROUNDS or (time.perf_counter() - begin < 1.0 and not all(map(_is_undisturbed, best))):
-        for index, (left, right) in enumerate(products):
-            wall, cpu = time.perf_counter(), _cpu_time()
-            left @ right
-            cpu, wall = _cpu_time() - cpu, time.perf_counter() - wall
-            best[index] = min(best[index], (wall, cpu))
-        rounds += 1
-    return best
-
-
-def _is_undisturbed(call: tuple[float, float]) -> bool:
-    wall, cpu = call
-    return cpu > 0.8 * wall
-
-
-def _cpu_time() -> float:
-    # Windows counts in ticks of 16 ms, far longer than a product: there no call counts as interrupted
-    return time.perf_counter() if sys.platform == "win32" else time.process_time()
+    """Whether this CPU has instructions for this dtype, by which oneDNN multiplies it fast."""
+    return ANSWERS.get(dtype, True)

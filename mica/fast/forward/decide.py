@@ -34,6 +34,7 @@ from mica.ops.linear import linear, traced
 from mica.ops.low_rank import down_projection, up_projection
 from mica.ops.operator import AUTOCAST
 from mica.paths import choose
+from mica.paths.operands import Operands
 
 
 def decided(decide: Callable, common: ModuleType | None = None) -> Callable:
@@ -64,56 +65,53 @@ def decided(decide: Callable, common: ModuleType | None = None) -> Callable:
     return patch
 
 
-def seeded(p: float, device: torch.device) -> tuple[float, Tensor | None]:
-    """Probability and a seed from torch's generator: checkpointing restores that, and so the mask."""
-    return p, None if p == 0.0 else torch.randint(0, 2**63 - 1, (1,), device=device)
+def drawn_seed(p: float, device: torch.device) -> Tensor | None:
+    """For dropout, from torch's generator: checkpointing restores that, and so the mask."""
+    return None if p == 0.0 else torch.randint(0, 2**63 - 1, (1,), device=device)
 
 
 @dataclass
 class Fused(OnOperators):
     """Base product and one adapter in one operator."""
 
-    weight: Tensor  # (out_features, in_features)
-    bias: Tensor | None
-    adapter: Adapter
-    dtype: torch.dtype | None  # of the low-rank products; None: that of x
+    operands: Operands  # without a seed
 
     def __call__(self, x: Tensor) -> Tensor:
-        lora_A, lora_B, scaling, dropout_p = self.adapter
-        operands = self.weight, lora_A, lora_B, scaling, self.bias
-        if settings.compile == "plain" and not dropout_p and torch.compiler.is_compiling():
-            return traced(x, *operands, self.dtype)
-        return linear(x, *operands, self.dtype, *seeded(dropout_p, x.device))
+        operands = self.operands
+        p = operands.dropout_p
+        if settings.compile == "plain" and not p and torch.compiler.is_compiling():
+            return traced(x, operands)
+        return linear(x, *operands._replace(seed=drawn_seed(p, x.device)))
 
     def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
-        lora_A, lora_B, _, dropout_p = self.adapter
-        out_features, in_features = self.weight.shape
+        operands = self.operands
+        out_features, in_features = operands.weight.shape
         if x is not None and not self._fits(x):  # the layer has changed since
             x = None
         matrix = _one_row(in_features) if x is None else x.as_matrix()
-        dtypes = (*product_dtypes(x, self.weight.dtype), lora_A.dtype, lora_B.dtype)
+        dtypes = (*product_dtypes(x, operands.weight.dtype), operands.lora_A.dtype, operands.lora_B.dtype)
 
         def forward() -> choose.Rows:
-            rows = choose.forward_rows(matrix, out_features, dropout_p)
+            rows = choose.forward_rows(matrix, out_features, operands.dropout_p)
             return rows._replace(tokens=None) if x is None else rows
 
         def backward() -> choose.Rows:
             """With a dy as PyTorch's operators return it: contiguous."""
             grad_output = matrix.new_empty(len(matrix), out_features)
-            rows = choose.backward_rows(grad_output, matrix, in_features, dropout_p)
+            rows = choose.backward_rows(grad_output, matrix, in_features, operands.dropout_p)
             return rows._replace(tokens=None) if x is None else rows
 
-        device = lora_A.device
-        rank = lora_A.shape[0]
-        yield "linear", choose.decide("linear", device, rank, dtypes, forward)
-        yield "linear_backward", choose.decide("linear_backward", device, rank, dtypes, backward)
+        for function, rows in (("linear", forward), ("linear_backward", backward)):
+            yield function, choose.decide(function, operands.lora_A.device, operands.rank, dtypes, rows)
 
     def why_python(self, x: Input | None) -> str | None:
-        return choose.why_not_cpp(self.weight.device, product_dtypes(x, self.weight.dtype))
+        weight = self.operands.weight
+        return choose.why_not_cpp(weight.device, product_dtypes(x, weight.dtype))
 
     def _fits(self, x: Input) -> bool:
-        has_dtype = x.autocast_dtype is not None or x.dtype is self.weight.dtype
-        return has_dtype and x.shape[-1] == self.weight.shape[1]
+        weight = self.operands.weight
+        has_dtype = x.autocast_dtype is not None or x.dtype is weight.dtype
+        return has_dtype and x.shape[-1] == weight.shape[1]
 
 
 @dataclass
@@ -123,11 +121,12 @@ class Sharded(Fused):
     sharding: tensor_parallel.Sharding
 
     def __call__(self, x: Tensor) -> Tensor:
+        operands = self.operands
         if self.sharding.plan == "colwise":
-            lora_A, x = map(self.sharding.sum_gradient, (self.adapter.lora_A, x))
-            return Fused(self.weight, self.bias, self.adapter._replace(lora_A=lora_A), self.dtype)(x)
-        y = self.sharding.sum(Fused(self.weight, None, self.adapter, self.dtype)(x))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+            lora_A, x = map(self.sharding.sum_gradient, (operands.lora_A, x))
+            return Fused(operands._replace(lora_A=lora_A))(x)
+        y = self.sharding.sum(Fused(operands._replace(bias=None))(x))
+        return y if operands.bias is None else y + operands.bias.to(y.dtype)
 
 
 @dataclass
@@ -143,7 +142,8 @@ class Added(OnOperators):
     def __call__(self, x: Tensor) -> Tensor:
         y = self.base(x)
         for lora_A, lora_B, scaling, dropout_p in self.adapters:
-            h = down_projection(x, lora_A, scaling, self.dtype, *seeded(dropout_p, x.device))
+            seed = drawn_seed(dropout_p, x.device)
+            h = down_projection(x, lora_A, scaling, self.dtype, dropout_p, seed)
             if self.sharding is not None:
                 h = self.sharding.sum_gradient(h) if self.sharding.plan == "colwise" else self.sharding.sum(h)
             y = up_projection(y, h, lora_B)
@@ -187,10 +187,10 @@ def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnP
     if type(operands) is str:
         return Added(base, adapters, dtype, sharding, operands)
 
-    first, *others = adapters
-    fused = Fused(*operands, first, dtype)
-    if sharding is not None:
-        fused = Sharded(*operands, first, dtype, sharding)
+    weight, bias = operands
+    (lora_A, lora_B, scaling, dropout_p), *others = adapters
+    operands = Operands(weight, lora_A, lora_B, scaling, bias, dtype, dropout_p)
+    fused = Fused(operands) if sharding is None else Sharded(operands, sharding)
     return Added(fused, others, dtype, sharding, None) if others else fused
 
 

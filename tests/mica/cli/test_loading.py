@@ -19,7 +19,6 @@ from mica.cli.loading import (
     suit_processor,
 )
 from mica.errors import UsageError
-from mica.paths.products import Slowdown
 from tests.support import models
 from tests.support.adapt_runs import working_in
 from tests.support.processes import ROOT
@@ -44,19 +43,11 @@ def test_a_quantised_checkpoint_keeps_its_dtype(monkeypatch):
     assert model.dtype == torch.bfloat16
 
 
-BUSY = "a small matrix product takes many times as long as in float32"
-
-
-@pytest.mark.parametrize("is_busy", [False, True])
-def test_an_explicit_dtype_is_kept_and_its_cost_said(is_busy, monkeypatch):
+def test_an_explicit_dtype_is_kept_and_its_cost_said(monkeypatch):
     monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: False)
-    monkeypatch.setattr("mica.cli.loading.slowdown", lambda dtype: Slowdown(12.2, 398.0, is_busy))
     model = tiny_llama().bfloat16()
-    measured = "takes 12x as long as in float32 in a forward pass and 398x in a backward pass"
-    cost = BUSY if is_busy else measured
     said = suit_processor(model, "bfloat16")
     assert said.startswith("--dtype bfloat16: this processor has no bfloat16 instructions")
-    assert cost in said
     assert "--dtype float32 is faster" in said
     assert model.dtype == torch.bfloat16
 

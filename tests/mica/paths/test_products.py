@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mica.paths import products
 from tests.support.linear_calls import Seen
@@ -162,15 +161,9 @@ def test_what_pytorch_asks_of_the_processor_decides():
     assert products.has_native(torch.float32)
 
 
-@pytest.mark.parametrize(("times", "native"), [((1.0, 3.0), True), ((2.0, 300.0), False)])
-def test_without_an_answer_it_is_measured_once(monkeypatch, times, native):
+def test_without_an_answer_there_are_none(monkeypatch):
     monkeypatch.setattr(products, "QUERIES", {torch.bfloat16: "not there"})
-    monkeypatch.setattr(products, "ANSWERS", {torch.bfloat16: products.query(torch.bfloat16)})
-    assert products.ANSWERS[torch.bfloat16] is None
-    measured = []
-    monkeypatch.setattr(products, "slowdown", lambda dtype: measured.append(dtype) or times)
-    assert products.has_native(torch.bfloat16) == products.has_native(torch.bfloat16) == native
-    assert measured == [torch.bfloat16]
+    assert products.query(torch.bfloat16) is False
 
 
 def test_a_process_without_16_bit_instructions():
@@ -182,55 +175,3 @@ def test_a_process_without_16_bit_instructions():
     )
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         assert run.stdout.strip() == "False"
-
-
-class _Shared(TorchDispatchMode):
-    """A machine where others hold the CPU for ``held(number)`` seconds during a call."""
-
-    def __init__(self, held):
-        super().__init__()
-        self.held, self.wall, self.cpu, self.calls = held, 0.0, 0.0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.mm.default:
-            forward, backward = (0.001, 0.002) if args[0].dtype == torch.float32 else (0.002, 0.006)
-            seconds = backward if args[1].is_contiguous() else forward
-            self.cpu += seconds
-            self.wall += seconds + self.held(self.calls)
-            self.calls += 1
-        return function(*args, **(kwargs or {}))
-
-    def perf_counter(self):
-        return self.wall
-
-    def process_time(self):
-        return self.cpu
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="its clock of CPU time is too coarse")
-@pytest.mark.parametrize(
-    ("held", "busy"),
-    [
-        (lambda call: 0.0, False),
-        (lambda call: 0.1 * (call < 4), False),
-        (lambda call: 0.01 * (call % 3), False),
-        (lambda call: 0.01 * (call < 60), False),  # it is measured again
-        (lambda call: 0.01 * (call % 4 == 3), True),  # one of the four products
-        (lambda call: 0.01, True),
-    ],
-    ids=["idle", "first calls", "most calls", "for a time", "long calls", "always"],
-)
-def test_a_busy_machine_is_no_slow_processor(held, busy, monkeypatch):
-    with _Shared(held) as machine:
-        monkeypatch.setattr(products, "time", machine)
-        measured = products.slowdown(torch.bfloat16)
-    assert measured.is_busy == busy
-    if not busy:
-        assert measured[:2] == pytest.approx((2.0, 3.0))
-
-
-def test_the_measurement_leaves_the_process_as_it_was():
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    assert all(0 < ratio < 1e4 for ratio in products.slowdown(torch.float16)[:2])
-    assert torch.get_num_threads() == threads
-    assert torch.equal(torch.get_rng_state(), state)
