@@ -5,19 +5,17 @@ Everything else about a layer is read again at each call.
 
 from __future__ import annotations
 
-from mica.fast.forward import mixed_batch
 from mica.paths import choose
 
 
 def clear_caches() -> None:
     """Forget what was derived from frozen factors B: call it after an edit of B that PyTorch does not count.
 
-    On a GPU the kernels keep a copy of each B in the layout that they need, and a mixed batch keeps which
-    adapters share their B. Both are made anew where PyTorch reports a change of the tensor: after an in-place
-    write (`copy_` under `torch.no_grad` or `torch.inference_mode`, `load_state_dict`), and after another
-    tensor has taken its place (``param.data = new``, ``load_state_dict(assign=True)``, `load_adapter`).
-    PyTorch counts no writes through an alias that autograd does not know, so after these the old B would be
-    used from then on:
+    On a GPU the kernels keep a copy of each B in the layout that they need. It is made anew where PyTorch
+    reports a change of the tensor: after an in-place write (`copy_` under `torch.no_grad` or
+    `torch.inference_mode`, `load_state_dict`), and after another tensor has taken its place
+    (``param.data = new``, ``load_state_dict(assign=True)``, `load_adapter`). PyTorch counts no writes through
+    an alias that autograd does not know, so after these the old B would be used from then on:
 
         for parameter, saved in zip(model.parameters(), checkpoint):
             parameter.data.copy_(saved)  # also parameter.data[...] = saved, torch.distributed on .data, numpy
@@ -27,4 +25,3 @@ def clear_caches() -> None:
     again, once, at its next use.
     """
     choose.clear_prepared()
-    mixed_batch.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -16,6 +16,7 @@ from torch import nn
 
 from mica.fast import known_peft, patching
 from mica.fast.forward import call_counts, decide, expert_params, experts
+from mica.fast.forward.call_counts import Calls
 from mica.fast.forward.eligibility import (
     KERNEL,
     PEFT,
@@ -96,14 +97,13 @@ def explain(model: nn.Module) -> Explanation:
     check_model(model, "explain")
     modules = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
-    counts = call_counts.counts()
-    reached = {module for module in counts if counts[module]}
-    if counts.keys().isdisjoint(layers.values()):  # only parts of the model have been called, or nothing
+    calls = call_counts.last_calls()
+    reached = {module for module in calls if calls[module].count}
+    if calls.keys().isdisjoint(layers.values()):  # only parts of the model have been called, or nothing
         reached = call_counts.called_outside().intersection(layers.values())
         uncalled = set(layers.values()) - reached
-        counts = dict.fromkeys(uncalled if reached else (), 0)
-    called = [name for name, module in modules.items() if module in reached]
-    last = _LastForward(modules, counts, called, call_counts.peft_reasons(), call_counts.inputs())
+        calls = dict.fromkeys(uncalled if reached else (), Calls(0))
+    last = _LastForward(modules, calls, [name for name, module in modules.items() if module in reached])
     rows = [_row(model, name, module, last) for name, module in layers.items()]
     return Explanation(rows, list(_replaced_functions()) if rows else [])
 
@@ -112,10 +112,8 @@ class _LastForward(NamedTuple):
     """What it has shown, by module."""
 
     modules: dict[str, nn.Module]
-    counts: dict[nn.Module, int]
+    calls: dict[nn.Module, Calls]
     called: list[str]  # names of modules
-    by_peft: dict[nn.Module, list[str]]
-    inputs: dict[nn.Module, call_counts.Input]
 
 
 def _row(model: nn.Module, name: str, module: BaseTunerLayer, last: _LastForward) -> Row:
@@ -126,15 +124,17 @@ def _row(model: nn.Module, name: str, module: BaseTunerLayer, last: _LastForward
         shown = f"{name}.{module.parameter_name}"
 
     with _as_gathered(model, name, outermost):
-        count = last.counts.get(module) if _is_counted(module) else None
+        calls = last.calls.get(module, Calls())
+        count = calls.count if _is_counted(module) else None
         bypassed_by = _bypassed_by(last.modules, name, last.called) if count == 0 else None
-        path, reason = _decided(module, outermost).explained(last.inputs.get(module))
+        path, reason = _decided(module, outermost).explained(calls.x)
     kind = kind_merged_into(module)
     if kind is not None:
         reason = f"{reason} ({kind}), whose rounding was not measured"
-    if path in (KERNEL, REFERENCE) and outermost in last.by_peft:
+    by_peft = last.calls.get(outermost, Calls()).why_peft
+    if path in (KERNEL, REFERENCE) and by_peft:
         path = PEFT
-        reason = _in_the_last_forward(last.by_peft[outermost], count)
+        reason = _in_the_last_forward(by_peft, count)
     base = type(module.get_base_layer()).__name__
     return Row(shown, base, _adapters(module), path, reason, count, bypassed_by or replaced_by(module))
 
@@ -173,7 +173,7 @@ def _as_gathered(model: nn.Module, name: str, layer: nn.Module) -> Iterator[None
             parameters[key] = parameter
 
 
-def _in_the_last_forward(reasons: list[str], calls: int | None) -> str:
+def _in_the_last_forward(reasons: Sequence[str], calls: int | None) -> str:
     part = "" if calls in (None, len(reasons)) else f"{len(reasons)} of {calls} calls of "
     return f"in {part}the last forward: {'; '.join(dict.fromkeys(reasons))}"
 

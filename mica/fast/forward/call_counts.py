@@ -1,15 +1,15 @@
 """For `explain`: how often each layer was called in the last forward, with what x, and where PEFT ran.
 
-A forward is one of PEFT's model or tuner that ended without an exception. One within a backward is a
-recomputation and does not count. Calls outside of any forward (`generate`, a part of the model alone,
-recomputations) do not count either, but a layer that has had one since is not reported as uncalled.
+A forward is one of PEFT's model or tuner that ended without an exception, with the backend on. One within a
+backward is a recomputation and does not count. Calls outside of any forward (`generate`, a part of the model
+alone, recomputations) do not count either, but a layer that has had one since is not reported as uncalled.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -35,16 +35,21 @@ class Input(NamedTuple):
         return as_matrix(x if self.autocast_dtype is None else x.to(self.autocast_dtype))
 
 
+class Calls(NamedTuple):
+    """Those of a module in the last forward."""
+
+    count: int | None = None  # None: unknown
+    why_peft: Sequence[str] = ()  # why PEFT's code ran the layer's adapter, for each call in which it did
+    x: Input | None = None  # that of the last call in which operators ran
+
+
 class _Forward(NamedTuple):
     number: int
-    calls: list[ReferenceType[nn.Module]]
-    # of the last forward with the backend on
-    peft: list[tuple[ReferenceType[nn.Module], str]]
-    inputs: list[tuple[ReferenceType[nn.Module], Input]]
+    calls: list[tuple[ReferenceType[nn.Module], str | None, tuple | None]]
 
 
 class _Current(threading.local):
-    # in this thread's current forward: the layer, why PEFT's code ran its adapter, and what x was
+    # in this thread's current forward: the layer, why PEFT's code ran its adapter, and the fields of an Input
     calls: list[tuple[nn.Module, str | None, tuple | None]] | None = None
 
 
@@ -94,7 +99,7 @@ def _note_trace() -> None:
 
 @contextmanager
 def _counting(model: nn.Module) -> Iterator[None]:
-    if torch._C._current_graph_task_id() != -1:
+    if not settings.enabled or torch._C._current_graph_task_id() != -1:
         yield
         return
     latest[0] += 1
@@ -106,15 +111,7 @@ def _counting(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         current.calls = outer
-    own = calls[first:]
-    called = [ref(layer) for layer, *_ in own]
-    if not settings.enabled and model in _forwards:  # it shows nothing about calls with the backend on
-        _forwards[model] = _forwards[model]._replace(number=number, calls=called)
-        return
-    by_peft = [(ref(layer), why_peft) for layer, why_peft, _ in own if why_peft is not None]
-    last_inputs = {layer: x for layer, _, x in own if x is not None}
-    inputs = [(ref(layer), Input(*x)) for layer, x in last_inputs.items()]
-    _forwards[model] = _Forward(number, called, by_peft, inputs)
+    _forwards[model] = _Forward(number, [(ref(layer), why_peft, x) for layer, why_peft, x in calls[first:]])
 
 
 def whole_forward(stock):
@@ -135,48 +132,29 @@ def clear() -> None:
     outside.clear()
 
 
-def counts() -> dict[nn.Module, int]:
-    """Each module of each model that has run a forward -> its calls in the last one, where they are known.
+def last_calls() -> dict[nn.Module, Calls]:
+    """Each module of each model that has run a forward -> its calls in the last one.
 
     Empty once a MiCA layer has been traced by torch.compile.
     """
-    counts_of: dict[nn.Module, int] = {}
-    for model, forward in _in_order():
-        called = Counter(reference() for reference in forward.calls)
+    found: dict[nn.Module, Calls] = {}
+    if is_traced:
+        return found
+    for model, forward in sorted(_forwards.items(), key=lambda item: item[1].number):
+        calls_of = defaultdict(list)
+        for reference, *call in forward.calls:
+            calls_of[reference()].append(call)
         for module in model.modules():
-            counts_of[module] = called[module]
-            if not counts_of[module] and outside.get(ref(module), -1) >= forward.number:
-                del counts_of[module]
-    return counts_of
+            calls = calls_of[module]
+            was_called_since = outside.get(ref(module), -1) >= forward.number
+            count = None if was_called_since and not calls else len(calls)
+            reasons = [why_peft for why_peft, _ in calls if why_peft is not None]
+            inputs = [x for _, x in calls if x is not None]
+            found[module] = Calls(count, reasons, Input(*inputs[-1]) if inputs else None)
+    return found
 
 
 def called_outside() -> set[nn.Module]:
     """The layers that have been called outside of any forward since adapters were added."""
     found = {reference() for reference in outside}
     return set() if is_traced else found - {None}
-
-
-def peft_reasons() -> dict[nn.Module, list[str]]:
-    """Each module whose adapter PEFT's code ran in the last forward with the backend on -> why, by call."""
-    reasons: dict[nn.Module, list[str]] = {}
-    for model, forward in _in_order():
-        for module in model.modules():
-            reasons.pop(module, None)
-        for reference, reason in forward.peft:
-            if (layer := reference()) is not None:
-                reasons.setdefault(layer, []).append(reason)
-    return reasons
-
-
-def inputs() -> dict[nn.Module, Input]:
-    """Each layer that ran on operators in the last forward with the backend on -> the x of its last call."""
-    inputs_of: dict[nn.Module, Input] = {}
-    for _, forward in _in_order():
-        for reference, x in forward.inputs:
-            if (layer := reference()) is not None:
-                inputs_of[layer] = x
-    return inputs_of
-
-
-def _in_order() -> list[tuple[nn.Module, _Forward]]:
-    return [] if is_traced else sorted(_forwards.items(), key=lambda item: item[1].number)
