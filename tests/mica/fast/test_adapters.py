@@ -1,6 +1,7 @@
 """Several adapters of a model, exported and swapped ones: the results of PEFT's own code."""
 
 import copy
+import gc
 from contextlib import nullcontext
 
 import pytest
