@@ -48,7 +48,12 @@ def decided(decide: Callable, common: ModuleType | None = None) -> Callable:
         def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
             reason = None
             if settings.enabled:
-                if common is not None and not args and not kwargs and not torch.compiler.is_compiling():
+                if (
+                    common is not None
+                    and not args
+                    and not kwargs
+                    and not torch.compiler.is_dynamo_compiling()
+                ):
                     y = common.call(self, x)
                     if y is not None:
                         return y

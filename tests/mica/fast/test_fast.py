@@ -3,7 +3,9 @@
 What it overlooks would run wrongly. What it refuses needlessly runs slowly, which no other test sees.
 """
 
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,3 +312,25 @@ def test_lora_a_of_inference_mode():
     with torch.inference_mode():
         layer.lora_A["default"].weight = nn.Parameter(torch.randn(4, 12))
     check_uncommon(layer)
+
+
+def test_the_route_of_x(monkeypatch):
+    """From the call of a layer to its output: PyTorch's two functions, the patched forward, and C++."""
+    monkeypatch.delenv("MICA_BACKEND")
+    layer, x = layer_of(), X.clone().requires_grad_()
+    layer(x)
+    route = []
+
+    def note(frame, event, _):
+        if event == "call":
+            route.append((Path(frame.f_code.co_filename).name, frame.f_code.co_name))
+
+    sys.setprofile(note)
+    layer(x)
+    sys.setprofile(None)
+    assert route == [
+        ("module.py", "_wrapped_call_impl"),
+        ("module.py", "_call_impl"),
+        ("decide.py", "forward"),
+        ("__init__.py", "is_dynamo_compiling"),
+    ]
