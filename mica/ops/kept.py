@@ -56,7 +56,8 @@ def recompute_norms(on: bool) -> None:
 class Part:
     """A tensor as it is now, which autograd keeps anyway.
 
-    alias: of its memory and its version. name: of what x is computed from; an operand of the layer has none.
+    alias: shares its memory and its version. name: the text for what x is computed from; an operand of the
+    layer has none.
     """
 
     __slots__ = ("_alias", "_name", "_version")

@@ -100,7 +100,7 @@ def decide(
     """How a call of this function of `mica.paths.triton_path` runs.
 
     Args:
-        dtypes: those of the operands and products; of a layer: x (or dy), products, lora_A, lora_B.
+        dtypes: those of the operands and products; for a layer those of x (or dy), products, lora_A, lora_B.
         rows: those of a layer. Called only where kernels could run: on a CPU nothing is looked at.
 
     Raises:

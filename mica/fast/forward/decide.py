@@ -186,13 +186,13 @@ def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnP
     base = layer._modules["base_layer"]
     dtype = None if x is None else compute_dtype(x.dtype)
     sharding = tensor_parallel.sharding(base)
-    operands = read_base(layer)
-    if type(operands) is not str and x is not None and not _multiplies(x, operands[0]):
-        operands = f"an input of {x.dtype} with a base weight of {operands[0].dtype}"
-    if type(operands) is str:
-        return Added(base, adapters, dtype, sharding, operands)
-
-    weight, bias = operands
+    weight_and_bias = read_base(layer)
+    if type(weight_and_bias) is str:
+        return Added(base, adapters, dtype, sharding, weight_and_bias)
+    weight, bias = weight_and_bias
+    if x is not None and not _multiplies(x, weight):
+        why_called = f"an input of {x.dtype} with a base weight of {weight.dtype}"
+        return Added(base, adapters, dtype, sharding, why_called)
     (lora_A, lora_B, scaling, dropout_p), *others = adapters
     operands = Operands(weight, lora_A, lora_B, scaling, bias, dtype, dropout_p)
     fused = Fused(operands) if sharding is None else Sharded(operands, sharding)
@@ -282,7 +282,9 @@ class Embedded(OnOperators):
 
 def decide_embedding(layer, x: Tensor | None = None, *args, **kwargs) -> Embedded | OnPeft:
     """How an embedding runs, with its active adapter."""
-    adapters = "a call with further arguments" if args or kwargs else read_adapters(layer)
+    if args or kwargs:
+        return OnPeft("a call with further arguments")
+    adapters = read_adapters(layer)
     if type(adapters) is str:
         return OnPeft(adapters)
     (adapter,) = adapters

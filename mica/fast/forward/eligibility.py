@@ -57,7 +57,7 @@ class OnOperators:
     def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
         """Each function of `mica.paths` that a forward and its backward call, and how it runs.
 
-        x: of a call; None: not known.
+        x: what is known of a call's x; None: nothing.
         """
         raise NotImplementedError
 
@@ -190,9 +190,9 @@ def read_adapters(layer, names: Sequence[str] | None = None) -> list[Adapter] | 
     """
     kind = class_of(layer)
     if kind is lora.Linear or kind in quantised_layers:
-        read_one = _read_linear
+        read = _read_linear
     elif kind is lora.Embedding:
-        read_one = _read_embedding
+        read = _read_embedding
     else:
         return f"layers of type {kind.__module__}.{kind.__name__} are not covered"
     reason = _why_not_state(layer)
@@ -208,7 +208,9 @@ def read_adapters(layer, names: Sequence[str] | None = None) -> list[Adapter] | 
             return f"adapter {name!r} is not MiCA"
         scaling = layer.scaling[name]
         reason = None if type(scaling) is float else _why_not_scaling(scaling)
-        adapter = reason or read_one(layer, name, scaling)
+        if reason is not None:
+            return reason
+        adapter = read(layer, name, scaling)
         if type(adapter) is str:
             return adapter
         adapters.append(adapter)
@@ -253,7 +255,7 @@ def _read_linear(layer, name: str, scaling) -> Adapter | str:
     )
     if reason is not None:
         return reason
-    if global_hooks():
+    if has_global_hooks():
         return "global module hooks are registered"
     if functional.linear is not LINEAR:
         return "torch.nn.functional.linear has been monkey-patched"
@@ -261,15 +263,17 @@ def _read_linear(layer, name: str, scaling) -> Adapter | str:
     A = local(base, weight_of(lora_A))
     B = local(base, weight_of(lora_B))
     plan = tensor_parallel.plan_of(base)
-    dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    return (
+    reason = (
         _why_not_read_directly("lora_A", lora_A, plan == "rowwise")
         or _why_not_read_directly("lora_B", lora_B, plan == "colwise")
         or _why_not_read_directly("lora_dropout", dropout)
         or why_not_trained(A)
         or why_not_frozen("lora_B", B)
-        or _adapter(A, B, scaling, dropout_p)
     )
+    if reason is not None:
+        return reason
+    is_dropping = type(dropout) is nn.Dropout and dropout.training
+    return _adapter(A, B, scaling, dropout.p if is_dropping else 0.0)
 
 
 def _why_not_factor(part: str, factor: nn.Module) -> str | None:
@@ -299,12 +303,16 @@ def read_base(layer) -> tuple[Tensor, Tensor | None] | str:
     if class_of(layer) is not lora.Linear or (type(base) is not nn.Linear and type(base) is not Conv1D):
         return f"a base layer of type {type(base).__name__}"
     weight, bias = (local(base, weight_of(base, name)) for name in ("weight", "bias"))
-    return (
+    reason = (
         _why_not_read_directly("base layer", base, tensor_parallel.plan_of(base) is not None)
         or why_not_frozen("base weight", weight)
         or why_not_frozen("base bias", bias)
-        or (weight.t() if type(base) is Conv1D else weight, bias)  # a view, no copy
     )
+    if reason is not None:
+        return reason
+    if type(base) is Conv1D:
+        weight = weight.t()  # a view, no copy
+    return weight, bias
 
 
 def _read_embedding(layer, name: str, scaling) -> Adapter | str:
@@ -318,12 +326,12 @@ def _read_embedding(layer, name: str, scaling) -> Adapter | str:
     if layer.input_fns or layer.output_fns:
         return "tensor parallelism"
     lora_A, lora_B = adapter_weights(layer, name)
-    return (
+    reason = (
         why_not_dense("base weight", base.weight)
         or why_not_trained(lora_A)
         or why_not_frozen("lora_B", lora_B)
-        or _adapter(lora_A, lora_B, scaling, 0.0)
     )
+    return _adapter(lora_A, lora_B, scaling, 0.0) if reason is None else reason
 
 
 def depends_on_call(module: nn.Module) -> bool:
@@ -360,13 +368,17 @@ def _why_not_read_directly(part: str, module: nn.Module, is_sharded: bool = Fals
     return None
 
 
-def global_hooks() -> bool:
-    return bool(
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    )
+# PyTorch's tables of hooks on all modules
+GLOBAL_HOOKS = (
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)
+
+
+def has_global_hooks() -> bool:
+    return any(GLOBAL_HOOKS)
 
 
 def why_not_dense(part: str, tensor: Tensor) -> str | None:
@@ -398,7 +410,7 @@ def why_not_frozen(part: str, tensor: Tensor | None) -> str | None:
 def runs_adapter(layer) -> bool:
     """Whether PEFT's own code runs an adapter in this forward: one is active, and not merged.
 
-    Of wrappers of parameters, which are nested, in any of them.
+    Wrappers of parameters are nested: any of them counts.
     """
     while isinstance(layer, lora.LoraLayer):
         if not layer.disable_adapters and not layer.merged and adapters_of(layer):

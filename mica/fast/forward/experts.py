@@ -28,7 +28,7 @@ from mica.fast.forward.eligibility import (
     adapter_weights,
     adapters_of,
     depends_on_call,
-    global_hooks,
+    has_global_hooks,
     is_mica,
     why_not_active,
     why_not_frozen,
@@ -125,7 +125,7 @@ def decide(outermost, x: Tensor | None = None, *args, **kwargs) -> Experts | OnP
     """How the experts inside nested wrappers run; read anew at every call, as `eligibility.read_adapters`."""
     if _get_tracing_state() is not None:
         return OnPeft("torch.jit is tracing the model")
-    if global_hooks():
+    if has_global_hooks():
         return OnPeft("hooks on all modules")
     module, wrappers, adapters = outermost, [], {}
     while expert_params.is_wrapper(module):
@@ -159,7 +159,7 @@ def decide_one(wrapper, outermost) -> Projection | OnPeft:
     how = decide(outermost)
     if type(how) is OnPeft:
         return how
-    return next(one for one in how.projections if one.name == wrapper.parameter_name)
+    return next(projection for projection in how.projections if projection.name == wrapper.parameter_name)
 
 
 def _projection(module: nn.Module, name: str, adapter: Adapter | None, implementation) -> Projection:
@@ -193,12 +193,11 @@ def _read_wrapper(wrapper) -> Adapter | str | None:
     lora_A, lora_B = adapter_weights(wrapper, name)
     if lora_A.dtype != lora_B.dtype:
         return "lora_A and lora_B differ in dtype"
-    return (
-        why_not_trained(lora_A)
-        or why_not_frozen("lora_B", lora_B)
-        or Adapter(
-            expert_params.lora_A_of(wrapper, name), expert_params.lora_B_of(wrapper, name), scaling, 0.0
-        )
+    reason = why_not_trained(lora_A) or why_not_frozen("lora_B", lora_B)
+    if reason is not None:
+        return reason
+    return Adapter(
+        expert_params.lora_A_of(wrapper, name), expert_params.lora_B_of(wrapper, name), scaling, 0.0
     )
 
 
@@ -229,8 +228,8 @@ def _why_not_module(module: nn.Module, adapters: dict[str, Adapter]) -> str | No
 def _implementation(module: nn.Module) -> Callable | str | None:
     """The function that transformers would run; None for the class's own forward, or why neither is known.
 
-    Of the classes' own forwards only those of transformers are taken for that formula: nobody else's
-    need be. Most of them state the gate instead of calling ``_apply_gate``, which may have been replaced.
+    Only transformers' classes are taken to have that formula in their own forwards: nobody else's need
+    have. Most of them state the gate instead of calling ``_apply_gate``, which may have been replaced.
     """
     name, function = module.config._experts_implementation, type(module).forward
     cells = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))

@@ -14,19 +14,11 @@ from types import ModuleType
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules import module as nn_module
 
 from mica import native
 from mica.fast.forward import call_counts
-from mica.fast.forward.eligibility import CALL, FORWARDS, LINEAR, MiCALinearVariant
+from mica.fast.forward.eligibility import CALL, FORWARDS, GLOBAL_HOOKS, LINEAR, MiCALinearVariant
 from mica.fast.settings import settings
-
-_GLOBAL_HOOKS = (
-    nn_module._global_forward_hooks,
-    nn_module._global_forward_pre_hooks,
-    nn_module._global_backward_hooks,
-    nn_module._global_backward_pre_hooks,
-)
 
 
 def _look_for_cpp(layer, x: Tensor) -> Tensor | None:
@@ -50,4 +42,4 @@ def configure(module: ModuleType) -> None:
     forwards = FORWARDS[nn.Linear], FORWARDS[nn.Identity], FORWARDS[nn.Dropout]
     functions = *forwards, CALL, vars(functional), LINEAR
     counted = call_counts.current, call_counts.outside, call_counts.latest
-    module.configure_check((*classes, *functions, _GLOBAL_HOOKS, vars(settings), *counted))
+    module.configure_check((*classes, *functions, GLOBAL_HOOKS, vars(settings), *counted))

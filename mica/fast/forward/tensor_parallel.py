@@ -55,8 +55,8 @@ def _is_split(weight: Tensor, dim: int | None) -> bool:
 def local(base_layer: nn.Module, tensor: Tensor | None) -> Tensor | None:
     """This process's part of a weight of the layer or of its adapter; without tensor parallelism itself.
 
-    Of a frozen weight it is the same object at every call, for what is derived from B is cached by it. A
-    trained one's gradient arrives at the DTensor.
+    A frozen weight's part is the same object at every call: what is derived from B is cached by it. A trained
+    weight's gradient arrives at the DTensor.
     """
     if plan_of(base_layer) is None or tensor is None:
         return tensor

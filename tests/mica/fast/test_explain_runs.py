@@ -33,6 +33,7 @@ class Drawn(NamedTuple):
     forms: tuple[str, str] = ("split", "split")
     host_bound: int = 0
     backend: str = "auto"
+    has_cpp: bool = True
 
 
 # Shrinking takes minutes, and a call has few parts.
@@ -52,6 +53,7 @@ DRAWN = st.builds(
     forms=st.tuples(FORMS, FORMS),
     host_bound=st.sampled_from([0, HOST_BOUND]),
     backend=st.sampled_from(["auto", "auto", "triton", "reference"]),
+    has_cpp=st.booleans(),
 )
 
 
@@ -113,6 +115,8 @@ def test_the_tables_word_is_what_ran(call):
 @example(Drawn(gap=8, tokens=(1,)))
 @example(Drawn(gap=8, dtype=torch.float32, autocast=True))
 @example(Drawn(dtype=torch.float32, autocast=True, host_bound=HOST_BOUND))
+@example(Drawn(host_bound=HOST_BOUND, has_cpp=False))
+@example(Drawn(gap=8, dtype=torch.float32, autocast=True, has_cpp=False))
 def test_the_tables_word_is_what_ran_in_a_few_calls(call):
     check(call)
 
@@ -121,6 +125,8 @@ def check(call: Drawn) -> None:
     with pytest.MonkeyPatch.context() as patch:
         # as if the CPU, on which kernels are interpreted, were a device that has them
         patch.setenv("MICA_BACKEND", call.backend)
+        if not call.has_cpp:
+            patch.setenv("MICA_NATIVE", "0")
         patch.setattr(choose.runtime, "is_interpreting", lambda: False)
         patch.setattr(choose.runtime, "why_unavailable", lambda device: None)
         patch.setattr(configs, "HOST_BOUND", call.host_bound)
