@@ -13,8 +13,8 @@ from mica.native import build, imported
 
 @cache
 def _module() -> ModuleType:
-    sources = build.Sources("no_products", Path(__file__).parent, ("no_products.cpp",))
-    return imported(build.default_folder(), sources)
+    extension = build.Extension("no_products", Path(__file__).with_suffix(".cpp"))
+    return imported(build.default_folder(), extension)
 
 
 @contextmanager

@@ -24,8 +24,9 @@ def test_it_is_compiled_once_and_a_layer_works(folder, compiler, assert_layer_wo
     assert native.why_not() is None
     said = capfd.readouterr().err
     version = re.escape(torch.__version__)
-    start = rf"mica: compiling C\+\+ for PyTorch {version}, once on this machine: 15 seconds to a minute\n"
-    assert re.fullmatch(start + r"mica: compiled in \d+ s\n", said)
+    assert re.fullmatch(
+        rf"mica: compiling C\+\+ for PyTorch {version}, once on this machine: 15 seconds to a minute\n", said
+    )
     assert len(names(folder, ".so")) == 1
     assert not names(folder, ".tmp") + names(folder, ".txt")
 
@@ -58,6 +59,7 @@ def test_what_it_makes_it_trusts(umask, folder, compiler, tmp_path, monkeypatch)
     assert len(compiler.runs()) == runs
 
 
+SOURCES = [path for path in build.EXTENSION.source.parent.iterdir() if path.suffix in (".cpp", ".h")]
 FACTS = {
     "version": (torch, "__version__", "2.99.0"),
     "git version": (torch.version, "git_version", "0123456"),
@@ -80,21 +82,16 @@ def test_another_pytorch_or_machine_has_a_file_of_its_own(fact, folder, compiler
     assert len(compiler.runs()) == 2
 
 
-@pytest.mark.parametrize("name", build.NATIVE.files)
+@pytest.mark.parametrize("name", sorted(source.name for source in SOURCES))
 def test_so_has_another_source(name, folder, compiler, tmp_path):
     path = build.built(folder)
-    copied = build.NATIVE._replace(folder=tmp_path / "sources")
-    shutil.copytree(build.NATIVE.folder, copied.folder)
+    sources = tmp_path / "sources"
+    shutil.copytree(build.EXTENSION.source.parent, sources)
+    copied = build.EXTENSION._replace(source=sources / build.EXTENSION.source.name)
     assert build.built(folder, copied) == path
-    with open(copied.folder / name, "a") as source:
+    with open(sources / name, "a") as source:
         source.write("// changed\n")
     assert build.built(folder, copied) != path
-
-
-def test_all_sources_are_known():
-    """One that is not in the file's name would not be compiled again when it changes."""
-    found = {path.name for pattern in ("*.cpp", "*.h") for path in build.NATIVE.folder.glob(pattern)}
-    assert found == set(build.NATIVE.files)
 
 
 # Compilers
@@ -132,11 +129,11 @@ def test_the_first_of_the_usual_compilers_is_taken(folder, compiler, tmp_path, m
 
 
 def test_cxx_may_have_several_words(folder, compiler, monkeypatch, assert_layer_works):
-    monkeypatch.setenv("CXX", f"sh {compiler.command} --launcher 'two words'")
+    monkeypatch.setenv("CXX", f" sh  {compiler.path} --launcher")
     assert_layer_works()
     assert native.why_not() is None
     (run,) = compiler.runs()
-    assert run.startswith("--launcher two words -O1 -std=c++20 ")
+    assert run.startswith("--launcher -O1 -std=c++20 ")
 
 
 FAULTS = {
@@ -159,9 +156,7 @@ def test_a_compiler_that_fails_is_not_started_again(
     assert native.why_not() == f"the C++ compiler failed: {failure} has its output"
     first, last = capfd.readouterr().err.splitlines()
     assert first.startswith("mica: compiling C++")
-    assert re.fullmatch(
-        r"mica: the C\+\+ compiler failed after \d+ s, so layers run from Python, with the same results", last
-    )
+    assert last == "mica: the C++ compiler failed, so layers run from Python, with the same results"
     command, rest = failure.read_text().split("\n", 1)
     assert shlex.split(command)[0] == str(compiler.path)
     assert output in rest
@@ -207,12 +202,12 @@ def test_another_compiler_is_tried_at_once(named, folder, compiler, compiled, tm
     working.does(copying(compiled))
     (tmp_path / "bin" / "c++").symlink_to(failing.path)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setenv("CXX", failing.command if named else "")
+    monkeypatch.setenv("CXX", str(failing.path) if named else "")
     for message in ("has its output", "within the last hour"):
         with pytest.raises(build.BuildError, match=message):
             build.built(folder)
     if named:
-        monkeypatch.setenv("CXX", working.command)
+        monkeypatch.setenv("CXX", str(working.path))
     else:
         (tmp_path / "bin" / "c++").unlink()
         (tmp_path / "bin" / "c++").symlink_to(working.path)
@@ -244,21 +239,9 @@ def test_a_compiler_that_hangs_ends_with_all_its_processes(
 # Where nothing can be compiled
 
 NOWHERE = {  # what is missing: (what is replaced, the reason)
-    "a command": (
-        lambda patch, folder: patch.setenv("CXX", "g++ 'open"),
-        "CXX=g++ 'open is not a command (No closing quotation)",
-    ),
     "Python's headers": (
         lambda patch, folder: patch.setattr(sysconfig, "get_path", lambda name: f"{folder}/{name}"),
         "there is no {}/include/Python.h: the package python3-dev or python3-devel has it",
-    ),
-    "PyTorch's headers": (
-        lambda patch, folder: patch.setattr(torch, "__file__", f"{folder}/__init__.py"),
-        "this PyTorch came without its headers, which would be in {}/include",
-    ),
-    "mica's sources": (
-        lambda patch, folder: patch.setattr(build, "NATIVE", build.NATIVE._replace(folder=folder)),
-        "{}/module.cpp cannot be read (No such file or directory)",
     ),
     "Linux": (
         lambda patch, folder: patch.setattr(platform, "system", lambda: "Darwin"),

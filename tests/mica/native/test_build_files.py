@@ -46,15 +46,15 @@ def test_a_folder_that_cannot_be_made(place, compiler, forget, assert_layer_work
     folder = folders.get(place, Path(place))
     monkeypatch.setenv("MICA_NATIVE", str(folder))
     assert_layer_works()
-    reasons = {"a file": "File exists", "in a file": "Not a directory"}
-    reason = reasons.get(place, "No such file or directory")
+    reasons = {"a file": "[Errno 17] File exists", "in a file": "[Errno 20] Not a directory"}
+    reason = reasons.get(place, "[Errno 2] No such file or directory")
     assert native.why_not() == (
-        f"{folder} cannot be used ({reason}), so MICA_NATIVE has to name another folder"
+        f"{folder} cannot be used, so MICA_NATIVE has to name another folder: {reason}: '{folder}'"
     )
     assert not compiler.runs()
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), NotImplementedError()])
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), NotImplementedError("no flock")])
 def test_a_folder_that_may_only_be_read_or_has_no_locks(
     error, folder, compiler, assert_layer_works, monkeypatch, forget
 ):
@@ -64,10 +64,9 @@ def test_a_folder_that_may_only_be_read_or_has_no_locks(
     with monkeypatch.context() as patch:
         patch.setattr(filelock, "FileLock", refused)
         assert_layer_works()
-        what = "cannot be used (Permission denied)"
-        if isinstance(error, NotImplementedError):
-            what = "is on a disk without file locks"
-        assert native.why_not() == f"{folder} {what}, so MICA_NATIVE has to name another folder"
+        assert native.why_not() == (
+            f"{folder} cannot be used, so MICA_NATIVE has to name another folder: {error}"
+        )
     assert not compiler.runs()
 
     build.built(folder)

@@ -16,7 +16,7 @@ def asked(monkeypatch, tmp_path, compiled, forget):
     """The folders that a module is asked of; each of them has it."""
     folders = []
 
-    def built(folder, sources):
+    def built(folder, extension):
         folders.append(folder)
         return compiled
 
@@ -80,9 +80,9 @@ def test_the_setting_may_change_and_each_is_looked_up_once(asked, monkeypatch, t
 def test_threads_that_come_at_once_look_once(asked, monkeypatch, tmp_path, compiled):
     built = build.built
 
-    def slowly(folder, sources):
+    def slowly(folder, extension):
         time.sleep(0.2)
-        return built(folder, sources)
+        return built(folder, extension)
 
     monkeypatch.setattr(build, "built", slowly)
     monkeypatch.setenv("MICA_NATIVE", str(tmp_path))
@@ -100,7 +100,7 @@ def test_threads_that_come_at_once_look_once(asked, monkeypatch, tmp_path, compi
 def test_a_reason_is_kept_too(forget, monkeypatch, tmp_path):
     asked = []
 
-    def refused(folder, sources):
+    def refused(folder, extension):
         asked.append(folder)
         raise build.BuildError("no luck")
 
