@@ -13,10 +13,16 @@ class MergeStats:
     """How much of the updates merged into one weight survived its dtype."""
 
     dtype: torch.dtype
-    update_squared: float = 0.0
-    error_squared: float = 0.0
     weights: int = 0
     unchanged: int = 0
+    update_squared: float = 0.0
+    error_squared: float = 0.0
+
+    def add(self, other: MergeStats) -> None:
+        self.weights += other.weights
+        self.unchanged += other.unchanged
+        self.update_squared += other.update_squared
+        self.error_squared += other.error_squared
 
     @property
     def swallowed(self) -> float:
@@ -27,13 +33,10 @@ class MergeStats:
 
 
 def summed(parts: list[MergeStats]) -> MergeStats:
-    return MergeStats(
-        dtype=parts[0].dtype,
-        update_squared=sum(stats.update_squared for stats in parts),
-        error_squared=sum(stats.error_squared for stats in parts),
-        weights=sum(stats.weights for stats in parts),
-        unchanged=sum(stats.unchanged for stats in parts),
-    )
+    total = MergeStats(parts[0].dtype)
+    for stats in parts:
+        total.add(stats)
+    return total
 
 
 @dataclass

@@ -53,18 +53,18 @@ def _at_one_place(model: nn.Module) -> set[nn.Module]:
     return {layer for layer, count in places.items() if count == 1}
 
 
-def needs_no_undo(layer: nn.Module, adapter: str) -> bool:
-    """Whether the layer leaves the model right after a merge of this adapter, which now begins.
+def needs_undo(layer: nn.Module, adapter: str) -> bool:
+    """Whether the layer may stay in the model after a merge of this adapter, which now begins.
 
-    Not if more is merged before that and may be refused: another adapter, or the adapter of another parameter
-    of the same module, whose layer is inside of this one.
+    It leaves at once unless more is merged before that and may be refused: another adapter, or the adapter of
+    another parameter of the same module, whose layer is inside of this one.
     """
     unloading = _unloading.get()
-    if unloading is None or layer not in unloading.layers:
-        return False
+    if unloading is None or layer not in unloading.layers or isinstance(layer.base_layer, BaseTunerLayer):
+        return True
     requested = unloading.adapter_names
     if requested is None:
         requested = layer.active_adapters
     adapted = {*layer.lora_A, *layer.lora_embedding_A}
     unmerged = [name for name in requested if name in adapted and name not in layer.merged_adapters]
-    return unmerged == [adapter] and not isinstance(layer.base_layer, BaseTunerLayer)
+    return unmerged != [adapter]
