@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +18,12 @@ from mica.fast.forward.eligibility import is_mica
 from mica.fast.saving import warn_of_a_lost_mark
 from mica.fast.settings import around, settings, while_enabled
 
+_ANEW = "B was computed anew from the base weights"
+
 # Beside an adapter on a GGUF file: the folder of the checkpoint that `mica adapt` has made of that file.
 BASE = "base"
+
+_NAME_OF_A = re.compile(r"\.lora_(embedding_)?A\.")
 
 # Adapters created within `without_solver`, whose B is still 0; None outside of it.
 uninitialised: ContextVar[list[NewAdapter] | None] = ContextVar("mica_uninitialised", default=None)
@@ -55,7 +60,7 @@ def load(stock, *args, **kwargs):
             for adapter in adapters:
                 adapter.leave_meta_device()
             _start_anew(without_b)
-            _warn_of_another_b(name, orphaned, "B was computed anew from the base weights")
+            _warn_of_another_b(name, orphaned, _ANEW)
         for adapter in adapters:  # transformers' loader makes parameters that require a gradient
             adapter.lora_B.requires_grad_(False)
     adapters.clear()
@@ -81,11 +86,10 @@ def set_state_dict(stock, model, peft_model_state_dict, adapter_name="default", 
     without_b, orphaned = _incomplete(model, adapters, set(result.missing_keys))
     empty = [adapter for adapter in without_b if adapter.lora_B.is_meta]
     _start_anew(empty)
+    outcome = "these layers keep the B that they had"
     if empty:
-        what = "B was computed anew from the base weights"
-    else:
-        what = "these layers keep the B that they had"
-    _warn_of_another_b(adapter_name, orphaned, what)
+        outcome = _ANEW
+    _warn_of_another_b(adapter_name, orphaned, outcome)
     return result
 
 
@@ -111,7 +115,7 @@ def _start_anew(adapters: list[NewAdapter]) -> None:
     initialise(adapters)
 
 
-def _warn_of_another_b(name: str, orphaned: list[NewAdapter], what: str) -> None:
+def _warn_of_another_b(name: str, orphaned: list[NewAdapter], outcome: str) -> None:
     """Which B an A was trained with cannot be seen; the solvers' bases agree up to sign and rotation."""
     if not orphaned:
         return
@@ -119,8 +123,8 @@ def _warn_of_another_b(name: str, orphaned: list[NewAdapter], what: str) -> None
     if len(orphaned) > 1:
         others = f" and {len(orphaned) - 1} more layers"
     warnings.warn(
-        f"the checkpoint of adapter {name!r} has A but no B of {orphaned[0].name}{others}, so {what}. That "
-        "is the B that A was trained with only if this package made it, on this very base: stock PEFT's "
+        f"the checkpoint of adapter {name!r} has A but no B of {orphaned[0].name}{others}, so {outcome}. "
+        "That is the B that A was trained with only if this package made it, on this very base: stock PEFT's "
         "differs in signs and rotation, and with another B the adapter computes something else. Save whole "
         "adapters, with model.save_pretrained(folder) or peft.get_peft_model_state_dict(model); a filter by "
         "requires_grad loses B, which is frozen.",
@@ -153,9 +157,8 @@ def find_base(stock, cls, pretrained_model_name_or_path, subfolder=None, **kwarg
     """
     config = stock(cls, pretrained_model_name_or_path, subfolder, **kwargs)
     recorded = config.base_model_name_or_path
-    if not isinstance(recorded, str) or not os.path.isabs(recorded):  # PEFT checks no type
-        return config
-    if os.path.basename(recorded) != BASE:
+    is_path = isinstance(recorded, str) and os.path.isabs(recorded)  # PEFT checks no type
+    if not is_path or os.path.basename(recorded) != BASE:
         return config
     folder = os.path.abspath(os.path.join(pretrained_model_name_or_path, subfolder or ""))
     if os.path.basename(folder).startswith("checkpoint-"):
@@ -192,17 +195,10 @@ def _check_has_b(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: 
     # the keys lack the prefix of torch.compile's wrapper
     modules = {name.removeprefix("_orig_mod."): module for name, module in model.named_modules()}
     for key in state_dict:
-        if ".lora_A." in key:
-            layer = key.partition(".lora_A.")[0]
-            key_of_b = key.replace(".lora_A.", ".lora_B.", 1)
-        elif ".lora_embedding_A." in key:
-            layer = key.partition(".lora_embedding_A.")[0]
-            key_of_b = key.replace(".lora_embedding_A.", ".lora_embedding_B.", 1)
-        else:
+        if _NAME_OF_A.sub(r".lora_\1B.", key, count=1) in state_dict:  # so are keys of anything else than A
             continue
-        if key_of_b in state_dict or layer not in modules:
-            continue
-        if is_mica(modules[layer], adapter_name):
+        layer = _NAME_OF_A.split(key)[0]
+        if layer in modules and is_mica(modules[layer], adapter_name):
             raise ValueError(
                 f"hotswapping adapter {adapter_name!r} needs a whole adapter, but the new one has A and no B "
                 f"of {layer!r}: save it with model.save_pretrained(folder), or load it with "

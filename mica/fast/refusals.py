@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 
-from peft.tuners import lora
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -13,8 +12,8 @@ from mica.fast import loading
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.eligibility import is_mica, requests_mica
 from mica.fast.forward.expert_params import weight_name
-from mica.fast.merge.unloading import merging_and_unloading
-from mica.fast.merge.unmeasured import note_unloaded, to_be_merged
+from mica.fast.merge.unloading import lora_layers, merging_and_unloading, requested
+from mica.fast.merge.unmeasured import kinds_after_merge, note_unloaded
 from mica.fast.settings import while_enabled
 
 # Forward pre-hooks of torch.nn.utils that recompute the weight before every forward: the attribute with its
@@ -117,13 +116,8 @@ def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged 
 
 def _check_weights(model: nn.Module, adapter_names) -> None:
     """`check_weight` for all layers into which a MiCA adapter of these names, or an active one, is merged."""
-    for name, layer in model.named_modules():
-        if not isinstance(layer, lora.LoraLayer):
-            continue
-        adapters = adapter_names
-        if adapters is None:
-            adapters = layer.active_adapters
-        unmerged = [adapter for adapter in adapters if adapter not in layer.merged_adapters]
+    for name, layer in lora_layers(model):
+        unmerged = set(requested(layer, adapter_names)) - set(layer.merged_adapters)
         if any(is_mica(layer, adapter) for adapter in unmerged):
             check_weight(layer, name)
 
@@ -140,13 +134,13 @@ def unload_and_optionally_merge(
     stock, self, merge=True, progressbar=False, safe_merge=False, adapter_names=None, **kwargs
 ):
     within = nullcontext()
+    kinds = kinds_after_merge(self.model, adapter_names if merge else [])
     if merge:
         _check_weights(self.model, adapter_names)
         within = merging_and_unloading(self, adapter_names)
-    unmeasured = to_be_merged(self.model, adapter_names, merge)
     with within:
         model = stock(self, merge, progressbar, safe_merge, adapter_names, **kwargs)
-    note_unloaded(model, unmeasured)
+    note_unloaded(model, kinds)
     return model
 
 
@@ -158,9 +152,7 @@ def unload_and_optionally_merge(
 @while_enabled
 def create_lorafa_optimizer(stock, model, *args, **kwargs):
     """LoRA-FA freezes A and trains B; with MiCA's frozen B nothing is left."""
-    for name, layer in model.named_modules():
-        if not isinstance(layer, lora.LoraLayer):
-            continue
+    for name, layer in lora_layers(model):
         for adapter in layer.active_adapters:
             if is_mica(layer, adapter):
                 raise ValueError(

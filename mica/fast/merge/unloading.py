@@ -62,9 +62,18 @@ def needs_undo(layer: nn.Module, adapter: str) -> bool:
     unloading = _unloading.get()
     if unloading is None or layer not in unloading.layers or isinstance(layer.base_layer, BaseTunerLayer):
         return True
-    requested = unloading.adapter_names
-    if requested is None:
-        requested = layer.active_adapters
-    adapted = {*layer.lora_A, *layer.lora_embedding_A}
-    unmerged = [name for name in requested if name in adapted and name not in layer.merged_adapters]
-    return unmerged != [adapter]
+    adapted = {*layer.lora_A, *layer.lora_embedding_A} - {*layer.merged_adapters}
+    return [name for name in requested(layer, unloading.adapter_names) if name in adapted] != [adapter]
+
+
+def requested(layer: lora.LoraLayer, adapter_names: Sequence[str] | None) -> Sequence[str]:
+    """The adapters that a call of PEFT's merges into the layer: the active ones where it names none."""
+    if adapter_names is None:
+        return layer.active_adapters
+    return adapter_names
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, lora.LoraLayer]]:
+    for name, layer in model.named_modules():
+        if isinstance(layer, lora.LoraLayer):
+            yield name, layer

@@ -9,6 +9,7 @@ from torch import nn
 
 from mica.fast.create import quantised
 from mica.fast.forward.eligibility import is_mica
+from mica.fast.merge.unloading import lora_layers, requested
 
 # Plain layers into which an adapter was merged before PEFT's layer around them was taken away, and the kind
 # of their weights. Keyed by the module, and gone with it.
@@ -22,29 +23,22 @@ def kind_merged_into(layer: nn.Module) -> str | None:
     return _kind(layer, layer.merged_adapters)
 
 
-def to_be_merged(model: nn.Module, adapter_names: list[str] | None, merge: bool) -> dict[str, str]:
+def kinds_after_merge(model: nn.Module, adapter_names: list[str] | None) -> dict[str, str]:
     """The quantised layers that an unloading leaves with a merged MiCA adapter, and their kinds.
 
-    adapter_names: those to merge; None: the active ones. merge: whether it merges any.
+    adapter_names: the adapters to merge; None: the active ones.
     """
     found = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, lora.LoraLayer):
-            continue
-        adapters = list(layer.merged_adapters)
-        if merge and adapter_names is None:
-            adapters += layer.active_adapters
-        elif merge:
-            adapters += adapter_names
-        kind = _kind(layer, adapters)
+    for name, layer in lora_layers(model):
+        kind = _kind(layer, [*layer.merged_adapters, *requested(layer, adapter_names)])
         if kind is not None:
             found[name] = kind
     return found
 
 
-def note_unloaded(model: nn.Module, merged: dict[str, str]) -> None:
-    """``merged``: what `to_be_merged` has said of the model before."""
-    for name, kind in merged.items():
+def note_unloaded(model: nn.Module, kinds: dict[str, str]) -> None:
+    """``kinds``: what `kinds_after_merge` has said of the model before."""
+    for name, kind in kinds.items():
         _unloaded[model.get_submodule(name)] = kind
 
 

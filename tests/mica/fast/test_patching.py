@@ -13,14 +13,14 @@ from peft.tuners.lora import LoraModel
 from torch.utils.checkpoint import checkpoint
 
 import mica.fast
-from mica.fast import patching
+from mica.fast import known_peft, patching
 from mica.fast.settings import settings
 from tests.support.models import Net, bases, net, wrap
 from tests.support.stock import uninstalled
 
 
 def attributes():
-    return [vars(patching.owner_of(p)).get(p.name) for p in patching.PATCHES]
+    return [vars(known_peft.find(p.owner)).get(p.name) for p in patching.PATCHES]
 
 
 def test_uninstall_gives_back_the_same_objects():
