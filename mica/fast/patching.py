@@ -22,7 +22,7 @@ from mica.fast.forward import call_counts, decide, experts
 from mica.fast.forward.eligibility import quantised_layers
 from mica.fast.known_peft import EMBEDDING, EXPERTS, INITIALISATION, LINEAR, MERGING
 from mica.fast.merge import experts as merging_of_experts
-from mica.fast.merge import merging
+from mica.fast.merge import merging, reporting
 
 
 class Patch(NamedTuple):
@@ -52,7 +52,7 @@ _CAST = ("cast_adapter_dtype", "model adapter_name autocast_adapter_dtype", init
 _UNLOAD = (
     "_unload_and_optionally_merge",
     "self merge progressbar safe_merge adapter_names",
-    refusals.unload_and_optionally_merge,
+    reporting.unload_and_optionally_merge,
 )
 _INIT = ("mica_init", "self adapter_name", initialisation.mica_init)
 _LORAFA = ("create_lorafa_optimizer", "model r lora_alpha lr", refusals.create_lorafa_optimizer, False)

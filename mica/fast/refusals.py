@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -12,8 +11,7 @@ from mica.fast import loading
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.eligibility import is_mica, requests_mica
 from mica.fast.forward.expert_params import weight_name
-from mica.fast.merge.unloading import lora_layers, merging_and_unloading, requested
-from mica.fast.merge.unmeasured import kinds_after_merge, note_unloaded
+from mica.fast.merge.unloading import lora_layers, requested
 from mica.fast.settings import while_enabled
 
 # Forward pre-hooks of torch.nn.utils that recompute the weight before every forward: the attribute with its
@@ -114,7 +112,7 @@ def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged 
         )
 
 
-def _check_weights(model: nn.Module, adapter_names) -> None:
+def check_weights(model: nn.Module, adapter_names) -> None:
     """`check_weight` for all layers into which a MiCA adapter of these names, or an active one, is merged."""
     for name, layer in lora_layers(model):
         unmerged = set(requested(layer, adapter_names)) - set(layer.merged_adapters)
@@ -125,23 +123,8 @@ def _check_weights(model: nn.Module, adapter_names) -> None:
 @while_enabled
 def merge_adapter(stock, self, adapter_names=None, *args, **kwargs) -> None:
     """All layers are checked before the first is merged: no model is left half merged."""
-    _check_weights(self.model, adapter_names)
+    check_weights(self.model, adapter_names)
     return stock(self, adapter_names, *args, **kwargs)
-
-
-@while_enabled
-def unload_and_optionally_merge(
-    stock, self, merge=True, progressbar=False, safe_merge=False, adapter_names=None, **kwargs
-):
-    within = nullcontext()
-    kinds = kinds_after_merge(self.model, adapter_names if merge else [])
-    if merge:
-        _check_weights(self.model, adapter_names)
-        within = merging_and_unloading(self, adapter_names)
-    with within:
-        model = stock(self, merge, progressbar, safe_merge, adapter_names, **kwargs)
-    note_unloaded(model, kinds)
-    return model
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -12,37 +12,32 @@ lost: 0.08 bytes a weight where 0.8 % of them are, and a copy takes 2.
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners import lora
-from torch import Tensor, nn
+from torch import Tensor
 
 from mica import native
 from mica.dtypes import FLOATING
 from mica.fast.create import quantised
 from mica.fast.forward.eligibility import adapter_weights, is_stored_transposed
-from mica.fast.forward.expert_params import is_stored_as_in_out, is_wrapper, lora_A_of, lora_B_of, weight_name
+from mica.fast.forward.expert_params import is_stored_as_in_out, is_wrapper, lora_A_of, lora_B_of
 from mica.fast.merge.bits import count_equal, positions_that_differ
-from mica.fast.merge.report import MergeReport, MergeStats, summed
+from mica.fast.merge.report import MergeStats, summed
 from mica.fast.merge.scratch import converted, rows_at_a_time, scratch, scratch_like
 from mica.fast.merge.unloading import needs_undo
-from mica.fast.merge.unmeasured import kind_merged_into
-from mica.fast.refusals import check_model, check_weight
+from mica.fast.refusals import check_weight
 from mica.fast.settings import around, settings
 from mica.memory import TENSOR_TYPES
 from mica.ops.operator import no_autocast
 from mica.paths import reference_path
 from mica.row_fingerprints import row_fingerprints
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -132,10 +127,6 @@ class _Records(dict[str, Undo]):
 
 RECORDS = "_mica_merges"  # in the __dict__ of a layer, while it is merged
 
-# What was merged into base layers, which outlive the PEFT layers around them, by the names of their weights.
-# Keyed by the module, and gone with it.
-_stats: WeakKeyDictionary[nn.Module, dict[str, MergeStats]] = WeakKeyDictionary()
-
 # Incremented whenever PEFT gets its own functions back: merges by those are not recorded here.
 _period = 0
 
@@ -146,44 +137,14 @@ def end_period() -> None:
     _period += 1
 
 
-def merge_report(model: nn.Module) -> MergeReport:
-    """What rounding did to the adapters now merged into the model (also after ``merge_and_unload``).
-
-    Raises:
-        TypeError: ``model`` is not a `torch.nn.Module`.
-    """
-    check_model(model, "merge_report")
-    report = MergeReport()
-    wrapped = set()  # base layers inside of PEFT's, which report for them
-    for name, module in model.named_modules():
-        if module in wrapped:
-            continue
-        kind = kind_merged_into(module)
-        if kind is not None:
-            report.unmeasured[name] = kind
-        if isinstance(module, lora.LoraLayer):
-            wrapped.add(module.get_base_layer())
-            stats = _stats_of_merged(module)
-            if stats:
-                report.layers[_reported_name(name, weight_name(module))] = summed(stats)
-        elif module in _stats:
-            for weight, stats in _stats[module].items():
-                report.layers[_reported_name(name, weight)] = stats
-    return report
-
-
-def _stats_of_merged(layer: lora.LoraLayer) -> list[MergeStats]:
-    """The statistics of the adapters that are merged now, as far as this backend has merged them."""
+def stats_of_merged(layer: lora.LoraLayer) -> MergeStats | None:
+    """The statistics of the adapters that are merged now; None where this backend has merged none of them."""
     records = vars(layer).get(RECORDS, {})
     undos = [records[adapter] for adapter in layer.merged_adapters if adapter in records]
-    return [undo.stats for undo in undos if undo.period == _period]
-
-
-def _reported_name(layer: str, weight: str) -> str:
-    """The layer's name, with that of the weight where it may have several that are adapted."""
-    if weight == "weight":
-        return layer
-    return f"{layer.replace('.base_layer', '')}.{weight}"
+    stats = [undo.stats for undo in undos if undo.period == _period]
+    if not stats:
+        return None
+    return summed(stats)
 
 
 def pop_undo(layer, adapter: str) -> Undo | None:
@@ -334,20 +295,10 @@ def _squared_norm(matrix: Tensor) -> float:
 
 
 def record(layer, adapter: str, undo: Undo) -> None:
-    """Keep what unmerging needs with the layer, and the statistics with its base layer."""
+    """Keep with the layer what unmerging and the report need."""
     records = _Records(vars(layer).get(RECORDS, ()))
     records[adapter] = undo
     vars(layer)[RECORDS] = records
-
-    base = layer.get_base_layer()
-    stats_of_base = _stats.setdefault(base, {})
-    name = weight_name(layer)
-    parts = [undo.stats]
-    if layer.merged_adapters and name in stats_of_base:
-        parts.append(stats_of_base[name])
-    stats_of_base[name] = summed(parts)
-    swallowed = 100 * undo.stats.swallowed
-    logger.debug("merged adapter %r into %s: swallowed %.2f %%", adapter, base, swallowed)
 
 
 @_in_any_mode
@@ -373,8 +324,6 @@ def unmerge_from(layer, adapter: str, weight: Tensor, undo: Undo | None) -> None
         exact = _has_rows(weight, correction.original_rows)
     if not exact:
         _warn_of_inexact_unmerge(adapter, undo)
-    if not layer.merged_adapters:
-        _stats.get(layer.get_base_layer(), {}).pop(weight_name(layer), None)
 
 
 def subtract(weight: Tensor, delta: Tensor) -> Tensor:
