@@ -18,8 +18,6 @@ from mica.fast.forward.eligibility import is_mica
 from mica.fast.saving import warn_of_a_lost_mark
 from mica.fast.settings import around, settings, while_enabled
 
-_ANEW = "B was computed anew from the base weights"
-
 # Beside an adapter on a GGUF file: the folder of the checkpoint that `mica adapt` has made of that file.
 BASE = "base"
 
@@ -56,11 +54,9 @@ def load(stock, *args, **kwargs):
         for key, *_ in getattr(result, "mismatched_keys", ()):  # which transformers did not load either
             missing.add(key)
         if missing:
-            without_b, orphaned = _incomplete(model, adapters, missing)
+            _start_without_b(model, name, adapters, missing, keeps_b=False)
             for adapter in adapters:
                 adapter.leave_meta_device()
-            _start_anew(without_b)
-            _warn_of_another_b(name, orphaned, _ANEW)
         for adapter in adapters:  # transformers' loader makes parameters that require a gradient
             adapter.lora_B.requires_grad_(False)
     adapters.clear()
@@ -83,50 +79,41 @@ def set_state_dict(stock, model, peft_model_state_dict, adapter_name="default", 
         if is_mica(layer, adapter_name) and layer not in created:
             adapters.append(NewAdapter(name, layer, adapter_name))
 
-    without_b, orphaned = _incomplete(model, adapters, set(result.missing_keys))
-    empty = [adapter for adapter in without_b if adapter.lora_B.is_meta]
-    _start_anew(empty)
-    outcome = "these layers keep the B that they had"
-    if empty:
-        outcome = _ANEW
-    _warn_of_another_b(adapter_name, orphaned, outcome)
+    _start_without_b(model, adapter_name, adapters, set(result.missing_keys), keeps_b=True)
     return result
 
 
-def _incomplete(
-    model: nn.Module, adapters: list[NewAdapter], missing: set[str]
-) -> tuple[list[NewAdapter], list[NewAdapter]]:
-    """The adapters whose B is among the ``missing`` keys, and those of them whose A is not.
+def _start_without_b(
+    model: nn.Module, name: str, adapters: list[NewAdapter], missing: set[str], keeps_b: bool
+) -> None:
+    """Give those whose B is ``missing`` the B of a new adapter, and A = 0 where A has no values either.
 
-    By identity: in PEFT's nested wrappers a parameter has several names.
+    ``keeps_b``: only where B has no values either. Parameters are compared by identity: in PEFT's nested
+    wrappers one has several names. Which B an A was trained with cannot be seen, so where A was loaded there
+    is a warning; the solvers' bases agree up to sign and rotation.
     """
     parameters = model.named_parameters(remove_duplicate=False)
     lacking = {id(parameter) for key, parameter in parameters if key in missing}
     without_b = [adapter for adapter in adapters if id(adapter.lora_B) in lacking]
-    orphaned = [adapter for adapter in without_b if id(adapter.lora_A) not in lacking]
-    return without_b, orphaned
-
-
-def _start_anew(adapters: list[NewAdapter]) -> None:
-    """Give them the B of a new adapter, and A = 0 where A has no values either."""
-    for adapter in adapters:
+    orphaned = [adapter.name for adapter in without_b if id(adapter.lora_A) not in lacking]
+    anew = [adapter for adapter in without_b if not keeps_b or adapter.lora_B.is_meta]
+    for adapter in anew:
         adapter.leave_meta_device()
         check(adapter)
-    initialise(adapters)
-
-
-def _warn_of_another_b(name: str, orphaned: list[NewAdapter], outcome: str) -> None:
-    """Which B an A was trained with cannot be seen; the solvers' bases agree up to sign and rotation."""
+    initialise(anew)
     if not orphaned:
         return
+    outcome = "these layers keep the B that they had"
+    if anew:
+        outcome = "B was computed anew from the base weights"
     others = ""
     if len(orphaned) > 1:
         others = f" and {len(orphaned) - 1} more layers"
     warnings.warn(
-        f"the checkpoint of adapter {name!r} has A but no B of {orphaned[0].name}{others}, so {outcome}. "
-        "That is the B that A was trained with only if this package made it, on this very base: stock PEFT's "
-        "differs in signs and rotation, and with another B the adapter computes something else. Save whole "
-        "adapters, with model.save_pretrained(folder) or peft.get_peft_model_state_dict(model); a filter by "
+        f"the checkpoint of adapter {name!r} has A but no B of {orphaned[0]}{others}, so {outcome}. That is "
+        "the B that A was trained with only if this package made it, on this very base: stock PEFT's differs "
+        "in signs and rotation, and with another B the adapter computes something else. Save whole adapters, "
+        "with model.save_pretrained(folder) or peft.get_peft_model_state_dict(model); a filter by "
         "requires_grad loses B, which is frozen.",
         stacklevel=5,
     )

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from mica.fast.forward.eligibility import is_mica
 from mica.fast.forward.expert_params import parameter_of
-from mica.fast.merge.merging import is_covered, merge_into, pop_undo, unmerge_from
+from mica.fast.merge.merging import is_covered, merge_into, pop_undo, unmerge_ours
 from mica.fast.refusals import check_weight
 from mica.fast.settings import around, settings
 
@@ -50,13 +50,7 @@ def unmerge(stock, self) -> None:
         adapter = self.merged_adapters.pop()
         if adapter not in self.lora_A:
             continue
-        # What this backend merged it also unmerges, even if it has been disabled since.
-        undo = pop_undo(self, adapter)
-        is_ours = undo is not None or (settings.enabled and is_mica(self, adapter))
-        weight = parameter_of(self).data
-        if is_ours and is_covered(self, weight):
-            unmerge_from(self, adapter, weight, undo)
-        else:
+        if not unmerge_ours(self, adapter, parameter_of(self).data):
             _unmerge_by_stock(stock, self, adapter)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from mica import native
 from mica.dtypes import FLOATING
 from mica.fast.create import quantised
-from mica.fast.forward.eligibility import adapter_weights, is_stored_transposed
+from mica.fast.forward.eligibility import adapter_weights, is_mica, is_stored_transposed
 from mica.fast.forward.expert_params import is_stored_as_in_out, is_wrapper, lora_A_of, lora_B_of
 from mica.fast.merge.bits import count_equal, positions_that_differ
 from mica.fast.merge.report import MergeStats, summed
@@ -353,7 +353,7 @@ def _warn_of_inexact_unmerge(adapter: str, undo: Undo | None) -> None:
     warnings.warn(
         f"adapter {adapter!r} was unmerged by subtracting {what} in fp32, not to the exact base "
         f"weight, because {why}.",
-        stacklevel=7,
+        stacklevel=8,
     )
 
 
@@ -394,10 +394,16 @@ def unmerge(stock, module, active_adapter: str, orig_weight: Tensor) -> Tensor:
             raise
         if quantised.kind_of(module) is not None:
             return _dequantised(module, active_adapter, orig_weight, -1)
-    # What this backend merged it also unmerges, even if it has been disabled since.
-    undo = pop_undo(module, active_adapter)
-    is_ours = undo is not None or settings.enabled
-    if not is_ours or not is_covered(module, orig_weight):
-        return stock(module, active_adapter, orig_weight)
-    unmerge_from(module, active_adapter, orig_weight.data, undo)
-    return orig_weight.data
+    if unmerge_ours(module, active_adapter, orig_weight.data):
+        return orig_weight.data
+    return stock(module, active_adapter, orig_weight)
+
+
+def unmerge_ours(layer, adapter: str, weight: Tensor) -> bool:
+    """False where stock has to unmerge: what this backend merged it also unmerges, even if it is disabled."""
+    undo = pop_undo(layer, adapter)
+    is_ours = undo is not None or (settings.enabled and is_mica(layer, adapter))
+    if not is_ours or not is_covered(layer, weight):
+        return False
+    unmerge_from(layer, adapter, weight, undo)
+    return True

@@ -18,7 +18,7 @@ from torch import Tensor
 CHUNK = 2**18
 DEVICE_CHUNK = 2**24
 
-# The most that is held for a name and a dtype: a chunk of fp64. A merge into bf16 holds 5 MB in seven.
+# The most that is held for a name and a dtype: a chunk of fp64. A merge into bf16 holds 5 MB in six.
 _MOST_BYTES = 2**21
 
 
