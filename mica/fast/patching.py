@@ -33,7 +33,7 @@ class Patch(NamedTuple):
     parameters: str  # what stock's signature must begin with; "a|b": either name
     wrap: Callable  # stock function -> the function that takes its place
     required: bool = True  # PEFT is left as it is without that function
-    part: str | None = None  # of `known_peft`: where the function differs, this part alone is left to PEFT
+    part: str | None = None  # a part in `known_peft`: where the function differs, it alone is left to PEFT
 
 
 _LAYERS = "peft.tuners.lora.layer"

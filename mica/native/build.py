@@ -60,7 +60,7 @@ def default_folder() -> Path:
     return Path(constants.HF_HOME) / "mica" / "native"
 
 
-def built(folder: Path, extension: Extension = EXTENSION) -> Path:
+def ensure_built(folder: Path, extension: Extension = EXTENSION) -> Path:
     """The compiled module in this folder; where there is none, it is compiled first, as stderr then says.
 
     Raises:
@@ -86,7 +86,7 @@ def built(folder: Path, extension: Extension = EXTENSION) -> Path:
 
 
 def is_built(folder: Path) -> bool:
-    """Whether `built` would compile nothing."""
+    """Whether `ensure_built` would compile nothing."""
     try:
         return _is_usable(_path(folder, EXTENSION))
     except OSError:

@@ -29,8 +29,8 @@ from mica.fast.create import quantised
 from mica.fast.forward.eligibility import adapter_weights, is_mica, is_stored_transposed
 from mica.fast.forward.expert_params import is_stored_as_in_out, is_wrapper, lora_A_of, lora_B_of
 from mica.fast.merge.bits import count_equal, positions_that_differ
-from mica.fast.merge.report import MergeStats, summed
-from mica.fast.merge.scratch import converted, rows_at_a_time, scratch, scratch_like
+from mica.fast.merge.report import MergeStats, sum_stats
+from mica.fast.merge.scratch import convert, rows_at_a_time, scratch, scratch_like
 from mica.fast.merge.unloading import needs_undo
 from mica.fast.refusals import check_weight
 from mica.fast.settings import around, settings
@@ -144,7 +144,7 @@ def stats_of_merged(layer: lora.LoraLayer) -> MergeStats | None:
     stats = [undo.stats for undo in undos if undo.period == _period]
     if not stats:
         return None
-    return summed(stats)
+    return sum_stats(stats)
 
 
 def pop_undo(layer, adapter: str) -> Undo | None:
@@ -226,7 +226,7 @@ def _merge_chunks(
 ) -> tuple[MergeStats, Correction | None]:
     """Write W' to ``out``, which may be W itself."""
     stats = MergeStats(weight.dtype)
-    corrections = []  # of the chunks: each chunk is in the cache when its fingerprints are taken
+    corrections = []  # one a chunk, which is in the cache when its fingerprints are taken
     for rows, delta in update.chunks(weight):
         old = weight[rows]
         chunk = merge_by_native(old, delta, needs_correction)
@@ -266,10 +266,10 @@ def merge_by_native(old: Tensor, delta: Tensor, needs_lost: bool) -> _Chunk | No
 
 
 def merge_by_torch(old: Tensor, delta: Tensor, needs_lost: bool) -> _Chunk:
-    old_wide = converted(old, delta.dtype, "old")
+    old_wide = convert(old, delta.dtype, "old")
     total = torch.add(old_wide, delta, out=scratch_like(delta, "sum"))
-    new = converted(total, old.dtype, "new")
-    new_wide = converted(new, delta.dtype, "sum")  # which is not needed any more
+    new = convert(total, old.dtype, "new")
+    new_wide = convert(new, delta.dtype, "sum")  # which is not needed any more
     if old.element_size() > delta.element_size():
         unchanged = count_equal(new, old)  # in the dtype of s·B·A they are rounded
     else:
@@ -277,7 +277,7 @@ def merge_by_torch(old: Tensor, delta: Tensor, needs_lost: bool) -> _Chunk:
     recovered = torch.sub(new_wide, delta, out=scratch_like(delta, "recovered, wide"))
     lost = None
     if needs_lost:
-        lost = positions_that_differ(converted(recovered, old.dtype, "recovered"), old)
+        lost = positions_that_differ(convert(recovered, old.dtype, "recovered"), old)
     error = recovered.sub_(old_wide)
     stats = MergeStats(old.dtype, old.numel(), unchanged, _squared_norm(delta), _squared_norm(error))
     return _Chunk(new, lost, stats)
@@ -333,7 +333,7 @@ def subtract(weight: Tensor, delta: Tensor) -> Tensor:
         new = scratch_like(weight, "new")
         if module.subtract_chunk(new, weight, delta):
             return new
-    wide = converted(weight, delta.dtype, "old")
+    wide = convert(weight, delta.dtype, "old")
     return torch.sub(wide, delta, out=scratch_like(delta, "sum"))
 
 

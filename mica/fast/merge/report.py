@@ -32,7 +32,7 @@ class MergeStats:
         return math.sqrt(self.error_squared / self.update_squared)
 
 
-def summed(parts: list[MergeStats]) -> MergeStats:
+def sum_stats(parts: list[MergeStats]) -> MergeStats:
     total = MergeStats(parts[0].dtype)
     for stats in parts:
         total.add(stats)
@@ -54,7 +54,7 @@ class MergeReport:
     def total(self) -> MergeStats:
         if not self.layers:
             return MergeStats(torch.float32)
-        return summed(list(self.layers.values()))
+        return sum_stats(list(self.layers.values()))
 
     @property
     def swallowed(self) -> float:

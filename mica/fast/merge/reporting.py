@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -26,7 +25,7 @@ class _Merged(NamedTuple):
 
     weight: str  # its name in the base layer
     stats: MergeStats | None  # None where this backend has merged none of them
-    kind: str | None  # of a quantised weight: its library rounds again, and what that loses is not measured
+    kind: str | None  # a quantised weight's: its library rounds again, and nobody measures that
 
 
 # What was merged into base layers when the PEFT layers around them were taken away. Keyed by the module, and
@@ -92,12 +91,10 @@ def unload_and_optionally_merge(
     stock, self, merge=True, progressbar=False, safe_merge=False, adapter_names=None, **kwargs
 ):
     layers = [layer for _, layer in lora_layers(self.model)]
-    within = nullcontext()
     if merge:
         check_weights(self.model, adapter_names)
-        within = merging_and_unloading(self, adapter_names)
     try:
-        with within:
+        with merging_and_unloading(self, adapter_names):
             return stock(self, merge, progressbar, safe_merge, adapter_names, **kwargs)
     finally:  # after an error, some of them are gone
         _note_unloaded(layers)

@@ -57,7 +57,7 @@ def scratch_like(tensor: Tensor, name: str) -> Tensor:
     return scratch(name, tensor.shape, tensor.dtype, tensor.device)
 
 
-def converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def convert(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The tensor itself where it has this dtype, else a copy in `scratch` of this name."""
     if tensor.dtype == dtype:
         return tensor

@@ -20,7 +20,7 @@ from mica.fast import known_peft
 
 
 class _Unloading(NamedTuple):
-    """A call of PEFT's `_unload_and_optionally_merge` that merges, in this thread."""
+    """A call of PEFT's `_unload_and_optionally_merge` in this thread."""
 
     layers: set[nn.Module]  # those that leave the model for good
     adapter_names: Sequence[str] | None  # None: each layer's active ones
@@ -31,9 +31,9 @@ _unloading: ContextVar[_Unloading | None] = ContextVar("unloading", default=None
 
 @contextmanager
 def merging_and_unloading(tuner: nn.Module, adapter_names: Sequence[str] | None) -> Iterator[None]:
-    """Within, PEFT merges the layers of this model and takes them out of it.
+    """Within, PEFT takes the layers of this model out of it, and may merge each right before.
 
-    tuner: PEFT's model, of which only plain LoRA's is known to do so.
+    tuner: PEFT's model; only plain LoRA's is known to do so.
     """
     layers = set()
     if isinstance(tuner, lora.LoraModel) and known_peft.unloads_as_known():

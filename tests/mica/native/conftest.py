@@ -19,7 +19,7 @@ def compiled():
     """The module from the real compiler, which runs once on this machine."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX"), *build.COMPILERS) if name):
         pytest.skip("there is no C++ compiler")
-    return build.built(build.default_folder())
+    return build.ensure_built(build.default_folder())
 
 
 @pytest.fixture

@@ -40,22 +40,22 @@ def test_it_is_compiled_once_and_a_layer_works(folder, compiler, assert_layer_wo
 def test_a_terminal_that_is_gone_does_not_matter(folder, compiler, monkeypatch):
     with open(os.devnull, "w") as closed:
         monkeypatch.setattr(sys, "stderr", closed)
-    assert build.built(folder).exists()
+    assert build.ensure_built(folder).exists()
 
 
 @pytest.mark.parametrize("umask", [0, 0o002, 0o077])
 def test_what_it_makes_it_trusts(umask, folder, compiler, tmp_path, monkeypatch):
     folder = tmp_path / "not" / "yet" / "there"
-    compiler.does(f'{copying(build.built(tmp_path / "other"))}; chmod 777 "$output"')
+    compiler.does(f'{copying(build.ensure_built(tmp_path / "other"))}; chmod 777 "$output"')
     before = os.umask(umask)
     try:
-        path = build.built(folder)
+        path = build.ensure_built(folder)
     finally:
         os.umask(before)
     for made in (path, folder):
         assert not made.stat().st_mode & 0o022
     runs = len(compiler.runs())
-    assert build.built(folder) == path
+    assert build.ensure_built(folder) == path
     assert len(compiler.runs()) == runs
 
 
@@ -72,26 +72,26 @@ FACTS = {
 
 @pytest.mark.parametrize("fact", FACTS)
 def test_another_pytorch_or_machine_has_a_file_of_its_own(fact, folder, compiler, monkeypatch):
-    path = build.built(folder)
+    path = build.ensure_built(folder)
     with monkeypatch.context() as patch:
         patch.setattr(*FACTS[fact])
-        other = build.built(folder)
-        assert build.built(folder) == other
-    assert build.built(folder) == path
+        other = build.ensure_built(folder)
+        assert build.ensure_built(folder) == other
+    assert build.ensure_built(folder) == path
     assert names(folder, ".so") == sorted([path.name, other.name])
     assert len(compiler.runs()) == 2
 
 
 @pytest.mark.parametrize("name", sorted(source.name for source in SOURCES))
 def test_so_has_another_source(name, folder, compiler, tmp_path):
-    path = build.built(folder)
+    path = build.ensure_built(folder)
     sources = tmp_path / "sources"
     shutil.copytree(build.EXTENSION.source.parent, sources)
     copied = build.EXTENSION._replace(source=sources / build.EXTENSION.source.name)
-    assert build.built(folder, copied) == path
+    assert build.ensure_built(folder, copied) == path
     with open(sources / name, "a") as source:
         source.write("// changed\n")
-    assert build.built(folder, copied) != path
+    assert build.ensure_built(folder, copied) != path
 
 
 # Compilers
@@ -124,7 +124,7 @@ def test_the_first_of_the_usual_compilers_is_taken(folder, compiler, tmp_path, m
     monkeypatch.setattr(shutil, "which", lambda name: found(name, path=tmp_path / "bin"))
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     assert build._compiler() == ["g++"]
-    build.built(folder)
+    build.ensure_built(folder)
     assert len(compiler.runs()) == 1
 
 
@@ -182,17 +182,17 @@ def test_a_failure_counts_for_an_hour(folder, compiler, compiled):
     """A full disk or a lack of memory passes, and headers that were missing get installed."""
     compiler.does("echo 'fatal error: No space left on device'; exit 1")
     with pytest.raises(build.BuildError, match="has its output"):
-        build.built(folder)
+        build.ensure_built(folder)
     compiler.does(copying(compiled))
     (name,) = names(folder, ".txt")
     for minutes, is_tried in ((59, False), (61, True)):
         at = time.time() - 60 * minutes
         os.utime(folder / name, (at, at))
         if is_tried:
-            assert build.built(folder).exists()
+            assert build.ensure_built(folder).exists()
         else:
             with pytest.raises(build.BuildError, match="within the last hour"):
-                build.built(folder)
+                build.ensure_built(folder)
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["CXX", "PATH"])
@@ -205,13 +205,13 @@ def test_another_compiler_is_tried_at_once(named, folder, compiler, compiled, tm
     monkeypatch.setenv("CXX", str(failing.path) if named else "")
     for message in ("has its output", "within the last hour"):
         with pytest.raises(build.BuildError, match=message):
-            build.built(folder)
+            build.ensure_built(folder)
     if named:
         monkeypatch.setenv("CXX", str(working.path))
     else:
         (tmp_path / "bin" / "c++").unlink()
         (tmp_path / "bin" / "c++").symlink_to(working.path)
-    assert build.built(folder).exists()
+    assert build.ensure_built(folder).exists()
     assert len(failing.runs()) == len(working.runs()) == 1
 
 

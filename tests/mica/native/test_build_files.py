@@ -12,13 +12,13 @@ from tests.mica.native.compilers import names
 
 def test_damaged_files_are_built_again(folder, compiler, assert_layer_works):
     """Loading the first 1000 bytes, or half of it, would end this process with a bus error."""
-    path = build.built(folder)
+    path = build.ensure_built(folder)
     whole = path.read_bytes()
     damaged = [b"", whole[:1000], whole[: len(whole) // 2], whole[:-1], b"garbage", bytes(len(whole))]
     damaged.append(whole[:5000] + b"x" + whole[5001:])
     for content in damaged:
         path.write_bytes(content)
-        assert build.built(folder) == path
+        assert build.ensure_built(folder) == path
         assert path.read_bytes() == whole
     assert len(compiler.runs()) == 1 + len(damaged)
     assert_layer_works()
@@ -69,7 +69,7 @@ def test_a_folder_that_may_only_be_read_or_has_no_locks(
         )
     assert not compiler.runs()
 
-    build.built(folder)
+    build.ensure_built(folder)
     monkeypatch.setattr(filelock, "FileLock", refused)
     forget()
     assert_layer_works()  # it is there: nothing need be written
@@ -79,7 +79,7 @@ def test_a_folder_that_may_only_be_read_or_has_no_locks(
 @pytest.mark.parametrize("mode", [0o775, 0o757, 0o777, 0o1777])
 def test_a_folder_that_others_can_write_is_refused(mode, folder, compiler, assert_layer_works, forget):
     """Before anything is compiled, and although the file itself is in order."""
-    path = build.built(folder)
+    path = build.ensure_built(folder)
     for _ in range(2):
         folder.chmod(mode)
         assert_layer_works()
@@ -95,8 +95,8 @@ def test_a_folder_that_others_can_write_is_refused(mode, folder, compiler, asser
 
 
 def test_a_file_that_others_could_write_is_built_again(folder, compiler):
-    path = build.built(folder)
+    path = build.ensure_built(folder)
     path.chmod(0o664)
-    assert build.built(folder) == path
+    assert build.ensure_built(folder) == path
     assert not path.stat().st_mode & 0o022
     assert len(compiler.runs()) == 2

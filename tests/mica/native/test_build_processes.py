@@ -33,7 +33,7 @@ def build_quietly(folder):
     """For a process of its own, whose traceback nobody wants to see."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
-    build.built(folder)
+    build.ensure_built(folder)
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mica.fast.merge import scratch
-from mica.fast.merge.scratch import converted, scratch_like
+from mica.fast.merge.scratch import convert, scratch_like
 
 CPU = torch.device("cpu")
 
@@ -61,10 +61,10 @@ def test_what_inference_mode_has_made_can_be_written_to_outside_of_it(made_befor
     scratch.scratch("a", torch.Size((3, 4)), torch.float32, CPU).fill_(1.0)
 
 
-def test_converted_is_the_tensor_itself_where_nothing_is_to_be_done():
+def test_convert_gives_the_tensor_itself_where_nothing_is_to_be_done():
     tensor = torch.randn(3, 4)
-    assert converted(tensor, torch.float32, "a") is tensor
-    double = converted(tensor, torch.float64, "a")
+    assert convert(tensor, torch.float32, "a") is tensor
+    double = convert(tensor, torch.float64, "a")
     assert torch.equal(double, tensor.double())
     assert double.data_ptr() == place("a", 3, 4, dtype=torch.float64)
     assert scratch_like(tensor.t(), "a").is_contiguous()
