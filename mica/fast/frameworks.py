@@ -78,8 +78,7 @@ def _innermost(call):
     What this package's function wraps may itself be a framework's, which then no longer decides.
     """
     for _ in range(32):
-        is_function = hasattr(call, "__globals__")
-        if is_function and _home(call).startswith("mica."):
+        if hasattr(call, "__globals__") and _home(call).startswith("mica."):
             return call
         if hasattr(call, "__wrapped__"):
             call = call.__wrapped__

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -147,12 +148,11 @@ def find_base(stock, cls, pretrained_model_name_or_path, subfolder=None, **kwarg
     is_path = isinstance(recorded, str) and os.path.isabs(recorded)  # PEFT checks no type
     if not is_path or os.path.basename(recorded) != BASE:
         return config
-    folder = os.path.abspath(os.path.join(pretrained_model_name_or_path, subfolder or ""))
-    if os.path.basename(folder).startswith("checkpoint-"):
-        folder = os.path.dirname(folder)
-    beside = os.path.join(folder, BASE)
-    if os.path.isfile(os.path.join(beside, "config.json")):
-        config.base_model_name_or_path = beside
+    folder = Path(os.path.abspath(os.path.join(pretrained_model_name_or_path, subfolder or "")))
+    if folder.name.startswith("checkpoint-"):
+        folder = folder.parent
+    if (folder / BASE / "config.json").is_file():
+        config.base_model_name_or_path = str(folder / BASE)
     return config
 
 

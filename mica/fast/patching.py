@@ -83,7 +83,7 @@ PATCHES = (
         _LAYER,
         "update_layer",
         _UPDATE,
-        lambda stock: _covering(initialisation.update_layer(stock)),
+        lambda stock: _cover_class_after(initialisation.update_layer(stock)),
         part=INITIALISATION,
     ),
     _optional_part("update_layer", _UPDATE, initialisation.update_layer, INITIALISATION),
@@ -149,13 +149,13 @@ PATCHES = (
 )
 
 
-def _covering(update_layer):
+def _cover_class_after(update_layer):
     """Replace the forward of a class over quantised weights when it gets its first adapter.
 
     Not at import: PEFT's modules of these classes would import the quantisation libraries.
     """
 
-    def covering(self, *args, **kwargs) -> None:
+    def update_and_cover(self, *args, **kwargs) -> None:
         update_layer(self, *args, **kwargs)
         cls = type(self)
         if not _installed or cls in quantised_layers or not quantised.is_covered(cls):
@@ -174,7 +174,7 @@ def _covering(update_layer):
             _replace(cls, patch)
         quantised_layers.add(cls)
 
-    return covering
+    return update_and_cover
 
 
 def _other_body(patch: Patch) -> str | None:

@@ -17,9 +17,9 @@ from mica.fast.settings import while_enabled
 # Forward pre-hooks of torch.nn.utils that recompute the weight before every forward: the attribute with its
 # name, and the call that removes them. By name, because torch has deprecated two of the three.
 _WEIGHT_HOOKS = {
-    "WeightNorm": ("name", "torch.nn.utils.remove_weight_norm(layer.base_layer)"),
-    "SpectralNorm": ("name", "torch.nn.utils.remove_spectral_norm(layer.base_layer)"),
-    "BasePruningMethod": ("_tensor_name", "torch.nn.utils.prune.remove(layer.base_layer, 'weight')"),
+    "weight_norm.WeightNorm": ("name", "torch.nn.utils.remove_weight_norm(layer.base_layer)"),
+    "spectral_norm.SpectralNorm": ("name", "torch.nn.utils.remove_spectral_norm(layer.base_layer)"),
+    "prune.BasePruningMethod": ("_tensor_name", "torch.nn.utils.prune.remove(layer.base_layer, 'weight')"),
 }
 
 
@@ -79,11 +79,9 @@ def _how_to_keep(base_layer: nn.Module, weight: str) -> str | None:
         return f"torch.nn.utils.parametrize.remove_parametrizations(layer.base_layer, {weight!r})"
     for hook in base_layer._forward_pre_hooks.values():
         for cls in type(hook).__mro__:
-            is_known = cls.__module__.startswith("torch.nn.utils.") and cls.__name__ in _WEIGHT_HOOKS
-            if not is_known:
-                continue
-            attribute, remover = _WEIGHT_HOOKS[cls.__name__]
-            if getattr(hook, attribute) == weight:
+            kind = f"{cls.__module__}.{cls.__name__}".removeprefix("torch.nn.utils.")
+            attribute, remover = _WEIGHT_HOOKS.get(kind, (None, None))
+            if attribute is not None and getattr(hook, attribute) == weight:
                 return remover
     return None
 

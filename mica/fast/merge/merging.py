@@ -358,7 +358,7 @@ def _warn_of_inexact_unmerge(adapter: str, undo: Undo | None) -> None:
 
 
 @_in_any_mode
-def _dequantised(layer, adapter: str, weight: Tensor, sign: int) -> Tensor:
+def _add_to_dequantised(layer, adapter: str, weight: Tensor, sign: int) -> Tensor:
     """W ± s·B·A of a dequantised W, in the wider of their dtypes: PEFT requantises it, as with plain LoRA.
 
     Stock's MiCA variant would round s·B·A to the dtype of W before that.
@@ -372,7 +372,7 @@ def _merge(stock, module, active_adapter: str, orig_weight: Tensor, safe: bool) 
     if settings.enabled:
         check_weight(module)
         if safe and quantised.kind_of(module) is not None:
-            return _dequantised(module, active_adapter, orig_weight, 1)
+            return _add_to_dequantised(module, active_adapter, orig_weight, 1)
     if not settings.enabled or not is_covered(module, orig_weight):
         pop_undo(module, active_adapter)
         return stock(module, active_adapter, orig_weight)
@@ -393,7 +393,7 @@ def unmerge(stock, module, active_adapter: str, orig_weight: Tensor) -> Tensor:
             module.merged_adapters.append(active_adapter)  # PEFT has already removed it
             raise
         if quantised.kind_of(module) is not None:
-            return _dequantised(module, active_adapter, orig_weight, -1)
+            return _add_to_dequantised(module, active_adapter, orig_weight, -1)
     if unmerge_ours(module, active_adapter, orig_weight.data):
         return orig_weight.data
     return stock(module, active_adapter, orig_weight)
