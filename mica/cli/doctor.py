@@ -302,7 +302,7 @@ def _peft(problems: list[str]) -> dict:
             peft["mismatches"] += [f"{text} ({part})" for text in texts]
         peft["mismatches"] += [f"{text} (optional)" for text in found.optional]
         if is_patched:
-            peft["patched"] = patching.count()
+            peft["patched"] = len(found.patches)
             peft["note"] = known_peft.sentence(release)
         else:
             problems.append(f"mica.fast leaves this PEFT as it is: {', '.join(found.refused)}")

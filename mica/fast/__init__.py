@@ -18,7 +18,8 @@ from mica.fast import patching
 from mica.fast import settings as _settings
 from mica.fast.caches import clear_caches
 from mica.fast.explain import Explanation, explain
-from mica.fast.merge.merging import MergeReport, merge_report
+from mica.fast.merge.report import MergeReport
+from mica.fast.merge.reporting import merge_report
 from mica.ops import call_counts
 
 __all__ = [

@@ -29,7 +29,7 @@ from mica.fast.forward.eligibility import (
     quantised_layers,
 )
 from mica.fast.frameworks import REMEDIES, REMEDIES_OF_INITIALISATION, UNDO, owner_of, replaced_by
-from mica.fast.merge.unmeasured import kind_merged_into
+from mica.fast.merge.reporting import kind_merged_into
 from mica.fast.refusals import check_model
 from mica.fast.settings import settings
 

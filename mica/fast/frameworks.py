@@ -49,14 +49,8 @@ def replaced_by(module: nn.Module) -> str | None:
     with suppress(Exception):  # attributes of foreign objects can do anything
         own = {cls.__module__.partition(".")[0] for cls in type(module).__mro__} | _ORDINARY
         attributes = vars(module)
-        if "forward" in attributes:
-            calls = [attributes["forward"]]
-        else:
-            calls = [type(module).forward]
-        for name, value in attributes.items():
-            if name.startswith("apply_") and callable(value):
-                calls.append(value)
-        for call in calls:
+        calls = [value for name, value in attributes.items() if name.startswith("apply_") and callable(value)]
+        for call in [attributes.get("forward", type(module).forward), *calls]:
             function = _innermost(call)
             if _home(function).partition(".")[0] not in own:
                 return owner_of(function)
@@ -84,8 +78,7 @@ def _innermost(call):
     What this package's function wraps may itself be a framework's, which then no longer decides.
     """
     for _ in range(32):
-        is_function = hasattr(call, "__globals__")
-        if is_function and _home(call).startswith("mica."):
+        if hasattr(call, "__globals__") and _home(call).startswith("mica."):
             return call
         if hasattr(call, "__wrapped__"):
             call = call.__wrapped__

@@ -1,8 +1,8 @@
 """Which releases of PEFT this backend knows, and which of their functions it computes itself.
 
 A release that is not in `KNOWN` may compute something else in a function whose signature is the old one. So
-there the bodies of the functions that this backend repeats are compared, by their fingerprints, with those of
-the known releases. What differs is left to PEFT, part by part, and one sentence says so.
+there the bodies of the functions that this backend repeats are compared, by their hashes, with those of the
+known releases. What differs is left to PEFT, part by part, and one sentence says so.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import chain
 
 # Tested: 0.20.0 and 0.21.2. Between them the functions below read alike.
@@ -29,55 +29,61 @@ PARTS = (INITIALISATION, LINEAR, EMBEDDING, EXPERTS, MERGING)
 _LAYERS = "peft.tuners.lora.layer"
 _VARIANTS = "peft.tuners.lora.variants"
 
-# Part -> the functions of PEFT whose results it computes itself -> their `fingerprint` in the known releases.
-# Functions that are replaced by one that calls them are not here: what they do in another release is done.
-REPEATED: dict[str, dict[str, tuple[str, ...]]] = {
+
+def _merging_of(variant: str) -> dict[str, str]:
+    return {
+        f"{_VARIANTS}:{variant}.merge_safe": "b64fe2ca2dd0",
+        f"{_VARIANTS}:{variant}.merge_unsafe": "3b79e81e5c9b",
+        f"{_VARIANTS}:{variant}.unmerge": "95cd37ce2f3c",
+    }
+
+
+# Part -> the functions of PEFT whose results it computes itself -> their `body_hash` in the known releases,
+# several separated by a space. Functions that are replaced by one that calls them are not here: what they do
+# in another release is done.
+REPEATED: dict[str, dict[str, str]] = {
     INITIALISATION: {
-        f"{_LAYERS}:LoraLayer.mica_init": ("06bddcd47e98",),
-        f"{_LAYERS}:Embedding.mica_init": ("3eeb63d64fe4",),
+        f"{_LAYERS}:LoraLayer.mica_init": "06bddcd47e98",
+        f"{_LAYERS}:Embedding.mica_init": "3eeb63d64fe4",
     },
     LINEAR: {
-        f"{_LAYERS}:Linear.forward": ("5cd0508e909e",),
-        f"{_LAYERS}:LoraLayer._mixed_batch_forward": ("60bc0f58e6b9",),
-        f"{_VARIANTS}:MiCALinearVariant.forward": ("e1e338634b72",),
-        "peft.tuners.tuners_utils:BaseTunerLayer._cast_input_dtype": ("f8fd780187a6",),
+        f"{_LAYERS}:Linear.forward": "5cd0508e909e",
+        f"{_LAYERS}:LoraLayer._mixed_batch_forward": "60bc0f58e6b9",
+        f"{_VARIANTS}:MiCALinearVariant.forward": "e1e338634b72",
+        "peft.tuners.tuners_utils:BaseTunerLayer._cast_input_dtype": "f8fd780187a6",
     },
     EMBEDDING: {
-        f"{_LAYERS}:Embedding.forward": ("8eff94c7871d",),
-        f"{_LAYERS}:Embedding._embed": ("d7a766691d06",),
-        f"{_VARIANTS}:MiCAEmbeddingVariant.forward": ("36616974ea94",),
+        f"{_LAYERS}:Embedding.forward": "8eff94c7871d",
+        f"{_LAYERS}:Embedding._embed": "d7a766691d06",
+        f"{_VARIANTS}:MiCAEmbeddingVariant.forward": "36616974ea94",
     },
     EXPERTS: {
-        f"{_LAYERS}:ParamWrapper.forward": ("56195428bc97",),
-        f"{_LAYERS}:ParamWrapper.get_delta_weight": ("fc97b3e61f3d",),
-        f"{_LAYERS}:ParamWrapper._activate_lora": ("0d7e26933547", "561eba5e7024"),
+        f"{_LAYERS}:ParamWrapper.forward": "56195428bc97",
+        f"{_LAYERS}:ParamWrapper.get_delta_weight": "fc97b3e61f3d",
+        f"{_LAYERS}:ParamWrapper._activate_lora": "0d7e26933547 561eba5e7024",
     },
     MERGING: {
-        f"{_LAYERS}:Linear.get_delta_weight": ("3fe2e19f59b7",),
-        f"{_LAYERS}:Embedding.get_delta_weight": ("19bc770bacbc",),
-        f"{_LAYERS}:ParamWrapper.merge": ("df08e590cb35",),
-        f"{_LAYERS}:ParamWrapper.unmerge": ("e38d5b246c3a",),
-        f"{_VARIANTS}:MiCALinearVariant.merge_safe": ("b64fe2ca2dd0",),
-        f"{_VARIANTS}:MiCALinearVariant.merge_unsafe": ("3b79e81e5c9b",),
-        f"{_VARIANTS}:MiCALinearVariant.unmerge": ("95cd37ce2f3c",),
-        f"{_VARIANTS}:MiCAEmbeddingVariant.merge_safe": ("b64fe2ca2dd0",),
-        f"{_VARIANTS}:MiCAEmbeddingVariant.merge_unsafe": ("3b79e81e5c9b",),
-        f"{_VARIANTS}:MiCAEmbeddingVariant.unmerge": ("95cd37ce2f3c",),
+        f"{_LAYERS}:Linear.get_delta_weight": "3fe2e19f59b7",
+        f"{_LAYERS}:Embedding.get_delta_weight": "19bc770bacbc",
+        f"{_LAYERS}:ParamWrapper.merge": "df08e590cb35",
+        f"{_LAYERS}:ParamWrapper.unmerge": "e38d5b246c3a",
+        **_merging_of("MiCALinearVariant"),
+        **_merging_of("MiCAEmbeddingVariant"),
     },
 }
 # The same for PEFT's classes over quantised weights, whose modules are imported with the first such layer.
 QUANTISED = {
-    "peft.tuners.lora.bnb:Linear4bit.forward": ("e2fdca4a0ad0",),
-    "peft.tuners.lora.bnb:Linear8bitLt.forward": ("4c5827e76d76",),
-    "peft.tuners.lora.hqq:HqqLoraLinear.forward": ("b7d0bfd3b904",),
-    "peft.tuners.lora.gptq:GPTQLoraLinear.forward": ("c7b08d8a2a5d",),
-    "peft.tuners.lora.awq:AwqLoraLinear.forward": ("bb381600b35d",),
+    "peft.tuners.lora.bnb:Linear4bit.forward": "e2fdca4a0ad0",
+    "peft.tuners.lora.bnb:Linear8bitLt.forward": "4c5827e76d76",
+    "peft.tuners.lora.hqq:HqqLoraLinear.forward": "b7d0bfd3b904",
+    "peft.tuners.lora.gptq:GPTQLoraLinear.forward": "c7b08d8a2a5d",
+    "peft.tuners.lora.awq:AwqLoraLinear.forward": "bb381600b35d",
 }
 # What `merge.unloading` rests on: PEFT takes each layer out of the model right after its merge.
 UNLOADING = {
-    "peft.tuners.lora.model:LoraModel._unload_and_optionally_merge": ("29f98f2d252b", "0a336c534cd2"),
-    "peft.tuners.lora.model:LoraModel._replace_module": ("7cf1c9fc0f01",),
-    f"{_LAYERS}:ParamWrapper.unload_and_optionally_merge_module": ("14676ad4ea2a",),
+    "peft.tuners.lora.model:LoraModel._unload_and_optionally_merge": "29f98f2d252b 0a336c534cd2",
+    "peft.tuners.lora.model:LoraModel._replace_module": "7cf1c9fc0f01",
+    f"{_LAYERS}:ParamWrapper.unload_and_optionally_merge_module": "14676ad4ea2a",
 }
 
 # What was left to PEFT when this package was installed: part -> why. Changed by `patching` only.
@@ -96,23 +102,21 @@ def find(name: str):
     """
     module, _, path = name.partition(":")
     found = importlib.import_module(module)
-    if not path:
-        return found
-    for part in path.split("."):
+    for part in filter(None, path.split(".")):
         found = inspect.getattr_static(found, part)
     return found
 
 
-def why_not_the_same(name: str, fingerprints: Sequence[str]) -> str | None:
+def difference(name: str, hashes: str) -> str | None:
     """How the function "module:Class.function" differs from the known ones; None if it does not."""
     try:
         function = find(name)
     except (ImportError, AttributeError):
         return f"{name} is not there"
-    found = fingerprint(getattr(function, "__func__", function))
+    found = body_hash(getattr(function, "__func__", function))
     if found is None:
         return f"{name} cannot be read"
-    if found not in fingerprints:
+    if found not in hashes.split():
         return f"{name} has another body"
     return None
 
@@ -121,16 +125,16 @@ def differences() -> dict[str, list[str]]:
     """The parts whose functions do not read as in the known releases -> how they differ."""
     found = {}
     for part, functions in REPEATED.items():
-        for name, fingerprints in functions.items():
-            why = why_not_the_same(name, fingerprints)
-            if why is not None:
-                found.setdefault(part, []).append(why)
+        for name, hashes in functions.items():
+            reason = difference(name, hashes)
+            if reason is not None:
+                found.setdefault(part, []).append(reason)
     return found
 
 
 def unloads_as_known() -> bool:
     """Whether the installed release unloads a model as the known ones do."""
-    return all(why_not_the_same(name, fingerprints) is None for name, fingerprints in UNLOADING.items())
+    return not any(difference(name, hashes) for name, hashes in UNLOADING.items())
 
 
 def sentence(version: str) -> str | None:
@@ -148,17 +152,13 @@ def sentence(version: str) -> str | None:
         return f"{begin}: all that it replaces is unchanged there, so all of it runs on this backend."
     because = "; ".join(dict.fromkeys(chain.from_iterable(left.values())))  # each reason once
     rest = [part for part in PARTS if part not in left]
-    ours = "nothing"
-    if rest:
-        ours = _listed(rest)
+    ours = _listed(rest or ["nothing"])
     return f"{begin}: PEFT's own code runs {_listed(left)}, because {because}; this backend runs {ours}."
 
 
 def _listed(parts: Iterable[str]) -> str:
     *first, last = parts
-    if not first:
-        return last
-    return f"{', '.join(first)} and {last}"
+    return " and ".join(filter(None, [", ".join(first), last]))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ _NO_RESULT = {"annotation", "returns", "type_comment", "type_params", "kind", "c
 
 
 @functools.lru_cache(maxsize=256)  # it takes milliseconds, and a function does not change
-def fingerprint(function: Callable) -> str | None:
+def body_hash(function: Callable) -> str | None:
     """A hash of what the function computes; None if its source cannot be read.
 
     Comments, docstrings, types and the texts of errors have no part in it, and it is the same in all

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -19,6 +21,8 @@ from mica.fast.settings import around, settings, while_enabled
 
 # Beside an adapter on a GGUF file: the folder of the checkpoint that `mica adapt` has made of that file.
 BASE = "base"
+
+_NAME_OF_A = re.compile(r"\.lora_(embedding_)?A\.")
 
 # Adapters created within `without_solver`, whose B is still 0; None outside of it.
 uninitialised: ContextVar[list[NewAdapter] | None] = ContextVar("mica_uninitialised", default=None)
@@ -51,11 +55,9 @@ def load(stock, *args, **kwargs):
         for key, *_ in getattr(result, "mismatched_keys", ()):  # which transformers did not load either
             missing.add(key)
         if missing:
-            without_b, orphaned = _incomplete(model, adapters, missing)
+            _start_without_b(model, name, adapters, missing, keeps_b=False)
             for adapter in adapters:
                 adapter.leave_meta_device()
-            _start_anew(without_b)
-            _warn_of_another_b(name, orphaned, "B was computed anew from the base weights")
         for adapter in adapters:  # transformers' loader makes parameters that require a gradient
             adapter.lora_B.requires_grad_(False)
     adapters.clear()
@@ -78,51 +80,41 @@ def set_state_dict(stock, model, peft_model_state_dict, adapter_name="default", 
         if is_mica(layer, adapter_name) and layer not in created:
             adapters.append(NewAdapter(name, layer, adapter_name))
 
-    without_b, orphaned = _incomplete(model, adapters, set(result.missing_keys))
-    empty = [adapter for adapter in without_b if adapter.lora_B.is_meta]
-    _start_anew(empty)
-    if empty:
-        what = "B was computed anew from the base weights"
-    else:
-        what = "these layers keep the B that they had"
-    _warn_of_another_b(adapter_name, orphaned, what)
+    _start_without_b(model, adapter_name, adapters, set(result.missing_keys), keeps_b=True)
     return result
 
 
-def _incomplete(
-    model: nn.Module, adapters: list[NewAdapter], missing: set[str]
-) -> tuple[list[NewAdapter], list[NewAdapter]]:
-    """The adapters whose B is among the ``missing`` keys, and those of them whose A is not.
+def _start_without_b(
+    model: nn.Module, name: str, adapters: list[NewAdapter], missing: set[str], keeps_b: bool
+) -> None:
+    """Give those whose B is ``missing`` the B of a new adapter, and A = 0 where A has no values either.
 
-    By identity: in PEFT's nested wrappers a parameter has several names.
+    ``keeps_b``: only where B has no values either. Parameters are compared by identity: in PEFT's nested
+    wrappers one has several names. Which B an A was trained with cannot be seen, so where A was loaded there
+    is a warning; the solvers' bases agree up to sign and rotation.
     """
     parameters = model.named_parameters(remove_duplicate=False)
     lacking = {id(parameter) for key, parameter in parameters if key in missing}
     without_b = [adapter for adapter in adapters if id(adapter.lora_B) in lacking]
-    orphaned = [adapter for adapter in without_b if id(adapter.lora_A) not in lacking]
-    return without_b, orphaned
-
-
-def _start_anew(adapters: list[NewAdapter]) -> None:
-    """Give them the B of a new adapter, and A = 0 where A has no values either."""
-    for adapter in adapters:
+    orphaned = [adapter.name for adapter in without_b if id(adapter.lora_A) not in lacking]
+    anew = [adapter for adapter in without_b if not keeps_b or adapter.lora_B.is_meta]
+    for adapter in anew:
         adapter.leave_meta_device()
         check(adapter)
-    initialise(adapters)
-
-
-def _warn_of_another_b(name: str, orphaned: list[NewAdapter], what: str) -> None:
-    """Which B an A was trained with cannot be seen; the solvers' bases agree up to sign and rotation."""
+    initialise(anew)
     if not orphaned:
         return
+    outcome = "these layers keep the B that they had"
+    if anew:
+        outcome = "B was computed anew from the base weights"
     others = ""
     if len(orphaned) > 1:
         others = f" and {len(orphaned) - 1} more layers"
     warnings.warn(
-        f"the checkpoint of adapter {name!r} has A but no B of {orphaned[0].name}{others}, so {what}. That "
-        "is the B that A was trained with only if this package made it, on this very base: stock PEFT's "
-        "differs in signs and rotation, and with another B the adapter computes something else. Save whole "
-        "adapters, with model.save_pretrained(folder) or peft.get_peft_model_state_dict(model); a filter by "
+        f"the checkpoint of adapter {name!r} has A but no B of {orphaned[0]}{others}, so {outcome}. That is "
+        "the B that A was trained with only if this package made it, on this very base: stock PEFT's differs "
+        "in signs and rotation, and with another B the adapter computes something else. Save whole adapters, "
+        "with model.save_pretrained(folder) or peft.get_peft_model_state_dict(model); a filter by "
         "requires_grad loses B, which is frozen.",
         stacklevel=5,
     )
@@ -153,16 +145,14 @@ def find_base(stock, cls, pretrained_model_name_or_path, subfolder=None, **kwarg
     """
     config = stock(cls, pretrained_model_name_or_path, subfolder, **kwargs)
     recorded = config.base_model_name_or_path
-    if not isinstance(recorded, str) or not os.path.isabs(recorded):  # PEFT checks no type
+    is_path = isinstance(recorded, str) and os.path.isabs(recorded)  # PEFT checks no type
+    if not is_path or os.path.basename(recorded) != BASE:
         return config
-    if os.path.basename(recorded) != BASE:
-        return config
-    folder = os.path.abspath(os.path.join(pretrained_model_name_or_path, subfolder or ""))
-    if os.path.basename(folder).startswith("checkpoint-"):
-        folder = os.path.dirname(folder)
-    beside = os.path.join(folder, BASE)
-    if os.path.isfile(os.path.join(beside, "config.json")):
-        config.base_model_name_or_path = beside
+    folder = Path(os.path.abspath(os.path.join(pretrained_model_name_or_path, subfolder or "")))
+    if folder.name.startswith("checkpoint-"):
+        folder = folder.parent
+    if (folder / BASE / "config.json").is_file():
+        config.base_model_name_or_path = str(folder / BASE)
     return config
 
 
@@ -192,17 +182,10 @@ def _check_has_b(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: 
     # the keys lack the prefix of torch.compile's wrapper
     modules = {name.removeprefix("_orig_mod."): module for name, module in model.named_modules()}
     for key in state_dict:
-        if ".lora_A." in key:
-            layer = key.partition(".lora_A.")[0]
-            key_of_b = key.replace(".lora_A.", ".lora_B.", 1)
-        elif ".lora_embedding_A." in key:
-            layer = key.partition(".lora_embedding_A.")[0]
-            key_of_b = key.replace(".lora_embedding_A.", ".lora_embedding_B.", 1)
-        else:
+        if _NAME_OF_A.sub(r".lora_\1B.", key, count=1) in state_dict:  # so are keys of anything else than A
             continue
-        if key_of_b in state_dict or layer not in modules:
-            continue
-        if is_mica(modules[layer], adapter_name):
+        layer = _NAME_OF_A.split(key)[0]
+        if layer in modules and is_mica(modules[layer], adapter_name):
             raise ValueError(
                 f"hotswapping adapter {adapter_name!r} needs a whole adapter, but the new one has A and no B "
                 f"of {layer!r}: save it with model.save_pretrained(folder), or load it with "

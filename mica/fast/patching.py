@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from mica.fast.forward import call_counts, decide, experts
 from mica.fast.forward.eligibility import quantised_layers
 from mica.fast.known_peft import EMBEDDING, EXPERTS, INITIALISATION, LINEAR, MERGING
 from mica.fast.merge import experts as merging_of_experts
-from mica.fast.merge import merging
+from mica.fast.merge import merging, reporting
 
 
 class Patch(NamedTuple):
@@ -32,105 +33,129 @@ class Patch(NamedTuple):
     parameters: str  # what stock's signature must begin with; "a|b": either name
     wrap: Callable  # stock function -> the function that takes its place
     required: bool = True  # PEFT is left as it is without that function
-    part: str | None = None  # of `known_peft`: where the function differs, this part alone is left to PEFT
+    part: str | None = None  # a part in `known_peft`: where the function differs, it alone is left to PEFT
 
 
 _LAYERS = "peft.tuners.lora.layer"
-_LINEAR_VARIANT = "peft.tuners.lora.variants:MiCALinearVariant"
-_EMBEDDING_VARIANT = "peft.tuners.lora.variants:MiCAEmbeddingVariant"
 _LAYER = f"{_LAYERS}:LoraLayer"
 _LINEAR = f"{_LAYERS}:Linear"
 _EMBEDDING = f"{_LAYERS}:Embedding"
-_PARAMETER = f"{_LAYERS}:ParamWrapper"  # in a PEFT without it there is no MiCA on `target_parameters`
 _MODEL = "peft.tuners.lora.model:LoraModel"
 _PEFT_MODEL = "peft.peft_model:PeftModel"
 _CONFIG = "peft.config:PeftConfigMixin"
 _HUGGING_FACE = "transformers.integrations.peft:PeftAdapterMixin"
 
 _FORWARD = "self x *args **kwargs"
-_MERGE = "module active_adapter orig_weight"
 _UPDATE = "self adapter_name r lora_alpha config **kwargs"
-# the other name is that of axolotl's wrapper for Gemma 4, which may be there first
-_CREATE = "self lora_config|peft_config adapter_name target target_name parent current_key"
 _WHOLE = ("forward", "self *args **kwargs", call_counts.whole_forward)
 _CAST = ("cast_adapter_dtype", "model adapter_name autocast_adapter_dtype", initialisation.cast_adapter_dtype)
 _UNLOAD = (
     "_unload_and_optionally_merge",
     "self merge progressbar safe_merge adapter_names",
-    refusals.unload_and_optionally_merge,
+    reporting.unload_and_optionally_merge,
 )
+_INIT = ("mica_init", "self adapter_name", initialisation.mica_init)
 _LORAFA = ("create_lorafa_optimizer", "model r lora_alpha lr", refusals.create_lorafa_optimizer, False)
-_PRETRAINED = "cls pretrained_model_name_or_path subfolder **kwargs"
-_TIE = ("_add_targets_to_tie", "self peft_config tied_weight_keys")  # a PEFT without it ties no adapters
-_SET = ("set_peft_model_state_dict", "model peft_model_state_dict adapter_name", loading.set_state_dict)
+_SET = (
+    "set_peft_model_state_dict",
+    "model peft_model_state_dict adapter_name",
+    loading.set_state_dict,
+    False,
+)
 _SETTERS = ("peft.utils.save_and_load", "peft.utils", "peft.peft_model", "peft.functional", "peft")
-_SWAP = ("hotswap_adapter_from_state_dict", "model state_dict adapter_name config")
+_MERGES = {"merge_safe": merging.merge_safe, "merge_unsafe": merging.merge_unsafe, "unmerge": merging.unmerge}
+
+
+def _optional_part(name: str, parameters: str, wrap: Callable, part: str) -> Patch:
+    """For `target_parameters`, on which a PEFT without this class has no MiCA."""
+    return Patch(f"{_LAYERS}:ParamWrapper", name, parameters, wrap, False, part)
+
 
 PATCHES = (
     Patch(_LINEAR, "forward", _FORWARD, decide.linear_forward, part=LINEAR),
     Patch(_EMBEDDING, "forward", _FORWARD, decide.embedding_forward, part=EMBEDDING),
-    Patch(_PARAMETER, "forward", _FORWARD, experts.experts_forward, required=False, part=EXPERTS),
+    _optional_part("forward", _FORWARD, experts.experts_forward, EXPERTS),
     Patch("peft.tuners.tuners_utils:BaseTuner", *_WHOLE),
     Patch(_PEFT_MODEL, *_WHOLE),
-    Patch(_LAYER, "mica_init", "self adapter_name", initialisation.mica_init, part=INITIALISATION),
-    Patch(_EMBEDDING, "mica_init", "self adapter_name", initialisation.mica_init, part=INITIALISATION),
+    Patch(_LAYER, *_INIT, part=INITIALISATION),
+    Patch(_EMBEDDING, *_INIT, part=INITIALISATION),
     Patch(
         _LAYER,
         "update_layer",
         _UPDATE,
-        lambda stock: _covering(initialisation.update_layer(stock)),
+        lambda stock: _cover_class_after(initialisation.update_layer(stock)),
         part=INITIALISATION,
     ),
-    Patch(
-        _PARAMETER, "update_layer", _UPDATE, initialisation.update_layer, required=False, part=INITIALISATION
-    ),
-    Patch(
-        _PARAMETER,
-        "merge",
-        "self safe_merge adapter_names",
-        merging_of_experts.merge,
-        required=False,
-        part=MERGING,
-    ),
-    Patch(_PARAMETER, "unmerge", "self", merging_of_experts.unmerge, required=False, part=MERGING),
+    _optional_part("update_layer", _UPDATE, initialisation.update_layer, INITIALISATION),
+    _optional_part("merge", "self safe_merge adapter_names", merging_of_experts.merge, MERGING),
+    _optional_part("unmerge", "self", merging_of_experts.unmerge, MERGING),
     Patch(_LAYER, "resolve_lora_variant", "self config **kwargs", initialisation.resolve_lora_variant),
-    Patch(_MODEL, "_create_and_replace", _CREATE, initialisation.create_and_replace),
+    Patch(
+        _MODEL,
+        "_create_and_replace",
+        # the other name is that of axolotl's wrapper for Gemma 4, which may be there first
+        "self lora_config|peft_config adapter_name target target_name parent current_key",
+        initialisation.create_and_replace,
+    ),
     Patch(_MODEL, "inject_adapter", "self model adapter_name", initialisation.inject_adapter),
     Patch("peft.tuners.tuners_utils", *_CAST),
     Patch("peft.functional", *_CAST),
     Patch(_PEFT_MODEL, "from_pretrained", "cls model model_id", loading.load),
     Patch(_CONFIG, "save_pretrained", "self save_directory **kwargs", saving.save_config),
-    Patch(_CONFIG, "from_pretrained", _PRETRAINED, loading.find_base, required=False),
+    Patch(
+        _CONFIG,
+        "from_pretrained",
+        "cls pretrained_model_name_or_path subfolder **kwargs",
+        loading.find_base,
+        required=False,
+    ),
     Patch("peft.tuners.lora.config:LoraConfig", "__post_init__", "self", saving.read_config),
     Patch(_PEFT_MODEL, "load_adapter", "self model_id adapter_name", loading.load),
     Patch(_HUGGING_FACE, "load_adapter", "self peft_model_id adapter_name", loading.load, required=False),
     Patch(_MODEL, "add_weighted_adapter", "self adapters weights adapter_name", loading.add_weighted_adapter),
     # a script that imported the function before this package keeps stock's
-    *(Patch(module, *_SET, required=False) for module in _SETTERS),
-    Patch("peft.utils.hotswap", *_SWAP, loading.hotswap_adapter_from_state_dict),
-    Patch(_MODEL, *_TIE, refusals.add_targets_to_tie, required=False),
+    *(Patch(module, *_SET) for module in _SETTERS),
+    Patch(
+        "peft.utils.hotswap",
+        "hotswap_adapter_from_state_dict",
+        "model state_dict adapter_name config",
+        loading.hotswap_adapter_from_state_dict,
+    ),
+    Patch(  # a PEFT without it ties no adapters
+        _MODEL,
+        "_add_targets_to_tie",
+        "self peft_config tied_weight_keys",
+        refusals.add_targets_to_tie,
+        required=False,
+    ),
     Patch(_MODEL, "merge_adapter", "self adapter_names", refusals.merge_adapter),
     Patch(_MODEL, *_UNLOAD),
     Patch("peft.tuners.mixed.model:MixedModel", *_UNLOAD),
     # a script that imported the function before this package keeps stock's
     Patch("peft.optimizers.lorafa", *_LORAFA),
     Patch("peft.optimizers", *_LORAFA),
-    Patch(_LINEAR_VARIANT, "merge_safe", _MERGE, merging.merge_safe, part=MERGING),
-    Patch(_LINEAR_VARIANT, "merge_unsafe", _MERGE, merging.merge_unsafe, part=MERGING),
-    Patch(_LINEAR_VARIANT, "unmerge", _MERGE, merging.unmerge, part=MERGING),
-    Patch(_EMBEDDING_VARIANT, "merge_safe", _MERGE, merging.merge_safe, part=MERGING),
-    Patch(_EMBEDDING_VARIANT, "merge_unsafe", _MERGE, merging.merge_unsafe, part=MERGING),
-    Patch(_EMBEDDING_VARIANT, "unmerge", _MERGE, merging.unmerge, part=MERGING),
+    *(
+        Patch(
+            f"peft.tuners.lora.variants:{variant}",
+            name,
+            "module active_adapter orig_weight",
+            wrap,
+            True,
+            MERGING,
+        )
+        for variant in ("MiCALinearVariant", "MiCAEmbeddingVariant")
+        for name, wrap in _MERGES.items()
+    ),
 )
 
 
-def _covering(update_layer):
+def _cover_class_after(update_layer):
     """Replace the forward of a class over quantised weights when it gets its first adapter.
 
     Not at import: PEFT's modules of these classes would import the quantisation libraries.
     """
 
-    def covering(self, *args, **kwargs) -> None:
+    def update_and_cover(self, *args, **kwargs) -> None:
         update_layer(self, *args, **kwargs)
         cls = type(self)
         if not _installed or cls in quantised_layers or not quantised.is_covered(cls):
@@ -149,7 +174,7 @@ def _covering(update_layer):
             _replace(cls, patch)
         quantised_layers.add(cls)
 
-    return covering
+    return update_and_cover
 
 
 def _other_body(patch: Patch) -> str | None:
@@ -157,7 +182,7 @@ def _other_body(patch: Patch) -> str | None:
     name = f"{patch.owner}.{patch.name}"
     if known_peft.is_known(peft.__version__) or name not in known_peft.QUANTISED:
         return None
-    return known_peft.why_not_the_same(name, known_peft.QUANTISED[name])
+    return known_peft.difference(name, known_peft.QUANTISED[name])
 
 
 class _Installed(NamedTuple):
@@ -171,26 +196,21 @@ _ABSENT = object()
 _installed: list[_Installed] = []
 
 
-def owner_of(patch: Patch):
-    return known_peft.find(patch.owner)
-
-
-def is_there(patch: Patch) -> bool:
+def _attribute(patch: Patch) -> object | None:
+    """What the patch replaces, perhaps a static or class method; None where there is no such thing."""
     try:
-        inspect.getattr_static(owner_of(patch), patch.name)
+        return inspect.getattr_static(known_peft.find(patch.owner), patch.name)
     except (ImportError, AttributeError):
-        return False
-    return True
+        return None
 
 
 def mismatch(patch: Patch) -> str | None:
     """How the function differs from what the patch was written for; None if it does not."""
-    if not is_there(patch):
+    attribute = _attribute(patch)
+    if attribute is None:
         return f"{patch.owner}.{patch.name} is not there"
-    function = inspect.getattr_static(owner_of(patch), patch.name)
-    function = getattr(function, "__func__", function)
-    signature = inspect.signature(function).parameters.values()
-    parameters = [str(parameter).split(":")[0].split("=")[0].strip() for parameter in signature]
+    signature = inspect.signature(getattr(attribute, "__func__", attribute))
+    parameters = [re.match(r"\**\w+", str(parameter))[0] for parameter in signature.parameters.values()]
     expected = [names.split("|") for names in patch.parameters.split()]
     begins_so = all(name in names for name, names in zip(parameters, expected, strict=False))
     if begins_so and len(parameters) >= len(expected):
@@ -204,25 +224,27 @@ class Comparison(NamedTuple):
     refused: list[str]  # why PEFT is left as it is
     left: dict[str, list[str]]  # part of the backend -> why PEFT's own code runs it
     optional: list[str]  # why functions are not replaced that need not be
+    patches: list[Patch]  # the rest, which are made
 
 
 def compare() -> Comparison:
     refused = []
     optional = []
+    matching = []
     left = {}
     if not known_peft.is_known(peft.__version__):
         left = known_peft.differences()
     for patch in PATCHES:
         text = mismatch(patch)
         if text is None:
-            continue
-        if patch.part is not None and is_there(patch):
+            matching.append(patch)
+        elif patch.part is not None and _attribute(patch) is not None:
             left.setdefault(patch.part, []).append(text)
         elif patch.required:
             refused.append(text)
         else:
             optional.append(text)
-    return Comparison(refused, left, optional)
+    return Comparison(refused, left, optional, [patch for patch in matching if patch.part not in left])
 
 
 def is_installed() -> bool:
@@ -239,11 +261,15 @@ def install() -> bool:
     found = compare()
     known_peft.left.clear()
     if found.refused:
-        warnings.warn(_refusal(found.refused), stacklevel=3)
+        warnings.warn(
+            f"mica.fast leaves PEFT {peft.__version__} as it is, because it differs from the versions this "
+            f"backend was written for: {'; '.join(found.refused)}.",
+            stacklevel=3,
+        )
         return False
     known_peft.left.update(found.left)
-    for patch in _replaceable():
-        _replace(owner_of(patch), patch)
+    for patch in found.patches:
+        _replace(known_peft.find(patch.owner), patch)
     sentence = known_peft.sentence(peft.__version__)
     if sentence is not None:
         warnings.warn(sentence, stacklevel=3)
@@ -251,34 +277,15 @@ def install() -> bool:
     return True
 
 
-def count() -> int:
-    """How many of the functions of `PATCHES` are replaced."""
-    if not _installed:
-        return 0
-    return len(_replaceable())
-
-
-def _replaceable() -> list[Patch]:
-    return [patch for patch in PATCHES if patch.part not in known_peft.left and mismatch(patch) is None]
-
-
-def _refusal(reasons: list[str]) -> str:
-    return (
-        f"mica.fast leaves PEFT {peft.__version__} as it is, because it differs from the versions this "
-        f"backend was written for: {'; '.join(reasons)}."
-    )
-
-
 def _replace(owner, patch: Patch) -> None:
     before = vars(owner).get(patch.name, _ABSENT)
     attribute = inspect.getattr_static(owner, patch.name)
-    if isinstance(attribute, (staticmethod, classmethod)):
-        stock = attribute.__func__
-        replacement = functools.wraps(stock)(patch.wrap(stock))
-        setattr(owner, patch.name, type(attribute)(replacement))
-    else:
-        replacement = functools.wraps(attribute)(patch.wrap(attribute))
+    stock = getattr(attribute, "__func__", attribute)
+    replacement = functools.wraps(stock)(patch.wrap(stock))
+    if stock is attribute:
         setattr(owner, patch.name, replacement)
+    else:  # a static or class method
+        setattr(owner, patch.name, type(attribute)(replacement))
     _installed.append(_Installed(owner, patch.name, before, replacement))
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 
-from peft.tuners import lora
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -13,16 +11,15 @@ from mica.fast import loading
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.eligibility import is_mica, requests_mica
 from mica.fast.forward.expert_params import weight_name
-from mica.fast.merge.unloading import merging_and_unloading
-from mica.fast.merge.unmeasured import note_unloaded, to_be_merged
+from mica.fast.merge.unloading import lora_layers, requested
 from mica.fast.settings import while_enabled
 
 # Forward pre-hooks of torch.nn.utils that recompute the weight before every forward: the attribute with its
 # name, and the call that removes them. By name, because torch has deprecated two of the three.
 _WEIGHT_HOOKS = {
-    "WeightNorm": ("name", "torch.nn.utils.remove_weight_norm(layer.base_layer)"),
-    "SpectralNorm": ("name", "torch.nn.utils.remove_spectral_norm(layer.base_layer)"),
-    "BasePruningMethod": ("_tensor_name", "torch.nn.utils.prune.remove(layer.base_layer, 'weight')"),
+    "weight_norm.WeightNorm": ("name", "torch.nn.utils.remove_weight_norm(layer.base_layer)"),
+    "spectral_norm.SpectralNorm": ("name", "torch.nn.utils.remove_spectral_norm(layer.base_layer)"),
+    "prune.BasePruningMethod": ("_tensor_name", "torch.nn.utils.prune.remove(layer.base_layer, 'weight')"),
 }
 
 
@@ -82,11 +79,9 @@ def _how_to_keep(base_layer: nn.Module, weight: str) -> str | None:
         return f"torch.nn.utils.parametrize.remove_parametrizations(layer.base_layer, {weight!r})"
     for hook in base_layer._forward_pre_hooks.values():
         for cls in type(hook).__mro__:
-            is_known = cls.__module__.startswith("torch.nn.utils.") and cls.__name__ in _WEIGHT_HOOKS
-            if not is_known:
-                continue
-            attribute, remover = _WEIGHT_HOOKS[cls.__name__]
-            if getattr(hook, attribute) == weight:
+            kind = f"{cls.__module__}.{cls.__name__}".removeprefix("torch.nn.utils.")
+            attribute, remover = _WEIGHT_HOOKS.get(kind, (None, None))
+            if attribute is not None and getattr(hook, attribute) == weight:
                 return remover
     return None
 
@@ -115,15 +110,10 @@ def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged 
         )
 
 
-def _check_weights(model: nn.Module, adapter_names) -> None:
+def check_weights(model: nn.Module, adapter_names) -> None:
     """`check_weight` for all layers into which a MiCA adapter of these names, or an active one, is merged."""
-    for name, layer in model.named_modules():
-        if not isinstance(layer, lora.LoraLayer):
-            continue
-        adapters = adapter_names
-        if adapters is None:
-            adapters = layer.active_adapters
-        unmerged = [adapter for adapter in adapters if adapter not in layer.merged_adapters]
+    for name, layer in lora_layers(model):
+        unmerged = set(requested(layer, adapter_names)) - set(layer.merged_adapters)
         if any(is_mica(layer, adapter) for adapter in unmerged):
             check_weight(layer, name)
 
@@ -131,23 +121,8 @@ def _check_weights(model: nn.Module, adapter_names) -> None:
 @while_enabled
 def merge_adapter(stock, self, adapter_names=None, *args, **kwargs) -> None:
     """All layers are checked before the first is merged: no model is left half merged."""
-    _check_weights(self.model, adapter_names)
+    check_weights(self.model, adapter_names)
     return stock(self, adapter_names, *args, **kwargs)
-
-
-@while_enabled
-def unload_and_optionally_merge(
-    stock, self, merge=True, progressbar=False, safe_merge=False, adapter_names=None, **kwargs
-):
-    within = nullcontext()
-    if merge:
-        _check_weights(self.model, adapter_names)
-        within = merging_and_unloading(self, adapter_names)
-    unmeasured = to_be_merged(self.model, adapter_names, merge)
-    with within:
-        model = stock(self, merge, progressbar, safe_merge, adapter_names, **kwargs)
-    note_unloaded(model, unmeasured)
-    return model
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -158,9 +133,7 @@ def unload_and_optionally_merge(
 @while_enabled
 def create_lorafa_optimizer(stock, model, *args, **kwargs):
     """LoRA-FA freezes A and trains B; with MiCA's frozen B nothing is left."""
-    for name, layer in model.named_modules():
-        if not isinstance(layer, lora.LoraLayer):
-            continue
+    for name, layer in lora_layers(model):
         for adapter in layer.active_adapters:
             if is_mica(layer, adapter):
                 raise ValueError(

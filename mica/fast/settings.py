@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -80,23 +81,14 @@ def _check_device(requested: str | torch.device) -> None:
         device = torch.device(requested)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be 'auto' or a torch device, but it is {requested!r}.") from error
-    if device.type == "meta":
-        raise ValueError("device must be one that holds values, but 'meta' holds none.")
-    count = _device_count(device.type)
+    count = 0
+    with suppress(RuntimeError):  # this build of PyTorch has no module for the type
+        count = torch.get_device_module(device).device_count()  # initialises none: the process may still fork
     if (device.index or 0) >= count:
         raise ValueError(
             f"device must be 'auto' or one that this process can use, but it is {str(device)!r}, and PyTorch "
             f"sees {count} devices of type {device.type!r}."
         )
-
-
-def _device_count(kind: str) -> int:
-    """How many devices of a type there are. None is initialised, so that the process may still fork."""
-    try:
-        module = torch.get_device_module(kind)
-    except RuntimeError:  # a type that this build of PyTorch has no module for
-        return 0
-    return module.device_count()
 
 
 # ---------------------------------------------------------------------------------------------------

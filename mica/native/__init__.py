@@ -10,6 +10,7 @@ bfloat16 operands is then summed in another order.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -28,7 +29,6 @@ setting = runtime.raw_variable("MICA_NATIVE")
 
 # The raw setting -> the module, or why there is none. C++ reads it, too.
 modules: dict[object, ModuleType | str] = {}
-_not_built: set[object] = set()  # raw settings whose folder had no module when `module_if_built` looked
 _preparations: list[Callable[[ModuleType], None]] = []
 _lock = threading.Lock()
 
@@ -56,14 +56,16 @@ def module() -> ModuleType | None:
 def module_if_built() -> ModuleType | None:
     """`module`, if it can be had without compiling: for what gains less than a compiler takes."""
     raw = setting()
-    if raw not in modules:
-        if raw in _not_built:
-            return None
-        folder = _folder()
-        if folder is None or not build.is_built(folder):
-            _not_built.add(raw)
-            return None
-    return module()
+    if raw in modules or _is_built(raw):
+        return module()
+    return None
+
+
+@functools.cache
+def _is_built(raw: object) -> bool:
+    """Whether the folder that this raw setting names had the module when this was first asked."""
+    folder = _folder()
+    return folder is not None and build.is_built(folder)
 
 
 def why_not() -> str | None:
@@ -87,7 +89,7 @@ def _load() -> ModuleType | str:
     if folder is None:
         return f"MICA_NATIVE={os.environ['MICA_NATIVE']}"
     try:
-        loaded = imported(folder, build.NATIVE)
+        loaded = import_extension(folder, build.EXTENSION)
     except build.BuildError as error:
         return str(error)
     except ImportError as error:
@@ -104,16 +106,16 @@ def _folder() -> Path | None:
     return folder_named(value if value.strip() else "on", build.default_folder())
 
 
-def imported(folder: Path, sources: build.Sources) -> ModuleType:
-    """The module that is compiled from these sources and kept in ``folder``.
+def import_extension(folder: Path, extension: build.Extension) -> ModuleType:
+    """The module that is compiled from this extension's sources and kept in ``folder``.
 
     Raises:
-        BuildError: see `mica.native.build.built`.
+        BuildError: see `mica.native.build.ensure_built`.
         ImportError: what was compiled cannot be loaded.
     """
-    path = build.built(folder, sources)
-    name = sources.name
-    spec = spec_from_file_location(name, path, loader=ExtensionFileLoader(name, str(path)))
+    name = extension.name
+    path = str(build.ensure_built(folder, extension))
+    spec = spec_from_file_location(name, path, loader=ExtensionFileLoader(name, path))
     loaded = module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded

@@ -1,9 +1,11 @@
 """Compiles the C++ of this folder, once for each machine, Python and PyTorch, and keeps the result on disk.
 
-What is built for one PyTorch does not load into another, so a file's name holds all that it depends on. It
-appears whole, by a rename, under a lock that the operating system frees when a process dies, and ends with a
-checksum: loading half a file would kill the process. A compiler that fails is not started again for an hour,
-and its output is kept. By then a full disk, too little memory or a lack of headers may have been mended.
+What is built for one PyTorch does not load into another, so a file's name holds all that it depends on. The
+compiler works in a temporary folder. A file appears here whole, by a rename, under a lock that the operating
+system frees when a process dies. It ends with a checksum: a crash of the machine, or a copy of the cache that
+was broken off, may leave half of it, and loading that would end the process with a bus error. A compiler that
+fails is not started again for an hour, and its output is kept. By then a full disk, too little memory or a
+lack of headers may have been mended.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
-import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,24 +39,20 @@ LIBRARIES = ("torch_python", "torch", "torch_cpu", "c10")
 # Seconds for the compiler, and for those who wait: 15 on an idle core of an AMD EPYC, 65 on a busy one.
 TIME_LIMIT = 300
 FAILURE_COUNTS_FOR = 3600  # seconds
-_OTHER_FOLDER = "MICA_NATIVE has to name another folder"
-_CHECKSUM_BYTES = 32
 
 
 class BuildError(Exception):
     """Why there is no compiled module, in words for the user."""
 
 
-class Sources(NamedTuple):
-    """What a module of Python is compiled from: the first file includes the others."""
+class Extension(NamedTuple):
+    """A Python module in C++, whose initialisation is PyInit_name."""
 
-    name: str  # of the module, whose initialisation is PyInit_name
-    folder: Path
-    files: tuple[str, ...]
+    name: str
+    source: Path  # includes what else it needs of the .h and .cpp files beside it
 
 
-_FILES = ("module.cpp", "check.h", "layer.h", "loops.h", "merging.h")
-NATIVE = Sources("mica_native", Path(__file__).parent, _FILES)
+EXTENSION = Extension("mica_native", Path(__file__).with_name("module.cpp"))
 
 
 def default_folder() -> Path:
@@ -62,107 +60,110 @@ def default_folder() -> Path:
     return Path(constants.HF_HOME) / "mica" / "native"
 
 
-def built(folder: Path, sources: Sources = NATIVE) -> Path:
+def ensure_built(folder: Path, extension: Extension = EXTENSION) -> Path:
     """The compiled module in this folder; where there is none, it is compiled first, as stderr then says.
 
     Raises:
         BuildError: it cannot be compiled, or could not when it was tried before.
     """
-    _refuse_system()
-    path = _path(folder, sources)
+    if platform.system() != "Linux":
+        raise BuildError(f"the C++ has been tried on Linux only, not on {platform.system()}")
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        raise BuildError("the C++ relies on the global interpreter lock, which this Python does not have")
     try:
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)  # even if the umask lets others write
-        _refuse_distrusted(folder)
+        reason = distrusted(folder)
+        if reason is not None:  # code that another user could have written is not run
+            raise BuildError(f"{folder} {reason}, so MICA_NATIVE has to name another folder")
+        path = _path(folder, extension)
         if not _is_usable(path):
-            _build(path, sources)
-    except filelock.Timeout as error:
-        raise BuildError(f"another process has held {error.lock_file} for {TIME_LIMIT} seconds") from error
-    except OSError as error:
-        raise BuildError(f"{folder} cannot be used ({error.strerror}), so {_OTHER_FOLDER}") from error
-    except NotImplementedError as error:  # from older releases of filelock
-        raise BuildError(f"{folder} is on a disk without file locks, so {_OTHER_FOLDER}") from error
+            _build(path, extension)
+    except (OSError, NotImplementedError) as error:  # the second where a disk has no locks; also a timeout
+        raise BuildError(
+            f"{folder} cannot be used, so MICA_NATIVE has to name another folder: {error}"
+        ) from error
     return path
 
 
-def is_built(folder: Path, sources: Sources = NATIVE) -> bool:
-    """Whether `built` would compile nothing."""
+def is_built(folder: Path) -> bool:
+    """Whether `ensure_built` would compile nothing."""
     try:
-        return _is_usable(_path(folder, sources))
-    except (BuildError, OSError):
+        return _is_usable(_path(folder, EXTENSION))
+    except OSError:
         return False
 
 
-def _path(folder: Path, sources: Sources) -> Path:
-    return folder / f"{_key(sources)}.so"
-
-
-def _refuse_distrusted(folder: Path) -> None:
-    """Code that another user could have written is not run."""
-    reason = distrusted(folder)
-    if reason is not None:
-        raise BuildError(f"{folder} {reason}, so {_OTHER_FOLDER}")
+def _path(folder: Path, extension: Extension) -> Path:
+    """The name of the module's file holds a hash of everything that the compiled code depends on."""
+    facts = (
+        torch.__version__,
+        torch.version.git_version,
+        torch.compiled_with_cxx11_abi(),
+        sysconfig.get_config_var("SOABI"),
+        platform.machine(),
+        FLAGS,
+    )
+    digest = hashlib.sha256(repr(facts).encode())
+    sources = extension.source.parent
+    for source in sorted([*sources.glob("*.cpp"), *sources.glob("*.h")]):
+        digest.update(source.read_bytes())
+    return folder / f"{extension.name}-{digest.hexdigest()[:24]}.so"
 
 
 def _is_usable(path: Path) -> bool:
     """Whether it is there and whole, and no other user can have written it."""
-    if distrusted(path) is not None:
+    if distrusted(path) is not None or not path.exists():
         return False
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return False
-    return content[-_CHECKSUM_BYTES:] == hashlib.sha256(content[:-_CHECKSUM_BYTES]).digest()
+    content = path.read_bytes()
+    code = content[: -hashlib.sha256().digest_size]
+    return content == _sealed(code)
 
 
-def _build(path: Path, sources: Sources) -> None:
+def _sealed(code: bytes) -> bytes:
+    """The code with its checksum at the end, which no loader looks at."""
+    return code + hashlib.sha256(code).digest()
+
+
+def _build(path: Path, extension: Extension) -> None:
     """Compile it, if no other process does so meanwhile."""
     compiler = _compiler()
-    failure = path.with_suffix(f".{_identity(compiler)}.txt")
-    _refuse_failed(failure)
-    with filelock.FileLock(path.with_suffix(".lock"), timeout=TIME_LIMIT):
+    # That one fails says nothing of another, nor of another program behind the same name.
+    program = os.path.realpath(shutil.which(compiler[0]))
+    identity = hashlib.sha256(repr((program, compiler)).encode()).hexdigest()[:8]
+    failure = path.with_suffix(f".{identity}.txt")
+    with (
+        filelock.FileLock(path.with_suffix(".lock"), timeout=TIME_LIMIT),
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         if _is_usable(path):
             return
-        _refuse_failed(failure)
-        for abandoned in path.parent.glob(f"{path.stem}.*.tmp"):  # by a process that was killed
-            abandoned.unlink(missing_ok=True)
-        _compile(path, compiler, sources, failure)
-
-
-def _refuse_failed(failure: Path) -> None:
-    if failure.exists() and time.time() - failure.stat().st_mtime < FAILURE_COUNTS_FOR:
-        raise BuildError(
-            f"the C++ compiler failed within the last hour: delete {failure}, which has its output, "
-            "to try again now"
-        )
-
-
-def _compile(path: Path, compiler: list[str], sources: Sources, failure: Path) -> None:
-    temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
-    command = [*compiler, *_arguments(sources, temporary)]
-    _say(f"compiling C++ for PyTorch {torch.__version__}, once on this machine: 15 seconds to a minute")
-    begin = time.monotonic()
-    problem = _problem_of(command)
-    seconds = f"{time.monotonic() - begin:.0f} s"
-    if problem is None and not temporary.exists():
-        problem = "it has written no file"
-    if problem is None:
-        _seal(temporary)
-        os.replace(temporary, path)
-        _say(f"compiled in {seconds}")
-        return
-
-    temporary.unlink(missing_ok=True)
-    failure.write_text(f"{shlex.join(command)}\n{problem}\n", encoding="utf-8", errors="replace")
-    _say(f"the C++ compiler failed after {seconds}, so layers run from Python, with the same results")
-    raise BuildError(f"the C++ compiler failed: {failure} has its output")
+        if failure.exists() and time.time() - failure.stat().st_mtime < FAILURE_COUNTS_FOR:
+            raise BuildError(
+                f"the C++ compiler failed within the last hour: delete {failure}, which has its output, "
+                "to try again now"
+            )
+        output = Path(scratch) / path.name
+        command = [*compiler, *_arguments(extension.source, output)]
+        _say(f"compiling C++ for PyTorch {torch.__version__}, once on this machine: 15 seconds to a minute")
+        problem = _problem_of(command)
+        if problem is None and not output.exists():
+            problem = "it has written no file"
+        if problem is not None:
+            text = f"{shlex.join(command)}\n{problem}\n"
+            failure.write_text(text, encoding="utf-8", errors="replace")
+            _say("the C++ compiler failed, so layers run from Python, with the same results")
+            raise BuildError(f"the C++ compiler failed: {failure} has its output")
+        temporary = path.with_suffix(".tmp")  # which only who holds the lock writes, and no compiler
+        temporary.write_bytes(_sealed(output.read_bytes()))
+        temporary.chmod(0o644)
+        temporary.replace(path)
 
 
 def _problem_of(command: list[str]) -> str | None:
     """The output of a compiler that fails; None where it does not."""
-    process = None
     try:
         # in a session of its own: a compiler is several processes, and all of them have to end
-        process = subprocess.Popen(
+        with subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -170,31 +171,17 @@ def _problem_of(command: list[str]) -> str | None:
             encoding="utf-8",
             errors="replace",
             start_new_session=True,
-        )
-        output, _ = process.communicate(timeout=TIME_LIMIT)
+        ) as process:
+            try:
+                output, _ = process.communicate(timeout=TIME_LIMIT)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
     except OSError as error:
         return f"it cannot be run: {error.strerror}"
     except subprocess.TimeoutExpired:
         return f"it was stopped after {TIME_LIMIT} seconds"
-    finally:
-        if process is not None:
-            _end(process)
     return output if process.returncode else None
-
-
-def _end(process: subprocess.Popen) -> None:
-    """A compiler that still runs, with all that it has started."""
-    with process:
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def _seal(path: Path) -> None:
-    """End it with its checksum, which no loader looks at, and let nobody else write it."""
-    content = path.read_bytes()
-    path.write_bytes(content + hashlib.sha256(content).digest())
-    path.chmod(0o644)
 
 
 def _say(text: str) -> None:
@@ -204,12 +191,8 @@ def _say(text: str) -> None:
 
 
 def _compiler() -> list[str]:
-    """The command, of which there may be several words in the environment variable CXX."""
-    setting = os.environ.get("CXX", "")
-    try:
-        words = shlex.split(setting)
-    except ValueError as error:
-        raise BuildError(f"CXX={setting} is not a command ({error})") from error
+    """The command: what the environment variable CXX holds, split at spaces, or one of the usual ones."""
+    words = os.environ.get("CXX", "").split()
     if words and shutil.which(words[0]) is None:
         raise BuildError(f"there is no compiler {words[0]}, which CXX names")
     if words:
@@ -220,56 +203,15 @@ def _compiler() -> list[str]:
     raise BuildError(f"there is no C++ compiler: neither {' nor '.join(COMPILERS)}, and CXX is not set")
 
 
-def _identity(compiler: list[str]) -> str:
-    """Of a command and the file that it runs, behind all links: that one fails says nothing of another."""
-    program = os.path.realpath(shutil.which(compiler[0]))
-    return hashlib.sha256("\0".join([program, *compiler]).encode()).hexdigest()[:8]
-
-
-def _refuse_system() -> None:
-    """What no compiler changes."""
-    if platform.system() != "Linux":
-        raise BuildError(f"the C++ has been tried on Linux only, not on {platform.system()}")
-    if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        raise BuildError("the C++ relies on the global interpreter lock, which this Python does not have")
-
-
-def _includes() -> list[Path]:
-    """Folders of headers: PyTorch's come with it, Python's perhaps not."""
-    root = Path(torch.__file__).parent / "include"
-    python = Path(sysconfig.get_path("include"))
-    if not (root / "torch" / "csrc" / "autograd" / "python_variable.h").exists():
-        raise BuildError(f"this PyTorch came without its headers, which would be in {root}")
-    if not (python / "Python.h").exists():
+def _arguments(source: Path, output: Path) -> list[str]:
+    root = Path(torch.__file__).parent
+    python = sysconfig.get_path("include")
+    if not os.path.exists(f"{python}/Python.h"):  # PyTorch's headers come with it
         raise BuildError(f"there is no {python}/Python.h: the package python3-dev or python3-devel has it")
-    return [root, root / "torch" / "csrc" / "api" / "include", python]
-
-
-def _arguments(sources: Sources, output: Path) -> list[str]:
-    arguments = [*FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    for folder in _includes():
-        arguments += ["-isystem", str(folder)]
-    libraries = Path(torch.__file__).parent / "lib"
-    arguments += [str(sources.folder / sources.files[0]), "-o", str(output), "-L", str(libraries)]
-    arguments += [f"-l{library}" for library in LIBRARIES]
-    return arguments
-
-
-def _key(sources: Sources) -> str:
-    """Everything that the compiled module depends on, after its name."""
-    facts = [
-        torch.__version__,
-        str(torch.version.git_version),
-        str(torch.compiled_with_cxx11_abi()),
-        str(sysconfig.get_config_var("SOABI")),
-        platform.machine(),
+    return [
         *FLAGS,
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *("-isystem", f"{root}/include", "-isystem", python),
+        *(str(source), "-o", str(output), f"-L{root}/lib"),
+        *(f"-l{library}" for library in LIBRARIES),
     ]
-    digest = hashlib.sha256("\0".join(facts).encode())
-    for name in sources.files:
-        source = sources.folder / name
-        try:
-            digest.update(source.read_bytes())
-        except OSError as error:
-            raise BuildError(f"{source} cannot be read ({error.strerror})") from error
-    return f"{sources.name}-{digest.hexdigest()[:24]}"

@@ -8,13 +8,13 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from mica.native import build, imported
+from mica.native import build, import_extension
 
 
 @cache
 def _module() -> ModuleType:
-    sources = build.Sources("no_products", Path(__file__).parent, ("no_products.cpp",))
-    return imported(build.default_folder(), sources)
+    extension = build.Extension("no_products", Path(__file__).with_suffix(".cpp"))
+    return import_extension(build.default_folder(), extension)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from mica.fast.forward.eligibility import is_mica
 from mica.fast.forward.expert_params import parameter_of
-from mica.fast.merge.merging import is_covered, merge_into, pop_undo, unmerge_from
+from mica.fast.merge.merging import is_covered, merge_into, pop_undo, unmerge_ours
 from mica.fast.refusals import check_weight
 from mica.fast.settings import around, settings
 
@@ -19,18 +19,15 @@ from mica.fast.settings import around, settings
 @around
 def merge(stock, self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
     """MiCA adapters by this backend, after the others by stock."""
-    requested = adapter_names
-    if requested is None:
-        requested = self.active_adapters
-    if not settings.enabled or not any(is_mica(self, name) for name in requested):
-        for name in set(requested) - set(self.merged_adapters):
-            pop_undo(self, name)
-        return stock(self, safe_merge, adapter_names)
-    check_weight(self)
     names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
     parameter = parameter_of(self)
-    ours = [name for name in names if is_covered(self, parameter.data) and is_mica(self, name)]
+    ours = []
+    if settings.enabled and any(is_mica(self, name) for name in names):
+        check_weight(self)
+        ours = [name for name in names if is_covered(self, parameter.data) and is_mica(self, name)]
     others = [name for name in names if name not in ours]
+    for name in others:
+        pop_undo(self, name)
     if others:
         stock(self, safe_merge, others)
     for name in ours:
@@ -40,7 +37,6 @@ def merge(stock, self, safe_merge: bool = False, adapter_names: list[str] | None
             raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         parameter.data = merged
         self.merged_adapters.append(name)
-    return None
 
 
 @around
@@ -49,24 +45,17 @@ def unmerge(stock, self) -> None:
     if settings.enabled and any(is_mica(self, name) for name in self.merged_adapters):
         check_weight(self, verb="unmerged from")
     if not self.merged_adapters:
-        return stock(self)  # it warns
+        stock(self)  # it warns
     while self.merged_adapters:
         adapter = self.merged_adapters.pop()
         if adapter not in self.lora_A:
             continue
-        # What this backend merged it also unmerges, even if it has been disabled since.
-        undo = pop_undo(self, adapter)
-        is_ours = undo is not None or (settings.enabled and is_mica(self, adapter))
-        weight = parameter_of(self).data
-        if is_ours and is_covered(self, weight):
-            unmerge_from(self, adapter, weight, undo)
-        else:
-            _unmerge_one(stock, self, adapter)
-    return None
+        if not unmerge_ours(self, adapter, parameter_of(self).data):
+            _unmerge_by_stock(stock, self, adapter)
 
 
-def _unmerge_one(stock, layer, adapter: str) -> None:
-    """Unmerge this adapter by stock, which unmerges all that are merged: for a moment that is one."""
+def _unmerge_by_stock(stock, layer, adapter: str) -> None:
+    """Stock unmerges all adapters that are merged: for a moment that is this one alone."""
     others = layer.merged_adapters
     layer.merged_adapters = [adapter]
     try:

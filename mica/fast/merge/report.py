@@ -13,10 +13,16 @@ class MergeStats:
     """How much of the updates merged into one weight survived its dtype."""
 
     dtype: torch.dtype
-    update_squared: float = 0.0
-    error_squared: float = 0.0
     weights: int = 0
     unchanged: int = 0
+    update_squared: float = 0.0
+    error_squared: float = 0.0
+
+    def add(self, other: MergeStats) -> None:
+        self.weights += other.weights
+        self.unchanged += other.unchanged
+        self.update_squared += other.update_squared
+        self.error_squared += other.error_squared
 
     @property
     def swallowed(self) -> float:
@@ -26,14 +32,11 @@ class MergeStats:
         return math.sqrt(self.error_squared / self.update_squared)
 
 
-def summed(parts: list[MergeStats]) -> MergeStats:
-    return MergeStats(
-        dtype=parts[0].dtype,
-        update_squared=sum(stats.update_squared for stats in parts),
-        error_squared=sum(stats.error_squared for stats in parts),
-        weights=sum(stats.weights for stats in parts),
-        unchanged=sum(stats.unchanged for stats in parts),
-    )
+def sum_stats(parts: list[MergeStats]) -> MergeStats:
+    total = MergeStats(parts[0].dtype)
+    for stats in parts:
+        total.add(stats)
+    return total
 
 
 @dataclass
@@ -51,7 +54,7 @@ class MergeReport:
     def total(self) -> MergeStats:
         if not self.layers:
             return MergeStats(torch.float32)
-        return summed(list(self.layers.values()))
+        return sum_stats(list(self.layers.values()))
 
     @property
     def swallowed(self) -> float:

@@ -18,17 +18,15 @@ from torch import Tensor
 CHUNK = 2**18
 DEVICE_CHUNK = 2**24
 
-# The most that is held for a name, a chunk of fp64. A merge into bf16 has seven names, and holds 5 MB.
+# The most that is held for a name and a dtype: a chunk of fp64. A merge into bf16 holds 5 MB in six.
 _MOST_BYTES = 2**21
-_MOST_VIEWS = 64  # of that memory; models have few shapes
 
 
 class _Held(threading.local):
     """Every thread has its own, which goes when it ends."""
 
     def __init__(self) -> None:
-        self.memory: dict[str, Tensor] = {}  # bytes by name
-        self.views: dict[tuple, Tensor] = {}  # of them, by name, shape and dtype
+        self.memory: dict[tuple[str, torch.dtype], Tensor] = {}  # flat
 
 
 _held = _Held()
@@ -43,27 +41,15 @@ def rows_at_a_time(weight: Tensor) -> int:
 
 def scratch(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor; on a CPU it is valid until the next one of this name in this thread."""
-    if device.type != "cpu" or shape.numel() * dtype.itemsize > _MOST_BYTES:
+    size = shape.numel()
+    if device.type != "cpu" or size * dtype.itemsize > _MOST_BYTES:
         return torch.empty(shape, dtype=dtype, device=device)
-    key = (name, shape, dtype)
-    view = _held.views.get(key)
-    if view is None:
-        with torch.inference_mode(False):  # else it could not be written to outside of that mode
-            view = _new_view(name, shape, dtype)
-        _held.views[key] = view
-    return view
-
-
-def _new_view(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    size = shape.numel() * dtype.itemsize
-    memory = _held.memory.get(name)
+    memory = _held.memory.get((name, dtype))
     if memory is None or len(memory) < size:
-        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-        _held.memory[name] = memory
-        _held.views.clear()  # some are of the memory before
-    elif len(_held.views) >= _MOST_VIEWS:
-        _held.views.clear()
-    return memory[:size].view(dtype).view(shape)
+        with torch.inference_mode(False):  # else it could not be written to outside of that mode
+            memory = torch.empty(size, dtype=dtype, device="cpu")
+        _held.memory[name, dtype] = memory
+    return memory[:size].view(shape)
 
 
 def scratch_like(tensor: Tensor, name: str) -> Tensor:
@@ -71,7 +57,7 @@ def scratch_like(tensor: Tensor, name: str) -> Tensor:
     return scratch(name, tensor.shape, tensor.dtype, tensor.device)
 
 
-def converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def convert(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The tensor itself where it has this dtype, else a copy in `scratch` of this name."""
     if tensor.dtype == dtype:
         return tensor

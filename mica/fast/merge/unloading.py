@@ -20,7 +20,7 @@ from mica.fast import known_peft
 
 
 class _Unloading(NamedTuple):
-    """A call of PEFT's `_unload_and_optionally_merge` that merges, in this thread."""
+    """A call of PEFT's `_unload_and_optionally_merge` in this thread."""
 
     layers: set[nn.Module]  # those that leave the model for good
     adapter_names: Sequence[str] | None  # None: each layer's active ones
@@ -31,9 +31,9 @@ _unloading: ContextVar[_Unloading | None] = ContextVar("unloading", default=None
 
 @contextmanager
 def merging_and_unloading(tuner: nn.Module, adapter_names: Sequence[str] | None) -> Iterator[None]:
-    """Within, PEFT merges the layers of this model and takes them out of it.
+    """Within, PEFT takes the layers of this model out of it, and may merge each right before.
 
-    tuner: PEFT's model, of which only plain LoRA's is known to do so.
+    tuner: PEFT's model; only plain LoRA's is known to do so.
     """
     layers = set()
     if isinstance(tuner, lora.LoraModel) and known_peft.unloads_as_known():
@@ -53,18 +53,27 @@ def _at_one_place(model: nn.Module) -> set[nn.Module]:
     return {layer for layer, count in places.items() if count == 1}
 
 
-def needs_no_undo(layer: nn.Module, adapter: str) -> bool:
-    """Whether the layer leaves the model right after a merge of this adapter, which now begins.
+def needs_undo(layer: nn.Module, adapter: str) -> bool:
+    """Whether the layer may stay in the model after a merge of this adapter, which now begins.
 
-    Not if more is merged before that and may be refused: another adapter, or the adapter of another parameter
-    of the same module, whose layer is inside of this one.
+    It leaves at once unless more is merged before that and may be refused: another adapter, or the adapter of
+    another parameter of the same module, whose layer is inside of this one.
     """
     unloading = _unloading.get()
-    if unloading is None or layer not in unloading.layers:
-        return False
-    requested = unloading.adapter_names
-    if requested is None:
-        requested = layer.active_adapters
-    adapted = {*layer.lora_A, *layer.lora_embedding_A}
-    unmerged = [name for name in requested if name in adapted and name not in layer.merged_adapters]
-    return unmerged == [adapter] and not isinstance(layer.base_layer, BaseTunerLayer)
+    if unloading is None or layer not in unloading.layers or isinstance(layer.base_layer, BaseTunerLayer):
+        return True
+    adapted = {*layer.lora_A, *layer.lora_embedding_A} - {*layer.merged_adapters}
+    return [name for name in requested(layer, unloading.adapter_names) if name in adapted] != [adapter]
+
+
+def requested(layer: lora.LoraLayer, adapter_names: Sequence[str] | None) -> Sequence[str]:
+    """The adapters that a call of PEFT's merges into the layer: the active ones where it names none."""
+    if adapter_names is None:
+        return layer.active_adapters
+    return adapter_names
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, lora.LoraLayer]]:
+    for name, layer in model.named_modules():
+        if isinstance(layer, lora.LoraLayer):
+            yield name, layer

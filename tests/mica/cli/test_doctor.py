@@ -231,7 +231,7 @@ def test_the_c_plus_plus_is_compiled_or_not_used_and_neither_is_broken(run, monk
     def refused(folder, sources):
         raise build.BuildError(f"nothing is compiled in {folder}")
 
-    monkeypatch.setattr(build, "built", refused)
+    monkeypatch.setattr(build, "ensure_built", refused)
     monkeypatch.setenv("MICA_NATIVE", str(tmp_path))
     status, report, lines = run()
     assert (status, report["problems"]) == (0, [])

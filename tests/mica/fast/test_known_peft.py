@@ -68,12 +68,12 @@ def edited(tmp_path, monkeypatch, owner, name, old, new):
 
 
 def test_what_is_repeated_reads_as_known_in_the_installed_release():
-    """Where this fails for a new release: read what has changed, follow it, and add the fingerprint."""
+    """Where this fails for a new release: read what has changed, follow it, and add the hash."""
     if not known_peft.is_known(peft.__version__):
         pytest.skip(f"PEFT {peft.__version__} is not known")
     assert known_peft.differences() == {}
-    for name, fingerprints in known_peft.QUANTISED.items():
-        why = known_peft.why_not_the_same(name, fingerprints)
+    for name, hashes in known_peft.QUANTISED.items():
+        why = known_peft.difference(name, hashes)
         assert why in (None, f"{name} is not there")  # PEFT has the class only where its library is installed
 
 
@@ -112,29 +112,29 @@ OTHER = {
 }
 
 
-def fingerprint_of(tmp_path, source):
+def hash_of(tmp_path, source):
     file = tmp_path / f"m{abs(hash(source))}.py"
     file.write_text(source)
     scope = {}
     exec(compile(source, str(file), "exec"), scope)
-    return known_peft.fingerprint(scope["function"])
+    return known_peft.body_hash(scope["function"])
 
 
 @pytest.mark.parametrize("edit", [*SAME, *OTHER])
-def test_a_fingerprint_is_that_of_what_is_computed(tmp_path, edit):
+def test_a_hash_is_that_of_what_is_computed(tmp_path, edit):
     old, new = (SAME | OTHER)[edit]
     assert old in FUNCTION
-    before, after = (fingerprint_of(tmp_path, text) for text in (FUNCTION, FUNCTION.replace(old, new)))
+    before, after = (hash_of(tmp_path, text) for text in (FUNCTION, FUNCTION.replace(old, new)))
     assert (before == after) == (edit in SAME)
 
 
 def test_what_cannot_be_read_has_none():
     scope = {}
     exec("def function(x): return x", scope)
-    assert known_peft.fingerprint(scope["function"]) is None
-    assert known_peft.fingerprint(len) is None
-    assert known_peft.fingerprint(lambda x: x) is None
-    assert known_peft.why_not_the_same("peft.nowhere:Class.function", ()) == (
+    assert known_peft.body_hash(scope["function"]) is None
+    assert known_peft.body_hash(len) is None
+    assert known_peft.body_hash(lambda x: x) is None
+    assert known_peft.difference("peft.nowhere:Class.function", "") == (
         "peft.nowhere:Class.function is not there"
     )
 
@@ -216,7 +216,7 @@ def test_a_class_over_quantised_weights_with_another_body(unknown, monkeypatch):
 
     enabled()
     name = "peft.tuners.lora.bnb:Linear4bit.forward"
-    monkeypatch.setitem(known_peft.QUANTISED, name, ("another",))
+    monkeypatch.setitem(known_peft.QUANTISED, name, "another")
     with pytest.warns(UserWarning, match=rf"^Linear4bit runs PEFT's own forward: {name} has another body\.$"):
         model = adapted("nf4")
     assert set(mica.fast.explain(model).counts()) == {"peft"}

@@ -270,6 +270,19 @@ def test_what_stock_has_merged_since_is_not_undone_with_an_old_record(kind, off)
     assert_close(model, before, 20 * RELATIVE[torch.float32])
 
 
+def test_a_weight_that_is_not_contiguous_is_merged_and_unmerged_by_stock():
+    model = trained()
+    layer = model.base_model.model.up
+    stored(layer).data = stored(layer).data.t().contiguous().t()
+    before = weights(model)
+    exact = exact_merge(layer, stored(layer).detach().clone())
+    quietly(model.merge_adapter)
+    assert error(stored(layer), exact) <= RELATIVE[torch.float32]
+    assert not any(name.endswith("up") for name in mica.fast.merge_report(model).layers)
+    quietly(model.unmerge_adapter)
+    assert_close(model, before, RELATIVE[torch.float32])
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype"), [*itertools.product(KINDS, [torch.float32]), ("linear", torch.float16)]
 )

@@ -21,7 +21,7 @@ class Compiler:
 
     def __init__(self, folder: Path, body: str):
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "a compiler"
+        self.path = folder / "compiler"
         self._runs = folder / "runs"
         self._pid = folder / "pid"
         self.does(body)
@@ -31,11 +31,6 @@ class Compiler:
         places = {"runs": shlex.quote(str(self._runs)), "pid": shlex.quote(str(self._pid))}
         self.path.write_text(_SCRIPT.format(body=body, **places))
         self.path.chmod(0o755)
-
-    @property
-    def command(self) -> str:
-        """What CXX is to hold."""
-        return shlex.quote(str(self.path))
 
     def runs(self) -> list[str]:
         """The arguments of each run."""

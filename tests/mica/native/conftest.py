@@ -19,22 +19,23 @@ def compiled():
     """The module from the real compiler, which runs once on this machine."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX"), *build.COMPILERS) if name):
         pytest.skip("there is no C++ compiler")
-    return build.built(build.default_folder())
+    return build.ensure_built(build.default_folder())
 
 
 @pytest.fixture
 def forget(monkeypatch):
     """Forgets what this process has found out about the module, as a new process; also after the test."""
     monkeypatch.setattr(native, "modules", {})
-    monkeypatch.setattr(native, "_not_built", set())
 
     def forget():
         native.modules.clear()
-        native._not_built.clear()
+        native._is_built.cache_clear()
         choose.clear()
 
+    native._is_built.cache_clear()
     choose.clear()
     yield forget
+    native._is_built.cache_clear()
     choose.clear()
 
 
@@ -49,7 +50,7 @@ def folder(tmp_path, monkeypatch, forget):
 def compiler(tmp_path, compiled, monkeypatch):
     """A compiler that is quick and works, named by CXX."""
     quick = Compiler(tmp_path / "bin", copying(compiled))
-    monkeypatch.setenv("CXX", quick.command)
+    monkeypatch.setenv("CXX", str(quick.path))
     return quick
 
 

@@ -24,8 +24,9 @@ def test_it_is_compiled_once_and_a_layer_works(folder, compiler, assert_layer_wo
     assert native.why_not() is None
     said = capfd.readouterr().err
     version = re.escape(torch.__version__)
-    start = rf"mica: compiling C\+\+ for PyTorch {version}, once on this machine: 15 seconds to a minute\n"
-    assert re.fullmatch(start + r"mica: compiled in \d+ s\n", said)
+    assert re.fullmatch(
+        rf"mica: compiling C\+\+ for PyTorch {version}, once on this machine: 15 seconds to a minute\n", said
+    )
     assert len(names(folder, ".so")) == 1
     assert not names(folder, ".tmp") + names(folder, ".txt")
 
@@ -39,25 +40,26 @@ def test_it_is_compiled_once_and_a_layer_works(folder, compiler, assert_layer_wo
 def test_a_terminal_that_is_gone_does_not_matter(folder, compiler, monkeypatch):
     with open(os.devnull, "w") as closed:
         monkeypatch.setattr(sys, "stderr", closed)
-    assert build.built(folder).exists()
+    assert build.ensure_built(folder).exists()
 
 
 @pytest.mark.parametrize("umask", [0, 0o002, 0o077])
 def test_what_it_makes_it_trusts(umask, folder, compiler, tmp_path, monkeypatch):
     folder = tmp_path / "not" / "yet" / "there"
-    compiler.does(f'{copying(build.built(tmp_path / "other"))}; chmod 777 "$output"')
+    compiler.does(f'{copying(build.ensure_built(tmp_path / "other"))}; chmod 777 "$output"')
     before = os.umask(umask)
     try:
-        path = build.built(folder)
+        path = build.ensure_built(folder)
     finally:
         os.umask(before)
     for made in (path, folder):
         assert not made.stat().st_mode & 0o022
     runs = len(compiler.runs())
-    assert build.built(folder) == path
+    assert build.ensure_built(folder) == path
     assert len(compiler.runs()) == runs
 
 
+SOURCES = [path for path in build.EXTENSION.source.parent.iterdir() if path.suffix in (".cpp", ".h")]
 FACTS = {
     "version": (torch, "__version__", "2.99.0"),
     "git version": (torch.version, "git_version", "0123456"),
@@ -70,31 +72,26 @@ FACTS = {
 
 @pytest.mark.parametrize("fact", FACTS)
 def test_another_pytorch_or_machine_has_a_file_of_its_own(fact, folder, compiler, monkeypatch):
-    path = build.built(folder)
+    path = build.ensure_built(folder)
     with monkeypatch.context() as patch:
         patch.setattr(*FACTS[fact])
-        other = build.built(folder)
-        assert build.built(folder) == other
-    assert build.built(folder) == path
+        other = build.ensure_built(folder)
+        assert build.ensure_built(folder) == other
+    assert build.ensure_built(folder) == path
     assert names(folder, ".so") == sorted([path.name, other.name])
     assert len(compiler.runs()) == 2
 
 
-@pytest.mark.parametrize("name", build.NATIVE.files)
+@pytest.mark.parametrize("name", sorted(source.name for source in SOURCES))
 def test_so_has_another_source(name, folder, compiler, tmp_path):
-    path = build.built(folder)
-    copied = build.NATIVE._replace(folder=tmp_path / "sources")
-    shutil.copytree(build.NATIVE.folder, copied.folder)
-    assert build.built(folder, copied) == path
-    with open(copied.folder / name, "a") as source:
+    path = build.ensure_built(folder)
+    sources = tmp_path / "sources"
+    shutil.copytree(build.EXTENSION.source.parent, sources)
+    copied = build.EXTENSION._replace(source=sources / build.EXTENSION.source.name)
+    assert build.ensure_built(folder, copied) == path
+    with open(sources / name, "a") as source:
         source.write("// changed\n")
-    assert build.built(folder, copied) != path
-
-
-def test_all_sources_are_known():
-    """One that is not in the file's name would not be compiled again when it changes."""
-    found = {path.name for pattern in ("*.cpp", "*.h") for path in build.NATIVE.folder.glob(pattern)}
-    assert found == set(build.NATIVE.files)
+    assert build.ensure_built(folder, copied) != path
 
 
 # Compilers
@@ -127,16 +124,16 @@ def test_the_first_of_the_usual_compilers_is_taken(folder, compiler, tmp_path, m
     monkeypatch.setattr(shutil, "which", lambda name: found(name, path=tmp_path / "bin"))
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     assert build._compiler() == ["g++"]
-    build.built(folder)
+    build.ensure_built(folder)
     assert len(compiler.runs()) == 1
 
 
 def test_cxx_may_have_several_words(folder, compiler, monkeypatch, assert_layer_works):
-    monkeypatch.setenv("CXX", f"sh {compiler.command} --launcher 'two words'")
+    monkeypatch.setenv("CXX", f" sh  {compiler.path} --launcher")
     assert_layer_works()
     assert native.why_not() is None
     (run,) = compiler.runs()
-    assert run.startswith("--launcher two words -O1 -std=c++20 ")
+    assert run.startswith("--launcher -O1 -std=c++20 ")
 
 
 FAULTS = {
@@ -159,9 +156,7 @@ def test_a_compiler_that_fails_is_not_started_again(
     assert native.why_not() == f"the C++ compiler failed: {failure} has its output"
     first, last = capfd.readouterr().err.splitlines()
     assert first.startswith("mica: compiling C++")
-    assert re.fullmatch(
-        r"mica: the C\+\+ compiler failed after \d+ s, so layers run from Python, with the same results", last
-    )
+    assert last == "mica: the C++ compiler failed, so layers run from Python, with the same results"
     command, rest = failure.read_text().split("\n", 1)
     assert shlex.split(command)[0] == str(compiler.path)
     assert output in rest
@@ -187,17 +182,17 @@ def test_a_failure_counts_for_an_hour(folder, compiler, compiled):
     """A full disk or a lack of memory passes, and headers that were missing get installed."""
     compiler.does("echo 'fatal error: No space left on device'; exit 1")
     with pytest.raises(build.BuildError, match="has its output"):
-        build.built(folder)
+        build.ensure_built(folder)
     compiler.does(copying(compiled))
     (name,) = names(folder, ".txt")
     for minutes, is_tried in ((59, False), (61, True)):
         at = time.time() - 60 * minutes
         os.utime(folder / name, (at, at))
         if is_tried:
-            assert build.built(folder).exists()
+            assert build.ensure_built(folder).exists()
         else:
             with pytest.raises(build.BuildError, match="within the last hour"):
-                build.built(folder)
+                build.ensure_built(folder)
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["CXX", "PATH"])
@@ -207,16 +202,16 @@ def test_another_compiler_is_tried_at_once(named, folder, compiler, compiled, tm
     working.does(copying(compiled))
     (tmp_path / "bin" / "c++").symlink_to(failing.path)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setenv("CXX", failing.command if named else "")
+    monkeypatch.setenv("CXX", str(failing.path) if named else "")
     for message in ("has its output", "within the last hour"):
         with pytest.raises(build.BuildError, match=message):
-            build.built(folder)
+            build.ensure_built(folder)
     if named:
-        monkeypatch.setenv("CXX", working.command)
+        monkeypatch.setenv("CXX", str(working.path))
     else:
         (tmp_path / "bin" / "c++").unlink()
         (tmp_path / "bin" / "c++").symlink_to(working.path)
-    assert build.built(folder).exists()
+    assert build.ensure_built(folder).exists()
     assert len(failing.runs()) == len(working.runs()) == 1
 
 
@@ -244,21 +239,9 @@ def test_a_compiler_that_hangs_ends_with_all_its_processes(
 # Where nothing can be compiled
 
 NOWHERE = {  # what is missing: (what is replaced, the reason)
-    "a command": (
-        lambda patch, folder: patch.setenv("CXX", "g++ 'open"),
-        "CXX=g++ 'open is not a command (No closing quotation)",
-    ),
     "Python's headers": (
         lambda patch, folder: patch.setattr(sysconfig, "get_path", lambda name: f"{folder}/{name}"),
         "there is no {}/include/Python.h: the package python3-dev or python3-devel has it",
-    ),
-    "PyTorch's headers": (
-        lambda patch, folder: patch.setattr(torch, "__file__", f"{folder}/__init__.py"),
-        "this PyTorch came without its headers, which would be in {}/include",
-    ),
-    "mica's sources": (
-        lambda patch, folder: patch.setattr(build, "NATIVE", build.NATIVE._replace(folder=folder)),
-        "{}/module.cpp cannot be read (No such file or directory)",
     ),
     "Linux": (
         lambda patch, folder: patch.setattr(platform, "system", lambda: "Darwin"),

@@ -12,13 +12,13 @@ from tests.mica.native.compilers import names
 
 def test_damaged_files_are_built_again(folder, compiler, assert_layer_works):
     """Loading the first 1000 bytes, or half of it, would end this process with a bus error."""
-    path = build.built(folder)
+    path = build.ensure_built(folder)
     whole = path.read_bytes()
     damaged = [b"", whole[:1000], whole[: len(whole) // 2], whole[:-1], b"garbage", bytes(len(whole))]
     damaged.append(whole[:5000] + b"x" + whole[5001:])
     for content in damaged:
         path.write_bytes(content)
-        assert build.built(folder) == path
+        assert build.ensure_built(folder) == path
         assert path.read_bytes() == whole
     assert len(compiler.runs()) == 1 + len(damaged)
     assert_layer_works()
@@ -46,15 +46,15 @@ def test_a_folder_that_cannot_be_made(place, compiler, forget, assert_layer_work
     folder = folders.get(place, Path(place))
     monkeypatch.setenv("MICA_NATIVE", str(folder))
     assert_layer_works()
-    reasons = {"a file": "File exists", "in a file": "Not a directory"}
-    reason = reasons.get(place, "No such file or directory")
+    reasons = {"a file": "[Errno 17] File exists", "in a file": "[Errno 20] Not a directory"}
+    reason = reasons.get(place, "[Errno 2] No such file or directory")
     assert native.why_not() == (
-        f"{folder} cannot be used ({reason}), so MICA_NATIVE has to name another folder"
+        f"{folder} cannot be used, so MICA_NATIVE has to name another folder: {reason}: '{folder}'"
     )
     assert not compiler.runs()
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), NotImplementedError()])
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), NotImplementedError("no flock")])
 def test_a_folder_that_may_only_be_read_or_has_no_locks(
     error, folder, compiler, assert_layer_works, monkeypatch, forget
 ):
@@ -64,13 +64,12 @@ def test_a_folder_that_may_only_be_read_or_has_no_locks(
     with monkeypatch.context() as patch:
         patch.setattr(filelock, "FileLock", refused)
         assert_layer_works()
-        what = "cannot be used (Permission denied)"
-        if isinstance(error, NotImplementedError):
-            what = "is on a disk without file locks"
-        assert native.why_not() == f"{folder} {what}, so MICA_NATIVE has to name another folder"
+        assert native.why_not() == (
+            f"{folder} cannot be used, so MICA_NATIVE has to name another folder: {error}"
+        )
     assert not compiler.runs()
 
-    build.built(folder)
+    build.ensure_built(folder)
     monkeypatch.setattr(filelock, "FileLock", refused)
     forget()
     assert_layer_works()  # it is there: nothing need be written
@@ -80,7 +79,7 @@ def test_a_folder_that_may_only_be_read_or_has_no_locks(
 @pytest.mark.parametrize("mode", [0o775, 0o757, 0o777, 0o1777])
 def test_a_folder_that_others_can_write_is_refused(mode, folder, compiler, assert_layer_works, forget):
     """Before anything is compiled, and although the file itself is in order."""
-    path = build.built(folder)
+    path = build.ensure_built(folder)
     for _ in range(2):
         folder.chmod(mode)
         assert_layer_works()
@@ -96,8 +95,8 @@ def test_a_folder_that_others_can_write_is_refused(mode, folder, compiler, asser
 
 
 def test_a_file_that_others_could_write_is_built_again(folder, compiler):
-    path = build.built(folder)
+    path = build.ensure_built(folder)
     path.chmod(0o664)
-    assert build.built(folder) == path
+    assert build.ensure_built(folder) == path
     assert not path.stat().st_mode & 0o022
     assert len(compiler.runs()) == 2

@@ -16,11 +16,11 @@ def asked(monkeypatch, tmp_path, compiled, forget):
     """The folders that a module is asked of; each of them has it."""
     folders = []
 
-    def built(folder, sources):
+    def ensure_built(folder, extension):
         folders.append(folder)
         return compiled
 
-    monkeypatch.setattr(build, "built", built)
+    monkeypatch.setattr(build, "ensure_built", ensure_built)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setenv("HOME", str(tmp_path))
     return folders
@@ -78,13 +78,13 @@ def test_the_setting_may_change_and_each_is_looked_up_once(asked, monkeypatch, t
 
 
 def test_threads_that_come_at_once_look_once(asked, monkeypatch, tmp_path, compiled):
-    built = build.built
+    ensure_built = build.ensure_built
 
-    def slowly(folder, sources):
+    def slowly(folder, extension):
         time.sleep(0.2)
-        return built(folder, sources)
+        return ensure_built(folder, extension)
 
-    monkeypatch.setattr(build, "built", slowly)
+    monkeypatch.setattr(build, "ensure_built", slowly)
     monkeypatch.setenv("MICA_NATIVE", str(tmp_path))
     found = []
     threads = [threading.Thread(target=lambda: found.append(native.module())) for _ in range(4)]
@@ -100,11 +100,11 @@ def test_threads_that_come_at_once_look_once(asked, monkeypatch, tmp_path, compi
 def test_a_reason_is_kept_too(forget, monkeypatch, tmp_path):
     asked = []
 
-    def refused(folder, sources):
+    def refused(folder, extension):
         asked.append(folder)
         raise build.BuildError("no luck")
 
-    monkeypatch.setattr(build, "built", refused)
+    monkeypatch.setattr(build, "ensure_built", refused)
     monkeypatch.setenv("MICA_NATIVE", str(tmp_path))
     for _ in range(2):
         assert native.module() is None

@@ -16,25 +16,25 @@ both_dtypes = pytest.mark.parametrize("dtype", [BF16, FP32])
 
 
 def chunk(dtype, rows, columns, scale):
-    """A part of a weight with zeros of both signs, and an update that rounding swallows in part."""
+    """A part of a weight with zeros of both signs, and an s·B·A that rounding swallows in part."""
     generator = torch.Generator().manual_seed(rows)
     old = torch.randn(rows, columns, generator=generator)
     old[torch.rand(rows, columns, generator=generator) < 0.1] = 0.0
     old[torch.rand(rows, columns, generator=generator) < 0.1] = -0.0
-    update = scale * torch.randn(rows, columns, generator=generator)
-    update[torch.rand(rows, columns, generator=generator) < 0.1] = 0.0
-    return old.to(dtype), update
+    delta = scale * torch.randn(rows, columns, generator=generator)
+    delta[torch.rand(rows, columns, generator=generator) < 0.1] = 0.0
+    return old.to(dtype), delta
 
 
 def agree(ours, expected):
     assert torch.equal(ours.new.view(torch.uint8), expected.new.view(torch.uint8))
-    assert ours.unchanged == expected.unchanged
+    assert ours.stats.unchanged == expected.stats.unchanged
     if expected.lost is None:
         assert ours.lost is None
     else:
         assert ours.lost.tolist() == expected.lost.tolist()
-    assert ours.update_squared == pytest.approx(expected.update_squared, rel=1e-4)
-    assert ours.error_squared == pytest.approx(expected.error_squared, rel=1e-4)
+    assert ours.stats.update_squared == pytest.approx(expected.stats.update_squared, rel=1e-4)
+    assert ours.stats.error_squared == pytest.approx(expected.stats.error_squared, rel=1e-4)
 
 
 @both_dtypes
@@ -42,22 +42,22 @@ def agree(ours, expected):
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (1, 1023), (5, 205), (70, 1000)])
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1e-3, 1.0, 1e4])
 def test_merging(dtype, rows, columns, scale, needs_lost):
-    old, update = chunk(dtype, rows, columns, scale)
+    old, delta = chunk(dtype, rows, columns, scale)
     before = old.clone()
-    ours = merging.merged_by_native(old, update, needs_lost)
+    ours = merging.merge_by_native(old, delta, needs_lost)
     ours = ours._replace(new=ours.new.clone())
-    agree(ours, merging.merged_by_torch(old, update, needs_lost))
+    agree(ours, merging.merge_by_torch(old, delta, needs_lost))
     assert torch.equal(old.view(torch.uint8), before.view(torch.uint8))
 
 
 @both_dtypes
 @pytest.mark.parametrize("value", [math.nan, 1e-40, -1e-39])
 def test_what_processors_round_in_different_ways_is_left_to_pytorch(dtype, value):
-    old, update = chunk(dtype, 70, 1000, 0.0)
+    old, delta = chunk(dtype, 70, 1000, 0.0)
     old[-1, -1] = value
-    assert merging.merged_by_native(old, update, True) is None
+    assert merging.merge_by_native(old, delta, True) is None
     new = torch.empty_like(old)
-    assert not native.module().subtract_chunk(new, old, update)
+    assert not native.module().subtract_chunk(new, old, delta)
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (7, 12), (3000, 64), (5, 4096)])

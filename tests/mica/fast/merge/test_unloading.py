@@ -106,7 +106,7 @@ def test_a_layer_at_two_places_keeps_its_undo_and_unmerges_at_the_other(recorded
 
 def test_a_release_that_unloads_otherwise_keeps_all(recorded, monkeypatch):
     name = "peft.tuners.lora.model:LoraModel._unload_and_optionally_merge"
-    monkeypatch.setitem(known_peft.UNLOADING, name, ("another",))
+    monkeypatch.setitem(known_peft.UNLOADING, name, "another")
     trained().merge_and_unload()
     assert corrected(recorded) == [True] * 3
 
