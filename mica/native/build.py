@@ -27,7 +27,7 @@ import filelock
 import torch
 from huggingface_hub import constants
 
-from mica.folders import distrusted
+from mica.folders import why_untrusted
 
 COMPILERS = ("c++", "g++", "clang++")
 # Optimising more takes a quarter longer, and most of what is compiled only calls PyTorch's operators. The
@@ -98,14 +98,14 @@ def _path(folder: Path, sources: Sources) -> Path:
 
 def _refuse_distrusted(folder: Path) -> None:
     """Code that another user could have written is not run."""
-    reason = distrusted(folder)
+    reason = why_untrusted(folder)
     if reason is not None:
         raise BuildError(f"{folder} {reason}, so {_OTHER_FOLDER}")
 
 
 def _is_usable(path: Path) -> bool:
     """Whether it is there and whole, and no other user can have written it."""
-    if distrusted(path) is not None:
+    if why_untrusted(path) is not None:
         return False
     try:
         content = path.read_bytes()

@@ -118,7 +118,7 @@ def candidate(problem: Problem, vectors: torch.Tensor, small: torch.Tensor | Non
     return Candidate(basis, short_vectors, singular_values, resolved)
 
 
-def judged(problem: Problem, triplets: Candidate, strict: bool) -> Judged:
+def judge(problem: Problem, triplets: Candidate, strict: bool) -> Judged:
     """Cast, fix the signs, and judge the basis as it is returned, which includes rounding to its dtype."""
     rounded = triplets.basis.to(problem.dtype)
     signs = signs_of(rounded)

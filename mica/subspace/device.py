@@ -9,7 +9,7 @@ import torch
 
 from mica.subspace import batched, krylov
 from mica.subspace.batched import BatchGram, DoubtfulError
-from mica.subspace.candidate import judged, problem
+from mica.subspace.candidate import judge, problem
 from mica.subspace.methods import by_gram, by_krylov
 from mica.subspace.result import MinorSubspace
 
@@ -108,7 +108,7 @@ def _solved(
 
     failed = indices
     if triplets is not None:
-        judgement = judged(state, triplets, strict)
+        judgement = judge(state, triplets, strict)
         done = [True] * len(indices)
         if strict:
             done = judgement.certified.tolist()

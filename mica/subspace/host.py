@@ -67,11 +67,6 @@ class HostGram:
         self._diagonal = buffer.diagonal().copy()
         self._factor_diagonal = np.full(self.size, np.nan)
 
-    @property
-    def largest_diagonal(self) -> float:
-        """The largest ‖column‖² of the weight, NaN if an entry is."""
-        return float(self._diagonal.max())
-
     def empty(self, count: int) -> torch.Tensor:
         return torch.empty(count, self.size, dtype=torch.float64, device="cpu").T
 

@@ -12,9 +12,9 @@ import torch
 
 from mica.subspace import threads
 from mica.subspace.cache import SubspaceCache
+from mica.subspace.content_hash import content_hash
 from mica.subspace.device import batch_size, is_on_host
-from mica.subspace.fingerprint import fingerprint
-from mica.subspace.result import MinorSubspace, moved
+from mica.subspace.result import MinorSubspace, move
 from mica.subspace.solver import solve_each, without_autocast
 
 _logger = logging.getLogger("mica")
@@ -30,8 +30,8 @@ class Task:
 
     @cached_property
     def key(self) -> str:
-        """The fingerprint of the weight."""
-        return fingerprint(self.weight)
+        """The weight's content hash."""
+        return content_hash(self.weight)
 
 
 def cost(task: Task) -> float:
@@ -146,7 +146,7 @@ def _kept(task: Task, result: MinorSubspace, cache: SubspaceCache | None) -> Min
     """Store ``result`` in the cache, and return it on the weight's device."""
     if cache is not None:
         cache.put(task.weight, result, key=task.key)
-    return moved(result, task.weight.device)
+    return move(result, task.weight.device)
 
 
 def _solved(name: str, weights: torch.Tensor, rank: int) -> list[MinorSubspace]:

@@ -184,9 +184,6 @@ def _start(layer, adapter_name: str) -> bool:
         entry.is_initialised = True
     if not _set_to_zero(adapter):
         return False
-    if adapter.is_quantised and quantised.stored(layer).is_meta:
-        return True  # another process has the weight, and will provide B
-
     loaded = uninitialised.get()
     if loaded is not None:
         loaded.append(adapter)

@@ -25,7 +25,7 @@ from mica.fast.forward.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.forward.expert_params import is_stack, is_wrapper, parameter_of, weight_of_stack
 from mica.fast.settings import settings
 from mica.subspace.cache import default_cache
-from mica.subspace.distributed import Sharing, decline, solve_shared
+from mica.subspace.distributed import all_request, solve_shared
 from mica.subspace.gram import extremes
 from mica.subspace.many import Task
 from mica.subspace.solver import warnings_about
@@ -50,17 +50,18 @@ class NewAdapter:
     layer: nn.Module
     adapter_name: str
 
-    @property
-    def weight(self) -> Tensor:
+    def materialise_weight(self) -> Tensor:
         """(out_features, in_features); (embedding_dim, num_embeddings) for an embedding; (E, out_features,
-        in_features) for an adapted parameter.
+        in_features) for an adapted parameter. On the meta device if the weight `is_absent`.
 
-        A quantised layer's is dequantised at each access, one under tensor parallelism is gathered, which all
+        A quantised layer's is dequantised by each call, one under tensor parallelism is gathered, which all
         processes must do together: do not keep it longer than needed.
         """
         if is_wrapper(self.layer):
             return weight_of_stack(self.layer).detach()
         if self.is_quantised:
+            if self.is_absent:
+                return torch.empty(self.layer.out_features, self.layer.in_features, device="meta")
             return quantised.dequantise(self.layer, self.name)
         weight = tensor_parallel.gathered(self.layer.get_base_layer())
         if is_stored_transposed(self.layer):
@@ -69,17 +70,16 @@ class NewAdapter:
 
     @property
     def stored(self) -> Tensor | None:
-        """The parameter as the base layer holds it; GPTQ's and HQQ's layers have none."""
+        """The parameter ``weight`` as the base layer holds it; GPTQ's and HQQ's layers have none."""
         if is_wrapper(self.layer):
             return parameter_of(self.layer)
         return getattr(self.layer.get_base_layer(), "weight", None)
 
-    @property
-    def tasks(self) -> list[ExpertTask]:
+    def materialise_tasks(self) -> list[ExpertTask]:
         """The matrices to solve: one for the whole B, or one for each expert of a stack."""
         if is_wrapper(self.layer):
             return experts.tasks(self.layer, self.name, self.rank)
-        return [ExpertTask(Task(self.name, self.weight, self.rank), None)]
+        return [ExpertTask(Task(self.name, self.materialise_weight(), self.rank), None)]
 
     @property
     def is_quantised(self) -> bool:
@@ -87,13 +87,20 @@ class NewAdapter:
 
     @property
     def is_temporary(self) -> bool:
-        """Whether each access to ``weight`` makes a copy."""
+        """Whether `materialise_weight` makes a copy."""
         return self.is_quantised or tensor_parallel.is_gathered(self.layer.get_base_layer())
 
     @property
     def is_absent(self) -> bool:
         """Whether only another process has the weight."""
-        return not self.is_quantised and self.stored.is_meta
+        return self._held.is_meta
+
+    @property
+    def _held(self) -> Tensor:
+        """A tensor of the base layer that is on its device."""
+        if self.is_quantised:
+            return quantised.stored(self.layer)
+        return self.stored
 
     @property
     def rank(self) -> int:
@@ -112,17 +119,14 @@ class NewAdapter:
 
         B gets the dtype of A, as in PEFT. Does nothing where another process has the base weight.
         """
-        if self.is_quantised:
-            base = quantised.stored(self.layer)
-        else:
-            base = self.stored
-        if base.is_meta:
+        if self.is_absent:
             return
+        device = self._held.device
         lora_A, lora_B = adapter_weights(self.layer, self.adapter_name)
         if lora_A.is_meta:
-            self._replace("A", torch.zeros_like(lora_A, device=base.device), lora_A.requires_grad)
+            self._replace("A", torch.zeros_like(lora_A, device=device), lora_A.requires_grad)
         if lora_B.is_meta:
-            self._replace("B", torch.zeros_like(lora_B, device=base.device, dtype=lora_A.dtype), False)
+            self._replace("B", torch.zeros_like(lora_B, device=device, dtype=lora_A.dtype), False)
 
     def _replace(self, factor: str, value: Tensor, requires_grad: bool) -> None:
         parameter = nn.Parameter(value, requires_grad)
@@ -136,7 +140,7 @@ def check(adapter: NewAdapter) -> Tensor:
     """The errors that need no solver, so that a hopeless configuration fails before any work.
 
     Returns:
-        `NewAdapter.weight`, which for a quantised layer takes a dequantisation.
+        `NewAdapter.materialise_weight()`, which for a quantised layer takes a dequantisation.
 
     Raises:
         TypeError: the weight is not of a floating dtype with 16 bits or more.
@@ -144,7 +148,7 @@ def check(adapter: NewAdapter) -> Tensor:
         UnsuitableLayerError: MiCA cannot start from this layer's weight.
     """
     _check_is_readable(adapter)
-    weight = adapter.weight
+    weight = adapter.materialise_weight()
     _check_dtype(adapter, weight)
     if is_wrapper(adapter.layer):
         experts.check(adapter.layer, adapter.name, adapter.rank)
@@ -240,37 +244,36 @@ def initialise(adapters: Sequence[NewAdapter]) -> None:
 
     One progress bar for everything that takes more than 2 s. Quantised layers are dequantised, and layers
     under tensor parallelism gathered, a few at a time. Under FSDP with ``cpu_ram_efficient_loading`` only the
-    first process of a node has weights, and distributes its results: in the others weight and B are on the
-    meta device, and the first one must not wait for their share. Weights that ZeRO-3 has partitioned are
-    gathered one at a time, by all processes in the same order.
-    """
-    declined = []
-    for adapter in adapters:
-        if adapter.is_absent:
-            declined.extend(part.task for part in adapter.tasks)
-    decline(declined)
+    first process of a node has weights, and FSDP distributes its results: in the others weight and B are on
+    the meta device, and B stays there. Weights that ZeRO-3 has partitioned are gathered one at a time, by all
+    processes in the same order.
 
-    adapters = [adapter for adapter in adapters if not adapter.is_absent]
+    Raises:
+        UnsuitableLayerError: the solver refuses a weight.
+        RuntimeError: several processes, of which not all have called this, or one of them has failed.
+    """
+    if not adapters:
+        return
+    share = all_request([(adapter.name, adapter.rank, _count(adapter)) for adapter in adapters])
     partitioned = [adapter for adapter in adapters if _is_partitioned(adapter)]
     whole = [adapter for adapter in adapters if not _is_partitioned(adapter)]
     unit = "layer"
     if any(is_wrapper(adapter.layer) for adapter in adapters):
         unit = "expert"
     bar = tqdm(
-        total=sum(map(_count, adapters)),
+        total=sum(_count(adapter) for adapter in adapters if not adapter.is_absent),
         desc="MiCA initialisation",
         unit=unit,
         delay=2,
         leave=False,
         disable=are_progress_bars_disabled() or None,
     )
-    sharing = Sharing()
     with bar:
         for chunk in _chunks(whole):
-            _solve(chunk, bar, sharing)
+            _solve(chunk, bar, share)
         for adapter in partitioned:
             with gather_params_ctx(adapter.stored):
-                _solve([adapter], bar, sharing)
+                _solve([adapter], bar, share)
 
 
 def _chunks(adapters: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
@@ -278,7 +281,9 @@ def _chunks(adapters: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
 
     The same in every process: they share the work chunk by chunk.
     """
-    yield [adapter for adapter in adapters if not adapter.is_temporary]
+    chunk = [adapter for adapter in adapters if not adapter.is_temporary]
+    if chunk:
+        yield chunk
     chunk = []
     elements = 0
     for adapter in adapters:
@@ -291,7 +296,8 @@ def _chunks(adapters: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
             elements = 0
         chunk.append(adapter)
         elements += size
-    yield chunk
+    if chunk:
+        yield chunk
 
 
 def _elements(adapter: NewAdapter) -> int:
@@ -307,7 +313,7 @@ def _is_partitioned(adapter: NewAdapter) -> bool:
 
 
 def _count(adapter: NewAdapter) -> int:
-    """How many matrices are solved, where the weight may not be there yet (`NewAdapter.tasks` needs it)."""
+    """How many matrices are solved, where the weight may not be there yet (`materialise_tasks` needs it)."""
     if not is_wrapper(adapter.layer):
         return 1
     if experts.is_halved(adapter.layer):
@@ -315,17 +321,17 @@ def _count(adapter: NewAdapter) -> int:
     return adapter.layer.num_experts
 
 
-def _solve(adapters: Sequence[NewAdapter], bar: tqdm, sharing: Sharing) -> None:
+def _solve(adapters: Sequence[NewAdapter], bar: tqdm, share: bool) -> None:
     """B of all of them, each written as soon as it is known."""
     parts = []
     for adapter in adapters:
-        for part in adapter.tasks:
+        for part in adapter.materialise_tasks():
             parts.append((adapter, part))
     tasks = [part.task for _, part in parts]
     cache = default_cache()  # outside of ``try``: its ValueError is not about a weight
     warned: dict[NewAdapter, list[tuple[int, str]]] = defaultdict(list)  # results come in any order
     try:
-        for index, subspace in solve_shared(tasks, sharing, device=settings.device, cache=cache):
+        for index, subspace in solve_shared(tasks, share=share, device=settings.device, cache=cache):
             adapter, part = parts[index]
             _assign(adapter, part.slice, subspace.basis)
             for message in warnings_about(subspace, part.task.name):

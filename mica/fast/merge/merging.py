@@ -39,7 +39,7 @@ from mica.fast.settings import around, settings
 from mica.memory import TENSOR_TYPES
 from mica.ops.operator import no_autocast
 from mica.paths import reference_path
-from mica.row_fingerprints import row_fingerprints as fingerprint
+from mica.row_checksums import row_checksums as fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ _DEVICE_CHUNK_BYTES = 1 << 26
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def row_fingerprints(matrix: Tensor) -> Tensor:
+def row_checksums(matrix: Tensor) -> Tensor:
     """One int64 per row: the sum of its words, each times an odd number for its position, modulo 2^64.
 
     It finds accidents, not forgeries. A change of one word is always seen, since odd numbers have an inverse;
