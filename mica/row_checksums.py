@@ -36,7 +36,7 @@ def row_checksums(matrix: Tensor) -> Tensor:
 
     sums = []
     for rows in matrix.split(_rows_at_a_time(matrix)):
-        sums.append(_weighted_sums(_viewed(rows, word).to(torch.int64), odd))
+        sums.append(_weighted_sums(_as_words(rows, word).to(torch.int64), odd))
     return torch.cat(sums)
 
 
@@ -77,7 +77,7 @@ def _rows_at_a_time(matrix: Tensor) -> int:
     return max(1, size // max(1, matrix.shape[1] * matrix.element_size()))
 
 
-def _viewed(rows: Tensor, word: torch.dtype) -> Tensor:
+def _as_words(rows: Tensor, word: torch.dtype) -> Tensor:
     """The words that hold the rows; a copy only where PyTorch has no view of them."""
     # Flat, because a view of other words looks at all strides, even that of a single row, which means nothing
     flat = rows.contiguous().view(-1)

@@ -132,16 +132,14 @@ class SubspaceCache:
     def put(self, weight: torch.Tensor, subspace: MinorSubspace, *, key: str | None = None) -> None:
         """Keep ``subspace``, in place of what is stored for ``weight`` and its rank.
 
-        Some results are silently not kept: those that are not certified, those of stacks of matrices, and
-        those larger than the whole cache may be. Nor are those with numerically null directions of a tall
-        weight, which are arbitrary: the solver is to warn of them each time.
+        Some results are silently not kept: those that are not certified and those of stacks of matrices. Nor
+        are those with numerically null directions of a tall weight, which are arbitrary: the solver is to
+        warn of them each time.
         """
         if not is_weight(weight) or not subspace.certified or subspace.null_count:
             return
-        content = _encode(subspace)
-        if len(content) <= self.size:
-            rank = subspace.basis.shape[1]
-            self._write(self.path(key or content_hash(weight), rank), content)
+        path = self.path(key or content_hash(weight), subspace.basis.shape[1])
+        self._write(path, _encode(subspace))
 
     def path(self, key: str, rank: int) -> Path:
         """The file for the result of this rank of the weight with this ``content_hash``."""

@@ -6,9 +6,7 @@ And as a much faster one that says whether processes hold the same weight.
 from __future__ import annotations
 
 import hashlib
-import math
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -52,7 +50,7 @@ def content_hash(weight: torch.Tensor) -> str:
         ValueError: weight is not a non-empty 2-D tensor of fp64, fp32, bf16 or fp16 that holds data.
     """
     header, rows = _in_memory(weight)
-    return _hashed(header + b"".join(_digests(rows)), b"mica weight")
+    return _hash(header + b"".join(_digests(rows)), b"mica weight")
 
 
 @torch.no_grad()
@@ -73,7 +71,7 @@ def quick_content_hash(weight: torch.Tensor) -> str:
     """
     header, rows = _in_memory(weight)
     sums = row_checksums(rows).cpu().numpy()
-    return _hashed(header + sums.tobytes(), b"mica quick")
+    return _hash(header + sums.tobytes(), b"mica quick")
 
 
 def _in_memory(weight: torch.Tensor) -> tuple[bytes, torch.Tensor]:
@@ -95,25 +93,17 @@ def _in_memory(weight: torch.Tensor) -> tuple[bytes, torch.Tensor]:
     return f"{weight.dtype} {tuple(weight.shape)} {order}\n".encode(), bits
 
 
-def _hashed(content: bytes, purpose: bytes) -> str:
+def _hash(content: bytes, purpose: bytes) -> str:
     return hashlib.blake2b(content, digest_size=_DIGEST_BYTES, person=purpose).hexdigest()
 
 
 def _digests(rows: torch.Tensor) -> list[bytes]:
     """The hash of each block of rows, in order."""
     step = max(1, CHUNK_BYTES // (rows.shape[1] * rows.element_size()))
-    threads = min(torch.get_num_threads(), math.ceil(len(rows) / step))
-    if threads > 1:
-        workers = ThreadPoolExecutor(threads, "mica-content_hash", set_torch_threads, (1,))
-    else:
-        workers = nullcontext()
-
     digests: list[bytes] = []
-    with workers as pool:
+    with ThreadPoolExecutor(torch.get_num_threads(), "mica-content-hash", set_torch_threads, (1,)) as pool:
         for piece in rows.split(_COPIED_CHUNKS * step):
-            blocks = piece.cpu().split(step)
-            each = pool.map if pool else map
-            digests.extend(each(_digest, blocks))
+            digests.extend(pool.map(_digest, piece.cpu().split(step)))
     return digests
 
 

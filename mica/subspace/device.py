@@ -70,7 +70,7 @@ def solve_batch(
     if name is None:
         return
     mixed = batched.may_be_mixed(matrices)
-    yield from _solved(matrices, list(range(len(matrices))), rank, name, strict, seed, mixed)
+    yield from _solve(matrices, list(range(len(matrices))), rank, name, strict, seed, mixed)
 
 
 def _batch_method(size: int, rank: int, method: str) -> str | None:
@@ -86,7 +86,7 @@ def _batch_method(size: int, rank: int, method: str) -> str | None:
     return None
 
 
-def _solved(
+def _solve(
     matrices: torch.Tensor, indices: list[int], rank: int, name: str, strict: bool, seed: int, mixed: bool
 ) -> Iterator[tuple[int, MinorSubspace]]:
     """`solve_batch` of the matrices at ``indices``; those that fail are tried again in smaller batches."""
@@ -119,7 +119,7 @@ def _solved(
 
     del state, triplets  # their memory is needed below
     if failed and mixed:
-        yield from _solved(matrices, failed, rank, name, strict, seed, mixed=False)
+        yield from _solve(matrices, failed, rank, name, strict, seed, mixed=False)
     elif failed and len(indices) > 1:  # one of them may have made the others fail
         for index in failed:
-            yield from _solved(matrices, [index], rank, name, strict, seed, mixed=False)
+            yield from _solve(matrices, [index], rank, name, strict, seed, mixed=False)

@@ -118,9 +118,9 @@ def _divide(tasks: Sequence[Task]) -> tuple[list[int], list[int]]:
             common.append(index)
         elif not tasks[index].weight.is_meta:
             private.append(index)
-    costs = [cost(tasks[index]) for index in common]
-    share = shares(costs, dist.get_world_size())[dist.get_rank()]
-    return [common[position] for position in share], private
+    # Dealt out from the largest on: no two shares differ by more than one layer
+    common.sort(key=lambda index: -cost(tasks[index]))
+    return common[dist.get_rank() :: dist.get_world_size()], private
 
 
 def _content(task: Task) -> str | None:
@@ -157,14 +157,3 @@ def _all_gather(value: object, tasks: Sequence[Task]) -> list:
     with torch.cuda.device(device):  # -1 leaves the current device as it is
         dist.all_gather_object(values, value)
     return values
-
-
-def shares(costs: Sequence[float], count: int) -> list[list[int]]:
-    """Indices of ``costs`` in ``count`` parts of nearly equal sums: largest first, to the least loaded."""
-    loads = [0.0] * count
-    parts: list[list[int]] = [[] for _ in range(count)]
-    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
-        least = loads.index(min(loads))
-        loads[least] += costs[index]
-        parts[least].append(index)
-    return parts

@@ -151,8 +151,7 @@ def _check_weight(weight: torch.Tensor) -> None:
 
 
 def _check_rank(weight: torch.Tensor, rank: int) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"rank must be an int, but got {rank!r} of type {type(rank).__name__}.")
+    _check_int("rank", rank)
     limit = min(weight.shape[-2:])
     if not 1 <= rank <= limit:
         raise ValueError(
@@ -161,10 +160,14 @@ def _check_rank(weight: torch.Tensor, rank: int) -> None:
         )
 
 
+def _check_int(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, but got {value!r} of type {type(value).__name__}.")
+
+
 def _check_seed(seed: int) -> None:
     """A seed must be what PyTorch's generator takes."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, but got {seed!r} of type {type(seed).__name__}.")
+    _check_int("seed", seed)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must be at least -2**63 and below 2**64, but got {seed}.")
 

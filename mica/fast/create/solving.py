@@ -70,9 +70,11 @@ class NewAdapter:
 
     @property
     def stored(self) -> Tensor | None:
-        """The parameter ``weight`` as the base layer holds it; GPTQ's and HQQ's layers have none."""
+        """The base layer's parameter, packed where it is quantised; None if the layer has no ``weight``."""
         if is_wrapper(self.layer):
             return parameter_of(self.layer)
+        if self.is_quantised:
+            return quantised.stored(self.layer)
         return getattr(self.layer.get_base_layer(), "weight", None)
 
     def materialise_tasks(self) -> list[ExpertTask]:
@@ -93,14 +95,7 @@ class NewAdapter:
     @property
     def is_absent(self) -> bool:
         """Whether only another process has the weight."""
-        return self._held.is_meta
-
-    @property
-    def _held(self) -> Tensor:
-        """A tensor of the base layer that is on its device."""
-        if self.is_quantised:
-            return quantised.stored(self.layer)
-        return self.stored
+        return self.stored.is_meta
 
     @property
     def rank(self) -> int:
@@ -121,19 +116,10 @@ class NewAdapter:
         """
         if self.is_absent:
             return
-        device = self._held.device
-        lora_A, lora_B = adapter_weights(self.layer, self.adapter_name)
-        if lora_A.is_meta:
-            self._replace("A", torch.zeros_like(lora_A, device=device), lora_A.requires_grad)
-        if lora_B.is_meta:
-            self._replace("B", torch.zeros_like(lora_B, device=device, dtype=lora_A.dtype), False)
-
-    def _replace(self, factor: str, value: Tensor, requires_grad: bool) -> None:
-        parameter = nn.Parameter(value, requires_grad)
-        if isinstance(self.layer, lora.Embedding):
-            getattr(self.layer, f"lora_embedding_{factor}")[self.adapter_name] = parameter
-        else:
-            getattr(self.layer, f"lora_{factor}")[self.adapter_name].weight = parameter
+        for factor in (self.lora_A, self.lora_B):
+            if factor.is_meta:
+                zeros = torch.zeros_like(factor, device=self.stored.device, dtype=self.lora_A.dtype)
+                torch.utils.swap_tensors(factor, nn.Parameter(zeros, factor.requires_grad))
 
 
 def check(adapter: NewAdapter) -> Tensor:
@@ -281,9 +267,7 @@ def _chunks(adapters: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
 
     The same in every process: they share the work chunk by chunk.
     """
-    chunk = [adapter for adapter in adapters if not adapter.is_temporary]
-    if chunk:
-        yield chunk
+    yield [adapter for adapter in adapters if not adapter.is_temporary]
     chunk = []
     elements = 0
     for adapter in adapters:
@@ -296,8 +280,7 @@ def _chunks(adapters: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
             elements = 0
         chunk.append(adapter)
         elements += size
-    if chunk:
-        yield chunk
+    yield chunk
 
 
 def _elements(adapter: NewAdapter) -> int:
@@ -323,6 +306,8 @@ def _count(adapter: NewAdapter) -> int:
 
 def _solve(adapters: Sequence[NewAdapter], bar: tqdm, share: bool) -> None:
     """B of all of them, each written as soon as it is known."""
+    if not adapters:
+        return
     parts = []
     for adapter in adapters:
         for part in adapter.materialise_tasks():
