@@ -10,7 +10,7 @@ _OFF = ("", "0", "off", "false", "no")
 _ON = ("1", "on", "true", "yes")
 
 
-def folder_named(setting: str, default: Path) -> Path | None:
+def named_folder(setting: str, default: Path) -> Path | None:
     """The folder that the value of an environment variable names; None where it says that there is none."""
     word = setting.strip().lower()
     if word in _OFF:

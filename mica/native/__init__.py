@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from mica.folders import folder_named
+from mica.folders import named_folder
 from mica.kernels import runtime
 from mica.native import build
 
@@ -104,7 +104,7 @@ def _load() -> _Found:
 def _folder() -> Path | None:
     """Where the environment keeps what is compiled; None: nowhere, there is to be none."""
     value = os.environ.get("MICA_NATIVE", "")
-    return folder_named(value if value.strip() else "on", build.default_folder())
+    return named_folder(value if value.strip() else "on", build.default_folder())
 
 
 def imported(folder: Path, sources: build.Sources) -> ModuleType:

@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 from huggingface_hub import constants
 
-from mica.folders import folder_named, why_untrusted
+from mica.folders import named_folder, why_untrusted
 from mica.subspace.content_hash import content_hash, is_weight
 from mica.subspace.device import is_on_host
 from mica.subspace.gram import image, transposed_image
@@ -58,7 +58,7 @@ def default_cache() -> SubspaceCache | None:
     Raises:
         ValueError: ``MICA_CACHE_SIZE`` is not such a number.
     """
-    folder = folder_named(os.environ.get("MICA_CACHE", "on"), Path(constants.HF_HOME) / "mica")
+    folder = named_folder(os.environ.get("MICA_CACHE", "on"), Path(constants.HF_HOME) / "mica")
     if folder is None:
         return None
     return SubspaceCache(folder, _bytes(os.environ.get("MICA_CACHE_SIZE", "")))
@@ -104,7 +104,7 @@ class SubspaceCache:
 
         Args:
             weight: as ``minor_subspace`` takes it; a stack of matrices is always a miss.
-            rank: of any size; one that was not stored is a miss.
+            rank: any number; a rank that was not stored is a miss.
             key: ``content_hash(weight)``, where the caller has it.
         """
         if not is_weight(weight) or not self._is_trusted():

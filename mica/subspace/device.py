@@ -10,7 +10,7 @@ import torch
 from mica.subspace import batched, krylov
 from mica.subspace.batched import BatchGram, DoubtfulError
 from mica.subspace.candidate import judge, problem
-from mica.subspace.methods import by_gram, by_krylov
+from mica.subspace.methods import BY
 from mica.subspace.result import MinorSubspace
 
 # Devices whose weights the host solves: MPS has no fp64.
@@ -93,16 +93,13 @@ def _solve(
     chosen = matrices
     if len(indices) < len(matrices):  # not by a list as index, which would be copied to the device first
         chosen = torch.stack([matrices[index] for index in indices])
-    basis_is_long = chosen.shape[-2] > chosen.shape[-1]
-    tall = chosen if basis_is_long else chosen.mT
-    state = problem(tall, BatchGram(tall, mixed), rank, basis_is_long, seed, name)
+    state = problem(chosen, lambda tall: BatchGram(tall, mixed), rank, seed, name)
 
-    solve = by_krylov if name == "krylov" else by_gram
     triplets = None
     for careful in (False, True):
         state.gram.careful = careful
         with suppress(DoubtfulError):
-            triplets = solve(state)
+            triplets = BY[name](state)
             if triplets is not None or not mixed:
                 break
 

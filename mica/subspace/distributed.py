@@ -78,6 +78,7 @@ def solve_shared(
     mine, private = _divide(tasks)
     shared: dict[int, MinorSubspace] = {}
     failure: Exception | None = None
+    notice: Exception | None = None
     try:
         for index, result in _solve(tasks, mine + private, device, cache):
             if index in mine:
@@ -85,14 +86,15 @@ def solve_shared(
             yield index, result
     except Exception as error:  # out of memory, for example: the others wait to hear of it
         failure = error
+        kind = ValueError if isinstance(error, ValueError) else RuntimeError
+        notice = kind(f"{error} (in process {dist.get_rank()})")  # which can be sent, unlike some exceptions
 
-    gathered = _all_gather((shared, _describe(failure)), tasks)
+    gathered = _all_gather((shared, notice), tasks)
     if failure:
         raise failure
-    for rank, (_, failed) in enumerate(gathered):
-        if failed is not None:
-            kind, message = failed
-            raise kind(f"{message} (in process {rank})")
+    for _, their_notice in gathered:
+        if their_notice is not None:
+            raise their_notice
     for theirs, _ in gathered:
         for index, result in theirs.items():
             if index not in mine:
@@ -132,15 +134,6 @@ def _content(task: Task) -> str | None:
     if not is_weight(task.weight):
         return None
     return quick_content_hash(task.weight)
-
-
-def _describe(failure: Exception | None) -> tuple[type[Exception], str] | None:
-    """A failure as the other processes raise it."""
-    if failure is None:
-        return None
-    if isinstance(failure, ValueError):
-        return ValueError, str(failure)
-    return RuntimeError, str(failure)
 
 
 def _all_gather(value: object, tasks: Sequence[Task]) -> list:

@@ -112,9 +112,8 @@ def bounds(gram, seed: int, steps: int = LANCZOS_STEPS) -> Bounds:
         return steps - projected.shape[-1]
 
     first = min(NORM_STEPS, steps)
-    if (
-        gram.on_accelerator
-    ):  # without orthogonalisation the edges are the same, with a fraction of the launches
+    if gram.on_accelerator:
+        # Without orthogonalisation the edges are the same, with a fraction of the launches
         for projected in _tridiagonal(gram, seed, {first, steps}):
             if not look(None, projected):
                 break

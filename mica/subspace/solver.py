@@ -43,7 +43,7 @@ def minor_subspace(
             "auto": the fastest for this shape, rank and device.
         strict: prove the result by an inertia test, which costs one Cholesky factorisation. Without it
             nothing is certified, nothing falls back, and ``energy_excess`` is an estimate.
-        seed: of the random vectors that the Krylov subspaces start from.
+        seed: for the random vectors that the Krylov subspaces start from.
 
     Raises:
         TypeError: weight is not a tensor, not dense, or not of one of the four dtypes; rank or seed is not
@@ -191,11 +191,9 @@ def _check_entries(matrices: torch.Tensor) -> None:
 
 def _solve_on_host(weight: torch.Tensor, rank: int, method: str, strict: bool, seed: int) -> MinorSubspace:
     """One matrix, on the CPU, by the first method whose result is certified, else by the last one."""
-    basis_is_long = weight.shape[0] > weight.shape[1]
-    tall = weight if basis_is_long else weight.T
     names = chain(method, min(weight.shape), rank)
     with one_pool():
-        state = problem(tall, HostGram(tall), rank, basis_is_long, seed, names[0])
+        state = problem(weight, HostGram, rank, seed, names[0])
 
     for name in names:
         triplets = BY[name](state)

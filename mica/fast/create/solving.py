@@ -74,7 +74,7 @@ class NewAdapter:
         if is_wrapper(self.layer):
             return parameter_of(self.layer)
         if self.is_quantised:
-            return quantised.stored(self.layer)
+            return quantised.packed_weight(self.layer)
         return getattr(self.layer.get_base_layer(), "weight", None)
 
     def materialise_tasks(self) -> list[ExpertTask]:
@@ -209,7 +209,7 @@ def _check_is_finite(adapter: NewAdapter, weight: Tensor) -> None:
         matrices = weight
     counts = [int((~torch.isfinite(matrix)).sum()) for matrix in matrices]
     broken = [expert for expert, count in enumerate(counts) if count]
-    where = experts.listed(broken, adapter.layer)
+    where = experts.name_experts(broken, adapter.layer)
     raise UnsuitableLayerError(
         f"MiCA requires finite weights, but {adapter.name} has {sum(counts)} NaN or Inf of "
         f"{weight.numel()}{where}."

@@ -22,10 +22,7 @@ on_one_and_a_batch = pytest.mark.parametrize("batch", [False, True])
 
 def stated(matrix: torch.Tensor, rank: int = RANK, method: str = "gram") -> Problem:
     """The problem of one matrix as on the host, or of a batch as on a device."""
-    basis_is_long = matrix.shape[-2] > matrix.shape[-1]
-    tall = matrix if basis_is_long else matrix.mT
-    gram = HostGram(tall) if matrix.ndim == 2 else BatchGram(tall)
-    return problem(tall, gram, rank, basis_is_long, 0, method)
+    return problem(matrix, HostGram if matrix.ndim == 2 else BatchGram, rank, 0, method)
 
 
 def exact_candidate(state: Problem, extra: int = 0):
