@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.utils.store import synchronize
 
 from mica.subspace.cache import SubspaceCache
 from mica.subspace.content_hash import is_weight, quick_content_hash
 from mica.subspace.many import Task, cost, solve_many
 from mica.subspace.result import MinorSubspace, move
 
-# Seconds that a process waits for the others to begin: as long as `torch.distributed.elastic` does.
-TIMEOUT = 300
+# How long a process waits for the others to begin.
+TIMEOUT = timedelta(minutes=5)
 
 
 def all_request(layers: object) -> bool:
@@ -41,16 +41,18 @@ def all_request(layers: object) -> bool:
     store = dist.group.WORLD.get_group_store()
     rank = dist.get_rank()
     number = store.add(f"mica/calls of {rank}", 1)
-    description = repr(layers).encode()
+    keys = [f"mica/{number}/{process}" for process in range(dist.get_world_size())]
+    description = repr(layers)
+    store.set(keys[rank], description)
     try:
-        found = synchronize(store, description, rank, dist.get_world_size(), f"mica/{number}/", TIMEOUT)
+        store.wait(keys, TIMEOUT)
     except RuntimeError as error:  # DistStoreError, but for a file store
         raise RuntimeError(
-            f"MiCA's minor subspaces are computed by all processes of torch.distributed together, but within "
-            f"{TIMEOUT} s only some of the {dist.get_world_size()} have begun: create the adapter in every "
-            "process, not under `if rank == 0`."
+            f"all {len(keys)} processes of torch.distributed compute MiCA's minor subspaces together, but "
+            f"not all of them have begun within {TIMEOUT.total_seconds():.0f} s: create the adapter in every "
+            "process at the same time, not under `if rank == 0` or in one process after another."
         ) from error
-    return all(other == description for other in found)
+    return all(store.get(key) == description.encode() for key in keys)
 
 
 def solve_shared(
