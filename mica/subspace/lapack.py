@@ -132,14 +132,6 @@ def _empty(rows: int, columns: int) -> np.ndarray:
     return np.empty((rows, columns), order="F")
 
 
-def _oriented(matrix: np.ndarray, transposed: bool) -> tuple[bytes, int, int]:
-    """The operation that a matrix is read with, and the rows and columns that it then has."""
-    rows, columns = matrix.shape
-    if transposed:
-        return _TRANSPOSED, columns, rows
-    return _PLAIN, rows, columns
-
-
 def gemm(
     left: np.ndarray,
     right: np.ndarray,
@@ -151,7 +143,12 @@ def gemm(
     """alpha · left @ right, or alpha · leftᵀ @ right if ``transposed``; added to ``into``, in place."""
     left = _read(left)
     right = _read(right)
-    operation, rows, inner = _oriented(left, transposed)
+    if transposed:
+        inner, rows = left.shape
+        operation = _TRANSPOSED
+    else:
+        rows, inner = left.shape
+        operation = _PLAIN
     columns = right.shape[1]
     if into is None:
         target = _empty(rows, columns)
@@ -176,7 +173,12 @@ def syrk(
     It is added to ``into``, in place. Without ``into`` the other triangle is zero.
     """
     factor = _read(factor)
-    operation, size, inner = _oriented(factor, transposed)
+    if transposed:
+        inner, size = factor.shape
+        operation = _TRANSPOSED
+    else:
+        size, inner = factor.shape
+        operation = _PLAIN
     if into is None:
         target = np.zeros((size, size), order="F")
     else:

@@ -101,8 +101,8 @@ def solve_each(
     matrices = in_memory(weight.detach())
     if matrices.ndim != 3:
         matrices = matrices.reshape(-1, *weight.shape[-2:])
-    _check_entries(matrices)
     with without_autocast(matrices.device.type):
+        _check_entries(matrices)
         return _solve(matrices, rank, method, strict, seed)
 
 
@@ -174,8 +174,7 @@ def _check_seed(seed: int) -> None:
 
 def _check_entries(matrices: torch.Tensor) -> None:
     """``matrices`` (batch, out, in) must be finite, and their squares within fp64's range."""
-    with without_autocast(matrices.device.type):
-        largest = torch.stack([extremes(matrix) for matrix in matrices]).double().abs().amax(-1).cpu()
+    largest = torch.stack([extremes(matrix) for matrix in matrices]).double().abs().amax(-1).cpu()
     if not torch.isfinite(largest).all():
         count = int((~torch.isfinite(matrices)).sum())
         raise ValueError(
