@@ -10,7 +10,7 @@ _OFF = ("", "0", "off", "false", "no")
 _ON = ("1", "on", "true", "yes")
 
 
-def folder_named(setting: str, default: Path) -> Path | None:
+def named_folder(setting: str, default: Path) -> Path | None:
     """The folder that the value of an environment variable names; None where it says that there is none."""
     word = setting.strip().lower()
     if word in _OFF:
@@ -20,19 +20,15 @@ def folder_named(setting: str, default: Path) -> Path | None:
     return Path(os.path.expanduser(setting))  # pathlib's raises where there is no home
 
 
-def distrusted(folder: str | os.PathLike[str]) -> str | None:
-    """Why other users may have written to a folder, such as "belongs to another user (1000)".
+def why_untrusted(path: str | os.PathLike[str]) -> str | None:
+    """Why other users may have written to a file or folder, such as "belongs to another user (1000)".
 
-    None if they cannot have, or if there is no such folder. Only POSIX systems are checked.
+    None if they cannot have, or if there is no such file. Only POSIX systems are checked.
     """
     try:
-        return foreign(os.stat(folder))
+        status = os.stat(path)
     except OSError:
         return None
-
-
-def foreign(status: os.stat_result) -> str | None:
-    """Why other users may have written to a file or folder; None if they cannot have."""
     if os.name != "posix":
         return None
     if status.st_uid not in (0, os.geteuid()):

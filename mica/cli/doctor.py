@@ -311,7 +311,7 @@ def _peft(problems: list[str]) -> dict:
 
 def _caches() -> dict:
     """The initialisation cache's folder (None: off), is_writable, distrusted (why it is not used) or None."""
-    from mica.folders import distrusted
+    from mica.folders import why_untrusted
     from mica.subspace.cache import default_cache
 
     cache = default_cache()
@@ -322,7 +322,7 @@ def _caches() -> dict:
     return {
         "folder": str(cache.folder),
         "is_writable": is_writable,
-        "distrusted": distrusted(cache.folder),
+        "distrusted": why_untrusted(cache.folder),
     }
 
 

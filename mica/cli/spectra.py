@@ -22,7 +22,7 @@ from mica.fast.create.experts import tasks
 from mica.fast.create.solving import NewAdapter, check
 from mica.fast.forward.expert_params import is_stack, is_wrapper
 from mica.fast.loading import without_solver
-from mica.subspace.result import narrowed
+from mica.subspace.result import narrow
 from mica.subspace.spectrum import sigma_max, squared_norm
 
 
@@ -196,7 +196,7 @@ def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:
         above = singular_values[0].item()
         # Where the rank + 1 smallest are not proven, the chosen may be, if the value above the cut is much
         # larger.
-        chosen = narrowed(subspace, rank) or minor_subspace(weight, rank)
+        chosen = narrow(subspace, rank) or minor_subspace(weight, rank)
     else:
         above = None
         chosen = subspace

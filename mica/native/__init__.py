@@ -19,7 +19,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-from mica.folders import folder_named
+from mica.folders import named_folder
 from mica.kernels import runtime
 from mica.native import build
 
@@ -103,7 +103,7 @@ def _load() -> ModuleType | str:
 def _folder() -> Path | None:
     """Where the environment keeps what is compiled; None: nowhere, there is to be none."""
     value = os.environ.get("MICA_NATIVE", "")
-    return folder_named(value if value.strip() else "on", build.default_folder())
+    return named_folder(value if value.strip() else "on", build.default_folder())
 
 
 def import_extension(folder: Path, extension: build.Extension) -> ModuleType:

@@ -29,7 +29,7 @@ import filelock
 import torch
 from huggingface_hub import constants
 
-from mica.folders import distrusted
+from mica.folders import why_untrusted
 
 COMPILERS = ("c++", "g++", "clang++")
 # Optimising more takes a quarter longer, and most of what is compiled only calls PyTorch's operators. The
@@ -72,7 +72,7 @@ def ensure_built(folder: Path, extension: Extension = EXTENSION) -> Path:
         raise BuildError("the C++ relies on the global interpreter lock, which this Python does not have")
     try:
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)  # even if the umask lets others write
-        reason = distrusted(folder)
+        reason = why_untrusted(folder)
         if reason is not None:  # code that another user could have written is not run
             raise BuildError(f"{folder} {reason}, so MICA_NATIVE has to name another folder")
         path = _path(folder, extension)
@@ -112,7 +112,7 @@ def _path(folder: Path, extension: Extension) -> Path:
 
 def _is_usable(path: Path) -> bool:
     """Whether it is there and whole, and no other user can have written it."""
-    if distrusted(path) is not None or not path.exists():
+    if why_untrusted(path) is not None or not path.exists():
         return False
     content = path.read_bytes()
     code = content[: -hashlib.sha256().digest_size]

@@ -221,7 +221,7 @@ bool subtract_words(const Tensor& fresh, const Tensor& weight, const Tensor& upd
   return is_ordinary;
 }
 
-// Each row's sum of its words, each times the factor of its column, modulo 2^64: `mica.row_fingerprints`
+// Each row's sum of its words, each times the factor of its column, modulo 2^64: `mica.row_checksums`
 MICA_VECTORS inline uint64_t weighted_sum(const uint64_t* words, const uint64_t* factors, int64_t columns) {
   uint64_t sum = 0;
   MICA_LOOP

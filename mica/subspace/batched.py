@@ -73,13 +73,14 @@ class BatchGram:
     (batch), on the host, then bounds ‖C − tallᵀ tall‖₂ with a probability of 1 − 1e-8. The factor is in fp32
     too, and ``solve`` corrects its solutions in fp64. ``exceeds`` always works in fp64.
 
-    With ``careful`` the factor is in fp64, and ``holds`` and ``orthonormal`` wait for their answer. Otherwise
-    they assume yes, and ``read`` raises DoubtfulError where that was wrong.
+    With ``careful`` the factor is in fp64, and ``presume`` and ``orthonormal`` wait for their answer.
+    Otherwise they assume yes, and ``read`` raises DoubtfulError where that was wrong.
 
     The methods are those of ``HostGram``, which describes them; vectors are (batch, n, count) fp64.
     """
 
-    patience = 4
+    on_accelerator = True
+    steps_per_wait = 4
 
     def __init__(self, tall: torch.Tensor, mixed: bool = False, careful: bool = False):
         self.size = tall.shape[-1]
@@ -103,19 +104,15 @@ class BatchGram:
     def read(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         doubts = self._doubts
         self._doubts = []
-        doubted: list[torch.Tensor] = []
-        for _, operands in doubts:
-            doubted.extend(operands)
-        copies = _copied(*tensors, *doubted)
-
-        result = copies[: len(tensors)]
-        rest = iter(copies[len(tensors) :])
+        doubted = [operand for _, operands in doubts for operand in operands]
+        copies = iter(_copy_to_host(*tensors, *doubted))
+        result = [next(copies) for _ in tensors]
         for condition, operands in doubts:
-            if not condition(*(next(rest) for _ in operands)):
+            if not condition(*(next(copies) for _ in operands)):
                 raise DoubtfulError
         return result
 
-    def holds(self, condition: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> bool:
+    def presume(self, condition: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> bool:
         if self.careful:
             return bool(condition(*self.read(*tensors)))
         self._doubts.append((condition, tensors))
@@ -126,7 +123,7 @@ class BatchGram:
 
     def factor(self, shift: torch.Tensor) -> torch.Tensor:
         self._inverse = None
-        self._shift = sent(shift, self.device)[:, None, None]
+        self._shift = to_device(shift, self.device)[:, None, None]
         shifted = self._gram.clone()
         diagonal = shifted.diagonal(dim1=-2, dim2=-1).sub_(self._shift.squeeze(-1))
         if self._mixed and not self.careful:  # in fp32, whose range is smaller than that of C
@@ -145,22 +142,22 @@ class BatchGram:
     def solve(self, vectors: torch.Tensor) -> torch.Tensor:
         if self._inverse.dtype == torch.float64:
             return torch.bmm(self._inverse.mT, torch.bmm(self._inverse, vectors))
-        solution = self._roughly_solved(vectors)
+        solution = self._solve_roughly(vectors)
         for _ in range(_CORRECTIONS):
             shifted = torch.addcmul(vectors, self._shift, solution)
-            solution += self._roughly_solved(torch.baddbmm(shifted, self._gram, solution, alpha=-1))
+            solution += self._solve_roughly(torch.baddbmm(shifted, self._gram, solution, alpha=-1))
         return solution
 
-    def _roughly_solved(self, vectors: torch.Tensor) -> torch.Tensor:
+    def _solve_roughly(self, vectors: torch.Tensor) -> torch.Tensor:
         with full_fp32():
             solution = torch.bmm(self._inverse.mT, torch.bmm(self._inverse, vectors.float()))
         return solution / self._scale
 
     def exceeds(self, vectors: torch.Tensor, weight: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
         self._inverse = None
-        weighted = vectors * sent(weight, self.device)[:, None, None]
+        weighted = vectors * to_device(weight, self.device)[:, None, None]
         shifted = torch.baddbmm(self._gram, weighted, vectors.mT)
-        shifted.diagonal(dim1=-2, dim2=-1).sub_(sent(bound, self.device).unsqueeze(-1))
+        shifted.diagonal(dim1=-2, dim2=-1).sub_(to_device(bound, self.device).unsqueeze(-1))
         return self.read(torch.linalg.cholesky_ex(shifted).info.double())[0] == 0
 
     def smallest(self, count: int) -> torch.Tensor:
@@ -168,7 +165,7 @@ class BatchGram:
         for matrix in self._gram.cpu().numpy():
             vectors = partial_eigenvectors(matrix.T, count)
             found.append(torch.from_numpy(vectors))
-        return sent(torch.stack(found), self.device)
+        return to_device(torch.stack(found), self.device)
 
     def eigenvalues(self) -> torch.Tensor:
         return torch.linalg.eigvalsh(self._gram)
@@ -186,7 +183,7 @@ class BatchGram:
 
     def orthonormal(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
         triangle, info = torch.linalg.cholesky_ex(torch.bmm(vectors.mT, vectors))
-        if self.holds(_are_safe, info.double(), triangle.diagonal(dim1=-2, dim2=-1)):
+        if self.presume(_are_safe, info.double(), triangle.diagonal(dim1=-2, dim2=-1)):
             identity = torch.eye(vectors.shape[-1], dtype=torch.float64, device=self.device)
             inverse = torch.linalg.solve_triangular(triangle, identity, upper=False)
             return torch.bmm(vectors, inverse.mT), triangle.mT, True
@@ -201,19 +198,19 @@ class BatchGram:
         except DoubtfulError:
             unit, triangle = torch.linalg.qr(vectors)
             small = torch.linalg.svd(*self.read(triangle))
-        left, values, right = (sent(part, self.device) for part in small)
+        left, values, right = (to_device(part, self.device) for part in small)
         return torch.bmm(unit, left), values, right
 
 
-def _copied(*tensors: torch.Tensor) -> list[torch.Tensor]:
+def _copy_to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Tensors of one dtype on the host, by one copy."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu()
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def sent(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """From the host to ``device``, without waiting for the device's queue."""
+def to_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy from the host to ``device``, without waiting for the device's queue."""
     return numbers.to(device, non_blocking=True)
 
 
@@ -275,7 +272,7 @@ def error_bound(tall: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator(device="cpu").manual_seed(0)
     shape = (gram.shape[-1], _ERROR_VECTORS)
     vectors = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
-    vectors = sent(vectors, gram.device).expand(*gram.shape[:-2], *shape)
+    vectors = to_device(vectors, gram.device).expand(*gram.shape[:-2], *shape)
     log_norm = 0
     for _ in range(_ERROR_POWER):
         vectors = transposed_image(tall, image(tall, vectors)) - gram @ vectors

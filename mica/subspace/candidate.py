@@ -5,6 +5,7 @@ Everything here works on one matrix (``HostGram``, no batch dimensions) and on a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class Problem:
     limits: Bounds
     rank: int
     basis_is_long: bool  # out_features > in_features: the requested vectors are on the long side
-    dtype: torch.dtype  # of the result
+    dtype: torch.dtype  # the result's
     seed: int
 
     @property
@@ -72,8 +73,16 @@ class Judged(NamedTuple):
         )
 
 
-def problem(tall: torch.Tensor, gram, rank: int, basis_is_long: bool, seed: int, method: str) -> Problem:
-    """A `Problem`, with the bounds that ``method``, the first to be tried, needs of the Gram's spectrum."""
+def problem(
+    weight: torch.Tensor, gram_of: Callable[[torch.Tensor], object], rank: int, seed: int, method: str
+) -> Problem:
+    """A `Problem`, with the bounds that ``method``, the first to be tried, needs of the Gram's spectrum.
+
+    ``weight`` is one matrix (out, in), or (batch, out, in); ``gram_of`` makes the Gram of its tall view.
+    """
+    basis_is_long = weight.shape[-2] > weight.shape[-1]
+    tall = weight if basis_is_long else weight.mT
+    gram = gram_of(tall)
     dtype = torch.float64 if tall.dtype == torch.float64 else torch.float32
     if method == "krylov":
         limits = bounds(gram, seed)
@@ -118,7 +127,7 @@ def candidate(problem: Problem, vectors: torch.Tensor, small: torch.Tensor | Non
     return Candidate(basis, short_vectors, singular_values, resolved)
 
 
-def judged(problem: Problem, triplets: Candidate, strict: bool) -> Judged:
+def judge(problem: Problem, triplets: Candidate, strict: bool) -> Judged:
     """Cast, fix the signs, and judge the basis as it is returned, which includes rounding to its dtype."""
     rounded = triplets.basis.to(problem.dtype)
     signs = signs_of(rounded)

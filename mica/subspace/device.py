@@ -9,8 +9,8 @@ import torch
 
 from mica.subspace import batched, krylov
 from mica.subspace.batched import BatchGram, DoubtfulError
-from mica.subspace.candidate import judged, problem
-from mica.subspace.methods import by_gram, by_krylov
+from mica.subspace.candidate import judge, problem
+from mica.subspace.methods import BY
 from mica.subspace.result import MinorSubspace
 
 # Devices whose weights the host solves: MPS has no fp64.
@@ -70,7 +70,7 @@ def solve_batch(
     if name is None:
         return
     mixed = batched.may_be_mixed(matrices)
-    yield from _solved(matrices, list(range(len(matrices))), rank, name, strict, seed, mixed)
+    yield from _solve(matrices, list(range(len(matrices))), rank, name, strict, seed, mixed)
 
 
 def _batch_method(size: int, rank: int, method: str) -> str | None:
@@ -86,29 +86,26 @@ def _batch_method(size: int, rank: int, method: str) -> str | None:
     return None
 
 
-def _solved(
+def _solve(
     matrices: torch.Tensor, indices: list[int], rank: int, name: str, strict: bool, seed: int, mixed: bool
 ) -> Iterator[tuple[int, MinorSubspace]]:
     """`solve_batch` of the matrices at ``indices``; those that fail are tried again in smaller batches."""
     chosen = matrices
     if len(indices) < len(matrices):  # not by a list as index, which would be copied to the device first
         chosen = torch.stack([matrices[index] for index in indices])
-    basis_is_long = chosen.shape[-2] > chosen.shape[-1]
-    tall = chosen if basis_is_long else chosen.mT
-    state = problem(tall, BatchGram(tall, mixed), rank, basis_is_long, seed, name)
+    state = problem(chosen, lambda tall: BatchGram(tall, mixed), rank, seed, name)
 
-    solve = by_krylov if name == "krylov" else by_gram
     triplets = None
     for careful in (False, True):
         state.gram.careful = careful
         with suppress(DoubtfulError):
-            triplets = solve(state)
+            triplets = BY[name](state)
             if triplets is not None or not mixed:
                 break
 
     failed = indices
     if triplets is not None:
-        judgement = judged(state, triplets, strict)
+        judgement = judge(state, triplets, strict)
         done = [True] * len(indices)
         if strict:
             done = judgement.certified.tolist()
@@ -119,7 +116,7 @@ def _solved(
 
     del state, triplets  # their memory is needed below
     if failed and mixed:
-        yield from _solved(matrices, failed, rank, name, strict, seed, mixed=False)
+        yield from _solve(matrices, failed, rank, name, strict, seed, mixed=False)
     elif failed and len(indices) > 1:  # one of them may have made the others fail
         for index in failed:
-            yield from _solved(matrices, [index], rank, name, strict, seed, mixed=False)
+            yield from _solve(matrices, [index], rank, name, strict, seed, mixed=False)

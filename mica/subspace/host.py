@@ -46,10 +46,11 @@ class HostGram:
     the certificate's matrix). Both diagonals are kept apart, and ``_show`` puts in place the one that the
     next call needs. Vectors are (n, count) fp64, column-major.
 
-    ``patience`` is how many Krylov steps cost less than checking whether they are needed.
+    ``steps_per_wait`` is how many Krylov steps cost less than waiting for a check whether they are needed.
     """
 
-    patience = 0
+    on_accelerator = False
+    steps_per_wait = 0
 
     def __init__(self, tall: torch.Tensor):
         self.size = tall.shape[1]
@@ -67,11 +68,6 @@ class HostGram:
         self._diagonal = buffer.diagonal().copy()
         self._factor_diagonal = np.full(self.size, np.nan)
 
-    @property
-    def largest_diagonal(self) -> float:
-        """The largest ‖column‖² of the weight, NaN if an entry is."""
-        return float(self._diagonal.max())
-
     def empty(self, count: int) -> torch.Tensor:
         return torch.empty(count, self.size, dtype=torch.float64, device="cpu").T
 
@@ -79,8 +75,11 @@ class HostGram:
         """fp64 tensors, on the host."""
         return tensors
 
-    def holds(self, condition: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> bool:
-        """Whether ``condition`` is true of the tensors, which it gets on the host."""
+    def presume(self, condition: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> bool:
+        """Whether ``condition`` is true of the tensors, which it gets on the host.
+
+        On an accelerator it is taken for true, and the next ``read`` raises DoubtfulError where it was not.
+        """
         return bool(condition(*tensors))
 
     def apply(self, vectors: torch.Tensor) -> torch.Tensor:

@@ -112,7 +112,8 @@ def bounds(gram, seed: int, steps: int = LANCZOS_STEPS) -> Bounds:
         return steps - projected.shape[-1]
 
     first = min(NORM_STEPS, steps)
-    if gram.patience:  # without orthogonalisation the edges are the same, with a fraction of the launches
+    if gram.on_accelerator:
+        # Without orthogonalisation the edges are the same, with a fraction of the launches
         for projected in _tridiagonal(gram, seed, {first, steps}):
             if not look(None, projected):
                 break
@@ -161,7 +162,7 @@ def smallest_eigenvectors(gram, rank: int, limits: Bounds, eps: float, seed: int
 
     width = block_size(rank)
     most = max(1, min(MOST_STEPS, gram.size // width))
-    first = min(FIRST_CHECK + gram.patience, most)
+    first = min(FIRST_CHECK + gram.steps_per_wait, most)
     history: list[float] = []
     ritz = None
 
@@ -177,8 +178,8 @@ def smallest_eigenvectors(gram, rank: int, limits: Bounds, eps: float, seed: int
         history.append(excess)
         if ritz.converged or stalled:
             return 0
-        if gram.patience:
-            return gram.patience
+        if gram.on_accelerator:
+            return gram.steps_per_wait
         if not math.isfinite(excess):
             return 1
         likely = math.ceil(math.log(excess, 8))  # a step gains a factor of 8 on Gaussian spectra
@@ -254,7 +255,7 @@ def block_lanczos(
         start = width * step
         end = start + width
         basis[..., start:end] = block
-        block, coefficients = _orthogonalised(gram, operation(block), basis[..., :end])
+        block, coefficients = _orthogonalise(gram, operation(block), basis[..., :end])
         projected[..., start:end, :end] = coefficients.mT
         if judge is not None and step + 1 >= first_check:
             further = judge(basis[..., :end], projected[..., :end, :end])
@@ -264,7 +265,7 @@ def block_lanczos(
     return basis, projected
 
 
-def _orthogonalised(gram, block: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _orthogonalise(gram, block: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(new, coefficients) with block = basis @ coefficients + new @ a triangle, (basis, new) orthonormal.
 
     Orthogonalising twice is enough, unless the block was nearly dependent: then Householder fills it up with
@@ -276,7 +277,7 @@ def _orthogonalised(gram, block: torch.Tensor, basis: torch.Tensor) -> tuple[tor
     for _ in range(4):
         part = gram.inner(basis, block)
         block = gram.subtract(block, basis, part)
-        if gram.patience and triangle is None and basis.shape == block.shape:
+        if gram.on_accelerator and triangle is None and basis.shape == block.shape:
             # For a square weight, the inverse of the least eigenvalue may dwarf all others, and then the
             # first block is nearly dependent (for 4 % of Gaussian ones, by their law); later ones are not.
             block, factor = torch.linalg.qr(block)
@@ -290,7 +291,7 @@ def _orthogonalised(gram, block: torch.Tensor, basis: torch.Tensor) -> tuple[tor
             continue
         coefficients = coefficients + part @ triangle
         triangle = factor @ triangle
-        if safe and gram.holds(_have_kept_length, factor.diagonal(dim1=-2, dim2=-1)):
+        if safe and gram.presume(_have_kept_length, factor.diagonal(dim1=-2, dim2=-1)):
             break
     return block, coefficients
 

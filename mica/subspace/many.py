@@ -12,9 +12,9 @@ import torch
 
 from mica.subspace import threads
 from mica.subspace.cache import SubspaceCache
+from mica.subspace.content_hash import content_hash
 from mica.subspace.device import batch_size, is_on_host
-from mica.subspace.fingerprint import fingerprint
-from mica.subspace.result import MinorSubspace, moved
+from mica.subspace.result import MinorSubspace, move
 from mica.subspace.solver import solve_each, without_autocast
 
 _logger = logging.getLogger("mica")
@@ -30,8 +30,8 @@ class Task:
 
     @cached_property
     def key(self) -> str:
-        """The fingerprint of the weight."""
-        return fingerprint(self.weight)
+        """The weight's content hash."""
+        return content_hash(self.weight)
 
 
 def cost(task: Task) -> float:
@@ -53,7 +53,7 @@ def accelerator() -> torch.device | None:
 def solve_many(
     tasks: Sequence[Task], *, device: str | torch.device = "auto", cache: SubspaceCache | None = None
 ) -> Iterator[tuple[int, MinorSubspace]]:
-    """Yields (index, minor subspace) for every task as soon as it is known, in no particular order.
+    """Yield (index, minor subspace) for every task as soon as it is known, in no particular order.
 
     Results lie on the device of their weight. On an accelerator, layers of one shape are solved together, up
     to 8 in a quarter of the memory that is free; layers that do not fit are solved on the CPU.
@@ -72,17 +72,7 @@ def solve_many(
         target = accelerator()
     else:
         target = torch.device(device)
-    groups: dict[tuple, list[int]] = defaultdict(list)
-    on_host: list[int] = []
-    for index, task in enumerate(tasks):
-        where = task.weight.device
-        if where.type == "cpu" and target is not None:
-            where = target
-        if is_on_host(where):
-            on_host.append(index)
-        else:
-            groups[where, task.weight.shape, task.weight.dtype, task.rank].append(index)
-
+    groups, on_host = _group(tasks, target)
     for (where, shape, *_), indices in groups.items():
         missing: list[int] = []
         for index in indices:
@@ -110,6 +100,24 @@ def solve_many(
     )
 
 
+def _group(tasks: Sequence[Task], target: torch.device | None) -> tuple[dict[tuple, list[int]], list[int]]:
+    """The indices of the tasks that an accelerator solves together, by device, shape, dtype and rank.
+
+    And those of the tasks that the CPU solves. ``target`` takes the weights that lie on the CPU.
+    """
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    on_host: list[int] = []
+    for index, task in enumerate(tasks):
+        where = task.weight.device
+        if where.type == "cpu" and target is not None:
+            where = target
+        if is_on_host(where):
+            on_host.append(index)
+        else:
+            groups[where, task.weight.shape, task.weight.dtype, task.rank].append(index)
+    return groups, on_host
+
+
 def solve_together(
     tasks: Sequence[Task], device: torch.device, cache: SubspaceCache | None
 ) -> list[MinorSubspace]:
@@ -122,8 +130,8 @@ def solve_together(
             stacked = weights[0].unsqueeze(0)  # no copy
     del weights
     names = " or ".join(task.name for task in tasks)
-    results = _solved(names, stacked, tasks[0].rank)
-    return [_kept(task, result, cache) for task, result in zip(tasks, results, strict=True)]
+    results = _solve_each(names, stacked, tasks[0].rank)
+    return [_store(task, result, cache) for task, result in zip(tasks, results, strict=True)]
 
 
 def _solve(task: Task, cache: SubspaceCache | None) -> MinorSubspace:
@@ -132,8 +140,8 @@ def _solve(task: Task, cache: SubspaceCache | None) -> MinorSubspace:
     if stored is not None:
         return stored
     # The weight is still on an accelerator if there was no memory to solve it there
-    (result,) = _solved(task.name, task.weight.cpu(), task.rank)
-    return _kept(task, result, cache)
+    (result,) = _solve_each(task.name, task.weight.cpu(), task.rank)
+    return _store(task, result, cache)
 
 
 def _look_up(task: Task, cache: SubspaceCache | None) -> MinorSubspace | None:
@@ -142,14 +150,14 @@ def _look_up(task: Task, cache: SubspaceCache | None) -> MinorSubspace | None:
     return cache.get(task.weight, task.rank, key=task.key)
 
 
-def _kept(task: Task, result: MinorSubspace, cache: SubspaceCache | None) -> MinorSubspace:
+def _store(task: Task, result: MinorSubspace, cache: SubspaceCache | None) -> MinorSubspace:
     """Store ``result`` in the cache, and return it on the weight's device."""
     if cache is not None:
         cache.put(task.weight, result, key=task.key)
-    return moved(result, task.weight.device)
+    return move(result, task.weight.device)
 
 
-def _solved(name: str, weights: torch.Tensor, rank: int) -> list[MinorSubspace]:
+def _solve_each(name: str, weights: torch.Tensor, rank: int) -> list[MinorSubspace]:
     """``solve_each``, whose errors begin with the name."""
     try:
         return solve_each(weights, rank)

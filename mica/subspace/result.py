@@ -27,8 +27,7 @@ class MinorSubspace:
     energy_excess: an upper bound on (‖weightᵀ basis‖² − Σσ²) / max(Σσ², rank · resolution); proven where
         ``certified``.
     resolution: 4 √min(out_features, in_features) · ε₆₄ · ‖weight‖², the difference of two squared singular
-        values below which fp64 cannot tell them apart. For an fp64 weight whose squares leave fp64's range it
-        is the end of that range: positive and finite.
+        values below which fp64 cannot tell them apart.
     null_count: the number of columns of the basis that a tall weight does not determine, because their
         singular values are numerically null; they are an arbitrary orthonormal completion.
 
@@ -51,7 +50,7 @@ class MinorSubspace:
         return f"MinorSubspace(basis {basis}, method={self.method!r}, {proof}, null_count={self.null_count})"
 
 
-def moved(result: MinorSubspace, device: str | torch.device) -> MinorSubspace:
+def move(result: MinorSubspace, device: str | torch.device) -> MinorSubspace:
     """``result`` with its tensors on ``device``."""
     return replace(result, basis=result.basis.to(device), singular_values=result.singular_values.to(device))
 
@@ -61,7 +60,7 @@ def is_certified(excess, energy, rank: int, resolution):
     return excess <= CERTIFIED_EXCESS * energy + rank * resolution
 
 
-def narrowed(stored: MinorSubspace, rank: int) -> MinorSubspace | None:
+def narrow(stored: MinorSubspace, rank: int) -> MinorSubspace | None:
     """The last ``rank`` columns of a result, or None where what is known of all does not certify them.
 
     With E the energy of a column as stored, θ its squared singular value and λ the true one, θ >= λ for

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,7 +9,7 @@ import torch
 
 from mica.dtypes import FLOATING
 from mica.memory import in_memory
-from mica.subspace.candidate import judged, problem
+from mica.subspace.candidate import judge, problem
 from mica.subspace.device import batch_size, is_on_host, solve_batch
 from mica.subspace.gram import extremes
 from mica.subspace.host import HostGram
@@ -20,7 +19,8 @@ from mica.subspace.threads import one_pool
 
 # Sums of fourth powers of entries between 2^-200 and 2^200 stay within fp64's range. All entries in fp32 are
 # between these limits: they range from 2^-149 to 2^128.
-LARGEST_EXPONENT = 200
+SMALLEST = 2.0**-200
+LARGEST = 2.0**200
 
 
 @torch.no_grad()
@@ -43,20 +43,20 @@ def minor_subspace(
             "auto": the fastest for this shape, rank and device.
         strict: prove the result by an inertia test, which costs one Cholesky factorisation. Without it
             nothing is certified, nothing falls back, and ``energy_excess`` is an estimate.
-        seed: of the random vectors that the Krylov subspaces start from.
+        seed: for the random vectors that the Krylov subspaces start from.
 
     Raises:
         TypeError: weight is not a tensor, not dense, or not of one of the four dtypes; rank or seed is not
             an int.
-        ValueError: weight has less than 2 dimensions, is empty, on the meta device or not finite; rank or
-            seed is out of range; method is unknown.
+        ValueError: weight has less than 2 dimensions, is empty, on the meta device or not finite, or a matrix
+            in fp64 whose largest entry is beyond 2^±200; rank or seed is out of range; method is unknown.
 
     Warns:
         UserWarning: singular values of a tall weight among the requested ones are zero; their vectors are an
             orthonormal completion, which the weight does not determine. Or: strict, and no method's result
             could be proven.
     """
-    result = _assembled(solve_each(weight, rank, method=method, strict=strict, seed=seed), weight)
+    result = _assemble(solve_each(weight, rank, method=method, strict=strict, seed=seed), weight)
     for message in warnings_about(result, f"a weight of shape {tuple(weight.shape)}", strict):
         warnings.warn(message, UserWarning, stacklevel=3)  # past the frame that the no_grad decorator adds
     return result
@@ -101,14 +101,9 @@ def solve_each(
     matrices = in_memory(weight.detach())
     if matrices.ndim != 3:
         matrices = matrices.reshape(-1, *weight.shape[-2:])
-    try:
-        with without_autocast(matrices.device.type):
-            return _solved(matrices, rank, method, strict, seed)
-    except _NotFiniteError as error:
-        count = weight.numel() - int(torch.isfinite(weight).sum())
-        raise ValueError(
-            f"weight must be finite, but got {count} NaN or infinite of {weight.numel()} entries."
-        ) from error
+    with without_autocast(matrices.device.type):
+        _check_entries(matrices)
+        return _solve(matrices, rank, method, strict, seed)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
@@ -118,14 +113,10 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     return nullcontext()
 
 
-class _NotFiniteError(ArithmeticError):
-    """A weight has a NaN or infinite entry."""
-
-
-def _solved(matrices: torch.Tensor, rank: int, method: str, strict: bool, seed: int) -> list[MinorSubspace]:
+def _solve(matrices: torch.Tensor, rank: int, method: str, strict: bool, seed: int) -> list[MinorSubspace]:
     """Results for ``matrices`` (batch, out, in), on an accelerator where they lie there, else on the host."""
     results: dict[int, MinorSubspace] = {}
-    if not is_on_host(matrices.device) and max(map(abs, _exponents(matrices))) <= LARGEST_EXPONENT:
+    if not is_on_host(matrices.device):
         size = batch_size(*matrices.shape[-2:], matrices.device)
         for start in range(0, len(matrices), size):
             for index, result in solve_batch(matrices[start : start + size], rank, method, strict, seed):
@@ -160,8 +151,7 @@ def _check_weight(weight: torch.Tensor) -> None:
 
 
 def _check_rank(weight: torch.Tensor, rank: int) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"rank must be an int, but got {rank!r} of type {type(rank).__name__}.")
+    _check_int("rank", rank)
     limit = min(weight.shape[-2:])
     if not 1 <= rank <= limit:
         raise ValueError(
@@ -170,72 +160,53 @@ def _check_rank(weight: torch.Tensor, rank: int) -> None:
         )
 
 
+def _check_int(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, but got {value!r} of type {type(value).__name__}.")
+
+
 def _check_seed(seed: int) -> None:
     """A seed must be what PyTorch's generator takes."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, but got {seed!r} of type {type(seed).__name__}.")
+    _check_int("seed", seed)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must be at least -2**63 and below 2**64, but got {seed}.")
 
 
-def _exponents(matrices: torch.Tensor) -> list[int]:
-    """For each matrix, the least e with all entries below 2^e in magnitude."""
-    limits = torch.stack([extremes(matrix) for matrix in matrices]).double().cpu()
-    if not torch.isfinite(limits).all():
-        raise _NotFiniteError
-    return [math.frexp(largest)[1] for largest in limits.abs().amax(-1).tolist()]
+def _check_entries(matrices: torch.Tensor) -> None:
+    """``matrices`` (batch, out, in) must be finite, and their squares within fp64's range."""
+    largest = torch.stack([extremes(matrix) for matrix in matrices]).double().abs().amax(-1).cpu()
+    if not torch.isfinite(largest).all():
+        count = int((~torch.isfinite(matrices)).sum())
+        raise ValueError(
+            f"weight must be finite, but got {count} NaN or infinite of {matrices.numel()} entries."
+        )
+    for magnitude in largest.tolist():
+        if magnitude and not SMALLEST <= magnitude <= LARGEST:
+            raise ValueError(
+                "the largest entry of a weight must be between 2**-200 and 2**200 in magnitude, or 0, but it "
+                f"is {magnitude:.1e}: scale the weight, which changes no singular vector."
+            )
 
 
 def _solve_on_host(weight: torch.Tensor, rank: int, method: str, strict: bool, seed: int) -> MinorSubspace:
     """One matrix, on the CPU, by the first method whose result is certified, else by the last one."""
-    basis_is_long = weight.shape[0] > weight.shape[1]
-    tall = weight if basis_is_long else weight.T
     names = chain(method, min(weight.shape), rank)
     with one_pool():
-        gram = HostGram(tall)
-        scale = _needed_scale(weight, gram)
-        if scale != 1:
-            tall = tall * scale
-            gram = HostGram(tall)
-        state = problem(tall, gram, rank, basis_is_long, seed, names[0])
+        state = problem(weight, HostGram, rank, seed, names[0])
 
     for name in names:
         triplets = BY[name](state)
         if triplets is None:
             continue
         with one_pool():
-            judgement = judged(state, triplets, strict)
+            judgement = judge(state, triplets, strict)
         if judgement.certified or not strict:
             break
 
-    judgement = judgement._replace(singular_values=judgement.singular_values / scale)
-    return judgement.result(name, _unscaled(state.resolution.item(), scale))
+    return judgement.result(name, state.resolution.item())
 
 
-def _needed_scale(weight: torch.Tensor, gram: HostGram) -> float:
-    """The power of two to multiply a weight by so that fourth powers of its entries fit fp64; as a rule 1.
-
-    The Gram shows whether a pass over the weight is worthwhile: only then are there NaN or infinite entries,
-    for which `_NotFiniteError` is raised, or entries whose fourth powers leave the range.
-    """
-    if 2.0 ** (-2 * LARGEST_EXPONENT) <= gram.largest_diagonal <= 2.0 ** (2 * LARGEST_EXPONENT):
-        return 1.0
-    (exponent,) = _exponents(weight.unsqueeze(0))
-    if abs(exponent) <= LARGEST_EXPONENT:
-        return 1.0
-    return 2.0 ** max(-1000, min(1000, -exponent))
-
-
-def _unscaled(resolution: float, scale: float) -> float:
-    """``resolution`` / scale², kept within the range of fp64, which it leaves for weights beyond 1e±154."""
-    unscaled = resolution / scale / scale
-    if resolution == 0 or scale == 1:
-        return unscaled
-    limits = torch.finfo(torch.float64)
-    return min(max(unscaled, limits.tiny), limits.max)
-
-
-def _assembled(results: list[MinorSubspace], weight: torch.Tensor) -> MinorSubspace:
+def _assemble(results: list[MinorSubspace], weight: torch.Tensor) -> MinorSubspace:
     """The results of a weight's matrices as one, in the weight's shape and on its device."""
     basis = torch.stack([result.basis.to(weight.device) for result in results])
     singular_values = torch.stack([result.singular_values.to(weight.device) for result in results])

@@ -45,7 +45,7 @@ _own = [library for library in _blas if getattr(library, "threading_layer", None
 _shared = [library for library in _blas if library not in _own]
 
 _lock = threading.Lock()
-_requested: list[int] = []  # by all threads that are within ``blas_threads`` now
+_requested: list[int] = []  # the numbers that all threads request that are within ``blas_threads`` now
 _before: list[int] = []  # the number of each of ``_shared`` when no thread was within
 _here = threading.local()
 

@@ -20,7 +20,7 @@ from mica.cli.loading import Source, load_model
 from mica.cli.output import dtype_name, one_line
 from mica.cli.targets import Targets
 from mica.errors import UsageError
-from mica.subspace.fingerprint import fingerprint
+from mica.subspace.content_hash import content_hash
 
 TRAINABLE = ("float32", "bfloat16", "float16")
 
@@ -179,7 +179,7 @@ def start_values(model: PeftModel) -> dict[str, Any] | None:
     if not found:
         return None
     dtype = next(iter(found.values())).dtype
-    hashes = {name: fingerprint(weight) for name, weight in found.items()}
+    hashes = {name: content_hash(weight) for name, weight in found.items()}
     return {"dtype": dtype_name(dtype), "hashes": hashes}
 
 
@@ -212,7 +212,7 @@ def update(
         if before is None:
             if weight.dtype != torch.float32:
                 start = start.to(weight.dtype)
-        elif before["hashes"].get(name) != fingerprint(start):
+        elif before["hashes"].get(name) != content_hash(start):
             what = f"{name} in its base {base} is not what it was when training began"
             remedy = "its update can only be computed with the base of the run: put that back there"
             raise UsageError(f"--adapter {folder}: {what}; {remedy}")

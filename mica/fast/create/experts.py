@@ -20,8 +20,8 @@ class SliceOfB(NamedTuple):
 
     num_experts: int
     expert: int
-    rows: slice  # of the expert's out_features
-    columns: slice  # of its rank
+    rows: slice  # a part of the expert's out_features
+    columns: slice  # a part of its rank
 
     def fill(self, lora_B: Tensor, basis: Tensor) -> None:
         """Write ``basis`` to lora_B (out_features, r·E), rounded to its dtype."""
@@ -123,7 +123,7 @@ def _is_mislabelled(layer) -> bool:
     return gate_up.shape[1:] == (down_columns, 2 * down_rows)
 
 
-def listed(experts: list[int], layer) -> str:
+def name_experts(experts: list[int], layer) -> str:
     """The end of a message, like ", in experts 1, 3"; nothing where the layer has none."""
     if not is_stack(layer):
         return ""

@@ -11,10 +11,8 @@ import copy
 import dataclasses
 import re
 import warnings
-from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from numbers import Integral
 
 import torch
@@ -83,12 +81,7 @@ def resolve_lora_variant(stock, self, *, config, **kwargs):
     if not requests_mica(config):
         return stock(self, config=config, **kwargs)
     config.init_lora_weights = "mica"  # in the saved configuration too, for whatever loads it
-    others = _other_variants(config)
-    if others:
-        raise ValueError(
-            f"MiCA cannot be combined with another variant of LoRA, but the configuration asks for "
-            f"{', '.join(others)} on {_name_of(self)}."
-        )
+    _refuse_other_variants(self, config)
     if ("mica",) not in getattr(self, "lora_variants", {("mica",)}):  # PEFT 0.20 has no such table
         raise UnsuitableLayerError(
             f"MiCA cannot be initialised: {_name_of(self)} is a {type(self.get_base_layer()).__name__}, and "
@@ -97,10 +90,15 @@ def resolve_lora_variant(stock, self, *, config, **kwargs):
     return stock(self, config=config, **kwargs)
 
 
-def _other_variants(config) -> list[str]:
-    """The fields of a configuration that ask for a variant, like ``use_dora``; PEFT marks them."""
+def _refuse_other_variants(layer, config) -> None:
+    """ValueError where fields of the configuration, like ``use_dora``, ask for a variant; PEFT marks them."""
     marked = [entry.name for entry in dataclasses.fields(config) if entry.metadata.get("is_lora_variant")]
-    return [name for name in marked if getattr(config, name)]
+    others = [name for name in marked if getattr(config, name)]
+    if others:
+        raise ValueError(
+            f"MiCA cannot be combined with another variant of LoRA, but the configuration asks for "
+            f"{', '.join(others)} on {_name_of(layer)}."
+        )
 
 
 def _entry() -> _Entry | None:
@@ -138,22 +136,11 @@ def update_layer(stock, self, adapter_name: str, r: int, lora_alpha: int, config
         return stock(self, adapter_name, r, lora_alpha, config, **kwargs)
 
     config.init_lora_weights = "mica"
+    _refuse_other_variants(self, config)
     plain = copy.copy(config)
-    plain.init_lora_weights = True
-    variant = self.resolve_lora_variant(config=plain)
-    if variant is not None:
-        raise ValueError(
-            f"MiCA cannot be combined with another variant of LoRA, but the configuration asks for "
-            f"{type(variant).__name__} on {_name_of(self)}."
-        )
     plain.init_lora_weights = False
     stock(self, adapter_name, r, lora_alpha, plain, **kwargs)
-
-    stored = NewAdapter("", self, adapter_name).stored
-    gathered = nullcontext()
-    if stored is not None:
-        gathered = gather_params_ctx(stored)
-    with gathered:
+    with gather_params_ctx(NewAdapter("", self, adapter_name).stored):
         _start(self, adapter_name)  # not `self.mica_init`, which another package may have replaced
 
     # MiCA from here on, by PEFT's own means: B is frozen, and stays so
@@ -184,9 +171,6 @@ def _start(layer, adapter_name: str) -> bool:
         entry.is_initialised = True
     if not _set_to_zero(adapter):
         return False
-    if adapter.is_quantised and quantised.stored(layer).is_meta:
-        return True  # another process has the weight, and will provide B
-
     loaded = uninitialised.get()
     if loaded is not None:
         loaded.append(adapter)
@@ -284,16 +268,8 @@ def create_and_replace(
 def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
     call_counts.clear()  # new layers have been in no forward yet
     config = self.peft_config[adapter_name]
-    if not settings.enabled:
+    if not settings.enabled or not requests_mica(config):
         return stock(self, model, adapter_name, *args, **kwargs)
-    if not requests_mica(config):
-        try:
-            return stock(self, model, adapter_name, *args, **kwargs)
-        except ValueError as error:
-            kind = getattr(config, "init_lora_weights", None)
-            if get_close_matches(str(kind).lower(), ["mica"]):
-                raise ValueError(f"{error}. For MiCA it must be 'mica'.") from error
-            raise
 
     injection = _Injection()
     before = _Before(self, model)

@@ -36,7 +36,7 @@ def _bitsandbytes_4bit(layer) -> Tensor:
     base = layer.get_base_layer()
     if getattr(base.weight, "quant_state", None) is None:
         raise UnsuitableLayerError("is not quantised yet (move the model to its device first)")
-    codes, state = _unpacked(base.weight)
+    codes, state = _unpacked_codes(base.weight)
     return _bitsandbytes().functional.dequantize_4bit(codes, state)
 
 
@@ -55,7 +55,7 @@ def is_packed_for_cpu(weight: Tensor | None) -> bool:
     return getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
 
 
-def _unpacked(weight: Tensor) -> tuple[Tensor, object]:
+def _unpacked_codes(weight: Tensor) -> tuple[Tensor, object]:
     """The codes of a 4-bit weight and their `QuantState`, as before the repacking for the CPU kernel.
 
     The weight is unchanged. Repacking has rounded the scales to bf16; they are returned so, in fp32.
@@ -76,7 +76,7 @@ def _unpacked(weight: Tensor) -> tuple[Tensor, object]:
 def _unpack(base: nn.Module) -> None:
     """Undo the repacking in place, if there is any."""
     if is_packed_for_cpu(base.weight):
-        base.weight.data, base.weight.quant_state = _unpacked(base.weight)
+        base.weight.data, base.weight.quant_state = _unpacked_codes(base.weight)
         base.quant_state = base.weight.quant_state
 
 
@@ -153,7 +153,7 @@ def _outputs(layer, columns: Tensor) -> Tensor:
     dtype = torch.bfloat16
     if isinstance(scales, Tensor):
         dtype = scales.dtype
-    x = torch.zeros(len(columns), layer.in_features, dtype=dtype, device=stored(layer).device)
+    x = torch.zeros(len(columns), layer.in_features, dtype=dtype, device=packed_weight(layer).device)
     x[torch.arange(len(columns)), columns.to(x.device)] = 1
     bias = getattr(base, "bias", None)
     if bias is None:
@@ -191,7 +191,7 @@ _ALLOWED = "bitsandbytes 4-bit and 8-bit, HQQ, torchao (other than Int4Tensor), 
 
 
 @lru_cache
-def _listed(layer_type: type) -> Kind | None:
+def _table_entry(layer_type: type) -> Kind | None:
     """The table's entry for a PEFT class or one derived from it; cached by class, not by name."""
     for cls in layer_type.__mro__:
         name = f"{cls.__module__}.{cls.__qualname__}"
@@ -202,7 +202,7 @@ def _listed(layer_type: type) -> Kind | None:
 
 def kind_of(layer: nn.Module) -> Kind | None:
     """The kind of quantised layer that PEFT's ``layer`` wraps; None if it is not covered here."""
-    kind = _listed(type(layer))
+    kind = _table_entry(type(layer))
     if kind is None or kind.dequantise is None:
         return None
     return kind
@@ -216,7 +216,7 @@ def is_covered(layer_type: type) -> bool:
 
 def why_not(layer: nn.Module) -> str | None:
     """Why MiCA cannot start from a quantised layer, as text that follows its name; None if it can."""
-    kind = _listed(type(layer))
+    kind = _table_entry(type(layer))
     if kind is None:
         return None
     base = layer.get_base_layer()
@@ -251,7 +251,7 @@ def why_not_read(layer: nn.Module) -> str | None:
     )
 
 
-def stored(layer: nn.Module) -> Tensor:
+def packed_weight(layer: nn.Module) -> Tensor:
     """The tensor that holds the packed weight, wherever the library stores it: only for its device."""
     base = layer.get_base_layer()
     tensors = [getattr(base, name, None) for name in ("qweight", "W_q", "weight")]
@@ -277,5 +277,5 @@ def dequantise(layer: nn.Module, name: str) -> Tensor:
     except NotImplementedError as error:
         raise UnsuitableLayerError(
             f"MiCA needs the dequantised weight, but the {kind.name} weight of {name}, a "
-            f"{type(stored(layer)).__name__}, does not support dequantize()."
+            f"{type(packed_weight(layer)).__name__}, does not support dequantize()."
         ) from error

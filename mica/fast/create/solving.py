@@ -25,7 +25,7 @@ from mica.fast.forward.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.forward.expert_params import is_stack, is_wrapper, parameter_of, weight_of_stack
 from mica.fast.settings import settings
 from mica.subspace.cache import default_cache
-from mica.subspace.distributed import Sharing, decline, solve_shared
+from mica.subspace.distributed import all_request, solve_shared
 from mica.subspace.gram import extremes
 from mica.subspace.many import Task
 from mica.subspace.solver import warnings_about
@@ -50,17 +50,18 @@ class NewAdapter:
     layer: nn.Module
     adapter_name: str
 
-    @property
-    def weight(self) -> Tensor:
+    def materialise_weight(self) -> Tensor:
         """(out_features, in_features); (embedding_dim, num_embeddings) for an embedding; (E, out_features,
-        in_features) for an adapted parameter.
+        in_features) for an adapted parameter. On the meta device if the weight `is_absent`.
 
-        A quantised layer's is dequantised at each access, one under tensor parallelism is gathered, which all
+        A quantised layer's is dequantised by each call, one under tensor parallelism is gathered, which all
         processes must do together: do not keep it longer than needed.
         """
         if is_wrapper(self.layer):
             return weight_of_stack(self.layer).detach()
         if self.is_quantised:
+            if self.is_absent:
+                return torch.empty(self.layer.out_features, self.layer.in_features, device="meta")
             return quantised.dequantise(self.layer, self.name)
         weight = tensor_parallel.gathered(self.layer.get_base_layer())
         if is_stored_transposed(self.layer):
@@ -69,17 +70,18 @@ class NewAdapter:
 
     @property
     def stored(self) -> Tensor | None:
-        """The parameter as the base layer holds it; GPTQ's and HQQ's layers have none."""
+        """The base layer's parameter, packed where it is quantised; None if the layer has no ``weight``."""
         if is_wrapper(self.layer):
             return parameter_of(self.layer)
+        if self.is_quantised:
+            return quantised.packed_weight(self.layer)
         return getattr(self.layer.get_base_layer(), "weight", None)
 
-    @property
-    def tasks(self) -> list[ExpertTask]:
+    def materialise_tasks(self) -> list[ExpertTask]:
         """The matrices to solve: one for the whole B, or one for each expert of a stack."""
         if is_wrapper(self.layer):
             return experts.tasks(self.layer, self.name, self.rank)
-        return [ExpertTask(Task(self.name, self.weight, self.rank), None)]
+        return [ExpertTask(Task(self.name, self.materialise_weight(), self.rank), None)]
 
     @property
     def is_quantised(self) -> bool:
@@ -87,13 +89,13 @@ class NewAdapter:
 
     @property
     def is_temporary(self) -> bool:
-        """Whether each access to ``weight`` makes a copy."""
+        """Whether `materialise_weight` makes a copy."""
         return self.is_quantised or tensor_parallel.is_gathered(self.layer.get_base_layer())
 
     @property
     def is_absent(self) -> bool:
         """Whether only another process has the weight."""
-        return not self.is_quantised and self.stored.is_meta
+        return self.stored.is_meta
 
     @property
     def rank(self) -> int:
@@ -112,31 +114,19 @@ class NewAdapter:
 
         B gets the dtype of A, as in PEFT. Does nothing where another process has the base weight.
         """
-        if self.is_quantised:
-            base = quantised.stored(self.layer)
-        else:
-            base = self.stored
-        if base.is_meta:
+        if self.is_absent:
             return
-        lora_A, lora_B = adapter_weights(self.layer, self.adapter_name)
-        if lora_A.is_meta:
-            self._replace("A", torch.zeros_like(lora_A, device=base.device), lora_A.requires_grad)
-        if lora_B.is_meta:
-            self._replace("B", torch.zeros_like(lora_B, device=base.device, dtype=lora_A.dtype), False)
-
-    def _replace(self, factor: str, value: Tensor, requires_grad: bool) -> None:
-        parameter = nn.Parameter(value, requires_grad)
-        if isinstance(self.layer, lora.Embedding):
-            getattr(self.layer, f"lora_embedding_{factor}")[self.adapter_name] = parameter
-        else:
-            getattr(self.layer, f"lora_{factor}")[self.adapter_name].weight = parameter
+        for factor in (self.lora_A, self.lora_B):
+            if factor.is_meta:
+                zeros = torch.zeros_like(factor, device=self.stored.device, dtype=self.lora_A.dtype)
+                torch.utils.swap_tensors(factor, nn.Parameter(zeros, factor.requires_grad))
 
 
 def check(adapter: NewAdapter) -> Tensor:
     """The errors that need no solver, so that a hopeless configuration fails before any work.
 
     Returns:
-        `NewAdapter.weight`, which for a quantised layer takes a dequantisation.
+        `NewAdapter.materialise_weight()`, which for a quantised layer takes a dequantisation.
 
     Raises:
         TypeError: the weight is not of a floating dtype with 16 bits or more.
@@ -144,7 +134,7 @@ def check(adapter: NewAdapter) -> Tensor:
         UnsuitableLayerError: MiCA cannot start from this layer's weight.
     """
     _check_is_readable(adapter)
-    weight = adapter.weight
+    weight = adapter.materialise_weight()
     _check_dtype(adapter, weight)
     if is_wrapper(adapter.layer):
         experts.check(adapter.layer, adapter.name, adapter.rank)
@@ -219,7 +209,7 @@ def _check_is_finite(adapter: NewAdapter, weight: Tensor) -> None:
         matrices = weight
     counts = [int((~torch.isfinite(matrix)).sum()) for matrix in matrices]
     broken = [expert for expert, count in enumerate(counts) if count]
-    where = experts.listed(broken, adapter.layer)
+    where = experts.name_experts(broken, adapter.layer)
     raise UnsuitableLayerError(
         f"MiCA requires finite weights, but {adapter.name} has {sum(counts)} NaN or Inf of "
         f"{weight.numel()}{where}."
@@ -240,37 +230,36 @@ def initialise(adapters: Sequence[NewAdapter]) -> None:
 
     One progress bar for everything that takes more than 2 s. Quantised layers are dequantised, and layers
     under tensor parallelism gathered, a few at a time. Under FSDP with ``cpu_ram_efficient_loading`` only the
-    first process of a node has weights, and distributes its results: in the others weight and B are on the
-    meta device, and the first one must not wait for their share. Weights that ZeRO-3 has partitioned are
-    gathered one at a time, by all processes in the same order.
-    """
-    declined = []
-    for adapter in adapters:
-        if adapter.is_absent:
-            declined.extend(part.task for part in adapter.tasks)
-    decline(declined)
+    first process of a node has weights, and FSDP distributes its results: in the others weight and B are on
+    the meta device, and B stays there. Weights that ZeRO-3 has partitioned are gathered one at a time, by all
+    processes in the same order.
 
-    adapters = [adapter for adapter in adapters if not adapter.is_absent]
+    Raises:
+        UnsuitableLayerError: the solver refuses a weight.
+        RuntimeError: several processes, of which not all have called this, or one of them has failed.
+    """
+    if not adapters:
+        return
+    share = all_request([(adapter.name, adapter.rank, _count(adapter)) for adapter in adapters])
     partitioned = [adapter for adapter in adapters if _is_partitioned(adapter)]
     whole = [adapter for adapter in adapters if not _is_partitioned(adapter)]
     unit = "layer"
     if any(is_wrapper(adapter.layer) for adapter in adapters):
         unit = "expert"
     bar = tqdm(
-        total=sum(map(_count, adapters)),
+        total=sum(_count(adapter) for adapter in adapters if not adapter.is_absent),
         desc="MiCA initialisation",
         unit=unit,
         delay=2,
         leave=False,
         disable=are_progress_bars_disabled() or None,
     )
-    sharing = Sharing()
     with bar:
         for chunk in _chunks(whole):
-            _solve(chunk, bar, sharing)
+            _solve(chunk, bar, share)
         for adapter in partitioned:
             with gather_params_ctx(adapter.stored):
-                _solve([adapter], bar, sharing)
+                _solve([adapter], bar, share)
 
 
 def _chunks(adapters: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
@@ -307,7 +296,7 @@ def _is_partitioned(adapter: NewAdapter) -> bool:
 
 
 def _count(adapter: NewAdapter) -> int:
-    """How many matrices are solved, where the weight may not be there yet (`NewAdapter.tasks` needs it)."""
+    """How many matrices are solved, where the weight may not be there yet (`materialise_tasks` needs it)."""
     if not is_wrapper(adapter.layer):
         return 1
     if experts.is_halved(adapter.layer):
@@ -315,17 +304,19 @@ def _count(adapter: NewAdapter) -> int:
     return adapter.layer.num_experts
 
 
-def _solve(adapters: Sequence[NewAdapter], bar: tqdm, sharing: Sharing) -> None:
+def _solve(adapters: Sequence[NewAdapter], bar: tqdm, share: bool) -> None:
     """B of all of them, each written as soon as it is known."""
+    if not adapters:
+        return
     parts = []
     for adapter in adapters:
-        for part in adapter.tasks:
+        for part in adapter.materialise_tasks():
             parts.append((adapter, part))
     tasks = [part.task for _, part in parts]
     cache = default_cache()  # outside of ``try``: its ValueError is not about a weight
     warned: dict[NewAdapter, list[tuple[int, str]]] = defaultdict(list)  # results come in any order
     try:
-        for index, subspace in solve_shared(tasks, sharing, device=settings.device, cache=cache):
+        for index, subspace in solve_shared(tasks, share=share, device=settings.device, cache=cache):
             adapter, part = parts[index]
             _assign(adapter, part.slice, subspace.basis)
             for message in warnings_about(subspace, part.task.name):

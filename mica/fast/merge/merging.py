@@ -37,7 +37,7 @@ from mica.fast.settings import around, settings
 from mica.memory import TENSOR_TYPES
 from mica.ops.operator import no_autocast
 from mica.paths import reference_path
-from mica.row_fingerprints import row_fingerprints
+from mica.row_checksums import row_checksums
 
 
 @dataclass
@@ -88,13 +88,13 @@ def _contiguous(matrix: Tensor) -> Tensor:
 class Correction(NamedTuple):
     """The weights that subtracting the update does not give back, of a weight or of a chunk.
 
-    They are put back only if the fingerprints show that the weight still has the bits that the merge left.
+    They are put back only if the checksums show that the weight still has the bits that the merge left.
     The unmerge is exact only if it then has those from before.
     """
 
     indices: Tensor  # flat positions in the stored weight, int64
     values: Tensor  # the weights that were there
-    merged_rows: Tensor  # fingerprints after the merge, and before it
+    merged_rows: Tensor  # checksums after the merge, and before it
     original_rows: Tensor
 
 
@@ -226,7 +226,7 @@ def _merge_chunks(
 ) -> tuple[MergeStats, Correction | None]:
     """Write W' to ``out``, which may be W itself."""
     stats = MergeStats(weight.dtype)
-    corrections = []  # one a chunk, which is in the cache when its fingerprints are taken
+    corrections = []  # one a chunk, which is in the cache when its checksums are taken
     for rows, delta in update.chunks(weight):
         old = weight[rows]
         chunk = merge_by_native(old, delta, needs_correction)
@@ -236,8 +236,8 @@ def _merge_chunks(
         if needs_correction:
             first = rows.start * weight.shape[1]
             values = old.flatten()[chunk.lost]
-            fingerprints = row_fingerprints(chunk.new), row_fingerprints(old)
-            corrections.append(Correction(chunk.lost + first, values, *fingerprints))
+            checksums = row_checksums(chunk.new), row_checksums(old)
+            corrections.append(Correction(chunk.lost + first, values, *checksums))
         out[rows] = chunk.new
     if not needs_correction:
         return stats, None
@@ -337,8 +337,8 @@ def subtract(weight: Tensor, delta: Tensor) -> Tensor:
     return torch.sub(wide, delta, out=scratch_like(delta, "sum"))
 
 
-def _has_rows(weight: Tensor, fingerprints: Tensor) -> bool:
-    return torch.equal(row_fingerprints(weight), fingerprints.to(weight.device))
+def _has_rows(weight: Tensor, checksums: Tensor) -> bool:
+    return torch.equal(row_checksums(weight), checksums.to(weight.device))
 
 
 def _warn_of_inexact_unmerge(adapter: str, undo: Undo | None) -> None:

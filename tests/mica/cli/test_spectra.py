@@ -212,7 +212,7 @@ def test_a_stack_has_the_numbers_of_its_worst_expert(monkeypatch):
         return MinorSubspace(torch.eye(6)[:, -rank:], singular_values, "gram", proven, excess, 1e-14)
 
     monkeypatch.setattr(spectra, "minor_subspace", solver)
-    monkeypatch.setattr(spectra, "narrowed", lambda *_: None)
+    monkeypatch.setattr(spectra, "narrow", lambda *_: None)
     stack = moe_models.holder(torch.stack(experts))["experts"]
     row, values = spectra.measure("experts.down_proj", stack, 2, "down_proj")
     assert (row.reason, row.shape, row.expert, row.gap) == (None, (3, 6, 6), 1, 2.0)

@@ -10,6 +10,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 import mica.fast
 from mica.errors import UnsuitableLayerError
+from mica.fast.create import quantised
 from mica.fast.create import solving as module
 from mica.fast.settings import settings
 from mica.subspace import device, many
@@ -150,25 +151,45 @@ def test_partitioned_weights_are_gathered_one_at_a_time(build, adapt, names, mon
     assert not any(parameter.numel() for parameter in parameters.values())
 
 
-def test_the_process_without_weights_gets_its_bases_from_the_others(monkeypatch):
-    """FSDP with cpu_ram_efficient_loading: it declines the very matrices that the first process solves."""
+def test_the_process_without_weights_requests_the_same_and_solves_nothing(monkeypatch):
+    """FSDP with cpu_ram_efficient_loading: the first process, which has them, compares both requests."""
     monkeypatch.setattr(module, "is_fsdp_enabled", lambda: True)
-    declined, requested, share = [], [], module.solve_shared
+    requests, solved = [], []
+    request, solve = module.all_request, many.solve_each
 
-    def described(tasks):
-        return [(task.name, task.weight.shape, task.weight.dtype, task.rank) for task in tasks]
+    def requesting(layers):
+        requests.append(layers)
+        return request(layers)
 
-    def sharing(tasks, *args, **kwargs):
-        requested.extend(described(tasks))
-        return share(tasks, *args, **kwargs)
+    def solving(weight, rank, **options):
+        solved.append(weight.shape)
+        return solve(weight, rank, **options)
 
-    monkeypatch.setattr(module, "decline", lambda tasks: declined.extend(described(tasks)))
-    monkeypatch.setattr(module, "solve_shared", sharing)
+    monkeypatch.setattr(module, "all_request", requesting)
+    monkeypatch.setattr(many, "solve_each", solving)
     with torch.device("meta"):
         absent = stack()
     (layer,) = wrappers(wrap_holder(absent)).values()
-    assert not requested
     assert layer.lora_B["default"].weight.is_meta
+    assert not solved
     wrap_holder(stack())
-    assert declined == requested
-    assert len(requested) == 3
+    assert requests[0] == requests[1]
+    assert len(solved) == 3
+
+
+@pytest.mark.parametrize("kind", ["nf4", "hqq"])
+def test_a_quantised_weight_that_another_process_has(kind, monkeypatch):
+    monkeypatch.setattr(module, "is_fsdp_enabled", lambda: True)
+    requests, request = [], module.all_request
+
+    def requesting(layers):
+        requests.append(layers)
+        return request(layers)
+
+    monkeypatch.setattr(module, "all_request", requesting)
+    quantised_models.adapted(kind)
+    monkeypatch.setattr(module.NewAdapter, "is_absent", True)
+    monkeypatch.setattr(quantised, "dequantise", lambda *_: pytest.fail("dequantised"))
+    model = quantised_models.adapted(kind)
+    assert requests[0] == requests[1]
+    assert not any(B.any() for B in bases(model).values())

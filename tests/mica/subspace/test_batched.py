@@ -58,8 +58,8 @@ def test_what_is_trusted_in_vain_is_known_when_numbers_are_read(spread):
     basis, triangle, safe = gram.orthonormal(vectors)
     assert safe == good
     assert error(basis @ triangle, vectors) <= 1e-13
-    assert gram.holds(lambda *both: torch.stack(both).sum() == 3, torch.ones(1), torch.full((1,), 2.0))
-    assert not gram.holds(lambda one: one > 1, torch.ones(1))
+    assert gram.presume(lambda *both: torch.stack(both).sum() == 3, torch.ones(1), torch.full((1,), 2.0))
+    assert not gram.presume(lambda one: one > 1, torch.ones(1))
 
 
 @pytest.mark.parametrize("careful", [False, True])

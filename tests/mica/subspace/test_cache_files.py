@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 
 from mica.subspace import cache as cache_module
 from mica.subspace.cache import SubspaceCache
-from mica.subspace.fingerprint import fingerprint
+from mica.subspace.content_hash import content_hash
 from tests.mica.subspace.subspaces import only_file, put, same, solved
 
 
@@ -58,19 +57,17 @@ def test_any_damage_is_a_miss_and_the_next_put_repairs(cache, damage):
 def test_a_warning_a_file_and_none_of_a_miss(cache, weight, caplog):
     caplog.set_level(logging.WARNING, "mica")
     assert cache.get(weight, 4) is None
-    for _ in range(2):
-        subspace = put(cache, weight)
-        assert cache.get(weight, 5) is None
-        assert not caplog.records
-        path = only_file(cache.folder)
-        path.write_bytes(b"nonsense")
-        assert cache.get(weight, 4) is None
-        assert cache.get(weight, 4) is None
-        (record,) = caplog.records
-        assert record.name == "mica"
-        assert str(path) in record.getMessage()
-        assert "recomputed" in record.getMessage()
-        caplog.clear()
+    subspace = put(cache, weight)
+    assert cache.get(weight, 5) is None
+    assert not caplog.records
+    path = only_file(cache.folder)
+    path.write_bytes(b"nonsense")
+    assert cache.get(weight, 4) is None
+    assert cache.get(weight, 4) is None
+    (record,) = caplog.records
+    assert record.name == "mica"
+    assert str(path) in record.getMessage()
+    assert "recomputed" in record.getMessage()
     cache.put(weight, subspace)
     assert same(cache.get(weight, 4), subspace)
 
@@ -82,12 +79,10 @@ def test_a_file_of_another_version_or_weight_or_that_does_not_fit_is_a_miss(cach
         put(cache, weight)
     assert cache.get(weight, 4) is None
     assert same(put(cache, weight), cache.get(weight, 4))
-    key, other = fingerprint(weight), weight.float()  # the same numbers, whose result it could be
+    key = content_hash(weight)
     for fitting in (torch.randn(25, 30), torch.randn(24, 30).double(), torch.randn(24, 3)):
         assert cache.get(fitting, 2, key=key) is None
         assert cache.get(fitting, 4, key=key) is None
-    only_file(cache.folder).rename(cache.path(fingerprint(other), 4))
-    assert cache.get(other, 4) is None
 
 
 # Disks
@@ -137,14 +132,13 @@ UNREADABLE = {
     "directory": Path.mkdir,
     "fifo": lambda path: os.mkfifo(path),
     "device": lambda path: path.symlink_to("/dev/zero"),
-    "far too large": lambda path: path.touch() or os.truncate(path, 1 << 40),  # sparse; beyond any memory
 }
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_what_is_no_file_or_far_too_large_is_a_miss(cache, weight, kind):
+def test_what_is_no_file_is_a_miss(cache, weight, kind):
     cache.folder.mkdir(parents=True)
-    path = cache.path(fingerprint(weight), 4)
+    path = cache.path(content_hash(weight), 4)
     UNREADABLE[kind](path)
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(cache.get, weight, 4)
@@ -157,20 +151,6 @@ def test_what_is_no_file_or_far_too_large_is_a_miss(cache, weight, kind):
     assert only_file(cache.folder).is_dir() == (kind == "directory")  # which cannot be replaced
     loaded = cache.get(weight, 4)
     assert loaded is None if kind == "directory" else same(loaded, subspace)
-
-
-def test_no_more_of_a_file_is_read_than_a_result_can_take(cache, weight):
-    cache.folder.mkdir(parents=True)
-    path = cache.path(fingerprint(weight), 4)
-    path.touch()
-    os.truncate(path, 1 << 26)
-    tracemalloc.start()
-    try:
-        assert cache.get(weight, 4) is None
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 1 << 22
 
 
 # Several at once
@@ -187,7 +167,7 @@ def _killed(cache, weight, subspace, step):
 
 
 @pytest.mark.parametrize("step", WRITING)
-def test_what_a_killed_writer_leaves_is_harmless_and_swept_and_no_other_file(cache, weight, step):
+def test_what_a_killed_writer_leaves_is_harmless_and_evicted_and_no_other_file(cache, weight, step):
     subspace, fork = solved(weight, 4), multiprocessing.get_context("fork")
     process = fork.Process(target=_killed, args=(cache, weight, subspace, step))
     process.start()
@@ -200,14 +180,16 @@ def test_what_a_killed_writer_leaves_is_harmless_and_swept_and_no_other_file(cac
     assert same(cache.get(weight, 4), subspace)
     assert left.exists()
 
-    old, new = (left.with_name(f"{'0a' * 32}.4.{digits * 16}.tmp") for digits in ("1b", "2c"))
-    others = {new, left.with_name("thesis.tmp"), left.with_name(f"{'0a' * 32}.tmp")}
-    for path in (left, old, *others):
-        path.touch()
-        age = cache_module.ABANDONED_AFTER + (-60 if path == new else 60)
-        os.utime(path, (time.time() - age,) * 2)
-    put(SubspaceCache(cache.folder), weight, 6)
-    assert {*cache.folder.iterdir()} == others | {cache.path(fingerprint(weight), rank) for rank in (4, 6)}
+    stored = cache.path(content_hash(weight), 4)
+    earlier = cache.folder / f"{'0a' * 32}.4.subspace"  # as versions before named them
+    others = {cache.folder / "thesis.tmp", cache.folder / f"{'0a' * 32}.tmp"}
+    for path in (left, earlier, *others):
+        path.write_bytes(bytes(10))
+        os.utime(path, (1, 1))
+    put(SubspaceCache(cache.folder, 2 * stored.stat().st_size), weight, 4)
+    assert {*cache.folder.iterdir()} == {stored, left, earlier, *others}
+    put(SubspaceCache(cache.folder, stored.stat().st_size), weight, 4)
+    assert {*cache.folder.iterdir()} == {stored, *others}
 
 
 def _put_again_and_again(folder, weight, key, subspaces, until):
@@ -223,7 +205,7 @@ def _put_again_and_again(folder, weight, key, subspaces, until):
 @pytest.mark.parametrize("kind", ["processes", "threads"])
 def test_writers_and_readers_at_once(cache, kind, caplog):
     weight = torch.randn(200, 220)
-    subspaces, key = {rank: solved(weight, rank) for rank in (20, 40)}, fingerprint(weight)
+    subspaces, key = {rank: solved(weight, rank) for rank in (20, 40)}, content_hash(weight)
     worker = multiprocessing.get_context("fork").Process if kind == "processes" else threading.Thread
     until, order = time.time() + 1.5, list(subspaces.values())
     arguments = [(cache.folder, weight, key, each, until) for each in (order, order[::-1])]
@@ -307,7 +289,7 @@ def test_the_longest_unused_go_first(tmp_path):
     put(SubspaceCache(tmp_path), weights[0])
     each = only_file(tmp_path).stat().st_size
     cache = SubspaceCache(tmp_path, 3 * each + each // 2)
-    paths = [cache.path(fingerprint(weight), 4) for weight in weights]
+    paths = [cache.path(content_hash(weight), 4) for weight in weights]
     (tmp_path / "thesis.safetensors").write_bytes(bytes(10 * each))  # not the cache's
 
     def held():
@@ -323,4 +305,4 @@ def test_the_longest_unused_go_first(tmp_path):
     put(SubspaceCache(tmp_path, each), weights[5])  # a new one counts what it finds
     assert held() == [5]
     put(SubspaceCache(tmp_path / "none", 0), weights[0])  # larger than the whole cache
-    assert not (tmp_path / "none").exists()
+    assert not [*(tmp_path / "none").iterdir()]

@@ -8,7 +8,7 @@ import torch
 from mica.subspace import candidate as module
 from mica.subspace import krylov, methods
 from mica.subspace.batched import BatchGram
-from mica.subspace.candidate import Problem, candidate, judged, problem
+from mica.subspace.candidate import Problem, candidate, judge, problem
 from mica.subspace.certificate import ROUNDING
 from mica.subspace.host import HostGram
 from tests.support.judging import columns, energy, random, resolution, truth
@@ -22,10 +22,7 @@ on_one_and_a_batch = pytest.mark.parametrize("batch", [False, True])
 
 def stated(matrix: torch.Tensor, rank: int = RANK, method: str = "gram") -> Problem:
     """The problem of one matrix as on the host, or of a batch as on a device."""
-    basis_is_long = matrix.shape[-2] > matrix.shape[-1]
-    tall = matrix if basis_is_long else matrix.mT
-    gram = HostGram(tall) if matrix.ndim == 2 else BatchGram(tall)
-    return problem(tall, gram, rank, basis_is_long, 0, method)
+    return problem(matrix, HostGram if matrix.ndim == 2 else BatchGram, rank, 0, method)
 
 
 def exact_candidate(state: Problem, extra: int = 0):
@@ -112,7 +109,7 @@ def test_the_judgement_on_right_and_wrong_vectors(shape, name, batch, strict, ex
     matrix = weight(name, *shape)
     matrix = torch.stack([matrix, 2 * matrix]) if batch else matrix
     state = stated(matrix)
-    judgement = judged(state, exact_candidate(state, extra), strict)
+    judgement = judge(state, exact_candidate(state, extra), strict)
     assert judgement.basis.dtype == torch.float32
     assert (judgement.certified == (strict and not extra)).all()
     bases, singles = judgement.basis.reshape(-1, shape[0], RANK), matrix.reshape(-1, *shape)
@@ -136,13 +133,13 @@ def test_what_the_gram_does_not_see_counts_as_energy():
     above = module.energy_of(state, triplets, basis, torch.ones(1, RANK)) - energy(matrix, basis).sum()
     assert above == pytest.approx((RANK * ROUNDING * state.resolution).item(), rel=0.2)
 
-    plain = judged(state, triplets, True)
+    plain = judge(state, triplets, True)
     state.gram.error = 1e-8 * least
-    with_error = judged(state, triplets, True)
+    with_error = judge(state, triplets, True)
     # once for the energy of the basis, once for the deficit
     assert with_error.energy_excess - plain.energy_excess == pytest.approx(2 * RANK * 1e-8, rel=1e-3)
     state.gram.error = 1e-5 * least
-    assert not judged(state, triplets, True).certified
+    assert not judge(state, triplets, True).certified
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,7 +11,7 @@ from mica.subspace.batched import BatchGram
 from mica.subspace.certificate import Certificate, certify
 from mica.subspace.host import HostGram
 from mica.subspace.krylov import resolution
-from mica.subspace.result import is_certified, narrowed
+from mica.subspace.result import is_certified, narrow
 from tests.support.judging import columns, gram_of, random
 from tests.support.spectra import NULL, RANK, SPECTRA, weight
 
@@ -150,12 +150,12 @@ def test_the_error_of_the_gram_counts_once_for_each_vector(rank):
 def test_of_a_smaller_rank_the_last_columns_where_all_was_proven_and_determined():
     stored = minor_subspace(torch.randn(60, 40), 8)
     for rank in (3, 8):
-        kept = narrowed(stored, rank)
+        kept = narrow(stored, rank)
         assert torch.equal(kept.basis, stored.basis[:, -rank:])
         assert torch.equal(kept.singular_values, stored.singular_values[-rank:])
         assert kept.certified
-    assert narrowed(replace(stored, certified=False), 3) is None
-    assert narrowed(replace(stored, null_count=2), 3) is None
+    assert narrow(replace(stored, certified=False), 3) is None
+    assert narrow(replace(stored, null_count=2), 3) is None
 
 
 def test_the_allowance_is_a_share_of_the_energy_and_a_resolution_a_vector():

@@ -108,7 +108,7 @@ WEIGHTS = {
     **{str(shape): weight("gaussian", *shape) for shape in ((140, 200), (200, 140), (60, 40), (150, 300))},
     "null directions": weight("zero rows and columns", 60, 40),
     "a batch": stack(["gaussian", "times 1e4"], (140, 200)),
-    "large numbers": weight("gaussian", 140, 200).double() * 1e200,
+    "large numbers": weight("gaussian", 140, 200).double() * 1e50,
     "zero": torch.zeros(30, 20),
 }
 DEFAULTS = [(name, method) for name in WEIGHTS for method in (METHODS if name[0] == "(" else ["auto"])]

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from mica.subspace import distributed, many
-from mica.subspace.distributed import Sharing, shares, solve_shared
+from mica.subspace.distributed import all_request, solve_shared
 from mica.subspace.many import Task
 from tests.support.threads import Group
 
@@ -34,7 +33,8 @@ def group(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: group.count)
     monkeypatch.setattr(dist, "get_rank", lambda: group.rank)
     monkeypatch.setattr(dist, "all_gather_object", gather)
-    monkeypatch.setattr(distributed_c10d, "_get_default_store", lambda: store)
+    world = SimpleNamespace(get_group_store=lambda: store)
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=world))
     return group
 
 
@@ -51,12 +51,9 @@ def solved(group, monkeypatch):
     return solved
 
 
-def wait_for(seconds, monkeypatch):
-    monkeypatch.setattr(distributed, "PATIENCE", timedelta(seconds=seconds))
-
-
 def bases(tasks):
-    return {index: result.basis.tolist() for index, result in solve_shared(tasks, Sharing())}
+    share = all_request([task.name for task in tasks])
+    return {index: result.basis.tolist() for index, result in solve_shared(tasks, share=share)}
 
 
 def alone(tasks):
@@ -65,10 +62,10 @@ def alone(tasks):
 
 def test_each_solves_a_share_and_has_all(group, solved, monkeypatch):
     """Without a cache no weight is hashed for one, which takes ten times as long."""
-    monkeypatch.setattr(many, "fingerprint", None)
+    monkeypatch.setattr(many, "content_hash", None)
     tasks = make_tasks()
     assert group.run(lambda: bases(tasks)) == [alone(tasks)] * 2
-    assert solved == [["layer 2"], ["layer 0", "layer 1"]]
+    assert solved == [["layer 2", "layer 1"], ["layer 0"]]
 
 
 @pytest.mark.parametrize("change", [lambda weight: weight + 1, lambda weight: weight.T.contiguous().T])
@@ -108,27 +105,29 @@ def test_what_the_solver_refuses_is_its_error_in_every_process(group):
         assert "weight must be of dtype" in str(error)
 
 
-def test_after_one_has_called_alone_all_meet_again(group, solved, monkeypatch, caplog):
-    tasks = make_tasks()
-    wait_for(0.01, monkeypatch)
-    assert bases(tasks) == alone(tasks)
-    assert "not all processes asked for these 3 minor subspaces" in caplog.text
-    solved[0].clear()
-    wait_for(5, monkeypatch)
-    assert group.run(lambda: bases(tasks)) == [alone(tasks)] * 2
-    assert solved == [["layer 2"], ["layer 0", "layer 1"]]
+def test_one_without_weights_takes_no_part_but_is_waited_for(group, solved):
+    tasks = [make_tasks(), make_tasks()]
+    tasks[1][:2] = [replace(task, weight=task.weight.to("meta")) for task in tasks[1][:2]]
+    first, second = group.run(lambda: bases(tasks[group.rank]))
+    assert first == alone(make_tasks())
+    assert second == {2: first[2]}
+    assert solved == [["layer 2", "layer 0", "layer 1"], []]
 
 
-def test_one_that_declines_after_another_called_alone(group, monkeypatch, caplog):
-    """It declines the next meeting, for which nobody waits then."""
-    tasks = make_tasks()
-    wait_for(0.01, monkeypatch)
-    bases(tasks)
-    monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    distributed.decline(tasks)
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    bases(tasks)
-    assert len(caplog.records) == 1  # of the first call
+def test_those_that_request_other_layers_work_alone(group, solved):
+    first, second = group.run(lambda: bases(make_tasks(2 + group.rank)))
+    assert (first, second) == (alone(make_tasks(2)), alone(make_tasks(3)))
+
+
+def test_one_that_calls_alone_is_told_to_call_in_every_process(group, monkeypatch):
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=0.01))
+    with pytest.raises(RuntimeError, match=r"^all 2 processes .* in every process at the same time"):
+        bases(make_tasks())
+
+
+def test_a_single_process_waits_for_none(group):
+    group.count = 1
+    assert not all_request(["layer 0"])
 
 
 @pytest.mark.parametrize(
@@ -148,25 +147,18 @@ def test_messages_leave_from_a_device_of_this_process(monkeypatch, weight, curre
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_gather_object", lambda gathered, value: None)
     used, task = [], SimpleNamespace(weight=SimpleNamespace(get_device=lambda: weight))
-    distributed._gathered(None, [task])
+    distributed._all_gather(None, [task])
     assert [current if index < 0 else index for index in used] == [chosen]
 
 
-def test_the_parts_of_a_model_wait_once(monkeypatch):
-    """For processes that do not come; a part without layers waits for nobody."""
-    met, sharing = [], Sharing()
-    monkeypatch.setattr(distributed, "_several_processes", lambda: True)
-    monkeypatch.setattr(distributed, "_all_agree", lambda tasks: met.append(len(tasks)) or len(met) < 3)
-    parts = [make_tasks(count) for count in (0, 3, 1, 2, 3)]
-    assert [sharing.agreed(tasks) for tasks in parts] == [False, True, True, False, False]
-    assert met == [3, 1, 2]
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_shares_are_nearly_equal_and_complete(count):
+@pytest.mark.parametrize("count", [2, 3])
+def test_shares_are_nearly_equal_and_complete(group, monkeypatch, count):
     costs = [5.0, 1.0, 1.0, 9.0, 2.0, 4.0, 1.0, 3.0]
-    parts = shares(costs, count)
+    monkeypatch.setattr(distributed, "cost", lambda task: costs[task.rank])
+    group.__init__(count)
+    tasks = [replace(make_tasks(1)[0], rank=position) for position in range(len(costs))]
+    parts = [mine for mine, _ in group.run(lambda: distributed._divide(tasks))]
     assert sorted(index for part in parts for index in part) == list(range(len(costs)))
-    loads = [sum(costs[i] for i in part) for part in parts]
-    assert max(loads) - min(loads) <= 2
-    assert shares([], count) == [[]] * count
+    loads = [sum(costs[index] for index in part) for part in parts]
+    assert max(loads) - min(loads) <= max(costs)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -9,7 +9,7 @@ import torch
 from mica import minor_subspace
 from mica.subspace import device, many, threads
 from mica.subspace.cache import SubspaceCache
-from mica.subspace.fingerprint import fingerprint
+from mica.subspace.content_hash import content_hash
 from mica.subspace.many import Task, solve_many
 
 SHAPES = [(40, 30), (30, 40), (40, 30), (64, 64), (200, 20), (40, 30)]
@@ -41,7 +41,7 @@ def assert_as_alone(tasks, results, tolerance=0.0):
 @pytest.mark.parametrize("largest_small", [0, 35, 1000])
 def test_each_as_alone_and_without_a_cache_nothing_is_hashed(tasks, monkeypatch, largest_small):
     monkeypatch.setattr(threads, "SMALL", largest_small)
-    monkeypatch.setattr(many, "fingerprint", None)
+    monkeypatch.setattr(many, "content_hash", None)
     assert_as_alone(tasks, solved_once(tasks))
     assert list(solve_many([])) == []
 
@@ -72,7 +72,7 @@ def test_the_cpu_takes_over_where_an_accelerator_has_no_memory(tasks, accelerate
 
 @pytest.mark.usefixtures("anywhere")
 def test_the_cache_is_read_and_written(tasks, tmp_path, calls_of):
-    solved, hashed = calls_of(many, "solve_each"), calls_of(many, "fingerprint")
+    solved, hashed = calls_of(many, "solve_each"), calls_of(many, "content_hash")
     cache = SubspaceCache(tmp_path)
     first = solved_once(tasks, cache=cache)
     assert len(list(tmp_path.iterdir())) == len(tasks)
@@ -88,7 +88,7 @@ def test_the_cache_is_read_and_written(tasks, tmp_path, calls_of):
 def test_the_key_of_a_task_is_that_of_its_whole_weight():
     """Processes share the work on weights of one key."""
     weight = torch.randn(40, 30)
-    assert Task("layer", weight, 4).key == fingerprint(weight)
+    assert Task("layer", weight, 4).key == content_hash(weight)
 
 
 @pytest.mark.usefixtures("anywhere")

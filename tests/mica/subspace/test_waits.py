@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mica.subspace import fingerprint, krylov, solver
+from mica.subspace import content_hash, krylov, solver
 from tests.mica.subspace.counted_device import DEVICE, CountedDevice, OnDevice
 from tests.support.judging import judge
 from tests.support.spectra import stack
@@ -65,22 +65,22 @@ def test_trust_in_vain_is_noticed(shape, counted):
 
 
 @pytest.mark.parametrize(("chunks", "waits"), [(64, 1), (3, 3)])
-def test_a_fingerprint_is_copied_in_large_pieces(chunks, waits, monkeypatch):
+def test_a_content_hash_is_copied_in_large_pieces(chunks, waits, monkeypatch):
     weight = torch.randn(3000, 700)  # 8.01 MiB
-    monkeypatch.setattr(fingerprint, "is_weight", lambda weight: True)
-    monkeypatch.setattr(fingerprint, "_COPIED_CHUNKS", chunks)
+    monkeypatch.setattr(content_hash, "is_weight", lambda weight: True)
+    monkeypatch.setattr(content_hash, "_COPIED_CHUNKS", chunks)
     with CountedDevice() as device:
-        key = fingerprint.fingerprint(OnDevice(weight))
-    assert key == fingerprint.fingerprint(weight)
+        key = content_hash.content_hash(OnDevice(weight))
+    assert key == content_hash.content_hash(weight)
     assert device.waits.total() == waits
 
 
-def test_a_quick_fingerprint_copies_nothing_but_sums(monkeypatch):
+def test_a_quick_content_hash_copies_nothing_but_sums(monkeypatch):
     weight = torch.randn(300, 70)
-    monkeypatch.setattr(fingerprint, "is_weight", lambda weight: True)
+    monkeypatch.setattr(content_hash, "is_weight", lambda weight: True)
     with CountedDevice() as device:
-        key = fingerprint.quick_fingerprint(OnDevice(weight))
-    assert key == fingerprint.quick_fingerprint(weight)
+        key = content_hash.quick_content_hash(OnDevice(weight))
+    assert key == content_hash.quick_content_hash(weight)
     assert device.waits.total() == 1
 
 

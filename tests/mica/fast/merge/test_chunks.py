@@ -7,7 +7,7 @@ import torch
 
 from mica import native
 from mica.fast.merge import merging
-from mica.row_fingerprints import row_fingerprints
+from mica.row_checksums import row_checksums
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.why_not()))
 
@@ -63,6 +63,6 @@ def test_what_processors_round_in_different_ways_is_left_to_pytorch(dtype, value
 @pytest.mark.parametrize("shape", [(1, 4), (7, 12), (3000, 64), (5, 4096)])
 def test_sums_of_rows(shape, monkeypatch):
     weight = torch.randn(shape).bfloat16()
-    ours = row_fingerprints(weight)
+    ours = row_checksums(weight)
     monkeypatch.setenv("MICA_NATIVE", "0")
-    assert torch.equal(row_fingerprints(weight), ours)
+    assert torch.equal(row_checksums(weight), ours)

@@ -6,16 +6,14 @@ And as a much faster one that says whether processes hold the same weight.
 from __future__ import annotations
 
 import hashlib
-import math
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 
 from mica.dtypes import FLOATING
 from mica.memory import in_memory
-from mica.row_fingerprints import row_fingerprints
+from mica.row_checksums import row_checksums
 from mica.subspace.threads import set_torch_threads
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -36,7 +34,7 @@ def is_weight(weight: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def fingerprint(weight: torch.Tensor) -> str:
+def content_hash(weight: torch.Tensor) -> str:
     """64 hexadecimal digits for the bits of ``weight`` (out_features, in_features), its shape and dtype.
 
     The key is a hash of the hashes of 1 MiB blocks of rows, by as many threads as PyTorch has; the temporary
@@ -52,28 +50,28 @@ def fingerprint(weight: torch.Tensor) -> str:
         ValueError: weight is not a non-empty 2-D tensor of fp64, fp32, bf16 or fp16 that holds data.
     """
     header, rows = _in_memory(weight)
-    return _hashed(header + b"".join(_digests(rows)), b"mica weight")
+    return _hash(header + b"".join(_digests(rows)), b"mica weight")
 
 
 @torch.no_grad()
-def quick_fingerprint(weight: torch.Tensor) -> str:
-    """As ``fingerprint``, at the speed of memory, but only for weights that no one has made to deceive.
+def quick_content_hash(weight: torch.Tensor) -> str:
+    """As ``content_hash``, at the speed of memory, but only for weights that no one has made to deceive.
 
-    It hashes a sum of each row (``row_fingerprints``), so two weights have one key only if the sums of all
+    It hashes a sum of each row (``row_checksums``), so two weights have one key only if the sums of all
     their rows agree: 64 bits each, which accidents do not reach. Weights that have one name in several
     processes and yet differ, such as experts, differ in every row; where an edit has changed a single number,
     the sum of its row always changes. One row is as safe as its 64 bits. It does not see signs that an even
     number of columns change, all of them the last in its word of 8 bytes.
 
-    11 GB/s by one thread where ``fingerprint`` has 0.8. On a device the sums are made there, and only they
+    11 GB/s by one thread where ``content_hash`` has 0.8. On a device the sums are made there, and only they
     are copied.
 
     Raises:
-        ValueError: as ``fingerprint``.
+        ValueError: as ``content_hash``.
     """
     header, rows = _in_memory(weight)
-    sums = row_fingerprints(rows).cpu().numpy()
-    return _hashed(header + sums.tobytes(), b"mica quick")
+    sums = row_checksums(rows).cpu().numpy()
+    return _hash(header + sums.tobytes(), b"mica quick")
 
 
 def _in_memory(weight: torch.Tensor) -> tuple[bytes, torch.Tensor]:
@@ -95,25 +93,17 @@ def _in_memory(weight: torch.Tensor) -> tuple[bytes, torch.Tensor]:
     return f"{weight.dtype} {tuple(weight.shape)} {order}\n".encode(), bits
 
 
-def _hashed(content: bytes, purpose: bytes) -> str:
+def _hash(content: bytes, purpose: bytes) -> str:
     return hashlib.blake2b(content, digest_size=_DIGEST_BYTES, person=purpose).hexdigest()
 
 
 def _digests(rows: torch.Tensor) -> list[bytes]:
     """The hash of each block of rows, in order."""
     step = max(1, CHUNK_BYTES // (rows.shape[1] * rows.element_size()))
-    threads = min(torch.get_num_threads(), math.ceil(len(rows) / step))
-    if threads > 1:
-        workers = ThreadPoolExecutor(threads, "mica-fingerprint", set_torch_threads, (1,))
-    else:
-        workers = nullcontext()
-
     digests: list[bytes] = []
-    with workers as pool:
+    with ThreadPoolExecutor(torch.get_num_threads(), "mica-content-hash", set_torch_threads, (1,)) as pool:
         for piece in rows.split(_COPIED_CHUNKS * step):
-            blocks = piece.cpu().split(step)
-            each = pool.map if pool else map
-            digests.extend(each(_digest, blocks))
+            digests.extend(pool.map(_digest, piece.cpu().split(step)))
     return digests
 
 

@@ -17,7 +17,7 @@ _DEVICE_CHUNK_BYTES = 1 << 26
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def row_fingerprints(matrix: Tensor) -> Tensor:
+def row_checksums(matrix: Tensor) -> Tensor:
     """One int64 per row: the sum of its words, each times an odd number for its position, modulo 2^64.
 
     It finds accidents, not forgeries. A change of one word is always seen, since odd numbers have an inverse;
@@ -36,7 +36,7 @@ def row_fingerprints(matrix: Tensor) -> Tensor:
 
     sums = []
     for rows in matrix.split(_rows_at_a_time(matrix)):
-        sums.append(_weighted_sums(_viewed(rows, word).to(torch.int64), odd))
+        sums.append(_weighted_sums(_as_words(rows, word).to(torch.int64), odd))
     return torch.cat(sums)
 
 
@@ -77,7 +77,7 @@ def _rows_at_a_time(matrix: Tensor) -> int:
     return max(1, size // max(1, matrix.shape[1] * matrix.element_size()))
 
 
-def _viewed(rows: Tensor, word: torch.dtype) -> Tensor:
+def _as_words(rows: Tensor, word: torch.dtype) -> Tensor:
     """The words that hold the rows; a copy only where PyTorch has no view of them."""
     # Flat, because a view of other words looks at all strides, even that of a single row, which means nothing
     flat = rows.contiguous().view(-1)

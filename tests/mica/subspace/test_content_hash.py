@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from mica import row_fingerprints
+from mica import row_checksums
 from mica.dtypes import FLOATING
-from mica.subspace import fingerprint as module
-from mica.subspace.fingerprint import fingerprint, quick_fingerprint
+from mica.subspace import content_hash as module
+from mica.subspace.content_hash import content_hash, quick_content_hash
 from tests.mica.subspace.subspaces import put, same, solved
 
 on_all_dtypes = pytest.mark.parametrize("dtype", FLOATING)
-on_both = pytest.mark.parametrize("key_of", [fingerprint, quick_fingerprint])
+on_both = pytest.mark.parametrize("key_of", [content_hash, quick_content_hash])
 
 
 def bits(weight):
@@ -85,8 +85,8 @@ DISTINCT = {
 @on_all_dtypes
 def test_other_content_has_another_key(dtype, kind, chunk, key_of, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
-    monkeypatch.setattr(row_fingerprints, "_CHUNK_BYTES", chunk)
-    if kind == "turned signs" and key_of is quick_fingerprint and dtype != torch.float64:
+    monkeypatch.setattr(row_checksums, "_CHUNK_BYTES", chunk)
+    if kind == "turned signs" and key_of is quick_content_hash and dtype != torch.float64:
         pytest.skip("two signs that are the uppermost bits of words of 8 bytes cancel")
     keys = []
     for weight in DISTINCT[kind](dtype):
@@ -107,12 +107,12 @@ def test_padding_offset_and_strides_are_of_no_account(cache, dtype, columns, tra
         copies.append(copy.copy_(weight))
     if transposed:
         copies = [copy.T for copy in copies]
-    for key_of in (fingerprint, quick_fingerprint):
+    for key_of in (content_hash, quick_content_hash):
         assert len({key_of(copy) for copy in copies}) == 1
     subspace = put(cache, copies[0], 3)
     assert all(same(cache.get(copy, 3), subspace) for copy in copies)
     expanded = weight[:1].T.expand(columns, 4)
-    for key_of in (fingerprint, quick_fingerprint):
+    for key_of in (content_hash, quick_content_hash):
         assert key_of(expanded) == key_of(expanded.contiguous())
 
 
@@ -133,9 +133,9 @@ def test_memory_that_starts_anywhere(key_of):
 def test_threads_do_not_show(monkeypatch, dtype):
     monkeypatch.setattr(module, "CHUNK_BYTES", 1000)
     weights = [torch.randn(50, 33).to(dtype), torch.randn(33, 52).to(dtype).T, torch.randn(2, 3000).to(dtype)]
-    keys, before = [fingerprint(weight) for weight in weights], torch.get_num_threads()
+    keys, before = [content_hash(weight) for weight in weights], torch.get_num_threads()
     torch.set_num_threads(4)
-    assert [fingerprint(weight) for weight in weights] == keys
+    assert [content_hash(weight) for weight in weights] == keys
     assert torch.get_num_threads() == 4
     torch.set_num_threads(before)
 
@@ -143,7 +143,7 @@ def test_threads_do_not_show(monkeypatch, dtype):
 def test_the_key_is_the_same_in_every_process_and_release():
     """A change here is a change of the key: raise ``cache.VERSION``."""
     weight = torch.arange(35, dtype=torch.float32).view(5, 7)
-    assert [fingerprint(weight), fingerprint(weight.T.bfloat16())] == [
+    assert [content_hash(weight), content_hash(weight.T.bfloat16())] == [
         "d64aa2a156b765f6434cf0fd4d82be86ae306448119e4befa2b0185fb0227316",
         "58fc0b5e58e7ebd449258402768afa8f80fc70302d1ff35e8dfa3fe627bc03c1",
     ]
@@ -154,8 +154,8 @@ def test_the_key_is_the_same_in_every_process_and_release():
 def test_on_cuda(cache, dtype):
     weight = torch.randn(40, 31).to(dtype)
     for view in (weight, weight.T, weight[:, 1:], weight[:, ::2]):
-        assert fingerprint(view) == fingerprint(view.cuda())
-        assert quick_fingerprint(view) == quick_fingerprint(view.cuda())
+        assert content_hash(view) == content_hash(view.cuda())
+        assert quick_content_hash(view) == quick_content_hash(view.cuda())
     subspace = solved(weight, 4)
     cache.put(weight.cuda(), subspace)
     loaded = cache.get(weight.cuda(), 4)
@@ -175,7 +175,7 @@ NO_WEIGHTS = {
 
 @pytest.mark.parametrize("kind", NO_WEIGHTS)
 def test_what_is_no_weight_is_never_found(cache, kind):
-    for key_of in (fingerprint, quick_fingerprint):
+    for key_of in (content_hash, quick_content_hash):
         with pytest.raises(ValueError, match="2-D"):
             key_of(NO_WEIGHTS[kind])
     cache.put(NO_WEIGHTS[kind], solved(torch.randn(5, 6), 2))
