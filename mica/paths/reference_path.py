@@ -266,52 +266,34 @@ def experts_base(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def _by_expert(product: Callable[..., Tensor], x, offsets, weight, bias) -> Tensor:
-    y = x.new_empty(x.shape[0], weight.shape[1])
-    fill, end = _filling(x), 0
+    parts, end = [], 0
     for expert, rows in hit(offsets):
         own_bias = None if bias is None else _cast(bias[expert], x.dtype)
-        y = fill(y, rows, product(expert, x[rows], _cast(weight[expert], x.dtype), own_bias))
+        parts.append(product(expert, x[rows], _cast(weight[expert], x.dtype), own_bias))
         end = rows.stop
-    y[end:] = 0
-    return y
+    return torch.cat([*parts, x.new_zeros(x.shape[0] - end, weight.shape[1])])
 
 
 def experts_linear_backward(
     grad_output: Tensor, x: Tensor | None, offsets: Tensor, operands: Operands
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx (S×K), dA (E×r×K) in the dtype of lora_A); None where the weight or x is None."""
-    weight, lora_A, *_ = operands
-    dx = None if weight is None else grad_output.new_empty(grad_output.shape[0], lora_A.shape[2])
-    dA = None if x is None else lora_A.new_zeros(lora_A.shape)
-    fill, end = _filling(grad_output), 0
+    lora_A = operands.lora_A
+    dx, end = [], 0
+    dA = [lora_A.new_zeros(lora_A.shape[1:])] * lora_A.shape[0]
     for expert, rows in hit(offsets):
         own_x = None if x is None else x[rows]
-        own_weight = None if weight is None else _cast(weight[expert], grad_output.dtype)
-        part, own = linear_backward(grad_output[rows], own_x, _of_expert(operands, expert, own_weight))
-        if dx is not None:
-            dx = fill(dx, rows, part)
-        if dA is not None:
-            dA = fill(dA, slice(expert, expert + 1), own)
+        weight = None
+        if operands.weight is not None:
+            weight = _cast(operands.weight[expert], grad_output.dtype)
+        part, dA[expert] = linear_backward(grad_output[rows], own_x, _of_expert(operands, expert, weight))
+        dx.append(part)
         end = rows.stop
-    if dx is not None:
-        dx[end:] = 0
-    return dx, dA
-
-
-def _filling(tensor: Tensor) -> Callable[[Tensor, slice, Tensor], Tensor]:
-    """(whole, rows, part) -> whole with these rows: filled in place where no vmap can make part a batch."""
-    functorch = torch._C._functorch
-    can_be_batch = torch._C._are_functorch_transforms_active() or functorch.is_legacy_batchedtensor(tensor)
-    return _filled_copy if can_be_batch else _filled
-
-
-def _filled(whole: Tensor, rows: slice, part: Tensor) -> Tensor:
-    whole[rows] = part
-    return whole
-
-
-def _filled_copy(whole: Tensor, rows: slice, part: Tensor) -> Tensor:
-    return torch.cat([whole[: rows.start], part.view_as(whole[rows]), whole[rows.stop :]])
+    dx.append(grad_output.new_zeros(grad_output.shape[0] - end, lora_A.shape[2]))
+    return (
+        None if operands.weight is None else torch.cat(dx),
+        None if x is None else torch.stack(dA),
+    )
 
 
 def hit(offsets: Tensor) -> Iterator[tuple[int, slice]]:

@@ -195,12 +195,9 @@ def down_projection_backward(
 # a stack of experts
 # ---------------------------------------------------------------------------------------------------
 
-# `grouped_mm` is public from PyTorch 2.10 on. What it is from then on: bf16 from sm_80 on, where before sm_90
-# it waits for the device itself; any dtype on a CPU. Before: bf16 on sm_90 only.
+# Public from PyTorch 2.10 on. It takes bf16 from sm_80 on, where before sm_90 it waits for the device itself,
+# and any dtype on a CPU.
 _grouped_mm = getattr(F, "grouped_mm", None)
-_before_2_10 = _grouped_mm is None
-if _before_2_10:
-    _grouped_mm = getattr(torch, "_grouped_mm", None)
 _MOST_GROUPS = 1023  # of its CUDA kernel
 _MOST_ELEMENTS = 2**31 - 1  # of x, and of y: with more, an illegal access was reported (torchtitan#1932)
 
@@ -276,11 +273,9 @@ def _is_grouped(device: torch.device, dtype: torch.dtype, num_experts: int) -> b
     if _grouped_mm is None or num_experts > _MOST_GROUPS:
         return False
     if device.type == "cpu":
-        return not _before_2_10
-    if device.type != "cuda" or dtype is not torch.bfloat16:
-        return False
-    capability = torch.cuda.get_device_capability(device)
-    return capability[0] == 9 if _before_2_10 else capability >= (8, 0)
+        return True
+    is_bf16_on_cuda = device.type == "cuda" and dtype is torch.bfloat16
+    return is_bf16_on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _is_aligned(tensor: Tensor) -> bool:

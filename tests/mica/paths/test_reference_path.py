@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -125,14 +124,15 @@ def test_dropout_is_a_function_of_seed_row_and_column():
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**62 + 2**31, -(2**63), 2**63 - 1])
 @pytest.mark.parametrize(
-    ("rows", "columns", "first_row"), [(0, 5, 0), (3, 0, 0), (1, 1, 7), (70, 1000, 0), (9, 40_000, 2**32 - 4)]
+    ("rows", "columns", "first_row"),
+    [(0, 5, 0), (3, 0, 0), (1, 1, 7), (70, 1000, 0), (9, 40_000, 2**32 - 4), (201, 1000, 3)],
 )
-def test_every_way_to_draw_a_mask_draws_the_same(seed, rows, columns, first_row):
-    """NumPy's, in blocks of rows, and PyTorch's, which devices and function transforms have."""
+def test_blocks_of_rows_are_the_mask(seed, rows, columns, first_row):
+    """As devices and function transforms draw it, at once."""
+    seed = torch.tensor([seed])
     for p in (1e-9, 0.05, 0.5, 0.999):
-        threshold = round(p * 2**24)
-        expected = dropout.keep_by_torch(torch.tensor([seed]), rows, columns, threshold, first_row)
-        keep = dropout.dropout_keep(torch.tensor([seed]), rows, columns, p, first_row)
+        expected = dropout.keep_rows(seed, first_row, rows, columns, round(p * 2**24))
+        keep = dropout.dropout_keep(seed, rows, columns, p, first_row)
         assert keep.dtype == torch.bool
         assert torch.equal(keep, expected)
 
@@ -144,14 +144,10 @@ def test_a_mask_is_where_its_seed_is():
 
 def test_what_is_kept_at_exactly_the_threshold():
     """A probability whose threshold is a hash that occurs: that element is kept."""
-    seed, threshold = torch.tensor([3]), 2**20
-    keep = dropout.keep_by_numpy(3, 4, 5, threshold, 0)
-    hashes = np.array([[_hash(3, row, column) for column in range(5)] for row in range(4)])
-    assert (keep == (hashes >= threshold)).all()
-    for occurring in hashes.flat:
-        expected = hashes >= occurring
-        assert (dropout.keep_by_numpy(3, 4, 5, int(occurring), 0) == expected).all()
-        assert (dropout.keep_by_torch(seed, 4, 5, int(occurring), 0).numpy() == expected).all()
+    seed = torch.tensor([3])
+    hashes = torch.tensor([[_hash(3, row, column) for column in range(5)] for row in range(4)])
+    for threshold in (2**20, *hashes.flatten().tolist()):
+        assert torch.equal(dropout.keep_rows(seed, 0, 4, 5, threshold), hashes >= threshold)
 
 
 def _hash(seed, row, column):
