@@ -136,6 +136,13 @@ def test_nothing_is_left_in_the_model():
     assert len(call_counts.last_calls()) < known
 
 
+def test_the_last_call_s_x_is_known(model):
+    inner = model.base_model.model
+    inner.forward = lambda x: inner.up(inner.up(x)[:1])
+    model(torch.ones(2, 8))
+    assert call_counts.last_calls()[inner.up].x.shape == (1, 8)
+
+
 @pytest.mark.parametrize("regional", [False, True])
 def test_compiled_calls_are_not_seen_and_never_denied(model, regional):
     inner, options = model.base_model.model, {"fullgraph": True, "backend": "aot_eager"}

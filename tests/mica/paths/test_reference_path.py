@@ -125,7 +125,7 @@ def test_dropout_is_a_function_of_seed_row_and_column():
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**62 + 2**31, -(2**63), 2**63 - 1])
 @pytest.mark.parametrize(
     ("rows", "columns", "first_row"),
-    [(0, 5, 0), (3, 0, 0), (1, 1, 7), (70, 1000, 0), (9, 40_000, 2**32 - 4), (201, 1000, 3)],
+    [(0, 5, 0), (3, 0, 0), (1, 1, 7), (201, 1000, 3), (9, 40_000, 2**32 - 4)],
 )
 def test_blocks_of_rows_are_the_mask(seed, rows, columns, first_row):
     """As devices and function transforms draw it, at once."""
