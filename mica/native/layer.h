@@ -260,14 +260,19 @@ inline void save_numbers(AutogradContext* ctx, const Numbers& numbers) {
       static_cast<double>(numbers.grad_dtype),
       numbers.dropout.p,
   });
-  ctx->saved_data["seed"] = static_cast<int64_t>(numbers.dropout.seed);
+  if (numbers.dropout) {
+    ctx->saved_data["seed"] = static_cast<int64_t>(numbers.dropout.seed);
+  }
 }
 
 inline Numbers saved_numbers(AutogradContext* ctx) {
   const auto saved = ctx->saved_data["numbers"].toDoubleVector();
   const auto dtype = [&](size_t i) { return static_cast<ScalarType>(saved[i]); };
-  const auto seed = static_cast<uint64_t>(ctx->saved_data["seed"].toInt());
-  return {saved[0], dtype(1), dtype(2), dtype(3), Dropout{saved[4], seed}};
+  Numbers numbers{saved[0], dtype(1), dtype(2), dtype(3), Dropout{saved[4]}};
+  if (numbers.dropout) {
+    numbers.dropout.seed = static_cast<uint64_t>(ctx->saved_data["seed"].toInt());
+  }
+  return numbers;
 }
 
 struct Layer : torch::autograd::Function<Layer> {

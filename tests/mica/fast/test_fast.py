@@ -140,6 +140,17 @@ def test_fp64_under_autocast(part):
         check_uncommon(layer, X.double() if part == "x" else X)
 
 
+def test_the_environment_is_read_at_each_call(monkeypatch):
+    layer = layer_of()
+    check_common(layer)
+    monkeypatch.setenv("MICA_NATIVE", "0")
+    check_uncommon(layer)
+    monkeypatch.setenv("MICA_BACKEND", "reference")
+    check_uncommon(layer)
+    monkeypatch.delenv("MICA_NATIVE")
+    assert called(layer, X).shape == (2, 3, 20)  # computed
+
+
 def test_dropout():
     layer = layer_of(lora_dropout=0.25)
     dropout = layer.lora_dropout["default"]
