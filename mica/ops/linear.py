@@ -182,8 +182,11 @@ def linear_eager(x, *args) -> Tensor:
 def _run(x, *args) -> Tensor:
     """From C++, or else from Python."""
     module = native.module()
-    y = None if module is None else module.linear(x, *args)
-    return _from_python(x, Operands(*args)) if y is None else y
+    if module is not None:
+        y = module.linear(x, *args)
+        if y is not None:
+            return y
+    return _from_python(x, Operands(*args))
 
 
 def _from_python(x, operands: Operands) -> Tensor:

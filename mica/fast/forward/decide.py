@@ -72,7 +72,9 @@ def decided(decide: Callable, common: ModuleType | None = None) -> Callable:
 
 def drawn_seed(p: float, device: torch.device) -> Tensor | None:
     """For dropout, from torch's generator: checkpointing restores that, and so the mask."""
-    return None if p == 0.0 else torch.randint(0, 2**63 - 1, (1,), device=device)
+    if p == 0.0:
+        return None
+    return torch.randint(0, 2**63 - 1, (1,), device=device)
 
 
 @dataclass
@@ -94,20 +96,18 @@ class Fused(OnOperators):
         if x is not None and not self._fits(x):  # the layer has changed since
             x = None
         matrix = _one_row(in_features) if x is None else x.as_matrix()
+        grad_output = matrix.new_empty(len(matrix), out_features)  # contiguous, as PyTorch returns it
+        p = operands.dropout_p
+        rows_of = {
+            "linear": choose.forward_rows(matrix, out_features, p),
+            "linear_backward": choose.backward_rows(grad_output, matrix, in_features, p),
+        }
         dtypes = (*product_dtypes(x, operands.weight.dtype), operands.lora_A.dtype, operands.lora_B.dtype)
-
-        def forward() -> choose.Rows:
-            rows = choose.forward_rows(matrix, out_features, operands.dropout_p)
-            return rows._replace(tokens=None) if x is None else rows
-
-        def backward() -> choose.Rows:
-            """With a dy as PyTorch's operators return it: contiguous."""
-            grad_output = matrix.new_empty(len(matrix), out_features)
-            rows = choose.backward_rows(grad_output, matrix, in_features, operands.dropout_p)
-            return rows._replace(tokens=None) if x is None else rows
-
-        for function, rows in (("linear", forward), ("linear_backward", backward)):
-            yield function, choose.decide(function, operands.lora_A.device, operands.rank, dtypes, rows)
+        for function, rows in rows_of.items():
+            if x is None:
+                rows = rows._replace(tokens=None)
+            device = operands.lora_A.device
+            yield function, choose.decide(function, device, operands.rank, dtypes, lambda rows=rows: rows)
 
     def why_python(self, x: Input | None) -> str | None:
         weight = self.operands.weight
@@ -196,7 +196,9 @@ def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnP
     (lora_A, lora_B, scaling, dropout_p), *others = adapters
     operands = Operands(weight, lora_A, lora_B, scaling, bias, dtype, dropout_p)
     fused = Fused(operands) if sharding is None else Sharded(operands, sharding)
-    return Added(fused, others, dtype, sharding, None) if others else fused
+    if not others:
+        return fused
+    return Added(fused, others, dtype, sharding, None)
 
 
 def _decide_mixed_batch(layer, x: Tensor, adapter_names: list[str]) -> mixed_batch.MixedBatch | OnPeft:
@@ -214,7 +216,9 @@ def _suitable_adapters(layer, x: Tensor | None, names: list[str] | None) -> list
     adapters = read_adapters(layer, names)
     if type(adapters) is str:
         return OnPeft(adapters)
-    reason = None if x is None else _why_not_call(layer, x, adapters)
+    if x is None:
+        return adapters
+    reason = _why_not_call(layer, x, adapters)
     return adapters if reason is None else OnPeft(reason)
 
 
