@@ -115,6 +115,7 @@ def test_the_tables_word_is_what_ran(call):
 @example(Drawn(gap=8, tokens=(1,)))
 @example(Drawn(gap=8, dtype=torch.float32, autocast=True))
 @example(Drawn(dtype=torch.float32, autocast=True, host_bound=HOST_BOUND))
+@example(Drawn(host_bound=HOST_BOUND, dropout_p=0.5))
 @example(Drawn(host_bound=HOST_BOUND, has_cpp=False))
 @example(Drawn(gap=8, dtype=torch.float32, autocast=True, has_cpp=False))
 def test_the_tables_word_is_what_ran_in_a_few_calls(call):
