@@ -132,7 +132,6 @@ perplexity      {perplexities}
 
 The adapter is in {folder}; its README.md is the model card. Next:
 
-{mica} doctor --adapter {at}  # which servers can load it
 {mica} transfer --adapter {at} --to {at}/base --output {merged}  # merge it
 {mica} {more}  # as many steps again"""
 

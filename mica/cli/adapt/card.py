@@ -233,28 +233,24 @@ def _table(title: str, header: tuple, rows: list[tuple]) -> list[str]:
 
 
 def _loading(summary: dict) -> list[str]:
-    """How to load the adapter, from its repository if it was pushed; more for one of a GGUF file."""
+    """How to load the adapter; more for one of a GGUF file."""
     folder = Path(summary["adapter"]).name
-    repository = summary["settings"].get("push_to_hub")
-    where = json.dumps(repository or folder)
-    note = _HERE
-    if repository:
-        note = ""
+    where = json.dumps(folder)
     load = _LOAD.format(
         imports="from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer",
         kind="AutoPeftModelForCausalLM",
         where=where,
-        note=note,
+        note=_HERE,
     )
     if not summary["model"].lower().endswith(".gguf"):
         return [load]
 
-    found = "That finds the base, dequantised, in the subfolder `base` where the adapter was made."
-    others = []
-    if not repository:  # which has no such subfolder
-        found += " Where this folder was moved to, only after `import mica.fast`."
-        base = json.dumps(f"{folder}/base")
-        others.append(_LOAD_ON.format(when="There without it", base=base, where=where))
+    found = (
+        "That finds the base, dequantised, in the subfolder `base` where the adapter was made. "
+        "Where this folder was moved to, only after `import mica.fast`."
+    )
+    base = json.dumps(f"{folder}/base")
+    others = [_LOAD_ON.format(when="There without it", base=base, where=where)]
     file = json.dumps(Path(summary["model"]).name)
     base = f'".", gguf_file={file}, dtype="{summary["dtype"]}"'
     when = "Elsewhere, with the GGUF file in the working directory"

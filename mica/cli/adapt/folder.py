@@ -20,7 +20,6 @@ MERGED = "merged"
 CHECKPOINT = "checkpoint-"
 # What every run writes. The names of tokenizer and adapter are known once they have been written elsewhere.
 ALWAYS = (SETTINGS, SUMMARY, "README.md", "curve.csv", "curve.png")
-_NOT_RESULT = (BASE, MERGED, "runs")
 
 
 def check(
@@ -128,18 +127,6 @@ def begin(
     if BASE in ready:
         new.files[BASE] = found.files[BASE]
     record.replace(output, new, ready)
-
-
-def results(output: Path) -> list[str]:
-    """The names of the run's results in ``output``: what describes and holds the adapter; sorted."""
-    found = record.read(output)
-    if found is None:
-        return []
-    names = []
-    for name in found.files:
-        if name not in _NOT_RESULT and not name.startswith(CHECKPOINT):
-            names.append(name)
-    return sorted(names)
 
 
 def recover(output: Path) -> None:

@@ -286,13 +286,6 @@ TABLE = (  # a string: the title of the group that begins there
         by_run=True,
     ),
     _switch("merge", "also write the merged model to DIR/merged", may_change=True, in_card=False),
-    Option(
-        "push_to_hub",
-        "upload the adapter to this private repository",
-        "REPO",
-        may_change=True,
-        in_card=False,
-    ),
     Option("config", "YAML file with options; the command line wins", "FILE", parse=a_path, by_run=True),
 )
 OPTIONS = {row.name: row for row in TABLE if isinstance(row, Option)}

@@ -24,7 +24,6 @@ from mica.cli.adapt import (
     corpus,
     fingerprint,
     folder,
-    hub,
     processes,
     result,
     run_yaml,
@@ -110,8 +109,6 @@ def _read_inputs(settings: Settings) -> _Inputs:
     _note_what_is_odd(args)
     loading.check_backend(args.rank)
     training.check(args)
-    if args.push_to_hub is not None:
-        hub.check(args.push_to_hub)
     processes.check_shared(args.output)
     checkpoint = training.find_checkpoint(args, _note)
 

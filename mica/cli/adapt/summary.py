@@ -18,7 +18,6 @@ from mica.cli.adapt import (
     evaluation,
     fingerprint,
     global_batch,
-    hub,
     result,
     stopping,
 )
@@ -105,9 +104,9 @@ def of(settings: config.Settings, corpus: Corpus, model, done: Training) -> dict
 
 
 def finish(args: argparse.Namespace, model, tokenizer, report: dict) -> None:
-    """Write summary and model card; then what may fail without any loss: the merge and the upload.
+    """Write summary and model card; then what may fail without any loss: the merge.
 
-    Raises UsageError if one of them fails; its message also says what is there.
+    Raises UsageError if something cannot be written; its message also says what is there.
     """
     _write_summary(args.output, report)
     _write(args.output, "README.md", str(card(report)))
@@ -118,8 +117,6 @@ def finish(args: argparse.Namespace, model, tokenizer, report: dict) -> None:
         report["merge_report"] = str(merged)
         _write_summary(args.output, report)
     print(as_text(report), flush=True)
-    if args.push_to_hub is not None:
-        print(f"uploaded to {hub.push(args.output, args.push_to_hub)}", flush=True)
 
 
 def _write_summary(output: Path, report: dict) -> None:

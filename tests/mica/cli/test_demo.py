@@ -113,7 +113,7 @@ def test_the_end_shows_what_was_learned_and_commands_that_run(tmp_path, monkeypa
 
     start = f"{shlex.quote(sys.executable)} -m mica"
     commands = [line for line in printed.splitlines() if line.startswith(f"{start} ")]
-    assert [line.removeprefix(start).split()[0] for line in commands] == ["doctor", "transfer", "adapt"]
+    assert [line.removeprefix(start).split()[0] for line in commands] == ["transfer", "adapt"]
     for line in commands:
         assert main(shlex.split(line.removeprefix(start), comments=True)) == 0
     assert (output / "merged" / "model.safetensors").is_file()
@@ -157,7 +157,6 @@ def test_the_end_names_mica_where_the_shell_finds_it(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     ending = demo._ending(tmp_path, ["adapt", "--text=a b"])
     assert "perplexity      13.16 before, 9.99 after\n\nhow they are chosen\n\none\n\ntwo\n\n" in ending
-    assert f"\nmica doctor --adapter {tmp_path} " in ending
     assert f"\nmica adapt '--text=a b' --adapter={tmp_path} --output={tmp_path.with_name('more')} " in ending
 
 

@@ -285,7 +285,6 @@ BAD_STRINGS = {
     "optimizer": ("adam_w", "adam_w"),
     "report_to": ("tensorbord", "tensorbord"),
     "output": (__file__, "exists and is not a folder"),
-    "push_to_hub": ("a/b/c", "a/b/c"),
     "config": ("nowhere.yaml", "cannot be read"),
 }
 CANNOT = "model.layers.0.input_layernorm is a LlamaRMSNorm, which cannot be adapted"

@@ -207,7 +207,6 @@ def test_a_signal_before_the_training_ends_it_at_once(model_dir, rows, tmp_path,
 
 def test_overwrite_leaves_nothing_of_the_run_before(model_dir, rows, tmp_path):
     output = tmp_path / "out"
-    assert adapt(model_dir, rows, output, "--merge", "--steps", 2, "--push-to-hub", "") != 0
     assert adapt(model_dir, rows, output, "--merge", "--steps", 2) == 0
     (output / "notes.txt").write_text("mine")
     assert adapt(model_dir, rows, output, "--overwrite", "--steps", 1) == 0
