@@ -76,15 +76,19 @@ def test_main_writes_the_text_and_runs_adapt(calls, monkeypatch, tmp_path, capsy
     (argv,) = calls
     assert argv[0] == "adapt"
     assert "--rank=8" in argv
-    assert {f"--text={text}", f"--model={demo.smollm2_gguf()}", "--steps=3", "--overwrite"} < set(argv)
+    assert {f"--text={text}", f"--model={demo.smollm2_gguf()}", "--steps=3"} < set(argv)
     printed = capsys.readouterr().out
     assert "instruct model with weights of 4 bits, dequantised, is to learn" in printed
     assert f"mica adapt --model={demo.smollm2_gguf()}" in printed
     assert "Next:" not in printed
+    before = tmp_path / "out" / "adapter" / "run.yaml"
+    before.parent.mkdir()
+    before.touch()
     assert demo.main(["--output", str(tmp_path / "out"), "--resume"]) == 130
-    assert (calls[1].count("--resume"), "--overwrite" in calls[1]) == (1, False)
-    monkeypatch.setattr("mica.cli.main", lambda argv: 0)
-    assert demo.main(["--output", str(tmp_path / "out"), "--dry-run"]) == 0  # there is nothing to show
+    assert calls[1].count("--resume") == 1
+    assert before.exists()
+    assert demo.main(["--output", str(tmp_path / "out")]) == 130
+    assert not before.exists()  # it begins again
 
 
 @pytest.mark.parametrize("native", [True, False])

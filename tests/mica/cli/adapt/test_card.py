@@ -8,7 +8,6 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 import mica.fast
-from mica.cli import record
 from mica.cli.adapt import base
 from mica.cli.adapt.card import card, hub_name
 from mica.cli.loading import find_source
@@ -139,7 +138,6 @@ def test_code_of_a_gguf_base_runs(tmp_path):
     write_tiny_gguf(tmp_path / "tiny.gguf")
     args = settings(model=str(tmp_path / "tiny.gguf"), output=tmp_path / "out", dtype="float32")
     tuned = write_adapter(tmp_path / "out", base.load(args, find_source(args.model, False)))
-    record.settle(tmp_path / "out", ["base"], {})  # as a run that begins
     auto, base_beside, gguf = code_of(text_of(model=args.model, adapter=str(tmp_path / "out")))
     for place, codes in ((tmp_path, (auto, base_beside, gguf)), (tmp_path / "moved", (auto, base_beside))):
         for code in codes:
