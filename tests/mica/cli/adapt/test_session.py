@@ -55,7 +55,7 @@ def test_what_is_measured_is_written(paper):
     assert not list(paper.glob(".*"))
     card = (paper / "README.md").read_text(encoding="utf-8")
     assert f"{result['perplexity_after']:.2f}" in card
-    assert "recipe paper" in card
+    assert "| recipe | paper |" in card
 
 
 def test_run_yaml_repeats_the_run(paper, tmp_path, capsys):
