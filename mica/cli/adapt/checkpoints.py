@@ -109,10 +109,14 @@ def rotate(output: Path, keep: int, best: int | None = None) -> None:
     Not left to the Trainer: it removes the oldest by time of modification, and before the newest is known to
     be whole.
     """
-    oldest = complete(output)[-keep:][0]
+    kept = complete(output)[-keep:]
     for path in folders(output):
-        if step(path) < step(oldest) and step(path) != best:
-            shutil.rmtree(path, ignore_errors=True)
+        if kept and step(path) < step(kept[0]) and step(path) != best:
+            with suppress(OSError):
+                (path / MARKER).unlink(
+                    missing_ok=True
+                )  # first: a kill must not leave it in half a checkpoint
+                shutil.rmtree(path)
 
 
 class NotWrittenError(UsageError):

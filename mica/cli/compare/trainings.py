@@ -35,7 +35,9 @@ class Trainings:
     """
 
     def __init__(self, found: dict[str, object], output: Path, device: torch.device | None = None):
-        """Read model and texts. ``device``: of the model, by default this process's.
+        """Read model and texts.
+
+        ``device``: of the model where other processes train it; by default this process's, which then does.
 
         Raises UsageError for what is wrong with model, options or texts.
         """
@@ -49,7 +51,12 @@ class Trainings:
         tokenizer = loading.load_tokenizer(self.source)
         self.data = corpus.gather(self.args, tokenizer)
         self.base = loading.load_model(self.source, self.args.dtype, device or PartialState().device)
-        self.notes = [note for note in [loading.suit_processor(self.base, self.args.dtype)] if note]
+        self.notes = []
+        note = None
+        if device is None:  # else it is trained elsewhere
+            note = loading.suit_processor(self.base, self.args.dtype)
+        if note is not None:
+            self.notes.append(note)
         if set(self.args.text) & set(self.args.retain):
             self.notes.append("--retain names a text of --text: forgetting is measured on what is learned")
         self.base.requires_grad_(False)

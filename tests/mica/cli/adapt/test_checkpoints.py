@@ -96,6 +96,18 @@ def test_the_last_complete_ones_are_kept(tmp_path):
     assert (tmp_path / "checkpoint-notes").is_dir()
 
 
+def test_one_that_is_removed_does_not_count_from_the_start(tmp_path, monkeypatch):
+    """A kill may leave some of its files."""
+    for step in (1, 2):
+        make(tmp_path, step)
+    monkeypatch.setattr("shutil.rmtree", lambda path: None)
+    checkpoints.rotate(tmp_path, 1)
+    assert checkpoints.complete(tmp_path) == [tmp_path / "checkpoint-2"]
+    (tmp_path / "checkpoint-2" / MARKER).unlink()
+    checkpoints.rotate(tmp_path, 1)
+    assert steps(tmp_path) == [1, 2]
+
+
 def test_other_settings_are_refused(tmp_path):
     folder = make(tmp_path, 3, processes=2, batch_size=4)
     checkpoints.check(folder, processes=2, batch_size=4, data="not in the marker")
