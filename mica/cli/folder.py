@@ -37,7 +37,7 @@ def check_new(option: str, folder: Path, remedy: str = "choose another folder") 
 
 
 @contextmanager
-def held(output: Path) -> Iterator[None]:
+def exclusive(output: Path) -> Iterator[None]:
     """Make ``output``, and keep other commands out of it.
 
     The system releases the lock of a killed process. A torchrun that is killed with -9, for one, leaves its
@@ -73,7 +73,7 @@ def _acquire(lock: filelock.FileLock, output: Path) -> None:
 
 
 @contextmanager
-def undone(output: Path) -> Iterator[None]:
+def undo_on_error(output: Path) -> Iterator[None]:
     """Remove what has come into ``output`` within, if that is left by an exception."""
     before = entries(output)
     try:

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 
 from mica.cli.arguments import a_path, a_source, add_command, add_dtype_options, example
-from mica.cli.folder import check_new, held, undone
+from mica.cli.folder import check_new, exclusive, undo_on_error
 from mica.cli.output import check_folder, dtype_name, write_folder
 from mica.errors import UsageError
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         source = find_source(args.to, args.trust_remote_code)
     check_folder("--output", args.output)
     check_new("--output", args.output)
-    with held(args.output), undone(args.output):
+    with exclusive(args.output), undo_on_error(args.output):
         check_new("--output", args.output)
         return _transfer(args, config, source)
 
@@ -144,7 +144,7 @@ def _embedding_updates(args: argparse.Namespace, config, model) -> dict:
             "the update of its embeddings can only be computed with the base of the run: put that back there"
         )
         raise UsageError(f"--adapter {args.adapter}: {what}; {remedy}")
-    dtype = base.recorded(args.adapter).get("base_dtype")
+    dtype = base.read_facts(args.adapter).get("base_dtype")
     return embeddings.update(config, args.adapter, dtype, args.trust_remote_code)
 
 
@@ -166,10 +166,10 @@ def _check_architecture(args: argparse.Namespace, config, theirs: str) -> str:
 
 
 def _architecture_of_base(args: argparse.Namespace, config) -> str | None:
-    from mica.cli.adapt.base import recorded
+    from mica.cli.adapt.base import read_facts
     from mica.cli.loading import Source, load_config
 
-    model_type = recorded(args.adapter).get("model_type")
+    model_type = read_facts(args.adapter).get("model_type")
     if model_type is not None:
         return model_type
     base = config.base_model_name_or_path

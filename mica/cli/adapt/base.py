@@ -128,12 +128,12 @@ def facts(model: PeftModel, earlier: Path | None) -> dict[str, str | None]:
     embedding = getattr(embedding, "original_module", embedding)  # the one that is not trained
     dtype = dtype_name(embedding.weight.dtype)
     if earlier is not None:
-        dtype = recorded(earlier).get("base_dtype")
+        dtype = read_facts(earlier).get("base_dtype")
     weights = fingerprint.of(base.name_or_path)
     return {fingerprint.BASE: weights, "base_dtype": dtype, "model_type": base.config.model_type}
 
 
-def recorded(folder: Path) -> dict[str, Any]:
+def read_facts(folder: Path) -> dict[str, Any]:
     """What `facts` recorded for the adapter in ``folder``, in summary.json or in a checkpoint's marker.
 
     Empty where there is neither: PEFT has written the adapter, or its files were copied without them.
@@ -151,7 +151,7 @@ def is_trained_on(folder: Path, location: str) -> bool | None:
 
     None where that cannot be said: they are not here, or it is not recorded.
     """
-    expected = recorded(folder).get(fingerprint.BASE)
+    expected = read_facts(folder).get(fingerprint.BASE)
     found = fingerprint.of(location)
     if expected is None or found is None:
         return None

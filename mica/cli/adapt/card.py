@@ -143,7 +143,7 @@ def card(summary: dict) -> ModelCard:
     facts = {
         "is_adapter": True,
         "results": [(what, f"{before:.2f}", f"{after:.2f}") for _, what, before, after in measured if after],
-        "step": told(summary),
+        "step": step_of(summary),
         "sources": _sources(summary),
         "recipe": _recipe(summary),
         "gguf": _on_gguf(summary, folder),
@@ -248,7 +248,7 @@ def _cells(*values: object) -> list[str]:
     return cells
 
 
-def told(summary: dict) -> str:
+def step_of(summary: dict) -> str:
     """Which step the adapter of a run is of, and why it ended early; "" where the options do not matter."""
     keeps_best = summary["settings"].get("keep_best")
     stopped_by = summary["stopped_by"]

@@ -29,7 +29,7 @@ from mica.cli.adapt import (
 from mica.cli.adapt.config import Settings
 from mica.cli.adapt.folder import SETTINGS
 from mica.cli.adapt.packing import suit_packing
-from mica.cli.folder import held, undone
+from mica.cli.folder import exclusive, undo_on_error
 from mica.cli.output import dtype_name, write_text
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
@@ -76,9 +76,9 @@ def _adapt(settings: Settings) -> int:
     """The run. Nothing about the output folder is decided before it is locked."""
     args = settings.args
     with ExitStack() as stack:
-        processes.on_main(stack.enter_context, held(args.output))
+        processes.on_main(stack.enter_context, exclusive(args.output))
         with ExitStack() as checks:  # what they refuse leaves nothing
-            processes.on_main(checks.enter_context, undone(args.output))
+            processes.on_main(checks.enter_context, undo_on_error(args.output))
             processes.on_main(config.check_output, settings)
             inputs = _read_inputs(settings)
             if not args.resume:

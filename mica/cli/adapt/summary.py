@@ -12,7 +12,7 @@ from peft import PeftModel
 import mica.fast
 from mica.cli.adapt import checkpoints, config, embeddings, evaluation, fingerprint, result, stopping
 from mica.cli.adapt.amount import Amount
-from mica.cli.adapt.card import card, told
+from mica.cli.adapt.card import card, step_of
 from mica.cli.adapt.corpus import Corpus
 from mica.cli.adapt.curve import draw
 from mica.cli.adapt.folder import SUMMARY
@@ -139,7 +139,7 @@ def as_text(summary: dict) -> str:
         *_training_rows(summary),
         *_layer_rows(summary),
         ("adapter", summary["adapter"]),
-        ("", told(summary)),
+        ("", step_of(summary)),
         ("merged model", summary["merged"]),
         ("", summary["merge_report"]),
     ]

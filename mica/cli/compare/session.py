@@ -16,7 +16,7 @@ from mica.cli import loading
 from mica.cli.compare import outcomes, page, report, schedule, settings, workers
 from mica.cli.compare.schedule import BASE, Planned, Question, Results
 from mica.cli.compare.trainings import OUT_OF_MEMORY, Trainings
-from mica.cli.folder import held, undone
+from mica.cli.folder import exclusive, undo_on_error
 from mica.cli.output import explained, write_json
 from mica.errors import UsageError
 
@@ -41,7 +41,7 @@ def compare(given: argparse.Namespace, began: float) -> int:
         settings.rates(ours)
         settings.of_mica_adapt(ours, output)
     settings.check_output(output, resume)
-    with held(output):
+    with exclusive(output):
         settings.check_output(output, resume)
         if resume:
             ours = settings.resumed(output, ours)
@@ -64,7 +64,7 @@ def _compare(ours: dict[str, object], output: Path, resume: bool, began: float) 
     with ExitStack() as stack:
         with ExitStack() as checks:  # what they refuse leaves nothing
             if not resume:
-                checks.enter_context(undone(output))
+                checks.enter_context(undo_on_error(output))
             device = torch.device("cpu") if gpus > 1 else None  # the workers have the GPUs then
             trainings = Trainings(ours, output, device)
             runs = output / settings.RUNS

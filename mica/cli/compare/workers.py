@@ -21,8 +21,8 @@ def pool(count: int, settings: dict[str, object], output: Path) -> Iterator[Proc
     """
     context = multiprocessing.get_context("spawn")
     gpus = context.Queue()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [str(number) for number in range(count)] if visible is None else visible.split(",")
+    every = ",".join(map(str, range(count)))
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
     for name in names[:count]:
         gpus.put(name)
     workers = ProcessPoolExecutor(count, context, _begin, (gpus, settings, output))

@@ -10,9 +10,9 @@ from mica.errors import UsageError
 
 
 def test_another_command_is_kept_out(tmp_path):
-    with folder.held(tmp_path):
+    with folder.exclusive(tmp_path):
         message = f"--output {tmp_path}: another command writes to it; wait for it or stop it"
-        with pytest.raises(UsageError, match=message), folder.held(tmp_path):
+        with pytest.raises(UsageError, match=message), folder.exclusive(tmp_path):
             pass
         assert (tmp_path / folder.LOCK).exists()
         (tmp_path / "b").touch()
@@ -23,10 +23,10 @@ def test_folders_that_were_made_and_stay_empty_are_removed(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "there")
     for name in ("there", "link", "new", "far/away"):
-        with folder.held(tmp_path / name):
+        with folder.exclusive(tmp_path / name):
             assert (tmp_path / name).is_dir()
     assert sorted(os.listdir(tmp_path)) == ["link", "there"]
-    with folder.held(tmp_path / "far" / "away"):
+    with folder.exclusive(tmp_path / "far" / "away"):
         (tmp_path / "far" / "away" / "file").touch()
     assert (tmp_path / "far" / "away" / "file").exists()
 
@@ -35,7 +35,7 @@ def test_a_lock_that_a_killed_command_has_left_is_nothing(tmp_path):
     (tmp_path / folder.LOCK).touch()
     assert folder.entries(tmp_path) == []
     folder.check_new("--output", tmp_path)
-    with folder.held(tmp_path):
+    with folder.exclusive(tmp_path):
         pass
     assert os.listdir(tmp_path) == []
 
@@ -61,9 +61,9 @@ def test_what_came_before_an_error_goes_and_what_was_there_stays(tmp_path, error
         (tmp_path / "link").symlink_to(tmp_path / "mine")
         raise error
 
-    with pytest.raises(error), folder.held(tmp_path), folder.undone(tmp_path):
+    with pytest.raises(error), folder.exclusive(tmp_path), folder.undo_on_error(tmp_path):
         refused()
     assert os.listdir(tmp_path) == ["mine"]
-    with folder.undone(tmp_path):
+    with folder.undo_on_error(tmp_path):
         (tmp_path / "file").touch()
     assert sorted(os.listdir(tmp_path)) == ["file", "mine"]

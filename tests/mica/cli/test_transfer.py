@@ -140,7 +140,7 @@ def test_nothing_is_replaced(copies, capsys):
         assert f"--output {output}: is not empty: choose another folder" in capsys.readouterr().err
         assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
     (out / "old").unlink()
-    with folder.held(out):
+    with folder.exclusive(out):
         assert transfer(adapter, chat, out) == 2
     assert "another command writes to it" in capsys.readouterr().err
     assert transfer(adapter, chat, out) == 0

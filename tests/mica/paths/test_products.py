@@ -185,7 +185,7 @@ def test_a_process_without_16_bit_instructions():
 
 
 class _Shared(TorchDispatchMode):
-    """A machine where others hold the CPU for ``held(number)`` seconds during a call."""
+    """A machine where others hold the CPU for ``exclusive(number)`` seconds during a call."""
 
     def __init__(self, held):
         super().__init__()
@@ -196,7 +196,7 @@ class _Shared(TorchDispatchMode):
             forward, backward = (0.001, 0.002) if args[0].dtype == torch.float32 else (0.002, 0.006)
             seconds = backward if args[1].is_contiguous() else forward
             self.cpu += seconds
-            self.wall += seconds + self.held(self.calls)
+            self.wall += seconds + self.exclusive(self.calls)
             self.calls += 1
         return function(*args, **(kwargs or {}))
 
@@ -209,7 +209,7 @@ class _Shared(TorchDispatchMode):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its clock of CPU time is too coarse")
 @pytest.mark.parametrize(
-    ("held", "busy"),
+    ("exclusive", "busy"),
     [
         (lambda call: 0.0, False),
         (lambda call: 0.1 * (call < 4), False),

@@ -103,7 +103,7 @@ def test_what_is_not_recorded_is_noted(copied, record, capsys):
     path.unlink()
     if record is not None:
         path.write_text(record)
-    assert base.recorded(copied / "run") == {}
+    assert base.read_facts(copied / "run") == {}
     assert transfer(copied) == 0
     said = capsys.readouterr().err
     assert f"mica transfer: note: --adapter {copied / 'run'}: {NOTE} {copied / 'base'} is what it was" in said

@@ -239,14 +239,14 @@ def test_a_folder_that_another_run_has_filled_since_the_first_look_is_refused(
     model_dir, rows, tmp_path, monkeypatch, capsys
 ):
     output = tmp_path / "out"
-    held = session.held
+    exclusive = session.exclusive
 
     def later(output):
         output.mkdir()
         (output / "run.yaml").write_text("another run's")
-        return held(output)
+        return exclusive(output)
 
-    monkeypatch.setattr(session, "held", later)
+    monkeypatch.setattr(session, "exclusive", later)
     assert adapt(model_dir, rows, output) == 2
     assert "is not empty: choose another folder, or use --resume" in capsys.readouterr().err
     assert (output / "run.yaml").read_text() == "another run's"
@@ -262,7 +262,7 @@ def test_a_refused_run_leaves_no_converted_base(rows, tmp_path, capsys):
 
 def test_two_runs_do_not_share_a_folder(model_dir, rows, tmp_path, capsys):
     output = tmp_path / "out"
-    with folder.held(output):
+    with folder.exclusive(output):
         assert adapt(model_dir, rows, output) == 2
         assert f"--output {output}: another command writes to it" in capsys.readouterr().err
         assert [path.name for path in output.iterdir()] == [folder.LOCK]
