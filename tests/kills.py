@@ -1,8 +1,7 @@
-"""Kills of commands that share a folder, of ``--overwrite`` and ``transfer``: is anything lost?
+"""Kills of commands that share a folder, of first commands and of ``transfer``: is anything lost?
 
 Each trial is drawn from a number, which a failure names. Its commands are killed by SIGKILL or SIGTERM at
-random events and moments. Afterwards files are compared by content, and what was begun is resumed or
-replaced.
+random events and moments. Afterwards files are compared by content, and what was begun is resumed.
 """
 
 import argparse

@@ -48,15 +48,12 @@ OPTIONS = {
     "--steps --epochs --batch-size --gradient-accumulation-steps --learning-rate --scheduler --warmup-ratio "
     "--weight-decay --max-grad-norm --optimizer --gradient-checkpointing --seed "
     "--eval-steps --eval-blocks --log-steps --report-to "
-    "--output --save-steps --resume --overwrite --dry-run --merge --push-to-hub --config",
-    "compare": "--model --dtype --trust-remote-code "
-    "--text --text-field --text-weights --dataset-config --held-out --held-out-text --retain "
-    "--sequence-length --packing --workers --recipe --rank --target-modules --dropout --batch-size "
-    "--gradient-accumulation-steps --gradient-checkpointing "
-    "--methods --rates --budget --seeds --steps --jobs --eval-blocks --output --resume --overwrite",
-    "transfer": "--adapter --to --output --overwrite --dtype --trust-remote-code",
+    "--output --save-steps --resume --merge --config",
+    "compare": "--model --text --retain --sequence-length --rank --batch-size "
+    "--methods --rates --budget --steps --seeds --output --resume",
+    "transfer": "--adapter --to --output --dtype --trust-remote-code",
     "inspect": "model --rank --target-modules --dtype --layers --plot --json --trust-remote-code",
-    "doctor": "--adapter --json",
+    "doctor": "--json",
 }
 
 

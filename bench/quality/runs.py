@@ -1,7 +1,7 @@
 """A result of `bench.quality`, a JSON file, and the runs that it lacks, by one process or several.
 
 Until the command ends, each new run is a file in a folder beside the result: processes share the work by
-locks, and kill -9 loses only a run that was under way (see `mica.cli.compare.store`).
+locks, and kill -9 loses only a run that was under way (see `bench.quality.store`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 from transformers.utils import logging
 
 import mica.fast
+from bench.quality import store
 from bench.quality.recipes import METHODS, RECIPES, STOPS, Method
 from bench.quality.schedule import Planned, planned
 from bench.quality.texts import BATCH, Texts, gather
 from bench.quality.train import candidate, evaluate, steps_per_epoch, train
-from mica.cli.compare import store
 from mica.cli.demo import smollm2_gguf
 from mica.cli.loading import find_source, load_model, load_tokenizer
 from mica.cli.output import write_file

@@ -28,9 +28,9 @@ _LIKE_AN_OPTION = re.compile(r"--|-(?!h)[A-Za-z]")
 _MODEL = "HuggingFaceTB/SmolLM2-135M"
 _EXAMPLE = example(
     f"mica adapt --model {_MODEL} --text corpus.jsonl --output run",
-    "mica doctor --adapter run",
-    says="The first trains an adapter on a file of texts and writes it to run, the second says which servers "
-    "can load it. mica COMMAND --help lists the options of a command, and has an example.",
+    f"mica transfer --adapter run --to {_MODEL}-Instruct --output chat",
+    says="The first trains an adapter on a file of texts and writes it to run, the second adds what it has "
+    "learned to a chat model. mica COMMAND --help lists the options of a command, and has an example.",
 )
 
 

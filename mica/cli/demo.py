@@ -132,7 +132,6 @@ perplexity      {perplexities}
 
 The adapter is in {folder}; its README.md is the model card. Next:
 
-{mica} doctor --adapter {at}  # which servers can load it
 {mica} transfer --adapter {at} --to {at}/base --output {merged}  # merge it
 {mica} {more}  # as many steps again"""
 
@@ -178,17 +177,17 @@ def main(argv: list[str] | None = None) -> int:
     else:
         dtype = "float32"
         print("mica demo: in float32, because this processor has no bfloat16 instructions", file=sys.stderr)
-    resume = "--resume" if "--resume" in options else "--overwrite"
-    options = [option for option in options if option != "--resume"]
     command = ["adapt", f"--model={model}", f"--text={text}", f"--steps={args.steps}", f"--dtype={dtype}"]
     command += ["--learning-rate=3e-3", *options]  # better here than 1e-3 and 1e-2
     folder = args.output / "adapter"
-    run = [*command, f"--output={folder}", resume]
+    if folder.exists() and "--resume" not in options:
+        shutil.rmtree(folder)  # of the demo that was run before
+    run = [*command, f"--output={folder}"]
     print(f"{_MODEL}, is to learn Python's language reference:\nmica {shlex.join(run)}", flush=True)
     status = mica(run)
-    if status or "--dry-run" in options:
+    if status:
         return status
-    print(_ending(folder, command), flush=True)
+    print(_ending(folder, [word for word in command if word != "--resume"]), flush=True)
     return 0
 
 

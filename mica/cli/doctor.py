@@ -1,7 +1,4 @@
-"""``mica doctor``: what this machine has, which path MiCA layers take on it, and what is broken.
-
-With ``--adapter``: which servers can load an adapter, and with which options.
-"""
+"""``mica doctor``: what this machine has, which path MiCA layers take on it, and what is broken."""
 
 import argparse
 import os
@@ -16,7 +13,7 @@ from importlib.util import find_spec
 from mica import __version__
 from mica.cli.arguments import a_path, add_command, example
 from mica.cli.extras import DISTRIBUTION
-from mica.cli.output import check_file, dtype_name, explained, one_line, write_json
+from mica.cli.output import check_file, dtype_name, one_line, write_json
 from mica.errors import UsageError
 
 _SETTINGS = {"MICA_BACKEND": "auto", "TRITON_INTERPRET": "0"}  # and their defaults
@@ -29,19 +26,11 @@ def add_parser(commands) -> None:
         help="what this machine has, which path MiCA layers take on it, and what is broken",
         description="Show versions, devices, whether MiCA layers run on Triton kernels there and why, "
         "whether PyTorch's operators are called from C++ (which this compiles if it has not been), "
-        "whether PEFT can be patched, and the caches. Exit status: 0 if nothing is broken, else 1. With "
-        "--adapter: which servers can load it and why not, and nothing about the machine; exit status 0.",
+        "whether PEFT can be patched, and the caches. Exit status: 0 if nothing is broken, else 1.",
         epilog=example(
-            "mica doctor",
-            "mica doctor --adapter run",
-            says="The first is about this machine, the second about the adapter in run.",
+            "mica doctor --json findings.json",
+            says="This prints what the machine has, and writes the same to findings.json.",
         ),
-    )
-    parser.add_argument(
-        "--adapter",
-        type=a_path,
-        metavar="DIR",
-        help="output folder of mica adapt, or any PEFT LoRA: show which servers can load it",
     )
     parser.add_argument("--json", type=a_path, metavar="FILE", help="also write the findings as JSON")
 
@@ -49,12 +38,10 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command: 0 if all that this machine can do works, 1 if something is broken.
 
-    ``--json`` is what `examine` returns; with ``--adapter``, what `serving.judge` does. Raises UsageError.
+    ``--json`` is what `examine` returns. Raises UsageError.
     """
     if args.json:
         check_file("--json", args.json)
-    if args.adapter:
-        return _run_on_adapter(args)
 
     report = examine()
     if args.json:
@@ -64,16 +51,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"broken: {'; '.join(report['problems'])}")
         return 1
     print("everything that this machine can do works")
-    return 0
-
-
-def _run_on_adapter(args: argparse.Namespace) -> int:
-    with explained("--adapter needs packages that `mica doctor` lists", ImportError):
-        from mica.cli import serving
-    judged = serving.judge(args.adapter)
-    if args.json:
-        write_json("--json", args.json, judged)
-    _print(serving.lines(judged))
     return 0
 
 

@@ -1,9 +1,9 @@
 """What the commands print and write."""
 
-import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,10 +12,7 @@ from safetensors import SafetensorError
 
 from mica.errors import UsageError
 
-PARTIAL = "partial"  # ends of names: see `beside`
-OLD = "old"
-RECORD = "mica-run.json"  # says whose a folder is: see `mica.cli.record`
-_LONGEST = 200  # bytes of a name that gets a longer one beside it; systems allow 255
+SCRATCH = ".partial"  # what has yet to be renamed
 
 
 @contextmanager
@@ -48,11 +45,10 @@ def check_file(option: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
     _check_writable(option, path, path.parent)
 
 
-def check_folder(option: str, path: Path, model: str) -> None:
-    """Raise UsageError if no folder can be made or written at ``path``, or it is that of ``model``.
+def check_folder(option: str, path: Path) -> None:
+    """Raise UsageError if no folder can be made or written at ``path``. Makes nothing.
 
-    ``model``: a folder, or anything else. Makes nothing. safetensors and tokenizers write to no path that is
-    not UTF-8.
+    safetensors and tokenizers write to no path that is not UTF-8.
     """
     try:
         os.path.realpath(path).encode()
@@ -61,8 +57,6 @@ def check_folder(option: str, path: Path, model: str) -> None:
         raise UsageError(f"{option} {shown(str(path))}: {what}") from None
     if path.exists() and not path.is_dir():
         raise UsageError(f"{option} {path}: exists and is not a folder")
-    if path.is_dir() and path.resolve() == expanded(model).resolve():
-        raise UsageError(f"{option} {path}: is the folder of the model itself")
     existing = next(place for place in (path, *path.resolve().parents) if place.exists())
     _check_writable(option, path, existing)
 
@@ -75,21 +69,25 @@ def _check_writable(option: str, path: Path, folder: Path) -> None:
         raise UsageError(f"{option} {path}: {folder} is not writable")
 
 
-def write_file(option: str, path: Path, write: Callable[[Path], None], end: str | None = None) -> None:
+def write_file(option: str, path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file next to ``path``, then rename it: never half a file.
-
-    ``end``: of the temporary file's name (see `beside`); default: the number of this process.
 
     Raises UsageError if that fails (the disk is full, the folder has gone).
     """
-    scratch = beside(path, end or str(os.getpid()))
+    scratch = path.with_name(f".{uuid.uuid4().hex}{SCRATCH}")
     try:
         with explained(f"{option} {path}: cannot be written", OSError):
             write(scratch)
+            flush(scratch)
             os.replace(scratch, path)
     finally:
         with suppress(OSError):  # the folder may have gone
             scratch.unlink()
+
+
+def write_text(option: str, path: Path, text: str) -> None:
+    """`write_file` of ``text``."""
+    write_file(option, path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
 def expanded(name: str | Path) -> Path:
@@ -97,100 +95,49 @@ def expanded(name: str | Path) -> Path:
     return Path(os.path.expanduser(name))
 
 
-def beside(path: Path, end: str) -> Path:
-    """A name for what becomes ``path``, or was it: hidden, in the same folder, and not too long."""
-    name = path.name
-    if len(os.fsencode(name)) > _LONGEST:
-        name = hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
-    return path.with_name(f".{name}.{end}")
-
-
-def write_folder(option: str, path: Path, *parts, kept: str = "", **more) -> None:
-    """`fill_folder`, and its rename to ``path``: never half a folder.
-
-    What is at ``path`` is replaced, and so is what a killed process has left in the two folders `beside` it:
-    the caller must know that all three are its own.
+def write_folder(
+    option: str, folder: Path, *parts: Callable[[Path], object], card: str | None = None, kept: str = ""
+) -> None:
+    """`fill_folder`; ``kept`` follows the message of an error: what is not lost.
 
     Raises UsageError if that fails (the disk is full, the folder has gone).
     """
-    try:
-        with explained(f"{option} {path}: cannot be written", OSError, kept):
-            restore(path)
-        scratch = fill_folder(option, path, *parts, kept=kept, **more)
-        with explained(f"{option} {path}: cannot be written", OSError, kept):
-            if os.path.lexists(path):
-                path.rename(beside(path, OLD))
-            scratch.rename(path)
-            flush(path.parent)
-    finally:
-        with suppress(OSError):
-            restore(path)
-            remove(beside(path, PARTIAL))
+    disk_errors = (OSError, SafetensorError)  # the latter: safetensors' own for a full disk
+    with explained(f"{option} {folder}: cannot be written", disk_errors, kept):
+        fill_folder(folder, *parts, card=card)
 
 
 def fill_folder(
-    option: str,
-    path: Path,
-    *parts,
-    card: str | None = None,
-    kept: str = "",
-    begun: Callable[[Path], None] = lambda scratch: None,
-    done: Callable[[Path], None] = lambda scratch: None,
-) -> Path:
-    """Let ``parts`` save themselves (``save_pretrained``), with ``card`` as README.md, to a temporary folder
-    next to ``path``, which is returned; one that is there is replaced.
+    folder: Path, *parts: Callable[[Path], object], card: str | None = None, scratch_name: str = SCRATCH
+) -> None:
+    """Let ``parts`` save themselves (their ``save_pretrained``) to ``folder``, with ``card`` as README.md.
 
-    ``kept`` follows the message of an error: what is not lost. ``begun`` and ``done`` are called with the
-    folder, still empty and once it is full.
+    They write to a scratch folder in it, from which all is moved to ``folder`` once it has reached the disk.
+    What has another name stays. As long as the scratch folder is there, ``folder`` is not whole.
 
-    Raises UsageError if that fails, and leaves nothing.
+    Raises OSError or SafetensorError if that fails, and leaves ``folder`` as it was.
     """
-    scratch = beside(path, PARTIAL)
-    disk_errors = (OSError, SafetensorError)  # the latter: safetensors' own for a full disk
+    scratch = folder / scratch_name
     try:
-        with explained(f"{option} {path}: cannot be written", disk_errors, kept):
-            remove(scratch)
-            scratch.mkdir(parents=True)
-            begun(scratch)
-            for part in parts:
-                part.save_pretrained(scratch)
-            if card is not None:
-                (scratch / "README.md").write_text(card, encoding="utf-8")
-            finish_files(scratch)
-            done(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        for save in parts:
+            save(scratch)
+        if card is not None:
+            (scratch / "README.md").write_text(card, encoding="utf-8")
+        finish_files(scratch)
     except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
         with suppress(OSError):
-            remove(scratch)
+            folder.rmdir()  # if nothing else is there
         raise
-    return scratch
-
-
-def restore(path: Path) -> None:
-    """Finish what a process did not that was killed, or failed, between the two renames of `write_folder`.
-
-    What was at ``path`` is there again if nothing has taken its place, else it is removed.
-    """
-    old = beside(path, OLD)
-    if not os.path.lexists(old):
-        return
-    if os.path.lexists(path):
-        remove(old)
-    else:
-        old.rename(path)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all that is in it, if it is there. Raises OSError.
-
-    The record of a folder goes last: what a killed process leaves of the folder still says whose it is.
-    """
-    if not path.is_dir() or path.is_symlink():
-        path.unlink(missing_ok=True)
-        return
-    for entry in path.iterdir():
-        if entry.name != RECORD:
-            remove(entry)
-    shutil.rmtree(path)
+    for path in scratch.iterdir():
+        target = folder / path.name
+        if target.is_dir():  # of chat templates: a folder that is not empty cannot be replaced
+            shutil.rmtree(target)
+        os.replace(path, target)
+    scratch.rmdir()
+    flush(folder)
 
 
 def finish_files(folder: Path) -> None:
@@ -235,8 +182,7 @@ def flush(path: Path) -> None:
 
 def write_json(option: str, path: Path, report: dict) -> None:
     """`write_file` of ``report`` as JSON. Raises ValueError if it holds NaN or an infinity."""
-    text = as_json(report)
-    write_file(option, path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+    write_text(option, path, as_json(report))
 
 
 def as_json(report: dict) -> str:

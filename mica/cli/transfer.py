@@ -1,26 +1,14 @@
 """``mica transfer``: merge the update of an adapter into a sibling of the model that it was trained on."""
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
-from pathlib import Path
 
-from mica.cli import lock, record
 from mica.cli.arguments import a_path, a_source, add_command, add_dtype_options, example
-from mica.cli.output import (
-    OLD,
-    PARTIAL,
-    beside,
-    check_folder,
-    dtype_name,
-    explained,
-    restore,
-    shown,
-    write_folder,
-)
+from mica.cli.folder import check_new, exclusive, undo_on_error
+from mica.cli.output import check_folder, dtype_name, write_folder
 from mica.errors import UsageError
 
 
@@ -46,15 +34,12 @@ def add_parser(commands) -> None:
         metavar="MODEL",
         help="Hub id, checkpoint folder or GGUF file; not quantised",
     )
-    add("--output", required=True, type=a_path, metavar="DIR", help="folder for the model, made if needed")
-    add("--overwrite", action="store_true", help="replace what mica transfer has written to --output")
+    add("--output", required=True, type=a_path, metavar="DIR", help="folder for the model: new or empty")
     add_dtype_options(parser, dtype="dtype of the merged weights; auto: that of MODEL, float32 for GGUF")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command: all checks before the weights are read, the output whole or not at all.
-
-    Only a folder that `mica transfer` has written is replaced, as its record says (see `mica.cli.record`).
 
     To trained embeddings, what was added to those of the adapter's base is added. A note says where the
     adapter does not tell what they were.
@@ -62,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     Raises UsageError if --adapter is no MiCA adapter, replaces other modules than embeddings, or has trained
     them and its base cannot be loaded or is another one by now, if MODEL is of another architecture than its
     base, lacks one of its layers or has it in another shape, is quantised, or gives a common token another
-    id, and if the output cannot be written.
+    id, and if the output is not new or empty, or cannot be written.
     """
     from mica.cli.adapt import adapter
     from mica.cli.loading import find_source, quieten_libraries
@@ -71,25 +56,11 @@ def run(args: argparse.Namespace) -> int:
     config = adapter.read_adapter_config(args.adapter)
     with _named(args):
         source = find_source(args.to, args.trust_remote_code)
-        check_folder("--output", args.output, args.to)
-    target = Path(os.path.realpath(args.output))
-    _check_place(args, target, source, config)
-    with _held(args, target):
-        _check_output(args, target)
-        return _transfer(args, config, source, target)
-
-
-def _check_place(args: argparse.Namespace, target: Path, source, config) -> None:
-    """Raise UsageError if --output cannot be replaced by a new folder, or holds what is read here."""
-    if target in (Path.cwd(), *Path.cwd().parents) or os.path.ismount(target):
-        what = "cannot be replaced by a new folder while it is in use: name one in it"
-        raise UsageError(f"--output {args.output}: {what}")
-    read = {"--to": [source.location], "--adapter": [str(args.adapter)]}
-    if config.base_model_name_or_path:
-        read["the base of --adapter"] = [config.base_model_name_or_path]
-    lost = record.removed_input(read, target, [target])
-    if lost:
-        raise UsageError(f"--output {args.output}: is the folder of {lost[0]}, or contains it")
+    check_folder("--output", args.output)
+    check_new("--output", args.output)
+    with exclusive(args.output), undo_on_error(args.output):
+        check_new("--output", args.output)
+        return _transfer(args, config, source)
 
 
 @contextmanager
@@ -101,78 +72,7 @@ def _named(args: argparse.Namespace) -> Iterator[None]:
         raise UsageError(str(error).replace(f"--model {args.to}: ", f"--to {args.to}: ", 1)) from error
 
 
-@contextmanager
-def _held(args: argparse.Namespace, target: Path) -> Iterator[None]:
-    """Keep other processes from the output, and see to what a killed one has left beside it.
-
-    The lock is beside it too, as the whole folder is renamed. Raises UsageError if another process holds it.
-    """
-    made = [path for path in target.parents if not path.exists()]
-    name = beside(target, "lock").name.removeprefix(".")
-    try:
-        with ExitStack() as stack:
-            with explained(f"--output {args.output}: cannot be made", OSError):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(lock.held(target.with_name(record.OWN + name)))
-            for path in (beside(target, PARTIAL), beside(target, OLD)):
-                if not _is_ours(path):
-                    what = f"{shown(path.name)} beside it was not written by {record.TRANSFER}: move it away"
-                    raise UsageError(f"--output {args.output}: {what}")
-            with explained(f"--output {args.output}: cannot be restored", OSError):
-                restore(target)
-            yield
-    except lock.HeldError as error:
-        what = "another process writes to it; wait for it or stop it"
-        raise UsageError(f"--output {args.output}: {what}") from error
-    finally:
-        with suppress(OSError):
-            for folder in made:
-                folder.rmdir()
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether nothing is at ``path``, or an empty folder, or one that only `mica transfer` has written to.
-
-    A folder whose record names no files yet was interrupted, as was one whose record was just being written.
-    """
-    if not os.path.lexists(path):
-        return True
-    if path.is_symlink() or not path.is_dir():
-        return False
-    found = record.read(path)
-    if found is None:
-        return all(entry.name.startswith(record.OWN) for entry in path.iterdir())
-    if found.command != record.TRANSFER:
-        return False
-    return not found.files or not record.others(path, found)
-
-
-def _check_output(args: argparse.Namespace, target: Path) -> None:
-    """Raise UsageError if a new folder must not take the place of what is at --output."""
-    if not target.is_dir() or not any(target.iterdir()):
-        return
-    found = record.read(target)
-    if found is None or found.command != record.TRANSFER:
-        what = f"is not empty, and {record.TRANSFER} has not written it: name another folder"
-        raise UsageError(f"--output {args.output}: {what}")
-    others = record.others(target, found)
-    if others:
-        stranger = others[0]
-    else:
-        stranger = record.stranger(target, found, found.files)
-    if stranger is not None:
-        name = shown(os.path.relpath(target / stranger, target))
-        what = f"{name} in it was not written by {record.TRANSFER}: move it away, or name another folder"
-        raise UsageError(f"--output {args.output}: {what}")
-    if not args.overwrite:
-        raise UsageError(f"--output {args.output}: is not empty: --overwrite replaces what is in it")
-    for path in record.present(target, found):
-        why = record.why_not_removable(path)
-        if why:
-            raise UsageError(f"--output {args.output}: cannot be replaced: {why}")
-
-
-def _transfer(args: argparse.Namespace, config, source, target: Path) -> int:
+def _transfer(args: argparse.Namespace, config, source) -> int:
     """Merge and write, once the output is ours."""
     from peft import PeftModel
 
@@ -189,7 +89,7 @@ def _transfer(args: argparse.Namespace, config, source, target: Path) -> int:
     embeddings.add(peft_model, updates)
     merged, report = result.merged_model(peft_model, f"--adapter {args.adapter}")
     facts = {
-        "name": target.name,
+        "name": args.output.resolve().name,
         "model": args.to,
         "adapter": str(args.adapter),
         "base": config.base_model_name_or_path,
@@ -202,19 +102,8 @@ def _transfer(args: argparse.Namespace, config, source, target: Path) -> int:
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
 
-    def sealed(scratch: Path) -> None:
-        record.sign(scratch)
-        _check_output(args, target)  # again: merging has taken its time, and this is replaced next
-
-    write_folder(
-        "--output",
-        target,
-        merged,
-        tokenizer,
-        card=str(card.transfer_card(facts)),
-        begun=lambda scratch: record.write(scratch, record.Record(record.TRANSFER)),
-        done=sealed,
-    )
+    parts = [merged.save_pretrained, tokenizer.save_pretrained]
+    write_folder("--output", args.output, *parts, card=str(card.transfer_card(facts)))
     print(f"merged model  {args.output}\n              {report}")
     return 0
 
@@ -241,15 +130,22 @@ def _load(args: argparse.Namespace, config, source):
 
 def _embedding_updates(args: argparse.Namespace, config, model) -> dict:
     """What training has added to the embeddings, by name; see `mica.cli.adapt.embeddings.update`."""
-    from mica.cli.adapt import embeddings, trained_on
+    from mica.cli.adapt import base, embeddings
 
     embeddings.check_adapter(model, config, args.adapter, "--adapter", f"--to {args.to}")
-    before = trained_on.embeddings_before(args.adapter)
-    if before is None:
-        what = f"--adapter {args.adapter} does not record what its embeddings were before training"
-        assumed = f"what its base {config.base_model_name_or_path} has now is assumed"
-        print(f"mica transfer: note: {what}: {assumed}", file=sys.stderr, flush=True)
-    return embeddings.update(config, args.adapter, before, args.trust_remote_code)
+    name = config.base_model_name_or_path
+    is_same = base.is_trained_on(args.adapter, name or "")
+    if is_same is None:
+        what = f"--adapter {args.adapter}: cannot check that its base {name} is what it was trained on"
+        print(f"mica transfer: note: {what}", file=sys.stderr, flush=True)
+    elif not is_same:
+        what = f"its base {name} is not what it was when training began"
+        remedy = (
+            "the update of its embeddings can only be computed with the base of the run: put that back there"
+        )
+        raise UsageError(f"--adapter {args.adapter}: {what}; {remedy}")
+    dtype = base.read_facts(args.adapter).get("base_dtype")
+    return embeddings.update(config, args.adapter, dtype, args.trust_remote_code)
 
 
 def _check_architecture(args: argparse.Namespace, config, theirs: str) -> str:
@@ -270,12 +166,12 @@ def _check_architecture(args: argparse.Namespace, config, theirs: str) -> str:
 
 
 def _architecture_of_base(args: argparse.Namespace, config) -> str | None:
-    from mica.cli.adapt import trained_on
+    from mica.cli.adapt.base import read_facts
     from mica.cli.loading import Source, load_config
 
-    recorded = trained_on.model_type(args.adapter)
-    if recorded is not None:
-        return recorded
+    model_type = read_facts(args.adapter).get("model_type")
+    if model_type is not None:
+        return model_type
     base = config.base_model_name_or_path
     if not base:
         return None

@@ -28,7 +28,6 @@ from hypothesis import seed
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.fuzz.actions import SEQUENCES, TALLY
-from tests.fuzz.folders import Folders
 from tests.fuzz.machine import Machine, OnKernels, options, tally
 from tests.fuzz.models import KINDS
 from tests.fuzz.quantised import Quantised
@@ -45,8 +44,7 @@ class Part(NamedTuple):
 
 PARTS = {
     "models": Part(Machine, 0.5, 20, 25),
-    "adapt": Part(Runs, 0.15, 4, 4, shrinks=False),
-    "folders": Part(Folders, 0.15, 4, 4, shrinks=False),
+    "adapt": Part(Runs, 0.3, 4, 4, shrinks=False),
     "kernels": Part(OnKernels, 0.1, 3, 8),
     "quantised": Part(Quantised, 0.1, 10, 15),
 }

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from tests.fuzz.folder_templates import FINISHED, SEEDS, UNFINISHED, Identity, Templates
-from tests.fuzz.folder_world import KILLED, NEW, OVERWRITE, REFUSED, RESUME, Act, Done, World
+from tests.fuzz.folder_world import KILLED, NEW, REFUSED, RESUME, Act, Done, World
 from tests.support.forked import Blow, Command
 
 OUTPUT = "out"
@@ -58,8 +58,8 @@ class Scene:
         self.world.put("empty.txt", "")
         return [self.draw.choice(REFUSED)]
 
-    def users_files(self, output: str, most: int = 4) -> None:
-        for name in self.draw.sample(USERS, self.draw.randint(0, most)):
+    def users_files(self, output: str, most: int = 4, at_least: int = 0) -> None:
+        for name in self.draw.sample(USERS, self.draw.randint(at_least, most)):
             self.world.put(f"{output}/{name}", f"mine: {name}")
 
     def prepare(self, state: str, output: str = OUTPUT) -> None:
@@ -92,7 +92,7 @@ class Scene:
         stopped = world.start(first, [self.stop(command), *self.blow(command, chance)])
         is_stopped = stopped.wait_until_stopped()
         if is_stopped:
-            world.judge(Done(first, None, "", False))
+            world.judge(Done(first, None, ""))
         else:
             self.end((first, stopped))
         other = world.start(second, self.blow(command, chance))
@@ -111,28 +111,17 @@ class Scene:
         self.world.judge(*done)
         self.count(*done)
 
-    def afterwards(self, output: str = OUTPUT, must_work: bool = True) -> None:
-        """As a user would: resume, through more kills, and if there is nothing to resume replace.
-
-        ``must_work``: one of these must; else both may be refused, as something else lies there.
-        """
+    def afterwards(self) -> None:
+        """As a user would: resume, through more kills; where no run has begun, begin one."""
         world = self.world
         for _ in range(2):
-            if self.draw.random() < 0.5 and world.progress(output):
-                done = world.do(world.adapt(RESUME, output), self.blow())
+            if self.draw.random() < 0.5 and world.progress(OUTPUT):
+                done = world.do(world.adapt(RESUME, OUTPUT), self.blow())
                 self.count(done)
-        seed, newest = world.seed_of(output), world.progress(output)
-        can_resume = seed is not None and (not newest or seed in newest)
-        done = world.do(world.adapt(RESUME, output))
-        if done.status == 0:
-            return
-        if can_resume and must_work:
-            world.blame("unusable", f"--resume: {done.status} {done.text[-300:]}")
-        identity = self.identity()
-        if seed is None and not newest:
-            done = world.do(world.adapt(NEW, output, identity))
-            if done.status == 0:
-                return
-        done = world.do(world.adapt(OVERWRITE, output, identity))
-        if done.status and must_work:
-            world.blame("unusable", f"--overwrite: {done.status} {done.text[-300:]}")
+        seed = world.seed_of(OUTPUT)
+        act = world.adapt(RESUME, OUTPUT)
+        if seed is None:
+            act = world.adapt(NEW, OUTPUT, self.identity())
+        done = world.do(act)
+        if done.status != 0:
+            world.blame("unusable", f"{done.act.kind}: {done.status} {done.text[-300:]}")

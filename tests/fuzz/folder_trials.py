@@ -1,8 +1,8 @@
 """Random trials in which commands that share a folder are killed, for `tests.kills` and its tests.
 
 A trial is drawn from a number: what is in the folder, who does what, where one stops until the other has
-ended, and which blow falls when. Afterwards the folder must be usable: what was begun is resumed, or
-replaced.
+ended, and which blow falls when. Afterwards the folder must be usable: what was begun is resumed, or its
+first command is given again.
 """
 
 import random
@@ -11,17 +11,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tests.fuzz.folder_scenes import OUTPUT, Scene
-from tests.fuzz.folder_templates import EARLIER, FINISHED, SEEDS, UNFINISHED, Identity, Templates
-from tests.fuzz.folder_world import NEW, OVERWRITE, RESUME
+from tests.fuzz.folder_templates import EARLIER, FINISHED, MODEL, SEEDS, UNFINISHED, Identity, Templates
+from tests.fuzz.folder_world import NEW, RESUME
 
 PAIRS = {  # (what the one does, the other) -> what may be in the folder before
     (NEW, NEW): ["nothing", "an empty folder"],
-    (NEW, OVERWRITE): ["nothing", "an empty folder"],
-    (OVERWRITE, NEW): ["nothing", FINISHED],
+    (NEW, RESUME): ["nothing", UNFINISHED, FINISHED],
+    (RESUME, NEW): [UNFINISHED, FINISHED],
     (RESUME, RESUME): [UNFINISHED, UNFINISHED, FINISHED],
-    (RESUME, OVERWRITE): [UNFINISHED, FINISHED],
-    (OVERWRITE, RESUME): [UNFINISHED, FINISHED],
-    (OVERWRITE, OVERWRITE): [UNFINISHED, FINISHED],
 }
 
 
@@ -53,7 +50,7 @@ def run(seed: int, templates: Templates, scenes: Sequence[str] = ()) -> Trial:
 def _pair(scene: Scene) -> None:
     kinds = scene.draw.choice(list(PAIRS))
     scene.prepare(scene.draw.choice(PAIRS[kinds]))
-    if kinds[0] != NEW and kinds[1] != NEW:
+    if NEW not in kinds:
         scene.users_files(OUTPUT, 2)
     seeds = scene.draw.sample(SEEDS, 2)
     scene.world.look()
@@ -65,16 +62,16 @@ def _pair(scene: Scene) -> None:
     scene.afterwards()
 
 
-def _overwrite(scene: Scene) -> None:
-    """One run that replaces another, among files of the user; some are refused."""
-    scene.prepare(scene.draw.choice([FINISHED, UNFINISHED]))
-    scene.users_files(OUTPUT, 5)
-    options = scene.refused_options(0.25)
-    if scene.draw.random() < 0.15:
-        options.append("--merge")
+def _again(scene: Scene) -> None:
+    """A first command that is killed, or refused, and given again."""
     scene.world.look()
-    act = scene.world.adapt(OVERWRITE, OUTPUT, scene.identity(), options)
+    identity = scene.identity()
+    options = scene.refused_options(0.25)
+    scene.world.look()
+    act = scene.world.adapt(NEW, OUTPUT, identity, options)
     scene.count(scene.world.do(act, scene.blow(probability=0.9)))
+    for _ in range(2):
+        scene.count(scene.world.do(scene.world.adapt(NEW, OUTPUT, identity), scene.blow(probability=0.6)))
     scene.afterwards()
 
 
@@ -83,32 +80,28 @@ def _transfer(scene: Scene) -> None:
     world, draw = scene.world, scene.draw
     for seed in EARLIER:
         world.earlier(f"earlier-{seed}", f"earlier-{seed}", Identity(seed))
-    state = draw.choice(["nothing", "a transfer", "a transfer", "mine", "a run"])
+    state = draw.choice(["nothing", "nothing", "nothing", "a transfer", "mine", "a run"])
     if state == "a transfer":
         world.earlier(f"moved-{EARLIER[0]}", OUTPUT, Identity(EARLIER[0]))
     if state == "a run":
         scene.prepare(FINISHED)
-    if state == "mine" or (state != "nothing" and draw.random() < 0.4):
-        scene.users_files(OUTPUT)
+    if state == "mine":
+        scene.users_files(OUTPUT, at_least=1)
     world.look()
-    overwrites = state != "nothing" and draw.random() < 0.85
-    first = world.transfer(draw.choice(EARLIER), OUTPUT, overwrites)
+    first = world.transfer(draw.choice(EARLIER), OUTPUT)
     if draw.random() < 0.4:
-        second = world.transfer(draw.choice(EARLIER), OUTPUT, overwrites)
-        scene.both(first, second, "transfer")
+        scene.both(first, world.transfer(draw.choice(EARLIER), OUTPUT), "transfer")
     else:
         scene.count(world.do(first, scene.blow("transfer", 0.9)))
     for _ in range(2):
         if draw.random() < 0.4:
-            act = world.transfer(draw.choice(EARLIER), OUTPUT, True)
+            act = world.transfer(draw.choice(EARLIER), OUTPUT)
             scene.count(world.do(act, scene.blow("transfer")))
-    last = world.do(world.transfer(draw.choice(EARLIER), OUTPUT, True))
-    users_are_there = any(
-        path.startswith(f"{OUTPUT}/") and path not in world.owned for path in world.snapshot
-    )
-    if last.status and not (users_are_there or state == "a run"):
-        world.blame("unusable", f"transfer --overwrite: {last.status} {last.text[-300:]}")
+    last = world.do(world.transfer(draw.choice(EARLIER), OUTPUT))
+    is_there = (world.folder / OUTPUT / MODEL).is_file() or state != "nothing"
+    if last.status and not is_there:
+        world.blame("unusable", f"transfer: {last.status} {last.text[-300:]}")
 
 
-SCENES = {"two runs": _pair, "overwrite": _overwrite, "transfer": _transfer}
-WEIGHTED = ["two runs"] * 5 + ["overwrite"] * 3 + ["transfer"] * 2
+SCENES = {"two runs": _pair, "again": _again, "transfer": _transfer}
+WEIGHTED = ["two runs"] * 5 + ["again"] * 3 + ["transfer"] * 2

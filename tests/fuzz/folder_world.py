@@ -1,8 +1,8 @@
 """Models, texts, files of a user and what commands write: what is lost is found by looking.
 
 The oracle knows no record of the commands. It compares the contents of all files before and after, and knows
-who wrote each one: the user's may never change; those that a command wrote may change by a later one that was
-told to replace them, and that did not refuse to.
+who wrote each one: the user's may never change; those that a command wrote may change by a run that goes on,
+or where there was nothing of value yet.
 """
 
 import json
@@ -16,12 +16,11 @@ from typing import NamedTuple
 import yaml
 
 from mica.cli.adapt import checkpoints
-from mica.cli.output import RECORD
 from tests.fuzz import snapshots
 from tests.fuzz.folder_templates import FILES, FIXED, MODEL, WEIGHTS, Identity, Templates
 from tests.support.forked import Blow, Command
 
-NEW, RESUME, OVERWRITE, TRANSFER = "new", "--resume", "--overwrite", "transfer"
+NEW, RESUME, TRANSFER = "new", "--resume", "transfer"
 KILLED = (-9, -15, 143, 130)
 REFUSED = (  # options that are refused, early and late
     "--rank=40",
@@ -33,13 +32,12 @@ REFUSED = (  # options that are refused, early and late
 
 
 class Act(NamedTuple):
-    """A command line of `mica`. ``replaces``: it was told that what an earlier one wrote may go."""
+    """A command line of `mica`."""
 
     kind: str
     argv: list[str]
     output: str
     identity: Identity | None
-    replaces: bool
 
 
 class Done(NamedTuple):
@@ -48,7 +46,6 @@ class Done(NamedTuple):
     act: Act
     status: int | None
     text: str
-    meets_unremovable: bool
 
 
 class Fault(NamedTuple):
@@ -91,15 +88,6 @@ class World:
         place.write_text(content, encoding="utf-8")
         return path
 
-    def link(self, path: str, target: str) -> str:
-        """One of the user, at ``path`` to ``target`` in the scene, in the place of an earlier one."""
-        place = self.folder / path
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if place.is_symlink():
-            place.unlink()
-        place.symlink_to(os.path.relpath(self.folder / target, place.parent.resolve()))
-        return path
-
     def earlier(self, name: str, path: str, identity: Identity) -> str:
         """A template's folder at ``path``: what an earlier command wrote."""
         before = snapshots.taken(self.folder)
@@ -121,47 +109,42 @@ class World:
     ) -> Act:
         """``options`` win over the plain ones."""
         if kind == RESUME:
-            return Act(kind, ["adapt", f"--output={output}", "--resume", *options], output, None, False)
+            return Act(kind, ["adapt", f"--output={output}", "--resume", *options], output, None)
         argv = ["adapt", "--model=base", f"--output={output}", *FIXED, f"--seed={identity.seed}", *options]
         if not any(option.startswith("--text=") for option in options):
             argv.append("--text=words.txt")
         if identity.adapter and not any(option.startswith("--adapter=") for option in options):
             argv.append(f"--adapter={identity.adapter}")
-        if kind == OVERWRITE:
-            argv.append("--overwrite")
-        is_refused = any(option in REFUSED for option in options)
-        return Act(kind, argv, output, identity, kind == OVERWRITE and not is_refused)
+        return Act(kind, argv, output, identity)
 
-    def transfer(self, seed: int, output: str, overwrites: bool, options: Sequence[str] = ()) -> Act:
-        """The adapter is ``earlier-SEED``, which must be in the scene, unless ``options`` name another."""
-        argv = ["transfer", f"--adapter=earlier-{seed}", "--to=sibling", f"--output={output}", *options]
-        argv += ["--overwrite"] if overwrites else []
-        return Act(TRANSFER, argv, output, Identity(seed), overwrites)
+    def transfer(self, seed: int, output: str) -> Act:
+        """The adapter is ``earlier-SEED``, which must be in the scene."""
+        argv = ["transfer", f"--adapter=earlier-{seed}", "--to=sibling", f"--output={output}"]
+        return Act(TRANSFER, argv, output, Identity(seed))
 
-    def start(self, act: Act, blows: Sequence[Blow] = (), unremovable: str = "") -> Command:
+    def start(self, act: Act, blows: Sequence[Blow] = ()) -> Command:
         self.commands += 1
         self._progress.setdefault(act.output, self.progress(act.output))
         logs = self.root / "logs"
         logs.mkdir(exist_ok=True)
         if act.identity:
             self.identities.add(act.identity)
-        self.story.append(f"$ mica {' '.join(map(ascii, act.argv))}    {[*map(tuple, blows)]} {unremovable}")
+        self.story.append(f"$ mica {' '.join(map(ascii, act.argv))}    {[*map(tuple, blows)]}")
         log = logs / f"{self.commands}"
-        return Command(act.argv, self.folder, log, self.root / f"cache-{self.commands}", blows, unremovable)
+        return Command(act.argv, self.folder, log, self.root / f"cache-{self.commands}", blows)
 
-    def do(self, act: Act, blows: Sequence[Blow] = (), unremovable: str = "") -> Done:
+    def do(self, act: Act, blows: Sequence[Blow] = ()) -> Done:
         """One command alone, to its end, and what it did."""
-        command = self.start(act, blows, unremovable)
-        done = self.ended(act, command, bool(unremovable))
+        done = self.ended(act, self.start(act, blows))
         self.judge(done)
         return done
 
-    def ended(self, act: Act, command: Command, meets_unremovable: bool = False) -> Done:
+    def ended(self, act: Act, command: Command) -> Done:
         status = command.end()
         text = command.text()
         last = text.strip().splitlines()[-1:] or [""]
         self.story.append(f"  {act.kind}: {status} | {last[0][:300]}")
-        return Done(act, status, text, meets_unremovable)
+        return Done(act, status, text)
 
     # -- what it did ----------------------------------------------------------------------------------
 
@@ -196,36 +179,27 @@ class World:
     def _judge_products(self, done: Sequence[Done], before, changed: set[str], added: set[str]) -> None:
         """What earlier commands wrote: ``changed`` are gone or other than before."""
         outputs = {each.act.output for each in done}
-        if all(each.status == 2 and not each.meets_unremovable for each in done):
+        if all(each.status == 2 for each in done):
             # What a killed one has left half done may be mended by any that follows.
-            # What one could not remove may go, too, and the record says so.
-            gone = before.keys() - self.snapshot.keys()
-            for output in outputs:
-                if any(path.startswith(f"{self.key(output, '')}/.") for path in gone):
-                    changed = changed - {self.key(output, RECORD)}
             if changed and not outputs & self._half_done:
                 self.blame("refused, yet", f"{_told(changed)} changed")
             if added and not outputs & self._half_done:
                 self.blame("refused, yet", f"{_told(added)} made")
             return
-        if any(each.act.replaces or each.act.kind == RESUME for each in done):
+        if any(each.act.kind == RESUME for each in done):
             return
-        if changed and any(self.key(output, "run.yaml") in before for output in outputs):
+        if changed and not outputs & self._half_done:
             self.blame("lost", f"{_told(changed)}, of an earlier command, which nothing may replace")
 
     def _judge_runs(self, done: Sequence[Done]) -> None:
-        may_replace = any(each.act.replaces for each in done)
         for output in {each.act.output for each in done if each.act.kind != TRANSFER}:
-            if not may_replace:
-                self._judge_progress(output)
+            self._judge_progress(output)
             self._progress[output] = self.progress(output)
             self._judge_files(output)
         succeeded = [each.act for each in done if each.status == 0]
         if len(succeeded) > 1 and all(act.kind == NEW for act in succeeded):
             self.blame("lost", "two new runs into one folder have both ended well")
-        # one that replaces may have begun after the other's end, and been killed in its place
-        is_replaced = any(each.act.replaces and each.status in KILLED for each in done)
-        if succeeded and not is_replaced:
+        if succeeded:
             self._judge_result(succeeded[-1], {act.identity for act in succeeded})
 
     def key(self, output: str, name: str) -> str:
@@ -244,46 +218,6 @@ class World:
         if (done.status == 2) != (len(lines) == 1):
             self.blame("words", f"status {done.status}, {len(lines)} lines of errors: {done.text[-300:]}")
 
-    # a failure that may come after the new run has begun ---------------------------------------------
-
-    def products(self, output: str) -> dict[str, tuple[int, int]]:
-        """Which file each one is that commands have put into ``output``: the same if it was moved and back.
-
-        One that was written anew is another, with the same bytes too. Records are left out: taking something
-        back writes them again.
-        """
-        found = {}
-        prefix = f"{self.key(output, '')}/"
-        for path in self.owned:
-            place = self.folder / path
-            if not path.startswith(prefix) or _is_scratch(path):
-                continue
-            if place.is_file() and place.name != RECORD:
-                facts = place.stat()
-                found[path] = (facts.st_ino, facts.st_mtime_ns)  # a freed number is soon given again
-        return found
-
-    def judge_failure(self, done: Done, before: dict[str, tuple[int, int]]) -> None:
-        """A run with --overwrite has failed: all of the earlier one is there, or none of it but the new one.
-
-        ``before``: `products`, before the run. An earlier run that has failed itself may lack the very file
-        at which this one fails: then nothing keeps this one from taking its place first.
-        """
-        output = done.act.output
-        if output in self._half_done:  # an earlier command's changes may have been taken back as well
-            return
-        after = self.products(output)
-        run_yaml = self.key(output, "run.yaml")
-        has_begun = run_yaml in after and after[run_yaml] != before.get(run_yaml)
-        kept = {path for path, facts in before.items() if after.get(path) == facts}
-        if has_begun and kept:
-            self.blame("mixed", f"{_told(kept)} of an earlier run beside a new run.yaml: {done.text[-300:]}")
-        if not has_begun and kept != before.keys():
-            lost = before.keys() - kept
-            self.blame("lost", f"{_told(lost)}, and no new run has begun: {done.text[-300:]}")
-        if has_begun and self.progress(output) and "(--resume continues from it)" not in done.text:
-            self.blame("words", f"the run could be continued, which nothing says: {done.text[-300:]}")
-
     # checkpoints -------------------------------------------------------------------------------------
 
     def progress(self, output: str) -> dict[int, int]:
@@ -291,9 +225,8 @@ class World:
         newest: dict[int, int] = {}
         folder = self.folder / output
         with suppress(OSError):
-            for path in checkpoints.marked(folder):
-                if checkpoints.damaged(path) is None:
-                    newest[checkpoints.facts(path)["seed"]] = checkpoints.step(path)
+            for path in checkpoints.complete(folder):
+                newest[checkpoints.facts(path)["seed"]] = checkpoints.step(path)
         return newest
 
     def _judge_progress(self, output: str) -> None:

@@ -132,7 +132,11 @@ def run(args, data=None) -> Training:
     """What ``mica adapt`` does between its options and its summary."""
     processes.start()
     checkpoint = training.find_checkpoint(args)
-    return training.train(model(args, checkpoint), data or corpus(), args, checkpoint)
+    return train(model(args, checkpoint), data or corpus(), args, checkpoint)
+
+
+def train(model, data, args, checkpoint: Path | None = None) -> Training:
+    return training.Session(model, data, args, checkpoint).train()
 
 
 def losses(result: Training) -> list[tuple[int, float]]:
@@ -169,7 +173,7 @@ def run_signalled(args, signum: int, steps: list[int | None], delay: float = 0.0
             threading.Timer(delay, os.kill, (os.getpid(), signum)).start()
 
         data.train = _Watched(data.train, (read, read + 1), send)
-    return training.train(model(args, checkpoint), data, args, checkpoint)
+    return train(model(args, checkpoint), data, args, checkpoint)
 
 
 def run_sharded(kind: str, args) -> Training:
@@ -306,6 +310,7 @@ def unfinished(run: Path, output: Path, last: int = 8) -> Path:
     shutil.copytree(run, output)
     for name in ("adapter_model.safetensors", "adapter_config.json", "summary.json", "README.md"):
         (output / name).unlink()
+    shutil.rmtree(output / "merged", ignore_errors=True)
     if last == 8:
         shutil.rmtree(output / "checkpoint-12")
     return output
@@ -313,6 +318,13 @@ def unfinished(run: Path, output: Path, last: int = 8) -> Path:
 
 def summary(output: Path) -> dict:
     return json.loads((output / "summary.json").read_text(encoding="utf-8"))
+
+
+def log_of(output: Path) -> list[dict]:
+    """What a run of 12 steps has logged and measured, up to its last checkpoint, without times."""
+    state = json.loads((output / "checkpoint-12" / "trainer_state.json").read_text(encoding="utf-8"))
+    timed = ("train_runtime", "train_tokens_per_second")
+    return [{name: entry[name] for name in entry if name not in timed} for entry in state["log_history"]]
 
 
 def weights(folder: Path, name: str = "adapter_model") -> dict[str, torch.Tensor]:

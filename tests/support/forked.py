@@ -52,8 +52,7 @@ class Blow(NamedTuple):
 class Command:
     """``mica`` with ``argv`` in ``folder``, running. ``log``: a path, outside of the scene.
 
-    ``cache``: for tokens; also outside. ``unremovable``: a name in the scene that the system does not let
-    this process remove or rename.
+    ``cache``: for tokens; also outside.
     """
 
     def __init__(
@@ -63,10 +62,9 @@ class Command:
         log: Path,
         cache: Path,
         blows: Sequence[Blow] = (),
-        unremovable: str = "",
     ):
         self.argv, self.log = list(argv), log
-        arguments = (self.argv, folder, log, cache, list(blows), unremovable)
+        arguments = (self.argv, folder, log, cache, list(blows))
         self._process = SERVER.Process(target=_enter, args=arguments)
         self._process.start()
         self._was_stopped = False
@@ -123,7 +121,7 @@ def be_quick(cache: Path) -> None:
     datasets.config.HF_DATASETS_CACHE = cache
 
 
-def _enter(argv, folder, log, cache, blows, unremovable):
+def _enter(argv, folder, log, cache, blows):
     os.chdir(folder)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -131,7 +129,7 @@ def _enter(argv, folder, log, cache, blows, unremovable):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # multiprocessing's children ignore it
     be_quick(cache)
     begin = time.monotonic()
-    watch = _Watch(str(folder), log, blows, unremovable)
+    watch = _Watch(str(folder), log, blows)
     status = main(argv)
     watch.is_off = True
     watch.counts["milliseconds"] = round(1000 * (time.monotonic() - begin))
@@ -144,8 +142,8 @@ def _enter(argv, folder, log, cache, blows, unremovable):
 class _Watch:
     """Counts the events of this process, and deals the blows."""
 
-    def __init__(self, folder: str, log: Path, blows: list[Blow], unremovable: str):
-        self.folder, self.log, self.blows, self.unremovable = folder, log, list(blows), unremovable
+    def __init__(self, folder: str, log: Path, blows: list[Blow]):
+        self.folder, self.log, self.blows = folder, log, list(blows)
         self.counts = Counter()
         self.since = Counter()  # the last blow
         self.is_off = self.is_full = False
@@ -164,8 +162,6 @@ class _Watch:
         if not self._is_inside(args[0]):
             return
         is_write = event in CHANGES or (event == "open" and _writes(args))
-        if event in CHANGES and self.unremovable and event not in ("os.mkdir", "os.link", "os.symlink"):
-            self._refuse(args)
         self.count("file")
         if is_write:
             self.count("write")
@@ -177,15 +173,6 @@ class _Watch:
             return False
         text = os.fsdecode(path)
         return text.startswith(self.folder) or not os.path.isabs(text)
-
-    def _refuse(self, args: tuple) -> None:
-        """A rename has two names that count: what is replaced is removed too."""
-        for path in args:
-            if isinstance(path, (str, bytes, os.PathLike)) and self._is_it(path):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fsdecode(path))
-
-    def _is_it(self, path: object) -> bool:
-        return os.path.basename(os.fsdecode(path)) == self.unremovable
 
     def count(self, kind: str) -> None:
         self.counts[kind] += 1

@@ -3,7 +3,7 @@
 import argparse
 import importlib.util
 
-from mica.cli.adapt import config, folder, options
+from mica.cli.adapt import config, options
 from mica.cli.arguments import add_command, example
 from mica.cli.extras import how_to_install
 from mica.errors import UsageError
@@ -12,10 +12,10 @@ _DESCRIPTION = """\
 Continued pretraining with MiCA. Several processes: torchrun --nproc-per-node N -m mica adapt ..., or
 accelerate launch -m mica adapt ..."""
 _EXAMPLE = example(
-    "mica adapt --model HuggingFaceTB/SmolLM2-135M --text corpus.jsonl --output run --dry-run",
     "mica adapt --model HuggingFaceTB/SmolLM2-135M --text corpus.jsonl --output run",
-    says="The first says what the run would need and how long it would take; the second trains, and writes "
-    "a PEFT adapter with its model card to run.",
+    "mica adapt --output run --resume",
+    says="The first trains, and writes a PEFT adapter with its model card to run; the second goes on if it "
+    "was stopped.",
 )
 NEEDED = ("accelerate", "datasets", "matplotlib", "yaml")
 
@@ -33,9 +33,6 @@ def run(given: argparse.Namespace) -> int:
     Raises UsageError for bad input.
     """
     check_libraries()
-    output = getattr(given, "output", None)
-    if getattr(given, "resume", False) and not getattr(given, "dry_run", False) and output is not None:
-        folder.recover(output)
     settings = config.resolve(given)
     config.check_output(settings)
 

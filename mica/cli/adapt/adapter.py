@@ -140,11 +140,11 @@ def _check_saved(
         raise UsageError(f"--target-modules {args.target_modules}: {others}")
 
 
-def read_adapter_config(folder: Path, option: str = "--adapter", any_lora: bool = False) -> LoraConfig:
+def read_adapter_config(folder: Path, option: str = "--adapter") -> LoraConfig:
     """The configuration of a MiCA adapter; `settings` turns it into options.
 
     Raises UsageError, naming ``option``, if ``folder`` is not the folder of an adapter, or the adapter not
-    MiCA's (with ``any_lora``: not LoRA's).
+    MiCA's.
     """
     where = f"{option} {folder}"
     if folder.is_file():
@@ -160,12 +160,13 @@ def read_adapter_config(folder: Path, option: str = "--adapter", any_lora: bool 
         what = f"is not the configuration of a PEFT adapter: {one_line(error)}"
         raise UsageError(f"{where}: {CONFIG} {what}") from error
 
-    wanted = "LoRA" if any_lora else "MiCA"
+    found = None
     if kind != "LORA":
-        raise UsageError(f"{where}: must be a {wanted} adapter, but is {kind}")
-    if not (any_lora or requests_mica(config)):
+        found = kind
+    elif not requests_mica(config):
         found = f"LoRA with init_lora_weights={config.init_lora_weights!r}"
-        raise UsageError(f"{where}: must be a {wanted} adapter, but is {found}")
+    if found is not None:
+        raise UsageError(f"{where}: must be a MiCA adapter, but is {found}")
     if not (folder / WEIGHTS).is_file():
         raise UsageError(f"{where}: has no {WEIGHTS}")
     _check_values(config, f"{where}: {CONFIG}")

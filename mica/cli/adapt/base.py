@@ -1,19 +1,25 @@
 """The frozen base model of ``mica adapt``: dense or quantised, from a checkpoint or a GGUF file."""
 
 import argparse
+import json
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import is_bitsandbytes_available
 
-from mica.cli import record
-from mica.cli.adapt import processes
+from mica.cli.adapt import fingerprint, processes
 from mica.cli.adapt.folder import BASE as FOLDER
+from mica.cli.adapt.folder import MARKER, SUMMARY
+from mica.cli.folder import is_unfinished
 from mica.cli.loading import Source, load_config, load_model, load_tokenizer
-from mica.cli.output import PARTIAL, beside, dtype_name, fill_folder, first_sentences
+from mica.cli.output import dtype_name, first_sentences, write_folder
 from mica.errors import UsageError
 from mica.paths.products import has_native
 
@@ -25,8 +31,7 @@ def load(args: argparse.Namespace, source: Source, device: torch.device | None =
 
     ``tokenizer``: the source's, where it is at hand: to read one from a GGUF file takes seconds.
 
-    A GGUF file is converted first, once, by the main process, beside OUTPUT/base, which `folder.begin` makes
-    of it, and loaded from there. The model has the name OUTPUT/base already: what an
+    A GGUF file is converted first, once, by the main process, to OUTPUT/base, and loaded from there: what an
     adapter says about its base is one name, without the file in a folder, so that neither
     ``AutoPeftModelForCausalLM.from_pretrained(OUTPUT)`` nor ``pipeline(model=OUTPUT)`` could find a
     GGUF file. That name is an absolute path: once OUTPUT has been moved, `mica.fast` finds it there. The
@@ -46,11 +51,9 @@ def load(args: argparse.Namespace, source: Source, device: torch.device | None =
             dtype = _own_dtype(config, device)
         quantization = _quantization(args.quantize, dtype)
 
-    name = None
     if source.is_gguf:
         processes.on_main(_convert, args, source, dtype, tokenizer)
-        name = converted(args).location
-        source = Source(args.model, place_of(name), {"trust_remote_code": False})
+        source = converted(args)
     try:
         model = load_model(source, dtype, device, quantization)
     except (ImportError, RuntimeError, NotImplementedError) as error:  # bitsandbytes does not run there
@@ -58,9 +61,6 @@ def load(args: argparse.Namespace, source: Source, device: torch.device | None =
             raise
         what = f"not possible on {device}: {first_sentences(str(error))}"
         raise UsageError(f"--quantize {args.quantize}: {what}") from error
-    if name is not None:
-        model.name_or_path = name
-        model.config.name_or_path = name
     # On a CPU with AVX512-BF16 the first call in eval mode repacks a 4-bit weight for good (bitsandbytes
     # 0.50). From then on the layer passes no gradient on, in train mode too: after one evaluation the
     # adapters below it would learn only what bypasses it.
@@ -117,24 +117,55 @@ def converted(args: argparse.Namespace) -> Source:
     return Source(args.model, os.path.abspath(args.output / FOLDER), {"trust_remote_code": False})
 
 
-def place_of(name: str) -> str:
-    """Where the base called ``name`` is: there, or beside it, where a run that has not begun has made it."""
-    path = Path(name)
-    if not path.name:  # a model without a name, or the working directory
-        return name
-    scratch = beside(path, PARTIAL)
-    if scratch.is_dir():
-        return str(scratch)
-    return name
+def facts(model: PeftModel, earlier: Path | None) -> dict[str, str | None]:
+    """What a run records of its base, as JSON: a hash of its weights, its model type and its dtype.
+
+    ``base_dtype`` is the one in which trained embeddings began, so that of ``earlier``, the adapter that the
+    run goes on from, if that says it. Before the model is sharded.
+    """
+    base = model.get_base_model()
+    embedding = base.get_input_embeddings()
+    embedding = getattr(embedding, "original_module", embedding)  # the one that is not trained
+    dtype = dtype_name(embedding.weight.dtype)
+    if earlier is not None:
+        dtype = read_facts(earlier).get("base_dtype")
+    weights = fingerprint.of(base.name_or_path)
+    return {fingerprint.BASE: weights, "base_dtype": dtype, "model_type": base.config.model_type}
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What `facts` recorded for the adapter in ``folder``, in summary.json or in a checkpoint's marker.
+
+    Empty where there is neither: PEFT has written the adapter, or its files were copied without them.
+    """
+    for name in (SUMMARY, MARKER):
+        with suppress(OSError, ValueError):
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+            if isinstance(found, dict):
+                return found
+    return {}
+
+
+def is_trained_on(folder: Path, location: str) -> bool | None:
+    """Whether the weights at ``location`` are those that the adapter in ``folder`` was trained on.
+
+    None where that cannot be said: they are not here, or it is not recorded.
+    """
+    expected = read_facts(folder).get(fingerprint.BASE)
+    found = fingerprint.of(location)
+    if expected is None or found is None:
+        return None
+    return found == expected
 
 
 def _convert(args: argparse.Namespace, source: Source, dtype: str, tokenizer) -> None:
-    """Write what is going to be OUTPUT/base: model and tokenizer of a GGUF file, in the run's dtype."""
-    if args.resume and (args.output / FOLDER).is_dir():
-        return  # B belongs to the weights as they were converted
+    """Write OUTPUT/base: model and tokenizer of a GGUF file, in the run's dtype."""
+    folder = args.output / FOLDER
+    if folder.is_dir():
+        if args.resume and not is_unfinished(folder):
+            return  # B belongs to the weights as they were converted
+        shutil.rmtree(folder)  # of a first command that was killed
     model = load_model(source, dtype, torch.device("cpu"))
     if tokenizer is None:
         tokenizer = load_tokenizer(source)
-    record.claim(args.output, FOLDER, begun=False)
-    scratch = fill_folder("--output", args.output / FOLDER, model, tokenizer, card=_CARD)
-    record.completed(args.output, FOLDER, scratch)
+    write_folder("--output", folder, model.save_pretrained, tokenizer.save_pretrained, card=_CARD)

@@ -79,34 +79,35 @@ class Hooks(TrainerCallback):
     a UsageError as soon as a loss, or a weight about to be saved, is not finite.
 
     ``amount``, ``pace``: for the time that is left; whoever measures perplexity tells ``pace``.
-    ``mark(step)`` is called in every process once all files of a checkpoint are written, ``watch(history)``
-    in the main one after each evaluation.
-    ``agreed``: the signal's number once all processes know of it, else 0.
+    ``mark(step)`` is called in every process once all files of a checkpoint are written.
+    ``agreed``: the signal's number once all processes know of it, else 0. ``is_under_way``: a step has begun.
     """
 
     def __init__(
         self,
         request: Request,
         mark: Callable[[int], None],
-        watch: Callable[[list[dict]], None],
         options: argparse.Namespace,
         amount: Amount,
         pace: Pace,
     ):
         self._request = request
         self._mark = mark
-        self._watch = watch
         self._options = options
         self._amount = amount
         self._pace = pace
         self._begun = 0.0
         self._first = 0  # the steps that were done when this session began
         self.agreed = 0
+        self.is_under_way = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._begun = time.perf_counter()
         self._first = state.global_step
         state.compute_steps(args, state.max_steps)  # else the checkpoint's --eval-steps count
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.is_under_way = True
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.agreed = processes.largest(self._request.signum)
@@ -151,8 +152,6 @@ class Hooks(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         history = state.log_history
-        if state.is_world_process_zero:
-            self._watch(history)
         if stopping.best(history, self._options) == state.global_step:
             control.should_save = True
         if state.global_step >= state.max_steps:

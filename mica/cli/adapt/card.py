@@ -1,48 +1,119 @@
-"""The model card of a run: README.md of OUTPUT, from its summary and nothing else."""
+"""Model cards: README.md of the adapter of a run, and of a model that `mica transfer` has written."""
 
 import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mica.cli.adapt.options import OPTIONS
-from mica.cli.output import markdown_table, shown
+from mica.cli.output import shown
 
-_PAPER = "https://arxiv.org/abs/2604.01694"
 _FILES = {".gguf", ".txt", ".json", ".jsonl", ".csv", ".parquet", ".gz"}
-_TRAINED = """\
-An adapter for {base}, made by continued pretraining on {training_tokens:,} tokens with [MiCA]({paper}). \
-MiCA adds `s·B·A` to an adapted weight `W`: `B` holds the {rank} left singular vectors of `W` with the \
-smallest singular values and stays frozen, `A` starts at zero and is trained. {trained_parameters:,} of \
-{total_parameters:,} parameters were trained."""
-_EMBEDDINGS = (
-    "{trained_embeddings:,} of these are the input and output embeddings, trained as whole modules "
-    "(PEFT's `modules_to_save`)."
-)
-_TRANSFERRED = """\
-{there} with the update of a [MiCA]({paper}) adapter merged into its weights: the `s·B·A` of {update}{on} \
-with rank {rank} and alpha {alpha}, in {layers} layers. The update was trained on that model and not on this \
-one. Tokenizer and chat template are this one's."""
-_HERE = "  # the path of this folder"
-_LOAD = """\
-```python
-{imports}
+# `table` is a macro; paragraphs are kept apart by the empty lines within the conditions.
+_TEMPLATE = """\
+{%- macro table(header, rows) -%}
+| {{ header | join(" | ") }} |
+|{{ " --- |" * (header | length) }}
+{%- for row in rows %}
+| {{ row | join(" | ") }} |
+{%- endfor %}
+{%- endmacro -%}
+---
+{{ card_data }}
+---
 
-model = {kind}.from_pretrained({where}){note}
-tokenizer = AutoTokenizer.from_pretrained({where})
-```"""
-_LOAD_ON = """\
-{when}:
+# {{ name }}
+
+{% if is_adapter -%}
+An adapter for {{ model }}, made by continued pretraining on {{ "{:,}".format(training_tokens) }} tokens \
+with [MiCA]({{ paper }}). MiCA adds `s·B·A` to an adapted weight `W`: `B` holds the {{ settings.rank }} left \
+singular vectors of `W` with the smallest singular values and stays frozen, `A` starts at zero and is \
+trained. {{ "{:,}".format(trained_parameters) }} of {{ "{:,}".format(total_parameters) }} parameters were \
+trained.
+{%- if trained_embeddings %}
+
+{{ "{:,}".format(trained_embeddings) }} of these are the input and output embeddings, trained as whole \
+modules (PEFT's `modules_to_save`).
+{%- endif %}
+{%- if results %}
+
+## Results
+
+{{ table(("text", "perplexity before", "after"), results) }}
+{%- if settings.quantize %}
+
+Measured, as trained, with the base quantised to {{ settings.quantize }}.
+{%- endif %}
+{%- endif %}
+{%- if step %}
+
+The adapter is {{ step }}.
+{%- endif %}
+{%- if sources %}
+
+## Data
+
+{{ table(("source", "documents", "tokens"), sources) }}
+{%- endif %}
+{%- if recipe %}
+
+## Recipe
+
+{{ table(("setting", "value"), recipe) }}
+{%- endif %}
+{%- else -%}
+{{ model }} with the update of a [MiCA]({{ paper }}) adapter merged into its weights: the `s·B·A` of \
+{{ adapter }}{% if base %}, trained on `{{ base }}`,{% endif %} with rank {{ rank }} and alpha {{ alpha }}, \
+in {{ layers }} layers. The update was trained on that model and not on this one. Tokenizer and chat \
+template are this one's.
+{%- if embeddings %}
+
+What its training has added to the embeddings is added here too.
+{%- endif %}
+
+In {{ dtype }}: {{ merge_report }}.
+{%- endif %}
+
+## How to load
+
+```python
+{%- if is_adapter %}
+from peft import AutoPeftModelForCausalLM
+{%- endif %}
+from transformers import {{ "AutoModelForCausalLM, " if not is_adapter }}AutoTokenizer
+
+model = Auto{{ "Peft" if is_adapter }}ModelForCausalLM.from_pretrained({{ folder }})  # this folder's path
+tokenizer = AutoTokenizer.from_pretrained({{ folder }})
+```
+{%- if gguf %}
+
+That finds the base, dequantised, in the subfolder `base` where the adapter was made. Where this folder was \
+moved to, only after `import mica.fast`.
+{%- for when, place in gguf %}
+
+{{ when }}:
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained({base})
-model = PeftModel.from_pretrained(base, {where})
-```"""
+base = AutoModelForCausalLM.from_pretrained({{ place }})
+model = PeftModel.from_pretrained(base, {{ folder }})
+```
+{%- endfor %}
+{%- endif %}
+
+## How it was made
+
+{% if is_adapter -%}
+{{ steps }} steps in {{ "{:,.0f}".format(training_seconds) }} s, base in {{ dtype }}, on {{ device }}\
+{% if processes > 1 %}, {{ processes }} processes{% endif %}. \
+{% endif -%}
+{{ versions }}.
+"""
 
 
 def hub_name(name: str | None) -> str | None:
@@ -66,102 +137,118 @@ def card(summary: dict) -> ModelCard:
     Its metadata has what the hub reads: base_model and datasets only where these are names of the hub, which
     refuses others; the measured perplexities as model-index.
     """
-    settings = summary["settings"]
-    name = shown(Path(summary["adapter"]).name)
-    trained = _TRAINED.format(**summary, base=_public(summary["model"]), paper=_PAPER, rank=settings["rank"])
-    sections = [trained]
-    if summary["trained_embeddings"]:
-        sections.append(_EMBEDDINGS.format(**summary))
-
-    perplexities = _perplexities(summary)
-    if perplexities:
-        sections += _table("Results", ("text", "perplexity before", "after"), perplexities)
-        if settings.get("quantize"):
-            sections.append(f"Measured, as trained, with the base quantised to {settings['quantize']}.")
-    step = told(summary)
-    if step:
-        sections.append(f"The adapter is {step}.")
-    sections += _table("Data", ("source", "documents", "tokens"), _sources(summary))
-    sections += _table("Recipe", ("setting", "value", "from"), _recipe(summary))
-    sections += ["## How to load", *_loading(summary)]
-
+    folder = Path(summary["adapter"]).name
     names = [hub_name(source["name"]) for source in summary["sources"]]
-    datasets = [found for found in names if found is not None]
-    return _card(
-        name,
-        summary,
-        *sections,
-        made=_made(summary),
+    measured = _measured(summary)
+    facts = {
+        "is_adapter": True,
+        "results": [(what, f"{before:.2f}", f"{after:.2f}") for _, what, before, after in measured if after],
+        "step": step_of(summary),
+        "sources": _sources(summary),
+        "recipe": _recipe(summary),
+        "gguf": _on_gguf(summary, folder),
+    }
+    return _rendered(
+        shown(folder),
+        folder,
+        summary | facts,
         library_name="peft",
-        datasets=datasets or None,
-        model_name=name,
-        eval_results=_eval_results(summary) or None,
+        datasets=[name for name in names if name is not None] or None,
+        model_name=shown(folder),
+        eval_results=_eval_results(measured) or None,
     )
 
 
-def _measured(summary: dict) -> list[tuple[str, str, float | None, float | None]]:
-    """Each text that is measured: name, what it is, perplexity before and after training; None if not."""
+def transfer_card(facts: dict) -> ModelCard:
+    """The card of a model into which `mica transfer` has merged an update.
+
+    ``facts``: ``name`` (of the folder), ``model`` and ``adapter`` (as given), ``base`` (of the adapter, or
+    None), ``rank``, ``alpha``, ``layers`` (their number), ``embeddings`` (whether they were trained),
+    ``dtype``, ``merge_report``, ``versions``.
+    """
+    more = {"adapter": _public(facts["adapter"]), "base": hub_name(facts["base"])}
+    return _rendered(shown(facts["name"]), facts["name"], facts | more, library_name="transformers")
+
+
+def _rendered(name: str, folder: str, facts: dict, **metadata: Any) -> ModelCard:
+    data = ModelCardData(
+        base_model=hub_name(facts["model"]),
+        pipeline_tag="text-generation",
+        tags=["mica", "lora", "continued-pretraining"],
+        **metadata,
+    )
+    own = {
+        "name": name,
+        "folder": json.dumps(folder),
+        "model": _public(facts["model"]),
+        "paper": "https://arxiv.org/abs/2604.01694",
+        "versions": ", ".join(f"{library} {version}" for library, version in facts["versions"].items()),
+    }
+    return ModelCard.from_template(data, template_str=_TEMPLATE, **facts | own)
+
+
+def _measured(summary: dict) -> list[tuple[str, str, float, float]]:
+    """Each text that was measured: name, what it is, perplexity before and after training (0: not finite)."""
     held_out = f"held out, {summary['held_out_tokens']:,} tokens never trained on"
-    return [
-        ("held-out", held_out, summary["perplexity_before"], summary["perplexity_after"]),
-        ("retain", "to be retained", summary["retain_before"], summary["retain_after"]),
-    ]
-
-
-def _perplexities(summary: dict) -> list[tuple[str, str, str]]:
     rows = []
-    for _, what, before, after in _measured(summary):
+    for name, what, key in (("held-out", held_out, "perplexity"), ("retain", "to be retained", "retain")):
+        before, after = summary[f"{key}_before"], summary[f"{key}_after"]
         if before is not None and after is not None:
-            rows.append((what, f"{before:.2f}", f"{after:.2f}"))
+            rows.append((name, what, before, after if math.isfinite(after) else 0.0))
     return rows
 
 
-def _eval_results(summary: dict) -> list[EvalResult]:
+def _eval_results(measured: list[tuple[str, str, float, float]]) -> list[EvalResult]:
     results = []
-    for name, _, before, after in _measured(summary):
+    for name, _, before, after in measured:
         for when, value in (("before", before), ("after", after)):
-            if value is None or not math.isfinite(value):
-                continue
-            result = EvalResult(
-                task_type="text-generation",
-                dataset_type="text",
-                dataset_name=f"{name} text",
-                dataset_split=name,  # or the two texts would be one entry
-                metric_type="perplexity",
-                metric_name=f"perplexity {when} training",
-                metric_value=round(value, 4),
-            )
-            results.append(result)
+            if value:
+                result = EvalResult(
+                    task_type="text-generation",
+                    dataset_type="text",
+                    dataset_name=f"{name} text",
+                    dataset_split=name,  # or the two texts would be one entry
+                    metric_type="perplexity",
+                    metric_name=f"perplexity {when} training",
+                    metric_value=round(value, 4),
+                )
+                results.append(result)
     return results
 
 
-def _sources(summary: dict) -> list[tuple[str, str, str]]:
+def _sources(summary: dict) -> list[list[str]]:
     rows = []
     for source in summary["sources"]:
-        rows.append((_public(source["name"]), f"{source['documents']:,}", f"{source['tokens']:,}"))
+        rows.append(_cells(_public(source["name"]), source["documents"], source["tokens"]))
     return rows
 
 
-def _recipe(summary: dict) -> list[tuple[str, object, str]]:
+def _recipe(summary: dict) -> list[list[str]]:
     """The settings, but paths, which are said elsewhere or private, and what does not concern training."""
     rows = []
     for name, value in summary["settings"].items():
         option = OPTIONS.get(name)
         is_hidden = option is not None and (option.is_path or not option.in_card)
         if value is not None and not is_hidden:
-            rows.append((name.replace("_", " "), value, summary["origins"].get(name, "")))
+            rows.append(_cells(name.replace("_", " "), value))
     return rows
 
 
-def _made(summary: dict) -> str:
-    steps = f"{summary['steps']} steps in {summary['training_seconds']:,.0f} s"
-    text = f"{steps}, base in {summary['dtype']}, on {summary['device']}"
-    if summary["processes"] > 1:
-        text += f", {summary['processes']} processes"
-    return f"{text}. "
+def _cells(*values: object) -> list[str]:
+    """A row of a table in Markdown."""
+    cells = []
+    for value in values:
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif isinstance(value, int):
+            value = f"{value:,}"
+        elif isinstance(value, list | tuple):
+            value = ", ".join(map(str, value))
+        cells.append(str(value).replace("|", "\\|"))
+    return cells
 
 
-def told(summary: dict) -> str:
+def step_of(summary: dict) -> str:
     """Which step the adapter of a run is of, and why it ended early; "" where the options do not matter."""
     keeps_best = summary["settings"].get("keep_best")
     stopped_by = summary["stopped_by"]
@@ -174,89 +261,13 @@ def told(summary: dict) -> str:
     return text
 
 
-def transfer_card(facts: dict) -> ModelCard:
-    """The card of a model into which `mica transfer` has merged an update.
-
-    ``facts``: ``name`` (of the folder), ``model`` and ``adapter`` (as given), ``base`` (of the adapter, or
-    None), ``rank``, ``alpha``, ``layers`` (their number), ``embeddings`` (whether they were trained),
-    ``dtype``, ``merge_report``, ``versions``.
-    """
-    base = hub_name(facts["base"])
-    trained_on = ""
-    if base is not None:
-        trained_on = f", trained on `{base}`,"
-    names = {
-        "there": _public(facts["model"]),
-        "update": _public(facts["adapter"]),
-        "on": trained_on,
-    }
-    sections = [_TRANSFERRED.format(**facts, **names, paper=_PAPER)]
-    if facts["embeddings"]:
-        sections.append("What its training has added to the embeddings is added here too.")
-    sections.append(f"In {facts['dtype']}: {facts['merge_report']}.")
-    loading = _LOAD.format(
-        imports="from transformers import AutoModelForCausalLM, AutoTokenizer",
-        kind="AutoModelForCausalLM",
-        where=json.dumps(facts["name"]),
-        note=_HERE,
-    )
-    sections += ["## How to load", loading]
-    return _card(shown(facts["name"]), facts, *sections, library_name="transformers")
-
-
-def _card(name: str, facts: dict, *sections: str, made: str = "", **metadata) -> ModelCard:
-    data = ModelCardData(
-        base_model=hub_name(facts["model"]),
-        pipeline_tag="text-generation",
-        tags=["mica", "lora", "continued-pretraining"],
-        **metadata,
-    )
-    versions = ", ".join(f"{library} {version}" for library, version in facts["versions"].items())
-    text = "\n\n".join((f"# {name}", *sections, "## How it was made", f"{made}{versions}."))
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        value = ", ".join(str(one) for one in value)
-    return str(value).replace("|", "\\|")
-
-
-def _table(title: str, header: tuple, rows: list[tuple]) -> list[str]:
-    """A section with a table; none without rows."""
-    if not rows:
+def _on_gguf(summary: dict, folder: str) -> list[tuple[str, str]]:
+    """Other ways to load an adapter of a GGUF file: when, and where the base is, as Python."""
+    model = summary["model"]
+    if not model.lower().endswith(".gguf"):
         return []
-    cells = [[_cell(cell) for cell in row] for row in rows]
-    return [f"## {title}", markdown_table([_cell(cell) for cell in header], cells)]
-
-
-def _loading(summary: dict) -> list[str]:
-    """How to load the adapter, from its repository if it was pushed; more for one of a GGUF file."""
-    folder = Path(summary["adapter"]).name
-    repository = summary["settings"].get("push_to_hub")
-    where = json.dumps(repository or folder)
-    note = _HERE
-    if repository:
-        note = ""
-    load = _LOAD.format(
-        imports="from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer",
-        kind="AutoPeftModelForCausalLM",
-        where=where,
-        note=note,
-    )
-    if not summary["model"].lower().endswith(".gguf"):
-        return [load]
-
-    found = "That finds the base, dequantised, in the subfolder `base` where the adapter was made."
-    others = []
-    if not repository:  # which has no such subfolder
-        found += " Where this folder was moved to, only after `import mica.fast`."
-        base = json.dumps(f"{folder}/base")
-        others.append(_LOAD_ON.format(when="There without it", base=base, where=where))
-    file = json.dumps(Path(summary["model"]).name)
-    base = f'".", gguf_file={file}, dtype="{summary["dtype"]}"'
-    when = "Elsewhere, with the GGUF file in the working directory"
-    others.append(_LOAD_ON.format(when=when, base=base, where=where))
-    return [load, found, *others]
+    elsewhere = f'".", gguf_file={json.dumps(Path(model).name)}, dtype="{summary["dtype"]}"'
+    return [
+        ("There without it", json.dumps(f"{folder}/base")),
+        ("Elsewhere, with the GGUF file in the working directory", elsewhere),
+    ]

@@ -5,18 +5,15 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from mica.cli import record
 from mica.cli.adapt import run_yaml
-from mica.cli.adapt.folder import MERGED, check
 from mica.cli.adapt.folder import SETTINGS as FILE
+from mica.cli.adapt.folder import check
 from mica.cli.adapt.options import OPTIONS, RECIPES
 from mica.cli.output import expanded
 from mica.errors import UsageError
 
 FARTHEST = 10**6  # of two weights, one over the other: more is a slip, and overflows
 _LENGTHS = {"steps", "epochs"}  # the first layer with one of them decides
-# `global_batch` says whether --resume may change them. Not its own SHARES: reading it imports torch.
-_SHARES = {"batch_size", "gradient_accumulation_steps"}
 _PATHS = {name for name, option in OPTIONS.items() if option.is_path}
 _OF_THE_RUN = [name for name, option in OPTIONS.items() if not option.by_run]
 _FIXED = [name for name in _OF_THE_RUN if not OPTIONS[name].may_change]
@@ -24,14 +21,10 @@ _BY_CONTENT = {"model", "text", "held_out_text", "retain"}  # may be moved: the 
 
 
 class Settings(NamedTuple):
-    """``args``: a value for every option; ``origins``: option -> "command line", "recipe paper", ...
-
-    ``recorded``: the text of the run.yaml that was read for ``--resume``; None without it.
-    """
+    """``args``: a value for every option; ``origins``: option -> "command line", "recipe paper", ..."""
 
     args: argparse.Namespace
     origins: dict[str, str]
-    recorded: str | None = None
 
 
 class _Layer(NamedTuple):
@@ -62,10 +55,8 @@ def resolve(given: argparse.Namespace) -> Settings:
 
     wanted = _merged(layers)
     output = wanted.get("output")
-    text = None
     recorded = None
     if line.get("resume") and output is not None:
-        text = run_yaml.recorded_text(output)
         recorded = _recorded(output)
     if recorded is not None:
         layers.append(recorded)
@@ -79,16 +70,16 @@ def resolve(given: argparse.Namespace) -> Settings:
     if recorded is not None:
         _refuse_another_run(values, recorded.values, output)
     _check(values, line)
-    return _settings(values, origins, text)
+    return _settings(values, origins)
 
 
-def _settings(values: dict[str, object], origins: dict[str, str], text: str | None) -> Settings:
+def _settings(values: dict[str, object], origins: dict[str, str]) -> Settings:
     """`Settings` of the checked ``values``; of steps and epochs only the one in use keeps its origin."""
     if values["keep_best"] is None and (values["patience"] or values["max_retain_rise"]):
         values["keep_best"] = True  # who stops because it gets worse does not want the worse
     args = argparse.Namespace(**{name: values[name] for name in OPTIONS})
     kept = {name: origins[name] for name in OPTIONS if name not in _LENGTHS or values[name]}
-    return Settings(args, kept, text)
+    return Settings(args, kept)
 
 
 def _refuse_exclusive(layers: list[_Layer]) -> None:
@@ -121,7 +112,7 @@ def _flattened(layers: list[_Layer]) -> tuple[dict[str, object], dict[str, str]]
 
 
 def _recorded(output: Path) -> _Layer | None:
-    """The settings of the run in ``output``, from run.yaml and its record; None if there is no run.yaml.
+    """The settings of the run in ``output``, from run.yaml; None if there is no run.yaml.
 
     What an adapter said when the run began is among them: its folder need not exist any more.
     """
@@ -130,9 +121,6 @@ def _recorded(output: Path) -> _Layer | None:
     # A run without experts has no such entry, and the recipe must not add one.
     values = {"experts": None} | run_yaml.read(output / FILE, "--resume")
     origins = dict.fromkeys(values, FILE) | {"experts": "default"}
-    found = record.read(output)
-    if found is not None:
-        origins |= found.origins
     return _Layer(values, origins)
 
 
@@ -161,13 +149,7 @@ def _derive(values: dict[str, object], origins: dict[str, str]) -> None:
 
 def _refuse_another_run(values: dict[str, object], recorded: dict[str, object], output: Path) -> None:
     """Raise UsageError if ``values`` would make another run of the one in ``output``."""
-    may_change = set()
-    if any(output.glob("checkpoint-*")):  # else the run starts anew
-        may_change = _SHARES
-    fixed = {}
-    for name in _FIXED:
-        if values[name] is not None and name not in may_change:
-            fixed[name] = values[name]
+    fixed = {name: values[name] for name in _FIXED if values[name] is not None}
     _refuse_others(fixed, dict.fromkeys(_FIXED) | recorded, f"--resume: {output / FILE}")
 
 
@@ -196,8 +178,6 @@ def _check(values: dict[str, object], line: dict[str, object]) -> None:
         missing = [OPTIONS[other].flag for other in option.needs if not values[other]]
         if values[name] and missing:
             raise UsageError(f"{option.flag}: needs {' and '.join(missing)}")
-    if values["resume"] and values["overwrite"]:
-        raise UsageError("--resume and --overwrite: use only one")
 
 
 def _check_required(values: dict[str, object]) -> None:
@@ -229,34 +209,7 @@ def _check_text_weights(values: dict[str, object]) -> None:
 def check_output(settings: Settings) -> None:
     """`folder.check` for a run with these settings."""
     args = settings.args
-    check(
-        args.output,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        inputs=inputs(args),
-        more=folders(args),
-    )
-
-
-def folders(args: argparse.Namespace) -> list[str]:
-    """The folders that a run with these options writes in its output folder, but checkpoints."""
-    names = []
-    if args.merge:
-        names.append(MERGED)
-    if "tensorboard" in args.report_to:
-        names.append("runs")
-    return names
-
-
-def inputs(args: argparse.Namespace) -> dict[str, list[str]]:
-    """Option -> what it names, of those that name files or folders to be read."""
-    found = {}
-    for name, option in OPTIONS.items():
-        value = getattr(args, name)
-        if option.is_path and name != "output" and value:
-            names = value if isinstance(value, list) else [value]
-            found[option.flag] = [str(one) for one in names]
-    return found
+    check(args.output, resume=args.resume, merge=args.merge)
 
 
 def absolute(value: str | Path) -> str:

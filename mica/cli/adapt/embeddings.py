@@ -7,7 +7,6 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -20,7 +19,6 @@ from mica.cli.loading import Source, load_model
 from mica.cli.output import dtype_name, one_line
 from mica.cli.targets import Targets
 from mica.errors import UsageError
-from mica.subspace.content_hash import content_hash
 
 TRAINABLE = ("float32", "bfloat16", "float16")
 
@@ -165,40 +163,18 @@ def separate(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float, na
         raise UsageError(f"--optimizer {name}: cannot give embeddings a learning rate of their own")
 
 
-def start_values(model: PeftModel) -> dict[str, Any] | None:
-    """What the embeddings of a new adapter are before they are trained, as JSON; None where none will be.
-
-    ``dtype``: the run's, in which the base was loaded, so what the rounding to it has left of a checkpoint.
-    ``hashes``: of each by its name.
-    """
-    found = {
-        name: module.original_module.weight
-        for name, module in model.get_base_model().named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-    }
-    if not found:
-        return None
-    dtype = next(iter(found.values())).dtype
-    hashes = {name: content_hash(weight) for name, weight in found.items()}
-    return {"dtype": dtype_name(dtype), "hashes": hashes}
-
-
-def update(
-    saved: LoraConfig, folder: Path, before: dict[str, Any] | None, trust_remote_code: bool
-) -> dict[str, Tensor]:
+def update(saved: LoraConfig, folder: Path, dtype: str | None, trust_remote_code: bool) -> dict[str, Tensor]:
     """What training has added to each embedding of the adapter in ``folder``, fp32 (vocabulary, hidden).
 
-    ``before``: what `start_values` was; the base has to give just that. None: not known, so the base is taken
-    as it is now, in the dtype of the trained ones where that is of 16 bits (PEFT copies the base's).
+    ``dtype``: in which the run loaded its base, whose rounding is no update. None: not known, so the base is
+    taken in the dtype of the trained ones where that is of 16 bits (PEFT copies the base's).
 
-    Raises UsageError if the base of the adapter, which that needs, cannot be loaded, or is not the one that
-    training began with.
+    Raises UsageError if the base of the adapter, which that needs, cannot be loaded.
     """
     base = saved.base_model_name_or_path or "without a name"
-    dtype = "auto" if before is None else before["dtype"]
     source = Source(base, base, {"trust_remote_code": trust_remote_code})
     try:
-        model = load_model(source, dtype, torch.device("cpu"))
+        model = load_model(source, dtype or "auto", torch.device("cpu"))
     except UsageError as error:
         needs = "the update of its embeddings can only be computed with its base"
         reason = str(error).removeprefix("--model ")
@@ -209,13 +185,8 @@ def update(
     updates = {}
     for name, weight in _saved(folder, found, "--adapter").items():
         start = found[name].weight.detach()
-        if before is None:
-            if weight.dtype != torch.float32:
-                start = start.to(weight.dtype)
-        elif before["hashes"].get(name) != content_hash(start):
-            what = f"{name} in its base {base} is not what it was when training began"
-            remedy = "its update can only be computed with the base of the run: put that back there"
-            raise UsageError(f"--adapter {folder}: {what}; {remedy}")
+        if dtype is None and weight.dtype != torch.float32:
+            start = start.to(weight.dtype)
         updates[name] = weight.float() - start.float()
     return updates
 

@@ -15,9 +15,7 @@ from typing import NamedTuple
 from huggingface_hub import try_to_load_from_cache
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from mica.cli.adapt import processes
-
-BASE = "base_weights"  # the fact in the marker of a checkpoint
+BASE = "base_weights"  # its name in summary.json and in the marker of a checkpoint
 TENSORS = 1024  # all of a dense model of 100 layers
 PIECE = 4096  # bytes
 _VOLATILE = ("transformers_version", "_name_or_path")  # of who has written config.json, and where
@@ -30,17 +28,6 @@ def of_file(path: Path, start: bytes = b"") -> bytes:
         while chunk := file.read(2**20):
             total.update(chunk)
     return total.digest()
-
-
-def facts(location: str) -> dict[str, str]:
-    """`of` the base as a fact for the marker of a checkpoint; empty where it cannot be had.
-
-    Every process must call this. Raises UsageError in all of them if they see different files.
-    """
-    found = processes.alike(of(location), f"the weights in {location}")
-    if found is None:
-        return {}
-    return {BASE: found}
 
 
 def of(location: str) -> str | None:

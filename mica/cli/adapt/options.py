@@ -279,20 +279,7 @@ TABLE = (  # a string: the title of the group that begins there
         in_card=False,
     ),
     _switch("resume", "continue from the last checkpoint in DIR, with its run.yaml", by_run=True),
-    _switch("overwrite", "replace what an earlier run wrote to DIR", by_run=True),
-    _switch(
-        "dry_run",
-        "run a few steps and report memory, disk and time; write nothing",
-        by_run=True,
-    ),
     _switch("merge", "also write the merged model to DIR/merged", may_change=True, in_card=False),
-    Option(
-        "push_to_hub",
-        "upload the adapter to this private repository",
-        "REPO",
-        may_change=True,
-        in_card=False,
-    ),
     Option("config", "YAML file with options; the command line wins", "FILE", parse=a_path, by_run=True),
 )
 OPTIONS = {row.name: row for row in TABLE if isinstance(row, Option)}
@@ -318,11 +305,11 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def declare(
-    parser: argparse.ArgumentParser, table: Iterable[str | Option] = TABLE, hidden: Iterable[str] = ()
+    parser: argparse.ArgumentParser, table: Iterable[str | Option] = TABLE, recipes: bool = True
 ) -> None:
     """Add all options in groups. None has a default there: only what was given is in the namespace.
 
-    ``hidden``: values of the recipes that do not count for this command.
+    ``recipes``: whether the help lists them.
     """
     required = []
     for row in table:
@@ -334,8 +321,8 @@ def declare(
             required.append(f"{row.flag} {row.metavar}{' ...' if row.many else ''}")
     parser.formatter_class = _HelpFormatter
     parser.usage = f"{parser.prog} {' '.join(required)} [options]"
-    parts = [_recipe_table(hidden), parser.epilog]
-    parser.epilog = "\n\n".join(part for part in parts if part)
+    if recipes:
+        parser.epilog = f"{_recipe_table()}\n\n{parser.epilog or ''}".rstrip()
 
 
 def _add(group, option: Option) -> None:
@@ -358,13 +345,12 @@ def _add(group, option: Option) -> None:
     group.add_argument(option.flag, default=argparse.SUPPRESS, **keywords)
 
 
-def _recipe_table(hidden: Iterable[str]) -> str:
+def _recipe_table() -> str:
     """The recipes side by side, a line per option."""
     rows = {}
     for recipe in RECIPES.values():
         rows |= recipe
-    for name in ("source", *hidden):  # the help of --recipe says the source
-        del rows[name]
+    del rows["source"]  # which the help of --recipe says
 
     lines = [f"{'recipes:':22}" + "".join(f"{name:20}" for name in RECIPES)]
     for row in rows:

@@ -6,14 +6,11 @@ adapt …`` start the processes; accelerate's ``PartialState`` finds its group a
 
 import logging
 import os
-import socket
 import sys
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from accelerate.utils import gather as gather_tensor
 
-from mica.cli.output import explained, one_line
-from mica.cli.record import OWN
+from mica.cli.output import one_line
 from mica.errors import UsageError
 
 # While one process reads or tokenises, the others wait: longer than the default, 10 minutes with NCCL and 30
@@ -117,45 +113,6 @@ def on_main(function: Callable[..., Any], *arguments: Any) -> Any:
     if several():
         broadcast_object_list(results)
     return results[0]
-
-
-def alike(value: Any, what: str) -> Any:
-    """``value``. Every process must call this; all raise UsageError if theirs are not the same."""
-    with agreed():
-        if value != on_main(lambda: value):
-            raise UsageError(f"{what}: not the same in all processes")
-    return value
-
-
-def check_shared(output: Path) -> None:
-    """Raise UsageError in every process if one of them does not see what the main one writes to ``output``.
-
-    On another machine that would only show when a checkpoint is read. Every process must call this; the
-    folder may be new, and is left as it was.
-    """
-    if not several():
-        return
-    is_new = not output.exists()
-    token = on_main(_leave_token, output)
-    try:
-        with agreed():
-            if not (output / token).is_file():
-                where = f"process {PartialState().process_index} on {socket.gethostname()}"
-                what = "does not see what the main process writes there: all machines must share the folder"
-                raise UsageError(f"--output {output}: {where} {what}")
-    finally:
-        if PartialState().is_main_process:
-            (output / token).unlink()
-            if is_new and not any(output.iterdir()):
-                output.rmdir()
-
-
-def _leave_token(output: Path) -> str:
-    with explained(f"--output {output}: cannot be made", OSError):
-        output.mkdir(parents=True, exist_ok=True)
-        token = f"{OWN}{uuid.uuid4()}"  # a new name: a network's file system keeps no answer for it
-        (output / token).touch()
-    return token
 
 
 class LostPeerError(UsageError):

@@ -1,9 +1,7 @@
 """What a run leaves behind: the adapter with its tokenizer, and the merged model."""
 
 import argparse
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -14,12 +12,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import mica.fast
-from mica.cli import record
 from mica.cli.adapt import checkpoints, embeddings, fingerprint
-from mica.cli.adapt.adapter import CONFIG, WEIGHTS
+from mica.cli.adapt.adapter import WEIGHTS
 from mica.cli.adapt.folder import MERGED
 from mica.cli.loading import Source, load_model
-from mica.cli.output import dtype_name, finish_files, one_line, remove, write_folder
+from mica.cli.output import SCRATCH, dtype_name, fill_folder, one_line, write_folder
 from mica.errors import UsageError
 
 
@@ -28,52 +25,27 @@ def save(model: PeftModel, tokenizer, output: Path, checkpoint: Path | None = No
 
     With ``checkpoint`` the weights are those in it; ``model`` gets them too, unless it is sharded.
 
-    All processes must call this: a sharded adapter (FSDP2) is gathered. The main process writes to a
-    temporary folder, and then moves file by file into ``output``; what else is there stays.
+    All processes must call this: a sharded adapter (FSDP2) is gathered. What else is in ``output`` stays.
 
-    Raises UsageError if the files cannot be written, or would replace some that no run has written.
+    Raises UsageError if the files cannot be written.
     """
-    scratch = record.scratch(output, WEIGHTS)
     with checkpoints.written(output, "the adapter"):
         state = gathered(model)
         if not PartialState().is_main_process:
             return
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            record.claim(output, WEIGHTS)
-            remove(scratch)
-            scratch.mkdir()
-            write_adapter(model, scratch, state)
+        if checkpoint is not None and state is None:
+            model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
+
+        def save_adapter(folder: Path) -> None:
+            write_adapter(model, folder, state)
             if checkpoint is not None:
-                shutil.copyfile(checkpoint / WEIGHTS, scratch / WEIGHTS)
-                if state is None:
-                    model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(scratch)
-            (scratch / "README.md").unlink(missing_ok=True)
-            finish_files(scratch)
-            _move_files(scratch, output)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+                shutil.copyfile(checkpoint / WEIGHTS, folder / WEIGHTS)
+            (folder / "README.md").unlink(missing_ok=True)
 
-
-def _move_files(scratch: Path, output: Path) -> None:
-    """Claim what is in ``scratch`` for the run, and move it into ``output``."""
-    paths = sorted(scratch.iterdir())
-    record.claim(output, *(path.name for path in paths))
-    for path in paths:
-        old = output / path.name
-        if old.is_dir():  # of chat templates: a folder that is not empty cannot be replaced
-            remove(old)
-        os.replace(path, old)
-
-
-def names(tokenizer) -> list[str]:
-    """What `save` will write: the adapter's files, and the tokenizer's, if it is not None."""
-    with tempfile.TemporaryDirectory() as scratch:
+        parts = [save_adapter]
         if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-        return sorted({CONFIG, WEIGHTS, *os.listdir(scratch)})
+            parts.append(tokenizer.save_pretrained)
+        fill_folder(output, *parts, scratch_name=f".adapter{SCRATCH}")
 
 
 def write_adapter(model: PeftModel, folder: Path, state: dict[str, torch.Tensor] | None) -> None:
@@ -135,12 +107,7 @@ def merge(
             raise UsageError(f"{option}: {location} has other weights than when training began{kept}")
         model = _on_dense_base(model, args)
     merged, report = merged_model(model, option, kept)
-    record.claim(args.output, MERGED)
-
-    def done(scratch):
-        record.completed(args.output, MERGED, scratch)
-
-    write_folder("--merge", folder, merged, tokenizer, kept=kept, done=done)
+    write_folder("--merge", folder, merged.save_pretrained, tokenizer.save_pretrained, kept=kept)
     return report
 
 

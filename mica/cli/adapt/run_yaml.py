@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from mica import __version__
-from mica.cli.adapt.folder import SETTINGS as FILE
+from mica.cli.adapt.folder import HEADER
 from mica.cli.adapt.options import OPTIONS, TABLE, declare
 from mica.cli.arguments import with_suggestion
 from mica.cli.output import one_line, shown
@@ -80,14 +80,6 @@ def _entry(key: str, name: str, value: str | list[str] | None) -> list[str]:
     return [option.flag.replace("--", "--no-", 1)]
 
 
-def recorded_text(output: Path) -> str | None:
-    """What is in the run.yaml of ``output``; None if there is none that can be read as text."""
-    try:
-        return (output / FILE).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return None
-
-
 def recorded_processes(path: Path) -> int | None:
     """How many processes the run had whose run.yaml ``path`` is; None where it does not say. See `read`."""
     from mica.cli.adapt import flat_yaml
@@ -98,20 +90,20 @@ def recorded_processes(path: Path) -> int | None:
     return int(number)
 
 
-def as_yaml(values: dict[str, object], origins: dict[str, str], processes: int = 1, note: str = "") -> str:
+def as_yaml(values: dict[str, object], origins: dict[str, str], processes: int = 1) -> str:
     """The text of run.yaml: ``--config`` of that file repeats the run from anywhere.
 
-    ``values``: as `config.values` has them. The comments, among them ``origins`` and the ``note`` about the
-    number of ``processes``, are for readers: no program reads them.
+    ``values``: as `config.values` has them. The comments, among them ``origins``, are for readers: no program
+    reads them.
     """
-    lines = [f"# mica adapt {__version__}. Again into another folder: mica adapt --config FILE --output DIR"]
+    lines = [f"{HEADER} {__version__}. Again into another folder: mica adapt --config FILE --output DIR"]
     for row in TABLE:
         if isinstance(row, str):
             lines.append(f"\n# {row}")
         elif row.name in values:
             # JSON is YAML; a float without a dot (1e-05) is a string there, which the option's parser takes
             lines.append(f"{row.name}: {_as_yaml(values[row.name])}  # {shown(origins[row.name])}")
-    lines.append(f"\n{_PROCESSES}: {processes}  # the launcher{note}\n")
+    lines.append(f"\n{_PROCESSES}: {processes}  # the launcher\n")
     return "\n".join(lines)
 
 

@@ -3,10 +3,8 @@
 import argparse
 import signal
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,21 +21,16 @@ from mica.cli.adapt import (
     config,
     corpus,
     fingerprint,
-    folder,
-    hub,
     processes,
-    result,
     run_yaml,
     summary,
-    trained_on,
     training,
 )
 from mica.cli.adapt.config import Settings
-from mica.cli.adapt.curve import write_curve
-from mica.cli.adapt.dry_run import check_disk, rehearsal
-from mica.cli.adapt.global_batch import history, told
+from mica.cli.adapt.folder import SETTINGS
 from mica.cli.adapt.packing import suit_packing
-from mica.cli.output import dtype_name
+from mica.cli.folder import exclusive, undo_on_error
+from mica.cli.output import dtype_name, write_text
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
 
@@ -80,27 +73,37 @@ def _note(text: str) -> None:
 
 
 def _adapt(settings: Settings) -> int:
-    """The run, or a dry run. Nothing about the output folder is decided before it is locked."""
+    """The run. Nothing about the output folder is decided before it is locked."""
     args = settings.args
     with ExitStack() as stack:
-        if args.dry_run:
-            folder_name = processes.on_main(lambda: stack.enter_context(tempfile.TemporaryDirectory()))
-            return _dry_run(settings, _read_inputs(settings), Path(folder_name))
-        processes.on_main(stack.enter_context, folder.held(args.output))
-        processes.on_main(_check_again, settings)
-        return _run(settings, _read_inputs(settings))
+        processes.on_main(stack.enter_context, exclusive(args.output))
+        with ExitStack() as checks:  # what they refuse leaves nothing
+            processes.on_main(checks.enter_context, undo_on_error(args.output))
+            processes.on_main(config.check_output, settings)
+            inputs = _read_inputs(settings)
+            if not args.resume:
+                processes.on_main(_write_settings, settings)  # says what this folder is, from now on
+            model, data, facts = _loaded(settings, inputs)
+            session = training.Session(model, data, args, inputs.checkpoint)
+        processes.on_main(_write_settings, settings)
+        _say(config.describe(settings))
+        _say(summary.ahead(model, data.amount(args, PartialState().num_processes), args))
+
+        done = session.train(inputs.tokenizer)
+        if done.interrupted:
+            _say(f"Stopped at step {done.steps:,}. To continue: mica adapt --output {args.output} --resume")
+            return 128 + done.interrupted
+        report = summary.of(settings, data, model, done) | facts
+        if args.keep_best and report["perplexity_after"] >= report["perplexity_before"]:
+            _note("no measured step has a lower held-out perplexity than the model had before training")
+        processes.on_main(summary.finish, args, model, inputs.tokenizer, report, done.history)
+    return 0
 
 
-def _check_again(settings: Settings) -> None:
-    """Under the lock, what was decided before it: another run may have written to the folder meanwhile.
-
-    Raises UsageError if it must not or cannot go on.
-    """
-    config.check_output(settings)
-    output = settings.args.output
-    if settings.args.resume and run_yaml.recorded_text(output) != settings.recorded:
-        what = f"{folder.SETTINGS} has changed since this command began: start it again"
-        raise UsageError(f"--resume: {output / folder.SETTINGS}: {what}")
+def _write_settings(settings: Settings) -> None:
+    number = PartialState().num_processes
+    text = run_yaml.as_yaml(config.values(settings), settings.origins, number)
+    write_text("--output", settings.args.output / SETTINGS, text)
 
 
 def _read_inputs(settings: Settings) -> _Inputs:
@@ -110,9 +113,6 @@ def _read_inputs(settings: Settings) -> _Inputs:
     _note_what_is_odd(args)
     loading.check_backend(args.rank)
     training.check(args)
-    if args.push_to_hub is not None:
-        hub.check(args.push_to_hub)
-    processes.check_shared(args.output)
     checkpoint = training.find_checkpoint(args, _note)
 
     _check_texts(args)
@@ -123,7 +123,6 @@ def _read_inputs(settings: Settings) -> _Inputs:
     _check_outline(settings, source, checkpoint)
 
     data = corpus.gather(args, tokenizer)
-    processes.alike(data.fingerprint, "the texts")  # other machines have their own copies
     _say(data.describe(args, PartialState().num_processes))
     cost = data.cost()
     if cost is not None:
@@ -155,10 +154,12 @@ def _check_texts(args: argparse.Namespace) -> None:
 
 
 def _check_checkpoint_base(args: argparse.Namespace, source: loading.Source, checkpoint: Path) -> None:
-    """Compare the base with that of the checkpoint, as far as it is here; `training.train` does so again."""
+    """Compare the base with that of the checkpoint, if it is here; `training.Session` does so again."""
     if source.is_gguf:
         source = base.converted(args)
-    checkpoints.check(checkpoint, **fingerprint.facts(source.location))
+    found = fingerprint.of(source.location)
+    if found is not None:
+        checkpoints.check(checkpoint, **{fingerprint.BASE: found})
 
 
 def _check_outline(settings: Settings, source: loading.Source, checkpoint: Path | None) -> None:
@@ -171,13 +172,8 @@ def _check_outline(settings: Settings, source: loading.Source, checkpoint: Path 
     adapter.check(model, settings.args, checkpoint)
 
 
-def _loaded(
-    settings: Settings, inputs: _Inputs, output: Path | None = None
-) -> tuple[PeftModel, corpus.Corpus, dict[str, Any]]:
-    """The model with its adapter, the data as this model takes it, and facts for the summary.
-
-    ``output``: as `corpus.gather` has it.
-    """
+def _loaded(settings: Settings, inputs: _Inputs) -> tuple[PeftModel, corpus.Corpus, dict[str, Any]]:
+    """The model with its adapter, the data as this model takes it, and facts for the summary."""
     args = settings.args
     model = base.load(args, inputs.source, PartialState().device, inputs.tokenizer)
     if args.adapter is not None and inputs.checkpoint is None:
@@ -186,12 +182,11 @@ def _loaded(
     if note is not None:
         _note(note)
     loading.check_limits(inputs.source, model, args.sequence_length, inputs.data.largest_token_id)
-    data = _with_packing(settings, inputs, model, output)
+    data = _with_packing(settings, inputs, model)
     _drop_needless_experts(settings, model)
     if has_experts(model) and not args.experts:
         _note("the experts are not adapted, unless --target-modules names them; --experts adapts all")
     facts = {
-        "model_type": model.config.model_type,
         "dtype": dtype_name(model.dtype),
         "device": str(model.device),
     }
@@ -206,7 +201,7 @@ def _loaded(
 
 def _note_another_base(trained: Path, model: str, location: str) -> None:
     """Say if the adapter in ``trained`` was not, or perhaps not, trained on the weights at ``location``."""
-    is_same = trained_on.is_base(trained, location)
+    is_same = base.is_trained_on(trained, location)
     if is_same is None:
         _note(f"--adapter {trained}: cannot check that it was trained on the weights of --model {model}")
     elif not is_same:
@@ -214,7 +209,7 @@ def _note_another_base(trained: Path, model: str, location: str) -> None:
         _note(f"--adapter {trained}: {what}, and its B holds the minor directions of the former")
 
 
-def _with_packing(settings: Settings, inputs: _Inputs, model, output: Path | None) -> corpus.Corpus:
+def _with_packing(settings: Settings, inputs: _Inputs, model) -> corpus.Corpus:
     """The data, in stream packing where the model cannot keep documents apart.
 
     Raises UsageError if the option was given: attention across documents is another training.
@@ -223,7 +218,7 @@ def _with_packing(settings: Settings, inputs: _Inputs, model, output: Path | Non
     if note is None:
         return inputs.data
     _note(note)
-    return corpus.gather(settings.args, inputs.tokenizer, output)
+    return corpus.gather(settings.args, inputs.tokenizer)
 
 
 def _drop_needless_experts(settings: Settings, model) -> None:
@@ -240,55 +235,3 @@ def _drop_needless_experts(settings: Settings, model) -> None:
             flag = "--experts"
         raise UsageError(f"{flag}: {type(model).__name__} has no experts")
     settings.args.experts = None
-
-
-def _dry_run(settings: Settings, inputs: _Inputs, scratch: Path) -> int:
-    """The first steps of a run, with ``scratch`` for its output folder."""
-    output = settings.args.output
-    settings.args.output = scratch
-    model, data, _ = _loaded(settings, inputs, output)
-    report = rehearsal(model, data, settings.args, output, inputs.checkpoint)
-    settings.args.output = output
-    _say(f"{config.describe(settings)}\n{report}")
-    return 0
-
-
-def _run(settings: Settings, inputs: _Inputs) -> int:
-    """From the base model to the adapter."""
-    args = settings.args
-    model, data, facts = _loaded(settings, inputs)
-    processes.on_main(check_disk, model, args, args.output)
-
-    def begin():
-        processes.on_main(_begin, settings, inputs)
-        _say(config.describe(settings))
-
-    watch = partial(write_curve, output=args.output)
-    done = training.train(model, data, args, inputs.checkpoint, inputs.tokenizer, watch, begin)
-    if done.interrupted:
-        _say(f"Stopped at step {done.steps:,}. To continue: mica adapt --output {args.output} --resume")
-        return 128 + done.interrupted
-
-    report = summary.of(settings, data, model, done) | facts
-    if args.keep_best and report["perplexity_after"] >= report["perplexity_before"]:
-        _note("no measured step has a lower held-out perplexity than the model had before training")
-    processes.on_main(summary.finish, args, model, inputs.tokenizer, report)
-    return 0
-
-
-def _begin(settings: Settings, inputs: _Inputs) -> None:
-    """Make the output folder that of this run: nothing refuses it any more."""
-    args = settings.args
-    number = PartialState().num_processes
-    sessions = history(inputs.checkpoint, number)
-    note = ""
-    if len(sessions) > 1:
-        note = f"; {told(sessions)}"
-    text = run_yaml.as_yaml(config.values(settings), settings.origins, number, note)
-    folder.begin(
-        args.output,
-        text,
-        settings.origins,
-        names=[*config.folders(args), *result.names(inputs.tokenizer)],
-        resume=args.resume,
-    )

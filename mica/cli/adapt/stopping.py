@@ -11,8 +11,6 @@ from pathlib import Path
 from mica.cli.adapt import checkpoints
 from mica.errors import UsageError
 
-_REMEDY = "--resume --no-keep-best uses the last step instead"
-
 
 def measured(history: list[dict], text: str = "held_out") -> dict[int, float]:
     """Step -> perplexity on ``text``, "held_out" or "retain", in order; step 0: before training."""
@@ -70,28 +68,10 @@ def reason(history: list[dict], args: argparse.Namespace) -> str | None:
     return None
 
 
-def flaw(checkpoint: Path) -> str | None:
-    """What is wrong with the checkpoint of the best step; None if it is whole. Reads all of its files."""
-    which = f"{checkpoint.name}, which holds the best step,"
-    if checkpoints.facts(checkpoint) is None:
-        return f"{which} is missing or incomplete"
-    name = checkpoints.damaged(checkpoint)
-    if name is not None:
-        return f"{which} is damaged ({name})"
-    return None
-
-
-def warn(checkpoint: Path) -> str | None:
-    """For the user, as a run is resumed, about a best checkpoint with a `flaw`."""
-    found = flaw(checkpoint)
-    if found is None:
-        return None
-    return f"{found}: unless a later step is better, the run will end with an error; {_REMEDY}"
-
-
 def to_load(checkpoint: Path) -> Path:
-    """``checkpoint``, which holds the best step. Raises UsageError if it has a `flaw`."""
-    found = flaw(checkpoint)
-    if found is not None:
-        raise UsageError(f"--keep-best: {found}; {checkpoints.saved(checkpoint.parent)}; {_REMEDY}")
+    """``checkpoint``, which holds the best step. Raises UsageError if it is missing or incomplete."""
+    if checkpoints.facts(checkpoint) is None:
+        what = f"--keep-best: {checkpoint.name}, which holds the best step, is missing or incomplete"
+        remedy = "--resume --no-keep-best uses the last step instead"
+        raise UsageError(f"{what}; {checkpoints.saved(checkpoint.parent)}; {remedy}")
     return checkpoint

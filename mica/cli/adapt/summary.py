@@ -4,29 +4,20 @@ import argparse
 import sys
 from collections import Counter
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 
 import mica.fast
-from mica.cli import record
-from mica.cli.adapt import (
-    checkpoints,
-    config,
-    embeddings,
-    evaluation,
-    fingerprint,
-    global_batch,
-    hub,
-    result,
-    stopping,
-)
-from mica.cli.adapt.card import card, told
+from mica.cli.adapt import checkpoints, config, embeddings, evaluation, fingerprint, result, stopping
+from mica.cli.adapt.amount import Amount
+from mica.cli.adapt.card import card, step_of
 from mica.cli.adapt.corpus import Corpus
+from mica.cli.adapt.curve import draw
 from mica.cli.adapt.folder import SUMMARY
 from mica.cli.adapt.training import Training
-from mica.cli.output import as_json
+from mica.cli.output import write_json, write_text
 from mica.errors import UsageError
 
 _LIBRARIES = ("mica-fast", "peft", "transformers", "accelerate", "datasets", "torch")
@@ -77,8 +68,7 @@ def of(settings: config.Settings, corpus: Corpus, model, done: Training) -> dict
         "stopped_by": done.stopped_by,
         "epochs": corpus.amount(args, num_processes).epochs(done.tokens),
         "processes": num_processes,
-        "processes_from": done.processes_from,
-        **done.trained_on,
+        **done.base,
         "trained_parameters": trained,
         "trained_embeddings": sum(parameter.numel() for parameter in embeddings.trained(model)),
         "total_parameters": total,
@@ -104,33 +94,42 @@ def of(settings: config.Settings, corpus: Corpus, model, done: Training) -> dict
     }
 
 
-def finish(args: argparse.Namespace, model, tokenizer, report: dict) -> None:
-    """Write summary and model card; then what may fail without any loss: the merge and the upload.
+def finish(args: argparse.Namespace, model, tokenizer, report: dict, history: list[dict]) -> None:
+    """Write summary, model card and curve; then what may fail without any loss: the merge.
 
-    Raises UsageError if one of them fails; its message also says what is there.
+    ``history``: the Trainer's ``log_history``.
+
+    Raises UsageError if something cannot be written; its message also says what is there.
     """
-    _write_summary(args.output, report)
-    _write(args.output, "README.md", str(card(report)))
+    try:
+        write_json("--output", args.output / SUMMARY, report)
+        write_text("--output", args.output / "README.md", str(card(report)))
+    except UsageError as error:
+        raise UsageError(f"{error}; {checkpoints.saved(args.output)}") from error
+    draw(history, args.output)
     if args.merge:
         merged = result.merge(model, tokenizer, args, report[fingerprint.BASE])
         report["merged"] = str(args.output / result.MERGED)
         report["merge_swallowed"] = merged.swallowed
         report["merge_report"] = str(merged)
-        _write_summary(args.output, report)
+        write_json("--output", args.output / SUMMARY, report)
     print(as_text(report), flush=True)
-    if args.push_to_hub is not None:
-        print(f"uploaded to {hub.push(args.output, args.push_to_hub)}", flush=True)
 
 
-def _write_summary(output: Path, report: dict) -> None:
-    _write(output, SUMMARY, as_json(report))
+def ahead(model: PeftModel, amount: Amount, args: argparse.Namespace) -> str:
+    """What a run is going to do, in a line: steps, tokens, trained parameters, and memory.
 
-
-def _write(output: Path, name: str, text: str) -> None:
-    try:
-        record.claimed(output, name, lambda path: path.write_text(text, encoding="utf-8"))
-    except UsageError as error:
-        raise UsageError(f"{error}; {checkpoints.saved(output)}") from error
+    The memory is that of weights, gradients and AdamW's two moments.
+    """
+    steps = amount.steps(args)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    number = sum(parameter.numel() for parameter in trained)
+    memory = sum(parameter.nbytes for parameter in model.parameters())
+    memory += 3 * sum(parameter.nbytes for parameter in trained)
+    return (
+        f"{steps:,} steps, {amount.tokens_after(steps):,} tokens; {number:,} trained parameters; "
+        f"{memory / 2**30:.2f} GiB for weights, gradients and optimiser, and more for activations"
+    )
 
 
 def as_text(summary: dict) -> str:
@@ -140,7 +139,7 @@ def as_text(summary: dict) -> str:
         *_training_rows(summary),
         *_layer_rows(summary),
         ("adapter", summary["adapter"]),
-        ("", told(summary)),
+        ("", step_of(summary)),
         ("merged model", summary["merged"]),
         ("", summary["merge_report"]),
     ]
@@ -149,9 +148,7 @@ def as_text(summary: dict) -> str:
 
 def _model_rows(summary: dict) -> list[tuple[str, object]]:
     where = f"{summary['dtype']}, {summary['device']}"
-    if len(summary["processes_from"]) > 1:
-        where += f", {global_batch.told(summary['processes_from'])}"
-    elif summary["processes"] > 1:
+    if summary["processes"] > 1:
         where += f", {summary['processes']} processes"
 
     trained = summary["trained_parameters"]

@@ -1,17 +1,19 @@
 """``mica compare``: which method learns most from a text, at which price."""
 
 import argparse
+import os
 import time
 
 from mica.cli.adapt import check_libraries
 from mica.cli.adapt.options import declare
 from mica.cli.arguments import add_command, example
-from mica.cli.compare import options, workers
+from mica.cli.compare import options
+from mica.errors import UsageError
 
 _DESCRIPTION = """\
 Short trainings of MiCA, LoRA and full fine-tuning on the same text, at several learning rates: what each has
-learned of text that is held out, and forgotten of the text to be retained. Trainings run side by side; on
-several GPUs or machines: torchrun --nproc-per-node N -m mica compare ..., or accelerate launch."""
+learned of text that is held out, and forgotten of the text to be retained. One training after the other; with
+several GPUs one on each."""
 _EXAMPLE = example(
     "mica compare --model HuggingFaceTB/SmolLM2-135M --text corpus.jsonl --retain general.txt --output found",
     "mica compare --output found --resume",
@@ -24,15 +26,16 @@ def add_parser(commands) -> None:
     """Declare ``mica compare`` on an argparse subparsers object."""
     text = "which method learns most from a text, and what it forgets"
     parser = add_command(commands, "compare", run, help=text, description=_DESCRIPTION, epilog=_EXAMPLE)
-    declare(parser, options.TABLE, hidden=options.CHOSEN)
+    declare(parser, options.TABLE, recipes=False)
 
 
 def run(given: argparse.Namespace) -> int:
     """Run the command; returns the exit status. Raises UsageError for bad input."""
     began = time.monotonic()  # what is imported now takes its time from the budget, too
     check_libraries()
-    place = workers.place()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("start it once, without torchrun or accelerate launch: it uses all GPUs it can see")
 
     from mica.cli.compare.session import compare
 
-    return compare(given, place, began)
+    return compare(given, began)

@@ -97,9 +97,6 @@ def script(report: Report, row: Report) -> str:
     if method == methods.RANDOM:
         ours.append("from mica.cli.compare.models import random_basis, replace_b")
         prepared.append("replace_b(model, random_basis)  # orthonormal columns")
-    if args.gradient_checkpointing:
-        ours.append("from mica.cli.adapt.training import enable_gradient_checkpointing")
-        prepared.append("enable_gradient_checkpointing(model)")
     scaled = ""
     if row["share"] < 1:
         scaled = (_SCALED_WEIGHTS if is_full else _SCALED_ADAPTER).format(share=row["share"])
@@ -169,11 +166,7 @@ def command(report: Report, row: Report) -> str:
     """The `mica adapt` command of the training of MiCA in ``row``: the same blocks in the same order."""
     words = ["mica", "adapt"]
     for name, value in settings.shared(report["settings"]).items():
-        option = OF_ADAPT[name]
-        if option.is_switch:
-            words.append(option.flag if value else f"--no-{option.flag[2:]}")
-        else:
-            values = value if option.many else [value]
-            words += [option.flag, *map(str, values)]
+        values = value if isinstance(value, list) else [value]
+        words += [OF_ADAPT[name].flag, *map(str, values)]
     words += ["--learning-rate", f"{row['rate']:g}", "--steps", str(row["steps"]), "--output", "run"]
     return shlex.join(words)

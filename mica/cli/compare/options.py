@@ -40,17 +40,14 @@ def _taken(name: str, **changes) -> Option:
 
 TABLE = (
     "model",
-    *map(_taken, ("model", "dtype", "trust_remote_code")),
+    OF_ADAPT["model"],
     "data",
-    *map(_taken, ("text", "text_field", "text_weights", "dataset_config", "held_out", "held_out_text")),
+    OF_ADAPT["text"],
     _taken("retain", required=True),
-    *map(_taken, ("sequence_length", "packing", "workers")),
+    OF_ADAPT["sequence_length"],
     "trainings",
-    *map(_taken, ("recipe",)),
     _taken("rank", help="rank of MiCA and of a random B; LoRA has half of it", default=RANK),
-    *map(_taken, ("target_modules", "dropout", "batch_size", "gradient_accumulation_steps")),
-    *map(_taken, ("gradient_checkpointing",)),
-    "comparison",
+    OF_ADAPT["batch_size"],
     Option(
         "methods",
         f"two or more of {','.join(METHODS)}; default: all but {RANDOM}, which is a control",
@@ -67,22 +64,12 @@ TABLE = (
     Option(
         "budget", "minutes of wall time for all of it", "MINUTES", 30.0, number(float, 0), may_change=True
     ),
-    Option("seeds", "trainings at most of what is near the best", "N", 3, count(), may_change=True),
     Option("steps", "steps of a whole training; default: what the budget allows", "N", parse=count(4)),
-    Option(
-        "jobs",
-        "trainings at once on this machine; default: one per GPU, or per core up to 4",
-        "N",
-        parse=count(1, 1025),
-        by_run=True,
-    ),
-    _taken("eval_blocks", default=BLOCKS),
+    Option("seeds", "trainings at most of what is near the best", "N", 3, count(), may_change=True),
     "output",
-    _taken("output"),
+    _taken("output", help="folder for the comparison: new or empty"),
     _taken("resume", help="go on with the comparison in DIR"),
-    _taken("overwrite", help="replace the comparison in DIR"),
 )
-# Of a recipe's values, those that a comparison chooses by itself; --help does not list them.
-CHOSEN = ("rank", "steps", "epochs", "learning_rate")
 OPTIONS = {row.name: row for row in TABLE if isinstance(row, Option)}
-SHARED = [name for name, row in OPTIONS.items() if name in OF_ADAPT and not row.by_run and name != "steps"]
+# Settings that are options of `mica adapt`, too; the last one had an option before 0.4
+SHARED = ("model", "text", "retain", "sequence_length", "rank", "batch_size", "eval_blocks")

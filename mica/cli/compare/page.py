@@ -3,12 +3,11 @@
 import math
 from pathlib import Path
 
-from mica.cli import record
 from mica.cli.compare import settings
 from mica.cli.compare.again import Report, command, script
 from mica.cli.compare.methods import METHODS
 from mica.cli.compare.schedule import LEAST
-from mica.cli.output import markdown_table, shown, write_json
+from mica.cli.output import markdown_table, shown, write_file, write_json, write_text
 
 _UNIT = "nats per token"
 
@@ -18,14 +17,10 @@ def write(output: Path, report: Report) -> None:
     from mica.cli.compare import picture  # imports matplotlib
 
     write_json("--output", output / settings.REPORT, report)
-    record.claimed(output, settings.PICTURE, lambda path: picture.trade_off(report, path))
+    write_file("--output", output / settings.PICTURE, lambda path: picture.trade_off(report, path))
     for row in report["equal"]["methods"]:
-        _write_text(output, settings.SCRIPTS[row["method"]], script(report, row))
-    _write_text(output, settings.PAGE, markdown(report, output))
-
-
-def _write_text(output: Path, name: str, text: str) -> None:
-    record.claimed(output, name, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text("--output", output / settings.SCRIPTS[row["method"]], script(report, row))
+    write_text("--output", output / settings.PAGE, markdown(report, output))
 
 
 def sentences(report: Report, output: Path) -> list[str]:

@@ -1,18 +1,13 @@
-"""The settings of a comparison, and its folder, which is that of one comparison for good.
-
-What it has written is in the folder's record, as with every command (see `mica.cli.record`).
-"""
+"""The settings of a comparison, and its folder, which is that of one comparison for good."""
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from mica.cli import record
-from mica.cli.adapt import config, folder
+from mica.cli.adapt import config
 from mica.cli.compare.methods import METHODS, RANDOM
-from mica.cli.compare.options import OPTIONS, SHARED
+from mica.cli.compare.options import BLOCKS, OPTIONS, SHARED
+from mica.cli.folder import entries
 from mica.cli.output import check_folder, explained, write_json
 from mica.errors import UsageError
 
@@ -22,17 +17,18 @@ REPORT = "compare.json"
 PAGE = "README.md"
 PICTURE = "compare.png"
 SCRIPTS = {method: f"train_{method}.py" for method in METHODS}
-_WRITTEN = (FILE, RUNS, REPORT, PAGE, PICTURE, *SCRIPTS.values())
 
 
 def given(namespace: argparse.Namespace) -> dict[str, object]:
     """What the command line says of the comparison, as JSON has it; paths are absolute."""
     found = {}
     for name, value in vars(namespace).items():
-        if name not in OPTIONS or OPTIONS[name].by_run or name == "output":
+        if name not in OPTIONS or name in ("output", "resume"):
             continue
-        if OPTIONS[name].is_path:
-            value = [config.absolute(one) for one in value] if OPTIONS[name].many else config.absolute(value)
+        if isinstance(value, list) and OPTIONS[name].is_path:
+            value = [config.absolute(path) for path in value]
+        elif OPTIONS[name].is_path:
+            value = config.absolute(value)
         found[name] = value
     return found
 
@@ -47,7 +43,7 @@ def of_mica_adapt(settings: dict[str, object], output: Path) -> config.Settings:
 
 def shared(settings: dict[str, object]) -> dict[str, object]:
     """The options of `mica adapt` that are given, and those that have another default here."""
-    values = {name: OPTIONS[name].default for name in ("rank", "eval_blocks")}
+    values = {"rank": OPTIONS["rank"].default, "eval_blocks": BLOCKS}
     return values | {name: settings[name] for name in SHARED if name in settings}
 
 
@@ -67,6 +63,24 @@ def rates(settings: dict[str, object]) -> dict[str, list[float]]:
     return {name: sorted(some or METHODS[name].rates) for name, some in found.items()}
 
 
+def check_output(output: Path, resume: bool) -> None:
+    """Raise UsageError if a comparison must not or cannot write to ``output``; makes nothing.
+
+    A first command that was killed before its first result may be given again.
+    """
+    check_folder("--output", output)
+    if resume:
+        stored(output)
+        return
+    names = entries(output)
+    has_results = any((output / RUNS).glob("*.json"))
+    if names and (has_results or not {FILE} <= {*names} <= {FILE, RUNS}):
+        what = "is not empty: choose another folder"
+        if FILE in names:
+            what += ", or use --resume to go on with the comparison there"
+        raise UsageError(f"--output {output}: {what}")
+
+
 def stored(output: Path) -> dict[str, object]:
     """The settings of the comparison in ``output``. Raises UsageError if there are none."""
     try:
@@ -80,63 +94,7 @@ def stored(output: Path) -> dict[str, object]:
     return found
 
 
-@contextmanager
-def held(output: Path, settings: dict[str, object], resume: bool, overwrite: bool) -> Iterator[dict]:
-    """Hold ``output`` for one comparison; gives its settings, those of the folder with ``resume``.
-
-    Nothing is changed before `begin`. Raises UsageError if another process writes there, if it holds anything
-    else than a comparison, one without ``resume`` or ``overwrite``, or with ``resume`` one of other settings.
-    """
-    check_folder("--output", output, str(settings.get("model", "")))
-    with folder.held(output):
-        yield _checked(output, settings, resume, overwrite)
-
-
-def _checked(output: Path, settings: dict[str, object], resume: bool, overwrite: bool) -> dict[str, object]:
-    found = record.read(output)
-    if found is not None and found.command != record.COMPARE:
-        raise UsageError(f"--output {output}: {found.command} has written it: choose another folder")
-    if resume:
-        return _resumed(output, settings)
-    if found is not None and not overwrite:
-        what = "is not empty: use --resume to continue, --overwrite to replace it, or another folder"
-        raise UsageError(f"--output {output}: {what}")
-    if record.others(output, found):
-        what = f"holds {record.others(output, found)[0]}, which is not of a comparison: choose another folder"
-        raise UsageError(f"--output {output}: {what}")
-
-    if found is not None:
-        _refuse_own_input(output, settings, found)
-    return settings
-
-
-def begin(output: Path, settings: dict[str, object], resume: bool) -> None:
-    """Begin the comparison that `held` gave, or with ``resume`` go on with it.
-
-    To be called once model and texts have been found usable: a comparison that ``output`` holds is removed.
-    """
-    if not resume:
-        record.replace(output, record.Record(command=record.COMPARE), ())
-    record.claim(output, *_WRITTEN)
-    with explained(f"--output {output}: cannot be written", OSError):
-        (output / RUNS).mkdir(exist_ok=True)
-    write_json("--output", output / FILE, settings)
-
-
-def withdraw(output: Path) -> None:
-    """Remove the comparison that was begun in ``output``: it was refused before any training was worth it."""
-    record.replace(output, record.Record(command=record.COMPARE, begun=False), ())
-
-
-def _refuse_own_input(output: Path, settings: dict[str, object], found: record.Record) -> None:
-    """Raise UsageError if the new comparison reads what the one in ``output`` has written."""
-    inputs = config.inputs(of_mica_adapt(settings, output).args)
-    lost = record.removed_input(inputs, output, record.present(output, found))
-    if lost:
-        raise UsageError(f"{lost[0]} {lost[1]}: is in --output {output}, which --overwrite would remove")
-
-
-def _resumed(output: Path, settings: dict[str, object]) -> dict[str, object]:
+def resumed(output: Path, settings: dict[str, object]) -> dict[str, object]:
     """The settings in ``output``; of the given ones only those that may change can differ."""
     found = stored(output)
     for name, new in settings.items():
@@ -144,6 +102,13 @@ def _resumed(output: Path, settings: dict[str, object]) -> dict[str, object]:
         if not is_same and not OPTIONS[name].may_change:
             raise UsageError(f"{OPTIONS[name].flag}: not as in the comparison in {output}; omit this option")
     return found | {name: new for name, new in settings.items() if OPTIONS[name].may_change}
+
+
+def write(output: Path, settings: dict[str, object]) -> None:
+    """Make ``output`` the folder of the comparison with these settings."""
+    with explained(f"--output {output}: cannot be written", OSError):
+        (output / RUNS).mkdir(exist_ok=True)
+    write_json("--output", output / FILE, settings)
 
 
 def check_required(settings: dict[str, object]) -> None:

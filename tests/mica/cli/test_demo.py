@@ -76,15 +76,19 @@ def test_main_writes_the_text_and_runs_adapt(calls, monkeypatch, tmp_path, capsy
     (argv,) = calls
     assert argv[0] == "adapt"
     assert "--rank=8" in argv
-    assert {f"--text={text}", f"--model={demo.smollm2_gguf()}", "--steps=3", "--overwrite"} < set(argv)
+    assert {f"--text={text}", f"--model={demo.smollm2_gguf()}", "--steps=3"} < set(argv)
     printed = capsys.readouterr().out
     assert "instruct model with weights of 4 bits, dequantised, is to learn" in printed
     assert f"mica adapt --model={demo.smollm2_gguf()}" in printed
     assert "Next:" not in printed
+    before = tmp_path / "out" / "adapter" / "run.yaml"
+    before.parent.mkdir()
+    before.touch()
     assert demo.main(["--output", str(tmp_path / "out"), "--resume"]) == 130
-    assert (calls[1].count("--resume"), "--overwrite" in calls[1]) == (1, False)
-    monkeypatch.setattr("mica.cli.main", lambda argv: 0)
-    assert demo.main(["--output", str(tmp_path / "out"), "--dry-run"]) == 0  # there is nothing to show
+    assert calls[1].count("--resume") == 1
+    assert before.exists()
+    assert demo.main(["--output", str(tmp_path / "out")]) == 130
+    assert not before.exists()  # it begins again
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -113,7 +117,7 @@ def test_the_end_shows_what_was_learned_and_commands_that_run(tmp_path, monkeypa
 
     start = f"{shlex.quote(sys.executable)} -m mica"
     commands = [line for line in printed.splitlines() if line.startswith(f"{start} ")]
-    assert [line.removeprefix(start).split()[0] for line in commands] == ["doctor", "transfer", "adapt"]
+    assert [line.removeprefix(start).split()[0] for line in commands] == ["transfer", "adapt"]
     for line in commands:
         assert main(shlex.split(line.removeprefix(start), comments=True)) == 0
     assert (output / "merged" / "model.safetensors").is_file()
@@ -157,7 +161,6 @@ def test_the_end_names_mica_where_the_shell_finds_it(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     ending = demo._ending(tmp_path, ["adapt", "--text=a b"])
     assert "perplexity      13.16 before, 9.99 after\n\nhow they are chosen\n\none\n\ntwo\n\n" in ending
-    assert f"\nmica doctor --adapter {tmp_path} " in ending
     assert f"\nmica adapt '--text=a b' --adapter={tmp_path} --output={tmp_path.with_name('more')} " in ending
 
 

@@ -1,11 +1,9 @@
 """Files that are written whole; what else the commands print is tested with them."""
 
-import contextlib
 import os
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
@@ -30,49 +28,62 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    def part(name, error=None):
-        def save_pretrained(folder):
-            (folder / name).touch()
-            if error:
-                raise error
+def part(name, error=None):
+    """Saves an empty file of that name."""
 
-        return SimpleNamespace(save_pretrained=save_pretrained)
+    def save_pretrained(folder):
+        (folder / name).touch()
+        if error:
+            raise error
 
+    return save_pretrained
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a" / "merged"
-    output.write_folder("--merge", path, part("old"))
-    (tmp_path / "a" / ".merged.partial").mkdir()  # of a run that was killed
     full = SafetensorError("I/O error: No space left on device (os error 28)")
-    with pytest.raises(UsageError, match=r"--merge .*merged: cannot be written: I/O .*; the rest is there$"):
-        output.write_folder("--merge", path, part("half", full), kept="; the rest is there")
-    assert [file.name for file in path.iterdir()] == ["old"]
-
-    def gone(self, target):
-        if self.name == ".merged.partial":
-            raise OSError(5, "Input/output error")
-        return rename(self, target)
-
-    rename = type(path).rename
-    monkeypatch.setattr(type(path), "rename", gone)
-    with pytest.raises(UsageError, match="Input/output error"):
-        output.write_folder("--merge", path, part("new"))
-    assert [file.name for file in path.iterdir()] == ["old"]
-    monkeypatch.undo()
-    path.rename(path.with_name(".merged.old"))  # killed between the two
-    with pytest.raises(UsageError, match="No space left"):
-        output.write_folder("--merge", path, part("half", full))
-    assert [file.name for file in path.iterdir()] == ["old"]
-
+    for others in ([], ["mine"]):
+        with pytest.raises(UsageError, match=r"merged: cannot be written: I/O .*; the rest is there$"):
+            output.write_folder("--merge", path, part("half", full), kept="; the rest is there")
+        assert path.exists() == bool(others)
+        if not others:
+            path.mkdir()
+            (path / "mine").touch()
+        assert os.listdir(path) == ["mine"]
+    (path / output.SCRATCH).mkdir()  # of a command that was killed
+    (path / output.SCRATCH / "half").touch()
     output.write_folder("--merge", path, part("new"), part("newer"), card="a card")
-    assert sorted(file.name for file in path.iterdir()) == ["README.md", "new", "newer"]
-    assert [folder.name for folder in path.parent.iterdir()] == ["merged"]
+    assert sorted(os.listdir(path)) == ["README.md", "mine", "new", "newer"]
+
+
+def test_files_and_folders_of_the_same_name_are_replaced(tmp_path):
+    def templates(name):
+        def save_pretrained(folder):
+            (folder / "templates").mkdir()
+            (folder / "templates" / name).touch()
+
+        return save_pretrained
+
+    for name in ("old", "new"):
+        output.fill_folder(tmp_path, templates(name))
+    assert os.listdir(tmp_path / "templates") == ["new"]
+
+
+def test_a_folder_that_was_killed_between_its_files_is_not_whole(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        output.fill_folder(tmp_path, part("model"))
+    assert os.listdir(tmp_path) == [output.SCRATCH]
 
 
 def test_a_home_that_nobody_has_is_a_name(tmp_path, monkeypatch):
     """It names a folder here, or nothing, which each option says in its own words."""
     monkeypatch.chdir(tmp_path)
     name = "~no-user-has-this-name"
-    output.check_folder("--output", tmp_path / "out", name)
+    output.check_folder("--output", tmp_path / "out")
     assert config.absolute(name) == name
     for find in (lambda: find_source(name, False), lambda: sources.find("--text", [name])):
         with pytest.raises(UsageError, match=re.escape(name)):
@@ -82,35 +93,12 @@ def test_a_home_that_nobody_has_is_a_name(tmp_path, monkeypatch):
     assert find_source(name, False).location == str(tmp_path / name)
 
 
-@pytest.mark.parametrize("killed_at", range(5))
-def test_a_folder_that_is_half_removed_still_has_its_record(tmp_path, monkeypatch, killed_at):
-    folder = tmp_path / "out"
-    (folder / "deeper").mkdir(parents=True)
-    for name in ("a", "mica-run.json", "z", "deeper/b"):
-        (folder / name).touch()
-    unlink, calls = os.unlink, []
-
-    def unlink_some(path, **options):
-        calls.append(path)
-        if len(calls) > killed_at:
-            raise KeyboardInterrupt
-        unlink(path, **options)
-
-    monkeypatch.setattr("os.unlink", unlink_some)
-    with contextlib.suppress(KeyboardInterrupt):
-        output.remove(folder)
-    assert folder.exists() == (killed_at < 4)
-    left = [path.name for path in folder.rglob("*") if path.is_file()]
-    assert len(left) == 4 - min(killed_at, 4)
-    assert not left or "mica-run.json" in left
-
-
 def test_files_get_the_mode_of_any_file(tmp_path):
     def save_pretrained(folder):
         (folder / "model").write_text("weights")
         (folder / "model").chmod(0o600)  # as safetensors leaves it
 
-    output.write_folder("--output", tmp_path / "model", SimpleNamespace(save_pretrained=save_pretrained))
+    output.write_folder("--output", tmp_path / "model", save_pretrained)
     (tmp_path / "any").touch()
     assert (tmp_path / "model" / "model").stat().st_mode == (tmp_path / "any").stat().st_mode
 
@@ -119,14 +107,13 @@ def test_files_get_the_mode_of_any_file(tmp_path):
 def test_a_file_of_any_name_can_be_written(tmp_path, name):
     output.write_file("--json", tmp_path / name, lambda path: path.write_text("text"))
     assert (tmp_path / name).read_text() == "text"
-    assert output.beside(tmp_path / name, "old") != output.beside(tmp_path / f"b{name[1:]}", "old")
 
 
 def test_a_folder_for_models_has_a_name_that_libraries_can_open(tmp_path):
     for name in (os.fsdecode(b"\xe9"), os.fsdecode(b"\xe9/run")):
         with pytest.raises(UsageError, match=r"^--output .*\\udce9.*: the libraries that write models need"):
-            output.check_folder("--output", tmp_path / name, "model")
-    output.check_folder("--output", tmp_path / "é\n", "model")
+            output.check_folder("--output", tmp_path / name)
+    output.check_folder("--output", tmp_path / "é\n")
 
 
 def test_shown():

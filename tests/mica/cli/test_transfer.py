@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
-from mica.cli import lock, main, record
+from mica.cli import folder, main
+from mica.cli.output import SCRATCH
 from tests.support.adapt_runs import factors, poison_solver, working_in, write_adapter
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 
@@ -113,7 +113,7 @@ def test_what_is_written(made, tmp_path):
     out = tmp_path / "out"
     assert transfer(adapter, chat, out, "--dtype", "bfloat16") == 0
     assert {path.name for path in out.iterdir()} == {
-        "mica-run.json", "README.md", "chat_template.jinja", "config.json", "generation_config.json",
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json",
         "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert load_file(out / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
@@ -130,78 +130,32 @@ def test_what_is_written(made, tmp_path):
     assert torch.equal(logits(names["model"]), logits(AutoModelForCausalLM.from_pretrained(out)))
 
 
-def test_only_what_transfer_has_written_is_replaced(made, tmp_path, capsys):
-    adapter, _, chat = made
-    out = tmp_path / "out"
+def test_nothing_is_replaced(copies, capsys):
+    adapter, chat, out = copies
     out.mkdir()
     (out / "old").touch()
-    for options in ([], ["--overwrite"]):
-        assert transfer(adapter, chat, out, *options) == 2
-        assert "is not empty, and mica transfer has not written it" in capsys.readouterr().err
+    for output in (out, chat, chat.parent, adapter):
+        before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+        assert transfer(adapter, chat, output) == 2
+        assert f"--output {output}: is not empty: choose another folder" in capsys.readouterr().err
+        assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
     (out / "old").unlink()
+    with folder.exclusive(out):
+        assert transfer(adapter, chat, out) == 2
+    assert "another command writes to it" in capsys.readouterr().err
     assert transfer(adapter, chat, out) == 0
     assert transfer(adapter, chat, out) == 2
-    assert "is not empty: --overwrite replaces what is in it" in capsys.readouterr().err
-    before = {path.name: path.stat().st_ino for path in out.iterdir()}
-    for name in ("model.gguf", "additional_chat_templates"):
-        (out / name).touch()
-        assert transfer(adapter, chat, out, "--overwrite") == 2
-        assert f"{name} in it was not written by mica transfer: move it away" in capsys.readouterr().err
-        (out / name).unlink()
-    assert {path.name: path.stat().st_ino for path in out.iterdir()} == before
-    assert transfer(adapter, chat, out, "--overwrite") == 0
-    assert {path.name for path in out.iterdir()} == before.keys()
-    assert not {path.stat().st_ino for path in out.iterdir()} & {*before.values()}
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_a_killed_transfer_has_left(made, tmp_path, capsys):
-    """Between the two renames the model before is beside; nobody else's folder of such a name is touched."""
+def test_a_transfer_that_was_killed_can_be_given_again(made, tmp_path):
     adapter, _, chat = made
     out = tmp_path / "out"
+    (out / SCRATCH).mkdir(parents=True)
+    for name in ("config.json", f"{SCRATCH}/model.safetensors"):
+        (out / name).write_text("{")
     assert transfer(adapter, chat, out) == 0
-    before = {path.name: path.stat().st_ino for path in out.iterdir()}
-    out.rename(tmp_path / ".out.old")
-    (tmp_path / ".out.partial").mkdir()
-    record.write(tmp_path / ".out.partial", record.Record(record.TRANSFER))
-    (tmp_path / ".out.partial" / "config.json").write_text("{")
-    assert transfer(adapter, chat, out) == 2
-    assert "is not empty: --overwrite" in capsys.readouterr().err
-    assert {path.name: path.stat().st_ino for path in out.iterdir()} == before
-    shutil.rmtree(tmp_path / ".out.partial")
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / ".mica-run.json").write_text("{")  # killed as it wrote its first file
-    assert transfer(adapter, chat, out) == 2
-    assert "is not empty: --overwrite" in capsys.readouterr().err
-    (tmp_path / ".out.partial" / "mine").touch()
-    assert transfer(adapter, chat, out, "--overwrite") == 2
-    assert ".out.partial beside it was not written by mica transfer: move it away" in capsys.readouterr().err
-    assert (tmp_path / ".out.partial" / "mine").exists()
-    with lock.held(tmp_path / ".mica-run.out.lock"):
-        assert transfer(adapter, chat, out, "--overwrite") == 2
-    assert "another process writes to it" in capsys.readouterr().err
-
-
-def test_overwrite_keeps_the_base_of_the_adapter(copies, capsys, model_dir, tmp_path):
-    adapter, chat, _ = copies
-    base = shutil.copytree(model_dir, tmp_path / "base")
-    (tmp_path / "link").symlink_to(base)
-    edit(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "link"))
-    for output in (base, tmp_path / "link"):
-        assert transfer(adapter, chat, output, "--overwrite") == 2
-        told = "is the folder of the base of --adapter, or contains it"
-        assert f"--output {output}: {told}" in capsys.readouterr().err
-    assert (base / "model.safetensors").exists()
-
-
-def test_overwrite_deletes_neither_model_nor_adapter(copies, capsys, monkeypatch, tmp_path_factory):
-    adapter, chat, _ = copies
-    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
-    for output in (chat, chat.parent, adapter, Path(), Path("..")):
-        assert transfer(adapter, chat, output, "--overwrite") == 2
-        assert f"--output {output}: " in capsys.readouterr().err
-    assert (chat / "model.safetensors").exists()
-    assert (adapter / "adapter_model.safetensors").exists()
+    assert not list(out.glob(".*"))
+    assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == 258
 
 
 def test_adapters_that_are_refused(copies, tmp_path, refused):

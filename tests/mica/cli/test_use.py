@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mica.cli import main, serving
+from mica import cli
+from mica.cli import main
 from tests.support.adapt_runs import poison_solver, saved, working_in, write_adapter
 from tests.support.tiny_cli import logits, tiny_llama
 
-PAGE = Path(serving.__file__).with_name("USE.md").read_text(encoding="utf-8")
+PAGE = Path(cli.__file__).with_name("USE.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 
@@ -75,9 +76,3 @@ def test_plain_peft_computes_the_same(names, folder):
     assert torch.equal(after, names["after"])
     assert torch.equal(adapter, plain)
     torch.testing.assert_close(adapter, logits(names["model"]), rtol=1e-5, atol=1e-6)
-
-
-def test_it_names_what_the_rules_were_read_in():
-    for server, release in serving.RELEASES.items():
-        assert server in PAGE
-        assert server == "llama.cpp" or f"{server} {release}" in PAGE

@@ -109,8 +109,8 @@ def test_weights_are_safetensors_only(adapted):
     files = {path.relative_to(adapted).as_posix() for path in adapted.rglob("*") if path.is_file()}
     files = {name for name in files if not name.startswith("checkpoint-12/")}
     assert {"adapter_model.safetensors", "merged/model.safetensors", "summary.json"} <= files
-    assert {"run.yaml", "curve.csv", "curve.png", "README.md", "tokenizer.json"} <= files
-    suffixes = {".safetensors", ".json", ".md", ".jinja", ".yaml", ".csv", ".png"}
+    assert {"run.yaml", "curve.png", "README.md", "tokenizer.json"} <= files
+    suffixes = {".safetensors", ".json", ".md", ".jinja", ".yaml", ".png"}
     assert {Path(name).suffix for name in files} <= suffixes
     assert not any("checkpoint" in name or "training_args" in name for name in files)
 

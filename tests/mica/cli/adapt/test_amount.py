@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 
 import pytest
 from accelerate.data_loader import BatchSamplerShard
@@ -84,14 +83,9 @@ def test_what_is_said_is_what_the_record_has(size, accumulation, end, model_dir,
     (tmp_path / "options.yaml").write_text(f"{flag.strip('-')}: {value}\n")
     output = tmp_path / "out"
 
-    def run(*more):
-        argv = ["--model", model_dir, "--text", text, "--output", output, "--rank", 4, "--workers", 1]
-        argv += ["--sequence-length", LENGTH, *options, *more]
-        assert command(*argv) == 0
-        return capsys.readouterr().out
-
-    dry = run("--dry-run")
-    said = run()
+    argv = ["--model", model_dir, "--text", text, "--output", output, "--rank", 4]
+    assert command(*argv, "--sequence-length", LENGTH, *options) == 0
+    said = capsys.readouterr().out
     record = summary(output)
     [checkpoint] = output.glob("checkpoint-*")
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -99,9 +93,7 @@ def test_what_is_said_is_what_the_record_has(size, accumulation, end, model_dir,
     assert record["training_tokens"] == tokens
     assert record["steps"] == state["global_step"]
     assert record["epochs"] == tokens / (LENGTH * record["blocks"])
-    planned = re.search(r"steps +([\d,]+) of ([\d to]+) blocks, ([\d,]+) tokens", dry)
-    assert planned[1] == str(record["steps"])
-    assert planned[3] == f"{tokens:,}"
+    assert f"\n{record['steps']} steps, {tokens:,} tokens; 1,920 trained parameters; 0.00 GiB for" in said
     if record["epochs"] > 1:
         assert f"this run sees {record['epochs']:.3g} epochs" in said
     else:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mica.fast
 from mica.cli import main
-from mica.cli.adapt import adapter, base, folder, result
+from mica.cli.adapt import adapter, base, result
 from mica.cli.loading import find_source
 from mica.errors import UsageError
 from tests.mica.cli.tiny_gguf import write_tiny_gguf
@@ -106,7 +106,6 @@ def test_adapter_of_a_gguf_base_finds_it_from_anywhere(gguf_file, tmp_path, monk
         with working_in(tmp_path):  # OUTPUT as a relative path
             args.output = (tmp_path / "out").relative_to(tmp_path)
             model = base.load(args, find_source(str(gguf_file), False))
-            folder.begin(args.output, "", {}, names=[], resume=False)
         assert torch.equal(logits(model), logits(tiny_llama()))
     tuned = adapter.start(model, args)
     move(tuned)
@@ -149,8 +148,7 @@ def test_gguf_base_is_converted_in_the_dtype_of_the_run_and_once(
 ):
     options = {"output": tmp_path / "out", **options}
     assert load(gguf_file, **options).dtype == dtype
-    folder.begin(tmp_path / "out", "", {}, names=[], resume=False)
-    monkeypatch.setattr("mica.cli.adapt.base.fill_folder", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr("mica.cli.adapt.base.write_folder", lambda *_: pytest.fail("converted again"))
     assert load(gguf_file, **options, resume=True).dtype == dtype
     if dtype == torch.float32:
         pytest.importorskip("bitsandbytes")
@@ -167,4 +165,4 @@ def test_full_disk_leaves_no_half_of_a_base(gguf_file, tmp_path, monkeypatch):
     message = r"^--output .*/out/base: cannot be written: No space left on device$"
     with pytest.raises(UsageError, match=message):
         load(gguf_file, output=tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mica-run.json"]
+    assert not (tmp_path / "out" / "base").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mica.cli.adapt import config, folder, options, run_yaml
+from mica.cli.adapt import config, options, run_yaml
 from mica.cli.adapt.options import OPTIONS
 from mica.errors import UsageError
 
@@ -67,7 +67,7 @@ def yaml_file(tmp_path):
     ],
 )
 def test_the_command_line_wins_over_yaml_over_the_recipe(argv, yaml, expected, yaml_file):
-    args, origins, _ = resolve(*argv, *(["--config", yaml_file(yaml)] if yaml else []))
+    args, origins = resolve(*argv, *(["--config", yaml_file(yaml)] if yaml else []))
     assert set(vars(args)) == set(OPTIONS)
     assert {name: (getattr(args, name), origins.get(name)) for name in expected} == expected
 
@@ -164,7 +164,7 @@ def test_who_stops_early_keeps_the_best(argv, kept):
 def write(settings: config.Settings, output: Path, **more) -> None:
     """As a run writes its settings."""
     text = run_yaml.as_yaml(config.values(settings), settings.origins, **more)
-    folder.begin(output, text, settings.origins, names=[], resume=False)
+    (output / "run.yaml").write_text(text, encoding="utf-8")
 
 
 @pytest.fixture
@@ -186,8 +186,6 @@ def test_run_yaml_gives_the_same_settings(run_folder, tmp_path, monkeypatch):
     for settings in (again, resumed):
         after = vars(settings.args) | {"resume": False, "config": None, "output": output}
         assert after == vars(before.args)
-    assert resumed.origins | {"resume": "default"} == before.origins
-    assert not list(output.glob(".*"))
     monkeypatch.chdir(tmp_path)  # a relative path to the same file is the same
     assert config.resolve(given("--output", output, "--resume", "--text", "corpus.txt")).args.seed == 5
 
@@ -198,7 +196,7 @@ def test_no_program_reads_the_comments_of_run_yaml(run_folder):
     without = "\n".join(line.partition("#")[0] for line in lines)
     (output / "run.yaml").write_text(without, encoding="utf-8")
     resumed = config.resolve(given("--output", output, "--resume"))
-    assert resumed.origins | {"resume": "default"} == before.origins
+    assert vars(resumed.args) | {"resume": False} == vars(before.args)
     assert run_yaml.recorded_processes(output / "run.yaml") == 1
 
 
@@ -207,7 +205,7 @@ def test_run_yaml_tells_processes_and_origins_and_nothing_of_one_start(run_folde
     lines = (output / "run.yaml").read_text(encoding="utf-8").splitlines()
     assert {"dropout: 0.05  # recipe paper", "seed: 5  # command line", "# data"} <= set(lines)
     assert "learning_rate: 1e-05  # command line" in lines
-    assert not [line for line in lines if line.startswith(("resume", "config", "overwrite", "steps"))]
+    assert not [line for line in lines if line.startswith(("resume", "config", "steps"))]
     assert run_yaml.recorded_processes(output / "run.yaml") == 1
     write(settings, output, processes=4)
     assert run_yaml.recorded_processes(output / "run.yaml") == 4
@@ -240,7 +238,6 @@ def test_any_name_is_in_run_yaml_what_it_was(tmp_path, name):
     resumed = config.resolve(given("--output", tmp_path / f"o{name}", "--resume"))
     assert resumed.args.text == [text]
     assert resumed.args.seed == 3
-    assert resumed.origins["seed"] == f"{name}.yaml"
     assert config.resolve(given("--config", tmp_path / f"o{name}" / "run.yaml")).args.text == [text]
 
 
@@ -251,7 +248,6 @@ def test_any_name_is_in_run_yaml_what_it_was(tmp_path, name):
         (["--recipe", "all-linear"], "--recipe all-linear: --resume: .* has paper"),
         (["--steps", 10], "--steps 10: --resume: .* does not have it"),
         (["--text", "another.txt"], "--text another.txt: --resume: .* has .*corpus.txt"),
-        (["--overwrite"], "--resume and --overwrite: use only one"),
         (["--config", "seed: 7\n"], "--seed 7: --resume"),
     ],
 )
@@ -264,18 +260,17 @@ def test_resume_refuses_another_training(arguments, message, run_folder, yaml_fi
 
 def test_resume_allows_what_leaves_training_alone(run_folder, tmp_path):
     moved = run_folder[0].rename(tmp_path / "moved")
-    args, origins, _ = config.resolve(given("--output", moved, "--resume", "--save-steps", 3, "--no-merge"))
+    args, origins = config.resolve(given("--output", moved, "--resume", "--save-steps", 3, "--no-merge"))
     stopping = ["--eval-steps", 2, "--patience", 3, "--no-keep-best"]
     assert config.resolve(given("--output", moved, "--resume", *stopping)).args.patience == 3
     assert (args.save_steps, args.merge, args.seed, args.output) == (3, False, 5, moved)
-    assert (origins["save_steps"], origins["seed"]) == (LINE, LINE)
-    assert origins["dropout"] == PAPER
+    assert (origins["save_steps"], origins["seed"]) == (LINE, "run.yaml")
 
 
 def test_the_adapter_s_values_hold(tmp_path, monkeypatch):
     monkeypatch.setattr("mica.cli.adapt.adapter.read_adapter_config", lambda path: {})
     monkeypatch.setattr("mica.cli.adapt.adapter.settings", lambda adapter, path: ADAPTER)
-    args, origins, _ = resolve("--adapter", "a", "--recipe", "paper")
+    args, origins = resolve("--adapter", "a", "--recipe", "paper")
     assert (args.rank, args.alpha, args.target_modules) == (8, 24, "q_proj")
     assert (origins["rank"], args.learning_rate) == ("adapter", 5e-4)
     args, *_ = resolve("--adapter", "a", "--rank", 8, "--dropout", 0.1)
@@ -287,7 +282,6 @@ def test_the_adapter_s_values_hold(tmp_path, monkeypatch):
     monkeypatch.setattr("mica.cli.adapt.adapter.read_adapter_config", pytest.fail)
     after = config.resolve(given("--output", tmp_path, "--resume"))
     assert (after.args.adapter, after.args.alpha) == (Path("a"), 24)
-    assert after.origins["alpha"] == "adapter"
 
 
 def test_describe_names_each_value_once_with_its_origin():

@@ -1,10 +1,8 @@
-"""curve.csv and curve.png of a run, from the Trainer's history."""
-
-import csv
+"""curve.png of a run, from the Trainer's history."""
 
 import pytest
 
-from mica.cli.adapt.curve import COLUMNS, figure, table, write_curve
+from mica.cli.adapt.curve import draw, figure
 
 HISTORY = [
     {"step": 0, "eval_held_out_loss": 3.0, "eval_held_out_perplexity": 20.0, "eval_retain_perplexity": 8.0},
@@ -19,43 +17,32 @@ def lines_of(axes) -> dict:
     return {line.get_gid(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
 
 
-def test_table_and_csv(tmp_path):
-    write_curve([], tmp_path)
-    assert not list(tmp_path.iterdir())
-    write_curve(HISTORY, tmp_path)
-    with (tmp_path / "curve.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [list(row) for row in rows] == [list(COLUMNS)] * 3
-    assert [",".join(row.values()) for row in rows] == [
-        "0,,,,,20.0,8.0",
-        "10,1000,3.0,0.001,0.5,,",
-        "20,2000,2.5,0.0005,0.4,15.0,8.5",
-    ]
-    assert list(COLUMNS)[:5] == ["step", "tokens", "loss", "learning_rate", "grad_norm"]
+def test_it_is_a_picture(tmp_path):
+    draw(HISTORY, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in tmp_path.iterdir()} == {"curve.csv", "curve.png", "mica-run.json"}
 
 
 def test_picture_shows_what_was_measured():
-    loss, perplexity = figure(table(HISTORY), "run").axes
+    loss, perplexity = figure(HISTORY, "run").axes
     assert lines_of(loss) == {"loss": ([10, 20], [3.0, 2.5])}
     held_out = ([0, 20], [20.0, 15.0])
     retained = ([0, 20], [8.0, 8.5])
-    assert lines_of(perplexity) == {"held_out_perplexity": held_out, "retain_perplexity": retained}
+    assert lines_of(perplexity) == {
+        "eval_held_out_perplexity": held_out,
+        "eval_retain_perplexity": retained,
+    }
     (tokens,) = loss.child_axes
     loss.figure.draw_without_rendering()
     assert tokens.get_xlim() == pytest.approx([100 * step for step in loss.get_xlim()])
-    (axes,) = figure(table(HISTORY[1:3]), "run").axes
+    (axes,) = figure(HISTORY[1:3], "run").axes
     assert list(lines_of(axes)) == ["loss"]
-    (_, perplexity) = figure(table(HISTORY[:1]), "run").axes  # evaluated before the first step
-    assert lines_of(perplexity)["retain_perplexity"] == ([0], [8.0])
+    (_, perplexity) = figure(HISTORY[:1], "run").axes  # evaluated before the first step
+    assert lines_of(perplexity)["eval_retain_perplexity"] == ([0], [8.0])
 
 
-def test_a_failure_is_one_warning(tmp_path, capsys, monkeypatch):
+def test_a_failure_is_a_warning(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: 1 / 0)
-    for _ in range(3):
-        write_curve(HISTORY, tmp_path)
+    draw(HISTORY, tmp_path)
     assert capsys.readouterr().err == "mica adapt: warning: no curve: division by zero\n"
-    (tmp_path / "file").touch()
-    write_curve(HISTORY, tmp_path / "file")
-    assert capsys.readouterr().err.startswith("mica adapt: warning: no curve: --output ")
+    assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ steps=0 steps=1.5 epochs=0 epochs=-1 epochs=nan batch_size=-1 batch_size=0 gradi
 learning_rate=0 learning_rate=nan learning_rate=inf scheduler=cosine_with_min_lr warmup_ratio=1
 warmup_ratio=-0.1 weight_decay=-1 max_grad_norm=-0.3 seed=-1 seed=4294967296 eval_steps=0 log_steps=0
 keep_best=3 patience=0 patience=1.5 max_retain_rise=0 max_retain_rise=-5 max_retain_rise=nan save_steps=0
-trust_remote_code=3 experts=3 gradient_checkpointing=3 resume=3 overwrite=3 merge=3 dry_run=3
+trust_remote_code=3 experts=3 gradient_checkpointing=3 resume=3 merge=3
 embedding_learning_rate=0 train_embeddings=3 workers=1025 steps=2147483648 epochs=1e10
 """
 

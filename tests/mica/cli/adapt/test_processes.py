@@ -52,9 +52,6 @@ def meet(data):
         "printed": sys.stdout.name,
         "score": likelihood(tiny_llama(), data, 2),
     }
-    assert processes.alike("a", "folder") == "a"
-    with pytest.raises(UsageError, match="folder: not the same"):
-        processes.alike(state.process_index, "folder")
     for name in ("agreed", "on_main"):
         try:
             with processes.agreed():  # and so twice, but they meet once
@@ -90,28 +87,6 @@ def test_one_process_is_not_a_group(monkeypatch):
     with pytest.raises(UsageError, match="x"), processes.one_voice(), processes.agreed():
         raise UsageError("x")
     processes.finish()
-
-
-def look(folders):
-    processes.check_shared(folders[processes.start().process_index])
-
-
-def test_an_output_folder_that_is_not_shared(tmp_path):
-    """A folder each, as on two machines: one sentence, and nothing is left."""
-    shared, own = tmp_path / "shared", tmp_path / "own"
-    own.mkdir()
-    (own / "notes.txt").touch()
-    for folder in (shared, own):
-        two(look, [folder, folder], folder=tmp_path)
-        assert not shared.exists()
-        assert [path.name for path in own.iterdir()] == ["notes.txt"]
-    errors = two(look, [shared, own], folder=tmp_path, statuses=(2, 2)).errors()
-    assert errors.startswith(f"error: --output {own}: process 1 on ")
-    assert errors.endswith(
-        "does not see what the main process writes there: all machines must share the folder\n"
-    )
-    assert not shared.exists()
-    assert [path.name for path in own.iterdir()] == ["notes.txt"]
 
 
 def fail(failing):
@@ -177,18 +152,6 @@ def test_a_signal_stops_both_at_one_step(tmp_path):
     assert started.errors().count("finishing this step") == 1
     args.resume = True
     assert [result.steps for result in two(run, args, folder=tmp_path).results()] == [10, 10]
-
-
-def test_both_go_on_from_the_checkpoint_before_a_damaged_one(tmp_path):
-    args = settings(tmp_path / "out", batch_size=2)
-    whole = two(run, args, folder=tmp_path).results()[0]
-    before = weights(args.output)
-    path = args.output / "checkpoint-10" / "rng_state_1.pth"
-    path.write_bytes(bytes(path.stat().st_size))
-    args.resume = True
-    resumed = two(run, args, folder=tmp_path).results()
-    assert [losses(result) for result in resumed] == [losses(whole)] * 2
-    assert same(weights(args.output), before)
 
 
 def full_disk(args):

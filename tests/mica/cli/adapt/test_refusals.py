@@ -238,7 +238,7 @@ def test_an_output_with_something_in_it(capsys, out, model_dir, text_file):
     out.mkdir()
     (out / "adapter_config.json").write_text("{}")
     assert adapt(model_dir, text_file, out) == 2
-    assert "is not empty, and has no mica-run.json, which says what a run has" in capsys.readouterr().err
+    assert "is not empty: choose another folder" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["adapter_config.json"]
 
 
@@ -285,7 +285,6 @@ BAD_STRINGS = {
     "optimizer": ("adam_w", "adam_w"),
     "report_to": ("tensorbord", "tensorbord"),
     "output": (__file__, "exists and is not a folder"),
-    "push_to_hub": ("a/b/c", "a/b/c"),
     "config": ("nowhere.yaml", "cannot be read"),
 }
 CANNOT = "model.layers.0.input_layernorm is a LlamaRMSNorm, which cannot be adapted"

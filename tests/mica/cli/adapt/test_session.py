@@ -1,9 +1,7 @@
-"""Whole runs of ``mica adapt``: again, resumed, overwritten, on top of each other."""
+"""Whole runs of ``mica adapt``: again, resumed, on top of each other."""
 
-import csv
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -16,8 +14,8 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
-from mica.cli import record
-from mica.cli.adapt import checkpoints, corpus, folder, training
+from mica.cli import folder
+from mica.cli.adapt import checkpoints, corpus, session, training
 from mica.errors import UsageError
 from tests.mica.cli.tiny_gguf import write_tiny_gguf
 from tests.support.adapt_runs import command, resume, same, saved, summary, unfinished, weights
@@ -47,15 +45,17 @@ def test_what_is_measured_is_written(paper):
     result = summary(paper)
     assert result["perplexity_after"] < result["perplexity_before"]
     assert 1 < result["retain_before"] != result["retain_after"]
-    assert (result["recipe"], result["origins"]["dropout"]) == ("paper", "recipe paper")
-    with (paper / "curve.csv").open(encoding="utf-8") as file:
-        curve = list(csv.DictReader(file))
-    assert [row["step"] for row in curve if row["held_out_perplexity"]] == ["0", "6", "12"]
-    assert [row["step"] for row in curve if row["loss"]] == ["3", "4", "6", "8", "9", "12"]
-    assert float(curve[-1]["retain_perplexity"]) == pytest.approx(result["retain_after"])
+    assert result["recipe"] == "paper"
+    history = json.loads((paper / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
+    measured = {entry["step"]: entry for entry in history if "eval_held_out_perplexity" in entry}
+    assert list(measured) == [0, 6, 12]
+    assert measured[12]["eval_retain_perplexity"] == pytest.approx(result["retain_after"])
+    assert [entry["step"] for entry in history if "loss" in entry] == [3, 4, 6, 8, 9, 12]
+    assert (paper / "curve.png").exists()
+    assert not list(paper.glob(".*"))
     card = (paper / "README.md").read_text(encoding="utf-8")
     assert f"{result['perplexity_after']:.2f}" in card
-    assert "recipe paper" in card
+    assert "| recipe | paper |" in card
 
 
 def test_run_yaml_repeats_the_run(paper, tmp_path, capsys):
@@ -142,38 +142,18 @@ def test_resume_after_run_yaml_was_edited_is_refused(paper, tmp_path, capsys):
 FILES = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 
 
-def test_resume_takes_the_checkpoint_before_a_damaged_one(paper, tmp_path, capsys):
-    def damage(path):
-        path.write_bytes(random.Random(0).randbytes(path.stat().st_size))
-
-    output = unfinished(paper, tmp_path / "out", last=12)
-    for file in FILES:
-        kept = (output / "checkpoint-12" / file).read_bytes()
-        damage(output / "checkpoint-12" / file)
-        assert checkpoints.damaged(output / "checkpoint-12") == file
-        if file != FILES[-1]:
-            (output / "checkpoint-12" / file).write_bytes(kept)
-    assert resume(output) == 0
-    said = f"checkpoint-12 is damaged ({file} is not what was written): the run continues from checkpoint-8"
-    assert said in capsys.readouterr().err
-    assert same(weights(paper), weights(output))
-    assert checkpoints.damaged(output / "checkpoint-12") is None  # written anew
-    for checkpoint in checkpoints.folders(output):
-        damage(checkpoint / file)
-    refused(capsys, output, f"checkpoint-12 is damaged ({file}) and checkpoint-8 is damaged ({file})")
-
-
-def test_resume_before_the_first_checkpoint_starts_anew(paper, tmp_path, capsys):
+@pytest.mark.parametrize("again", [True, False])
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(paper, rows, tmp_path, capsys, again):
+    """By --resume, or by its first command given again."""
     output = tmp_path / "out"
-    output.mkdir()
+    shutil.copytree(paper / "checkpoint-12", output / "checkpoint-4")
+    (output / "checkpoint-4" / "complete.json").unlink()
     shutil.copy(paper / "run.yaml", output)
-    assert resume(output) == 2
-    said = f"--resume: nothing to continue in {output}: it has no mica-run.json, which says"
-    assert said in capsys.readouterr().err
-    assert [path.name for path in output.iterdir()] == ["run.yaml"]
-    shutil.copy(paper / "mica-run.json", output)
-    assert resume(output) == 0
-    assert "has no complete checkpoint yet: the run starts from its beginning" in capsys.readouterr().err
+    if again:
+        assert command("--config", paper / "run.yaml", "--output", output) == 0
+    else:
+        assert resume(output) == 0
+        assert "has no complete checkpoint yet: the run starts from its begin" in capsys.readouterr().err
     assert same(weights(paper), weights(output))
 
 
@@ -205,22 +185,6 @@ def test_a_signal_before_the_training_ends_it_at_once(model_dir, rows, tmp_path,
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_overwrite_leaves_nothing_of_the_run_before(model_dir, rows, tmp_path):
-    output = tmp_path / "out"
-    assert adapt(model_dir, rows, output, "--merge", "--steps", 2, "--push-to-hub", "") != 0
-    assert adapt(model_dir, rows, output, "--merge", "--steps", 2) == 0
-    (output / "notes.txt").write_text("mine")
-    assert adapt(model_dir, rows, output, "--overwrite", "--steps", 1) == 0
-    names = {path.name for path in output.iterdir()}
-    assert {"notes.txt", "checkpoint-1", "summary.json"} <= names
-    assert not {"merged", "checkpoint-2"} & names
-    before = weights(output)
-    assert adapt(model_dir, rows, output, "--overwrite", "--rank", 17) == 2
-    assert same(before, weights(output))  # a run that is refused leaves the one before
-    assert adapt(model_dir, rows, output, "--overwrite", "--adapter", output) == 2
-    assert same(before, weights(output))
-
-
 def test_results_have_the_mode_of_any_file(paper):
     modes = {(paper / name).stat().st_mode for name in ("run.yaml", *FILES[:1], f"checkpoint-8/{FILES[0]}")}
     assert len(modes) == 1
@@ -233,13 +197,6 @@ def test_any_name_of_a_text_is_resumed(model_dir, tmp_path, name):
     assert adapt(model_dir, tmp_path / name, output, "--steps", 2) == 0
     (output / "summary.json").unlink()
     assert resume(output) == 0
-
-
-def test_checkpoints_that_have_all_lost_their_marker_are_kept(paper, tmp_path, capsys):
-    output = unfinished(paper, tmp_path / "out", last=12)
-    for checkpoint in checkpoints.folders(output):
-        (checkpoint / checkpoints.MARKER).unlink()
-    refused(capsys, output, "checkpoint-12 is damaged (complete.json) and checkpoint-8 is damaged")
 
 
 def test_an_output_folder_in_the_text_is_no_text(model_dir, tmp_path, capsys):
@@ -255,13 +212,11 @@ def test_an_output_folder_in_the_text_is_no_text(model_dir, tmp_path, capsys):
         f"note: --text {tmp_path}: contains --output {output}, which is left out" in capsys.readouterr().err
     )
     assert same(before, weights(output))
-    assert adapt(model_dir, tmp_path, output, "--steps", 1, "--overwrite") == 0
 
 
 def test_a_run_that_begins_while_another_reads_its_texts_is_refused(
     model_dir, rows, tmp_path, monkeypatch, capsys
 ):
-    """In a new folder, as well as by --resume and --overwrite."""
     output = tmp_path / "out"
     gather, others = corpus.gather, []
 
@@ -274,59 +229,43 @@ def test_a_run_that_begins_while_another_reads_its_texts_is_refused(
     monkeypatch.setattr(corpus, "gather", meanwhile)
     assert adapt(model_dir, rows, output, "--steps", 1) == 0
     assert others == [2]
-    assert "another run writes to it" in capsys.readouterr().err
+    assert "another command writes to it" in capsys.readouterr().err
+    assert adapt(model_dir, rows, output, "--steps", 1) == 2  # it has ended, and is not replaced
+    said = f"--output {output}: is not empty: choose another folder, or use --resume to continue the run"
+    assert said in capsys.readouterr().err
 
 
 def test_a_folder_that_another_run_has_filled_since_the_first_look_is_refused(
     model_dir, rows, tmp_path, monkeypatch, capsys
 ):
     output = tmp_path / "out"
-    held = folder.held
+    exclusive = session.exclusive
 
     def later(output):
         output.mkdir()
-        record.claim(output, "run.yaml")
         (output / "run.yaml").write_text("another run's")
-        return held(output)
+        return exclusive(output)
 
-    monkeypatch.setattr(folder, "held", later)
+    monkeypatch.setattr(session, "exclusive", later)
     assert adapt(model_dir, rows, output) == 2
-    assert "is not empty: use --resume" in capsys.readouterr().err
+    assert "is not empty: choose another folder, or use --resume" in capsys.readouterr().err
     assert (output / "run.yaml").read_text() == "another run's"
 
 
-def test_another_run_yaml_than_was_read_is_refused(paper, tmp_path, monkeypatch, capsys):
-    output = unfinished(paper, tmp_path / "out")
-    held = folder.held
-
-    def later(output):
-        edit(output / "run.yaml", ("seed: 0", "seed: 1"))
-        return held(output)
-
-    monkeypatch.setattr(folder, "held", later)
-    refused(capsys, output, "run.yaml has changed since this command began: start it again")
-
-
-def test_a_refused_overwrite_leaves_the_converted_base(rows, tmp_path, capsys):
+def test_a_refused_run_leaves_no_converted_base(rows, tmp_path, capsys):
     pytest.importorskip("gguf")
     write_tiny_gguf(tmp_path / "tiny.gguf")
     output = tmp_path / "out"
-    assert adapt(tmp_path / "tiny.gguf", rows, output, "--steps", 1) == 0
-    place = (output / "base" / "model.safetensors").stat().st_ino
-    assert adapt(tmp_path / "tiny.gguf", rows, output, "--overwrite", "--rank", 33) == 2
-    assert (output / "base" / "model.safetensors").stat().st_ino == place
-    assert not list(output.glob(".*"))
-    assert adapt(tmp_path / "tiny.gguf", rows, output, "--overwrite", "--steps", 1) == 0
-    assert (output / "base" / "model.safetensors").stat().st_ino != place
-    assert not list(output.glob(".*"))
+    assert adapt(tmp_path / "tiny.gguf", rows, output, "--rank", 33) == 2
+    assert not output.exists()
 
 
 def test_two_runs_do_not_share_a_folder(model_dir, rows, tmp_path, capsys):
     output = tmp_path / "out"
-    with folder.held(output):
+    with folder.exclusive(output):
         assert adapt(model_dir, rows, output) == 2
-        assert f"--output {output}: another run writes to it" in capsys.readouterr().err
-        assert [path.name for path in output.iterdir()] == [".mica-run.lock"]
+        assert f"--output {output}: another command writes to it" in capsys.readouterr().err
+        assert [path.name for path in output.iterdir()] == [folder.LOCK]
     assert not output.exists()
 
 
@@ -390,6 +329,6 @@ def test_bugs_end_with_their_traceback_and_the_group_is_left(model_dir, rows, tm
     def broken(*_, **__):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(training, "train", broken)
+    monkeypatch.setattr(training, "Session", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         adapt(model_dir, rows, tmp_path / "out")

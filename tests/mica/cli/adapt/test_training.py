@@ -15,7 +15,6 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState
 
-from mica.cli import record
 from mica.cli.adapt import checkpoints, trainer, training
 from mica.errors import UsageError
 from tests.support.adapt_runs import (
@@ -26,6 +25,7 @@ from tests.support.adapt_runs import (
     run,
     same,
     settings,
+    train,
     weights,
 )
 from tests.support.tiny_cli import logits, tiny_llama
@@ -46,7 +46,7 @@ def test_a_run(tmp_path, capsys):
     args = settings(tmp_path, eval_steps=4)
     trained = model(args)
     before = trained.get_base_model().config.use_cache
-    result = training.train(trained, corpus(retain=3), args, None)
+    result = train(trained, corpus(retain=3), args, None)
     assert trained.get_base_model().config.use_cache is before is True  # a merged model is made from it
     written = logits(PeftModel.from_pretrained(tiny_llama(), tmp_path))
     torch.testing.assert_close(written, logits(trained))
@@ -61,7 +61,7 @@ def test_a_run(tmp_path, capsys):
     assert 0 < result.seconds < 60
     assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-10"
     top = {name for name in files(tmp_path) if "/" not in name}
-    assert top == {"adapter_config.json", "adapter_model.safetensors", "mica-run.json"}
+    assert top == {"adapter_config.json", "adapter_model.safetensors"}
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
     assert [line.split(": ")[0].split()[1] for line in lines if "loss " in line] == ["5/10", "10/10"]
     assert [line for line in lines if "loss " not in line] == [
@@ -237,9 +237,8 @@ def test_resumed_is_unbroken(tmp_path, changed):
     assert checkpoints.facts(kept)["processes"] == 1
     assert "training_args.bin" not in files(kept)
     shutil.copytree(kept, output / kept.name)  # as if the run had been killed right after it
-    shutil.copy(full / record.FILE, output)
-    record.claim(output, "checkpoint-999")
-    (output / "checkpoint-999").mkdir()  # half written
+    half = output / kept.name.replace(str(checkpoints.step(kept)), "1")
+    half.mkdir()  # killed as it was written
     begun = checkpoints.facts(kept)["seconds"]
     resumed = run(settings(output, resume=True, **changed))
     assert losses(resumed) == losses(unbroken)
@@ -250,7 +249,7 @@ def test_resumed_is_unbroken(tmp_path, changed):
     assert same(expected, weights(output))
     assert {weight.dtype for weight in expected.values()} == {torch.float32}
     assert any("lora_B" in name or "embedding_B" in name for name in expected)
-    assert not (output / "checkpoint-999").exists()
+    assert not half.exists()
     assert not (output / "training_args.bin").exists()
 
 
@@ -268,19 +267,26 @@ def test_a_finished_run_can_be_resumed(tmp_path):
 def test_a_run_starts_anew_only_where_nothing_was_saved(unbroken, tmp_path):
     args = settings(tmp_path, resume=True)
     notes = []
-    (tmp_path / "run.yaml").touch()
+    shutil.copytree(unbroken[1] / "checkpoint-10", tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-10" / "complete.json").unlink()
     assert training.find_checkpoint(args, notes.append) is None
     assert "starts from its beginning" in notes.pop()
-    shutil.copytree(unbroken[1] / "checkpoint-10", tmp_path / "checkpoint-10")
-    shutil.copy(unbroken[1] / "mica-run.json", tmp_path)
-    (tmp_path / "checkpoint-10" / "optimizer.pt").unlink()
-    with pytest.raises(UsageError, match=r"checkpoint-10 is damaged \(optimizer.pt\)"):
-        training.find_checkpoint(args)
-    shutil.rmtree(tmp_path / "checkpoint-10")
     (tmp_path / "summary.json").touch()
     with pytest.raises(UsageError, match="it has no checkpoint"):
         training.find_checkpoint(args)
     assert not notes
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b""])
+def test_a_checkpoint_that_cannot_be_read_is_named(unbroken, tmp_path, file, damage):
+    shutil.copytree(unbroken[1], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoint-5" / file
+    shutil.rmtree(tmp_path / "checkpoint-10")
+    path.write_bytes(damage(path.read_bytes()))
+    said = rf"^--resume: {path.parent} cannot be read \(.*\): remove it, and the run continues from the one"
+    with pytest.raises(UsageError, match=said):
+        run(settings(tmp_path, log_steps=1, resume=True))
 
 
 def test_other_batches_are_refused(unbroken, tmp_path, monkeypatch):
@@ -293,14 +299,14 @@ def test_other_batches_are_refused(unbroken, tmp_path, monkeypatch):
         ),
         (
             {"batch_size": 2},
-            r"with batch_size 4 \(now 2\): .* must stay 4, but is now 2\. Continue with the same",
+            r"with batch_size 4 \(now 2\): continuing would be another training run\. Continue with the same",
         ),
     ):
         with pytest.raises(UsageError, match=message):
             training.find_checkpoint(settings(tmp_path, resume=True, **changed))
     with monkeypatch.context() as patch:
         patch.setitem(training.PartialState._shared_state, "num_processes", 2)
-        with pytest.raises(UsageError, match=r"with processes 1 \(now 2\): .* must stay 4, but is now 8"):
+        with pytest.raises(UsageError, match=r"with processes 1 \(now 2\): continuing would be another"):
             training.find_checkpoint(args)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(UsageError, match=r"with mixed_precision no \(now bf16\): continuing"):
@@ -319,7 +325,7 @@ def test_other_batches_are_refused(unbroken, tmp_path, monkeypatch):
             run(args, data)
 
 
-SAVING = ".adapter_model.safetensors.partial"
+SAVING = ".adapter.partial"
 FULL = OSError(errno.ENOSPC, "No space left on device")
 DENIED = PermissionError(errno.EACCES, "Permission denied")
 SAFETENSORS = SafetensorError("I/O error: No space left (os error 28)")

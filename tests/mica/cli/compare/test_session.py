@@ -9,17 +9,18 @@ import shlex
 import shutil
 import signal
 import time
-from pathlib import Path
 from statistics import mean
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from mica.cli import main
-from mica.cli.compare import page, session, settings
+from mica.cli.compare import page, session, settings, trainings
 from mica.cli.compare.again import command
 from mica.cli.compare.training import losses
+from mica.errors import UsageError
 from tests.mica.cli.compare.tiny_comparison import RATES, arguments, compare, report, started, untimed
 from tests.support.tiny_cli import adapt
 
@@ -35,7 +36,7 @@ def finished(model_dir, tmp_path_factory):
 def test_the_page_and_its_data(finished):
     text = (finished / "README.md").read_text()
     found = report(finished)
-    names = {"mica-run.json", "settings.json", "runs", "compare.json", "README.md", "compare.png"}
+    names = {"settings.json", "runs", "compare.json", "README.md", "compare.png"}
     names |= {f"train_{method}.py" for method in ("mica", "lora", "random", "full")}
     assert {path.name for path in finished.iterdir()} == names
     assert text.startswith("# model")
@@ -70,7 +71,7 @@ def test_the_script_of_a_method_trains_it_again(finished, tmp_path, monkeypatch,
     _, run = whole_of(found, method)
     monkeypatch.chdir(tmp_path)
     trained = runpy.run_path(str(finished / f"train_{method}.py"))["model"]
-    again = losses(trained, session._Trainings(settings.stored(finished), finished).sets)
+    again = losses(trained, trainings.Trainings(settings.stored(finished), finished).sets)
     (end,) = run["points"]
     for name, each in again.items():
         assert each == pytest.approx(end[name], rel=1e-5)
@@ -114,14 +115,14 @@ def test_a_rate_that_diverges_is_named_and_the_rest_goes_on(model_dir, tmp_path,
 
 
 def test_a_method_that_runs_out_of_memory_is_left_out(model_dir, tmp_path, capsys, monkeypatch):
-    train = session.train
+    train = trainings.train
 
     def trained(model, data, args, *more):
         if args.rank == 2:  # LoRA's
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return train(model, data, args, *more)
 
-    monkeypatch.setattr(session, "train", trained)
+    monkeypatch.setattr(trainings, "train", trained)
     assert compare(tmp_path, model_dir, tmp_path / "out", "--methods", "mica,random,lora") == 0
     assert "lora, learning rate 0.01, 4 steps, seed 0: out of memory" in capsys.readouterr().err
     text = (tmp_path / "out" / "README.md").read_text()
@@ -133,7 +134,7 @@ def test_another_error_is_not_taken_for_a_full_memory(model_dir, tmp_path, monke
     def trained(*arguments):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(session, "train", trained)
+    monkeypatch.setattr(trainings, "train", trained)
     with pytest.raises(RuntimeError, match="a bug"):
         compare(tmp_path, model_dir, tmp_path / "out")
 
@@ -148,11 +149,8 @@ def test_another_error_is_not_taken_for_a_full_memory(model_dir, tmp_path, monke
         (("--rates", "mica=1,zero"), "argument --rates: must be a number above 0, not 'zero'"),
         (("--rates", "full=1e-4"), "--rates full: it is not compared: name it in --methods"),
         (("--rank", "64"), "--rank 64: "),
-        (("--target-modules", "q_porj"), "did you mean 'q_proj'?"),
-        (("--resume", "--overwrite"), "--resume and --overwrite: use only one"),
         (("--resume",), "nothing to continue"),
         (("--sequence-length", "3000"), "--sequence-length 3000: the model takes at most 128 tokens"),
-        (("--held-out", "0.001"), "1 blocks of 32 tokens are held out, 3 needed"),
     ],
 )
 def test_mistakes_are_one_line(model_dir, tmp_path, capsys, options, message):
@@ -229,18 +227,18 @@ def test_a_file_that_is_no_result_is_one_line(finished, tmp_path, capsys, name, 
     assert message in line
 
 
-@pytest.mark.parametrize("name", ["settings.json", "open.lock", "compare.json", "train_lora.py", "README.md"])
+@pytest.mark.parametrize("name", ["settings.json", "compare.json", "train_lora.py", "README.md"])
 def test_a_full_disk_is_one_line_and_loses_nothing(finished, tmp_path, capsys, monkeypatch, name):
     output = tmp_path / "copy"
     shutil.copytree(finished, output)
-    write_text = Path.write_text
+    replace = os.replace
 
-    def full_disk(path, *arguments, **more):
-        if name in path.name:
+    def full_disk(scratch, path):
+        if path.name == name:
             raise OSError(28, "No space left on device")
-        return write_text(path, *arguments, **more)
+        return replace(scratch, path)
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(os, "replace", full_disk)
     assert main(["compare", "--output", str(output), "--resume"]) == 2
     (line,) = [
         line for line in capsys.readouterr().err.splitlines() if line.startswith("mica compare: error")
@@ -263,35 +261,28 @@ def test_a_model_whose_loss_is_not_finite_is_one_line(model_dir, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
-def test_a_stop_says_how_to_go_on(model_dir, tmp_path, capsys, monkeypatch):
-    def stopped(*arguments):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("phase", [1, 2])
+def test_a_stop_says_how_to_go_on(model_dir, tmp_path, capsys, monkeypatch, phase):
+    """Before the first training that is worth something nothing is left."""
+    make = trainings.Trainings.make
 
-    monkeypatch.setattr(session, "train", stopped)
-    assert compare(tmp_path, model_dir, tmp_path / "out") == 130
-    assert f"stopped; mica compare --output {tmp_path / 'out'} --resume goes on" in capsys.readouterr().err
+    def stopped(self, planned, latest):
+        if planned.phase == phase:
+            raise KeyboardInterrupt
+        return make(self, planned, latest)
+
+    monkeypatch.setattr(trainings.Trainings, "make", stopped)
+    output = tmp_path / "out"
+    assert compare(tmp_path, model_dir, output) == 130
+    assert output.exists() == (phase > 1)
+    line = f"mica compare: stopped; mica compare --output {output} --resume goes on\n"
+    assert (line in capsys.readouterr().err) == (phase > 1)
 
 
 def test_a_text_that_is_to_be_retained_and_learned_is_noted(model_dir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(session, "_lead", lambda trainings, *_: print(*trainings.notes) or 0)
-    assert compare(tmp_path, model_dir, tmp_path / "out", "--text", tmp_path / "kept.jsonl") == 0
-    assert (
-        "--retain names a text of --text: forgetting is measured on what is learned"
-        in capsys.readouterr().out
-    )
-
-
-@pytest.mark.parametrize(
-    ("documents", "chosen"),
-    [
-        ([1, 1, 2, 2, 3, 3, 4, 4], [0, 1]),
-        ([4, 4, 3, 3, 2, 2, 1, 1], [6, 7]),  # whatever their order
-        ([5, 5, 5, 5, 6, 7, 8, 9], [4, 5]),  # the first in order that are not too long
-        ([1] * 8, [0, 4]),
-    ],
-)
-def test_rates_are_chosen_by_documents_of_their_own(documents, chosen):
-    assert session._for_choosing(documents) == chosen
+    monkeypatch.setattr(session.schedule, "planned", Mock(side_effect=UsageError("so far")))
+    assert compare(tmp_path, model_dir, tmp_path / "out", "--text", tmp_path / "kept.jsonl") == 2
+    assert "--retain names a text of --text: forgetting is measured on what is" in capsys.readouterr().err
 
 
 def test_a_finished_comparison_writes_its_page_again(finished, tmp_path, capsys):
@@ -304,8 +295,8 @@ def test_a_finished_comparison_writes_its_page_again(finished, tmp_path, capsys)
 
 @pytest.mark.slow
 def test_killed_five_times_it_ends_with_the_same_page(model_dir, tmp_path):
-    """kill -9 of the whole command, helpers too, at random moments."""
-    options = ("--methods", "mica,lora,full", "--rates", "full=0.001,0.002", "--jobs", 2)
+    """kill -9 at random moments."""
+    options = ("--methods", "mica,lora,full", "--rates", "full=0.001,0.002")
     argv = arguments(tmp_path, model_dir, tmp_path / "whole", *options)
     whole = started(argv)
     begin = time.monotonic()
@@ -316,7 +307,7 @@ def test_killed_five_times_it_ends_with_the_same_page(model_dir, tmp_path):
     for _ in range(5):
         process = started(argv)
         time.sleep(generator.uniform(0.3, 0.8) * seconds)
-        is_begun = (tmp_path / "killed" / "settings.json").exists()
+        is_begun = any((tmp_path / "killed" / "runs").glob("*.json"))
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         if is_begun and "--resume" not in argv:
@@ -328,21 +319,20 @@ def test_killed_five_times_it_ends_with_the_same_page(model_dir, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [("-m", "torch.distributed.run", "--nproc-per-node", "2")])
-def test_the_processes_of_a_launcher_share_the_trainings(model_dir, tmp_path, launcher):
-    argv = arguments(tmp_path, model_dir, tmp_path / "alone")
-    alone = started(argv)
-    assert alone.wait() == 0, alone.stderr.read()
-    argv[argv.index("--output") + 1] = str(tmp_path / "both")
-    at = argv.index("--jobs")
-    del argv[at : at + 2]
-    both = started(argv, launcher)
-    errors = both.communicate()[1]
-    assert both.returncode == 0, errors
+def test_on_several_gpus_it_finds_the_same(model_dir, tmp_path, monkeypatch):
+    """Two processes on a CPU stand in for them."""
+    assert compare(tmp_path, model_dir, tmp_path / "alone") == 0
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert compare(tmp_path, model_dir, tmp_path / "both") == 0
     assert untimed(tmp_path / "both") == untimed(tmp_path / "alone")
     results = report(tmp_path / "both")["results"].values()
-    assert {one["jobs"] for one in results} == {2}
-    assert {one["worker"] for one in results} == {0, 1}
+    assert {result["jobs"] for result in results} == {2}
+
+
+def test_a_launcher_is_not_needed(model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert compare(tmp_path, model_dir, tmp_path / "out") == 2
+    assert "error: start it once, without torchrun or accelerate launch" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -358,5 +348,5 @@ def test_the_budget_is_held_by_the_clock(model_dir, tmp_path):
 
 
 def test_mica_adapt_does_not_write_into_a_comparison(finished, model_dir, text_file, capsys):
-    assert adapt(model_dir, text_file, finished, "--overwrite") == 2
-    assert "mica compare has written it: choose another folder" in capsys.readouterr().err
+    assert adapt(model_dir, text_file, finished) == 2
+    assert f"--output {finished}: is not empty: choose another folder" in capsys.readouterr().err

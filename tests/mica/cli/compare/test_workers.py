@@ -1,106 +1,59 @@
-"""The processes of a comparison: which number and GPU each has, and when it ends."""
+"""The processes of a comparison on several GPUs, which processes on a CPU stand in for."""
 
 import os
-import subprocess
-import sys
-import threading
 import time
+from pathlib import Path
 
 import pytest
-import torch
 
-from mica.cli import lock
 from mica.cli.compare import workers
+from mica.cli.compare.schedule import SHORT, Planned
 
-GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "MASTER_ADDR", "MICA_COMPARE_WORKER")
+TODO = [Planned(SHORT, "mica", rate, 1, 0) for rate in (0.5, 0.1, 0.1, 0.1)]
+
+
+class Comparison:
+    """Each training takes as many seconds as its learning rate says."""
+
+    def make(self, planned, latest):
+        time.sleep(planned.rate)
+        if planned.rate > latest:
+            return None
+        return {"process": os.getpid(), "gpu": os.environ["CUDA_VISIBLE_DEVICES"]}
+
+
+def begin(gpus, settings, output):
+    """As `workers._begin`, without a model."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
+    workers._comparison = Comparison()
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch):
-    for name in GROUP:
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
+def _quick(monkeypatch):
+    monkeypatch.setattr(workers, "_begin", begin)
 
 
-@pytest.mark.parametrize(
-    ("given", "place", "devices"),
-    [
-        ({}, (0, 1), None),
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, (0, 1), None),
-        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4), "1"),
-        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,6"}, (1, 2), "6"),
-        ({"RANK": "1", "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}, (1, 2), ""),  # none, as it was told
-        ({"MICA_COMPARE_WORKER": "[2, 77]", "CUDA_VISIBLE_DEVICES": "5"}, (2, 1), "5"),
-    ],
-)
-def test_a_process_leaves_the_group_with_a_gpu_of_its_own(monkeypatch, given, place, devices):
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    assert workers.place() == (*place, 77 if "MICA_COMPARE_WORKER" in given else os.getppid())
-    assert os.environ.get("CUDA_VISIBLE_DEVICES") == devices
-    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()
+@pytest.mark.parametrize("visible", [None, "4,6"])
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, visible):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with workers.pool(2, {}, Path()) as pool:
+        made = list(workers.make(pool, TODO, latest=1.0))
+        late = list(workers.make(pool, TODO[:1], latest=0.0))
+    assert sorted(planned.rate for planned, _ in made) == [0.1, 0.1, 0.1, 0.5]
+    assert len({result["process"] for _, result in made}) == 2
+    assert sorted({result["gpu"] for _, result in made}) == (visible or "0,1").split(",")
+    assert late == [(TODO[0], None)]
 
 
-def test_others_wait_until_it_is_open_and_have_its_clock(tmp_path):
-    found = []
-    watched = []
+def test_a_stop_gives_up_what_is_under_way():
+    def stopped(pool):
+        pool.submit(workers._make, TODO[0]._replace(rate=60.0), 100.0)
+        time.sleep(3)
+        raise KeyboardInterrupt
 
-    def wait():
-        found.append(workers.wait_until_open(tmp_path, lambda: watched.append(1)))
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    time.sleep(0.3)
-    assert not found
-    with workers.opened(tmp_path, elapsed=100.0, jobs=3) as session:
-        thread.join(timeout=30)
-        assert found == [session]
-        assert session.jobs == 3
-        assert session.clock() == pytest.approx(100, abs=5)
-    assert watched
-    with lock.held(tmp_path / "open.lock"):
-        pass  # closed again
-
-
-_ORPHAN = """
-import os, time
-from mica.cli.compare.workers import watch_of
-parent = os.getpid()
-if os.fork() == 0:
-    {before}
-    watch = watch_of(parent)
-    print("started", flush=True)
-    while True:
-        watch()
-        time.sleep(0.05)
-time.sleep(0.3)
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("before", ["pass", "time.sleep(1)"])
-def test_an_orphan_ends_itself(before):
-    """Also one whose parent has gone before it looks for the first time."""
-    code = _ORPHAN.format(before=before)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    output, _ = process.communicate(timeout=60)  # until both have closed it
-    assert output == b"started\n"
-
-
-def test_as_many_trainings_as_there_are_cores_and_memory(monkeypatch):
-    import psutil
-
-    base = torch.nn.Linear(1000, 1000, bias=False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    for available, number in ((10**12, 4), (3 * 40 * 10**6, 3), (10**6, 1)):
-        monkeypatch.setattr(psutil, "virtual_memory", lambda available=available: Memory(available))
-        assert workers.suitable(base) == number
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
-    assert workers.suitable(base) == 8
-
-
-class Memory:
-    def __init__(self, available):
-        self.available = available
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), workers.pool(1, {}, Path()) as pool:
+        stopped(pool)
+    assert time.monotonic() - begun < 50

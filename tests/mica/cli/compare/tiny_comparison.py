@@ -21,8 +21,19 @@ def arguments(folder: Path, model, output, *options) -> list[str]:
     for path, documents in ((text, DOCUMENTS), (kept, KEPT)):
         path.write_text("".join(json.dumps({"text": one}) + "\n" for one in documents), encoding="utf-8")
     argv = ["compare", "--model", model, "--text", text, "--retain", kept, "--output", output, *RATES[:3]]
-    argv += ["--methods", "mica,lora", "--rank", 4, "--sequence-length", 32, "--eval-blocks", 8]
-    argv += ["--held-out", 0.2, "--steps", 8, "--seeds", 2, "--jobs", 1, *options]
+    argv += [
+        "--methods",
+        "mica,lora",
+        "--rank",
+        4,
+        "--sequence-length",
+        32,
+        "--steps",
+        8,
+        "--seeds",
+        2,
+        *options,
+    ]
     return [str(one) for one in argv]
 
 
@@ -31,9 +42,9 @@ def compare(folder: Path, model, output, *options) -> int:
     return main(arguments(folder, model, output, *options))
 
 
-def started(argv: list[str], launcher=()) -> subprocess.Popen:
-    """The same as a process, with ``launcher`` in front of ``-m mica``; one thread each."""
-    command = [sys.executable, *launcher, "-m", "mica", *argv]
+def started(argv: list[str]) -> subprocess.Popen:
+    """The same as a process, of one thread."""
+    command = [sys.executable, "-m", "mica", *argv]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
@@ -47,7 +58,7 @@ def untimed(output: Path) -> tuple[dict, str]:
     """What was found, and the page, without seconds and numbers of processes: what must be the same again."""
     found = report(output)
     for one in found["results"].values():
-        for name in [name for name in one if name.endswith("seconds") or name in ("ended", "jobs", "worker")]:
+        for name in [name for name in one if name.endswith("seconds") or name in ("ended", "jobs")]:
             del one[name]
     for cost in found["costs"].values():
         del cost["step_seconds"]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from mica.cli.compare import store
+from bench.quality import store
 
 
 class Job(NamedTuple):
@@ -113,8 +113,8 @@ def test_what_is_seen_are_the_results_before_each_piece_of_work(tmp_path):
 _SCRIPT = """
 import sys, time
 from pathlib import Path
-from mica.cli.compare import store
-from tests.mica.cli.compare.test_store import planned
+from bench.quality import store
+from tests.bench.quality.test_store import planned
 def make(one):
     print(one.key, flush=True)
     time.sleep(60)

@@ -7,11 +7,11 @@ has released the lock of who was making it.
 import json
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from mica.cli.lock import HeldError, held
+import filelock
+
 from mica.cli.output import explained, write_json
 
 _PAUSE = 0.2  # seconds between looks at what others have done
@@ -63,12 +63,15 @@ def work(
 def _made(folder: Path, one: Named, make: Callable[[Named], dict]) -> bool:
     """Whether this process has made the result now; another may be at it, or have finished it."""
     path = folder / f"{one.key}.json"
-    with ExitStack() as stack:
-        try:
-            with explained(f"--output {path}: cannot be written", OSError):
-                stack.enter_context(held(folder / f"{one.key}.lock"))
-        except HeldError:
-            return False
+    lock = filelock.FileLock(folder / f"{one.key}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return False
+    try:
         if not path.exists():
             write_json("--output", path, make(one))
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
     return True
