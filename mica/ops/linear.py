@@ -209,9 +209,10 @@ def configure(module: ModuleType) -> None:
 
 native.when_loaded(configure)
 
+# The names stay from release to release: graphs in Inductor's cache, which outlives one, call by them.
 _FACTORS = (
     "Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, ScalarType? compute_dtype,"
-    " float dropout_p=0.0, Tensor? seed=None, ScalarType? autocast_dtype=None"
+    " float dropout_p=0.0, Tensor? seed=None, ScalarType? grad_dtype=None"
 )
 linear = operator(
     "linear",

@@ -202,3 +202,19 @@ def test_the_strides_of_results_are_those_that_a_compiler_is_told(monkeypatch, b
             fakes = operator(*tree_map_only(torch.Tensor, mode.from_tensor, operands))
         told, actual = ([result.stride() for result in tree_leaves(some)] for some in (fakes, results))
         assert actual == told, case
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("linear", "x weight lora_A lora_B scaling bias compute_dtype dropout_p seed grad_dtype"),
+        ("experts_linear", "x offsets weight lora_A lora_B scaling bias compute_dtype tokens inverse"),
+        ("down_projection", "x lora_A scaling compute_dtype dropout_p seed"),
+        ("up_projection", "y h lora_B"),
+        ("embedding", "indices lora_A lora_B scaling padding_idx compute_dtype"),
+    ],
+)
+def test_the_arguments_of_a_forward_are_those_of_0_3(name, arguments):
+    """A graph that Inductor compiled with another release, and keeps, calls by these names."""
+    schema = getattr(torch.ops.mica, name).default._schema
+    assert [argument.name for argument in schema.arguments] == arguments.split()
