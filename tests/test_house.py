@@ -42,16 +42,16 @@ PUBLIC = {
 }
 OPTIONS = {
     "adapt": "--model --adapter --dtype --quantize --trust-remote-code "
-    "--text --text-field --text-weights --dataset-config --held-out --held-out-text --retain "
-    "--sequence-length --packing --workers --recipe --rank --alpha --target-modules --experts "
+    "--text --text-field --dataset-config --held-out --held-out-text --retain "
+    "--sequence-length --packing --recipe --rank --alpha --target-modules --experts "
     "--dropout --train-embeddings --embedding-learning-rate --keep-best --patience --max-retain-rise "
     "--steps --epochs --batch-size --gradient-accumulation-steps --learning-rate --scheduler --warmup-ratio "
     "--weight-decay --max-grad-norm --optimizer --gradient-checkpointing --seed "
     "--eval-steps --eval-blocks --log-steps --report-to "
     "--output --save-steps --resume --overwrite --dry-run --merge --push-to-hub --config",
     "compare": "--model --dtype --trust-remote-code "
-    "--text --text-field --text-weights --dataset-config --held-out --held-out-text --retain "
-    "--sequence-length --packing --workers --recipe --rank --target-modules --dropout --batch-size "
+    "--text --text-field --dataset-config --held-out --held-out-text --retain "
+    "--sequence-length --packing --recipe --rank --target-modules --dropout --batch-size "
     "--gradient-accumulation-steps --gradient-checkpointing "
     "--methods --rates --budget --seeds --steps --jobs --eval-blocks --output --resume --overwrite",
     "transfer": "--adapter --to --output --overwrite --dtype --trust-remote-code",

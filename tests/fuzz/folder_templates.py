@@ -16,7 +16,7 @@ WEIGHTS = "adapter_model.safetensors"
 MODEL = "model.safetensors"
 STEPS, SAVE_STEPS = 6, 2
 FIXED = ["--rank=2", "--sequence-length=16", "--eval-blocks=2", "--batch-size=2", "--learning-rate=0.02"]
-FIXED += ["--workers=1", f"--steps={STEPS}", f"--save-steps={SAVE_STEPS}"]
+FIXED += [f"--steps={STEPS}", f"--save-steps={SAVE_STEPS}"]
 SEEDS = (1, 2, 3)
 EARLIER = (8, 9)  # seeds of the adapters that runs go on from and that are transferred
 FINISHED, UNFINISHED = "finished", "unfinished"

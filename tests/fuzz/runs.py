@@ -40,7 +40,7 @@ STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9, FULL_DISK: 2}
 MOMENTS = any_of(0.0, 0.003, 0.01, 0.03)
 
 WEIGHTS = "adapter_model.safetensors"
-FIXED = {"rank": 4, "sequence-length": 16, "eval-blocks": 3, "workers": 1}
+FIXED = {"rank": 4, "sequence-length": 16, "eval-blocks": 3}
 COUNTS = ("steps", "training_tokens", "blocks")
 OPTIONS = {  # each is given with one of these values, or left out
     "rank": [1],

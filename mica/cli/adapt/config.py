@@ -13,7 +13,6 @@ from mica.cli.adapt.options import OPTIONS, RECIPES
 from mica.cli.output import expanded
 from mica.errors import UsageError
 
-FARTHEST = 10**6  # of two weights, one over the other: more is a slip, and overflows
 _LENGTHS = {"steps", "epochs"}  # the first layer with one of them decides
 # `global_batch` says whether --resume may change them. Not its own SHARES: reading it imports torch.
 _SHARES = {"batch_size", "gradient_accumulation_steps"}
@@ -188,7 +187,6 @@ def _check(values: dict[str, object], line: dict[str, object]) -> None:
     ``line``: what the command line had.
     """
     _check_required(values)
-    _check_text_weights(values)
     if "warmup_ratio" in line and values["scheduler"] == "constant":
         hint = "use 'constant_with_warmup' instead"
         raise UsageError(f"--warmup-ratio: scheduler 'constant' has no warmup; {hint}")
@@ -213,17 +211,6 @@ def _check_required(values: dict[str, object]) -> None:
             raise UsageError(f"--resume: nothing to continue in {output}: it is empty")
         note = f" ({output} has no {FILE})"
     raise UsageError(f"the following arguments are required: {', '.join(missing)}{note}")
-
-
-def _check_text_weights(values: dict[str, object]) -> None:
-    weights = values["text_weights"]
-    if not weights:
-        return
-    if len(weights) != len(values["text"]):
-        counts = f"{len(weights)} numbers for {len(values['text'])} sources of --text"
-        raise UsageError(f"--text-weights: {counts}")
-    if max(weights) / min(weights) > FARTHEST:
-        raise UsageError(f"--text-weights {_shown(weights)}: one must be at most {FARTHEST:,} times another")
 
 
 def check_output(settings: Settings) -> None:

@@ -115,7 +115,7 @@ def _read_inputs(settings: Settings) -> _Inputs:
     processes.check_shared(args.output)
     checkpoint = training.find_checkpoint(args, _note)
 
-    _check_texts(args)
+    corpus.check(args)
     tokenizer = loading.load_tokenizer(source)
     if checkpoint is not None:
         _check_checkpoint_base(args, source, checkpoint)
@@ -144,14 +144,6 @@ def _note_what_is_odd(args: argparse.Namespace) -> None:
             f"{args.config} comes from a run on {recorded} processes, and this one has {number}: its batches "
             f"of {args.batch_size} blocks per process differ, and so will its losses"
         )
-
-
-def _check_texts(args: argparse.Namespace) -> None:
-    """Check the texts by their names, and say where the output folder is left out of them."""
-    for group in corpus.check(args):
-        for text in group:
-            if text.left_out:
-                _note(f"{text.option} {text.given}: contains --output {args.output}, which is left out")
 
 
 def _check_checkpoint_base(args: argparse.Namespace, source: loading.Source, checkpoint: Path) -> None:

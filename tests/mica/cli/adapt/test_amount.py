@@ -85,7 +85,7 @@ def test_what_is_said_is_what_the_record_has(size, accumulation, end, model_dir,
     output = tmp_path / "out"
 
     def run(*more):
-        argv = ["--model", model_dir, "--text", text, "--output", output, "--rank", 4, "--workers", 1]
+        argv = ["--model", model_dir, "--text", text, "--output", output, "--rank", 4]
         argv += ["--sequence-length", LENGTH, *options, *more]
         assert command(*argv) == 0
         return capsys.readouterr().out

@@ -107,10 +107,10 @@ def test_bad_yaml(text, message, yaml_file, tmp_path):
 
 
 def test_yaml_is_read_as_the_command_line_is(yaml_file):
-    lines = "rank: 010\nalpha: 1_000\nmerge: yes\nexperts: off\ntext_field: no\ntext: [a, -b]\nworkers: ~\n"
+    lines = "rank: 010\nalpha: 1_000\nmerge: yes\nexperts: off\ntext_field: no\ntext: [a, -b]\npatience: ~\n"
     args = config.resolve(given("--model", "m", "--output", "o", "--config", yaml_file(lines))).args
     assert (args.rank, args.alpha, args.merge, args.experts) == (10, 1000, True, False)
-    assert (args.text_field, args.text, args.workers) == ("no", ["a", "-b"], None)
+    assert (args.text_field, args.text, args.patience) == ("no", ["a", "-b"], None)
 
 
 def test_required_options_may_come_from_yaml(yaml_file):
@@ -123,13 +123,6 @@ def test_required_options_may_come_from_yaml(yaml_file):
 
 
 def test_options_that_go_together():
-    assert resolve("--text-weights", 1).args.text_weights == [1.0]
-    with pytest.raises(UsageError, match="--text-weights: 2 numbers for 1 sources"):
-        resolve("--text-weights", 1, 2)
-    assert resolve("--text", "u", "--text-weights", 1, 1e6).args.text_weights == [1, 1e6]
-    for weights in ((1, 2e6), (1e300, 1), (1e-320, 1)):
-        with pytest.raises(UsageError, match="one must be at most 1,000,000 times another"):
-            resolve("--text", "u", "--text-weights", *weights)
     with pytest.raises(UsageError, match=r"--steps and --epochs: use only one \(command line sets both\)"):
         resolve("--steps", 1, "--epochs", 1)
     with pytest.raises(UsageError, match="--held-out and --held-out-text: use only one"):

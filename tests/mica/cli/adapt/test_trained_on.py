@@ -33,7 +33,7 @@ def made(tmp_path_factory):
     (folder / "text.txt").write_text(TEXT)
     saved(tiny_llama(), folder / "base")
     saved(other_llama(5), folder / "chat")
-    options = ["--dtype", "bfloat16", "--train-embeddings", "--save-steps", 8, "--workers", 1]
+    options = ["--dtype", "bfloat16", "--train-embeddings", "--save-steps", 8]
     assert adapt(folder / "base", folder / "text.txt", folder / "run", *options) == 0
     return folder
 
@@ -133,7 +133,7 @@ def test_an_adapter_of_peft_is_noted_and_its_dtype_counts(copied, capsys):
 
 def test_it_is_kept_by_whoever_goes_on(copied, capsys):
     """A second run adds to the embeddings of the first: both began with what the first began with."""
-    argv = ["--text", copied / "text.txt", "--adapter", copied / "run", "--workers", 1]
+    argv = ["--text", copied / "text.txt", "--adapter", copied / "run"]
     argv += ["--sequence-length", 32, "--steps", 1]
     on = copied / "on"
     assert command("--model", copied / "base", "--output", on, "--dtype", "float32", *argv) == 0
