@@ -82,7 +82,7 @@ def card(summary: dict) -> ModelCard:
     if step:
         sections.append(f"The adapter is {step}.")
     sections += _table("Data", ("source", "documents", "tokens"), _sources(summary))
-    sections += _table("Recipe", ("setting", "value", "from"), _recipe(summary))
+    sections += _table("Recipe", ("setting", "value"), _recipe(summary))
     sections += ["## How to load", *_loading(summary)]
 
     names = [hub_name(source["name"]) for source in summary["sources"]]
@@ -142,14 +142,14 @@ def _sources(summary: dict) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _recipe(summary: dict) -> list[tuple[str, object, str]]:
+def _recipe(summary: dict) -> list[tuple[str, object]]:
     """The settings, but paths, which are said elsewhere or private, and what does not concern training."""
     rows = []
     for name, value in summary["settings"].items():
         option = OPTIONS.get(name)
         is_hidden = option is not None and (option.is_path or not option.in_card)
         if value is not None and not is_hidden:
-            rows.append((name.replace("_", " "), value, summary["origins"].get(name, "")))
+            rows.append((name.replace("_", " "), value))
     return rows
 
 

@@ -220,10 +220,9 @@ def suit_packing(settings: Settings, model: torch.nn.Module) -> str | None:
     if settings.args.packing == "stream" or keeps_documents_apart(model):
         return None
     reason = f"the attention of {type(model).__name__} does not stay within a document of a block"
-    if settings.origins["packing"] != "default":
+    if "packing" in settings.given:
         raise UsageError(f"--packing documents: {reason}; --packing stream lets it cross them")
     settings.args.packing = "stream"
-    settings.origins["packing"] = "the model"
     return f"packing is stream: {reason}"
 
 

@@ -35,7 +35,6 @@ from mica.cli.adapt import (
 from mica.cli.adapt.config import Settings
 from mica.cli.adapt.curve import write_curve
 from mica.cli.adapt.dry_run import check_disk, rehearsal
-from mica.cli.adapt.global_batch import history, told
 from mica.cli.adapt.packing import suit_packing
 from mica.cli.output import dtype_name
 from mica.cli.targets import has_experts
@@ -135,15 +134,6 @@ def _note_what_is_odd(args: argparse.Namespace) -> None:
     if args.learning_rate > _HIGH_RATE:
         usual = "published MiCA runs use 5e-4 to 2e-3"
         _note(f"--learning-rate {args.learning_rate:g}: unusually high; {usual}")
-    if args.config is None:
-        return
-    recorded = run_yaml.recorded_processes(args.config)
-    number = PartialState().num_processes
-    if recorded and recorded != number:
-        _note(
-            f"{args.config} comes from a run on {recorded} processes, and this one has {number}: its batches "
-            f"of {args.batch_size} blocks per process differ, and so will its losses"
-        )
 
 
 def _check_checkpoint_base(args: argparse.Namespace, source: loading.Source, checkpoint: Path) -> None:
@@ -226,7 +216,7 @@ def _drop_needless_experts(settings: Settings, model) -> None:
     if has_experts(model):
         return
     given = settings.args.experts
-    if given is not None and not settings.origins["experts"].startswith("recipe"):
+    if given is not None and "experts" in settings.given:
         flag = "--no-experts"
         if given:
             flag = "--experts"
@@ -271,16 +261,10 @@ def _run(settings: Settings, inputs: _Inputs) -> int:
 def _begin(settings: Settings, inputs: _Inputs) -> None:
     """Make the output folder that of this run: nothing refuses it any more."""
     args = settings.args
-    number = PartialState().num_processes
-    sessions = history(inputs.checkpoint, number)
-    note = ""
-    if len(sessions) > 1:
-        note = f"; {told(sessions)}"
-    text = run_yaml.as_yaml(config.values(settings), settings.origins, number, note)
     folder.begin(
         args.output,
-        text,
-        settings.origins,
+        run_yaml.as_yaml(config.values(settings)),
+        {},
         names=[*config.folders(args), *result.names(inputs.tokenizer)],
         resume=args.resume,
     )

@@ -67,7 +67,7 @@ def test_experts_are_adapted_and_the_router_is_not(made):
     moved = {name for name in stacks[0] if "experts" in name and not torch.equal(*(s[name] for s in stacks))}
     assert moved == {name for name in stacks[0] if "experts" in name and "bias" not in name}
     made = summary(run)
-    assert (made["settings"]["experts"], made["origins"]["experts"]) == (True, "recipe all-linear")
+    assert made["settings"]["experts"] is True
     assert made["perplexity_after"] < made["perplexity_before"]
     assert made["layers_on_peft_path"] == []
     assert yaml.safe_load((run / "run.yaml").read_text())["experts"] is True
@@ -141,7 +141,7 @@ def test_from_an_adapter(made, text, tmp_path, monkeypatch):
     assert all(torch.equal(before[name], after[name]) == ("lora_B" in name) for name in before)
     first, second = summary(run), summary(tmp_path / "out")
     assert second["perplexity_before"] == pytest.approx(first["perplexity_after"])
-    assert second["origins"]["rank"] == "adapter"
+    assert second["settings"]["rank"] == first["settings"]["rank"]
 
 
 def test_transfer_to_a_sibling(made, tmp_path, capsys):
