@@ -107,5 +107,5 @@ def as_yaml(values: dict[str, object]) -> str:
     import yaml
 
     head = f"# mica adapt {__version__}. Again into another folder: mica adapt --config FILE --output DIR\n"
-    # Not allow_unicode: by it PyYAML writes some line breaks in a name of a file as they are, and reads spaces.
+    # Not allow_unicode: by it PyYAML writes some line breaks in a name as they are, and reads spaces.
     return head + yaml.safe_dump(values, sort_keys=False, width=float("inf"))
