@@ -1,7 +1,8 @@
 """Where text comes from: files, folders, datasets saved by `datasets`, datasets of the Hub.
 
-`find` looks at names only, and is quick. `Source.documents` reads: text itself, in chunks, and all else
-by `datasets`.
+`find` looks at names only, and is quick. `Source.documents` reads: CSV, Parquet and data sets by `datasets`,
+but not text, of which it takes a whole file into memory, nor JSON: it refuses a file in which another column
+than the text's comes or changes its type after the first 10 MB.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import bz2
 import gzip
 import hashlib
 import io
+import json
 import lzma
 import os
 import shutil
@@ -19,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,7 +46,6 @@ _ROWS = 1000  # read at once; the column is looked for in the first of them
 # nothing.
 _CSV = {"index_col": False, "keep_default_na": False, "na_values": ""}
 _READERS = {
-    "json": datasets.Dataset.from_json,
     "csv": partial(datasets.Dataset.from_csv, **_CSV),
     "tsv": partial(datasets.Dataset.from_csv, **_CSV, sep="\t"),
     "parquet": partial(datasets.Dataset.from_parquet, batch_size=_ROWS),  # its default fails without any row
@@ -73,6 +75,13 @@ def _suffix(path: Path) -> str:
 def _opened(path: Path) -> BinaryIO:
     """The bytes of a file, decompressed: to be closed."""
     return _OPENERS.get(path.suffix.lower(), open)(path, "rb")
+
+
+@contextmanager
+def _read(path: Path) -> Iterator[io.TextIOBase]:
+    """The text of a file. A BOM is no part of it, and newlines are ``\\n``."""
+    with _opened(path) as file, io.TextIOWrapper(file, "utf-8-sig") as text:
+        yield text
 
 
 @contextmanager
@@ -158,35 +167,36 @@ class Source:
         Raises UsageError, naming the file, for all that is not text.
         """
         if not self.files:
-            yield from self._texts(self.dataset, field, None)
+            yield from self._texts(_tables(self.dataset), field, None)
         for path in self.files:
-            reader = _READERS.get(KINDS.get(_suffix(path)))
-            if reader is None:
+            kind = KINDS.get(_suffix(path), "text")
+            if kind == "text":
                 yield self._chunks(path)
                 continue
-            with explained(f"{self.option} {path}: cannot be read"), _plain(path) as plain:
-                yield from self._texts(reader(plain, streaming=True), field, path)
+            with explained(f"{self.option} {path}: cannot be read"):
+                if kind == "json":
+                    yield from self._texts(_json_tables(path), field, path)
+                    continue
+                with _plain(path) as plain:
+                    rows = _READERS[kind](plain, streaming=True)
+                    yield from self._texts(_tables(rows), field, path)
 
     def _chunks(self, path: Path) -> Iterator[str]:
-        """A text in pieces. A BOM is no part of it, and newlines are ``\\n``."""
-        with (
-            explained(f"{self.option} {path}: cannot be read"),
-            _opened(path) as file,
-            io.TextIOWrapper(file, "utf-8-sig") as text,
-        ):
+        """A text in pieces."""
+        with explained(f"{self.option} {path}: cannot be read"), _read(path) as text:
             while chunk := text.read(CHUNK):
                 if "\0" in chunk:
                     raise self.error("not text: it contains a NUL character", path)
                 yield chunk
 
     def _texts(
-        self, rows: datasets.Dataset | datasets.IterableDataset, field: str | None, path: Path | None
+        self, tables: Iterator[pyarrow.Table], field: str | None, path: Path | None
     ) -> Iterator[list[str]]:
-        """The documents in rows, which need not have the column after the first of them."""
+        """The documents in rows, of which only the first need to have the column."""
         # pandas says by a warning alone that it drops a field without a name.
         warnings.simplefilter("error", pandas.errors.ParserWarning)
         column = None
-        for table in rows.with_format("arrow").iter(_ROWS):
+        for table in tables:
             if column is None:
                 column = self._column(table.schema, field, path)
             if column not in table.column_names:
@@ -194,7 +204,7 @@ class Source:
                 continue
             kind = table.schema.field(column).type
             if not _is_string(kind) and not pyarrow.types.is_null(kind):
-                raise self.error(f"column '{column}' must have strings only, but has {kind}", path)
+                raise self.error(f"column '{column}' must have strings only", path)
             for text in table[column].to_pylist():
                 yield [text or ""]
 
@@ -218,6 +228,49 @@ class Source:
             raise self.error(f"{what}. Render them with the chat template first", path)
         names = ", ".join(schema.names)
         raise self.error(f"has no column '{wanted[0]}', only {names}: name one with --text-field", path)
+
+
+def _tables(rows: datasets.Dataset | datasets.IterableDataset) -> Iterator[pyarrow.Table]:
+    return rows.with_format("arrow").iter(_ROWS)
+
+
+def _json_tables(path: Path) -> Iterator[pyarrow.Table]:
+    """The rows of JSON Lines, or of an array; columns that are not of strings have their name only."""
+    rows = _json_rows(path)
+    while some := list(islice(rows, _ROWS)):
+        columns = {}
+        for name in dict.fromkeys(chain.from_iterable(some)):
+            values = [row.get(name) for row in some]
+            if all(isinstance(value, str | None) for value in values):
+                columns[name] = pyarrow.array(values)
+            else:
+                columns[name] = pyarrow.nulls(len(values), pyarrow.binary())
+        yield pyarrow.table(columns)
+
+
+def _json_rows(path: Path) -> Iterator[dict]:
+    """Raises ValueError for what is not JSON, and for a row that is not an object."""
+    with _read(path) as text:
+        is_array = text.read(CHUNK).lstrip().startswith("[")
+    with _read(path) as text:
+        if is_array:
+            rows = json.load(text)
+        else:
+            rows = _json_lines(text)
+        for row in rows:
+            if not isinstance(row, dict):
+                raise ValueError(f"every row must be an object, not {type(row).__name__}")
+            yield row
+
+
+def _json_lines(text: Iterable[str]) -> Iterator[object]:
+    for number, line in enumerate(text, 1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} is not JSON: {error.msg}") from error
 
 
 def _is_string(kind: pyarrow.DataType) -> bool:

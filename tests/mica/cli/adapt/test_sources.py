@@ -152,6 +152,8 @@ def test_a_dataset_of_the_hub(monkeypatch):
         ({"n": 1, "only": "y"}, None, "y"),
         ({"a": "x", "text": "y"}, "a", "x"),
         ({"text": None, "a": "x"}, None, ""),
+        ({"text": "2020-01-01"}, None, "2020-01-01"),
+        ({"n": None, "m": {"text": 1}, "only": "y"}, None, "y"),
     ],
 )
 def test_the_column(tmp_path, row, field, expected):
@@ -169,6 +171,7 @@ def test_the_column(tmp_path, row, field, expected):
         ("a.jsonl", '{}\n{"id": "x"}\n{"id": "y", "text": "a"}\n', ["", "", "a"]),
         ("a.jsonl", '{"text": "a", "m": null}\n\n{"m": {"x": [1]}, "text": "b"}\n{"n": 1}\n', ["a", "b", ""]),
         ("a.jsonl", '{"text": "a", "m": 1}\n{"text": "2020-01-01", "m": "1"}\n', ["a", "2020-01-01"]),
+        ("a.jsonl", '{"text": "a"}\n' * 1000 + '{"new": 1}\n', ["a"] * 1000 + [""]),
         ("a.json", '[\n{"text": "a"},\n {"text": null}]', ["a", ""]),
     ],
 )
@@ -178,9 +181,9 @@ def test_other_columns_do_not_matter_and_csv_is_text(tmp_path, name, data, expec
 
 
 CONTENTS = [  # name, bytes or rows, column, what the line says
-    ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', None, "cannot be read: JSON parse error: Missing a comma"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', None, "column 'text' must have strings only, but has"),
-    ("a.jsonl", b'{"text": "a"}\n["b"]\n', None, "cannot be read: JSON parse error: Column() "),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', None, "cannot be read: line 2 is not JSON: Expecting"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', None, "column 'text' must have strings only"),
+    ("a.jsonl", b'{"text": "a"}\n["b"]\n', None, "cannot be read: every row must be an object, not list"),
     (
         "a.jsonl",
         b'{"text": "a"}\n{"text": "\xff"}\n',
@@ -190,8 +193,8 @@ CONTENTS = [  # name, bytes or rows, column, what the line says
     ("a.jsonl", b'{"messages": []}\n', None, "contains chat messages, but mica adapt trains on plain text"),
     ("a.jsonl", b'{"a": "", "b": ""}\n', None, "has no column 'text', only a, b: name one with --text-field"),
     ("a.jsonl", b'{"title": "a"}\n', "body", "has no column 'body', only title: name one with --text-field"),
-    ("a.json", b'[{"text": "a"}, {"text": 1}]', None, "column 'text' must have strings only, but has"),
-    ("a.json", b'[{"text": "a"},\n{"text" 1}]', None, "cannot be read: No ':' found when decoding object"),
+    ("a.json", b'[{"text": "a"}, {"text": 1}]', None, "column 'text' must have strings only"),
+    ("a.json", b'[{"text": "a"},\n{"text" 1}]', None, "cannot be read: Expecting ':' delimiter: line 2"),
     ("a.csv", b"title,body\na,b\n", None, "has no column 'text', only title, body"),
     (
         "a.csv",
@@ -201,12 +204,12 @@ CONTENTS = [  # name, bytes or rows, column, what the line says
     ),
     ("a.csv", b"text\nHello, world\n", None, "cannot be read: Length of header or names does not match"),
     ("a.csv", b'text\n"a\n', None, "cannot be read: Error tokenizing data. C error: EOF inside string"),
-    ("a.csv", b"text\n1\n2\n", None, "column 'text' must have strings only, but has int64"),
+    ("a.csv", b"text\n1\n2\n", None, "column 'text' must have strings only"),
     (
         "a.jsonl",
         b'{"text": "a"}\n{"text": "a\\ud83d"}\n',
         None,
-        "cannot be read: JSON parse error: The ",
+        "cannot be read: 'utf-8' codec can't encode character",
     ),
     ("a.csv", b"text,n\na,1\n\xff,2\n", None, "cannot be read: 'utf-8' codec can't decode byte 0xff"),
     (
@@ -221,7 +224,7 @@ CONTENTS = [  # name, bytes or rows, column, what the line says
     ("a.jsonl.xz", b"abc", None, "cannot be read: "),
     ("a.csv.gz", b"abc", None, "cannot be read: Not a gzipped file"),
     ("a.parquet", b"abc", None, "cannot be read: Parquet file size is 3 bytes"),
-    ("a.parquet", [{"text": 1}], None, "column 'text' must have strings only, but has int64"),
+    ("a.parquet", [{"text": 1}], None, "column 'text' must have strings only"),
 ]
 
 
