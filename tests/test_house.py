@@ -42,8 +42,8 @@ PUBLIC = {
 }
 OPTIONS = {
     "adapt": "--model --adapter --dtype --quantize --trust-remote-code "
-    "--text --text-field --text-weights --dataset-config --held-out --held-out-text --retain "
-    "--sequence-length --packing --workers --recipe --rank --alpha --target-modules --experts "
+    "--text --text-field --dataset-config --held-out --held-out-text --retain "
+    "--sequence-length --packing --recipe --rank --alpha --target-modules --experts "
     "--dropout --train-embeddings --embedding-learning-rate --keep-best --patience --max-retain-rise "
     "--steps --epochs --batch-size --gradient-accumulation-steps --learning-rate --scheduler --warmup-ratio "
     "--weight-decay --max-grad-norm --optimizer --gradient-checkpointing --seed "

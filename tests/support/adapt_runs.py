@@ -21,6 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import accelerate.state
+import pyarrow
 import pytest
 import torch
 import torch.distributed as dist
@@ -76,6 +77,10 @@ ROWS = [
 ]
 
 
+def compressed_by_zstandard(data: bytes) -> bytes:
+    return pyarrow.compress(data, "zstd", asbytes=True)
+
+
 def write(path: Path, rows: list[dict]) -> Path:
     """Write rows to a table or to JSON by the suffix of ``path``, compressed if there is a second one."""
     import pandas as pd
@@ -90,8 +95,13 @@ def write(path: Path, rows: list[dict]) -> Path:
         data = pd.DataFrame(rows).to_csv(index=False, sep="," if kind == ".csv" else "\t")
     else:
         data = "".join(json.dumps(row) + "\n" for row in rows)
-    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
-    path.write_bytes(pack(data.encode()))
+    packs = {
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+        ".zst": compressed_by_zstandard,
+    }
+    path.write_bytes(packs.get(path.suffix, bytes)(data.encode()))
     return path
 
 

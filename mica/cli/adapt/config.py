@@ -12,7 +12,6 @@ from mica.cli.adapt.options import OPTIONS, RECIPES
 from mica.cli.output import expanded
 from mica.errors import UsageError
 
-FARTHEST = 10**6  # of two weights, one over the other: more is a slip, and overflows
 _LENGTHS = {"steps", "epochs"}  # the first layer with one of them decides
 _PATHS = {name for name, option in OPTIONS.items() if option.is_path}
 _OF_THE_RUN = [name for name, option in OPTIONS.items() if not option.by_run]
@@ -21,110 +20,79 @@ _BY_CONTENT = {"model", "text", "held_out_text", "retain"}  # may be moved: the 
 
 
 class Settings(NamedTuple):
-    """``args``: a value for every option; ``origins``: option -> "command line", "recipe paper", ..."""
+    """``args``: a value for every option; ``given``: those that the command line or ``--config`` has."""
 
     args: argparse.Namespace
-    origins: dict[str, str]
+    given: frozenset[str]
 
 
-class _Layer(NamedTuple):
-    """Options that come from one place, and for each of them what that place is called."""
-
-    values: dict[str, object]
-    origins: dict[str, str]
-
-
-def _layer(values: dict[str, object], origin: str) -> _Layer:
-    return _Layer(values, dict.fromkeys(values, origin))
-
-
-def resolve(given: argparse.Namespace) -> Settings:
+def resolve(namespace: argparse.Namespace) -> Settings:
     """A value for every option: command line over YAML over recipe over default.
 
-    ``given``: what the command line had (see `options.declare`). With ``--resume`` the run.yaml of the output
-    folder is read, if there is one, else the folder of ``--adapter``.
+    ``namespace``: what the command line had (see `options.declare`). With ``--resume`` the run.yaml of the
+    output folder is read, if there is one, else the folder of ``--adapter``.
 
     Raises UsageError for what `run_yaml.read` refuses, for a missing required option, for options that
     exclude each other, and for values other than those of the adapter or, under ``--resume``, of the run.
     """
-    line = {name: value for name, value in vars(given).items() if name in OPTIONS}
-    layers = [_layer(line, "command line")]
+    line = {name: value for name, value in vars(namespace).items() if name in OPTIONS}
+    file = {}
     if "config" in line:
-        layers.append(_layer(run_yaml.read(line["config"]), line["config"].name))
-    _refuse_exclusive(layers)
+        file = run_yaml.read(line["config"])
+    _refuse_exclusive(line, file)
 
-    wanted = _merged(layers)
+    wanted = file | line
     output = wanted.get("output")
     recorded = None
+    earlier = {}
     if line.get("resume") and output is not None:
         recorded = _recorded(output)
     if recorded is not None:
-        layers.append(recorded)
+        earlier = recorded
     elif wanted.get("adapter") is not None:
-        layers.append(_of_adapter(wanted))
-    recipe = _merged(layers).get("recipe", OPTIONS["recipe"].default)
-    layers.append(_layer(RECIPES[recipe], f"recipe {recipe}"))
-
-    values, origins = _flattened(layers)
-    _derive(values, origins)
+        earlier = _of_adapter(wanted)
+    recipe = (earlier | wanted).get("recipe", OPTIONS["recipe"].default)
+    values = _merged(RECIPES[recipe], earlier, file, line)
+    _derive(values)
     if recorded is not None:
-        _refuse_another_run(values, recorded.values, output)
+        _refuse_another_run(values, recorded, output)
     _check(values, line)
-    return _settings(values, origins)
-
-
-def _settings(values: dict[str, object], origins: dict[str, str]) -> Settings:
-    """`Settings` of the checked ``values``; of steps and epochs only the one in use keeps its origin."""
     if values["keep_best"] is None and (values["patience"] or values["max_retain_rise"]):
         values["keep_best"] = True  # who stops because it gets worse does not want the worse
     args = argparse.Namespace(**{name: values[name] for name in OPTIONS})
-    kept = {name: origins[name] for name in OPTIONS if name not in _LENGTHS or values[name]}
-    return Settings(args, kept)
+    return Settings(args, frozenset(wanted))
 
 
-def _refuse_exclusive(layers: list[_Layer]) -> None:
+def _refuse_exclusive(line: dict[str, object], file: dict[str, object]) -> None:
     """Raise UsageError for options of which the user may give one only."""
-    for layer in layers:
-        if layer.values.keys() >= _LENGTHS:
-            raise UsageError(f"--steps and --epochs: use only one ({layer.origins['steps']} sets both)")
-    if layers[0].values.keys() >= {"held_out", "held_out_text"}:
+    if line.keys() >= _LENGTHS or file.keys() >= _LENGTHS:
+        raise UsageError("--steps and --epochs: use only one")
+    if line.keys() >= {"held_out", "held_out_text"}:
         raise UsageError("--held-out and --held-out-text: use only one")
 
 
-def _merged(layers: list[_Layer]) -> dict[str, object]:
-    """Option -> value, of the first layer that has it."""
-    values = {}
-    for layer in reversed(layers):
-        values |= layer.values
+def _merged(*layers: dict[str, object]) -> dict[str, object]:
+    """A value for every option, and what else a recipe has: of the last layer that has it, or its default."""
+    values = {name: option.default for name, option in OPTIONS.items()}
+    for layer in layers:
+        if not _LENGTHS.isdisjoint(layer):
+            values |= dict.fromkeys(_LENGTHS)
+        values |= layer
     return values
 
 
-def _flattened(layers: list[_Layer]) -> tuple[dict[str, object], dict[str, str]]:
-    """Value and origin of every option: of the first layer that has it, else the default."""
-    values = {name: option.default for name, option in OPTIONS.items()}
-    origins = dict.fromkeys(OPTIONS, "default")
-    for layer in reversed(layers):
-        if not _LENGTHS.isdisjoint(layer.values):
-            values |= dict.fromkeys(_LENGTHS)
-        values |= layer.values
-        origins |= layer.origins
-    return values, origins
-
-
-def _recorded(output: Path) -> _Layer | None:
-    """The settings of the run in ``output``, from run.yaml; None if there is no run.yaml.
+def _recorded(output: Path) -> dict[str, object] | None:
+    """The settings of the run in ``output``, by its run.yaml; None if there is none.
 
     What an adapter said when the run began is among them: its folder need not exist any more.
     """
     if not (output / FILE).is_file():
         return None
     # A run without experts has no such entry, and the recipe must not add one.
-    values = {"experts": None} | run_yaml.read(output / FILE, "--resume")
-    origins = dict.fromkeys(values, FILE) | {"experts": "default"}
-    return _Layer(values, origins)
+    return {"experts": None} | run_yaml.read(output / FILE, "--resume")
 
 
-def _of_adapter(wanted: dict[str, object]) -> _Layer:
+def _of_adapter(wanted: dict[str, object]) -> dict[str, object]:
     """What ``--adapter`` fixes. Raises UsageError if other values are ``wanted``."""
     from mica.cli.adapt import adapter  # which needs torch
 
@@ -132,17 +100,15 @@ def _of_adapter(wanted: dict[str, object]) -> _Layer:
     own = adapter.settings(adapter.read_adapter_config(folder), folder)
     in_weights = own.keys() - {"dropout"}
     _refuse_others({name: wanted[name] for name in wanted if name in in_weights}, own, "--adapter")
-    return _layer(own, "adapter")
+    return own
 
 
-def _derive(values: dict[str, object], origins: dict[str, str]) -> None:
+def _derive(values: dict[str, object]) -> None:
     """Set what follows from other options where it was not given."""
     if values["alpha"] is None:
         values["alpha"] = values["alpha_per_rank"] * values["rank"]
-        origins["alpha"] = f"recipe {values['recipe']}"
     if values["train_embeddings"] and values["embedding_learning_rate"] is None:
         values["embedding_learning_rate"] = values["learning_rate"] / 10  # as in the field's recipes
-        origins["embedding_learning_rate"] = "a tenth of learning_rate"
     if values["report_to"] is None:
         values["report_to"] = []
 
@@ -170,7 +136,6 @@ def _check(values: dict[str, object], line: dict[str, object]) -> None:
     ``line``: what the command line had.
     """
     _check_required(values)
-    _check_text_weights(values)
     if "warmup_ratio" in line and values["scheduler"] == "constant":
         hint = "use 'constant_with_warmup' instead"
         raise UsageError(f"--warmup-ratio: scheduler 'constant' has no warmup; {hint}")
@@ -193,17 +158,6 @@ def _check_required(values: dict[str, object]) -> None:
             raise UsageError(f"--resume: nothing to continue in {output}: it is empty")
         note = f" ({output} has no {FILE})"
     raise UsageError(f"the following arguments are required: {', '.join(missing)}{note}")
-
-
-def _check_text_weights(values: dict[str, object]) -> None:
-    weights = values["text_weights"]
-    if not weights:
-        return
-    if len(weights) != len(values["text"]):
-        counts = f"{len(weights)} numbers for {len(values['text'])} sources of --text"
-        raise UsageError(f"--text-weights: {counts}")
-    if max(weights) / min(weights) > FARTHEST:
-        raise UsageError(f"--text-weights {_shown(weights)}: one must be at most {FARTHEST:,} times another")
 
 
 def check_output(settings: Settings) -> None:
@@ -245,19 +199,9 @@ def values(settings: Settings) -> dict[str, object]:
 
 
 def describe(settings: Settings) -> str:
-    """Every value of a run with where it comes from, a paragraph per origin."""
-    entries: dict[str, list[str]] = {}
-    for name, value in values(settings).items():
-        entries.setdefault(settings.origins[name], []).append(f"{name} {_shown(value)}")
-
-    source = RECIPES[settings.args.recipe]["source"]
-    lines = []
-    for origin, texts in entries.items():
-        title = origin
-        if origin.startswith("recipe"):
-            title = f"{origin} ({source})"
-        lines.append(f"{title}: {', '.join(texts)}")
-    return "\n".join(lines)
+    """Every value of a run."""
+    entries = [f"{name} {_shown(value)}" for name, value in values(settings).items()]
+    return ", ".join(entries)
 
 
 def _plain(value: object) -> object:

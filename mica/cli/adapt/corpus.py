@@ -6,28 +6,32 @@ import argparse
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import numpy as np
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import Dataset
 
 from mica.cli.adapt import sources
 from mica.cli.adapt.amount import Amount
-from mica.cli.adapt.packing import SPAN, Blocks, Split, mix, spans_of, split, spread, too_little
-from mica.cli.adapt.tokens import Tokens, tokenize
+from mica.cli.adapt.packing import Blocks, Split, split, spread, too_little
+from mica.cli.adapt.tokens import Tokens, joined, tokenize
 from mica.errors import UsageError
 
 DEAR = 2  # tokens a word
+_STRETCHES = 20  # of the tokens of each source, in which the words are counted: at least
+_STRETCH = 1000  # tokens
 
 
 class Part(NamedTuple):
     """What one item of ``--text`` holds.
 
-    ``skipped``: files of a folder that are not read, see `sources.Source`. ``tokens_per_word``: see `Tokens`.
+    ``skipped``: files of a folder that are not read, see `sources.Source`.
     """
 
     name: str
@@ -152,165 +156,99 @@ def check(args: argparse.Namespace, output: Path | None = None) -> list[list[sou
 def gather(args: argparse.Namespace, tokenizer, output: Path | None = None) -> Corpus:
     """Read, tokenise and pack all texts of a run; every process of it calls this.
 
-    Held out is ``--held-out-text``, of which no document is trained on, or what `split` takes: from each
-    source if there are weights, else from all joined. ``eval_blocks`` blocks of it are measured, evenly
-    spread, and as many of ``--retain``. ``output``: see `check`.
+    Held out is ``--held-out-text``, of which no document is trained on, or what `split` takes of all texts
+    joined. ``eval_blocks`` blocks of it are measured, evenly spread, and as many of ``--retain``. ``output``:
+    see `check`.
 
     Raises UsageError for what cannot be read, and if there is not one training and one held-out block.
     """
     found = check(args, output)
     datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions as well
-    text, held_out, retain = (_tokens_of(group, tokenizer, args) for group in found)
-    every = [*text, *held_out, *retain]
+    datasets.disable_progress_bars()  # tokenising has one of its own
+    by_source = []
+    for group in found:
+        by_source.append([tokenize(source, tokenizer, args.text_field) for source in group])
+    text, held_out, retain = (joined(parts) if parts else None for parts in by_source)
 
-    groups = _grouped(text, args)
-    splits = _splits(groups, held_out, args)
-    held_out_blocks = _held_out_blocks(groups, splits, held_out, args)
-    by_group, dropped = _training_blocks(groups, splits, held_out, args)
-    train = by_group[0]
-    if args.text_weights is not None:
-        train = mix(by_group, args.text_weights, args.seed)
-
+    parts = _split(text, held_out, args)
     retained = None
     retain_fingerprint = None
-    if retain:
+    if retain is not None:
         retained = _measured("--retain", retain, args)
-        retain_fingerprint = _fingerprint([spans_of(retain)], args)
-
-    fingerprinted = [blocks.spans for blocks in by_group] + [part.held_out for part in splits]
-    if held_out:
-        fingerprinted.append(spans_of(held_out))
+        retain_fingerprint = _fingerprint([retain.spans], args)
+    every = [tokens for tokens in (text, held_out, retain) if tokens is not None]
     return Corpus(
-        train=train,
-        held_out=held_out_blocks,
+        train=_blocks(text, parts.train, args),
+        held_out=_measured("--held-out-text", replace(held_out or text, spans=parts.held_out), args),
         retain=retained,
-        parts=tuple(_part(source, store) for source, store in zip(found[0], text, strict=True)),
-        dropped=dropped,
-        held_out_by=" and ".join(dict.fromkeys(part.how for part in splits)),
-        largest_token_id=max(store.largest for store in every),
-        cached=all(store.cached for store in every),
-        fingerprint=_fingerprint(fingerprinted, args),
+        parts=tuple(map(partial(_part, tokenizer), found[0], by_source[0])),
+        dropped=parts.dropped,
+        held_out_by=parts.how,
+        largest_token_id=max(tokens.largest for tokens in every),
+        cached=all(tokens.cached for tokens in every),
+        fingerprint=_fingerprint([parts.train, parts.held_out], args),
         retain_fingerprint=retain_fingerprint,
         sequence_length=args.sequence_length,
     )
 
 
-def _tokens_of(group: list[sources.Source], tokenizer, args: argparse.Namespace) -> list[Tokens]:
-    if not group:
-        return []
-    return tokenize(group, tokenizer, args.text_field, args.workers)
-
-
-def _part(source: sources.Source, store: Tokens) -> Part:
+def _part(tokenizer, source: sources.Source, tokens: Tokens) -> Part:
     return Part(
         name=source.given,
-        tokens=int(store.lengths.sum()),
-        documents=len(store.lengths),
-        empty=store.empty,
+        tokens=int(tokens.spans.length.sum()),
+        documents=len(tokens.spans),
+        empty=tokens.empty,
         skipped=source.skipped,
-        tokens_per_word=store.tokens_per_word,
+        tokens_per_word=_tokens_per_word(tokenizer, tokens),
     )
 
 
-class _Group(NamedTuple):
-    """Sources whose documents are joined before some are held out. ``name``: for errors."""
+def _tokens_per_word(tokenizer, tokens: Tokens) -> float:
+    """Measured on evenly spaced stretches; words are what is between white space."""
+    length = 0
+    words = 0
+    number = math.ceil(_STRETCHES / len(tokens.ids))
+    for ids in tokens.ids:
+        starts = np.linspace(0, max(0, len(ids) - _STRETCH), number).astype(np.int64)
+        for start in np.unique(starts):
+            stretch = ids[start : start + _STRETCH]
+            stretch = stretch[stretch != tokenizer.eos_token_id]
+            length += len(stretch)
+            words += len(tokenizer.decode(stretch).split())
+    return length / max(1, words)
 
-    name: str
-    stores: list[Tokens]
 
+def _split(text: Tokens, held_out: Tokens | None, args: argparse.Namespace) -> Split:
+    """Divide the documents of ``text``; if there is ``held_out``, into those and what is no copy of them.
 
-def _grouped(text: list[Tokens], args: argparse.Namespace) -> list[_Group]:
-    """Each source alone if there are weights, else one group of all."""
-    if args.text_weights is None:
-        return [_Group("--text", text)]
-    return [_Group(f"--text {name}", [store]) for name, store in zip(args.text, text, strict=True)]
-
-
-def _splits(groups: list[_Group], held_out: list[Tokens], args: argparse.Namespace) -> list[Split]:
-    """Divide each group into what is trained on and what is held out: nothing, if ``held_out`` is not empty.
-
-    Raises UsageError if a group is too short for one block of each.
+    Raises UsageError if there is too little text for one block of each.
     """
-    if held_out:
-        nothing = spans_of(held_out)[:0]
-        return [Split(spans_of(group.stores), nothing, "--held-out-text") for group in groups]
-
-    splits = []
-    for group, limit in zip(groups, _limits(args), strict=True):
-        documents = spans_of(group.stores)
-        splits.append(split(documents, args.held_out, args.sequence_length, limit, group.name))
-    return splits
+    if held_out is None:
+        return split(text.spans, args.held_out, args.sequence_length, args.eval_blocks, "--text")
+    train = text.spans[~np.isin(text.spans.digest, held_out.spans.digest)]
+    tokens = train.length.sum()
+    if tokens < args.sequence_length:
+        raise too_little("--text", f"{tokens:,} tokens are not held out", args.sequence_length, "training")
+    return Split(train, held_out.spans, "--held-out-text", len(text.spans) - len(train))
 
 
-def _limits(args: argparse.Namespace) -> list[int]:
-    """How many blocks each group holds out at most: its share of ``eval_blocks``, but at least one."""
-    shares = np.array(args.text_weights or [1.0], dtype=np.float64)
-    shares /= shares.max()  # their sum must not overflow
-    blocks = np.rint(args.eval_blocks * shares / shares.sum())
-    return np.maximum(1, blocks).astype(int).tolist()
+def _blocks(tokens: Tokens, spans: np.recarray, args: argparse.Namespace) -> Blocks:
+    return Blocks(tokens.ids, spans, args.sequence_length, args.packing)
 
 
-def _held_out_blocks(
-    groups: list[_Group], splits: list[Split], held_out: list[Tokens], args: argparse.Namespace
-) -> Dataset:
-    """``eval_blocks`` blocks of ``held_out``, or if that is empty of what the groups hold out.
-
-    Raises UsageError if ``held_out`` is shorter than a block.
-    """
-    if held_out:
-        return _measured("--held-out-text", held_out, args)
-    parts = []
-    for group, part in zip(groups, splits, strict=True):
-        parts.append(_blocks(group.stores, part.held_out, args))
-    return spread(ConcatDataset(parts), args.eval_blocks)
-
-
-def _training_blocks(
-    groups: list[_Group], splits: list[Split], held_out: list[Tokens], args: argparse.Namespace
-) -> tuple[list[Blocks], int]:
-    """The training blocks of each group, and how many documents are left out as copies of held-out ones.
-
-    Raises UsageError if a group has not one block left.
-    """
-    train = []
-    dropped = 0
-    for index, (group, part) in enumerate(zip(groups, splits, strict=True)):
-        # `split` has seen to this group's own copies.
-        others = splits[:index] + splits[index + 1 :]
-        held_out_elsewhere = [other.held_out.digest for other in others]
-        held_out_elsewhere += [store.digests for store in held_out]
-        digests = np.concatenate(held_out_elsewhere or [[]])
-        kept = part.train[~np.isin(part.train.digest, digests)]
-        dropped += part.dropped + len(part.train) - len(kept)
-
-        tokens = kept.length.sum()
-        if tokens < args.sequence_length:
-            rest = f"{tokens:,} tokens are not held out"
-            raise too_little(group.name, rest, args.sequence_length, "training")
-        train.append(_blocks(group.stores, kept, args))
-    return train, dropped
-
-
-def _blocks(stores: list[Tokens], spans: np.recarray, args: argparse.Namespace) -> Blocks:
-    return Blocks(stores, spans, args.sequence_length, args.packing)
-
-
-def _measured(option: str, stores: list[Tokens], args: argparse.Namespace) -> Dataset:
+def _measured(option: str, tokens: Tokens, args: argparse.Namespace) -> Dataset:
     """Blocks of a text that is only measured. Raises UsageError if it is shorter than one."""
-    blocks = _blocks(stores, spans_of(stores), args)
+    blocks = _blocks(tokens, tokens.spans, args)
     if not len(blocks):
-        raise too_little(option, f"{blocks.spans.length.sum():,} tokens found", args.sequence_length)
+        raise too_little(option, f"{tokens.spans.length.sum():,} tokens found", args.sequence_length)
     return spread(blocks, args.eval_blocks)
 
 
 def _fingerprint(every: list[np.recarray], args: argparse.Namespace) -> str:
-    """A hash of the tokens in ``every`` array of spans, in order, and of how they are packed and mixed."""
-    mixing = None
-    if args.text_weights is not None:
-        mixing = [*args.text_weights, args.seed]
-    packing = json.dumps([args.sequence_length, args.packing, mixing])
+    """A hash of the tokens in ``every`` array of spans, in order, and of how they are packed."""
+    packing = json.dumps([args.sequence_length, args.packing])
     total = hashlib.blake2b(packing.encode(), digest_size=16)
     for spans in every:
-        for column in SPAN.names:
+        for column in ("digest", "length"):
             total.update(np.ascontiguousarray(spans[column]))
     return total.hexdigest()

@@ -101,7 +101,6 @@ def _switch(name: str, text: str, **more) -> Option:
 
 
 _COUNT = count()
-_THREADS = count(1, 1025)  # rayon starts as many as it is told, and panics where the system has no more
 _POSITIVE = number(float, 0)
 _NOT_NEGATIVE = number(float, 0, low_allowed=True)
 _SHARE = number(float, 0, 1)
@@ -144,13 +143,6 @@ TABLE = (  # a string: the title of the group that begins there
         "NAME",
         in_card=False,
     ),
-    Option(
-        "text_weights",
-        "share of each SOURCE in an epoch; default: by length",
-        "N",
-        parse=_POSITIVE,
-        many=True,
-    ),
     Option("dataset_config", "configuration of a dataset on the Hub", "NAME"),
     Option("held_out", "share of the documents to measure on, never trained on", "SHARE", 0.05, _SHARE),
     Option(
@@ -167,14 +159,6 @@ TABLE = (  # a string: the title of the group that begins there
         "attend within each document or across the block",
         default="documents",
         choices=("documents", "stream"),
-    ),
-    Option(
-        "workers",
-        "threads for tokenising; default: one per CPU",
-        "N",
-        parse=_THREADS,
-        may_change=True,
-        in_card=False,
     ),
     "adapter",
     Option(

@@ -5,42 +5,23 @@ The choice is by content, never by order or luck. Nothing is materialised.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from mica.cli.adapt.config import Settings
 from mica.cli.adapt.evaluation import IGNORED
-from mica.cli.adapt.tokens import Tokens
 from mica.errors import UsageError
-
-# A stretch of tokens, a whole document or a part of one: in which of several `Tokens`, where in its ids, how
-# long; and the digest of the whole document. Arrays of them (`np.recarray`) are in the order of joining.
-SPAN = np.dtype([("store", np.int64), ("start", np.int64), ("length", np.int64), ("digest", np.uint64)])
-
-# An epoch of a mixture may have so many times the blocks of all its sources: its order is held in memory.
-LONGEST = 1000
-
-
-def spans_of(stores: list[Tokens]) -> np.recarray:
-    """All documents of ``stores``, (num_documents,) of SPAN."""
-    counts = [len(store.lengths) for store in stores]
-    indices = np.repeat(np.arange(len(stores)), counts)
-    starts = np.concatenate([store.lengths.cumsum() - store.lengths for store in stores])
-    lengths = np.concatenate([store.lengths for store in stores])
-    digests = np.concatenate([store.digests for store in stores])
-    return np.rec.fromarrays([indices, starts, lengths, digests], dtype=SPAN)
 
 
 @dataclass
 class Blocks(Dataset):
     """Blocks of ``sequence_length`` = L tokens: block i has the tokens [i·L, (i+1)·L) of the joined spans.
 
-    An unfilled last block is dropped.
+    ``ids`` and ``spans``: as in `mica.cli.adapt.tokens.Tokens`. An unfilled last block is dropped.
 
     Items: ``input_ids`` and ``labels``, (L,) int64, the latter not shifted: the model does that. With
     ``packing`` "stream" the labels are the ids. With "documents" there are also ``position_ids``, which
@@ -49,7 +30,7 @@ class Blocks(Dataset):
     is -100, because nothing before it is there to predict it from.
     """
 
-    stores: list[Tokens]
+    ids: list[np.ndarray]
     spans: np.recarray
     sequence_length: int
     packing: str
@@ -77,7 +58,7 @@ class Blocks(Dataset):
             offset = int(self.ends[span]) - length  # of the span in the joined tokens
             low = max(begin, offset)
             high = min(end, offset + length)
-            parts.append(self.stores[store].ids[start + low - offset : start + high - offset])
+            parts.append(self.ids[store][start + low - offset : start + high - offset])
             if low == offset:
                 starts.append(low - begin)
 
@@ -90,13 +71,9 @@ class Blocks(Dataset):
 
 
 def document_of(blocks: Dataset, index: int) -> int:
-    """The digest of the document that most tokens of a block are from: of `Blocks`, joined or `spread`."""
+    """The digest of the document that most tokens of a block are from: of `Blocks`, or `spread`."""
     if isinstance(blocks, Subset):
         return document_of(blocks.dataset, blocks.indices[index])
-    if isinstance(blocks, ConcatDataset):
-        part = bisect_right(blocks.cumulative_sizes, index)
-        before = blocks.cumulative_sizes[part] - len(blocks.datasets[part])
-        return document_of(blocks.datasets[part], index - before)
     begin = index * blocks.sequence_length
     end = begin + blocks.sequence_length
     first, last = np.searchsorted(blocks.ends, [begin, end - 1], side="right")
@@ -115,50 +92,14 @@ def spread(blocks: Dataset, limit: int) -> Dataset:
 
 
 def documents_of(blocks: Dataset) -> list[torch.Tensor]:
-    """The tokens of each span, (length,) int64, that ``blocks`` are made of: `Blocks`, joined or `spread`."""
-    while isinstance(blocks, Subset):
+    """The tokens of each span, (length,) int64, that ``blocks`` are made of: `Blocks`, or `spread`."""
+    if isinstance(blocks, Subset):
         blocks = blocks.dataset
-    parts = [blocks]
-    if isinstance(blocks, ConcatDataset):
-        parts = blocks.datasets
-
     documents = []
-    for part in parts:
-        for span in part.spans:
-            ids = part.stores[span.store].ids[span.start : span.start + span.length]
-            documents.append(torch.from_numpy(ids.astype(np.int64)))
+    for span in blocks.spans:
+        ids = blocks.ids[span.store][span.start : span.start + span.length]
+        documents.append(torch.from_numpy(ids.astype(np.int64)))
     return documents
-
-
-def mix(parts: list[Blocks], weights: list[float], seed: int) -> Dataset:
-    """An epoch in which each of several sources has the share that its weight says.
-
-    Every block of every source is in it at least once, as with `datasets.interleave_datasets`'
-    "all_exhausted": the source with the most blocks for its weight is there once, the others more often.
-    Where a source does not repeat a whole number of times, ``seed`` decides which blocks come once more.
-
-    Raises UsageError if the epoch would be more than `LONGEST` times as long as all sources.
-    """
-    sizes = np.array([len(part) for part in parts])
-    shares = np.array(weights, float)
-    with np.errstate(over="ignore"):
-        wanted = np.rint(shares * (sizes / shares).max())
-    if wanted.sum() > LONGEST * sizes.sum():
-        given = " ".join(f"{weight:g}" for weight in weights)
-        blocks = ", ".join(f"{size:,}" for size in sizes)
-        epoch = f"sources of {blocks} blocks would make an epoch of {wanted.sum():,.0f}"
-        raise UsageError(f"--text-weights {given}: {epoch}, more than {LONGEST:,} times their sum")
-
-    counts = np.maximum(sizes, wanted.astype(np.int64))
-    chosen = []
-    offset = 0
-    for source, (size, count) in enumerate(zip(sizes, counts, strict=True)):
-        rounds, more = divmod(int(count), int(size))
-        drawn = np.random.default_rng([seed, source]).permutation(size)[:more]
-        chosen.append(np.tile(np.arange(size), rounds) + offset)
-        chosen.append(np.sort(drawn) + offset)
-        offset += size
-    return Subset(ConcatDataset(parts), np.concatenate(chosen))
 
 
 class Split(NamedTuple):
@@ -279,10 +220,9 @@ def suit_packing(settings: Settings, model: torch.nn.Module) -> str | None:
     if settings.args.packing == "stream" or keeps_documents_apart(model):
         return None
     reason = f"the attention of {type(model).__name__} does not stay within a document of a block"
-    if settings.origins["packing"] != "default":
+    if "packing" in settings.given:
         raise UsageError(f"--packing documents: {reason}; --packing stream lets it cross them")
     settings.args.packing = "stream"
-    settings.origins["packing"] = "the model"
     return f"packing is stream: {reason}"
 
 

@@ -101,8 +101,7 @@ def _adapt(settings: Settings) -> int:
 
 
 def _write_settings(settings: Settings) -> None:
-    number = PartialState().num_processes
-    text = run_yaml.as_yaml(config.values(settings), settings.origins, number)
+    text = run_yaml.as_yaml(config.values(settings))
     write_text("--output", settings.args.output / SETTINGS, text)
 
 
@@ -115,7 +114,7 @@ def _read_inputs(settings: Settings) -> _Inputs:
     training.check(args)
     checkpoint = training.find_checkpoint(args, _note)
 
-    _check_texts(args)
+    corpus.check(args)
     tokenizer = loading.load_tokenizer(source)
     if checkpoint is not None:
         _check_checkpoint_base(args, source, checkpoint)
@@ -134,23 +133,6 @@ def _note_what_is_odd(args: argparse.Namespace) -> None:
     if args.learning_rate > _HIGH_RATE:
         usual = "published MiCA runs use 5e-4 to 2e-3"
         _note(f"--learning-rate {args.learning_rate:g}: unusually high; {usual}")
-    if args.config is None:
-        return
-    recorded = run_yaml.recorded_processes(args.config)
-    number = PartialState().num_processes
-    if recorded and recorded != number:
-        _note(
-            f"{args.config} comes from a run on {recorded} processes, and this one has {number}: its batches "
-            f"of {args.batch_size} blocks per process differ, and so will its losses"
-        )
-
-
-def _check_texts(args: argparse.Namespace) -> None:
-    """Check the texts by their names, and say where the output folder is left out of them."""
-    for group in corpus.check(args):
-        for text in group:
-            if text.left_out:
-                _note(f"{text.option} {text.given}: contains --output {args.output}, which is left out")
 
 
 def _check_checkpoint_base(args: argparse.Namespace, source: loading.Source, checkpoint: Path) -> None:
@@ -229,7 +211,7 @@ def _drop_needless_experts(settings: Settings, model) -> None:
     if has_experts(model):
         return
     given = settings.args.experts
-    if given is not None and not settings.origins["experts"].startswith("recipe"):
+    if given is not None and "experts" in settings.given:
         flag = "--no-experts"
         if given:
             flag = "--experts"

@@ -60,7 +60,6 @@ def of(settings: config.Settings, corpus: Corpus, model, done: Training) -> dict
         "model": args.model,
         "recipe": args.recipe,
         "settings": config.values(settings),
-        "origins": settings.origins,
         "sources": sources,
         "blocks": len(corpus.train),
         "steps": done.steps,

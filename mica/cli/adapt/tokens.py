@@ -1,66 +1,78 @@
-"""Documents to token ids, in parallel, kept on disk by content and memory-mapped.
+"""Documents to token ids, once: `datasets` keeps them in its cache, from which they are memory-mapped.
 
-Each source has one folder below `datasets`' cache (``HF_DATASETS_CACHE``), with ``tokens.bin``, all ids of
-all documents, and ``facts.npz``. Its name is a hash of all that the ids depend on, so a file that was only
-touched or renamed is not tokenised again.
+Their fingerprint there is a hash of all that the ids depend on, so a file that was only touched or renamed is
+not tokenised again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import BinaryIO
 
 import datasets
-import filelock
 import numpy as np
 import tokenizers
 from accelerate import PartialState
+from datasets.exceptions import DatasetGenerationError
 from tqdm import tqdm
 
 from mica.cli.adapt import fingerprint, processes
 from mica.cli.adapt.sources import Source
 from mica.cli.output import explained
 
-VERSION = 4  # of the layout on disk, and of how documents become ids: no folder of another version is used
+VERSION = 5  # of what is cached, and of how documents become ids: none of another version is used
 PIECE = 20_000  # characters tokenised at once: 11 MB of text took 23.6 s as one string, 11.0 s in pieces
 BATCH = 2**22  # characters per call of the tokenizer, whose threads share the pieces
-# Words are counted in one of so many pieces: it takes 60 ms/MB, during which the tokenizer's threads wait.
-_SAMPLE = 16
+
+# A stretch of tokens, a whole document or a part of one: in which of several arrays of ids, where in it, how
+# long; and the digest of the whole document. Arrays of them (`np.recarray`) are in the order of joining.
+SPAN = np.dtype([("store", np.int64), ("start", np.int64), ("length", np.int64), ("digest", np.uint64)])
 
 
+@dataclass
 class Tokens:
-    """The tokens of one source.
+    """The tokens of one source, or of several (see `joined`).
 
-    ``ids``: (num_tokens,) uint16 or uint32, memory-mapped. ``lengths``: (num_documents,) int64, with the EOS.
-    ``digests``: (num_documents,) uint64, equal for documents of the same tokens. ``empty``: documents without
-    text, which are left out. ``largest``: the largest id. ``tokens_per_word``: without EOS, measured on a
-    sample; words are what is between white space. ``cached``: nothing had to be tokenised.
+    ``ids``: memory-mapped arrays, each (num_tokens,) uint16 or uint32. ``spans``: (num_documents,) of `SPAN`
+    with their EOS; digests of documents of the same tokens are equal. ``empty``: documents without text,
+    which are left out. ``cached``: nothing had to be tokenised.
     """
 
-    def __init__(self, folder: Path, cached: bool = True):
-        self.folder = folder
-        self.cached = cached
-        with np.load(folder / "facts.npz") as facts:
-            self.lengths = facts["lengths"]
-            self.digests = facts["digests"]
-            self.empty = facts["empty"].item()
-            self.largest = facts["largest"].item()
-            self.tokens_per_word = facts["tokens_per_word"].item()
-            self.ids = np.memmap(folder / "tokens.bin", dtype=facts["dtype"].item(), mode="r")
+    ids: list[np.ndarray]
+    spans: np.recarray
+    empty: int = 0
+    cached: bool = True
+
+    @property
+    def largest(self) -> int:
+        """The largest id."""
+        return int(max(ids.max(initial=0) for ids in self.ids))
+
+
+def joined(parts: list[Tokens]) -> Tokens:
+    """The documents of all ``parts``, at least one, one after another."""
+    ids = []
+    spans = []
+    for part in parts:
+        moved = part.spans.copy()
+        moved.store += len(ids)
+        spans.append(moved)
+        ids += part.ids
+    empty = sum(part.empty for part in parts)
+    cached = all(part.cached for part in parts)
+    return Tokens(ids, np.concatenate(spans).view(np.recarray), empty, cached)
 
 
 def cut(chunks: Iterable[str]) -> Iterator[str]:
     """Cut a text into pieces of at most PIECE characters, the same however it is divided into ``chunks``.
 
     A cut is before a line that does not begin with white space, where tokenizers split words anyway; else
-    at the end of a line, else before a space, else anywhere.
+    at the end of a line, else before a space, else anywhere. The only piece of an empty text is empty.
     """
     text = ""
     for chunk in chunks:
@@ -71,8 +83,7 @@ def cut(chunks: Iterable[str]) -> Iterator[str]:
             yield text[start:end]
             start = end
         text = text[start:]
-    if text:
-        yield text
+    yield text
 
 
 def _end(text: str, start: int) -> int:
@@ -94,72 +105,72 @@ def _end(text: str, start: int) -> int:
     return limit
 
 
-def tokenize(
-    sources: list[Source], tokenizer, field: str | None = None, workers: int | None = None
-) -> list[Tokens]:
-    """Return the tokens of each source, from the cache or by ``workers`` threads; the same for any number.
-
-    The threads are the tokenizer's own; a tokenizer that is written in Python has only one. ``workers``
-    counts only until the first of them is started in this process; None: one per CPU.
+def tokenize(source: Source, tokenizer, field: str | None = None) -> Tokens:
+    """Return the tokens of a source, from the cache or by the tokenizer's own threads.
 
     No special tokens are added but the EOS of ``tokenizer``, if it has one, after every document. Long
     documents are tokenised in pieces (see `cut`); a tokenizer that puts a space before each text puts one
     before each piece.
 
-    Every process of a run calls this. Where several share a disk, one works, with a progress bar, and the
-    others wait.
+    Every process of a run calls this. The main one works, with a progress bar, and the others wait.
 
     Raises UsageError for all that cannot be read (see `Source.documents`), for a source without any text,
     for a file that changes while it is read, and if the disk is full.
     """
-    if workers is not None:
-        os.environ["RAYON_NUM_THREADS"] = str(workers)
-    root = Path(datasets.config.HF_DATASETS_CACHE) / "mica-tokens"
-    dependencies = [VERSION, PIECE, tokenizers.__version__, field, _serialised(tokenizer)]
-    result = []
-    for source in sources:
-        state = source.state()
-        text = json.dumps([source.digest(), *dependencies])
-        key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        with explained(f"{source.option} {source.given}: tokens cannot be cached in {root}", OSError):
-            root.mkdir(parents=True, exist_ok=True)
-            with _alone(root / f".{key}.lock"):
-                is_cached = (root / key / "facts.npz").is_file()
-                if not is_cached:
-                    _fill(root / key, source, tokenizer, field, state)
-                result.append(Tokens(root / key, cached=is_cached))
-    return result
+    state = source.state()
+    dependencies = [VERSION, PIECE, tokenizers.__version__, source.digest(), field, _serialised(tokenizer)]
+    key = hashlib.blake2b(json.dumps(dependencies).encode(), digest_size=16).hexdigest()
+    is_cached = True
 
-
-def _fill(folder: Path, source: Source, tokenizer, field: str | None, state: list) -> None:
-    """Make ``folder`` at once, by a rename: a process that is killed leaves nothing that looks finished.
-
-    ``state``: of the source when its digest was taken. Raises UsageError if it is another one afterwards.
-    """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    try:
-        partial.mkdir()
-        _build(source, tokenizer, field, partial)
+    def rows() -> Iterator[dict]:
+        nonlocal is_cached
+        is_cached = False
+        yield from _rows(source, tokenizer, field)
         if source.state() != state:
             raise source.error("changed while it was being read")
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
+    def load() -> datasets.Dataset:
+        where = f"tokens cannot be cached in {datasets.config.HF_DATASETS_CACHE}"
+        with explained(f"{source.option} {source.given}: {where}", OSError):
+            try:
+                return datasets.Dataset.from_generator(rows, fingerprint=key)
+            except DatasetGenerationError as error:
+                raise error.__cause__ from None
 
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Hold a lock that other processes wait for; in one run the main process takes it first."""
-    held = filelock.FileLock(lock)
+    documents = None
     with processes.agreed():
         if PartialState().is_main_process:
-            held.acquire()
-    try:
-        with held:
-            yield
-    finally:
-        held.release(force=True)
+            documents = load()
+    if documents is None:
+        documents = load()
+    return _tokens(documents.data, is_cached)
+
+
+def _tokens(table, is_cached: bool) -> Tokens:
+    """What is in a table with a row for each document, of no ids for one without text."""
+    ids = []
+    spans = []
+    chunks = zip(table.column("ids").chunks, table.column("digest").chunks, strict=True)
+    for store, (documents, digests) in enumerate(chunks):
+        ids.append(documents.flatten().to_numpy())
+        lengths = documents.value_lengths().to_numpy()
+        columns = [
+            np.full(len(lengths), store),
+            lengths.cumsum() - lengths,
+            lengths,
+            digests.to_numpy().view(np.uint64),
+        ]
+        spans.append(np.rec.fromarrays(columns, dtype=SPAN))
+    every = np.concatenate(spans).view(np.recarray)
+    with_text = every[every.length > 0]
+    return Tokens(ids, with_text, len(every) - len(with_text), is_cached)
+
+
+def _dtype(tokenizer) -> np.dtype:
+    """The smallest one that holds all ids."""
+    if max(tokenizer.get_vocab().values()) < 2**16:
+        return np.dtype(np.uint16)
+    return np.dtype(np.uint32)
 
 
 def _serialised(tokenizer) -> str:
@@ -176,104 +187,56 @@ def _serialised(tokenizer) -> str:
     return hashlib.blake2b(json.dumps(parts).encode()).hexdigest()
 
 
-def _build(source: Source, tokenizer, field: str | None, folder: Path) -> None:
-    """Fill ``folder``: the ids of all pieces one after another, with the EOS of each document."""
-    dtype = np.dtype(np.uint32)
-    if max(tokenizer.get_vocab().values()) < 2**16:
-        dtype = np.dtype(np.uint16)
-    eos = np.array([], dtype)
+def _rows(source: Source, tokenizer, field: str | None) -> Iterator[dict]:
+    """A row for each document: its ``ids`` with the EOS, none without text, and a ``digest`` of them."""
+    eos = np.array([], _dtype(tokenizer))
     if tokenizer.eos_token_id is not None:
-        eos = np.array([tokenizer.eos_token_id], dtype)
+        eos = np.array([tokenizer.eos_token_id], eos.dtype)
+    number = 0
+    is_any = False
     bar = tqdm(desc=f"Tokenising {Path(source.given).name}", unit=" tokens", unit_scale=True, delay=2)
-    with bar, (folder / "tokens.bin").open("wb") as file:
-        writer = _Writer(file, eos)
-        for text, ids, is_last in _tokenised(source.documents(field), tokenizer):
-            if is_last is None:
-                writer.skip()
-                continue
-            ids = np.array(ids, dtype)
-            writer.add(text, ids)
+    with bar:
+        for ids in _ids_of_documents(source.documents(field), tokenizer):
+            digest = int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "little", signed=True)
+            if len(ids):
+                ids = np.concatenate([ids, eos])
+                is_any = True
+            yield {"ids": ids, "digest": digest}
+            number += 1
             bar.update(len(ids))
+    if not is_any:
+        raise source.error(f"no text in it ({number:,} empty documents)")
+
+
+def _ids_of_documents(documents: Iterable[Iterable[str]], tokenizer) -> Iterator[np.ndarray]:
+    """The ids of each document, without EOS; none if it has no text."""
+    dtype = _dtype(tokenizer)
+    parts = []
+    for batch in _batches(_pieces(documents)):
+        texts = [text for text, _ in batch]
+        encoded = tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # no line about texts longer than the model's window
+        )
+        for (text, is_last), ids in zip(batch, encoded["input_ids"], strict=True):
+            is_blank = is_last and not parts and not text.strip()
+            parts.append(np.array([] if is_blank else ids, dtype))
             if is_last:
-                writer.end_document()
-
-    if not any(writer.lengths):
-        why = ""
-        if writer.empty:
-            why = f" ({writer.empty:,} empty documents)"
-        raise source.error(f"no text in it{why}")
-    np.savez(
-        folder / "facts.npz",
-        dtype=dtype.name,
-        empty=writer.empty,
-        largest=writer.largest,
-        tokens_per_word=writer.sampled_tokens / max(1, writer.sampled_words),
-        lengths=np.array(writer.lengths, np.int64),
-        digests=np.array(writer.digests, np.uint64),
-    )
+                yield np.concatenate(parts)
+                parts = []
 
 
-class _Writer:
-    """Writes the ids of pieces to a file and keeps what `Tokens` says of the documents.
-
-    ``eos``: (1,) or (0,), written after each document; in its length, but not in its digest.
-    """
-
-    def __init__(self, file: BinaryIO, eos: np.ndarray):
-        self.lengths: list[int] = []
-        self.digests: list[int] = []
-        self.empty = 0
-        self.largest = int(eos.max(initial=0))
-        self.sampled_words = 0
-        self.sampled_tokens = 0
-        self._file = file
-        self._eos = eos
-        self._pieces = 0
-        self._begin_document()
-
-    def _begin_document(self) -> None:
-        self._length = 0
-        self._digest = hashlib.blake2b(digest_size=8)
-
-    def skip(self) -> None:
-        """Count a document without text."""
-        self.empty += 1
-        self._pieces += 1
-
-    def add(self, text: str, ids: np.ndarray) -> None:
-        """Write a piece of the present document."""
-        self._file.write(ids)
-        self._digest.update(ids)
-        self._length += len(ids)
-        self.largest = max(self.largest, int(ids.max(initial=0)))
-        if self._pieces % _SAMPLE == 0:
-            self.sampled_words += len(text.split())
-            self.sampled_tokens += len(ids)
-        self._pieces += 1
-
-    def end_document(self) -> None:
-        self._file.write(self._eos)
-        self.lengths.append(self._length + len(self._eos))
-        self.digests.append(int.from_bytes(self._digest.digest(), "little"))
-        self._begin_document()
-
-
-def _pieces(documents: Iterable[Iterable[str]]) -> Iterator[tuple[str, bool | None]]:
-    """The pieces of documents, each with whether it is the last; ("", None): a document without text."""
+def _pieces(documents: Iterable[Iterable[str]]) -> Iterator[tuple[str, bool]]:
+    """The pieces of documents, each with whether it is the last of its document."""
     for document in documents:
-        pieces = cut(document)
-        piece = next(pieces, "")
-        following = next(pieces, None)
-        if following is None and not piece.strip():
-            yield "", None
-            continue
-        while piece is not None:
+        for piece, following in pairwise(chain(cut(document), [None])):
             yield piece, following is None
-            piece = following
-            following = next(pieces, None)
 
 
-def _batches(pieces: Iterable[tuple[str, bool | None]]) -> Iterator[list[tuple[str, bool | None]]]:
+def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
     """`_pieces` in lists of at least BATCH characters, the last of what is left."""
     batch = []
     size = 0
@@ -286,18 +249,3 @@ def _batches(pieces: Iterable[tuple[str, bool | None]]) -> Iterator[list[tuple[s
             size = 0
     if batch:
         yield batch
-
-
-def _tokenised(documents: Iterable[Iterable[str]], tokenizer) -> Iterator[tuple[str, list[int], bool | None]]:
-    """`_pieces` with the ids of each, tokenised by batches."""
-    for batch in _batches(_pieces(documents)):
-        texts = [text for text, _ in batch]
-        ends = [is_last for _, is_last in batch]
-        encoded = tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # no line about texts longer than the model's window
-        )
-        yield from zip(texts, encoded["input_ids"], ends, strict=True)

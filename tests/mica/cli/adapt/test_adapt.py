@@ -42,7 +42,7 @@ def test_summary(adapted):
         for name in ("one", "two")
     ]
     assert made["epochs"] == 12 * 2 / made["blocks"]
-    assert (made["settings"]["rank"], made["origins"]["rank"]) == (4, "command line")
+    assert made["settings"]["rank"] == 4
     assert made["initialisation_seconds"] > 0
     assert made["peak_memory_bytes"] is None or made["peak_memory_bytes"] > 2**20
     assert 0 <= made["merge_swallowed"] <= 1

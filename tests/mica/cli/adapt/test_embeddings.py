@@ -70,7 +70,7 @@ def made(request, text, tmp_path_factory):
     """The kind, the model's folder and that of its run: 12 steps, a checkpoint every 4, the merged model."""
     folder, kind = tmp_path_factory.mktemp("made"), request.param
     base = saved(MODELS[kind](), folder / "base")
-    options = ["--dtype", "bfloat16" if kind == "bfloat16" else "float32", "--save-steps", 4, "--workers", 1]
+    options = ["--dtype", "bfloat16" if kind == "bfloat16" else "float32", "--save-steps", 4]
     assert adapt(base, text, folder / "run", "--train-embeddings", "--merge", *options) == 0
     return kind, base, folder / "run"
 
@@ -102,7 +102,6 @@ def test_what_is_written(made):
     assert sum(made["paths"].values()) > 0
     recorded = yaml.safe_load((run / "run.yaml").read_text())
     assert (recorded["train_embeddings"], recorded["embedding_learning_rate"]) == (True, 0.002)
-    assert made["origins"]["embedding_learning_rate"] == "a tenth of learning_rate"
     assert f"{made['trained_embeddings']:,} of these are the input and" in (run / "README.md").read_text()
     if kind == "bfloat16":  # what 16 bits would have swallowed
         assert not torch.equal(after[IN], after[IN].bfloat16().float())
@@ -138,11 +137,11 @@ def test_killed_and_resumed_to_the_bit(made, tmp_path, monkeypatch):
 def test_an_adapter_goes_on_with_them(made, text, tmp_path, monkeypatch):
     kind, base, run = made
     poison_solver(monkeypatch)
-    argv = ["--model", base, "--text", text, "--output", tmp_path / "on", "--adapter", run, "--workers", 1]
+    argv = ["--model", base, "--text", text, "--output", tmp_path / "on", "--adapter", run]
     argv += ["--sequence-length", 32, "--steps", 1, "--dtype", "auto"]
     assert command(*argv, "--learning-rate", 1e-3, "--scheduler", "constant") == 0
     first, second = summary(run), summary(tmp_path / "on")
-    assert second["origins"]["train_embeddings"] == "adapter"
+    assert second["settings"]["train_embeddings"] is True
     if kind != "bfloat16" or second["dtype"] == "bfloat16":
         assert second["perplexity_before"] == pytest.approx(first["perplexity_after"], rel=1e-6)
     before = whole(run)
@@ -170,7 +169,7 @@ def test_rates_of_their_own_on_one_schedule(optimizer):
 def test_the_trainer_takes_both_rates(text, tmp_path):
     """Adam's first step is the rate itself, whatever the gradient."""
     base = saved(tiny_llama(), tmp_path / "base")
-    options = ["--steps", 1, "--scheduler", "constant", "--learning-rate", "1e-3", "--workers", 1]
+    options = ["--steps", 1, "--scheduler", "constant", "--learning-rate", "1e-3"]
     options += ["--train-embeddings", "--embedding-learning-rate", "3e-4"]
     assert adapt(base, text, tmp_path / "out", *options) == 0
     found = embeddings.find(AutoModelForCausalLM.from_pretrained(base))
@@ -220,7 +219,7 @@ def test_fsdp2_learns_as_ddp_and_resumes_to_the_bit(kind, tmp_path):
 def test_over_a_quantised_base(kind, text, tmp_path):
     pytest.importorskip("bitsandbytes")
     base = saved(tiny_llama(), tmp_path / "base")
-    options = ["--train-embeddings", "--quantize", kind, "--dtype", "float32", "--merge", "--workers", 1]
+    options = ["--train-embeddings", "--quantize", kind, "--dtype", "float32", "--merge"]
     assert adapt(base, text, tmp_path / "out", *options) == 0
     merged, trained = weights(tmp_path / "out" / "merged", "model"), whole(tmp_path / "out")
     for name, module in embeddings.find(tiny_llama()).items():
@@ -329,7 +328,7 @@ def test_text_that_costs_many_tokens():
 
 def test_no_embeddings_no_word_of_them(text, tmp_path, capsys):
     base = saved(tiny_llama(), tmp_path / "base")
-    assert adapt(base, text, tmp_path / "out", "--steps", 1, "--workers", 1) == 0
+    assert adapt(base, text, tmp_path / "out", "--steps", 1) == 0
     assert "note: --text" in capsys.readouterr().err  # of bytes
     assert (summary(tmp_path / "out")["trained_embeddings"], whole(tmp_path / "out")) == (0, {})
     assert not [key for key in yaml.safe_load((tmp_path / "out" / "run.yaml").read_text()) if "embed" in key]

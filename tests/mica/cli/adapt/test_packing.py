@@ -4,12 +4,11 @@ content, enough, never on both sides.
 
 import random
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import DataLoader
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -24,11 +23,10 @@ from mica.cli.adapt.packing import (
     document_of,
     documents_of,
     keeps_documents_apart,
-    mix,
-    spans_of,
     split,
     spread,
 )
+from mica.cli.adapt.tokens import SPAN, Tokens, joined
 from mica.errors import UsageError
 from tests.support.tiny_cli import tiny_llama
 
@@ -39,19 +37,21 @@ def numbered(*lengths: int, start: int = 0) -> list[list[int]]:
     return [list(range(end - length, end)) for end, length in zip(ends.tolist(), lengths, strict=True)]
 
 
-def store(*documents: list[int]) -> SimpleNamespace:
-    """What `mica.cli.adapt.tokens.Tokens` holds, of these documents."""
-    return SimpleNamespace(
-        ids=np.array([token for document in documents for token in document], np.uint16),
-        lengths=np.array([len(document) for document in documents], np.int64),
-        digests=np.array([hash(tuple(document)) % 2**64 for document in documents], np.uint64),
+def store(*documents: list[int]) -> Tokens:
+    """The tokens of a source with these documents."""
+    ids = np.array([token for document in documents for token in document], np.uint16)
+    lengths = np.array([len(document) for document in documents], np.int64)
+    digests = np.array([hash(tuple(document)) % 2**64 for document in documents], np.uint64)
+    stores = np.zeros(len(documents), np.int64)
+    return Tokens(
+        [ids], np.rec.fromarrays([stores, lengths.cumsum() - lengths, lengths, digests], dtype=SPAN)
     )
 
 
 def packed(documents: list[list[list[int]]], length: int, packing: str = "documents", chosen=slice(None)):
-    """Blocks of some documents of several stores."""
-    stores = [store(*each) for each in documents]
-    return Blocks(stores, spans_of(stores)[chosen], length, packing)
+    """Blocks of some documents of several sources."""
+    tokens = joined([store(*each) for each in documents])
+    return Blocks(tokens.ids, tokens.spans[chosen], length, packing)
 
 
 def firsts(blocks) -> list[int]:
@@ -59,31 +59,23 @@ def firsts(blocks) -> list[int]:
 
 
 def test_a_block_is_of_the_document_that_has_most_of_it():
-    """Also where it is the whole of a short one, and wherever it stands in what was joined and spread."""
+    """Also where it is the whole of a short one, and where blocks were spread."""
     documents = [numbered(5, 2, 13), numbered(9, start=100)]
-    digests = {document[0]: hash(tuple(document)) % 2**64 for one in documents for document in one}
-    a, b, c, d = digests.values()
-    first, second = packed([documents[0]], 4), packed([documents[1]], 4)
-    expected = [a, b, c, c, c]  # the second block has one token of a, two of b, one of c
-    assert [document_of(first, number) for number in range(5)] == expected
-    joined = ConcatDataset([first, second])
-    assert [document_of(joined, number) for number in range(7)] == [*expected, d, d]
-    some = spread(joined, 3)
+    digests = [hash(tuple(document)) % 2**64 for each in documents for document in each]
+    a, b, c, d = digests
+    blocks = packed(documents, 4)
+    expected = [a, b, c, c, c, d, d]  # the second block has one token of a, two of b, one of c
+    assert [document_of(blocks, number) for number in range(7)] == expected
+    some = spread(blocks, 3)
     assert [document_of(some, number) for number in range(3)] == [a, c, d]
 
 
 def test_blocks_give_back_their_documents():
-    """However they were joined and spread; also what does not fill a block."""
+    """However they were spread; also what does not fill a block."""
     documents = [numbered(5, 13, 2), numbered(16, 7, start=100)]
-    first, second = packed(documents, 4), packed([numbered(9, start=200)], 4, chosen=[0])
-    for blocks in (first, spread(first, 2)):
-        assert [ids.tolist() for ids in documents_of(blocks)] == [*documents[0], *documents[1]]
-    joined = spread(ConcatDataset([first, second]), 3)
-    assert [ids.tolist() for ids in documents_of(joined)] == [
-        *documents[0],
-        *documents[1],
-        *numbered(9, start=200),
-    ]
+    blocks = packed(documents, 4)
+    for each in (blocks, spread(blocks, 2)):
+        assert [ids.tolist() for ids in documents_of(each)] == [*documents[0], *documents[1]]
     some = packed(documents, 4, chosen=[1, 4])
     assert [ids.tolist() for ids in documents_of(some)] == [documents[0][1], documents[1][1]]
 
@@ -131,36 +123,6 @@ def test_spread_keeps_first_and_last():
     assert firsts(spread(blocks, 1)) == [0]
 
 
-def test_weights_are_shares_of_an_epoch():
-    parts = [packed([numbered(20 * 2)], 2), packed([numbered(8 * 2, start=1000)], 2)]
-
-    def epoch(weights, seed=0):
-        seen = firsts(mix(parts, weights, seed))
-        return seen, (sum(token < 1000 for token in seen), sum(token >= 1000 for token in seen))
-
-    for weights in ([1, 1], [2, 2]):
-        seen, shares = epoch(weights)
-        assert shares == (20, 20)
-        assert {seen.count(token) for token in range(0, 40, 2)} == {1}
-        assert {seen.count(token) for token in range(1000, 1016, 2)} == {2, 3}
-    assert epoch([1, 1]) == epoch([1, 1])
-    assert epoch([1, 1]) != epoch([1, 1], seed=1)
-    assert epoch([1, 100])[1] == (20, 2000)
-    seen, shares = epoch([5, 1])
-    assert shares == (40, 8)
-    assert {seen.count(token) for token in seen} == {1, 2}
-
-
-def test_weights_that_would_make_an_endless_epoch_are_refused():
-    parts = [packed([numbered(20 * 2)], 2), packed([numbered(8 * 2, start=1000)], 2)]
-    assert len(mix(parts, [1, 1000], 0)) == 20 + 20_000
-    for weights in ([1, 1e4], [1, 1e300], [1e-320, 1]):
-        with pytest.raises(
-            UsageError, match=r"^--text-weights .*: sources of 20, 8 blocks would make an epoch"
-        ):
-            mix(parts, weights, 0)
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_llama_keeps_documents_apart(attention):
     """What it is about: the logits and losses of a document in a block are those of the document alone."""
@@ -205,11 +167,11 @@ def document(length: int, seed: int) -> tuple[int, ...]:
 
 def parts(documents, share=0.1, length=10, limit=100):
     """The spans of training and of held-out text as tuples of tokens, how they were made, and `dropped`."""
-    one = store(*documents)
-    result = split(spans_of([one]), share, length, limit, "--text")
-    assert len(Blocks([one], result.held_out, length, "stream")) >= 1
+    tokens = store(*documents)
+    result = split(tokens.spans, share, length, limit, "--text")
+    assert len(Blocks(tokens.ids, result.held_out, length, "stream")) >= 1
     train, held_out = (
-        [tuple(one.ids[start : start + size].tolist()) for _, start, size, _ in each.tolist()]
+        [tuple(tokens.ids[0][start : start + size].tolist()) for _, start, size, _ in each.tolist()]
         for each in (result.train, result.held_out)
     )
     return train, held_out, result.how, result.dropped

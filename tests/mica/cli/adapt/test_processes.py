@@ -6,7 +6,6 @@ import sys
 from unittest.mock import Mock
 
 import datasets
-import filelock
 import pytest
 import torch
 import torch.distributed as dist
@@ -102,17 +101,18 @@ def test_an_error_is_printed_once(tmp_path, failing):
     assert errors == "error: --text x.csv: no\n"
 
 
-def cannot_lock(path):
+def cannot_cache(path):
     datasets.config.HF_DATASETS_CACHE = path.parent
     if processes.start().is_main_process:
-        filelock.FileLock.acquire = Mock(side_effect=OSError(28, "No space left on device"))
-    tokens.tokenize(find("--text", [path]), byte_tokenizer())
+        datasets.Dataset.from_generator = Mock(side_effect=OSError(28, "No space left on device"))
+    [source] = find("--text", [path])
+    tokens.tokenize(source, byte_tokenizer())
 
 
 def test_an_error_that_all_know_may_be_told_in_other_words(tmp_path):
     (tmp_path / "a.txt").write_text("a")
-    errors = two(cannot_lock, tmp_path / "a.txt", folder=tmp_path, statuses=(2, 2)).errors()
-    assert errors.endswith("mica-tokens: No space left on device\n")
+    errors = two(cannot_cache, tmp_path / "a.txt", folder=tmp_path, statuses=(2, 2)).errors()
+    assert errors.endswith(f"tokens cannot be cached in {tmp_path}: No space left on device\n")
     assert errors.count("\n") == 1
 
 

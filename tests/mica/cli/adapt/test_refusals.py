@@ -88,7 +88,7 @@ def test_backend_that_is_not_available(backend, message, refused, monkeypatch):
         ("folder", "no text files"),
         (b"", "is empty"),
         (b" \n\t\n", "no text in it"),
-        (b"caf\xe9 au lait", "not UTF-8 text: invalid continuation byte, 0xe9"),
+        (b"caf\xe9 au lait", "cannot be read: 'utf-8' codec can't decode byte 0xe9"),
     ],
 )
 def test_bad_text(content, message, refused, tmp_path):

@@ -1,11 +1,9 @@
-"""Exactly the tokens of the text, whatever the number of threads; and never twice the same work."""
+"""Exactly the tokens of the text; and never twice the same work."""
 
 import multiprocessing
 import os
 import re
-import shutil
-import subprocess
-import sys
+import signal
 
 import datasets
 import numpy as np
@@ -17,7 +15,6 @@ from mica.cli.adapt import tokens
 from mica.cli.adapt.sources import find
 from mica.errors import UsageError
 from tests.support.adapt_runs import ROWS, write
-from tests.support.processes import ROOT
 from tests.support.tiny_cli import byte_tokenizer
 
 TEXTS = [row["text"] for row in ROWS]
@@ -26,7 +23,7 @@ TEXTS = [row["text"] for row in ROWS]
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path / "cache" / "mica-tokens"
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -35,8 +32,8 @@ def path(tmp_path):
 
 
 def tokenized(path, tokenizer=None, **options) -> tokens.Tokens:
-    [result] = tokens.tokenize(find("--text", [path]), tokenizer or byte_tokenizer(), **options)
-    return result
+    [source] = find("--text", [path])
+    return tokens.tokenize(source, tokenizer or byte_tokenizer(), **options)
 
 
 def oracle(texts, tokenizer=None) -> list[list[int]]:
@@ -46,11 +43,11 @@ def oracle(texts, tokenizer=None) -> list[list[int]]:
 
 
 def documents(result: tokens.Tokens) -> list[list[int]]:
-    return [part.tolist() for part in np.split(result.ids, result.lengths.cumsum()[:-1])]
+    return [result.ids[span.store][span.start : span.start + span.length].tolist() for span in result.spans]
 
 
-def finished(cache) -> list[str]:
-    return sorted(entry.name for entry in cache.iterdir() if entry.is_dir())
+def finished(cache) -> set[str]:
+    return {path.name for path in cache.rglob("*.arrow") if "incomplete" not in str(path)}
 
 
 def test_tokens_are_those_of_the_text(tmp_path, monkeypatch):
@@ -60,11 +57,20 @@ def test_tokens_are_those_of_the_text(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", [*ROWS, *({"text": text} for text in extra)])
     result = tokenized(path)
     assert documents(result) == oracle([*TEXTS, TEXTS[3], *extra[-2:]])
-    assert (result.empty, result.largest, result.cached, result.ids.dtype) == (3, 256, False, np.uint16)
-    assert result.digests.dtype == np.uint64
-    assert len(set(result.digests.tolist())) == 32
-    assert result.digests[3] == result.digests[30]
-    assert {file.name for file in result.folder.iterdir()} == {"facts.npz", "tokens.bin"}
+    assert (result.empty, result.largest, result.cached, result.ids[0].dtype) == (3, 256, False, np.uint16)
+    digests = result.spans.digest
+    assert digests.dtype == np.uint64
+    assert len(set(digests.tolist())) == 32
+    assert digests[3] == digests[30]
+
+
+def test_more_documents_than_are_written_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "DEFAULT_MAX_BATCH_SIZE", 7)
+    first = tokenized(write(tmp_path / "a.jsonl", ROWS))
+    assert len(first.ids) == 5
+    both = tokens.joined([first, tokenized(write(tmp_path / "b.jsonl", [{"text": ""}, *ROWS[:9]]))])
+    assert documents(both) == oracle([*TEXTS, *TEXTS[:9]])
+    assert (both.empty, both.cached) == (1, False)
 
 
 def test_a_tokenizer_without_eos_and_a_large_vocabulary(tmp_path):
@@ -73,7 +79,7 @@ def test_a_tokenizer_without_eos_and_a_large_vocabulary(tmp_path):
     tokenizer.eos_token = None
     (tmp_path / "a.txt").write_text("ab<65535>c", encoding="utf-8")
     result = tokenized(tmp_path / "a.txt", tokenizer)
-    assert (result.ids.dtype, result.largest) == (np.uint32, 256 + 2**16)
+    assert (result.ids[0].dtype, result.largest) == (np.uint32, 256 + 2**16)
     assert documents(result) == oracle(["ab<65535>c"], tokenizer)
 
 
@@ -104,7 +110,7 @@ def test_cuts_at_lines_change_no_token(tmp_path, monkeypatch):
     assert documents(tokenized(tmp_path / "a.txt", fast)) == oracle([text], fast)
 
 
-def test_the_key_is_the_content(tmp_path, path, cache, monkeypatch):
+def test_the_key_is_the_content(tmp_path, path, monkeypatch):
     tokenizer = byte_tokenizer()
     first = tokenized(path, tokenizer)
 
@@ -116,9 +122,9 @@ def test_the_key_is_the_content(tmp_path, path, cache, monkeypatch):
         os.utime(path, (1, 1))
         path = path.rename(tmp_path / "b.jsonl")
         tokenizer.backend_tokenizer.enable_padding()  # what a call may have left
-        for again in (tokenized(path, tokenizer), tokenized(path, workers=2)):
-            assert again.cached
-            assert documents(again) == documents(first)
+        again = tokenized(path, tokenizer)
+        assert again.cached
+        assert documents(again) == documents(first)
         other = byte_tokenizer()
         other.add_tokens(["mal"])
         for change in ({"field": "title"}, {"tokenizer": other}):
@@ -131,17 +137,27 @@ def test_the_key_is_the_content(tmp_path, path, cache, monkeypatch):
     changed = tokenized(path)
     assert documents(changed)[:29] == documents(first)[:29]
     assert documents(changed)[29] != documents(first)[29]
-    assert finished(cache) == sorted([first.folder.name, changed.folder.name])
+
+
+def _killed(path, cache):
+    datasets.config.HF_DATASETS_CACHE = cache
+    tokens._rows = _half
+    tokenized(path)
+
+
+def _half(*_):
+    for number in range(3000):
+        yield {"ids": np.array([number], np.uint16), "digest": number}
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_half_a_cache_is_not_used(path, cache):
-    first = tokenized(path)
-    partial = cache / f".{first.folder.name}.partial"  # as kill -9 leaves it
-    shutil.move(first.folder, partial)
-    (partial / "facts.npz").unlink()
+    run = multiprocessing.get_context("fork").Process(target=_killed, args=(path, cache))
+    run.start()
+    run.join()
+    assert any("incomplete" in str(file) for file in cache.rglob("*.arrow"))
     again = tokenized(path)
     assert not again.cached
-    assert not partial.exists()
     assert documents(again) == oracle(TEXTS)
 
 
@@ -166,52 +182,30 @@ def test_two_runs_at_once(path, cache):
     assert found[0][1] == found[1][1] == oracle(TEXTS)
 
 
-def _full(*args):
+def _full(*_):
     raise OSError(28, "No space left on device")
+    yield
+
+
+def _changing(source, *_):
+    source.files[0].write_text("x")
+    yield {"ids": np.array([1], np.uint16), "digest": 1}
 
 
 @pytest.mark.parametrize(
     ("rows", "replaced", "message"),
     [
-        ([{"text": " "}, {"text": ""}], {}, "no text in it (2 empty documents)"),
-        ([{"text": "a"}, {"text": 1}], {}, "row 2"),
-        (ROWS, {"_tokenised": _full}, "No space left on device"),
-        (
-            ROWS,
-            {"_build": lambda source, *_: source.files[0].write_text("x")},
-            "changed while it was being read",
-        ),
+        ([{"text": " "}, {"text": ""}], None, "no text in it (2 empty documents)"),
+        ([{"text": "a"}, {"text": 1}], None, "column 'text' must have strings only"),
+        (ROWS, _full, "tokens cannot be cached in"),
+        (ROWS, _full, "No space left on device"),
+        (ROWS, _changing, "changed while it was being read"),
     ],
 )
 def test_what_fails_leaves_nothing(tmp_path, cache, monkeypatch, rows, replaced, message):
     path = write(tmp_path / "a.jsonl", rows)
-    for name, by in replaced.items():
-        monkeypatch.setattr(tokens, name, by)
+    if replaced is not None:
+        monkeypatch.setattr(tokens, "_rows", replaced)
     with pytest.raises(UsageError, match=f"^--text {path}: .*{re.escape(message)}"):
         tokenized(path)
     assert not finished(cache)
-
-
-@pytest.mark.slow
-def test_workers_are_threads_of_the_tokenizer(tmp_path):
-    code = """
-import sys
-from pathlib import Path
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
-import datasets
-from mica.cli.adapt import tokens
-from mica.cli.adapt.sources import find
-tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[])))
-datasets.config.HF_DATASETS_CACHE = sys.argv[1] + "/cache"
-threads = lambda: len(list(Path("/proc/self/task").iterdir()))
-before = threads()
-[made] = tokens.tokenize(find("--text", [sys.argv[1] + "/a.txt"]), tokenizer, workers=7)
-print(len(made.ids), 7 <= threads() - before <= 9)
-"""
-    (tmp_path / "a.txt").write_text("a" * 50_000)
-    own = {"TOKENIZERS_PARALLELISM": "true", "TQDM_DISABLE": "1"}  # the other tests have none
-    command = [sys.executable, "-c", code, tmp_path]
-    options = {"capture_output": True, "text": True}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | own, **options)
-    assert done.stdout == "50000 True\n", done.stderr
