@@ -184,6 +184,28 @@ def test_the_bits_of_other_layouts(monkeypatch, change, dtype):
     check_same_bits(layer, monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "compute_dtype", "autocast_dtype", "is_native"),
+    [
+        (FP32, None, None, True),
+        (BF16, None, None, False),
+        (FP32, BF16, None, False),
+        (FP32, None, FP16, False),
+    ],
+)
+def test_products_without_instructions_are_python_s(
+    monkeypatch, dtype, compute_dtype, autocast_dtype, is_native
+):
+    has_instructions(False, monkeypatch)
+    layer = Layer(dtype=dtype)
+    layer.compute_dtype, layer.autocast_dtype = compute_dtype, autocast_dtype
+    ops.call_counts.clear()
+    with torch.autocast("cpu", autocast_dtype or BF16, enabled=autocast_dtype is not None):
+        layer(*layer.leaves())
+    assert ops.call_counts["linear"] == 1
+    assert ops.call_counts["linear_native"] == is_native
+
+
 # -- autograd ----------------------------------------------------------------------------------------
 
 
