@@ -201,6 +201,7 @@ std::vector<Part<Word>> for_rows(const Tensor& weight, const Update& update, con
   const int64_t columns = weight.size(1);
   const int64_t grain = std::max<int64_t>(1, 32768 / columns);
   const int64_t count = weight.size(0) / update.up.size(0);
+  const auto* words = static_cast<const Word*>(weight.const_data_ptr());
   thread_local std::vector<float> memory; // stays mapped: a new one takes longer than the product
   memory.resize(std::min(update.step, count) * columns);
   float* numbers = memory.data();
@@ -220,6 +221,10 @@ std::vector<Part<Word>> for_rows(const Tensor& weight, const Update& update, con
     parts.resize(before + (size + grain - 1) / grain, Part<Word>(columns));
     in_parallel(parts.size() - before, 1, [&](int64_t first, int64_t last) {
       for (int64_t row = first * grain; row < std::min(size, last * grain); ++row) {
+        const Word* later = words + (begin + row + 2) * columns; // the loops are faster than memory
+        for (int64_t i = 0; i < columns; i += 64 / sizeof(Word)) {
+          __builtin_prefetch(later + i);
+        }
         work(parts[before + row / grain], begin + row, numbers + row * columns);
       }
     });
@@ -228,16 +233,16 @@ std::vector<Part<Word>> for_rows(const Tensor& weight, const Update& update, con
 }
 
 // out = round(weight + s·B·A) but for the rows that are left; ``out`` may be the weight. Gives those rows, the sums
-// over all, and the fields of `mica.fast.merge.merging.Kept`.
+// over all, and if ``keeps`` the fields of `mica.fast.merge.merging.Kept`.
 template <typename Word>
-std::tuple<Tensor, Sums, std::array<Tensor, 4>> merge(
+std::tuple<Tensor, Sums, std::vector<Tensor>> merge(
     const Tensor& weight, const Tensor& out, const Tensor& up, const Tensor& down, bool transposed, int64_t step,
     const Tensor& factors, bool keeps) {
   auto* to = static_cast<Word*>(out.mutable_data_ptr());
   const auto* from = static_cast<const Word*>(weight.const_data_ptr());
   const int64_t size = weight.size(1);
-  const Tensor checksums = at::empty({weight.size(0), 2}, at::kLong);
-  const Tensor counts = at::empty({weight.size(0)}, at::kInt);
+  const Tensor checksums = at::empty({keeps * weight.size(0), 2}, at::kLong);
+  const Tensor counts = at::empty({keeps * weight.size(0)}, at::kInt);
   const auto work = [&](Part<Word>& part, int64_t row, const float* product) {
     const Word* old = from + row * size;
     Word* fresh = part.fresh.data();
@@ -264,13 +269,16 @@ std::tuple<Tensor, Sums, std::array<Tensor, 4>> merge(
   for (const Part<Word>& part : parts) {
     std::transform(sums.begin(), sums.end(), part.sums.begin(), sums.begin(), std::plus());
   }
-  const Tensor columns = joined(parts, &Part<Word>::columns, at::kUInt16);
-  const Tensor values = joined(parts, &Part<Word>::values, weight.scalar_type());
-  return {joined(parts, &Part<Word>::left, at::kLong), sums, {checksums, counts, columns, values}};
+  std::vector<Tensor> kept;
+  if (keeps) {
+    const Tensor columns = joined(parts, &Part<Word>::columns, at::kUInt16);
+    kept = {checksums, counts, columns, joined(parts, &Part<Word>::values, weight.scalar_type())};
+  }
+  return {joined(parts, &Part<Word>::left, at::kLong), sums, kept};
 }
 
 // weight = round(weight - s·B·A) but for the rows that are left, and every bit from before the merge in those that are as
-// it left them. Gives the rows that are left, and whether all others are as before the merge.
+// it left them. Gives the rows that are left, and whether all others were as the merge left them and are as before it.
 template <typename Word>
 std::tuple<Tensor, bool> unmerge(
     const Tensor& weight, const Tensor& up, const Tensor& down, bool transposed, int64_t step, const Tensor& factors,
@@ -289,13 +297,13 @@ std::tuple<Tensor, bool> unmerge(
       return;
     }
     const auto* sums = checksums.template const_data_ptr<int64_t>() + 2 * row;
-    if (weighted_sum(merged, factors.const_data_ptr(), factors.size(0)) == sums[1]) {
-      const int64_t end = ends.const_data_ptr<int64_t>()[row];
-      for (int64_t i = end - counts.template const_data_ptr<int32_t>()[row]; i < end; ++i) {
-        fresh[column[i]] = value[i];
-      }
+    const bool is_as_merged = weighted_sum(merged, factors.const_data_ptr(), factors.size(0)) == sums[1];
+    const int64_t end = ends.const_data_ptr<int64_t>()[row];
+    const int64_t count = is_as_merged ? counts.template const_data_ptr<int32_t>()[row] : 0;
+    for (int64_t i = end - count; i < end; ++i) {
+      fresh[column[i]] = value[i];
     }
-    part.is_exact &= weighted_sum(fresh, factors.const_data_ptr(), factors.size(0)) == sums[0];
+    part.is_exact &= is_as_merged && weighted_sum(fresh, factors.const_data_ptr(), factors.size(0)) == sums[0];
     std::copy_n(fresh, size, merged);
   };
   const auto parts = for_rows<Word>(weight, {up, down, transposed, step}, work);

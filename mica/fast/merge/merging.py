@@ -160,19 +160,16 @@ def pop_undo(layer, adapter: str) -> Undo | None:
 
 
 def _update_of(layer, adapter: str) -> Update:
-    """The adapter's present update, without its graph.
+    """The adapter's present update. Without gradients: it is called so.
 
     B is cloned because another adapter may be loaded before the unmerge, and s·A is a new tensor.
     """
+    scaling = float(layer.scaling[adapter])
     if is_wrapper(layer):
-        lora_A = lora_A_of(layer, adapter)
-        lora_B = lora_B_of(layer, adapter)
-        transposed = is_stored_as_in_out(layer)
-    else:
-        lora_A, lora_B = (factor.unsqueeze(0) for factor in adapter_weights(layer, adapter))
-        transposed = is_stored_transposed(layer)
-    up, down = reference_path.delta_factors(lora_A.detach(), lora_B.detach(), float(layer.scaling[adapter]))
-    return Update(up.clone(), down, transposed)
+        up, down = reference_path.delta_factors(lora_A_of(layer, adapter), lora_B_of(layer, adapter), scaling)
+        return Update(up.clone(), down, is_stored_as_in_out(layer))
+    up, down = reference_path.delta_factors(*adapter_weights(layer, adapter), scaling)
+    return Update(up.clone().unsqueeze(0), down.unsqueeze(0), is_stored_transposed(layer))
 
 
 def is_covered(layer, weight: Tensor) -> bool:
@@ -216,10 +213,9 @@ def merge_into(layer, adapter: str, stored: Tensor, safe: bool) -> Tensor:
     result = stored.data
     if safe:
         result = torch.empty_like(stored)
-    weight = _as_matrix(stored)
     out = _as_matrix(result)
-    update = _update_of(layer, adapter).to(weight.device)
-    stats, kept = merge_update(update, weight, out, needs_undo(layer, adapter))
+    update = _update_of(layer, adapter)
+    stats, kept = merge_update(update, _as_matrix(stored), out, needs_undo(layer, adapter))
 
     norms_are_finite = math.isfinite(stats.update_squared + stats.error_squared)
     if safe and not norms_are_finite and not torch.isfinite(out).all():
@@ -231,13 +227,14 @@ def merge_into(layer, adapter: str, stored: Tensor, safe: bool) -> Tensor:
 def merge_update(update: Update, weight: Tensor, out: Tensor, keeps: bool) -> tuple[MergeStats, Kept | None]:
     """Write W' to ``out``, which may be W itself: from C++, and by PyTorch what that leaves to it."""
     stats = MergeStats(weight.dtype)
-    left = None
+    left = slice(None)
     parts = []
     merge = native_function("merge", update, weight)
     if merge is not None:
         left, sums, fields = merge(weight, out, *update, _rows_at_a_time(weight), _factors(weight), keeps)
         stats = MergeStats(weight.dtype, weight.numel(), int(sums[0]), *sums[1:])
-        parts = [Kept(*fields)]
+        if keeps:
+            parts = [Kept(*fields)]
         if not len(left):
             return stats, parts[0] if keeps else None
 
@@ -246,7 +243,7 @@ def merge_update(update: Update, weight: Tensor, out: Tensor, keeps: bool) -> tu
         old = weight[rows]
         wide = old.to(delta.dtype)
         new = (wide + delta).to(old.dtype)
-        if left is None:
+        if merge is None:
             recovered = new.to(delta.dtype) - delta
             stats.add(_stats(old, new, delta, recovered - wide))
             if keeps:
@@ -255,7 +252,7 @@ def merge_update(update: Update, weight: Tensor, out: Tensor, keeps: bool) -> tu
     if not keeps:
         return stats, None
     kept = Kept(*map(torch.cat, zip(*parts, strict=True)))
-    if left is not None:
+    if merge is not None:
         kept.checksums[left, 1] = row_checksums(out[left])
     return stats, kept
 
@@ -283,10 +280,10 @@ def _factors(weight: Tensor) -> Tensor:
     return odd_numbers(weight.shape[1] * weight.element_size() // 8)
 
 
-def _chosen(rows: slice, left: Tensor | None) -> slice | Tensor:
+def _chosen(rows: slice, left: slice | Tensor) -> slice | Tensor:
     """The rows of a chunk that C++ has left, counted from its first; all of them where it did nothing."""
-    if left is None:
-        return slice(None)
+    if type(left) is slice:
+        return left
     return left[(left >= rows.start) & (left < rows.stop)] - rows.start
 
 
@@ -336,14 +333,16 @@ def _is_as_merged(weight: Tensor, kept: Kept | None) -> bool:
 
 
 def unmerge_update(update: Update, weight: Tensor, kept: Kept | None) -> bool:
-    """Whether all weights are known to have the bits from before the merge."""
-    left = None
+    """Whether all weights had the bits that the merge left, and now have those from before it."""
+    left = slice(None)
+    is_exact = kept is not None
     unmerge = native_function("unmerge", update, weight)
     if unmerge is not None:
         fields = kept or Kept.empty(weight)
-        left, is_exact = unmerge(weight, *update, _rows_at_a_time(weight), _factors(weight), fields)
+        left, is_rest_exact = unmerge(weight, *update, _rows_at_a_time(weight), _factors(weight), fields)
+        is_exact = is_exact and is_rest_exact
         if not len(left):
-            return is_exact and kept is not None
+            return is_exact
 
     if kept is not None:
         is_as_merged = row_checksums(weight) == kept.checksums[:, 1]
@@ -356,7 +355,8 @@ def unmerge_update(update: Update, weight: Tensor, kept: Kept | None) -> bool:
     rows = torch.repeat_interleave(kept.counts)
     chosen = is_as_merged[rows]
     weight[rows[chosen], kept.columns.long()[chosen]] = kept.values[chosen]
-    return torch.equal(row_checksums(weight), kept.checksums[:, 0])
+    is_exact = is_exact and bool(is_as_merged[left].all())
+    return is_exact and torch.equal(row_checksums(weight), kept.checksums[:, 0])
 
 
 def _warn_of_inexact_unmerge(adapter: str, undo: Undo | None) -> None:

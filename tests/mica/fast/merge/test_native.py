@@ -133,6 +133,21 @@ def test_a_row_that_was_edited_gets_no_old_weights(dtype, monkeypatch):
 
 
 @both_dtypes
+@pytest.mark.parametrize("language", ["C++", "Python"])
+def test_an_edit_that_rounding_swallows_is_seen(dtype, language, monkeypatch):
+    if language == "Python":
+        from_python(monkeypatch)
+    weight = torch.full((2, 8), 1e-5, dtype=dtype)
+    update = merging.Update(torch.full((1, 2, 1), 1e-20), torch.full((1, 1, 8), 1e-20), False)
+    weight[1] = math.nan  # left to PyTorch
+    for row in (0, 1):
+        merged = weight.clone()
+        _, kept = merging.merge_update(update, merged, merged, True)
+        kept.checksums[row, 1] += 1
+        assert not merging.unmerge_update(update, merged, kept)
+
+
+@both_dtypes
 def test_threads_give_the_same(dtype):
     weight, update = weight_and_update(dtype, 600, 520, 0.1)
     before = torch.get_num_threads()
