@@ -82,6 +82,7 @@ def test_merging(dtype, rows, columns, scale, keeps, monkeypatch):
 def test_experts_in_several_chunks(dtype, transposed, monkeypatch):
     monkeypatch.setattr(merging, "CHUNK", 1000)
     weight, update = weight_and_update(dtype, 120, 52, 0.1, experts=4, transposed=transposed)
+    assert merging.native_function("merge", update, weight) is not None
     check_same(weight, update, True, monkeypatch)
 
 
@@ -164,6 +165,7 @@ def test_threads_give_the_same(dtype):
     assert results[0] == results[1] == results[2]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 @pytest.mark.parametrize("columns", [7, 2**16 + 4])
 def test_odd_layouts(dtype, columns, monkeypatch):
