@@ -16,10 +16,6 @@
 
 namespace mica {
 
-// ---------------------------------------------------------------------------------------------------------
-// a row
-// ---------------------------------------------------------------------------------------------------------
-
 inline float widened(uint16_t word) {
   return std::bit_cast<float>(static_cast<uint32_t>(word) << 16);
 }
@@ -136,10 +132,6 @@ inline Tensor weighted_sums(const Tensor& given_words, const Tensor& factors) {
   return sums;
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// a weight
-// ---------------------------------------------------------------------------------------------------------
-
 // What is found in rows that follow each other, and a thread's memory for one of them.
 template <typename Word>
 struct Part {
@@ -187,35 +179,29 @@ Tensor joined(const std::vector<Part<Word>>& parts, std::vector<Number> Part<Wor
   return tensor;
 }
 
-// `mica.fast.merge.merging.Update`, multiplied for ``step`` rows of the weight at a time
-struct Update {
-  const Tensor& up;
-  const Tensor& down;
-  bool transposed;
-  int64_t step;
-};
-
-// work(part, row, s·B·A of the row) for all rows of a weight, by several threads; the parts in the order of their rows
+// work(part, row, s·B·A of the row) for all rows of a weight, by several threads; the parts in the order of their rows.
+// up, down, transposed: `mica.fast.merge.merging.Update`, multiplied for ``step`` rows at a time
 template <typename Word, typename Work>
-std::vector<Part<Word>> for_rows(const Tensor& weight, const Update& update, const Work& work) {
+std::vector<Part<Word>> for_rows(
+    const Tensor& weight, const Tensor& up, const Tensor& down, bool transposed, int64_t step, const Work& work) {
   const int64_t columns = weight.size(1);
   const int64_t grain = std::max<int64_t>(1, 32768 / columns);
-  const int64_t count = weight.size(0) / update.up.size(0);
+  const int64_t count = weight.size(0) / up.size(0);
   const auto* words = static_cast<const Word*>(weight.const_data_ptr());
   thread_local std::vector<float> memory; // stays mapped: a new one takes longer than the product
-  memory.resize(std::min(update.step, count) * columns);
+  memory.resize(std::min(step, count) * columns);
   float* numbers = memory.data();
   std::vector<Part<Word>> parts;
   for (int64_t begin = 0, size = 0; begin < weight.size(0); begin += size) {
     const int64_t start = begin % count;
-    size = std::min(update.step, count - start);
-    const Tensor up = update.up[begin / count];
-    const Tensor down = update.down[begin / count];
+    size = std::min(step, count - start);
+    const Tensor left = up[begin / count];
+    const Tensor right = down[begin / count];
     Tensor product = at::from_blob(numbers, {size, columns}, at::kFloat);
-    if (update.transposed) {
-      product.copy_(at::mm(up, down.narrow(1, start, size).contiguous()).t());
+    if (transposed) {
+      product.copy_(at::mm(left, right.narrow(1, start, size).contiguous()).t());
     } else {
-      at::mm_out(product, up.narrow(0, start, size), down);
+      at::mm_out(product, left.narrow(0, start, size), right);
     }
     const size_t before = parts.size();
     parts.resize(before + (size + grain - 1) / grain, Part<Word>(columns));
@@ -264,7 +250,7 @@ std::tuple<Tensor, Sums, std::vector<Tensor>> merge(
       std::copy_n(fresh, size, to + row * size);
     }
   };
-  const auto parts = for_rows<Word>(weight, {up, down, transposed, step}, work);
+  const auto parts = for_rows<Word>(weight, up, down, transposed, step, work);
   Sums sums = {};
   for (const Part<Word>& part : parts) {
     std::transform(sums.begin(), sums.end(), part.sums.begin(), sums.begin(), std::plus());
@@ -306,7 +292,7 @@ std::tuple<Tensor, bool> unmerge(
     part.is_exact &= is_as_merged && weighted_sum(fresh, factors.const_data_ptr(), factors.size(0)) == sums[0];
     std::copy_n(fresh, size, merged);
   };
-  const auto parts = for_rows<Word>(weight, {up, down, transposed, step}, work);
+  const auto parts = for_rows<Word>(weight, up, down, transposed, step, work);
   const bool is_exact = std::all_of(parts.begin(), parts.end(), [](const auto& part) { return part.is_exact; });
   return {joined(parts, &Part<Word>::left, at::kLong), is_exact};
 }
