@@ -293,8 +293,12 @@ def _stats(old: Tensor, new: Tensor, delta: Tensor, error: Tensor) -> MergeStats
     )
 
 
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def _keep(old: Tensor, back: Tensor, new: Tensor) -> Kept:
-    is_lost = (back.view(torch.uint8) != old.view(torch.uint8)).view(*old.shape, -1).any(dim=-1)
+    word = _WORDS[old.element_size()]
+    is_lost = back.view(word) != old.view(word)
     columns = is_lost.nonzero()[:, 1]
     if old.shape[1] <= 2**16:
         columns = columns.to(torch.uint16)
