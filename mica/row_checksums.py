@@ -32,7 +32,7 @@ def row_checksums(matrix: Tensor) -> Tensor:
     matrix = matrix.detach()
     word = _word_of(matrix)
     count = matrix.shape[1] * matrix.element_size() // word.itemsize
-    odd = _odd_numbers(count).to(matrix.device, non_blocking=True)
+    odd = odd_numbers(count).to(matrix.device, non_blocking=True)
 
     sums = []
     for rows in matrix.split(_rows_at_a_time(matrix)):
@@ -51,7 +51,7 @@ def _weighted_sums(words: Tensor, factors: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _odd_numbers(count: int) -> Tensor:
+def odd_numbers(count: int) -> Tensor:
     """The same ones at every call. Never written to."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator, device="cpu") | 1

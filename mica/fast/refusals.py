@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
+from peft.tuners import lora
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -110,9 +112,9 @@ def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged 
         )
 
 
-def check_weights(model: nn.Module, adapter_names) -> None:
+def check_weights(layers: Iterable[tuple[str, lora.LoraLayer]], adapter_names) -> None:
     """`check_weight` for all layers into which a MiCA adapter of these names, or an active one, is merged."""
-    for name, layer in lora_layers(model):
+    for name, layer in layers:
         unmerged = set(requested(layer, adapter_names)) - set(layer.merged_adapters)
         if any(is_mica(layer, adapter) for adapter in unmerged):
             check_weight(layer, name)
@@ -121,7 +123,7 @@ def check_weights(model: nn.Module, adapter_names) -> None:
 @while_enabled
 def merge_adapter(stock, self, adapter_names=None, *args, **kwargs) -> None:
     """All layers are checked before the first is merged: no model is left half merged."""
-    check_weights(self.model, adapter_names)
+    check_weights(lora_layers(self.model), adapter_names)
     return stock(self, adapter_names, *args, **kwargs)
 
 

@@ -14,18 +14,20 @@
 #include <cstdint>
 #include <vector>
 
-// The loops here are worth vectors. PyTorch runs on processors that have none, so both versions are compiled.
-#if defined(__x86_64__) && defined(__GNUC__)
-#define MICA_VECTORS __attribute__((target_clones("avx2", "default")))
+// The loops here are worth vectors. PyTorch runs on processors that have none, so several versions are compiled.
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12
+#define MICA_TARGETS target_clones("arch=x86-64-v4", "avx2", "default")
+#elif defined(__x86_64__) && defined(__GNUC__)
+#define MICA_TARGETS target_clones("avx2", "default")
 #else
-#define MICA_VECTORS
+#define MICA_TARGETS
 #endif
 #if defined(__clang__)
+#define MICA_VECTORS __attribute__((MICA_TARGETS))
 #define MICA_LOOP _Pragma("clang loop vectorize(enable)")
 #else
+#define MICA_VECTORS __attribute__((MICA_TARGETS, optimize("O3")))
 #define MICA_LOOP
-#pragma GCC push_options
-#pragma GCC optimize("O3")
 #endif
 
 namespace mica {
@@ -278,7 +280,3 @@ inline Tensor wide_product_or_none(const Tensor& g, const Tensor& x) {
 }
 
 } // namespace mica
-
-#if !defined(__clang__)
-#pragma GCC pop_options
-#endif

@@ -1,228 +1,113 @@
-// One pass over a chunk of a weight that is merged: `mica.fast.merge.merging` on a CPU, to the bit. PyTorch's operators
-// make eight passes, each with its own temporary.
-//
-// Processors and builds of PyTorch round NaN and subnormal numbers to bfloat16 in different ways. A chunk in which one
-// has to be rounded is left to PyTorch.
+// Merging s·B·A into a bfloat16 or fp32 weight, and unmerging it: `mica.fast.merge.merging` on a CPU, to the bit. All that
+// is done with a row is done while it is in the cache; PyTorch's operators would pass over the weight 15 times.
 
 #pragma once
 
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <atomic>
+#include <bit>
 #include <cstdint>
 #include <cstring>
-#include <mutex>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "loops.h"
 
-#if !defined(__clang__)
-#pragma GCC push_options
-#pragma GCC optimize("O3")
-#endif
-
 namespace mica {
 
-inline float as_float(uint32_t bits) {
-  float number;
-  std::memcpy(&number, &bits, sizeof number);
-  return number;
-}
-
-inline uint32_t as_bits(float number) {
-  uint32_t bits;
-  std::memcpy(&bits, &number, sizeof bits);
-  return bits;
-}
-
-// Of numbers that are rounded, as integers: the largest magnitude, and the smallest but 0, minus 1.
-struct Range {
-  uint32_t largest = 0;
-  uint32_t smallest = 0xFFFFFFFFu;
-
-  // Neither NaN nor subnormal numbers are among them.
-  bool is_ordinary() const {
-    return largest <= 0x7F800000u && smallest >= 0x00800000u - 1;
-  }
-};
-
-// As std::max and std::min, which are compiled for any processor and so not inlined in a loop for some.
-inline uint32_t larger(uint32_t left, uint32_t right) {
-  return left > right ? left : right;
-}
-
-inline uint32_t smaller(uint32_t left, uint32_t right) {
-  return left < right ? left : right;
-}
-
 inline float widened(uint16_t word) {
-  return as_float(static_cast<uint32_t>(word) << 16);
+  return std::bit_cast<float>(static_cast<uint32_t>(word) << 16);
 }
 
 inline float widened(uint32_t word) {
-  return as_float(word);
+  return std::bit_cast<float>(word);
 }
 
 // To bfloat16: to the nearest, ties to even.
 inline void narrowed(float number, uint16_t& word) {
-  const uint32_t bits = as_bits(number);
+  const auto bits = std::bit_cast<uint32_t>(number);
   word = static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
 inline void narrowed(float number, uint32_t& word) {
-  word = as_bits(number);
+  word = std::bit_cast<uint32_t>(number);
 }
 
-// What a merge has done to some weights.
-struct Merged {
-  Range range;
-  int64_t unchanged = 0;
-  double update_squared = 0.0;
-  double error_squared = 0.0;
-  std::vector<int64_t> lost; // positions at which subtracting the update does not give the weight back
-};
+// NaN or subnormal: processors and builds of PyTorch round these to bfloat16 in different ways.
+inline uint32_t is_unusual(float number) {
+  const uint32_t magnitude = std::bit_cast<uint32_t>(number) & 0x7FFFFFFFu;
+  return (magnitude - 1 < 0x007FFFFFu) | (magnitude > 0x7F800000u);
+}
 
-constexpr int64_t merge_block = 1024; // elements whose squares are summed in fp32
+// What is summed over a merge: how many weights have not moved, ‖update‖² and ‖error‖²
+using Sums = std::array<double, 3>;
 
-// new = round(old + update) of a block of this size at most; ``lost`` gets 1 where it cannot be undone
-#define MICA_MERGE_BLOCK(Word)                                                                                 \
-  MICA_VECTORS inline void merge_block_of(                                                                     \
-      Word* fresh, const Word* old, const float* update, uint8_t* lost, int64_t size, Merged& merged) {        \
-    uint32_t largest = merged.range.largest;                                                                   \
-    uint32_t smallest = merged.range.smallest;                                                                 \
-    uint32_t unchanged = 0;                                                                                    \
-    MICA_LOOP                                                                                                  \
-    for (int64_t i = 0; i < size; ++i) {                                                                       \
-      const float before = widened(old[i]);                                                                    \
-      const float sum = before + update[i];                                                                    \
-      Word word;                                                                                               \
-      narrowed(sum, word);                                                                                     \
-      const float after = widened(word);                                                                       \
-      const float recovered = after - update[i];                                                               \
-      Word back;                                                                                               \
-      narrowed(recovered, back);                                                                               \
-      fresh[i] = word;                                                                                         \
-      lost[i] = back != old[i];                                                                                \
-      unchanged += after == before;                                                                            \
-      const uint32_t magnitude = as_bits(sum) & 0x7FFFFFFFu;                                                   \
-      const uint32_t magnitude_back = as_bits(recovered) & 0x7FFFFFFFu;                                        \
-      largest = larger(largest, larger(magnitude, magnitude_back));                                        \
-      smallest = smaller(smallest, smaller(magnitude - 1, magnitude_back - 1));                              \
-    }                                                                                                          \
-    merged.range = {largest, smallest};                                                                        \
-    merged.unchanged += unchanged;                                                                             \
-  }                                                                                                            \
-  MICA_VECTORS inline void squares_of(                                                                         \
-      const Word* fresh, const Word* old, const float* update, int64_t size, Merged& merged) {                 \
-    constexpr int64_t lanes = 16; /* sums of their own, so that the loop has vectors */                        \
-    float updates[lanes] = {};                                                                                 \
-    float errors[lanes] = {};                                                                                  \
-    for (int64_t start = 0; start + lanes <= size; start += lanes) {                                           \
-      for (int64_t lane = 0; lane < lanes; ++lane) {                                                           \
-        const int64_t i = start + lane;                                                                        \
-        const float error = (widened(fresh[i]) - update[i]) - widened(old[i]);                                 \
-        updates[lane] += update[i] * update[i];                                                                \
-        errors[lane] += error * error;                                                                         \
-      }                                                                                                        \
-    }                                                                                                          \
-    for (int64_t i = size / lanes * lanes; i < size; ++i) {                                                    \
-      const float error = (widened(fresh[i]) - update[i]) - widened(old[i]);                                   \
-      updates[0] += update[i] * update[i];                                                                     \
-      errors[0] += error * error;                                                                              \
-    }                                                                                                          \
-    for (int64_t lane = 0; lane < lanes; ++lane) {                                                             \
-      merged.update_squared += updates[lane];                                                                  \
-      merged.error_squared += errors[lane];                                                                    \
-    }                                                                                                          \
-  }                                                                                                            \
-  /* round(weight - update) into fresh */                                                                      \
-  MICA_VECTORS inline Range subtract_block_of(                                                                 \
-      Word* fresh, const Word* weight, const float* update, int64_t size) {                                    \
-    uint32_t largest = 0;                                                                                      \
-    uint32_t smallest = 0xFFFFFFFFu;                                                                           \
-    MICA_LOOP                                                                                                  \
-    for (int64_t i = 0; i < size; ++i) {                                                                       \
-      const float difference = widened(weight[i]) - update[i];                                                 \
-      Word word;                                                                                               \
-      narrowed(difference, word);                                                                              \
-      fresh[i] = word;                                                                                         \
-      const uint32_t magnitude = as_bits(difference) & 0x7FFFFFFFu;                                            \
-      largest = larger(largest, magnitude);                                                                  \
-      smallest = smaller(smallest, magnitude - 1);                                                            \
-    }                                                                                                          \
-    return {largest, smallest};                                                                                \
+constexpr int64_t lanes = 16; // with sums of their own, so that the loop over them has vectors
+
+#define MICA_ROWS(Word)                                                                                          \
+  /* fresh = round(old + update); whether a sum is unusual */                                                    \
+  MICA_VECTORS inline bool merge_row(                                                                            \
+      Word* __restrict fresh, const Word* __restrict old, const float* __restrict update, int64_t size, Sums& sums) { \
+    uint32_t unusual[lanes] = {};                                                                                \
+    uint32_t unchanged[lanes] = {};                                                                              \
+    float updates[lanes] = {};                                                                                   \
+    float errors[lanes] = {};                                                                                    \
+    const auto merge_word = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {                        \
+      const float before = widened(old[i]);                                                                      \
+      const float sum = before + update[i];                                                                      \
+      narrowed(sum, fresh[i]);                                                                                   \
+      const float after = widened(fresh[i]);                                                                     \
+      const float error = (after - update[i]) - before;                                                          \
+      unusual[lane] |= is_unusual(sum);                                                                          \
+      unchanged[lane] += after == before;                                                                        \
+      updates[lane] += update[i] * update[i];                                                                    \
+      errors[lane] += error * error;                                                                             \
+    };                                                                                                           \
+    const int64_t whole = size / lanes * lanes;                                                                  \
+    for (int64_t start = 0; start < whole; start += lanes) {                                                     \
+      for (int64_t lane = 0; lane < lanes; ++lane) {                                                             \
+        merge_word(start + lane, lane);                                                                          \
+      }                                                                                                          \
+    }                                                                                                            \
+    for (int64_t i = whole; i < size; ++i) {                                                                     \
+      merge_word(i, i - whole);                                                                                  \
+    }                                                                                                            \
+    for (int64_t lane = 0; lane < lanes; ++lane) {                                                               \
+      unusual[0] |= unusual[lane];                                                                               \
+      sums[0] += unchanged[lane];                                                                                \
+      sums[1] += updates[lane];                                                                                  \
+      sums[2] += errors[lane];                                                                                   \
+    }                                                                                                            \
+    return unusual[0];                                                                                           \
+  }                                                                                                              \
+  /* fresh = round(merged - update); whether a difference is unusual */                                          \
+  MICA_VECTORS inline bool unmerge_row(                                                                          \
+      Word* __restrict fresh, const Word* __restrict merged, const float* __restrict update, int64_t size) {     \
+    uint32_t unusual = 0;                                                                                        \
+    MICA_LOOP                                                                                                    \
+    for (int64_t i = 0; i < size; ++i) {                                                                         \
+      const float difference = widened(merged[i]) - update[i];                                                   \
+      narrowed(difference, fresh[i]);                                                                            \
+      unusual |= is_unusual(difference);                                                                         \
+    }                                                                                                            \
+    return unusual;                                                                                              \
+  }                                                                                                              \
+  MICA_VECTORS inline void differ(                                                                               \
+      uint8_t* __restrict is_other, const Word* __restrict left, const Word* __restrict right, int64_t size) {   \
+    MICA_LOOP                                                                                                    \
+    for (int64_t i = 0; i < size; ++i) {                                                                         \
+      is_other[i] = left[i] != right[i];                                                                         \
+    }                                                                                                            \
   }
-MICA_MERGE_BLOCK(uint16_t)
-MICA_MERGE_BLOCK(uint32_t)
-#undef MICA_MERGE_BLOCK
+MICA_ROWS(uint16_t)
+MICA_ROWS(uint32_t)
+#undef MICA_ROWS
 
-inline void append_positions(std::vector<int64_t>& positions, const uint8_t* is_set, int64_t size, int64_t first) {
-  const uint8_t* end = is_set + size;
-  for (const uint8_t* next = is_set; next < end; ++next) {
-    next = static_cast<const uint8_t*>(std::memchr(next, 1, end - next));
-    if (!next) {
-      return;
-    }
-    positions.push_back(first + (next - is_set));
-  }
-}
-
-// All tensors are contiguous and of one number of elements; fresh and old are bfloat16 or fp32, update is fp32.
-template <typename Word>
-Merged merge_words(const Tensor& fresh, const Tensor& old, const Tensor& update, bool needs_lost) {
-  auto* to = static_cast<Word*>(fresh.mutable_data_ptr());
-  const auto* from = static_cast<const Word*>(old.const_data_ptr());
-  const auto* added = static_cast<const float*>(update.const_data_ptr());
-  const int64_t size = old.numel();
-  std::mutex mutex;
-  std::vector<std::pair<int64_t, Merged>> parts;
-  const int64_t blocks = (size + merge_block - 1) / merge_block;
-  in_parallel(blocks, 32, [&](int64_t first, int64_t last) {
-    Merged merged;
-    uint8_t lost[merge_block];
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t start = block * merge_block;
-      const int64_t count = std::min(merge_block, size - start);
-      merge_block_of(to + start, from + start, added + start, lost, count, merged);
-      squares_of(to + start, from + start, added + start, count, merged);
-      if (needs_lost) {
-        append_positions(merged.lost, lost, count, start);
-      }
-    }
-    const std::lock_guard<std::mutex> lock(mutex);
-    parts.emplace_back(first, std::move(merged));
-  });
-  std::sort(parts.begin(), parts.end(), [](const auto& left, const auto& right) { return left.first < right.first; });
-  Merged whole;
-  for (const auto& [first, part] : parts) {
-    whole.range.largest = std::max(whole.range.largest, part.range.largest);
-    whole.range.smallest = std::min(whole.range.smallest, part.range.smallest);
-    whole.unchanged += part.unchanged;
-    whole.update_squared += part.update_squared;
-    whole.error_squared += part.error_squared;
-    whole.lost.insert(whole.lost.end(), part.lost.begin(), part.lost.end());
-  }
-  return whole;
-}
-
-template <typename Word>
-bool subtract_words(const Tensor& fresh, const Tensor& weight, const Tensor& update) {
-  auto* to = static_cast<Word*>(fresh.mutable_data_ptr());
-  const auto* from = static_cast<const Word*>(weight.const_data_ptr());
-  const auto* subtracted = static_cast<const float*>(update.const_data_ptr());
-  std::atomic<bool> is_ordinary{true};
-  in_parallel(weight.numel(), 32 * merge_block, [&](int64_t first, int64_t last) {
-    if (!subtract_block_of(to + first, from + first, subtracted + first, last - first).is_ordinary()) {
-      is_ordinary = false;
-    }
-  });
-  return is_ordinary;
-}
-
-// Each row's sum of its words, each times the factor of its column, modulo 2^64: `mica.row_checksums`
-MICA_VECTORS inline uint64_t weighted_sum(const uint64_t* words, const uint64_t* factors, int64_t columns) {
+// The sum of words, each times the factor of its column, modulo 2^64: `mica.row_checksums`
+MICA_VECTORS inline uint64_t weighted_sum(const void* row, const void* given_factors, int64_t columns) {
+  const auto* words = static_cast<const uint64_t*>(row);
+  const auto* factors = static_cast<const uint64_t*>(given_factors);
   uint64_t sum = 0;
   MICA_LOOP
   for (int64_t i = 0; i < columns; ++i) {
@@ -234,32 +119,182 @@ MICA_VECTORS inline uint64_t weighted_sum(const uint64_t* words, const uint64_t*
 // words (rows×columns) and factors (columns, contiguous) int64
 inline Tensor weighted_sums(const Tensor& given_words, const Tensor& factors) {
   const Tensor words = given_words.contiguous();
-  const int64_t rows = words.size(0);
   const int64_t columns = words.size(1);
-  const Tensor sums = at::empty({rows}, at::kLong);
-  const auto* from = reinterpret_cast<const uint64_t*>(words.const_data_ptr<int64_t>());
-  const auto* factor = reinterpret_cast<const uint64_t*>(factors.const_data_ptr<int64_t>());
-  auto* to = reinterpret_cast<uint64_t*>(sums.mutable_data_ptr<int64_t>());
-  in_parallel(rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, columns)), [&](int64_t first, int64_t last) {
+  const Tensor sums = at::empty({words.size(0)}, at::kLong);
+  const auto* from = words.const_data_ptr<int64_t>();
+  auto* to = sums.mutable_data_ptr<int64_t>();
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, columns));
+  in_parallel(words.size(0), grain, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
-      to[row] = weighted_sum(from + row * columns, factor, columns);
+      to[row] = weighted_sum(from + row * columns, factors.const_data_ptr(), columns);
     }
   });
   return sums;
 }
 
-// Whether `merge_words` and `subtract_words` take a chunk.
-inline bool takes_chunk(const Tensor& fresh, const Tensor& weight, const Tensor& update) {
-  const ScalarType dtype = weight.scalar_type();
-  const bool has_dtypes = (dtype == at::kBFloat16 || dtype == at::kFloat) && fresh.scalar_type() == dtype &&
-      update.scalar_type() == at::kFloat;
-  const bool is_one_size = fresh.numel() == weight.numel() && update.numel() == weight.numel();
-  return has_dtypes && is_one_size && weight.is_cpu() && fresh.is_contiguous() && weight.is_contiguous() &&
-      update.is_contiguous();
+// What is found in rows that follow each other, and a thread's memory for one of them.
+template <typename Word>
+struct Part {
+  std::vector<int64_t> left; // rows that are left to PyTorch
+  std::vector<uint16_t> columns; // where subtracting the update does not give a weight back,
+  std::vector<Word> values; // and the weight
+  Sums sums = {};
+  bool is_exact = true;
+  std::vector<Word> fresh, back;
+  std::vector<uint8_t> is_lost; // whole words of 64 bytes
+
+  explicit Part(int64_t size) : fresh(size), back(size), is_lost((size + 63) / 64 * 64) {}
+
+  // Keep the weights of a row where `is_lost` is 1; how many these are
+  int32_t keep(const Word* old) {
+    const size_t count = columns.size();
+    for (size_t start = 0; start < is_lost.size(); start += 64) {
+      uint64_t flags = 0; // a bit for each byte: one loop over what is lost mispredicts less than eight
+      for (int shift = 0; shift < 64; shift += 8) {
+        uint64_t bytes;
+        std::memcpy(&bytes, is_lost.data() + start + shift, sizeof bytes);
+        flags |= (bytes * 0x0102040810204080u >> 56) << shift;
+      }
+      for (; flags != 0; flags &= flags - 1) {
+        columns.push_back(start + std::countr_zero(flags));
+        values.push_back(old[columns.back()]);
+      }
+    }
+    return columns.size() - count;
+  }
+};
+
+// One field of all parts, one after the other
+template <typename Word, typename Number>
+Tensor joined(const std::vector<Part<Word>>& parts, std::vector<Number> Part<Word>::*field, at::ScalarType dtype) {
+  int64_t size = 0;
+  for (const Part<Word>& part : parts) {
+    size += (part.*field).size();
+  }
+  const Tensor tensor = at::empty({size}, dtype);
+  auto* to = static_cast<Number*>(tensor.mutable_data_ptr());
+  for (const Part<Word>& part : parts) {
+    to = std::copy((part.*field).begin(), (part.*field).end(), to);
+  }
+  return tensor;
+}
+
+// work(part, row, s·B·A of the row) for all rows of a weight, by several threads; the parts in the order of their rows.
+// up, down, transposed: `mica.fast.merge.merging.Update`, multiplied for ``step`` rows at a time
+template <typename Word, typename Work>
+std::vector<Part<Word>> for_rows(
+    const Tensor& weight, const Tensor& up, const Tensor& down, bool transposed, int64_t step, const Work& work) {
+  const int64_t columns = weight.size(1);
+  const int64_t grain = std::max<int64_t>(1, 32768 / columns);
+  const int64_t count = weight.size(0) / up.size(0);
+  const auto* words = static_cast<const Word*>(weight.const_data_ptr());
+  thread_local std::vector<float> memory; // stays mapped: a new one takes longer than the product
+  memory.resize(std::min(step, count) * columns);
+  float* numbers = memory.data();
+  std::vector<Part<Word>> parts;
+  for (int64_t begin = 0, size = 0; begin < weight.size(0); begin += size) {
+    const int64_t start = begin % count;
+    size = std::min(step, count - start);
+    const Tensor left = up[begin / count];
+    const Tensor right = down[begin / count];
+    Tensor product = at::from_blob(numbers, {size, columns}, at::kFloat);
+    if (transposed) {
+      product.copy_(at::mm(left, right.narrow(1, start, size).contiguous()).t());
+    } else {
+      at::mm_out(product, left.narrow(0, start, size), right);
+    }
+    const size_t before = parts.size();
+    parts.resize(before + (size + grain - 1) / grain, Part<Word>(columns));
+    in_parallel(parts.size() - before, 1, [&](int64_t first, int64_t last) {
+      for (int64_t row = first * grain; row < std::min(size, last * grain); ++row) {
+        const Word* later = words + (begin + row + 2) * columns; // the loops are faster than memory
+        for (int64_t i = 0; i < columns; i += 64 / sizeof(Word)) {
+          __builtin_prefetch(later + i);
+        }
+        work(parts[before + row / grain], begin + row, numbers + row * columns);
+      }
+    });
+  }
+  return parts;
+}
+
+// out = round(weight + s·B·A) but for the rows that are left; ``out`` may be the weight. Gives those rows, the sums
+// over all, and if ``keeps`` the fields of `mica.fast.merge.merging.Kept`.
+template <typename Word>
+std::tuple<Tensor, Sums, std::vector<Tensor>> merge(
+    const Tensor& weight, const Tensor& out, const Tensor& up, const Tensor& down, bool transposed, int64_t step,
+    const Tensor& factors, bool keeps) {
+  auto* to = static_cast<Word*>(out.mutable_data_ptr());
+  const auto* from = static_cast<const Word*>(weight.const_data_ptr());
+  const int64_t size = weight.size(1);
+  const Tensor checksums = at::empty({keeps * weight.size(0), 2}, at::kLong);
+  const Tensor counts = at::empty({keeps * weight.size(0)}, at::kInt);
+  const auto work = [&](Part<Word>& part, int64_t row, const float* product) {
+    const Word* old = from + row * size;
+    Word* fresh = part.fresh.data();
+    bool is_left = merge_row(fresh, old, product, size, part.sums);
+    if (keeps) {
+      is_left |= unmerge_row(part.back.data(), fresh, product, size);
+      differ(part.is_lost.data(), part.back.data(), old, size);
+      if (is_left) { // PyTorch may round it in another way
+        std::fill_n(part.is_lost.begin(), size, 1);
+      }
+      counts.mutable_data_ptr<int32_t>()[row] = part.keep(old);
+      int64_t* sums = checksums.mutable_data_ptr<int64_t>() + 2 * row;
+      sums[0] = weighted_sum(old, factors.const_data_ptr(), factors.size(0));
+      sums[1] = weighted_sum(fresh, factors.const_data_ptr(), factors.size(0));
+    }
+    if (is_left) {
+      part.left.push_back(row);
+    } else {
+      std::copy_n(fresh, size, to + row * size);
+    }
+  };
+  const auto parts = for_rows<Word>(weight, up, down, transposed, step, work);
+  Sums sums = {};
+  for (const Part<Word>& part : parts) {
+    std::transform(sums.begin(), sums.end(), part.sums.begin(), sums.begin(), std::plus());
+  }
+  std::vector<Tensor> kept;
+  if (keeps) {
+    const Tensor columns = joined(parts, &Part<Word>::columns, at::kUInt16);
+    kept = {checksums, counts, columns, joined(parts, &Part<Word>::values, weight.scalar_type())};
+  }
+  return {joined(parts, &Part<Word>::left, at::kLong), sums, kept};
+}
+
+// weight = round(weight - s·B·A) but for the rows that are left, and every bit from before the merge in those that are as
+// it left them. Gives the rows that are left, and whether all others were as the merge left them and are as before it.
+template <typename Word>
+std::tuple<Tensor, bool> unmerge(
+    const Tensor& weight, const Tensor& up, const Tensor& down, bool transposed, int64_t step, const Tensor& factors,
+    const std::array<Tensor, 4>& kept) {
+  auto* words = static_cast<Word*>(weight.mutable_data_ptr());
+  const int64_t size = weight.size(1);
+  const auto& [checksums, counts, columns, values] = kept;
+  const Tensor ends = counts.cumsum(0);
+  const auto* column = columns.template const_data_ptr<uint16_t>();
+  const auto* value = static_cast<const Word*>(values.const_data_ptr());
+  const auto work = [&](Part<Word>& part, int64_t row, const float* product) {
+    Word* fresh = part.fresh.data();
+    Word* merged = words + row * size;
+    if (unmerge_row(fresh, merged, product, size)) {
+      part.left.push_back(row);
+      return;
+    }
+    const auto* sums = checksums.template const_data_ptr<int64_t>() + 2 * row;
+    const bool is_as_merged = weighted_sum(merged, factors.const_data_ptr(), factors.size(0)) == sums[1];
+    const int64_t end = ends.const_data_ptr<int64_t>()[row];
+    const int64_t count = is_as_merged ? counts.template const_data_ptr<int32_t>()[row] : 0;
+    for (int64_t i = end - count; i < end; ++i) {
+      fresh[column[i]] = value[i];
+    }
+    part.is_exact &= is_as_merged && weighted_sum(fresh, factors.const_data_ptr(), factors.size(0)) == sums[0];
+    std::copy_n(fresh, size, merged);
+  };
+  const auto parts = for_rows<Word>(weight, up, down, transposed, step, work);
+  const bool is_exact = std::all_of(parts.begin(), parts.end(), [](const auto& part) { return part.is_exact; });
+  return {joined(parts, &Part<Word>::left, at::kLong), is_exact};
 }
 
 } // namespace mica
-
-#if !defined(__clang__)
-#pragma GCC pop_options
-#endif

@@ -126,41 +126,6 @@ OptionalTensor wide_product(const Tensor& left, const Tensor& right) {
   return product.defined() ? OptionalTensor(product) : std::nullopt;
 }
 
-// (positions that are lost or None, unchanged, ‖update‖², ‖error‖²), or None where PyTorch's operators have to do it;
-// ``fresh`` is then undefined. For `mica.fast.merge.merging`
-py::object merge_chunk(const Tensor& fresh, const Tensor& old, const Tensor& update, bool needs_lost) {
-  if (!takes_chunk(fresh, old, update)) {
-    return py::none();
-  }
-  Merged merged;
-  OptionalTensor lost;
-  {
-    const py::gil_scoped_release no_gil;
-    const bool is_short = old.element_size() == 2;
-    merged = is_short ? merge_words<uint16_t>(fresh, old, update, needs_lost)
-                      : merge_words<uint32_t>(fresh, old, update, needs_lost);
-    if (needs_lost) {
-      lost = at::empty({static_cast<int64_t>(merged.lost.size())}, at::kLong);
-      std::copy(merged.lost.begin(), merged.lost.end(), lost->mutable_data_ptr<int64_t>());
-    }
-  }
-  if (!merged.range.is_ordinary()) {
-    return py::none();
-  }
-  return py::make_tuple(lost, merged.unchanged, merged.update_squared, merged.error_squared);
-}
-
-// Whether ``fresh`` is now round(weight - update).
-bool subtract_chunk(const Tensor& fresh, const Tensor& weight, const Tensor& update) {
-  if (!takes_chunk(fresh, weight, update)) {
-    return false;
-  }
-  const py::gil_scoped_release no_gil;
-  const bool is_short = weight.element_size() == 2;
-  return is_short ? subtract_words<uint16_t>(fresh, weight, update)
-                  : subtract_words<uint32_t>(fresh, weight, update);
-}
-
 // ---------------------------------------------------------------------------------------------------------
 // what Python tells
 // ---------------------------------------------------------------------------------------------------------
@@ -212,8 +177,10 @@ PYBIND11_MODULE(mica_native, module) {
   module.def("linear", mica::linear_or_none);
   module.def("wide_product", mica::wide_product);
   module.def("weighted_sums", mica::weighted_sums, py::call_guard<py::gil_scoped_release>());
-  module.def("merge_chunk", mica::merge_chunk);
-  module.def("subtract_chunk", mica::subtract_chunk);
+  module.def("merge_bfloat16", mica::merge<uint16_t>, py::call_guard<py::gil_scoped_release>());
+  module.def("merge_float32", mica::merge<uint32_t>, py::call_guard<py::gil_scoped_release>());
+  module.def("unmerge_bfloat16", mica::unmerge<uint16_t>, py::call_guard<py::gil_scoped_release>());
+  module.def("unmerge_float32", mica::unmerge<uint32_t>, py::call_guard<py::gil_scoped_release>());
   module.def("configure_linear", mica::configure_linear);
   module.def("configure_check", mica::configure_check);
 }

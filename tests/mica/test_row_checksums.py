@@ -91,7 +91,7 @@ def test_it_is_the_same_in_every_process_and_takes_no_random_numbers():
     matrix = torch.randn(5, 16)
     found = []
     for seed in (1, 2):
-        module._odd_numbers.cache_clear()  # as in another process
+        module.odd_numbers.cache_clear()  # as in another process
         torch.manual_seed(seed)
         before = torch.get_rng_state()
         found.append(row_checksums(matrix))
@@ -101,10 +101,10 @@ def test_it_is_the_same_in_every_process_and_takes_no_random_numbers():
 
 def test_factors_made_in_inference_mode_are_the_same_outside():
     """The odd numbers that words are multiplied by are cached at the first call."""
-    module._odd_numbers.cache_clear()
+    module.odd_numbers.cache_clear()
     matrix = torch.randn(5, 8)
     with torch.inference_mode():
         inside = row_checksums(matrix).clone()
     assert torch.equal(row_checksums(matrix), inside)
-    module._odd_numbers.cache_clear()
+    module.odd_numbers.cache_clear()
     assert torch.equal(row_checksums(matrix), inside)

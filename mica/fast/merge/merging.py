@@ -4,9 +4,8 @@ Stock PEFT rounds s·B·A to the base dtype and then adds in that dtype: in bf16
 small update do not move at all, and merge + unmerge changes 0.8 % of W. Here W' = round(W + s·B·A), and
 where round(W' - s·B·A) is not W again, the old value is kept with the layer: a sparse correction.
 
-A copy of W would be faster to make and to put back (0.7 of the time when PyTorch's operators did the rest),
-but a merged model would hold its adapted weights twice. The correction takes 10 bytes for each weight that is
-lost: 0.08 bytes a weight where 0.8 % of them are, and a copy takes 2.
+A copy of W would be simpler, but a merged model would hold its adapted weights twice. The correction takes 4
+bytes (bf16) or 6 (fp32) for each weight that is lost, 0.17 and 0.37 bytes a weight where 3.5 and 6 % are.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -28,85 +26,89 @@ from mica.dtypes import FLOATING
 from mica.fast.create import quantised
 from mica.fast.forward.eligibility import adapter_weights, is_mica, is_stored_transposed
 from mica.fast.forward.expert_params import is_stored_as_in_out, is_wrapper, lora_A_of, lora_B_of
-from mica.fast.merge.bits import count_equal, positions_that_differ
 from mica.fast.merge.report import MergeStats, sum_stats
-from mica.fast.merge.scratch import convert, rows_at_a_time, scratch, scratch_like
 from mica.fast.merge.unloading import needs_undo
 from mica.fast.refusals import check_weight
 from mica.fast.settings import around, settings
 from mica.memory import TENSOR_TYPES
 from mica.ops.operator import no_autocast
 from mica.paths import reference_path
-from mica.row_checksums import row_checksums
+from mica.row_checksums import odd_numbers, row_checksums
+
+# Elements of a weight whose s·B·A is computed at a time. On a CPU its 1 MB should stay in the cache. On a
+# device the number of launches matters; 2**24 are 64 MB. Products of other numbers of rows may differ in
+# their last bits: with another chunk a merged weight has other bits.
+CHUNK = 2**18
+DEVICE_CHUNK = 2**24
 
 
-@dataclass
-class Update:
-    """s·B·A of every matrix of a weight: E experts, or E = 1."""
+class Update(NamedTuple):
+    """s·B·A of every matrix of a weight: E experts, or E = 1. In fp32, or fp64 where A or B is."""
 
-    lora_A: Tensor  # (E, r, in_features)
-    lora_B: Tensor  # (E, out_features, r)
-    scaling: float
+    up: Tensor  # (E, out_features, r): B
+    down: Tensor  # (E, r, in_features): s·A
     transposed: bool  # the weight is stored as (..., in_features, out_features)
 
-    def copy(self, device: torch.device) -> Update:
-        lora_A = self.lora_A.to(device, copy=True)
-        lora_B = self.lora_B.to(device, copy=True)
-        return Update(lora_A, lora_B, self.scaling, self.transposed)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the stored weight, as a matrix."""
+        rows, columns = self.up.shape[1], self.down.shape[2]
+        if self.transposed:
+            rows, columns = columns, rows
+        return len(self.up) * rows, columns
+
+    def to(self, device: torch.device) -> Update:
+        return Update(self.up.to(device), self.down.to(device), self.transposed)
 
     def chunks(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Row slices of the stored weight, experts one below the other, with their s·B·A in fp32 (fp64).
-
-        Each s·B·A is contiguous, and valid until the next.
-        """
-        count = len(weight) // len(self.lora_A)  # rows of one expert
-        step = rows_at_a_time(weight)
-        for expert, (lora_A, lora_B) in enumerate(zip(self.lora_A, self.lora_B, strict=True)):
+        """Row slices of the stored weight, experts one below the other, with their s·B·A, contiguous."""
+        count = len(weight) // len(self.up)  # rows of one expert
+        step = _rows_at_a_time(weight)
+        for expert, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
             first = expert * count
-            up, down = reference_path.delta_factors(lora_A, lora_B, self.scaling)
             for start in range(0, count, step):
                 stop = min(start + step, count)
                 if self.transposed:
-                    delta = _product(up, down[:, start:stop].contiguous()).t()
+                    delta = (up @ down[:, start:stop].contiguous()).t().contiguous()
                 else:
-                    delta = _product(up[start:stop], down)
-                yield slice(first + start, first + stop), _contiguous(delta)
+                    delta = up[start:stop] @ down
+                yield slice(first + start, first + stop), delta
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    shape = torch.Size((len(left), right.shape[1]))
-    return torch.mm(left, right, out=scratch("product", shape, left.dtype, left.device))
+def _rows_at_a_time(weight: Tensor) -> int:
+    size = DEVICE_CHUNK
+    if weight.device.type == "cpu":
+        size = CHUNK
+    return max(1, size // max(1, weight.shape[1]))
 
 
-def _contiguous(matrix: Tensor) -> Tensor:
-    """An operation on tensors of two layouts takes several times as long."""
-    if matrix.is_contiguous():
-        return matrix
-    return scratch_like(matrix, "contiguous").copy_(matrix)
+class Kept(NamedTuple):
+    """The weights that subtracting the update does not give back, row by row, and checksums of all rows.
 
-
-class Correction(NamedTuple):
-    """The weights that subtracting the update does not give back, of a weight or of a chunk.
-
-    They are put back only if the checksums show that the weight still has the bits that the merge left.
-    The unmerge is exact only if it then has those from before.
+    They are put back into the rows that still have the bits that the merge left. The unmerge is exact only if
+    all rows then have those from before.
     """
 
-    indices: Tensor  # flat positions in the stored weight, int64
-    values: Tensor  # the weights that were there
-    merged_rows: Tensor  # checksums after the merge, and before it
-    original_rows: Tensor
+    checksums: Tensor  # (2, rows): before the merge, and after it
+    counts: Tensor  # (rows), int32: how many weights of each row are kept
+    columns: Tensor  # uint16, or int64 where a row has more than 2**16 weights
+    values: Tensor
+
+    @classmethod
+    def empty(cls, weight: Tensor) -> Kept:
+        rows = len(weight)
+        columns = torch.empty(0, dtype=torch.uint16)
+        return cls(
+            torch.zeros(rows, 2, dtype=torch.int64), torch.zeros(rows, dtype=torch.int32), columns, weight[:0]
+        )
 
 
 @dataclass
 class Undo:
-    """What is known of a merge, for the unmerge and for `merge_report`.
-
-    A is cloned because training may continue, or another adapter be loaded, before the unmerge.
-    """
+    """What is known of a merge, for the unmerge and for `merge_report`."""
 
     update: Update
-    correction: Correction | None  # None where not `needs_undo`
+    kept: Kept | None  # None where not `needs_undo`
     stats: MergeStats
     period: int  # `_period` of the merge
 
@@ -157,15 +159,16 @@ def pop_undo(layer, adapter: str) -> Undo | None:
 
 
 def _update_of(layer, adapter: str) -> Update:
-    """The adapter's present update, without its graph."""
+    """The adapter's present update. Without gradients: it is called so.
+
+    B is cloned because another adapter may be loaded before the unmerge, and s·A is a new tensor.
+    """
+    scaling = float(layer.scaling[adapter])
     if is_wrapper(layer):
-        lora_A = lora_A_of(layer, adapter)
-        lora_B = lora_B_of(layer, adapter)
-        transposed = is_stored_as_in_out(layer)
-    else:
-        lora_A, lora_B = (factor.unsqueeze(0) for factor in adapter_weights(layer, adapter))
-        transposed = is_stored_transposed(layer)
-    return Update(lora_A.detach(), lora_B.detach(), float(layer.scaling[adapter]), transposed)
+        up, down = reference_path.delta_factors(lora_A_of(layer, adapter), lora_B_of(layer, adapter), scaling)
+        return Update(up.clone(), down, is_stored_as_in_out(layer))
+    up, down = reference_path.delta_factors(*adapter_weights(layer, adapter), scaling)
+    return Update(up.clone().unsqueeze(0), down.unsqueeze(0), is_stored_transposed(layer))
 
 
 def is_covered(layer, weight: Tensor) -> bool:
@@ -206,92 +209,101 @@ def merge_into(layer, adapter: str, stored: Tensor, safe: bool) -> Tensor:
 
     No record is kept of what PEFT will refuse: with ``safe``, a sum that is not finite.
     """
-    update = _update_of(layer, adapter)
     result = stored.data
     if safe:
         result = torch.empty_like(stored)
-    weight = _as_matrix(stored)
     out = _as_matrix(result)
-    stats, correction = _merge_chunks(update, weight, out, needs_undo(layer, adapter))
+    update = _update_of(layer, adapter)
+    stats, kept = merge_update(update, _as_matrix(stored), out, needs_undo(layer, adapter))
 
     norms_are_finite = math.isfinite(stats.update_squared + stats.error_squared)
     if safe and not norms_are_finite and not torch.isfinite(out).all():
         return result
-    record(layer, adapter, Undo(update.copy(weight.device), correction, stats, _period))
+    record(layer, adapter, Undo(update, kept, stats, _period))
     return result
 
 
-def _merge_chunks(
-    update: Update, weight: Tensor, out: Tensor, needs_correction: bool
-) -> tuple[MergeStats, Correction | None]:
-    """Write W' to ``out``, which may be W itself."""
+def merge_update(update: Update, weight: Tensor, out: Tensor, keeps: bool) -> tuple[MergeStats, Kept | None]:
+    """Write W' to ``out``, which may be W itself: from C++, and by PyTorch what that leaves to it."""
     stats = MergeStats(weight.dtype)
-    corrections = []  # one a chunk, which is in the cache when its checksums are taken
+    left = slice(None)
+    parts = []
+    merge = native_function("merge", update, weight)
+    if merge is not None:
+        left, sums, fields = merge(weight, out, *update, _rows_at_a_time(weight), _factors(weight), keeps)
+        stats = MergeStats(weight.dtype, weight.numel(), int(sums[0]), *sums[1:])
+        if keeps:
+            parts = [Kept(*fields)]
+        if not len(left):
+            return stats, parts[0] if keeps else None
+
     for rows, delta in update.chunks(weight):
+        chosen = _chosen(rows, left)
         old = weight[rows]
-        chunk = merge_by_native(old, delta, needs_correction)
-        if chunk is None:
-            chunk = merge_by_torch(old, delta, needs_correction)
-        stats.add(chunk.stats)
-        if needs_correction:
-            first = rows.start * weight.shape[1]
-            values = old.flatten()[chunk.lost]
-            checksums = row_checksums(chunk.new), row_checksums(old)
-            corrections.append(Correction(chunk.lost + first, values, *checksums))
-        out[rows] = chunk.new
-    if not needs_correction:
+        wide = old.to(delta.dtype)
+        new = (wide + delta).to(old.dtype)
+        if merge is None:
+            recovered = new.to(delta.dtype) - delta
+            stats.add(_stats(old, new, delta, recovered - wide))
+            if keeps:
+                parts.append(_keep(old, recovered.to(old.dtype), new))
+        out[rows][chosen] = new[chosen]
+    if not keeps:
         return stats, None
-    return stats, Correction(*map(torch.cat, zip(*corrections, strict=True)))
+    kept = Kept(*map(torch.cat, zip(*parts, strict=True)))
+    if merge is not None:
+        kept.checksums[left, 1] = row_checksums(out[left])
+    return stats, kept
 
 
-class _Chunk(NamedTuple):
-    """What merging has made of a part of a weight."""
-
-    new: Tensor
-    lost: Tensor | None  # flat positions of what subtracting the update does not give back
-    stats: MergeStats
-
-
-def merge_by_native(old: Tensor, delta: Tensor, needs_lost: bool) -> _Chunk | None:
-    """In one pass; None where `mica.native` is not built, or leaves it to PyTorch."""
-    module = _native_for(old)
-    if module is None:
+def native_function(name: str, update: Update, weight: Tensor) -> Callable | None:
+    """This function of `mica.native`, if it takes the weight."""
+    module = native.module_if_built()
+    row_bytes = weight.shape[1] * weight.element_size()
+    is_taken = (
+        module is not None
+        and weight.device.type == "cpu"
+        and weight.dtype in (torch.bfloat16, torch.float32)
+        and update.up.dtype == torch.float32
+        and update.shape == weight.shape
+        and weight.numel() > 0
+        and weight.shape[1] <= 2**16  # what `Kept.columns` can hold in 16 bits
+        and row_bytes % 8 == weight.data_ptr() % 8 == 0  # its checksums are of words of 8 bytes
+    )
+    if not is_taken:
         return None
-    new = scratch_like(old, "new")
-    merged = module.merge_chunk(new, old, delta, needs_lost)
-    if merged is None:
-        return None
-    lost, *counts = merged
-    return _Chunk(new, lost, MergeStats(old.dtype, old.numel(), *counts))
+    return getattr(module, f"{name}_{str(weight.dtype).removeprefix('torch.')}")
 
 
-def merge_by_torch(old: Tensor, delta: Tensor, needs_lost: bool) -> _Chunk:
-    old_wide = convert(old, delta.dtype, "old")
-    total = torch.add(old_wide, delta, out=scratch_like(delta, "sum"))
-    new = convert(total, old.dtype, "new")
-    new_wide = convert(new, delta.dtype, "sum")  # which is not needed any more
-    if old.element_size() > delta.element_size():
-        unchanged = count_equal(new, old)  # in the dtype of s·B·A they are rounded
-    else:
-        unchanged = count_equal(new_wide, old_wide)
-    recovered = torch.sub(new_wide, delta, out=scratch_like(delta, "recovered, wide"))
-    lost = None
-    if needs_lost:
-        lost = positions_that_differ(convert(recovered, old.dtype, "recovered"), old)
-    error = recovered.sub_(old_wide)
-    stats = MergeStats(old.dtype, old.numel(), unchanged, _squared_norm(delta), _squared_norm(error))
-    return _Chunk(new, lost, stats)
+def _factors(weight: Tensor) -> Tensor:
+    return odd_numbers(weight.shape[1] * weight.element_size() // 8)
 
 
-def _native_for(weight: Tensor) -> ModuleType | None:
-    if weight.device.type != "cpu":
-        return None
-    return native.module_if_built()
+def _chosen(rows: slice, left: slice | Tensor) -> slice | Tensor:
+    """The rows of a chunk that C++ has left, counted from its first; all of them where it did nothing."""
+    if type(left) is slice:
+        return left
+    return left[(left >= rows.start) & (left < rows.stop)] - rows.start
 
 
-def _squared_norm(matrix: Tensor) -> float:
-    flat = matrix.view(-1)
-    return torch.dot(flat, flat).item()
+def _stats(old: Tensor, new: Tensor, delta: Tensor, error: Tensor) -> MergeStats:
+    unchanged = int((new == old).sum())
+    return MergeStats(
+        old.dtype, old.numel(), unchanged, float(delta.square().sum()), float(error.square().sum())
+    )
+
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _keep(old: Tensor, back: Tensor, new: Tensor) -> Kept:
+    word = _WORDS[old.element_size()]
+    is_lost = back.view(word) != old.view(word)
+    columns = is_lost.nonzero()[:, 1]
+    if old.shape[1] <= 2**16:
+        columns = columns.to(torch.uint16)
+    checksums = torch.stack((row_checksums(old), row_checksums(new)), dim=1)
+    return Kept(checksums, is_lost.sum(dim=1, dtype=torch.int32), columns, old[is_lost])
 
 
 def record(layer, adapter: str, undo: Undo) -> None:
@@ -305,40 +317,49 @@ def record(layer, adapter: str, undo: Undo) -> None:
 def unmerge_from(layer, adapter: str, weight: Tensor, undo: Undo | None) -> None:
     """In place: the bits from before the merge, or W' - s·B·A in fp32 and a warning with the reason."""
     weight = _as_matrix(weight)
-    correction = None
-    if undo is not None:
-        correction = undo.correction
-    exact = correction is not None and _has_rows(weight, correction.merged_rows)
-    if undo is not None and not exact and undo.period != _period:
-        undo = None  # stock PEFT may have unmerged and merged it since
+    kept = None
+    if undo is not None and undo.kept is not None and undo.kept.values.dtype == weight.dtype:
+        kept = Kept(*(tensor.to(weight.device) for tensor in undo.kept))
+    if undo is not None and undo.period != _period and not _is_as_merged(weight, kept):
+        undo = kept = None  # stock PEFT may have unmerged and merged it since
 
     if undo is None:
         update = _update_of(layer, adapter)
     else:
         update = undo.update
-    for rows, delta in update.copy(weight.device).chunks(weight):
-        weight[rows] = subtract(weight[rows], delta)
-
-    if exact:
-        weight.view(-1)[correction.indices.to(weight.device)] = correction.values.to(weight.device)
-        exact = _has_rows(weight, correction.original_rows)
-    if not exact:
+    if not unmerge_update(update.to(weight.device), weight, kept):
         _warn_of_inexact_unmerge(adapter, undo)
 
 
-def subtract(weight: Tensor, delta: Tensor) -> Tensor:
-    """weight - delta, not yet rounded to the weight's dtype where PyTorch computes it."""
-    module = _native_for(weight)
-    if module is not None:
-        new = scratch_like(weight, "new")
-        if module.subtract_chunk(new, weight, delta):
-            return new
-    wide = convert(weight, delta.dtype, "old")
-    return torch.sub(wide, delta, out=scratch_like(delta, "sum"))
+def _is_as_merged(weight: Tensor, kept: Kept | None) -> bool:
+    return kept is not None and torch.equal(row_checksums(weight), kept.checksums[:, 1])
 
 
-def _has_rows(weight: Tensor, checksums: Tensor) -> bool:
-    return torch.equal(row_checksums(weight), checksums.to(weight.device))
+def unmerge_update(update: Update, weight: Tensor, kept: Kept | None) -> bool:
+    """Whether all weights had the bits that the merge left, and now have those from before it."""
+    left = slice(None)
+    is_exact = kept is not None
+    unmerge = native_function("unmerge", update, weight)
+    if unmerge is not None:
+        fields = kept or Kept.empty(weight)
+        left, is_rest_exact = unmerge(weight, *update, _rows_at_a_time(weight), _factors(weight), fields)
+        is_exact = is_exact and is_rest_exact
+        if not len(left):
+            return is_exact
+
+    if kept is not None:
+        is_as_merged = row_checksums(weight) == kept.checksums[:, 1]
+    for rows, delta in update.chunks(weight):
+        chosen = _chosen(rows, left)
+        new = (weight[rows].to(delta.dtype) - delta).to(weight.dtype)
+        weight[rows][chosen] = new[chosen]
+    if kept is None:
+        return False
+    rows = torch.repeat_interleave(kept.counts)
+    chosen = is_as_merged[rows]
+    weight[rows[chosen], kept.columns.long()[chosen]] = kept.values[chosen]
+    is_exact = is_exact and bool(is_as_merged[left].all())
+    return is_exact and torch.equal(row_checksums(weight), kept.checksums[:, 0])
 
 
 def _warn_of_inexact_unmerge(adapter: str, undo: Undo | None) -> None:
@@ -346,7 +367,7 @@ def _warn_of_inexact_unmerge(adapter: str, undo: Undo | None) -> None:
     if undo is None:
         what = "its present update"
         why = "there is no record of its merge: stock PEFT merged it, or the model was pickled"
-    elif undo.correction is None:
+    elif undo.kept is None:
         why = "it was merged by merge_and_unload, which is not meant to be undone"
     else:
         why = "the weight was edited, cast or moved to another device while it was merged"

@@ -90,11 +90,11 @@ def _note_unloaded(layers: Sequence[lora.LoraLayer]) -> None:
 def unload_and_optionally_merge(
     stock, self, merge=True, progressbar=False, safe_merge=False, adapter_names=None, **kwargs
 ):
-    layers = [layer for _, layer in lora_layers(self.model)]
+    layers = list(lora_layers(self.model))
     if merge:
-        check_weights(self.model, adapter_names)
+        check_weights(layers, adapter_names)
     try:
         with merging_and_unloading(self, adapter_names):
             return stock(self, merge, progressbar, safe_merge, adapter_names, **kwargs)
     finally:  # after an error, some of them are gone
-        _note_unloaded(layers)
+        _note_unloaded([layer for _, layer in layers])

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import mica.fast
-from mica.fast.merge import merging, scratch
+from mica.fast.merge import merging
 from tests.support.merging_models import assert_same_bits, exact_merge, quietly, trained, weights
 from tests.support.models import Net, adapted_layers, factors, net, randomise, stored, wrap
 from tests.support.moe_models import BUILDERS, qwen3_moe, second, wrap_experts
@@ -47,7 +47,7 @@ def test_merges_in_fp32_and_rounds_once_and_unmerges_to_the_bit(
     kind, rank, dtype, safe_merge, chunk, monkeypatch
 ):
     if chunk:
-        monkeypatch.setattr(scratch, "CHUNK", chunk)
+        monkeypatch.setattr(merging, "CHUNK", chunk)
     model = trained(kind, dtype, rank=rank)
     before = weights(model)
     quietly(model.merge_adapter, safe_merge=safe_merge)
@@ -208,7 +208,7 @@ def test_an_unmerge_that_computes_otherwise_than_the_merge_is_seen_and_said():
     model = trained(dtype=BF16)
     model.merge_adapter()
     (undo,) = vars(model.base_model.model.up)[merging.RECORDS].values()
-    undo.update.lora_A.mul_(1.5)
+    undo.update.down.mul_(1.5)
     with pytest.warns(UserWarning, match="edited, cast or moved"):
         model.unmerge_adapter()
 

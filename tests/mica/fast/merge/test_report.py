@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mica.fast
-from mica.fast.merge import scratch
+from mica.fast.merge import merging
 from tests.support.models import adapted_layers, factors, net, randomise, stored
 from tests.support.tolerances import RELATIVE
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("language")  # one pass in C++, or PyTorch'
 @pytest.mark.parametrize("adapters", [None, torch.float32, torch.float64])
 def test_a_weight_is_unchanged_if_its_value_is(dtype, adapters, monkeypatch):
     """0 is -0, NaN is nothing, and an fp64 weight that moves less than fp32 shows has moved."""
-    monkeypatch.setattr(scratch, "CHUNK", 50)
+    monkeypatch.setattr(merging, "CHUNK", 50)
     model = randomise(net(dtype), scale=1e-3)
     for layer in adapted_layers(model).values():
         lora_A, lora_B = factors(layer)

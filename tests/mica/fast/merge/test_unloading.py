@@ -35,7 +35,7 @@ def recorded(monkeypatch):
 
 def corrected(recorded):
     """Which of them can be undone to the bit."""
-    return [undo.correction is not None for _, _, undo in recorded]
+    return [undo.kept is not None for _, _, undo in recorded]
 
 
 def broken(model, number):
