@@ -6,32 +6,43 @@ Everything here works on one matrix (``HostGram``, no batch dimensions) and on a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
+from mica.subspace import krylov
 from mica.subspace.certificate import ROUNDING, certify
 from mica.subspace.gram import image, transposed_image
-from mica.subspace.krylov import Bounds, bounds, norm, resolution
 from mica.subspace.result import NULL_RESOLUTIONS, MinorSubspace, is_certified
 
 
-@dataclass
 class Problem:
-    """Weights as their tall (batch, long, short) view, the Gram of the short side and its bounds."""
+    """Weights as their tall (batch, long, short) view, and the Gram of the short side.
 
-    tall: torch.Tensor
-    gram: object  # HostGram or BatchGram
-    limits: Bounds
-    rank: int
-    basis_is_long: bool  # out_features > in_features: the requested vectors are on the long side
-    dtype: torch.dtype  # the result's
-    seed: int
+    Args:
+        weight: one matrix (out, in), or (batch, out, in).
+        gram_of: makes the ``HostGram`` or ``BatchGram`` of the tall view.
+        rank: how many vectors are requested.
+        seed: for random starts.
+    """
+
+    def __init__(self, weight: torch.Tensor, gram_of: Callable[[torch.Tensor], object], rank: int, seed: int):
+        self.basis_is_long = weight.shape[-2] > weight.shape[-1]  # the requested vectors are on the long side
+        self.tall = weight if self.basis_is_long else weight.mT
+        self.gram = gram_of(self.tall)
+        self.rank = rank
+        self.seed = seed
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)  # the result's
+
+    @cached_property
+    def norm(self) -> torch.Tensor:
+        """‖C‖ of the Gram C, or up to a quarter less, (batch) on the host; a method that knows it sets it."""
+        return krylov.norm(self.gram, self.seed)
 
     @property
     def resolution(self) -> torch.Tensor:
-        return resolution(self.gram.size, self.limits.norm)
+        return krylov.resolution(self.gram.size, self.norm)
 
 
 class Candidate(NamedTuple):
@@ -73,28 +84,10 @@ class Judged(NamedTuple):
         )
 
 
-def problem(
-    weight: torch.Tensor, gram_of: Callable[[torch.Tensor], object], rank: int, seed: int, method: str
-) -> Problem:
-    """A `Problem`, with the bounds that ``method``, the first to be tried, needs of the Gram's spectrum.
+def candidate(problem: Problem, values: torch.Tensor, vectors: torch.Tensor) -> Candidate | None:
+    """The singular triplets of the weight from eigenpairs of its Gram matrix.
 
-    ``weight`` is one matrix (out, in), or (batch, out, in); ``gram_of`` makes the Gram of its tall view.
-    """
-    basis_is_long = weight.shape[-2] > weight.shape[-1]
-    tall = weight if basis_is_long else weight.mT
-    gram = gram_of(tall)
-    dtype = torch.float64 if tall.dtype == torch.float64 else torch.float32
-    if method == "krylov":
-        limits = bounds(gram, seed)
-    else:
-        limits = Bounds(norm(gram, seed), shifts=())
-    return Problem(tall, gram, limits, rank, basis_is_long, dtype, seed)
-
-
-def candidate(problem: Problem, vectors: torch.Tensor, small: torch.Tensor | None = None) -> Candidate | None:
-    """The singular triplets of the weight on the span of ``vectors`` (batch, short, rank), orthonormal.
-
-    ``small`` is the Gram on that span, (batch, rank, rank), where the caller has it on the host.
+    ``values`` (batch, rank), on the host, ascend; ``vectors`` are (batch, short, rank), orthonormal.
 
     With A the tall view and X the vectors, A X = P S Qᵀ: the columns of X Q and of P are the singular vectors
     on the short and on the long side. P is orthonormal however ill-conditioned A X is, and S keeps the digits
@@ -105,9 +98,6 @@ def candidate(problem: Problem, vectors: torch.Tensor, small: torch.Tensor | Non
     its vector.
     """
     gram = problem.gram
-    if small is None:
-        (small,) = gram.read(gram.inner(vectors, gram.apply(vectors)))
-    values, rotation = torch.linalg.eigh((small + small.mT) / 2)
     smallest = values[..., 0]
     floor = problem.resolution
     if problem.basis_is_long and (smallest <= NULL_RESOLUTIONS * floor + gram.error).any():
@@ -116,10 +106,9 @@ def candidate(problem: Problem, vectors: torch.Tensor, small: torch.Tensor | Non
     unresolved = smallest * torch.finfo(problem.dtype).eps / 2 < floor + gram.error
     resolved = not unresolved.any()
     if resolved and not problem.basis_is_long:
-        rotation = rotation.flip(-1).to(gram.device, non_blocking=True)
-        values = values.flip(-1).to(gram.device, non_blocking=True)
-        rotated = gram.combine(vectors, rotation)
-        return Candidate(rotated, rotated, values.sqrt(), resolved)
+        vectors = vectors.flip(-1)
+        singular_values = values.flip(-1).sqrt().to(gram.device, non_blocking=True)
+        return Candidate(vectors, vectors, singular_values, resolved)
 
     long_vectors, singular_values, rotation = gram.svd(image(problem.tall, vectors))
     short_vectors = gram.combine(vectors, rotation.mT)
@@ -136,7 +125,7 @@ def judge(problem: Problem, triplets: Candidate, strict: bool) -> Judged:
     rank = problem.rank
     floor = problem.resolution
     energy = energy_of(problem, triplets, basis, signs)
-    certificate = certify(problem.gram, triplets.short_vectors, problem.limits.norm, strict, energy)
+    certificate = certify(problem.gram, triplets.short_vectors, problem.norm, strict, energy)
     (energy,) = certificate.read
     least = (certificate.ritz_sum - certificate.deficit).clamp_min(0)  # proven: Σσ² is at least this
     excess = (energy - least).clamp_min(0)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from mica.subspace.host import partial_eigenvectors
+from mica.subspace.host import partial_eigenpairs
 
 LANCZOS_STEPS = 40
 NORM_STEPS = 12  # enough for ‖C‖ alone
@@ -35,19 +35,6 @@ class Bounds(NamedTuple):
 
     norm: torch.Tensor
     shifts: tuple[torch.Tensor, ...]
-
-
-class Ritz(NamedTuple):
-    """Approximate eigenvectors of C.
-
-    vectors: X (batch, n, rank), by ascending Ritz values.
-    converged: whether those of the whole batch have.
-    small: Xᵀ C X (batch, rank, rank), on the host.
-    """
-
-    vectors: torch.Tensor
-    converged: bool
-    small: torch.Tensor | None = None
 
 
 def block_size(rank: int) -> int:
@@ -151,8 +138,12 @@ def resolution(size: int, norm):
     return 4 * math.sqrt(size) * torch.finfo(torch.float64).eps * norm
 
 
-def smallest_eigenvectors(gram, rank: int, limits: Bounds, eps: float, seed: int) -> Ritz | None:
-    """``rank`` eigenvectors of C for its smallest eigenvalues; None if C has no factor to work with.
+def smallest_eigenpairs(
+    gram, rank: int, limits: Bounds, eps: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The ``rank`` smallest eigenvalues of C and their vectors, or None if there is no convergence.
+
+    The values (batch, rank), on the host, ascend; the vectors are (batch, n, rank), orthonormal.
 
     ``eps`` is the unit round-off of the caller's result: vectors converge to what an SVD in that precision
     can tell of them (backward error eps ‖W‖), or to what fp64 resolves.
@@ -164,19 +155,21 @@ def smallest_eigenvectors(gram, rank: int, limits: Bounds, eps: float, seed: int
     most = max(1, min(MOST_STEPS, gram.size // width))
     first = min(FIRST_CHECK + gram.steps_per_wait, most)
     history: list[float] = []
-    ritz = None
+    pairs = None
 
     def judge(basis: torch.Tensor, projected: torch.Tensor) -> int:
         """Rayleigh-Ritz; the number of further steps that seem to be needed, 0 to stop."""
-        nonlocal ritz
+        nonlocal pairs
         coefficients = _largest_eigenvectors(*gram.read(projected), rank)
         vectors = gram.combine(basis, coefficients.to(gram.device, non_blocking=True))
         vectors, _, _ = gram.orthonormal(vectors)
-        excess, small = relative_residual(gram, vectors, limits.norm, eps)
-        ritz = Ritz(vectors, excess <= 1, small)
+        excess, values, rotation = relative_residual(gram, vectors, limits.norm, eps)
+        if excess <= 1:
+            pairs = values, gram.combine(vectors, rotation.to(gram.device, non_blocking=True))
+            return 0
         stalled = bool(history) and excess > 0.5 * history[-1]
         history.append(excess)
-        if ritz.converged or stalled:
+        if stalled:
             return 0
         if gram.on_accelerator:
             return gram.steps_per_wait
@@ -186,7 +179,7 @@ def smallest_eigenvectors(gram, rank: int, limits: Bounds, eps: float, seed: int
         return max(1, min(4, likely))
 
     block_lanczos(gram, gram.solve, random_block(gram, width, seed), most, first, judge)
-    return ritz
+    return pairs
 
 
 def _factorise(gram, shifts: tuple[torch.Tensor, ...]) -> bool:
@@ -213,15 +206,20 @@ def residual_of(gram, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 def relative_residual(
     gram, vectors: torch.Tensor, norm: torch.Tensor, eps: float
-) -> tuple[float, torch.Tensor]:
-    """The largest ratio in the batch of ``residual_of`` to what is small enough; and H, on the host."""
+) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """The largest ratio in the batch of ``residual_of`` to what is small enough; and H's eigenpairs.
+
+    All on the host.
+    """
     rank = vectors.shape[-1]
     residual, small = gram.read(*residual_of(gram, vectors))
-    values = torch.linalg.eigvalsh(small).clamp_min(0)
+    values, rotation = torch.linalg.eigh((small + small.mT) / 2)
+    energies = values.clamp_min(0)
+    largest = energies[..., -1]
     # The certificate allows 1e-5 Σθ for √r ‖R‖; an SVD's own error allows eps ‖W‖ σ_r.
-    allowed = torch.minimum(1e-6 * values.sum(-1) / rank**0.5, 0.5 * eps * (norm * values[..., -1]).sqrt())
+    allowed = torch.minimum(1e-6 * energies.sum(-1) / rank**0.5, 0.5 * eps * (norm * largest).sqrt())
     allowed = torch.maximum(allowed, resolution(gram.size, norm))
-    return torch.where(residual == 0, 0.0, residual / allowed).max().item(), small
+    return torch.where(residual == 0, 0.0, residual / allowed).max().item(), values, rotation
 
 
 def random_block(gram, count: int, seed: int) -> torch.Tensor:
@@ -308,6 +306,6 @@ def _largest_eigenvectors(matrices: torch.Tensor, count: int) -> torch.Tensor:
     size = matrices.shape[-1]
     found = []
     for matrix in matrices.reshape(-1, size, size):
-        vectors = partial_eigenvectors(-matrix.numpy(), count)
+        _, vectors = partial_eigenpairs(-matrix.numpy(), count)
         found.append(torch.from_numpy(vectors))
     return torch.stack(found).reshape(*matrices.shape[:-2], size, count)

@@ -23,6 +23,7 @@ _Integer = ctypes.c_int64 if sys.byteorder == "little" else ctypes.c_int32
 _NUMPY_INTEGER = np.dtype(_Integer)
 
 _PANEL = 128  # rows of a Cholesky factor made at a time
+_BLOCK = 70  # LAPACK's blocks have up to 64 columns; a workspace of this many is never too small
 
 _UPPER = b"U"
 _LOWER = b"L"
@@ -33,6 +34,7 @@ _RIGHT = b"R"
 _NOT_UNIT = b"N"  # the diagonal of a triangle need not be 1
 _VECTORS = b"V"
 _BY_INDEX = b"I"
+_OF_TRIDIAGONAL = b"I"  # and not of the matrix that was made tridiagonal
 
 
 # Arguments that are only read are made once: a routine takes ten of them, and a small matrix some 60
@@ -125,7 +127,9 @@ _dsymv = routine(cython_blas, "dsymv", 10)
 _dtrsm = routine(cython_blas, "dtrsm", 11)
 _dpotrf = routine(cython_lapack, "dpotrf", 5)
 dsyevr = routine(cython_lapack, "dsyevr", 21)
-_dsyevd = routine(cython_lapack, "dsyevd", 11)
+_dsytrd = routine(cython_lapack, "dsytrd", 10)
+_dstedc = routine(cython_lapack, "dstedc", 11)
+_dormtr = routine(cython_lapack, "dormtr", 13)
 
 
 def _empty(rows: int, columns: int) -> np.ndarray:
@@ -240,8 +244,10 @@ def potrf(matrix: np.ndarray) -> bool:
     return True
 
 
-def smallest_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray | None:
-    """Those for the smallest eigenvalues, (n, count), ascending; only the lower triangle is read.
+def smallest_eigenpairs(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """The smallest eigenvalues (count), ascending, and their vectors (n, count) of a symmetric matrix.
+
+    Only the lower triangle is read.
 
     By bisection or relatively robust representations. None where LAPACK fails or finds fewer, as its inverse
     iteration may inside a cluster.
@@ -253,37 +259,44 @@ def smallest_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray | None:
     vectors = _empty(size, count)
     support = np.zeros(2 * max(1, count), _NUMPY_INTEGER)
     which = (_VECTORS, _BY_INDEX, _LOWER, size, work_matrix, 0.0, 0.0, 1, count, 0.0)
-    code = _with_workspace(dsyevr, *which, number, values, vectors, support)
+    code = _with_workspace(
+        dsyevr, *which, number, values, vectors, support, work=_BLOCK * size, integers=10 * size
+    )
     found = number.value & 0xFFFFFFFF
     if code != 0 or found != count:
         return None
-    return vectors
+    return values[:count], vectors
 
 
-def all_eigenvectors(matrix: np.ndarray) -> np.ndarray:
-    """All eigenvectors (n, n), ascending, by divide and conquer; only the lower triangle is read.
+def all_eigenpairs(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """All eigenvalues (n), ascending, and the vectors (n, count) of the smallest, by divide and conquer.
+
+    Only the lower triangle is read. These are the steps of LAPACK's dsyevd, which would transform all vectors
+    back from those of the tridiagonal matrix (n = 576: 10 of 29 ms).
 
     Raises:
         LinAlgError: LAPACK does not converge.
     """
-    vectors = np.array(matrix, dtype=np.float64, order="F")
-    size = len(vectors)
-    if _with_workspace(_dsyevd, _VECTORS, _LOWER, size, vectors, np.empty(size)):
-        raise LinAlgError(f"dsyevd did not converge on a matrix of size {size}")
-    return vectors
+    reflectors = np.array(matrix, dtype=np.float64, order="F")
+    size = len(reflectors)
+    values, below, factors = np.empty((3, size))
+    _with_workspace(_dsytrd, _LOWER, size, reflectors, values, below, factors, work=_BLOCK * size)
+    vectors = _empty(size, size)
+    work = 1 + 4 * size + size * size
+    tridiagonal = (_OF_TRIDIAGONAL, size, values, below, vectors)
+    if _with_workspace(_dstedc, *tridiagonal, work=work, integers=3 + 5 * size):
+        raise LinAlgError(f"dstedc did not converge on a matrix of size {size}")
+    vectors = vectors[:, :count].copy(order="F")
+    back = (_LEFT, _LOWER, _PLAIN, size, count, reflectors, factors, vectors)
+    _with_workspace(_dormtr, *back, work=_BLOCK * (_BLOCK + count))
+    return values, vectors
 
 
-def _with_workspace(function, *arguments) -> int:
-    """Call a routine twice, first to ask for the size of its workspace; returns LAPACK's ``info``."""
+def _with_workspace(function, *arguments, work: int, integers: int = 0) -> int:
+    """Call a routine with workspaces of these lengths; returns LAPACK's ``info``."""
     info = _Integer(0)
-    size = np.zeros(1)
-    integer_size = np.zeros(1, _NUMPY_INTEGER)
-    function(*arguments, size, -1, integer_size, -1, info)
-
-    count = integer_size[0]
-    if sys.byteorder == "little":  # as in `_success`
-        count = integer_size.view(np.int32)[0]
-    work = np.empty(max(1, int(size[0])))
-    integers = np.zeros(max(1, int(count)), _NUMPY_INTEGER)
-    function(*arguments, work, len(work), integers, len(integers), info)
+    workspaces = [np.empty(work), work]
+    if integers:
+        workspaces += [np.empty(integers, _NUMPY_INTEGER), integers]
+    function(*arguments, *workspaces, info)
     return _success(info)

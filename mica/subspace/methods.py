@@ -25,17 +25,22 @@ def by_krylov(problem: Problem) -> Candidate | None:
     """By block Krylov subspaces; None where they are too large for the matrix or do not converge."""
     if not krylov.fits(problem.gram.size, problem.rank):
         return None
+    limits = krylov.bounds(problem.gram, problem.seed)
+    problem.norm = limits.norm
     eps = torch.finfo(problem.dtype).eps
-    ritz = krylov.smallest_eigenvectors(problem.gram, problem.rank, problem.limits, eps, problem.seed)
-    if ritz is None or not ritz.converged:
+    pairs = krylov.smallest_eigenpairs(problem.gram, problem.rank, limits, eps, problem.seed)
+    if pairs is None:
         return None
-    return candidate(problem, ritz.vectors, ritz.small)
+    return candidate(problem, *pairs)
 
 
 @one_pool()
 def by_gram(problem: Problem) -> Candidate | None:
-    """By LAPACK's partial eigensolver on the Gram matrix."""
-    return candidate(problem, problem.gram.smallest(problem.rank))
+    """By LAPACK's eigensolvers on the Gram matrix."""
+    values, vectors = problem.gram.smallest(problem.rank)
+    if values.shape[-1] == problem.gram.size:
+        problem.norm = values[..., -1].clamp_min(0)
+    return candidate(problem, values[..., : problem.rank], vectors)
 
 
 def by_svd(problem: Problem) -> Candidate:

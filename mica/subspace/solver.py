@@ -9,7 +9,7 @@ import torch
 
 from mica.dtypes import FLOATING
 from mica.memory import in_memory
-from mica.subspace.candidate import judge, problem
+from mica.subspace.candidate import Problem, judge
 from mica.subspace.device import batch_size, is_on_host, solve_batch
 from mica.subspace.gram import extremes
 from mica.subspace.host import HostGram
@@ -192,7 +192,7 @@ def _solve_on_host(weight: torch.Tensor, rank: int, method: str, strict: bool, s
     """One matrix, on the CPU, by the first method whose result is certified, else by the last one."""
     names = chain(method, min(weight.shape), rank)
     with one_pool():
-        state = problem(weight, HostGram, rank, seed, names[0])
+        state = Problem(weight, HostGram, rank, seed)
 
     for name in names:
         triplets = BY[name](state)

@@ -8,10 +8,10 @@ import torch
 from mica.subspace import candidate as module
 from mica.subspace import krylov, methods
 from mica.subspace.batched import BatchGram
-from mica.subspace.candidate import Problem, candidate, judge, problem
+from mica.subspace.candidate import Problem, candidate, judge
 from mica.subspace.certificate import ROUNDING
 from mica.subspace.host import HostGram
-from tests.support.judging import columns, energy, random, resolution, truth
+from tests.support.judging import columns, energy, resolution, truth
 from tests.support.spectra import RANK, weight
 from tests.support.tolerances import error
 
@@ -20,17 +20,19 @@ of_each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 on_one_and_a_batch = pytest.mark.parametrize("batch", [False, True])
 
 
-def stated(matrix: torch.Tensor, rank: int = RANK, method: str = "gram") -> Problem:
+def stated(matrix: torch.Tensor, rank: int = RANK) -> Problem:
     """The problem of one matrix as on the host, or of a batch as on a device."""
-    return problem(matrix, HostGram if matrix.ndim == 2 else BatchGram, rank, 0, method)
+    return Problem(matrix, HostGram if matrix.ndim == 2 else BatchGram, rank, 0)
 
 
 def exact_candidate(state: Problem, extra: int = 0):
-    """From the exact short vectors, ``extra`` places above the smallest, in another basis."""
-    _, _, right = torch.linalg.svd(state.tall.double(), full_matrices=False)
+    """From the exact short vectors, ``extra`` places above the smallest."""
+    _, values, right = torch.linalg.svd(state.tall.double(), full_matrices=False)
     last = right.shape[-2] - extra
-    rotation = torch.linalg.qr(random(RANK, RANK)).Q
-    return candidate(state, columns(right[..., last - RANK : last, :].mT @ rotation))
+    smallest = slice(last - RANK, last)
+    return candidate(
+        state, values[..., smallest].flip(-1).square(), columns(right[..., smallest, :].mT.flip(-1))
+    )
 
 
 # The methods
@@ -58,15 +60,24 @@ def test_the_way_that_auto_takes_and_what_it_falls_back_to(size, rank, expected,
 @of_each_shape
 def test_the_svd_finds_the_smallest(shape):
     matrix = weight("gaussian", *shape)
-    found = methods.by_svd(stated(matrix, method="svd")).basis
+    found = methods.by_svd(stated(matrix)).basis
     torch.testing.assert_close(energy(matrix, found), truth(matrix).squares[-RANK:])
 
 
-def test_only_krylov_pays_for_shifts(calls_of):
-    calls, matrix = calls_of(module, "bounds"), weight("gaussian", 40, 60)
-    norms = [stated(matrix, method=method).limits.norm.item() for method in ("krylov", "gram", "svd")]
-    assert [seed for _, seed in calls] == [0]
-    assert norms[1] == norms[2] == pytest.approx(norms[0], rel=1e-2)
+def test_the_norm_is_what_the_method_knows_of_it_else_it_is_estimated(calls_of):
+    """Krylov's bounds show it, and so do all eigenvalues; only Krylov pays for shifts."""
+    bounds, norms = calls_of(krylov, "bounds"), calls_of(krylov, "norm")
+    matrix = weight("gaussian", 240, 220)
+    exact = truth(matrix).squares[0]
+    estimated = []
+    for method, rank in (("svd", 2), ("gram", 2), ("gram", 20), ("krylov", 2)):
+        norms.clear()
+        state = stated(matrix, rank)
+        assert methods.BY[method](state) is not None
+        assert 0.75 * exact <= state.norm <= (1 + 1e-12) * exact
+        estimated.append(len(norms))
+        assert len(bounds) == (method == "krylov")
+    assert estimated == [1, 1, 0, 0]
 
 
 # Triplets

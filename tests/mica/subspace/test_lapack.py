@@ -126,30 +126,32 @@ def test_eigenvectors_of_the_lower_triangle(size, layout):
     operand = laid_out(with_nan_above(matrix), layout)
     before = operand.copy()
     for count in {1, min(3, size), size}:
-        vectors = lapack.smallest_eigenvectors(operand, count)
-        assert vectors.shape == (size, count)
-        close(matrix @ vectors, vectors * values[:count], 1e-12)
-        close(vectors.T @ vectors, np.eye(count))
-    vectors = lapack.all_eigenvectors(operand)
-    close(matrix @ vectors, vectors * values, 1e-12)
+        few = lapack.smallest_eigenpairs(operand, count)
+        every = lapack.all_eigenpairs(operand, count)
+        close(few[0], values[:count])
+        close(every[0], values)
+        for _, vectors in (few, every):
+            assert vectors.shape == (size, count)
+            close(matrix @ vectors, vectors * values[:count], 1e-12)
+            close(vectors.T @ vectors, np.eye(count))
     np.testing.assert_array_equal(operand, before)
 
 
 def test_eigenvectors_that_cannot_be_found(monkeypatch):
     """Inside a cluster LAPACK may find fewer than requested, and call that a success."""
     broken = np.full((5, 5), np.nan)
-    assert lapack.smallest_eigenvectors(broken, 2) is None
+    assert lapack.smallest_eigenpairs(broken, 2) is None
     with pytest.raises(LinAlgError, match="size 5"):
-        lapack.all_eigenvectors(broken)
+        lapack.all_eigenpairs(broken, 2)
 
     def loses_one(*arguments):
         plain(*arguments)
         arguments[10].value -= 1  # the number of those found
 
     matrix, plain = symmetric(20), lapack.dsyevr
-    assert lapack.smallest_eigenvectors(matrix, 3).shape == (20, 3)
+    assert lapack.smallest_eigenpairs(matrix, 3)[1].shape == (20, 3)
     monkeypatch.setattr(lapack, "dsyevr", loses_one)
-    assert lapack.smallest_eigenvectors(matrix, 3) is None
+    assert lapack.smallest_eigenpairs(matrix, 3) is None
 
 
 WRITERS = {
@@ -178,7 +180,7 @@ def test_integers_of_either_width_and_no_routine_of_other_arguments(integer, mon
     monkeypatch.setattr(lapack, "_NUMPY_INTEGER", np.dtype(integer))
     matrix = symmetric(40)
     values = np.linalg.eigvalsh(matrix)[:3]
-    for vectors in (lapack.smallest_eigenvectors(matrix, 3), lapack.all_eigenvectors(matrix)[:, :3]):
+    for _, vectors in (lapack.smallest_eigenpairs(matrix, 3), lapack.all_eigenpairs(matrix, 3)):
         close(matrix @ vectors, vectors * values, 1e-12)
     assert not lapack.potrf(np.asfortranarray(-np.eye(3)))
     with pytest.raises(ImportError, match="dgemm takes other arguments"):
