@@ -91,8 +91,8 @@ def candidate(problem: Problem, values: torch.Tensor, vectors: torch.Tensor) -> 
 
     With A the tall view and X the vectors, A X = P S Qᵀ: the columns of X Q and of P are the singular vectors
     on the short and on the long side. P is orthonormal however ill-conditioned A X is, and S keeps the digits
-    that the square roots of the Gram's eigenvalues have lost. Where none are lost and P is not needed, the
-    pass over the weight is left out.
+    that the square roots of the Gram's eigenvalues have lost. Where none are lost, S are these roots, Q is I,
+    and P = A X S⁻¹ is orthonormal to the precision of the result.
 
     Returns None where a requested singular value of a tall weight is numerically null: the Gram does not show
     its vector.
@@ -105,10 +105,13 @@ def candidate(problem: Problem, values: torch.Tensor, vectors: torch.Tensor) -> 
 
     unresolved = smallest * torch.finfo(problem.dtype).eps / 2 < floor + gram.error
     resolved = not unresolved.any()
-    if resolved and not problem.basis_is_long:
+    if resolved:
         vectors = vectors.flip(-1)
         singular_values = values.flip(-1).sqrt().to(gram.device, non_blocking=True)
-        return Candidate(vectors, vectors, singular_values, resolved)
+        basis = vectors
+        if problem.basis_is_long:
+            basis = image(problem.tall, vectors) / singular_values.unsqueeze(-2)
+        return Candidate(basis, vectors, singular_values, resolved)
 
     long_vectors, singular_values, rotation = gram.svd(image(problem.tall, vectors))
     short_vectors = gram.combine(vectors, rotation.mT)

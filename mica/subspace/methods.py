@@ -70,10 +70,6 @@ METHODS = ("auto", *BY)
 
 def route(size: int, rank: int) -> str:
     """What "auto" means on the host for a Gram matrix (size, size)."""
-    # With almost all vectors requested, the Gram's method ends in an SVD as large as the weight's own: for
-    # 576 x 576 it takes 65 ms for 288 vectors and 124 for 576, where the SVD takes 84
-    if 4 * rank > 3 * size:
-        return "svd"
     if size > max(SMALL, BLOCKS * krylov.block_size(rank)):
         return "krylov"
     return "gram"

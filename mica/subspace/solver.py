@@ -38,7 +38,7 @@ def minor_subspace(
         rank: between 1 and min(out_features, in_features).
         method: where to start; each falls back to the next one if its result is not certified.
             "krylov": block Krylov subspaces of the shifted inverse of the fp64 Gram matrix;
-            "gram": LAPACK's partial eigensolver on that Gram matrix;
+            "gram": LAPACK's eigensolvers on that Gram matrix;
             "svd": whole fp64 SVD, the definition;
             "auto": the fastest for this shape, rank and device.
         strict: prove the result by an inertia test, which costs one Cholesky factorisation. Without it
