@@ -6,7 +6,6 @@ Everything here works on one matrix (``HostGram``, no batch dimensions) and on a
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -35,15 +34,6 @@ class Problem:
         self.seed = seed
         self.dtype = torch.promote_types(weight.dtype, torch.float32)  # the result's
 
-    @cached_property
-    def norm(self) -> torch.Tensor:
-        """‖C‖ of the Gram C, or up to a quarter less, (batch) on the host; a method that knows it sets it."""
-        return krylov.norm(self.gram, self.seed)
-
-    @property
-    def resolution(self) -> torch.Tensor:
-        return krylov.resolution(self.gram.size, self.norm)
-
 
 class Candidate(NamedTuple):
     """Singular triplets, in fp64.
@@ -51,6 +41,7 @@ class Candidate(NamedTuple):
     basis: the requested vectors, (batch, out_features, rank).
     short_vectors: the same triplets' vectors on the short side, (batch, short, rank).
     singular_values: (batch, rank).
+    norm: ‖C‖ of the Gram C, or up to a quarter less, (batch) on the host.
     resolved: whether the Gram alone shows energies as precisely as the result's dtype does.
     null_count: as in MinorSubspace.
     """
@@ -58,6 +49,7 @@ class Candidate(NamedTuple):
     basis: torch.Tensor
     short_vectors: torch.Tensor
     singular_values: torch.Tensor
+    norm: torch.Tensor
     resolved: bool = False
     null_count: int = 0
 
@@ -69,9 +61,10 @@ class Judged(NamedTuple):
     singular_values: torch.Tensor
     certified: torch.Tensor
     energy_excess: torch.Tensor
+    resolution: torch.Tensor
     null_count: int
 
-    def result(self, method: str, resolution: float, index=...) -> MinorSubspace:
+    def result(self, method: str, index=...) -> MinorSubspace:
         """The result for the matrix at ``index`` of the batch."""
         return MinorSubspace(
             basis=self.basis[index],
@@ -79,15 +72,18 @@ class Judged(NamedTuple):
             method=method,
             certified=bool(self.certified[index]),
             energy_excess=self.energy_excess[index].item(),
-            resolution=resolution,
+            resolution=self.resolution[index].item(),
             null_count=self.null_count,
         )
 
 
-def candidate(problem: Problem, values: torch.Tensor, vectors: torch.Tensor) -> Candidate | None:
+def candidate(
+    problem: Problem, values: torch.Tensor, vectors: torch.Tensor, norm: torch.Tensor
+) -> Candidate | None:
     """The singular triplets of the weight from eigenpairs of its Gram matrix.
 
-    ``values`` (batch, rank), on the host, ascend; ``vectors`` are (batch, short, rank), orthonormal.
+    ``values`` (batch, rank), on the host, ascend; ``vectors`` are (batch, short, rank), orthonormal;
+    ``norm`` is as in `Candidate`.
 
     With A the tall view and X the vectors, A X = P S Qᵀ: the columns of X Q and of P are the singular vectors
     on the short and on the long side. P is orthonormal however ill-conditioned A X is, and S keeps the digits
@@ -99,7 +95,7 @@ def candidate(problem: Problem, values: torch.Tensor, vectors: torch.Tensor) -> 
     """
     gram = problem.gram
     smallest = values[..., 0]
-    floor = problem.resolution
+    floor = krylov.resolution(gram.size, norm)
     if problem.basis_is_long and (smallest <= NULL_RESOLUTIONS * floor + gram.error).any():
         return None
 
@@ -111,12 +107,12 @@ def candidate(problem: Problem, values: torch.Tensor, vectors: torch.Tensor) -> 
         basis = vectors
         if problem.basis_is_long:
             basis = image(problem.tall, vectors) / singular_values.unsqueeze(-2)
-        return Candidate(basis, vectors, singular_values, resolved)
+        return Candidate(basis, vectors, singular_values, norm, resolved)
 
     long_vectors, singular_values, rotation = gram.svd(image(problem.tall, vectors))
     short_vectors = gram.combine(vectors, rotation.mT)
     basis = long_vectors if problem.basis_is_long else short_vectors
-    return Candidate(basis, short_vectors, singular_values, resolved)
+    return Candidate(basis, short_vectors, singular_values, norm)
 
 
 def judge(problem: Problem, triplets: Candidate, strict: bool) -> Judged:
@@ -126,9 +122,9 @@ def judge(problem: Problem, triplets: Candidate, strict: bool) -> Judged:
     basis = (rounded * signs).contiguous()
 
     rank = problem.rank
-    floor = problem.resolution
+    floor = krylov.resolution(problem.gram.size, triplets.norm)
     energy = energy_of(problem, triplets, basis, signs)
-    certificate = certify(problem.gram, triplets.short_vectors, problem.norm, strict, energy)
+    certificate = certify(problem.gram, triplets.short_vectors, triplets.norm, strict, energy)
     (energy,) = certificate.read
     least = (certificate.ritz_sum - certificate.deficit).clamp_min(0)  # proven: Σσ² is at least this
     excess = (energy - least).clamp_min(0)
@@ -138,6 +134,7 @@ def judge(problem: Problem, triplets: Candidate, strict: bool) -> Judged:
         singular_values=triplets.singular_values,
         certified=certificate.passed & is_certified(excess, least, rank, floor),
         energy_excess=torch.where(reference > 0, excess / reference, 0.0),
+        resolution=floor,
         null_count=triplets.null_count,
     )
 
@@ -157,7 +154,8 @@ def energy_of(
     gram = problem.gram
     rounded = gram.empty(problem.rank)
     rounded.copy_(basis)
-    unseen = (ROUNDING * problem.resolution + gram.error).to(gram.device, non_blocking=True)
+    floor = krylov.resolution(gram.size, triplets.norm)
+    unseen = (ROUNDING * floor + gram.error).to(gram.device, non_blocking=True)
     if triplets.resolved:
         return (rounded * gram.apply(rounded)).sum((-2, -1)) + problem.rank * unseen
 

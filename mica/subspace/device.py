@@ -111,7 +111,7 @@ def _solve(
             done = judgement.certified.tolist()
         for position, index in enumerate(indices):
             if done[position]:
-                yield index, judgement.result(name, state.resolution[position].item(), position)
+                yield index, judgement.result(name, position)
         failed = [index for position, index in enumerate(indices) if not done[position]]
 
     del state, triplets  # their memory is needed below

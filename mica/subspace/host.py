@@ -22,23 +22,6 @@ _MIRROR_BLOCK = 64
 SAFE_PIVOTS = 1e-6
 
 
-def partial_eigenpairs(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The eigenvalues, ascending, of a symmetric matrix, and the vectors (n, count) of the smallest ones.
-
-    Only the lower triangle of ``matrix`` (n, n) fp64 is read. The values are the ``count`` smallest, or all
-    where all were computed. The vectors are orthonormal to rounding, even those of the partial solver: within
-    3e-15 on clusters of hundreds, with n up to 800.
-    """
-    # The partial solver's time grows with the number of vectors, that of divide and conquer hardly does, and
-    # its values show the norm. They are even for 15 of 192 vectors, 70 of 576 and 160 of 1024.
-    size = len(matrix)
-    if count * (5 + 1600 / size) < size:
-        pairs = lapack.smallest_eigenpairs(matrix, count)
-        if pairs is not None:
-            return pairs
-    return lapack.all_eigenpairs(matrix, count)
-
-
 class HostGram:
     """C = tallᵀ tall of one weight, (n, n) fp64; see ``BatchGram`` for the same on a device.
 
@@ -105,11 +88,13 @@ class HostGram:
         lapack.syrk(vectors.numpy(), alpha=weight.item(), into=self._buffer)
         return torch.tensor(self._factorise(), device="cpu")
 
-    def smallest(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """C's smallest eigenvalues, ascending, or all of them, and the vectors (n, count) of the smallest."""
+    def smallest(self, count: int) -> tuple[torch.Tensor, ...]:
+        """C's smallest eigenvalues (count), ascending, their vectors (n, count), and ‖C‖.
+
+        On the host, but for the vectors.
+        """
         self._show(self._diagonal)
-        values, vectors = partial_eigenpairs(self._buffer, count)
-        return torch.from_numpy(values), torch.from_numpy(vectors)
+        return tuple(map(torch.from_numpy, lapack.smallest_eigenpairs(self._buffer, count)))
 
     def eigenvalues(self) -> torch.Tensor:
         """All eigenvalues of C, (n), ascending."""

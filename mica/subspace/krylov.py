@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from mica.subspace.host import partial_eigenpairs
+from mica.subspace import lapack
 
 LANCZOS_STEPS = 40
 NORM_STEPS = 12  # enough for ‖C‖ alone
@@ -306,6 +306,6 @@ def _largest_eigenvectors(matrices: torch.Tensor, count: int) -> torch.Tensor:
     size = matrices.shape[-1]
     found = []
     for matrix in matrices.reshape(-1, size, size):
-        _, vectors = partial_eigenpairs(-matrix.numpy(), count)
+        _, vectors, _ = lapack.smallest_eigenpairs(-matrix.numpy(), count)
         found.append(torch.from_numpy(vectors))
     return torch.stack(found).reshape(*matrices.shape[:-2], size, count)

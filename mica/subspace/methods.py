@@ -26,21 +26,17 @@ def by_krylov(problem: Problem) -> Candidate | None:
     if not krylov.fits(problem.gram.size, problem.rank):
         return None
     limits = krylov.bounds(problem.gram, problem.seed)
-    problem.norm = limits.norm
     eps = torch.finfo(problem.dtype).eps
     pairs = krylov.smallest_eigenpairs(problem.gram, problem.rank, limits, eps, problem.seed)
     if pairs is None:
         return None
-    return candidate(problem, *pairs)
+    return candidate(problem, *pairs, limits.norm)
 
 
 @one_pool()
 def by_gram(problem: Problem) -> Candidate | None:
     """By LAPACK's eigensolvers on the Gram matrix."""
-    values, vectors = problem.gram.smallest(problem.rank)
-    if values.shape[-1] == problem.gram.size:
-        problem.norm = values[..., -1].clamp_min(0)
-    return candidate(problem, values[..., : problem.rank], vectors)
+    return candidate(problem, *problem.gram.smallest(problem.rank))
 
 
 def by_svd(problem: Problem) -> Candidate:
@@ -51,13 +47,14 @@ def by_svd(problem: Problem) -> Candidate:
     tall = problem.tall
     rank = problem.rank
     long_vectors, singular_values, short_vectors = torch.linalg.svd(tall.double(), full_matrices=False)
+    norm = singular_values[0].square()
     noise = tall.shape[0] * torch.finfo(torch.float64).eps * singular_values[0]
     singular_values = singular_values[-rank:]
     short_vectors = short_vectors[-rank:].T
     if not problem.basis_is_long:
-        return Candidate(short_vectors, short_vectors, singular_values)
+        return Candidate(short_vectors, short_vectors, singular_values, norm)
     null_count = int((singular_values <= noise).sum())
-    return Candidate(long_vectors[:, -rank:], short_vectors, singular_values, null_count=null_count)
+    return Candidate(long_vectors[:, -rank:], short_vectors, singular_values, norm, null_count=null_count)
 
 
 BY: dict[str, Callable[[Problem], Candidate | None]] = {

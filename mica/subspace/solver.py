@@ -203,7 +203,7 @@ def _solve_on_host(weight: torch.Tensor, rank: int, method: str, strict: bool, s
         if judgement.certified or not strict:
             break
 
-    return judgement.result(name, state.resolution.item())
+    return judgement.result(name)
 
 
 def _assemble(results: list[MinorSubspace], weight: torch.Tensor) -> MinorSubspace:

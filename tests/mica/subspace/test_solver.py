@@ -216,9 +216,11 @@ def test_a_start_orthogonal_to_the_answer(name, shape, monkeypatch):
 @pytest.mark.parametrize("method", ["krylov", "gram"])
 def test_falls_back_to_the_svd_from_wrong_vectors_but_nothing_does_without_strict(shape, method, monkeypatch):
     matrix, candidate = weight("gaussian", *shape), methods.candidate
-    monkeypatch.setattr(
-        methods, "candidate", lambda problem, values, vectors: candidate(problem, values, vectors.flip(0))
-    )
+
+    def wrong(problem, values, vectors, norm):
+        return candidate(problem, values, vectors.flip(0), norm)
+
+    monkeypatch.setattr(methods, "candidate", wrong)
     assert minor_subspace(matrix, RANK, method=method, strict=False).method == method
     assert certified(matrix, RANK, method).method == "svd"
 
