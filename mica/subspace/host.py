@@ -115,11 +115,6 @@ class HostGram:
         Where it was not, the decomposition is Householder's.
         """
         host = vectors.numpy()
-        if host.shape[1] == 1:
-            norm = np.linalg.norm(host, keepdims=True)
-            if norm > 0:
-                return torch.from_numpy(host / norm), torch.from_numpy(norm), True
-
         triangle = lapack.syrk(host, transposed=True)
         if lapack.potrf(triangle):
             pivots = triangle.diagonal()

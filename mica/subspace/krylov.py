@@ -52,13 +52,11 @@ def fits(size: int, rank: int) -> bool:
 def norm(gram, seed: int, steps: int = NORM_STEPS) -> torch.Tensor:
     """‖C‖, or up to a quarter less, (batch) on the host: by plain Lanczos, without any reorthogonalisation.
 
-    Rounding makes copies of Ritz values that have converged, but none above the spectrum (Paige 1980). A step
-    takes a quarter of the time of one of ``bounds``, which matters to small matrices: n = 192 takes 0.5 ms
-    instead of 2 to 3, where the whole solution takes 9, and n = 576 takes 1.0 instead of 2.5, of 31.
+    Rounding makes copies of Ritz values that have converged, but none above the spectrum (Paige 1980).
 
     The start is random, so some miss by more. With one eigenvalue above a dense rest, the worst spectrum
-    tried, it is 1 in 2000 of them for n from 64 to 1000. Half as many steps would save 1 to 2 % of a
-    solution (6 % for n = 192), but then 2 to 8 in 100 miss, and some find half of ‖C‖.
+    tried, it is 1 in 2000 of them for n from 64 to 1000. With half as many steps 2 to 8 in 100 miss, and some
+    find half of ‖C‖.
     """
     (projected,) = _tridiagonal(gram, seed, {min(steps, gram.size)})
     return torch.linalg.eigvalsh(projected)[..., -1].clamp_min(0)
@@ -87,47 +85,22 @@ def _tridiagonal(gram, seed: int, counts: set[int]) -> Iterator[torch.Tensor]:
 def bounds(gram, seed: int, steps: int = LANCZOS_STEPS) -> Bounds:
     """‖C‖ and shifts just below the smallest eigenvalue, from two lengths of one Lanczos run."""
     steps = min(steps, gram.size)
-    edges = None
+    for projected in _tridiagonal(gram, seed, {min(NORM_STEPS, steps), steps}):
+        values = torch.linalg.eigvalsh(projected)
+        least = values[..., 0]
+        largest = values[..., -1].clamp_min(0)
+        middle = (projected.shape[-1] + 1) // 2
+        earlier = torch.linalg.eigvalsh(projected[..., :middle, :middle])
+        move = earlier[..., 0] - least
+        # Ritz values come down to the edge as 1/steps²: a third of the last move is still to go. No further
+        # steps where the spectrum begins at zero.
+        if (least - move / 3 < 0.25 * least).all():
+            break
 
-    def look(_, projected: torch.Tensor) -> int:
-        """The number of further steps, 0 to stop: at the last one, and where the spectrum begins at zero."""
-        nonlocal edges
-        edges = _edges(projected)
-        # Ritz values come down to the edge as 1/steps²: a third of the last move is still to go.
-        if (edges.least - edges.move / 3 < 0.25 * edges.least).all():
-            return 0
-        return steps - projected.shape[-1]
-
-    first = min(NORM_STEPS, steps)
-    if gram.on_accelerator:
-        # Without orthogonalisation the edges are the same, with a fraction of the launches
-        for projected in _tridiagonal(gram, seed, {first, steps}):
-            if not look(None, projected):
-                break
-    else:
-        block_lanczos(gram, gram.apply, random_block(gram, 1, seed), steps, first, look)
-
-    least, move, largest = edges
     floor = resolution(gram.size, largest)
     candidates = (least - 0.6 * move, least - 2 * move, torch.zeros_like(least))
     shifts = [torch.where(shift > 16 * floor, shift, -floor) for shift in candidates]
     return Bounds(largest, tuple(shifts))
-
-
-class _Edges(NamedTuple):
-    """The ends of the Ritz values, and how far the least one has moved in the last half of the steps."""
-
-    least: torch.Tensor
-    move: torch.Tensor
-    largest: torch.Tensor
-
-
-def _edges(projected: torch.Tensor) -> _Edges:
-    middle = (projected.shape[-1] + 1) // 2
-    values = torch.linalg.eigvalsh(projected)
-    earlier = torch.linalg.eigvalsh(projected[..., :middle, :middle])
-    least = values[..., 0]
-    return _Edges(least, earlier[..., 0] - least, values[..., -1].clamp_min(0))
 
 
 def resolution(size: int, norm):
@@ -236,10 +209,10 @@ def block_lanczos(
     operation: Callable[[torch.Tensor], torch.Tensor],
     block: torch.Tensor,
     steps: int,
-    first_check: int | None = None,
-    judge: Callable[[torch.Tensor, torch.Tensor], int] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block Lanczos: an orthonormal basis Q of span{S, F S, …, F^(steps−1) S}, and Qᵀ F Q.
+    first_check: int,
+    judge: Callable[[torch.Tensor, torch.Tensor], int],
+) -> None:
+    """Block Lanczos: an orthonormal basis Q of span{S, F S, …, F^(steps−1) S}, and Qᵀ F Q, for ``judge``.
 
     ``block`` is S, ``operation`` the symmetric F. Only the lower triangle of Qᵀ F Q is filled in. From
     ``first_check`` steps on, ``judge`` gets both, as far as they are, and returns after how many further
@@ -255,12 +228,11 @@ def block_lanczos(
         basis[..., start:end] = block
         block, coefficients = _orthogonalise(gram, operation(block), basis[..., :end])
         projected[..., start:end, :end] = coefficients.mT
-        if judge is not None and step + 1 >= first_check:
+        if step + 1 >= first_check:
             further = judge(basis[..., :end], projected[..., :end, :end])
             if not further:
                 break
             first_check = min(step + 1 + further, steps)
-    return basis, projected
 
 
 def _orthogonalise(gram, block: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
