@@ -300,7 +300,9 @@ def _by_bisection(
         values = np.empty(size)
         found = _Integer(0)
         which = (_BY_INDEX, _BY_BLOCK, size, 0.0, 0.0, first, last, 0.0)
-        _run(dstebz, *which, diagonal, below, found, _Integer(0), values, blocks, splits, work, integers)
+        results = (found, _Integer(0), values, blocks, splits)
+        if _run(dstebz, *which, diagonal, below, *results, work, integers):
+            return values[:0]
         return values[: found.value & 0xFFFFFFFF]
 
     largest = bisect(size, size)
