@@ -42,7 +42,6 @@ def enable(
     compute_dtype: torch.dtype | None = None,
     on_unsuitable: _settings.OnUnsuitable = "raise",
     device: str | torch.device = "auto",
-    gate_up: _settings.GateUp = "fused",
     compile: _settings.Compile = "operator",
     recompute: _settings.Recompute | None = None,
 ) -> None:
@@ -59,12 +58,6 @@ def enable(
         device: where the initialisation solves weights that are on the CPU. "auto": on an accelerator, if
             there is one with enough memory, else on the CPU; or a device. Weights on an accelerator are
             solved there.
-        gate_up: what an adapter starts from on the fused projections of experts, parameters named
-            ``gate_up_proj`` of `target_parameters`. "fused": the parameter as it is stored, one matrix per
-            expert, so that the rank means there what it means for LoRA, and B is the one that a linear
-            layer with this weight would get. "halves": gate and up apart, as for models that store two
-            matrices: half of the rank each, which must be even, and B has zeros between the halves. The
-            format of the adapter is the same.
         compile: what `torch.compile` sees of a layer without dropout whose weight is read directly.
             "operator": one operator, which runs what eager mode runs, kernels included. "plain": PyTorch's
             own three products, which the compiler may fuse and tune; dA is rounded to their dtype.
@@ -80,7 +73,6 @@ def enable(
         compute_dtype=compute_dtype,
         on_unsuitable=on_unsuitable,
         device=device,
-        gate_up=gate_up,
         compile=compile,
         recompute=recompute,
     )

@@ -17,13 +17,11 @@ import torch
 from mica.ops import kept
 
 OnUnsuitable = Literal["raise", "skip"]
-GateUp = Literal["fused", "halves"]
 Compile = Literal["operator", "plain"]
 Recompute = Literal["norms"]
 ALLOWED = {
     "compute_dtype": (None, torch.float32),
     "on_unsuitable": get_args(OnUnsuitable),
-    "gate_up": get_args(GateUp),
     "compile": get_args(Compile),
     "recompute": (None, *get_args(Recompute)),
 }
@@ -35,7 +33,6 @@ class Settings:
     compute_dtype: torch.dtype | None = None
     on_unsuitable: OnUnsuitable = "raise"
     device: str | torch.device = "auto"
-    gate_up: GateUp = "fused"
     compile: Compile = "operator"
     recompute: Recompute | None = None
 

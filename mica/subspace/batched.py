@@ -15,8 +15,9 @@ from contextlib import contextmanager
 
 import torch
 
+from mica.subspace import lapack
 from mica.subspace.gram import image, row_blocks, transposed_image
-from mica.subspace.host import SAFE_PIVOTS, partial_eigenvectors
+from mica.subspace.host import SAFE_PIVOTS
 
 # CUDA compute capabilities with fp64 at half the rate of fp32, or better. All others have 1/32 or 1/64 of it.
 _STRONG_FP64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
@@ -160,12 +161,13 @@ class BatchGram:
         shifted.diagonal(dim1=-2, dim2=-1).sub_(to_device(bound, self.device).unsqueeze(-1))
         return self.read(torch.linalg.cholesky_ex(shifted).info.double())[0] == 0
 
-    def smallest(self, count: int) -> torch.Tensor:
-        found = []
-        for matrix in self._gram.cpu().numpy():
-            vectors = partial_eigenvectors(matrix.T, count)
-            found.append(torch.from_numpy(vectors))
-        return to_device(torch.stack(found), self.device)
+    def smallest(self, count: int) -> tuple[torch.Tensor, ...]:
+        found = [
+            map(torch.from_numpy, lapack.smallest_eigenpairs(matrix.T, count))
+            for matrix in self._gram.cpu().numpy()
+        ]
+        values, vectors, norm = map(torch.stack, zip(*found, strict=True))
+        return values, to_device(vectors, self.device), norm
 
     def eigenvalues(self) -> torch.Tensor:
         return torch.linalg.eigvalsh(self._gram)

@@ -6,32 +6,33 @@ Everything here works on one matrix (``HostGram``, no batch dimensions) and on a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from mica.subspace import krylov
 from mica.subspace.certificate import ROUNDING, certify
 from mica.subspace.gram import image, transposed_image
-from mica.subspace.krylov import Bounds, bounds, norm, resolution
 from mica.subspace.result import NULL_RESOLUTIONS, MinorSubspace, is_certified
 
 
-@dataclass
 class Problem:
-    """Weights as their tall (batch, long, short) view, the Gram of the short side and its bounds."""
+    """Weights as their tall (batch, long, short) view, and the Gram of the short side.
 
-    tall: torch.Tensor
-    gram: object  # HostGram or BatchGram
-    limits: Bounds
-    rank: int
-    basis_is_long: bool  # out_features > in_features: the requested vectors are on the long side
-    dtype: torch.dtype  # the result's
-    seed: int
+    Args:
+        weight: one matrix (out, in), or (batch, out, in).
+        gram_of: makes the ``HostGram`` or ``BatchGram`` of the tall view.
+        rank: how many vectors are requested.
+        seed: for random starts.
+    """
 
-    @property
-    def resolution(self) -> torch.Tensor:
-        return resolution(self.gram.size, self.limits.norm)
+    def __init__(self, weight: torch.Tensor, gram_of: Callable[[torch.Tensor], object], rank: int, seed: int):
+        self.basis_is_long = weight.shape[-2] > weight.shape[-1]  # the requested vectors are on the long side
+        self.tall = weight if self.basis_is_long else weight.mT
+        self.gram = gram_of(self.tall)
+        self.rank = rank
+        self.seed = seed
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)  # the result's
 
 
 class Candidate(NamedTuple):
@@ -40,6 +41,7 @@ class Candidate(NamedTuple):
     basis: the requested vectors, (batch, out_features, rank).
     short_vectors: the same triplets' vectors on the short side, (batch, short, rank).
     singular_values: (batch, rank).
+    norm: ‖C‖ of the Gram C, or up to a quarter less, (batch) on the host.
     resolved: whether the Gram alone shows energies as precisely as the result's dtype does.
     null_count: as in MinorSubspace.
     """
@@ -47,6 +49,7 @@ class Candidate(NamedTuple):
     basis: torch.Tensor
     short_vectors: torch.Tensor
     singular_values: torch.Tensor
+    norm: torch.Tensor
     resolved: bool = False
     null_count: int = 0
 
@@ -58,9 +61,10 @@ class Judged(NamedTuple):
     singular_values: torch.Tensor
     certified: torch.Tensor
     energy_excess: torch.Tensor
+    resolution: torch.Tensor
     null_count: int
 
-    def result(self, method: str, resolution: float, index=...) -> MinorSubspace:
+    def result(self, method: str, index=...) -> MinorSubspace:
         """The result for the matrix at ``index`` of the batch."""
         return MinorSubspace(
             basis=self.basis[index],
@@ -68,63 +72,47 @@ class Judged(NamedTuple):
             method=method,
             certified=bool(self.certified[index]),
             energy_excess=self.energy_excess[index].item(),
-            resolution=resolution,
+            resolution=self.resolution[index].item(),
             null_count=self.null_count,
         )
 
 
-def problem(
-    weight: torch.Tensor, gram_of: Callable[[torch.Tensor], object], rank: int, seed: int, method: str
-) -> Problem:
-    """A `Problem`, with the bounds that ``method``, the first to be tried, needs of the Gram's spectrum.
+def candidate(
+    problem: Problem, values: torch.Tensor, vectors: torch.Tensor, norm: torch.Tensor
+) -> Candidate | None:
+    """The singular triplets of the weight from eigenpairs of its Gram matrix.
 
-    ``weight`` is one matrix (out, in), or (batch, out, in); ``gram_of`` makes the Gram of its tall view.
-    """
-    basis_is_long = weight.shape[-2] > weight.shape[-1]
-    tall = weight if basis_is_long else weight.mT
-    gram = gram_of(tall)
-    dtype = torch.float64 if tall.dtype == torch.float64 else torch.float32
-    if method == "krylov":
-        limits = bounds(gram, seed)
-    else:
-        limits = Bounds(norm(gram, seed), shifts=())
-    return Problem(tall, gram, limits, rank, basis_is_long, dtype, seed)
-
-
-def candidate(problem: Problem, vectors: torch.Tensor, small: torch.Tensor | None = None) -> Candidate | None:
-    """The singular triplets of the weight on the span of ``vectors`` (batch, short, rank), orthonormal.
-
-    ``small`` is the Gram on that span, (batch, rank, rank), where the caller has it on the host.
+    ``values`` (batch, rank), on the host, ascend; ``vectors`` are (batch, short, rank), orthonormal;
+    ``norm`` is as in `Candidate`.
 
     With A the tall view and X the vectors, A X = P S Qᵀ: the columns of X Q and of P are the singular vectors
     on the short and on the long side. P is orthonormal however ill-conditioned A X is, and S keeps the digits
-    that the square roots of the Gram's eigenvalues have lost. Where none are lost and P is not needed, the
-    pass over the weight is left out.
+    that the square roots of the Gram's eigenvalues have lost. Where none are lost, S are these roots, Q is I,
+    and P = A X S⁻¹ is orthonormal to the precision of the result.
 
     Returns None where a requested singular value of a tall weight is numerically null: the Gram does not show
     its vector.
     """
     gram = problem.gram
-    if small is None:
-        (small,) = gram.read(gram.inner(vectors, gram.apply(vectors)))
-    values, rotation = torch.linalg.eigh((small + small.mT) / 2)
     smallest = values[..., 0]
-    floor = problem.resolution
+    floor = krylov.resolution(gram.size, norm)
     if problem.basis_is_long and (smallest <= NULL_RESOLUTIONS * floor + gram.error).any():
         return None
 
     unresolved = smallest * torch.finfo(problem.dtype).eps / 2 < floor + gram.error
     resolved = not unresolved.any()
-    if resolved and not problem.basis_is_long:
-        rotation = rotation.flip(-1).to(gram.device, non_blocking=True)
-        values = values.flip(-1).to(gram.device, non_blocking=True)
-        rotated = gram.combine(vectors, rotation)
-        return Candidate(rotated, rotated, values.sqrt(), resolved)
+    if resolved:
+        vectors = vectors.flip(-1)
+        singular_values = values.flip(-1).sqrt().to(gram.device, non_blocking=True)
+        basis = vectors
+        if problem.basis_is_long:
+            basis = image(problem.tall, vectors) / singular_values.unsqueeze(-2)
+        return Candidate(basis, vectors, singular_values, norm, resolved)
 
     long_vectors, singular_values, rotation = gram.svd(image(problem.tall, vectors))
     short_vectors = gram.combine(vectors, rotation.mT)
     basis = long_vectors if problem.basis_is_long else short_vectors
-    return Candidate(basis, short_vectors, singular_values, resolved)
+    return Candidate(basis, short_vectors, singular_values, norm)
 
 
 def judge(problem: Problem, triplets: Candidate, strict: bool) -> Judged:
@@ -134,9 +122,9 @@ def judge(problem: Problem, triplets: Candidate, strict: bool) -> Judged:
     basis = (rounded * signs).contiguous()
 
     rank = problem.rank
-    floor = problem.resolution
+    floor = krylov.resolution(problem.gram.size, triplets.norm)
     energy = energy_of(problem, triplets, basis, signs)
-    certificate = certify(problem.gram, triplets.short_vectors, problem.limits.norm, strict, energy)
+    certificate = certify(problem.gram, triplets.short_vectors, triplets.norm, strict, energy)
     (energy,) = certificate.read
     least = (certificate.ritz_sum - certificate.deficit).clamp_min(0)  # proven: Σσ² is at least this
     excess = (energy - least).clamp_min(0)
@@ -146,6 +134,7 @@ def judge(problem: Problem, triplets: Candidate, strict: bool) -> Judged:
         singular_values=triplets.singular_values,
         certified=certificate.passed & is_certified(excess, least, rank, floor),
         energy_excess=torch.where(reference > 0, excess / reference, 0.0),
+        resolution=floor,
         null_count=triplets.null_count,
     )
 
@@ -165,7 +154,8 @@ def energy_of(
     gram = problem.gram
     rounded = gram.empty(problem.rank)
     rounded.copy_(basis)
-    unseen = (ROUNDING * problem.resolution + gram.error).to(gram.device, non_blocking=True)
+    floor = krylov.resolution(gram.size, triplets.norm)
+    unseen = (ROUNDING * floor + gram.error).to(gram.device, non_blocking=True)
     if triplets.resolved:
         return (rounded * gram.apply(rounded)).sum((-2, -1)) + problem.rank * unseen
 

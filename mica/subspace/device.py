@@ -9,7 +9,7 @@ import torch
 
 from mica.subspace import batched, krylov
 from mica.subspace.batched import BatchGram, DoubtfulError
-from mica.subspace.candidate import judge, problem
+from mica.subspace.candidate import Problem, judge
 from mica.subspace.methods import BY
 from mica.subspace.result import MinorSubspace
 
@@ -93,7 +93,7 @@ def _solve(
     chosen = matrices
     if len(indices) < len(matrices):  # not by a list as index, which would be copied to the device first
         chosen = torch.stack([matrices[index] for index in indices])
-    state = problem(chosen, lambda tall: BatchGram(tall, mixed), rank, seed, name)
+    state = Problem(chosen, lambda tall: BatchGram(tall, mixed), rank, seed)
 
     triplets = None
     for careful in (False, True):
@@ -111,7 +111,7 @@ def _solve(
             done = judgement.certified.tolist()
         for position, index in enumerate(indices):
             if done[position]:
-                yield index, judgement.result(name, state.resolution[position].item(), position)
+                yield index, judgement.result(name, position)
         failed = [index for position, index in enumerate(indices) if not done[position]]
 
     del state, triplets  # their memory is needed below

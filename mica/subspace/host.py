@@ -21,23 +21,6 @@ _MIRROR_BLOCK = 64
 # CholeskyQR squares the condition number: below this ratio of pivots its result is not trusted.
 SAFE_PIVOTS = 1e-6
 
-# The partial solver runs for less than a sixth of the vectors: its time grows with their number, that of the
-# full divide-and-conquer one does not.
-FULL_FROM_SHARE = 6
-
-
-def partial_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray:
-    """The eigenvectors (n, count) of a symmetric matrix for its ``count`` smallest eigenvalues, ascending.
-
-    Only the lower triangle of ``matrix`` (n, n) fp64 is read. The vectors are orthonormal to rounding, even
-    those of the partial solver: within 3e-15 on clusters of hundreds, with n up to 800.
-    """
-    if FULL_FROM_SHARE * count < len(matrix):
-        vectors = lapack.smallest_eigenvectors(matrix, count)
-        if vectors is not None:
-            return vectors
-    return lapack.all_eigenvectors(matrix)[:, :count].copy(order="F")
-
 
 class HostGram:
     """C = tallᵀ tall of one weight, (n, n) fp64; see ``BatchGram`` for the same on a device.
@@ -105,10 +88,13 @@ class HostGram:
         lapack.syrk(vectors.numpy(), alpha=weight.item(), into=self._buffer)
         return torch.tensor(self._factorise(), device="cpu")
 
-    def smallest(self, count: int) -> torch.Tensor:
-        """The eigenvectors (n, count) of C for its smallest eigenvalues, ascending; overwrites the factor."""
+    def smallest(self, count: int) -> tuple[torch.Tensor, ...]:
+        """C's smallest eigenvalues (count), ascending, their vectors (n, count), and ‖C‖.
+
+        On the host, but for the vectors.
+        """
         self._show(self._diagonal)
-        return torch.from_numpy(partial_eigenvectors(self._buffer, count))
+        return tuple(map(torch.from_numpy, lapack.smallest_eigenpairs(self._buffer, count)))
 
     def eigenvalues(self) -> torch.Tensor:
         """All eigenvalues of C, (n), ascending."""
@@ -129,11 +115,6 @@ class HostGram:
         Where it was not, the decomposition is Householder's.
         """
         host = vectors.numpy()
-        if host.shape[1] == 1:
-            norm = np.linalg.norm(host, keepdims=True)
-            if norm > 0:
-                return torch.from_numpy(host / norm), torch.from_numpy(norm), True
-
         triangle = lapack.syrk(host, transposed=True)
         if lapack.potrf(triangle):
             pivots = triangle.diagonal()

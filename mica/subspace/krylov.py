@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from mica.subspace.host import partial_eigenvectors
+from mica.subspace import lapack
 
 LANCZOS_STEPS = 40
 NORM_STEPS = 12  # enough for ‖C‖ alone
@@ -37,19 +37,6 @@ class Bounds(NamedTuple):
     shifts: tuple[torch.Tensor, ...]
 
 
-class Ritz(NamedTuple):
-    """Approximate eigenvectors of C.
-
-    vectors: X (batch, n, rank), by ascending Ritz values.
-    converged: whether those of the whole batch have.
-    small: Xᵀ C X (batch, rank, rank), on the host.
-    """
-
-    vectors: torch.Tensor
-    converged: bool
-    small: torch.Tensor | None = None
-
-
 def block_size(rank: int) -> int:
     """The width of the blocks for ``rank`` eigenvectors."""
     if rank <= 32:
@@ -65,13 +52,11 @@ def fits(size: int, rank: int) -> bool:
 def norm(gram, seed: int, steps: int = NORM_STEPS) -> torch.Tensor:
     """‖C‖, or up to a quarter less, (batch) on the host: by plain Lanczos, without any reorthogonalisation.
 
-    Rounding makes copies of Ritz values that have converged, but none above the spectrum (Paige 1980). A step
-    takes a quarter of the time of one of ``bounds``, which matters to small matrices: n = 192 takes 0.5 ms
-    instead of 2 to 3, where the whole solution takes 9, and n = 576 takes 1.0 instead of 2.5, of 31.
+    Rounding makes copies of Ritz values that have converged, but none above the spectrum (Paige 1980).
 
     The start is random, so some miss by more. With one eigenvalue above a dense rest, the worst spectrum
-    tried, it is 1 in 2000 of them for n from 64 to 1000. Half as many steps would save 1 to 2 % of a
-    solution (6 % for n = 192), but then 2 to 8 in 100 miss, and some find half of ‖C‖.
+    tried, it is 1 in 2000 of them for n from 64 to 1000. With half as many steps 2 to 8 in 100 miss, and some
+    find half of ‖C‖.
     """
     (projected,) = _tridiagonal(gram, seed, {min(steps, gram.size)})
     return torch.linalg.eigvalsh(projected)[..., -1].clamp_min(0)
@@ -100,47 +85,22 @@ def _tridiagonal(gram, seed: int, counts: set[int]) -> Iterator[torch.Tensor]:
 def bounds(gram, seed: int, steps: int = LANCZOS_STEPS) -> Bounds:
     """‖C‖ and shifts just below the smallest eigenvalue, from two lengths of one Lanczos run."""
     steps = min(steps, gram.size)
-    edges = None
+    for projected in _tridiagonal(gram, seed, {min(NORM_STEPS, steps), steps}):
+        values = torch.linalg.eigvalsh(projected)
+        least = values[..., 0]
+        largest = values[..., -1].clamp_min(0)
+        middle = (projected.shape[-1] + 1) // 2
+        earlier = torch.linalg.eigvalsh(projected[..., :middle, :middle])
+        move = earlier[..., 0] - least
+        # Ritz values come down to the edge as 1/steps²: a third of the last move is still to go. No further
+        # steps where the spectrum begins at zero.
+        if (least - move / 3 < 0.25 * least).all():
+            break
 
-    def look(_, projected: torch.Tensor) -> int:
-        """The number of further steps, 0 to stop: at the last one, and where the spectrum begins at zero."""
-        nonlocal edges
-        edges = _edges(projected)
-        # Ritz values come down to the edge as 1/steps²: a third of the last move is still to go.
-        if (edges.least - edges.move / 3 < 0.25 * edges.least).all():
-            return 0
-        return steps - projected.shape[-1]
-
-    first = min(NORM_STEPS, steps)
-    if gram.on_accelerator:
-        # Without orthogonalisation the edges are the same, with a fraction of the launches
-        for projected in _tridiagonal(gram, seed, {first, steps}):
-            if not look(None, projected):
-                break
-    else:
-        block_lanczos(gram, gram.apply, random_block(gram, 1, seed), steps, first, look)
-
-    least, move, largest = edges
     floor = resolution(gram.size, largest)
     candidates = (least - 0.6 * move, least - 2 * move, torch.zeros_like(least))
     shifts = [torch.where(shift > 16 * floor, shift, -floor) for shift in candidates]
     return Bounds(largest, tuple(shifts))
-
-
-class _Edges(NamedTuple):
-    """The ends of the Ritz values, and how far the least one has moved in the last half of the steps."""
-
-    least: torch.Tensor
-    move: torch.Tensor
-    largest: torch.Tensor
-
-
-def _edges(projected: torch.Tensor) -> _Edges:
-    middle = (projected.shape[-1] + 1) // 2
-    values = torch.linalg.eigvalsh(projected)
-    earlier = torch.linalg.eigvalsh(projected[..., :middle, :middle])
-    least = values[..., 0]
-    return _Edges(least, earlier[..., 0] - least, values[..., -1].clamp_min(0))
 
 
 def resolution(size: int, norm):
@@ -151,8 +111,12 @@ def resolution(size: int, norm):
     return 4 * math.sqrt(size) * torch.finfo(torch.float64).eps * norm
 
 
-def smallest_eigenvectors(gram, rank: int, limits: Bounds, eps: float, seed: int) -> Ritz | None:
-    """``rank`` eigenvectors of C for its smallest eigenvalues; None if C has no factor to work with.
+def smallest_eigenpairs(
+    gram, rank: int, limits: Bounds, eps: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The ``rank`` smallest eigenvalues of C and their vectors, or None if there is no convergence.
+
+    The values (batch, rank), on the host, ascend; the vectors are (batch, n, rank), orthonormal.
 
     ``eps`` is the unit round-off of the caller's result: vectors converge to what an SVD in that precision
     can tell of them (backward error eps ‖W‖), or to what fp64 resolves.
@@ -164,19 +128,21 @@ def smallest_eigenvectors(gram, rank: int, limits: Bounds, eps: float, seed: int
     most = max(1, min(MOST_STEPS, gram.size // width))
     first = min(FIRST_CHECK + gram.steps_per_wait, most)
     history: list[float] = []
-    ritz = None
+    pairs = None
 
     def judge(basis: torch.Tensor, projected: torch.Tensor) -> int:
         """Rayleigh-Ritz; the number of further steps that seem to be needed, 0 to stop."""
-        nonlocal ritz
+        nonlocal pairs
         coefficients = _largest_eigenvectors(*gram.read(projected), rank)
         vectors = gram.combine(basis, coefficients.to(gram.device, non_blocking=True))
         vectors, _, _ = gram.orthonormal(vectors)
-        excess, small = relative_residual(gram, vectors, limits.norm, eps)
-        ritz = Ritz(vectors, excess <= 1, small)
+        excess, values, rotation = relative_residual(gram, vectors, limits.norm, eps)
+        if excess <= 1:
+            pairs = values, gram.combine(vectors, rotation.to(gram.device, non_blocking=True))
+            return 0
         stalled = bool(history) and excess > 0.5 * history[-1]
         history.append(excess)
-        if ritz.converged or stalled:
+        if stalled:
             return 0
         if gram.on_accelerator:
             return gram.steps_per_wait
@@ -186,7 +152,7 @@ def smallest_eigenvectors(gram, rank: int, limits: Bounds, eps: float, seed: int
         return max(1, min(4, likely))
 
     block_lanczos(gram, gram.solve, random_block(gram, width, seed), most, first, judge)
-    return ritz
+    return pairs
 
 
 def _factorise(gram, shifts: tuple[torch.Tensor, ...]) -> bool:
@@ -213,15 +179,20 @@ def residual_of(gram, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 def relative_residual(
     gram, vectors: torch.Tensor, norm: torch.Tensor, eps: float
-) -> tuple[float, torch.Tensor]:
-    """The largest ratio in the batch of ``residual_of`` to what is small enough; and H, on the host."""
+) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """The largest ratio in the batch of ``residual_of`` to what is small enough; and H's eigenpairs.
+
+    All on the host.
+    """
     rank = vectors.shape[-1]
     residual, small = gram.read(*residual_of(gram, vectors))
-    values = torch.linalg.eigvalsh(small).clamp_min(0)
+    values, rotation = torch.linalg.eigh((small + small.mT) / 2)
+    energies = values.clamp_min(0)
+    largest = energies[..., -1]
     # The certificate allows 1e-5 Σθ for √r ‖R‖; an SVD's own error allows eps ‖W‖ σ_r.
-    allowed = torch.minimum(1e-6 * values.sum(-1) / rank**0.5, 0.5 * eps * (norm * values[..., -1]).sqrt())
+    allowed = torch.minimum(1e-6 * energies.sum(-1) / rank**0.5, 0.5 * eps * (norm * largest).sqrt())
     allowed = torch.maximum(allowed, resolution(gram.size, norm))
-    return torch.where(residual == 0, 0.0, residual / allowed).max().item(), small
+    return torch.where(residual == 0, 0.0, residual / allowed).max().item(), values, rotation
 
 
 def random_block(gram, count: int, seed: int) -> torch.Tensor:
@@ -238,10 +209,10 @@ def block_lanczos(
     operation: Callable[[torch.Tensor], torch.Tensor],
     block: torch.Tensor,
     steps: int,
-    first_check: int | None = None,
-    judge: Callable[[torch.Tensor, torch.Tensor], int] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block Lanczos: an orthonormal basis Q of span{S, F S, …, F^(steps−1) S}, and Qᵀ F Q.
+    first_check: int,
+    judge: Callable[[torch.Tensor, torch.Tensor], int],
+) -> None:
+    """Block Lanczos: an orthonormal basis Q of span{S, F S, …, F^(steps−1) S}, and Qᵀ F Q, for ``judge``.
 
     ``block`` is S, ``operation`` the symmetric F. Only the lower triangle of Qᵀ F Q is filled in. From
     ``first_check`` steps on, ``judge`` gets both, as far as they are, and returns after how many further
@@ -257,12 +228,11 @@ def block_lanczos(
         basis[..., start:end] = block
         block, coefficients = _orthogonalise(gram, operation(block), basis[..., :end])
         projected[..., start:end, :end] = coefficients.mT
-        if judge is not None and step + 1 >= first_check:
+        if step + 1 >= first_check:
             further = judge(basis[..., :end], projected[..., :end, :end])
             if not further:
                 break
             first_check = min(step + 1 + further, steps)
-    return basis, projected
 
 
 def _orthogonalise(gram, block: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -308,6 +278,6 @@ def _largest_eigenvectors(matrices: torch.Tensor, count: int) -> torch.Tensor:
     size = matrices.shape[-1]
     found = []
     for matrix in matrices.reshape(-1, size, size):
-        vectors = partial_eigenvectors(-matrix.numpy(), count)
+        _, vectors, _ = lapack.smallest_eigenpairs(-matrix.numpy(), count)
         found.append(torch.from_numpy(vectors))
     return torch.stack(found).reshape(*matrices.shape[:-2], size, count)

@@ -23,6 +23,11 @@ _Integer = ctypes.c_int64 if sys.byteorder == "little" else ctypes.c_int32
 _NUMPY_INTEGER = np.dtype(_Integer)
 
 _PANEL = 128  # rows of a Cholesky factor made at a time
+_BLOCK = 70  # LAPACK's blocks have up to 64 columns; a workspace of this many is never too small
+
+# The time of inverse iteration grows with the number of vectors, that of divide and conquer hardly does. They
+# are even for an eighth of them with n from 64 to 576, and for a seventh with 1024.
+_DIVIDE_FROM_SHARE = 8
 
 _UPPER = b"U"
 _LOWER = b"L"
@@ -31,8 +36,9 @@ _TRANSPOSED = b"T"
 _LEFT = b"L"
 _RIGHT = b"R"
 _NOT_UNIT = b"N"  # the diagonal of a triangle need not be 1
-_VECTORS = b"V"
 _BY_INDEX = b"I"
+_OF_TRIDIAGONAL = b"I"  # and not of the matrix that was made tridiagonal
+_BY_BLOCK = b"B"
 
 
 # Arguments that are only read are made once: a routine takes ten of them, and a small matrix some 60
@@ -124,8 +130,11 @@ _dsymm = routine(cython_blas, "dsymm", 12)
 _dsymv = routine(cython_blas, "dsymv", 10)
 _dtrsm = routine(cython_blas, "dtrsm", 11)
 _dpotrf = routine(cython_lapack, "dpotrf", 5)
-dsyevr = routine(cython_lapack, "dsyevr", 21)
-_dsyevd = routine(cython_lapack, "dsyevd", 11)
+_dsytrd = routine(cython_lapack, "dsytrd", 10)
+dstebz = routine(cython_lapack, "dstebz", 18)
+_dstein = routine(cython_lapack, "dstein", 13)
+_dstedc = routine(cython_lapack, "dstedc", 11)
+_dormtr = routine(cython_lapack, "dormtr", 13)
 
 
 def _empty(rows: int, columns: int) -> np.ndarray:
@@ -230,9 +239,7 @@ def potrf(matrix: np.ndarray) -> bool:
         corner = matrix[start:end, start:end]
         row = matrix[start:end, end:]
         rest = matrix[end:, end:]
-        info = _Integer(0)
-        _dpotrf(_UPPER, len(corner), corner, info)
-        if _success(info):
+        if _run(_dpotrf, _UPPER, len(corner), corner):
             return False
         if row.size:
             trsm(corner, row, transposed=True)
@@ -240,50 +247,78 @@ def potrf(matrix: np.ndarray) -> bool:
     return True
 
 
-def smallest_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray | None:
-    """Those for the smallest eigenvalues, (n, count), ascending; only the lower triangle is read.
+def smallest_eigenpairs(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The smallest eigenvalues (count), ascending, their vectors (n, count), and the largest eigenvalue ().
 
-    By bisection or relatively robust representations. None where LAPACK fails or finds fewer, as its inverse
-    iteration may inside a cluster.
-    """
-    work_matrix = np.array(matrix, dtype=np.float64, order="F")  # overwritten
-    size = len(work_matrix)
-    number = _Integer(0)
-    values = np.empty(size)
-    vectors = _empty(size, count)
-    support = np.zeros(2 * max(1, count), _NUMPY_INTEGER)
-    which = (_VECTORS, _BY_INDEX, _LOWER, size, work_matrix, 0.0, 0.0, 1, count, 0.0)
-    code = _with_workspace(dsyevr, *which, number, values, vectors, support)
-    found = number.value & 0xFFFFFFFF
-    if code != 0 or found != count:
-        return None
-    return vectors
-
-
-def all_eigenvectors(matrix: np.ndarray) -> np.ndarray:
-    """All eigenvectors (n, n), ascending, by divide and conquer; only the lower triangle is read.
+    Only the lower triangle of the symmetric ``matrix`` (n, n) is read. These are the steps of LAPACK's dsyevr
+    and dsyevd; but dsyevr does not show the largest eigenvalue, and dsyevd would transform all vectors back
+    from those of the tridiagonal matrix (n = 576: 10 of 29 ms). The vectors are orthonormal to rounding, even
+    those of inverse iteration: within 3e-15 on clusters of hundreds, with n up to 800.
 
     Raises:
         LinAlgError: LAPACK does not converge.
     """
-    vectors = np.array(matrix, dtype=np.float64, order="F")
-    size = len(vectors)
-    if _with_workspace(_dsyevd, _VECTORS, _LOWER, size, vectors, np.empty(size)):
-        raise LinAlgError(f"dsyevd did not converge on a matrix of size {size}")
-    return vectors
+    reflectors = np.array(matrix, dtype=np.float64, order="F")
+    size = len(reflectors)
+    diagonal, below, factors = np.empty((3, size))
+    work = np.empty(_BLOCK * (_BLOCK + size))
+    _run(_dsytrd, _LOWER, size, reflectors, diagonal, below, factors, work, len(work))
+    pairs = None
+    if _DIVIDE_FROM_SHARE * count < size:
+        pairs = _by_bisection(diagonal, below, count)
+    values, vectors, largest = pairs or _by_division(diagonal, below, count)
+    _run(_dormtr, _LEFT, _LOWER, _PLAIN, size, count, reflectors, factors, vectors, work, len(work))
+    return values, vectors, largest
 
 
-def _with_workspace(function, *arguments) -> int:
-    """Call a routine twice, first to ask for the size of its workspace; returns LAPACK's ``info``."""
+def _by_division(
+    diagonal: np.ndarray, below: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`smallest_eigenpairs` of a tridiagonal matrix, by divide and conquer of all; both are overwritten."""
+    size = len(diagonal)
+    vectors = _empty(size, size)
+    work = np.empty(1 + 4 * size + size * size)
+    integers = np.empty(3 + 5 * size, _NUMPY_INTEGER)
+    workspaces = (work, len(work), integers, len(integers))
+    if _run(_dstedc, _OF_TRIDIAGONAL, size, diagonal, below, vectors, *workspaces):
+        raise LinAlgError(f"dstedc did not converge on a matrix of size {size}")
+    return diagonal[:count], vectors[:, :count].copy(order="F"), diagonal[-1, ...]
+
+
+def _by_bisection(
+    diagonal: np.ndarray, below: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """`smallest_eigenpairs` of a tridiagonal matrix, by bisection and inverse iteration.
+
+    None where LAPACK fails or finds fewer, as its inverse iteration may inside a cluster.
+    """
+    size = len(diagonal)
+    work = np.empty(5 * size)
+    blocks, splits, integers, failed = np.empty((4, 3 * size), _NUMPY_INTEGER)
+
+    def bisect(first: int, last: int) -> np.ndarray:
+        values = np.empty(size)
+        found = _Integer(0)
+        which = (_BY_INDEX, _BY_BLOCK, size, 0.0, 0.0, first, last, 0.0)
+        results = (found, _Integer(0), values, blocks, splits)
+        if _run(dstebz, *which, diagonal, below, *results, work, integers):
+            return values[:0]
+        return values[: found.value & 0xFFFFFFFF]
+
+    largest = bisect(size, size)
+    values = bisect(1, count)
+    if len(values) != count or len(largest) != 1:
+        return None
+    vectors = _empty(size, count)
+    operands = (size, diagonal, below, count, values, blocks, splits, vectors)
+    if _run(_dstein, *operands, work, integers, failed):
+        return None
+    order = values.argsort()  # they ascend in each block
+    return values[order], np.asfortranarray(vectors[:, order]), largest[0, ...]
+
+
+def _run(function, *arguments) -> int:
+    """Call a routine; returns LAPACK's ``info``."""
     info = _Integer(0)
-    size = np.zeros(1)
-    integer_size = np.zeros(1, _NUMPY_INTEGER)
-    function(*arguments, size, -1, integer_size, -1, info)
-
-    count = integer_size[0]
-    if sys.byteorder == "little":  # as in `_success`
-        count = integer_size.view(np.int32)[0]
-    work = np.empty(max(1, int(size[0])))
-    integers = np.zeros(max(1, int(count)), _NUMPY_INTEGER)
-    function(*arguments, work, len(work), integers, len(integers), info)
+    function(*arguments, info)
     return _success(info)

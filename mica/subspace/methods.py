@@ -25,17 +25,18 @@ def by_krylov(problem: Problem) -> Candidate | None:
     """By block Krylov subspaces; None where they are too large for the matrix or do not converge."""
     if not krylov.fits(problem.gram.size, problem.rank):
         return None
+    limits = krylov.bounds(problem.gram, problem.seed)
     eps = torch.finfo(problem.dtype).eps
-    ritz = krylov.smallest_eigenvectors(problem.gram, problem.rank, problem.limits, eps, problem.seed)
-    if ritz is None or not ritz.converged:
+    pairs = krylov.smallest_eigenpairs(problem.gram, problem.rank, limits, eps, problem.seed)
+    if pairs is None:
         return None
-    return candidate(problem, ritz.vectors, ritz.small)
+    return candidate(problem, *pairs, limits.norm)
 
 
 @one_pool()
 def by_gram(problem: Problem) -> Candidate | None:
-    """By LAPACK's partial eigensolver on the Gram matrix."""
-    return candidate(problem, problem.gram.smallest(problem.rank))
+    """By LAPACK's eigensolvers on the Gram matrix."""
+    return candidate(problem, *problem.gram.smallest(problem.rank))
 
 
 def by_svd(problem: Problem) -> Candidate:
@@ -46,13 +47,14 @@ def by_svd(problem: Problem) -> Candidate:
     tall = problem.tall
     rank = problem.rank
     long_vectors, singular_values, short_vectors = torch.linalg.svd(tall.double(), full_matrices=False)
+    norm = singular_values[0].square()
     noise = tall.shape[0] * torch.finfo(torch.float64).eps * singular_values[0]
     singular_values = singular_values[-rank:]
     short_vectors = short_vectors[-rank:].T
     if not problem.basis_is_long:
-        return Candidate(short_vectors, short_vectors, singular_values)
+        return Candidate(short_vectors, short_vectors, singular_values, norm)
     null_count = int((singular_values <= noise).sum())
-    return Candidate(long_vectors[:, -rank:], short_vectors, singular_values, null_count=null_count)
+    return Candidate(long_vectors[:, -rank:], short_vectors, singular_values, norm, null_count=null_count)
 
 
 BY: dict[str, Callable[[Problem], Candidate | None]] = {
@@ -65,10 +67,6 @@ METHODS = ("auto", *BY)
 
 def route(size: int, rank: int) -> str:
     """What "auto" means on the host for a Gram matrix (size, size)."""
-    # With almost all vectors requested, the Gram's method ends in an SVD as large as the weight's own: for
-    # 576 x 576 it takes 65 ms for 288 vectors and 124 for 576, where the SVD takes 84
-    if 4 * rank > 3 * size:
-        return "svd"
     if size > max(SMALL, BLOCKS * krylov.block_size(rank)):
         return "krylov"
     return "gram"

@@ -9,7 +9,7 @@ import torch
 
 from mica.dtypes import FLOATING
 from mica.memory import in_memory
-from mica.subspace.candidate import judge, problem
+from mica.subspace.candidate import Problem, judge
 from mica.subspace.device import batch_size, is_on_host, solve_batch
 from mica.subspace.gram import extremes
 from mica.subspace.host import HostGram
@@ -38,7 +38,7 @@ def minor_subspace(
         rank: between 1 and min(out_features, in_features).
         method: where to start; each falls back to the next one if its result is not certified.
             "krylov": block Krylov subspaces of the shifted inverse of the fp64 Gram matrix;
-            "gram": LAPACK's partial eigensolver on that Gram matrix;
+            "gram": LAPACK's eigensolvers on that Gram matrix;
             "svd": whole fp64 SVD, the definition;
             "auto": the fastest for this shape, rank and device.
         strict: prove the result by an inertia test, which costs one Cholesky factorisation. Without it
@@ -192,7 +192,7 @@ def _solve_on_host(weight: torch.Tensor, rank: int, method: str, strict: bool, s
     """One matrix, on the CPU, by the first method whose result is certified, else by the last one."""
     names = chain(method, min(weight.shape), rank)
     with one_pool():
-        state = problem(weight, HostGram, rank, seed, names[0])
+        state = Problem(weight, HostGram, rank, seed)
 
     for name in names:
         triplets = BY[name](state)
@@ -203,7 +203,7 @@ def _solve_on_host(weight: torch.Tensor, rank: int, method: str, strict: bool, s
         if judgement.certified or not strict:
             break
 
-    return judgement.result(name, state.resolution.item())
+    return judgement.result(name)
 
 
 def _assemble(results: list[MinorSubspace], weight: torch.Tensor) -> MinorSubspace:

@@ -19,10 +19,9 @@ from transformers.integrations import is_fsdp_enabled
 from mica.dtypes import FLOATING, SIXTEEN_BIT
 from mica.errors import UnsuitableLayerError
 from mica.fast.create import experts, quantised
-from mica.fast.create.experts import ExpertTask, SliceOfB
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.eligibility import adapter_weights, is_stored_transposed
-from mica.fast.forward.expert_params import is_stack, is_wrapper, parameter_of, weight_of_stack
+from mica.fast.forward.expert_params import as_lora_B, is_stack, is_wrapper, parameter_of, weight_of_stack
 from mica.fast.settings import settings
 from mica.subspace.cache import default_cache
 from mica.subspace.distributed import all_request, solve_shared
@@ -77,11 +76,16 @@ class NewAdapter:
             return quantised.packed_weight(self.layer)
         return getattr(self.layer.get_base_layer(), "weight", None)
 
-    def materialise_tasks(self) -> list[ExpertTask]:
-        """The matrices to solve: one for the whole B, or one for each expert of a stack."""
-        if is_wrapper(self.layer):
-            return experts.tasks(self.layer, self.name, self.rank)
-        return [ExpertTask(Task(self.name, self.materialise_weight(), self.rank), None)]
+    def materialise_tasks(self) -> list[Task]:
+        """The matrices to solve: one for the whole B, or one for each expert of a stack, in their order."""
+        weight = self.materialise_weight()
+        if not is_wrapper(self.layer):
+            return [Task(self.name, weight, self.rank)]
+        if not is_stack(self.layer):
+            return [Task(self.name, weight[0], self.rank)]
+        return [
+            Task(f"{self.name} expert {expert}", matrix, self.rank) for expert, matrix in enumerate(weight)
+        ]
 
     @property
     def is_quantised(self) -> bool:
@@ -130,14 +134,13 @@ def check(adapter: NewAdapter) -> Tensor:
 
     Raises:
         TypeError: the weight is not of a floating dtype with 16 bits or more.
-        ValueError: a rank that the settings do not allow.
         UnsuitableLayerError: MiCA cannot start from this layer's weight.
     """
     _check_is_readable(adapter)
     weight = adapter.materialise_weight()
     _check_dtype(adapter, weight)
     if is_wrapper(adapter.layer):
-        experts.check(adapter.layer, adapter.name, adapter.rank)
+        experts.check(adapter.layer, adapter.name)
     _check_rank(adapter, weight)
     if adapter.is_absent:
         _check_absence(adapter)
@@ -175,10 +178,7 @@ def _check_rank(adapter: NewAdapter, weight: Tensor) -> None:
     out_features, in_features = weight.shape[-2:]
     condition = "`r` <= min(in_features, out_features)"
     max_rank = min(out_features, in_features)
-    if experts.is_halved(adapter.layer):
-        condition = "`r` / 2 <= min(in_features, out_features / 2) for gate_up='halves'"
-        max_rank = 2 * min(out_features // 2, in_features)
-    elif isinstance(adapter.layer, lora.Embedding):
+    if isinstance(adapter.layer, lora.Embedding):
         condition = "`r` <= min(num_embeddings, embedding_dim)"
     if adapter.rank <= max_rank:
         return
@@ -299,8 +299,6 @@ def _count(adapter: NewAdapter) -> int:
     """How many matrices are solved, where the weight may not be there yet (`materialise_tasks` needs it)."""
     if not is_wrapper(adapter.layer):
         return 1
-    if experts.is_halved(adapter.layer):
-        return 2 * adapter.layer.num_experts
     return adapter.layer.num_experts
 
 
@@ -310,16 +308,16 @@ def _solve(adapters: Sequence[NewAdapter], bar: tqdm, share: bool) -> None:
         return
     parts = []
     for adapter in adapters:
-        for part in adapter.materialise_tasks():
-            parts.append((adapter, part))
-    tasks = [part.task for _, part in parts]
+        for expert, task in enumerate(adapter.materialise_tasks()):
+            parts.append((adapter, expert, task))
+    tasks = [task for _, _, task in parts]
     cache = default_cache()  # outside of ``try``: its ValueError is not about a weight
     warned: dict[NewAdapter, list[tuple[int, str]]] = defaultdict(list)  # results come in any order
     try:
         for index, subspace in solve_shared(tasks, share=share, device=settings.device, cache=cache):
-            adapter, part = parts[index]
-            _assign(adapter, part.slice, subspace.basis)
-            for message in warnings_about(subspace, part.task.name):
+            adapter, expert, task = parts[index]
+            _assign(adapter, expert, subspace.basis)
+            for message in warnings_about(subspace, task.name):
                 warned[adapter].append((index, message))
             bar.update()
     except ValueError as error:
@@ -332,23 +330,24 @@ def _solve(adapters: Sequence[NewAdapter], bar: tqdm, share: bool) -> None:
 
 
 @torch.no_grad()
-def _assign(adapter: NewAdapter, place: SliceOfB | None, basis: Tensor) -> None:
-    """The whole B, or one expert's share of a B that was 0."""
+def _assign(adapter: NewAdapter, expert: int, basis: Tensor) -> None:
+    """The whole B, or the expert's part of an adapted parameter's B that was 0."""
     lora_B = adapter.lora_B
+    is_part = is_wrapper(adapter.layer)
     with torch.inference_mode(lora_B.is_inference()):  # the mode is per thread, and the solver has its own
-        if place is None:
-            tensor_parallel.write(lora_B, basis)
+        if is_part:
+            as_lora_B(lora_B.data, adapter.layer.num_experts)[expert] = basis
         else:
-            place.fill(lora_B.data, basis)
+            tensor_parallel.write(lora_B, basis)
     if lora_B.dtype not in SIXTEEN_BIT:
         return
     exact = _exact.setdefault(adapter.layer, {})
-    if place is None:
+    if not is_part:
         exact[adapter.adapter_name] = basis
         return
     if adapter.adapter_name not in exact:
         exact[adapter.adapter_name] = basis.new_zeros(lora_B.shape, device=lora_B.device)
-    place.fill(exact[adapter.adapter_name], basis)
+    as_lora_B(exact[adapter.adapter_name], adapter.layer.num_experts)[expert] = basis
 
 
 def restore_exact(layer: nn.Module, adapter_name: str, lora_B: Tensor) -> None:

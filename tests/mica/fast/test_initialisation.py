@@ -28,7 +28,6 @@ from tests.support.moe_models import (
     BUILDERS,
     STACKS,
     assert_exact,
-    assert_same_vectors,
     exact_basis,
     holder,
     qwen3_moe,
@@ -199,46 +198,12 @@ def test_low_cpu_mem_usage_without_a_file_leaves_the_adapter_on_the_meta_device(
     assert all(B.is_meta for B in bases(model).values())
 
 
-# -- halves of gate and up ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", BUILDERS)
-def test_halves_are_the_minor_subspaces_of_gate_and_up(kind):
-    mica.fast.enable(gate_up="halves")
-    for layer in wrappers(wrap_experts(BUILDERS[kind]().bfloat16())).values():
-        B, weight = factors(layer)[1], oriented(layer)
-        assert (B.mT @ B - torch.eye(4)).abs().max() <= 1e-6
-        if layer.parameter_name == "down_proj":
-            assert_same_vectors(B, exact_basis(weight, 4))
-            continue
-        rows = torch.arange(layer.out_features)
-        is_gate = rows % 2 == 0 if kind == "gpt_oss" else rows < layer.out_features // 2
-        for mask, columns in ((is_gate, slice(0, 2)), (~is_gate, slice(2, 4))):
-            assert_same_vectors(B[:, mask, columns], exact_basis(weight[:, mask], 2))
-            assert not B[:, ~mask, columns].any()
-
-
-def test_halves_of_other_parameters_are_not_taken_and_by_default_of_none():
-    """Nor is a single expert, or a stack that says how it is stored, refused."""
-    for layer in wrappers(wrap_experts(qwen3_moe())).values():
-        assert (factors(layer)[1].abs().amax(1) > 0).all()
+def test_a_single_expert_or_a_stack_that_says_how_it_is_stored_is_not_refused():
     llama_4 = holder(torch.randn(3, 6, 16), "gate_up_proj", is_transposed=True)
     llama_4["experts"].down_proj = torch.nn.Parameter(torch.randn(3, 8, 6))
     assert_exact(wrap_experts(llama_4, 2, ["experts.gate_up_proj", "experts.down_proj"]))
-    mica.fast.enable(gate_up="halves")
     for experts in (1, 3):
         assert_exact(wrap_holder(holder(torch.randn(experts, 8, 12))))
-
-
-def test_halves_are_one_after_the_other_in_a_stack_that_does_not_say_how():
-    mica.fast.enable(gate_up="halves")
-    model = wrap_holder(holder(torch.randn(3, 8, 12), "gate_up_proj"), name="gate_up_proj")
-    (layer,) = wrappers(model).values()
-    B = factors(layer)[1]
-    assert B[:, :4, 0].any()
-    assert B[:, 4:, 1].any()
-    assert not B[:, 4:, 0].any()
-    assert not B[:, :4, 1].any()
 
 
 # -- frozen -------------------------------------------------------------------------------------------

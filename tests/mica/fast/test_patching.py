@@ -154,8 +154,6 @@ def test_settings_are_checked_before_any_changes():
     ):
         with pytest.raises(ValueError, match=rf"^{name} must be one of \(.*\), but it is '?{wrong}"):
             mica.fast.enable(**{name: wrong})
-    with pytest.raises(ValueError, match=r"^gate_up must be one of \('fused', 'halves'\), but it is 'both'"):
-        mica.fast.enable(gate_up="both")
     for wrong in ("tpu?", 1.5, None):
         with pytest.raises(ValueError, match=r"^device must be 'auto' or a torch device, but it is"):
             mica.fast.enable(device=wrong)
@@ -169,7 +167,7 @@ def test_settings_are_checked_before_any_changes():
     assert (settings.compute_dtype, settings.on_unsuitable) == (torch.float32, "skip")
     mica.fast.enable()
     assert (settings.compute_dtype, settings.on_unsuitable) == (None, "raise")
-    assert (settings.gate_up, settings.device) == ("fused", "auto")
+    assert settings.device == "auto"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ from tests.support.unchanged import unchanged
 pytestmark = pytest.mark.usefixtures("one_thread", "gptqmodel")
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 DOWN = {"wrap": wrap_experts, "target_parameters": ["experts.down_proj"], "rank": 2}
-GATE_UP = {**DOWN, "target_parameters": ["experts.gate_up_proj"]}
 BOTH = {**DOWN, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 EXPERTS, QUANTISED = {"wrap": wrap_experts}, {"targets": quantised_models.TARGETS}
 FIRST = {"targets": ["0"], "rank": 2}
@@ -59,11 +58,6 @@ def poisoned_hqq():
 
 def stack(*shape, name="down_proj", dtype=torch.float32, **attributes):
     return holder(torch.randn(shape or (3, 8, 12)).to(dtype), name, **attributes)
-
-
-def halves(out_features, in_features=12):
-    mica.fast.enable(gate_up="halves")
-    return stack(3, out_features, in_features, name="gate_up_proj")
 
 
 def llama_4():
@@ -129,15 +123,6 @@ CASES = {  # what it is: (what builds the model, options, message, other error)
     "NaN, HQQ": (poisoned_hqq, QUANTISED, r"layer '.*mlp.up_proj' has 8 NaN or Inf of 1536"),
     "rank": (Net, {"rank": 11}, r"MiCA requires `r` <= min.*r=11 for layer 'down'.*\(10, 16\)", ValueError),
     "rank, experts": (qwen3_moe, {**EXPERTS, "rank": 25}, MOE_RANK),
-    "odd": (
-        lambda: halves(8),
-        {**GATE_UP, "rank": 3},
-        f"r must be even, but it is 3 for {GATES}",
-        ValueError,
-    ),
-    "half a row": (lambda: halves(9), GATE_UP, f"but {GATES} has 9 out_features"),
-    "halves": (lambda: halves(8), {**GATE_UP, "rank": 10}, rf"r=10 for {GATES} .*\(max usable r is 8\)"),
-    "tall halves": (lambda: halves(24, 8), {**GATE_UP, "rank": 18}, r".*\(max usable r is 16\)"),
     "torchao int4": (torchao_int4, FIRST, r"layer '0' has .* Linear \(torchao Int4Tensor, refused"),
     "ep": (lambda: stack(_is_expert_parallel=True), DOWN, f"{DOWNS} holds the experts of one process only"),
     "tp": (lambda: stack(_hf_tp_plan="grouped_gemm"), DOWN, f"{DOWNS} holds one shard of it"),

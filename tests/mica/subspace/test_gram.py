@@ -2,7 +2,6 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 
@@ -10,7 +9,7 @@ from mica.dtypes import FLOATING
 from mica.subspace import gram as products
 from mica.subspace import host, spectrum
 from mica.subspace.batched import BatchGram
-from mica.subspace.host import HostGram, partial_eigenvectors
+from mica.subspace.host import HostGram
 from tests.support.judging import assert_orthonormal, columns, dense, gram_of, random
 from tests.support.spectra import from_values, weight
 from tests.support.tolerances import RELATIVE, error
@@ -126,7 +125,9 @@ class Checked:
 
     def smallest(self):
         for count in {1, self.gram.size}:
-            basis = self.gram.smallest(count)
+            values, basis, norm = self.gram.smallest(count)
+            assert error(values, self.values[..., :count]) <= 1e-13
+            torch.testing.assert_close(norm, self.values[..., -1])
             assert error(self.dense @ basis, basis * self.values[..., None, :count]) <= 1e-12
             assert_orthonormal(basis)
 
@@ -202,27 +203,6 @@ def test_orthonormal_vectors_however_dependent(trouble, scale, count, kind):
     assert error(basis @ triangle, before) <= 1e-13
     assert torch.equal(triangle, triangle.triu())
     assert torch.equal(vectors, before)
-
-
-@pytest.mark.whole
-@pytest.mark.parametrize("size", [1, 2, 5, 12, 13, 60])
-@pytest.mark.parametrize("count", [1, 2, 10, 60])
-@pytest.mark.parametrize("fails", [False, True])
-def test_partial_eigenvectors_read_the_lower_triangle(size, count, fails, monkeypatch):
-    """LAPACK's inverse iteration may fail to converge, or lose a vector of a cluster: all are found then."""
-    if fails:
-        monkeypatch.setattr("mica.subspace.lapack.smallest_eigenvectors", lambda matrix, count: None)
-    count, dense = min(count, size), gram_of(weight("cluster across", size + 3, size))
-    half = np.asfortranarray(dense.numpy().copy())
-    half[np.triu_indices(size, 1)] = np.nan
-    before = half.copy()
-    vectors = torch.from_numpy(partial_eigenvectors(half, count))
-    assert vectors.shape == (size, count)
-    assert vectors.T.is_contiguous()
-    assert_orthonormal(vectors)
-    values = torch.linalg.eigvalsh(dense)[:count]
-    assert error(vectors.T @ dense @ vectors, torch.diag(values)) <= 1e-12
-    np.testing.assert_array_equal(half, before)
 
 
 # The largest singular value and the whole spectrum

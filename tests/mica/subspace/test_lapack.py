@@ -1,6 +1,7 @@
 """BLAS and LAPACK by pointer: every layout, nothing read or written next to the operands, no lock held."""
 
 import ctypes
+import math
 from contextlib import contextmanager
 
 import numpy as np
@@ -119,37 +120,62 @@ def test_potrf_in_the_upper_triangle(size):
 
 @pytest.mark.whole
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", [1, 2, 5, 60])
-def test_eigenvectors_of_the_lower_triangle(size, layout):
-    matrix = symmetric(size)
-    values = np.linalg.eigvalsh(matrix)
+@pytest.mark.parametrize("size", [1, 2, 5, 20, 60])
+@pytest.mark.parametrize("share", [0, 8, math.inf])
+@pytest.mark.parametrize("kind", ["any", "diagonal", "cluster", "two blocks"])
+def test_eigenpairs_of_the_lower_triangle(size, layout, share, kind, monkeypatch):
+    """By bisection, by divide and conquer, and as it is chosen: the smallest, in order, and the largest."""
+    monkeypatch.setattr(lapack, "_DIVIDE_FROM_SHARE", share)
+    matrix = spectrum_of(kind, size)
+    exact = np.linalg.eigvalsh(matrix)
     operand = laid_out(with_nan_above(matrix), layout)
     before = operand.copy()
     for count in {1, min(3, size), size}:
-        vectors = lapack.smallest_eigenvectors(operand, count)
+        values, vectors, largest = lapack.smallest_eigenpairs(operand, count)
         assert vectors.shape == (size, count)
-        close(matrix @ vectors, vectors * values[:count], 1e-12)
+        assert vectors.flags.f_contiguous
+        close(values, exact[:count], 1e-12)
+        close(largest, exact[-1])
+        close(matrix @ vectors, vectors * values, 1e-12)
         close(vectors.T @ vectors, np.eye(count))
-    vectors = lapack.all_eigenvectors(operand)
-    close(matrix @ vectors, vectors * values, 1e-12)
     np.testing.assert_array_equal(operand, before)
 
 
-def test_eigenvectors_that_cannot_be_found(monkeypatch):
-    """Inside a cluster LAPACK may find fewer than requested, and call that a success."""
-    broken = np.full((5, 5), np.nan)
-    assert lapack.smallest_eigenvectors(broken, 2) is None
+def spectrum_of(kind: str, size: int) -> np.ndarray:
+    """A symmetric matrix; of the last three kinds, LAPACK solves parts of the tridiagonal one separately."""
+    matrix = symmetric(size)
+    if kind == "diagonal":
+        return np.diag(matrix.diagonal())
+    if kind == "cluster":
+        unit = np.linalg.qr(matrix)[0]
+        return unit @ np.diag(np.arange(size) > size // 2) @ unit.T
+    if kind == "two blocks":
+        matrix[: size // 2, size // 2 :] = matrix[size // 2 :, : size // 2] = 0
+    return matrix
+
+
+def test_eigenpairs_that_cannot_be_found(monkeypatch):
+    """Bisection may find fewer than requested, or inverse iteration fail: then all are found another way."""
     with pytest.raises(LinAlgError, match="size 5"):
-        lapack.all_eigenvectors(broken)
+        lapack.smallest_eigenpairs(np.full((5, 5), np.nan), 2)
+    matrix = symmetric(40)
+    exact = np.linalg.eigvalsh(matrix)[:3]
 
     def loses_one(*arguments):
-        plain(*arguments)
-        arguments[10].value -= 1  # the number of those found
+        bisect(*arguments)
+        if arguments[5] == 1:  # the smallest, not the largest
+            arguments[10].value -= 1  # the number of those found
 
-    matrix, plain = symmetric(20), lapack.dsyevr
-    assert lapack.smallest_eigenvectors(matrix, 3).shape == (20, 3)
-    monkeypatch.setattr(lapack, "dsyevr", loses_one)
-    assert lapack.smallest_eigenvectors(matrix, 3) is None
+    def fails(*arguments):
+        arguments[-1].value = 1
+
+    bisect = lapack.dstebz
+    for name, routine in (("dstebz", loses_one), ("_dstein", fails)):
+        with monkeypatch.context() as patch:
+            patch.setattr(lapack, name, routine)
+            values, vectors, _ = lapack.smallest_eigenpairs(matrix, 3)
+        close(values, exact)
+        close(matrix @ vectors, vectors * values, 1e-12)
 
 
 WRITERS = {
@@ -177,9 +203,10 @@ def test_integers_of_either_width_and_no_routine_of_other_arguments(integer, mon
     monkeypatch.setattr(lapack, "_Integer", integer)
     monkeypatch.setattr(lapack, "_NUMPY_INTEGER", np.dtype(integer))
     matrix = symmetric(40)
-    values = np.linalg.eigvalsh(matrix)[:3]
-    for vectors in (lapack.smallest_eigenvectors(matrix, 3), lapack.all_eigenvectors(matrix)[:, :3]):
-        close(matrix @ vectors, vectors * values, 1e-12)
+    values = np.linalg.eigvalsh(matrix)
+    for count in (3, 30):
+        _, vectors, _ = lapack.smallest_eigenpairs(matrix, count)
+        close(matrix @ vectors, vectors * values[:count], 1e-12)
     assert not lapack.potrf(np.asfortranarray(-np.eye(3)))
     with pytest.raises(ImportError, match="dgemm takes other arguments"):
         lapack.routine(lapack.cython_blas, "dgemm", 12)

@@ -174,9 +174,9 @@ def test_what_cannot_be_proven_is_the_svd_s_with_a_warning(shape, method, monkey
 
 
 KRYLOV_FAULTS = {
-    "no factor": lambda right: None,
-    "wrong vectors": lambda right: krylov.Ritz(right[:, 1:], True),
-    "not converged": lambda right: krylov.Ritz(right[:, :-1], False),
+    "no convergence": lambda values, right: None,
+    "wrong vectors": lambda values, right: (values[1:], right[:, 1:]),
+    "wrong values, too": lambda values, right: (values[:-1], right[:, 1:]),
 }
 
 
@@ -184,10 +184,10 @@ KRYLOV_FAULTS = {
 @pytest.mark.parametrize("fault", KRYLOV_FAULTS)
 def test_falls_back_to_the_gram_from_krylov(shape, fault, monkeypatch):
     def faulty(gram, rank, *rest):
-        return KRYLOV_FAULTS[fault](smallest_eigenvectors(gram, rank + 1, *rest).vectors)
+        return KRYLOV_FAULTS[fault](*smallest_eigenpairs(gram, rank + 1, *rest))
 
-    smallest_eigenvectors = krylov.smallest_eigenvectors
-    monkeypatch.setattr(krylov, "smallest_eigenvectors", faulty)
+    smallest_eigenpairs = krylov.smallest_eigenpairs
+    monkeypatch.setattr(krylov, "smallest_eigenpairs", faulty)
     assert certified(weight("gaussian", *shape), RANK, "krylov").method == "gram"
 
 
@@ -216,9 +216,11 @@ def test_a_start_orthogonal_to_the_answer(name, shape, monkeypatch):
 @pytest.mark.parametrize("method", ["krylov", "gram"])
 def test_falls_back_to_the_svd_from_wrong_vectors_but_nothing_does_without_strict(shape, method, monkeypatch):
     matrix, candidate = weight("gaussian", *shape), methods.candidate
-    monkeypatch.setattr(
-        methods, "candidate", lambda problem, vectors, *_: candidate(problem, vectors.flip(0))
-    )
+
+    def wrong(problem, values, vectors, norm):
+        return candidate(problem, values, vectors.flip(0), norm)
+
+    monkeypatch.setattr(methods, "candidate", wrong)
     assert minor_subspace(matrix, RANK, method=method, strict=False).method == method
     assert certified(matrix, RANK, method).method == "svd"
 
