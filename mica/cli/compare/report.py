@@ -11,7 +11,6 @@ from mica.cli.compare import advice, schedule
 from mica.cli.compare.outcomes import RETAINED, Result, outcome
 from mica.cli.compare.schedule import BASE, Question, Results
 from mica.cli.compare.verdict import Verdict, verdict
-from mica.cli.targets import find_targets
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
@@ -35,7 +34,7 @@ def report(question: Question, results: Results, settings: dict, facts: dict) ->
         "points": {method: _points(base, some) for method, some in found.items()},
         "failed": _failed(results),
         "not_done": schedule.not_done(question, results),
-        "seconds": max(one["ended"] for one in results.values()),
+        "seconds": schedule.spent(results),
         "results": results,
     }
 
@@ -68,17 +67,14 @@ def _as_json(base: Result, found: Verdict) -> dict[str, Any]:
     rows = []
     for method, choice in found.choices.items():
         learned, forgotten = choice.mean("learned"), choice.mean("forgotten")
-        behind = None
-        if method in found.lead:
-            lead = found.lead[method]
-            behind = {"mean": lead.mean, "half": _finite(lead.half)}
+        lead = found.lead.get(method)
         rows.append(
             {
                 "method": method,
                 "learned": learned,
                 "forgotten": forgotten,
                 "perplexity": _perplexity(base, learned, forgotten),
-                "behind": behind,
+                "behind": lead and {"mean": lead.mean, "half": _finite(lead.half)},
                 "tied": method in found.tied,
                 "rate": choice.rate,
                 "steps": choice.steps,
@@ -103,7 +99,7 @@ def _undecided(question: Question, results: Results, equal: Verdict, method: str
     needed = advice.needed(question, results, equal, method)
     return {
         "method": method,
-        "needed": None if needed is None else needed._asdict(),
+        "needed": needed and needed._asdict(),
         "missing": advice.missing(equal.lead[method]),
     }
 
@@ -119,20 +115,17 @@ def _points(base: Result, some: list[Result]) -> list[list[float]]:
 
 
 def facts(trainings) -> dict[str, Any]:
-    """Of model, texts and device, for the page and the scripts."""
+    """What the page says of model, texts and device."""
     data = trainings.data
     device = trainings.base.device
     name = "CPU"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    args = trainings.args
     documents = trainings.documents()
     retained = {one for name in RETAINED for one in documents[name]}
     return {
         "parameters": trainings.base.num_parameters(),
         "dtype": str(trainings.base.dtype).removeprefix("torch."),
-        "packing": args.packing,
-        "targets": find_targets(trainings.base, args.target_modules, args.experts).config,
         "device": name,
         "tokens": sum(part.tokens for part in data.parts),
         "blocks": len(data.train),

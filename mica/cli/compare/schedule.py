@@ -11,7 +11,11 @@ also with another budget.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sized
+from functools import partial
+from heapq import heapreplace
+from operator import itemgetter
 from statistics import mean
 from typing import NamedTuple
 
@@ -82,13 +86,9 @@ class Cost(NamedTuple):
     step: float
     block: float
 
-    def short(self, question: Question, steps: float) -> float:
-        """Seconds of a short training of so many steps."""
-        return self.start + steps * self.step + question.short_blocks * self.block
-
-    def whole(self, question: Question, steps: float) -> float:
-        """Seconds of a whole one."""
-        return self.start + steps * self.step + question.whole_blocks * self.block
+    def seconds(self, steps: int, blocks: int) -> float:
+        """Seconds of a training of so many steps, and of the measurement of so many blocks after it."""
+        return self.start + steps * self.step + blocks * self.block
 
 
 def planned(question: Question, results: Results) -> list[Planned]:
@@ -124,8 +124,7 @@ def _short(question: Question, results: Results) -> list[Planned]:
     plan = allowed(question, results)
     working = by_method(question, results, TRIAL)
     rates = {method: inner(question.rates[method], plan.rates) for method in working}
-    steps = _steps_of(results, SHORT) or plan.short_steps
-    return [Planned(SHORT, method, rate, steps) for method, rate in _in_turns(rates)]
+    return _at_rates(SHORT, rates, _steps_of(results, SHORT) or plan.short_steps)
 
 
 def _steps_of(results: Results, phase: int) -> int | None:
@@ -139,12 +138,12 @@ def inner(rates: list[float], number: int) -> list[float]:
     return rates[skipped : skipped + number]
 
 
-def _in_turns(rates: dict[str, list[float]]) -> Iterable[tuple[str, float]]:
-    """(method, rate) of all: the first rate of each method, then the second one, ..."""
-    for number in range(max(map(len, rates.values()), default=0)):
-        for method, of_method in rates.items():
-            if number < len(of_method):
-                yield method, of_method[number]
+def _at_rates(phase: int, rates: dict[str, list[float]], steps: int) -> list[Planned]:
+    """A training at each of the rates: the first rate of each method, then the second one, ..."""
+    turns = []
+    for method, of_method in rates.items():
+        turns += enumerate(Planned(phase, method, rate, steps) for rate in of_method)
+    return [one for _, one in sorted(turns, key=itemgetter(0))]
 
 
 def allowed(question: Question, results: Results) -> Plan:
@@ -161,7 +160,7 @@ def allowed(question: Question, results: Results) -> Plan:
     plans += [Plan(0, min(most, rates), min(2, question.seeds)) for rates in (most, 3, 2)]
     plans.append(Plan(0, min(most, 2), 1))
     costs = {method: cost_of(results, method, TRIAL) for method in working}
-    left = _FULLEST * question.budget - _spent(results, TRIAL)
+    left = _FULLEST * question.budget - spent(results, TRIAL)
     jobs = results[BASE]["jobs"]
     least = question.steps or min(LEAST, question.longest)
     longest = question.steps or question.longest
@@ -171,24 +170,30 @@ def allowed(question: Question, results: Results) -> Plan:
 
     for plan in plans:
         if seconds(plan, least) <= left:
-            steps = _most(lambda steps, plan=plan: seconds(plan, steps) <= left, least, longest)
-            return plan._replace(steps=steps)
+            return plan._replace(steps=_most(partial(seconds, plan), least, longest, left))
 
     if _steps_of(results, SHORT):
         return plans[-1]._replace(steps=least)
-    needed = _spent(results, TRIAL) + seconds(plans[-1], least)
+    needed = spent(results, TRIAL) + seconds(plans[-1], least)
     minutes = math.ceil(needed / _FULLEST / 60)
     what = f"at least {minutes} minutes are needed here, or fewer --methods"
     raise UsageError(f"--budget {question.budget / 60:g}: {what}")
 
 
+def _most(seconds: Callable[[int], float], least: int, longest: int, left: float) -> int:
+    """The most steps up to ``longest`` that take no more than the seconds ``left``; or ``least``."""
+    more = range(least + 1, longest + 1)
+    return least + bisect_right(more, left, key=seconds)
+
+
 def _seconds(question: Question, costs: dict[str, Cost], plan: Plan, jobs: int) -> float:
     """Seconds on the clock of all trainings of ``plan``."""
-    rates = {method: min(plan.rates, len(question.rates[method])) for method in costs}
     short = []
+    halves = {}
     for method, cost in costs.items():
-        short += [cost.short(question, plan.short_steps)] * rates[method]
-    halves = {method: math.ceil(number / 2) for method, number in rates.items()}
+        number = min(plan.rates, len(question.rates[method]))
+        short += [cost.seconds(plan.short_steps, question.short_blocks)] * number
+        halves[method] = math.ceil(number / 2)
     return _clock(short, jobs) + _seconds_of_whole(question, costs, halves, plan, jobs)
 
 
@@ -196,7 +201,7 @@ def _seconds_of_whole(
     question: Question, costs: dict[str, Cost], rates: dict[str, int], plan: Plan, jobs: int
 ) -> float:
     """The same of whole trainings at so many ``rates`` of each method, and of the seeds to be wanted."""
-    each = {method: cost.whole(question, plan.steps) for method, cost in costs.items()}
+    each = {method: cost.seconds(plan.steps, question.whole_blocks) for method, cost in costs.items()}
     whole = []
     for method, seconds in each.items():
         whole += [seconds] * rates[method]
@@ -216,20 +221,8 @@ def _clock(seconds: Iterable[float], jobs: int) -> float:
     """When the last of some trainings ends, if ``jobs`` of them run at once and begin in this order."""
     ends = [0.0] * jobs
     for one in seconds:
-        first = ends.index(min(ends))
-        ends[first] += one
+        heapreplace(ends, ends[0] + one)
     return max(ends)
-
-
-def _most(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest number from ``low``, which fits, to ``high`` that ``fits``."""
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def cost_of(results: Results, method: str, *phases: int) -> Cost:
@@ -243,9 +236,9 @@ def cost_of(results: Results, method: str, *phases: int) -> Cost:
     )
 
 
-def _spent(results: Results, *phases: int) -> float:
-    """Seconds on the clock until the last training of these phases had ended."""
-    return max(one["ended"] for one in results.values() if one["phase"] in phases)
+def spent(results: Results, *phases: int) -> float:
+    """Seconds on the clock until the last training had ended: of these phases, by default of all."""
+    return max(one["ended"] for one in results.values() if not phases or one["phase"] in phases)
 
 
 def _whole(question: Question, results: Results) -> list[Planned]:
@@ -256,8 +249,7 @@ def _whole(question: Question, results: Results) -> list[Planned]:
     rates = {method: _better_half(base, found, limit) for method, found in short.items()}
     if not rates:
         return []
-    steps = _whole_steps(question, results, rates)
-    return [Planned(WHOLE, method, rate, steps) for method, rate in _in_turns(rates)]
+    return _at_rates(WHOLE, rates, _whole_steps(question, results, rates))
 
 
 def _better_half(base: Result, short: list[Result], limit: Limit) -> list[float]:
@@ -279,13 +271,13 @@ def _whole_steps(question: Question, results: Results, rates: dict[str, list[flo
     plan = allowed(question, results)
     costs = {method: cost_of(results, method, SHORT) for method in rates}
     numbers = {method: len(of_method) for method, of_method in rates.items()}
-    left = _FULLEST * question.budget - _spent(results, TRIAL, SHORT)
+    left = _FULLEST * question.budget - spent(results, TRIAL, SHORT)
     jobs = results[BASE]["jobs"]
 
-    def fits(steps: int) -> bool:
-        return _seconds_of_whole(question, costs, numbers, plan._replace(steps=steps), jobs) <= left
+    def seconds(steps: int) -> float:
+        return _seconds_of_whole(question, costs, numbers, plan._replace(steps=steps), jobs)
 
-    return _most(fits, plan.short_steps, question.longest)
+    return _most(seconds, plan.short_steps, question.longest, left)
 
 
 def wanted_seeds(question: Question, results: Results) -> list[Planned]:
@@ -310,24 +302,15 @@ def wanted_seeds(question: Question, results: Results) -> list[Planned]:
 
 def _more_seeds(question: Question, results: Results) -> list[Planned]:
     """Of the `wanted_seeds` those for which there is time."""
-    left = _LATEST * question.budget - _spent(results, TRIAL, SHORT, WHOLE)
+    left = _LATEST * question.budget - spent(results, TRIAL, SHORT, WHOLE)
     found = []
     seconds = []
     for one in wanted_seeds(question, results):
-        seconds.append(cost_of(results, one.method, WHOLE).whole(question, one.steps))
+        seconds.append(cost_of(results, one.method, WHOLE).seconds(one.steps, question.whole_blocks))
         if _clock(seconds, results[BASE]["jobs"]) > left:
             break
         found.append(one)
     return found
-
-
-def expected(question: Question, results: Results) -> float:
-    """Seconds that the whole comparison takes, as far as that can be known now."""
-    if any(one.key not in results for one in _trials(question, results)):
-        return question.budget
-    plan = allowed(question, results)
-    costs = {method: cost_of(results, method, TRIAL) for method in by_method(question, results, TRIAL)}
-    return _spent(results, TRIAL) + _seconds(question, costs, plan, results[BASE]["jobs"])
 
 
 def not_done(question: Question, results: Results) -> list[str]:

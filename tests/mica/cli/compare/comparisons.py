@@ -127,8 +127,6 @@ FACTS = {
     "test": 18,
     "retained": 10,
     "documents": {"test": 18, "retained": 10},
-    "packing": "documents",
-    "targets": {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
 }
 SETTINGS = {"model": "some/model", "text": ["a/text.jsonl"], "retain": ["kept.txt"], "sequence_length": 128}
 NAMES = ("mica", "lora", "random", "full")

@@ -197,16 +197,6 @@ def test_what_was_not_done_is_listed():
     assert sum("seed" in line for line in lines) == len(wanted - set(results))
 
 
-def test_the_time_that_is_expected_is_about_right():
-    asked = question()
-    for seed in range(6):
-        results = simulate(asked, WORLD, costs(seed))
-        end = max(one["ended"] for one in results.values())
-        assert schedule.expected(asked, {}) == 1800
-        trials = {key: one for key, one in results.items() if one["phase"] == TRIAL}
-        assert schedule.expected(asked, trials) == pytest.approx(end, rel=0.15)
-
-
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_two_methods_get_as_many_seeds_as_were_asked_for(seeds):
     """A difference needs the seeds of both."""
