@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from mica.cli.compare import schedule
-from mica.cli.compare.schedule import Question, Results
+from mica.cli.compare.schedule import Comparison
 from mica.cli.compare.verdict import SEEDS, Lead, Verdict
 
 _MOST_SEEDS = 64
@@ -17,7 +17,7 @@ class Needed(NamedTuple):
     minutes: int
 
 
-def needed(question: Question, results: Results, found: Verdict, method: str) -> Needed | None:
+def needed(comparison: Comparison, found: Verdict, method: str) -> Needed | None:
     """How many seeds would make the lead of the best over ``method`` certain if it is as large as it looks.
 
     None where no number of seeds would, or none that anybody will want to wait for.
@@ -26,7 +26,7 @@ def needed(question: Question, results: Results, found: Verdict, method: str) ->
     shared = min(len(found.choices[name].seeds) for name in (found.best, method))
     for seeds in range(shared, _MOST_SEEDS + 1):
         if lead.mean > _with_seeds(lead, shared, seeds).half:
-            seconds = _seconds(question, results, found, method, seeds)
+            seconds = _seconds(comparison, found, method, seeds)
             return Needed(seeds, math.ceil(seconds / 60))
     return None
 
@@ -46,14 +46,15 @@ def _with_seeds(lead: Lead, shared: int, seeds: int) -> Lead:
     return lead._replace(parts=tuple(parts))
 
 
-def _seconds(question: Question, results: Results, found: Verdict, method: str, seeds: int) -> float:
+def _seconds(comparison: Comparison, found: Verdict, method: str, seeds: int) -> float:
     """What the comparison has taken, and what more seeds would."""
     seconds = 0.0
+    costs = comparison.costs(schedule.WHOLE, schedule.SEEDS)
     for name in (found.best, method):
         choice = found.choices[name]
-        cost = schedule.cost_of(results, name, schedule.WHOLE, schedule.SEEDS)
-        seconds += (seeds - len(choice.seeds)) * cost.seconds(choice.steps, question.whole_blocks)
-    return schedule.spent(results) + seconds / results[schedule.BASE]["jobs"]
+        each = costs[name].seconds(choice.steps, comparison.question.whole_blocks)
+        seconds += (seeds - len(choice.seeds)) * each
+    return comparison.spent() + seconds / comparison.base["jobs"]
 
 
 def missing(lead: Lead) -> list[str]:

@@ -9,19 +9,20 @@ import torch
 
 from mica.cli.compare import advice, schedule
 from mica.cli.compare.outcomes import RETAINED, Result, outcome
-from mica.cli.compare.schedule import BASE, Question, Results
+from mica.cli.compare.schedule import Comparison, Results
 from mica.cli.compare.verdict import Verdict, verdict
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
-def report(question: Question, results: Results, settings: dict, facts: dict) -> dict[str, Any]:
+def report(comparison: Comparison, settings: dict, facts: dict) -> dict[str, Any]:
     """All that the page says, and what it follows from.
 
     ``settings``: as given. ``facts``: of model, texts and machine.
     """
-    found = schedule.by_method(question, results, schedule.WHOLE, schedule.SEEDS)
-    base = results[BASE]
+    found = comparison.by_method(schedule.WHOLE, schedule.SEEDS)
+    base = comparison.base
+    results = comparison.results
     equal = verdict(base, found)
     return {
         "settings": settings,
@@ -29,12 +30,12 @@ def report(question: Question, results: Results, settings: dict, facts: dict) ->
         "perplexity": _perplexity(base, 0.0, 0.0),
         "equal": _as_json(base, equal),
         "any": _as_json(base, verdict(base, found, math.inf)),
-        "undecided": [_undecided(question, results, equal, method) for method in equal.tied],
+        "undecided": [_undecided(comparison, equal, method) for method in equal.tied],
         "costs": {method: _costs(some) for method, some in found.items()},
         "points": {method: _points(base, some) for method, some in found.items()},
         "failed": _failed(results),
-        "not_done": schedule.not_done(question, results),
-        "seconds": schedule.spent(results),
+        "not_done": comparison.not_done(),
+        "seconds": comparison.spent(),
         "results": results,
     }
 
@@ -94,9 +95,9 @@ def _perplexity(base: Result, learned: float, forgotten: float) -> dict[str, flo
     }
 
 
-def _undecided(question: Question, results: Results, equal: Verdict, method: str) -> dict[str, Any]:
+def _undecided(comparison: Comparison, equal: Verdict, method: str) -> dict[str, Any]:
     """Of a method that may be as good as the best: what would decide, and what keeps it from being known."""
-    needed = advice.needed(question, results, equal, method)
+    needed = advice.needed(comparison, equal, method)
     return {
         "method": method,
         "needed": needed and needed._asdict(),

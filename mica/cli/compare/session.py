@@ -14,7 +14,7 @@ import torch
 
 from mica.cli import loading
 from mica.cli.compare import outcomes, page, report, schedule, settings, workers
-from mica.cli.compare.schedule import BASE, Planned, Question, Results
+from mica.cli.compare.schedule import BASE, Comparison, Planned, Results
 from mica.cli.compare.trainings import OUT_OF_MEMORY, Trainings
 from mica.cli.folder import exclusive, undo_on_error
 from mica.cli.output import write_json
@@ -67,29 +67,29 @@ def _compare(ours: dict[str, object], output: Path, resume: bool, began: float) 
             runs = output / settings.RUNS
             results = _earlier(trainings, runs)
             settings.write(output, ours)
-            for note in trainings.notes:
+            for note in filter(None, trainings.notes):
                 _note(f"note: {note}")
             facts = report.facts(trainings) | {"jobs": max(1, gpus), "threads": torch.get_num_threads()}
             print("{tokens:,} tokens, {blocks:,} training blocks of {sequence_length}".format(**facts))
 
-            question = trainings.question
+            comparison = Comparison(trainings.question, results)
             elapsed = 0.0
             if results:
-                elapsed = schedule.spent(results)
+                elapsed = comparison.spent()
             zero = time.time() - (elapsed + time.monotonic() - began)
-            latest = zero + _LATEST * question.budget
+            latest = zero + _LATEST * trainings.question.budget
             make: Maker = partial(_one_after_the_other, trainings, latest)
             if gpus > 1:
                 pool = stack.enter_context(workers.pool(gpus, ours, output))
                 make = partial(workers.make, pool, latest=latest)
-            progress = _Progress(question, results, runs, zero, max(1, gpus))
+            progress = _Progress(comparison, runs, zero, max(1, gpus))
             progress.do(make, last=schedule.TRIAL)
-            schedule.planned(question, results)  # raises if the budget is too small for anything
+            comparison.planned()  # raises if the budget is too small for anything
         progress.do(make)
 
     if not any(result["phase"] >= schedule.WHOLE for result in results.values()):
-        raise UsageError(_no_whole(question, results, output))
-    found_out = report.report(question, results, ours, facts)
+        raise UsageError(_no_whole(comparison, output))
+    found_out = report.report(comparison, ours, facts)
     page.write(output, found_out)
     print("\n".join(page.sentences(found_out, output)))
     print(f"\nThe page: {output / settings.PAGE}")
@@ -108,13 +108,12 @@ def _one_after_the_other(
 
 
 class _Progress(NamedTuple):
-    """The ``results`` of a comparison, as files in ``runs`` too, and what is left to do.
+    """What is left to do of a comparison, whose results are files in ``runs``, too.
 
     ``zero``: when the clock of all starts of the comparison was at 0, Unix time. ``jobs``: trainings at once.
     """
 
-    question: Question
-    results: Results
+    comparison: Comparison
     runs: Path
     zero: float
     jobs: int
@@ -122,7 +121,7 @@ class _Progress(NamedTuple):
     def do(self, make: Maker, last: int = schedule.SEEDS) -> None:
         """Do what is planned, up to the phase ``last``, until nothing is left or the budget is used up."""
         while True:
-            todo = [each for each in schedule.planned(self.question, self.results) if each.phase <= last]
+            todo = [each for each in self.comparison.planned() if each.phase <= last]
             if not todo:
                 return
             for planned, result in make(todo):
@@ -134,10 +133,10 @@ class _Progress(NamedTuple):
         clock = time.time() - self.zero
         result |= {"jobs": self.jobs, "ended": round(clock, 2)}
         write_json("--output", self.runs / f"{planned.key}.json", result)
-        self.results[planned.key] = result
+        self.comparison.results[planned.key] = result
         if planned.method != BASE:
-            used = f"{clock / 60:.1f} of {self.question.budget / 60:g} minutes"
-            _note(f"{_line(self.results.get(BASE), result)}; {used}")
+            used = f"{clock / 60:.1f} of {self.comparison.question.budget / 60:g} minutes"
+            _note(f"{_line(self.comparison, result)}; {used}")
 
 
 def _earlier(trainings: Trainings, runs: Path) -> Results:
@@ -167,21 +166,22 @@ def _is_known(trainings: Trainings, key: str, result: dict) -> bool:
     return key != BASE or result["documents"] == trainings.documents()
 
 
-def _no_whole(question: Question, results: Results, output: Path) -> str:
+def _no_whole(comparison: Comparison, output: Path) -> str:
     """What to say where there is nothing to report."""
-    failed = next((result["failed"] for result in results.values() if result["failed"]), None)
-    if failed is not None and not schedule.planned(question, results):
+    failed = next((result["failed"] for result in comparison.results.values() if result["failed"]), None)
+    if failed is not None and not comparison.planned():
         return f"no method came to the end of a training: {failed}"
-    more = f"mica compare --output {output} --resume --budget {2 * question.budget / 60:g}"
-    return f"--budget {question.budget / 60:g}: it ended before a whole training: {more} goes on"
+    minutes = comparison.question.budget / 60
+    more = f"mica compare --output {output} --resume --budget {2 * minutes:g}"
+    return f"--budget {minutes:g}: it ended before a whole training: {more} goes on"
 
 
-def _line(base: dict | None, run: dict) -> str:
+def _line(comparison: Comparison, run: dict) -> str:
     """What a training has done, in a line."""
     head = f"{run['method']}, learning rate {run['rate']:g}, {run['steps']} steps, seed {run['seed']}"
     if run["failed"]:
         return f"{head}: {run['failed']}"
     if run["phase"] == schedule.TRIAL:
         return f"{run['method']}: a step takes {run['step_seconds']:.2g} s"
-    end = outcomes.outcome(base, run)
+    end = outcomes.outcome(comparison.base, run)
     return f"{head}: learned {end.validation:.3f}, forgot {end.forgotten.mean():.3f} nats per token"

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from mica.cli.compare import schedule
 from mica.cli.compare.advice import needed
+from mica.cli.compare.schedule import BASE, SEEDS, WHOLE, Comparison
 from mica.cli.compare.verdict import verdict
 from tests.mica.cli.compare.comparisons import World, alike, base, proportional, question, simulate, whole
 
@@ -23,7 +23,7 @@ def of(seeds, between_blocks, between_seeds, draw=0):
     results = {f"{run['method']}{run['seed']}": run for some in runs.values() for run in some}
     found = verdict(base(), runs)
     other = next(iter(found.lead))
-    return needed(question(names=PAIR), results | {schedule.BASE: base(jobs=1)}, found, other), found
+    return needed(Comparison(question(names=PAIR), results | {BASE: base(jobs=1)}), found, other), found
 
 
 def test_what_is_needed_grows_with_the_noise():
@@ -54,17 +54,16 @@ def test_nothing_practical_is_said_to_be_so():
     _, found = of(2, 0.02, 0.02)
     (other,) = found.lead
     small = found._replace(lead={other: found.lead[other]._replace(mean=1e-6)})
-    assert needed(question(names=PAIR), {}, small, other) is None
+    assert needed(Comparison(question(names=PAIR), {}), small, other) is None
 
 
 def test_the_minutes_are_those_that_the_comparison_then_takes():
     asked = question(names=PAIR, rates=(1e-3, 2e-3))
     world = World(ahead, proportional, 0.01, 0.03)
     results = simulate(asked, world, lambda one: (2.0, 1.0, 0.1), jobs=1)
-    found = verdict(
-        results[schedule.BASE], schedule.by_method(asked, results, schedule.WHOLE, schedule.SEEDS)
-    )
-    wanted = needed(asked, results, found, next(iter(found.lead)))
+    comparison = Comparison(asked, results)
+    found = verdict(comparison.base, comparison.by_method(WHOLE, SEEDS))
+    wanted = needed(comparison, found, next(iter(found.lead)))
     more = asked._replace(seeds=wanted.seeds, budget=math.inf)
     simulate(more, world, lambda one: (2.0, 1.0, 0.1), jobs=1, results=results)
     assert max(one["ended"] for one in results.values()) / 60 == pytest.approx(wanted.minutes, abs=2)
