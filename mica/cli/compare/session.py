@@ -39,9 +39,10 @@ def compare(given: argparse.Namespace, began: float) -> int:
         settings.rates(ours)
         settings.of_mica_adapt(ours, output)
     with exclusive(output):
-        settings.check_output(output, resume)
         if resume:
             ours = settings.resumed(output, ours)
+        else:
+            settings.check_output(output)
         try:
             return _compare(ours, output, resume, began)
         except KeyboardInterrupt:

@@ -60,15 +60,12 @@ def rates(settings: dict[str, object]) -> dict[str, list[float]]:
     return {name: sorted(some or METHODS[name].rates) for name, some in found.items()}
 
 
-def check_output(output: Path, resume: bool) -> None:
-    """Raise UsageError if a comparison must not or cannot write to ``output``; makes nothing.
+def check_output(output: Path) -> None:
+    """Raise UsageError if a comparison must not or cannot begin in ``output``; makes nothing.
 
     A first command that was killed before its first result may be given again.
     """
     check_folder("--output", output)
-    if resume:
-        stored(output)
-        return
     names = entries(output)
     has_results = any((output / RUNS).glob("*.json"))
     if names and (has_results or not {FILE} <= {*names} <= {FILE, RUNS}):

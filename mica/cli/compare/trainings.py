@@ -2,6 +2,7 @@
 
 import gc
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -67,6 +68,7 @@ class Trainings:
             self.args.experts = None
         adapter.check(self.base, self.args)
         self.sets = self._sets()
+        self._short_sets = dict(islice(self.sets.items(), 2))
         self.question = self._question()
 
     def _sets(self) -> dict:
@@ -93,17 +95,9 @@ class Trainings:
             budget=60 * settings.value(self.settings, "budget"),
             steps=settings.value(self.settings, "steps"),
             longest=_EPOCHS * amount.epoch_steps,
-            short_blocks=sum(map(len, self._measured(schedule.SHORT).values())),
+            short_blocks=sum(map(len, self._short_sets.values())),
             whole_blocks=sum(map(len, self.sets.values())),
         )
-
-    def _measured(self, phase: int) -> dict:
-        """The sets that a training of ``phase`` is measured on."""
-        if phase == schedule.TRIAL:
-            return {}
-        if phase == schedule.SHORT:
-            return dict(list(self.sets.items())[:2])
-        return self.sets
 
     def documents(self) -> dict[str, list[str]]:
         """The document of each block of each set, by its digest."""
@@ -125,10 +119,11 @@ class Trainings:
 
         own = {"learning_rate": planned.rate, "steps": planned.steps, "seed": planned.seed}
         args = methods.options(planned.method, self.args, **own)
+        measured = {schedule.TRIAL: {}, schedule.SHORT: self._short_sets}.get(planned.phase, self.sets)
         try:
             with built(planned.method, self.base, args) as model:
                 start = time.perf_counter() - begin
-                done = train(model, self.data, args, self._measured(planned.phase), watch)
+                done = train(model, self.data, args, measured, watch)
         except _OutOfTimeError:
             return None
         except (MemoryError, RuntimeError) as error:

@@ -7,7 +7,7 @@ import pytest
 
 from mica.cli.compare.schedule import BASE, SEEDS, SHORT, TRIAL, WHOLE, Comparison, Planned
 from mica.errors import UsageError
-from tests.mica.cli.compare.comparisons import NAMES, World, proportional, question, simulate
+from tests.mica.cli.compare.comparisons import NAMES, World, base, proportional, question, simulate
 
 
 def learns(method, rate, step):
@@ -120,7 +120,13 @@ def test_a_training_is_not_longer_than_the_text_bears():
     results = simulate(question(longest=20), WORLD, costs(4))
     assert {one["steps"] for one in phase(results, WHOLE)} == {20}
     assert Comparison(question(longest=20), results).not_done() == []
-    assert max(one["ended"] for one in results.values()) < 0.85 * 1800
+    seeds = {name: [one["seed"] for one in phase(results, SEEDS) if one["method"] == name] for name in NAMES}
+    assert seeds == {"mica": [1, 2], "lora": [1, 2], "random": [1], "full": [1]}
+
+
+def test_trainings_run_on_all_gpus_at_once():
+    comparison = Comparison(question(), {BASE: base(jobs=2)})
+    assert comparison._clock([3.0, 1.0, 1.0, 2.0]) == 4.0
 
 
 def test_a_small_budget_has_fewer_seeds_then_fewer_rates():
