@@ -17,7 +17,7 @@ from bench.results.names import FAST, LORA, STOCK
 from mica.cli.compare import settings
 from mica.cli.compare.page import markdown
 from mica.cli.compare.report import report
-from mica.cli.compare.schedule import Question
+from mica.cli.compare.schedule import Comparison, Question
 from mica.kernels import measured
 
 XEON = "intel-xeon-processor-2-threads"
@@ -224,7 +224,7 @@ def test_a_comparison_is_told_as_its_raw_results_say(path):
         short_blocks=validation + (retained + 1) // 2,
         whole_blocks=validation + facts["test"] + retained,
     )
-    told = report(question, stored["results"], used, facts)
+    told = report(Comparison(question, stored["results"]), used, facts)
     for name in told.keys() - {"settings", "facts", "results"}:
         assert told[name] == about(stored[name])
     assert markdown(stored, Path("comparison")) == (path.parent / "README.md").read_text(encoding="utf-8")

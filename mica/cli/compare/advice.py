@@ -4,81 +4,59 @@ import math
 from typing import NamedTuple
 
 from mica.cli.compare import schedule
-from mica.cli.compare.schedule import Question, Results
-from mica.cli.compare.verdict import FEWEST, HELD_OUT, RETAINED_DOCUMENTS, SEEDS, Lead, Part, Verdict
+from mica.cli.compare.schedule import Comparison
+from mica.cli.compare.verdict import SEEDS, Lead, Verdict
 
 _MOST_SEEDS = 64
-_TIMES_DOCUMENTS = (1, 2, 4, 8, 16)
 
 
 class Needed(NamedTuple):
-    """``documents`` times as many documents, and ``seeds`` of both methods: so many ``minutes`` in all."""
+    """``seeds`` of both methods: the whole comparison then takes so many ``minutes``."""
 
-    documents: int
     seeds: int
     minutes: int
 
 
-def needed(question: Question, results: Results, found: Verdict, method: str) -> Needed | None:
-    """What would make the lead of the best over ``method`` certain if it is as large as it looks.
+def needed(comparison: Comparison, found: Verdict, method: str) -> Needed | None:
+    """How many seeds would make the lead of the best over ``method`` certain if it is as large as it looks.
 
-    None if that is more than anybody will want to do, or where there are no second seeds yet: the spread is
-    not known then.
+    None where no number of seeds would, or none that anybody will want to wait for.
     """
     lead = found.lead[method]
-    both = [found.choices[found.best], found.choices[method]]
-    shared = min(len(choice.seeds) for choice in both)
-    if not all(part.degrees for part in lead.parts if part.source == SEEDS):
-        return None
-    ways = []
-    for documents in _TIMES_DOCUMENTS:
-        for seeds in range(shared, _MOST_SEEDS + 1):
-            if lead.mean > _half(lead, documents, seeds / shared, seeds - shared):
-                seconds = _seconds(question, results, found, method, documents, seeds)
-                ways.append(Needed(documents, seeds, math.ceil(seconds / 60)))
-                break
-    return min(ways, key=lambda way: way.minutes, default=None)
+    shared = min(len(found.choices[name].seeds) for name in (found.best, method))
+    for seeds in range(shared, _MOST_SEEDS + 1):
+        if lead.mean > _with_seeds(lead, shared, seeds).half:
+            seconds = _seconds(comparison, found, method, seeds)
+            return Needed(seeds, math.ceil(seconds / 60))
+    return None
 
 
-def _half(lead: Lead, documents: int, times_seeds: float, more_seeds: int) -> float:
-    """Half of the interval with so many times the documents and seeds.
+def _with_seeds(lead: Lead, shared: int, seeds: int) -> Lead:
+    """The ``lead`` with another number of seeds than the two methods share now.
 
     A seed of both methods adds one degree of freedom to the residual of the two-way layout.
     """
     parts = []
     for part in lead.parts:
-        if part.source == SEEDS:
-            parts.append(Part(part.source, part.variance / times_seeds, part.degrees + more_seeds))
-        elif part.degrees:
-            degrees = documents * (part.degrees + 1) - 1
-            parts.append(Part(part.source, part.variance / documents, degrees))
-        else:
-            return math.inf
-    return lead._replace(parts=tuple(parts)).half
+        if part.source == SEEDS and part.degrees:
+            part = part._replace(
+                variance=part.variance * shared / seeds, degrees=part.degrees + seeds - shared
+            )
+        parts.append(part)
+    return lead._replace(parts=tuple(parts))
 
 
-def _seconds(
-    question: Question, results: Results, found: Verdict, method: str, documents: int, seeds: int
-) -> float:
-    """What the comparison has taken, and what more seeds and blocks would."""
+def _seconds(comparison: Comparison, found: Verdict, method: str, seeds: int) -> float:
+    """What the comparison has taken, and what more seeds would."""
     seconds = 0.0
+    costs = comparison.costs(schedule.WHOLE, schedule.SEEDS)
     for name in (found.best, method):
         choice = found.choices[name]
-        cost = schedule.cost_of(results, name, schedule.WHOLE, schedule.SEEDS)
-        seconds += (seeds - len(choice.seeds)) * cost.whole(question, choice.steps)
-    for run in results.values():
-        if run["phase"] >= schedule.WHOLE:
-            seconds += (documents - 1) * question.whole_blocks * run.get("block_seconds", 0.0)
-    jobs = results[schedule.BASE]["jobs"]
-    return max(run["ended"] for run in results.values()) + seconds / jobs
+        each = costs[name].seconds(choice.steps, comparison.question.whole_blocks)
+        seconds += (seeds - len(choice.seeds)) * each
+    return comparison.spent() + seconds / comparison.base["jobs"]
 
 
 def missing(lead: Lead) -> list[str]:
-    """Why nothing at all can be said of a difference, and what to do, a reason each."""
-    few = f"blocks are of fewer than {FEWEST} documents"
-    reasons = {
-        HELD_OUT: f"the held-out {few} (more: --eval-blocks, --held-out, a text of shorter documents)",
-        RETAINED_DOCUMENTS: f"the retained {few} (more: --eval-blocks, --retain)",
-        SEEDS: "no two methods have second seeds (more: --budget, --seeds)",
-    }
-    return [reasons[part.source] for part in lead.parts if not part.degrees]
+    """The parts of the error of which nothing is known, so that nothing can be said of the difference."""
+    return [part.source for part in lead.parts if not part.degrees]

@@ -33,19 +33,13 @@ def built(method: str, base: nn.Module, args: argparse.Namespace) -> Iterator[nn
     if METHODS[method].divisor is None:
         yield copy.deepcopy(base).float().requires_grad_(True)
         return
-    with adapted(base, args, init_lora_weights=METHODS[method].init) as model:
+    targets = find_targets(base, args.target_modules, args.experts).config
+    sizes = {"r": args.rank, "lora_alpha": args.alpha, "lora_dropout": args.dropout}
+    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=METHODS[method].init, **sizes, **targets)
+    model = get_peft_model(base, config)
+    try:
         if method == RANDOM:
             replace_b(model, random_basis)
-        yield model
-
-
-@contextmanager
-def adapted(base: nn.Module, args: argparse.Namespace, **config) -> Iterator[nn.Module]:
-    """``base`` with PEFT's adapter by ``args`` (rank, alpha, dropout, target_modules, experts)."""
-    targets = find_targets(base, args.target_modules, args.experts)
-    sizes = {"r": args.rank, "lora_alpha": args.alpha, "lora_dropout": args.dropout}
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **sizes, **targets.config, **config))
-    try:
         yield model
     finally:
         model.unload()

@@ -115,13 +115,18 @@ def choose(base: Result, runs: Iterable[Result], limit: Limit) -> Choice | None:
     return Choice(best["rate"], best["steps"], dict(sorted(seeds.items())))
 
 
+def choose_each(base: Result, runs: dict[str, list[Result]], limit: Limit) -> dict[str, Choice]:
+    """The choice of each method that has learned anything."""
+    found = {method: choose(base, some, limit) for method, some in runs.items()}
+    return {method: choice for method, choice in found.items() if choice is not None}
+
+
 def common_limit(base: Result, runs: dict[str, list[Result]]) -> Limit:
     """The forgetting at which methods are compared: what the middle one of them forgets to learn most.
 
     Of an even number, the lower of the two in the middle. At least 0: some texts help each other.
     """
-    chosen = [choose(base, of_method, ANY) for of_method in runs.values()]
-    chosen = sorted((one for one in chosen if one is not None), key=lambda one: one.mean("forgotten"))
+    chosen = sorted(choose_each(base, runs, ANY).values(), key=lambda one: one.mean("forgotten"))
     if not chosen:
         return Limit(0.0)
     middle = chosen[(len(chosen) - 1) // 2]

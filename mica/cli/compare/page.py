@@ -1,25 +1,34 @@
-"""The page of a comparison: what was found, a picture, tables, and how to do it again."""
+"""The page of a comparison: what was found, a picture, tables, and the settings of the trainings."""
 
-import math
+import argparse
+import shlex
 from pathlib import Path
+from typing import Any
 
+from mica.cli.adapt.options import OPTIONS as OF_ADAPT
 from mica.cli.compare import settings
-from mica.cli.compare.again import Report, command, script
 from mica.cli.compare.methods import METHODS
 from mica.cli.compare.schedule import LEAST
+from mica.cli.compare.verdict import FEWEST, HELD_OUT, RETAINED_DOCUMENTS, SEEDS
 from mica.cli.output import markdown_table, shown, write_file, write_json, write_text
 
+Report = dict[str, Any]
+
 _UNIT = "nats per token"
+# Why nothing can be said of a difference, and what to do, by the part of the error that is unknown
+_MISSING = {
+    HELD_OUT: f"the held-out blocks are of fewer than {FEWEST} documents (give a text of more)",
+    RETAINED_DOCUMENTS: f"the retained blocks are of fewer than {FEWEST} documents (give --retain more)",
+    SEEDS: "no two methods have second seeds (give more --budget or --seeds)",
+}
 
 
 def write(output: Path, report: Report) -> None:
-    """Write page, picture, scripts and data of ``report`` to ``output``. Raises UsageError if that fails."""
+    """Write page, picture and data of ``report`` to ``output``. Raises UsageError if that fails."""
     from mica.cli.compare import picture  # imports matplotlib
 
     write_json("--output", output / settings.REPORT, report)
     write_file("--output", output / settings.PICTURE, lambda path: picture.trade_off(report, path))
-    for row in report["equal"]["methods"]:
-        write_text("--output", output / settings.SCRIPTS[row["method"]], script(report, row))
     write_text("--output", output / settings.PAGE, markdown(report, output))
 
 
@@ -72,45 +81,29 @@ def _listed(texts: list[str]) -> str:
 
 
 def _advice(report: Report, output: Path) -> list[str]:
-    """Which method to take; where that is undecided, what would decide, and what each costs."""
+    """Which method to take; where that is undecided, what would decide."""
     best = report["equal"]["methods"][0]
     if not report["undecided"]:
-        return [f"Take {_title(best)}: at equal forgetting it learned most. It has {_cost(report, best)}."]
-    tied = [row for row in report["equal"]["methods"] if row is best or row["tied"]]
-    lines = [f"Undecided between {_listed([_title(row) for row in tied])}."]
-    unknown = {}
+        return [f"Take {_title(best)}: at equal forgetting it learned most."]
+    tied = [_title(one) for one in report["undecided"]]
+    lines = [f"Undecided between {_listed([_title(best), *tied])}, whose costs are below."]
+    others: dict[str, list[str]] = {}
     for one in report["undecided"]:
-        if one["missing"]:
-            unknown.setdefault(_listed(one["missing"]), []).append(_title(one))
-        else:
-            lines.append(
-                _what_decides(f"the lead of {_title(best)} over {_title(one)}", one["needed"], output)
-            )
-    for reason, others in unknown.items():
-        lines.append(f"Nothing can be said of the lead of {_title(best)} over {_listed(others)}: {reason}.")
-    return [*lines, *(f"Costs of {_title(row)}: {_cost(report, row)}." for row in tied)]
+        others.setdefault(_what_decides(one, output), []).append(_title(one))
+    return lines + [f"The lead over {_listed(titles)}: {what}." for what, titles in others.items()]
 
 
-def _what_decides(lead: str, needed: Report | None, output: Path) -> str:
+def _what_decides(one: Report, output: Path) -> str:
+    if one["missing"]:
+        return f"nothing can be said, as {_listed([_MISSING[source] for source in one['missing']])}"
+    needed = one["needed"]
     if needed is None:
-        return f"No budget that is practical would show that {lead} is more than chance."
-    head = f"If {lead} is as large as it looks, about {needed['seeds']} seeds of both"
-    if needed["documents"] == 1:
-        more = f"mica compare --output {output} --resume"
-        more += f" --budget {needed['minutes']} --seeds {needed['seeds']}"
-        return f"{head} would show it, in {needed['minutes']} minutes altogether: `{more}`."
-    blocks = f"{needed['documents']} times as many documents (`--eval-blocks`, `--held-out`)"
-    return f"{head} on {blocks} would show it, in a comparison of about {needed['minutes']} minutes."
-
-
-def _cost(report: Report, row: Report) -> str:
-    cost = report["costs"][row["method"]]
-    parts = [
-        f"{cost['trained_parameters'] / 1e6:.3g} million trained parameters",
-        f"{cost['bytes'] / 2**30:.2f} GiB for weights, gradients and optimiser",
-        f"{cost['step_seconds']:.2g} s a step",
-    ]
-    return _listed(parts)
+        return "more seeds would not show that it is more than chance; a text of more documents might"
+    budget = f"--budget {needed['minutes']} --seeds {needed['seeds']}"
+    return (
+        f"if it is as large as it looks, {needed['seeds']} seeds of both would show it, in about "
+        f"{needed['minutes']} minutes altogether: `mica compare --output {output} --resume {budget}`"
+    )
 
 
 def markdown(report: Report, output: Path) -> str:
@@ -127,7 +120,7 @@ def markdown(report: Report, output: Path) -> str:
         _costs(report),
         _listed_under("## What the budget did not allow", report["not_done"]),
         _listed_under("## Failed", report["failed"]),
-        _again(report),
+        _trainings(report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -140,44 +133,32 @@ def _setting(report: Report) -> str:
     facts = report["facts"]
     used = report["settings"]
     documents = facts["documents"]
-    threads = ""
-    if facts["device"] == "CPU":
-        threads = f" with {facts['threads']} {'thread' if facts['threads'] == 1 else 'threads'} each"
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     steps = max((row["steps"] for row in report["any"]["methods"]), default=0)
     short = ""
     if 0 < steps < LEAST:
         short = f" **They are short**: {steps} steps say little about a long training."
-    lower = 100 * (1 - math.exp(-0.1))
+    args = _args(report)
+    tokens = args.batch_size * args.gradient_accumulation_steps * args.sequence_length
     how = [
-        f"*Learned* is the fall of the mean loss on {_blocks(facts['test'], documents['test'])} of held-out "
-        f"text, *forgotten* its rise on {_blocks(facts['retained'], documents['retained'])} of "
-        f"{_names(used['retain'])} (negative: it fell), both in {_UNIT}: 0.1 less is a perplexity that is "
-        f"{lower:.0f} % lower.",
+        f"*Learned* is the fall of the mean loss on {facts['test']} blocks of held-out text (documents: "
+        f"{documents['test']}), *forgotten* its rise on {facts['retained']} blocks of "
+        f"{_names(used['retain'])} (documents: {documents['retained']}; negative: it fell), both in {_UNIT}: "
+        "0.1 less is a perplexity that is 10 % lower.",
         f"Learning rates and the limit of forgetting were chosen by {facts['validation']} other held-out "
         "blocks. An update that forgets more than the limit counts by the share that is within it.",
-        "A difference is that of the seeds that both have. After ± stands its 95 % interval, for other "
+        "A method that is in neither table learned nothing. A difference is that of the seeds that both "
+        "have. After ± stands its 95 % interval, for other "
         "documents and seeds; all of them hold at once.",
     ]
     what = [
-        f"All trainings that are compared have {steps} steps of {_tokens(report)} tokens.{short}",
+        f"All trainings that are compared have {steps} steps of {tokens:,} tokens.{short}",
         f"{facts['parameters'] / 1e6:,.0f} million parameters in {facts['dtype']}; {facts['tokens']:,} "
         f"tokens of text, {facts['blocks']:,} training blocks of {facts['sequence_length']}.",
         f"{report['seconds'] / 60:.1f} minutes, {facts['jobs']} trainings at a time on the "
-        f"{facts['device']}{threads}; {versions}.",
+        f"{facts['device']} (threads of each: {facts['threads']}); {versions}.",
     ]
     return f"{' '.join(how)}\n\n{' '.join(what)}"
-
-
-def _blocks(number: int, documents: int) -> str:
-    noun = "document" if documents == 1 else "documents"
-    return f"{number} blocks from {documents} {noun}"
-
-
-def _tokens(report: Report) -> str:
-    """Tokens of a step."""
-    args = settings.of_mica_adapt(report["settings"], Path("run")).args
-    return f"{args.batch_size * args.gradient_accumulation_steps * args.sequence_length:,}"
 
 
 def _table(report: Report, at: Report) -> str:
@@ -189,10 +170,6 @@ def _table(report: Report, at: Report) -> str:
         after = [f"{row['perplexity'][name]:.2f}" for name in ("held_out", "retained")]
         amounts = [f"{row['learned']:.3f}", behind, f"{row['forgotten']:.3f}"]
         rows.append([_title(row), *amounts, *after, f"{row['rate']:g}", share, str(row["seeds"])])
-    learned = [row["method"] for row in at["methods"]]
-    for method in report["costs"]:
-        if method not in learned:
-            rows.append([METHODS[method].title, "nothing", *[""] * 7])
     header = [
         "",
         "learned",
@@ -229,17 +206,31 @@ def _listed_under(title: str, lines: list[str]) -> str:
     return "\n".join([title, "", *(f"- {line}" for line in lines)])
 
 
-def _again(report: Report) -> str:
-    """The scripts beside the page, and for MiCA the command."""
-    rows = report["equal"]["methods"]
-    if not rows:
-        return ""
-    scripts = _listed([f"`{settings.SCRIPTS[row['method']]}`" for row in rows])
+def _args(report: Report) -> argparse.Namespace:
+    """The options of `mica adapt` that all trainings share."""
+    return settings.of_mica_adapt(report["settings"], Path("run")).args
+
+
+def _trainings(report: Report) -> str:
+    """The settings of the trainings, and for MiCA the command."""
+    args = _args(report)
     text = (
-        f"## To do it again\n\n{scripts} beside this page repeat the trainings of the first table (seed 0)."
+        f"## The trainings\n\nMiCA has rank {args.rank} and alpha {args.alpha}, LoRA half of both, on "
+        f"{args.target_modules}. {args.optimizer}, {args.scheduler} schedule, warm-up "
+        f"{args.warmup_ratio:g}, weight decay {args.weight_decay:g}, gradients clipped at "
+        f"{args.max_grad_norm:g}; seeds from 0."
     )
-    mica = [row for row in rows if row["method"] == "mica"]
+    mica = [row for row in report["equal"]["methods"] if row["method"] == "mica"]
     if not mica:
         return text
-    whole = " (with its whole update)" if mica[0]["share"] < 1 else ""
-    return f"{text} MiCA's{whole} can also be had by\n\n```sh\n{command(report, mica[0])}\n```"
+    return f"{text} To train MiCA so, with its whole update:\n\n```sh\n{command(report, mica[0])}\n```"
+
+
+def command(report: Report, row: Report) -> str:
+    """The `mica adapt` command of the training of MiCA in ``row``: the same blocks in the same order."""
+    words = ["mica", "adapt"]
+    for name, value in settings.shared(report["settings"]).items():
+        values = value if isinstance(value, list) else [value]
+        words += [OF_ADAPT[name].flag, *map(str, values)]
+    words += ["--learning-rate", f"{row['rate']:g}", "--steps", str(row["steps"]), "--output", "run"]
+    return shlex.join(words)

@@ -2,27 +2,27 @@
 
 import math
 from importlib.metadata import version
-from statistics import mean
+from statistics import mean, median_high
 from typing import Any
 
 import torch
 
 from mica.cli.compare import advice, schedule
 from mica.cli.compare.outcomes import RETAINED, Result, outcome
-from mica.cli.compare.schedule import BASE, Question, Results
+from mica.cli.compare.schedule import Comparison, Results
 from mica.cli.compare.verdict import Verdict, verdict
-from mica.cli.targets import find_targets
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
-def report(question: Question, results: Results, settings: dict, facts: dict) -> dict[str, Any]:
+def report(comparison: Comparison, settings: dict, facts: dict) -> dict[str, Any]:
     """All that the page says, and what it follows from.
 
     ``settings``: as given. ``facts``: of model, texts and machine.
     """
-    found = schedule.by_method(question, results, schedule.WHOLE, schedule.SEEDS)
-    base = results[BASE]
+    found = comparison.by_method(schedule.WHOLE, schedule.SEEDS)
+    base = comparison.base
+    results = comparison.results
     equal = verdict(base, found)
     return {
         "settings": settings,
@@ -30,12 +30,12 @@ def report(question: Question, results: Results, settings: dict, facts: dict) ->
         "perplexity": _perplexity(base, 0.0, 0.0),
         "equal": _as_json(base, equal),
         "any": _as_json(base, verdict(base, found, math.inf)),
-        "undecided": [_undecided(question, results, equal, method) for method in equal.tied],
+        "undecided": [_undecided(comparison, equal, method) for method in equal.tied],
         "costs": {method: _costs(some) for method, some in found.items()},
         "points": {method: _points(base, some) for method, some in found.items()},
         "failed": _failed(results),
-        "not_done": schedule.not_done(question, results),
-        "seconds": max(one["ended"] for one in results.values()),
+        "not_done": comparison.not_done(),
+        "seconds": comparison.spent(),
         "results": results,
     }
 
@@ -55,11 +55,10 @@ def _failed(results: Results) -> list[str]:
 
 def _costs(some: list[Result]) -> dict[str, float]:
     """Trained parameters, bytes of weights, gradients and optimiser, seconds a step (the median training)."""
-    steps = sorted(one["step_seconds"] for one in some)
     return {
         "trained_parameters": some[0]["trained_parameters"],
         "bytes": some[0]["bytes"],
-        "step_seconds": steps[len(steps) // 2],
+        "step_seconds": median_high(one["step_seconds"] for one in some),
     }
 
 
@@ -68,17 +67,14 @@ def _as_json(base: Result, found: Verdict) -> dict[str, Any]:
     rows = []
     for method, choice in found.choices.items():
         learned, forgotten = choice.mean("learned"), choice.mean("forgotten")
-        behind = None
-        if method in found.lead:
-            lead = found.lead[method]
-            behind = {"mean": lead.mean, "half": _finite(lead.half)}
+        lead = found.lead.get(method)
         rows.append(
             {
                 "method": method,
                 "learned": learned,
                 "forgotten": forgotten,
                 "perplexity": _perplexity(base, learned, forgotten),
-                "behind": behind,
+                "behind": lead and {"mean": lead.mean, "half": _finite(lead.half)},
                 "tied": method in found.tied,
                 "rate": choice.rate,
                 "steps": choice.steps,
@@ -98,12 +94,12 @@ def _perplexity(base: Result, learned: float, forgotten: float) -> dict[str, flo
     }
 
 
-def _undecided(question: Question, results: Results, equal: Verdict, method: str) -> dict[str, Any]:
+def _undecided(comparison: Comparison, equal: Verdict, method: str) -> dict[str, Any]:
     """Of a method that may be as good as the best: what would decide, and what keeps it from being known."""
-    needed = advice.needed(question, results, equal, method)
+    needed = advice.needed(comparison, equal, method)
     return {
         "method": method,
-        "needed": None if needed is None else needed._asdict(),
+        "needed": needed and needed._asdict(),
         "missing": advice.missing(equal.lead[method]),
     }
 
@@ -119,20 +115,17 @@ def _points(base: Result, some: list[Result]) -> list[list[float]]:
 
 
 def facts(trainings) -> dict[str, Any]:
-    """Of model, texts and device, for the page and the scripts."""
+    """What the page says of model, texts and device."""
     data = trainings.data
     device = trainings.base.device
     name = "CPU"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    args = trainings.args
     documents = trainings.documents()
     retained = {one for name in RETAINED for one in documents[name]}
     return {
         "parameters": trainings.base.num_parameters(),
         "dtype": str(trainings.base.dtype).removeprefix("torch."),
-        "packing": args.packing,
-        "targets": find_targets(trainings.base, args.target_modules, args.experts).config,
         "device": name,
         "tokens": sum(part.tokens for part in data.parts),
         "blocks": len(data.train),

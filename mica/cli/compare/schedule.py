@@ -11,7 +11,11 @@ also with another budget.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sized
+from functools import partial
+from heapq import heapreplace
+from operator import itemgetter
 from statistics import mean
 from typing import NamedTuple
 
@@ -82,182 +86,224 @@ class Cost(NamedTuple):
     step: float
     block: float
 
-    def short(self, question: Question, steps: float) -> float:
-        """Seconds of a short training of so many steps."""
-        return self.start + steps * self.step + question.short_blocks * self.block
-
-    def whole(self, question: Question, steps: float) -> float:
-        """Seconds of a whole one."""
-        return self.start + steps * self.step + question.whole_blocks * self.block
+    def seconds(self, steps: int, blocks: int) -> float:
+        """Seconds of a training of so many steps, and of the measurement of so many blocks after it."""
+        return self.start + steps * self.step + blocks * self.block
 
 
-def planned(question: Question, results: Results) -> list[Planned]:
-    """All that can be done now, in order: the rest of the phase that is under way. Empty at the end.
+class Comparison(NamedTuple):
+    """A question and the results that there are, from which follows what is done next."""
 
-    Raises UsageError if the budget is too short for anything, or no method can be trained.
-    """
-    for phase in (_trials, _short, _whole, _more_seeds):
-        left = [one for one in phase(question, results) if one.key not in results]
-        if left:
-            return left
-    return []
+    question: Question
+    results: Results
+
+    @property
+    def base(self) -> Result:
+        """What was measured before all trainings."""
+        return self.results[BASE]
+
+    def planned(self) -> list[Planned]:
+        """All that can be done now, in order: the rest of the phase that is under way. Empty at the end.
+
+        Raises UsageError if the budget is too short for anything, or no method can be trained.
+        """
+        for phase in (self._trials, self._short, self._whole, self._more_seeds):
+            left = [one for one in phase() if one.key not in self.results]
+            if left:
+                return left
+        return []
+
+    def by_method(self, *phases: int) -> dict[str, list[Result]]:
+        """method -> its trainings in these phases that came to their end, of those that have any."""
+        found = {method: [] for method in self.question.rates}
+        for run in self.results.values():
+            if run["method"] in found and run["phase"] in phases and run["failed"] is None:
+                found[run["method"]].append(run)
+        return {method: some for method, some in found.items() if some}
+
+    def costs(self, *phases: int) -> dict[str, Cost]:
+        """Of each method in these phases; where they measured nothing, a block is as the base's."""
+        found = {}
+        for method, some in self.by_method(*phases).items():
+            blocks = [one["block_seconds"] for one in some if one["points"]]
+            found[method] = Cost(
+                start=mean(one["start_seconds"] for one in some),
+                step=mean(one["step_seconds"] for one in some),
+                block=mean(blocks or [self.base["block_seconds"]]),
+            )
+        return found
+
+    def spent(self, *phases: int) -> float:
+        """Seconds on the clock until the last training of these phases had ended; without any, of all."""
+        return max(one["ended"] for one in self.results.values() if not phases or one["phase"] in phases)
+
+    def _trials(self) -> list[Planned]:
+        lowest = [Planned(TRIAL, method, rates[0], _TRIED) for method, rates in self.question.rates.items()]
+        return [Planned(TRIAL, BASE), *lowest]
+
+    def _short(self) -> list[Planned]:
+        plan = self.allowed()
+        rates = {method: self._inner(method, plan) for method in self.by_method(TRIAL)}
+        return _at_rates(SHORT, rates, self._steps_of(SHORT) or plan.short_steps)
+
+    def _steps_of(self, phase: int) -> int | None:
+        """How long the trainings of a phase are, if there is one."""
+        return next((one["steps"] for one in self.results.values() if one["phase"] == phase), None)
+
+    def _inner(self, method: str, plan: Plan) -> list[float]:
+        """The learning rates of ``method`` that ``plan`` allows, from the middle."""
+        rates = self.question.rates[method]
+        skipped = max(0, len(rates) - plan.rates) // 2
+        return rates[skipped : skipped + plan.rates]
+
+    def allowed(self) -> Plan:
+        """What the budget allows, by the first steps of each method.
+
+        Raises UsageError if that is nothing, unless trainings were done with another budget.
+        """
+        question = self.question
+        costs = self.costs(TRIAL)
+        if not costs:
+            failed = [one["failed"] for one in self.results.values() if one["failed"]]
+            raise UsageError(f"no method could be trained: {failed[0]}")
+        most = max(len(question.rates[method]) for method in costs)
+        plans = [Plan(0, most, seeds) for seeds in range(question.seeds, 1, -1)]
+        plans += [Plan(0, min(most, rates), min(2, question.seeds)) for rates in (most, 3, 2)]
+        plans.append(Plan(0, min(most, 2), 1))
+        left = _FULLEST * question.budget - self.spent(TRIAL)
+        least = question.steps or min(LEAST, question.longest)
+        longest = question.steps or question.longest
+
+        def seconds(plan: Plan, steps: int) -> float:
+            return self._seconds(costs, plan._replace(steps=steps))
+
+        for plan in plans:
+            if seconds(plan, least) <= left:
+                return plan._replace(steps=_most(partial(seconds, plan), least, longest, left))
+
+        if self._steps_of(SHORT):
+            return plans[-1]._replace(steps=least)
+        needed = self.spent(TRIAL) + seconds(plans[-1], least)
+        minutes = math.ceil(needed / _FULLEST / 60)
+        what = f"at least {minutes} minutes are needed here, or fewer --methods"
+        raise UsageError(f"--budget {question.budget / 60:g}: {what}")
+
+    def _seconds(self, costs: dict[str, Cost], plan: Plan) -> float:
+        """Seconds on the clock of all trainings of ``plan``."""
+        short = []
+        halves = {}
+        for method, cost in costs.items():
+            number = len(self._inner(method, plan))
+            short += [cost.seconds(plan.short_steps, self.question.short_blocks)] * number
+            halves[method] = math.ceil(number / 2)
+        return self._clock(short) + self._seconds_of_whole(costs, halves, plan)
+
+    def _seconds_of_whole(self, costs: dict[str, Cost], rates: dict[str, int], plan: Plan) -> float:
+        """The same of whole trainings at so many ``rates`` of each method, and of the seeds to be wanted."""
+        each = {method: costs[method].seconds(plan.steps, self.question.whole_blocks) for method in rates}
+        whole = []
+        for method, seconds in each.items():
+            whole += [seconds] * rates[method]
+        seeds = []
+        if plan.seeds > 1:
+            seeds += each.values()
+            seeds += [mean(each.values())] * _number_of_better(each) * (plan.seeds - 2)
+        return self._clock(whole) + self._clock(seeds)
+
+    def _clock(self, seconds: Iterable[float]) -> float:
+        """When the last of some trainings ends, if they begin in this order, as many at once as can."""
+        ends = [0.0] * self.base["jobs"]
+        for one in seconds:
+            heapreplace(ends, ends[0] + one)
+        return max(ends)
+
+    def _whole(self) -> list[Planned]:
+        """The better half of each method's rates: best at equal forgetting, and best at any."""
+        short = self.by_method(SHORT)
+        limit = outcomes.common_limit(self.base, short)
+        rates = {method: _better_half(self.base, found, limit) for method, found in short.items()}
+        if not rates:
+            return []
+        return _at_rates(WHOLE, rates, self._whole_steps(rates))
+
+    def _whole_steps(self, rates: dict[str, list[float]]) -> int:
+        """Steps of whole trainings by the time that is left now; at least as many as short ones have."""
+        known = self.question.steps or self._steps_of(WHOLE)
+        if known is not None:
+            return known
+        plan = self.allowed()
+        costs = self.costs(SHORT)
+        numbers = {method: len(of_method) for method, of_method in rates.items()}
+        left = _FULLEST * self.question.budget - self.spent(TRIAL, SHORT)
+
+        def seconds(steps: int) -> float:
+            return self._seconds_of_whole(costs, numbers, plan._replace(steps=steps))
+
+        return _most(seconds, plan.short_steps, self.question.longest, left)
+
+    def wanted_seeds(self) -> list[Planned]:
+        """Further seeds of the trainings that are near the best, in the order in which they are worth most.
+
+        These are the trainings that are best at equal forgetting: a second seed of each, which shows what
+        seeds change, then more of the better half of the methods, at least of two. Then those that are best
+        at any.
+        """
+        found = self.by_method(WHOLE)
+        wanted = []
+        for limit in (outcomes.common_limit(self.base, found), outcomes.ANY):
+            choices = outcomes.choose_each(self.base, found, limit)
+            order = sorted(choices, key=lambda method: -choices[method].first.validation)
+            better = order[: _number_of_better(order)]
+            for seed in range(1, self.question.seeds):
+                for method in order if seed == 1 else better:
+                    wanted.append(Planned(SEEDS, method, choices[method].rate, choices[method].steps, seed))
+        return [*dict.fromkeys(wanted)]
+
+    def _more_seeds(self) -> list[Planned]:
+        """Of the `wanted_seeds` those for which there is time."""
+        left = _LATEST * self.question.budget - self.spent(TRIAL, SHORT, WHOLE)
+        costs = self.costs(WHOLE)
+        found = []
+        seconds = []
+        for one in self.wanted_seeds():
+            seconds.append(costs[one.method].seconds(one.steps, self.question.whole_blocks))
+            if self._clock(seconds) > left:
+                break
+            found.append(one)
+        return found
+
+    def not_done(self) -> list[str]:
+        """What the budget did not allow, a line each; of a comparison that has ended."""
+        plan = self.allowed()
+        lines = []
+        for method in self.by_method(TRIAL):
+            tried = self._inner(method, plan)
+            left_out = [f"{rate:g}" for rate in self.question.rates[method] if rate not in tried]
+            if left_out:
+                lines.append(f"{method} at learning rate {' and '.join(left_out)}")
+        for one in self.wanted_seeds():
+            if one.key not in self.results:
+                lines.append(f"{one.method} at learning rate {one.rate:g}, seed {one.seed}")
+        return lines
 
 
-def runs(results: Results, method: str, *phases: int) -> list[Result]:
-    """The trainings of ``method`` in these phases that came to their end."""
-    found = [one for one in results.values() if one["method"] == method and one["phase"] in phases]
-    return [one for one in found if one["failed"] is None]
+def _at_rates(phase: int, rates: dict[str, list[float]], steps: int) -> list[Planned]:
+    """A training at each of the rates: the first rate of each method, then the second one, ..."""
+    turns = []
+    for method, of_method in rates.items():
+        turns += enumerate(Planned(phase, method, rate, steps) for rate in of_method)
+    return [one for _, one in sorted(turns, key=itemgetter(0))]
 
 
-def by_method(question: Question, results: Results, *phases: int) -> dict[str, list[Result]]:
-    """method -> its `runs`, of those that have any."""
-    found = {method: runs(results, method, *phases) for method in question.rates}
-    return {method: some for method, some in found.items() if some}
-
-
-def _trials(question: Question, results: Results) -> list[Planned]:
-    lowest = [Planned(TRIAL, method, rates[0], _TRIED) for method, rates in question.rates.items()]
-    return [Planned(TRIAL, BASE), *lowest]
-
-
-def _short(question: Question, results: Results) -> list[Planned]:
-    plan = allowed(question, results)
-    working = by_method(question, results, TRIAL)
-    rates = {method: inner(question.rates[method], plan.rates) for method in working}
-    steps = _steps_of(results, SHORT) or plan.short_steps
-    return [Planned(SHORT, method, rate, steps) for method, rate in _in_turns(rates)]
-
-
-def _steps_of(results: Results, phase: int) -> int | None:
-    """How long the trainings of a phase are, if there is one."""
-    return next((one["steps"] for one in results.values() if one["phase"] == phase), None)
-
-
-def inner(rates: list[float], number: int) -> list[float]:
-    """``number`` of the rates, from the middle."""
-    skipped = max(0, len(rates) - number) // 2
-    return rates[skipped : skipped + number]
-
-
-def _in_turns(rates: dict[str, list[float]]) -> Iterable[tuple[str, float]]:
-    """(method, rate) of all: the first rate of each method, then the second one, ..."""
-    for number in range(max(map(len, rates.values()), default=0)):
-        for method, of_method in rates.items():
-            if number < len(of_method):
-                yield method, of_method[number]
-
-
-def allowed(question: Question, results: Results) -> Plan:
-    """What the budget allows, by the first steps of each method.
-
-    Raises UsageError if that is nothing, unless trainings were done with another budget.
-    """
-    working = by_method(question, results, TRIAL)
-    if not working:
-        failed = [one["failed"] for one in results.values() if one["failed"]]
-        raise UsageError(f"no method could be trained: {failed[0]}")
-    most = max(len(question.rates[method]) for method in working)
-    plans = [Plan(0, most, seeds) for seeds in range(question.seeds, 1, -1)]
-    plans += [Plan(0, min(most, rates), min(2, question.seeds)) for rates in (most, 3, 2)]
-    plans.append(Plan(0, min(most, 2), 1))
-    costs = {method: cost_of(results, method, TRIAL) for method in working}
-    left = _FULLEST * question.budget - _spent(results, TRIAL)
-    jobs = results[BASE]["jobs"]
-    least = question.steps or min(LEAST, question.longest)
-    longest = question.steps or question.longest
-
-    def seconds(plan: Plan, steps: int) -> float:
-        return _seconds(question, costs, plan._replace(steps=steps), jobs)
-
-    for plan in plans:
-        if seconds(plan, least) <= left:
-            steps = _most(lambda steps, plan=plan: seconds(plan, steps) <= left, least, longest)
-            return plan._replace(steps=steps)
-
-    if _steps_of(results, SHORT):
-        return plans[-1]._replace(steps=least)
-    needed = _spent(results, TRIAL) + seconds(plans[-1], least)
-    minutes = math.ceil(needed / _FULLEST / 60)
-    what = f"at least {minutes} minutes are needed here, or fewer --methods"
-    raise UsageError(f"--budget {question.budget / 60:g}: {what}")
-
-
-def _seconds(question: Question, costs: dict[str, Cost], plan: Plan, jobs: int) -> float:
-    """Seconds on the clock of all trainings of ``plan``."""
-    rates = {method: min(plan.rates, len(question.rates[method])) for method in costs}
-    short = []
-    for method, cost in costs.items():
-        short += [cost.short(question, plan.short_steps)] * rates[method]
-    halves = {method: math.ceil(number / 2) for method, number in rates.items()}
-    return _clock(short, jobs) + _seconds_of_whole(question, costs, halves, plan, jobs)
-
-
-def _seconds_of_whole(
-    question: Question, costs: dict[str, Cost], rates: dict[str, int], plan: Plan, jobs: int
-) -> float:
-    """The same of whole trainings at so many ``rates`` of each method, and of the seeds to be wanted."""
-    each = {method: cost.whole(question, plan.steps) for method, cost in costs.items()}
-    whole = []
-    for method, seconds in each.items():
-        whole += [seconds] * rates[method]
-    seeds = []
-    if plan.seeds > 1:
-        seeds += each.values()
-        seeds += [mean(each.values())] * _number_of_better(costs) * (plan.seeds - 2)
-    return _clock(whole, jobs) + _clock(seeds, jobs)
+def _most(seconds: Callable[[int], float], least: int, longest: int, left: float) -> int:
+    """The most steps up to ``longest`` that take no more than the seconds ``left``; or ``least``."""
+    more = range(least + 1, longest + 1)
+    return least + bisect_right(more, left, key=seconds)
 
 
 def _number_of_better(methods: Sized) -> int:
     """How many of some methods get further seeds: a difference between two needs those of both."""
     return min(len(methods), max(2, math.ceil(len(methods) / 2)))
-
-
-def _clock(seconds: Iterable[float], jobs: int) -> float:
-    """When the last of some trainings ends, if ``jobs`` of them run at once and begin in this order."""
-    ends = [0.0] * jobs
-    for one in seconds:
-        first = ends.index(min(ends))
-        ends[first] += one
-    return max(ends)
-
-
-def _most(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest number from ``low``, which fits, to ``high`` that ``fits``."""
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def cost_of(results: Results, method: str, *phases: int) -> Cost:
-    """By trainings of ``method`` in these phases; where they measured nothing, a block is as the base's."""
-    found = runs(results, method, *phases)
-    blocks = [one["block_seconds"] for one in found if one["points"]]
-    return Cost(
-        start=mean(one["start_seconds"] for one in found),
-        step=mean(one["step_seconds"] for one in found),
-        block=mean(blocks or [results[BASE]["block_seconds"]]),
-    )
-
-
-def _spent(results: Results, *phases: int) -> float:
-    """Seconds on the clock until the last training of these phases had ended."""
-    return max(one["ended"] for one in results.values() if one["phase"] in phases)
-
-
-def _whole(question: Question, results: Results) -> list[Planned]:
-    """The better half of each method's rates: best at equal forgetting, and best at any."""
-    short = by_method(question, results, SHORT)
-    base = results[BASE]
-    limit = outcomes.common_limit(base, short)
-    rates = {method: _better_half(base, found, limit) for method, found in short.items()}
-    if not rates:
-        return []
-    steps = _whole_steps(question, results, rates)
-    return [Planned(WHOLE, method, rate, steps) for method, rate in _in_turns(rates)]
 
 
 def _better_half(base: Result, short: list[Result], limit: Limit) -> list[float]:
@@ -269,77 +315,3 @@ def _better_half(base: Result, short: list[Result], limit: Limit) -> list[float]
 
     order = dict.fromkeys([ordered(limit)[0], *ordered(outcomes.ANY)])
     return [*order][: math.ceil(len(short) / 2)]
-
-
-def _whole_steps(question: Question, results: Results, rates: dict[str, list[float]]) -> int:
-    """Steps of whole trainings by the time that is left now; at least as many as short ones have."""
-    known = question.steps or _steps_of(results, WHOLE)
-    if known is not None:
-        return known
-    plan = allowed(question, results)
-    costs = {method: cost_of(results, method, SHORT) for method in rates}
-    numbers = {method: len(of_method) for method, of_method in rates.items()}
-    left = _FULLEST * question.budget - _spent(results, TRIAL, SHORT)
-    jobs = results[BASE]["jobs"]
-
-    def fits(steps: int) -> bool:
-        return _seconds_of_whole(question, costs, numbers, plan._replace(steps=steps), jobs) <= left
-
-    return _most(fits, plan.short_steps, question.longest)
-
-
-def wanted_seeds(question: Question, results: Results) -> list[Planned]:
-    """Further seeds of the trainings that are near the best, in the order in which they are worth most.
-
-    These are the trainings that are best at equal forgetting: a second seed of each, which shows what seeds
-    change, then more of the better half of the methods, at least of two. Then those that are best at any.
-    """
-    found = by_method(question, results, WHOLE)
-    base = results[BASE]
-    wanted = []
-    for limit in (outcomes.common_limit(base, found), outcomes.ANY):
-        choices = {method: outcomes.choose(base, some, limit) for method, some in found.items()}
-        choices = {method: one for method, one in choices.items() if one is not None}
-        order = sorted(choices, key=lambda method: -choices[method].first.validation)
-        better = order[: _number_of_better(order)]
-        for seed in range(1, question.seeds):
-            for method in order if seed == 1 else better:
-                wanted.append(Planned(SEEDS, method, choices[method].rate, choices[method].steps, seed))
-    return [*dict.fromkeys(wanted)]
-
-
-def _more_seeds(question: Question, results: Results) -> list[Planned]:
-    """Of the `wanted_seeds` those for which there is time."""
-    left = _LATEST * question.budget - _spent(results, TRIAL, SHORT, WHOLE)
-    found = []
-    seconds = []
-    for one in wanted_seeds(question, results):
-        seconds.append(cost_of(results, one.method, WHOLE).whole(question, one.steps))
-        if _clock(seconds, results[BASE]["jobs"]) > left:
-            break
-        found.append(one)
-    return found
-
-
-def expected(question: Question, results: Results) -> float:
-    """Seconds that the whole comparison takes, as far as that can be known now."""
-    if any(one.key not in results for one in _trials(question, results)):
-        return question.budget
-    plan = allowed(question, results)
-    costs = {method: cost_of(results, method, TRIAL) for method in by_method(question, results, TRIAL)}
-    return _spent(results, TRIAL) + _seconds(question, costs, plan, results[BASE]["jobs"])
-
-
-def not_done(question: Question, results: Results) -> list[str]:
-    """What the budget did not allow, a sentence each; of a comparison that has ended."""
-    plan = allowed(question, results)
-    lines = []
-    for method in by_method(question, results, TRIAL):
-        tried = inner(question.rates[method], plan.rates)
-        left_out = [f"{rate:g}" for rate in question.rates[method] if rate not in tried]
-        if left_out:
-            lines.append(f"{method} at learning rate {' and '.join(left_out)}")
-    for one in wanted_seeds(question, results):
-        if one.key not in results:
-            lines.append(f"{one.method} at learning rate {one.rate:g}, seed {one.seed}")
-    return lines

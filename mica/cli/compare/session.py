@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from mica.cli import loading
 from mica.cli.compare import outcomes, page, report, schedule, settings, workers
-from mica.cli.compare.schedule import BASE, Planned, Question, Results
+from mica.cli.compare.schedule import BASE, Comparison, Planned, Results
 from mica.cli.compare.trainings import OUT_OF_MEMORY, Trainings
 from mica.cli.folder import exclusive, undo_on_error
-from mica.cli.output import explained, write_json
+from mica.cli.output import write_json
 from mica.errors import UsageError
 
 _LATEST = 1.05  # of the budget: what is under way is left then, on a machine that has become slower
@@ -30,21 +30,19 @@ def compare(given: argparse.Namespace, began: float) -> int:
 
     Raises UsageError for bad input.
     """
-    output = getattr(given, "output", None)
-    if output is None:
-        raise UsageError("the following arguments are required: --output")
-    loading.quieten_libraries()
     resume = getattr(given, "resume", False)
+    settings.check_required(given, resume)
+    output = given.output
+    loading.quieten_libraries()
     ours = settings.given(given)
     if not resume:
-        settings.check_required(ours)
         settings.rates(ours)
         settings.of_mica_adapt(ours, output)
-    settings.check_output(output, resume)
     with exclusive(output):
-        settings.check_output(output, resume)
         if resume:
             ours = settings.resumed(output, ours)
+        else:
+            settings.check_output(output)
         try:
             return _compare(ours, output, resume, began)
         except KeyboardInterrupt:
@@ -70,27 +68,29 @@ def _compare(ours: dict[str, object], output: Path, resume: bool, began: float) 
             runs = output / settings.RUNS
             results = _earlier(trainings, runs)
             settings.write(output, ours)
-            for note in trainings.notes:
+            for note in filter(None, trainings.notes):
                 _note(f"note: {note}")
             facts = report.facts(trainings) | {"jobs": max(1, gpus), "threads": torch.get_num_threads()}
             print("{tokens:,} tokens, {blocks:,} training blocks of {sequence_length}".format(**facts))
 
-            question = trainings.question
-            elapsed = max([result["ended"] for result in results.values()], default=0.0)
+            comparison = Comparison(trainings.question, results)
+            elapsed = 0.0
+            if results:
+                elapsed = comparison.spent()
             zero = time.time() - (elapsed + time.monotonic() - began)
-            latest = zero + _LATEST * question.budget
+            latest = zero + _LATEST * trainings.question.budget
             make: Maker = partial(_one_after_the_other, trainings, latest)
             if gpus > 1:
                 pool = stack.enter_context(workers.pool(gpus, ours, output))
                 make = partial(workers.make, pool, latest=latest)
-            progress = Progress(question, results, runs, zero, max(1, gpus))
+            progress = _Progress(comparison, runs, zero, max(1, gpus))
             progress.do(make, last=schedule.TRIAL)
-            schedule.planned(question, results)  # raises if the budget is too small for anything
+            comparison.planned()  # raises if the budget is too small for anything
         progress.do(make)
 
     if not any(result["phase"] >= schedule.WHOLE for result in results.values()):
-        raise UsageError(_no_whole(question, results, output))
-    found_out = report.report(question, results, ours, facts)
+        raise UsageError(_no_whole(comparison, output))
+    found_out = report.report(comparison, ours, facts)
     page.write(output, found_out)
     print("\n".join(page.sentences(found_out, output)))
     print(f"\nThe page: {output / settings.PAGE}")
@@ -108,23 +108,21 @@ def _one_after_the_other(
         yield planned, trainings.make(planned, latest)
 
 
-class Progress:
-    """The ``results`` of a comparison, as files in ``runs`` too, and what is left to do.
+class _Progress(NamedTuple):
+    """What is left to do of a comparison, whose results are files in ``runs``, too.
 
     ``zero``: when the clock of all starts of the comparison was at 0, Unix time. ``jobs``: trainings at once.
     """
 
-    def __init__(self, question: Question, results: Results, runs: Path, zero: float, jobs: int):
-        self._question = question
-        self._results = results
-        self._runs = runs
-        self._zero = zero
-        self._jobs = jobs
+    comparison: Comparison
+    runs: Path
+    zero: float
+    jobs: int
 
     def do(self, make: Maker, last: int = schedule.SEEDS) -> None:
         """Do what is planned, up to the phase ``last``, until nothing is left or the budget is used up."""
         while True:
-            todo = [each for each in schedule.planned(self._question, self._results) if each.phase <= last]
+            todo = [each for each in self.comparison.planned() if each.phase <= last]
             if not todo:
                 return
             for planned, result in make(todo):
@@ -133,14 +131,13 @@ class Progress:
                 self._add(planned, result)
 
     def _add(self, planned: Planned, result: dict) -> None:
-        clock = time.time() - self._zero
-        result |= {"jobs": self._jobs, "ended": round(clock, 2)}
-        write_json("--output", self._runs / f"{planned.key}.json", result)
-        self._results[planned.key] = result
+        clock = time.time() - self.zero
+        result |= {"jobs": self.jobs, "ended": round(clock, 2)}
+        write_json("--output", self.runs / f"{planned.key}.json", result)
+        self.comparison.results[planned.key] = result
         if planned.method != BASE:
-            seconds = schedule.expected(self._question, self._results) - clock
-            left = tqdm.format_interval(max(0.0, seconds))
-            _note(f"{_line(self._results.get(BASE), result)}; {left} left")
+            used = f"{clock / 60:.1f} of {self.comparison.question.budget / 60:g} minutes"
+            _note(f"{_line(self.comparison, result)}; {used}")
 
 
 def _earlier(trainings: Trainings, runs: Path) -> Results:
@@ -150,40 +147,42 @@ def _earlier(trainings: Trainings, runs: Path) -> Results:
     """
     results = {}
     for path in sorted(runs.glob("*.json")):
-        with explained(f"{path}: cannot be read: remove it, and its training is done again", ValueError):
+        try:
             result = json.loads(path.read_text(encoding="utf-8"))
-        if not _is_known(trainings, path.stem, result):
+            is_ours = _is_known(trainings, path.stem, result)
+        except (KeyError, TypeError, ValueError):
+            is_ours = False
+        if not is_ours:
             what = "is no result of this comparison, or of another version of mica"
-            raise UsageError(f"--resume: {path} {what}: remove it, or begin in another folder")
+            raise UsageError(f"--resume: {path} {what}: remove it, and its training is done again")
         if result["failed"] != OUT_OF_MEMORY:
             results[path.stem] = result
     return results
 
 
 def _is_known(trainings: Trainings, key: str, result: dict) -> bool:
-    try:
-        if Planned(*(result[name] for name in Planned._fields)).key != key or "ended" not in result:
-            return False
-        return key != BASE or result["documents"] == trainings.documents()
-    except (KeyError, TypeError, ValueError):
+    """Whether ``result`` is what ``key`` says, on the documents of ``trainings``; KeyError if it is none."""
+    if Planned(*(result[name] for name in Planned._fields)).key != key or "ended" not in result:
         return False
+    return key != BASE or result["documents"] == trainings.documents()
 
 
-def _no_whole(question: Question, results: Results, output: Path) -> str:
+def _no_whole(comparison: Comparison, output: Path) -> str:
     """What to say where there is nothing to report."""
-    failed = next((result["failed"] for result in results.values() if result["failed"]), None)
-    if failed is not None and not schedule.planned(question, results):
+    failed = next((result["failed"] for result in comparison.results.values() if result["failed"]), None)
+    if failed is not None and not comparison.planned():
         return f"no method came to the end of a training: {failed}"
-    more = f"mica compare --output {output} --resume --budget {2 * question.budget / 60:g}"
-    return f"--budget {question.budget / 60:g}: it ended before a whole training: {more} goes on"
+    minutes = comparison.question.budget / 60
+    more = f"mica compare --output {output} --resume --budget {2 * minutes:g}"
+    return f"--budget {minutes:g}: it ended before a whole training: {more} goes on"
 
 
-def _line(base: dict | None, run: dict) -> str:
+def _line(comparison: Comparison, run: dict) -> str:
     """What a training has done, in a line."""
     head = f"{run['method']}, learning rate {run['rate']:g}, {run['steps']} steps, seed {run['seed']}"
     if run["failed"]:
         return f"{head}: {run['failed']}"
     if run["phase"] == schedule.TRIAL:
         return f"{run['method']}: a step takes {run['step_seconds']:.2g} s"
-    end = outcomes.outcome(base, run)
+    end = outcomes.outcome(comparison.base, run)
     return f"{head}: learned {end.validation:.3f}, forgot {end.forgotten.mean():.3f} nats per token"

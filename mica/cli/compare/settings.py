@@ -16,20 +16,17 @@ RUNS = "runs"
 REPORT = "compare.json"
 PAGE = "README.md"
 PICTURE = "compare.png"
-SCRIPTS = {method: f"train_{method}.py" for method in METHODS}
 
 
 def given(namespace: argparse.Namespace) -> dict[str, object]:
     """What the command line says of the comparison, as JSON has it; paths are absolute."""
-    found = {}
-    for name, value in vars(namespace).items():
-        if name not in OPTIONS or name in ("output", "resume"):
-            continue
-        if isinstance(value, list) and OPTIONS[name].is_path:
-            value = [config.absolute(path) for path in value]
-        elif OPTIONS[name].is_path:
-            value = config.absolute(value)
-        found[name] = value
+    found = {name: value for name, value in vars(namespace).items() if name in OPTIONS}
+    for name in found.keys() & {"output", "resume"}:
+        del found[name]
+    for name in found.keys() & {"text", "retain"}:
+        found[name] = [config.absolute(path) for path in found[name]]
+    if "model" in found:
+        found["model"] = config.absolute(found["model"])
     return found
 
 
@@ -63,15 +60,12 @@ def rates(settings: dict[str, object]) -> dict[str, list[float]]:
     return {name: sorted(some or METHODS[name].rates) for name, some in found.items()}
 
 
-def check_output(output: Path, resume: bool) -> None:
-    """Raise UsageError if a comparison must not or cannot write to ``output``; makes nothing.
+def check_output(output: Path) -> None:
+    """Raise UsageError if a comparison must not or cannot begin in ``output``; makes nothing.
 
     A first command that was killed before its first result may be given again.
     """
     check_folder("--output", output)
-    if resume:
-        stored(output)
-        return
     names = entries(output)
     has_results = any((output / RUNS).glob("*.json"))
     if names and (has_results or not {FILE} <= {*names} <= {FILE, RUNS}):
@@ -111,8 +105,10 @@ def write(output: Path, settings: dict[str, object]) -> None:
     write_json("--output", output / FILE, settings)
 
 
-def check_required(settings: dict[str, object]) -> None:
-    """Raise UsageError if an option is missing."""
-    missing = [row.flag for row in OPTIONS.values() if row.required and row.name not in (*settings, "output")]
+def check_required(namespace: argparse.Namespace, resume: bool) -> None:
+    """Raise UsageError if an option is missing: under --resume only that of the folder is required."""
+    missing = [row.flag for row in OPTIONS.values() if row.required and not hasattr(namespace, row.name)]
+    if resume:
+        missing = [flag for flag in missing if flag == "--output"]
     if missing:
         raise UsageError(f"the following arguments are required: {', '.join(missing)}")

@@ -72,14 +72,14 @@ def train(
     ended = time.perf_counter()
     measured = losses(model, sets)
     blocks = sum(map(len, measured.values()))
-    failed = _diverged(measured)
+    failed = not_finite(measured)
     points = []
     if sets and failed is None:
         points = [{"step": args.steps, **measured}]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return {
         "points": points,
-        "failed": failed,
+        "failed": failed and f"diverged: {failed}",
         "step_seconds": (ended - seen.began) / max(1, seen.steps),
         "block_seconds": (time.perf_counter() - ended) / max(1, blocks),
         "trained_parameters": sum(parameter.numel() for parameter in trained),
@@ -87,17 +87,11 @@ def train(
     }
 
 
-def _diverged(measured: Losses) -> str | None:
-    """What to say of losses that are not all finite, else None."""
-    name = first_not_finite(measured)
-    return None if name is None else f"diverged: the loss on the {name} text is not finite"
-
-
-def first_not_finite(measured: Losses) -> str | None:
-    """The first set of which a loss is NaN or infinite."""
+def not_finite(measured: Losses) -> str | None:
+    """What to say of the first set of which a loss is NaN or infinite, if there is one."""
     for name, each in measured.items():
         if not all(map(math.isfinite, each)):
-            return name
+            return f"the loss on the {name} text is not finite"
     return None
 
 

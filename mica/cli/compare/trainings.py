@@ -2,6 +2,7 @@
 
 import gc
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from mica.cli.adapt.packing import document_of, suit_packing
 from mica.cli.compare import methods, outcomes, schedule, settings
 from mica.cli.compare.models import built
 from mica.cli.compare.schedule import BASE, Planned, Question
-from mica.cli.compare.training import first_not_finite, losses, train
+from mica.cli.compare.training import losses, not_finite, train
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
 
@@ -31,7 +32,7 @@ class Trainings:
     """``settings``: of the comparison; ``args``: of `mica adapt`, as far as all trainings share them.
 
     ``base``: the model before all; ``data``: the texts; ``sets``: what is measured; ``question``: what is to
-    be compared; ``notes``: for the user.
+    be compared; ``notes``: for the user, or None.
     """
 
     def __init__(self, found: dict[str, object], output: Path, device: torch.device | None = None):
@@ -44,32 +45,30 @@ class Trainings:
         resolved = settings.of_mica_adapt(found, output)
         self.settings = found
         self.args = resolved.args
-        self.source = loading.find_source(self.args.model, self.args.trust_remote_code)
+        source = loading.find_source(self.args.model, self.args.trust_remote_code)
         loading.check_backend(self.args.rank)
         processes.start()
         corpus.check(self.args)
-        tokenizer = loading.load_tokenizer(self.source)
+        tokenizer = loading.load_tokenizer(source)
         self.data = corpus.gather(self.args, tokenizer)
-        self.base = loading.load_model(self.source, self.args.dtype, device or PartialState().device)
+        self.base = loading.load_model(source, self.args.dtype, device or PartialState().device)
         self.notes = []
-        note = None
         if device is None:  # else it is trained elsewhere
-            note = loading.suit_processor(self.base, self.args.dtype)
-        if note is not None:
-            self.notes.append(note)
+            self.notes.append(loading.suit_processor(self.base, self.args.dtype))
         if set(self.args.text) & set(self.args.retain):
             self.notes.append("--retain names a text of --text: forgetting is measured on what is learned")
         self.base.requires_grad_(False)
         largest = self.data.largest_token_id
-        loading.check_limits(self.source, self.base, self.args.sequence_length, largest)
-        note = suit_packing(resolved, self.base)
-        if note is not None:
-            self.notes.append(note)
+        loading.check_limits(source, self.base, self.args.sequence_length, largest)
+        packing = suit_packing(resolved, self.base)
+        self.notes.append(packing)
+        if packing is not None:
             self.data = corpus.gather(self.args, tokenizer)
         if not has_experts(self.base):
             self.args.experts = None
         adapter.check(self.base, self.args)
         self.sets = self._sets()
+        self._short_sets = dict(islice(self.sets.items(), 2))
         self.question = self._question()
 
     def _sets(self) -> dict:
@@ -96,17 +95,9 @@ class Trainings:
             budget=60 * settings.value(self.settings, "budget"),
             steps=settings.value(self.settings, "steps"),
             longest=_EPOCHS * amount.epoch_steps,
-            short_blocks=sum(map(len, self._measured(schedule.SHORT).values())),
+            short_blocks=sum(map(len, self._short_sets.values())),
             whole_blocks=sum(map(len, self.sets.values())),
         )
-
-    def _measured(self, phase: int) -> dict:
-        """The sets that a training of ``phase`` is measured on."""
-        if phase == schedule.TRIAL:
-            return {}
-        if phase == schedule.SHORT:
-            return dict(list(self.sets.items())[:2])
-        return self.sets
 
     def documents(self) -> dict[str, list[str]]:
         """The document of each block of each set, by its digest."""
@@ -128,10 +119,11 @@ class Trainings:
 
         own = {"learning_rate": planned.rate, "steps": planned.steps, "seed": planned.seed}
         args = methods.options(planned.method, self.args, **own)
+        measured = {schedule.TRIAL: {}, schedule.SHORT: self._short_sets}.get(planned.phase, self.sets)
         try:
             with built(planned.method, self.base, args) as model:
                 start = time.perf_counter() - begin
-                done = train(model, self.data, args, self._measured(planned.phase), watch)
+                done = train(model, self.data, args, measured, watch)
         except _OutOfTimeError:
             return None
         except (MemoryError, RuntimeError) as error:
@@ -147,9 +139,9 @@ class Trainings:
     def _measure_base(self) -> dict:
         begin = time.perf_counter()
         measured = losses(self.base, self.sets)
-        name = first_not_finite(measured)
-        if name is not None:
-            raise UsageError(f"--model {self.args.model}: its loss on the {name} text is not finite")
+        failed = not_finite(measured)
+        if failed is not None:
+            raise UsageError(f"--model {self.args.model}: {failed}")
         seconds = (time.perf_counter() - begin) / sum(map(len, measured.values()))
         return measured | {"failed": None, "block_seconds": seconds, "documents": self.documents()}
 

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t as student_t
 
-from mica.cli.compare.outcomes import RETAINED, Choice, Limit, Result, choose, common_limit
+from mica.cli.compare.outcomes import RETAINED, Choice, Limit, Result, choose_each, common_limit
 
 _LEVEL = 0.05
 FEWEST = 3  # documents: of two nobody can say how documents differ
@@ -99,8 +99,7 @@ def verdict(base: Result, runs: dict[str, list[Result]], limit: float | None = N
     block is taken for a document.
     """
     at = common_limit(base, runs) if limit is None else Limit(limit)
-    found = {method: choose(base, some, at) for method, some in runs.items()}
-    found = {method: choice for method, choice in found.items() if choice is not None}
+    found = choose_each(base, runs, at)
     choices = dict(sorted(found.items(), key=lambda item: -item[1].mean("learned")))
     residual = _residual(choices.values())
     level = _LEVEL / max(1, math.comb(len(choices), 2))

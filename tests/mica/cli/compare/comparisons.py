@@ -5,9 +5,8 @@ import math
 
 import numpy as np
 
-from mica.cli.compare import schedule
 from mica.cli.compare.report import report
-from mica.cli.compare.schedule import BASE, SEEDS, SHORT, TRIAL, WHOLE, Planned, Question
+from mica.cli.compare.schedule import BASE, SEEDS, SHORT, TRIAL, WHOLE, Comparison, Planned, Question
 
 SIZES = {"validation": 6, "retained": 5, "test": 18, "retained, the rest": 5}
 LOSS = 3.0  # of every block before the training
@@ -93,9 +92,10 @@ def simulate(asked: Question, world: World, seconds, jobs=2, results=None, stop_
     ``jobs`` are done at once, by who is free first; a phase ends before the next begins.
     """
     results = {} if results is None else results
+    comparison = Comparison(asked, results)
     clock = max([one["ended"] for one in results.values()], default=20.0)
     while True:
-        todo = schedule.planned(asked, results)
+        todo = comparison.planned()
         if not todo or len(results) >= stop_after:
             return results
         free = [clock] * jobs
@@ -127,8 +127,6 @@ FACTS = {
     "test": 18,
     "retained": 10,
     "documents": {"test": 18, "retained": 10},
-    "packing": "documents",
-    "targets": {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
 }
 SETTINGS = {"model": "some/model", "text": ["a/text.jsonl"], "retain": ["kept.txt"], "sequence_length": 128}
 NAMES = ("mica", "lora", "random", "full")
@@ -149,7 +147,9 @@ def found(learns=alike, forgets=proportional, noise=(0.02, 0.005), settings=SETT
     named = {name: [*range(number)] for name, number in SIZES.items()}
     named["test"] = [number % documents for number in named["test"]]
     results[BASE]["documents"] = named
-    return report(asked, results, settings, FACTS | {"documents": {"test": documents, "retained": 10}})
+    return report(
+        Comparison(asked, results), settings, FACTS | {"documents": {"test": documents, "retained": 10}}
+    )
 
 
 def gaining(name, by=0.3):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mica.cli.compare import page, picture
+from mica.cli.compare.methods import METHODS
 from tests.mica.cli.compare.comparisons import LOSS, SETTINGS, alike, found, gaining
 
 OUTPUT = Path("here")
@@ -26,37 +27,33 @@ def test_the_best_is_named_and_taken_whatever_it_is():
         assert f" {title} learned most, 0." in first
         assert first.count("more than") == 3
         assert "chance" not in first
-        assert last.startswith(f"Take {title}: at equal forgetting it learned most. It has 9.6 million ")
+        assert last == f"Take {title}: at equal forgetting it learned most."
 
 
 def test_nothing_is_recommended_without_a_difference():
-    """Neither the smallest nor the first: what would decide, and what each costs."""
-    first, _, *advice = sentences(found(noise=(0.05, 0.02)))
+    """Neither the smallest nor the first: what would decide."""
+    told = found(noise=(0.05, 0.02))
+    first, _, *advice = sentences(told)
     assert first.endswith(" may be chance.")
     assert "more than" not in first
     assert advice[0].startswith("Undecided between ")
     assert advice[0].count("MiCA") == 2
     assert "LoRA" in advice[0]
-    assert sum("the lead of " in line for line in advice) == 3
-    assert sum("million trained parameters" in line for line in advice) == 4
+    assert all(line.startswith("The lead over ") for line in advice[1:])
+    for row in told["equal"]["methods"][1:]:
+        assert METHODS[row["method"]].title in " ".join(advice[1:])
     assert not any(line.startswith("Take ") for line in advice)
 
 
 def test_a_gap_of_one_seed_each_recommends_nothing_however_large_it_is():
-    first, *_, advice, mica, lora = sentences(found(gaining("mica", 9.0), names=("mica", "lora"), seeds=1))
+    first, *_, advice = sentences(found(gaining("mica", 9.0), names=("mica", "lora"), seeds=1))
     assert first.endswith(" ± unknown) may be chance.")
-    assert advice.startswith(
-        "Nothing can be said of the lead of MiCA over LoRA: no two methods have second seeds"
-    )
-    assert mica.startswith("Costs of MiCA: 9.6 million trained parameters, 3.00 GiB ")
-    assert lora.startswith("Costs of LoRA: 9.6 million trained parameters, 4.00 GiB ")
+    assert advice.startswith("The lead over LoRA: nothing can be said, as no two methods have second seeds")
 
 
 def test_a_command_that_would_decide_is_named():
     lines = sentences(found(gaining("lora", 0.2), noise=(0.01, 0.02), names=("mica", "lora"), seeds=2))
-    (line,) = [
-        line for line in lines if line.startswith("If the lead of LoRA over MiCA is as large as it looks")
-    ]
+    (line,) = [line for line in lines if line.startswith("The lead over MiCA: if it is as large as it looks")]
     assert "`mica compare --output here --resume --budget " in line
     assert " --seeds " in line
 
@@ -66,7 +63,7 @@ def test_too_few_documents_are_named():
     lines = sentences(told)
     assert any(line.startswith("Undecided between LoRA, ") for line in lines)
     assert sum("the held-out blocks are of fewer than 3 documents" in line for line in lines) == 1
-    assert "18 blocks from 2 documents of held-out text" in markdown(told)
+    assert "18 blocks of held-out text (documents: 2)" in markdown(told)
 
 
 def test_a_price_in_forgetting_is_told():
@@ -92,7 +89,7 @@ def test_where_nothing_is_forgotten_there_is_no_limit():
 def test_nothing_learned_is_said_and_recommends_nothing():
     told = found(lambda *at: -0.1)
     assert sentences(told) == ["No method has learned anything of this text: no loss on held-out text fell."]
-    assert "## To do it again" not in markdown(told)
+    assert "mica adapt" not in markdown(told)
 
 
 def test_perplexities_before_and_after_are_in_the_table():
@@ -122,9 +119,22 @@ def test_what_the_budget_did_not_allow_is_on_the_page():
 
 def test_names_are_without_the_folders_of_this_machine():
     secret = SETTINGS | {"model": "/home/me/model", "text": ["/home/me/t.txt"], "retain": ["/home/me/r.txt"]}
-    text = markdown(found(settings=secret)).partition("## To do it again")[0]  # whose command is to run
+    text = markdown(found(settings=secret)).partition("## The trainings")[0]  # whose command is to run
     assert "/home/me" not in text
     assert "`r.txt`" in text
+
+
+def test_settings_of_the_trainings_are_named():
+    told = found(settings=SETTINGS | {"batch_size": 3})
+    text = markdown(told)
+    assert "MiCA has rank 64 and alpha 64, LoRA half of both" in text
+    assert "linear schedule" in text
+    (row,) = [row for row in told["equal"]["methods"] if row["method"] == "mica"]
+    line = page.command(told, row)
+    assert f"```sh\n{line}\n```" in text
+    assert "--rank 64 --eval-blocks 64 --model some/model" in line
+    assert "--batch-size 3" in line
+    assert line.endswith(f"--learning-rate {row['rate']:g} --steps {row['steps']} --output run")
 
 
 def test_pictures(tmp_path):

@@ -12,13 +12,12 @@ GIVEN = {"model": "m", "text": ["t.txt"], "retain": ["r.txt"], "budget": 5.0}
 
 def begin(output):
     output.mkdir()
-    settings.check_output(output, resume=False)
+    settings.check_output(output)
     settings.write(output, GIVEN)
 
 
 def again(output, **given):
     """The settings of a comparison that goes on."""
-    settings.check_output(output, resume=True)
     found = settings.resumed(output, given)
     settings.write(output, found)
     return found
@@ -55,18 +54,18 @@ def test_settings_that_no_comparison_has_written_are_named(tmp_path, text):
 
 
 def test_a_comparison_begins_in_an_empty_folder(tmp_path):
-    settings.check_output(tmp_path / "new", resume=False)
+    settings.check_output(tmp_path / "new")
     begin(tmp_path / "out")
-    settings.check_output(tmp_path / "out", resume=False)  # killed before its first result
+    settings.check_output(tmp_path / "out")  # killed before its first result
     (tmp_path / "out" / "runs" / "base.json").write_text("{}")
     with pytest.raises(UsageError, match=r"is not empty: choose another folder, or use --resume to go on"):
-        settings.check_output(tmp_path / "out", resume=False)
+        settings.check_output(tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
     with pytest.raises(UsageError, match=r"is not empty: choose another folder$"):
-        settings.check_output(tmp_path / "mine", resume=False)
+        settings.check_output(tmp_path / "mine")
     with pytest.raises(UsageError, match=r"nothing to continue in .*: it has no settings\.json"):
-        settings.check_output(tmp_path / "mine", resume=True)
+        settings.stored(tmp_path / "mine")
 
 
 def test_rates_are_those_given_or_our_own():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mica.cli.compare.training import _diverged, _Watch
+from mica.cli.compare.training import _Watch, not_finite
 
 
 def test_the_first_step_is_not_timed():
@@ -22,8 +22,8 @@ def test_the_first_step_is_not_timed():
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_a_training_that_diverged(loss):
+def test_a_loss_that_is_not_finite_is_named(loss):
     measured = {"validation": [1.0], "retained": [1.0, loss]}
-    assert _diverged(measured) == "diverged: the loss on the retained text is not finite"
-    assert _diverged({"validation": [1.0], "retained": [1.0]}) is None
-    assert _diverged({}) is None
+    assert not_finite(measured) == "the loss on the retained text is not finite"
+    assert not_finite({"validation": [1.0], "retained": [1.0]}) is None
+    assert not_finite({}) is None
