@@ -99,13 +99,10 @@ def check(model: nn.Module, args: argparse.Namespace, checkpoint: Path | None = 
 
 def _check_rank(model: nn.Module, args: argparse.Namespace, targets: Targets) -> None:
     """Raise UsageError if a target is no matrix, or too small for the rank."""
-    sizes = {}
-    for name, shape in saved_parameters(model, targets.parameters).values():
-        sizes[name] = shape[-2:]
-    for name, module in targets.modules.items():
-        sizes[name] = features(module)
-        if sizes[name] is None:  # a norm, an activation
-            what = f"{name} is a {type(module).__name__}, which cannot be adapted"
+    sizes = targets.sizes(model)
+    for name, size in sizes.items():
+        if size is None:  # a norm, an activation
+            what = f"{name} is a {type(targets.modules[name]).__name__}, which cannot be adapted"
             raise UsageError(f"--target-modules {args.target_modules}: {what}")
     smallest = min(sizes, key=lambda name: min(sizes[name]))
     largest_rank = min(sizes[smallest])

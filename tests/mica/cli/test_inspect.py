@@ -142,9 +142,9 @@ def test_what_differs_within_a_kind_has_a_line_of_its_own(tmp_path, run):
 def test_lines_appear_as_layers_are_measured(model_dir, capsys, monkeypatch):
     seen, measure = [], spectra.measure
 
-    def spying(name, module, rank, *parameter):
+    def spying(*arguments, **options):
         seen.append(len(capsys.readouterr().out.splitlines()))
-        return measure(name, module, rank, *parameter)
+        return measure(*arguments, **options)
 
     monkeypatch.setattr(spectra, "measure", spying)
     assert (
@@ -234,7 +234,7 @@ def test_plot_shows_the_chosen_values_exactly(model_dir, run, tmp_path, monkeypa
 
     nines = torch.full((999,), 9.0).double()
     monkeypatch.setattr("mica.cli.plot.figure", figure)
-    monkeypatch.setattr("mica.subspace.spectrum.spectrum", lambda weight: nines[: min(weight.shape)].clone())
+    monkeypatch.setattr(spectra, "spectrum", lambda weight: nines[: min(weight.shape)].clone())
     _, table, _ = run(model_dir, "--plot", tmp_path / "plot.svg")
     for row in table["layers"]:
         values = shown[row["name"]]

@@ -288,7 +288,7 @@ BAD_STRINGS = {
     "config": ("nowhere.yaml", "cannot be read"),
 }
 CANNOT = "model.layers.0.input_layernorm is a LlamaRMSNorm, which cannot be adapted"
-MISSPELT = "no layer of the model is called 'v_porj', did you mean 'v_proj'?"
+MISSPELT = "no layer of the model is called 'v_porj'; did you mean v_proj?"
 OTHERS = [
     ("target_modules", "q_proj,v_porj", MISSPELT),
     ("target_modules", "input_layernorm", CANNOT),
