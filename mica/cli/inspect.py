@@ -9,7 +9,7 @@ from mica.cli.arguments import a_name, a_path, a_source, add_command, add_dtype_
 from mica.cli.extras import how_to_install
 from mica.cli.kinds import grouped
 from mica.cli.layer_tables import kinds_table, layer_line, layers_header, number
-from mica.cli.output import check_file, dtype_name, write_file, write_json
+from mica.cli.output import check_file, dtype_name, size_text, write_file, write_json
 from mica.errors import UsageError
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
@@ -126,8 +126,8 @@ def _targets(model, args: argparse.Namespace):
     sizes = {name: size for name, size in found.sizes(model).items() if size is not None}
     largest = max(sizes, key=lambda name: min(sizes[name]), default=None)
     if largest is not None and min(sizes[largest]) < args.rank:
-        shape = " x ".join(map(str, sizes[largest]))
-        what = f"the largest, {largest}, has {shape} weights, so at most {min(sizes[largest])} fits"
+        has = f"the largest, {largest}, has {size_text(sizes[largest])} weights"
+        what = f"{has}, so at most {min(sizes[largest])} fits"
         raise UsageError(f"--rank {args.rank}: no layer can be adapted: {what}")
     return found
 

@@ -1,6 +1,7 @@
 """The tables that ``mica inspect`` prints: a line for each kind of layer, or for each layer."""
 
 from mica.cli.kinds import Kind
+from mica.cli.output import size_text
 
 _NAMED = 3  # layers that a line names at most
 _WIDTH = 9  # of a column of singular values
@@ -109,7 +110,7 @@ def _percent(share: float | None) -> str:
 def _shape(row) -> str:
     if not row.shape:
         return "-"
-    return " x ".join(map(str, row.shape))
+    return size_text(row.shape)
 
 
 def _sigmas(rank: int) -> str:

@@ -166,7 +166,7 @@ def test_resume_of_nothing_is_refused(model_dir, rows, tmp_path, capsys):
         none.mkdir(exist_ok=True)
     (none / "notes.txt").touch()
     assert resume(none) == 2
-    assert f"required: --model, --text ({none} has no run.yaml)" in capsys.readouterr().err
+    assert f"--resume: nothing to continue in {none}: it has no run.yaml" in capsys.readouterr().err
 
 
 def test_a_signal_before_the_training_ends_it_at_once(model_dir, rows, tmp_path, capsys, monkeypatch):
