@@ -30,21 +30,9 @@ class Packed(nn.Parameter):
     """A tensor subclass, as quantised weights are."""
 
 
-def quantised():
-    layer = nn.Linear(8, 8)
-    layer.weight = Packed(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)
-    return layer
-
-
 def subclassed():
     layer = nn.Linear(16, 12)
     layer.weight = Packed(layer.weight.detach())
-    return layer
-
-
-def sharded():
-    layer = nn.Linear(16, 12)
-    layer.weight.device_mesh = "a mesh"
     return layer
 
 
@@ -60,8 +48,6 @@ def unquantised_4bit():
 
 SUITABLE = {
     "plain": lambda: nn.Linear(16, 12),
-    "bf16": lambda: nn.Linear(16, 12).bfloat16(),
-    "fp64": lambda: nn.Linear(16, 12).double(),
     "Conv1D": lambda: Conv1D(12, 16),
     "embedding": lambda: nn.Embedding(16, 12),
     "another class of linear layer": lambda: NonDynamicallyQuantizableLinear(16, 12),
@@ -72,18 +58,11 @@ SUITABLE = {
 UNSUITABLE = {  # name -> (layer, effective shape, reason)
     "not quantised yet": (unquantised_4bit, (12, 16), "bitsandbytes 4-bit) is not quantised yet"),
     "rank too large": (lambda: linear(torch.ones(8, 3)), (8, 3), "shape (8, 3) (max usable r is 3)"),
-    "of an embedding": (lambda: nn.Embedding(3, 16), (16, 3), "shape (3, 16) (max usable r is 3)"),
     "NaN": (lambda: linear(torch.full((8, 8), torch.nan)), (8, 8), "this layer has 64 NaN or Inf of 64"),
-    "infinity": (lambda: linear(torch.eye(12) / 0), (12, 12), "this layer has 144 NaN or Inf of 144"),
     "meta": (lambda: nn.Linear(16, 12, device="meta"), (12, 16), "not loaded"),
     "integers": (lambda: linear(torch.ones(8, 9, dtype=torch.int8)), (8, 9), "weight of dtype torch.int8"),
-    "packed": (quantised, (8, 8), "this layer has a weight of dtype torch.uint8"),
-    "sharded": (sharded, (12, 16), ""),
     "norm": (lambda: nn.LayerNorm(12), None, "a layer of type LayerNorm"),
-    "convolution": (lambda: nn.Conv2d(12, 12, 1), None, "this layer is a Conv2d"),
-    "attention": (lambda: nn.MultiheadAttention(12, 2), None, "this layer is a MultiheadAttention"),
     "container": (lambda: nn.Sequential(nn.Linear(16, 12)), None, "a layer of type Sequential"),
-    "identity": (nn.Identity, None, "a layer of type Identity"),
 }
 
 
