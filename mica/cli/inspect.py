@@ -9,7 +9,7 @@ from mica.cli.arguments import a_name, a_path, a_source, add_command, add_dtype_
 from mica.cli.extras import how_to_install
 from mica.cli.kinds import grouped
 from mica.cli.layer_tables import kinds_table, layer_line, layers_header, number
-from mica.cli.output import check_file, dtype_name, write_file, write_json
+from mica.cli.output import check_file, dtype_name, size_text, write_file, write_json
 from mica.errors import UsageError
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
@@ -119,20 +119,16 @@ def _targets(model, args: argparse.Namespace):
 
     Raises UsageError if a name matches nothing, or if all layers are too small for the rank.
     """
-    from mica.cli.targets import ALL_LINEAR, features, find_targets, saved_parameters
+    from mica.cli.targets import ALL_LINEAR, find_targets
 
     with_experts = True if args.target_modules == ALL_LINEAR else None
     found = find_targets(model, args.target_modules, with_experts)
-    sizes = {name: features(module) for name, module in found.modules.items()}
-    for name, shape in saved_parameters(model, found.parameters).values():
-        sizes[name] = shape[-2:]
-
-    ranks = {name: min(size) for name, size in sizes.items() if size is not None}
-    if ranks and max(ranks.values()) < args.rank:
-        name = max(ranks, key=ranks.get)
-        shape = " x ".join(map(str, sizes[name]))
-        largest = f"the largest, {name}, has {shape} weights, so at most {ranks[name]} fits"
-        raise UsageError(f"--rank {args.rank}: no layer can be adapted: {largest}")
+    sizes = {name: size for name, size in found.sizes(model).items() if size is not None}
+    largest = max(sizes, key=lambda name: min(sizes[name]), default=None)
+    if largest is not None and min(sizes[largest]) < args.rank:
+        has = f"the largest, {largest}, has {size_text(sizes[largest])} weights"
+        what = f"{has}, so at most {min(sizes[largest])} fits"
+        raise UsageError(f"--rank {args.rank}: no layer can be adapted: {what}")
     return found
 
 
@@ -147,29 +143,25 @@ def _measure(args: argparse.Namespace, targets: list[tuple]) -> tuple[list, dict
     """Measure the targets; with --layers print a line for each, else show on stderr how many are done.
 
     Returns:
-        A `mica.cli.spectra.Row` for each, and with --plot all singular values by name.
+        A `mica.cli.spectra.Row` for each, and singular values by name: with --plot all of them.
     """
     from tqdm import tqdm
 
-    from mica.cli.spectra import measure, weight_of
-    from mica.subspace.spectrum import spectrum
+    from mica.cli.spectra import measure
 
-    rank = args.rank
     width = max(len(name) for name, _, _ in targets)
     if args.layers:
-        print(layers_header(rank, width), flush=True)
+        print(layers_header(args.rank, width), flush=True)
 
     rows = []
     spectra = {}
     bar = tqdm(targets, desc="Measuring", unit=" layers", delay=2, leave=False, disable=args.layers)
     for name, module, parameter in bar:
-        row, chosen = measure(name, module, rank, parameter)
+        row, values = measure(name, module, args.rank, parameter, whole=bool(args.plot))
         rows.append(row)
         if args.layers:
             print(layer_line(row, width), flush=True)
-        if args.plot and chosen is not None:
-            values = spectrum(weight_of(module, rank, parameter, row.expert))
-            values[-rank:] = chosen  # exact where the Gram matrix of a large weight is not
+        if values is not None:
             spectra[name] = values
     return rows, spectra
 
@@ -178,12 +170,11 @@ def _first_lines(args: argparse.Namespace) -> str:
     """What is shown, above the table."""
     rank = args.rank
     gap = f"gap = sigma_{rank + 1} / sigma_{rank}"
-    lines = [f"{args.model}, r = {rank}: chosen are sigma_{rank} to sigma_1, {gap}"]
-    if not args.layers:
-        lines.append(
-            "medians of each kind of layer, and its worst gap, energy and excess; --layers: each layer"
-        )
-    return "\n".join(lines)
+    text = f"{args.model}, r = {rank}: chosen are sigma_{rank} to sigma_1, {gap}"
+    if args.layers:
+        return text
+    medians = "medians of each kind of layer, and its worst gap, energy and excess; --layers: each layer"
+    return f"{text}\n{medians}"
 
 
 def _draw(args: argparse.Namespace, spectra: dict) -> None:

@@ -1,6 +1,7 @@
 """The tables that ``mica inspect`` prints: a line for each kind of layer, or for each layer."""
 
 from mica.cli.kinds import Kind
+from mica.cli.output import size_text
 
 _NAMED = 3  # layers that a line names at most
 _WIDTH = 9  # of a column of singular values
@@ -42,12 +43,14 @@ def layer_line(row, width: int) -> str:
 
 
 def kinds_table(kinds: list[Kind], rank: int) -> str:
-    """The medians of each kind, with the worst gap, energy and excess of any of its layers; then notes."""
+    """The medians of each kind, with its worst gap, energy and excess; then which layers are not proven."""
     width = max(len("kind"), *(len(kind.name) for kind in kinds))
     shapes = max(len("out x in"), *(len(_shape(kind.rows[0])) for kind in kinds))
     lines = [_kinds_header(rank, width, shapes)]
     lines += [_kind_line(kind, width, shapes) for kind in kinds]
-    lines += _notes(kinds)
+    unproven = [row for kind in kinds for row in kind.rows if not row.reason and not row.proven]
+    if unproven:
+        lines.append(f"not proven: {_names(unproven)}")
     return "\n".join(lines)
 
 
@@ -75,26 +78,6 @@ def _kind_line(kind: Kind, width: int, shapes: int) -> str:
     if first.quantised:
         line += f"  {first.quantised}, dequantised"
     return line
-
-
-def _notes(kinds: list[Kind]) -> list[str]:
-    """What the lines do not show: kinds of several shapes, stacks, and which layers are not proven."""
-    adapted = [kind for kind in kinds if not kind.rows[0].reason]
-    shapes: dict[str, set] = {}
-    for kind in adapted:
-        shapes.setdefault(kind.name, set()).add(kind.rows[0].shape)
-    notes = []
-    for name, different in shapes.items():
-        if len(different) > 1:
-            notes.append(f"{name} has {len(different)} shapes: a line for each")
-
-    rows = [row for kind in adapted for row in kind.rows]
-    if any(row.expert is not None for row in rows):
-        notes.append("a stack of experts counts as one layer, with the numbers of its expert of smallest gap")
-    unproven = [row for row in rows if not row.proven]
-    if unproven:
-        notes.append(f"not proven: {_names(unproven)}")
-    return notes
 
 
 def _names(rows: list) -> str:
@@ -127,7 +110,7 @@ def _percent(share: float | None) -> str:
 def _shape(row) -> str:
     if not row.shape:
         return "-"
-    return " x ".join(map(str, row.shape))
+    return size_text(row.shape)
 
 
 def _sigmas(rank: int) -> str:

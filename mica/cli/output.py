@@ -182,12 +182,7 @@ def flush(path: Path) -> None:
 
 def write_json(option: str, path: Path, report: dict) -> None:
     """`write_file` of ``report`` as JSON. Raises ValueError if it holds NaN or an infinity."""
-    write_text(option, path, as_json(report))
-
-
-def as_json(report: dict) -> str:
-    """As every report is written. Raises ValueError if it holds NaN or an infinity."""
-    return json.dumps(report, indent=2, allow_nan=False) + "\n"
+    write_text(option, path, json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def shown(name: str) -> str:
@@ -222,6 +217,11 @@ def first_sentences(message: str) -> str:
         if lines[-1].endswith((".", "!", "?")):
             break
     return one_line(" ".join(lines))
+
+
+def size_text(shape: Iterable[int]) -> str:
+    """A shape as text, like "48 x 32"."""
+    return " x ".join(map(str, shape))
 
 
 def dtype_name(dtype) -> str:

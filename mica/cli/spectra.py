@@ -23,7 +23,7 @@ from mica.fast.create.solving import NewAdapter, check
 from mica.fast.forward.expert_params import is_stack, is_wrapper
 from mica.fast.loading import without_solver
 from mica.subspace.result import narrow
-from mica.subspace.spectrum import sigma_max, squared_norm
+from mica.subspace.spectrum import sigma_max, spectrum, squared_norm
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Row:
 
     name: str
     kind: str
-    shape: tuple[int, ...] | None
-    dtype: str | None
-    reason: str | None
     seconds: float
+    shape: tuple[int, ...] | None = None
+    dtype: str | None = None
+    reason: str | None = None
     quantised: str | None = None
     sigma_max: float | None = None
     sigma_above: float | None = None
@@ -65,56 +65,46 @@ class Row:
 
 
 @torch.no_grad()
-def measure(name: str, module: nn.Module, rank: int, parameter: str | None = None):
+def measure(name: str, module: nn.Module, rank: int, parameter: str | None = None, whole: bool = False):
     """The `Row` of one layer, and its chosen singular values: (rank,) fp64 on the CPU, descending, or None.
 
     ``parameter``: measure this one of ``module``, like a stack of experts, and not its weight as a layer.
+    ``whole``: return all singular values, (min(out_features, in_features),); the chosen are as exact as ever.
 
     Where there is a singular value above the cut, the solver runs once, with rank + 1: the last ``rank`` of
     its columns are the result for ``rank``.
     """
     start = time.perf_counter()
     weight = getattr(module, parameter or "weight", None)
-    shape = None
-    kind = None
-    reason = None
     values = None
-    numbers = {}
+    facts = {}
     try:
         layer = _adapted(module, rank, parameter)
-        shape = (layer.out_features, layer.in_features)
+        facts["shape"] = (layer.out_features, layer.in_features)
         kind = quantised.kind_of(layer)
+        if kind:
+            facts["quantised"] = kind.name
         weights = _checked_weights(layer, rank)
         weight = weights[0]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # null singular values: sigma_smallest shows them
             measured = [_measured(each, rank) for each in weights]
+        values, numbers = measured[0]
         if is_stack(layer):
-            shape = (len(weights), *shape)
+            facts["shape"] = (len(weights), *facts["shape"])
             values, numbers = _worst_expert(measured)
-        else:
-            values, numbers = measured[0]
+            weight = weights[numbers["expert"]]
+        facts |= numbers
     except (ValueError, torch.linalg.LinAlgError) as error:  # UnsuitableLayerError; an SVD that fails
-        reason = one_line(error).rstrip(".")
+        facts["reason"] = one_line(error).rstrip(".")
 
-    seconds = time.perf_counter() - start
-
-    dtype = None
     if isinstance(weight, Tensor):
-        dtype = dtype_name(weight.dtype)
-    library = None
-    if kind:
-        library = kind.name
-    row = Row(
-        name=name,
-        kind=type(module).__name__,
-        shape=shape,
-        dtype=dtype,
-        reason=reason,
-        seconds=seconds,
-        quantised=library,
-        **numbers,
-    )
+        facts["dtype"] = dtype_name(weight.dtype)
+    row = Row(name, type(module).__name__, time.perf_counter() - start, **facts)
+    if whole and values is not None:
+        chosen = values
+        values = spectrum(weight)
+        values[-rank:] = chosen  # exact where the Gram matrix of a large weight is not
     return row, values
 
 
@@ -133,13 +123,6 @@ def _worst_expert(measured: list[tuple[Tensor, dict]]) -> tuple[Tensor, dict]:
     if None not in excesses:
         numbers["energy_excess"] = max(excesses)
     return values, numbers
-
-
-def weight_of(
-    module: nn.Module, rank: int, parameter: str | None = None, expert: int | None = None
-) -> Tensor:
-    """The weight of a layer that `measure` had no ``reason`` against, (out_features, in_features)."""
-    return _checked_weights(_adapted(module, rank, parameter), rank)[expert or 0]
 
 
 def _adapted(module: nn.Module, rank: int, parameter: str | None) -> nn.Module:

@@ -5,7 +5,6 @@ Its routers, and the gates of its shared experts, are adapted only if they are n
 them changes which expert learns what.
 """
 
-import difflib
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
+from mica.cli.arguments import similar
 from mica.errors import UsageError
 
 ALL_LINEAR = "all-linear"
@@ -29,6 +29,13 @@ class Targets(NamedTuple):
     modules: dict[str, nn.Module]
     parameters: dict[str, nn.Module]
     config: dict[str, object]
+
+    def sizes(self, model: nn.Module) -> dict[str, tuple[int, int] | None]:
+        """(out_features, in_features) of each target of ``model``; None for what PEFT cannot adapt."""
+        found = {name: features(module) for name, module in self.modules.items()}
+        for name, shape in saved_parameters(model, self.parameters).values():
+            found[name] = shape[-2:]
+        return found
 
 
 def find_targets(model: nn.Module, names: str, experts: bool | None = None) -> Targets:
@@ -106,12 +113,9 @@ def _refuse_unknown_names(model: nn.Module, names: str, found: list[str]) -> Non
     for name in _parsed(names):
         if _any_ends(found, name):
             continue
-        message = f"--target-modules {names}: no layer of the model is called '{name}'"
         known = {_leaf(key) for key, _ in model.named_modules()}
-        similar = difflib.get_close_matches(name, known, n=1)
-        if similar:
-            message += f", did you mean '{similar[0]}'?"
-        raise UsageError(message)
+        what = f"no layer of the model is called '{name}'{similar(name, known)}"
+        raise UsageError(f"--target-modules {names}: {what}")
 
 
 def _without_routers(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:

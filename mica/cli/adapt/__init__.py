@@ -3,7 +3,7 @@
 import argparse
 import importlib.util
 
-from mica.cli.adapt import config, options
+from mica.cli.adapt import config, folder, options
 from mica.cli.arguments import add_command, example
 from mica.cli.extras import how_to_install
 from mica.errors import UsageError
@@ -34,7 +34,7 @@ def run(given: argparse.Namespace) -> int:
     """
     check_libraries()
     settings = config.resolve(given)
-    config.check_output(settings)
+    folder.check(settings.args)
 
     from mica.cli.adapt.session import adapt
 

@@ -3,7 +3,6 @@
 import argparse
 import math
 import re
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import nn
 
 import mica.fast  # noqa: F401 (reads the configuration of an adapter of experts as MiCA's)
 from mica.cli.adapt import embeddings
-from mica.cli.output import one_line
+from mica.cli.output import one_line, size_text
 from mica.cli.targets import Targets, features, find_targets, saved_parameters
 from mica.errors import UsageError
 from mica.fast.forward.eligibility import requests_mica
@@ -99,18 +98,15 @@ def check(model: nn.Module, args: argparse.Namespace, checkpoint: Path | None = 
 
 def _check_rank(model: nn.Module, args: argparse.Namespace, targets: Targets) -> None:
     """Raise UsageError if a target is no matrix, or too small for the rank."""
-    sizes = {}
-    for name, shape in saved_parameters(model, targets.parameters).values():
-        sizes[name] = shape[-2:]
-    for name, module in targets.modules.items():
-        sizes[name] = features(module)
-        if sizes[name] is None:  # a norm, an activation
-            what = f"{name} is a {type(module).__name__}, which cannot be adapted"
+    sizes = targets.sizes(model)
+    for name, size in sizes.items():
+        if size is None:  # a norm, an activation
+            what = f"{name} is a {type(targets.modules[name]).__name__}, which cannot be adapted"
             raise UsageError(f"--target-modules {args.target_modules}: {what}")
     smallest = min(sizes, key=lambda name: min(sizes[name]))
     largest_rank = min(sizes[smallest])
     if args.rank > largest_rank:
-        has = f"{smallest} has {_by(sizes[smallest])} weights, so at most {largest_rank} fits"
+        has = f"{smallest} has {size_text(sizes[smallest])} weights, so at most {largest_rank} fits"
         raise UsageError(f"--rank {args.rank}: {has}; --target-modules can leave it out")
 
 
@@ -180,8 +176,8 @@ def _check_values(config: LoraConfig, where: str) -> None:
         ("r", _is_rank, "a whole number above 0"),
         ("lora_alpha", _is_positive, "a number above 0"),
         ("lora_dropout", _is_share, "a number from 0 to below 1"),
-        ("rank_pattern", _is_mapping_to(_is_rank), "a mapping of patterns to ranks"),
-        ("alpha_pattern", _is_mapping_to(_is_positive), "a mapping of patterns to numbers"),
+        ("rank_pattern", _is_mapping, "a mapping of patterns to numbers"),
+        ("alpha_pattern", _is_mapping, "a mapping of patterns to numbers"),
         ("target_modules", _is_names, "names or a pattern"),
         ("target_parameters", _is_names, "a list of names"),
         ("modules_to_save", _is_names, "a list of names"),
@@ -223,17 +219,10 @@ def _is_names(value: object) -> bool:
     return isinstance(value, list | set | tuple) and all(isinstance(each, str) for each in value)
 
 
-def _is_mapping_to(holds: Callable[[object], bool]) -> Callable[[object], bool]:
-    """A check: whether a value maps patterns of names to values that ``holds`` takes, or is None."""
-
-    def is_right(value: object) -> bool:
-        if value is None:
-            return True
-        if not isinstance(value, dict):
-            return False
-        return all(_is_pattern(key) and holds(each) for key, each in value.items())
-
-    return is_right
+def _is_mapping(value: object) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, dict) and all(_is_pattern(key) and _is_positive(value[key]) for key in value)
 
 
 def _check_ranks(config: LoraConfig, folder: Path, option: str) -> None:
@@ -323,7 +312,8 @@ def adapted_layers(folder: Path, option: str = "--adapter") -> dict[str, tuple[i
         a = found["lora_A"]
         b = found["lora_B"]
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            what = f"{name} has A of {_by(a)} and B of {_by(b)}, which are not the factors of a matrix"
+            factors = f"{name} has A of {size_text(a)} and B of {size_text(b)}"
+            what = f"{factors}, which are not the factors of a matrix"
             raise UsageError(f"{option} {folder}: {WEIGHTS}: {what}")
         layers[name] = (b[0], a[0], a[1])
     return layers
@@ -366,12 +356,8 @@ def check_fit(
             raise UsageError(f"{option} {folder}: adapts {name}, which {model_option} does not have")
         if found != shape:
             if found:
-                has = f"it has {_by(found)}"
+                has = f"it has {size_text(found)}"
             else:
                 has = f"it is a {type(modules[name]).__name__}"
-            adapts = f"adapts {name} as {what} of {_by(shape)}"
+            adapts = f"adapts {name} as {what} of {size_text(shape)}"
             raise UsageError(f"{option} {folder}: {adapts}, but in {model_option} {has}")
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(str(size) for size in shape)

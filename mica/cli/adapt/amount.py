@@ -61,13 +61,6 @@ class Amount:
         """Blocks that an epoch does not read: different ones in each, by chance."""
         return max(0, self.blocks - self.epoch_rounds * self.round_blocks)
 
-    @property
-    def step_blocks(self) -> tuple[int, int]:
-        """Blocks of the smallest and of the largest step."""
-        largest = min(self.accumulation, self.epoch_rounds)
-        smallest = self.epoch_rounds % self.accumulation or largest
-        return smallest * self.round_blocks, largest * self.round_blocks
-
     def steps(self, args: argparse.Namespace) -> int:
         """Optimiser steps of a run, by ``args.steps`` or ``args.epochs``, as the Trainer rounds them up."""
         if args.steps is not None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from mica.cli.adapt import run_yaml
 from mica.cli.adapt.folder import SETTINGS as FILE
-from mica.cli.adapt.folder import check
+from mica.cli.adapt.folder import check_has_run
 from mica.cli.adapt.options import OPTIONS, RECIPES
 from mica.cli.output import expanded
 from mica.errors import UsageError
@@ -30,7 +30,7 @@ def resolve(namespace: argparse.Namespace) -> Settings:
     """A value for every option: command line over YAML over recipe over default.
 
     ``namespace``: what the command line had (see `options.declare`). With ``--resume`` the run.yaml of the
-    output folder is read, if there is one, else the folder of ``--adapter``.
+    output folder is read, else the folder of ``--adapter``.
 
     Raises UsageError for what `run_yaml.read` refuses, for a missing required option, for options that
     exclude each other, and for values other than those of the adapter or, under ``--resume``, of the run.
@@ -47,7 +47,6 @@ def resolve(namespace: argparse.Namespace) -> Settings:
     earlier = {}
     if line.get("resume") and output is not None:
         recorded = _recorded(output)
-    if recorded is not None:
         earlier = recorded
     elif wanted.get("adapter") is not None:
         earlier = _of_adapter(wanted)
@@ -81,13 +80,12 @@ def _merged(*layers: dict[str, object]) -> dict[str, object]:
     return values
 
 
-def _recorded(output: Path) -> dict[str, object] | None:
-    """The settings of the run in ``output``, by its run.yaml; None if there is none.
+def _recorded(output: Path) -> dict[str, object]:
+    """The settings of the run in ``output``, by its run.yaml.
 
     What an adapter said when the run began is among them: its folder need not exist any more.
     """
-    if not (output / FILE).is_file():
-        return None
+    check_has_run(output)
     # A run without experts has no such entry, and the recipe must not add one.
     return {"experts": None} | run_yaml.read(output / FILE, "--resume")
 
@@ -135,7 +133,9 @@ def _check(values: dict[str, object], line: dict[str, object]) -> None:
 
     ``line``: what the command line had.
     """
-    _check_required(values)
+    absent = [option.flag for option in OPTIONS.values() if option.required and values[option.name] is None]
+    if absent:
+        raise UsageError(f"the following arguments are required: {', '.join(absent)}")
     if "warmup_ratio" in line and values["scheduler"] == "constant":
         hint = "use 'constant_with_warmup' instead"
         raise UsageError(f"--warmup-ratio: scheduler 'constant' has no warmup; {hint}")
@@ -143,27 +143,6 @@ def _check(values: dict[str, object], line: dict[str, object]) -> None:
         missing = [OPTIONS[other].flag for other in option.needs if not values[other]]
         if values[name] and missing:
             raise UsageError(f"{option.flag}: needs {' and '.join(missing)}")
-
-
-def _check_required(values: dict[str, object]) -> None:
-    missing = [option.flag for option in OPTIONS.values() if option.required and values[option.name] is None]
-    if not missing:
-        return
-    note = ""
-    output = values["output"]
-    if values["resume"] and output is not None:  # whose run.yaml would have had them
-        if not output.is_dir():
-            raise UsageError(f"--resume: nothing to continue in {output}: no such folder")
-        if not any(output.iterdir()):
-            raise UsageError(f"--resume: nothing to continue in {output}: it is empty")
-        note = f" ({output} has no {FILE})"
-    raise UsageError(f"the following arguments are required: {', '.join(missing)}{note}")
-
-
-def check_output(settings: Settings) -> None:
-    """`folder.check` for a run with these settings."""
-    args = settings.args
-    check(args.output, resume=args.resume, merge=args.merge)
 
 
 def absolute(value: str | Path) -> str:

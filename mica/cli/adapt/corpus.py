@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 import datasets
@@ -133,19 +132,18 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}s"
 
 
-def check(args: argparse.Namespace, output: Path | None = None) -> list[list[sources.Source]]:
+def check(args: argparse.Namespace) -> list[list[sources.Source]]:
     """The sources of --text, --held-out-text and --retain, by their names alone: nothing is read.
 
-    ``output``: the folder that the run writes to; default: ``args.output``. Files in it are not read.
+    Files in ``args.output`` are not among them.
 
     Raises UsageError for what the names show to be wrong.
     """
-    output = output or args.output
     config = args.dataset_config
     given = {"--text": args.text, "--held-out-text": args.held_out_text, "--retain": args.retain}
     found = []
     for option, items in given.items():
-        found.append(sources.find(option, items or [], config, output))
+        found.append(sources.find(option, items or [], config, args.output))
 
     is_any_on_hub = any(source.is_on_hub for source in chain.from_iterable(found))
     if config is not None and not is_any_on_hub:
@@ -153,16 +151,15 @@ def check(args: argparse.Namespace, output: Path | None = None) -> list[list[sou
     return found
 
 
-def gather(args: argparse.Namespace, tokenizer, output: Path | None = None) -> Corpus:
+def gather(args: argparse.Namespace, tokenizer) -> Corpus:
     """Read, tokenise and pack all texts of a run; every process of it calls this.
 
     Held out is ``--held-out-text``, of which no document is trained on, or what `split` takes of all texts
-    joined. ``eval_blocks`` blocks of it are measured, evenly spread, and as many of ``--retain``. ``output``:
-    see `check`.
+    joined. ``eval_blocks`` blocks of it are measured, evenly spread, and as many of ``--retain``.
 
     Raises UsageError for what cannot be read, and if there is not one training and one held-out block.
     """
-    found = check(args, output)
+    found = check(args)
     datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions as well
     datasets.disable_progress_bars()  # tokenising has one of its own
     by_source = []

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mica.cli.loading import Source, load_model
-from mica.cli.output import dtype_name, one_line
+from mica.cli.output import dtype_name, one_line, size_text
 from mica.cli.targets import Targets
 from mica.errors import UsageError
 
@@ -87,12 +87,9 @@ def check_adapter(
     for name, weight in _saved(folder, found, option).items():
         own = found[name].weight
         if weight.shape != own.shape:
-            what = f"{name} was trained as {_size(weight)}, but in {model_option} it has {_size(own)}"
-            raise UsageError(f"{option} {folder}: {what}")
-
-
-def _size(weight: Tensor) -> str:
-    return " x ".join(str(size) for size in weight.shape)
+            trained_as = f"{name} was trained as {size_text(weight.shape)}"
+            has = f"in {model_option} it has {size_text(own.shape)}"
+            raise UsageError(f"{option} {folder}: {trained_as}, but {has}")
 
 
 def _saved(folder: Path, names, option: str) -> dict[str, Tensor]:

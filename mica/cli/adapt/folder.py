@@ -1,5 +1,6 @@
 """What is in the output folder of a run, and who may write there."""
 
+import argparse
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -17,19 +18,19 @@ CHECKPOINT = "checkpoint-"
 MARKER = "complete.json"  # in a checkpoint: see `mica.cli.adapt.checkpoints`
 
 
-def check(output: Path, *, resume: bool, merge: bool) -> None:
-    """Raise UsageError if a run must not or cannot write to ``output``; makes and removes nothing."""
+def check(args: argparse.Namespace) -> None:
+    """Raise UsageError if a run must not or cannot write to ``args.output``; makes and removes nothing."""
+    output = args.output
     check_folder("--output", output)
     found = entries(output)
-    has_run = (output / SETTINGS).is_file()
-    if resume and not has_run:
-        raise UsageError(f"--resume: nothing to continue in {output}: {_what_is_missing(output)}")
-    if found and not resume and not _holds_nothing_of_value(output, found):
+    if args.resume:
+        check_has_run(output)
+    elif found and not _holds_nothing_of_value(output, found):
         what = "is not empty: choose another folder"
-        if has_run:
+        if (output / SETTINGS).is_file():
             what += ", or use --resume to continue the run there"
         raise UsageError(f"--output {output}: {what}")
-    if merge and not _has_merged(output):
+    if args.merge and not _has_merged(output):
         check_new("--merge", output / MERGED, "move it away")
 
 
@@ -40,12 +41,16 @@ def _has_merged(output: Path) -> bool:
     return False
 
 
-def _what_is_missing(output: Path) -> str:
+def check_has_run(output: Path) -> None:
+    """Raise UsageError if there is no run in ``output`` that could be resumed."""
+    if (output / SETTINGS).is_file():
+        return
+    what = f"it has no {SETTINGS}"
     if not output.is_dir():
-        return "no such folder"
-    if not entries(output):
-        return "it is empty"
-    return f"it has no {SETTINGS}"
+        what = "no such folder"
+    elif not entries(output):
+        what = "it is empty"
+    raise UsageError(f"--resume: nothing to continue in {output}: {what}")
 
 
 def _holds_nothing_of_value(output: Path, names: list[str]) -> bool:

@@ -21,13 +21,13 @@ from mica.cli.adapt import (
     config,
     corpus,
     fingerprint,
+    folder,
     processes,
     run_yaml,
     summary,
     training,
 )
 from mica.cli.adapt.config import Settings
-from mica.cli.adapt.folder import SETTINGS
 from mica.cli.adapt.packing import suit_packing
 from mica.cli.folder import exclusive, undo_on_error
 from mica.cli.output import dtype_name, write_text
@@ -79,7 +79,7 @@ def _adapt(settings: Settings) -> int:
         processes.on_main(stack.enter_context, exclusive(args.output))
         with ExitStack() as checks:  # what they refuse leaves nothing
             processes.on_main(checks.enter_context, undo_on_error(args.output))
-            processes.on_main(config.check_output, settings)
+            processes.on_main(folder.check, args)
             inputs = _read_inputs(settings)
             if not args.resume:
                 processes.on_main(_write_settings, settings)  # says what this folder is, from now on
@@ -102,7 +102,7 @@ def _adapt(settings: Settings) -> int:
 
 def _write_settings(settings: Settings) -> None:
     text = run_yaml.as_yaml(config.values(settings))
-    write_text("--output", settings.args.output / SETTINGS, text)
+    write_text("--output", settings.args.output / folder.SETTINGS, text)
 
 
 def _read_inputs(settings: Settings) -> _Inputs:

@@ -1,7 +1,6 @@
 """``mica inspect``: its tables and JSON against the fp64 SVD of every weight, its reasons, its refusals."""
 
 import json
-import os
 import re
 import statistics
 import sys
@@ -99,9 +98,8 @@ def test_table_says_what_the_json_says(model_dir, run):
     assert "2 cannot be adapted" in lines[-1]
 
 
-@pytest.mark.parametrize("sizes", [{}, {"num_hidden_layers": 3}], ids=["two layers", "three layers"])
-def test_a_line_for_each_kind_has_its_medians_and_worst(sizes, tmp_path, run):
-    tiny_llama(**sizes).save_pretrained(tmp_path / "model")
+def test_a_line_for_each_kind_has_its_medians_and_worst(tmp_path, run):
+    tiny_llama(num_hidden_layers=3).save_pretrained(tmp_path / "model")
     status, table, captured = run(tmp_path / "model")
     assert status == 0
     lines = captured.out.splitlines()
@@ -128,12 +126,14 @@ def test_a_line_for_each_kind_has_its_medians_and_worst(sizes, tmp_path, run):
         assert excess == f"{max(row['energy_excess'] for row in rows):.1e}"
 
 
-def test_what_differs_within_a_kind_has_a_line_of_its_own(tmp_path, run):
-    """Another shape, a layer that cannot be adapted, and one that is not proven."""
+def test_a_layer_that_cannot_be_adapted_has_a_line_of_its_own(tmp_path, run):
     model = tiny_llama(num_hidden_layers=3)
     model.model.layers[2].mlp.up_proj.weight.data[0, 0] = torch.inf
     model.save_pretrained(tmp_path / "model")
-    _, _, captured = run(tmp_path / "model")
+    status, table, captured = run(tmp_path / "model")
+    assert status == 0
+    assert [row["name"] for row in table["layers"] if row["reason"]] == ["model.layers.2.mlp.up_proj"]
+    assert (table["layers_proven"], table["layers_unsuitable"]) == (20, 1)
     lines = [re.split("  +", line)[:2] for line in captured.out.splitlines() if line.startswith("up_proj")]
     assert lines == [["up_proj", "2"], ["up_proj", "1"]]
     assert " (model.layers.2.mlp.up_proj)\n" in captured.out
@@ -142,9 +142,9 @@ def test_what_differs_within_a_kind_has_a_line_of_its_own(tmp_path, run):
 def test_lines_appear_as_layers_are_measured(model_dir, capsys, monkeypatch):
     seen, measure = [], spectra.measure
 
-    def spying(name, module, rank, *parameter):
+    def spying(*arguments, **options):
         seen.append(len(capsys.readouterr().out.splitlines()))
-        return measure(name, module, rank, *parameter)
+        return measure(*arguments, **options)
 
     monkeypatch.setattr(spectra, "measure", spying)
     assert (
@@ -154,17 +154,6 @@ def test_lines_appear_as_layers_are_measured(model_dir, capsys, monkeypatch):
 
 
 # Layers that cannot be adapted, and results that are not proven
-
-
-def test_broken_weight_in_a_checkpoint_is_a_row(tmp_path, run):
-    model = tiny_llama()
-    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
-    model.save_pretrained(tmp_path / "model")
-    status, table, captured = run(tmp_path / "model")
-    assert status == 0
-    assert [row["name"] for row in table["layers"] if row["reason"]] == ["model.layers.1.mlp.up_proj"]
-    assert (table["layers_proven"], table["layers_unsuitable"]) == (13, 1)
-    assert "model.layers.1.mlp.up_proj" in captured.out
 
 
 def test_nf4_checkpoint_can_be_adapted(model_dir, tmp_path, run):
@@ -216,11 +205,7 @@ def test_plot_is_a_png(gpt2_dir, run, tmp_path):
     path = tmp_path / "plot.png"
     status, _, _ = run(gpt2_dir, "--target-modules", EVERY_KIND, "--plot", path)
     assert status == 0
-    data = path.read_bytes()
-    assert data.startswith(b"\x89PNG\r\n")
-    width, height = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
-    assert 1200 < width < 4000
-    assert 500 < height < 3000
+    assert path.read_bytes().startswith(b"\x89PNG\r\n")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["plot.png", "table.json"]
 
 
@@ -234,7 +219,7 @@ def test_plot_shows_the_chosen_values_exactly(model_dir, run, tmp_path, monkeypa
 
     nines = torch.full((999,), 9.0).double()
     monkeypatch.setattr("mica.cli.plot.figure", figure)
-    monkeypatch.setattr("mica.subspace.spectrum.spectrum", lambda weight: nines[: min(weight.shape)].clone())
+    monkeypatch.setattr(spectra, "spectrum", lambda weight: nines[: min(weight.shape)].clone())
     _, table, _ = run(model_dir, "--plot", tmp_path / "plot.svg")
     for row in table["layers"]:
         values = shown[row["name"]]
@@ -270,34 +255,16 @@ def test_missing_matplotlib_is_reported_before_loading(model_dir, run, tmp_path,
 
 @pytest.mark.usefixtures("nothing_is_loaded")
 @pytest.mark.parametrize("option", ["--plot", "--json"])
-def test_bad_path_is_reported_before_loading(option, model_dir, capsys, tmp_path, monkeypatch):
+def test_bad_path_is_reported_before_loading(option, model_dir, capsys, tmp_path):
     (tmp_path / "folder.png").mkdir()
-    cases = [("folder.png", "not a file"), ("nowhere/x.png", "not a folder"), ("x.png", "not writable")]
+    cases = [("folder.png", "not a file"), ("nowhere/x.png", "not a folder")]
     if option == "--plot":
-        cases.insert(0, ("x.bmp", "must end in .png"))
+        cases.append(("x.bmp", "must end in .png"))
     for name, message in cases:
-        if message == "not writable":
-            monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
         assert main(["inspect", str(model_dir), option, str(tmp_path / name)]) == 2
         error = error_of(capsys.readouterr())
-        assert f"{option} {tmp_path / name}: " in error
+        assert error.startswith(f"mica inspect: error: {option} {tmp_path / name}: ")
         assert message in error
-    assert not (tmp_path / "x.png").exists()
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("--target-modules", "q_proj,nope", "no layer of the model is called 'nope'"),
-        ("--target-modules", ",", "--target-modules ,: "),
-        ("--rank", "0", "--rank"),
-        ("--dtype", "int4", "--dtype"),
-    ],
-)
-def test_bad_options(option, value, message, model_dir, run):
-    status, table, captured = run(model_dir, option, value)
-    assert (status, table, captured.out) == (2, None, "")
-    assert message in error_of(captured)
 
 
 def test_model_not_found(run):

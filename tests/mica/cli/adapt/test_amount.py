@@ -34,7 +34,6 @@ def test_blocks_of_every_step(processes):
         read = rounds(amount)
         steps = [sum(read[at : at + accumulation]) for at in range(0, len(read), accumulation)]
         assert amount.epoch_steps == len(steps)
-        assert amount.step_blocks == (min(steps), max(steps))
         assert amount.left_out == max(0, blocks - sum(read))
         after = [0, *itertools.accumulate(steps * 3)]
         assert [amount.blocks_after(step) for step in range(len(after))] == after

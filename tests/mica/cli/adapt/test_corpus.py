@@ -74,6 +74,7 @@ def test_a_part_says_what_its_source_holds(one_source):
 def test_the_same_text_is_tokenised_only_once(one_source):
     first, again = gather(one_source, TOKENIZER), gather(one_source, TOKENIZER)
     assert (first.cached, again.cached) == (False, True)
+    assert "(already tokenised)" in again.describe(one_source)
     assert again.fingerprint == first.fingerprint
 
 
@@ -150,18 +151,6 @@ def test_what_is_left_out_is_said(folder_source):
         f"left out of {folder_source.text[0]}: 1 document without text",
         f"left out of {folder_source.text[0]}: 1 file of other kinds",
     ]
-
-
-def test_how_much_a_run_sees_is_said(folder_source):
-    corpus = gather(folder_source, TOKENIZER)
-    blocks = len(corpus.train)
-    by_epochs = settings("unread", steps=None, epochs=2.5)
-    amount = corpus.amount(by_epochs)
-    read = amount.blocks_after(amount.steps(by_epochs))
-    assert f"this run sees {read / blocks:.3g} epochs" in corpus.describe(by_epochs)
-    one_batch = settings("unread", steps=1, gradient_accumulation_steps=1)
-    assert f"this run sees {100 * 2 / blocks:.3g} % of an epoch" in corpus.describe(one_batch)
-    assert "(already tokenised)" in gather(folder_source, TOKENIZER).describe(folder_source)
 
 
 def test_nothing_is_said_of_what_has_nothing_left_out(tmp_path):

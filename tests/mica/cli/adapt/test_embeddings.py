@@ -326,14 +326,6 @@ def test_text_that_costs_many_tokens():
     assert corpus.Corpus.cost(SimpleNamespace(parts=parts[:1], sequence_length=512)) is None
 
 
-def test_no_embeddings_no_word_of_them(text, tmp_path, capsys):
-    base = saved(tiny_llama(), tmp_path / "base")
-    assert adapt(base, text, tmp_path / "out", "--steps", 1) == 0
-    assert "note: --text" in capsys.readouterr().err  # of bytes
-    assert (summary(tmp_path / "out")["trained_embeddings"], whole(tmp_path / "out")) == (0, {})
-    assert not [key for key in yaml.safe_load((tmp_path / "out" / "run.yaml").read_text()) if "embed" in key]
-
-
 def test_the_table_of_the_readme_is_the_committed_run():
     page = (ROOT / "mica/cli/README.md").read_text(encoding="utf-8")
     for kind in ("without", "with"):

@@ -1,5 +1,7 @@
 """Where a run may begin, and where it may go on."""
 
+import argparse
+
 import pytest
 
 from mica.cli.adapt import folder
@@ -10,7 +12,7 @@ NOT_EMPTY = "is not empty: choose another folder"
 
 
 def check(output, resume=False, merge=False):
-    folder.check(output, resume=resume, merge=merge)
+    folder.check(argparse.Namespace(output=output, resume=resume, merge=merge))
 
 
 def put(path, content=""):

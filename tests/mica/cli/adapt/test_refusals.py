@@ -48,18 +48,8 @@ def refused(capsys, out, text_file, model_dir):
     return check
 
 
-def test_missing_argument_unknown_command_and_version(refused, capsys):
+def test_missing_argument_and_version(refused, capsys):
     refused("--text", run=lambda *_: main(["adapt", "--model", "x", "--output", "y"]))
-    options = ["--target-parameters", "experts"]
-    said = "unrecognized arguments: --target-parameters; did you mean --target-modules?"
-    refused(f"mica adapt: error: {said}", options=options)
-    assert main(["adapt", "--lr=1"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "mica adapt: error: unrecognized arguments: --lr=1; mica adapt --help lists all\n"
-    )
-    assert main(["adopt"]) == 2
-    assert capsys.readouterr().err.startswith("mica: error: ")
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"mica {mica.__version__}\n"
 
@@ -288,7 +278,7 @@ BAD_STRINGS = {
     "config": ("nowhere.yaml", "cannot be read"),
 }
 CANNOT = "model.layers.0.input_layernorm is a LlamaRMSNorm, which cannot be adapted"
-MISSPELT = "no layer of the model is called 'v_porj', did you mean 'v_proj'?"
+MISSPELT = "no layer of the model is called 'v_porj'; did you mean v_proj?"
 OTHERS = [
     ("target_modules", "q_proj,v_porj", MISSPELT),
     ("target_modules", "input_layernorm", CANNOT),

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -43,16 +42,6 @@ def test_saved_adapter_replaces_an_older_one_and_nothing_else(tuned, tmp_path):
     again = logits(PeftModel.from_pretrained(tiny_llama(), tmp_path))
     assert torch.equal(again, logits(tuned))
     assert AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"] == byte_tokenizer()("a")["input_ids"]
-
-
-def test_folders_of_the_tokenizer_are_replaced(tuned, tmp_path):
-    """Several chat templates are files in a folder."""
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
-    for _ in range(2):
-        result.save(tuned, tokenizer, tmp_path)
-    (place,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    assert len(list(place.iterdir())) == 1
 
 
 def test_full_disk_keeps_the_older_adapter(tuned, tmp_path, monkeypatch):
@@ -121,21 +110,6 @@ def adapter_sums(model) -> dict[str, torch.Tensor]:
     return {
         re.sub(r"^base_model\.model\.(.*)\.lora_A\..*", r"\1", name): delta for name, delta in sums.items()
     }
-
-
-def test_full_disk_while_merging_loses_nothing_else(tuned, tmp_path, monkeypatch):
-    result.save(tuned, byte_tokenizer(), tmp_path)
-    before = {path.name for path in tmp_path.iterdir()}
-
-    def full(self, folder, **_):
-        (Path(folder) / "half").touch()
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", full)
-    said = r"^--merge .*/merged: .*No space left on device; the adapter is in "
-    with pytest.raises(UsageError, match=said):
-        result.merge(tuned, byte_tokenizer(), settings(output=tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def test_adapter_that_is_not_finite_is_not_merged(tuned, tmp_path):

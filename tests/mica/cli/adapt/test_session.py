@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 from pathlib import Path
@@ -157,16 +156,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(paper, ro
 def test_resume_of_nothing_is_refused(model_dir, rows, tmp_path, capsys):
     none = tmp_path / "none"
     assert adapt(model_dir, rows, none, "--resume") == 2
-    assert re.search(f"--resume: nothing to .* in {none}", capsys.readouterr().err)
+    said = f"mica adapt: error: --resume: nothing to continue in {none}: no such folder"
+    assert capsys.readouterr().err.splitlines() == [said]
     assert not none.exists()
-    for found in ("no such folder", "it is empty"):
-        assert resume(none) == 2
-        said = f"mica adapt: error: --resume: nothing to continue in {none}: {found}"
-        assert capsys.readouterr().err.splitlines() == [said]
-        none.mkdir(exist_ok=True)
-    (none / "notes.txt").touch()
-    assert resume(none) == 2
-    assert f"required: --model, --text ({none} has no run.yaml)" in capsys.readouterr().err
 
 
 def test_a_signal_before_the_training_ends_it_at_once(model_dir, rows, tmp_path, capsys, monkeypatch):

@@ -73,25 +73,6 @@ def test_a_run(tmp_path, capsys):
         assert part in lines[2]
 
 
-@pytest.mark.parametrize(
-    ("count", "steps", "tokens", "changed"),
-    [  # 8 batches of 2, so 3 steps an epoch, of 3, 3 and 2 batches
-        (
-            17,
-            5,
-            (8 + 6) * 2,
-            {"steps": None, "epochs": 1.5, "batch_size": 2, "gradient_accumulation_steps": 3},
-        ),
-        (3, 2, 2 * 3, {"steps": 2}),  # fewer blocks than a batch
-    ],
-    ids=["epochs", "few"],
-)
-def test_how_many_blocks_are_read(tmp_path, count, steps, tokens, changed):
-    result = run(settings(tmp_path, save_steps=100, **changed), corpus(count))
-    assert (result.steps, result.tokens) == (steps, tokens * 32)
-    assert checkpoints.latest(tmp_path) == tmp_path / f"checkpoint-{steps}"
-
-
 def test_accumulation_weighs_every_token_the_same(tmp_path):
     whole = run(settings(tmp_path / "a", dropout=0.0))
     parts = run(settings(tmp_path / "b", dropout=0.0, batch_size=1, gradient_accumulation_steps=4))
