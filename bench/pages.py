@@ -99,8 +99,8 @@ MARK = "†"
 FOOTNOTE = [f"{MARK} The interval contains 1: this run does not show that either is faster.", "", "", ""]
 
 
-def measured(run: str, kept: str) -> list[Row]:
-    """``kept``: the run whose bytes are shown."""
+def measured(run: str, kept: str, merges: str) -> list[Row]:
+    """``kept``, ``merges``: the runs whose bytes and whose merges are shown."""
     rows = [
         *_adapter_rows(run),
         *_block_rows(run),
@@ -110,7 +110,7 @@ def measured(run: str, kept: str) -> list[Row]:
         _dropout_row(run, "bfloat16"),
         _dropout_row(run, "float32"),
         *_saved_rows(kept),
-        *_merge_rows(run),
+        *_merge_rows(merges),
     ]
     return [SPEED_HEADER, *with_footnote(rows)]
 

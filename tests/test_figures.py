@@ -44,8 +44,8 @@ def test_every_table_and_text_is_shown_and_a_wrong_figure_is_seen(tmp_path, monk
 def words():
     """Page, what its text says with figures, what these are."""
     main, bench, *_ = pages.PAGES
-    run, kept_run = pages.sources("measured")
-    (narrow,) = (row for row in pages.measured(run, kept_run) if "linear layers, fp32" in row[0])
+    run, kept_run, merge_run = runs = pages.sources("measured")
+    (narrow,) = (row for row in pages.measured(*runs) if "linear layers, fp32" in row[0])
     yield main, f"fp32 layers gain {narrow[-1]}."
     created = pages.only(run, suite="initialisation").ratio(FAST, STOCK)
     yield main, f"`get_peft_model` is {pages.speedup(created, digits=1)} as fast as stock PEFT's"
@@ -70,10 +70,10 @@ def words():
     )
     yield main, f"{said} {pages.speedup(paper)}: neither shows a difference"
     assert min(autocast.high, paper.high) > 1 > max(autocast.low, paper.low)
-    slower = pages.only(run, "merge + unmerge", suite="merge").ratio(FAST, STOCK).median
+    slower = pages.only(merge_run, "merge + unmerge", suite="merge").ratio(FAST, STOCK).median
     for page in (main, bench):
         yield page, f"is {slower:.1f}× slower"
-    unload = pages.only(run, "merge_and_unload", suite="merge").ratio(FAST, STOCK).median
+    unload = pages.only(merge_run, "merge_and_unload", suite="merge").ratio(FAST, STOCK).median
     yield bench, f"`merge_and_unload` {unload:.1f}×"
     yield "mica/fast/README.md", f"[{slower:.1f} times]"
     blocks = pages.result(*pages.sources("host")).select(suite="host block")

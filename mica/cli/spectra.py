@@ -18,7 +18,6 @@ from mica import minor_subspace
 from mica.cli.output import dtype_name, one_line
 from mica.errors import UnsuitableLayerError
 from mica.fast.create import quantised
-from mica.fast.create.experts import tasks
 from mica.fast.create.solving import NewAdapter, check
 from mica.fast.forward.expert_params import is_stack, is_wrapper
 from mica.fast.loading import without_solver
@@ -84,7 +83,7 @@ def measure(name: str, module: nn.Module, rank: int, parameter: str | None = Non
         kind = quantised.kind_of(layer)
         if kind:
             facts["quantised"] = kind.name
-        weights = _checked_weights(layer, rank)
+        weights = _checked_weights(layer)
         weight = weights[0]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # null singular values: sigma_smallest shows them
@@ -157,18 +156,19 @@ def _adapted(module: nn.Module, rank: int, parameter: str | None) -> nn.Module:
     return model.layer
 
 
-def _checked_weights(layer: nn.Module, rank: int) -> list[Tensor]:
+def _checked_weights(layer: nn.Module) -> list[Tensor]:
     """The weight that MiCA starts from, (out_features, in_features); of a stack, every expert's.
 
     Raises UnsuitableLayerError.
     """
+    adapter = NewAdapter("this layer", layer, "default")
     try:
-        weight = check(NewAdapter("this layer", layer, "default"))
+        weight = check(adapter)
     except TypeError as error:  # its dtype
         raise UnsuitableLayerError(str(error)) from error
     if not is_wrapper(layer):
         return [weight]
-    return [part.task.weight for part in tasks(layer, "this layer", rank)]
+    return [task.weight for task in adapter.materialise_tasks()]
 
 
 def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:
