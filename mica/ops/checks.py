@@ -92,8 +92,9 @@ def _check_tensors(dimensions: dict[str, str], **tensors: Tensor | None) -> None
     for name, tensor in given.items():
         _check_dense(name, tensor)
     _check_shapes(dimensions, given)
-    for name in dimensions.keys() & given.keys():
-        _check_dtype(name, given[name].dtype)
+    for name, tensor in given.items():
+        if name in dimensions:
+            _check_dtype(name, tensor.dtype)
     limits.same_device(**given)
     for name in _FROZEN:
         if name in given and given[name].requires_grad and torch.is_grad_enabled():
