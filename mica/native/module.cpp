@@ -120,7 +120,7 @@ OptionalTensor linear_or_none(
 // loops
 // ---------------------------------------------------------------------------------------------------------
 
-OptionalTensor wide_product(const Tensor& left, const Tensor& right) {
+OptionalTensor optional_wide_product(const Tensor& left, const Tensor& right) {
   const py::gil_scoped_release no_gil;
   const Tensor product = wide_product_or_none(left, right);
   return product.defined() ? OptionalTensor(product) : std::nullopt;
@@ -175,7 +175,7 @@ PyMethodDef quickly_called[] = {
 PYBIND11_MODULE(mica_native, module) {
   PyModule_AddFunctions(module.ptr(), mica::quickly_called);
   module.def("linear", mica::linear_or_none);
-  module.def("wide_product", mica::wide_product);
+  module.def("wide_product", mica::optional_wide_product);
   module.def("weighted_sums", mica::weighted_sums, py::call_guard<py::gil_scoped_release>());
   module.def("merge_bfloat16", mica::merge<uint16_t>, py::call_guard<py::gil_scoped_release>());
   module.def("merge_float32", mica::merge<uint32_t>, py::call_guard<py::gil_scoped_release>());

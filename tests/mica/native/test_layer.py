@@ -235,6 +235,13 @@ def test_an_edit_in_place_is_reported(part):
         y.backward(layer.grad_output)
 
 
+@pytest.mark.parametrize("followed", ["g", "x"])
+def test_what_autograd_follows_has_no_wide_product(followed):
+    operands = {"g": torch.ones(4, 2, dtype=BF16), "x": torch.ones(4, 8, dtype=BF16)}
+    operands[followed].requires_grad_()
+    assert compiled.wide_product(*operands.values()) is None
+
+
 def test_anomaly_mode():
     layer = Layer()
     x, lora_A = layer.leaves()
