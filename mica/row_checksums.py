@@ -14,7 +14,8 @@ from mica import native
 _CHUNK_BYTES = 1 << 20
 _DEVICE_CHUNK_BYTES = 1 << 26
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# The integers with as many bytes.
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def row_checksums(matrix: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ def _word_of(matrix: Tensor) -> torch.dtype:
         return torch.int32
     if matrix.shape[1] * matrix.element_size() % 8 == 0:
         return torch.int64
-    return _WORDS[matrix.element_size()]
+    return WORDS[matrix.element_size()]
 
 
 def _rows_at_a_time(matrix: Tensor) -> int:

@@ -43,7 +43,7 @@ PyObject* operator""_key() {
   return key;
 }
 
-// What the classes are, and the functions that they had before anybody replaced them; what is shared with Python.
+// What the classes are, the functions that they had before anybody replaced them, and what the backend shares.
 struct Known {
   PyObject* lora_linear = nullptr;
   PyObject* variant = nullptr;

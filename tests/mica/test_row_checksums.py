@@ -40,7 +40,7 @@ def test_one_bit_changes_the_number_of_its_row_and_no_other(dtype, shape):
     for place in itertools.product(*map(range, shape)):
         for bit in (0, bits_of_an_entry // 2, bits_of_an_entry - 1):
             flipped = matrix.clone()
-            words = flipped.view(module._WORDS[matrix.element_size()])
+            words = flipped.view(module.WORDS[matrix.element_size()])
             words[place] ^= torch.tensor(1, dtype=words.dtype) << bit
             changed = row_checksums(flipped) != expected
             assert changed.nonzero().flatten().tolist() == [place[0]]

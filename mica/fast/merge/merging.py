@@ -33,7 +33,7 @@ from mica.fast.settings import around, settings
 from mica.memory import TENSOR_TYPES
 from mica.ops.operator import no_autocast
 from mica.paths import reference_path
-from mica.row_checksums import odd_numbers, row_checksums
+from mica.row_checksums import WORDS, odd_numbers, row_checksums
 
 # Elements of a weight whose s·B·A is computed at a time. On a CPU its 1 MB should stay in the cache. On a
 # device the number of launches matters; 2**24 are 64 MB. Products of other numbers of rows may differ in
@@ -89,7 +89,7 @@ class Kept(NamedTuple):
     all rows then have those from before.
     """
 
-    checksums: Tensor  # (2, rows): before the merge, and after it
+    checksums: Tensor  # (rows, 2), int64: before the merge, and after it
     counts: Tensor  # (rows), int32: how many weights of each row are kept
     columns: Tensor  # uint16, or int64 where a row has more than 2**16 weights
     values: Tensor
@@ -293,11 +293,8 @@ def _stats(old: Tensor, new: Tensor, delta: Tensor, error: Tensor) -> MergeStats
     )
 
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 def _keep(old: Tensor, back: Tensor, new: Tensor) -> Kept:
-    word = _WORDS[old.element_size()]
+    word = WORDS[old.element_size()]
     is_lost = back.view(word) != old.view(word)
     columns = is_lost.nonzero()[:, 1]
     if old.shape[1] <= 2**16:
