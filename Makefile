@@ -7,7 +7,7 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 PYTEST := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-full test-other-cpu test-slow test-smoke test-all test-frameworks test-deepspeed nightly weekly lint dist static emulate mutants fuzz kills conformance bench bench-quality gpu gpu-dry-run clean
+.PHONY: demo test test-full test-other-cpu test-slow test-smoke test-all test-frameworks test-deepspeed nightly weekly lint dist static emulate mutants fuzz kills conformance bench gpu gpu-dry-run clean
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -98,13 +98,9 @@ conformance: $(READY)
 	$(RUN) -m pip install -q -e ".[conformance]"
 	$(RUN) -m tests.conformance
 
-# All suites (15 minutes on two cores); ARGS=layer: some of them
+# All suites (half an hour); ARGS=layer: some of them
 bench: $(READY)
 	$(RUN) -m bench $(ARGS)
-
-# What MiCA, LoRA and full fine-tuning learn from unseen text, and what they forget (hours; it goes on where it stopped)
-bench-quality: $(READY)
-	OMP_WAIT_POLICY=passive $(RUN) -m bench.quality
 
 # On a machine with a GPU, in its own Python environment (PYTHON=...) with torch, triton and PEFT;
 # bench/METHOD.md says what else is needed. ARGS='--stages 1,3 --budget 300'; ARGS='--adopt FILE' afterwards

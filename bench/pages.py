@@ -14,9 +14,7 @@ from functools import cache
 from pathlib import Path
 from statistics import median
 
-from bench import on_a_gpu
-from bench.quality import energy as directions
-from bench.quality.report import RIGHT, at_equal_forgetting
+from bench import on_a_gpu, study
 from bench.report.words import Row, markdown, shown, shows_no_difference, speedup
 from bench.results import names
 from bench.results.cell import Group, Ratio
@@ -99,8 +97,7 @@ MARK = "†"
 FOOTNOTE = [f"{MARK} The interval contains 1: this run does not show that either is faster.", "", "", ""]
 
 
-def measured(run: str, kept: str, merges: str) -> list[Row]:
-    """``kept``, ``merges``: the runs whose bytes and whose merges are shown."""
+def measured(run: str) -> list[Row]:
     rows = [
         *_adapter_rows(run),
         *_block_rows(run),
@@ -109,20 +106,24 @@ def measured(run: str, kept: str, merges: str) -> list[Row]:
         _layers_row(run, "float32"),
         _dropout_row(run, "bfloat16"),
         _dropout_row(run, "float32"),
-        *_saved_rows(kept),
-        *_merge_rows(merges),
+        *_saved_rows(run),
+        *_merge_rows(run),
     ]
     return [SPEED_HEADER, *with_footnote(rows)]
 
 
-def headline(run: str, kept: str) -> list[Row]:
-    """README's rows are the first of each kind, and both of what is kept."""
+def headline(run: str) -> list[Row]:
+    """What a user chooses by: of each kind the first, and where nothing is gained."""
+    created, _, loaded = _adapter_rows(run)
     rows = [
-        *_adapter_rows(run),
+        created,
+        loaded,
         _block_rows(run)[0],
-        _step_rows(run)[0],
+        *_step_rows(run),
         _layers_row(run, "bfloat16"),
-        *_saved_rows(kept)[:2],
+        _layers_row(run, "float32"),
+        *_merge_rows(run),
+        *_saved_rows(run)[:2],
     ]
     return [SPEED_HEADER, *with_footnote(rows)]
 
@@ -144,25 +145,12 @@ def _adapter_rows(run: str) -> list[Row]:
     created = only(run, suite="initialisation")
     by_eigh = created.timings[EIGH].median
     loaded = only(run, suite="loading")
+    against = f"the same against all eigenvectors of fp64 Gram matrices, Unsloth's way ({by_eigh:.1f} s)"
+    ours = f"{number(created.timings[FAST].median)} s"
     return [
-        [
-            "`get_peft_model`, SmolLM2-135M, fp32",
-            f"{created.timings[STOCK].median:.1f} s",
-            f"{created.timings[FAST].median:.1f} s",
-            _speedup_cell(created.ratio(FAST, STOCK), digits=1),
-        ],
-        [
-            f"the same against all eigenvectors of fp64 Gram matrices, Unsloth's way ({by_eigh:.1f} s)",
-            "",
-            f"{created.timings[FAST].median:.1f} s",
-            _speedup_cell(created.ratio(FAST, EIGH), digits=1),
-        ],
-        [
-            "`PeftModel.from_pretrained`, fp32",
-            f"{loaded.timings[STOCK].median:.1f} s",
-            f"{loaded.timings[FAST].median:.2f} s",
-            _speedup_cell(loaded.ratio(FAST, STOCK), digits=0),
-        ],
+        _seconds_row("`get_peft_model`, SmolLM2-135M, fp32", created, digits=1),
+        [against, "", ours, _speedup_cell(created.ratio(FAST, EIGH), digits=1)],
+        _seconds_row("`PeftModel.from_pretrained`, fp32", loaded, digits=0),
     ]
 
 
@@ -229,30 +217,24 @@ def _saved_rows(run: str) -> list[Row]:
 
 def _merge_rows(run: str) -> list[Row]:
     merge = only(run, "merge + unmerge", suite="merge")
+    unload = only(run, "merge_and_unload", suite="merge")
     changed = [f"{100 * merge.timings[name].facts['weights_changed']:.2f} %" for name in (STOCK, FAST)]
-    rows = [
-        ["merge + unmerge, bf16", "", "", f"{_slower(merge)}: it is exact"],
-        ["weights changed by merge + unmerge", *changed, ""],
+    return [
+        _seconds_row("merge + unmerge, bf16 (exact)", merge),
+        ["weights that this changes", *changed, ""],
+        _seconds_row("`merge_and_unload`, bf16 (rounded once)", unload),
     ]
-    for unload in result(run).select(suite="merge", call="merge_and_unload"):  # older runs have none
-        rows.append(["`merge_and_unload`, bf16", "", "", f"{_slower(unload)}: it rounds once"])
-    return rows
 
 
-def _slower(group: Group) -> str:
-    ratio = group.ratio(FAST, STOCK)
-    return f"**{ratio.median:.1f}× slower** ({ratio.low:.1f}–{ratio.high:.1f})"
+def _seconds_row(label: str, group: Group, digits: int = 2) -> Row:
+    times = [f"{number(group.timings[name].median)} s" for name in (STOCK, FAST)]
+    return [label, *times, _speedup_cell(group.ratio(FAST, STOCK), digits)]
 
 
 def layers_compared(run: str) -> list[Row]:
     """All cells of the layer suite, by what they are compared with."""
     rows = [["against", "layers", "cells", "speedup", "median", "more than 5 % slower"]]
-    baselines = {
-        STOCK: "stock PEFT",
-        STOCK_16: "stock PEFT with bf16 adapters",
-        names.ATEN: "a control in plain PyTorch, dA rounded",
-    }
-    for baseline, title in baselines.items():
+    for baseline, title in {STOCK: "stock PEFT", STOCK_16: "stock PEFT with bf16 adapters"}.items():
         for dtype in ("bfloat16", "float32"):
             cells = [one for one in layers(run, dtype, BOTH, NO_GRADIENT) if baseline in one.timings]
             many = [one for one in cells if one.axes["tokens"] >= FEW]
@@ -315,11 +297,7 @@ def subspaces(run: str) -> list[Row]:
 
 
 def quality(run: str) -> str:
-    return at_equal_forgetting(raw(run), RIGHT)
-
-
-def energy(run: str) -> list[Row]:
-    return directions.rows(raw(run))
+    return study.table(raw(run))
 
 
 TABLES = {
@@ -330,7 +308,6 @@ TABLES = {
     "experts": experts,
     "subspaces": subspaces,
     "quality": quality,
-    "energy": energy,
 }
 
 
@@ -361,8 +338,8 @@ def write(root: Path | None = None) -> None:
 
 
 def main() -> None:
-    (run,) = sources("energy")
-    directions.picture(raw(run), RESULTS / f"{run}.png")
+    (run,) = sources("quality")
+    study.picture(raw(run), RESULTS / f"{run}.png")
     write()
 
 

@@ -1,4 +1,5 @@
-"""How a call is timed: by the host's clock, and on an accelerator also by CUDA events and a captured graph.
+"""How a call is timed. On a CPU by the CPU time of the process, of which PyTorch has one thread, with the
+wall clock beside it: what other processes do changes the former little. On an accelerator by three clocks:
 
 - *wall clock*: calls back to back, one synchronisation at the end: the longer of host and device time.
 - *device time*: between two events around one call, with the host far ahead and no operand in the L2 cache.
@@ -23,6 +24,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
@@ -48,27 +50,35 @@ class HostTooSlowError(RuntimeError):
     """The device waited for the host inside a call: its events hold the host's time."""
 
 
-def wall(call: Call, calls: int) -> Call:
-    """``call``; on an accelerator every ``calls``-th one then waits until all are done."""
-    if not torch.cuda.is_available():
-        return call
-    made = 0
+class Sample(NamedTuple):
+    """Seconds of a call, the mean of several back to back, and what the last of them returned."""
 
-    def waiting() -> object:
-        nonlocal made
+    cpu: float
+    wall: float
+    result: object
+
+
+def sample(call: Call, calls: int) -> Sample:
+    """The device is waited for before the first call and after the last one."""
+    _wait()
+    wall = time.perf_counter()
+    cpu = time.process_time()
+    for _ in range(calls):
         result = call()
-        made += 1
-        if made % calls == 0:
-            torch.cuda.synchronize()
-        return result
-
-    return waiting
+    _wait()
+    cpu = time.process_time() - cpu
+    wall = time.perf_counter() - wall
+    return Sample(cpu / calls, wall / calls, result)
 
 
 def seconds(call: Call) -> float:
-    """How long one call takes, with the wait for the device: roughly, to choose how many make a sample."""
-    _host_seconds(wall(lambda: None, 1))
-    return _host_seconds(wall(call, 1))
+    """How long one call takes: roughly, to choose how many make a sample."""
+    return sample(call, 1).wall
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def device_seconds(call: Call) -> float:

@@ -23,6 +23,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What a run on an accelerator does, without one, on tiny shapes
 IS_DRY = os.environ.get("MICA_BENCH_SIZE") == "dry"
 ON_ACCELERATOR = DEVICE == "cuda" or IS_DRY
+# On a CPU the CPU time of one thread is measured; of more, which OMP_NUM_THREADS may ask for, the wall
+# clock, since threads that spin would count.
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+IS_CPU_TIME = DEVICE == "cpu" and THREADS == 1
+if DEVICE == "cpu":
+    torch.set_num_threads(THREADS)
 LIBRARIES = ("torch", "peft", "transformers", "triton", "bitsandbytes")
 
 

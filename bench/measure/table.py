@@ -1,8 +1,8 @@
 """A pytest plugin: pytest-benchmark's table and files have an entry for each implementation of a cell.
 
-Its own have one for each round, because rounds take turns and so are tests of their own (`bench.suites`).
-Before pytest-benchmark ends its session, those are replaced by the cells that the journal folds into. What
-was refused has no entry, and neither has a round that not all implementations of its cell have.
+Rounds of a cell are timed by `bench.suites.rounds`, since pytest-benchmark cannot alternate functions. Before
+it ends its session it gets the cells that the journal folds into. What was refused has no entry, and neither
+has a round that not all implementations of its cell have.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.results.benchmarks import RECORDS, entries, info, rate
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     """Around pytest-benchmark's own, which computes, saves and compares."""
     own = session.config.pluginmanager.get_plugin("pytest-benchmark")
-    if own is not None and own.benchmarks:
+    if own is not None:
         own.benchmarks[:] = entries(journal.fold(journal.own(), {}).groups)
     return (yield)
 

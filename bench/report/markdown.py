@@ -16,7 +16,7 @@ from bench.report import prediction
 from bench.report.targets import targets
 from bench.report.words import BASELINES, against, ratios, shape_in_words
 from bench.results.cell import Group
-from bench.results.names import BARE, BOTH, FAST, NO_GRADIENT, WALL
+from bench.results.names import AGAIN, BARE, BOTH, FAST, NO_GRADIENT, PRODUCT, WALL
 from bench.results.schema import Result
 from bench.results.throughput import number
 
@@ -26,22 +26,29 @@ HOW = (
     "Ratios are taken within a round, in which the implementations took turns: the median and its 95 %"
     " confidence interval. Throughput is that of the median round."
 )
+CPU_TIME = (
+    "Times are CPU time of the process, which has one thread; “wall ÷ CPU” is what the wall clock says, over"
+    " that."
+)
 
 
 def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), old: Result | None = None) -> str:
     """Markdown; pictures are linked by file name. ``old``: a run that this one is compared with."""
     device = result.machine.get("device", "cpu")
     groups = waited_for(result)
+    is_cpu_time = any(timing.wall for group in groups for timing in group.timings.values())
     parts = ["# What it costs"]
     if device == "dry run":
         parts += [DRY, _head(result.machine), HOW]
     else:
-        parts += [_head(result.machine), HOW]
+        parts += [_head(result.machine), f"{HOW} {CPU_TIME}" if is_cpu_time else HOW, *quietness(groups)]
         if device != "cpu":
             parts += ["## Targets", table(targets(result.with_both()))]
         parts += ["## In short: mica.fast, times as fast", in_short(groups)]
     if old is not None:
         parts += ["## Changed", changes(waited_for(old), groups)]
+    if is_cpu_time:
+        parts += ["## Intervals wider than ±5 %", wide(groups)]
     if result.refused:
         parts.append(refused_text(result.refused))
     if result.stages:
@@ -90,6 +97,9 @@ def suite_table(groups: list[Group]) -> str:
         times["s"] = seconds.map("{:.4g}".format)
     else:
         times["ms"] = (1e3 * seconds).map("{:.4g}".format)
+    waiting = pd.Series([timing.waiting for *_, timing in rows], dtype=float)
+    if waiting.notna().any():
+        times["wall ÷ CPU"] = waiting.map("{:.2f}".format, na_action="ignore")
     rates = pd.DataFrame([timing.throughput for *_, timing in rows], dtype=object)
     columns = [against(baseline) for baseline in BASELINES]
     divided = pd.DataFrame([ratios(group, name) for group, name, _ in rows], columns=columns, dtype=object)
@@ -138,6 +148,33 @@ def in_short(groups: list[Group]) -> str:
     if short["clock"].nunique() == 1:
         short = short.drop(columns="clock")
     return table(short)
+
+
+def quietness(groups: list[Group]) -> list[str]:
+    """What the suite "quiet" says of the machine, in a sentence."""
+    lines = []
+    for group in groups:
+        if group.axes.get("suite") == "quiet" and {PRODUCT, AGAIN} <= group.timings.keys():
+            ratio = group.ratio(AGAIN, PRODUCT)
+            lines.append(f"How quiet the machine was: the same product took {ratio} of its own time.")
+    return lines[:1]
+
+
+def wide(groups: list[Group]) -> str:
+    """Ratios of mica.fast that are not known to ±5 %, since the time of their cell was up before."""
+    rows = []
+    count = 0
+    for group in groups:
+        for column, ratio in ratios(group, FAST).items() if FAST in group.timings else ():
+            count += 1
+            if not ratio.is_narrow:
+                rounds = len(group.timings[FAST].seconds)
+                rows.append((group.name, column, str(ratio), str(rounds)))
+    if not rows:
+        return f"None of {count} ratios of {FAST}."
+    header = ["cell", "ratio", "interval", "rounds"]
+    listed = table(pd.DataFrame(rows, columns=header))
+    return f"{len(rows)} of {count} ratios of {FAST}; time was up.\n\n{listed}"
 
 
 def changes(old: list[Group], new: list[Group]) -> str:

@@ -28,7 +28,7 @@ INK = "#7a7a7a"  # as far from GitHub's light page as from its dark one
 # Okabe and Ito's hues, as dark as both pages allow
 OURS = "#D55E00"
 PEFT = "#1F7FC4"
-PALETTE = {BARE: INK, STOCK: PEFT, FAST: OURS}
+PALETTE = {BARE: INK, FAST: OURS}  # of lines; stock PEFT is the line at 1
 FILLED = {"facecolor": OURS, "edgecolor": OURS, "linewidth": 1}
 HOLLOW = {"facecolor": "none", "edgecolor": INK, "linewidth": 1}
 COLUMN = 1.1  # where factors end, in widths of the axes
@@ -113,34 +113,40 @@ def families(groups: list[Group]) -> list[list[Group]]:
 def _throughput(groups: list[Group]) -> Iterator[tuple[str, Figure, str]]:
     """Throughput of the layer that was timed with the most numbers of tokens, the first if several."""
     wanted = {"suite": "layer", "pass": BOTH}
-    layers = [one for one in groups if wanted.items() <= one.axes.items() and BARE in one.timings]
+    layers = []
+    for group in groups:
+        if wanted.items() <= group.axes.items() and {BARE, STOCK} <= group.timings.keys():
+            layers.append(group)
     family = max(families(layers), key=len, default=[])
     if len(family) < MIN_POINTS:
         return
     at = in_words({axis: value for axis, value in family[0].axes.items() if axis != "tokens"})
     figure = Figure(figsize=(8.6, 3.6), layout="constrained")
-    axes = figure.add_subplot(title=f"Tokens per second through one adapted layer, forward + backward\n{at}")
+    title = f"Throughput of a layer relative to stock PEFT's, forward + backward\n{at}"
+    axes = figure.add_subplot(title=title)
     lines(axes, family)
     caption = (
-        f"Tokens per second through a linear layer ({at}), forward + backward, by tokens in the batch:"
-        " bare, with stock PEFT's adapter, with mica.fast's (bands: intervals of the median)."
+        f"Throughput of a linear layer ({at}), forward + backward, by tokens in the batch, relative to stock"
+        " PEFT's: bare, and with mica.fast's adapter (bands: intervals of the median)."
     )
     yield "throughput", figure, caption
 
 
 def lines(axes: Axes, family: list[Group]) -> None:
-    """Tokens a second by tokens in the batch, both logarithmic, with the interval of the median as a band."""
+    """Throughput ÷ stock PEFT's by tokens in the batch, with the interval of the median as a band."""
     rows = []
     for group in family:
-        tokens = group.axes["tokens"]
+        stock = group.timings[STOCK].seconds
         for name in PALETTE.keys() & group.timings.keys():
-            rows += [(tokens, tokens / seconds, name) for seconds in group.timings[name].seconds]
-    data = pd.DataFrame(rows, columns=["tokens", "tokens/s", "implementation"])
+            pairs = zip(stock, group.timings[name].seconds, strict=True)
+            rows += [(group.axes["tokens"], theirs / ours, name) for theirs, ours in pairs]
+    data = pd.DataFrame(rows, columns=["tokens", "times", "implementation"])
     drawn = set(data["implementation"])
+    axes.axhline(1, color=PEFT, linewidth=1.5, label=STOCK)
     seaborn.lineplot(
         data,
         x="tokens",
-        y="tokens/s",
+        y="times",
         hue="implementation",
         hue_order=[name for name in PALETTE if name in drawn],
         palette=PALETTE,
@@ -149,10 +155,9 @@ def lines(axes: Axes, family: list[Group]) -> None:
         errorbar=_band,
         ax=axes,
     )
-    axes.set(xscale="log", yscale="log", xlabel="tokens in the batch (log)", ylabel="tokens/s (log)")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.set(xscale="log", xlabel="tokens in the batch (log)", ylabel="throughput ÷ stock PEFT's")
     plain(axes.xaxis, sorted(set(data["tokens"])))
-    plain(axes.yaxis)
+    plain(axes.yaxis, ending="×")
     seaborn.move_legend(axes, "center left", bbox_to_anchor=(1, 0.5), title=None)
 
 
@@ -171,7 +176,7 @@ def _against_stock(groups: list[Group]) -> Iterator[tuple[str, Figure, str]]:
         return
     counts = [len(cells) for cells in panels.values()]
     figure = Figure(figsize=(7.2, 0.7 + 0.65 * len(panels) + 0.36 * sum(counts)), layout="constrained")
-    figure.suptitle("Times as fast as stock PEFT", x=0.01, ha="left", fontsize=10.5)
+    figure.suptitle("Speed relative to stock PEFT (right is faster)", x=0.01, ha="left", fontsize=10.5)
     rows = figure.subplots(len(panels), 1, height_ratios=counts, squeeze=False)[:, 0]
     all_factors = []
     for axes, (panel, cells) in zip(rows, panels.items(), strict=True):
@@ -186,8 +191,8 @@ def _against_stock(groups: list[Group]) -> Iterator[tuple[str, Figure, str]]:
     figure.legend(handles=_legend(all_factors), loc="outside lower left", ncols=3)
     what = " and what is ".join(panels)
     caption = (
-        f"How many times as fast as stock PEFT a user gets what is {what} (lines: 95 % intervals of the"
-        " median; hollow bars: the interval contains 1, so that neither is shown to be faster)."
+        f"Speed relative to stock PEFT of what is {what} (lines: 95 % intervals of the median; hollow bars:"
+        " the interval contains 1, so neither is shown to be faster)."
     )
     yield "against-stock", figure, caption
 
@@ -243,10 +248,10 @@ def bars(axes: Axes, factors: dict[str, Ratio], is_log: bool) -> None:
     lowest = min(1.0, *(ratio.low for ratio in drawn.values()))
     highest = max(1.0, *(ratio.high for ratio in drawn.values()))
     if is_log:
-        axes.set(xscale="log", xlim=(0.85 * lowest, 1.15 * highest), xlabel="times as fast (log)")
+        axes.set(xscale="log", xlim=(0.85 * lowest, 1.15 * highest), xlabel="speed (log)")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     else:  # at least a quarter to both sides: a factor of 1.02 is to look like one
-        axes.set(xlim=(min(0.75, lowest - 0.05), max(1.25, highest + 0.05)), xlabel="times as fast")
+        axes.set(xlim=(min(0.75, lowest - 0.05), max(1.25, highest + 0.05)), xlabel="speed")
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)))
     plain(axes.xaxis, ending="×")
     axes.axvline(1, color=INK, linewidth=1, zorder=0)

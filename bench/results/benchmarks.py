@@ -39,6 +39,7 @@ def _entry(group: Group, name: str) -> Metadata:
             "facts": timing.facts,
             "work": timing.work,
             "throughput": timing.throughput,
+            "wall": timing.wall,
         },
         cprofile_stats=None,
         has_error=False,

@@ -15,6 +15,8 @@ from scipy.special import stdtrit  # quantiles of Student's t
 
 from bench.results import throughput
 
+NARROW = 0.05  # of the median; how far the ends of an interval may be from it
+
 
 class Ratio(NamedTuple):
     """The median over the rounds and its confidence interval (see `interval`)."""
@@ -28,6 +30,10 @@ class Ratio(NamedTuple):
             return f"{self.median:.3f} (one round)"
         digits = 2 if abs(self.median) < 100 else 0
         return f"{self.median:.{digits + 1}f} ({self.low:.{digits}f}–{self.high:.{digits}f})"
+
+    @property
+    def is_narrow(self) -> bool:
+        return self.low >= (1 - NARROW) * self.median and self.high <= (1 + NARROW) * self.median
 
     def overlaps(self, other: Ratio) -> bool:
         return self.low <= other.high and other.low <= self.high
@@ -68,11 +74,15 @@ def _students(ordered: list[float]) -> Ratio:
 
 @dataclass
 class Timing:
-    """Seconds of every round, what was counted or measured in addition, and the work of one call."""
+    """Seconds of every round, what was counted or measured in addition, and the work of one call.
+
+    ``wall``: the same rounds by the wall clock, where ``seconds`` are CPU time; [] elsewhere.
+    """
 
     seconds: list[float] = field(default_factory=list)
     facts: dict[str, float] = field(default_factory=dict)
     work: dict[str, float] = field(default_factory=dict)  # see `bench.results.throughput`
+    wall: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -82,6 +92,13 @@ class Timing:
     def throughput(self) -> dict[str, float]:
         """Unit -> value, at the median of the rounds."""
         return throughput.per_second(self.work, self.median)
+
+    @property
+    def waiting(self) -> float | None:
+        """Wall clock ÷ CPU time, the median of the rounds: 1 where nothing else ran on this core."""
+        if not self.wall:
+            return None
+        return median(wall / cpu for wall, cpu in zip(self.wall, self.seconds, strict=True))
 
 
 @dataclass

@@ -82,14 +82,24 @@ def _without_kind(entry: dict) -> dict:
 def _timed(entries: list[dict]) -> list[Group]:
     groups: dict[str, Group] = {}
     for entry in entries:
-        if entry["kind"] != "sample":
-            continue
-        group = groups.setdefault(entry["group"], Group(entry["group"], entry["axes"]))
-        timing = group.timings.setdefault(entry["implementation"], Timing())
-        timing.seconds.append(float(f"{entry['seconds']:.5g}"))
-        timing.facts |= entry["facts"]
-        timing.work |= entry["work"]
+        if entry["kind"] == "sample":
+            add_sample(groups, entry)
     return [*groups.values()]
+
+
+def add_sample(groups: dict[str, Group], entry: dict) -> None:
+    """To its group in ``groups``, by name."""
+    group = groups.setdefault(entry["group"], Group(entry["group"], entry["axes"]))
+    timing = group.timings.setdefault(entry["implementation"], Timing())
+    timing.seconds.append(_rounded(entry["seconds"]))
+    if "wall" in entry:
+        timing.wall.append(_rounded(entry["wall"]))
+    timing.facts |= entry["facts"]
+    timing.work |= entry["work"]
+
+
+def _rounded(seconds: float) -> float:
+    return float(f"{seconds:.5g}")
 
 
 def _drop_refused(group: Group, refused: list[dict]) -> None:
@@ -102,6 +112,7 @@ def _drop_incomplete_rounds(group: Group) -> None:
     complete = min(len(timing.seconds) for timing in group.timings.values())
     for timing in group.timings.values():
         del timing.seconds[complete:]
+        del timing.wall[complete:]
 
 
 def _checks(entries: list[dict]) -> list[dict[str, str]]:

@@ -18,6 +18,10 @@ COMPILED_PLAIN = "mica.fast, torch.compile, plain"
 PYTHON = "mica.fast, reference path"  # from Python
 KERNELS = "mica.fast, kernels with a driver that launches nothing"
 
+# What shows how quiet the machine is
+PRODUCT = "a product"
+AGAIN = "the same again"
+
 SVD = "torch.linalg.svd"
 EIGH = "fp64 Gram, torch.linalg.eigh"  # of the smaller side, all eigenvectors, as Unsloth initialises
 
@@ -34,7 +38,7 @@ BACKWARD = "backward"
 BOTH = "forward + backward"
 NO_GRADIENT = "forward without gradient"
 
-# What a cell on an accelerator was timed by; a CPU has one clock, and no such axis.
+# What a cell on an accelerator was timed by; on a CPU it is CPU time, and there is no such axis.
 WALL = "wall clock"
 DEVICE_TIME = "device time"
 GRAPH = "graph replay"

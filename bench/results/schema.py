@@ -46,7 +46,7 @@ class Result:
         for entry in document["benchmarks"]:
             info = entry["extra_info"]
             group = groups.setdefault(entry["group"], Group(entry["group"], info["axes"]))
-            timing = Timing(entry["stats"]["data"], info["facts"], info["work"])
+            timing = Timing(entry["stats"]["data"], info["facts"], info["work"], info.get("wall", []))
             group.timings[info["implementation"]] = timing
         return cls(benchmarks.facts(document), [*groups.values()], **benchmarks.records(document))
 
@@ -85,7 +85,13 @@ def _sum(forward: Group, backward: Group) -> Group:
     for name, first in forward.timings.items():
         if name not in backward.timings:
             continue
-        # in an interrupted run one may have one round more
-        pairs = zip(first.seconds, backward.timings[name].seconds, strict=False)
-        both.timings[name] = Timing([sum(pair) for pair in pairs], {**first.facts}, {**first.work})
+        second = backward.timings[name]
+        seconds = _sums(first.seconds, second.seconds)
+        wall = _sums(first.wall, second.wall)
+        both.timings[name] = Timing(seconds, {**first.facts}, {**first.work}, wall)
     return both
+
+
+def _sums(first: list[float], second: list[float]) -> list[float]:
+    """Round by round; one of the passes may have taken more of them."""
+    return [sum(pair) for pair in zip(first, second, strict=False)]

@@ -20,11 +20,12 @@ from bench.results.throughput import BYTES, FLOP, MATRICES, gram_flop
 from bench.suites.decoder import RANK, SMOLLM2, adapted, config_of
 from bench.suites.eigh import least_energy, peft_with_eigh
 from bench.suites.harness import build_all, pick
+from bench.suites.rounds import Once, prepared, rounds
 from tests.support import models
 
 # Stock PEFT runs every SVD in each round, of loading too.
-ROUNDS = pick(default=range(3), cuda=range(1))
-MERGE_ROUNDS = 5
+FEWEST = pick(default=5, cuda=1, dry=1)  # rounds
+SECONDS = pick(default=180.0, cuda=10.0, dry=0.0)  # of a cell
 MERGE_AND_UNMERGE = "merge + unmerge"
 MERGE_AND_UNLOAD = "merge_and_unload"
 IMPLEMENTATIONS = {STOCK: mica.fast.disabled, FAST: nullcontext}
@@ -47,7 +48,6 @@ def base():
     return AutoModel.from_config(config_of(MODEL), dtype=getattr(torch, DTYPE)).to(DEVICE)
 
 
-@functools.cache
 def saved_adapter(folder):
     adapted(base(), 0.01).save_pretrained(folder)
     return folder
@@ -71,39 +71,43 @@ def energy(model) -> float:
     return total
 
 
-least: dict[str, float] = {}  # that `energy` can be
-
-
-@pytest.mark.parametrize("implementation", INITIALISATIONS)
-@pytest.mark.parametrize("round_", ROUNDS)
-def bench_initialisation(once, gated, round_, implementation):
+def bench_initialisation():
     group = f"get_peft_model, {NAME}, {DTYPE}"
-    gated(group, base, implementation)
+    prepared(group, base)
     axes = {"suite": "initialisation", **AXES, "dtype": DTYPE}
     wrap = functools.partial(models.wrap, rank=RANK, targets="all-linear")
-    with INITIALISATIONS[implementation]():
-        wrapped = once(wrap, group, implementation, axes, make=lambda: copy.deepcopy(base()))
-        once.note_growth(peak_mb=1e6)
-        shapes = [weight.shape for weight in weights(wrapped)]
-        once.note_work({MATRICES: len(shapes), FLOP: sum(gram_flop(*shape) for shape in shapes)})
-        spent = energy(wrapped)
-    if group not in least:
-        least[group] = sum(least_energy(weight, RANK) for weight in weights(wrapped))
-    assert spent <= 1.01 * least[group], f"‖BᵀW‖² is {spent}, and can be {least[group]}"
+
+    @functools.cache
+    def least() -> float:
+        return sum(least_energy(weight, RANK) for weight in weights(adapted(base(), 0.0)))
+
+    def sample(once: Once, name: str) -> None:
+        with INITIALISATIONS[name]():
+            wrapped = once(wrap, axes, make=lambda: copy.deepcopy(base()))
+            once.note_growth(peak_mb=1e6)
+            shapes = [weight.shape for weight in weights(wrapped)]
+            once.note_work({MATRICES: len(shapes), FLOP: sum(gram_flop(*shape) for shape in shapes)})
+            spent = energy(wrapped)
+        assert spent <= 1.01 * least(), f"‖BᵀW‖² is {spent}, and can be {least()}"
+
+    rounds(group, INITIALISATIONS, sample, SECONDS, FEWEST)
 
 
 @on_a_cpu
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("round_", ROUNDS)
-def bench_loading(once, gated, round_, implementation, tmp_path_factory):
+def bench_loading(tmp_path):
     group = f"PeftModel.from_pretrained, {NAME}, float32"
-    adapter = gated(group, lambda: saved_adapter(tmp_path_factory.getbasetemp() / "adapter"), implementation)
+    adapter = prepared(group, lambda: saved_adapter(tmp_path / "adapter"))
     axes = {"suite": "loading", **AXES, "dtype": "float32"}
     load = functools.partial(PeftModel.from_pretrained, model_id=adapter)
-    with IMPLEMENTATIONS[implementation]():
-        loaded = once(load, group, implementation, axes, make=lambda: copy.deepcopy(base()))
-    once.note_work({MATRICES: len(models.adapted_layers(loaded))})
-    assert all(layer.lora_A["default"].weight.any() for layer in models.adapted_layers(loaded).values())
+
+    def sample(once: Once, name: str) -> None:
+        with IMPLEMENTATIONS[name]():
+            loaded = once(load, axes, make=lambda: copy.deepcopy(base()))
+        layers = models.adapted_layers(loaded).values()
+        once.note_work({MATRICES: len(layers)})
+        assert all(layer.lora_A["default"].weight.any() for layer in layers)
+
+    rounds(group, IMPLEMENTATIONS, sample, SECONDS, FEWEST)
 
 
 @functools.cache
@@ -112,7 +116,6 @@ def unmerged():
     return adapted(copy.deepcopy(base()).to(torch.bfloat16), 0.01)
 
 
-@functools.cache
 def merging(group):
     """implementation -> (model, facts)."""
 
@@ -141,23 +144,26 @@ def checked_merge(model, implementation) -> dict[str, float]:
     return facts
 
 
+def merge_and_unmerge(model) -> None:
+    model.merge_adapter()
+    model.unmerge_adapter()
+
+
 @on_a_cpu
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("round_", range(MERGE_ROUNDS))
-def bench_merge(once, gated, round_, implementation):
+def bench_merge():
     group = f"{MERGE_AND_UNMERGE}, {NAME}, bfloat16"
-    model, facts = gated(group, lambda: merging(group), implementation)[implementation]
-
-    def merge_and_unmerge():
-        model.merge_adapter()
-        model.unmerge_adapter()
-
+    built = prepared(group, lambda: merging(group))
     axes = {"suite": "merge", **AXES, "dtype": "bfloat16", "call": MERGE_AND_UNMERGE}
-    # each weight is read and written by the merge, and again by the unmerge
-    merged = sum(weight.numel() for weight in weights(model))
-    work = {BYTES: 4.0 * merged * torch.bfloat16.itemsize}
-    with IMPLEMENTATIONS[implementation]():
-        once(merge_and_unmerge, group, implementation, axes, work=work, **facts)
+
+    def sample(once: Once, name: str) -> None:
+        model, facts = built[name]
+        # each weight is read and written by the merge, and again by the unmerge
+        merged = sum(weight.numel() for weight in weights(model))
+        work = {BYTES: 4.0 * merged * torch.bfloat16.itemsize}
+        with IMPLEMENTATIONS[name]():
+            once(functools.partial(merge_and_unmerge, model), axes, work=work, **facts)
+
+    rounds(group, IMPLEMENTATIONS, sample, SECONDS)
 
 
 @functools.cache
@@ -184,22 +190,25 @@ def check_unloaded(model, names, implementation) -> None:
 
 
 @on_a_cpu
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("round_", range(MERGE_ROUNDS))
-def bench_merge_and_unload(once, gated, round_, implementation):
+def bench_merge_and_unload():
     group = f"{MERGE_AND_UNLOAD}, {NAME}, bfloat16"
-    model = gated(group, unmerged, implementation)
+    model = prepared(group, unmerged)
     axes = {"suite": "merge", **AXES, "dtype": "bfloat16", "call": MERGE_AND_UNLOAD}
     merged = sum(weight.numel() for weight in weights(model))
     work = {BYTES: 2.0 * merged * torch.bfloat16.itemsize}  # each weight is read and written
     names = list(models.adapted_layers(model))
-    with IMPLEMENTATIONS[implementation]():
-        unloaded = once(
-            lambda wrapped: wrapped.merge_and_unload(),
-            group,
-            implementation,
-            axes,
-            make=lambda: copy.deepcopy(model),
-            work=work,
-        )
-    check_unloaded(unloaded, names, implementation)
+    checked = set()
+
+    def sample(once: Once, name: str) -> None:
+        with IMPLEMENTATIONS[name]():
+            unloaded = once(
+                lambda wrapped: wrapped.merge_and_unload(),
+                axes,
+                make=lambda: copy.deepcopy(model),
+                work=work,
+            )
+        if name not in checked:
+            check_unloaded(unloaded, names, name)
+            checked.add(name)
+
+    rounds(group, IMPLEMENTATIONS, sample, SECONDS)

@@ -16,7 +16,8 @@ from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE
 from bench.results.names import BARE, FAST, STOCK, STOCK_16
 from bench.suites.decoder import RANK, Work, adapted, config_of
-from bench.suites.harness import iterations, pick, whole_turns
+from bench.suites.harness import each, iterations, pick
+from bench.suites.rounds import prepared, rounds
 from bench.suites.steps import CONTEXTS, Prepared, Step, check_all, operators
 from tests.support import models
 
@@ -30,7 +31,6 @@ class Cell(NamedTuple):
 
     model: str
     tokens: tuple[int, int] = (2, 512)
-    rounds: int = pick(default=4, cuda=10, dry=1)
     implementations: tuple[str, ...] = (BARE, STOCK, STOCK_16, FAST)
 
     @property
@@ -86,7 +86,7 @@ def setting(cell: Cell) -> Prepared:
     return Prepared(steps, facts, iterations(seconds(steps[BARE])))
 
 
-@whole_turns(CELLS)
-def bench_block(once, gated, cell, round_, implementation):
-    prepared = gated(cell.name, lambda: setting(cell), implementation)
-    prepared.time(once, cell, implementation, all_clocks=True)
+@each(CELLS)
+def bench_block(cell):
+    block = prepared(cell.name, lambda: setting(cell))
+    rounds(cell.name, cell.implementations, lambda once, _: block.time(once, cell.axes, all_clocks=True))

@@ -22,12 +22,14 @@ from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import peak_growth
 from bench.results.names import BARE, FAST, LORA
-from bench.suites.harness import build_all, iterations, pick, whole_turns
+from bench.suites.harness import build_all, each, iterations, pick
 from bench.suites.layer import Form
+from bench.suites.rounds import prepared, rounds
 from bench.suites.steps import Prepared, Step, checked
 from mica.fast.loading import without_solver
 
 RANK = 16
+SECONDS = pick(default=60.0, cuda=4.0, dry=0.0)  # of a cell
 EXPERTS, TOP_K = pick(default=(64, 8), dry=(4, 2))
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 # Relative differences from PEFT's own path with the same MiCA adapters
@@ -42,7 +44,6 @@ class Cell(NamedTuple):
     hidden: int
     intermediate: int
     dtype: torch.dtype = torch.float32
-    rounds: int = pick(default=4, cuda=10, dry=1)
     implementations: tuple[str, ...] = (BARE, LORA, FAST)
 
     @property
@@ -155,7 +156,7 @@ def memory(step: Step) -> dict[str, float]:
     return facts
 
 
-@whole_turns(CELLS)
-def bench_experts(once, gated, cell, round_, implementation):
-    prepared = gated(cell.name, lambda: setting(cell), implementation)
-    prepared.time(once, cell, implementation)
+@each(CELLS)
+def bench_experts(cell):
+    steps = prepared(cell.name, lambda: setting(cell))
+    rounds(cell.name, cell.implementations, lambda once, _: steps.time(once, cell.axes), SECONDS)

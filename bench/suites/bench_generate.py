@@ -18,10 +18,10 @@ from bench.results import throughput
 from bench.results.names import BARE, FAST, MERGED, STOCK
 from bench.suites.decoder import RANK, SMOLLM2, adapted
 from bench.suites.harness import build_all
+from bench.suites.rounds import Once, prepared, rounds
 from bench.suites.steps import counting
 from tests.support import models
 
-ROUNDS = 5
 NEW_TOKENS = 32
 PROMPT_TOKENS = 16
 # with a scale of 0.02 some of the tokens are the bare model's, with 0.1 they repeat
@@ -79,14 +79,15 @@ def setting(name: str) -> dict[str, nn.Module]:
     return build_all(group_of(name), implementations, checked)
 
 
-@pytest.mark.parametrize("implementation", CONTEXTS)
-@pytest.mark.parametrize("round_", range(ROUNDS))
 @pytest.mark.parametrize("key", MODELS)
-def bench_generate(once, gated, key, round_, implementation):
-    name = MODELS[key]
-    group = group_of(name)
-    axes = {"suite": "generation", "model": name, "tokens": NEW_TOKENS, "rank": RANK, "dtype": "float32"}
-    model = gated(group, lambda: setting(name), implementation)[implementation]
-    call = functools.partial(generated, model)
-    with CONTEXTS[implementation]():
-        once(call, group, implementation, axes, work={throughput.TOKENS: NEW_TOKENS})
+def bench_generate(key):
+    model = MODELS[key]
+    group = group_of(model)
+    axes = {"suite": "generation", "model": model, "tokens": NEW_TOKENS, "rank": RANK, "dtype": "float32"}
+    implementations = prepared(group, lambda: setting(model))
+
+    def sample(once: Once, name: str) -> None:
+        with CONTEXTS[name]():
+            once(lambda: generated(implementations[name]), axes, work={throughput.TOKENS: NEW_TOKENS})
+
+    rounds(group, CONTEXTS, sample)

@@ -4,7 +4,7 @@ On a GPU the host decides wherever a layer's kernels take less time than the cod
 tokens, in small models, in decoding. Here kernels are compiled and handed to a driver that launches nothing
 (tests/support/no_launch.py): all of the host's work is timed and none of the device's. Such a result has no
 numbers to check; `mica.fast.call_counts` proves that it came from kernels. All other implementations are
-checked first. One thread is timed by its CPU time, so that other processes of the machine count little.
+checked first.
 
 On a CPU the products' own time is in these times: 2 to 4 µs each in fp32, 10 to 30 µs in 16 bits, where
 oneDNN sets up every one. A cell "without products" has the same calls with products that compute nothing
@@ -12,7 +12,6 @@ oneDNN sets up every one. A cell "without products" has the same calls with prod
 """
 
 import functools
-import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -26,7 +25,8 @@ import mica.fast
 from bench.measure.machine import ON_ACCELERATOR
 from bench.results.names import BARE, BOTH, FAST, KERNELS, NO_GRADIENT, PYTHON, STOCK, STOCK_16
 from bench.suites.decoder import LINEAR_LAYERS, RANK, Work, adapted
-from bench.suites.harness import turns
+from bench.suites.harness import each_part
+from bench.suites.rounds import Once, prepared, rounds
 from bench.suites.steps import Step, check_all, operators
 from mica import native
 from mica.paths.products import has_native
@@ -81,7 +81,6 @@ class Cell(NamedTuple):
     dtype: str
     autocast: bool = False  # to bfloat16, as in `Trainer(bf16=True)`
     products: bool = True  # False: matrix products compute nothing
-    rounds: int = 9
 
     @property
     def key(self) -> str:
@@ -192,26 +191,22 @@ def setting(cell: Cell) -> dict[str, Step]:
     return check_all(cell.name, cell.implementations(BOTH), build, gates, unchecked)
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.benchmark(timer=time.thread_time)
-@turns(CELLS, (NO_GRADIENT, BOTH))
-def bench_host(once, gated, one_thread, cell, round_, part, implementation):
+@each_part(CELLS, (NO_GRADIENT, BOTH))
+def bench_host(cell, part):
     """Without a gradient the operators choose which kernels they launch, if any."""
     group = f"{cell.name}, {part}"
     axes = {**cell.axes, "call": part}
-    step = gated(group, lambda: setting(cell), implementation)[implementation]
+    steps = prepared(group, lambda: setting(cell))
     has_gradient = part == BOTH
-    call = None if has_gradient else step.form.forward
-    launches = no_launch.launches
-    products = nullcontext() if cell.products else no_products.installed()
-    with products, torch.set_grad_enabled(has_gradient):
-        # no work: what launches nothing has no throughput
-        runs = step.time(once, group, implementation, axes, CALLS[cell.kind], call, work={})
-    once.note(launches=(no_launch.launches - launches) / runs)
+
+    def sample(once: Once, name: str) -> None:
+        step = steps[name]
+        call = None if has_gradient else step.form.forward
+        launches = no_launch.launches
+        products = nullcontext() if cell.products else no_products.installed()
+        with products, torch.set_grad_enabled(has_gradient):
+            # no work: what launches nothing has no throughput
+            runs = step.time(once, axes, CALLS[cell.kind], call, work={})
+        once.note(launches=(no_launch.launches - launches) / runs)
+
+    rounds(group, cell.implementations(part), sample)

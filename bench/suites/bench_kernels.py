@@ -16,7 +16,8 @@ from torch import Tensor
 from bench.measure.machine import DEVICE, seconds_at_peak
 from bench.results.names import COPY, CUBLAS, DOWN_A, DOWN_B, GRAD_A, UP_B
 from bench.results.throughput import BYTES
-from bench.suites.harness import build_all, needs_accelerator, pick, whole_turns
+from bench.suites.harness import build_all, each, needs_accelerator, pick
+from bench.suites.rounds import Once, prepared, rounds
 from tests.support.tolerances import RELATIVE, error
 
 pytest.importorskip("triton")
@@ -29,7 +30,6 @@ from tests.support.kernel_calls import Work, down, gradient_of_a, up
 
 pytestmark = needs_accelerator
 
-ROUNDS = pick(default=1, cuda=4)
 ITERATIONS = pick(default=1, cuda=50)
 DTYPE = torch.bfloat16
 NAMES = {"down-A": DOWN_A, "down-B": DOWN_B, "up-B": UP_B, "grad_a": GRAD_A}
@@ -42,7 +42,6 @@ class Cell(NamedTuple):
     tokens: int
     features: int
     rank: int
-    rounds: int = ROUNDS
 
     @property
     def axes(self) -> dict[str, str | int]:
@@ -171,16 +170,12 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
     return build_all(cell.name, configs, build), size
 
 
-@whole_turns(CELLS)
-def bench_kernels(once, gated, cell, round_, implementation):
-    calls, size = gated(cell.name, lambda: setting(cell), implementation)
+@each(CELLS)
+def bench_kernels(cell):
+    calls, size = prepared(cell.name, lambda: setting(cell))
     work = {BYTES: float(size), **seconds_at_peak(size)}
-    once(
-        calls[implementation],
-        cell.name,
-        implementation,
-        cell.axes,
-        ITERATIONS,
-        all_clocks=True,
-        work=work,
-    )
+
+    def sample(once: Once, name: str) -> None:
+        once(calls[name], cell.axes, ITERATIONS, all_clocks=True, work=work)
+
+    rounds(cell.name, cell.implementations, sample)

@@ -29,7 +29,7 @@ from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import saved_bytes
 from bench.results import names
 from bench.results.names import ATEN, BACKWARD, BARE, FAST, FORWARD, NO_GRADIENT, STOCK, STOCK_16
-from bench.suites.harness import build_all, iterations, pick, turns
+from bench.suites.harness import build_all, each_part, iterations, pick
 from bench.suites.layer import (
     AtenControl,
     Form,
@@ -40,6 +40,7 @@ from bench.suites.layer import (
     exact,
     make_layer,
 )
+from bench.suites.rounds import Once, prepared, rounds
 from mica.fast.settings import settings
 from mica.kernels import configs
 from mica.ops.linear import linear_eager
@@ -47,8 +48,6 @@ from mica.paths import choose
 from mica.paths.products import has_native
 from tests.support.tolerances import RELATIVE
 
-ROUNDS = pick(default=5, dry=1)
-FORMS_ROUNDS = pick(default=6, dry=1)  # whose range is an interval of 95 %: of forms it decides
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Relative errors of y, dx and dA that no layer should pass, and the dtype of the truth: on a CPU fp64 takes
 # seconds for a large layer, and fp32 is as good as exact for bf16.
@@ -117,15 +116,6 @@ class Cell(NamedTuple):
         if self.is_compiled_only:
             name = f"{name}, torch.compile"
         return f"forms of a {name}" if self.forms else name
-
-    @property
-    def rounds(self) -> int:
-        """Fewer for layers that take a second or more on a CPU, whose times vary less."""
-        if self.forms:
-            return FORMS_ROUNDS
-        if ON_ACCELERATOR or self.tokens * self.out * self.inner < 2**34:
-            return ROUNDS
-        return min(ROUNDS, 3)
 
     def implementations(self, part: str) -> list[str]:
         """Without a gradient there is no other `torch.compile`d layer: it would have to be built again."""
@@ -330,12 +320,14 @@ def setting(cell: Cell) -> Setting:
     return Setting(forms, layer.grad_output, facts, counts)
 
 
-@turns(CELLS, PASSES)
-def bench_layer(once, gated, cell, round_, part, implementation):
+@each_part(CELLS, PASSES)
+def bench_layer(cell, part):
     group = f"{cell.name}, {part}"
-    prepared = gated(group, lambda: setting(cell), implementation)
-    form = prepared.forms[implementation]
-    count = prepared.iterations[part]
-    facts = {} if part == NO_GRADIENT else prepared.facts[implementation]
+    layer = prepared(group, lambda: setting(cell))
     axes = {**cell.axes, "pass": part}
-    form.time(once, part, prepared.grad_output, group, implementation, axes, count, **facts)
+
+    def sample(once: Once, name: str) -> None:
+        facts = {} if part == NO_GRADIENT else layer.facts[name]
+        layer.forms[name].time(once, part, layer.grad_output, axes, layer.iterations[part], **facts)
+
+    rounds(group, cell.implementations(part), sample)

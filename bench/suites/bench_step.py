@@ -20,12 +20,14 @@ from torch import nn
 from bench.measure.machine import DEVICE
 from bench.results.names import BARE, FAST, FAST_NORMS, STOCK, STOCK_16
 from bench.suites.decoder import RANK, SMOLLM2, Work, adapted, cast, causal, reference_ids
-from bench.suites.harness import build_all, pick, under_autocast, whole_turns
+from bench.suites.harness import build_all, each, pick, under_autocast
+from bench.suites.rounds import Once, prepared, rounds
 from bench.suites.steps import CONTEXTS, Prepared, Step, checked, operators
 from tests.support import models
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 STEPS = pick(default=2, cuda=6)
+SECONDS = pick(default=120.0, cuda=4.0, dry=0.0)  # of a cell
 LEARNING_RATE = pick(default=1e-3, dry=3e-2)
 DISTINCT = 16  # random tokens: that others never occur is learnt in a few steps
 CHECKPOINTED = "checkpointed"
@@ -51,7 +53,6 @@ class Cell(NamedTuple):
     model: str
     tokens: tuple[int, int]
     dtype: str = "bfloat16"
-    rounds: int = 3
     layers: int = 4
     vocabulary: int = 32000
     how: str = ""
@@ -91,11 +92,11 @@ class Cell(NamedTuple):
 
 
 def steps_of_llama(tokens: tuple[int, int], *hows: str) -> list[Cell]:
-    return [Cell("Llama-3.2-1B", tokens, rounds=10, how=how) for how in hows]
+    return [Cell("Llama-3.2-1B", tokens, how=how) for how in hows]
 
 
 def toy_steps(*hows: str) -> list[Cell]:
-    return [Cell("toy", (1, 8), rounds=1, layers=1, vocabulary=64, how=how) for how in hows]
+    return [Cell("toy", (1, 8), layers=1, vocabulary=64, how=how) for how in hows]
 
 
 CELLS = pick(
@@ -104,7 +105,7 @@ CELLS = pick(
         Cell(SMOLLM2, (1, 512), how=AUTOCAST),
         Cell(SMOLLM2, (1, 512), how=DROPOUT),
         Cell(SMOLLM2, (1, 512), how=PAPER),
-        Cell(SMOLLM2, (1, 256), "float32", rounds=2),
+        Cell(SMOLLM2, (1, 256), "float32"),
     ],
     cuda=[
         *steps_of_llama((4, 2048), "", CHECKPOINTED, AUTOCAST, DROPOUT, PAPER),
@@ -190,8 +191,12 @@ def setting(cell: Cell) -> Prepared:
     return Prepared(steps, {name: {"saved_mb": step.saved_mb()} for name, step in steps.items()})
 
 
-@whole_turns(CELLS)
-def bench_step(once, gated, cell, round_, implementation):
-    prepared = gated(cell.name, lambda: setting(cell), implementation)
-    prepared.time(once, cell, implementation)
-    once.note_growth(peak_mb=1e6)
+@each(CELLS)
+def bench_step(cell):
+    steps = prepared(cell.name, lambda: setting(cell))
+
+    def sample(once: Once, name: str) -> None:
+        steps.time(once, cell.axes)
+        once.note_growth(peak_mb=1e6)
+
+    rounds(cell.name, cell.implementations, sample, SECONDS)

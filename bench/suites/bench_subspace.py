@@ -22,7 +22,8 @@ from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.results.names import EIGH, SVD
 from bench.results.throughput import FLOP, MATRICES, gram_flop
 from bench.suites.eigh import basis_by_eigh, least_energy
-from bench.suites.harness import build_all, iterations, pick, whole_turns
+from bench.suites.harness import build_all, each, iterations, pick
+from bench.suites.rounds import Once, prepared, rounds
 from mica import minor_subspace
 from tests.support import models
 
@@ -33,7 +34,6 @@ SOLVERS = {f"minor_subspace, auto, r = {rank}": rank for rank in (16, 64, 128)}
 class Cell(NamedTuple):
     out: int
     inner: int
-    rounds: int
     ranks: tuple[int, ...] = (16, 64, 128)
 
     @property
@@ -61,17 +61,21 @@ class Cell(NamedTuple):
 
 CELLS = pick(
     default=[
-        Cell(576, 576, 6),
-        Cell(1536, 576, 6),
-        Cell(1024, 1024, 5),
-        Cell(1024, 4096, 3),
-        Cell(4096, 1024, 3),
-        Cell(2048, 2048, 3),
+        Cell(192, 576),
+        Cell(576, 576),
+        Cell(1536, 576),
+        Cell(576, 1536),
+        Cell(1024, 1024),
+        Cell(1024, 4096),
+        Cell(4096, 1024),
+        Cell(2048, 2048),
     ],
-    cuda=[Cell(1024, 4096, 3), Cell(2048, 2048, 3), Cell(4096, 4096, 2), Cell(14336, 4096, 1)],
-    dry=[Cell(96, 64, 1, ranks=(16,)), Cell(64, 96, 1, ranks=(16,))],
+    cuda=[Cell(1024, 4096), Cell(2048, 2048), Cell(4096, 4096), Cell(14336, 4096)],
+    dry=[Cell(96, 64, ranks=(16,)), Cell(64, 96, ranks=(16,))],
 )
-LARGE = [Cell(4096, 4096, 3), Cell(4096, 11008, 2), Cell(11008, 4096, 2), Cell(*EMBEDDING, 5)]
+LARGE = [Cell(4096, 4096), Cell(4096, 11008), Cell(11008, 4096), Cell(*EMBEDDING)]
+FEWEST = pick(default=3, cuda=1, dry=1)  # rounds
+SECONDS = pick(default=60.0, cuda=4.0, dry=0.0)  # of a cell
 
 
 def weight_of(cell: Cell) -> Tensor:
@@ -128,23 +132,27 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
     return calls, iterations(seconds(calls[ours[-1]]))
 
 
-def time_cell(once, gated, cell, implementation):
-    calls, count = gated(cell.name, lambda: setting(cell), implementation)
-    warm_up = small_svd if implementation == SVD and ON_ACCELERATOR else None
-    if warm_up is not None:
-        count = 1
-    once(calls[implementation], cell.name, implementation, cell.axes, count, work=cell.work, warm_up=warm_up)
+def time_cell(cell):
+    calls, count = prepared(cell.name, lambda: setting(cell))
     elements = cell.out * cell.inner
-    if elements >= 2**22:
-        once.note_growth(peak_extra=4 * elements)
+
+    def sample(once: Once, name: str) -> None:
+        if name == SVD and ON_ACCELERATOR:
+            once(calls[name], cell.axes, work=cell.work, warm_up=small_svd)
+        else:
+            once(calls[name], cell.axes, count, work=cell.work)
+        if elements >= 2**22:
+            once.note_growth(peak_extra=4 * elements)
+
+    rounds(cell.name, cell.implementations, sample, SECONDS, FEWEST)
 
 
-@whole_turns(CELLS)
-def bench_subspace(once, gated, cell, round_, implementation):
-    time_cell(once, gated, cell, implementation)
+@each(CELLS)
+def bench_subspace(cell):
+    time_cell(cell)
 
 
 @pytest.mark.slow
-@whole_turns(LARGE)
-def bench_large_subspace(once, gated, cell, round_, implementation):
-    time_cell(once, gated, cell, implementation)
+@each(LARGE)
+def bench_large_subspace(cell):
+    time_cell(cell)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 
-import pytest
 from torch import Tensor
 
 from bench.measure.clocks import seconds
 from bench.suites.harness import build_all, iterations
+from bench.suites.rounds import Once, prepared, rounds
 from tests.support.tolerances import RELATIVE, error
 
 
@@ -18,7 +17,6 @@ def case(
     axes: Mapping[str, str | int],
     calls: Mapping[str, Callable[[], Tensor]],
     expected: Mapping[str, Callable[[], Tensor]],
-    rounds: int = 7,
 ) -> Callable:
     """A test for pytest to collect, in which the implementations of this cell take turns.
 
@@ -32,17 +30,18 @@ def case(
             check_error(call(), expected[implementation]())
         return call
 
-    @functools.cache
     def setting() -> tuple[dict[str, Callable], int]:
         built = build_all(name, calls, checked)
         fastest = next(iter(built.values()))
         return built, iterations(seconds(fastest))
 
-    @pytest.mark.parametrize("implementation", calls)
-    @pytest.mark.parametrize("round_", range(rounds))
-    def bench(once, gated, round_, implementation):
-        built, count = gated(name, setting, implementation)
-        once(built[implementation], name, implementation, dict(axes), count, all_clocks=True)
+    def bench():
+        built, count = prepared(name, setting)
+
+        def sample(once: Once, implementation: str) -> None:
+            once(built[implementation], dict(axes), count, all_clocks=True)
+
+        rounds(name, calls, sample)
 
     return bench
 

@@ -54,27 +54,18 @@ def under_autocast(module: nn.Module) -> Callable:
     return torch.autocast(DEVICE, torch.bfloat16)(module.__call__)
 
 
-def turns(cells: Iterable[Any], parts: Sequence[str]) -> pytest.MarkDecorator:
-    """Parametrises by cell, round_, part and implementation, the innermost: they take turns in a round.
+def each(cells: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrises by cell; a cell has a ``key`` for ``-k``."""
+    return pytest.mark.parametrize("cell", [pytest.param(cell, id=cell.key) for cell in cells])
 
-    A cell has a ``key`` for ``-k``, a number of ``rounds``, and ``implementations(part)``.
-    """
+
+def each_part(cells: Iterable[Any], parts: Sequence[str]) -> pytest.MarkDecorator:
+    """The same by cell and part, where ``cell.implementations(part)`` has any."""
     cases = []
-    for cell in cells:
-        for round_, part in product(range(cell.rounds), parts):
-            for name in cell.implementations(part):
-                case_id = f"{cell.key}-{part}-{round_}-{name}"
-                cases.append(pytest.param(cell, round_, part, name, id=case_id))
-    return pytest.mark.parametrize(("cell", "round_", "part", "implementation"), cases)
-
-
-def whole_turns(cells: Iterable[Any]) -> pytest.MarkDecorator:
-    """The same of cells without parts, whose ``implementations`` are a list."""
-    cases = []
-    for cell in cells:
-        for round_, name in product(range(cell.rounds), cell.implementations):
-            cases.append(pytest.param(cell, round_, name, id=f"{cell.key}-{round_}-{name}"))
-    return pytest.mark.parametrize(("cell", "round_", "implementation"), cases)
+    for cell, part in product(cells, parts):
+        if cell.implementations(part):
+            cases.append(pytest.param(cell, part, id=f"{cell.key}-{part}"))
+    return pytest.mark.parametrize(("cell", "part"), cases)
 
 
 def refuse(group: str, why: str, name: str | None = None) -> None:

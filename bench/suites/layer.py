@@ -62,10 +62,10 @@ class Form(NamedTuple):
             return partial(self.gradients, self.forward(), grad_output)
         return self.forward
 
-    def time(self, once, part: str, grad_output: Tensor, *sample, **facts) -> None:
-        """One sample of this pass, by every clock; ``sample``: group, implementation, axes, calls."""
+    def time(self, once, part: str, grad_output: Tensor, axes: dict, calls: int, **facts) -> None:
+        """One sample of this pass, by every clock."""
         with self.context(), torch.set_grad_enabled(part != NO_GRADIENT):
-            once(self.call(part, grad_output), *sample, all_clocks=True, **facts)
+            once(self.call(part, grad_output), axes, calls, all_clocks=True, **facts)
 
 
 def make_layer(tokens: int, out: int, inner: int, rank: int, dtype: torch.dtype, device: str) -> Layer:

@@ -101,10 +101,8 @@ class Step(NamedTuple):
         for tensor in self.form.inputs:
             tensor.grad = None
 
-    def time(
-        self, once, group: str, name: str, axes: dict, calls: int = 1, call: Callable | None = None, **options
-    ) -> int:
-        """One sample, after which every step must have run the operators that the name implies.
+    def time(self, once, axes: dict, calls: int = 1, call: Callable | None = None, **options) -> int:
+        """One sample, after which every step must have run the operators that its name implies.
 
         ``call``: what is timed instead of a step; it must run operators if and only if a step does. Returns
         the number of calls, of which more are made than are timed.
@@ -116,14 +114,14 @@ class Step(NamedTuple):
             return self() if call is None else call()
 
         with self.form.context(), counting() as ran:
-            once(counted, group, name, axes, calls, **options)
+            once(counted, axes, calls, **options)
         runs = next(run)
         per_call = {name: times / runs for name, times in ran.items()}
         if call is None:
             is_right = per_call == self.operators
         else:
             is_right = bool(per_call) == bool(self.operators)
-        assert is_right, f"{name} ran {per_call} per call, not {self.operators}"
+        assert is_right, f"{once.implementation} ran {per_call} per call, not {self.operators}"
         return runs
 
 
@@ -134,11 +132,10 @@ class Prepared(NamedTuple):
     facts: dict[str, dict[str, float]]
     iterations: int = 1  # steps in a sample
 
-    def time(self, once, cell, implementation: str, **options) -> None:
-        """A sample of the cell, which has a ``name`` and ``axes``."""
-        facts = self.facts[implementation]
-        step = self.steps[implementation]
-        step.time(once, cell.name, implementation, cell.axes, self.iterations, **options, **facts)
+    def time(self, once, axes: dict, **options) -> None:
+        """One sample of the implementation that ``once`` names."""
+        name = once.implementation
+        self.steps[name].time(once, axes, self.iterations, **options, **self.facts[name])
 
 
 def checked(step: Step, expected: dict[str, Tensor], gates: dict[str, float]) -> Step:

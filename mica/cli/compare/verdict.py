@@ -14,7 +14,7 @@ and other seeds. So the error of a difference has three parts:
 Each part has few degrees of freedom, in a comparison of half an hour often one or two. The interval is the
 root of the sum of squares of the three intervals that Student's t gives with each part's own degrees. With
 identical methods that claimed a difference in 0 to 4 % of simulated comparisons, whatever part is largest
-(`bench.quality.claims`). Satterthwaite's degrees for the sum do not hold the level where two methods have two
+(`bench.claims`). Satterthwaite's degrees for the sum do not hold the level where two methods have two
 seeds each: now and then two seeds happen to agree, and then the sum takes the degrees of the other parts. A
 bootstrap of two seeds or four documents has nothing to draw from.
 

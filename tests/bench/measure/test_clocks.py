@@ -74,10 +74,13 @@ def test_a_call_that_waits_for_the_device_has_no_device_time(device):
         clocks.device_seconds(call)
 
 
-def test_wall_clock_waits_at_the_end_of_a_sample(device):
-    call = clocks.wall(lambda: device.enqueue(1e-3, 1e-5), 4)
-    for _ in range(3):
-        call()
-    assert device.host == pytest.approx(3e-5)
-    call()
-    assert device.host == pytest.approx(1e-5 + 4e-3)
+def test_a_sample_waits_for_the_device_before_and_after_its_calls(device):
+    device.enqueue(5e-3)
+    timed = clocks.sample(lambda: device.enqueue(1e-3, 1e-5), 4)
+    assert timed.wall == pytest.approx((1e-5 + 4e-3) / 4)
+
+
+def test_cpu_time_is_without_what_others_do_meanwhile(device, monkeypatch):
+    monkeypatch.setattr(clocks.time, "process_time", lambda: 0.25 * device.host)
+    timed = clocks.sample(lambda: device.enqueue(0, 1.0), 3)
+    assert (timed.cpu, timed.wall) == (0.25, 1.0)

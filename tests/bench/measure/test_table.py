@@ -14,6 +14,7 @@ from bench.results.benchmarks import entries
 from bench.results.cell import Group, Timing
 from bench.results.names import BARE, FAST, STOCK
 from bench.results.schema import Result
+from bench.suites.rounds import LOOKS
 from tests.support.processes import ROOT, start
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "run.json"
@@ -56,13 +57,15 @@ def test_its_options_work_on_a_suite_and_its_files_are_results(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
     for name in (BARE, STOCK, FAST):
         row = rf"^{re.escape(name)} +[\d.,]+ tokens/s "
-        assert re.search(rf"{row}\(NOW\) .* 5 *$", done.stdout, re.MULTILINE)  # rounds
+        assert re.search(rf"{row}\(NOW\) .* \d+ *$", done.stdout, re.MULTILINE)  # rounds
         assert re.search(rf"{row}\(0001_", done.stdout, re.MULTILINE)
     (picture,) = tmp_path.glob("picture-*.svg")
     assert BARE in picture.read_text(encoding="utf-8")
     result = Result.load(file)
     (cell,) = result.groups
-    assert {len(cell.timings[name].seconds) for name in (BARE, STOCK, FAST)} == {5}
+    (rounds,) = {len(cell.timings[name].seconds) for name in (BARE, STOCK, FAST)}
+    assert rounds in LOOKS
+    assert len(cell.timings[FAST].wall) == rounds
     assert cell.timings[FAST].facts["saved_mb"] > 0
     assert result.machine["commit"]
     assert "node" not in json.loads(file.read_text())["machine_info"]  # the name of the host

@@ -1,7 +1,6 @@
 """What suites check before they time anything, and after: tiny cells, in this process."""
 
 from contextlib import nullcontext
-from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,6 @@ from bench.results import journal
 from bench.results.names import BARE, EIGH, FAST, STOCK, SVD
 from bench.suites import bench_adapter, bench_step, bench_subspace, harness
 from bench.suites.layer import Form, adapted_module, make_layer
-from bench.suites.once import Once
 from bench.suites.steps import Step, checked, operators
 from tests.support import models
 
@@ -46,28 +44,6 @@ def test_an_implementation_that_is_wrong_or_raises_is_refused_alone_and_not_buil
     assert harness.build_all("cell, backward", ["wrong", "b"], {"b": 2}.get) == {"b": 2}
 
 
-class Benchmark:
-    """pytest-benchmark's fixture, as far as `Once` uses it."""
-
-    extra_info = {}  # noqa: RUF012
-    stats = SimpleNamespace(stats=SimpleNamespace(median=2.0))
-
-    def pedantic(self, call, rounds, iterations):
-        for _ in range(iterations):
-            call()
-
-
-def test_an_untimed_call_comes_before_the_timed_ones_each_on_an_operand_of_its_own():
-    calls, made = [], count()
-    once = Once(Benchmark())
-    once(calls.append, "cell", FAST, {}, make=lambda: next(made), counted=1.0)
-    assert calls == [0, 1]
-    (sample,) = once.samples
-    assert (sample["seconds"], sample["facts"]) == (2.0, {"counted": 1.0})
-    once(lambda: calls.append(2), "cell", FAST, {}, iterations=3)
-    assert calls == [0, 1, *[2] * (1 + 3)]
-
-
 # ---------------------------------------------------------------------------------------------------
 # steps
 # ---------------------------------------------------------------------------------------------------
@@ -91,10 +67,13 @@ def test_a_step_trains_where_there_is_an_optimizer_and_leaves_no_gradient():
     assert x.grad is lora_A.grad is None
 
 
-def call_it(function, group, implementation, axes, iterations):
-    """As the suites' fixture does; pytest-benchmark adds further calls."""
-    for _ in range(iterations + 3):
+def call_it(function, axes, iterations):
+    """As `Once` does, which adds an untimed call."""
+    for _ in range(iterations + 1):
         function()
+
+
+call_it.implementation = "implementation"
 
 
 @pytest.mark.parametrize("forward_only", [False, True])
@@ -112,7 +91,7 @@ def test_an_implementation_under_another_ones_name_gets_no_number(forward_only, 
     step = layer_step(context, ran)
     is_wrong = not forward_only or not ran
     with pytest.raises(AssertionError, match="implementation ran") if is_wrong else nullcontext():
-        step.time(call_it, "group", "implementation", {}, 5, step.form.forward if forward_only else None)
+        step.time(call_it, {}, 5, step.form.forward if forward_only else None)
 
 
 def test_results_are_compared_and_must_come_from_the_operators_of_the_name():
@@ -151,7 +130,7 @@ def test_steps_that_change_nothing_can_show_nothing(monkeypatch):
 # initialisation
 # ---------------------------------------------------------------------------------------------------
 
-CELL = bench_subspace.Cell(128, 96, 1, ranks=(16, 64))
+CELL = bench_subspace.Cell(128, 96, ranks=(16, 64))
 
 
 def test_a_result_without_a_certificate_is_refused_alone(monkeypatch):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bench.quality.claims import Case, claimed, draw, main
+from bench.claims import Case, claimed, draw, main
 from mica.cli.compare.outcomes import common_limit, outcome
 
 NULL = {

@@ -1,6 +1,6 @@
 """How often `mica compare` claims a difference, on simulated results: false claims, and those of a true lead.
 
-``python -m bench.quality.claims [--draws N]`` prints a table. A row is a comparison that is drawn N times:
+``python -m bench.claims [--draws N]`` prints a table. A row is a comparison that is drawn N times:
 how many documents and blocks the texts have, how alike the blocks of a document are (ICC: the share of the
 variance between documents), how many seeds the methods have, and what seeds change. Sizes are as they were
 measured in bench/results/2026-11-29-compare. Where forgetting has noise, the limit of forgetting binds.
@@ -116,7 +116,7 @@ def claimed(case: Case, draws: int, generator: np.random.Generator) -> float:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.quality.claims")
+    parser = argparse.ArgumentParser(prog="python -m bench.claims")
     parser.add_argument("--draws", type=int, default=2000)
     draws = parser.parse_args(argv).draws
     rows = []
