@@ -30,6 +30,7 @@ TEXT = re.compile(r"(<!-- text: ([\w-]+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 FEW = 256  # tokens; where products of a layer begin to take most of its time
 DROPOUT = 0.05
+SOLVED_RANKS = (16, 64, 128)
 STEPS_WITH_DROPOUT = {  # how -> in words
     "dropout 0.05": "with dropout 0.05",
     "paper's recipe": "in the paper's recipe (q and v only, dropout 0.05)",
@@ -115,16 +116,11 @@ def measured(run: str) -> list[Row]:
 def headline(run: str) -> list[Row]:
     """What a user chooses by: of each kind the first, and where nothing is gained."""
     created, _, loaded = _adapter_rows(run)
-    rows = [
-        created,
-        loaded,
-        _block_rows(run)[0],
-        *_step_rows(run),
-        _layers_row(run, "bfloat16"),
-        _layers_row(run, "float32"),
-        *_merge_rows(run),
-        *_saved_rows(run)[:2],
-    ]
+    step, autocast, _, _, paper = _step_rows(run)
+    layers_16, layers_32 = (_layers_row(run, dtype) for dtype in ("bfloat16", "float32"))
+    merge, *_ = _merge_rows(run)
+    kept, kept_norms, *_ = _saved_rows(run)
+    rows = [created, loaded, step, autocast, paper, layers_16, layers_32, merge, kept, kept_norms]
     return [SPEED_HEADER, *with_footnote(rows)]
 
 
@@ -286,13 +282,15 @@ def experts(run: str) -> list[Row]:
 
 
 def subspaces(run: str) -> list[Row]:
-    ranks = (16, 64, 128)
-    rows = [["out x in", *(f"r = {rank}" for rank in ranks)]]
-    for group in result(run).groups:
-        shape = group.name.removeprefix("minor subspace, ")
-        label = f"{shape} (embedding)" if shape == "576 x 49152" else shape
-        ratios = [group.ratio(f"minor_subspace, r = {rank}", names.SVD) for rank in ranks]
-        rows.append([label, *(f"{1 / one.median:.1f}×" for one in ratios)])
+    """A column a rank: the speedup over the SVD, and over all eigenvectors of the Gram matrix."""
+    rows = [["out x in", *(f"r = {rank}" for rank in SOLVED_RANKS)]]
+    for group in result(run).select(suite="subspace"):
+        ours = [f"minor_subspace, auto, r = {rank}" for rank in SOLVED_RANKS]
+        cells = []
+        for name in ours:
+            over_svd, over_eigh = (1 / group.ratio(name, other).median for other in (names.SVD, EIGH))
+            cells.append(f"{over_svd:.1f}× / {over_eigh:.2f}×")
+        rows.append(["{out} x {in}".format(**group.axes), *cells])
     return rows
 
 

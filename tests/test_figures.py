@@ -8,10 +8,7 @@ from statistics import mean
 
 import pytest
 
-from bench import on_a_gpu, pages
-from bench.quality.recipes import OPTIONS, RECIPES, STOPS
-from bench.quality.report import RIGHT, differences, values
-from bench.quality.schedule import rates_that_count
+from bench import on_a_gpu, pages, study
 from bench.results import names
 from bench.results.names import FAST, LORA, STOCK
 from mica.cli.compare import settings
@@ -20,8 +17,8 @@ from mica.cli.compare.report import report
 from mica.cli.compare.schedule import Comparison, Question
 from mica.kernels import measured
 
-XEON = "intel-xeon-processor-2-threads"
 EPYC = "amd-epyc-avx512-bf16-2-threads"
+TWO_THREADS = f"{EPYC}/2026-11-30-clock"
 
 
 @pytest.mark.parametrize("page", pages.PAGES)
@@ -44,81 +41,44 @@ def test_every_table_and_text_is_shown_and_a_wrong_figure_is_seen(tmp_path, monk
 def words():
     """Page, what its text says with figures, what these are."""
     main, bench, *_ = pages.PAGES
-    run, kept_run, merge_run = runs = pages.sources("measured")
-    (narrow,) = (row for row in pages.measured(*runs) if "linear layers, fp32" in row[0])
-    yield main, f"fp32 layers gain {narrow[-1]}."
+    (run,) = pages.sources("measured")
+    assert pages.sources("headline") == [run]
     created = pages.only(run, suite="initialisation").ratio(FAST, STOCK)
-    yield main, f"`get_peft_model` is {pages.speedup(created, digits=1)} as fast as stock PEFT's"
-    step, autocast = (one.ratio(FAST, STOCK) for one in pages.bf16_steps(run))
-    said = f"A training step in bf16 is {pages.speedup(step)} as fast"
-    yield main, said
-    steps, *_ = pages.bf16_steps(kept_run)
-    saved = {name: f"{timing.facts['saved_mb']:.0f} MB" for name, timing in steps.timings.items()}
-    less = f"{saved[FAST]} for its backward pass, less than without an adapter ({saved[names.BARE]})"
-    yield main, f"keeps {less}"
-    yield main, f"stock PEFT keeps {saved[STOCK]}"
-    norms = steps.ratio(names.FAST_NORMS, FAST)
-    longer = f"{norms.median:.2f}× ({norms.low:.2f}–{norms.high:.2f}) as long"
-    yield main, f"it keeps {saved[names.FAST_NORMS]} and takes {longer}"
-    times = 1 / created.median
-    yield "mica/subspace/README.md", f"{times:.1f} times as fast as with stock PEFT"
+    yield "mica/subspace/README.md", f"initialises {1 / created.median:.1f} times as fast as with stock PEFT"
     loading = pages.only(run, suite="loading").timings
     yield "mica/cli/USE.md", f"[{loading[STOCK].median:.1f} s instead of {loading[FAST].median:.2f} s]"
-    paper = pages.only(run, suite="step", how="paper's recipe").ratio(FAST, STOCK)
-    said = (
-        f"A whole bf16 step under autocast was {pages.speedup(autocast)} as fast, one in the paper's recipe"
+    created, loaded = (pages.only(TWO_THREADS, suite=suite) for suite in ("initialisation", "loading"))
+    text = (
+        "`get_peft_model` took {:.1f} s instead of {:.1f} s, {}, and loading {:.2f} s instead of {:.1f} s, {}"
     )
-    yield main, f"{said} {pages.speedup(paper)}: neither shows a difference"
-    assert min(autocast.high, paper.high) > 1 > max(autocast.low, paper.low)
-    slower = pages.only(merge_run, "merge + unmerge", suite="merge").ratio(FAST, STOCK).median
-    for page in (main, bench):
-        yield page, f"is {slower:.1f}× slower"
-    unload = pages.only(merge_run, "merge_and_unload", suite="merge").ratio(FAST, STOCK).median
-    yield bench, f"`merge_and_unload` {unload:.1f}×"
-    yield "mica/fast/README.md", f"[{slower:.1f} times]"
-    blocks = pages.result(*pages.sources("host")).select(suite="host block")
-    most = max(pages.as_stock(one, names.KERNELS).median for one in blocks)
-    yield main, f"Blocks of tiny tensors are up to {most:.2f}× slower where kernels are forced on them"
-    layers = pages.layers(run, "bfloat16", names.BOTH)
-    gain = pages.middle([one.ratio(FAST, names.STOCK_16) for one in layers])
-    yield main, f"stock PEFT configured to keep its adapters in bf16, bf16 layers gain {gain} in the median"
+    figures = []
+    for group, digits in ((created, 1), (loaded, 0)):
+        times = [group.timings[name].median for name in (FAST, STOCK)]
+        figures += [*times, pages.speedup(group.ratio(FAST, STOCK), digits)]
+    yield bench, text.format(*figures)
     shape = {"tokens": 1024, "out": 2048, "rank": 16}
-    (layer,) = (one for one in layers if shape.items() <= one.axes.items())
+    (layer,) = (one for one in pages.layers(run, "bfloat16", names.BOTH) if shape.items() <= one.axes.items())
     ways = (names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN)
     text = "{} of the time with stock PEFT compiled, {} with the operator and {} with the plain products"
     yield "mica/fast/README.md", text.format(*(pages.shown(layer.ratio(way, STOCK)) for way in ways))
     ratio = pages.only(*pages.sources("experts"), suite="experts", out=2048).ratio(FAST, LORA).median
     yield main, f"[{ratio:.2f}× as long](bench/README.md#experts)"
-    corpus = pages.raw(f"{EPYC}/2026-11-26-corpus")
-    tokens = corpus["adapt, first start"]["output"].partition(" tokens")[0].replace(",", "")
-    yield bench, f"({corpus['documents']:,} documents, {int(tokens) / 1e6:.0f} M tokens of SmolLM2)"
-    # what the page says of a run of model quality are the defaults of the command
-    assert OPTIONS["epochs"][0] == 8
-    yield bench, "Eight epochs of eight steps, the same batches for all."
-    assert len(STOPS) == 3
-    yield bench, "measured at three stops of each training"
-    energy = next(
-        one for one in pages.energy(*pages.sources("energy")) if one[:2] == ["full fine-tuning", "smallest"]
-    )[2:]
-    assert all(0.9 < float(value) < 2.1 for value in energy)
-    yield bench, "the updates of both methods are spread almost evenly over all directions"
 
 
 def of_the_study():
-    page, study = "bench/README.md", pages.raw(*pages.sources("quality"))
-    seeds = Counter(run["seed"] for run in study["runs"])
-    rates = {(name, rate) for name, method in study["plan"].items() for rate in method["rates"]}
+    page, found = "bench/README.md", pages.raw(*pages.sources("quality"))
+    seeds = Counter(run["seed"] for run in found["runs"])
+    rates = {(name, rate) for name, method in found["plan"].items() for rate in method["rates"]}
     assert seeds[0] == len(rates)
-    counts = sum(len(rates_that_count(study, name)) for name in study["plan"])
+    counts = sum(len(study.rates_that_count(found, name)) for name in found["plan"])
     assert seeds[1] == counts
     assert len(seeds) == 2
     yield page, f"all {len(rates)} first trainings and the {counts} of a second seed at the rates that count"
-    found = {name: values(study, name, RIGHT) for name in study["plan"]}
-    ranges = [max(one) - min(one) for seeds in found.values() for one in seeds[:4] if one]
+    values = {name: study.values(found, name) for name in found["plan"]}
+    ranges = [max(one) - min(one) for seeds in values.values() for one in seeds[:4] if one]
     yield page, f"by at most {max(ranges):.0f} points up to 1 nat"
-    means = {name: [f"{mean(one):.0f}" if one else "" for one in seeds] for name, seeds in found.items()}
-    apart = [line.strip("| ").split(" | ") for line in differences(study).splitlines()]
-    apart = {name: cells for name, *cells in apart}
+    means = {name: [f"{mean(one):.0f}" if one else "" for one in seeds] for name, seeds in values.items()}
+    apart = study.differences(found)
     cells = means["frozen random B, r = 64"][1:4], means["MiCA, r = 64"][1:4]
     text = "of rank 64, drawn twice, answers {}, {} and {} % at 0.25, 0.5 and 1 nats, MiCA's {}, {} and {} %"
     yield page, text.format(*cells[0], *cells[1])
@@ -127,30 +87,22 @@ def of_the_study():
     yield page, "At rank 16 it is {} against {} % at 0.25 nats ({})".format(*cells, more)
     cells = apart["MiCA, r = 64 less LoRA, r = 32"][1:4]
     yield page, "{} points at 0.25 nats, {} at 0.5 and {} at 1".format(*cells)
-    sizes = [study["methods"][name]["trained_parameters"] / 1e6 for name in ("MiCA, r = 64", "LoRA, r = 32")]
+    sizes = [found["methods"][name]["trained_parameters"] / 1e6 for name in ("MiCA, r = 64", "LoRA, r = 32")]
     yield page, "({:.1f} and {:.1f} million)".format(*sizes)
     cells = (means[name][3] for name in ("MiCA by the paper, r = 16", "LoRA by the paper, r = 32"))
     yield page, "MiCA answers {} % at 1 nat, LoRA {} %".format(*cells)
     full = means["full fine-tuning"][1:4]
-    by_limit = zip(*(means[name][1:4] for name in study["plan"]), strict=True)
+    by_limit = zip(*(means[name][1:4] for name in found["plan"]), strict=True)
     assert [max(cells, key=float) for cells in by_limit] == full
     yield page, f"learned most at 0.25 to 1 nat: {full[0]} to {full[-1]} %"
 
 
 def of_single_results():
-    """Figures of suites that were measured once, and of the recipes."""
+    """Figures of suites that were measured once."""
     page = "bench/README.md"
     smollm2, tiny = pages.result("intel-xeon-processor-amx-2-threads/2026-11-29-generate").groups
-    said = f"{pages.speedup(tiny.ratio(FAST, STOCK))} as fast as stock PEFT, of SmolLM2-135M"
+    said = f"{pages.speedup(tiny.ratio(FAST, STOCK))} faster than stock PEFT, of SmolLM2-135M"
     yield page, f"{said} {pages.speedup(smollm2.ratio(FAST, STOCK))}, within its noise"
-    on_epyc = f"{EPYC}/2026-11-27-adapter"
-    created, loaded = (
-        pages.only(on_epyc, suite=suite).ratio(FAST, STOCK) for suite in ("initialisation", "loading")
-    )
-    text = "the initialisation was {} and loading {} faster"
-    yield page, text.format(pages.speedup(created, digits=1), pages.speedup(loaded, digits=0))
-    over_nf4 = pages.only(f"{XEON}/2026-11-25-quantised").ratio(FAST, LORA)
-    yield page, f"mica.fast took {pages.shown(over_nf4)} times as long as PEFT's LoRA"
     shapes = pages.result("amd-epyc-as-avx2-2-threads/2026-11-26-dtype").groups
     for dtype in ("bfloat16", "float16"):
         ratios = [one.ratio(f"{FAST}, {dtype}", f"{FAST}, float32").median for one in shapes]
@@ -158,26 +110,6 @@ def of_single_results():
     experts = pages.only(f"{EPYC}/2026-11-26-experts", suite="experts init").timings
     ours, loop = (experts[name].median for name in (FAST, names.SVD))
     yield page, f"took {ours:.1f} s, a loop of `torch.linalg.svd` over them {loop:.1f} s"
-    corpus = pages.raw(f"{EPYC}/2026-11-26-corpus")
-    alone, first, second = (
-        corpus[name] for name in ("tokenise, first start", "adapt, first start", "adapt, second start")
-    )
-    yield page, f"Two workers tokenise it in {alone['seconds']:.0f} s"
-    text = "takes {:.0f} s, and {:.0f} s when the tokens are cached"
-    yield page, text.format(first["seconds"], second["seconds"])
-    peaks = [first[name] / 2**30 for name in ("peak_bytes", "peak_bytes_of_children")]
-    yield page, "at most {:.2f} GiB of resident memory, its workers {:.2f} GiB".format(*peaks)
-    paper, linear = RECIPES["paper"], RECIPES["all-linear"]
-    assert (paper.target_modules, paper.scaling) == (("q_proj", "v_proj"), 2)
-    text = "{} schedule, weight decay {:g}, dropout {:g}, clipping at {:g}"
-    yield page, text.format(paper.scheduler, paper.weight_decay, paper.dropout, paper.max_grad_norm)
-    assert (linear.target_modules, linear.scaling) == ("all-linear", 1)
-    assert (linear.scheduler, linear.weight_decay, linear.dropout, linear.max_grad_norm) == (
-        "linear",
-        0,
-        0,
-        1,
-    )
 
 
 @pytest.mark.parametrize(("page", "said"), [*words(), *of_the_study(), *of_single_results()])
