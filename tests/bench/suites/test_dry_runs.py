@@ -104,7 +104,8 @@ def test_a_form_that_was_not_taken_is_refused(tmp_path):
     done = dry_run(tmp_path, "bench_layer.py", "-k", "forms", injected=BYPASSED)
     forms = {names.of_form(word) for word in FORM_NAMES}
     refused = {one["implementation"]: one["why"] for one in done.result.refused}
-    assert refused.keys() == forms - {FAST} | {ATEN}, done.text
+    taken_anyway = {FAST, names.of_form("reference")}  # 40 tokens with fp32 masters suit PyTorch's operators
+    assert refused.keys() == forms - taken_anyway | {ATEN}, done.text
     assert len(done.result.groups) == 2 * 6  # two passes, three clocks
     for group in done.result.groups:
         wrong = refused.keys() if group.axes["rank"] == 32 else set()
