@@ -22,7 +22,7 @@ from bench.suites.harness import leave_if_crashed, pick, refuse, sentence, why_r
 # where a few agree by chance: tests/bench/suites/test_rounds.py simulates how often intervals hold the truth.
 LOOKS = (8, 16, 32, 64)
 FEWEST = pick(default=3, cuda=6, dry=1)  # rounds, however long they take
-SECONDS = pick(default=20.0, cuda=2.0, dry=0.0)  # that a cell may take, unless it names its own
+SECONDS = pick(default=20.0, cuda=1.0, dry=0.0)  # that a cell may take, unless it names its own
 LONG = 0.5  # seconds of a call before which only one untimed call is made, not one in each round
 
 
