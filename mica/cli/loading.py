@@ -135,7 +135,6 @@ def load_tokenizer(source: Source):
 
     Raises UsageError if the source cannot be loaded, needs custom code or is not a causal language model.
     """
-    _refuse_adapter(source)
     if not source.is_gguf:  # GGUF files name their architecture only; from_pretrained checks it
         config = load_config(source)
         has_own_class = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
@@ -165,9 +164,12 @@ def _has_no_tokenizer(source: Source) -> bool:
 def load_config(source: Source):
     """The configuration of a checkpoint other than GGUF; no weights are read.
 
-    Raises UsageError if there is none, or if it needs custom code.
+    Raises UsageError if there is none, if it needs custom code, or for an adapter.
     """
-    note_hub(source.location)
+    _refuse_adapter(source)
+    folder = Path(source.location)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise source.error("is not a checkpoint: it has no config.json")
     try:
         return AutoConfig.from_pretrained(source.location, **source.options)
     except _BAD_SOURCE as error:
@@ -195,7 +197,9 @@ def load_model(source: Source, dtype: str, device: torch.device | None = None, q
         if quantization is not None:  # a library that --quantize needs: the caller says how to install it
             raise
         raise source.error(error) from error  # one that the checkpoint's own quantisation needs
-    except (*_BAD_SOURCE, SafetensorError) as error:
+    except SafetensorError as error:
+        raise source.error(f"its weights cannot be read: {error}") from error
+    except _BAD_SOURCE as error:
         raise source.error(error) from error
 
     missing = sorted(info["missing_keys"])
@@ -241,7 +245,6 @@ def skeleton(source: Source) -> nn.Module | None:
     """
     if source.is_gguf:
         return None
-    _refuse_adapter(source)
     config = load_config(source)
     try:
         with torch.device("meta"):

@@ -45,7 +45,9 @@ def resolve(namespace: argparse.Namespace) -> Settings:
     output = wanted.get("output")
     recorded = None
     earlier = {}
-    if line.get("resume") and output is not None:
+    if line.get("resume") and output is None:
+        raise UsageError("--resume: needs --output, the folder of the run")
+    if line.get("resume"):
         recorded = _recorded(output)
         earlier = recorded
     elif wanted.get("adapter") is not None:

@@ -133,7 +133,10 @@ class Source:
     @cached_property
     def dataset(self) -> datasets.Dataset:
         """The saved or Hub dataset, its training split. Raises UsageError if it cannot be had."""
-        with explained(f"{self.option} {self.given}: cannot be loaded"):
+        what = "cannot be loaded"
+        if self.is_on_hub:
+            what = "no such file or folder, and it cannot be loaded from the Hub"
+        with explained(f"{self.option} {self.given}: {what}"):
             if self.folder is None:
                 return datasets.load_dataset(self.given, self.config, split="train")
             found = datasets.load_from_disk(str(self.folder))

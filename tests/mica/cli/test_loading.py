@@ -64,6 +64,20 @@ def test_message_of_a_missing_tokenizer_is_whole(tmp_path):
         load_tokenizer(find_source(str(tmp_path), False))
 
 
+def test_what_is_wrong_with_a_folder_is_said(tmp_path):
+    source = find_source(str(tmp_path), False)
+    tiny_llama().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UsageError, match=f"^--model {tmp_path}: its weights cannot be read: "):
+        load_model(source, "float32")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UsageError, match=f"^--model {tmp_path}: is not a checkpoint: it has no config.json$"):
+        load_config(source)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}', encoding="utf-8")
+    with pytest.raises(UsageError, match=f"^--model {tmp_path}: is an adapter for base, not a model: "):
+        load_config(source)
+
+
 HUB_ID = "someone/model"
 ASKED = f"mica: asking the Hugging Face Hub for {HUB_ID}: there is no such folder\n"
 

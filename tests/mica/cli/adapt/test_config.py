@@ -132,6 +132,11 @@ def test_required_options_may_come_from_yaml(yaml_file):
         config.resolve(given())
 
 
+def test_resume_needs_no_more_than_the_folder():
+    with pytest.raises(UsageError, match=r"^--resume: needs --output, the folder of the run$"):
+        config.resolve(given("--resume"))
+
+
 def test_options_that_go_together():
     with pytest.raises(UsageError, match="--steps and --epochs: use only one"):
         resolve("--steps", 1, "--epochs", 1)

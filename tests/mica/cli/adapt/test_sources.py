@@ -271,7 +271,8 @@ def test_datasets_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="--text nobody/nothing: cannot be loaded: ") as caught:
+    what = "no such file or folder, and it cannot be loaded from the Hub: "
+    with pytest.raises(UsageError, match=f"--text nobody/nothing: {what}") as caught:
         read("nobody/nothing")
     assert "\n" not in str(caught.value)
     datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)).save_to_disk("saved")
