@@ -7,6 +7,7 @@ A command is a module with ``add_parser(subparsers)``, which declares its argume
 
 import argparse
 import logging
+import os
 import re
 import sys
 from contextlib import suppress
@@ -95,8 +96,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run ``mica`` on ``argv`` (default: ``sys.argv[1:]``) and return its exit status.
 
-    0 on success, 2 on bad input (one line on stderr), 130 after Ctrl-C. Anything else is a bug and keeps its
-    traceback; `mica adapt` ends with 143 after SIGTERM.
+    0 on success, 2 on bad input (one line on stderr), 130 after Ctrl-C, 1 where nobody reads the output any
+    more. Anything else is a bug and keeps its traceback; `mica adapt` ends with 143 after SIGTERM.
     """
     with suppress(AttributeError):  # a file's name must not end a run where a pipe is cp1252, as on Windows
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -107,7 +108,12 @@ def main(argv: list[str] | None = None) -> int:
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader of the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes at exit
+        return 1
     except (UsageError, UnsuitableLayerError) as error:
         print(f"mica {args.command}: error: {one_line(error)}", file=sys.stderr)
         return 2

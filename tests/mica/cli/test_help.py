@@ -1,6 +1,8 @@
 """``--help``: each page ends with an example of complete lines, and names no page of the repository."""
 
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -55,3 +57,12 @@ def test_a_sentence_is_wrapped_and_a_line_is_not():
     _, first, *sentence = example(line, says="word " * 40).splitlines()
     assert first == f"  {line}"
     assert len(sentence) == 2
+
+
+def test_output_that_nobody_reads_any_more_is_no_traceback():
+    """As in ``mica doctor | head -1``."""
+    command = [sys.executable, "-m", "mica", "doctor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
