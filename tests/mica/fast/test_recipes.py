@@ -134,17 +134,19 @@ def swift(given):
     return in_this_process(recipe)
 
 
-@pytest.fixture(scope="module")
-def unsloth(given, tmp_path_factory):
+def with_unsloth(script, given, modules, output):
     """What a process has printed that imports the stand-in as `unsloth`, before mica.fast."""
-    modules = tmp_path_factory.mktemp("modules")
     source = "from tests.support.stand_ins import FastLanguageModel\n"
     (modules / "unsloth.py").write_text(source, encoding="utf-8")
     path = os.pathsep.join(map(str, (ROOT, RECIPES, modules)))
-    folder = given.folder / "unsloth"
-    done = start("unsloth_sft", given.model, given.texts, folder, PYTHONPATH=path)
+    done = start(script, given.model, given.texts, output, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
-    return SimpleNamespace(printed=done.stdout, said=done.stderr, folder=folder)
+    return SimpleNamespace(printed=done.stdout, said=done.stderr, folder=output)
+
+
+@pytest.fixture(scope="module")
+def unsloth(given, tmp_path_factory):
+    return with_unsloth("unsloth_sft", given, tmp_path_factory.mktemp("modules"), given.folder / "unsloth")
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +192,34 @@ def test_a_trainer_s_recipe_runs_on_the_fast_path(name, request):
 @pytest.mark.weekly
 def test_unsloth_s_recipe_has_the_losses_of_trl_s(unsloth, sft):
     """Its data and its trainer are the same; printed are four digits."""
-    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", unsloth.printed)]
-    assert losses == pytest.approx(sft.losses, abs=1e-3)
-    assert "14 layers: 14 reference" in unsloth.printed
+    assert printed_losses(unsloth) == pytest.approx(sft.losses, abs=1e-3)
+    runs_here(unsloth)
+
+
+@pytest.mark.weekly
+def test_unsloth_s_recipe_over_4_bits(given, tmp_path):
+    """The change that the page names; B is that of the same quantised model without Unsloth."""
+    pytest.importorskip("bitsandbytes")
+    source = (RECIPES / "unsloth_sft.py").read_text(encoding="utf-8")
+    source = replaced(source, {"load_in_4bit=False": "load_in_4bit=True"})
+    (tmp_path / "over_4_bits.py").write_text(source, encoding="utf-8")
+    done = with_unsloth("over_4_bits", given, tmp_path, tmp_path / "adapter")
+    runs_here(done)
+    assert "base layer called: a base layer of type Linear4bit" in done.printed
+    learned(printed_losses(done))
+    new = wrap(stand_ins.in_nf4(given.model), rank=16, lora_alpha=32, targets="all-linear")
+    b_is_the_initial_one(done.folder, new)
+
+
+def printed_losses(done):
+    return [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", done.printed)]
+
+
+def runs_here(done):
+    """All layers on this backend, whatever Unsloth has replaced."""
+    assert "14 layers: 14 reference" in done.printed
     for text in ("not called", "bypass", "has replaced", "did not initialise"):
-        assert text not in unsloth.printed + unsloth.said
+        assert text not in done.printed + done.said
 
 
 @pytest.mark.parametrize("launcher", ["fsdp2", "accelerate"])
@@ -275,6 +300,11 @@ def test_the_saved_adapter(name, request, given, tmp_path):
     ours = logits(PeftModel.from_pretrained(base, folder))
     assert error(ours, plain) > 0.01
     assert error(theirs, ours) <= RELATIVE[torch.float32]
+    b_is_the_initial_one(folder, new)
+
+
+def b_is_the_initial_one(folder, new):
+    """To the bit, in the saved adapter; its A is not zero any more. ``new``: the model with a new adapter."""
     saved = load_file(folder / "adapter_model.safetensors")
     assert len(saved) == 2 * 14
     for layer, B in bases(new).items():
