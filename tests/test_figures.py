@@ -92,6 +92,15 @@ def words():
     corpus = pages.raw(f"{EPYC}/2026-11-26-corpus")
     tokens = corpus["adapt, first start"]["output"].partition(" tokens")[0].replace(",", "")
     yield bench, f"({corpus['documents']:,} documents, {int(tokens) / 1e6:.0f} M tokens of SmolLM2)"
+    run, *others = (
+        pages.raw(f"2026-11-30-requantised/{name}")
+        for name in ("nf4", "merged", "merged-nf4", "merged-into-nf4")
+    )
+    before, after = run["perplexity_before"], run["perplexity_after"]
+    said = f"held-out perplexity over nf4 from {before:.1f} to {after:.1f}; merged it was"
+    merged, again, packed = (one["perplexity_before"] for one in others)
+    said += f" {merged:.1f}, quantised again {again:.1f}, but {packed:.1f} with the adapter merged into"
+    yield "mica/cli/USE.md", said
     # what the page says of a run of model quality are the defaults of the command
     assert OPTIONS["epochs"][0] == 8
     yield bench, "Eight epochs of eight steps, the same batches for all."
