@@ -24,6 +24,7 @@ from tests.support.counts import whatever_language
 from tests.support.gloo import METHOD
 from tests.support.liger import run_on_any_device
 from tests.support.models import adapted_layers, bases, factors, wrap
+from tests.support.moe_models import qwen3_moe, wrap_experts
 from tests.support.processes import ROOT, start
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 from tests.support.tolerances import RELATIVE, error
@@ -32,6 +33,7 @@ from tests.support.without_mica import logits_without_mica
 RECIPES = Path(__file__).parents[3] / "recipes"
 PAGE = RECIPES / "README.md"
 STEPS = 4
+KEYS = "gate_up_proj", "down_proj"
 WITH_STAND_INS = [pytest.param(name, marks=pytest.mark.weekly) for name in ("axolotl", "swift", "unsloth")]
 RECIPES_RUN = ["sft", *WITH_STAND_INS, "fsdp2", "accelerate"]
 
@@ -310,6 +312,38 @@ def b_is_the_initial_one(folder, new):
     for layer, B in bases(new).items():
         assert torch.equal(saved[f"{layer}.lora_B.weight"], B), layer
         assert saved[f"{layer}.lora_A.weight"].abs().max() > 0, layer
+
+
+def test_an_adapter_of_experts_split_for_servers(tmp_path, monkeypatch):
+    """One LoRA for each expert and projection; what it adds to them is what the merged stack has gained."""
+    model = wrap_experts(qwen3_moe(), target_modules=["q_proj"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    before = {name: value.clone() for name, value in qwen3_moe().state_dict().items()}
+    after = model.merge_and_unload().state_dict()
+
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "adapter"), str(tmp_path / "split")])
+    runpy.run_path(str(RECIPES / "per_expert.py"))
+    config = json.loads((tmp_path / "split" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["target_parameters"] is None
+    assert set(config["target_modules"]) == {"q_proj", "gate_proj", "up_proj", "down_proj"}
+    tensors = load_file(tmp_path / "split" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 2 * (1 + 3 * 6)  # factors, layers, q_proj and 3 projections of 6 experts
+
+    def update(name):
+        A, B = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+        return config["lora_alpha"] / config["r"] * (B @ A)
+
+    for layer in range(2):
+        experts = f"model.layers.{layer}.mlp.experts"
+        merged = {key: after[f"{experts}.{key}"] - before[f"{experts}.{key}"] for key in KEYS}
+        for expert in range(6):
+            gate, up, down = (update(f"{experts}.{expert}.{name}_proj") for name in ("gate", "up", "down"))
+            assert error(torch.cat([gate, up]), merged["gate_up_proj"][expert]) < 1e-5
+            assert error(down, merged["down_proj"][expert]) < 1e-5
 
 
 # -- axolotl's plugin ---------------------------------------------------------------------------------
