@@ -1,32 +1,26 @@
 """A MiCA adapter on a model that Unsloth loads: python unsloth_sft.py MODEL TEXTS.jsonl OUTPUT"""
 
-import os
+from unsloth import FastLanguageModel  # isort: skip  Unsloth wants to be imported first
 import sys
 
-os.environ["UNSLOTH_FAST_LORA_INIT"] = "0"  # B comes from this package's solver, in fp32, not from Unsloth's
-
-from unsloth import FastLanguageModel  # isort: skip  Unsloth wants to be imported first
 from datasets import load_dataset
+from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 model_name, texts, output = sys.argv[1:]
 model, tokenizer = FastLanguageModel.from_pretrained(
     model_name,
     max_seq_length=512,
-    load_in_4bit=False,  # Unsloth refuses MiCA on quantised weights
+    load_in_4bit=False,  # or True: nothing else in this script changes
 )
 
 import mica.fast  # noqa: E402  after the model: loading it may rewrite the forwards of PEFT's layers
 
-model = FastLanguageModel.get_peft_model(
-    model,
-    r=16,
-    lora_alpha=32,
-    lora_dropout=0.0,
-    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    init_lora_weights="mica",
-    use_gradient_checkpointing="unsloth",
+config = LoraConfig(
+    init_lora_weights="mica", r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
 )
+model = get_peft_model(model, config)  # PEFT's: Unsloth's refuses MiCA on 4-bit weights
+model = FastLanguageModel.patch_peft_model(model, use_gradient_checkpointing="unsloth")
 trainer = SFTTrainer(
     model=model,
     processing_class=tokenizer,

@@ -110,6 +110,15 @@ def of_single_results():
     experts = pages.only(f"{EPYC}/2026-11-26-experts", suite="experts init").timings
     ours, loop = (experts[name].median for name in (FAST, names.SVD))
     yield page, f"took {ours:.1f} s, a loop of `torch.linalg.svd` over them {loop:.1f} s"
+    run, *others = (
+        pages.raw(f"2026-11-30-requantised/{name}")
+        for name in ("nf4", "merged", "merged-nf4", "merged-into-nf4")
+    )
+    before, after = run["perplexity_before"], run["perplexity_after"]
+    said = f"held-out perplexity over nf4 from {before:.1f} to {after:.1f}; merged it was"
+    merged, again, packed = (one["perplexity_before"] for one in others)
+    said += f" {merged:.1f}, quantised again {again:.1f}, but {packed:.1f} with the adapter merged into"
+    yield "mica/cli/USE.md", said
 
 
 @pytest.mark.parametrize(("page", "said"), [*words(), *of_the_study(), *of_single_results()])

@@ -6,13 +6,13 @@ An option or a key that its framework does not read is an error. Where they do i
   (LoraConfig), loaders/model.py (hooks);
 - swift: tuners/peft.py (the wrappers), arguments/ (the options), pipelines/train/tuner.py (LoraConfig),
   pipelines/train/sft.py (`SwiftPretrain`);
-- unsloth_zoo/compiler.py (`patch_lora_forwards`, as a model is loaded), unsloth/models/lora_init.py
-  (`fast_lora_init`), unsloth/models/llama.py (`get_peft_model`), unsloth/kernels/fast_lora.py
-  (`apply_lora_mlp_swiglu`). A script's `unsloth` is imported before mica.fast.
+- unsloth_zoo/compiler.py (`patch_lora_forwards`, as a model is loaded), unsloth_zoo/training_utils.py
+  (`prepare_model_for_training`), unsloth/models/llama.py (`patch_peft_model`), unsloth/models/rl.py (trl's
+  trainers), unsloth/kernels/fast_lora.py (`apply_lora_mlp_swiglu`). A script's `unsloth` is imported before
+  mica.fast.
 """
 
 import importlib
-import os
 import sys
 from argparse import ArgumentParser
 from contextlib import contextmanager
@@ -31,10 +31,12 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     DataCollatorForLanguageModeling,
     Trainer,
     TrainingArguments,
 )
+from trl import SFTTrainer
 
 KERNELS = ("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel", "lora_embedding_kernel")  # axolotl's
 TEXTS = "model", "dataset", "output_dir", "init_weights", "target_modules", "truncation_strategy"  # swift's
@@ -266,15 +268,6 @@ def unsloth_forward(self, x, *args, **kwargs):
     return self.base_layer(x) + update.to(x.dtype) * self.scaling[adapter]
 
 
-def unsloth_initialisation(self, adapter_name):
-    """All eigenvectors of the Gram matrix in fp64; B is rounded to the dtype of the weight."""
-    weight = self.get_base_layer().weight
-    _, vectors = torch.linalg.eigh(weight.double() @ weight.double().T)
-    rank = self.r[adapter_name]
-    self.lora_B[adapter_name].weight.data = vectors[:, :rank].flip(1).to(weight.dtype)
-    self.lora_A[adapter_name].weight.data = weight.new_zeros(rank, weight.shape[1])
-
-
 def _mlp_forward(self, x):
     """Unsloth's kernels decline variants of LoRA, such as MiCA, and call the layers."""
     for layer in (self.gate_proj, self.up_proj, self.down_proj):
@@ -282,22 +275,50 @@ def _mlp_forward(self, x):
     return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+def in_nf4(model_name):
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return AutoModelForCausalLM.from_pretrained(model_name, quantization_config=quantization)
+
+
 class FastLanguageModel:
     @staticmethod
     def from_pretrained(model_name, max_seq_length, load_in_4bit):
-        assert not load_in_4bit
-        model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto")
         Linear.forward = unsloth_forward
+        if load_in_4bit:
+            model = in_nf4(model_name)
+            from peft.tuners.lora.bnb import Linear4bit
+
+            Linear4bit.forward = unsloth_forward
+            _switch_off_trl_s_rounding()
+        else:
+            model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto")
         return model, AutoTokenizer.from_pretrained(model_name)
 
     @staticmethod
-    def get_peft_model(model, use_gradient_checkpointing, **options):
+    def patch_peft_model(model, use_gradient_checkpointing):
         assert use_gradient_checkpointing == "unsloth"
-        config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
-        is_off = os.environ.get("UNSLOTH_FAST_LORA_INIT", "1") == "0"
-        initialisation = LoraLayer.mica_init if is_off else unsloth_initialisation
-        with patch.object(LoraLayer, "mica_init", initialisation):
-            model = get_peft_model(model, config)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
+        for layer in model.modules():
+            if getattr(layer, "frozen_peft_weight_names", None):
+                layer._freeze_non_trainable_peft_weights()
         for layer in model.get_base_model().model.layers:
             layer.mlp.forward = MethodType(_mlp_forward, layer.mlp)
         return model
+
+
+def _switch_off_trl_s_rounding():
+    """Unsloth rewrites trl's source so; here the trainer is told that the model is not quantised."""
+    init = SFTTrainer.__init__
+
+    def is_not_quantised(self, model, *args, **kwargs):
+        model.is_loaded_in_4bit = False
+        init(self, model, *args, **kwargs)
+        model.is_loaded_in_4bit = True
+
+    SFTTrainer.__init__ = is_not_quantised

@@ -1,5 +1,6 @@
 """USE.md: its code runs, in its order, on an adapter that has learned; all ways give the same tokens."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -35,6 +36,8 @@ def names(folder):
     with working_in(folder), pytest.MonkeyPatch.context() as patch:
         poison_solver(patch)
         for language, code in BLOCKS:
+            if "BitsAndBytesConfig" in code and importlib.util.find_spec("bitsandbytes") is None:
+                continue
             if language == "python":
                 exec(code, names)
             elif language == "sh":
@@ -53,6 +56,18 @@ def test_merged_models_continue_as_the_adapter_does(names, folder):
     for model in (names["merged"], AutoModelForCausalLM.from_pretrained(folder / "merged-by-peft")):
         tokens = model.generate(**names["prompt"], max_new_tokens=20, do_sample=False)
         assert torch.equal(tokens, names["after"])
+
+
+def test_the_merged_model_is_quantised_again(names, folder):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    model = AutoModelForCausalLM.from_pretrained(folder / "merged-nf4")
+    packed = model.model.layers[0].self_attn.q_proj.weight
+    merged = names["merged"].model.layers[0].self_attn.q_proj.weight
+    expected, state = functional.quantize_4bit(merged.data, quant_type="nf4", compress_statistics=True)
+    torch.testing.assert_close(
+        functional.dequantize_4bit(packed.data, packed.quant_state),
+        functional.dequantize_4bit(expected, state),
+    )
 
 
 WITHOUT = """

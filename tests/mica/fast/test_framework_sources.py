@@ -133,26 +133,39 @@ def test_swift_has_the_options(source):
 # -- Unsloth ------------------------------------------------------------------------------------------
 
 
-def test_unsloth_s_initialisation_can_be_switched_off(source):
-    initialisation = source("unsloth", "models/lora_init.py", "fast_lora_init")
-    for text in ("UNSLOTH_FAST_LORA_INIT", "'0'", "mica_init"):
-        assert text in initialisation, text
+def test_unsloth_s_functions_take_the_arguments_of_the_recipe(source):
+    load = source("unsloth", "models/loader.py", "FastLanguageModel", "from_pretrained")
+    patch = source("unsloth", "models/llama.py", "FastLlamaModel", "patch_peft_model")
+    for function, names in (
+        (load, ["model_name", "max_seq_length", "load_in_4bit"]),
+        (patch, ["model", "use_gradient_checkpointing"]),
+    ):
+        for name in names:
+            assert re.search(rf"[ (]{name}[=:,]", signature(function)), name
+
+
+def test_unsloth_keeps_b_frozen(source):
+    """After it has made every factor of an adapter trainable."""
+    patch = source("unsloth", "models/llama.py", "FastLlamaModel", "patch_peft_model")
+    made, frozen = (
+        patch.index(f"{name}(") for name in ("prepare_model_for_kbit_training", "freeze_peft_variant_weights")
+    )
+    assert made < frozen
+    freeze = source("unsloth", "models/_utils.py", "freeze_peft_variant_weights")
+    for text in ("'frozen_peft_weight_names'", "._freeze_non_trainable_peft_weights()"):
+        assert text in freeze
+
+
+def test_unsloth_refuses_mica_over_4_bits_in_its_own_function_only(source):
     create = source("unsloth", "models/llama.py", "FastLlamaModel", "get_peft_model")
-    assert "fast_lora_init(" in create
-
-
-def test_unsloth_knows_mica(source):
+    patch = source("unsloth", "models/llama.py", "FastLlamaModel", "patch_peft_model")
+    assert "validate_init_lora_weights(" in create
+    assert "validate_init_lora_weights(" not in patch
     assert "'mica'" in source("unsloth", "models/_utils.py", "validate_init_lora_weights")
 
 
-def test_unsloth_s_functions_take_the_arguments_of_the_recipe(source):
-    load = source("unsloth", "models/loader.py", "FastLanguageModel", "from_pretrained")
-    create = source("unsloth", "models/llama.py", "FastLlamaModel", "get_peft_model")
-    needed = ["r", "lora_alpha", "lora_dropout", "target_modules", "init_lora_weights"]
-    needed.append("use_gradient_checkpointing")
-    for function, names in ((load, ["model_name", "max_seq_length", "load_in_4bit"]), (create, needed)):
-        for name in names:
-            assert re.search(rf"[ (]{name}[=:,]", signature(function)), name
+def test_unsloth_switches_off_that_trl_rounds_a(source):
+    assert "replace('if _is_quantized_model:', 'if False:')" in source("unsloth", "models/rl.py")
 
 
 def test_unsloth_s_kernels_decline_variants_such_as_mica(source):

@@ -24,6 +24,7 @@ from tests.support.counts import whatever_language
 from tests.support.gloo import METHOD
 from tests.support.liger import run_on_any_device
 from tests.support.models import adapted_layers, bases, factors, wrap
+from tests.support.moe_models import qwen3_moe, wrap_experts
 from tests.support.processes import ROOT, start
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 from tests.support.tolerances import RELATIVE, error
@@ -32,6 +33,7 @@ from tests.support.without_mica import logits_without_mica
 RECIPES = Path(__file__).parents[3] / "recipes"
 PAGE = RECIPES / "README.md"
 STEPS = 4
+KEYS = "gate_up_proj", "down_proj"
 WITH_STAND_INS = [pytest.param(name, marks=pytest.mark.weekly) for name in ("axolotl", "swift", "unsloth")]
 RECIPES_RUN = ["sft", *WITH_STAND_INS, "fsdp2", "accelerate"]
 
@@ -134,17 +136,19 @@ def swift(given):
     return in_this_process(recipe)
 
 
-@pytest.fixture(scope="module")
-def unsloth(given, tmp_path_factory):
+def with_unsloth(script, given, modules, output):
     """What a process has printed that imports the stand-in as `unsloth`, before mica.fast."""
-    modules = tmp_path_factory.mktemp("modules")
     source = "from tests.support.stand_ins import FastLanguageModel\n"
     (modules / "unsloth.py").write_text(source, encoding="utf-8")
     path = os.pathsep.join(map(str, (ROOT, RECIPES, modules)))
-    folder = given.folder / "unsloth"
-    done = start("unsloth_sft", given.model, given.texts, folder, PYTHONPATH=path)
+    done = start(script, given.model, given.texts, output, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
-    return SimpleNamespace(printed=done.stdout, said=done.stderr, folder=folder)
+    return SimpleNamespace(printed=done.stdout, said=done.stderr, folder=output)
+
+
+@pytest.fixture(scope="module")
+def unsloth(given, tmp_path_factory):
+    return with_unsloth("unsloth_sft", given, tmp_path_factory.mktemp("modules"), given.folder / "unsloth")
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +194,34 @@ def test_a_trainer_s_recipe_runs_on_the_fast_path(name, request):
 @pytest.mark.weekly
 def test_unsloth_s_recipe_has_the_losses_of_trl_s(unsloth, sft):
     """Its data and its trainer are the same; printed are four digits."""
-    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", unsloth.printed)]
-    assert losses == pytest.approx(sft.losses, abs=1e-3)
-    assert "14 layers: 14 reference" in unsloth.printed
+    assert printed_losses(unsloth) == pytest.approx(sft.losses, abs=1e-3)
+    runs_here(unsloth)
+
+
+@pytest.mark.weekly
+def test_unsloth_s_recipe_over_4_bits(given, tmp_path):
+    """The change that the page names; B is that of the same quantised model without Unsloth."""
+    pytest.importorskip("bitsandbytes")
+    source = (RECIPES / "unsloth_sft.py").read_text(encoding="utf-8")
+    source = replaced(source, {"load_in_4bit=False": "load_in_4bit=True"})
+    (tmp_path / "over_4_bits.py").write_text(source, encoding="utf-8")
+    done = with_unsloth("over_4_bits", given, tmp_path, tmp_path / "adapter")
+    runs_here(done)
+    assert "base layer called: a base layer of type Linear4bit" in done.printed
+    learned(printed_losses(done))
+    new = wrap(stand_ins.in_nf4(given.model), rank=16, lora_alpha=32, targets="all-linear")
+    b_is_the_initial_one(done.folder, new)
+
+
+def printed_losses(done):
+    return [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", done.printed)]
+
+
+def runs_here(done):
+    """All layers on this backend, whatever Unsloth has replaced."""
+    assert "14 layers: 14 reference" in done.printed
     for text in ("not called", "bypass", "has replaced", "did not initialise"):
-        assert text not in unsloth.printed + unsloth.said
+        assert text not in done.printed + done.said
 
 
 @pytest.mark.parametrize("launcher", ["fsdp2", "accelerate"])
@@ -275,11 +302,48 @@ def test_the_saved_adapter(name, request, given, tmp_path):
     ours = logits(PeftModel.from_pretrained(base, folder))
     assert error(ours, plain) > 0.01
     assert error(theirs, ours) <= RELATIVE[torch.float32]
+    b_is_the_initial_one(folder, new)
+
+
+def b_is_the_initial_one(folder, new):
+    """To the bit, in the saved adapter; its A is not zero any more. ``new``: the model with a new adapter."""
     saved = load_file(folder / "adapter_model.safetensors")
     assert len(saved) == 2 * 14
     for layer, B in bases(new).items():
         assert torch.equal(saved[f"{layer}.lora_B.weight"], B), layer
         assert saved[f"{layer}.lora_A.weight"].abs().max() > 0, layer
+
+
+def test_an_adapter_of_experts_split_for_servers(tmp_path, monkeypatch):
+    """One LoRA for each expert and projection; what it adds to them is what the merged stack has gained."""
+    model = wrap_experts(qwen3_moe(), target_modules=["q_proj"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    before = {name: value.clone() for name, value in qwen3_moe().state_dict().items()}
+    after = model.merge_and_unload().state_dict()
+
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "adapter"), str(tmp_path / "split")])
+    runpy.run_path(str(RECIPES / "per_expert.py"))
+    config = json.loads((tmp_path / "split" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["target_parameters"] is None
+    assert set(config["target_modules"]) == {"q_proj", "gate_proj", "up_proj", "down_proj"}
+    tensors = load_file(tmp_path / "split" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 2 * (1 + 3 * 6)  # factors, layers, q_proj and 3 projections of 6 experts
+
+    def update(name):
+        A, B = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+        return config["lora_alpha"] / config["r"] * (B @ A)
+
+    for layer in range(2):
+        experts = f"model.layers.{layer}.mlp.experts"
+        merged = {key: after[f"{experts}.{key}"] - before[f"{experts}.{key}"] for key in KEYS}
+        for expert in range(6):
+            gate, up, down = (update(f"{experts}.{expert}.{name}_proj") for name in ("gate", "up", "down"))
+            assert error(torch.cat([gate, up]), merged["gate_up_proj"][expert]) < 1e-5
+            assert error(down, merged["down_proj"][expert]) < 1e-5
 
 
 # -- axolotl's plugin ---------------------------------------------------------------------------------
