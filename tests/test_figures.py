@@ -110,6 +110,10 @@ def of_single_results():
     experts = pages.only(f"{EPYC}/2026-11-26-experts", suite="experts init").timings
     ours, loop = (experts[name].median for name in (FAST, names.SVD))
     yield page, f"took {ours:.1f} s, a loop of `torch.linalg.svd` over them {loop:.1f} s"
+    corpus = pages.raw(f"{EPYC}/2026-11-30-corpus")
+    size = f"({corpus['documents']:,} documents, {corpus['tokens'] / 1e6:.0f} M tokens of SmolLM2)"
+    yield page, f"read 500 MB of JSONL {size} in {corpus['cpu_seconds']:.0f} s of CPU time"
+    yield page, f"at most {corpus['peak_resident_megabytes'] / 1e3:.2f} GB of resident memory"
     run, *others = (
         pages.raw(f"2026-11-30-requantised/{name}")
         for name in ("nf4", "merged", "merged-nf4", "merged-into-nf4")
