@@ -216,14 +216,11 @@ def _vocabulary_of_adapter(args: argparse.Namespace, config) -> dict[str, int]:
     """
     from transformers import AutoTokenizer
 
-    from mica.cli.loading import note_hub
-
     base = config.base_model_name_or_path
     places = [str(args.adapter)]
     if base:
         places.append(base)
     for place in places:
-        note_hub(place)
         with suppress(OSError, ValueError):
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
             return tokenizer.get_vocab()

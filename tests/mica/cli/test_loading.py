@@ -1,4 +1,4 @@
-"""Where a model is loaded from and to, in which dtype, which layers are targets, and what is printed."""
+"""Where a model is loaded from and to, in which dtype, and what is printed."""
 
 import os
 import subprocess
@@ -8,16 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mica.cli import loading
-from mica.cli.loading import (
-    find_device,
-    find_source,
-    load_config,
-    load_model,
-    load_tokenizer,
-    skeleton,
-    suit_processor,
-)
+from mica.cli.loading import find_device, find_source, load_model, load_tokenizer, skeleton, suit_processor
 from mica.errors import UsageError
 from tests.support import models
 from tests.support.adapt_runs import working_in
@@ -35,69 +26,33 @@ def test_a_skeleton_has_the_modules_of_the_model_and_no_weights(make, tmp_path):
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_a_quantised_checkpoint_keeps_its_dtype(monkeypatch):
-    monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: False)
-    model = tiny_llama().bfloat16()
-    model.is_quantized = True
-    assert "quantised and computes in bfloat16" in suit_processor(model, "auto")
-    assert model.dtype == torch.bfloat16
-
-
-def test_an_explicit_dtype_is_kept_and_its_cost_said(monkeypatch):
-    monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: False)
-    model = tiny_llama().bfloat16()
-    said = suit_processor(model, "bfloat16")
-    assert said.startswith("--dtype bfloat16: this processor has no bfloat16 instructions")
-    assert "--dtype float32 is faster" in said
-    assert model.dtype == torch.bfloat16
-
-
-def test_message_of_a_missing_tokenizer_is_whole(tmp_path):
-    """Also where there are some of its files: what transformers says then."""
-    tiny_llama().save_pretrained(tmp_path)
-    missing = rf"^--model {tmp_path}: has no tokenizer \(no tokenizer\.json or tokenizer\.model\); save "
-    with pytest.raises(UsageError, match=missing):
-        load_tokenizer(find_source(str(tmp_path), False))
-    (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
-    whole = rf"^--model {tmp_path}: its tokenizer cannot be loaded: .*\.$"  # . is no line end
-    with pytest.raises(UsageError, match=whole):
-        load_tokenizer(find_source(str(tmp_path), False))
-
-
-HUB_ID = "someone/model"
-ASKED = f"mica: asking the Hugging Face Hub for {HUB_ID}: there is no such folder\n"
-
-
 @pytest.mark.parametrize(
-    "load", [load_tokenizer, load_config, skeleton, lambda one: load_model(one, "float32")]
-)
-@pytest.mark.parametrize(
-    ("location", "is_offline", "rank", "said"),
+    ("dtype", "is_quantized", "said"),
     [
-        (HUB_ID, False, "0", ASKED),
-        (HUB_ID, False, "1", ""),  # the first process says it
-        (HUB_ID, True, "0", ""),
-        ("/a/folder/that/has/gone", False, "0", ""),
-        (str(ROOT), False, "0", ""),
+        (
+            "auto",
+            True,
+            "the checkpoint is quantised and computes in bfloat16: this processor has no",
+        ),
+        ("bfloat16", False, "--dtype bfloat16: this processor has no bfloat16 instructions"),
     ],
 )
-def test_it_is_said_once_before_the_hub_is_asked(monkeypatch, capsys, load, location, is_offline, rank, said):
-    heard = []
+def test_a_dtype_that_is_kept_has_its_cost_said(monkeypatch, dtype, is_quantized, said):
+    monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: False)
+    model = tiny_llama().bfloat16()
+    model.is_quantized = is_quantized
+    assert suit_processor(model, dtype).startswith(said)
+    assert model.dtype == torch.bfloat16
 
-    def unreachable(*_, **__):
-        heard.append(capsys.readouterr().err)
-        raise OSError("We couldn't connect to it.")
 
-    monkeypatch.setattr(loading, "find_adapter_config_file", unreachable)
-    for kind in (loading.AutoConfig, loading.AutoModelForCausalLM):
-        monkeypatch.setattr(kind, "from_pretrained", unreachable)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", is_offline)
-    monkeypatch.setenv("RANK", rank)
-    loading.note_hub.cache_clear()
-    with pytest.raises(UsageError):
-        load(loading.Source(location, location, {}))
-    assert heard[0] == said
-    assert "".join(heard[1:]) + capsys.readouterr().err == ""
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])  # without, and with half of one
+def test_a_missing_tokenizer_is_one_line(tmp_path, name):
+    tiny_llama().save_pretrained(tmp_path)
+    if name == "tokenizer_config.json":
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    what = r"its tokenizer cannot be loaded, from tokenizer\.json or tokenizer\.model: .+"
+    with pytest.raises(UsageError, match=rf"^--model {tmp_path}: {what}$"):  # . is no line end
+        load_tokenizer(find_source(str(tmp_path), False))
 
 
 def test_a_relative_folder_becomes_absolute(tmp_path):

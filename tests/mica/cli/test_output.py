@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 from safetensors import SafetensorError
@@ -116,37 +114,22 @@ def test_a_folder_for_models_has_a_name_that_libraries_can_open(tmp_path):
     output.check_folder("--output", tmp_path / "é\n")
 
 
-def test_shown():
-    names = {"déjà vu 😀": "déjà vu 😀", "a\nb\x7f\x85": r"a\nb\x7f\x85", os.fsdecode(b"\xe9"): r"\udce9"}
-    assert {name: output.shown(name) for name in names} == names
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("déjà vu 😀", "déjà vu 😀"), ("a\nb\x7f\x85", r"a\nb\x7f\x85"), (os.fsdecode(b"\xe9"), r"\udce9")],
+)
+def test_what_is_odd_in_a_name_is_escaped(name, shown):
+    assert output.shown(name) == shown
 
 
-def test_first_sentences():
-    messages = {
-        "One line": "One line",
-        "First.\nAdvice.": "First.",
-        "One of:\n (1) a,\n (2) b.\nAdvice.": "One of: (1) a, (2) b.",
-        "\n\n": "",
-    }
-    assert {message: output.first_sentences(message) for message in messages} == messages
-
-
-HELP = {
-    "adapt": ["frozen weights: auto, float32, bfloat16 or float16"],
-    "doctor": ["--json"],
-    "inspect": ["MODEL", "--rank", "--target-modules", "--plot", "--json", "default: 16"],
-    "transfer": ["--adapter", "--to", "--output"],
-}
-
-
-def test_help_needs_no_torch():
-    code = (
-        f"import sys; from mica.cli import main; [print(main([c, '--help']), '---') for c in {list(HELP)}]; "
-        "print([n for n in ('torch', 'transformers', 'packaging', 'matplotlib') if n in sys.modules])"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    *texts, loaded = " ".join(result.stdout.split()).split(" ---")
-    assert loaded.strip() == "[]"
-    for text, parts in zip(texts, HELP.values(), strict=True):
-        assert text.endswith(" 0")
-        assert [part for part in parts if part not in text] == []
+@pytest.mark.parametrize(
+    ("message", "first"),
+    [
+        ("One line", "One line"),
+        ("First.\nAdvice.", "First."),
+        ("One of:\n (1) a,\n (2) b.\nAdvice.", "One of: (1) a, (2) b."),
+        ("\n\n", ""),
+    ],
+)
+def test_a_message_is_cut_after_its_first_sentences(message, first):
+    assert output.first_sentences(message) == first
