@@ -37,13 +37,9 @@ def test_a_page_is_readable_and_whole(page):
     """No page of the repository is named: they are not in the wheel; what a command writes may be."""
     _, text = page
     assert max(map(len, text.splitlines())) <= 110
+    assert ("(default: 16)" in text) == (page[0] == ["inspect"])
     assert [word for word in ("(default: None)", "(default: False)", "OWNER") if word in text] == []
     assert [word for word in text.split() if ".md" in word and not word.startswith("found/")] == []
-
-
-def test_a_default_that_there_is_is_shown(capsys):
-    assert main(["inspect", "--help"]) == 0
-    assert "rank of the adapter (default: 16)" in capsys.readouterr().out
 
 
 def test_a_sentence_is_wrapped_and_a_line_is_not():

@@ -67,16 +67,6 @@ def test_files_and_folders_of_the_same_name_are_replaced(tmp_path):
     assert os.listdir(tmp_path / "templates") == ["new"]
 
 
-def test_a_folder_that_was_killed_between_its_files_is_not_whole(tmp_path, monkeypatch):
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        output.fill_folder(tmp_path, part("model"))
-    assert os.listdir(tmp_path) == [output.SCRATCH]
-
-
 def test_a_home_that_nobody_has_is_a_name(tmp_path, monkeypatch):
     """It names a folder here, or nothing, which each option says in its own words."""
     monkeypatch.chdir(tmp_path)

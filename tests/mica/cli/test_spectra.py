@@ -7,7 +7,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from mica.cli import spectra
@@ -24,21 +23,6 @@ def linear(weight):
     return layer
 
 
-class Packed(nn.Parameter):
-    """A tensor subclass, as quantised weights are."""
-
-
-def subclassed():
-    layer = nn.Linear(16, 12)
-    layer.weight = Packed(layer.weight.detach())
-    return layer
-
-
-def made_in_inference_mode():
-    with torch.inference_mode():
-        return linear(torch.randn(12, 16))
-
-
 def unquantised_4bit():
     """A weight that was never moved to its device, and so is not packed yet."""
     return pytest.importorskip("bitsandbytes").nn.Linear4bit(16, 12)
@@ -48,19 +32,13 @@ SUITABLE = {
     "plain": lambda: nn.Linear(16, 12),
     "Conv1D": lambda: Conv1D(12, 16),
     "embedding": lambda: nn.Embedding(16, 12),
-    "another class of linear layer": lambda: NonDynamicallyQuantizableLinear(16, 12),
-    "weight of another class": subclassed,
     "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 12)),
-    "inference tensor": made_in_inference_mode,
 }
 UNSUITABLE = {  # name -> (layer, effective shape, reason)
     "not quantised yet": (unquantised_4bit, (12, 16), "bitsandbytes 4-bit) is not quantised yet"),
     "rank too large": (lambda: linear(torch.ones(8, 3)), (8, 3), "shape (8, 3) (max usable r is 3)"),
     "NaN": (lambda: linear(torch.full((8, 8), torch.nan)), (8, 8), "this layer has 64 NaN or Inf of 64"),
-    "meta": (lambda: nn.Linear(16, 12, device="meta"), (12, 16), "not loaded"),
-    "integers": (lambda: linear(torch.ones(8, 9, dtype=torch.int8)), (8, 9), "weight of dtype torch.int8"),
     "norm": (lambda: nn.LayerNorm(12), None, "a layer of type LayerNorm"),
-    "container": (lambda: nn.Sequential(nn.Linear(16, 12)), None, "a layer of type Sequential"),
 }
 
 

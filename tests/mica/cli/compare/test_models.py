@@ -56,6 +56,8 @@ def test_what_is_trained(base):
     assert trained["mica"] == trained["random"] == ({"A"}, {4})
     assert trained["lora"] == ({"A", "B"}, {2})
     assert len(names) == len(list(base.parameters()))  # all of them, last
+    with model_of("full", base.bfloat16()) as model:
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_what_is_random_is_drawn_by_the_seed(base):
@@ -87,13 +89,6 @@ def test_each_expert_has_a_random_b_of_its_own():
             of_expert = B.reshape(len(B), 4, layer.num_experts).permute(2, 0, 1)  # as PEFT reads it
             gram = of_expert.transpose(1, 2) @ of_expert
             torch.testing.assert_close(gram, torch.eye(4).expand_as(gram), rtol=0, atol=1e-5)
-
-
-def test_all_weights_are_trained_in_float32(base):
-    base.bfloat16()
-    with model_of("full", base) as model:
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert base.dtype == torch.bfloat16
 
 
 def test_an_error_takes_the_adapter_off(base):
