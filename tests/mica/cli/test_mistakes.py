@@ -99,15 +99,12 @@ PLACES = [
     ("adapt", "--model", "x", "--text", "x", "--output", "PATH"),
     ("adapt", "--adapter", "PATH", "--model", "x", "--text", "x", "--output", "y"),
     ("adapt", "--config", "PATH", "--output", "y"),
-    ("adapt", "--held-out-text", "PATH", "--model", "x", "--text", "x", "--output", "y"),
-    ("adapt", "--retain", "PATH", "--model", "x", "--text", "x", "--output", "y"),
     ("adapt", "--output", "PATH", "--resume"),
     ("inspect", "PATH"),
     ("inspect", "x", "--json", "PATH"),
     ("inspect", "x", "--plot", "PATH"),
     ("transfer", "--adapter", "PATH", "--to", "x", "--output", "y"),
     ("transfer", "--adapter", "x", "--to", "PATH", "--output", "y"),
-    ("transfer", "--adapter", "x", "--to", "x", "--output", "PATH"),
 ]
 
 

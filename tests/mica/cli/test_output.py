@@ -1,14 +1,11 @@
 """Files that are written whole; what else the commands print is tested with them."""
 
 import os
-import re
 
 import pytest
 from safetensors import SafetensorError
 
 from mica.cli import output
-from mica.cli.adapt import config, sources
-from mica.cli.loading import find_source
 from mica.errors import UsageError
 
 
@@ -65,20 +62,6 @@ def test_files_and_folders_of_the_same_name_are_replaced(tmp_path):
     for name in ("old", "new"):
         output.fill_folder(tmp_path, templates(name))
     assert os.listdir(tmp_path / "templates") == ["new"]
-
-
-def test_a_home_that_nobody_has_is_a_name(tmp_path, monkeypatch):
-    """It names a folder here, or nothing, which each option says in its own words."""
-    monkeypatch.chdir(tmp_path)
-    name = "~no-user-has-this-name"
-    output.check_folder("--output", tmp_path / "out")
-    assert config.absolute(name) == name
-    for find in (lambda: find_source(name, False), lambda: sources.find("--text", [name])):
-        with pytest.raises(UsageError, match=re.escape(name)):
-            find()
-    (tmp_path / name).mkdir()
-    assert config.absolute(name) == str(tmp_path / name)
-    assert find_source(name, False).location == str(tmp_path / name)
 
 
 def test_files_get_the_mode_of_any_file(tmp_path):

@@ -112,12 +112,6 @@ def test_what_follows_depends_on_results_alone():
     assert not Comparison(asked, results).planned()
 
 
-def test_given_steps_are_kept():
-    results = simulate(question(steps=40), world(), costs(4))
-    assert {*column(results, SHORT, "steps")} == {10}
-    assert {*column(results, WHOLE, "steps")} == {40}
-
-
 def test_a_small_budget_has_fewer_seeds():
     plans = []
     for budget in (1800.0, 500.0, 460.0, 420.0, 380.0, 340.0):
@@ -164,7 +158,9 @@ def test_seeds_that_nobody_has_time_for_are_listed():
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_two_methods_get_as_many_seeds_as_were_asked_for(seeds):
     """A difference needs the seeds of both."""
-    results = simulate(question(names=("mica", "lora"), seeds=seeds), world(), lambda _: (2.0, 0.5, 0.1))
+    asked = question(names=("mica", "lora"), seeds=seeds, steps=40)
+    results = simulate(asked, world(), lambda _: (2.0, 0.5, 0.1))
+    assert [{*column(results, phase, "steps")} for phase in (SHORT, WHOLE)] == [{10}, {40}]
     for name in ("mica", "lora"):
         assert sorted(column(results, SEEDS, "seed", name)) == [*range(1, seeds)]
 

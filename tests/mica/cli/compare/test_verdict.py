@@ -10,7 +10,6 @@ from mica.cli.compare.outcomes import RETAINED
 from mica.cli.compare.verdict import FEWEST, HELD_OUT, RETAINED_DOCUMENTS, SEEDS, Part, _of_documents, verdict
 from tests.mica.cli.compare.comparisons import (
     NAMES,
-    SIZES,
     World,
     alike,
     base,
@@ -120,23 +119,6 @@ def test_who_learned_nothing_is_not_in_it():
 
 def parts(found, name):
     return {part.source: part for part in found.lead[name].parts}
-
-
-def test_blocks_of_one_document_count_once():
-    """Each document's blocks are copies of one: the interval is that of the documents."""
-    of_block = [number // 3 for number in range(SIZES["test"])]
-    runs = {name: whole(World(better(0.1), proportional, 0.05), name, 2) for name in PAIR}
-    for run in (*runs["mica"], *runs["lora"]):
-        (end,) = run["points"]
-        end["test"] = [end["test"][3 * document] for document in of_block]
-    found = verdict(base(documents=documents() | {"test": of_block}), runs)
-    ours, theirs = (
-        np.mean([end.learned for end in found.choices[name].seeds.values()], axis=0)
-        for name in ("lora", "mica")
-    )
-    part = parts(found, "mica")[HELD_OUT]
-    assert part.variance == pytest.approx(np.var((ours - theirs)[::3], ddof=1) / 6)
-    assert part.degrees == pytest.approx(5)
 
 
 @pytest.mark.parametrize("sizes", [(1,) * 12, (6, 3, 2, 1), (9, 1, 1, 1)])
