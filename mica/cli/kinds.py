@@ -46,8 +46,7 @@ def grouped(rows: list) -> list[Kind]:
     by_name = {row.name: row for row in rows}
     groups: dict[tuple, list] = {}
     for kind, members in by_kind(list(by_name)).items():
-        for member in members:
-            row = by_name[member]
+        for row in map(by_name.get, members):
             in_common = [getattr(row, field) for field in _IN_COMMON]
             groups.setdefault((kind, *in_common), []).append(row)
     return [Kind(kind, rows) for (kind, *_), rows in groups.items()]

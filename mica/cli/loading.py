@@ -14,16 +14,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import find_adapter_config_file, is_accelerate_available
+from transformers.utils import find_adapter_config_file
 
 from mica.cli.extras import how_to_install
 from mica.cli.output import dtype_name, expanded, first_sentences, one_line
 from mica.errors import UsageError
 from mica.paths import choose
 from mica.paths.products import has_native
-
-if is_accelerate_available():  # in the extra `cli`: `mica inspect` works without it
-    from accelerate import PartialState
 
 # Raised by from_pretrained for what the user gave: OSError for files that are missing, unreachable or not
 # JSON, ValueError for contents that name no known architecture or that need custom code, RecursionError for
@@ -210,8 +207,9 @@ def skeleton(source: Source) -> nn.Module | None:
 
 def find_device() -> torch.device:
     """This process's device among several processes; else the accelerator, or the CPU without one."""
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if is_distributed and is_accelerate_available():
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from accelerate import PartialState  # in the extra `cli`: `mica inspect` works without it
+
         return PartialState().device
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 

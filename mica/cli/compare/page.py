@@ -115,7 +115,6 @@ def markdown(report: Report, output: Path) -> str:
         _table(report),
         _setting(report),
         _costs(report),
-        *_bullets("## What the budget did not allow\n\n", report["not_done"]),
         *_bullets("## Failed\n\n", report["failed"]),
         _trainings(report),
     ]

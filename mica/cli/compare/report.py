@@ -33,7 +33,6 @@ def report(comparison: Comparison, settings: dict, facts: dict) -> dict[str, Any
         "costs": {method: _costs(some) for method, some in found.items()},
         "points": {method: _points(base, some) for method, some in found.items()},
         "failed": [_failure(run) for run in comparison.results.values() if run["failed"]],
-        "not_done": comparison.not_done(),
         "seconds": comparison.spent(),
         "results": comparison.results,
     }

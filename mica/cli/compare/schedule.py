@@ -30,8 +30,7 @@ _TRIED = 4  # steps that show what a step costs
 _PART = 4  # a short training has this part of the steps of a whole one
 LEAST = 32  # steps of a whole training: rather fewer rates and seeds
 _BEST = 2  # methods get more than two seeds
-_FULLEST = 0.93  # of the budget is planned
-_LATEST = 1.0  # and the last trainings may end so much later
+_FULLEST = 0.93  # of the budget is planned; further seeds may fill it
 
 
 class Planned(NamedTuple):
@@ -248,7 +247,7 @@ class Comparison(NamedTuple):
 
     def _more_seeds(self) -> list[Planned]:
         """Of the `wanted_seeds` those for which there is time."""
-        left = _LATEST * self.question.budget - self.spent(TRIAL, SHORT, WHOLE)
+        left = self.question.budget - self.spent(TRIAL, SHORT, WHOLE)
         costs = self.costs(WHOLE)
         found = []
         seconds = []
@@ -258,11 +257,6 @@ class Comparison(NamedTuple):
                 break
             found.append(planned)
         return found
-
-    def not_done(self) -> list[str]:
-        """What the budget did not allow, a line each; of a comparison that has ended."""
-        left = [planned for planned in self.wanted_seeds() if planned.key not in self.results]
-        return [f"{each.method} at learning rate {each.rate:g}, seed {each.seed}" for each in left]
 
 
 def _at_rates(phase: int, rates: dict[str, list[float]], steps: int) -> list[Planned]:

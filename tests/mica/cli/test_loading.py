@@ -66,7 +66,7 @@ def test_a_relative_folder_becomes_absolute(tmp_path):
 
 def test_among_several_processes_the_device_is_this_ones(monkeypatch):
     here = find_device()
-    monkeypatch.setattr("mica.cli.loading.PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
+    monkeypatch.setattr("accelerate.PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
     assert find_device() == here
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     assert find_device() == torch.device("meta")

@@ -148,28 +148,23 @@ def test_a_transfer_that_was_killed_can_be_given_again(made, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == 258
 
 
-def test_adapters_that_are_refused(copies, tmp_path, refused):
+def test_adapters_and_models_that_are_refused(copies, tmp_path, refused):
     adapter, chat, out = copies
     refused(tmp_path / "no", chat, out, "no such folder")
+    refused(adapter, "./nowhere", out, "--to ./nowhere: no such file or folder")
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     refused(tmp_path / "lora", chat, out, f"--adapter {tmp_path / 'lora'}: must be a MiCA adapter")
+    smaller = tmp_path / "smaller"
+    byte_tokenizer().save_pretrained(smaller)
+    refused(adapter, smaller, out, f"--to {smaller}: ")
+    for sizes, message in (
+        ({"num_hidden_layers": 1}, f"which --to {smaller}"),
+        ({"intermediate_size": 64}, f"as a layer of 32 x 48, but in --to {smaller}"),
+    ):
+        tiny_llama(**sizes).save_pretrained(smaller)
+        refused(adapter, smaller, out, message)
     edit(adapter / "adapter_config.json", modules_to_save=["lm_head"])
     refused(adapter, chat, out, "replaces whole modules, lm_head, which are not the embeddings of --to")
-
-
-def test_models_that_are_refused(copies, tmp_path, refused):
-    adapter, chat, out = copies
-    refused(adapter, "./nowhere", out, "--to ./nowhere: no such file or folder")
-    (tmp_path / "empty").mkdir()
-    refused(adapter, tmp_path / "empty", out, f"--to {tmp_path / 'empty'}: ")
-    for sizes, message in (
-        ({"num_hidden_layers": 1}, "which --to "),
-        ({"intermediate_size": 64}, "as a layer of 32 x 48, but in --to "),
-    ):
-        folder = tmp_path / message[:3].strip()
-        tiny_llama(**sizes).save_pretrained(folder)
-        byte_tokenizer().save_pretrained(folder)
-        refused(adapter, folder, out, message, str(folder))
     edit(chat / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     refused(adapter, chat, out, f"--to {chat}: is quantised")
 

@@ -94,15 +94,13 @@ def test_short_trainings_are_called_short(steps):
     assert ("are short**: 12 steps" in text) == (steps == 12)
 
 
-def test_settings_and_what_was_not_done_are_on_the_page():
+def test_settings_are_on_the_page():
     """Names of files are without the folders of this machine, but for the command, which is to run."""
     paths = {"model": "/home/me/model", "text": ["/home/me/t.txt"], "retain": ["/home/me/r.txt"]}
     told = found(budget=400.0, settings=SETTINGS | paths | {"batch_size": 3})
     text, _, trainings = page.markdown(told, OUTPUT).partition("## The trainings")
     assert "/home/me" not in text
     assert "`r.txt` (documents: 10;" in text
-    assert told["not_done"]
-    assert all(f"\n- {line}" in text for line in told["not_done"])
     assert "MiCA has rank 64 and alpha 64, LoRA half of both" in trainings
     assert "linear schedule" in trainings
     (row,) = [row for row in told["methods"] if row["method"] == "mica"]
