@@ -181,9 +181,7 @@ def test_model_of_another_architecture(copies, tmp_path, capsys, refused, known_
     told = "not compared: no base found" if known_by == "nothing" else "as the adapter's base"
     assert f"architecture  llama, {told}" in capsys.readouterr().out
     edit(chat / "config.json", model_type="mistral", architectures=["MistralForCausalLM"])
-    if known_by == "nothing":
-        assert transfer(adapter, chat, out) == 0
-    else:
+    if known_by != "nothing":
         told = "its model type is mistral, that of the adapter's base is llama"
         refused(adapter, chat, out, f"--to {chat}: {told}")
 
