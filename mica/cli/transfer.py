@@ -201,12 +201,8 @@ def _tokenizer(args: argparse.Namespace, source, config):
             others += f": {first!r} is {ours[first]} there and {theirs[first]} here"
         raise UsageError(f"--to {args.to}: its tokenizer is not that of the adapter: {others}")
     new = len(theirs) - len(common)
-    gone = len(ours) - len(common)
-    agreement = (
-        f"tokenizers    {len(common):,} tokens in common, with the same ids; {new:,} only in {args.to}, "
-        f"{gone:,} only in that of the adapter"
-    )
-    return tokenizer, agreement
+    agreement = f"{len(common):,} tokens in common, with the same ids; {new:,} only in {args.to}"
+    return tokenizer, f"tokenizers    {agreement}"
 
 
 def _vocabulary_of_adapter(args: argparse.Namespace, config) -> dict[str, int]:

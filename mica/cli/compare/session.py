@@ -75,7 +75,7 @@ def _compare(ours: dict[str, object], output: Path, resume: bool, began: float) 
             comparison = Comparison(trainings.question, results)
             zero = time.time() - (comparison.spent() + time.monotonic() - began)
             latest = zero + _LATEST * trainings.question.budget
-            make = partial(_one_after_the_other, trainings, latest)
+            make = partial(trainings.make_each, latest=latest)
             if gpus > 1:
                 pool = stack.enter_context(workers.pool(gpus, ours, output))
                 make = partial(workers.make, pool, latest=latest)
@@ -91,15 +91,6 @@ def _compare(ours: dict[str, object], output: Path, resume: bool, began: float) 
     print("\n".join(page.sentences(found_out, output)))
     print(f"\nThe page: {output / settings.PAGE}")
     return 0
-
-
-def _one_after_the_other(
-    trainings: Trainings, latest: float, todo: list[Planned]
-) -> Iterator[tuple[Planned, dict | None]]:
-    for planned in todo:
-        if planned.phase == schedule.TRIAL and planned.method != BASE:
-            _note(f"trying {planned.steps} steps of {planned.method}")
-        yield planned, trainings.make(planned, latest)
 
 
 class _Progress(NamedTuple):

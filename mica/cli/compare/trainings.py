@@ -2,6 +2,7 @@
 
 import gc
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -102,6 +103,11 @@ class Trainings:
     def documents(self) -> dict[str, list[str]]:
         """The document of each block of each set, by its digest."""
         return {name: [f"{digest:x}" for digest in _documents(blocks)] for name, blocks in self.sets.items()}
+
+    def make_each(self, todo: list[Planned], latest: float) -> Iterator[tuple[Planned, dict | None]]:
+        """Each of ``todo`` with its result, one after the other."""
+        for planned in todo:
+            yield planned, self.make(planned, latest)
 
     def make(self, planned: Planned, latest: float) -> dict | None:
         """The result of a training, or of the measurement before all of them.
