@@ -64,6 +64,11 @@ def test_a_relative_folder_becomes_absolute(tmp_path):
     assert source.location == model.name_or_path == str(tmp_path / "model")
 
 
+def test_a_home_that_nobody_has_is_a_name():
+    with pytest.raises(UsageError, match="--model ~no-user-has-this-name: no such file or folder"):
+        find_source("~no-user-has-this-name", False)
+
+
 def test_among_several_processes_the_device_is_this_ones(monkeypatch):
     here = find_device()
     monkeypatch.setattr("accelerate.PartialState", lambda: SimpleNamespace(device=torch.device("meta")))

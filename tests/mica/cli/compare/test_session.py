@@ -119,6 +119,12 @@ def test_a_method_that_runs_out_of_memory_is_left_out(model_dir, tmp_path, capsy
     assert report(output)["failed"] == []
 
 
+def test_another_error_is_not_taken_for_a_full_memory(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainings, "train", Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        compare(tmp_path, model_dir, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
