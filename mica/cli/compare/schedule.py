@@ -28,7 +28,7 @@ BASE = "base"
 TRIAL, SHORT, WHOLE, SEEDS = 1, 2, 3, 4  # phases
 _TRIED = 4  # steps that show what a step costs
 _PART = 4  # a short training has this part of the steps of a whole one
-LEAST = 32  # steps of a whole training: rather fewer rates and seeds
+LEAST = 32  # steps of a whole training: rather fewer seeds
 _BEST = 2  # methods get more than two seeds
 _FULLEST = 0.93  # of the budget is planned; further seeds may fill it
 
