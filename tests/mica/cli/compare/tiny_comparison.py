@@ -43,11 +43,11 @@ def report(output: Path) -> dict:
 
 
 def untimed(output: Path) -> tuple[dict, str]:
-    """What was found, and the page, without seconds and numbers of processes: what must be the same again."""
+    """What was found, and the page, without seconds, processes and folder: what must be the same again."""
     found = report(output)
     for timed in (*found["results"].values(), *found["costs"].values(), found["facts"], found):
         for name in [name for name in timed if name.endswith("seconds") or name in ("ended", "jobs")]:
             del timed[name]
-    page = (output / "README.md").read_text(encoding="utf-8")
+    page = (output / "README.md").read_text(encoding="utf-8").replace(str(output), "output")
     lines = [line for line in page.splitlines() if " s |" not in line and " minutes, " not in line]
     return found, "\n".join(lines)
