@@ -52,8 +52,8 @@ OPTIONS = {
     "compare": "--model --text --retain --sequence-length --rank --batch-size "
     "--methods --rates --budget --steps --seeds --output --resume",
     "transfer": "--adapter --to --output --dtype --trust-remote-code",
-    "inspect": "model --rank --target-modules --dtype --layers --plot --json --trust-remote-code",
-    "doctor": "--json",
+    "inspect": "model --rank --target-modules --dtype --plot --json --trust-remote-code",
+    "doctor": "",
 }
 
 

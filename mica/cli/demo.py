@@ -83,22 +83,14 @@ def readings(folder: Path) -> list[str]:
         adapted = passages.read(model, passage)
         context = tokenizer.decode(passage.context, skip_special_tokens=True)
         lines = [
-            _line("context", _last_words(context)),
+            _line("context", f"... {context[-_CONTEXT_SHOWN:]}"),
             _line("true text", tokenizer.decode(passage.following, skip_special_tokens=True)),
         ]
-        for name, reading in (("base", base), ("adapted", adapted)):
-            text = tokenizer.decode(reading.continuation, skip_special_tokens=True)
-            lines.append(_line(f"{name:8} {reading.log_likelihood:6.2f}", text))
+        for name, (log_likelihood, written) in (("base", base), ("adapted", adapted)):
+            text = tokenizer.decode(written, skip_special_tokens=True)
+            lines.append(_line(f"{name:8} {log_likelihood:6.2f}", text))
         paragraphs.append("\n".join(lines))
     return paragraphs
-
-
-def _last_words(text: str) -> str:
-    """The end of ``text``, in whole words and at most `_CONTEXT_SHOWN` characters."""
-    text = " ".join(text.split())
-    if len(text) <= _CONTEXT_SHOWN:
-        return text
-    return "... " + text[-_CONTEXT_SHOWN:].partition(" ")[2]
 
 
 def _line(label: str, text: str) -> str:

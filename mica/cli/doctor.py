@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from mica import __version__
-from mica.cli.arguments import a_path, add_command, example
+from mica.cli.arguments import add_command, example
 from mica.cli.extras import DISTRIBUTION
-from mica.cli.output import check_file, check_folder, dtype_name, one_line, write_json
-from mica.errors import UsageError
+from mica.cli.output import dtype_name, one_line
 
 # How the reasons of `mica.kernels.runtime` begin where kernels should run on a device and do not
 _FAILED = "a trial kernel"
@@ -20,31 +19,19 @@ _FAILED = "a trial kernel"
 
 def add_parser(commands) -> None:
     """Declare ``mica doctor`` on an argparse subparsers object."""
-    parser = add_command(
+    add_command(
         *(commands, "doctor", run),
         help="what this machine has, which path MiCA layers take on it, and what is broken",
         description="Show versions, devices, whether MiCA layers run on Triton kernels there and why, "
         "whether PyTorch's operators are called from C++ (which this compiles if it has not been), "
         "whether PEFT can be patched, and the caches. Exit status: 0 if nothing is broken, else 1.",
-        epilog=example(
-            "mica doctor --json findings.json",
-            says="This prints what the machine has, and writes the same to findings.json.",
-        ),
+        epilog=example("mica doctor", says="This prints what the machine has, a line for each finding."),
     )
-    parser.add_argument("--json", type=a_path, metavar="FILE", help="also write the findings as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command: 0 if all that this machine can do works, 1 if something is broken.
-
-    ``--json`` is one object with the two of `examine`: findings, a mapping, and problems. Raises UsageError.
-    """
-    if args.json:
-        check_file("--json", args.json)
-
+    """Run the command: 0 if all that this machine can do works, 1 if something is broken."""
     findings, problems = examine()
-    if args.json:
-        write_json("--json", args.json, {"findings": findings, "problems": problems})
     for label, text in findings.items():
         print(f"{label:16}  {text}")
     if problems:
@@ -55,24 +42,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> tuple[dict[str, str], list[str]]:
-    """What there is, as label -> text, and what is broken, as sentences. Without torch: the versions."""
+    """What there is, as label -> text, and what is broken, as sentences."""
     problems = []
     findings = dict(_versions(problems))
-    try:
-        import torch  # noqa: F401 (which all below need)
-    except Exception as error:  # of its libraries, too: OSError
-        problems.append(f"torch cannot be imported: {_said_by(error)}")
-        return findings, problems
-
     for part, examined in {"devices": _devices, "C++": _cpp, "PEFT": _peft, "cache": _cache}.items():
         with _noted(problems, part):
             for label, text in examined(problems):
                 findings[label] = text
     return findings, problems
-
-
-def _said_by(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"
 
 
 @contextmanager
@@ -81,7 +58,7 @@ def _noted(problems: list[str], what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        problems.append(f"{what}: {_said_by(error)}")
+        problems.append(f"{what}: {type(error).__name__}: {one_line(error)}")
 
 
 def _versions(problems: list[str]) -> Iterator[tuple[str, str]]:
@@ -124,7 +101,6 @@ def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
     from mica.paths import choose
     from mica.paths.products import has_native
 
-    yield "torch build", _torch_build()
     slow = [dtype_name(dtype) for dtype in SIXTEEN_BIT if not has_native(dtype)]
     if slow:
         what = "adapted layers compute in float32, which --dtype auto selects"
@@ -149,16 +125,6 @@ def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
                 problems.append(f"the kernels do not run on {name}: {reason}")
     if forms == {choose.ERROR}:
         problems.append("MICA_BACKEND=triton demands kernels, and no device here can run them")
-
-
-def _torch_build() -> str:
-    from torch.version import cuda, hip
-
-    if hip:
-        return f"ROCm {hip}"
-    if cuda:
-        return f"CUDA {cuda}"
-    return "CPU only"
 
 
 def _description(device) -> str:
@@ -207,20 +173,16 @@ def _peft(problems: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _cache(problems: list[str]) -> Iterator[tuple[str, str]]:
-    """The folder of the initialisation cache, and why it is not used or not written."""
+    """The folder of the initialisation cache, and why it is not used."""
     from mica.folders import why_untrusted
     from mica.subspace.cache import default_cache
 
     cache = default_cache()
-    if not cache:
+    if cache is None:
         yield "cache", "off"
         return
     text = str(cache.folder)
     distrusted = why_untrusted(cache.folder)
     if distrusted:
         text += f", not used, because it {distrusted}"
-    try:
-        check_folder("MICA_CACHE", cache.folder)
-    except UsageError as error:
-        text += f", nothing new is kept: {error}"
     yield "cache", text

@@ -8,10 +8,14 @@ from pathlib import Path
 from mica.cli.arguments import a_name, a_path, a_source, add_command, add_dtype_options, count, example
 from mica.cli.extras import how_to_install
 from mica.cli.kinds import grouped
-from mica.cli.layer_tables import kinds_table, layer_line, layers_header, number
+from mica.cli.layer_tables import kinds_table
 from mica.cli.output import check_file, dtype_name, size_text, write_file, write_json
 from mica.errors import UsageError
 
+_LAST_LINE = (
+    "{layers_found} layers in {seconds:.1f} s: {layers_proven} proven, {layers_not_proven} not proven, "
+    "{layers_unsuitable} cannot be adapted"
+)
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
@@ -24,10 +28,9 @@ def add_parser(commands) -> None:
         "share of the weight's energy in the chosen subspace, and how many layers have the certificate of "
         "the solver. Trains nothing and does not change the model.",
         epilog=example(
-            "mica inspect HuggingFaceTB/SmolLM2-135M",
-            "mica inspect HuggingFaceTB/SmolLM2-135M --layers --plot spectra.png --json spectra.json",
-            says="The first prints a line for each kind of layer (q_proj, k_proj, ...). The second prints "
-            "one for each layer, draws all singular values, and writes what it has measured as JSON.",
+            "mica inspect HuggingFaceTB/SmolLM2-135M --plot spectra.png --json spectra.json",
+            says="This prints a line for each kind of layer (q_proj, k_proj, ...), draws all singular "
+            "values, and writes what was measured in each layer as JSON.",
         ),
     )
     add = parser.add_argument
@@ -42,13 +45,12 @@ def add_parser(commands) -> None:
         "q_proj,embed_tokens",
     )
     add_dtype_options(parser, "dtype of the weights; auto: that of the checkpoint, float32 for GGUF")
-    add("--layers", action="store_true", help="a line for each layer, not for each kind of layer")
     add("--plot", type=a_path, metavar="FILE", help="also draw the whole spectra: .png, .pdf or .svg")
     add("--json", type=a_path, metavar="FILE", help="also write the numbers of all layers as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command: cheap checks first, files at the end. With --layers each line is printed at once.
+    """Run the command: cheap checks first, files at the end.
 
     ``--json`` is one object: model, dtype, device, rank, target_modules (as given), what `summary` returns,
     and layers, a list of objects with the fields of `mica.cli.spectra.Row`, in the model's order.
@@ -59,15 +61,16 @@ def run(args: argparse.Namespace) -> int:
     """
     _check_files(args)
     model = _load(args)
-    targets = _listed(_targets(model, args))
+    targets = _targets(model, args)
 
     start = time.perf_counter()
-    print(_first_lines(args), flush=True)
+    gap = f"gap = sigma_{args.rank + 1} / sigma_{args.rank}"
+    print(f"{args.model}, r = {args.rank}: chosen are sigma_{args.rank} to sigma_1, {gap}")
+    print("medians of each kind of layer, and its worst gap, energy and excess", flush=True)
     rows, spectra = _measure(args, targets)
     result = summary(rows, seconds=time.perf_counter() - start)
-    if not args.layers:
-        print(kinds_table(grouped(rows), args.rank))
-    print(_last_line(result))
+    print(kinds_table(grouped(rows), args.rank))
+    print(_LAST_LINE.format(**result))
 
     if args.json:
         report = {
@@ -132,15 +135,8 @@ def _targets(model, args: argparse.Namespace):
     return found
 
 
-def _listed(found) -> list[tuple]:
-    """(name, module, parameter) of what is measured; None for the parameter of a layer."""
-    layers = [(name, module, None) for name, module in found.modules.items()]
-    parameters = [(name, module, name.rpartition(".")[2]) for name, module in found.parameters.items()]
-    return layers + parameters
-
-
-def _measure(args: argparse.Namespace, targets: list[tuple]) -> tuple[list, dict]:
-    """Measure the targets; with --layers print a line for each, else show on stderr how many are done.
+def _measure(args: argparse.Namespace, targets) -> tuple[list, dict]:
+    """Measure the `mica.cli.targets.Targets`; stderr shows how many are done.
 
     Returns:
         A `mica.cli.spectra.Row` for each, and singular values by name: with --plot all of them.
@@ -149,32 +145,18 @@ def _measure(args: argparse.Namespace, targets: list[tuple]) -> tuple[list, dict
 
     from mica.cli.spectra import measure
 
-    width = max(len(name) for name, _, _ in targets)
-    if args.layers:
-        print(layers_header(args.rank, width), flush=True)
-
     rows = []
     spectra = {}
-    bar = tqdm(targets, desc="Measuring", unit=" layers", delay=2, leave=False, disable=args.layers)
-    for name, module, parameter in bar:
+    found = targets.modules | targets.parameters
+    for name, module in tqdm(found.items(), desc="Measuring", unit=" layers", delay=2, leave=False):
+        parameter = None
+        if name in targets.parameters:
+            parameter = name.rpartition(".")[2]
         row, values = measure(name, module, args.rank, parameter, whole=bool(args.plot))
         rows.append(row)
-        if args.layers:
-            print(layer_line(row, width), flush=True)
         if values is not None:
             spectra[name] = values
     return rows, spectra
-
-
-def _first_lines(args: argparse.Namespace) -> str:
-    """What is shown, above the table."""
-    rank = args.rank
-    gap = f"gap = sigma_{rank + 1} / sigma_{rank}"
-    text = f"{args.model}, r = {rank}: chosen are sigma_{rank} to sigma_1, {gap}"
-    if args.layers:
-        return text
-    medians = "medians of each kind of layer, and its worst gap, energy and excess; --layers: each layer"
-    return f"{text}\n{medians}"
 
 
 def _draw(args: argparse.Namespace, spectra: dict) -> None:
@@ -197,12 +179,3 @@ def summary(rows: list, seconds: float) -> dict:
         "worst_energy_excess": max(proven, default=None),
         "seconds": seconds,
     }
-
-
-def _last_line(result: dict) -> str:
-    worst = number(result["worst_energy_excess"], ".1e")
-    return (
-        f"{result['layers_found']} layers in {result['seconds']:.1f} s: {result['layers_proven']} proven "
-        f"(worst energy excess {worst}), {result['layers_not_proven']} not proven, "
-        f"{result['layers_unsuitable']} cannot be adapted"
-    )

@@ -1,83 +1,67 @@
-"""The tables that ``mica inspect`` prints: a line for each kind of layer, or for each layer."""
+"""The table that ``mica inspect`` prints: a line for each kind of layer."""
+
+from collections.abc import Callable
+from statistics import median
 
 from mica.cli.kinds import Kind
 from mica.cli.output import size_text
 
 _NAMED = 3  # layers that a line names at most
-_WIDTH = 9  # of a column of singular values
-
-
-# ---------------------------------------------------------------------------------------------------
-# a line for each layer
-# ---------------------------------------------------------------------------------------------------
-
-
-def layers_header(rank: int, width: int) -> str:
-    columns = f"{'gap':>7}  {'energy':>8}  {'method':6}  {'proven, excess':15}  {'s':>6}"
-    return f"{'layer':{width}}  {'out x in':>18}  {'dtype':8}  {_sigmas(rank)}  {columns}"
-
-
-def layer_line(row, width: int) -> str:
-    """One row of the table, without a line end."""
-    start = f"{row.name:{width}}  {_shape(row):>18}  {row.dtype or '-':8}  "
-    if row.reason:
-        return f"{start}cannot be adapted: {row.reason}"
-
-    values = (row.sigma_max, row.sigma_above, row.sigma_largest, row.sigma_smallest)
-    sigmas = "  ".join(f"{number(value, '.4g'):>{_WIDTH}}" for value in values)
-    numbers = f"{sigmas}  {number(row.gap, '.4g'):>7}  {_percent(row.energy_share):>8}"
-    certificate = "not proven"
-    if row.proven:
-        certificate = f"proven, {row.energy_excess:.1e}"
-    line = f"{start}{numbers}  {row.method:6}  {certificate:15}  {row.seconds:6.2f}"
-    if row.quantised:
-        line += f"  {row.quantised}, dequantised"
-    if row.expert is not None:
-        line += f"  of expert {row.expert}"
-    return line
-
-
-# ---------------------------------------------------------------------------------------------------
-# a line for each kind
-# ---------------------------------------------------------------------------------------------------
 
 
 def kinds_table(kinds: list[Kind], rank: int) -> str:
-    """The medians of each kind, with its worst gap, energy and excess; then which layers are not proven."""
-    width = max(len("kind"), *(len(kind.name) for kind in kinds))
-    shapes = max(len("out x in"), *(len(_shape(kind.rows[0])) for kind in kinds))
-    lines = [_kinds_header(rank, width, shapes)]
-    lines += [_kind_line(kind, width, shapes) for kind in kinds]
-    unproven = [row for kind in kinds for row in kind.rows if not row.reason and not row.proven]
+    """The medians of each kind, with its worst gap, energy and excess.
+
+    Below it stand which layers are not proven, and which cannot be adapted.
+    """
+    sigmas = [f"sigma_{which}" for which in ("max", rank + 1, rank, 1)]
+    header = ["kind", "layers", "out x in", "dtype", *sigmas, "gap", "min gap", "energy", "max energy"]
+    suitable = [kind for kind in kinds if not kind.rows[0].reason]
+    table = [[*header, "proven", "max excess"], *map(_cells, suitable)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for name, *cells in table:
+        aligned = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([f"{name:{widths[0]}}", *aligned]))
+
+    unproven = [row for kind in suitable for row in kind.rows if not row.proven]
     if unproven:
         lines.append(f"not proven: {_names(unproven)}")
+    for kind in kinds:
+        reason = kind.rows[0].reason
+        if reason:
+            lines.append(f"cannot be adapted: {reason} ({_names(kind.rows)})")
     return "\n".join(lines)
 
 
-def _kinds_header(rank: int, width: int, shapes: int) -> str:
-    columns = (
-        f"{'gap':>7}  {'min gap':>7}  {'energy':>7}  {'max energy':>10}  {'proven':>9}  {'max excess':>10}"
-    )
-    return f"{'kind':{width}}  {'layers':>6}  {'out x in':>{shapes}}  {'dtype':8}  {_sigmas(rank)}  {columns}"
-
-
-def _kind_line(kind: Kind, width: int, shapes: int) -> str:
+def _cells(kind: Kind) -> list[str]:
     first = kind.rows[0]
-    count = len(kind.rows)
-    start = f"{kind.name:{width}}  {count:6}  {_shape(first):>{shapes}}  {first.dtype or '-':8}  "
-    if first.reason:
-        return f"{start}cannot be adapted: {first.reason} ({_names(kind.rows)})"
-
-    medians = map(kind.median, ("sigma_max", "sigma_above", "sigma_largest", "sigma_smallest"))
-    sigmas = "  ".join(f"{number(value, '.4g'):>{_WIDTH}}" for value in medians)
-    gaps = f"{number(kind.median('gap'), '.4g'):>7}  {number(kind.smallest('gap'), '.4g'):>7}"
-    energy = f"{_percent(kind.median('energy_share')):>7}  {_percent(kind.largest('energy_share')):>10}"
-    proven = f"{len(kind.proven)} of {count}"
-    excess = max((row.energy_excess for row in kind.proven), default=None)
-    line = f"{start}{sigmas}  {gaps}  {energy}  {proven:>9}  {number(excess, '.1e'):>10}"
+    dtype = first.dtype
     if first.quantised:
-        line += f"  {first.quantised}, dequantised"
-    return line
+        dtype = f"{first.quantised}, dequantised"
+    values = kind.values
+    sigmas = ("sigma_max", "sigma_above", "sigma_largest", "sigma_smallest")
+    proven = [row.energy_excess for row in kind.rows if row.proven]
+    return [
+        kind.name,
+        str(len(kind.rows)),
+        size_text(first.shape),
+        dtype,
+        *(_number(median, values(name), ".4g") for name in sigmas),
+        _number(median, values("gap"), ".4g"),
+        _number(min, values("gap"), ".4g"),
+        _number(median, values("energy_share"), ".2g"),
+        _number(max, values("energy_share"), ".2g"),
+        f"{len(proven)} of {len(kind.rows)}",
+        _number(max, proven, ".1e"),
+    ]
+
+
+def _number(which: Callable, values: list[float], spec: str) -> str:
+    """``which`` of the values, like their median; a dash where there are none."""
+    if not values:
+        return "-"
+    return format(which(values), spec)
 
 
 def _names(rows: list) -> str:
@@ -87,31 +71,3 @@ def _names(rows: list) -> str:
     if more > 0:
         text += f" and {more} more"
     return text
-
-
-# ---------------------------------------------------------------------------------------------------
-# cells
-# ---------------------------------------------------------------------------------------------------
-
-
-def number(value: float | None, spec: str) -> str:
-    """``value``, or a dash for None."""
-    if value is None:
-        return "-"
-    return format(value, spec)
-
-
-def _percent(share: float | None) -> str:
-    if share is None:
-        return "-"
-    return f"{100 * share:.2g}%"
-
-
-def _shape(row) -> str:
-    if not row.shape:
-        return "-"
-    return size_text(row.shape)
-
-
-def _sigmas(rank: int) -> str:
-    return "  ".join(f"{f'sigma_{which}':>{_WIDTH}}" for which in ("max", rank + 1, rank, 1))

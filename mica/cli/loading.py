@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import find_adapter_config_file, is_accelerate_available
+from transformers.utils import find_adapter_config_file
 
 from mica.cli.extras import how_to_install
 from mica.cli.output import dtype_name, expanded, first_sentences, one_line
@@ -25,22 +25,10 @@ from mica.errors import UsageError
 from mica.paths import choose
 from mica.paths.products import has_native
 
-if is_accelerate_available():  # in the extra `cli`: `mica inspect` works without it
-    from accelerate import PartialState
-
 # Raised by from_pretrained for what the user gave: OSError for files that are missing, unreachable or not
 # JSON, ValueError for contents that name no known architecture or that need custom code, RecursionError for
 # JSON that is nested too deeply.
 _BAD_SOURCE = (OSError, ValueError, RecursionError)
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -87,34 +75,26 @@ def find_source(model: str, trust_remote_code: bool) -> Source:
     if path.is_dir():
         # Absolute: the adapter names this folder, and is loaded from other working directories too.
         return Source(model, str(path.absolute()), options)
-    if _looks_like_a_path(model, path):
+    # A Hub id is OWNER/NAME at most.
+    if model.endswith(".gguf") or model.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2:
         raise UsageError(f"--model {model}: no such file or folder")
     return Source(model, model, options)
 
 
-def _looks_like_a_path(model: str, path: Path) -> bool:
-    """Whether ``model`` cannot be a Hub id, which is OWNER/NAME at most."""
-    if model.endswith(".gguf") or model.startswith((".", "~")):
-        return True
-    return path.is_absolute() or len(path.parts) > 2
-
-
 @functools.cache
-def note_hub(location: str) -> None:
-    """Say, once, that the Hub will be asked: where it cannot be reached, that takes most of a minute."""
-    is_local = os.path.isdir(location) or _looks_like_a_path(location, Path(location))
+def _note_hub(location: str) -> None:
+    """Say, once, that the Hub is asked: where it cannot be reached, that takes most of a minute."""
     is_first = os.environ.get("RANK", "0") == "0"
-    if is_local or not is_first or huggingface_hub.constants.HF_HUB_OFFLINE:
-        return
-    what = f"asking the Hugging Face Hub for {location}: there is no such folder"
-    print(f"mica: {what}", file=sys.stderr, flush=True)
+    if is_first and not os.path.isdir(location) and not huggingface_hub.constants.HF_HUB_OFFLINE:
+        what = f"asking the Hugging Face Hub for {location}: there is no such folder"
+        print(f"mica: {what}", file=sys.stderr, flush=True)
 
 
 def _refuse_adapter(source: Source) -> None:
     """Raise UsageError if the source is a PEFT adapter, which transformers would load with its base."""
     if source.is_gguf:
         return
-    note_hub(source.location)
+    _note_hub(source.location)
     config_file = None
     base = None
     # What cannot be reached or read is reported when the model is loaded.
@@ -146,19 +126,8 @@ def load_tokenizer(source: Source):
     try:
         return AutoTokenizer.from_pretrained(source.location, **source.options)
     except _BAD_SOURCE as error:
-        if _has_no_tokenizer(source):
-            missing = "has no tokenizer (no tokenizer.json or tokenizer.model); save the model's there"
-            raise source.error(missing) from error
-        raise source.error(f"its tokenizer cannot be loaded: {one_line(error)}") from error
-
-
-def _has_no_tokenizer(source: Source) -> bool:
-    """Whether the source is a folder without any of the files in which tokenizers keep their tokens."""
-    folder = Path(source.location)
-    if source.is_gguf or not folder.is_dir():
-        return False
-    names = {path.name for path in folder.iterdir()}
-    return names.isdisjoint(_TOKENIZER_FILES)
+        what = "its tokenizer cannot be loaded, from tokenizer.json or tokenizer.model"
+        raise source.error(f"{what}: {one_line(error)}") from error
 
 
 def load_config(source: Source):
@@ -255,8 +224,9 @@ def skeleton(source: Source) -> nn.Module | None:
 
 def find_device() -> torch.device:
     """This process's device among several processes; else the accelerator, or the CPU without one."""
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if is_distributed and is_accelerate_available():
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from accelerate import PartialState  # in the extra `cli`: `mica inspect` works without it
+
         return PartialState().device
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 

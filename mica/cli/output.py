@@ -159,11 +159,7 @@ def finish_files(folder: Path) -> None:
 
 def files_in(folder: Path) -> list[Path]:
     """All files below ``folder``, and links, which are not followed; sorted."""
-    found = []
-    for place, folders, names in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-        found += [Path(place, name) for name in (*names, *links)]
-    return sorted(found)
+    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def flush(path: Path) -> None:
@@ -189,13 +185,7 @@ def shown(name: str) -> str:
     """``name`` of a file as text that any encoding, page and terminal takes: what is odd in it is escaped."""
     if name.isprintable():
         return name
-    parts = []
-    for one in name:
-        if one.isprintable():
-            parts.append(one)
-        else:
-            parts.append(one.encode("unicode_escape").decode())
-    return "".join(parts)
+    return repr(name)[1:-1]
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

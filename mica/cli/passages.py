@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from mica.cli.adapt import config, corpus
-from mica.cli.adapt.evaluation import IGNORED, likelihood
+from mica.cli.adapt.evaluation import IGNORED
 from mica.cli.adapt.packing import documents_of, spread
 
 CONTEXT = 128  # tokens that a model sees at most
@@ -23,17 +23,6 @@ class Passage(NamedTuple):
 
     context: torch.Tensor
     following: torch.Tensor
-
-
-class Reading(NamedTuple):
-    """What a model makes of a passage.
-
-    log_likelihood: the mean over the tokens of ``following``, in nats per token.
-    continuation: what the model itself writes after ``context``, greedily: (at most `NEXT`,) token ids.
-    """
-
-    log_likelihood: float
-    continuation: torch.Tensor
 
 
 def held_out(folder: Path, tokenizer) -> list[torch.Tensor]:
@@ -51,24 +40,25 @@ def choose(documents: Sequence[torch.Tensor], number: int) -> list[Passage]:
     Documents too short to have `NEXT` tokens on both sides do not count.
     """
     long_enough = [ids for ids in documents if len(ids) > 2 * NEXT]
-    chosen = spread(long_enough, number)
     passages = []
-    for index in range(len(chosen)):
-        ids = chosen[index]
+    for ids in spread(long_enough, number):
         middle = len(ids) // 2
         context = ids[max(0, middle - CONTEXT) : middle]
         passages.append(Passage(context, ids[middle : middle + NEXT]))
     return passages
 
 
-def read(model, passage: Passage) -> Reading:
-    """The `Reading` of ``passage`` by ``model``, a causal language model in evaluation mode."""
-    ids = torch.cat(passage)
-    labels = ids.clone()
-    labels[: len(passage.context)] = IGNORED
-    measured = likelihood(model, [{"input_ids": ids, "labels": labels}], batch_size=1)
+@torch.no_grad()
+def read(model, passage: Passage) -> tuple[float, torch.Tensor]:
+    """What ``model``, a causal language model in evaluation mode, makes of ``passage``.
 
-    seen = passage.context[None].to(model.device)
-    mask = torch.ones_like(seen)
-    written = model.generate(seen, attention_mask=mask, max_new_tokens=NEXT, do_sample=False)
-    return Reading(-measured.loss, written[0, seen.shape[1] :].cpu())
+    Returns the mean log-likelihood of the tokens of ``following``, in nats per token, and what the model
+    itself writes after ``context``, greedily: (at most `NEXT`,) token ids.
+    """
+    ids = torch.cat(passage)[None].to(model.device)
+    seen = ids[:, : len(passage.context)]
+    labels = ids.clone()
+    labels[:, : seen.shape[1]] = IGNORED
+    loss = model(input_ids=ids, labels=labels).loss
+    written = model.generate(seen, attention_mask=torch.ones_like(seen), max_new_tokens=NEXT, do_sample=False)
+    return -loss.item(), written[0, seen.shape[1] :].cpu()

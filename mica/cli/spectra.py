@@ -6,7 +6,6 @@ The backend decides: each layer is wrapped as PEFT would wrap it, and goes throu
 
 import math
 import re
-import time
 import warnings
 from dataclasses import dataclass
 
@@ -27,7 +26,7 @@ from mica.subspace.spectrum import sigma_max, spectrum, squared_norm
 
 @dataclass(frozen=True)
 class Row:
-    """One layer or stack. ``reason``: why it cannot be adapted; then everything after ``seconds`` is None.
+    """One layer or stack. ``reason``: why it cannot be adapted; then what was measured is None.
 
     shape: effective (out_features, in_features), (embedding_dim, num_embeddings) of an embedding, with their
         number in front for a stack of experts; None for a type of layer that MiCA has no adapter for.
@@ -46,7 +45,6 @@ class Row:
 
     name: str
     kind: str
-    seconds: float
     shape: tuple[int, ...] | None = None
     dtype: str | None = None
     reason: str | None = None
@@ -73,7 +71,6 @@ def measure(name: str, module: nn.Module, rank: int, parameter: str | None = Non
     Where there is a singular value above the cut, the solver runs once, with rank + 1: the last ``rank`` of
     its columns are the result for ``rank``.
     """
-    start = time.perf_counter()
     weight = getattr(module, parameter or "weight", None)
     values = None
     facts = {}
@@ -99,7 +96,7 @@ def measure(name: str, module: nn.Module, rank: int, parameter: str | None = Non
 
     if isinstance(weight, Tensor):
         facts["dtype"] = dtype_name(weight.dtype)
-    row = Row(name, type(module).__name__, time.perf_counter() - start, **facts)
+    row = Row(name, type(module).__name__, **facts)
     if whole and values is not None:
         chosen = values
         values = spectrum(weight)
@@ -125,7 +122,7 @@ def _worst_expert(measured: list[tuple[Tensor, dict]]) -> tuple[Tensor, dict]:
 
 
 def _adapted(module: nn.Module, rank: int, parameter: str | None) -> nn.Module:
-    """PEFT's layer over ``module``, as the backend adapts it, but without a basis; ``module`` is unchanged.
+    """PEFT's layer over ``module``, as the backend adapts it, but without a basis; it freezes ``module``.
 
     Raises UnsuitableLayerError where PEFT or the backend refuses this type of layer.
     """
@@ -141,7 +138,6 @@ def _adapted(module: nn.Module, rank: int, parameter: str | None) -> nn.Module:
     else:
         targets = {"target_modules": ["layer"]}
     config = LoraConfig(init_lora_weights="mica", r=rank, **targets)
-    trained = [(weight, weight.requires_grad) for weight in module.parameters()]
     try:
         with without_solver(), warnings.catch_warnings():  # the solver is run later, with rank + 1
             warnings.simplefilter("ignore", UserWarning)  # about merging, which is not done here
@@ -150,9 +146,6 @@ def _adapted(module: nn.Module, rank: int, parameter: str | None) -> nn.Module:
         raise UnsuitableLayerError(re.sub(r"layer 'layer[^']*'", "this layer", str(error))) from error
     except ValueError as error:  # PEFT has no MiCA for it, or no adapter at all
         raise UnsuitableLayerError(f"a layer of type {type(module).__name__}") from error
-    finally:
-        for weight, requires_grad in trained:
-            weight.requires_grad_(requires_grad)
     return model.layer
 
 

@@ -18,6 +18,7 @@ from mica.cli.arguments import similar
 from mica.errors import UsageError
 
 ALL_LINEAR = "all-linear"
+_IN_AN_EXPERT = re.compile(r"\.experts\.\d+\.")  # that is a module of its own, not a part of a stack
 
 
 class Targets(NamedTuple):
@@ -50,22 +51,32 @@ def find_targets(model: nn.Module, names: str, experts: bool | None = None) -> T
     Raises:
         UsageError: a name matches nothing.
     """
-    wanted = _parsed(names)
+    wanted = ALL_LINEAR
+    if names != ALL_LINEAR:
+        stripped = [name.strip() for name in names.split(",")]
+        wanted = [name for name in stripped if name]
     matched = _matching_modules(model, wanted)
+    parameters = {}
     if wanted == ALL_LINEAR:
-        modules = _without_routers(model, matched)
-        parameters = {}
+        blocks = _expert_blocks(model)
+        modules = {name: module for name, module in matched.items() if not _is_router(name, module, blocks)}
     else:
         modules = dict(matched)
         parameters = _matching_parameters(model, wanted)
-        _refuse_unknown_names(model, names, [*modules, *parameters])
+        unknown = [name for name in wanted if not _any_ends([*modules, *parameters], name)]
+        if unknown:  # PEFT raises only if all are
+            known = {_leaf(name) for name, _ in model.named_modules()}
+            what = f"no layer of the model is called '{unknown[0]}'{similar(unknown[0], known)}"
+            raise UsageError(f"--target-modules {names}: {what}")
 
     if experts:
-        modules |= _experts_as_modules(_matching_modules(model, ALL_LINEAR))
+        linear = _matching_modules(model, ALL_LINEAR)
+        modules |= {name: module for name, module in linear.items() if _IN_AN_EXPERT.search(name)}
         parameters = stacks_of(model) | parameters
     elif experts is not None:
-        modules = _without(modules, _experts_as_modules(modules))
-        parameters = _without(parameters, stacks_of(model))
+        stacks = stacks_of(model)
+        modules = {name: module for name, module in modules.items() if not _IN_AN_EXPERT.search(name)}
+        parameters = {name: module for name, module in parameters.items() if name not in stacks}
 
     _move_to_parameters(model, modules, parameters)
     if not modules and not parameters:
@@ -75,13 +86,6 @@ def find_targets(model: nn.Module, names: str, experts: bool | None = None) -> T
         "target_parameters": _shortened(parameters, _adaptable_parameters(model)) or None,
     }
     return Targets(modules, parameters, config)
-
-
-def _parsed(names: str) -> str | list[str]:
-    if names == ALL_LINEAR:
-        return ALL_LINEAR
-    stripped = [name.strip() for name in names.split(",")]
-    return [name for name in stripped if name]
 
 
 def _matching_modules(model: nn.Module, names: str | list[str]) -> dict[str, nn.Module]:
@@ -99,37 +103,8 @@ def _adaptable_parameters(model: nn.Module) -> list[str]:
 
 def _matching_parameters(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
     """The parameters that end in one of ``names``, and the module that holds each."""
-    adaptable = _adaptable_parameters(model)
-    found = {}
-    for name in names:
-        for parameter in adaptable:
-            if _ends(parameter, name):
-                found[parameter] = model.get_submodule(parameter.rpartition(".")[0])
-    return found
-
-
-def _refuse_unknown_names(model: nn.Module, names: str, found: list[str]) -> None:
-    """Raise UsageError if one of ``names`` matches none of ``found``; PEFT raises only if all do not."""
-    for name in _parsed(names):
-        if _any_ends(found, name):
-            continue
-        known = {_leaf(key) for key, _ in model.named_modules()}
-        what = f"no layer of the model is called '{name}'{similar(name, known)}"
-        raise UsageError(f"--target-modules {names}: {what}")
-
-
-def _without_routers(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    blocks = _expert_blocks(model)
-    return {name: module for name, module in modules.items() if not _is_router(name, module, blocks)}
-
-
-def _experts_as_modules(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Those of the modules that lie within an expert which is a module of its own, not a part of a stack."""
-    return {name: module for name, module in modules.items() if re.search(r"\.experts\.\d+\.", name)}
-
-
-def _without(found: dict[str, nn.Module], excluded: Iterable[str]) -> dict[str, nn.Module]:
-    return {name: module for name, module in found.items() if name not in excluded}
+    found = [name for name in _adaptable_parameters(model) if _ends_in_any(name, names)]
+    return {name: model.get_submodule(name.rpartition(".")[0]) for name in found}
 
 
 def _move_to_parameters(
@@ -187,12 +162,10 @@ def _expert_blocks(model: nn.Module) -> dict[str, int]:
     blocks = {}
     for name, module in stacks_of(model).items():
         experts, _, key = name.rpartition(".")
-        block = experts.rpartition(".")[0]
-        blocks[block] = getattr(module, key).shape[0]
+        blocks[experts.rpartition(".")[0]] = getattr(module, key).shape[0]
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and _leaf(name) == "experts":
-            block = name.rpartition(".")[0]
-            blocks[block] = len(module)
+            blocks[name.rpartition(".")[0]] = len(module)
     return blocks
 
 
@@ -231,17 +204,13 @@ def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _ends(name: str, ending: str) -> bool:
-    """Whether the last parts of a dotted name are those of ``ending``."""
-    return name == ending or name.endswith(f".{ending}")
+def _ends_in_any(name: str, endings: Iterable[str]) -> bool:
+    """Whether the last parts of a dotted name are those of one of ``endings``."""
+    return any(f".{name}".endswith(f".{ending}") for ending in endings)
 
 
 def _any_ends(names: Iterable[str], ending: str) -> bool:
-    return any(_ends(name, ending) for name in names)
-
-
-def _ends_in_any(name: str, endings: Iterable[str]) -> bool:
-    return any(_ends(name, ending) for ending in endings)
+    return any(_ends_in_any(name, [ending]) for name in names)
 
 
 def _shortened(names: Iterable[str], among: Iterable[str]) -> list[str]:

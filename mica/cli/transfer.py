@@ -201,12 +201,8 @@ def _tokenizer(args: argparse.Namespace, source, config):
             others += f": {first!r} is {ours[first]} there and {theirs[first]} here"
         raise UsageError(f"--to {args.to}: its tokenizer is not that of the adapter: {others}")
     new = len(theirs) - len(common)
-    gone = len(ours) - len(common)
-    agreement = (
-        f"tokenizers    {len(common):,} tokens in common, with the same ids; {new:,} only in {args.to}, "
-        f"{gone:,} only in that of the adapter"
-    )
-    return tokenizer, agreement
+    agreement = f"{len(common):,} tokens in common, with the same ids; {new:,} only in {args.to}"
+    return tokenizer, f"tokenizers    {agreement}"
 
 
 def _vocabulary_of_adapter(args: argparse.Namespace, config) -> dict[str, int]:
@@ -216,14 +212,11 @@ def _vocabulary_of_adapter(args: argparse.Namespace, config) -> dict[str, int]:
     """
     from transformers import AutoTokenizer
 
-    from mica.cli.loading import note_hub
-
     base = config.base_model_name_or_path
     places = [str(args.adapter)]
     if base:
         places.append(base)
     for place in places:
-        note_hub(place)
         with suppress(OSError, ValueError):
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
             return tokenizer.get_vocab()

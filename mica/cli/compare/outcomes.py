@@ -8,7 +8,6 @@ stop in the middle of a schedule.
 
 import math
 from collections.abc import Iterable
-from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,14 +36,14 @@ class Outcome(NamedTuple):
 
     ``validation``: learned, the mean over its blocks. ``learned``, ``forgotten``: (blocks,) of the test and
     of the retained text. ``share``: of the update that is kept, see `within`. ``doubt``: (retained blocks,),
-    how far each of them has moved the mean of ``learned`` through ``share``; None where ``share`` is 1.
+    how far each of them has moved the mean of ``learned`` through ``share``; 0 where ``share`` is 1.
     """
 
     validation: float
     learned: np.ndarray
     forgotten: np.ndarray
     share: float = 1.0
-    doubt: np.ndarray | None = None
+    doubt: np.ndarray | float = 0.0
 
     def within(self, limit: Limit) -> "Outcome":
         """The same, or what is left of it where the update is scaled back to the ``limit`` of forgetting.
@@ -69,16 +68,12 @@ class Outcome(NamedTuple):
 def outcome(base: Result, run: Result) -> Outcome:
     """The outcome of a training that came to its end."""
     end = run["points"][-1]
-    names = [name for name in RETAINED if name in end]
-    return Outcome(
-        validation=mean(base["validation"]) - mean(end["validation"]),
-        learned=np.array(base["test"][: len(end.get("test", []))]) - np.array(end.get("test", [])),
-        forgotten=_joined(end, names) - _joined(base, names),
-    )
 
+    def rise(*names: str) -> np.ndarray:
+        changes = [np.subtract(end[name], base[name]) for name in names if name in end]
+        return np.concatenate([[], *changes])
 
-def _joined(losses: Result, names: list[str]) -> np.ndarray:
-    return np.concatenate([losses[name] for name in names])
+    return Outcome(-float(rise("validation").mean()), -rise("test"), rise(*RETAINED))
 
 
 class Choice(NamedTuple):
@@ -97,22 +92,19 @@ class Choice(NamedTuple):
 
     def mean(self, name: str) -> float:
         """The mean over all seeds of a field of their outcomes."""
-        return float(np.mean([getattr(one, name) for one in self.seeds.values()]))
+        return float(np.mean([getattr(end, name) for end in self.seeds.values()]))
 
 
 def choose(base: Result, runs: Iterable[Result], limit: Limit) -> Choice | None:
     """The choice among ``runs`` of one method, by their first seed; None if none has learned anything."""
-    runs = [run for run in runs if run["points"]]
-    found = [outcome(base, run).within(limit) for run in runs]
-    firsts = [(one.validation, run) for one, run in zip(found, runs, strict=True) if run["seed"] == 0]
-    score, best = max(firsts, key=lambda pair: pair[0], default=(0.0, None))
-    if score <= 0:
+    ends = [(run, outcome(base, run).within(limit)) for run in runs if run["points"]]
+    firsts = [(run, end) for run, end in ends if run["seed"] == 0 and end.validation > 0]
+    if not firsts:
         return None
-    seeds = {}
-    for one, run in zip(found, runs, strict=True):
-        if (run["rate"], run["steps"]) == (best["rate"], best["steps"]):
-            seeds[run["seed"]] = one
-    return Choice(best["rate"], best["steps"], dict(sorted(seeds.items())))
+    best, _ = max(firsts, key=lambda pair: pair[1].validation)
+    rate, steps = best["rate"], best["steps"]
+    seeds = {run["seed"]: end for run, end in ends if (run["rate"], run["steps"]) == (rate, steps)}
+    return Choice(rate, steps, dict(sorted(seeds.items())))
 
 
 def choose_each(base: Result, runs: dict[str, list[Result]], limit: Limit) -> dict[str, Choice]:
@@ -126,11 +118,11 @@ def common_limit(base: Result, runs: dict[str, list[Result]]) -> Limit:
 
     Of an even number, the lower of the two in the middle. At least 0: some texts help each other.
     """
-    chosen = sorted(choose_each(base, runs, ANY).values(), key=lambda one: one.mean("forgotten"))
+    chosen = sorted(choose_each(base, runs, ANY).values(), key=lambda choice: choice.mean("forgotten"))
     if not chosen:
         return Limit(0.0)
     middle = chosen[(len(chosen) - 1) // 2]
-    value = middle.mean("forgotten")
-    if value <= 0:
+    blocks = np.mean([end.forgotten for end in middle.seeds.values()], axis=0)
+    if blocks.mean() <= 0:
         return Limit(0.0)
-    return Limit(value, np.mean([one.forgotten for one in middle.seeds.values()], axis=0))
+    return Limit(float(blocks.mean()), blocks)

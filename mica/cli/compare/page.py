@@ -15,12 +15,25 @@ from mica.cli.output import markdown_table, shown, write_file, write_json, write
 Report = dict[str, Any]
 
 _UNIT = "nats per token"
-# Why nothing can be said of a difference, and what to do, by the part of the error that is unknown
-_MISSING = {
-    HELD_OUT: f"the held-out blocks are of fewer than {FEWEST} documents (give a text of more)",
-    RETAINED_DOCUMENTS: f"the retained blocks are of fewer than {FEWEST} documents (give --retain more)",
-    SEEDS: "no two methods have second seeds (give more --budget or --seeds)",
+# Why a lead is uncertain and what to do, by the source of most of its doubt
+_REMEDIES = {
+    HELD_OUT: "the held-out documents are few or differ: give a --text of more documents",
+    RETAINED_DOCUMENTS: "the retained documents are few or differ: give a --retain of more documents",
+    SEEDS: "seeds are few or differ: `mica compare --output {} --resume --budget {:g} --seeds {}` adds more",
 }
+_SETTING = """\
+*Learned* is the fall of the mean loss on {test} blocks of held-out text (documents: {documents[test]}), \
+*forgotten* its rise on {retained} blocks of {retain} (documents: {documents[retained]}; negative: it fell), \
+both in {unit}: 0.1 less is a perplexity that is 10 % lower. Learning rates and the limit of forgetting were \
+chosen by {validation} other held-out blocks. An update that forgets more than the limit counts by the share \
+of it that is within; its figures divided by that share are those of the whole. A method that is not in the \
+table learned nothing. A difference is that of the seeds that both have. After ± stands its 95 % interval, \
+for other documents and seeds; all of them hold at once. It is unknown with fewer than {fewest} documents, \
+and without second seeds.
+
+All trainings in the table have {steps} steps of {step_tokens:,} tokens. {millions:,.0f} million parameters \
+in {dtype}; {tokens:,} tokens of text, {blocks:,} training blocks of {sequence_length}. {minutes:.1f} \
+minutes, {jobs} at a time on the {device}."""
 
 
 def write(output: Path, report: Report) -> None:
@@ -33,45 +46,57 @@ def write(output: Path, report: Report) -> None:
 
 
 def sentences(report: Report, output: Path) -> list[str]:
-    """Who learned most at equal forgetting, who at any, and which to take, or what would decide."""
-    equal = report["equal"]
-    if not equal["methods"]:
+    """Who learned most at equal forgetting, and which method to take, or what would tell them apart."""
+    if not report["methods"]:
         return ["No method has learned anything of this text: no loss on held-out text fell."]
-    within = f"At equal forgetting (at most {equal['limit']:.3f} {_UNIT})"
-    if not equal["limit"]:
-        within = "Without forgetting any of the retained text"
-    found = [_who(within, equal)]
-    if _is_same(report):
-        found.append("More forgetting would not have helped any of them.")
-    else:
-        found.append(_who("However much is forgotten", report["any"], forgotten=True))
-    return [*found, *_advice(report, output)]
-
-
-def _is_same(report: Report) -> bool:
-    """Whether the limit of forgetting changes nothing."""
-    return report["equal"]["methods"] == report["any"]["methods"]
-
-
-def _who(head: str, at: Report, forgotten: bool = False) -> str:
-    best, *others = at["methods"]
+    head = f"At equal forgetting (at most {report['limit']:.3f} {_UNIT})"
+    if not report["limit"]:
+        head = "Without forgetting any of the retained text"
+    best, *others = report["methods"]
     amount = f"{best['learned']:.3f} {_UNIT}"
-    if forgotten:
-        amount += f" for {best['forgotten']:.3f} forgotten"
     if not others:
-        return f"{head}, only {_title(best)} learned anything: {amount}."
+        return [f"{head}, only {_title(best)} learned anything: {amount}."]
+    certain = [row for row in others if not row["behind"]["tied"]]
+    tied = [row for row in others if row["behind"]["tied"]]
     text = f"{head}, {_title(best)} learned most, {amount}"
-    certain = [f"{_plus_minus(row['behind'])} more than {_title(row)}" for row in others if not row["tied"]]
     if certain:
-        text += f": {_listed(certain)}"
-    tied = [f"{_title(row)} ({_plus_minus(row['behind'])})" for row in others if row["tied"]]
+        text += ": " + _listed([f"{_plus_minus(row)} more than {_title(row)}" for row in certain])
     if not tied:
-        return text + "."
-    return f"{text}. Its lead over {_listed(tied)} may be chance."
+        return [f"{text}.", f"Take {_title(best)}."]
+    leads = _listed([f"{_title(row)} ({_plus_minus(row)})" for row in tied])
+    undecided = _listed([_title(row) for row in (best, *tied)])
+    return [
+        f"{text}. Its lead over {leads} may be chance.",
+        f"Undecided between {undecided}, whose costs are below.",
+        *_remedies(report, tied, output),
+    ]
+
+
+def _remedies(report: Report, tied: list[Report], output: Path) -> list[str]:
+    """What would tell the best from those that may be as good, a sentence for each source of doubt."""
+    used = report["settings"]
+    more = [2 * settings.value(used, name) for name in ("budget", "seeds")]
+    lines = []
+    for source, remedy in _REMEDIES.items():
+        methods = [_title(row) for row in tied if row["behind"]["doubt"] == source]
+        if methods:
+            why = remedy.format(output, *more)
+            lines.append(f"The lead over {_listed(methods)} is uncertain mostly because {why}.")
+    return lines
 
 
 def _title(row: Report) -> str:
     return METHODS[row["method"]].title
+
+
+def _plus_minus(row: Report) -> str:
+    """How much less than the best a method has learned, with the interval of that."""
+    behind = row["behind"]
+    if behind is None:
+        return ""
+    if behind["half"] is None:
+        return f"{behind['mean']:.3f} ± unknown"
+    return f"{behind['mean']:.3f} ± {behind['half']:.3f}"
 
 
 def _listed(texts: list[str]) -> str:
@@ -80,49 +105,27 @@ def _listed(texts: list[str]) -> str:
     return f"{', '.join(texts[:-1])} and {texts[-1]}"
 
 
-def _advice(report: Report, output: Path) -> list[str]:
-    """Which method to take; where that is undecided, what would decide."""
-    best = report["equal"]["methods"][0]
-    if not report["undecided"]:
-        return [f"Take {_title(best)}: at equal forgetting it learned most."]
-    tied = [_title(one) for one in report["undecided"]]
-    lines = [f"Undecided between {_listed([_title(best), *tied])}, whose costs are below."]
-    others: dict[str, list[str]] = {}
-    for one in report["undecided"]:
-        others.setdefault(_what_decides(one, output), []).append(_title(one))
-    return lines + [f"The lead over {_listed(titles)}: {what}." for what, titles in others.items()]
-
-
-def _what_decides(one: Report, output: Path) -> str:
-    if one["missing"]:
-        return f"nothing can be said, as {_listed([_MISSING[source] for source in one['missing']])}"
-    needed = one["needed"]
-    if needed is None:
-        return "more seeds would not show that it is more than chance; a text of more documents might"
-    budget = f"--budget {needed['minutes']} --seeds {needed['seeds']}"
-    return (
-        f"if it is as large as it looks, {needed['seeds']} seeds of both would show it, in about "
-        f"{needed['minutes']} minutes altogether: `mica compare --output {output} --resume {budget}`"
-    )
-
-
 def markdown(report: Report, output: Path) -> str:
     """The page of the comparison in ``output``."""
     used = report["settings"]
-    title = f"# {shown(Path(str(used['model'])).name)} on {_names(used['text'])}: which method?"
     parts = [
-        title,
-        "\n".join(f"- {sentence}" for sentence in sentences(report, output)),
+        f"# {shown(Path(str(used['model'])).name)} on {_names(used['text'])}: which method?",
+        *_bullets("", sentences(report, output)),
         f"![Learned, by what was forgotten]({settings.PICTURE})",
+        _table(report),
         _setting(report),
-        f"## At equal forgetting\n\n{_table(report, report['equal'])}",
-        "" if _is_same(report) else f"## However much is forgotten\n\n{_table(report, report['any'])}",
         _costs(report),
-        _listed_under("## What the budget did not allow", report["not_done"]),
-        _listed_under("## Failed", report["failed"]),
+        *_bullets("## Failed\n\n", report["failed"]),
         _trainings(report),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(parts) + "\n"
+
+
+def _bullets(title: str, lines: list[str]) -> list[str]:
+    """A list below its title; nothing where it is empty."""
+    if not lines:
+        return []
+    return [title + "\n".join(f"- {line}" for line in lines)]
 
 
 def _names(paths: list[str]) -> str:
@@ -130,45 +133,31 @@ def _names(paths: list[str]) -> str:
 
 
 def _setting(report: Report) -> str:
-    facts = report["facts"]
-    used = report["settings"]
-    documents = facts["documents"]
-    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    steps = max((row["steps"] for row in report["any"]["methods"]), default=0)
-    short = ""
-    if 0 < steps < LEAST:
-        short = f" **They are short**: {steps} steps say little about a long training."
+    """What was measured, and on what."""
     args = _args(report)
-    tokens = args.batch_size * args.gradient_accumulation_steps * args.sequence_length
-    how = [
-        f"*Learned* is the fall of the mean loss on {facts['test']} blocks of held-out text (documents: "
-        f"{documents['test']}), *forgotten* its rise on {facts['retained']} blocks of "
-        f"{_names(used['retain'])} (documents: {documents['retained']}; negative: it fell), both in {_UNIT}: "
-        "0.1 less is a perplexity that is 10 % lower.",
-        f"Learning rates and the limit of forgetting were chosen by {facts['validation']} other held-out "
-        "blocks. An update that forgets more than the limit counts by the share that is within it.",
-        "A method that is in neither table learned nothing. A difference is that of the seeds that both "
-        "have. After ± stands its 95 % interval, for other "
-        "documents and seeds; all of them hold at once.",
-    ]
-    what = [
-        f"All trainings that are compared have {steps} steps of {tokens:,} tokens.{short}",
-        f"{facts['parameters'] / 1e6:,.0f} million parameters in {facts['dtype']}; {facts['tokens']:,} "
-        f"tokens of text, {facts['blocks']:,} training blocks of {facts['sequence_length']}.",
-        f"{report['seconds'] / 60:.1f} minutes, {facts['jobs']} trainings at a time on the "
-        f"{facts['device']} (threads of each: {facts['threads']}); {versions}.",
-    ]
-    return f"{' '.join(how)}\n\n{' '.join(what)}"
+    steps = max((row["steps"] for row in report["methods"]), default=0)
+    text = _SETTING
+    if 0 < steps < LEAST:
+        text += " **The trainings are short**: {steps} steps say little about a long one."
+    return text.format(
+        **report["facts"],
+        steps=steps,
+        step_tokens=args.batch_size * args.gradient_accumulation_steps * args.sequence_length,
+        retain=_names(report["settings"]["retain"]),
+        millions=report["facts"]["parameters"] / 1e6,
+        minutes=report["seconds"] / 60,
+        fewest=FEWEST,
+        unit=_UNIT,
+    )
 
 
-def _table(report: Report, at: Report) -> str:
+def _table(report: Report) -> str:
     before = report["perplexity"]
     rows = []
-    for row in at["methods"]:
-        behind = "" if row["behind"] is None else _plus_minus(row["behind"])
+    for row in report["methods"]:
         share = "" if row["share"] == 1 else f"{row['share']:.2f}"
         after = [f"{row['perplexity'][name]:.2f}" for name in ("held_out", "retained")]
-        amounts = [f"{row['learned']:.3f}", behind, f"{row['forgotten']:.3f}"]
+        amounts = [f"{row['learned']:.3f}", _plus_minus(row), f"{row['forgotten']:.3f}"]
         rows.append([_title(row), *amounts, *after, f"{row['rate']:g}", share, str(row["seeds"])])
     header = [
         "",
@@ -184,12 +173,6 @@ def _table(report: Report, at: Report) -> str:
     return markdown_table(header, rows)
 
 
-def _plus_minus(estimate: Report) -> str:
-    if estimate["half"] is None:
-        return f"{estimate['mean']:.3f} ± unknown"
-    return f"{estimate['mean']:.3f} ± {estimate['half']:.3f}"
-
-
 def _costs(report: Report) -> str:
     rows = []
     for method, cost in report["costs"].items():
@@ -198,12 +181,6 @@ def _costs(report: Report) -> str:
         rows.append([METHODS[method].title, f"{cost['trained_parameters']:,}", size, seconds])
     header = ["", "trained parameters", "weights, gradients, optimiser", "a step"]
     return f"## Costs\n\n{markdown_table(header, rows)}"
-
-
-def _listed_under(title: str, lines: list[str]) -> str:
-    if not lines:
-        return ""
-    return "\n".join([title, "", *(f"- {line}" for line in lines)])
 
 
 def _args(report: Report) -> argparse.Namespace:
@@ -220,7 +197,7 @@ def _trainings(report: Report) -> str:
         f"{args.warmup_ratio:g}, weight decay {args.weight_decay:g}, gradients clipped at "
         f"{args.max_grad_norm:g}; seeds from 0."
     )
-    mica = [row for row in report["equal"]["methods"] if row["method"] == "mica"]
+    mica = [row for row in report["methods"] if row["method"] == "mica"]
     if not mica:
         return text
     return f"{text} To train MiCA so, with its whole update:\n\n```sh\n{command(report, mica[0])}\n```"

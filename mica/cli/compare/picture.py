@@ -14,7 +14,7 @@ _COLOURS = dict(zip(METHODS, ("#D55E00", "#0072B2", "#A66BBE", "#009E73"), stric
 
 
 def trade_off(report: dict[str, Any], path: Path) -> None:
-    """Write a PNG of the methods of ``report``, however much is forgotten; small: their other trainings.
+    """Write a PNG of the methods of ``report`` at equal forgetting; small: all their trainings, whole.
 
     A bar is the interval of the difference to the best, whose line it reaches where that may be chance. One
     of few seeds may be many times as long as all that was learned, and is cut off.
@@ -29,17 +29,16 @@ def trade_off(report: dict[str, Any], path: Path) -> None:
         axes.margins(0.1)
         for method, points in report["points"].items():
             axes.scatter(*zip(*points, strict=True), s=9, color=_COLOURS[method], alpha=0.45, linewidths=0)
-        axes.set_ylim(axes.get_ylim())
-        for row in report["any"]["methods"]:
-            at = row["forgotten"], row["learned"]
-            half = row["behind"] and row["behind"]["half"]
+        for row in report["methods"]:
             look = {"color": _COLOURS[row["method"]], "label": METHODS[row["method"]].title}
-            axes.errorbar(*at, yerr=half or 0, fmt="o", capsize=3, **look)
-            if row["behind"] is None:
-                axes.axhline(row["learned"], color="#999999", linestyle="--", linewidth=0.8)
-        limit = report["equal"]["limit"]
-        if limit:
-            axes.axvline(limit, color="#999999", linestyle=":", label="equal forgetting")
-        if axes.get_legend_handles_labels()[0]:
+            axes.plot(row["forgotten"], row["learned"], "o", **look)
+        axes.set_ylim(axes.get_ylim())
+        for row in report["methods"]:
+            if row["behind"] and row["behind"]["half"]:
+                at = {"x": row["forgotten"], "y": row["learned"], "yerr": row["behind"]["half"]}
+                axes.errorbar(**at, capsize=3, color=_COLOURS[row["method"]])
+        if report["methods"]:
+            axes.axhline(report["methods"][0]["learned"], color="#999999", linestyle="--", linewidth=0.8)
+            axes.axvline(report["limit"], color="#999999", linestyle=":", label="equal forgetting")
             figure.legend(loc="outside right upper")
         figure.savefig(path, format="png", metadata={"Software": None})

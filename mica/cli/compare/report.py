@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from mica.cli.compare import advice, schedule
-from mica.cli.compare.outcomes import RETAINED, Result, outcome
-from mica.cli.compare.schedule import Comparison, Results
-from mica.cli.compare.verdict import Verdict, verdict
+from mica.cli.compare import schedule
+from mica.cli.compare.outcomes import RETAINED, Choice, Result, outcome
+from mica.cli.compare.schedule import Comparison
+from mica.cli.compare.verdict import Lead, verdict
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
@@ -22,35 +22,28 @@ def report(comparison: Comparison, settings: dict, facts: dict) -> dict[str, Any
     """
     found = comparison.by_method(schedule.WHOLE, schedule.SEEDS)
     base = comparison.base
-    results = comparison.results
-    equal = verdict(base, found)
+    judged = verdict(base, found)
+    rows = [_row(base, method, choice, judged.lead.get(method)) for method, choice in judged.choices.items()]
     return {
         "settings": settings,
         "facts": facts | {"versions": {name: version(name) for name in _PACKAGES}},
         "perplexity": _perplexity(base, 0.0, 0.0),
-        "equal": _as_json(base, equal),
-        "any": _as_json(base, verdict(base, found, math.inf)),
-        "undecided": [_undecided(comparison, equal, method) for method in equal.tied],
+        "limit": judged.limit,
+        "methods": rows,
         "costs": {method: _costs(some) for method, some in found.items()},
         "points": {method: _points(base, some) for method, some in found.items()},
-        "failed": _failed(results),
-        "not_done": comparison.not_done(),
+        "failed": [_failure(run) for run in comparison.results.values() if run["failed"]],
         "seconds": comparison.spent(),
-        "results": results,
+        "results": comparison.results,
     }
 
 
-def _failed(results: Results) -> list[str]:
-    """A line for each training that did not come to its end, and for a method that was left out for it."""
-    lines = []
-    for one in results.values():
-        if one["failed"] is None:
-            continue
-        text = f"{one['method']}, learning rate {one['rate']:g}, seed {one['seed']}: {one['failed']}"
-        if one["phase"] == schedule.TRIAL:
-            text += "; the method was left out"
-        lines.append(text)
-    return lines
+def _failure(run: Result) -> str:
+    """A line on a training that did not come to its end."""
+    text = f"{run['method']}, learning rate {run['rate']:g}, seed {run['seed']}: {run['failed']}"
+    if run["phase"] == schedule.TRIAL:
+        text += "; the method was left out"
+    return text
 
 
 def _costs(some: list[Result]) -> dict[str, float]:
@@ -58,31 +51,32 @@ def _costs(some: list[Result]) -> dict[str, float]:
     return {
         "trained_parameters": some[0]["trained_parameters"],
         "bytes": some[0]["bytes"],
-        "step_seconds": median_high(one["step_seconds"] for one in some),
+        "step_seconds": median_high(run["step_seconds"] for run in some),
     }
 
 
-def _as_json(base: Result, found: Verdict) -> dict[str, Any]:
-    """JSON has no infinity: null."""
-    rows = []
-    for method, choice in found.choices.items():
-        learned, forgotten = choice.mean("learned"), choice.mean("forgotten")
-        lead = found.lead.get(method)
-        rows.append(
-            {
-                "method": method,
-                "learned": learned,
-                "forgotten": forgotten,
-                "perplexity": _perplexity(base, learned, forgotten),
-                "behind": lead and {"mean": lead.mean, "half": _finite(lead.half)},
-                "tied": method in found.tied,
-                "rate": choice.rate,
-                "steps": choice.steps,
-                "share": choice.mean("share"),
-                "seeds": len(choice.seeds),
-            }
-        )
-    return {"limit": _finite(found.limit), "methods": rows}
+def _row(base: Result, method: str, choice: Choice, lead: Lead | None) -> dict[str, Any]:
+    """A method at equal forgetting; ``lead``: of the best over it."""
+    learned, forgotten = choice.mean("learned"), choice.mean("forgotten")
+    return {
+        "method": method,
+        "learned": learned,
+        "forgotten": forgotten,
+        "perplexity": _perplexity(base, learned, forgotten),
+        "behind": lead and _behind(lead),
+        "rate": choice.rate,
+        "steps": choice.steps,
+        "share": choice.mean("share"),
+        "seeds": len(choice.seeds),
+    }
+
+
+def _behind(lead: Lead) -> dict[str, Any]:
+    """JSON has no infinity: null where nothing can be said."""
+    half = lead.half
+    if math.isinf(half):
+        half = None
+    return {"mean": lead.mean, "half": half, "tied": not lead.is_certain, "doubt": lead.doubt}
 
 
 def _perplexity(base: Result, learned: float, forgotten: float) -> dict[str, float]:
@@ -92,20 +86,6 @@ def _perplexity(base: Result, learned: float, forgotten: float) -> dict[str, flo
         "held_out": math.exp(mean(base["test"]) - learned),
         "retained": math.exp(mean(retained) + forgotten),
     }
-
-
-def _undecided(comparison: Comparison, equal: Verdict, method: str) -> dict[str, Any]:
-    """Of a method that may be as good as the best: what would decide, and what keeps it from being known."""
-    needed = advice.needed(comparison, equal, method)
-    return {
-        "method": method,
-        "needed": needed and needed._asdict(),
-        "missing": advice.missing(equal.lead[method]),
-    }
-
-
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
 
 
 def _points(base: Result, some: list[Result]) -> list[list[float]]:
@@ -122,7 +102,7 @@ def facts(trainings) -> dict[str, Any]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     documents = trainings.documents()
-    retained = {one for name in RETAINED for one in documents[name]}
+    retained = {document for name in RETAINED for document in documents[name]}
     return {
         "parameters": trainings.base.num_parameters(),
         "dtype": str(trainings.base.dtype).removeprefix("torch."),

@@ -12,10 +12,10 @@ also with another budget.
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from functools import partial
 from heapq import heapreplace
-from operator import itemgetter
+from itertools import zip_longest
 from statistics import mean
 from typing import NamedTuple
 
@@ -28,9 +28,9 @@ BASE = "base"
 TRIAL, SHORT, WHOLE, SEEDS = 1, 2, 3, 4  # phases
 _TRIED = 4  # steps that show what a step costs
 _PART = 4  # a short training has this part of the steps of a whole one
-LEAST = 32  # steps of a whole training: rather fewer rates and seeds
-_FULLEST = 0.93  # of the budget is planned
-_LATEST = 1.0  # and the last trainings may end so much later
+LEAST = 32  # steps of a whole training: rather fewer seeds
+_BEST = 2  # methods get more than two seeds
+_FULLEST = 0.93  # of the budget is planned; further seeds may fill it
 
 
 class Planned(NamedTuple):
@@ -68,10 +68,9 @@ class Question(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the budget allows: ``steps`` of a whole training, learning ``rates`` of a method, ``seeds``."""
+    """What the budget allows: ``steps`` of a whole training, and how many ``seeds`` of the best ones."""
 
     steps: int
-    rates: int
     seeds: int
 
     @property
@@ -108,7 +107,7 @@ class Comparison(NamedTuple):
         Raises UsageError if the budget is too short for anything, or no method can be trained.
         """
         for phase in (self._trials, self._short, self._whole, self._more_seeds):
-            left = [one for one in phase() if one.key not in self.results]
+            left = [planned for planned in phase() if planned.key not in self.results]
             if left:
                 return left
         return []
@@ -125,67 +124,57 @@ class Comparison(NamedTuple):
         """Of each method in these phases; where they measured nothing, a block is as the base's."""
         found = {}
         for method, some in self.by_method(*phases).items():
-            blocks = [one["block_seconds"] for one in some if one["points"]]
+            blocks = [run["block_seconds"] for run in some if run["points"]]
             found[method] = Cost(
-                start=mean(one["start_seconds"] for one in some),
-                step=mean(one["step_seconds"] for one in some),
+                start=mean(run["start_seconds"] for run in some),
+                step=mean(run["step_seconds"] for run in some),
                 block=mean(blocks or [self.base["block_seconds"]]),
             )
         return found
 
     def spent(self, *phases: int) -> float:
         """Seconds on the clock until the last training of these phases had ended; without any, of all."""
-        return max(one["ended"] for one in self.results.values() if not phases or one["phase"] in phases)
+        runs = self.results.values()
+        return max((run["ended"] for run in runs if not phases or run["phase"] in phases), default=0.0)
 
     def _trials(self) -> list[Planned]:
         lowest = [Planned(TRIAL, method, rates[0], _TRIED) for method, rates in self.question.rates.items()]
         return [Planned(TRIAL, BASE), *lowest]
 
     def _short(self) -> list[Planned]:
-        plan = self.allowed()
-        rates = {method: self._inner(method, plan) for method in self.by_method(TRIAL)}
-        return _at_rates(SHORT, rates, self._steps_of(SHORT) or plan.short_steps)
+        steps = self._steps_of(SHORT) or self.allowed().short_steps
+        rates = {method: self.question.rates[method] for method in self.by_method(TRIAL)}
+        return _at_rates(SHORT, rates, steps)
 
     def _steps_of(self, phase: int) -> int | None:
         """How long the trainings of a phase are, if there is one."""
-        return next((one["steps"] for one in self.results.values() if one["phase"] == phase), None)
-
-    def _inner(self, method: str, plan: Plan) -> list[float]:
-        """The learning rates of ``method`` that ``plan`` allows, from the middle."""
-        rates = self.question.rates[method]
-        skipped = max(0, len(rates) - plan.rates) // 2
-        return rates[skipped : skipped + plan.rates]
+        return next((run["steps"] for run in self.results.values() if run["phase"] == phase), None)
 
     def allowed(self) -> Plan:
-        """What the budget allows, by the first steps of each method.
+        """What the budget allows, by the first steps of each method: rather fewer seeds than fewer steps.
 
         Raises UsageError if that is nothing, unless trainings were done with another budget.
         """
         question = self.question
         costs = self.costs(TRIAL)
         if not costs:
-            failed = [one["failed"] for one in self.results.values() if one["failed"]]
+            failed = [run["failed"] for run in self.results.values() if run["failed"]]
             raise UsageError(f"no method could be trained: {failed[0]}")
-        most = max(len(question.rates[method]) for method in costs)
-        plans = [Plan(0, most, seeds) for seeds in range(question.seeds, 1, -1)]
-        plans += [Plan(0, min(most, rates), min(2, question.seeds)) for rates in (most, 3, 2)]
-        plans.append(Plan(0, min(most, 2), 1))
         left = _FULLEST * question.budget - self.spent(TRIAL)
         least = question.steps or min(LEAST, question.longest)
         longest = question.steps or question.longest
 
-        def seconds(plan: Plan, steps: int) -> float:
-            return self._seconds(costs, plan._replace(steps=steps))
+        def seconds(seeds: int, steps: int) -> float:
+            return self._seconds(costs, Plan(steps, seeds))
 
-        for plan in plans:
-            if seconds(plan, least) <= left:
-                return plan._replace(steps=_most(partial(seconds, plan), least, longest, left))
+        for seeds in range(question.seeds, 0, -1):
+            if seconds(seeds, least) <= left:
+                return Plan(_most(partial(seconds, seeds), least, longest, left), seeds)
 
         if self._steps_of(SHORT):
-            return plans[-1]._replace(steps=least)
-        needed = self.spent(TRIAL) + seconds(plans[-1], least)
-        minutes = math.ceil(needed / _FULLEST / 60)
-        what = f"at least {minutes} minutes are needed here, or fewer --methods"
+            return Plan(least, 1)
+        minutes = math.ceil((self.spent(TRIAL) + seconds(1, least)) / _FULLEST / 60)
+        what = f"at least {minutes} minutes are needed here, or fewer --methods or --rates"
         raise UsageError(f"--budget {question.budget / 60:g}: {what}")
 
     def _seconds(self, costs: dict[str, Cost], plan: Plan) -> float:
@@ -193,7 +182,7 @@ class Comparison(NamedTuple):
         short = []
         halves = {}
         for method, cost in costs.items():
-            number = len(self._inner(method, plan))
+            number = len(self.question.rates[method])
             short += [cost.seconds(plan.short_steps, self.question.short_blocks)] * number
             halves[method] = math.ceil(number / 2)
         return self._clock(short) + self._seconds_of_whole(costs, halves, plan)
@@ -207,14 +196,14 @@ class Comparison(NamedTuple):
         seeds = []
         if plan.seeds > 1:
             seeds += each.values()
-            seeds += [mean(each.values())] * _number_of_better(each) * (plan.seeds - 2)
+            seeds += [mean(each.values())] * min(len(each), _BEST) * (plan.seeds - 2)
         return self._clock(whole) + self._clock(seeds)
 
     def _clock(self, seconds: Iterable[float]) -> float:
         """When the last of some trainings ends, if they begin in this order, as many at once as can."""
         ends = [0.0] * self.base["jobs"]
-        for one in seconds:
-            heapreplace(ends, ends[0] + one)
+        for needed in seconds:
+            heapreplace(ends, ends[0] + needed)
         return max(ends)
 
     def _whole(self) -> list[Planned]:
@@ -242,68 +231,45 @@ class Comparison(NamedTuple):
         return _most(seconds, plan.short_steps, self.question.longest, left)
 
     def wanted_seeds(self) -> list[Planned]:
-        """Further seeds of the trainings that are near the best, in the order in which they are worth most.
+        """Further seeds of each method's best training, in the order in which they are worth most.
 
-        These are the trainings that are best at equal forgetting: a second seed of each, which shows what
-        seeds change, then more of the better half of the methods, at least of two. Then those that are best
-        at any.
+        A second seed of each shows what seeds change; then follow more of the best two methods.
         """
         found = self.by_method(WHOLE)
+        choices = outcomes.choose_each(self.base, found, outcomes.common_limit(self.base, found))
+        order = sorted(choices, key=lambda method: -choices[method].first.validation)
         wanted = []
-        for limit in (outcomes.common_limit(self.base, found), outcomes.ANY):
-            choices = outcomes.choose_each(self.base, found, limit)
-            order = sorted(choices, key=lambda method: -choices[method].first.validation)
-            better = order[: _number_of_better(order)]
-            for seed in range(1, self.question.seeds):
-                for method in order if seed == 1 else better:
-                    wanted.append(Planned(SEEDS, method, choices[method].rate, choices[method].steps, seed))
-        return [*dict.fromkeys(wanted)]
+        for seed in range(1, self.question.seeds):
+            for method in order:
+                wanted.append(Planned(SEEDS, method, choices[method].rate, choices[method].steps, seed))
+            order = order[:_BEST]
+        return wanted
 
     def _more_seeds(self) -> list[Planned]:
         """Of the `wanted_seeds` those for which there is time."""
-        left = _LATEST * self.question.budget - self.spent(TRIAL, SHORT, WHOLE)
+        left = self.question.budget - self.spent(TRIAL, SHORT, WHOLE)
         costs = self.costs(WHOLE)
         found = []
         seconds = []
-        for one in self.wanted_seeds():
-            seconds.append(costs[one.method].seconds(one.steps, self.question.whole_blocks))
+        for planned in self.wanted_seeds():
+            seconds.append(costs[planned.method].seconds(planned.steps, self.question.whole_blocks))
             if self._clock(seconds) > left:
                 break
-            found.append(one)
+            found.append(planned)
         return found
-
-    def not_done(self) -> list[str]:
-        """What the budget did not allow, a line each; of a comparison that has ended."""
-        plan = self.allowed()
-        lines = []
-        for method in self.by_method(TRIAL):
-            tried = self._inner(method, plan)
-            left_out = [f"{rate:g}" for rate in self.question.rates[method] if rate not in tried]
-            if left_out:
-                lines.append(f"{method} at learning rate {' and '.join(left_out)}")
-        for one in self.wanted_seeds():
-            if one.key not in self.results:
-                lines.append(f"{one.method} at learning rate {one.rate:g}, seed {one.seed}")
-        return lines
 
 
 def _at_rates(phase: int, rates: dict[str, list[float]], steps: int) -> list[Planned]:
     """A training at each of the rates: the first rate of each method, then the second one, ..."""
-    turns = []
-    for method, of_method in rates.items():
-        turns += enumerate(Planned(phase, method, rate, steps) for rate in of_method)
-    return [one for _, one in sorted(turns, key=itemgetter(0))]
+    turns = zip_longest(*rates.values())
+    pairs = [pair for turn in turns for pair in zip(rates, turn, strict=True)]
+    return [Planned(phase, method, rate, steps) for method, rate in pairs if rate is not None]
 
 
 def _most(seconds: Callable[[int], float], least: int, longest: int, left: float) -> int:
     """The most steps up to ``longest`` that take no more than the seconds ``left``; or ``least``."""
     more = range(least + 1, longest + 1)
     return least + bisect_right(more, left, key=seconds)
-
-
-def _number_of_better(methods: Sized) -> int:
-    """How many of some methods get further seeds: a difference between two needs those of both."""
-    return min(len(methods), max(2, math.ceil(len(methods) / 2)))
 
 
 def _better_half(base: Result, short: list[Result], limit: Limit) -> list[float]:

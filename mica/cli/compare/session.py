@@ -21,8 +21,6 @@ from mica.cli.output import write_json
 from mica.errors import UsageError
 
 _LATEST = 1.05  # of the budget: what is under way is left then, on a machine that has become slower
-# Gives each of some trainings with its result, None if that had to be given up, in the order of their ends.
-Maker = Callable[[list[Planned]], Iterator[tuple[Planned, dict | None]]]
 
 
 def compare(given: argparse.Namespace, began: float) -> int:
@@ -59,6 +57,7 @@ def _note(text: str) -> None:
 def _compare(ours: dict[str, object], output: Path, resume: bool, began: float) -> int:
     """The comparison, once the folder is its own, and the page."""
     gpus = torch.cuda.device_count()  # 0 on a CPU
+    jobs = max(1, gpus)
     with ExitStack() as stack:
         with ExitStack() as checks:  # what they refuse leaves nothing
             if not resume:
@@ -70,20 +69,17 @@ def _compare(ours: dict[str, object], output: Path, resume: bool, began: float) 
             settings.write(output, ours)
             for note in filter(None, trainings.notes):
                 _note(f"note: {note}")
-            facts = report.facts(trainings) | {"jobs": max(1, gpus), "threads": torch.get_num_threads()}
+            facts = report.facts(trainings) | {"jobs": jobs}
             print("{tokens:,} tokens, {blocks:,} training blocks of {sequence_length}".format(**facts))
 
             comparison = Comparison(trainings.question, results)
-            elapsed = 0.0
-            if results:
-                elapsed = comparison.spent()
-            zero = time.time() - (elapsed + time.monotonic() - began)
+            zero = time.time() - (comparison.spent() + time.monotonic() - began)
             latest = zero + _LATEST * trainings.question.budget
-            make: Maker = partial(_one_after_the_other, trainings, latest)
+            make = partial(trainings.make_each, latest=latest)
             if gpus > 1:
                 pool = stack.enter_context(workers.pool(gpus, ours, output))
                 make = partial(workers.make, pool, latest=latest)
-            progress = _Progress(comparison, runs, zero, max(1, gpus))
+            progress = _Progress(comparison, runs, zero, jobs)
             progress.do(make, last=schedule.TRIAL)
             comparison.planned()  # raises if the budget is too small for anything
         progress.do(make)
@@ -97,17 +93,6 @@ def _compare(ours: dict[str, object], output: Path, resume: bool, began: float) 
     return 0
 
 
-def _one_after_the_other(
-    trainings: Trainings, latest: float, todo: list[Planned]
-) -> Iterator[tuple[Planned, dict | None]]:
-    for planned in todo:
-        if planned.method == BASE:
-            _note(f"measuring the model on {trainings.question.whole_blocks} blocks")
-        elif planned.phase == schedule.TRIAL:
-            _note(f"trying {planned.steps} steps of {planned.method}")
-        yield planned, trainings.make(planned, latest)
-
-
 class _Progress(NamedTuple):
     """What is left to do of a comparison, whose results are files in ``runs``, too.
 
@@ -119,8 +104,12 @@ class _Progress(NamedTuple):
     zero: float
     jobs: int
 
-    def do(self, make: Maker, last: int = schedule.SEEDS) -> None:
-        """Do what is planned, up to the phase ``last``, until nothing is left or the budget is used up."""
+    def do(self, make: Callable[[list[Planned]], Iterator], last: int = schedule.SEEDS) -> None:
+        """Do what is planned, up to the phase ``last``, until nothing is left or the budget is used up.
+
+        ``make`` gives each of some trainings with its result, or None if that had to be given up, in the
+        order of their ends.
+        """
         while True:
             todo = [each for each in self.comparison.planned() if each.phase <= last]
             if not todo:
@@ -145,11 +134,13 @@ def _earlier(trainings: Trainings, runs: Path) -> Results:
 
     Raises UsageError for a file that no comparison of these texts has written.
     """
+    documents = trainings.documents()
     results = {}
     for path in sorted(runs.glob("*.json")):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            is_ours = _is_known(trainings, path.stem, result)
+            key = Planned(*(result[name] for name in Planned._fields)).key
+            is_ours = key == path.stem and result.get("documents", documents) == documents
         except (KeyError, TypeError, ValueError):
             is_ours = False
         if not is_ours:
@@ -160,18 +151,11 @@ def _earlier(trainings: Trainings, runs: Path) -> Results:
     return results
 
 
-def _is_known(trainings: Trainings, key: str, result: dict) -> bool:
-    """Whether ``result`` is what ``key`` says, on the documents of ``trainings``; KeyError if it is none."""
-    if Planned(*(result[name] for name in Planned._fields)).key != key or "ended" not in result:
-        return False
-    return key != BASE or result["documents"] == trainings.documents()
-
-
 def _no_whole(comparison: Comparison, output: Path) -> str:
     """What to say where there is nothing to report."""
-    failed = next((result["failed"] for result in comparison.results.values() if result["failed"]), None)
-    if failed is not None and not comparison.planned():
-        return f"no method came to the end of a training: {failed}"
+    failed = [result["failed"] for result in comparison.results.values() if result["failed"]]
+    if failed and not comparison.planned():
+        return f"no method came to the end of a training: {failed[0]}"
     minutes = comparison.question.budget / 60
     more = f"mica compare --output {output} --resume --budget {2 * minutes:g}"
     return f"--budget {minutes:g}: it ended before a whole training: {more} goes on"

@@ -20,9 +20,8 @@ PICTURE = "compare.png"
 
 def given(namespace: argparse.Namespace) -> dict[str, object]:
     """What the command line says of the comparison, as JSON has it; paths are absolute."""
-    found = {name: value for name, value in vars(namespace).items() if name in OPTIONS}
-    for name in found.keys() & {"output", "resume"}:
-        del found[name]
+    names = OPTIONS.keys() - {"output", "resume"}
+    found = {name: value for name, value in vars(namespace).items() if name in names}
     for name in found.keys() & {"text", "retain"}:
         found[name] = [config.absolute(path) for path in found[name]]
     if "model" in found:
@@ -107,8 +106,7 @@ def write(output: Path, settings: dict[str, object]) -> None:
 
 def check_required(namespace: argparse.Namespace, resume: bool) -> None:
     """Raise UsageError if an option is missing: under --resume only that of the folder is required."""
-    missing = [row.flag for row in OPTIONS.values() if row.required and not hasattr(namespace, row.name)]
-    if resume:
-        missing = [flag for flag in missing if flag == "--output"]
+    required = [row for row in OPTIONS.values() if row.required and (not resume or row.name == "output")]
+    missing = [row.flag for row in required if not hasattr(namespace, row.name)]
     if missing:
         raise UsageError(f"the following arguments are required: {', '.join(missing)}")

@@ -4,6 +4,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from mica.cli.adapt import evaluation
 from mica.cli.adapt.trainer import build_trainer
 from mica.cli.adapt.training import enable_gradient_checkpointing, silence
 
+DIVERGED = "diverged: a loss is not finite"
 Losses = dict[str, list[float]]
 
 
@@ -23,7 +25,7 @@ def losses(model: nn.Module, sets: dict[str, Dataset]) -> Losses:
     found = {}
     for name, blocks in sets.items():
         each = (evaluation.likelihood(model, Subset(blocks, [n]), 1) for n in range(len(blocks)))
-        found[name] = [one.loss for one in each]
+        found[name] = [likelihood.loss for likelihood in each]
     return found
 
 
@@ -72,14 +74,16 @@ def train(
     ended = time.perf_counter()
     measured = losses(model, sets)
     blocks = sum(map(len, measured.values()))
-    failed = not_finite(measured)
+    failed = None
     points = []
-    if sets and failed is None:
+    if not is_finite(measured):
+        failed = DIVERGED
+    elif sets:
         points = [{"step": args.steps, **measured}]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return {
         "points": points,
-        "failed": failed and f"diverged: {failed}",
+        "failed": failed,
         "step_seconds": (ended - seen.began) / max(1, seen.steps),
         "block_seconds": (time.perf_counter() - ended) / max(1, blocks),
         "trained_parameters": sum(parameter.numel() for parameter in trained),
@@ -87,12 +91,9 @@ def train(
     }
 
 
-def not_finite(measured: Losses) -> str | None:
-    """What to say of the first set of which a loss is NaN or infinite, if there is one."""
-    for name, each in measured.items():
-        if not all(map(math.isfinite, each)):
-            return f"the loss on the {name} text is not finite"
-    return None
+def is_finite(measured: Losses) -> bool:
+    """Whether no loss is NaN or infinite."""
+    return all(map(math.isfinite, chain.from_iterable(measured.values())))
 
 
 def _bytes(model: nn.Module, trained: list[nn.Parameter], optimizer) -> int:

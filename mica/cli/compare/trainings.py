@@ -2,6 +2,7 @@
 
 import gc
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mica.cli.adapt.packing import document_of, suit_packing
 from mica.cli.compare import methods, outcomes, schedule, settings
 from mica.cli.compare.models import built
 from mica.cli.compare.schedule import BASE, Planned, Question
-from mica.cli.compare.training import losses, not_finite, train
+from mica.cli.compare.training import is_finite, losses, train
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
 
@@ -103,6 +104,11 @@ class Trainings:
         """The document of each block of each set, by its digest."""
         return {name: [f"{digest:x}" for digest in _documents(blocks)] for name, blocks in self.sets.items()}
 
+    def make_each(self, todo: list[Planned], latest: float) -> Iterator[tuple[Planned, dict | None]]:
+        """Each of ``todo`` with its result, one after the other."""
+        for planned in todo:
+            yield planned, self.make(planned, latest)
+
     def make(self, planned: Planned, latest: float) -> dict | None:
         """The result of a training, or of the measurement before all of them.
 
@@ -139,9 +145,8 @@ class Trainings:
     def _measure_base(self) -> dict:
         begin = time.perf_counter()
         measured = losses(self.base, self.sets)
-        failed = not_finite(measured)
-        if failed is not None:
-            raise UsageError(f"--model {self.args.model}: {failed}")
+        if not is_finite(measured):
+            raise UsageError(f"--model {self.args.model}: its loss on these texts is not finite")
         seconds = (time.perf_counter() - begin) / sum(map(len, measured.values()))
         return measured | {"failed": None, "block_seconds": seconds, "documents": self.documents()}
 

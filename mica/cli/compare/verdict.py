@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t as student_t
 
-from mica.cli.compare.outcomes import RETAINED, Choice, Limit, Result, choose_each, common_limit
+from mica.cli.compare.outcomes import RETAINED, Choice, Result, choose_each, common_limit
 
 _LEVEL = 0.05
 FEWEST = 3  # documents: of two nobody can say how documents differ
@@ -71,6 +71,11 @@ class Lead(NamedTuple):
         """Whether it is above 0."""
         return self.mean > self.half
 
+    @property
+    def doubt(self) -> str:
+        """The source of most of its error."""
+        return max(self.parts, key=lambda part: part.half(self.level)).source
+
 
 class Verdict(NamedTuple):
     """Of the methods at a ``limit`` of forgetting.
@@ -86,28 +91,20 @@ class Verdict(NamedTuple):
     def best(self) -> str | None:
         return next(iter(self.choices), None)
 
-    @property
-    def tied(self) -> list[str]:
-        """The methods that may be as good as the best."""
-        return [method for method, lead in self.lead.items() if not lead.is_certain]
 
+def verdict(base: Result, runs: dict[str, list[Result]]) -> Verdict:
+    """The verdict on ``runs``, by method, at their `common_limit`.
 
-def verdict(base: Result, runs: dict[str, list[Result]], limit: float | None = None) -> Verdict:
-    """The verdict on ``runs``, by method. ``limit``: by default `common_limit`.
-
-    ``base["documents"]``, if it is there, names the document of each block, by set of blocks; otherwise each
-    block is taken for a document.
+    ``base["documents"]`` names the document of each block, by set of blocks.
     """
-    at = common_limit(base, runs) if limit is None else Limit(limit)
-    found = choose_each(base, runs, at)
+    limit = common_limit(base, runs)
+    found = choose_each(base, runs, limit)
     choices = dict(sorted(found.items(), key=lambda item: -item[1].mean("learned")))
     residual = _residual(choices.values())
     level = _LEVEL / max(1, math.comb(len(choices), 2))
-    lead = {}
-    for method, choice in list(choices.items())[1:]:
-        best = next(iter(choices.values()))
-        lead[method] = _lead(base, best, choice, residual, level)
-    return Verdict(at.value, choices, lead)
+    best, *others = choices or [None]
+    lead = {other: _lead(base, choices[best], choices[other], residual, level) for other in others}
+    return Verdict(limit.value, choices, lead)
 
 
 def _lead(base: Result, best: Choice, other: Choice, residual: Part, level: float) -> Lead:
@@ -116,25 +113,16 @@ def _lead(base: Result, best: Choice, other: Choice, residual: Part, level: floa
     pairs = [(best.seeds[seed], other.seeds[seed]) for seed in seeds]
     gaps = np.mean([ours.learned - theirs.learned for ours, theirs in pairs], axis=0)
     parts = [_of_documents(HELD_OUT, gaps, _documents(base, ["test"]))]
-    if any(one.doubt is not None for one in chain.from_iterable(pairs)):
-        doubts = np.mean([_doubt(ours) - _doubt(theirs) for ours, theirs in pairs], axis=0)
+    if any(end.share < 1 for end in chain.from_iterable(pairs)):
+        doubts = sum(ours.doubt - theirs.doubt for ours, theirs in pairs) / len(pairs)
         parts.append(_of_documents(RETAINED_DOCUMENTS, doubts, _documents(base, RETAINED)))
     parts.append(residual._replace(variance=residual.variance * 2 / len(seeds)))
     return Lead(float(gaps.mean()), tuple(parts), level)
 
 
-def _doubt(one) -> np.ndarray:
-    if one.doubt is None:
-        return np.zeros(len(one.forgotten))
-    return one.doubt
-
-
 def _documents(base: Result, names: Iterable[str]) -> list:
     """The document of each block of these sets."""
-    documents = base.get("documents")
-    if documents is None:
-        return list(range(sum(len(base[name]) for name in names)))
-    return [document for name in names for document in documents[name]]
+    return [document for name in names for document in base["documents"][name]]
 
 
 def _of_documents(source: str, blocks: np.ndarray, documents: list) -> Part:
@@ -160,7 +148,7 @@ def _residual(choices: Iterable[Choice]) -> Part:
     """What neither method nor seed explains of what a training has learned, by least squares."""
     cells = []
     for method, choice in enumerate(choices):
-        cells += [(method, seed, one.learned.mean()) for seed, one in choice.seeds.items()]
+        cells += [(method, seed, end.learned.mean()) for seed, end in choice.seeds.items()]
     methods = len({method for method, _, _ in cells})
     seeds = sorted({seed for _, seed, _ in cells})
     design = np.zeros((len(cells), methods + len(seeds)))

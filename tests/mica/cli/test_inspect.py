@@ -1,4 +1,4 @@
-"""``mica inspect``: its tables and JSON against the fp64 SVD of every weight, its reasons, its refusals."""
+"""``mica inspect``: its table and JSON against the fp64 SVD of every weight, its reasons, its refusals."""
 
 import json
 import re
@@ -69,91 +69,45 @@ def test_rows_are_those_of_the_svd(dtype, rank, gpt2_dir, run):
     assert table["worst_energy_excess"] == max(row["energy_excess"] for row in table["layers"])
 
 
-def test_table_says_what_the_json_says(model_dir, run):
-    modules = "q_proj,input_layernorm,embed_tokens"
-    status, table, captured = run(model_dir, "--layers", "--target-modules", modules)
-    assert status == 0
-    lines = captured.out.splitlines()
-    assert str(model_dir) in lines[0]
-    assert lines[1].split()[4:9] == ["dtype", "sigma_max", "sigma_5", "sigma_4", "sigma_1"]
-    assert len(lines) == 3 + len(table["layers"]) == 8
-    unsuitable = [row for row in table["layers"] if row["reason"]]
-    assert [row["kind"] for row in unsuitable] == ["LlamaRMSNorm"] * 2
-    for line, row in zip(lines[2:], table["layers"], strict=False):
-        name, *cells = re.split("  +", line)
-        assert name == row["name"]
-        if row["reason"]:
-            assert cells == ["-", "float32", f"cannot be adapted: {row['reason']}"]
-            assert all(row[number] is None for number in (*NUMBERS, "method", "proven", "energy_excess"))
-            continue
-        assert cells[:2] == [f"{row['shape'][0]} x {row['shape'][1]}", "float32"]
-        assert list(map(float, cells[2:7])) == pytest.approx([row[name] for name in NUMBERS[:5]], rel=1e-3)
-        assert float(cells[7].removesuffix("%")) == pytest.approx(100 * row["energy_share"], rel=0.06)
-        assert cells[8:10] == [row["method"], f"proven, {row['energy_excess']:.1e}"]
-        assert float(cells[10]) == pytest.approx(row["seconds"], abs=0.006)
-    aligned = [line for line in lines[1:-1] if "cannot" not in line]
-    assert len({len(line) for line in aligned}) == 1
-    assert lines[-1].startswith("5 layers in ")
-    assert "3 proven" in lines[-1]
-    assert "2 cannot be adapted" in lines[-1]
-
-
 def test_a_line_for_each_kind_has_its_medians_and_worst(tmp_path, run):
     tiny_llama(num_hidden_layers=3).save_pretrained(tmp_path / "model")
-    status, table, captured = run(tmp_path / "model")
-    assert status == 0
-    lines = captured.out.splitlines()
-    assert lines[1].endswith("; --layers: each layer")
-    header = ["dtype", "sigma_max", "sigma_5", "sigma_4", "sigma_1", "gap", "min gap", "energy", "max energy"]
-    assert re.split("  +", lines[2])[3:-2] == header
+    _, table, captured = run(tmp_path / "model")
+    _, _, header, *lines, last = captured.out.splitlines()
+    assert re.split("  +", header)[4:9] == ["sigma_max", "sigma_5", "sigma_4", "sigma_1", "gap"]
+    assert re.split("  +", header)[9:12] == ["min gap", "energy", "max energy"]
     by_kind = {}
     for row in table["layers"]:
         by_kind.setdefault(row["name"].rpartition(".")[2], []).append(row)
-    assert len(table["layers"]) == 7 * len(by_kind["q_proj"])
-    assert len(lines) == 3 + len(by_kind) + 1
-    assert len({len(line) for line in lines[2:-1]}) == 1
-    for line, (kind, rows) in zip(lines[3:-1], by_kind.items(), strict=True):
+    assert len({len(line) for line in (header, *lines)}) == 1
+    for line, (kind, rows) in zip(lines, by_kind.items(), strict=True):
         name, count, shape, dtype, *numbers, proven, excess = re.split("  +", line)
-        assert (name, int(count), dtype) == (kind, len(rows), "float32")
+        assert (name, int(count), dtype, proven) == (kind, 3, "float32", "3 of 3")
         assert shape == f"{rows[0]['shape'][0]} x {rows[0]['shape'][1]}"
         expected = [statistics.median(row[number] for row in rows) for number in NUMBERS]
         expected.insert(5, min(row["gap"] for row in rows))
-        expected.append(max(row["energy_share"] for row in rows))
-        shown = [float(number.removesuffix("%")) / (100 if "%" in number else 1) for number in numbers]
+        expected += [max(row[number] for row in rows) for number in ("energy_share", "energy_excess")]
+        shown = [float(number) for number in (*numbers, excess)]
         assert shown[:6] == pytest.approx(expected[:6], rel=1e-3)
         assert shown[6:] == pytest.approx(expected[6:], rel=0.06)
-        assert proven == f"{len(rows)} of {len(rows)}"
-        assert excess == f"{max(row['energy_excess'] for row in rows):.1e}"
+    assert last.endswith(": 21 proven, 0 not proven, 0 cannot be adapted")
 
 
-def test_a_layer_that_cannot_be_adapted_has_a_line_of_its_own(tmp_path, run):
-    model = tiny_llama(num_hidden_layers=3)
+def test_layers_that_cannot_be_adapted_are_named_with_the_reason(tmp_path, run):
+    model = tiny_llama(num_hidden_layers=5)
     model.model.layers[2].mlp.up_proj.weight.data[0, 0] = torch.inf
     model.save_pretrained(tmp_path / "model")
-    status, table, captured = run(tmp_path / "model")
+    status, table, captured = run(tmp_path / "model", "--target-modules", "up_proj,input_layernorm")
     assert status == 0
-    assert [row["name"] for row in table["layers"] if row["reason"]] == ["model.layers.2.mlp.up_proj"]
-    assert (table["layers_proven"], table["layers_unsuitable"]) == (20, 1)
-    lines = [re.split("  +", line)[:2] for line in captured.out.splitlines() if line.startswith("up_proj")]
-    assert lines == [["up_proj", "2"], ["up_proj", "1"]]
-    assert " (model.layers.2.mlp.up_proj)\n" in captured.out
-
-
-def test_lines_appear_as_layers_are_measured(model_dir, capsys, monkeypatch):
-    seen, measure = [], spectra.measure
-
-    def spying(*arguments, **options):
-        seen.append(len(capsys.readouterr().out.splitlines()))
-        return measure(*arguments, **options)
-
-    monkeypatch.setattr(spectra, "measure", spying)
-    assert (
-        main(["inspect", str(model_dir), "--rank", "4", "--target-modules", "q_proj,k_proj", "--layers"]) == 0
-    )
-    assert seen == [2, 1, 1, 1]
-
-
-# Layers that cannot be adapted, and results that are not proven
+    assert (table["layers_proven"], table["layers_unsuitable"]) == (4, 6)
+    unsuitable = [row for row in table["layers"] if row["reason"]]
+    assert all(row[number] is None for row in unsuitable for number in (*NUMBERS, "proven"))
+    *_, row, first, second, _ = captured.out.splitlines()
+    assert row.startswith("up_proj       4 ")
+    norms = ", ".join(f"model.layers.{block}.input_layernorm" for block in range(3))
+    said = [f"a layer of type LlamaRMSNorm ({norms} and 2 more)"]
+    infinite = "MiCA requires finite weights, but this layer has 1 NaN or Inf of 1536"
+    said.append(f"{infinite} (model.layers.2.mlp.up_proj)")
+    assert [second, first] == [f"cannot be adapted: {reason}" for reason in said]
 
 
 def test_nf4_checkpoint_can_be_adapted(model_dir, tmp_path, run):
@@ -161,11 +115,11 @@ def test_nf4_checkpoint_can_be_adapted(model_dir, tmp_path, run):
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(model_dir, quantization_config=nf4)
     model.save_pretrained(tmp_path / "model")
-    status, table, captured = run(tmp_path / "model", "--plot", tmp_path / "plot.png")
+    status, table, captured = run(tmp_path / "model")
     assert (status, table["layers_proven"], table["layers_unsuitable"]) == (0, 14, 0)
     kinds = {(row["kind"], row["quantised"]) for row in table["layers"]}
     assert kinds == {("Linear4bit", "bitsandbytes 4-bit")}
-    assert captured.out.count("  bitsandbytes 4-bit, dequantised\n") == 7
+    assert captured.out.count("  bitsandbytes 4-bit, dequantised  ") == 7
     (row,) = [row for row in table["layers"] if row["name"] == "model.layers.1.mlp.up_proj"]
     check_numbers(row, dequantised(model.model.layers[1].mlp.up_proj), 4, rel=1e-3)
 
@@ -190,12 +144,10 @@ def test_what_is_not_proven_is_said(model_dir, run, monkeypatch):
     monkeypatch.setattr(spectra, "minor_subspace", solver)
     status, table, captured = run(model_dir, "--target-modules", "q_proj")
     assert status == 0
-    assert "    0 of 2           -\n" in captured.out
+    assert "  0 of 2           -\n" in captured.out
     assert "\nnot proven: model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj\n" in captured.out
-    assert captured.out.endswith("0 proven (worst energy excess -), 2 not proven, 0 cannot be adapted\n")
+    assert captured.out.endswith(": 0 proven, 2 not proven, 0 cannot be adapted\n")
     assert [(row["proven"], row["energy_excess"]) for row in table["layers"]] == [(False, None)] * 2
-    _, _, captured = run(model_dir, "--target-modules", "q_proj", "--layers")
-    assert captured.out.count("  not proven  ") == 2
 
 
 # The plot
@@ -226,7 +178,7 @@ def test_plot_shows_the_chosen_values_exactly(model_dir, run, tmp_path, monkeypa
         assert (values[-5], values[-4], values[-1]) == (9, row["sigma_largest"], row["sigma_smallest"])
 
 
-# Refusals
+# Refusals, before the model is loaded
 
 
 @pytest.fixture
@@ -242,7 +194,7 @@ def error_of(captured) -> str:
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
-def test_missing_matplotlib_is_reported_before_loading(model_dir, run, tmp_path, monkeypatch):
+def test_missing_matplotlib(model_dir, run, tmp_path, monkeypatch):
     for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "mica.cli.plot", raising=False)
@@ -254,17 +206,24 @@ def test_missing_matplotlib_is_reported_before_loading(model_dir, run, tmp_path,
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
-@pytest.mark.parametrize("option", ["--plot", "--json"])
-def test_bad_path_is_reported_before_loading(option, model_dir, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--plot folder.png", "--plot folder.png: exists and is not a file"),
+        ("--json folder.png", "--json folder.png: exists and is not a file"),
+        ("--plot nowhere/x.png", "--plot nowhere/x.png: nowhere is not a folder"),
+        ("--plot x.bmp", "--plot x.bmp: must end in .png, .pdf or .svg"),
+        ("--rank 999", "--rank 999: no layer can be adapted: the largest, model.layers.0.self_attn."),
+    ],
+)
+def test_a_mistake_is_one_line(options, message, model_dir, capsys, tmp_path, monkeypatch):
     (tmp_path / "folder.png").mkdir()
-    cases = [("folder.png", "not a file"), ("nowhere/x.png", "not a folder")]
-    if option == "--plot":
-        cases.append(("x.bmp", "must end in .png"))
-    for name, message in cases:
-        assert main(["inspect", str(model_dir), option, str(tmp_path / name)]) == 2
-        error = error_of(capsys.readouterr())
-        assert error.startswith(f"mica inspect: error: {option} {tmp_path / name}: ")
-        assert message in error
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", str(model_dir), *options.split()]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"mica inspect: error: {message}")
+    assert captured.err.count("\n") == 1
 
 
 def test_model_not_found(run):

@@ -1,10 +1,9 @@
-"""Kinds of layers, and the numbers of a whole kind."""
-
-from types import SimpleNamespace
+"""Kinds of layers, which share a line of `mica inspect`."""
 
 import pytest
 
 from mica.cli.kinds import Kind, by_kind, grouped
+from mica.cli.spectra import Row
 
 
 @pytest.mark.parametrize(
@@ -20,31 +19,17 @@ def test_a_kind_is_the_end_of_a_name_without_numbers(names, kinds):
     assert by_kind(names) == {kind: [names[index] for index in indices] for kind, indices in kinds.items()}
 
 
-def row(name, **facts):
-    usual = {"shape": (8, 4), "dtype": "float32", "quantised": None, "reason": None, "gap": 1.0}
-    return SimpleNamespace(name=name, **usual | facts)
-
-
-def rows(**facts):
-    """Two layers of a kind; ``facts`` are of the second."""
-    return row("h.0.q"), row("h.1.q", **facts)
-
-
-def test_layers_of_a_kind_are_one_group():
-    first, second = rows()
-    assert grouped([first, second]) == [Kind("q", [first, second])]
+def row(name, shape=(8, 4), dtype="float32", **facts):
+    return Row(name, "Linear", shape, dtype, **facts)
 
 
 @pytest.mark.parametrize(
     "different", [{"shape": (8, 6)}, {"dtype": "bfloat16"}, {"quantised": "int8"}, {"reason": "NaN"}]
 )
-def test_what_differs_is_a_group_of_its_own(different):
-    first, second = rows(**different)
-    assert grouped([first, second]) == [Kind("q", [first]), Kind("q", [second])]
+def test_layers_that_differ_are_apart(different):
+    first, second, third = row("h.0.q"), row("h.1.q", **different), row("h.2.q")
+    assert grouped([first, second, third]) == [Kind("q", [first, third]), Kind("q", [second])]
 
 
 def test_numbers_that_are_not_there_do_not_count():
-    kind = Kind("q", [row("a", gap=1.0), row("b", gap=None), row("c", gap=8.0), row("d", gap=2.0)])
-    assert (kind.smallest("gap"), kind.median("gap"), kind.largest("gap")) == (1, 2, 8)
-    kind = Kind("q", [row("a", gap=None)])
-    assert (kind.smallest("gap"), kind.median("gap"), kind.largest("gap")) == (None, None, None)
+    assert Kind("q", [row("a", gap=1.0), row("b"), row("c", gap=8.0)]).values("gap") == [1, 8]

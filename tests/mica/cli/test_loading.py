@@ -1,4 +1,4 @@
-"""Where a model is loaded from and to, in which dtype, which layers are targets, and what is printed."""
+"""Where a model is loaded from and to, in which dtype, and what is printed."""
 
 import os
 import subprocess
@@ -35,35 +35,6 @@ def test_a_skeleton_has_the_modules_of_the_model_and_no_weights(make, tmp_path):
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_a_quantised_checkpoint_keeps_its_dtype(monkeypatch):
-    monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: False)
-    model = tiny_llama().bfloat16()
-    model.is_quantized = True
-    assert "quantised and computes in bfloat16" in suit_processor(model, "auto")
-    assert model.dtype == torch.bfloat16
-
-
-def test_an_explicit_dtype_is_kept_and_its_cost_said(monkeypatch):
-    monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: False)
-    model = tiny_llama().bfloat16()
-    said = suit_processor(model, "bfloat16")
-    assert said.startswith("--dtype bfloat16: this processor has no bfloat16 instructions")
-    assert "--dtype float32 is faster" in said
-    assert model.dtype == torch.bfloat16
-
-
-def test_message_of_a_missing_tokenizer_is_whole(tmp_path):
-    """Also where there are some of its files: what transformers says then."""
-    tiny_llama().save_pretrained(tmp_path)
-    missing = rf"^--model {tmp_path}: has no tokenizer \(no tokenizer\.json or tokenizer\.model\); save "
-    with pytest.raises(UsageError, match=missing):
-        load_tokenizer(find_source(str(tmp_path), False))
-    (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
-    whole = rf"^--model {tmp_path}: its tokenizer cannot be loaded: .*\.$"  # . is no line end
-    with pytest.raises(UsageError, match=whole):
-        load_tokenizer(find_source(str(tmp_path), False))
-
-
 def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     source = find_source(str(tmp_path), False)
     tiny_llama().save_pretrained(tmp_path)
@@ -78,24 +49,8 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
         load_config(source)
 
 
-HUB_ID = "someone/model"
-ASKED = f"mica: asking the Hugging Face Hub for {HUB_ID}: there is no such folder\n"
-
-
-@pytest.mark.parametrize(
-    "load", [load_tokenizer, load_config, skeleton, lambda one: load_model(one, "float32")]
-)
-@pytest.mark.parametrize(
-    ("location", "is_offline", "rank", "said"),
-    [
-        (HUB_ID, False, "0", ASKED),
-        (HUB_ID, False, "1", ""),  # the first process says it
-        (HUB_ID, True, "0", ""),
-        ("/a/folder/that/has/gone", False, "0", ""),
-        (str(ROOT), False, "0", ""),
-    ],
-)
-def test_it_is_said_once_before_the_hub_is_asked(monkeypatch, capsys, load, location, is_offline, rank, said):
+@pytest.mark.parametrize("load", [load_tokenizer, load_config, lambda source: load_model(source, "float32")])
+def test_it_is_said_once_before_the_hub_is_asked(monkeypatch, capsys, load):
     heard = []
 
     def unreachable(*_, **__):
@@ -105,13 +60,40 @@ def test_it_is_said_once_before_the_hub_is_asked(monkeypatch, capsys, load, loca
     monkeypatch.setattr(loading, "find_adapter_config_file", unreachable)
     for kind in (loading.AutoConfig, loading.AutoModelForCausalLM):
         monkeypatch.setattr(kind, "from_pretrained", unreachable)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", is_offline)
-    monkeypatch.setenv("RANK", rank)
-    loading.note_hub.cache_clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    loading._note_hub.cache_clear()
     with pytest.raises(UsageError):
-        load(loading.Source(location, location, {}))
-    assert heard[0] == said
-    assert "".join(heard[1:]) + capsys.readouterr().err == ""
+        load(loading.Source("someone/model", "someone/model", {}))
+    assert heard == ["mica: asking the Hugging Face Hub for someone/model: there is no such folder\n", ""]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_quantized", "said"),
+    [
+        (
+            "auto",
+            True,
+            "the checkpoint is quantised and computes in bfloat16: this processor has no",
+        ),
+        ("bfloat16", False, "--dtype bfloat16: this processor has no bfloat16 instructions"),
+    ],
+)
+def test_a_dtype_that_is_kept_has_its_cost_said(monkeypatch, dtype, is_quantized, said):
+    monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: False)
+    model = tiny_llama().bfloat16()
+    model.is_quantized = is_quantized
+    assert suit_processor(model, dtype).startswith(said)
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])  # without, and with half of one
+def test_a_missing_tokenizer_is_one_line(tmp_path, name):
+    tiny_llama().save_pretrained(tmp_path)
+    if name == "tokenizer_config.json":
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    what = r"its tokenizer cannot be loaded, from tokenizer\.json or tokenizer\.model: .+"
+    with pytest.raises(UsageError, match=rf"^--model {tmp_path}: {what}$"):  # . is no line end
+        load_tokenizer(find_source(str(tmp_path), False))
 
 
 def test_a_relative_folder_becomes_absolute(tmp_path):
@@ -123,9 +105,14 @@ def test_a_relative_folder_becomes_absolute(tmp_path):
     assert source.location == model.name_or_path == str(tmp_path / "model")
 
 
+def test_a_home_that_nobody_has_is_a_name():
+    with pytest.raises(UsageError, match="--model ~no-user-has-this-name: no such file or folder"):
+        find_source("~no-user-has-this-name", False)
+
+
 def test_among_several_processes_the_device_is_this_ones(monkeypatch):
     here = find_device()
-    monkeypatch.setattr("mica.cli.loading.PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
+    monkeypatch.setattr("accelerate.PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
     assert find_device() == here
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     assert find_device() == torch.device("meta")

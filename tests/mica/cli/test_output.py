@@ -1,16 +1,11 @@
 """Files that are written whole; what else the commands print is tested with them."""
 
 import os
-import re
-import subprocess
-import sys
 
 import pytest
 from safetensors import SafetensorError
 
 from mica.cli import output
-from mica.cli.adapt import config, sources
-from mica.cli.loading import find_source
 from mica.errors import UsageError
 
 
@@ -69,30 +64,6 @@ def test_files_and_folders_of_the_same_name_are_replaced(tmp_path):
     assert os.listdir(tmp_path / "templates") == ["new"]
 
 
-def test_a_folder_that_was_killed_between_its_files_is_not_whole(tmp_path, monkeypatch):
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        output.fill_folder(tmp_path, part("model"))
-    assert os.listdir(tmp_path) == [output.SCRATCH]
-
-
-def test_a_home_that_nobody_has_is_a_name(tmp_path, monkeypatch):
-    """It names a folder here, or nothing, which each option says in its own words."""
-    monkeypatch.chdir(tmp_path)
-    name = "~no-user-has-this-name"
-    output.check_folder("--output", tmp_path / "out")
-    assert config.absolute(name) == name
-    for find in (lambda: find_source(name, False), lambda: sources.find("--text", [name])):
-        with pytest.raises(UsageError, match=re.escape(name)):
-            find()
-    (tmp_path / name).mkdir()
-    assert config.absolute(name) == str(tmp_path / name)
-    assert find_source(name, False).location == str(tmp_path / name)
-
-
 def test_files_get_the_mode_of_any_file(tmp_path):
     def save_pretrained(folder):
         (folder / "model").write_text("weights")
@@ -116,37 +87,22 @@ def test_a_folder_for_models_has_a_name_that_libraries_can_open(tmp_path):
     output.check_folder("--output", tmp_path / "é\n")
 
 
-def test_shown():
-    names = {"déjà vu 😀": "déjà vu 😀", "a\nb\x7f\x85": r"a\nb\x7f\x85", os.fsdecode(b"\xe9"): r"\udce9"}
-    assert {name: output.shown(name) for name in names} == names
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("déjà vu 😀", "déjà vu 😀"), ("a\nb\x7f\x85", r"a\nb\x7f\x85"), (os.fsdecode(b"\xe9"), r"\udce9")],
+)
+def test_what_is_odd_in_a_name_is_escaped(name, shown):
+    assert output.shown(name) == shown
 
 
-def test_first_sentences():
-    messages = {
-        "One line": "One line",
-        "First.\nAdvice.": "First.",
-        "One of:\n (1) a,\n (2) b.\nAdvice.": "One of: (1) a, (2) b.",
-        "\n\n": "",
-    }
-    assert {message: output.first_sentences(message) for message in messages} == messages
-
-
-HELP = {
-    "adapt": ["frozen weights: auto, float32, bfloat16 or float16"],
-    "doctor": ["--json"],
-    "inspect": ["MODEL", "--rank", "--target-modules", "--plot", "--json", "default: 16"],
-    "transfer": ["--adapter", "--to", "--output"],
-}
-
-
-def test_help_needs_no_torch():
-    code = (
-        f"import sys; from mica.cli import main; [print(main([c, '--help']), '---') for c in {list(HELP)}]; "
-        "print([n for n in ('torch', 'transformers', 'packaging', 'matplotlib') if n in sys.modules])"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    *texts, loaded = " ".join(result.stdout.split()).split(" ---")
-    assert loaded.strip() == "[]"
-    for text, parts in zip(texts, HELP.values(), strict=True):
-        assert text.endswith(" 0")
-        assert [part for part in parts if part not in text] == []
+@pytest.mark.parametrize(
+    ("message", "first"),
+    [
+        ("One line", "One line"),
+        ("First.\nAdvice.", "First."),
+        ("One of:\n (1) a,\n (2) b.\nAdvice.", "One of: (1) a, (2) b."),
+        ("\n\n", ""),
+    ],
+)
+def test_a_message_is_cut_after_its_first_sentences(message, first):
+    assert output.first_sentences(message) == first

@@ -14,28 +14,22 @@ def end(forgotten, learned):
 
 
 @pytest.mark.parametrize(
-    ("forgotten", "learned", "limit", "share"),
+    ("forgotten", "limit", "share"),
     [
-        (0.4, 0.44, np.inf, 1),
-        (0.4, 0.44, 0.4, 1),
-        (0.4, 0.44, 0.3, 0.75),
-        (0.4, 0.44, 0.0, 0),
-        (-0.3, 0.4, 0.0, 1),  # nothing forgotten, on the contrary
+        (0.4, np.inf, 1),
+        (0.4, 0.4, 1),
+        (0.4, 0.4 - 1e-9, 1),  # no jump
+        (0.4, 0.3, 0.75),
+        (0.4, 0.0, 0),
+        (-0.3, 0.0, 1),  # nothing forgotten, on the contrary
     ],
 )
-def test_an_update_that_forgets_too_much_is_scaled_back(forgotten, learned, limit, share):
-    found = end(forgotten, learned).within(Limit(limit))
+def test_an_update_that_forgets_too_much_is_scaled_back(forgotten, limit, share):
+    found = end(forgotten, 0.44).within(Limit(limit))
     assert found.share == pytest.approx(share)
-    assert found.validation == pytest.approx(share * learned)
-    assert found.learned == pytest.approx([0.5 * share * learned, 1.5 * share * learned])
+    assert found.validation == pytest.approx(share * 0.44)
+    assert found.learned == pytest.approx([0.5 * share * 0.44, 1.5 * share * 0.44])
     assert found.forgotten.mean() <= limit + 1e-12
-
-
-def test_a_little_more_forgetting_changes_little():
-    """Both sides of the limit: no jump."""
-    for step in (1e-9, -1e-9):
-        found = end(0.25 + step, 0.4).within(Limit(0.25))
-        assert found.validation == pytest.approx(0.4, abs=1e-7)
 
 
 @pytest.mark.parametrize("of_limit", [None, np.array([0.1, 0.3])])
@@ -53,7 +47,7 @@ def test_the_doubt_is_how_blocks_of_the_retained_text_move_what_was_learned(of_l
         more[block] += 1e-6
         derivative = (learned(more) - learned(np.ones(2))) / 1e-6
         assert doubt[block] / 2 == pytest.approx(derivative, rel=1e-4)
-    assert end(0.1, 0.44).within(Limit(0.2, of_limit)).doubt is None
+    assert end(0.1, 0.44).within(Limit(0.2, of_limit)).doubt == 0
 
 
 def test_an_outcome_is_the_change_since_the_base_at_the_last_step():
@@ -66,13 +60,12 @@ def test_an_outcome_is_the_change_since_the_base_at_the_last_step():
     found = outcome(before, run)
     assert found.forgotten == pytest.approx([0.5] * 5 + [0.2] * 5)  # of all retained blocks
     assert found.learned == pytest.approx([LOSS - loss for loss in last["test"]])
-    assert found.validation == pytest.approx(LOSS - sum(last["validation"]) / SIZES["validation"])
+    assert found.validation == pytest.approx(LOSS - np.mean(last["validation"]))
 
 
 def test_a_short_training_is_compared_with_the_base_on_the_blocks_it_was_measured_on():
     before = base(retained=[1.0] * 5)  # the other retained blocks have another loss
-    (run,) = whole(World(alike, proportional), "mica", 1)
-    run["points"] = [{"step": 4, "validation": [2.0] * 6, "retained": [1.25] * 5}]
+    run = {"points": [{"step": 4, "validation": [2.0] * 6, "retained": [1.25] * 5}]}
     found = outcome(before, run)
     assert (found.validation, found.forgotten.tolist(), len(found.learned)) == (1.0, [0.25] * 5, 0)
     assert found.within(Limit(0.125)).validation == 0.5
@@ -83,14 +76,13 @@ def test_the_first_seed_chooses_and_brings_its_others():
 
     def run(rate, seed, learned):
         world = World(lambda *at: learned, proportional)
-        return world.result(Planned(WHOLE if seed == 0 else SEEDS, "mica", rate, 60, seed))
+        return world.result(Planned(SEEDS if seed else WHOLE, "mica", rate, 60, seed))
 
     runs = [run(1e-3, 2, 0.9), run(1e-3, 1, 0.1), run(1e-3, 0, 0.2), run(2e-3, 0, 0.3)]
     chosen = choose(base(), runs, ANY)
     assert (chosen.rate, chosen.steps, list(chosen.seeds)) == (2e-3, 60, [0])
     chosen = choose(base(), runs[:3], ANY)
     assert list(chosen.seeds) == [0, 1, 2]
-    assert chosen.first is chosen.seeds[0]
     assert chosen.seeds[2].validation > chosen.first.validation > chosen.seeds[1].validation
 
 
@@ -111,7 +103,6 @@ def test_the_common_limit_is_what_the_middle_method_forgets():
     assert limit.value == pytest.approx(0.2)
     assert limit.blocks == pytest.approx([0.2] * 10)
     del runs["mica"]
-    assert common_limit(base(), runs).value == pytest.approx(0.4)
     runs["none"] = whole(World(lambda *at: -1.0, forgets), "none", 1)  # has learned nothing, and has no say
     assert common_limit(base(), runs).value == pytest.approx(0.4)
     gains = {"mica": whole(World(alike, lambda *at: -0.3), "mica", 1)}

@@ -6,96 +6,80 @@ from pathlib import Path
 import pytest
 
 from mica.cli.compare import page, picture
-from mica.cli.compare.methods import METHODS
-from tests.mica.cli.compare.comparisons import LOSS, SETTINGS, alike, found, gaining
+from tests.mica.cli.compare.comparisons import LOSS, SETTINGS, found, gaining
 
 OUTPUT = Path("here")
+ONE_SEED = {"names": ("mica", "lora"), "seeds": 1}
+NOISY = {"noise": (0.05, 0.02), "names": ("mica", "lora"), "seeds": 2}
 
 
-def sentences(told):
-    return page.sentences(told, OUTPUT)
+@pytest.mark.parametrize(
+    ("name", "title"), [("lora", "LoRA"), ("full", "full fine-tuning"), ("mica", "MiCA")]
+)
+def test_the_best_is_named_and_taken_whatever_it_is(name, title):
+    first, last = page.sentences(found(gaining(name, 0.6)), OUTPUT)
+    assert first.startswith("At equal forgetting (at most ")
+    assert f" {title} learned most, 0." in first
+    assert first.count("more than") == 3
+    assert "chance" not in first
+    assert last == f"Take {title}."
 
 
-def markdown(told):
-    return page.markdown(told, OUTPUT)
-
-
-def test_the_best_is_named_and_taken_whatever_it_is():
-    for name, title in (("lora", "LoRA"), ("full", "full fine-tuning"), ("mica", "MiCA")):
-        first, _, last = sentences(found(gaining(name, 0.6)))
-        assert first.startswith("At equal forgetting (at most ")
-        assert f" {title} learned most, 0." in first
-        assert first.count("more than") == 3
-        assert "chance" not in first
-        assert last == f"Take {title}: at equal forgetting it learned most."
-
-
-def test_nothing_is_recommended_without_a_difference():
-    """Neither the smallest nor the first: what would decide."""
-    told = found(noise=(0.05, 0.02))
-    first, _, *advice = sentences(told)
-    assert first.endswith(" may be chance.")
+@pytest.mark.parametrize(
+    ("planted", "lead", "why"),
+    [
+        # neither the smallest nor the first is recommended
+        ({"noise": (0.05, 0.02)}, " may be chance.", ""),
+        # however large it is
+        ({"learns": gaining("mica", 9.0), **ONE_SEED}, " ± unknown) may be chance.", "seeds are few or"),
+        ({"learns": gaining("mica", 0.2), **NOISY}, "", "seeds are few or differ"),
+        ({"learns": gaining("mica", 0.6), "counts": (2, 10)}, " ± unknown) ", "the held-out documents"),
+    ],
+)
+def test_nothing_is_recommended_where_a_lead_may_be_chance(planted, lead, why):
+    """But what would decide is said, once for all methods of which that is so."""
+    told = found(**planted)
+    first, second, *others = page.sentences(told, OUTPUT)
+    assert lead in first
     assert "more than" not in first
-    assert advice[0].startswith("Undecided between ")
-    assert advice[0].count("MiCA") == 2
-    assert "LoRA" in advice[0]
-    assert all(line.startswith("The lead over ") for line in advice[1:])
-    for row in told["equal"]["methods"][1:]:
-        assert METHODS[row["method"]].title in " ".join(advice[1:])
-    assert not any(line.startswith("Take ") for line in advice)
+    assert second.startswith("Undecided between ")
+    assert "MiCA" in second
+    assert "LoRA" in second
+    assert sum("is uncertain mostly because " in line for line in others) == len(others)
+    assert any(line.partition("mostly because ")[2].startswith(why) for line in others)
+    assert sum(" LoRA" in line for line in others) == 1
 
 
-def test_a_gap_of_one_seed_each_recommends_nothing_however_large_it_is():
-    first, *_, advice = sentences(found(gaining("mica", 9.0), names=("mica", "lora"), seeds=1))
-    assert first.endswith(" ± unknown) may be chance.")
-    assert advice.startswith("The lead over LoRA: nothing can be said, as no two methods have second seeds")
+def test_the_command_that_adds_seeds_doubles_what_there_is():
+    told = found(gaining("mica", 0.2), **NOISY, settings=SETTINGS | {"seeds": 2})
+    *_, line = page.sentences(told, OUTPUT)
+    assert "`mica compare --output here --resume --budget 60 --seeds 4` adds more" in line
 
 
-def test_a_command_that_would_decide_is_named():
-    lines = sentences(found(gaining("lora", 0.2), noise=(0.01, 0.02), names=("mica", "lora"), seeds=2))
-    (line,) = [line for line in lines if line.startswith("The lead over MiCA: if it is as large as it looks")]
-    assert "`mica compare --output here --resume --budget " in line
-    assert " --seeds " in line
-
-
-def test_too_few_documents_are_named():
-    told = found(gaining("lora", 0.6), documents=2)
-    lines = sentences(told)
-    assert any(line.startswith("Undecided between LoRA, ") for line in lines)
-    assert sum("the held-out blocks are of fewer than 3 documents" in line for line in lines) == 1
-    assert "18 blocks of held-out text (documents: 2)" in markdown(told)
-
-
-def test_a_price_in_forgetting_is_told():
+def test_who_forgets_more_does_not_win():
     def forgets(method, rate, step):
         return step * (0.05 if method == "full" else 0.002)
 
     told = found(gaining("full", 1.0), forgets)
-    first, second, *_ = sentences(told)
-    assert "full fine-tuning learned most" not in first
-    assert second.startswith("However much is forgotten, full fine-tuning learned most, ")
-    assert " for " in second.split(":")[0]
-    assert "## However much is forgotten" in markdown(told)
+    assert "full fine-tuning learned most" not in page.sentences(told, OUTPUT)[0]
+    full, _ = [line for line in page.markdown(told, OUTPUT).splitlines() if line.startswith("| full fine")]
+    assert 0 < float(full.split(" | ")[7]) < 0.1  # of its update
 
 
-def test_where_nothing_is_forgotten_there_is_no_limit():
-    told = found(forgets=lambda *at: -0.1)
-    first, second, *_ = sentences(told)
+def test_where_nothing_is_forgotten_or_learned_that_is_said():
+    first, *_ = page.sentences(found(forgets=lambda *at: -0.1), OUTPUT)
     assert first.startswith("Without forgetting any of the retained text, ")
-    assert second == "More forgetting would not have helped any of them."
-    assert "## However much" not in markdown(told)
-
-
-def test_nothing_learned_is_said_and_recommends_nothing():
-    told = found(lambda *at: -0.1)
-    assert sentences(told) == ["No method has learned anything of this text: no loss on held-out text fell."]
-    assert "mica adapt" not in markdown(told)
+    nothing = found(lambda *at: -0.1)
+    assert page.sentences(nothing, OUTPUT) == [
+        "No method has learned anything of this text: no loss on held-out text fell."
+    ]
+    assert "mica adapt" not in page.markdown(nothing, OUTPUT)
 
 
 def test_perplexities_before_and_after_are_in_the_table():
     told = found(gaining("lora", 0.6))
-    text = markdown(told)
-    row = told["equal"]["methods"][0]
+    text = page.markdown(told, OUTPUT)
+    row = told["methods"][0]
     assert f"held-out perplexity (before: {math.exp(LOSS):.2f})" in text
     assert f"retained perplexity (before: {math.exp(LOSS):.2f})" in text
     cells = next(line for line in text.splitlines() if line.startswith("| LoRA | ")).split(" | ")
@@ -105,47 +89,30 @@ def test_perplexities_before_and_after_are_in_the_table():
 
 @pytest.mark.parametrize("steps", [12, 60])
 def test_short_trainings_are_called_short(steps):
-    text = markdown(found(steps=steps))
-    assert f"All trainings that are compared have {steps} steps of 256 tokens." in text
-    assert ("They are short" in text) == (steps == 12)
+    text = page.markdown(found(steps=steps), OUTPUT)
+    assert f"All trainings in the table have {steps} steps of 256 tokens." in text
+    assert ("are short**: 12 steps" in text) == (steps == 12)
 
 
-def test_what_the_budget_did_not_allow_is_on_the_page():
-    told = found(budget=300.0)
-    assert told["not_done"]
-    for line in told["not_done"]:
-        assert f"\n- {line}" in markdown(told)
-
-
-def test_names_are_without_the_folders_of_this_machine():
-    secret = SETTINGS | {"model": "/home/me/model", "text": ["/home/me/t.txt"], "retain": ["/home/me/r.txt"]}
-    text = markdown(found(settings=secret)).partition("## The trainings")[0]  # whose command is to run
+def test_settings_are_on_the_page():
+    """Names of files are without the folders of this machine, but for the command, which is to run."""
+    paths = {"model": "/home/me/model", "text": ["/home/me/t.txt"], "retain": ["/home/me/r.txt"]}
+    told = found(budget=400.0, settings=SETTINGS | paths | {"batch_size": 3})
+    text, _, trainings = page.markdown(told, OUTPUT).partition("## The trainings")
     assert "/home/me" not in text
-    assert "`r.txt`" in text
-
-
-def test_settings_of_the_trainings_are_named():
-    told = found(settings=SETTINGS | {"batch_size": 3})
-    text = markdown(told)
-    assert "MiCA has rank 64 and alpha 64, LoRA half of both" in text
-    assert "linear schedule" in text
-    (row,) = [row for row in told["equal"]["methods"] if row["method"] == "mica"]
+    assert "`r.txt` (documents: 10;" in text
+    assert "MiCA has rank 64 and alpha 64, LoRA half of both" in trainings
+    assert "linear schedule" in trainings
+    (row,) = [row for row in told["methods"] if row["method"] == "mica"]
     line = page.command(told, row)
-    assert f"```sh\n{line}\n```" in text
-    assert "--rank 64 --eval-blocks 64 --model some/model" in line
+    assert f"```sh\n{line}\n```" in trainings
+    assert "--rank 64 --eval-blocks 64 --model /home/me/model" in line
     assert "--batch-size 3" in line
     assert line.endswith(f"--learning-rate {row['rate']:g} --steps {row['steps']} --output run")
 
 
-def test_pictures(tmp_path):
+@pytest.mark.parametrize("planted", [{"learns": gaining("lora")}, {"seeds": 1}, {"learns": lambda *at: -0.1}])
+def test_pictures(tmp_path, planted):
     """Of methods that are certain, tied, and none at all."""
-    reports = [
-        found(gaining("lora")),
-        found(seeds=1),
-        found(lambda *at: -0.1),
-        found(alike, lambda *at: -0.1),
-    ]
-    for number, told in enumerate(reports):
-        path = tmp_path / f"{number}.png"
-        picture.trade_off(told, path)
-        assert path.read_bytes().startswith(b"\x89PNG")
+    picture.trade_off(found(**planted), tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

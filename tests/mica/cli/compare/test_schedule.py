@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from mica.cli.compare.schedule import BASE, SEEDS, SHORT, TRIAL, WHOLE, Comparison, Planned
+from mica.cli.compare.schedule import BASE, SEEDS, SHORT, TRIAL, WHOLE, Comparison
 from mica.errors import UsageError
-from tests.mica.cli.compare.comparisons import NAMES, World, base, proportional, question, simulate
+from tests.mica.cli.compare.comparisons import NAMES, World, proportional, question, simulate
 
 
 def learns(method, rate, step):
@@ -16,50 +16,68 @@ def learns(method, rate, step):
     return {"mica": 0.5, "lora": 0.55}.get(method, 0.3) * peak * (1 - math.exp(-step / 30))
 
 
-WORLD = World(learns, proportional, 0.02, 0.01)
+def world(*fails):
+    return World(learns, proportional, 0.02, 0.01, fails=fails)
 
 
 def costs(seed, spread=0.15):
     """Seconds of start, step and block: a scale, methods that differ by up to 2, and noise."""
     generator = random.Random(seed)
     scale = math.exp(generator.uniform(math.log(0.2), math.log(3)))
-    of_method = {name: generator.uniform(1, 2) for name in ("mica", "lora", "random", "full", BASE)}
+    of_method = {name: generator.uniform(1, 2) for name in (*NAMES, BASE)}
 
-    def seconds(one):
-        noise = random.Random(f"{seed}{one.key}").uniform(1 - spread, 1 + spread)
-        step = scale * of_method[one.method] * noise
-        return 2.0, step, 0.12 * scale * noise
+    def seconds(planned):
+        noise = random.Random(f"{seed}{planned.key}").uniform(1 - spread, 1 + spread)
+        return 2.0, scale * of_method[planned.method] * noise, 0.12 * scale * noise
 
     return seconds
 
 
-def phase(results, number):
-    return [one for one in results.values() if one["phase"] == number]
+def steady(planned):
+    return 2.0, 1.0, 0.2
+
+
+def column(results, phase, name, method=None):
+    """A value of the trainings in a phase, of one method or of all."""
+    return [
+        run[name] for run in results.values() if run["phase"] == phase and method in (None, run["method"])
+    ]
+
+
+def not_done(asked, results):
+    """Seeds that were wanted, and for which there was no time."""
+    wanted = Comparison(asked, results).wanted_seeds()
+    return [planned for planned in wanted if planned.key not in results]
+
+
+def end(results):
+    return max(run["ended"] for run in results.values())
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(12))
 def test_the_budget_is_held(seed, jobs):
     """Not above 1.1 of it, and not below 0.85 unless all seeds that were wanted have run."""
-    results = simulate(question(), WORLD, costs(seed), jobs)
-    end = max(one["ended"] for one in results.values())
-    assert end <= 1.1 * 1800
-    is_full = not Comparison(question(), results).not_done()
-    assert end >= 0.85 * 1800 or is_full
+    asked = question(budget=3600.0)
+    results = simulate(asked, world(), costs(seed), jobs)
+    assert end(results) <= 1.1 * 3600
+    assert end(results) >= 0.85 * 3600 or not not_done(asked, results)
 
 
-def test_rates_are_halved_and_seeds_are_of_what_is_near_the_best():
-    results = simulate(question(), WORLD, costs(1))
-    assert len(phase(results, SHORT)) == 16
+@pytest.mark.parametrize("longest", [10_000, 20])  # nor is the time that is left spent on seeds of the worse
+def test_rates_are_halved_and_seeds_are_of_what_is_near_the_best(longest):
+    results = simulate(question(longest=longest), world(), costs(1))
+    assert len(column(results, SHORT, "rate")) == 16
     for name in NAMES:
-        rates = [one["rate"] for one in phase(results, WHOLE) if one["method"] == name]
+        rates = column(results, WHOLE, "rate", name)
         assert len(rates) == 2
         assert 2e-3 in rates
-    seeds = {name: [one["seed"] for one in phase(results, SEEDS) if one["method"] == name] for name in NAMES}
+    seeds = {name: column(results, SEEDS, "seed", name) for name in NAMES}
     assert seeds == {"mica": [1, 2], "lora": [1, 2], "random": [1], "full": [1]}
-    assert {one["rate"] for one in phase(results, SEEDS)} == {2e-3}
-    short, whole = phase(results, SHORT)[0], phase(results, WHOLE)[0]
-    assert short["steps"] < whole["steps"] / 2
+    assert {*column(results, SEEDS, "rate")} == {2e-3}
+    (short,), (steps,) = ({*column(results, phase, "steps")} for phase in (SHORT, WHOLE))
+    assert short < steps / 2
+    assert steps <= longest
 
 
 def test_the_rate_that_is_best_at_equal_forgetting_is_gone_on_with():
@@ -68,170 +86,96 @@ def test_the_rate_that_is_best_at_equal_forgetting_is_gone_on_with():
     def forgets(method, rate, step):
         return 0.001 * step * ((rate / 1e-3) ** 2 if method == "mica" else 1)
 
-    world = World(lambda method, rate, step: 0.01 * step * (rate / 1e-3) ** 0.5, forgets)
-    results = simulate(question(), world, costs(1))
-    rates = [one["rate"] for one in phase(results, WHOLE) if one["method"] == "mica"]
-    assert sorted(rates) == [1e-3, 8e-3]
+    steep = World(lambda method, rate, step: 0.01 * step * (rate / 1e-3) ** 0.5, forgets)
+    results = simulate(question(), steep, costs(1))
+    assert sorted(column(results, WHOLE, "rate", "mica")) == [1e-3, 8e-3]
 
 
 def test_whole_trainings_are_as_long_as_short_ones_have_shown_to_fit():
     """The first steps were quick; then the machine was busy."""
     quick = costs(3)
 
-    def seconds(one):
-        return tuple(value * (1 if one.phase == TRIAL else 1.5) for value in quick(one))
+    def seconds(planned):
+        return tuple(value * (1 if planned.phase == TRIAL else 1.5) for value in quick(planned))
 
-    results = simulate(question(), WORLD, seconds)
+    results = simulate(question(), world(), seconds)
     planned = Comparison(question(), results).allowed().steps
-    assert {one["steps"] < 0.8 * planned for one in phase(results, WHOLE)} == {True}
-    assert max(one["ended"] for one in results.values()) <= 1.1 * 1800
+    assert max(column(results, WHOLE, "steps")) < 0.8 * planned
+    assert end(results) <= 1.1 * 1800
 
 
 def test_what_follows_depends_on_results_alone():
     """Whatever is missing of a phase is planned again, and nothing else: as after kill -9."""
     asked = question()
-    results = simulate(asked, WORLD, costs(2))
+    results = simulate(asked, world(), costs(2))
     for number in (TRIAL, SHORT, WHOLE, SEEDS):
-        earlier = {key: one for key, one in results.items() if one["phase"] < number}
-        of_phase = {key: one for key, one in results.items() if one["phase"] == number}
-        assert {one.key for one in Comparison(asked, earlier).planned()} == set(of_phase)
+        earlier = {key: run for key, run in results.items() if run["phase"] < number}
+        of_phase = {key: run for key, run in results.items() if run["phase"] == number}
         for draw in range(5):
-            done = random.Random(draw).sample(sorted(of_phase), len(of_phase) // 2)
+            done = random.Random(draw).sample(sorted(of_phase), draw * len(of_phase) // 5)
             left = Comparison(asked, earlier | {key: of_phase[key] for key in done}).planned()
-            assert {one.key for one in left} == set(of_phase) - set(done)
+            assert {planned.key for planned in left} == {*of_phase} - {*done}
     assert not Comparison(asked, results).planned()
 
 
-def test_keys_name_one_training_each():
-    results = simulate(question(), WORLD, costs(1))
-    planned = [Planned(*(one[name] for name in Planned._fields)) for one in results.values()]
-    assert [one.key for one in planned] == [*results]
-    assert len({one.key for one in planned}) == len(planned)
-
-
-def test_given_steps_are_kept():
-    results = simulate(question(steps=40), WORLD, costs(4))
-    assert {one["steps"] for one in phase(results, SHORT)} == {10}
-    assert {one["steps"] for one in phase(results, WHOLE)} == {40}
-
-
-def test_a_training_is_not_longer_than_the_text_bears():
-    """Nor is the time that is left spent on seeds of the worse."""
-    results = simulate(question(longest=20), WORLD, costs(4))
-    assert {one["steps"] for one in phase(results, WHOLE)} == {20}
-    assert Comparison(question(longest=20), results).not_done() == []
-    seeds = {name: [one["seed"] for one in phase(results, SEEDS) if one["method"] == name] for name in NAMES}
-    assert seeds == {"mica": [1, 2], "lora": [1, 2], "random": [1], "full": [1]}
-
-
-def test_trainings_run_on_all_gpus_at_once():
-    comparison = Comparison(question(), {BASE: base(jobs=2)})
-    assert comparison._clock([3.0, 1.0, 1.0, 2.0]) == 4.0
-
-
-def test_a_small_budget_has_fewer_seeds_then_fewer_rates():
-    shares = [1.0, 0.6, 0.4, 0.3, 0.25, 0.2]
+def test_a_small_budget_has_fewer_seeds():
     plans = []
-    for share in shares:
-        asked = question(budget=1800 * share)
-        results = simulate(asked, WORLD, lambda one: (2.0, 1.0, 0.2), stop_after=5)
-        plans.append(Comparison(asked, results).allowed())
-    assert plans[0].seeds == 3
-    assert [plan.seeds for plan in plans] == sorted((plan.seeds for plan in plans), reverse=True)
-    assert [plan.rates for plan in plans] == sorted((plan.rates for plan in plans), reverse=True)
-    assert plans[-1].rates < 4
+    for budget in (1800.0, 500.0, 460.0, 420.0, 380.0, 340.0):
+        asked = question(budget=budget)
+        plans.append(Comparison(asked, simulate(asked, world(), steady, stop_after=5)).allowed())
+    seeds = [plan.seeds for plan in plans]
+    assert seeds == sorted(seeds, reverse=True)
+    assert {*seeds} == {1, 2, 3}
     assert all(plan.steps >= 32 for plan in plans)
 
 
 def test_too_small_a_budget_is_refused_with_one_that_suffices():
-    asked = question(budget=120.0)
     with pytest.raises(UsageError, match=r"^--budget 2: at least (\d+) minutes are needed here") as raised:
-        simulate(asked, WORLD, lambda one: (2.0, 1.0, 0.2))
+        simulate(question(budget=120.0), world(), steady)
     minutes = int(str(raised.value).split("at least ")[1].split()[0])
-    results = simulate(question(budget=60.0 * minutes), WORLD, lambda one: (2.0, 1.0, 0.2))
-    assert phase(results, WHOLE)
-    with pytest.raises(UsageError, match="minutes are needed"):
-        simulate(question(budget=60.0 * (minutes - 1)), WORLD, lambda one: (2.0, 1.0, 0.2))
+    assert column(simulate(question(budget=60.0 * minutes), world(), steady), WHOLE, "steps")
+    for asked in (question(budget=60.0 * (minutes - 1)), question(steps=5000)):
+        with pytest.raises(UsageError, match="minutes are needed"):
+            simulate(asked, world(), steady)
 
 
-def failing(*keys):
-    """The world, where trainings whose key begins so fail."""
-
-    class Failing(World):
-        def result(self, one, **more):
-            result = super().result(one, **more)
-            if one.key.startswith(keys):
-                result |= {"points": [], "failed": "out of memory"}
-            return result
-
-    return Failing(learns, proportional, 0.02, 0.01)
-
-
-def test_a_method_that_does_not_fit_is_left_out():
-    results = simulate(question(), failing("1-full"), costs(1))
-    assert {one["method"] for one in phase(results, SHORT)} == {"mica", "lora", "random"}
+def test_what_fails_is_not_gone_on_with():
+    """A method that does not fit in memory is left out, and so are rates that diverge."""
+    results = simulate(question(), world("1-full", "2-mica-0.002", "2-lora"), costs(1))
+    assert {*column(results, SHORT, "method")} == {"mica", "lora", "random"}
+    assert {*column(results, WHOLE, "method")} == {"mica", "random"}
+    assert 2e-3 not in column(results, WHOLE, "rate", "mica")
+    assert not column(simulate(question(), world("2-"), costs(1)), WHOLE, "rate")
     with pytest.raises(UsageError, match=r"^no method could be trained: out of memory$"):
-        simulate(question(), failing("1-"), costs(1))
+        simulate(question(), world("1-"), costs(1))
 
 
-def test_rates_that_diverged_are_not_gone_on_with():
-    results = simulate(question(), failing("2-mica-0.002", "2-full"), costs(1))
-    assert 2e-3 not in [one["rate"] for one in phase(results, WHOLE) if one["method"] == "mica"]
-    assert "full" not in {one["method"] for one in phase(results, WHOLE)}
-    results = simulate(question(), failing("2-"), costs(1))
-    assert not phase(results, WHOLE)
-
-
-def test_what_was_not_done_is_listed():
-    assert (
-        Comparison(question(), simulate(question(), WORLD, lambda one: (1.0, 0.01, 0.001))).not_done() == []
-    )
-    asked = question(budget=330.0)
-    results = simulate(asked, WORLD, lambda one: (2.0, 1.0, 0.2))
-    lines = Comparison(asked, results).not_done()
-    tried = {one["rate"] for one in phase(results, SHORT) if one["method"] == "mica"}
-    left_out = [f"{rate:g}" for rate in (1e-3, 2e-3, 4e-3, 8e-3) if rate not in tried]
-    assert left_out
-    assert f"mica at learning rate {' and '.join(left_out)}" in lines
-    wanted = {one.key for one in Comparison(asked, results).wanted_seeds()}
-    assert sum("seed" in line for line in lines) == len(wanted - set(results))
+def test_seeds_that_nobody_has_time_for_are_not_begun():
+    asked = question(seeds=50)
+    results = simulate(asked, world(), costs(1))
+    assert end(results) <= 1.1 * 1800
+    assert len(not_done(asked, results)) == 2 + 2 + 2 * 48 - len(column(results, SEEDS, "seed"))
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_two_methods_get_as_many_seeds_as_were_asked_for(seeds):
     """A difference needs the seeds of both."""
-    results = simulate(question(names=("mica", "lora"), seeds=seeds), WORLD, lambda one: (2.0, 0.5, 0.1))
+    asked = question(names=("mica", "lora"), seeds=seeds, steps=40)
+    results = simulate(asked, world(), lambda _: (2.0, 0.5, 0.1))
+    assert [{*column(results, phase, "steps")} for phase in (SHORT, WHOLE)] == [{10}, {40}]
     for name in ("mica", "lora"):
-        assert sorted(one["seed"] for one in phase(results, SEEDS) if one["method"] == name) == [
-            *range(1, seeds)
-        ]
+        assert sorted(column(results, SEEDS, "seed", name)) == [*range(1, seeds)]
 
 
-def test_a_larger_budget_adds_to_what_is_there():
+def test_another_budget_adds_to_what_is_there_and_refuses_nothing():
     """Trainings of other lengths could not be compared with it."""
-    results = simulate(question(budget=600.0), WORLD, costs(1))
+    results = simulate(question(budget=1200.0), world(), costs(1))
     before = dict(results)
-    steps = {one["steps"] for one in phase(results, WHOLE)}
-    more = simulate(question(budget=1800.0, seeds=4), WORLD, costs(1), results=results)
+    more = simulate(question(budget=2400.0, seeds=6), world(), costs(1), results=results)
     assert before.items() <= more.items()
-    assert len(phase(more, SEEDS)) > sum(one["phase"] == SEEDS for one in before.values())
-    assert {one["steps"] for one in more.values() if one["phase"] >= WHOLE} == steps
-    assert len({one["steps"] for one in phase(more, SHORT)}) == 1
-
-
-def test_a_smaller_budget_is_not_refused_once_there_are_trainings():
-    results = simulate(question(), WORLD, costs(1))
-    assert Comparison(question(budget=60.0), results).planned() == []
-    assert Comparison(question(budget=60.0), results).not_done()
-
-
-def test_steps_that_do_not_fit_into_the_budget_are_refused():
-    with pytest.raises(UsageError, match=r"^--budget 30: at least \d+ minutes are needed here"):
-        simulate(question(steps=5000), WORLD, costs(1))
-
-
-def test_seeds_that_nobody_has_time_for_are_not_begun():
-    asked = question(seeds=50)
-    results = simulate(asked, WORLD, costs(1))
-    assert max(one["ended"] for one in results.values()) <= 1.1 * 1800
-    assert any("seed 49" in line for line in Comparison(asked, results).not_done())
+    assert len(column(more, SEEDS, "seed")) > len(column(before, SEEDS, "seed"))
+    assert len({*column(more, WHOLE, "steps"), *column(more, SEEDS, "steps")}) == 1
+    assert len({*column(more, SHORT, "steps")}) == 1
+    short = {key: run for key, run in results.items() if run["phase"] <= SHORT}
+    assert len(Comparison(question(budget=60.0), short).planned()) == 8
+    assert not_done(question(budget=60.0, seeds=7), results)

@@ -10,68 +10,51 @@ from mica.errors import UsageError
 GIVEN = {"model": "m", "text": ["t.txt"], "retain": ["r.txt"], "budget": 5.0}
 
 
-def begin(output):
-    output.mkdir()
-    settings.check_output(output)
-    settings.write(output, GIVEN)
+@pytest.fixture
+def output(tmp_path):
+    """The folder of a comparison that has begun."""
+    folder = tmp_path / "out"
+    settings.check_output(folder)
+    folder.mkdir()
+    settings.write(folder, GIVEN)
+    return folder
 
 
-def again(output, **given):
-    """The settings of a comparison that goes on."""
-    found = settings.resumed(output, given)
-    settings.write(output, found)
-    return found
-
-
-def test_a_comparison_goes_on_with_its_settings(tmp_path):
-    output = tmp_path / "out"
-    begin(output)
-    assert json.loads((output / "settings.json").read_text()) == GIVEN
-    (output / "runs" / "a.json").write_text("{}")
-    assert again(output) == GIVEN
-    assert again(output, budget=5.0, rank=64) == GIVEN  # 64 is the default
-    assert (output / "runs" / "a.json").exists()
+def test_a_comparison_goes_on_with_its_settings(output):
+    """Budget and seeds may change."""
+    assert settings.resumed(output, {}) == GIVEN
+    assert settings.resumed(output, {"budget": 5.0, "rank": 64}) == GIVEN  # 64 is the default
+    more = {"budget": 60.0, "seeds": 6}
+    assert settings.resumed(output, more) == GIVEN | more
     for other in ({"model": "n"}, {"rank": 4}):
         with pytest.raises(UsageError, match=r"not as in the comparison in .*; omit this option"):
-            again(output, **other)
-
-
-def test_budget_and_seeds_may_change(tmp_path):
-    output = tmp_path / "out"
-    begin(output)
-    other = GIVEN | {"budget": 60.0, "seeds": 6}
-    assert again(output, budget=60.0, seeds=6) == other
-    assert again(output) == other
+            settings.resumed(output, other)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"some": "thing"}', "null"])
-def test_settings_that_no_comparison_has_written_are_named(tmp_path, text):
-    output = tmp_path / "out"
-    begin(output)
+def test_settings_that_no_comparison_has_written_are_named(output, text):
     (output / "settings.json").write_text(text)
     with pytest.raises(UsageError, match=r"settings\.json: mica compare has not written it"):
-        again(output)
+        settings.stored(output)
 
 
-def test_a_comparison_begins_in_an_empty_folder(tmp_path):
-    settings.check_output(tmp_path / "new")
-    begin(tmp_path / "out")
-    settings.check_output(tmp_path / "out")  # killed before its first result
-    (tmp_path / "out" / "runs" / "base.json").write_text("{}")
+def test_a_comparison_begins_in_an_empty_folder(output, tmp_path):
+    assert json.loads((output / "settings.json").read_text()) == GIVEN
+    settings.check_output(output)  # killed before its first result
+    (output / "runs" / "base.json").write_text("{}")
     with pytest.raises(UsageError, match=r"is not empty: choose another folder, or use --resume to go on"):
-        settings.check_output(tmp_path / "out")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").touch()
+        settings.check_output(output)
+    (tmp_path / "notes.txt").touch()
     with pytest.raises(UsageError, match=r"is not empty: choose another folder$"):
-        settings.check_output(tmp_path / "mine")
+        settings.check_output(tmp_path)
     with pytest.raises(UsageError, match=r"nothing to continue in .*: it has no settings\.json"):
-        settings.stored(tmp_path / "mine")
+        settings.stored(tmp_path)
 
 
 def test_rates_are_those_given_or_our_own():
-    given = {"methods": ["mica", "lora"], "rates": [["lora", [1e-4, 3e-4]]]}
-    assert settings.rates(given) == {"mica": [5e-4, 1e-3, 2e-3, 4e-3], "lora": [1e-4, 3e-4]}
-    twice = {"methods": ["mica", "lora"], "rates": [["lora", [3e-4]], ["mica", [1e-3]], ["lora", [1e-4]]]}
+    given = {"methods": ["mica", "lora"], "rates": [["lora", [3e-4]]]}
+    assert settings.rates(given) == {"mica": [5e-4, 1e-3, 2e-3, 4e-3], "lora": [3e-4]}
+    twice = given | {"rates": [["lora", [3e-4]], ["mica", [1e-3]], ["lora", [1e-4]]]}
     assert settings.rates(twice) == {"mica": [1e-3], "lora": [1e-4, 3e-4]}
     assert list(settings.rates({})) == ["mica", "lora", "full"]  # a random B is a control
     with pytest.raises(UsageError, match="--rates full: it is not compared: name it in --methods"):

@@ -13,28 +13,16 @@ DOCUMENTS = [
 ]
 KEPT = [f"the quick brown fox jumps over {n} lazy dogs and runs away. " for n in range(60)]
 RATES = ("--rates", "mica=0.02,0.05", "lora=0.01,0.02", "random=0.02,0.05", "full=0.001,0.002")
+OPTIONS = "--methods mica,lora --rank 4 --sequence-length 32 --steps 8 --seeds 2"
 
 
 def arguments(folder: Path, model, output, *options) -> list[str]:
     """Those of the command; texts are written to ``folder``. ``options`` come last and win."""
     text, kept = folder / "text.jsonl", folder / "kept.jsonl"
     for path, documents in ((text, DOCUMENTS), (kept, KEPT)):
-        path.write_text("".join(json.dumps({"text": one}) + "\n" for one in documents), encoding="utf-8")
+        path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     argv = ["compare", "--model", model, "--text", text, "--retain", kept, "--output", output, *RATES[:3]]
-    argv += [
-        "--methods",
-        "mica,lora",
-        "--rank",
-        4,
-        "--sequence-length",
-        32,
-        "--steps",
-        8,
-        "--seeds",
-        2,
-        *options,
-    ]
-    return [str(one) for one in argv]
+    return [str(word) for word in (*argv, *OPTIONS.split(), *options)]
 
 
 def compare(folder: Path, model, output, *options) -> int:
@@ -55,14 +43,11 @@ def report(output: Path) -> dict:
 
 
 def untimed(output: Path) -> tuple[dict, str]:
-    """What was found, and the page, without seconds and numbers of processes: what must be the same again."""
+    """What was found, and the page, without seconds, processes and folder: what must be the same again."""
     found = report(output)
-    for one in found["results"].values():
-        for name in [name for name in one if name.endswith("seconds") or name in ("ended", "jobs")]:
-            del one[name]
-    for cost in found["costs"].values():
-        del cost["step_seconds"]
-    del found["seconds"], found["facts"]["jobs"], found["facts"]["threads"]
-    page = (output / "README.md").read_text(encoding="utf-8")
+    for timed in (*found["results"].values(), *found["costs"].values(), found["facts"], found):
+        for name in [name for name in timed if name.endswith("seconds") or name in ("ended", "jobs")]:
+            del timed[name]
+    page = (output / "README.md").read_text(encoding="utf-8").replace(str(output), "output")
     lines = [line for line in page.splitlines() if " s |" not in line and " minutes, " not in line]
-    return found, "\n".join(line.split(" optimiser and ")[0] for line in lines)
+    return found, "\n".join(lines)
