@@ -4,6 +4,7 @@ import argparse
 import json
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from mica.cli.folder import check_new, entries
 from mica.cli.output import check_folder
@@ -16,6 +17,15 @@ BASE = "base"
 MERGED = "merged"
 CHECKPOINT = "checkpoint-"
 MARKER = "complete.json"  # in a checkpoint: see `mica.cli.adapt.checkpoints`
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no such file, or it holds anything else."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    return None
 
 
 def check(args: argparse.Namespace) -> None:
@@ -36,21 +46,14 @@ def check(args: argparse.Namespace) -> None:
 
 def _has_merged(output: Path) -> bool:
     """Whether the run in ``output`` has written its merged model, which may be written anew."""
-    with suppress(OSError, ValueError, AttributeError):
-        return bool(json.loads((output / SUMMARY).read_text(encoding="utf-8")).get("merged"))
-    return False
+    return bool((read_object(output / SUMMARY) or {}).get("merged"))
 
 
 def check_has_run(output: Path) -> None:
     """Raise UsageError if there is no run in ``output`` that could be resumed."""
     if (output / SETTINGS).is_file():
         return
-    what = f"it has no {SETTINGS}"
-    if not output.is_dir():
-        what = "no such folder"
-    elif not entries(output):
-        what = "it is empty"
-    raise UsageError(f"--resume: nothing to continue in {output}: {what}")
+    raise UsageError(f"--resume: nothing to continue in {output}: there is no {SETTINGS}")
 
 
 def _holds_nothing_of_value(output: Path, names: list[str]) -> bool:

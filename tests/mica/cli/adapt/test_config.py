@@ -41,7 +41,7 @@ def yaml_file(tmp_path):
             [],
             "",
             {"steps": 100, "epochs": None, "rank": 16, "alpha": 16, "learning_rate": 1e-3, "text": ["t"]}
-            | {"report_to": [], "merge": False, "seed": 0},
+            | {"report_to": None, "merge": False, "seed": 0},
             id="default",
         ),
         pytest.param(
@@ -81,28 +81,16 @@ def test_what_was_given_is_known(yaml_file, run_folder):
     ("text", "message"),
     [
         ("rnak: 3", "there is no option 'rnak'; did you mean rank\\?$"),
-        ("xyzzy: 3", "there is no option 'xyzzy'$"),
         ("rank: [3, 4]", r"rank must be one value, not \['3', '4'\]$"),
-        ("rank: {a: 3}", "rank must be one value, not {'a': '3'}$"),
         ("? [a]\n: b\n", "there is no option"),
-        ("rank: 1\n---\nrank: 2\n", "is not YAML: expected a single document"),
-        ("rank: *unknown\n", "is not YAML: found undefined alias"),
         ("rank: true", "argument --rank: must be a whole number at least 1 .*, not 'true'"),
-        ("rank: 0x10", "argument --rank: must be a whole number at least 1 .*, not '0x10'"),
         ("seed: 1:30", "argument --seed: must be a whole number at least 0 .*, not '1:30'"),
-        ("rank: 3\nrank: 4", "rank is set twice"),
         ("save-steps: 3\nsave_steps: 4", "save_steps is set twice"),
         ("packing: document", "argument --packing: invalid choice.*; did you mean documents\\?$"),
-        ("model: ' '", "argument --model: must not be empty"),
-        ("rank: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
-        ("rank: zero", "argument --rank: must be a whole number at least 1 and below 2147483648, not 'zero'"),
-        ("dtype: int4", "argument --dtype: invalid choice: 'int4'"),
         ("text: [[a]]", r"text must be one value or a list of them, not \['a'\]"),
         ("resume: true", "--resume belongs on the command line"),
-        ("config: x.yaml", "--config belongs on the command line"),
         ("merge: 3", "merge must be true or false, not 3"),
         ("- rank", "must be a mapping of options to values"),
-        ("", "must be a mapping of options to values"),
         ("a: {", "is not YAML: "),
         (None, "cannot be read"),
     ],
@@ -132,22 +120,23 @@ def test_required_options_may_come_from_yaml(yaml_file):
         config.resolve(given())
 
 
-def test_options_that_go_together():
-    with pytest.raises(UsageError, match="--steps and --epochs: use only one"):
-        resolve("--steps", 1, "--epochs", 1)
-    with pytest.raises(UsageError, match="--held-out and --held-out-text: use only one"):
-        resolve("--held-out", 0.1, "--held-out-text", "a")
-    with pytest.raises(UsageError, match="--warmup-ratio: scheduler 'constant' has no warmup"):
-        resolve("--scheduler", "constant", "--warmup-ratio", 0.1)
-    for needing, missing in (
-        (["--keep-best"], "--keep-best: needs --eval-steps"),
-        (["--patience", 2], "--patience: needs --eval-steps"),
-        (["--max-retain-rise", 5], "--max-retain-rise: needs --eval-steps and --retain"),
-        (["--max-retain-rise", 5, "--eval-steps", 1], "--max-retain-rise: needs --retain"),
-    ):
-        with pytest.raises(UsageError) as refusal:
-            resolve(*needing)
-        assert str(refusal.value) == missing
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--steps 1 --epochs 1", "--steps and --epochs: use only one"),
+        ("--held-out 0.1 --held-out-text a", "--held-out and --held-out-text: use only one"),
+        (
+            "--scheduler constant --warmup-ratio 0.1",
+            "--warmup-ratio: scheduler 'constant' has no warmup; use",
+        ),
+        ("--keep-best", "--keep-best: needs --eval-steps"),
+        ("--max-retain-rise 5", "--max-retain-rise: needs --eval-steps and --retain"),
+        ("--max-retain-rise 5 --eval-steps 1", "--max-retain-rise: needs --retain"),
+    ],
+)
+def test_options_that_go_together(argv, message):
+    with pytest.raises(UsageError, match=f"^{message}"):
+        resolve(*argv.split())
 
 
 @pytest.mark.parametrize(
@@ -205,43 +194,14 @@ def test_run_yaml_has_the_values_and_nothing_of_one_start(run_folder):
 )
 def test_any_name_is_in_run_yaml_what_it_was(tmp_path, name):
     """The name of a text, of the folder and of the file that options came from."""
-    (tmp_path / f"{name}.yaml").write_text("seed: 3")
-    (tmp_path / name).touch()
-    text = str(tmp_path / name)
-    argv = [
-        "--model",
-        "m",
-        "--text",
-        text,
-        "--config",
-        tmp_path / f"{name}.yaml",
-        "--output",
-        tmp_path / f"o{name}",
-    ]
-    settings = config.resolve(given(*argv))
-    (tmp_path / f"o{name}").mkdir()
-    write(settings, tmp_path / f"o{name}")
-    resumed = config.resolve(given("--output", tmp_path / f"o{name}", "--resume"))
-    assert resumed.args.text == [text]
-    assert resumed.args.seed == 3
-    assert config.resolve(given("--config", tmp_path / f"o{name}" / "run.yaml")).args.text == [text]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--seed", 6], "--seed 6: --resume: .*run.yaml has 5; omit this option"),
-        (["--recipe", "all-linear"], "--recipe all-linear: --resume: .* has paper"),
-        (["--steps", 10], "--steps 10: --resume: .* does not have it"),
-        (["--text", "another.txt"], "--text another.txt: --resume: .* has .*corpus.txt"),
-        (["--config", "seed: 7\n"], "--seed 7: --resume"),
-    ],
-)
-def test_resume_refuses_another_training(arguments, message, run_folder, yaml_file):
-    if arguments[0] == "--config":
-        arguments = ["--config", yaml_file(arguments[1])]
-    with pytest.raises(UsageError, match=message):
-        config.resolve(given("--output", run_folder[0], "--resume", *arguments))
+    text, yaml, output = (tmp_path / f"{name}{more}" for more in ("", ".yaml", ".out"))
+    yaml.write_text("seed: 3")
+    text.touch()
+    output.mkdir()
+    write(config.resolve(given("--model", "m", "--text", text, "--config", yaml, "--output", output)), output)
+    for again in (["--output", output, "--resume"], ["--config", output / "run.yaml"]):
+        args = config.resolve(given(*again)).args
+        assert (args.text, args.seed) == ([str(text)], 3)
 
 
 def test_resume_allows_what_leaves_training_alone(run_folder, tmp_path):
@@ -266,11 +226,6 @@ def test_the_adapter_s_values_hold(tmp_path, monkeypatch):
     monkeypatch.setattr("mica.cli.adapt.adapter.read_adapter_config", pytest.fail)
     after = config.resolve(given("--output", tmp_path, "--resume"))
     assert (after.args.adapter, after.args.alpha) == (Path("a"), 24)
-
-
-def test_describe_names_each_value():
-    entries = config.describe(resolve("--recipe", "paper", "--rank", 32)).split(", ")
-    assert {"recipe paper", "rank 32", "alpha 64", "learning_rate 0.0005", "seed 0"} <= set(entries)
 
 
 def test_paths_are_absolute_where_there_is_such_a_file(tmp_path):

@@ -219,8 +219,8 @@ def test_little_text():
 @pytest.mark.parametrize(
     ("documents", "message"),
     [
-        ([list(range(19))], "--text: 19 tokens found, 20 needed: one training and one held-out block"),
-        ([document(7, seed=0)] * 4, "28 tokens found (7 of them in different documents), 20 needed"),
+        ([list(range(19))], "19 tokens found, copies not counted, 20 needed: one training and one held-out"),
+        ([document(7, seed=0)] * 4, "--text: 7 tokens found, copies not counted, 20 needed"),
     ],
 )
 def test_too_little_text(documents, message):
