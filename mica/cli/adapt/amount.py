@@ -26,13 +26,8 @@ class Amount:
     @classmethod
     def of(cls, args: argparse.Namespace, blocks: int, processes: int) -> "Amount":
         """By the options of a run."""
-        return cls(
-            blocks=blocks,
-            sequence_length=args.sequence_length,
-            batch_size=args.batch_size,
-            accumulation=args.gradient_accumulation_steps,
-            processes=processes,
-        )
+        accumulation = args.gradient_accumulation_steps
+        return cls(blocks, args.sequence_length, args.batch_size, accumulation, processes)
 
     @property
     def drops_the_rest(self) -> bool:

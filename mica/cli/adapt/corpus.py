@@ -53,6 +53,7 @@ class Corpus:
     largest_token_id: int
     fingerprint: str
     retain_fingerprint: str | None
+    sequence_length: int
 
     def amount(self, args: argparse.Namespace, processes: int = 1) -> Amount:
         """What a run reads of the training blocks."""
@@ -131,6 +132,7 @@ def gather(args: argparse.Namespace, tokenizer) -> Corpus:
         largest_token_id=max(int(ids.max(initial=0)) for tokens in every for ids in tokens.ids),
         fingerprint=_fingerprint([parts.train, parts.held_out], args),
         retain_fingerprint=retain_fingerprint,
+        sequence_length=args.sequence_length,
     )
 
 

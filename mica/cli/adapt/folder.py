@@ -40,20 +40,15 @@ def check(args: argparse.Namespace) -> None:
         if (output / SETTINGS).is_file():
             what += ", or use --resume to continue the run there"
         raise UsageError(f"--output {output}: {what}")
-    if args.merge and not _has_merged(output):
+    has_merged = (read_object(output / SUMMARY) or {}).get("merged")  # which may be written anew
+    if args.merge and not has_merged:
         check_new("--merge", output / MERGED, "move it away")
-
-
-def _has_merged(output: Path) -> bool:
-    """Whether the run in ``output`` has written its merged model, which may be written anew."""
-    return bool((read_object(output / SUMMARY) or {}).get("merged"))
 
 
 def check_has_run(output: Path) -> None:
     """Raise UsageError if there is no run in ``output`` that could be resumed."""
-    if (output / SETTINGS).is_file():
-        return
-    raise UsageError(f"--resume: nothing to continue in {output}: there is no {SETTINGS}")
+    if not (output / SETTINGS).is_file():
+        raise UsageError(f"--resume: nothing to continue in {output}: there is no {SETTINGS}")
 
 
 def _holds_nothing_of_value(output: Path, names: list[str]) -> bool:

@@ -45,13 +45,9 @@ def _zstandard(path: Path, mode: str) -> BinaryIO:
 _OPENERS = {".gz": gzip.open, ".zst": _zstandard, ".xz": lzma.open, ".bz2": bz2.open}
 
 
-def _is_compressed(path: Path) -> bool:
-    return path.suffix.lower() in _OPENERS
-
-
 def _suffix(path: Path) -> str:
     """The suffix that says the kind of a file: ".csv" for "a.csv.gz"."""
-    if _is_compressed(path):
+    if path.suffix.lower() in _OPENERS:
         path = path.with_suffix("")
     return path.suffix.lower()
 

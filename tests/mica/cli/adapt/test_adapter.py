@@ -33,16 +33,6 @@ def change(folder, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_new_one():
-    model = adapter.start(tiny_llama(), settings(dropout=0.25))
-    config = model.peft_config["default"]
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0.25)
-    assert all(not weight.any() for weight in factors(model, "A").values())
-    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert trained == set(factors(model, "A"))
-    assert len(trained) == 4
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("option", ["checkpoint", "--adapter"])
 def test_b_is_kept_to_the_bit_and_nothing_is_solved(option, dtype, made, monkeypatch):

@@ -137,15 +137,3 @@ def test_it_is_kept_by_whoever_goes_on(copied, capsys):
     (copied / "run" / "summary.json").unlink()
     assert command("--model", copied / "base", "--output", copied / "unknown", *argv) == 0
     assert note in capsys.readouterr().err
-
-
-def test_resumed_runs_record_it_too(made, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(made / "run", run)
-    before = summary(run)
-    (run / "summary.json").unlink()
-    shutil.rmtree(run / "checkpoint-12")
-    assert command("--output", run, "--resume") == 0
-    after = summary(run)
-    for name in ("base_dtype", "base_weights", "model_type"):
-        assert after[name] == before[name] is not None

@@ -12,7 +12,7 @@ from mica.errors import UsageError
 
 REQUIRED = ("--model", "m", "--text", "t", "--output", "o")
 YAML = "recipe: paper\nrank: 8\nseed: 1\nmerge: true\nlearning-rate: 1e-3\ntext: [a, b]\nalpha:\n"
-ADAPTER = {"rank": 8, "alpha": 24, "target_modules": "q_proj", "dropout": 0.0}
+ADAPTER = {"rank": 8, "alpha": 24, "target_modules": "q_proj", "dropout": 0.0, "train_embeddings": None}
 
 
 def given(*argv: object) -> argparse.Namespace:
@@ -143,7 +143,6 @@ def test_options_that_go_together(argv, message):
     ("argv", "kept"),
     [
         ([], None),  # so run.yaml does not have it, and --config run.yaml --patience 2 keeps the best
-        (["--keep-best"], True),
         (["--patience", 2], True),
         (["--max-retain-rise", 5, "--retain", "r"], True),
         (["--patience", 2, "--no-keep-best"], False),
@@ -182,12 +181,6 @@ def test_run_yaml_gives_the_same_settings(run_folder, tmp_path, monkeypatch):
     assert config.resolve(given("--output", output, "--resume", "--text", "corpus.txt")).args.seed == 5
 
 
-def test_run_yaml_has_the_values_and_nothing_of_one_start(run_folder):
-    lines = (run_folder[0] / "run.yaml").read_text(encoding="utf-8").splitlines()
-    assert {"dropout: 0.05", "seed: 5", "learning_rate: 1.0e-05", "merge: true"} <= set(lines)
-    assert not [line for line in lines if line.startswith(("resume", "config", "overwrite", "steps"))]
-
-
 @pytest.mark.parametrize(
     "name",
     [os.fsdecode(b"caf\xe9"), "a\x85b", "a\x7f\x91b", "a\nb", "-a", "a: b # c", "'\"\\", "déjà 😀", "\u2028"],
@@ -221,15 +214,10 @@ def test_the_adapter_s_values_hold(tmp_path, monkeypatch):
     assert (args.rank, args.dropout) == (8, 0.1)
     with pytest.raises(UsageError, match="--rank 9: --adapter has 8; omit this option"):
         resolve("--adapter", "a", "--rank", 9)
+    with pytest.raises(UsageError, match="--train-embeddings True: --adapter does not have it; omit this op"):
+        resolve("--adapter", "a", "--train-embeddings")
     # The run that it began is resumed without it
     write(resolve("--adapter", "a", "--output", tmp_path), tmp_path)
     monkeypatch.setattr("mica.cli.adapt.adapter.read_adapter_config", pytest.fail)
     after = config.resolve(given("--output", tmp_path, "--resume"))
     assert (after.args.adapter, after.args.alpha) == (Path("a"), 24)
-
-
-def test_paths_are_absolute_where_there_is_such_a_file(tmp_path):
-    assert config.absolute(str(tmp_path)) == str(tmp_path)
-    assert config.absolute("nobody/no-such-model") == "nobody/no-such-model"
-    assert config.absolute(60 * "a.layer,") == 60 * "a.layer,"  # too long for a name of a file
-    assert Path(config.absolute("~")).is_absolute()

@@ -5,7 +5,7 @@ import re
 import datasets
 import pytest
 
-from mica.cli.adapt.corpus import Part, check, gather
+from mica.cli.adapt.corpus import Part, gather
 from mica.errors import UsageError
 from tests.support import adapt_runs
 from tests.support.adapt_runs import ROWS, write
@@ -58,17 +58,6 @@ def test_one_source_is_divided_into_training_and_held_out_blocks(tmp_path):
     assert corpus.largest_token_id == TOKENIZER.eos_token_id
     assert "position_ids" in corpus.train[0]
     assert gather(settings(text), TOKENIZER).fingerprint == corpus.fingerprint
-
-
-def test_small_sources_are_joined(tmp_path):
-    """Each of the twenty is shorter than a block; of them all, less than a block is lost on either side."""
-    files = [write(tmp_path / f"{n}.jsonl", rows(n)) for n in range(20)]
-    corpus = gather(settings(files, packing="stream", eval_blocks=1), TOKENIZER)
-    assert len(corpus.parts) == 20
-    held_out, trained = held_out_and_trained(corpus)
-    assert not held_out & trained
-    kept = len(texts(corpus.train)) + len(texts(corpus.held_out))
-    assert kept > len(joined(rows(*range(20)))) - 2 * 32
 
 
 def test_a_source_that_is_given_twice_has_twice_its_share(tmp_path):
@@ -127,13 +116,6 @@ def test_what_is_left_out_is_said(tmp_path):
     assert "left out" not in gather(only_text, TOKENIZER).describe(only_text)
 
 
-def test_a_missing_file_is_refused_before_anything_is_read(tmp_path):
-    text, missing = write(tmp_path / "a.jsonl", ROWS), str(tmp_path / "missing.txt")
-    for name, option in {"held_out_text": "--held-out-text", "retain": "--retain"}.items():
-        with pytest.raises(UsageError, match=re.escape(f"{option} {missing}: no such file")):
-            check(settings(text, **{name: [missing]}))
-
-
 def test_too_little_text_is_refused(tmp_path):
     text = write(tmp_path / "a.jsonl", ROWS)
     short = write(tmp_path / "b.jsonl", rows(1))
@@ -143,7 +125,6 @@ def test_too_little_text_is_refused(tmp_path):
             "--text: 10 tokens found, copies not counted, 64 needed: one training and one held-out block",
         ),
         ({"held_out_text": [str(short)]}, "--held-out-text: 10 tokens found, 32 needed: one block of"),
-        ({"retain": [str(short)]}, "--retain: 10 tokens found, 32 needed: one block of"),
         ({"held_out_text": [str(text)]}, "--text: 10 tokens are not held out, 32 needed: one training block"),
     ]:
         with pytest.raises(UsageError, match=re.escape(message)):

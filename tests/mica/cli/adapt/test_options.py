@@ -6,7 +6,7 @@ import pytest
 from transformers import SchedulerType
 
 from mica.cli import main, parser
-from mica.cli.adapt.options import OPTIONS, RECIPES, SCHEDULERS, TABLE
+from mica.cli.adapt.options import OPTIONS, SCHEDULERS, TABLE
 from mica.cli.arguments import a_name, a_path, a_source
 
 ANY_STRING = (a_name, a_path, a_source)
@@ -47,16 +47,6 @@ def test_bad_value(bad, capsys):
 
 def test_schedulers_are_the_trainers():
     assert set(SCHEDULERS) <= {kind.value for kind in SchedulerType}
-
-
-@pytest.mark.parametrize("recipe", RECIPES.values())
-def test_recipes_set_options_to_values_that_the_parser_takes(recipe):
-    for name, value in recipe.items():
-        if name not in ("source", "alpha_per_rank"):
-            assert OPTIONS[name].parse(str(value)) == value
-            assert not OPTIONS[name].choices or value in OPTIONS[name].choices
-            assert OPTIONS[name].default is None  # else the recipe's value would be shown as the default
-    assert ("steps" in recipe) != ("epochs" in recipe)
 
 
 def test_help_has_every_option(capsys, monkeypatch):

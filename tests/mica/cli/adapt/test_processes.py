@@ -7,7 +7,6 @@ from unittest.mock import Mock
 import datasets
 import pytest
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 
 from mica.cli.adapt import checkpoints, processes, tokens
@@ -34,18 +33,6 @@ def two(function, *arguments, folder, statuses=(0, 0)):
     started = Process(function, *arguments, count=2, folder=folder)
     assert started.join() == list(statuses), started.errors()
     return started
-
-
-def test_one_process_is_not_a_group(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    state = processes.start()
-    assert (state.num_processes, state.is_main_process) == (1, True)
-    assert not dist.is_initialized()
-    assert processes.largest(3) == 3
-    assert processes.on_main(lambda: 4) == 4
-    with pytest.raises(UsageError, match="x"), processes.one_voice(), processes.agreed():
-        raise UsageError("x")
-    processes.finish()
 
 
 def fail(failing):

@@ -51,18 +51,6 @@ def test_saved_adapter_replaces_an_older_one_and_nothing_else(tuned, tmp_path, m
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits(tuned))
 
 
-def test_merge_in_place(tuned, tmp_path):
-    expected = logits(tuned)
-    result.save(tuned, byte_tokenizer(), tmp_path)
-    report = result.merge(tuned, byte_tokenizer(), settings(output=tmp_path))
-    assert len(report.layers) == 4
-    assert 0 < report.swallowed < 1e-5
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
-    assert "tokenizer.json" in {path.name for path in (tmp_path / "merged").iterdir()}
-    assert not list(tmp_path.glob(".*"))
-
-
 @pytest.mark.parametrize(("kind", "dtype"), [("nf4", "float32"), ("nf4", "bfloat16"), ("int8", "float32")])
 def test_merge_of_a_quantised_run_is_into_the_base_as_it_was(kind, dtype, model_dir, tmp_path):
     pytest.importorskip("bitsandbytes")
@@ -119,33 +107,3 @@ def test_sharded_model_is_saved_and_merged_whole(model_dir, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), expected)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_sharded_embeddings_are_whole_after_an_evaluation(tied, tmp_path):
-    """A forward alone leaves the output layer unsharded, in memory that FSDP frees while PEFT saves."""
-    options = {"train_embeddings": True, "embedding_learning_rate": 1e-3}
-    model = adapter.start(tiny_llama(tie_word_embeddings=tied), settings(**options))
-    move(model)
-    result.save(model, None, tmp_path / "whole")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        base = model.get_base_model()
-        for layer in base.model.layers:
-            fully_shard(layer, mesh=mesh)
-        last = [base.model.norm, base.lm_head]
-        if tied:
-            last.append(base.model.embed_tokens)
-        fully_shard(last, mesh=mesh, reshard_after_forward=False)  # as accelerate does
-        fully_shard(model, mesh=mesh)
-        logits(model)
-        result.save(model, None, tmp_path / "sharded")
-    finally:
-        dist.destroy_process_group()
-    whole, sharded = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "sharded")
-    )
-    assert whole.keys() == sharded.keys()
-    for name, weight in whole.items():
-        assert torch.equal(sharded[name], weight)

@@ -148,6 +148,16 @@ def test_a_signal_before_the_training_ends_it_at_once(model_dir, rows, tmp_path,
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_signal_in_the_training_says_how_to_continue(model_dir, rows, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out"
+    begin = "mica.cli.adapt.callbacks.Hooks.on_step_begin"
+    monkeypatch.setattr(begin, lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    assert adapt(model_dir, rows, output) == 128 + signal.SIGTERM
+    said = f"Stopped at step 1. To continue: mica adapt --output {output} --resume\n"
+    assert said in capsys.readouterr().out
+    assert not (output / "summary.json").exists()
+
+
 def test_an_output_folder_in_the_text_is_no_text(model_dir, tmp_path, capsys):
     """Beside a text whose name is not UTF-8, which card and run.yaml show."""
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text(TEXT)

@@ -145,23 +145,6 @@ def test_half_a_cache_is_not_used(path, cache, monkeypatch):
     assert documents(tokenized(path)) == oracle(TEXTS)
 
 
-def _run(path, barrier, results):
-    barrier.wait()
-    results.put(documents(tokenized(path)))
-
-
-def test_two_runs_at_once(path):
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(2), context.Queue()
-    runs = [context.Process(target=_run, args=(path, barrier, results)) for _ in range(2)]
-    for run in runs:
-        run.start()
-    found = [results.get(timeout=60) for _ in runs]
-    for run in runs:
-        run.join()
-    assert found == [oracle(TEXTS)] * 2
-
-
 def _full(*_):
     raise OSError(28, "No space left on device")
     yield
