@@ -81,12 +81,7 @@ class Hooks(TrainerCallback):
     ``agreed``: the signal's number once all processes know of it, else 0. ``is_under_way``: a step has begun.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        mark: Callable[[int], None],
-        options: argparse.Namespace,
-    ):
+    def __init__(self, request: Request, mark: Callable[[int], None], options: argparse.Namespace):
         self._request = request
         self._mark = mark
         self._options = options

@@ -155,7 +155,7 @@ def _loaded(settings: Settings, inputs: _Inputs) -> tuple[PeftModel, corpus.Corp
 def _note_another_base(trained: Path, model: str, location: str) -> None:
     """Say if the adapter in ``trained`` was not, or perhaps not, trained on the weights at ``location``."""
     if not base.is_trained_on(trained, location):
-        what = f"cannot find that it was trained on the weights of --model {model}"
+        what = f"is not known to be trained on the weights of --model {model}"
         _note(f"--adapter {trained}: {what}, whose minor directions its B should hold")
 
 

@@ -34,9 +34,6 @@ def of(settings: config.Settings, corpus: Corpus, model, done: Training) -> dict
     num_processes = PartialState().num_processes
     before, after = _perplexities(done, "held_out")
     retain_before, retain_after = _perplexities(done, "retain")
-    peak = None
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
     trained, total = model.get_nb_trainable_parameters()
     explanation = mica.fast.explain(model)
     on_peft = [row for row in explanation.rows if row.path == "peft"]
@@ -58,7 +55,7 @@ def of(settings: config.Settings, corpus: Corpus, model, done: Training) -> dict
         "training_seconds": done.seconds,
         "training_tokens": done.tokens,
         "tokens_per_second": done.tokens / done.seconds,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() or None,  # on a GPU
         "perplexity_before": before,
         "perplexity_after": after,
         "held_out_blocks": len(corpus.held_out),

@@ -131,7 +131,7 @@ def test_it_is_kept_by_whoever_goes_on(copied, capsys):
     assert transfer(copied, "on") == 0
     check_transferred(copied, "on")
 
-    note = f"--adapter {copied / 'run'}: cannot find that it was trained on the weights of --model"
+    note = f"--adapter {copied / 'run'}: is not known to be trained on the weights of --model"
     assert command("--model", copied / "chat", "--output", copied / "other", *argv) == 0
     assert note in capsys.readouterr().err
     (copied / "run" / "summary.json").unlink()

@@ -171,5 +171,6 @@ def test_transfer_adds_what_training_added(made, tmp_path):
     assert merged.keys() == there.keys()
     tolerance = 2e-3 if kind == "bfloat16" else 1e-6
     for name, weight in merged.items():  # the same update, up to the rounding of the sums
+        assert weight.dtype == trained[name].dtype == there[name].dtype
         added, expected = (weight - there[name]).float(), (trained[name] - here[name]).float()
         torch.testing.assert_close(added, expected, rtol=0, atol=tolerance)

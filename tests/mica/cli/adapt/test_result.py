@@ -88,14 +88,23 @@ def test_adapter_that_is_not_finite_is_not_merged(tuned, tmp_path):
 
 
 def test_sharded_model_is_saved_and_merged_whole(model_dir, tmp_path):
-    """FSDP2 in a group of one: all weights are DTensors, as in a larger one."""
+    """FSDP2 in a group of one: all weights are DTensors, as in a larger one.
+
+    A forward alone leaves the output layer unsharded, in memory that FSDP frees while PEFT saves.
+    """
+    options = {"train_embeddings": True, "embedding_learning_rate": 1e-3}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = adapter.start(AutoModelForCausalLM.from_pretrained(model_dir), settings())
+        model = adapter.start(AutoModelForCausalLM.from_pretrained(model_dir), settings(**options))
         move(model)
         expected = logits(model)
-        for layer in [*model.get_base_model().model.layers, model]:
-            fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        base, mesh = model.get_base_model(), init_device_mesh("cpu", (1,))
+        for layer in base.model.layers:
+            fully_shard(layer, mesh=mesh)
+        last = [base.model.norm, base.lm_head]
+        fully_shard(last, mesh=mesh, reshard_after_forward=False)  # as accelerate does
+        fully_shard(model, mesh=mesh)
+        logits(model)
         result.save(model, None, tmp_path / "best")
         for weight in model.parameters():
             weight.data.mul_(2 if weight.requires_grad else 1)
