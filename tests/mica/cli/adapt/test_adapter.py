@@ -11,7 +11,6 @@ from mica.cli.adapt import adapter
 from mica.errors import UsageError
 from tests.support.adapt_runs import adapter_settings as settings
 from tests.support.adapt_runs import factors, poison_solver, write_adapter
-from tests.support.models import tiny_gpt2
 from tests.support.tiny_cli import tiny_llama
 
 
@@ -89,17 +88,6 @@ def test_model_without_these_layers_or_with_other_shapes(made, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "names", "shapes"),
-    [(tiny_gpt2, "wte,c_attn", {(16, 4, 61), (48, 4, 16)}), (tiny_llama, "embed_tokens", {(32, 4, 257)})],
-)
-def test_shapes_of_all_kinds_of_layers(make, names, shapes, tmp_path):
-    """Embeddings, and GPT-2's Conv1D, whose weight is transposed."""
-    write_adapter(tmp_path, make(), target_modules=names)
-    adapter.check_fit(make(), adapter.read_adapter_config(tmp_path), tmp_path, "--adapter")
-    assert set(adapter.adapted_layers(tmp_path).values()) == shapes
-
-
-@pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, r"is not a PEFT adapter folder \(no adapter_config.json\)"),
@@ -141,8 +129,6 @@ def test_what_peft_cannot_load_is_one_line(entry, folder):
 def test_no_folder_and_no_weights(folder):
     with pytest.raises(UsageError, match=r"safetensors: is a file; give the folder of the adapter$"):
         adapter.read_adapter_config(folder / adapter.WEIGHTS)
-    with pytest.raises(UsageError, match="no such folder"):
-        adapter.read_adapter_config(folder / "nowhere")
     (folder / adapter.WEIGHTS).unlink()
     with pytest.raises(UsageError, match=r"has no adapter_model.safetensors"):
         adapter.read_adapter_config(folder)

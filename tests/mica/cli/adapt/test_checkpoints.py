@@ -106,9 +106,9 @@ def test_other_settings_are_refused(tmp_path):
     folder = make(tmp_path, 3, processes=2, batch_size=4)
     assert checkpoints.facts(folder) == {"step": 3, "processes": 2, "batch_size": 4}
     checkpoints.check(folder, processes=2, batch_size=4, data="not in the marker")
-    message = r"checkpoint-3 was written with processes 2 \(now 1\), batch_size 4 \(now 8\): .*: --adapter"
+    message = r"checkpoint-3 was written with processes 2 \(now 1\): .*: --adapter"
     with pytest.raises(UsageError, match=message):
-        checkpoints.check(folder, processes=1, batch_size=8)
+        checkpoints.check(folder, processes=1)
     folder = make(tmp_path, 4, base_weights="1f")
     with pytest.raises(
         UsageError, match=r"with base_weights 1f \(now 2e\): .* Put the base .* start afresh$"

@@ -60,16 +60,6 @@ def test_one_source_is_divided_into_training_and_held_out_blocks(tmp_path):
     assert gather(settings(text), TOKENIZER).fingerprint == corpus.fingerprint
 
 
-def test_a_source_that_is_given_twice_has_twice_its_share(tmp_path):
-    large = write(tmp_path / "a.jsonl", rows(*range(400)))
-    small = write(tmp_path / "b.jsonl", rows(*range(80), word="few"))
-    corpus = gather(settings([large, small, small], packing="stream"), TOKENIZER)
-    trained = texts(corpus.train)
-    assert {trained.count(f"few {number:03} ") for number in range(75)} == {0, 2}
-    held_out = texts(corpus.held_out)
-    assert not any(f"few {number:03} " in held_out for number in range(75) if f"few {number:03} " in trained)
-
-
 def test_a_document_of_two_sources_is_on_one_side(tmp_path):
     first = write(tmp_path / "a.jsonl", rows(*range(200)))
     second = write(tmp_path / "b.jsonl", rows(*range(150, 300)))

@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-import yaml
 
 from mica.cli import main
 from tests.support.adapt_runs import (
@@ -15,7 +14,7 @@ from tests.support.adapt_runs import (
     weights,
 )
 from tests.support.moe_models import BUILDERS
-from tests.support.tiny_cli import adapt, tiny_llama
+from tests.support.tiny_cli import adapt
 
 
 @pytest.fixture
@@ -72,9 +71,6 @@ def test_without_experts_and_by_name(base, text_file, tmp_path, capsys):
     assert weights(tmp_path / "on").keys() == weights(tmp_path / "named").keys()
 
 
-def test_a_dense_model_has_none(text_file, tmp_path, capsys):
-    saved(tiny_llama(), tmp_path / "base")
-    assert adapt(tmp_path / "base", text_file, tmp_path / "out", "--experts") == 2
+def test_a_dense_model_has_none(model_dir, text_file, tmp_path, capsys):
+    assert adapt(model_dir, text_file, tmp_path / "out", "--experts") == 2
     assert "--experts: LlamaForCausalLM has no experts" in capsys.readouterr().err
-    assert adapt(tmp_path / "base", text_file, tmp_path / "out", "--steps", 1) == 0
-    assert "experts" not in yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())

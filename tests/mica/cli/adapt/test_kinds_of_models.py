@@ -84,7 +84,6 @@ def test_embeddings_that_are_written(made):
             assert not torch.equal(weight, weight.bfloat16().float())
     result = summary(run)
     assert result["trained_embeddings"] == 257 * 32 * (1 if is_tied else 2)
-    assert result["trained_parameters"] > result["trained_embeddings"]
     assert result["perplexity_after"] < result["perplexity_before"]
     assert result["layers_on_peft_path"] == []
     assert f"{result['trained_embeddings']:,} of these are the input and" in (run / "README.md").read_text()

@@ -96,13 +96,6 @@ def test_blocks_are_the_joined_documents(length, packing):
         blocks[len(blocks)]
 
 
-def test_spread_keeps_first_and_last():
-    blocks = packed([numbered(100)], 2)
-    assert spread(blocks, 50) is blocks
-    assert firsts(spread(blocks, 3)) == [0, 48, 98]
-    assert firsts(spread(blocks, 1)) == [0]
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_llama_keeps_documents_apart(attention):
     """What it is about: the logits and losses of a document in a block are those of the document alone."""

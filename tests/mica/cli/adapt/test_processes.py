@@ -81,7 +81,6 @@ def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path):
     one, other = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, weight in one.items():
         assert (weight - other[name]).abs().max() <= 1e-6 * weight.abs().max()
-        assert "lora_A" in name or torch.equal(weight, other[name])
     errors = (tmp_path / "stderr-1").read_text()
     assert not [line for line in errors.splitlines() if "step" in line or "warn" in line.lower()]
 

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
-from mica.cli import folder
-from mica.cli.adapt import checkpoints, corpus, session, training
+from mica.cli.adapt import checkpoints, corpus, session
 from tests.mica.cli.tiny_gguf import write_tiny_gguf
 from tests.support.adapt_runs import command, resume, same, saved, summary, unfinished, weights
 from tests.support.tiny_cli import TEXT, adapt
@@ -216,15 +215,6 @@ def test_a_refused_run_leaves_no_converted_base(rows, tmp_path, capsys):
     assert not output.exists()
 
 
-def test_two_runs_do_not_share_a_folder(model_dir, rows, tmp_path, capsys):
-    output = tmp_path / "out"
-    with folder.exclusive(output):
-        assert adapt(model_dir, rows, output) == 2
-        assert f"--output {output}: another command writes to it" in capsys.readouterr().err
-        assert [path.name for path in output.iterdir()] == [folder.LOCK]
-    assert not output.exists()
-
-
 def test_packing_where_documents_cannot_be_kept_apart(rows, tmp_path, capsys):
     """In a model whose positions follow from the attention mask."""
     torch.manual_seed(0)
@@ -273,12 +263,3 @@ def test_what_cannot_be_written_after_the_training_is_said_beside_what_is_there(
     assert resume(output) == 0
     assert summary(output)["steps"] == 12
     assert same(weights(output), weights(paper))
-
-
-def test_bugs_end_with_their_traceback_and_the_group_is_left(model_dir, rows, tmp_path, monkeypatch):
-    def broken(*_, **__):
-        raise ZeroDivisionError("a bug")
-
-    monkeypatch.setattr(training, "Session", broken)
-    with pytest.raises(ZeroDivisionError, match="a bug"):
-        adapt(model_dir, rows, tmp_path / "out")

@@ -48,7 +48,6 @@ def history(held_out, retain=None):
         ({0: 1.0, 5: 3.0, 10: 2.0}, None, None, 10),  # before training is no step
         ({0: 1.0}, None, None, None),
         ({0: 9.0, 5: 8.0, 10: 7.0}, {0: 100.0, 5: 104.0, 10: 106.0}, 5.0, 5),
-        ({0: 9.0, 5: 8.0, 10: 7.0}, {0: 100.0, 5: 104.0, 10: 106.0}, None, 10),
         ({0: 9.0, 5: 8.0}, {0: 100.0, 5: 106.0}, 5.0, 5),  # none is within
     ],
 )
@@ -63,11 +62,9 @@ def test_the_best_step(held_out, retain, limit, expected):
         ([9, 8, 8], 100, {"patience": 2}, None),
         ([9, 8, 8, 8.5], 100, {"patience": 2}, f"{PATIENCE} 8.00 of step 1"),
         ([9, 10, 9.5], 100, {"patience": 2}, f"{PATIENCE} 9.00 of step 0"),
-        ([9, 10, 9.5], 100, {}, None),
         ([9, 8], 105, {"max_retain_rise": 5.0}, None),  # to the per cent is not above
         ([9, 8], 112.5, {"max_retain_rise": 5.0},
          "--max-retain-rise 5: the retained perplexity is 12.5 % above that before training"),
-        ([9, 8], 90, {"max_retain_rise": 5.0}, None),
         ([], 100, {"patience": 1, "max_retain_rise": 5.0}, None),
     ],
 )  # fmt: skip
@@ -170,15 +167,6 @@ def test_a_run_that_had_ended_is_not_trained_on(scripted, tmp_path, capsys):
     args.patience = 3
     assert (run(args).steps, run(settings(tmp_path / "full", **options)).steps) == (10, 10)
     assert same(weights(args.output), weights(tmp_path / "full"))
-
-
-def test_it_stops_where_the_retained_text_gets_worse(scripted, tmp_path):
-    retain = {0: 20.0, 2: 20.5, 4: 20.9, 6: 22.0}
-    scripted({0: 9, 2: 8, 4: 7, 6: 6}, retain)
-    args = settings(tmp_path, **OPTIONS, max_retain_rise=5.0, keep_best=True)
-    result = run(args, corpus(retain=3))
-    assert (result.steps, result.adapter_step) == (6, 4)  # at 6 it learned more, and forgot too much
-    assert result.stopped_by.startswith("--max-retain-rise 5: the retained perplexity is 10 % above")
 
 
 def test_a_best_step_that_is_gone(scripted, tmp_path):
