@@ -341,6 +341,12 @@ def weights(folder: Path, name: str = "adapter_model") -> dict[str, torch.Tensor
     return load_file(folder / f"{name}.safetensors")
 
 
+def whole_embeddings(folder: Path) -> dict[str, torch.Tensor]:
+    """The trained embeddings in an adapter's file, by the names of their modules."""
+    found = {key.removeprefix("base_model.model."): weight for key, weight in weights(folder).items()}
+    return {key.removesuffix(".weight"): weight for key, weight in found.items() if "lora_" not in key}
+
+
 def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 

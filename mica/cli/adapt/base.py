@@ -1,10 +1,8 @@
 """The frozen base model of ``mica adapt``: dense or quantised, from a checkpoint or a GGUF file."""
 
 import argparse
-import json
 import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from mica.cli.adapt import fingerprint, processes
 from mica.cli.adapt.folder import BASE as FOLDER
-from mica.cli.adapt.folder import MARKER, SUMMARY
+from mica.cli.adapt.folder import MARKER, SUMMARY, read_object
 from mica.cli.folder import is_unfinished
 from mica.cli.loading import Source, load_config, load_model, load_tokenizer
 from mica.cli.output import dtype_name, first_sentences, write_folder
@@ -139,10 +137,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
     Empty where there is neither: PEFT has written the adapter, or its files were copied without them.
     """
     for name in (SUMMARY, MARKER):
-        with suppress(OSError, ValueError):
-            found = json.loads((folder / name).read_text(encoding="utf-8"))
-            if isinstance(found, dict):
-                return found
+        found = read_object(folder / name)
+        if found is not None:
+            return found
     return {}
 
 

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from mica.cli.adapt import checkpoints, processes, stopping
-from mica.cli.adapt.amount import Amount, Pace, measurements
 from mica.errors import UsageError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -78,35 +77,26 @@ class Hooks(TrainerCallback):
     which any process got a signal, and where `stopping.reason` gives a reason under ``options``; it ends with
     a UsageError as soon as a loss, or a weight about to be saved, is not finite.
 
-    ``amount``, ``pace``: for the time that is left; whoever measures perplexity tells ``pace``.
     ``mark(step)`` is called in every process once all files of a checkpoint are written.
     ``agreed``: the signal's number once all processes know of it, else 0. ``is_under_way``: a step has begun.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        mark: Callable[[int], None],
-        options: argparse.Namespace,
-        amount: Amount,
-        pace: Pace,
-    ):
+    def __init__(self, request: Request, mark: Callable[[int], None], options: argparse.Namespace):
         self._request = request
         self._mark = mark
         self._options = options
-        self._amount = amount
-        self._pace = pace
         self._begun = 0.0
-        self._first = 0  # the steps that were done when this session began
+        self._first = 0  # the steps that were done when this session's first one began
         self.agreed = 0
         self.is_under_way = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._begun = time.perf_counter()
-        self._first = state.global_step
         state.compute_steps(args, state.max_steps)  # else the checkpoint's --eval-steps count
 
     def on_step_begin(self, args, state, control, **kwargs):
+        if not self.is_under_way:
+            self._begun = time.perf_counter()
+            self._first = state.global_step
         self.is_under_way = True
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -116,8 +106,7 @@ class Hooks(TrainerCallback):
             control.should_training_stop = True
         if state.global_step >= state.max_steps:
             control.should_evaluate = True  # transformers 5.0 by itself only saves then
-        may_save = control.should_save or (control.should_evaluate and stopping.judges(self._options))
-        if may_save:
+        if control.should_save or control.should_evaluate:  # the latter may lead to a checkpoint
             # The logged loss is the mean since the last log, and that mean is not in a checkpoint. Closed at
             # every checkpoint, it is the same number in a run that was resumed there.
             control.should_log = True
@@ -139,16 +128,10 @@ class Hooks(TrainerCallback):
             _print_step(state, ", ".join(parts))
 
     def _seconds_left(self, state) -> float:
-        """Until the training ends, if nothing stops it."""
-        now = state.global_step
-        last = state.max_steps
-        before = self._amount.blocks_after(self._first)
-        read = self._amount.blocks_after(now)
-        total = self._amount.blocks_after(last)
-        training = time.perf_counter() - self._begun - self._pace.measuring
-        # A step is logged before it is measured, so its own measurement is still to come.
-        ahead = measurements(now - 1, last, self._options.eval_steps)
-        return self._pace.left(training, read - before, total - read, ahead)
+        """Until the training ends, if nothing stops it: as long a step as the mean of this session's."""
+        done = state.global_step - self._first
+        seconds = time.perf_counter() - self._begun
+        return (state.max_steps - state.global_step) * seconds / max(1, done)
 
     def on_evaluate(self, args, state, control, **kwargs):
         history = state.log_history

@@ -4,8 +4,6 @@ The Trainer writes a checkpoint file by file. Whatever happens in between, a che
 marker ``complete.json``, which is written last, after all files have reached the disk.
 """
 
-import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,8 +15,8 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mica.cli.adapt import fingerprint, processes
-from mica.cli.adapt.folder import MARKER
-from mica.cli.output import finish_files, flush, one_line
+from mica.cli.adapt.folder import MARKER, read_object
+from mica.cli.output import finish_files, flush, one_line, write_json
 from mica.errors import UsageError
 
 # torch.save's writer says what it did, not why the system refused it
@@ -47,27 +45,17 @@ def mark(checkpoint: Path, **facts: Any) -> None:
 
     Every file is flushed to the disk first: after a power failure no marker may stand for lost files.
 
-    Raises OSError if the disk is full or the folder has gone; then there is no marker.
+    Raises OSError or UsageError if the disk is full or the folder has gone; then there is no marker.
     """
     finish_files(checkpoint)
-    scratch = checkpoint / f".{MARKER}"
-    try:
-        scratch.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        flush(scratch)
-        os.replace(scratch, checkpoint / MARKER)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_json("--output", checkpoint / MARKER, facts)
     for folder in (checkpoint, checkpoint.parent):
         flush(folder)
 
 
 def facts(checkpoint: Path) -> dict[str, Any] | None:
     """What `mark` was given; None where ``checkpoint`` is not complete."""
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    return None
+    return read_object(checkpoint / MARKER)
 
 
 def complete(output: Path) -> list[Path]:

@@ -33,7 +33,8 @@ def resolve(namespace: argparse.Namespace) -> Settings:
     output folder is read, else the folder of ``--adapter``.
 
     Raises UsageError for what `run_yaml.read` refuses, for a missing required option, for options that
-    exclude each other, and for values other than those of the adapter or, under ``--resume``, of the run.
+    exclude each other, and for values other than those of the adapter. Those of a run that is resumed are
+    compared with its checkpoint: see `checkpoints.check`.
     """
     line = {name: value for name, value in vars(namespace).items() if name in OPTIONS}
     file = {}
@@ -43,20 +44,16 @@ def resolve(namespace: argparse.Namespace) -> Settings:
 
     wanted = file | line
     output = wanted.get("output")
-    recorded = None
     earlier = {}
     if line.get("resume") and output is None:
         raise UsageError("--resume: needs --output, the folder of the run")
     if line.get("resume"):
-        recorded = _recorded(output)
-        earlier = recorded
+        earlier = _recorded(output)
     elif wanted.get("adapter") is not None:
         earlier = _of_adapter(wanted)
     recipe = (earlier | wanted).get("recipe", OPTIONS["recipe"].default)
     values = _merged(RECIPES[recipe], earlier, file, line)
     _derive(values)
-    if recorded is not None:
-        _refuse_another_run(values, recorded, output)
     _check(values, line)
     if values["keep_best"] is None and (values["patience"] or values["max_retain_rise"]):
         values["keep_best"] = True  # who stops because it gets worse does not want the worse
@@ -98,8 +95,12 @@ def _of_adapter(wanted: dict[str, object]) -> dict[str, object]:
 
     folder = wanted["adapter"]
     own = adapter.settings(adapter.read_adapter_config(folder), folder)
-    in_weights = own.keys() - {"dropout"}
-    _refuse_others({name: wanted[name] for name in wanted if name in in_weights}, own, "--adapter")
+    for name in own.keys() & wanted.keys() - {"dropout"}:  # which is not in the weights
+        if wanted[name] != own[name]:
+            what = f"--adapter has {own[name]}"
+            if own[name] is None:
+                what = "--adapter does not have it"
+            raise UsageError(f"{OPTIONS[name].flag} {wanted[name]}: {what}; omit this option")
     return own
 
 
@@ -109,25 +110,6 @@ def _derive(values: dict[str, object]) -> None:
         values["alpha"] = values["alpha_per_rank"] * values["rank"]
     if values["train_embeddings"] and values["embedding_learning_rate"] is None:
         values["embedding_learning_rate"] = values["learning_rate"] / 10  # as in the field's recipes
-    if values["report_to"] is None:
-        values["report_to"] = []
-
-
-def _refuse_another_run(values: dict[str, object], recorded: dict[str, object], output: Path) -> None:
-    """Raise UsageError if ``values`` would make another run of the one in ``output``."""
-    fixed = {name: values[name] for name in _FIXED if values[name] is not None}
-    _refuse_others(fixed, dict.fromkeys(_FIXED) | recorded, f"--resume: {output / FILE}")
-
-
-def _refuse_others(values: dict[str, object], fixed: dict[str, object], where: str) -> None:
-    """Raise UsageError for the first of ``values`` that is not as ``fixed``."""
-    for name, value in values.items():
-        if _plain(fixed[name]) == _plain(value):
-            continue
-        has = f"has {_shown(fixed[name])}"
-        if fixed[name] is None:
-            has = "does not have it"
-        raise UsageError(f"{OPTIONS[name].flag} {_shown(value)}: {where} {has}; omit this option")
 
 
 def _check(values: dict[str, object], line: dict[str, object]) -> None:
@@ -171,7 +153,7 @@ def values(settings: Settings) -> dict[str, object]:
     found = {}
     for name in _OF_THE_RUN:
         value = getattr(settings.args, name)
-        if value is None or value == []:
+        if value is None:
             continue
         if name in _PATHS:
             value = _plain(value)
@@ -179,24 +161,8 @@ def values(settings: Settings) -> dict[str, object]:
     return found
 
 
-def describe(settings: Settings) -> str:
-    """Every value of a run."""
-    entries = [f"{name} {_shown(value)}" for name, value in values(settings).items()]
-    return ", ".join(entries)
-
-
 def _plain(value: object) -> object:
-    """``value`` as YAML has it: a path is absolute."""
+    """A path, or several, as YAML has them: absolute."""
     if isinstance(value, list):
-        return [_plain(one) for one in value]
-    if isinstance(value, (str, Path)):
-        return absolute(value)
-    return value
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, (list, tuple)):
-        return " ".join(_shown(one) for one in value)
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value)
+        return [absolute(each) for each in value]
+    return absolute(value)

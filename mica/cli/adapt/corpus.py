@@ -6,9 +6,7 @@ import argparse
 import hashlib
 import json
 import logging
-import math
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -22,10 +20,6 @@ from mica.cli.adapt.packing import Blocks, Split, split, spread, too_little
 from mica.cli.adapt.tokens import Tokens, joined, tokenize
 from mica.errors import UsageError
 
-DEAR = 2  # tokens a word
-_STRETCHES = 20  # of the tokens of each source, in which the words are counted: at least
-_STRETCH = 1000  # tokens
-
 
 class Part(NamedTuple):
     """What one item of ``--text`` holds.
@@ -36,9 +30,7 @@ class Part(NamedTuple):
     name: str
     tokens: int
     documents: int
-    empty: int
     skipped: int
-    tokens_per_word: float
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,7 @@ class Corpus:
 
     ``retain``: None without ``--retain``. ``parts``: one for each ``--text``. ``dropped``: documents that
     are left out of the training because they are held out as well. ``held_out_by``: "--held-out-text" or
-    `Split.how`. ``largest_token_id``: in any of the texts. ``cached``: nothing had to be tokenised.
+    `Split.how`. ``largest_token_id``: in any of the texts.
     ``fingerprint``: a hash of all tokens of all blocks of training and held-out text and of their order;
     ``retain_fingerprint``: of ``retain``, or None.
     """
@@ -59,7 +51,6 @@ class Corpus:
     dropped: int
     held_out_by: str
     largest_token_id: int
-    cached: bool
     fingerprint: str
     retain_fingerprint: str | None
     sequence_length: int
@@ -68,68 +59,25 @@ class Corpus:
         """What a run reads of the training blocks."""
         return Amount.of(args, len(self.train), processes)
 
-    def cost(self) -> str | None:
-        """A note on the source that costs most tokens a word; None if that is at most `DEAR`."""
-        dearest = max(self.parts, key=lambda part: part.tokens_per_word)
-        if dearest.tokens_per_word <= DEAR:
-            return None
-        words = self.sequence_length / dearest.tokens_per_word
-        costs = f"takes {dearest.tokens_per_word:.1f} tokens per word (split at spaces) with this tokenizer"
-        return (
-            f"--text {dearest.name} {costs}: a block holds about {words:,.0f} words. 1.3 to 1.5 is usual, "
-            "more for code and scripts without spaces. --train-embeddings lets the model learn such tokens; "
-            "the tokenizer stays as it is"
-        )
-
     def describe(self, args: argparse.Namespace, num_processes: int = 1) -> str:
         """What the run trains on, for a terminal; more lines only for what is left out."""
         amount = self.amount(args, num_processes)
-        lines = [self._describe_training(amount, args), self._describe_measured()]
-        lines += self._describe_left_out(amount)
-        return "\n".join(lines)
-
-    def _describe_training(self, amount: Amount, args: argparse.Namespace) -> str:
-        tokens = _count(sum(part.tokens for part in self.parts), "token")
-        documents = _count(sum(part.documents for part in self.parts), "document")
-        if self.cached:
-            documents += " (already tokenised)"
-        blocks = _count(len(self.train), "training block")
-
         epochs = amount.epochs(amount.tokens_after(amount.steps(args)))
-        share = f"{100 * epochs:.3g} % of an epoch"
-        if epochs > 1:
-            share = f"{epochs:.3g} epochs"
-        return f"{tokens} in {documents}, {blocks} of {self.sequence_length}; this run sees {share}"
-
-    def _describe_measured(self) -> str:
-        text = f"held out: {_count(len(self.held_out), 'block')} ({self.held_out_by})"
+        tokens = sum(part.tokens for part in self.parts)
+        documents = sum(part.documents for part in self.parts)
+        blocks = f"blocks of {args.sequence_length}: {len(self.train):,} for training"
+        blocks += f", {len(self.held_out):,} held out ({self.held_out_by})"
         if self.retain is not None:
-            text += f"; to be retained: {_count(len(self.retain), 'block')}"
-        return text
+            blocks += f", {len(self.retain):,} to be retained"
+        lines = [f"tokens: {tokens:,}, documents: {documents:,}", blocks]
+        lines.append(f"this run sees {epochs:.3g} epochs")
 
-    def _describe_left_out(self, amount: Amount) -> list[str]:
-        left_out = [
-            ("training", self.dropped, "copy", "of held-out documents"),
-            ("each epoch", amount.left_out, "block", "short of a full batch, different ones each time"),
-        ]
+        if self.dropped:
+            lines.append(f"left out of training, as copies of held-out documents: {self.dropped:,}")
         for part in self.parts:
-            left_out.append((part.name, part.empty, "document", "without text"))
-            left_out.append((part.name, part.skipped, "file", "of other kinds"))
-
-        lines = []
-        for place, number, noun, what in left_out:
-            if number:
-                lines.append(f"left out of {place}: {_count(number, noun)} {what}")
-        return lines
-
-
-def _count(number: int, noun: str) -> str:
-    """The number with its noun: "1 block", "1,234 copies"."""
-    if number == 1:
-        return f"1 {noun}"
-    if noun.endswith("y"):
-        return f"{number:,} {noun[:-1]}ies"
-    return f"{number:,} {noun}s"
+            if part.skipped:
+                lines.append(f"left out of {part.name}, files of other kinds: {part.skipped:,}")
+        return "\n".join(lines)
 
 
 def check(args: argparse.Namespace) -> list[list[sources.Source]]:
@@ -178,41 +126,23 @@ def gather(args: argparse.Namespace, tokenizer) -> Corpus:
         train=_blocks(text, parts.train, args),
         held_out=_measured("--held-out-text", replace(held_out or text, spans=parts.held_out), args),
         retain=retained,
-        parts=tuple(map(partial(_part, tokenizer), found[0], by_source[0])),
+        parts=tuple(map(_part, found[0], by_source[0])),
         dropped=parts.dropped,
         held_out_by=parts.how,
-        largest_token_id=max(tokens.largest for tokens in every),
-        cached=all(tokens.cached for tokens in every),
+        largest_token_id=max(int(ids.max(initial=0)) for tokens in every for ids in tokens.ids),
         fingerprint=_fingerprint([parts.train, parts.held_out], args),
         retain_fingerprint=retain_fingerprint,
         sequence_length=args.sequence_length,
     )
 
 
-def _part(tokenizer, source: sources.Source, tokens: Tokens) -> Part:
+def _part(source: sources.Source, tokens: Tokens) -> Part:
     return Part(
         name=source.given,
         tokens=int(tokens.spans.length.sum()),
         documents=len(tokens.spans),
-        empty=tokens.empty,
         skipped=source.skipped,
-        tokens_per_word=_tokens_per_word(tokenizer, tokens),
     )
-
-
-def _tokens_per_word(tokenizer, tokens: Tokens) -> float:
-    """Measured on evenly spaced stretches; words are what is between white space."""
-    length = 0
-    words = 0
-    number = math.ceil(_STRETCHES / len(tokens.ids))
-    for ids in tokens.ids:
-        starts = np.linspace(0, max(0, len(ids) - _STRETCH), number).astype(np.int64)
-        for start in np.unique(starts):
-            stretch = ids[start : start + _STRETCH]
-            stretch = stretch[stretch != tokenizer.eos_token_id]
-            length += len(stretch)
-            words += len(tokenizer.decode(stretch).split())
-    return length / max(1, words)
 
 
 def _split(text: Tokens, held_out: Tokens | None, args: argparse.Namespace) -> Split:
@@ -225,7 +155,9 @@ def _split(text: Tokens, held_out: Tokens | None, args: argparse.Namespace) -> S
     train = text.spans[~np.isin(text.spans.digest, held_out.spans.digest)]
     tokens = train.length.sum()
     if tokens < args.sequence_length:
-        raise too_little("--text", f"{tokens:,} tokens are not held out", args.sequence_length, "training")
+        raise too_little(
+            "--text", f"{tokens:,} tokens are not held out", args.sequence_length, 1, "one training block"
+        )
     return Split(train, held_out.spans, "--held-out-text", len(text.spans) - len(train))
 
 
@@ -237,7 +169,9 @@ def _measured(option: str, tokens: Tokens, args: argparse.Namespace) -> Dataset:
     """Blocks of a text that is only measured. Raises UsageError if it is shorter than one."""
     blocks = _blocks(tokens, tokens.spans, args)
     if not len(blocks):
-        raise too_little(option, f"{tokens.spans.length.sum():,} tokens found", args.sequence_length)
+        raise too_little(
+            option, f"{tokens.spans.length.sum():,} tokens found", args.sequence_length, 1, "one block"
+        )
     return spread(blocks, args.eval_blocks)
 
 

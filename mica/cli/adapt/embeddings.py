@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mica.cli.loading import Source, load_model
-from mica.cli.output import dtype_name, one_line, size_text
+from mica.cli.output import dtype_name, explained, size_text
 from mica.cli.targets import Targets
 from mica.errors import UsageError
 
@@ -61,8 +61,6 @@ def check(model: nn.Module, args: argparse.Namespace, targets: Targets) -> None:
         dtype = dtype_name(module.weight.dtype)
         if dtype not in TRAINABLE:
             raise UsageError(f"--train-embeddings: {name} is quantised to {dtype}")
-        if _is_tied(found) and getattr(module, "bias", None) is not None:
-            raise UsageError(f"--train-embeddings: {name} is tied and has a bias, which PEFT would drop")
 
 
 def check_adapter(
@@ -94,11 +92,9 @@ def check_adapter(
 
 def _saved(folder: Path, names, option: str) -> dict[str, Tensor]:
     """The trained embeddings in an adapter's file, of shape (vocabulary, hidden); fp32 if `mica adapt`'s."""
-    try:
-        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
-            return {name: file.get_tensor(f"base_model.model.{name}.weight") for name in names}
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{option} {folder}: its embeddings cannot be read: {one_line(error)}") from error
+    reading = explained(f"{option} {folder}: its embeddings cannot be read", (OSError, SafetensorError))
+    with reading, safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+        return {name: file.get_tensor(f"base_model.model.{name}.weight") for name in names}
 
 
 @contextmanager

@@ -50,15 +50,6 @@ def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {**batch, "labels": labels}
 
 
-def predicted_tokens(blocks: Dataset[dict[str, torch.Tensor]]) -> int:
-    """How many tokens of ``blocks`` `likelihood` scores."""
-    total = 0
-    for index in range(len(blocks)):
-        labels = collate([blocks[index]])["labels"]
-        total += int((labels != IGNORED).sum())
-    return total
-
-
 def _nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The sum over all predicted tokens, fp64 on the CPU; logits (batch, length, vocabulary) of any dtype."""
     targets = pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # so that the logits are not copied

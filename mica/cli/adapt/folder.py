@@ -4,6 +4,7 @@ import argparse
 import json
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from mica.cli.folder import check_new, entries
 from mica.cli.output import check_folder
@@ -18,6 +19,15 @@ CHECKPOINT = "checkpoint-"
 MARKER = "complete.json"  # in a checkpoint: see `mica.cli.adapt.checkpoints`
 
 
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no such file, or it holds anything else."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    return None
+
+
 def check(args: argparse.Namespace) -> None:
     """Raise UsageError if a run must not or cannot write to ``args.output``; makes and removes nothing."""
     output = args.output
@@ -30,27 +40,15 @@ def check(args: argparse.Namespace) -> None:
         if (output / SETTINGS).is_file():
             what += ", or use --resume to continue the run there"
         raise UsageError(f"--output {output}: {what}")
-    if args.merge and not _has_merged(output):
+    has_merged = (read_object(output / SUMMARY) or {}).get("merged")  # which may be written anew
+    if args.merge and not has_merged:
         check_new("--merge", output / MERGED, "move it away")
-
-
-def _has_merged(output: Path) -> bool:
-    """Whether the run in ``output`` has written its merged model, which may be written anew."""
-    with suppress(OSError, ValueError, AttributeError):
-        return bool(json.loads((output / SUMMARY).read_text(encoding="utf-8")).get("merged"))
-    return False
 
 
 def check_has_run(output: Path) -> None:
     """Raise UsageError if there is no run in ``output`` that could be resumed."""
-    if (output / SETTINGS).is_file():
-        return
-    what = f"it has no {SETTINGS}"
-    if not output.is_dir():
-        what = "no such folder"
-    elif not entries(output):
-        what = "it is empty"
-    raise UsageError(f"--resume: nothing to continue in {output}: {what}")
+    if not (output / SETTINGS).is_file():
+        raise UsageError(f"--resume: nothing to continue in {output}: there is no {SETTINGS}")
 
 
 def _holds_nothing_of_value(output: Path, names: list[str]) -> bool:

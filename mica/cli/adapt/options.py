@@ -5,8 +5,8 @@ tests/test_house.py.
 """
 
 import argparse
-import shutil
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 from mica.cli.arguments import COUNT_LIMIT, DTYPES, a_name, a_path, a_source, count, number
@@ -21,7 +21,6 @@ SCHEDULERS = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
-HELP_WIDTH = 110
 
 # recipe -> option -> value. Not options: "source", and "alpha_per_rank", which is lora_alpha over the rank.
 RECIPES = {
@@ -66,7 +65,6 @@ class Option(NamedTuple):
     by_run: belongs to one start of the command, not to the run: neither read from YAML nor written to it.
     may_change: ``--resume`` accepts another value, as training stays the same.
     needs: names of the options that must be given too.
-    in_card: the model card lists it with the recipe; paths are never listed.
     """
 
     name: str
@@ -80,7 +78,6 @@ class Option(NamedTuple):
     by_run: bool = False
     may_change: bool = False
     needs: tuple[str, ...] = ()
-    in_card: bool = True
 
     @property
     def flag(self) -> str:
@@ -122,12 +119,7 @@ TABLE = (  # a string: the title of the group that begins there
         "quantise the frozen weights to 4 (nf4) or 8 bits (int8) with bitsandbytes",
         choices=("nf4", "int8"),
     ),
-    _switch(
-        "trust_remote_code",
-        "run Python code that comes with the model",
-        may_change=True,
-        in_card=False,
-    ),
+    _switch("trust_remote_code", "run Python code that comes with the model", may_change=True),
     "data",
     Option(
         "text",
@@ -137,12 +129,7 @@ TABLE = (  # a string: the title of the group that begins there
         many=True,
         required=True,
     ),
-    Option(
-        "text_field",
-        "column with the text; default: text, content or the only text column",
-        "NAME",
-        in_card=False,
-    ),
+    Option("text_field", "column with the text; default: text, content or the only text column", "NAME"),
     Option("dataset_config", "configuration of a dataset on the Hub", "NAME"),
     Option("held_out", "share of the documents to measure on, never trained on", "SHARE", 0.05, _SHARE),
     Option(
@@ -217,7 +204,6 @@ TABLE = (  # a string: the title of the group that begins there
         parse=bool,
         may_change=True,
         needs=("eval_steps",),
-        in_card=False,
     ),
     Option(
         "patience",
@@ -235,14 +221,13 @@ TABLE = (  # a string: the title of the group that begins there
         may_change=True,
         needs=("eval_steps", "retain"),
     ),
-    Option("log_steps", "log the loss every N steps", "N", 10, _COUNT, may_change=True, in_card=False),
+    Option("log_steps", "log the loss every N steps", "N", 10, _COUNT, may_change=True),
     Option(
         "report_to",
         "trackers by the Trainer's names: tensorboard, wandb, ...",
         "NAME",
         many=True,
         may_change=True,
-        in_card=False,
     ),
     "output",
     Option(
@@ -260,32 +245,12 @@ TABLE = (  # a string: the title of the group that begins there
         500,
         _COUNT,
         may_change=True,
-        in_card=False,
     ),
     _switch("resume", "continue from the last checkpoint in DIR, with its run.yaml", by_run=True),
-    _switch("merge", "also write the merged model to DIR/merged", may_change=True, in_card=False),
+    _switch("merge", "also write the merged model to DIR/merged", may_change=True),
     Option("config", "YAML file with options; the command line wins", "FILE", parse=a_path, by_run=True),
 )
 OPTIONS = {row.name: row for row in TABLE if isinstance(row, Option)}
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """One option to a line, with its default; no list of all options in front, and no line for --help."""
-
-    def __init__(self, prog):
-        width = min(HELP_WIDTH, shutil.get_terminal_size().columns - 2)
-        super().__init__(prog, max_help_position=38, width=width)
-
-    def add_argument(self, action):
-        if action.dest != "help":
-            super().add_argument(action)
-
-    def _format_action_invocation(self, action):
-        if isinstance(action, argparse.BooleanOptionalAction):
-            return f"--[no-]{action.dest.replace('_', '-')}"
-        if action.nargs == "+":
-            return f"{action.option_strings[0]} {action.metavar} ..."
-        return super()._format_action_invocation(action)
 
 
 def declare(
@@ -303,7 +268,7 @@ def declare(
         _add(group, row)
         if row.required:
             required.append(f"{row.flag} {row.metavar}{' ...' if row.many else ''}")
-    parser.formatter_class = _HelpFormatter
+    parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter, max_help_position=38)
     parser.usage = f"{parser.prog} {' '.join(required)} [options]"
     if recipes:
         parser.epilog = f"{_recipe_table()}\n\n{parser.epilog or ''}".rstrip()
@@ -331,21 +296,10 @@ def _add(group, option: Option) -> None:
 
 def _recipe_table() -> str:
     """The recipes side by side, a line per option."""
-    rows = {}
-    for recipe in RECIPES.values():
-        rows |= recipe
+    rows = dict.fromkeys(name for recipe in RECIPES.values() for name in recipe)
     del rows["source"]  # which the help of --recipe says
 
     lines = [f"{'recipes:':22}" + "".join(f"{name:20}" for name in RECIPES)]
     for row in rows:
-        cells = [_cell(recipe.get(row)) for recipe in RECIPES.values()]
-        lines.append(f"  {row:20}" + "".join(f"{cell:20}" for cell in cells))
+        lines.append(f"  {row:20}" + "".join(f"{recipe.get(row, '-')!s:20}" for recipe in RECIPES.values()))
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value)

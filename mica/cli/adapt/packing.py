@@ -43,14 +43,17 @@ class Blocks(Dataset):
             return 0
         return int(self.ends[-1]) // self.sequence_length
 
+    def place(self, index: int) -> tuple[int, int, int, int]:
+        """Where a block begins and ends in the joined tokens, and the first and last of its spans."""
+        begin = index * self.sequence_length
+        end = begin + self.sequence_length
+        return begin, end, *np.searchsorted(self.ends, [begin, end - 1], side="right")
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         index = int(index) % len(self)
-        begin = index * self.sequence_length
-        end = begin + self.sequence_length
-        first, last = np.searchsorted(self.ends, [begin, end - 1], side="right")
-
+        begin, end, first, last = self.place(index)
         parts = []  # tokens of each document
         starts = []  # where in the block documents begin
         for span in range(first, last + 1):
@@ -74,9 +77,7 @@ def document_of(blocks: Dataset, index: int) -> int:
     """The digest of the document that most tokens of a block are from: of `Blocks`, or `spread`."""
     if isinstance(blocks, Subset):
         return document_of(blocks.dataset, blocks.indices[index])
-    begin = index * blocks.sequence_length
-    end = begin + blocks.sequence_length
-    first, last = np.searchsorted(blocks.ends, [begin, end - 1], side="right")
+    begin, end, first, last = blocks.place(index)
     spans = blocks.spans[first : last + 1]
     ends = blocks.ends[first : last + 1]
     shares = np.minimum(ends, end) - np.maximum(ends - spans.length, begin)
@@ -133,20 +134,12 @@ def split(documents: np.recarray, share: float, sequence_length: int, limit: int
             return result
 
     _, first = np.unique(documents.digest, return_index=True)
-    found = documents.length.sum()
-    unique = documents.length[first].sum()
-    what = f"{found:,} tokens found"
-    if unique != found:
-        what += f" ({unique:,} of them in different documents)"
-    raise too_little(option, what, sequence_length, "training", "held-out")
+    what = f"{documents.length[first].sum():,} tokens found, copies not counted"
+    raise too_little(option, what, sequence_length, 2, "one training and one held-out block")
 
 
-def too_little(option: str, what: str, sequence_length: int, *kinds: str) -> UsageError:
-    """The error for a text that is too short for one block, or for one block of each of ``kinds``."""
-    number = max(1, len(kinds))
-    blocks = "one block"
-    if kinds:
-        blocks = f"one {' and one '.join(kinds)} block"
+def too_little(option: str, what: str, sequence_length: int, number: int, blocks: str) -> UsageError:
+    """The error for a text that is too short for a ``number`` of ``blocks``."""
     needed = f"{number * sequence_length:,} needed: {blocks} of --sequence-length {sequence_length}"
     return UsageError(f"{option}: {what}, {needed}")
 

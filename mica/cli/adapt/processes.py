@@ -14,7 +14,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from accelerate.utils import gather as gather_tensor
@@ -56,9 +55,8 @@ def use_cpu() -> bool:
 
 def finish() -> None:
     """Leave the group, if there is one. Does not wait for the others, and raises nothing."""
-    if dist.is_available() and dist.is_initialized():
-        with suppress(RuntimeError, ValueError):  # another process has gone already
-            dist.destroy_process_group()
+    with suppress(RuntimeError, ValueError):  # another process has gone already
+        PartialState().destroy_process_group()
 
 
 def several() -> bool:

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import mica.fast
-from mica.cli.adapt import checkpoints, embeddings, fingerprint
+from mica.cli.adapt import checkpoints, embeddings
 from mica.cli.adapt.adapter import WEIGHTS
 from mica.cli.adapt.folder import MERGED
 from mica.cli.loading import Source, load_model
@@ -85,26 +85,20 @@ def _is_sharded(model: nn.Module) -> bool:
     return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
-def merge(
-    model: PeftModel, tokenizer, args: argparse.Namespace, base_weights: str | None = None
-) -> mica.fast.MergeReport:
+def merge(model: PeftModel, tokenizer, args: argparse.Namespace) -> mica.fast.MergeReport:
     """Write OUTPUT/merged: the model with the adapter merged, in the run's dtype. Changes ``model``.
 
     On the main process, after `save`. A base that is quantised (``--quantize``) or sharded is loaded again
     from where it came from, on the CPU: the device still holds the model that was trained. An update that was
     trained for quantised weights is then merged into the weights before quantisation, as usual for QLoRA.
-    ``base_weights``: the fingerprint of the base when training began, if it is known.
 
-    Raises UsageError if the folder cannot be written, the merged weights are not finite, or the base that is
-    loaded again has other weights now; everything that was written before is kept.
+    Raises UsageError if the folder cannot be written, or the merged weights are not finite; everything that
+    was written before is kept.
     """
     folder = args.output / MERGED
     option = f"--merge {folder}"
     kept = f"; the adapter is in {args.output}"
     if getattr(model, "is_quantized", False) or _is_sharded(model):
-        location = model.get_base_model().name_or_path
-        if base_weights is not None and fingerprint.of(location) != base_weights:
-            raise UsageError(f"{option}: {location} has other weights than when training began{kept}")
         model = _on_dense_base(model, args)
     merged, report = merged_model(model, option, kept)
     write_folder("--merge", folder, merged.save_pretrained, tokenizer.save_pretrained, kept=kept)

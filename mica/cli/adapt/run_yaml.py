@@ -50,8 +50,6 @@ def _pairs(text: str) -> list[tuple[object, object]]:
         return loader.construct_pairs(root, deep=True)
     except yaml.YAMLError as error:
         raise UsageError(f"is not YAML: {error}") from error
-    except RecursionError as error:
-        raise UsageError("must be a mapping of options to values, but is nested too deeply") from error
 
 
 def _arguments(pairs: list[tuple[object, object]]) -> list[str]:

@@ -1,6 +1,5 @@
 """The order of ``mica adapt``: checks, data, base, adapter, training, and what is written at the end."""
 
-import argparse
 import signal
 import sys
 import time
@@ -17,10 +16,8 @@ from mica.cli import loading
 from mica.cli.adapt import (
     adapter,
     base,
-    checkpoints,
     config,
     corpus,
-    fingerprint,
     folder,
     processes,
     run_yaml,
@@ -33,8 +30,6 @@ from mica.cli.folder import exclusive, undo_on_error
 from mica.cli.output import dtype_name, write_text
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
-
-_HIGH_RATE = 0.1
 
 
 class _Inputs(NamedTuple):
@@ -86,7 +81,6 @@ def _adapt(settings: Settings) -> int:
             model, data, facts = _loaded(settings, inputs)
             session = training.Session(model, data, args, inputs.checkpoint)
         processes.on_main(_write_settings, settings)
-        _say(config.describe(settings))
         _say(summary.ahead(model, data.amount(args, PartialState().num_processes), args))
 
         done = session.train(inputs.tokenizer)
@@ -94,8 +88,6 @@ def _adapt(settings: Settings) -> int:
             _say(f"Stopped at step {done.steps:,}. To continue: mica adapt --output {args.output} --resume")
             return 128 + done.interrupted
         report = summary.of(settings, data, model, done) | facts
-        if args.keep_best and report["perplexity_after"] >= report["perplexity_before"]:
-            _note("no measured step has a lower held-out perplexity than the model had before training")
         processes.on_main(summary.finish, args, model, inputs.tokenizer, report, done.history)
     return 0
 
@@ -109,39 +101,18 @@ def _read_inputs(settings: Settings) -> _Inputs:
     """Check and read everything that comes before the weights, the cheapest first."""
     args = settings.args
     source = loading.find_source(args.model, args.trust_remote_code)
-    _note_what_is_odd(args)
     loading.check_backend(args.rank)
     training.check(args)
     checkpoint = training.find_checkpoint(args, _note)
 
     corpus.check(args)
     tokenizer = loading.load_tokenizer(source)
-    if checkpoint is not None:
-        _check_checkpoint_base(args, source, checkpoint)
     base.check(args, source)
     _check_outline(settings, source, checkpoint)
 
     data = corpus.gather(args, tokenizer)
     _say(data.describe(args, PartialState().num_processes))
-    cost = data.cost()
-    if cost is not None:
-        _note(cost)
     return _Inputs(source, tokenizer, data, checkpoint)
-
-
-def _note_what_is_odd(args: argparse.Namespace) -> None:
-    if args.learning_rate > _HIGH_RATE:
-        usual = "published MiCA runs use 5e-4 to 2e-3"
-        _note(f"--learning-rate {args.learning_rate:g}: unusually high; {usual}")
-
-
-def _check_checkpoint_base(args: argparse.Namespace, source: loading.Source, checkpoint: Path) -> None:
-    """Compare the base with that of the checkpoint, if it is here; `training.Session` does so again."""
-    if source.is_gguf:
-        source = base.converted(args)
-    found = fingerprint.of(source.location)
-    if found is not None:
-        checkpoints.check(checkpoint, **{fingerprint.BASE: found})
 
 
 def _check_outline(settings: Settings, source: loading.Source, checkpoint: Path | None) -> None:
@@ -183,12 +154,9 @@ def _loaded(settings: Settings, inputs: _Inputs) -> tuple[PeftModel, corpus.Corp
 
 def _note_another_base(trained: Path, model: str, location: str) -> None:
     """Say if the adapter in ``trained`` was not, or perhaps not, trained on the weights at ``location``."""
-    is_same = base.is_trained_on(trained, location)
-    if is_same is None:
-        _note(f"--adapter {trained}: cannot check that it was trained on the weights of --model {model}")
-    elif not is_same:
-        what = f"was trained on other weights than those of --model {model}"
-        _note(f"--adapter {trained}: {what}, and its B holds the minor directions of the former")
+    if not base.is_trained_on(trained, location):
+        what = f"is not known to be trained on the weights of --model {model}"
+        _note(f"--adapter {trained}: {what}, whose minor directions its B should hold")
 
 
 def _with_packing(settings: Settings, inputs: _Inputs, model) -> corpus.Corpus:
@@ -210,10 +178,6 @@ def _drop_needless_experts(settings: Settings, model) -> None:
     """
     if has_experts(model):
         return
-    given = settings.args.experts
-    if given is not None and "experts" in settings.given:
-        flag = "--no-experts"
-        if given:
-            flag = "--experts"
-        raise UsageError(f"{flag}: {type(model).__name__} has no experts")
+    if settings.args.experts and "experts" in settings.given:
+        raise UsageError(f"--experts: {type(model).__name__} has no experts")
     settings.args.experts = None

@@ -1,8 +1,9 @@
 """Where text comes from: files, folders, datasets saved by `datasets`, datasets of the Hub.
 
-`find` looks at names only, and is quick. `Source.documents` reads: CSV, Parquet and data sets by `datasets`,
-but not text, of which it takes a whole file into memory, nor JSON: it refuses a file in which another column
-than the text's comes or changes its type after the first 10 MB.
+`find` looks at names only, and is quick. `Source.documents` reads: CSV and Parquet by pandas and pyarrow, as
+`datasets` does, but from opened files, as it takes "a::b.csv" for a file within another, and "[a].csv" for
+a.csv. JSON is read by the standard library: `datasets` refuses a file in which another column than the text's
+comes or changes its type after the first 10 MB.
 """
 
 from __future__ import annotations
@@ -14,11 +15,9 @@ import io
 import json
 import lzma
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, islice
@@ -28,28 +27,14 @@ from typing import BinaryIO
 import datasets
 import pandas
 import pyarrow
+import pyarrow.parquet
 
 from mica.cli.adapt import fingerprint
 from mica.cli.output import expanded, explained
 from mica.errors import UsageError
 
-KINDS = {
-    **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst", ".tex"), "text"),
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-}
 CHUNK = 2**20  # characters read at once
 _ROWS = 1000  # read at once; the column is looked for in the first of them
-# By default pandas takes a first row with one field too many for a sign of an index column, and "NA" for
-# nothing.
-_CSV = {"index_col": False, "keep_default_na": False, "na_values": ""}
-_READERS = {
-    "csv": partial(datasets.Dataset.from_csv, **_CSV),
-    "tsv": partial(datasets.Dataset.from_csv, **_CSV, sep="\t"),
-    "parquet": partial(datasets.Dataset.from_parquet, batch_size=_ROWS),  # its default fails without any row
-}
 
 
 def _zstandard(path: Path, mode: str) -> BinaryIO:
@@ -58,16 +43,11 @@ def _zstandard(path: Path, mode: str) -> BinaryIO:
 
 
 _OPENERS = {".gz": gzip.open, ".zst": _zstandard, ".xz": lzma.open, ".bz2": bz2.open}
-_SUPPORTED = f"supported: {' '.join(KINDS)}, each also with {' '.join(_OPENERS)}"
-
-
-def _is_compressed(path: Path) -> bool:
-    return path.suffix.lower() in _OPENERS
 
 
 def _suffix(path: Path) -> str:
     """The suffix that says the kind of a file: ".csv" for "a.csv.gz"."""
-    if _is_compressed(path):
+    if path.suffix.lower() in _OPENERS:
         path = path.with_suffix("")
     return path.suffix.lower()
 
@@ -77,34 +57,9 @@ def _opened(path: Path) -> BinaryIO:
     return _OPENERS.get(path.suffix.lower(), open)(path, "rb")
 
 
-@contextmanager
-def _read(path: Path) -> Iterator[io.TextIOBase]:
-    """The text of a file. A BOM is no part of it, and newlines are ``\\n``."""
-    with _opened(path) as file, io.TextIOWrapper(file, "utf-8-sig") as text:
-        yield text
-
-
-@contextmanager
-def _plain(path: Path) -> Iterator[str]:
-    """The path of a file that `datasets` opens as it is: not compressed, its name no address and no pattern.
-
-    To `datasets`, "a::b.csv" is a file within another, and "[a].csv" is a.csv.
-    """
-    name = str(path.resolve())
-    is_literal = "::" not in name and not any(character in name for character in "*?[]")
-    if is_literal and not _is_compressed(path):
-        yield name
-        return
-    root = Path(datasets.config.HF_DATASETS_CACHE)
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root) as folder:
-        plain = Path(folder, "rows")
-        if _is_compressed(path):
-            with _opened(path) as compressed, plain.open("wb") as file:
-                shutil.copyfileobj(compressed, file)
-        else:
-            plain.symlink_to(name)
-        yield str(plain)
+def _read(path: Path) -> io.TextIOWrapper:
+    """The text of a file: to be closed. A BOM is no part of it, and newlines are ``\\n``."""
+    return io.TextIOWrapper(_opened(path), "utf-8-sig")
 
 
 @dataclass
@@ -130,6 +85,9 @@ class Source:
     def error(self, reason: str, path: Path | None = None) -> UsageError:
         return UsageError(f"{self.option} {path or self.given}: {reason}")
 
+    def _reading(self, path: Path) -> AbstractContextManager[None]:
+        return explained(f"{self.option} {path}: cannot be read")
+
     @cached_property
     def dataset(self) -> datasets.Dataset:
         """The saved or Hub dataset, its training split. Raises UsageError if it cannot be had."""
@@ -152,14 +110,9 @@ class Source:
         total = hashlib.blake2b(digest_size=16)
         for path in paths:
             kind = f"{_suffix(path)} {path.suffix.lower()}"
-            with explained(f"{self.option} {path}: cannot be read", OSError):
+            with self._reading(path):
                 total.update(fingerprint.of_file(path, kind.encode()))
         return total.hexdigest()
-
-    def state(self) -> list[tuple[int, int]]:
-        """(bytes, nanoseconds) of every file: its size and when it changed, which a later change shows in."""
-        stats = [path.stat() for path in self.files]
-        return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
     def documents(self, field: str | None) -> Iterator[Iterable[str]]:
         """Every document as an iterable of strings, which joined are its text; rows without text are empty.
@@ -170,30 +123,25 @@ class Source:
         Raises UsageError, naming the file, for all that is not text.
         """
         if not self.files:
-            yield from self._texts(_tables(self.dataset), field, None)
+            yield from self._texts(self.dataset.with_format("arrow").iter(_ROWS), field, None)
         for path in self.files:
-            kind = KINDS.get(_suffix(path), "text")
-            if kind == "text":
+            tables = KINDS.get(_suffix(path))
+            if tables is None:
                 yield self._chunks(path)
                 continue
-            with explained(f"{self.option} {path}: cannot be read"):
-                if kind == "json":
-                    yield from self._texts(_json_tables(path), field, path)
-                    continue
-                with _plain(path) as plain:
-                    rows = _READERS[kind](plain, streaming=True)
-                    yield from self._texts(_tables(rows), field, path)
+            with self._reading(path):
+                yield from self._texts(tables(path), field, path)
 
     def _chunks(self, path: Path) -> Iterator[str]:
         """A text in pieces."""
-        with explained(f"{self.option} {path}: cannot be read"), _read(path) as text:
+        with self._reading(path), _read(path) as text:
             while chunk := text.read(CHUNK):
                 if "\0" in chunk:
                     raise self.error("not text: it contains a NUL character", path)
                 yield chunk
 
     def _texts(
-        self, tables: Iterator[pyarrow.Table], field: str | None, path: Path | None
+        self, tables: Iterator[pyarrow.Table | pyarrow.RecordBatch], field: str | None, path: Path | None
     ) -> Iterator[list[str]]:
         """The documents in rows, of which only the first need to have the column."""
         # pandas says by a warning alone that it drops a field without a name.
@@ -202,7 +150,7 @@ class Source:
         for table in tables:
             if column is None:
                 column = self._column(table.schema, field, path)
-            if column not in table.column_names:
+            if column not in table.schema.names:
                 yield from [[""]] * len(table)
                 continue
             kind = table.schema.field(column).type
@@ -226,15 +174,22 @@ class Source:
             if name in schema.names:
                 return name
 
-        if field is None and not {"messages", "conversations"}.isdisjoint(schema.names):
-            what = "contains chat messages, but mica adapt trains on plain text"
-            raise self.error(f"{what}. Render them with the chat template first", path)
         names = ", ".join(schema.names)
         raise self.error(f"has no column '{wanted[0]}', only {names}: name one with --text-field", path)
 
 
-def _tables(rows: datasets.Dataset | datasets.IterableDataset) -> Iterator[pyarrow.Table]:
-    return rows.with_format("arrow").iter(_ROWS)
+def _csv_tables(path: Path, separator: str = ",") -> Iterator[pyarrow.Table]:
+    # By default pandas takes a first row with one field too many for a sign of an index column, and "NA" for
+    # nothing.
+    as_text = {"index_col": False, "keep_default_na": False, "na_values": ""}
+    with _opened(path) as file:
+        for frame in pandas.read_csv(file, sep=separator, chunksize=10 * _ROWS, **as_text):
+            yield pyarrow.Table.from_pandas(frame, preserve_index=False)
+
+
+def _parquet_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
+    with _opened(path) as file:
+        yield from pyarrow.parquet.ParquetFile(file).iter_batches(_ROWS)
 
 
 def _json_tables(path: Path) -> Iterator[pyarrow.Table]:
@@ -276,6 +231,16 @@ def _json_lines(text: Iterable[str]) -> Iterator[object]:
             raise ValueError(f"line {number} is not JSON: {error.msg}") from error
 
 
+KINDS = {  # suffix -> what reads tables; None: a text
+    **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst", ".tex")),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), _json_tables),
+    ".csv": _csv_tables,
+    ".tsv": partial(_csv_tables, separator="\t"),
+    ".parquet": _parquet_batches,
+}
+_SUPPORTED = f"supported: {' '.join(KINDS)}, each also with {' '.join(_OPENERS)}"
+
+
 def _is_string(kind: pyarrow.DataType) -> bool:
     types = pyarrow.types
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
@@ -302,8 +267,6 @@ def _located(source: Source, output: Path | None) -> Source:
     path = expanded(source.given)
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            if "::" in str(path.resolve()):
-                raise source.error("datasets cannot open a folder with '::' in its path: rename it")
             source.folder = path
         else:
             with explained(f"{source.option} {source.given}: a folder in it cannot be read", OSError):
@@ -349,6 +312,4 @@ def _take_file(source: Source, path: Path) -> None:
         raise source.error(f"unsupported file type '{path.suffix}'; {_SUPPORTED}")
     if not path.stat().st_size:
         raise source.error("the file is empty")
-    with explained(f"{source.option} {source.given}: cannot be read", OSError):
-        path.open("rb").close()
     source.files = (path,)

@@ -18,11 +18,6 @@ def measured(history: list[dict], text: str = "held_out") -> dict[int, float]:
     return {entry["step"]: entry[key] for entry in history if key in entry}
 
 
-def judges(args: argparse.Namespace) -> bool:
-    """Whether a measurement may lead to a checkpoint."""
-    return bool(args.keep_best or args.patience or args.max_retain_rise)
-
-
 def best(history: list[dict], args: argparse.Namespace) -> int | None:
     """The step with the lowest held-out perplexity among those within --max-retain-rise; the first of equals.
 

@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import datasets
@@ -27,7 +27,7 @@ from mica.cli.output import explained
 
 VERSION = 5  # of what is cached, and of how documents become ids: none of another version is used
 PIECE = 20_000  # characters tokenised at once: 11 MB of text took 23.6 s as one string, 11.0 s in pieces
-BATCH = 2**22  # characters per call of the tokenizer, whose threads share the pieces
+BATCH = 512  # pieces per call of the tokenizer, whose threads share them
 
 # A stretch of tokens, a whole document or a part of one: in which of several arrays of ids, where in it, how
 # long; and the digest of the whole document. Arrays of them (`np.recarray`) are in the order of joining.
@@ -39,19 +39,11 @@ class Tokens:
     """The tokens of one source, or of several (see `joined`).
 
     ``ids``: memory-mapped arrays, each (num_tokens,) uint16 or uint32. ``spans``: (num_documents,) of `SPAN`
-    with their EOS; digests of documents of the same tokens are equal. ``empty``: documents without text,
-    which are left out. ``cached``: nothing had to be tokenised.
+    with their EOS, without those that have no text; digests of documents of the same tokens are equal.
     """
 
     ids: list[np.ndarray]
     spans: np.recarray
-    empty: int = 0
-    cached: bool = True
-
-    @property
-    def largest(self) -> int:
-        """The largest id."""
-        return int(max(ids.max(initial=0) for ids in self.ids))
 
 
 def joined(parts: list[Tokens]) -> Tokens:
@@ -63,9 +55,7 @@ def joined(parts: list[Tokens]) -> Tokens:
         moved.store += len(ids)
         spans.append(moved)
         ids += part.ids
-    empty = sum(part.empty for part in parts)
-    cached = all(part.cached for part in parts)
-    return Tokens(ids, np.concatenate(spans).view(np.recarray), empty, cached)
+    return Tokens(ids, np.concatenate(spans).view(np.recarray))
 
 
 def cut(chunks: Iterable[str]) -> Iterator[str]:
@@ -115,19 +105,13 @@ def tokenize(source: Source, tokenizer, field: str | None = None) -> Tokens:
     Every process of a run calls this. The main one works, with a progress bar, and the others wait.
 
     Raises UsageError for all that cannot be read (see `Source.documents`), for a source without any text,
-    for a file that changes while it is read, and if the disk is full.
+    and if the disk is full.
     """
-    state = source.state()
     dependencies = [VERSION, PIECE, tokenizers.__version__, source.digest(), field, _serialised(tokenizer)]
     key = hashlib.blake2b(json.dumps(dependencies).encode(), digest_size=16).hexdigest()
-    is_cached = True
 
     def rows() -> Iterator[dict]:
-        nonlocal is_cached
-        is_cached = False
-        yield from _rows(source, tokenizer, field)
-        if source.state() != state:
-            raise source.error("changed while it was being read")
+        return _rows(source, tokenizer, field)
 
     def load() -> datasets.Dataset:
         where = f"tokens cannot be cached in {datasets.config.HF_DATASETS_CACHE}"
@@ -143,10 +127,10 @@ def tokenize(source: Source, tokenizer, field: str | None = None) -> Tokens:
             documents = load()
     if documents is None:
         documents = load()
-    return _tokens(documents.data, is_cached)
+    return _tokens(documents.data)
 
 
-def _tokens(table, is_cached: bool) -> Tokens:
+def _tokens(table) -> Tokens:
     """What is in a table with a row for each document, of no ids for one without text."""
     ids = []
     spans = []
@@ -162,8 +146,7 @@ def _tokens(table, is_cached: bool) -> Tokens:
         ]
         spans.append(np.rec.fromarrays(columns, dtype=SPAN))
     every = np.concatenate(spans).view(np.recarray)
-    with_text = every[every.length > 0]
-    return Tokens(ids, with_text, len(every) - len(with_text), is_cached)
+    return Tokens(ids, every[every.length > 0])
 
 
 def _dtype(tokenizer) -> np.dtype:
@@ -192,7 +175,6 @@ def _rows(source: Source, tokenizer, field: str | None) -> Iterator[dict]:
     eos = np.array([], _dtype(tokenizer))
     if tokenizer.eos_token_id is not None:
         eos = np.array([tokenizer.eos_token_id], eos.dtype)
-    number = 0
     is_any = False
     bar = tqdm(desc=f"Tokenising {Path(source.given).name}", unit=" tokens", unit_scale=True, delay=2)
     with bar:
@@ -202,17 +184,17 @@ def _rows(source: Source, tokenizer, field: str | None) -> Iterator[dict]:
                 ids = np.concatenate([ids, eos])
                 is_any = True
             yield {"ids": ids, "digest": digest}
-            number += 1
             bar.update(len(ids))
     if not is_any:
-        raise source.error(f"no text in it ({number:,} empty documents)")
+        raise source.error("no text in it")
 
 
 def _ids_of_documents(documents: Iterable[Iterable[str]], tokenizer) -> Iterator[np.ndarray]:
     """The ids of each document, without EOS; none if it has no text."""
     dtype = _dtype(tokenizer)
     parts = []
-    for batch in _batches(_pieces(documents)):
+    pieces = _pieces(documents)
+    while batch := list(islice(pieces, BATCH)):
         texts = [text for text, _ in batch]
         encoded = tokenizer(
             texts,
@@ -234,18 +216,3 @@ def _pieces(documents: Iterable[Iterable[str]]) -> Iterator[tuple[str, bool]]:
     for document in documents:
         for piece, following in pairwise(chain(cut(document), [None])):
             yield piece, following is None
-
-
-def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """`_pieces` in lists of at least BATCH characters, the last of what is left."""
-    batch = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[0])
-        if size >= BATCH:
-            yield batch
-            batch = []
-            size = 0
-    if batch:
-        yield batch

@@ -5,12 +5,13 @@ import time
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from mica.cli.adapt import checkpoints, embeddings, evaluation, processes, result
-from mica.cli.adapt.amount import Amount, Pace
+from mica.cli.adapt.amount import Amount
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
 
@@ -60,7 +61,7 @@ class AdapterTrainer(Trainer):
     """The Trainer with exact perplexities, adapters without base weights, and one-line errors of writing.
 
     ``sets``: by name, the datasets whose perplexity is measured. ``embedding_rate``: the learning rate of
-    trained embeddings, or None.
+    trained embeddings, or None. ``measuring``: seconds spent on perplexities so far.
     """
 
     def __init__(self, *, sets: dict[str, Dataset], output: Path, embedding_rate: float | None, **options):
@@ -68,7 +69,7 @@ class AdapterTrainer(Trainer):
         self.sets = sets
         self.output = output
         self.embedding_rate = embedding_rate
-        self.pace = Pace()
+        self.measuring = 0.0
 
     def create_optimizer(self, *args, **kwargs):
         """The Trainer's own; embeddings get groups with their learning rate, which schedules scale alike."""
@@ -91,7 +92,7 @@ class AdapterTrainer(Trainer):
 
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.pace.measured(time.perf_counter() - begin)
+        self.measuring += time.perf_counter() - begin
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -148,7 +149,7 @@ def build_trainer(model, corpus, args: argparse.Namespace, checkpoint: Path | No
     if _uses_fsdp1(trainer):
         raise UsageError("FSDP version 1 shards trained and frozen weights together: set fsdp_version: 2")
     if processes.several():
-        _seed_dropout(args.seed)
+        set_seed(args.seed, device_specific=True)  # dropout masks of its own: it has blocks of its own
     return trainer
 
 
@@ -157,9 +158,3 @@ def _uses_fsdp1(trainer: Trainer) -> bool:
         return False
     plugin = trainer.accelerator.state.fsdp_plugin
     return getattr(plugin, "fsdp_version", 1) < 2
-
-
-def _seed_dropout(seed: int) -> None:
-    """Give each process its own dropout masks: it has blocks of its own."""
-    limit = 2**32  # numpy takes no larger seed
-    set_seed((seed + PartialState().process_index) % limit)

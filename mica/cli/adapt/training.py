@@ -1,7 +1,6 @@
 """Continued pretraining of a model with an adapter: a layer over ``transformers.Trainer``."""
 
 import argparse
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +16,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mica.cli.adapt import base, checkpoints, config, fingerprint, processes, result, stopping
-from mica.cli.adapt.amount import Amount
 from mica.cli.adapt.callbacks import Hooks, Request
-from mica.cli.adapt.folder import MARKER, SUMMARY
+from mica.cli.adapt.folder import SUMMARY
 from mica.cli.adapt.trainer import build_trainer, training_arguments
 from mica.cli.output import explained, first_sentences
 from mica.errors import UsageError
@@ -32,17 +30,15 @@ class Training(NamedTuple):
 
     ``history``: the Trainer's ``log_history``: a dictionary per log, with "step" and "loss" or "eval_…".
     ``steps``, ``tokens``: optimiser steps done, tokens read. ``seconds``: wall time of training, checkpoints
-    included, evaluations not. ``loss``: mean training loss over all steps, nats per token. ``interrupted``:
-    the number of the signal that ended it, else 0; after a signal only a checkpoint was written.
-    ``adapter_step``: the step whose adapter was written. ``stopped_by``: why it ended before its last step,
-    or None. ``base``: see `base.facts`.
+    included, evaluations not. ``interrupted``: the number of the signal that ended it, else 0; after a
+    signal only a checkpoint was written. ``adapter_step``: the step whose adapter was written.
+    ``stopped_by``: why it ended before its last step, or None. ``base``: see `base.facts`.
     """
 
     history: list[dict[str, Any]]
     steps: int
     tokens: int
     seconds: float
-    loss: float
     interrupted: int
     adapter_step: int
     stopped_by: str | None
@@ -60,7 +56,7 @@ def check(args: argparse.Namespace) -> None:
         Trainer.get_optimizer_cls_and_kwargs(arguments)
     if getattr(arguments.deepspeed_plugin, "zero_stage", None) == 3:
         raise UsageError("DeepSpeed ZeRO-3 shards the adapter: set zero_stage: 2, or use FSDP2")
-    for name in args.report_to:
+    for name in args.report_to or ():
         with explained(f"--report-to {name}", unusable):
             for callback in get_reporting_integration_callbacks([name]):
                 callback()
@@ -69,8 +65,8 @@ def check(args: argparse.Namespace) -> None:
 def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lambda text: None) -> Path | None:
     """The checkpoint to resume from, the newest complete one.
 
-    None without ``--resume``, and for a run that was killed before its first; ``note`` gets a sentence then,
-    and where the run had ended early. Every process must call this.
+    None without ``--resume``, and for a run that was killed before its first: ``note`` gets a sentence then.
+    Every process must call this.
 
     Raises UsageError if there is none, or it was written with other options; see `checkpoints.check`.
     """
@@ -83,23 +79,8 @@ def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lamb
         note(f"{args.output} has no complete checkpoint yet: the run starts from its beginning")
         return None
 
-    _check_marker(checkpoint)
     checkpoints.check(checkpoint, **_settings(args))
-    state = _trainer_state(checkpoint)
-    reason = _stopped_by(state, args)
-    if reason:
-        step = state.global_step
-        note(f"the run stopped at step {step} because of {reason}; change the option to continue")
     return checkpoint
-
-
-def _check_marker(checkpoint: Path) -> None:
-    """Raise UsageError if the marker lacks what a run needs to continue, or has it in another form."""
-    facts = checkpoints.facts(checkpoint) or {}
-    if isinstance(facts.get("step"), int) and isinstance(facts.get("seconds"), int | float):
-        return
-    what = "must have step and seconds as numbers: it was edited, or is not from mica adapt"
-    raise UsageError(f"--resume: {checkpoint / MARKER}: {what}")
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -142,8 +123,7 @@ class Session:
         if args.gradient_checkpointing:
             enable_gradient_checkpointing(self._model)
         request = Request(alone=not processes.several(), speaks=PartialState().is_main_process)
-        amount = Amount.of(args, len(corpus.train), PartialState().num_processes)
-        self._hooks = Hooks(request, self._mark, args, amount, self._trainer.pace)
+        self._hooks = Hooks(request, self._mark, args)
         self._trainer.add_callback(self._hooks)
         self._request = request
         self._had_ended = False
@@ -179,7 +159,6 @@ class Session:
             steps=state.global_step,
             tokens=int(state.num_input_tokens_seen),
             seconds=self._seconds(),
-            loss=_mean_loss(history),
             interrupted=signum,
             adapter_step=adapter_step,
             stopped_by=_stopped_by(state, self._args),
@@ -190,7 +169,7 @@ class Session:
         """Seconds spent on training so far, in all sessions together, without evaluations."""
         if self._had_ended:
             return self._earlier
-        return self._earlier + time.perf_counter() - self._begun - self._trainer.pace.measuring
+        return self._earlier + time.perf_counter() - self._begun - self._trainer.measuring
 
     def _run(self) -> None:
         """The training loop, up to its end or a signal; nothing for a run that had ended before."""
@@ -261,14 +240,10 @@ def _readable(checkpoint: Path, has_been_read: Callable[[], bool] = lambda: Fals
         raise UsageError(f"--resume: {what}: {remedy}") from error
 
 
-def _trainer_state(checkpoint: Path) -> TrainerState:
-    with _readable(checkpoint):
-        return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-
-
 def _state_if_ended(checkpoint: Path, args: argparse.Namespace) -> TrainerState | None:
     """The state of a run that had ended, else None. The Trainer would do a step more if the epoch has one."""
-    state = _trainer_state(checkpoint)
+    with _readable(checkpoint):
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     if _is_done(state, args) or _stopped_by(state, args):
         return state
     return None
@@ -283,16 +258,3 @@ def _stopped_by(state: TrainerState, args: argparse.Namespace) -> str | None:
     if _is_done(state, args):
         return None
     return stopping.reason(state.log_history, args)
-
-
-def _mean_loss(history: list[dict[str, Any]]) -> float:
-    """Over all steps: a logged loss is the mean since the log before. NaN where nothing was logged."""
-    total = 0.0
-    last = 0
-    for entry in history:
-        if "loss" in entry:
-            total += entry["loss"] * (entry["step"] - last)
-            last = entry["step"]
-    if not last:
-        return math.nan
-    return total / last

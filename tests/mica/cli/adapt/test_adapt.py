@@ -1,6 +1,5 @@
 """``mica adapt`` end to end on a tiny Llama, in process."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -34,18 +33,13 @@ def test_summary(adapted):
     assert made["total_parameters"] > made["trained_parameters"]
     assert sum(made["paths"].values()) == 14
     assert len(made["layers_on_peft_path"]) == made["paths"].get("peft", 0)
-    assert made["layers_not_called"] == []
-    # 5 % of two files with the same content; 31 predicted tokens a block
-    assert made["held_out_tokens"] == 14 * 31
+    assert made["held_out_blocks"] == 14  # 5 % of two files with the same content
     assert made["sources"] == [
-        {"name": str(adapted.parents[1] / f"{name}.txt"), "documents": 1, "tokens": 9318}
+        {"name": str(adapted.parents[1] / f"{name}.txt"), "documents": 1, "tokens": 9318, "skipped": 0}
         for name in ("one", "two")
     ]
     assert made["epochs"] == 12 * 2 / made["blocks"]
-    assert made["settings"]["rank"] == 4
     assert made["initialisation_seconds"] > 0
-    assert made["peak_memory_bytes"] is None or made["peak_memory_bytes"] > 2**20
-    assert 0 <= made["merge_swallowed"] <= 1
     assert made["dtype"] == "float32"
 
 
@@ -65,21 +59,12 @@ def test_printed_summary(run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     made, printed = run(), capsys.readouterr().out
     change = f"{made['perplexity_before']:.2f} -> {made['perplexity_after']:.2f}"
-    rows = ("initialisation", "12 steps, 0.0866 epochs, 768 tokens", "peak memory", "1,920 of")
+    rows = ("initialisation", "0.0866 epochs, 768 tokens", "1,920 of")
     for part in (*rows, change, str(tmp_path / "out")):
         assert part in printed
     assert made["merged"] is None
     assert not (tmp_path / "out" / "merged").exists()
     assert not list((tmp_path / "elsewhere").iterdir())  # nothing is written outside --output
-
-
-def test_layers_that_are_not_called_are_listed(run, capsys, monkeypatch):
-    monkeypatch.setattr("mica.fast.forward.call_counts.is_traced", False)
-    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", lambda self, x: x)
-    made = run("--steps", 1)
-    assert "not called in the last forward: 6" in capsys.readouterr().out
-    assert len(made["layers_not_called"]) == 6
-    assert all(".mlp." in name for name in made["layers_not_called"])
 
 
 def test_adapter_and_merged_model_agree(adapted, model_dir):
@@ -106,35 +91,19 @@ def test_adapted_embedding_is_saved_without_its_base(run, model_dir, tmp_path):
 
 def test_weights_are_safetensors_only(adapted):
     """But in the checkpoints, which hold the optimizer's state too."""
-    files = {path.relative_to(adapted).as_posix() for path in adapted.rglob("*") if path.is_file()}
-    files = {name for name in files if not name.startswith("checkpoint-12/")}
-    assert {"adapter_model.safetensors", "merged/model.safetensors", "summary.json"} <= files
-    assert {"run.yaml", "curve.png", "README.md", "tokenizer.json"} <= files
-    suffixes = {".safetensors", ".json", ".md", ".jinja", ".yaml", ".png"}
-    assert {Path(name).suffix for name in files} <= suffixes
-    assert not any("checkpoint" in name or "training_args" in name for name in files)
+    folders = (adapted, adapted / "merged")
+    files = {path.name: path.suffix for folder in folders for path in folder.iterdir() if path.is_file()}
+    assert {"adapter_model.safetensors", "model.safetensors", "summary.json", "run.yaml"} <= files.keys()
+    assert {"curve.png", "README.md", "tokenizer.json"} <= files.keys()
+    assert {*files.values()} <= {".safetensors", ".json", ".md", ".jinja", ".yaml", ".png"}
 
 
-def test_options_reach_model_and_training(run, tmp_path):
-    options = ["--dtype", "bfloat16", "--gradient-checkpointing", "--target-modules", "q_proj, down_proj"]
-    made = run(*options, "--alpha", 8)
-    assert made["dtype"] == "bfloat16"
-    assert made["perplexity_after"] < made["perplexity_before"]
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert sorted(config["target_modules"]) == ["down_proj", "q_proj"]
-    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (4, 8, "mica")
-
-
-@pytest.mark.parametrize(("dtype", "native"), [("bfloat16", True), ("float16", False)])
+@pytest.mark.parametrize("native", [True, False])
 def test_auto_is_float32_where_the_processor_has_no_such_instructions(
-    dtype, native, run, monkeypatch, tmp_path, capsys
+    native, run, monkeypatch, tmp_path, capsys
 ):
-    narrow = saved(tiny_llama().to(getattr(torch, dtype)), tmp_path / "narrow")
+    narrow = saved(tiny_llama().bfloat16(), tmp_path / "narrow")
     monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: native or dtype == torch.float32)
-    made = run("--steps", "2", "--merge", model=narrow)
-    expected = dtype if native else "float32"
-    assert made["dtype"] == expected
-    merged = weights(tmp_path / "out" / "merged", "model")
-    assert merged["model.norm.weight"].dtype == getattr(torch, expected)
-    said = f"float32 instead of the checkpoint's {dtype}: this processor has no {dtype} instr"
+    assert run("--steps", "2", model=narrow)["dtype"] == ("bfloat16" if native else "float32")
+    said = "float32 instead of the checkpoint's bfloat16: this processor has no bfloat16 instr"
     assert (said in capsys.readouterr().err) != native

@@ -11,7 +11,6 @@ from mica.cli.adapt import adapter
 from mica.errors import UsageError
 from tests.support.adapt_runs import adapter_settings as settings
 from tests.support.adapt_runs import factors, poison_solver, write_adapter
-from tests.support.models import tiny_gpt2
 from tests.support.tiny_cli import tiny_llama
 
 
@@ -31,16 +30,6 @@ def folder(made, tmp_path):
 def change(folder, **values):
     path = folder / adapter.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def test_new_one():
-    model = adapter.start(tiny_llama(), settings(dropout=0.25))
-    config = model.peft_config["default"]
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0.25)
-    assert all(not weight.any() for weight in factors(model, "A").values())
-    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert trained == set(factors(model, "A"))
-    assert len(trained) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -99,25 +88,13 @@ def test_model_without_these_layers_or_with_other_shapes(made, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "names", "shapes"),
-    [(tiny_gpt2, "wte,c_attn", {(16, 4, 61), (48, 4, 16)}), (tiny_llama, "embed_tokens", {(32, 4, 257)})],
-)
-def test_shapes_of_all_kinds_of_layers(make, names, shapes, tmp_path):
-    """Embeddings, and GPT-2's Conv1D, whose weight is transposed."""
-    write_adapter(tmp_path, make(), target_modules=names)
-    adapter.check_fit(make(), adapter.read_adapter_config(tmp_path), tmp_path, "--adapter")
-    assert set(adapter.adapted_layers(tmp_path).values()) == shapes
-
-
-@pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, r"is not a PEFT adapter folder \(no adapter_config.json\)"),
         ("{", "is not the configuration of a PEFT adapter"),
-        ("[]", "is not the configuration of a PEFT adapter"),
+        ("[" * 100_000, "is not the configuration of a PEFT adapter"),
         ("{}", "is not the configuration of a PEFT adapter"),
         ('{"peft_type": "IA3"}', "must be a MiCA adapter, but is IA3"),
-        ('{"peft_type": "LORA", "target_parameters": ["e.w"]}', "but is LoRA with init_lora_weights=True"),
         ('{"peft_type": "LORA", "init_lora_weights": true}', "but is LoRA with init_lora_weights=True"),
     ],
 )
@@ -129,55 +106,29 @@ def test_no_mica_adapter(content, message, folder):
         adapter.read_adapter_config(folder)
 
 
-WRONG = [
-    *(("r", value) for value in ("x", None, 0, -4, 4.0, True, [4])),
-    *(("lora_alpha", value) for value in ("x", None, 0, True, [8])),
-    *(("lora_dropout", value) for value in ("x", None, 1, -0.1)),
-    *(("rank_pattern", value) for value in ("x", [1], {"q_proj": "x"}, {"q_proj": 0}, {"(": 4})),
-    *(("alpha_pattern", value) for value in ("x", {"q_proj": None}, {"(": 4})),
-    *(("target_modules", value) for value in (3, "(", [3])),
-    *(("target_parameters", value) for value in (3, [3])),
-    *(("modules_to_save", value) for value in (3, [None])),
-    ("base_model_name_or_path", 3),
-]
-
-
-@pytest.mark.parametrize(("name", "value"), WRONG)
-def test_a_value_that_peft_does_not_take(name, value, folder):
+@pytest.mark.parametrize("name", ["r", "lora_alpha"])
+@pytest.mark.parametrize("value", ["x", None, 0, [4]])
+def test_a_value_that_is_no_number(name, value, folder):
     change(folder, **{name: value})
-    with pytest.raises(UsageError, match=f"^--adapter {folder}: adapter_config.json: {name} must be "):
-        adapter.read_adapter_config(folder)
-
-
-@pytest.mark.parametrize("entry", [{"r": 2}, {"r": 8}, {"rank_pattern": {"q_proj": 2}}])
-def test_a_rank_that_the_weights_do_not_have(entry, folder):
-    change(folder, **entry)
     with pytest.raises(
-        UsageError, match=r"adapter_config.json has rank \d for .*, and adapter_model.* has 4$"
+        UsageError, match=f"^--adapter {folder}: adapter_config.json: {name} must be a number"
     ):
         adapter.read_adapter_config(folder)
 
 
-def test_a_configuration_that_is_nested_too_deeply(folder):
-    (folder / adapter.CONFIG).write_text('{"peft_type": ' + "[" * 100_000 + "]" * 100_000 + "}")
-    with pytest.raises(UsageError, match="is not the configuration of a PEFT adapter"):
-        adapter.read_adapter_config(folder)
-
-
-def test_weights_that_are_no_two_factors_of_a_matrix(folder):
-    weights = load_file(folder / adapter.WEIGHTS)
-    name = next(name for name in weights if "lora_B" in name)
-    for changed in (weights[name][:, :2].contiguous(), weights[name][..., None].contiguous()):
-        save_file(weights | {name: changed}, folder / adapter.WEIGHTS)
-        with pytest.raises(UsageError, match="which are not the factors of a matrix"):
-            adapter.read_adapter_config(folder)
+@pytest.mark.parametrize(
+    "entry", [{"r": 2}, {"r": 8}, {"rank_pattern": {"q_proj": 2}}, {"target_modules": [3]}]
+)
+def test_what_peft_cannot_load_is_one_line(entry, folder):
+    change(folder, **entry)
+    with pytest.raises(UsageError) as refusal:
+        adapter.start(tiny_llama(), settings(adapter=folder))
+    assert "\n" not in str(refusal.value)
 
 
 def test_no_folder_and_no_weights(folder):
     with pytest.raises(UsageError, match=r"safetensors: is a file; give the folder of the adapter$"):
         adapter.read_adapter_config(folder / adapter.WEIGHTS)
-    with pytest.raises(UsageError, match="no such folder"):
-        adapter.read_adapter_config(folder / "nowhere")
     (folder / adapter.WEIGHTS).unlink()
     with pytest.raises(UsageError, match=r"has no adapter_model.safetensors"):
         adapter.read_adapter_config(folder)

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-import transformers
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -114,9 +113,6 @@ def test_adapter_of_a_gguf_base_finds_it_from_anywhere(gguf_file, tmp_path, monk
     with working_in(tmp_path / "elsewhere"):
         loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
         torch.testing.assert_close(logits(loaded), expected)
-        pipe = transformers.pipeline("text-generation", model=str(tmp_path / "out"), device="cpu")
-        torch.testing.assert_close(logits(pipe.model), expected)
-        assert len(pipe("2 times 2 is", max_new_tokens=2)[0]["generated_text"]) >= len("2 times 2 is")
     ids = AutoTokenizer.from_pretrained(tmp_path / "out" / "base")("déjà vu")["input_ids"]
     assert ids == byte_tokenizer()("déjà vu")["input_ids"]
 

@@ -97,12 +97,8 @@ def test_another_base_under_the_same_name_is_refused(copied, adapter, capsys):
     assert not (copied / "out").exists()
 
 
-@pytest.mark.parametrize("record", ["{}", "[]", None])
-def test_what_is_not_recorded_is_noted(copied, record, capsys):
-    path = copied / "run" / "summary.json"
-    path.unlink()
-    if record is not None:
-        path.write_text(record)
+def test_what_is_not_recorded_is_noted(copied, capsys):
+    (copied / "run" / "summary.json").unlink()
     assert base.read_facts(copied / "run") == {}
     assert transfer(copied) == 0
     said = capsys.readouterr().err
@@ -135,23 +131,9 @@ def test_it_is_kept_by_whoever_goes_on(copied, capsys):
     assert transfer(copied, "on") == 0
     check_transferred(copied, "on")
 
-    other = copied / "other"
-    assert command("--model", copied / "chat", "--output", other, *argv) == 0
-    said = capsys.readouterr().err
-    assert f"--adapter {copied / 'run'}: was trained on other weights than those of --model" in said
-
+    note = f"--adapter {copied / 'run'}: is not known to be trained on the weights of --model"
+    assert command("--model", copied / "chat", "--output", copied / "other", *argv) == 0
+    assert note in capsys.readouterr().err
     (copied / "run" / "summary.json").unlink()
     assert command("--model", copied / "base", "--output", copied / "unknown", *argv) == 0
-    assert "cannot check that it was trained on the weights of --model" in capsys.readouterr().err
-
-
-def test_resumed_runs_record_it_too(made, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(made / "run", run)
-    before = summary(run)
-    (run / "summary.json").unlink()
-    shutil.rmtree(run / "checkpoint-12")
-    assert command("--output", run, "--resume") == 0
-    after = summary(run)
-    for name in ("base_dtype", "base_weights", "model_type"):
-        assert after[name] == before[name] is not None
+    assert note in capsys.readouterr().err

@@ -1,39 +1,27 @@
 """The model card: valid metadata, only what was measured, and code that runs."""
 
-import contextlib
 import re
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-import mica.fast
-from mica.cli.adapt import base
 from mica.cli.adapt.card import card, hub_name
-from mica.cli.loading import find_source
-from tests.mica.cli.tiny_gguf import write_tiny_gguf
-from tests.support.adapt_runs import adapter_settings as settings
 from tests.support.adapt_runs import working_in, write_adapter
 from tests.support.tiny_cli import logits, tiny_llama
 
 SUMMARY = {
     **{"model": "owner/base-1B", "adapter": "/home/someone/runs/out", "merged": None, "dtype": "float32"},
     **{"device": "cpu", "processes": 2, "steps": 200, "training_tokens": 12345, "training_seconds": 3600.4},
-    **{"adapter_step": 200, "stopped_by": None, "held_out_tokens": 992},
-    **{"trained_parameters": 1000, "total_parameters": 2000000, "trained_embeddings": 0},
+    **{"adapter_step": 200, "stopped_by": None, "trained_embeddings": 0},
+    **{"trained_parameters": 1000, "total_parameters": 2000000},
     **{"perplexity_before": 20.5, "perplexity_after": 10.25, "retain_before": 8.0, "retain_after": 8.5},
     "sources": [
         {"name": "owner/corpus", "documents": 1234, "tokens": 56789},
-        {"name": "/home/someone/secret|place/notes.txt", "documents": 0, "tokens": 10},
+        {"name": "/home/someone/secret|notes.txt", "documents": 0, "tokens": 10},
     ],
-    "settings": {
-        "model": "owner/base-1B",
-        "rank": 16,
-        "learning_rate": 5e-4,
-        "dropout": 0.0,
-        "quantize": None,
-    }
-    | {"experts": False, "held_out_text": ["/home/someone/x"], "some_list": ["a", "b"]},
+    "settings": {"model": "owner/base-1B", "rank": 16, "learning_rate": 5e-4, "experts": False}
+    | {"held_out_text": ["/home/someone/x"]},
     "versions": {"torch": "2.9", "peft": "0.21"},
 }
 
@@ -47,13 +35,6 @@ def test_metadata_is_what_the_hub_reads():
     assert (data.base_model, data.library_name) == ("owner/base-1B", "peft")
     assert (data.pipeline_tag, data.datasets) == ("text-generation", ["owner/corpus"])
     assert {"mica", "lora", "continued-pretraining"} == set(data.tags)
-    found = {(r.dataset_split, r.metric_name): (r.metric_type, r.metric_value) for r in data.eval_results}
-    assert found == {
-        ("held-out", "perplexity before training"): ("perplexity", 20.5),
-        ("held-out", "perplexity after training"): ("perplexity", 10.25),
-        ("retain", "perplexity before training"): ("perplexity", 8.0),
-        ("retain", "perplexity after training"): ("perplexity", 8.5),
-    }
     again = ModelCardData(**yaml.safe_load(data.to_yaml()))
     assert again.to_dict() == data.to_dict()
 
@@ -65,41 +46,27 @@ def test_text_has_results_data_recipe_and_versions():
         "on 12,345 tokens with [MiCA](https://arxiv.org/abs/2604.01694)",
         "`B` holds the 16 left singular vectors",
         "1,000 of 2,000,000 parameters were trained.",
-        "| held out, 992 tokens never trained on | 20.50 | 10.25 |",
-        "| to be retained | 8.00 | 8.50 |",
-        "| `owner/corpus` | 1,234 | 56,789 |",
-        "| `notes.txt` | 0 | 10 |",
-        "| learning rate | 0.0005 |",
-        "| dropout | 0.0 |",
-        "| experts | no |",
-        "| some list | a, b |",
+        "| held out, never trained on | 20.50 | 10.25 |\n| to be retained | 8.00 | 8.50 |\n",
+        "| --- | --- | --- |\n| `owner/corpus` | 1,234 | 56,789 |\n| `secret\\|notes.txt` | 0 | 10 |\n",
+        "```yaml\nrank: 16\nlearning_rate: 0.0005\nexperts: false\n```",
         "200 steps in 3,600 s, base in float32, on cpu, 2 processes. torch 2.9, peft 0.21.",
     ):
         assert row in text
-    assert "quantize" not in text
+    assert 'gguf_file="x.gguf", dtype="float32")\nmodel = PeftModel' in text_of(model="/home/someone/x.gguf")
+    assert "quantised" not in text
     assert "The adapter is" not in text
+    assert "someone" not in str(card(SUMMARY))  # no folder of this machine
     best = text_of(adapter_step=150, stopped_by="--patience 2: why", settings={"rank": 16, "keep_best": True})
     assert "The adapter is of step 150, the best of those measured; stopped after step 200 by --pati" in best
     assert "The adapter is of step 200, the last; stopped after step 200 by" in text_of(stopped_by="x")
-    assert "someone" not in str(card(SUMMARY))  # no folder of this machine
-    piped = text_of(sources=[{"name": "a|b", "documents": 1, "tokens": 1}])
-    assert "| `a\\|b` | 1 | 1 |" in piped
-
-
-def test_what_was_not_measured_is_left_out():
-    none = {"retain_before": None, "retain_after": None, "perplexity_after": float("nan")}
-    made = card(SUMMARY | none | {"sources": [], "settings": {"rank": 16}})
-    assert [(r.dataset_split, r.metric_value) for r in made.data.eval_results] == [("held-out", 20.5)]
-    assert made.data.datasets is None
-    assert "retained" not in made.text
-    assert "## Data" not in made.text
+    assert "retained" not in text_of(retain_before=None)
     assert "with the base quantised to nf4" in text_of(settings={"rank": 16, "quantize": "nf4"})
 
 
 @pytest.mark.parametrize(
     ("name", "is_on_hub"),
-    [("owner/name", True), ("name", False), ("a/b/c", False), ("/a/b", False), ("./b", False),
-     ("../b", False), ("~/b", False), ("data/x.jsonl", False), ("folder/model.gguf", False), (None, False)],
+    [("owner/name", True), ("name", False), ("a/b/c", False), ("./b", False), ("~/b", False),
+     ("data/x.jsonl", False), (None, False)],
 )  # fmt: skip
 def test_names_of_the_hub(name, is_on_hub):
     assert hub_name(name) == (name if is_on_hub else None)
@@ -130,19 +97,3 @@ def test_code_of_the_card_runs(model_dir, tmp_path, name):
     names = run_in(tmp_path, code)
     assert (logits(names["model"]) - logits(tuned)).abs().max() == 0
     assert names["tokenizer"]("a")["input_ids"]
-
-
-def test_code_of_a_gguf_base_runs(tmp_path):
-    pytest.importorskip("gguf")
-    write_tiny_gguf(tmp_path / "tiny.gguf")
-    args = settings(model=str(tmp_path / "tiny.gguf"), output=tmp_path / "out", dtype="float32")
-    tuned = write_adapter(tmp_path / "out", base.load(args, find_source(args.model, False)))
-    auto, base_beside, gguf = code_of(text_of(model=args.model, adapter=str(tmp_path / "out")))
-    for place, codes in ((tmp_path, (auto, base_beside, gguf)), (tmp_path / "moved", (auto, base_beside))):
-        for code in codes:
-            with mica.fast.disabled() if code != auto else contextlib.nullcontext():
-                names = run_in(place, code)
-            assert (logits(names["model"]) - logits(tuned)).abs().max() < 1e-5
-        if place == tmp_path:
-            (tmp_path / "moved").mkdir()
-            (tmp_path / "out").rename(tmp_path / "moved" / "out")

@@ -12,7 +12,7 @@ from mica.errors import UsageError
 
 REQUIRED = ("--model", "m", "--text", "t", "--output", "o")
 YAML = "recipe: paper\nrank: 8\nseed: 1\nmerge: true\nlearning-rate: 1e-3\ntext: [a, b]\nalpha:\n"
-ADAPTER = {"rank": 8, "alpha": 24, "target_modules": "q_proj", "dropout": 0.0}
+ADAPTER = {"rank": 8, "alpha": 24, "target_modules": "q_proj", "dropout": 0.0, "train_embeddings": None}
 
 
 def given(*argv: object) -> argparse.Namespace:
@@ -40,23 +40,20 @@ def yaml_file(tmp_path):
         pytest.param(
             [],
             "",
-            {"steps": 100, "epochs": None, "rank": 16, "alpha": 16, "learning_rate": 1e-3, "text": ["t"]}
-            | {"report_to": [], "merge": False, "seed": 0},
+            {"steps": 100, "epochs": None, "alpha": 16, "learning_rate": 1e-3, "text": ["t"], "merge": False},
             id="default",
         ),
         pytest.param(
             ["--recipe", "paper", "--rank", 32],
             "",
-            {"rank": 32, "alpha": 64, "target_modules": "q_proj,v_proj", "scheduler": "cosine"}
-            | {"learning_rate": 5e-4, "warmup_ratio": 0.1, "weight_decay": 0.01, "dropout": 0.05}
-            | {"max_grad_norm": 0.3, "epochs": 4, "steps": None},
+            {"rank": 32, "alpha": 64, "target_modules": "q_proj,v_proj", "learning_rate": 5e-4, "epochs": 4}
+            | {"steps": None},
             id="paper",
         ),
         pytest.param(
             ["--seed", 2, "--no-merge"],
             YAML,
-            {"rank": 8, "seed": 2, "merge": False, "text": ["t"], "learning_rate": 1e-3, "alpha": 16}
-            | {"dropout": 0.05},
+            {"rank": 8, "seed": 2, "merge": False, "text": ["t"], "learning_rate": 1e-3, "dropout": 0.05},
             id="yaml",
         ),
         pytest.param(["--steps", 7], "epochs: 3", {"steps": 7, "epochs": None}, id="steps"),
@@ -81,28 +78,16 @@ def test_what_was_given_is_known(yaml_file, run_folder):
     ("text", "message"),
     [
         ("rnak: 3", "there is no option 'rnak'; did you mean rank\\?$"),
-        ("xyzzy: 3", "there is no option 'xyzzy'$"),
         ("rank: [3, 4]", r"rank must be one value, not \['3', '4'\]$"),
-        ("rank: {a: 3}", "rank must be one value, not {'a': '3'}$"),
         ("? [a]\n: b\n", "there is no option"),
-        ("rank: 1\n---\nrank: 2\n", "is not YAML: expected a single document"),
-        ("rank: *unknown\n", "is not YAML: found undefined alias"),
         ("rank: true", "argument --rank: must be a whole number at least 1 .*, not 'true'"),
-        ("rank: 0x10", "argument --rank: must be a whole number at least 1 .*, not '0x10'"),
         ("seed: 1:30", "argument --seed: must be a whole number at least 0 .*, not '1:30'"),
-        ("rank: 3\nrank: 4", "rank is set twice"),
         ("save-steps: 3\nsave_steps: 4", "save_steps is set twice"),
         ("packing: document", "argument --packing: invalid choice.*; did you mean documents\\?$"),
-        ("model: ' '", "argument --model: must not be empty"),
-        ("rank: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
-        ("rank: zero", "argument --rank: must be a whole number at least 1 and below 2147483648, not 'zero'"),
-        ("dtype: int4", "argument --dtype: invalid choice: 'int4'"),
         ("text: [[a]]", r"text must be one value or a list of them, not \['a'\]"),
         ("resume: true", "--resume belongs on the command line"),
-        ("config: x.yaml", "--config belongs on the command line"),
         ("merge: 3", "merge must be true or false, not 3"),
         ("- rank", "must be a mapping of options to values"),
-        ("", "must be a mapping of options to values"),
         ("a: {", "is not YAML: "),
         (None, "cannot be read"),
     ],
@@ -137,29 +122,29 @@ def test_resume_needs_no_more_than_the_folder():
         config.resolve(given("--resume"))
 
 
-def test_options_that_go_together():
-    with pytest.raises(UsageError, match="--steps and --epochs: use only one"):
-        resolve("--steps", 1, "--epochs", 1)
-    with pytest.raises(UsageError, match="--held-out and --held-out-text: use only one"):
-        resolve("--held-out", 0.1, "--held-out-text", "a")
-    with pytest.raises(UsageError, match="--warmup-ratio: scheduler 'constant' has no warmup"):
-        resolve("--scheduler", "constant", "--warmup-ratio", 0.1)
-    for needing, missing in (
-        (["--keep-best"], "--keep-best: needs --eval-steps"),
-        (["--patience", 2], "--patience: needs --eval-steps"),
-        (["--max-retain-rise", 5], "--max-retain-rise: needs --eval-steps and --retain"),
-        (["--max-retain-rise", 5, "--eval-steps", 1], "--max-retain-rise: needs --retain"),
-    ):
-        with pytest.raises(UsageError) as refusal:
-            resolve(*needing)
-        assert str(refusal.value) == missing
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--steps 1 --epochs 1", "--steps and --epochs: use only one"),
+        ("--held-out 0.1 --held-out-text a", "--held-out and --held-out-text: use only one"),
+        (
+            "--scheduler constant --warmup-ratio 0.1",
+            "--warmup-ratio: scheduler 'constant' has no warmup; use",
+        ),
+        ("--keep-best", "--keep-best: needs --eval-steps"),
+        ("--max-retain-rise 5", "--max-retain-rise: needs --eval-steps and --retain"),
+        ("--max-retain-rise 5 --eval-steps 1", "--max-retain-rise: needs --retain"),
+    ],
+)
+def test_options_that_go_together(argv, message):
+    with pytest.raises(UsageError, match=f"^{message}"):
+        resolve(*argv.split())
 
 
 @pytest.mark.parametrize(
     ("argv", "kept"),
     [
         ([], None),  # so run.yaml does not have it, and --config run.yaml --patience 2 keeps the best
-        (["--keep-best"], True),
         (["--patience", 2], True),
         (["--max-retain-rise", 5, "--retain", "r"], True),
         (["--patience", 2, "--no-keep-best"], False),
@@ -198,63 +183,27 @@ def test_run_yaml_gives_the_same_settings(run_folder, tmp_path, monkeypatch):
     assert config.resolve(given("--output", output, "--resume", "--text", "corpus.txt")).args.seed == 5
 
 
-def test_run_yaml_has_the_values_and_nothing_of_one_start(run_folder):
-    lines = (run_folder[0] / "run.yaml").read_text(encoding="utf-8").splitlines()
-    assert {"dropout: 0.05", "seed: 5", "learning_rate: 1.0e-05", "merge: true"} <= set(lines)
-    assert not [line for line in lines if line.startswith(("resume", "config", "overwrite", "steps"))]
-
-
 @pytest.mark.parametrize(
     "name",
     [os.fsdecode(b"caf\xe9"), "a\x85b", "a\x7f\x91b", "a\nb", "-a", "a: b # c", "'\"\\", "déjà 😀", "\u2028"],
 )
 def test_any_name_is_in_run_yaml_what_it_was(tmp_path, name):
     """The name of a text, of the folder and of the file that options came from."""
-    (tmp_path / f"{name}.yaml").write_text("seed: 3")
-    (tmp_path / name).touch()
-    text = str(tmp_path / name)
-    argv = [
-        "--model",
-        "m",
-        "--text",
-        text,
-        "--config",
-        tmp_path / f"{name}.yaml",
-        "--output",
-        tmp_path / f"o{name}",
-    ]
-    settings = config.resolve(given(*argv))
-    (tmp_path / f"o{name}").mkdir()
-    write(settings, tmp_path / f"o{name}")
-    resumed = config.resolve(given("--output", tmp_path / f"o{name}", "--resume"))
-    assert resumed.args.text == [text]
-    assert resumed.args.seed == 3
-    assert config.resolve(given("--config", tmp_path / f"o{name}" / "run.yaml")).args.text == [text]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--seed", 6], "--seed 6: --resume: .*run.yaml has 5; omit this option"),
-        (["--recipe", "all-linear"], "--recipe all-linear: --resume: .* has paper"),
-        (["--steps", 10], "--steps 10: --resume: .* does not have it"),
-        (["--text", "another.txt"], "--text another.txt: --resume: .* has .*corpus.txt"),
-        (["--config", "seed: 7\n"], "--seed 7: --resume"),
-    ],
-)
-def test_resume_refuses_another_training(arguments, message, run_folder, yaml_file):
-    if arguments[0] == "--config":
-        arguments = ["--config", yaml_file(arguments[1])]
-    with pytest.raises(UsageError, match=message):
-        config.resolve(given("--output", run_folder[0], "--resume", *arguments))
+    text, yaml, output = (tmp_path / f"{name}{more}" for more in ("", ".yaml", ".out"))
+    yaml.write_text("seed: 3")
+    text.touch()
+    output.mkdir()
+    write(config.resolve(given("--model", "m", "--text", text, "--config", yaml, "--output", output)), output)
+    for again in (["--output", output, "--resume"], ["--config", output / "run.yaml"]):
+        args = config.resolve(given(*again)).args
+        assert (args.text, args.seed) == ([str(text)], 3)
 
 
 def test_resume_allows_what_leaves_training_alone(run_folder, tmp_path):
     moved = run_folder[0].rename(tmp_path / "moved")
-    args = config.resolve(given("--output", moved, "--resume", "--save-steps", 3, "--no-merge")).args
-    stopping = ["--eval-steps", 2, "--patience", 3, "--no-keep-best"]
-    assert config.resolve(given("--output", moved, "--resume", *stopping)).args.patience == 3
-    assert (args.save_steps, args.merge, args.seed, args.output) == (3, False, 5, moved)
+    argv = ["--save-steps", 3, "--no-merge", "--eval-steps", 2, "--patience", 3]
+    args = config.resolve(given("--output", moved, "--resume", *argv)).args
+    assert (args.save_steps, args.merge, args.seed, args.patience) == (3, False, 5, 3)
 
 
 def test_the_adapter_s_values_hold(tmp_path, monkeypatch):
@@ -266,20 +215,10 @@ def test_the_adapter_s_values_hold(tmp_path, monkeypatch):
     assert (args.rank, args.dropout) == (8, 0.1)
     with pytest.raises(UsageError, match="--rank 9: --adapter has 8; omit this option"):
         resolve("--adapter", "a", "--rank", 9)
+    with pytest.raises(UsageError, match="--train-embeddings True: --adapter does not have it; omit this op"):
+        resolve("--adapter", "a", "--train-embeddings")
     # The run that it began is resumed without it
     write(resolve("--adapter", "a", "--output", tmp_path), tmp_path)
     monkeypatch.setattr("mica.cli.adapt.adapter.read_adapter_config", pytest.fail)
     after = config.resolve(given("--output", tmp_path, "--resume"))
     assert (after.args.adapter, after.args.alpha) == (Path("a"), 24)
-
-
-def test_describe_names_each_value():
-    entries = config.describe(resolve("--recipe", "paper", "--rank", 32)).split(", ")
-    assert {"recipe paper", "rank 32", "alpha 64", "learning_rate 0.0005", "seed 0"} <= set(entries)
-
-
-def test_paths_are_absolute_where_there_is_such_a_file(tmp_path):
-    assert config.absolute(str(tmp_path)) == str(tmp_path)
-    assert config.absolute("nobody/no-such-model") == "nobody/no-such-model"
-    assert config.absolute(60 * "a.layer,") == 60 * "a.layer,"  # too long for a name of a file
-    assert Path(config.absolute("~")).is_absolute()

@@ -5,7 +5,7 @@ import re
 import datasets
 import pytest
 
-from mica.cli.adapt.corpus import Part, check, gather
+from mica.cli.adapt.corpus import Part, gather
 from mica.errors import UsageError
 from tests.support import adapt_runs
 from tests.support.adapt_runs import ROWS, write
@@ -46,57 +46,18 @@ def held_out_and_trained(corpus) -> list[set[str]]:
     return [set(re.findall(r"row [^|]+(?=\|)", texts(blocks))) for blocks in (corpus.held_out, corpus.train)]
 
 
-@pytest.fixture
-def one_source(tmp_path):
-    """Settings of a run on a single file, whose last document has no text."""
-    return settings(write(tmp_path / "a.jsonl", [*ROWS, {"text": ""}]))
-
-
-def test_one_source_is_divided_into_training_and_held_out_blocks(one_source):
-    corpus = gather(one_source, TOKENIZER)
+def test_one_source_is_divided_into_training_and_held_out_blocks(tmp_path):
+    text = write(tmp_path / "a.jsonl", [*ROWS, {"text": ""}])
+    corpus = gather(settings(text), TOKENIZER)
     assert corpus.held_out_by == "documents"
     assert (len(corpus.held_out), corpus.retain, corpus.retain_fingerprint) == (4, None, None)
+    tokens = sum(len(row["text"].encode()) + 1 for row in ROWS)  # one for each byte, and an EOS
+    assert corpus.parts == (Part(name=str(text), tokens=tokens, documents=30, skipped=0),)
     # Lost are the ends, shorter than a block, and held-out blocks beyond the four that are measured
-    assert 0 <= corpus.parts[0].tokens // 32 - len(corpus.train) - len(corpus.held_out) <= 5
+    assert 0 <= tokens // 32 - len(corpus.train) - len(corpus.held_out) <= 5
     assert corpus.largest_token_id == TOKENIZER.eos_token_id
     assert "position_ids" in corpus.train[0]
-
-
-def test_a_part_says_what_its_source_holds(one_source):
-    (part,) = gather(one_source, TOKENIZER).parts
-    tokens = sum(len(row["text"].encode()) + 1 for row in ROWS)  # one for each byte, and an EOS
-    expected = {"tokens": tokens, "documents": 30, "empty": 1, "skipped": 0}
-    assert part._replace(tokens_per_word=0) == Part(name=one_source.text[0], **expected, tokens_per_word=0)
-    words = sum(len(row["text"].split()) for row in ROWS)
-    assert part.tokens_per_word == pytest.approx((tokens - 30) / words, rel=0.1)  # by a sample
-
-
-def test_the_same_text_is_tokenised_only_once(one_source):
-    first, again = gather(one_source, TOKENIZER), gather(one_source, TOKENIZER)
-    assert (first.cached, again.cached) == (False, True)
-    assert "(already tokenised)" in again.describe(one_source)
-    assert again.fingerprint == first.fingerprint
-
-
-def test_small_sources_are_joined(tmp_path):
-    """Each of the twenty is shorter than a block; of them all, less than a block is lost on either side."""
-    files = [write(tmp_path / f"{n}.jsonl", rows(n)) for n in range(20)]
-    corpus = gather(settings(files, packing="stream", eval_blocks=1), TOKENIZER)
-    assert len(corpus.parts) == 20
-    held_out, trained = held_out_and_trained(corpus)
-    assert not held_out & trained
-    kept = len(texts(corpus.train)) + len(texts(corpus.held_out))
-    assert kept > len(joined(rows(*range(20)))) - 2 * 32
-
-
-def test_a_source_that_is_given_twice_has_twice_its_share(tmp_path):
-    large = write(tmp_path / "a.jsonl", rows(*range(400)))
-    small = write(tmp_path / "b.jsonl", rows(*range(80), word="few"))
-    corpus = gather(settings([large, small, small], packing="stream"), TOKENIZER)
-    trained = texts(corpus.train)
-    assert {trained.count(f"few {number:03} ") for number in range(75)} == {0, 2}
-    held_out = texts(corpus.held_out)
-    assert not any(f"few {number:03} " in held_out for number in range(75) if f"few {number:03} " in trained)
+    assert gather(settings(text), TOKENIZER).fingerprint == corpus.fingerprint
 
 
 def test_a_document_of_two_sources_is_on_one_side(tmp_path):
@@ -127,53 +88,33 @@ def test_a_held_out_set_of_its_own(tmp_path):
     assert len({corpus.fingerprint, corpus.retain_fingerprint, alone.fingerprint, None}) == 4
 
 
-@pytest.fixture
-def folder_source(tmp_path):
-    """Settings of a run on a folder with something of each kind that is left out."""
+def test_what_is_left_out_is_said(tmp_path):
     (tmp_path / "texts").mkdir()
     write(tmp_path / "texts" / "a.jsonl", [*rows(*range(100)), {"text": " "}, *rows(7, 7)])
     (tmp_path / "texts" / "x.png").write_bytes(b"x")
-    held_out = write(tmp_path / "b.jsonl", rows(*range(1, 9)))
-    return settings(tmp_path / "texts", held_out_text=[str(held_out)])
-
-
-def test_what_is_left_out_is_said(folder_source):
-    corpus = gather(folder_source, TOKENIZER)
-    blocks, amount = len(corpus.train), corpus.amount(folder_source, 5)
-    rest = blocks % 10  # five processes read two blocks each
-    assert amount.left_out == rest > 1
-    assert corpus.describe(folder_source, 5).splitlines() == [
-        f"{corpus.parts[0].tokens:,} tokens in 102 documents, {blocks} training blocks of 32; this run sees "
-        f"{amount.blocks_after(10) / blocks:.3g} epochs",
-        "held out: 2 blocks (--held-out-text)",
-        "left out of training: 10 copies of held-out documents",
-        f"left out of each epoch: {rest} blocks short of a full batch, different ones each time",
-        f"left out of {folder_source.text[0]}: 1 document without text",
-        f"left out of {folder_source.text[0]}: 1 file of other kinds",
+    args = settings(tmp_path / "texts", held_out_text=[str(write(tmp_path / "b.jsonl", rows(*range(1, 9))))])
+    corpus = gather(args, TOKENIZER)
+    blocks, amount = len(corpus.train), corpus.amount(args, 5)
+    assert corpus.describe(args, 5).splitlines() == [
+        f"tokens: {corpus.parts[0].tokens:,}, documents: 102",
+        f"blocks of 32: {blocks} for training, 2 held out (--held-out-text)",
+        f"this run sees {amount.tokens_after(10) / 32 / blocks:.3g} epochs",
+        "left out of training, as copies of held-out documents: 10",
+        f"left out of {args.text[0]}, files of other kinds: 1",
     ]
-
-
-def test_nothing_is_said_of_what_has_nothing_left_out(tmp_path):
-    only_text = settings(write(tmp_path / "a.jsonl", rows(*range(100))))
-    described = gather(only_text, TOKENIZER).describe(only_text)
-    assert "left out of training" not in described
-    assert "without text" not in described
-
-
-def test_a_missing_file_is_refused_before_anything_is_read(tmp_path):
-    text, missing = write(tmp_path / "a.jsonl", ROWS), str(tmp_path / "missing.txt")
-    for name, option in {"held_out_text": "--held-out-text", "retain": "--retain"}.items():
-        with pytest.raises(UsageError, match=re.escape(f"{option} {missing}: no such file")):
-            check(settings(text, **{name: [missing]}))
+    only_text = settings(write(tmp_path / "c.jsonl", rows(*range(100))))
+    assert "left out" not in gather(only_text, TOKENIZER).describe(only_text)
 
 
 def test_too_little_text_is_refused(tmp_path):
     text = write(tmp_path / "a.jsonl", ROWS)
     short = write(tmp_path / "b.jsonl", rows(1))
     for changes, message in [
-        ({"text": [str(short)]}, "--text: 10 tokens found, 64 needed: one training and one held-out block"),
+        (
+            {"text": [str(short)]},
+            "--text: 10 tokens found, copies not counted, 64 needed: one training and one held-out block",
+        ),
         ({"held_out_text": [str(short)]}, "--held-out-text: 10 tokens found, 32 needed: one block of"),
-        ({"retain": [str(short)]}, "--retain: 10 tokens found, 32 needed: one block of"),
         ({"held_out_text": [str(text)]}, "--text: 10 tokens are not held out, 32 needed: one training block"),
     ]:
         with pytest.raises(UsageError, match=re.escape(message)):

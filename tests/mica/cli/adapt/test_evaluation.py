@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mica.cli.adapt import evaluation
-from mica.cli.adapt.evaluation import Likelihood, collate, likelihood
+from mica.cli.adapt.evaluation import Likelihood, likelihood
 from mica.errors import UsageError
 from tests.support.adapt_runs import blocks
 from tests.support.tiny_cli import tiny_llama
@@ -38,7 +38,7 @@ def test_perplexity_by_hand(batch_size, monkeypatch):
     model.train()
     score = likelihood(model, data, batch_size)
     assert score.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
-    assert score.tokens == count == 45 == evaluation.predicted_tokens(data)
+    assert score.tokens == count == 45
     assert model.training
 
 
@@ -50,7 +50,7 @@ def test_the_first_token_of_a_document_is_not_predicted():
     documents = [part for row, cut in zip(ids, cuts, strict=True) for part in (row[:cut], row[cut:])]
     total, count = by_hand(model, documents)  # with position_ids attention stays within a document
     score = likelihood(model, data, 3)
-    assert score.tokens == count == 4 * 14 == evaluation.predicted_tokens(data)
+    assert score.tokens == count == 4 * 14
     assert score.nll == pytest.approx(total, rel=1e-6)
 
 
@@ -61,14 +61,6 @@ def test_perplexity_takes_the_loss_in_fp32():
     expected = -scores.gather(-1, ids[:, 1:, None]).mean()
     data = [{"input_ids": row, "labels": row} for row in ids]
     assert likelihood(model, data, 2).perplexity == pytest.approx(expected.exp().item(), rel=1e-6)
-
-
-def test_collate_leaves_the_blocks_alone():
-    data = blocks(2, 0, documents=False)
-    batch = collate(data)
-    assert batch["labels"][:, 0].tolist() == [-100, -100]
-    assert batch["labels"][:, 1:].equal(batch["input_ids"][:, 1:])
-    assert data[0]["labels"][0] != -100
 
 
 @pytest.mark.parametrize(("nll", "tokens"), [(math.nan, 3), (math.inf, 3), (1e6, 3), (0.0, 0)])

@@ -8,7 +8,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -21,7 +20,6 @@ from transformers import (
 from mica.cli.adapt.packing import (
     Blocks,
     document_of,
-    documents_of,
     keeps_documents_apart,
     split,
     spread,
@@ -70,16 +68,6 @@ def test_a_block_is_of_the_document_that_has_most_of_it():
     assert [document_of(some, number) for number in range(3)] == [a, c, d]
 
 
-def test_blocks_give_back_their_documents():
-    """However they were spread; also what does not fill a block."""
-    documents = [numbered(5, 13, 2), numbered(16, 7, start=100)]
-    blocks = packed(documents, 4)
-    for each in (blocks, spread(blocks, 2)):
-        assert [ids.tolist() for ids in documents_of(each)] == [*documents[0], *documents[1]]
-    some = packed(documents, 4, chosen=[1, 4])
-    assert [ids.tolist() for ids in documents_of(some)] == [documents[0][1], documents[1][1]]
-
-
 @pytest.mark.parametrize("length", [2, 3, 7, 16, 45])
 @pytest.mark.parametrize("packing", ["documents", "stream"])
 def test_blocks_are_the_joined_documents(length, packing):
@@ -106,21 +94,6 @@ def test_blocks_are_the_joined_documents(length, packing):
     assert firsts([blocks[-1]]) == firsts([blocks[len(blocks) - 1]])
     with pytest.raises(IndexError):
         blocks[len(blocks)]
-
-
-def test_blocks_are_chosen_and_collated():
-    chosen = packed([numbered(4, 6, 3)], 7, "stream", [0, 2])
-    assert chosen[0]["input_ids"].tolist() == [0, 1, 2, 3, 10, 11, 12]
-    assert len(packed([numbered(4, 6, 3)], 7, "stream", [])) == 0
-    [batch] = DataLoader(packed([numbered(9, 9)], 4), batch_size=4)
-    assert batch["input_ids"].flatten().tolist() == list(range(16))
-
-
-def test_spread_keeps_first_and_last():
-    blocks = packed([numbered(100)], 2)
-    assert spread(blocks, 50) is blocks
-    assert firsts(spread(blocks, 3)) == [0, 48, 98]
-    assert firsts(spread(blocks, 1)) == [0]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -219,8 +192,8 @@ def test_little_text():
 @pytest.mark.parametrize(
     ("documents", "message"),
     [
-        ([list(range(19))], "--text: 19 tokens found, 20 needed: one training and one held-out block"),
-        ([document(7, seed=0)] * 4, "28 tokens found (7 of them in different documents), 20 needed"),
+        ([list(range(19))], "19 tokens found, copies not counted, 20 needed: one training and one held-out"),
+        ([document(7, seed=0)] * 4, "--text: 7 tokens found, copies not counted, 20 needed"),
     ],
 )
 def test_too_little_text(documents, message):

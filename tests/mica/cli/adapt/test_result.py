@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from mica.cli.adapt import adapter, base, fingerprint, result
+from mica.cli.adapt import adapter, base, result
 from mica.cli.loading import find_source
 from mica.errors import UsageError
 from tests.support.adapt_runs import adapter_settings as settings
@@ -28,46 +28,27 @@ def tuned():
     return model
 
 
-def test_saved_adapter_replaces_an_older_one_and_nothing_else(tuned, tmp_path):
+def test_saved_adapter_replaces_an_older_one_and_nothing_else(tuned, tmp_path, monkeypatch):
+    """Nothing at all where the disk is full."""
     write_adapter(tmp_path, rank=2)
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "README.md").write_text("ours")
-    result.save(tuned, byte_tokenizer(), tmp_path)
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint-1",
-        "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip
-    assert (tmp_path / "README.md").read_text() == "ours"
-    again = logits(PeftModel.from_pretrained(tiny_llama(), tmp_path))
-    assert torch.equal(again, logits(tuned))
-    assert AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"] == byte_tokenizer()("a")["input_ids"]
-
-
-def test_full_disk_keeps_the_older_adapter(tuned, tmp_path, monkeypatch):
-    write_adapter(tmp_path, rank=2)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("peft.peft_model.safe_save_file", full)
     said = r"^--output .*the adapter cannot be written: No space left on device;"
-    with pytest.raises(UsageError, match=said):
-        result.save(tuned, byte_tokenizer(), tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.peft_model.safe_save_file", full)
+        with pytest.raises(UsageError, match=said):
+            result.save(tuned, byte_tokenizer(), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
-
-def test_merge_in_place(tuned, tmp_path):
-    expected = logits(tuned)
     result.save(tuned, byte_tokenizer(), tmp_path)
-    report = result.merge(tuned, byte_tokenizer(), settings(output=tmp_path))
-    assert len(report.layers) == 4
-    assert 0 < report.swallowed < 1e-5
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
-    assert "tokenizer.json" in {path.name for path in (tmp_path / "merged").iterdir()}
-    assert not list(tmp_path.glob(".*"))
+    assert {path.name for path in tmp_path.iterdir()} == {*before, "checkpoint-1"}
+    assert (tmp_path / "README.md").read_text() == "ours"
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits(tuned))
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("nf4", "float32"), ("nf4", "bfloat16"), ("int8", "float32")])
@@ -86,20 +67,6 @@ def test_merge_of_a_quantised_run_is_into_the_base_as_it_was(kind, dtype, model_
         update = exact.get(name.removesuffix(".weight"), 0)
         torch.testing.assert_close(merged[name], (weight.double() + update).to(weight.dtype))
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
-
-
-def test_what_is_loaded_anew_to_be_merged_must_be_what_was_trained_on(tuned, model_dir, tmp_path):
-    base = tuned.get_base_model()
-    base.is_quantized = True
-    base.name_or_path = str(model_dir)
-    args = settings(model=str(model_dir), output=tmp_path)
-    result.save(tuned, byte_tokenizer(), tmp_path)
-    said = rf"^--merge .*/merged: {model_dir} has other weights than when training began; the adapter is in"
-    with pytest.raises(UsageError, match=said):
-        result.merge(tuned, byte_tokenizer(), args, "0123456789abcdef")
-    assert not (tmp_path / "merged").exists()
-    result.merge(tuned, byte_tokenizer(), args, fingerprint.of(str(model_dir)))
-    assert (tmp_path / "merged").exists()
 
 
 def adapter_sums(model) -> dict[str, torch.Tensor]:
@@ -121,14 +88,23 @@ def test_adapter_that_is_not_finite_is_not_merged(tuned, tmp_path):
 
 
 def test_sharded_model_is_saved_and_merged_whole(model_dir, tmp_path):
-    """FSDP2 in a group of one: all weights are DTensors, as in a larger one."""
+    """FSDP2 in a group of one: all weights are DTensors, as in a larger one.
+
+    A forward alone leaves the output layer unsharded, in memory that FSDP frees while PEFT saves.
+    """
+    options = {"train_embeddings": True, "embedding_learning_rate": 1e-3}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = adapter.start(AutoModelForCausalLM.from_pretrained(model_dir), settings())
+        model = adapter.start(AutoModelForCausalLM.from_pretrained(model_dir), settings(**options))
         move(model)
         expected = logits(model)
-        for layer in [*model.get_base_model().model.layers, model]:
-            fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        base, mesh = model.get_base_model(), init_device_mesh("cpu", (1,))
+        for layer in base.model.layers:
+            fully_shard(layer, mesh=mesh)
+        last = [base.model.norm, base.lm_head]
+        fully_shard(last, mesh=mesh, reshard_after_forward=False)  # as accelerate does
+        fully_shard(model, mesh=mesh)
+        logits(model)
         result.save(model, None, tmp_path / "best")
         for weight in model.parameters():
             weight.data.mul_(2 if weight.requires_grad else 1)
@@ -140,33 +116,3 @@ def test_sharded_model_is_saved_and_merged_whole(model_dir, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), expected)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_sharded_embeddings_are_whole_after_an_evaluation(tied, tmp_path):
-    """A forward alone leaves the output layer unsharded, in memory that FSDP frees while PEFT saves."""
-    options = {"train_embeddings": True, "embedding_learning_rate": 1e-3}
-    model = adapter.start(tiny_llama(tie_word_embeddings=tied), settings(**options))
-    move(model)
-    result.save(model, None, tmp_path / "whole")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        base = model.get_base_model()
-        for layer in base.model.layers:
-            fully_shard(layer, mesh=mesh)
-        last = [base.model.norm, base.lm_head]
-        if tied:
-            last.append(base.model.embed_tokens)
-        fully_shard(last, mesh=mesh, reshard_after_forward=False)  # as accelerate does
-        fully_shard(model, mesh=mesh)
-        logits(model)
-        result.save(model, None, tmp_path / "sharded")
-    finally:
-        dist.destroy_process_group()
-    whole, sharded = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "sharded")
-    )
-    assert whole.keys() == sharded.keys()
-    for name, weight in whole.items():
-        assert torch.equal(sharded[name], weight)

@@ -5,20 +5,16 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
-from mica.cli import folder
-from mica.cli.adapt import checkpoints, corpus, session, training
-from mica.errors import UsageError
+from mica.cli.adapt import checkpoints, corpus, session
 from tests.mica.cli.tiny_gguf import write_tiny_gguf
 from tests.support.adapt_runs import command, resume, same, saved, summary, unfinished, weights
-from tests.support.tiny_cli import TEXT, adapt, logits
+from tests.support.tiny_cli import TEXT, adapt
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +40,6 @@ def test_what_is_measured_is_written(paper):
     result = summary(paper)
     assert result["perplexity_after"] < result["perplexity_before"]
     assert 1 < result["retain_before"] != result["retain_after"]
-    assert result["recipe"] == "paper"
     history = json.loads((paper / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
     measured = {entry["step"]: entry for entry in history if "eval_held_out_perplexity" in entry}
     assert list(measured) == [0, 6, 12]
@@ -54,13 +49,13 @@ def test_what_is_measured_is_written(paper):
     assert not list(paper.glob(".*"))
     card = (paper / "README.md").read_text(encoding="utf-8")
     assert f"{result['perplexity_after']:.2f}" in card
-    assert "| recipe | paper |" in card
+    assert "\nrecipe: paper\n" in card
 
 
 def test_run_yaml_repeats_the_run(paper, tmp_path, capsys):
     assert command("--config", paper / "run.yaml", "--output", tmp_path / "again") == 0
     assert same(weights(paper), weights(tmp_path / "again"))
-    assert capsys.readouterr().err.count("note: ") == 1  # bytes for tokens are dear
+    assert "note: " not in capsys.readouterr().err
 
 
 def edit(path: Path, *changes: tuple[str, str]) -> None:
@@ -71,22 +66,11 @@ def edit(path: Path, *changes: tuple[str, str]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def test_odd_settings_are_noted(paper, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mica.cli.adapt.corpus.check", Mock(side_effect=UsageError("so far")))
-    argv = ["--config", paper / "run.yaml", "--output", tmp_path / "out", "--steps", 1]
-    assert command(*argv, "--learning-rate", "0.2") == 2
-    notes = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
-    assert len(notes) == 1
-    assert "note: --learning-rate 0.2: unusually high" in notes[0]
-
-
 def refused(capsys, output: Path, *parts: object) -> None:
-    """``--resume`` ends with one line before the weights are read, and the checkpoints stay."""
+    """``--resume`` ends with one line, and the checkpoints stay."""
     before = [path.name for path in checkpoints.folders(output)]
     capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mica.cli.adapt.base.load", lambda *_: pytest.fail("the model is loaded"))
-        assert resume(output) == 2
+    assert resume(output) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("mica adapt: error: --resume: ")
     for part in parts:
@@ -135,9 +119,6 @@ def test_resume_after_run_yaml_was_edited_is_refused(paper, tmp_path, capsys):
     assert same(weights(paper), weights(output))
 
 
-FILES = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
-
-
 @pytest.mark.parametrize("again", [True, False])
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(paper, rows, tmp_path, capsys, again):
     """By --resume, or by its first command given again."""
@@ -153,14 +134,6 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(paper, ro
     assert same(weights(paper), weights(output))
 
 
-def test_resume_of_nothing_is_refused(model_dir, rows, tmp_path, capsys):
-    none = tmp_path / "none"
-    assert adapt(model_dir, rows, none, "--resume") == 2
-    said = f"mica adapt: error: --resume: nothing to continue in {none}: no such folder"
-    assert capsys.readouterr().err.splitlines() == [said]
-    assert not none.exists()
-
-
 def test_a_signal_before_the_training_ends_it_at_once(model_dir, rows, tmp_path, capsys, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("mica.cli.adapt.adapter.start", lambda *_: signal.raise_signal(signal.SIGINT))
@@ -174,22 +147,19 @@ def test_a_signal_before_the_training_ends_it_at_once(model_dir, rows, tmp_path,
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_results_have_the_mode_of_any_file(paper):
-    modes = {(paper / name).stat().st_mode for name in ("run.yaml", *FILES[:1], f"checkpoint-8/{FILES[0]}")}
-    assert len(modes) == 1
-
-
-@pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9.txt"), "a\x85b.txt", "a\x7f\nb.txt", "-a: b # c.txt"])
-def test_any_name_of_a_text_is_resumed(model_dir, tmp_path, name):
-    (tmp_path / name).write_text(TEXT)
+def test_a_signal_in_the_training_says_how_to_continue(model_dir, rows, tmp_path, capsys, monkeypatch):
     output = tmp_path / "out"
-    assert adapt(model_dir, tmp_path / name, output, "--steps", 2) == 0
-    (output / "summary.json").unlink()
-    assert resume(output) == 0
+    begin = "mica.cli.adapt.callbacks.Hooks.on_step_begin"
+    monkeypatch.setattr(begin, lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    assert adapt(model_dir, rows, output) == 128 + signal.SIGTERM
+    said = f"Stopped at step 1. To continue: mica adapt --output {output} --resume\n"
+    assert said in capsys.readouterr().out
+    assert not (output / "summary.json").exists()
 
 
 def test_an_output_folder_in_the_text_is_no_text(model_dir, tmp_path, capsys):
-    (tmp_path / "a.txt").write_text(TEXT)
+    """Beside a text whose name is not UTF-8, which card and run.yaml show."""
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text(TEXT)
     output = tmp_path / "out"
     assert adapt(model_dir, tmp_path, output, "--steps", 4, "--save-steps", 2) == 0
     before = weights(output)
@@ -245,21 +215,6 @@ def test_a_refused_run_leaves_no_converted_base(rows, tmp_path, capsys):
     assert not output.exists()
 
 
-def test_two_runs_do_not_share_a_folder(model_dir, rows, tmp_path, capsys):
-    output = tmp_path / "out"
-    with folder.exclusive(output):
-        assert adapt(model_dir, rows, output) == 2
-        assert f"--output {output}: another command writes to it" in capsys.readouterr().err
-        assert [path.name for path in output.iterdir()] == [folder.LOCK]
-    assert not output.exists()
-
-
-def test_an_embedded_base_is_found_again(paper, monkeypatch, tmp_path):
-    """The adapter names its base by an absolute path."""
-    monkeypatch.chdir(tmp_path)
-    assert logits(AutoPeftModelForCausalLM.from_pretrained(paper)).isfinite().all()
-
-
 def test_packing_where_documents_cannot_be_kept_apart(rows, tmp_path, capsys):
     """In a model whose positions follow from the attention mask."""
     torch.manual_seed(0)
@@ -308,12 +263,3 @@ def test_what_cannot_be_written_after_the_training_is_said_beside_what_is_there(
     assert resume(output) == 0
     assert summary(output)["steps"] == 12
     assert same(weights(output), weights(paper))
-
-
-def test_bugs_end_with_their_traceback_and_the_group_is_left(model_dir, rows, tmp_path, monkeypatch):
-    def broken(*_, **__):
-        raise ZeroDivisionError("a bug")
-
-    monkeypatch.setattr(training, "Session", broken)
-    with pytest.raises(ZeroDivisionError, match="a bug"):
-        adapt(model_dir, rows, tmp_path / "out")

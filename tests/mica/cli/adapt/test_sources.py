@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import json
 import lzma
 import os
 import re
@@ -26,10 +25,11 @@ def read(item, field=None, config=None) -> list[str]:
     return ["".join(document) for document in source.documents(field)]
 
 
-NAMES = "a.jsonl a.ndjson a.json a.csv a.tsv a.parquet a.jsonl.gz a.json.xz a.csv.bz2 a.tsv.zst [a]*.csv"
+NAMES = "a.jsonl a.ndjson a.json a.csv a.tsv a.parquet a.jsonl.gz a.json.xz a.csv.bz2 a.tsv.zst A.JSONL"
+ODD = "[a]*.csv [a]*.parquet x::a.jsonl zip:.csv simplecache::zip:.parquet"  # to some, patterns and addresses
 
 
-@pytest.mark.parametrize("name", [*NAMES.split(), "[a]*.parquet", "A.JSONL"])
+@pytest.mark.parametrize("name", [*NAMES.split(), *ODD.split()])
 def test_rows_are_documents(tmp_path, name):
     assert read(write(tmp_path / name, ROWS)) == TEXTS
 
@@ -59,22 +59,6 @@ def test_a_saved_dataset(tmp_path, wrap):
     assert read(tmp_path / "saved") == TEXTS
     [one, two] = find("--text", [tmp_path / "saved"] * 2)
     assert one.digest() == two.digest()
-
-
-def test_a_name_with_colons_is_a_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "rows.jsonl", ROWS[:1])
-    for kind in ("jsonl", "csv", "parquet", "json.gz"):
-        (tmp_path / kind).mkdir()
-        for name in ("x::rows", "file::rows", "zip:", "simplecache::zip:"):
-            path = write(tmp_path / kind / f"{name}.{kind}", ROWS[1:])
-            assert read(path) == TEXTS[1:]
-            assert read(path.relative_to(tmp_path)) == TEXTS[1:]
-        assert read(tmp_path / kind) == TEXTS[1:] * 4
-    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "plain")
-    (tmp_path / "plain").rename(tmp_path / "x::saved")
-    with pytest.raises(UsageError, match="--text x::saved: datasets cannot open a folder with '::' in its"):
-        read("x::saved")
 
 
 def test_parquet_files_of_a_job_of_which_one_has_no_rows(tmp_path):
@@ -123,15 +107,6 @@ def test_a_folder_that_cannot_be_read_is_no_folder_without_text(tmp_path, monkey
         find("--text", [tmp_path])
 
 
-def test_the_digest_is_of_content_and_kind(tmp_path):
-    names = ("a.csv", "b.csv", "a.tsv", "a.jsonl")
-    for name in names:
-        (tmp_path / name).write_text('{"text": "a"}\n', encoding="utf-8")
-    digests = [source.digest() for source in find("--text", [tmp_path / name for name in names])]
-    assert digests[0] == digests[1]
-    assert len(set(digests)) == 3
-
-
 def test_a_dataset_of_the_hub(monkeypatch):
     asked = []
 
@@ -153,7 +128,6 @@ def test_a_dataset_of_the_hub(monkeypatch):
         ({"a": "x", "text": "y"}, "a", "x"),
         ({"text": None, "a": "x"}, None, ""),
         ({"text": "2020-01-01"}, None, "2020-01-01"),
-        ({"n": None, "m": {"text": 1}, "only": "y"}, None, "y"),
     ],
 )
 def test_the_column(tmp_path, row, field, expected):
@@ -170,7 +144,6 @@ def test_the_column(tmp_path, row, field, expected):
         ("a.csv", "text,n\n" + "a,\n" * 999 + "a,1\n" * 10_000 + "a,1.5\n", ["a"] * 11_000),
         ("a.jsonl", '{}\n{"id": "x"}\n{"id": "y", "text": "a"}\n', ["", "", "a"]),
         ("a.jsonl", '{"text": "a", "m": null}\n\n{"m": {"x": [1]}, "text": "b"}\n{"n": 1}\n', ["a", "b", ""]),
-        ("a.jsonl", '{"text": "a", "m": 1}\n{"text": "2020-01-01", "m": "1"}\n', ["a", "2020-01-01"]),
         ("a.jsonl", '{"text": "a"}\n' * 1000 + '{"new": 1}\n', ["a"] * 1000 + [""]),
         ("a.json", '[\n{"text": "a"},\n {"text": null}]', ["a", ""]),
     ],
@@ -180,49 +153,26 @@ def test_other_columns_do_not_matter_and_csv_is_text(tmp_path, name, data, expec
     assert read(tmp_path / name) == expected
 
 
+BAD_JSON = b'{"text": "a"}\n{"text": %s}\n'
 CONTENTS = [  # name, bytes or rows, column, what the line says
     ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', None, "cannot be read: line 2 is not JSON: Expecting"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', None, "column 'text' must have strings only"),
-    ("a.jsonl", b'{"text": "a"}\n["b"]\n', None, "cannot be read: every row must be an object, not list"),
-    (
-        "a.jsonl",
-        b'{"text": "a"}\n{"text": "\xff"}\n',
-        None,
-        "cannot be read: 'utf-8' codec can't decode byte",
-    ),
-    ("a.jsonl", b'{"messages": []}\n', None, "contains chat messages, but mica adapt trains on plain text"),
+    ("a.jsonl", BAD_JSON % b"3", None, "column 'text' must have strings only"),
+    ("a.jsonl", BAD_JSON % b'"\xff"', None, "cannot be read: 'utf-8' codec can't decode byte"),
+    ("a.jsonl", BAD_JSON % b'"a\\ud83d"', None, "cannot be read: 'utf-8' codec can't encode character"),
+    ("a.jsonl", b'["b"]\n', None, "cannot be read: every row must be an object, not str"),
     ("a.jsonl", b'{"a": "", "b": ""}\n', None, "has no column 'text', only a, b: name one with --text-field"),
     ("a.jsonl", b'{"title": "a"}\n', "body", "has no column 'body', only title: name one with --text-field"),
-    ("a.json", b'[{"text": "a"}, {"text": 1}]', None, "column 'text' must have strings only"),
     ("a.json", b'[{"text": "a"},\n{"text" 1}]', None, "cannot be read: Expecting ':' delimiter: line 2"),
-    ("a.csv", b"title,body\na,b\n", None, "has no column 'text', only title, body"),
-    (
-        "a.csv",
-        b"text,n\na,1\nb,2,3,4\n",
-        None,
-        "cannot be read: Error tokenizing data. C error: Exp",
-    ),
+    ("a.csv", b"text,n\na,1\nb,2,3,4\n", None, "cannot be read: Error tokenizing data. C error: Exp"),
     ("a.csv", b"text\nHello, world\n", None, "cannot be read: Length of header or names does not match"),
     ("a.csv", b'text\n"a\n', None, "cannot be read: Error tokenizing data. C error: EOF inside string"),
     ("a.csv", b"text\n1\n2\n", None, "column 'text' must have strings only"),
-    (
-        "a.jsonl",
-        b'{"text": "a"}\n{"text": "a\\ud83d"}\n',
-        None,
-        "cannot be read: 'utf-8' codec can't encode character",
-    ),
     ("a.csv", b"text,n\na,1\n\xff,2\n", None, "cannot be read: 'utf-8' codec can't decode byte 0xff"),
-    (
-        "a.txt",
-        b"abc" * 2**19 + "ä".encode()[:1],
-        None,
-        "cannot be read: 'utf-8' codec can't decode byte",
-    ),
+    ("a.txt", b"abc" * 2**19 + b"\xc3", None, "cannot be read: 'utf-8' codec can't decode byte"),
     ("a.txt", b"abc\0", None, "not text: it contains a NUL character"),
     ("a.txt.gz", b"abc", None, "cannot be read: Not a gzipped file"),
     ("a.txt.zst", b"no such format" * 100, None, "cannot be read: "),
-    ("a.jsonl.xz", b"abc", None, "cannot be read: "),
-    ("a.csv.gz", b"abc", None, "cannot be read: Not a gzipped file"),
+    ("a.csv.xz", b"abc", None, "cannot be read: "),
     ("a.parquet", b"abc", None, "cannot be read: Parquet file size is 3 bytes"),
     ("a.parquet", [{"text": 1}], None, "column 'text' must have strings only"),
 ]
@@ -239,15 +189,14 @@ def test_bad_contents_are_refused(tmp_path, name, data, field, message):
 
 def test_pipes_and_devices_are_refused_and_not_read(tmp_path):
     write(tmp_path / "a.jsonl", ROWS)
-    for name in ("pipe.txt", "pipe"):
-        os.mkfifo(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.txt")
     reader, writer = os.pipe()  # as of `--text <(zcat corpus.gz)`
-    for path in (tmp_path / "pipe.txt", tmp_path / "pipe", "/dev/zero", f"/dev/fd/{reader}"):
+    for path in (tmp_path / "pipe.txt", f"/dev/fd/{reader}"):
         with pytest.raises(UsageError, match=f"^--retain {path}: a pipe or device, but texts are read more"):
             find("--retain", [path])
     os.close(reader), os.close(writer)
     [source] = find("--text", [tmp_path])
-    assert ([path.name for path in source.files], source.skipped) == (["a.jsonl"], 2)  # which the run prints
+    assert ([path.name for path in source.files], source.skipped) == (["a.jsonl"], 1)  # which the run prints
 
 
 def test_bad_names_are_refused(tmp_path):
@@ -256,8 +205,6 @@ def test_bad_names_are_refused(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "empty.txt").touch()
     for name, message in {
-        "missing.txt": "no such file or folder",
-        "missing": "no such file or folder",
         "empty.txt": "the file is empty",
         "a.docx": "unsupported file type '.docx'; supported: .txt",
         "a.gz": "unsupported file type '.gz'",
@@ -277,7 +224,4 @@ def test_datasets_that_cannot_be_had(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
     datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)).save_to_disk("saved")
     with pytest.raises(UsageError, match="--text saved: has no split 'train', only test"):
-        read("saved")
-    (tmp_path / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}), encoding="utf-8")
-    with pytest.raises(UsageError, match="--text saved: cannot be loaded"):
         read("saved")

@@ -46,18 +46,14 @@ def documents(result: tokens.Tokens) -> list[list[int]]:
     return [result.ids[span.store][span.start : span.start + span.length].tolist() for span in result.spans]
 
 
-def finished(cache) -> set[str]:
-    return {path.name for path in cache.rglob("*.arrow") if "incomplete" not in str(path)}
-
-
 def test_tokens_are_those_of_the_text(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "PIECE", 23)
-    monkeypatch.setattr(tokens, "BATCH", 101)
+    monkeypatch.setattr(tokens, "BATCH", 5)
     extra = ["", " \n ", TEXTS[3], "", "x" * 23 + " " * 30, " " * 50]  # white space in pieces is text
     path = write(tmp_path / "a.jsonl", [*ROWS, *({"text": text} for text in extra)])
     result = tokenized(path)
     assert documents(result) == oracle([*TEXTS, TEXTS[3], *extra[-2:]])
-    assert (result.empty, result.largest, result.cached, result.ids[0].dtype) == (3, 256, False, np.uint16)
+    assert result.ids[0].dtype == np.uint16
     digests = result.spans.digest
     assert digests.dtype == np.uint64
     assert len(set(digests.tolist())) == 32
@@ -70,7 +66,6 @@ def test_more_documents_than_are_written_at_once(tmp_path, monkeypatch):
     assert len(first.ids) == 5
     both = tokens.joined([first, tokenized(write(tmp_path / "b.jsonl", [{"text": ""}, *ROWS[:9]]))])
     assert documents(both) == oracle([*TEXTS, *TEXTS[:9]])
-    assert (both.empty, both.cached) == (1, False)
 
 
 def test_a_tokenizer_without_eos_and_a_large_vocabulary(tmp_path):
@@ -79,7 +74,7 @@ def test_a_tokenizer_without_eos_and_a_large_vocabulary(tmp_path):
     tokenizer.eos_token = None
     (tmp_path / "a.txt").write_text("ab<65535>c", encoding="utf-8")
     result = tokenized(tmp_path / "a.txt", tokenizer)
-    assert (result.ids[0].dtype, result.largest) == (np.uint32, 256 + 2**16)
+    assert (result.ids[0].dtype, result.ids[0].max()) == (np.uint32, 256 + 2**16)
     assert documents(result) == oracle(["ab<65535>c"], tokenizer)
 
 
@@ -112,7 +107,7 @@ def test_cuts_at_lines_change_no_token(tmp_path, monkeypatch):
 
 def test_the_key_is_the_content(tmp_path, path, monkeypatch):
     tokenizer = byte_tokenizer()
-    first = tokenized(path, tokenizer)
+    first = documents(tokenized(path, tokenizer))
 
     def call(self, *args, **options):
         raise AssertionError("tokenised again")
@@ -122,27 +117,16 @@ def test_the_key_is_the_content(tmp_path, path, monkeypatch):
         os.utime(path, (1, 1))
         path = path.rename(tmp_path / "b.jsonl")
         tokenizer.backend_tokenizer.enable_padding()  # what a call may have left
-        again = tokenized(path, tokenizer)
-        assert again.cached
-        assert documents(again) == documents(first)
+        assert documents(tokenized(path, tokenizer)) == first
         other = byte_tokenizer()
         other.add_tokens(["mal"])
         for change in ({"field": "title"}, {"tokenizer": other}):
             with pytest.raises(AssertionError, match="tokenised again"):
                 tokenized(path, **change)
-        path.write_bytes(path.read_bytes().replace(b"29 mal", b"29 Mal"))
-        with pytest.raises(AssertionError, match="tokenised again"):
-            tokenized(path)
-        monkeypatch.setattr(tokens, "VERSION", tokens.VERSION + 1)
-    changed = tokenized(path)
-    assert documents(changed)[:29] == documents(first)[:29]
-    assert documents(changed)[29] != documents(first)[29]
-
-
-def _killed(path, cache):
-    datasets.config.HF_DATASETS_CACHE = cache
-    tokens._rows = _half
-    tokenized(path)
+    path.write_bytes(path.read_bytes().replace(b"29 mal", b"29 Mal"))
+    changed = documents(tokenized(path))
+    assert changed[:29] == first[:29]
+    assert changed[29] != first[29]
 
 
 def _half(*_):
@@ -151,35 +135,14 @@ def _half(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_half_a_cache_is_not_used(path, cache):
-    run = multiprocessing.get_context("fork").Process(target=_killed, args=(path, cache))
-    run.start()
-    run.join()
-    assert any("incomplete" in str(file) for file in cache.rglob("*.arrow"))
-    again = tokenized(path)
-    assert not again.cached
-    assert documents(again) == oracle(TEXTS)
-
-
-def _run(path, cache, barrier, results):
-    datasets.config.HF_DATASETS_CACHE = cache
-    barrier.wait()
-    result = tokenized(path)
-    results.put((result.cached, documents(result)))
-
-
-def test_two_runs_at_once(path, cache):
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(2)
-    results = context.Queue()
-    runs = [context.Process(target=_run, args=(path, cache, barrier, results)) for _ in range(2)]
-    for run in runs:
+def test_half_a_cache_is_not_used(path, cache, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "_rows", _half)
+        run = multiprocessing.get_context("fork").Process(target=tokenized, args=(path,))
         run.start()
-    found = [results.get(timeout=60) for _ in runs]
-    for run in runs:
         run.join()
-    assert sorted(cached for cached, _ in found) == [False, True]
-    assert found[0][1] == found[1][1] == oracle(TEXTS)
+    assert any("incomplete" in str(file) for file in cache.rglob("*.arrow"))
+    assert documents(tokenized(path)) == oracle(TEXTS)
 
 
 def _full(*_):
@@ -187,25 +150,18 @@ def _full(*_):
     yield
 
 
-def _changing(source, *_):
-    source.files[0].write_text("x")
-    yield {"ids": np.array([1], np.uint16), "digest": 1}
-
-
 @pytest.mark.parametrize(
     ("rows", "replaced", "message"),
     [
-        ([{"text": " "}, {"text": ""}], None, "no text in it (2 empty documents)"),
+        ([{"text": " "}, {"text": ""}], None, "no text in it"),
         ([{"text": "a"}, {"text": 1}], None, "column 'text' must have strings only"),
-        (ROWS, _full, "tokens cannot be cached in"),
-        (ROWS, _full, "No space left on device"),
-        (ROWS, _changing, "changed while it was being read"),
+        (ROWS, _full, "tokens cannot be cached in .*: No space left on device"),
     ],
 )
 def test_what_fails_leaves_nothing(tmp_path, cache, monkeypatch, rows, replaced, message):
     path = write(tmp_path / "a.jsonl", rows)
     if replaced is not None:
         monkeypatch.setattr(tokens, "_rows", replaced)
-    with pytest.raises(UsageError, match=f"^--text {path}: .*{re.escape(message)}"):
+    with pytest.raises(UsageError, match=f"^--text {re.escape(str(path))}: .*{message}"):
         tokenized(path)
-    assert not finished(cache)
+    assert all("incomplete" in str(file) for file in cache.rglob("*.arrow"))

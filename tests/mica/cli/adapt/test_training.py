@@ -51,72 +51,31 @@ def test_a_run(tmp_path, capsys):
     written = logits(PeftModel.from_pretrained(tiny_llama(), tmp_path))
     torch.testing.assert_close(written, logits(trained))
     assert (written - logits(tiny_llama())).abs().max() > 0.01
-    assert [step for step, _ in losses(result)] == [5, 10]
+    assert [step for step, _ in losses(result)] == [4, 5, 8, 10]
     evaluated = [entry for entry in result.history if "eval_held_out_perplexity" in entry]
     assert [entry["step"] for entry in evaluated] == [0, 4, 8, 10]
-    assert {"eval_held_out_loss", "eval_retain_perplexity"} <= evaluated[0].keys()
     assert evaluated[-1]["eval_held_out_loss"] < evaluated[0]["eval_held_out_loss"]
     assert (result.steps, result.tokens, result.interrupted) == (10, 10 * 4 * 32, 0)
-    assert result.loss == pytest.approx(sum(loss for _, loss in losses(result)) / 2)
     assert 0 < result.seconds < 60
     assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-10"
     top = {name for name in files(tmp_path) if "/" not in name}
     assert top == {"adapter_config.json", "adapter_model.safetensors"}
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
-    assert [line.split(": ")[0].split()[1] for line in lines if "loss " in line] == ["5/10", "10/10"]
     assert [line for line in lines if "loss " not in line] == [
         f"step {entry['step']}/10: held-out perplexity {entry['eval_held_out_perplexity']:.2f}, "
         f"retained perplexity {entry['eval_retain_perplexity']:.2f}"
         for entry in evaluated
     ]
-    for part in ("loss 5.", "lr ", " left"):
-        assert part in lines[2]
 
 
-def test_accumulation_weighs_every_token_the_same(tmp_path):
-    whole = run(settings(tmp_path / "a", dropout=0.0))
-    parts = run(settings(tmp_path / "b", dropout=0.0, batch_size=1, gradient_accumulation_steps=4))
-    for (_, expected), (_, loss) in zip(losses(whole), losses(parts), strict=True):
-        assert loss == pytest.approx(expected, rel=1e-6)
-
-
-def test_settings_reach_the_trainer(tmp_path, monkeypatch):
-    seen = []
-    make = trainer.training_arguments
-
-    def recorded(*given, **more):
-        seen.append(make(*given, **more))
-        return seen[-1]
-
-    monkeypatch.setattr(trainer, "training_arguments", recorded)
+def test_settings_reach_the_trainer(tmp_path):
     changed = {"scheduler": "linear", "optimizer": "adafactor", "weight_decay": 0.3, "max_grad_norm": 0.7}
     changed |= {"seed": 9, "learning_rate": 1e-4, "log_steps": 7, "warmup_ratio": 0.1}
-    run(settings(tmp_path, steps=15, **changed))
-    (args,) = seen
+    args = trainer.training_arguments(settings(tmp_path, **changed), blocks=1)
     assert (args.lr_scheduler_type.value, args.optim.value) == ("linear", "adafactor")
-    assert args.get_warmup_steps(15) == 2
+    assert (args.get_warmup_steps(15), args.data_seed) == (2, 9)
     assert (args.weight_decay, args.max_grad_norm, args.seed, args.learning_rate) == (0.3, 0.7, 9, 1e-4)
     assert (args.logging_steps, args.logging_nan_inf_filter) == (7, False)
-
-
-def test_the_seed_decides_the_order_of_the_blocks(tmp_path):
-    first, again, other = (
-        losses(run(settings(tmp_path / name, seed=seed, dropout=0.0, steps=5)))
-        for name, seed in (("a", 1), ("b", 1), ("c", 2))
-    )
-    assert first == again != other
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("optimizer", "adamw_apex_fused"), ("optimizer", "sgdd"), ("report_to", "nothing")]
-)
-def test_settings_that_cannot_be_used(tmp_path, name, value):
-    training.check(settings(tmp_path))
-    given = [value] if name == "report_to" else value
-    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} {value}: ") as error:
-        training.check(settings(tmp_path, **{name: given}))
-    assert "\n" not in str(error.value)
-    assert not list(tmp_path.iterdir())
 
 
 def test_zero_3_is_refused(tmp_path, monkeypatch):
@@ -224,7 +183,7 @@ def test_resumed_is_unbroken(tmp_path, changed):
     resumed = run(settings(output, resume=True, **changed))
     assert losses(resumed) == losses(unbroken)
     assert [e["step"] for e in resumed.history] == [e["step"] for e in unbroken.history]
-    assert (resumed.steps, resumed.tokens, resumed.loss) == (unbroken.steps, unbroken.tokens, unbroken.loss)
+    assert (resumed.steps, resumed.tokens) == (unbroken.steps, unbroken.tokens)
     assert resumed.seconds > begun
     expected = weights(full)
     assert same(expected, weights(output))
@@ -270,31 +229,30 @@ def test_a_checkpoint_that_cannot_be_read_is_named(unbroken, tmp_path, file, dam
         run(settings(tmp_path, log_steps=1, resume=True))
 
 
-def test_other_batches_are_refused(unbroken, tmp_path, monkeypatch):
-    shutil.copytree(unbroken[1], tmp_path, dirs_exist_ok=True)
-    args = settings(tmp_path, log_steps=1, resume=True)
-    for changed, message in (
+@pytest.mark.parametrize(
+    ("changed", "environment", "processes", "said"),
+    [
         (
             {"seed": 2, "learning_rate": 0.5, "save_steps": 3},
-            r"learning_rate 0.005 \(now 0.5\), seed 0 \(now 2\): continuing",
+            *("no", 1, r"learning_rate 0.005 \(now 0.5\), seed 0 \(now 2\): continuing would be another tr"),
         ),
-        (
-            {"batch_size": 2},
-            r"with batch_size 4 \(now 2\): continuing would be another training run\. Continue with the same",
-        ),
-    ):
-        with pytest.raises(UsageError, match=message):
-            training.find_checkpoint(settings(tmp_path, resume=True, **changed))
+        ({"recipe": "all-linear"}, "no", 1, r"with recipe paper \(now all-linear\)"),
+        ({}, "no", 2, r"with processes 1 \(now 2\)"),
+        ({}, "bf16", 1, r"with mixed_precision no \(now bf16\)"),
+    ],
+)
+def test_another_training_is_refused(unbroken, monkeypatch, changed, environment, processes, said):
+    training.processes.start()
+    args = settings(unbroken[1], log_steps=1, resume=True)
+    assert training.find_checkpoint(args) == unbroken[1] / "checkpoint-10"
     with monkeypatch.context() as patch:
-        patch.setitem(training.PartialState._shared_state, "num_processes", 2)
-        with pytest.raises(UsageError, match=r"with processes 1 \(now 2\): continuing would be another"):
-            training.find_checkpoint(args)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(UsageError, match=r"with mixed_precision no \(now bf16\): continuing"):
-        training.find_checkpoint(args)
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    assert training.find_checkpoint(args) == tmp_path / "checkpoint-10"
-    assert training.find_checkpoint(settings(tmp_path)) is None
+        patch.setenv("ACCELERATE_MIXED_PRECISION", environment)
+        patch.setitem(training.PartialState._shared_state, "num_processes", processes)
+        with pytest.raises(UsageError, match=said):
+            training.find_checkpoint(settings(unbroken[1], resume=True, **changed))
+
+
+def test_other_texts_are_refused(unbroken):
     other = corpus()
     other.fingerprint = "other tokens"
     for data, message in (
@@ -303,7 +261,7 @@ def test_other_batches_are_refused(unbroken, tmp_path, monkeypatch):
         (corpus(retain=3), r"with retain None \(now 3 "),
     ):
         with pytest.raises(UsageError, match=message):
-            run(args, data)
+            run(settings(unbroken[1], log_steps=1, resume=True), data)
 
 
 SAVING = ".adapter.partial"
@@ -368,11 +326,7 @@ def test_an_error_that_is_not_about_writing_keeps_its_traceback(tmp_path, monkey
 @pytest.mark.parametrize(
     ("step", "saved", "what"),
     [
-        (
-            7,
-            "the last complete checkpoint is {}/checkpoint-5 (--resume continues from it)",
-            "a trained weight",
-        ),
+        (7, "the last complete checkpoint is {}/checkpoint-5 (--resume continues", "a trained weight"),
         (5, "nothing was saved", "a trained weight"),  # in the very step that saves
         (6, "the last complete checkpoint is {}/checkpoint-5", "the training loss is not finite (nan)"),
     ],

@@ -50,7 +50,6 @@ def test_killed_three_times(tmp_path, count):
     for (step, loss), (resumed_step, resumed_loss) in zip(losses(expected), losses(found), strict=True):
         assert resumed_step == step
         assert resumed_loss == pytest.approx(loss, rel=1e-6)
-    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert found.tokens == expected.tokens
     assert found.adapter_step == expected.adapter_step
     whole = weights(tmp_path / "full")

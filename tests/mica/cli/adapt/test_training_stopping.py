@@ -48,7 +48,6 @@ def history(held_out, retain=None):
         ({0: 1.0, 5: 3.0, 10: 2.0}, None, None, 10),  # before training is no step
         ({0: 1.0}, None, None, None),
         ({0: 9.0, 5: 8.0, 10: 7.0}, {0: 100.0, 5: 104.0, 10: 106.0}, 5.0, 5),
-        ({0: 9.0, 5: 8.0, 10: 7.0}, {0: 100.0, 5: 104.0, 10: 106.0}, None, 10),
         ({0: 9.0, 5: 8.0}, {0: 100.0, 5: 106.0}, 5.0, 5),  # none is within
     ],
 )
@@ -63,11 +62,9 @@ def test_the_best_step(held_out, retain, limit, expected):
         ([9, 8, 8], 100, {"patience": 2}, None),
         ([9, 8, 8, 8.5], 100, {"patience": 2}, f"{PATIENCE} 8.00 of step 1"),
         ([9, 10, 9.5], 100, {"patience": 2}, f"{PATIENCE} 9.00 of step 0"),
-        ([9, 10, 9.5], 100, {}, None),
         ([9, 8], 105, {"max_retain_rise": 5.0}, None),  # to the per cent is not above
         ([9, 8], 112.5, {"max_retain_rise": 5.0},
          "--max-retain-rise 5: the retained perplexity is 12.5 % above that before training"),
-        ([9, 8], 90, {"max_retain_rise": 5.0}, None),
         ([], 100, {"patience": 1, "max_retain_rise": 5.0}, None),
     ],
 )  # fmt: skip
@@ -154,11 +151,6 @@ def test_resumed_it_has_the_same_best_and_ends_alike(scripted, tmp_path, signums
     assert same(weights(args.output / "checkpoint-8"), weights(tmp_path / "full" / "checkpoint-8"))
 
 
-def find(args):
-    notes = []
-    return training.find_checkpoint(args, notes.append), notes
-
-
 def test_a_run_that_had_ended_is_not_trained_on(scripted, tmp_path, capsys):
     scripted()
     options = OPTIONS | {"save_steps": 4}
@@ -169,27 +161,12 @@ def test_a_run_that_had_ended_is_not_trained_on(scripted, tmp_path, capsys):
     assert said == [f"step 6/10: stopping, {ended.stopped_by}"]
     before = weights(args.output)
     args.resume = True
-    checkpoint, notes = find(args)
-    assert notes == [
-        f"the run stopped at step 6 because of {ended.stopped_by}; change the option to continue"
-    ]
-    again = train(model(args, checkpoint), corpus(), args, checkpoint)
-    assert again._replace(seconds=0) == ended._replace(seconds=0)
+    assert run(args)._replace(seconds=0) == ended._replace(seconds=0)
     assert same(weights(args.output), before)
 
     args.patience = 3
-    assert find(args)[1] == []
     assert (run(args).steps, run(settings(tmp_path / "full", **options)).steps) == (10, 10)
     assert same(weights(args.output), weights(tmp_path / "full"))
-
-
-def test_it_stops_where_the_retained_text_gets_worse(scripted, tmp_path):
-    retain = {0: 20.0, 2: 20.5, 4: 20.9, 6: 22.0}
-    scripted({0: 9, 2: 8, 4: 7, 6: 6}, retain)
-    args = settings(tmp_path, **OPTIONS, max_retain_rise=5.0, keep_best=True)
-    result = run(args, corpus(retain=3))
-    assert (result.steps, result.adapter_step) == (6, 4)  # at 6 it learned more, and forgot too much
-    assert result.stopped_by.startswith("--max-retain-rise 5: the retained perplexity is 10 % above")
 
 
 def test_a_best_step_that_is_gone(scripted, tmp_path):
@@ -232,27 +209,13 @@ def test_summary_card_and_merged_model_are_of_the_best_step(scripted, model_dir,
     assert made["settings"]["keep_best"] is True  # by --patience
     measured = [made[f"{name}_{when}"] for name in ("perplexity", "retain") for when in ("before", "after")]
     assert measured == pytest.approx([9.0, 8.0, 20.0, 19.0])
-    assert made["epochs"] == 9 * 2 / made["blocks"]
-    told = f"of step 3, the best of those measured; stopped after step 9 by {why}"
-    captured = capsys.readouterr()
-    assert told in captured.out
-    card = (output / "README.md").read_text(encoding="utf-8")
-    assert f"\n\nThe adapter is {told}.\n" in card
-    assert "keep best" not in card
+    said = f"of step 3, the best of those measured; stopped after step 9 by {why}"
+    assert said in capsys.readouterr().out
+    assert f"\n\nThe adapter is {said}.\n" in (output / "README.md").read_text(encoding="utf-8")
     merged, base = (AutoModelForCausalLM.from_pretrained(path) for path in (output / "merged", model_dir))
     expected = logits(PeftModel.from_pretrained(base, output / "checkpoint-3"))
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
-
-    assert "note: no measured step has a lower" not in captured.err
     assert resume(output) == 0
-    assert "note: the run stopped at step 9 because of --patience 2: no" in capsys.readouterr().err
     assert summary(output)["adapter_step"] == 3
     state = output / "checkpoint-9" / "trainer_state.json"
     assert json.loads(state.read_text())["max_steps"] == 12
-
-
-def test_nothing_is_better_than_before_training(scripted, model_dir, text_file, tmp_path, capsys):
-    scripted({0: 7.0, 6: 8.0, 12: 7.5})
-    assert adapt(model_dir, text_file, tmp_path / "out", "--eval-steps", 6, "--keep-best") == 0
-    assert "note: no measured step has a lower held-out perplexity than" in capsys.readouterr().err
-    assert summary(tmp_path / "out")["adapter_step"] == 12
