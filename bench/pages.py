@@ -104,7 +104,11 @@ def measured(run: str) -> list[Row]:
         *_block_rows(run),
         *_step_rows(run),
         _layers_row(run, "bfloat16"),
+        _layers_row(run, "bfloat16", few=True),
+        _layers_row(run, "bfloat16", STOCK_16),
+        _layers_row(run, "bfloat16", STOCK_16, few=True),
         _layers_row(run, "float32"),
+        _layers_row(run, "float32", few=True),
         _dropout_row(run, "bfloat16"),
         _dropout_row(run, "float32"),
         *_saved_rows(run),
@@ -178,11 +182,15 @@ def _step_rows(run: str) -> list[Row]:
     return rows
 
 
-def _layers_row(run: str, dtype: str) -> Row:
-    cells = [one for one in layers(run, dtype, BOTH) if one.axes["tokens"] >= FEW]
-    ratios = [one.ratio(FAST, STOCK) for one in cells]
-    most = max(one.axes["tokens"] for one in cells)
-    label = f"{len(ratios)} linear layers, {SHORT[dtype]}, {FEW} to {most} tokens"
+def _layers_row(run: str, dtype: str, baseline: str = STOCK, few: bool = False) -> Row:
+    """``few``: those with few tokens, also without a gradient."""
+    passes = (BOTH, NO_GRADIENT) if few else (BOTH,)
+    cells = [one for one in layers(run, dtype, *passes) if (one.axes["tokens"] < FEW) == few]
+    ratios = [one.ratio(FAST, baseline) for one in cells]
+    tokens = [one.axes["tokens"] for one in cells]
+    label = f"{len(ratios)} linear layers, {SHORT[dtype]}, {min(tokens)} to {max(tokens)} tokens"
+    if baseline == STOCK_16:
+        label = f"{label}, against adapters in bf16"
     return [label, "", "", f"{span(ratios)}, median {middle(ratios)}"]
 
 
@@ -225,32 +233,6 @@ def _merge_rows(run: str) -> list[Row]:
 def _seconds_row(label: str, group: Group, digits: int = 2) -> Row:
     times = [f"{number(group.timings[name].median)} s" for name in (STOCK, FAST)]
     return [label, *times, _speedup_cell(group.ratio(FAST, STOCK), digits)]
-
-
-def layers_compared(run: str) -> list[Row]:
-    """All cells of the layer suite, by what they are compared with."""
-    rows = [["against", "layers", "cells", "speedup", "median", "more than 5 % slower"]]
-    for baseline, title in {STOCK: "stock PEFT", STOCK_16: "stock PEFT with bf16 adapters"}.items():
-        for dtype in ("bfloat16", "float32"):
-            cells = [one for one in layers(run, dtype, BOTH, NO_GRADIENT) if baseline in one.timings]
-            many = [one for one in cells if one.axes["tokens"] >= FEW]
-            few = [one for one in cells if one.axes["tokens"] < FEW]
-            for what, chosen in ((f"from {FEW} tokens", many), ("fewer tokens", few)):
-                if chosen:
-                    rows.append([title, f"{dtype}, {what}", *_compared(chosen, baseline)])
-    return rows
-
-
-def _compared(cells: list[Group], baseline: str) -> Row:
-    """How many, the span and the median of speedups, and how many are slower."""
-    ratios = [one.ratio(FAST, baseline) for one in cells]
-    worst, axes = max(zip(ratios, (one.axes for one in cells), strict=True), key=lambda one: one[0].median)
-    slower = "none"
-    if worst.median > 1.05:
-        count = sum(one.median > 1.05 for one in ratios)
-        where = "{out} x {in}, tokens: {tokens}, r = {rank}".format(**axes)
-        slower = f"{count}; at most {shown(worst)} times its time: {where}"
-    return [str(len(cells)), span(ratios), middle(ratios), slower]
 
 
 def host(run: str) -> list[Row]:
@@ -301,7 +283,6 @@ def quality(run: str) -> str:
 TABLES = {
     "measured": measured,
     "headline": headline,
-    "layers-compared": layers_compared,
     "host": host,
     "experts": experts,
     "subspaces": subspaces,

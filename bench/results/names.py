@@ -5,7 +5,6 @@ STOCK = "stock PEFT"
 STOCK_16 = "stock PEFT, adapters in the base dtype"
 FAST = "mica.fast"
 FAST_NORMS = "mica.fast, norms recomputed"
-MERGED = "adapter merged"
 LORA = "PEFT LoRA"
 ATEN = "aten control"  # plain PyTorch: an autograd.Function that rounds dA to the base dtype
 

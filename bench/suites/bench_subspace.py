@@ -1,6 +1,6 @@
 """One weight's minor subspace: `mica.minor_subspace` against what stock PEFT and Unsloth compute.
 
-Gaussian weights of the shapes that models have, and SmolLM2's embedding. Implementations: stock's full fp32
+Gaussian weights of the shapes that models have. Implementations: stock's full fp32
 SVD, all eigenvectors of the fp64 Gram matrix as Unsloth has them, and the solver at several ranks. No time is
 reported for a result that the solver could not certify, or for one that is not the minor subspace. On an
 accelerator, where one SVD may take seconds, small weights come first, and for each of them the solver before
@@ -25,9 +25,7 @@ from bench.suites.eigh import basis_by_eigh, least_energy
 from bench.suites.harness import build_all, each, iterations, pick
 from bench.suites.rounds import Once, prepared, rounds
 from mica import minor_subspace
-from tests.support import models
 
-EMBEDDING = (576, 49152)
 SOLVERS = {f"minor_subspace, auto, r = {rank}": rank for rank in (16, 64, 128)}
 
 
@@ -73,14 +71,12 @@ CELLS = pick(
     cuda=[Cell(1024, 4096), Cell(2048, 2048), Cell(4096, 4096), Cell(14336, 4096)],
     dry=[Cell(96, 64, ranks=(16,)), Cell(64, 96, ranks=(16,))],
 )
-LARGE = [Cell(4096, 4096), Cell(4096, 11008), Cell(11008, 4096), Cell(*EMBEDDING)]
+LARGE = [Cell(4096, 4096), Cell(4096, 11008), Cell(11008, 4096)]
 FEWEST = pick(default=3, cuda=1, dry=1)  # rounds
 SECONDS = pick(default=60.0, cuda=4.0, dry=0.0)  # of a cell
 
 
 def weight_of(cell: Cell) -> Tensor:
-    if (cell.out, cell.inner) == EMBEDDING:
-        return models.smollm2().get_input_embeddings().weight.detach().T
     generator = torch.Generator().manual_seed(0)
     return torch.randn(cell.out, cell.inner, generator=generator).to(DEVICE)
 
