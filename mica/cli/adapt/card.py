@@ -68,8 +68,8 @@ The adapter is {{ step }}.
 {%- else -%}
 {{ model }} with the update of a [MiCA]({{ paper }}) adapter merged into its weights: the `s·B·A` of \
 {{ adapter }}{% if base %}, trained on `{{ base }}`,{% endif %} with rank {{ rank }} and alpha {{ alpha }}, \
-in {{ layers }} layers. The update was trained on that model and not on this one. Tokenizer and chat \
-template are this one's.
+in {{ layers }} layers. The update was trained on another model than this. Tokenizer and chat template are \
+those of {{ model }}.
 {%- if embeddings %}
 
 What its training has added to the embeddings is added here too.
@@ -91,8 +91,8 @@ tokenizer = AutoTokenizer.from_pretrained({{ folder }})
 ```
 {%- if gguf %}
 
-That finds the base, dequantised, in the subfolder `base` where the adapter was made. Where this folder was \
-moved to, only after `import mica.fast`. Without it, and with the GGUF file in the working directory:
+This finds the dequantised base in the subfolder `base`; once the folder has been moved, only after \
+`import mica.fast`. Without that package, and with the GGUF file in the working directory:
 
 ```python
 from peft import PeftModel

@@ -30,6 +30,7 @@ _TRIED = 4  # steps that show what a step costs
 _PART = 4  # a short training has this part of the steps of a whole one
 LEAST = 32  # steps of a whole training: rather fewer seeds
 _BEST = 2  # methods get more than two seeds
+_MARGIN = 1.2  # of a budget that is named after four steps: they vary by a tenth from one start to the next
 _FULLEST = 0.93  # of the budget is planned; further seeds may fill it
 
 
@@ -173,8 +174,8 @@ class Comparison(NamedTuple):
 
         if self._steps_of(SHORT):
             return Plan(least, 1)
-        minutes = math.ceil((self.spent(TRIAL) + seconds(1, least)) / _FULLEST / 60)
-        what = f"at least {minutes} minutes are needed here, or fewer --methods or --rates"
+        minutes = math.ceil(_MARGIN * (self.spent(TRIAL) + seconds(1, least)) / _FULLEST / 60)
+        what = f"too short here: --budget {minutes} should do, or fewer --methods, --rates or --steps"
         raise UsageError(f"--budget {question.budget / 60:g}: {what}")
 
     def _seconds(self, costs: dict[str, Cost], plan: Plan) -> float:

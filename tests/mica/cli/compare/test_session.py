@@ -166,7 +166,7 @@ def test_a_model_whose_loss_is_not_finite_is_one_line(model_dir, tmp_path, refus
 def test_after_a_budget_that_was_too_small_the_corrected_command_runs(model_dir, tmp_path, refused):
     argv = arguments(tmp_path, model_dir, tmp_path / "out", "--budget", "0.01")
     del argv[argv.index("--steps") : argv.index("--steps") + 2]
-    refused(main(argv), "--budget 0.01: at least 1 minutes are needed here")
+    refused(main(argv), "--budget 0.01: too short here: --budget 1 should do")
     assert not (tmp_path / "out").exists()
 
 
