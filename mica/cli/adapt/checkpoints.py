@@ -101,9 +101,8 @@ def rotate(output: Path, keep: int, best: int | None = None) -> None:
     for path in folders(output):
         if kept and step(path) < step(kept[0]) and step(path) != best:
             with suppress(OSError):
-                (path / MARKER).unlink(
-                    missing_ok=True
-                )  # first: a kill must not leave it in half a checkpoint
+                # first: a kill must not leave it in half a checkpoint
+                (path / MARKER).unlink(missing_ok=True)
                 shutil.rmtree(path)
 
 

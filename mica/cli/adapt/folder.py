@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mica.cli.folder import check_new, entries
-from mica.cli.output import check_folder
+from mica.cli.output import check_folder, explained
 from mica.errors import UsageError
 
 SETTINGS = "run.yaml"  # the settings of the run
@@ -20,8 +20,12 @@ MARKER = "complete.json"  # in a checkpoint: see `mica.cli.adapt.checkpoints`
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no such file, or it holds anything else."""
-    with suppress(OSError, ValueError, RecursionError):
+    """The JSON object in a file; None where there is no such file, or it holds anything else.
+
+    Raises UsageError for one that is there and cannot be read: nothing may take it for missing.
+    """
+    cannot_be_read = explained(f"{path} cannot be read", OSError)
+    with cannot_be_read, suppress(FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
             return found

@@ -1,6 +1,7 @@
 """Which checkpoints count, with files that some program has left half written."""
 
 import errno
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,18 @@ def test_one_without_a_marker_that_can_be_read_does_not_count(tmp_path, content)
         (bad / MARKER).write_bytes(content)
     assert checkpoints.facts(bad) is None
     assert checkpoints.latest(tmp_path) == good
+
+
+def test_a_marker_that_cannot_be_read_is_an_error_and_not_missing(tmp_path, monkeypatch):
+    """As on a network disk: the run would begin anew beside its checkpoints."""
+    make(tmp_path, 3)
+
+    def denied(path, **_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(UsageError, match=r"complete.json cannot be read: Permission denied$"):
+        checkpoints.latest(tmp_path)
 
 
 @pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.write_text", "os.replace"])
