@@ -20,6 +20,12 @@ from mica.cli.folder import exclusive, undo_on_error
 from mica.cli.output import write_json
 from mica.errors import UsageError
 
+_UNDER_WAY = {
+    schedule.TRIAL: "the model, and the first steps of each method",
+    schedule.SHORT: "short trainings",
+    schedule.WHOLE: "whole trainings",
+    schedule.SEEDS: "further seeds",
+}
 _LATEST = 1.05  # of the budget: what is under way is left then, on a machine that has become slower
 
 
@@ -114,6 +120,7 @@ class _Progress(NamedTuple):
             todo = [each for each in self.comparison.planned() if each.phase <= last]
             if not todo:
                 return
+            _note(f"{_UNDER_WAY[todo[0].phase]}: {len(todo)} to do")
             for planned, result in make(todo):
                 if result is None:
                     return

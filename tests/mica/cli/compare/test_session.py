@@ -229,8 +229,11 @@ def test_a_stop_says_how_to_go_on(model_dir, tmp_path, capsys, monkeypatch, phas
     output = tmp_path / "out"
     assert compare(tmp_path, model_dir, output) == 130
     assert output.exists() == (phase > 1)
+    said = capsys.readouterr().err
     line = f"mica compare: stopped; mica compare --output {output} --resume goes on\n"
-    assert (line in capsys.readouterr().err) == (phase > 1)
+    assert (line in said) == (phase > 1)
+    assert "mica compare: the model, and the first steps of each method: " in said
+    assert ("mica compare: short trainings: " in said) == (phase > 1)
 
 
 def test_a_text_that_is_to_be_retained_and_learned_is_noted(model_dir, tmp_path, capsys, monkeypatch):
