@@ -34,7 +34,7 @@ GREY = "#9a9a9a"
 
 
 class Point(NamedTuple):
-    """``right``: the answers to the test's questions, "1" or "0" each."""
+    """``right``: the answers to the test's questions, "1" or "0" each; "" where they were not kept."""
 
     rate: float
     step: int
@@ -116,7 +116,13 @@ def difference(study: dict, ours: list[Point], theirs: list[Point]) -> tuple[flo
 
 
 def _over_questions(ours: Point, theirs: Point, questions: int) -> float:
-    """The variance of the difference of two models' percentages over questions like these, squared points."""
+    """The variance of the difference of two models' percentages over questions like these, squared points.
+
+    Question by question where single answers are known; else as if each model had answered questions of its
+    own, which is too much rather than too little.
+    """
+    if not (ours.right and theirs.right):
+        return sum(one.percent * (100 - one.percent) for one in (ours, theirs)) / questions
     apart = [100 * (int(a) - int(b)) for a, b in zip(ours.right, theirs.right, strict=True)]
     return variance(apart) / questions
 

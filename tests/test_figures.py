@@ -42,7 +42,7 @@ def words():
     """Page, what its text says with figures, what these are."""
     main, bench, *_ = pages.PAGES
     (run,) = pages.sources("measured")
-    assert pages.sources("headline") == [run]
+    assert pages.sources("headline") == [run, TWO_THREADS]
     created = pages.only(run, suite="initialisation").ratio(FAST, STOCK)
     yield "mica/subspace/README.md", f"initialises {1 / created.median:.1f} times as fast as with stock PEFT"
     loading = pages.only(run, suite="loading").timings

@@ -13,7 +13,6 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -71,7 +70,6 @@ CELLS = pick(
     cuda=[Cell(1024, 4096), Cell(2048, 2048), Cell(4096, 4096), Cell(14336, 4096)],
     dry=[Cell(96, 64, ranks=(16,)), Cell(64, 96, ranks=(16,))],
 )
-LARGE = [Cell(4096, 4096), Cell(4096, 11008), Cell(11008, 4096)]
 FEWEST = pick(default=3, cuda=1, dry=1)  # rounds
 SECONDS = pick(default=60.0, cuda=4.0, dry=0.0)  # of a cell
 
@@ -128,7 +126,8 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
     return calls, iterations(seconds(calls[ours[-1]]))
 
 
-def time_cell(cell):
+@each(CELLS)
+def bench_subspace(cell):
     calls, count = prepared(cell.name, lambda: setting(cell))
     elements = cell.out * cell.inner
 
@@ -141,14 +140,3 @@ def time_cell(cell):
             once.note_growth(peak_extra=4 * elements)
 
     rounds(cell.name, cell.implementations, sample, SECONDS, FEWEST)
-
-
-@each(CELLS)
-def bench_subspace(cell):
-    time_cell(cell)
-
-
-@pytest.mark.slow
-@each(LARGE)
-def bench_large_subspace(cell):
-    time_cell(cell)
