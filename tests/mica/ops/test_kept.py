@@ -112,12 +112,14 @@ def kept_sizes(call, make, number):
         gc.collect()  # the cycles that Triton's interpreter leaves hold its arguments
         return outputs
 
-    # what is freed meanwhile would count: those cycles, a cache of another test's layer
-    alive = []
-    for _ in range(2):
-        gc.collect()
-        alive.append(alive_bytes(forward))
-    return (max(alive) - outputs) // x.nbytes
+    # What is freed meanwhile would count: those cycles, and what other tests have left, which is put out of
+    # reach (to search it takes a second in a long session).
+    gc.freeze()
+    try:
+        alive = max(alive_bytes(forward) for _ in range(2))
+    finally:
+        gc.unfreeze()
+    return (alive - outputs) // x.nbytes
 
 
 def check_sizes(make, dtype, number, way, expected):
