@@ -82,7 +82,7 @@ def test_a_training_and_the_commands(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode("cp1252")
     said = done.stdout.decode("cp1252")
-    assert "\\u8a9e.txt" in said
+    assert "run \\u03b5" in said
     assert "q_proj" in said
     assert (tmp_path / "run ε/adapter_model.safetensors").exists()
     assert '"peak_memory_bytes": null' in (tmp_path / "run ε/summary.json").read_text(encoding="utf-8")
