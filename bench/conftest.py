@@ -1,8 +1,8 @@
 """For ``pytest bench`` and parts of it: what holds for all suites.
 
 pytest-benchmark times one test after the other; a machine that slows down in between would favour those that
-ran first. Here a test is a cell, whose implementations take turns (`bench.suites.rounds`). Its results
-are handed to pytest-benchmark by `bench.measure.table`.
+ran first. Here a test is a cell, whose implementations take turns (`bench.suites.rounds`);
+`bench.measure.table` hands its results to pytest-benchmark.
 """
 
 import ctypes

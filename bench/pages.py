@@ -190,20 +190,21 @@ def _layers_row(run: str, dtype: str, baseline: str = STOCK, few: bool = False) 
     """``few``: those with few tokens, also without a gradient."""
     passes = (BOTH, NO_GRADIENT) if few else (BOTH,)
     cells = [one for one in layers(run, dtype, *passes) if (one.axes["tokens"] < FEW) == few]
-    ratios = [one.ratio(FAST, baseline) for one in cells]
-    tokens = [one.axes["tokens"] for one in cells]
-    label = f"{len(ratios)} linear layers, {SHORT[dtype]}, {min(tokens)} to {max(tokens)} tokens"
-    if baseline == STOCK_16:
-        label = f"{label}, against adapters in bf16"
-    return [label, "", "", f"{span(ratios)}, median {middle(ratios)}"]
+    return _span_row("linear layers", dtype, cells, baseline)
 
 
 def _dropout_row(run: str, dtype: str) -> Row:
     cells = layers(run, dtype, BOTH, dropout=DROPOUT)
-    ratios = [one.ratio(FAST, STOCK) for one in cells]
+    return _span_row(f"linear layers with dropout {DROPOUT}", dtype, cells)
+
+
+def _span_row(what: str, dtype: str, cells: list[Group], baseline: str = STOCK) -> Row:
+    """The span and the median of their speedups."""
+    ratios = [one.ratio(FAST, baseline) for one in cells]
     tokens = [one.axes["tokens"] for one in cells]
-    label = f"{len(ratios)} linear layers with dropout {DROPOUT}, {SHORT[dtype]}"
-    label = f"{label}, {min(tokens)} to {max(tokens)} tokens"
+    label = f"{len(ratios)} {what}, {SHORT[dtype]}, {min(tokens)} to {max(tokens)} tokens"
+    if baseline == STOCK_16:
+        label = f"{label}, against adapters in bf16"
     return [label, "", "", f"{span(ratios)}, median {middle(ratios)}"]
 
 

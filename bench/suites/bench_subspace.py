@@ -1,10 +1,10 @@
 """One weight's minor subspace: `mica.minor_subspace` against what stock PEFT and Unsloth compute.
 
-Gaussian weights of the shapes that models have. Implementations: stock's full fp32
-SVD, all eigenvectors of the fp64 Gram matrix as Unsloth has them, and the solver at several ranks. No time is
-reported for a result that the solver could not certify, or for one that is not the minor subspace. On an
-accelerator, where one SVD may take seconds, small weights come first, and for each of them the solver before
-the SVD, whose libraries are warmed up by a small one.
+Gaussian weights of the shapes that models have. Implementations: stock's full fp32 SVD, all eigenvectors of
+the fp64 Gram matrix as Unsloth has them, and the solver at several ranks. No time is reported for a result
+that the solver could not certify, or for one that is not the minor subspace. On an accelerator, where one SVD
+may take seconds, small weights come first, and for each of them the solver before the SVD, whose libraries
+are warmed up by a small one.
 ``peak_extra`` is the growth of memory at its highest point over the fp32 size of the weight, for weights of
 16 MB and more.
 """

@@ -45,9 +45,9 @@ def resolve(namespace: argparse.Namespace) -> Settings:
     wanted = file | line
     output = wanted.get("output")
     earlier = {}
-    if line.get("resume") and output is None:
-        raise UsageError("--resume: needs --output, the folder of the run")
     if line.get("resume"):
+        if output is None:
+            raise UsageError("--resume: needs --output, the folder of the run")
         earlier = _recorded(output)
     elif wanted.get("adapter") is not None:
         earlier = _of_adapter(wanted)
