@@ -22,6 +22,7 @@ for name in NOISY:  # or the end of a run shows what they log as PEFT imports th
     logging.getLogger(name).setLevel(logging.ERROR)
 
 import mica.fast  # noqa: E402
+from mica.ops import kept  # noqa: E402
 from tests.support.thinning import left_out  # noqa: E402
 
 # What imports one of these, where it is not installed, is skipped
@@ -102,6 +103,12 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(
             f"cases of cross products that were left out: {number:,} (--full runs them, too)"
         )
+
+
+@pytest.fixture(autouse=True)
+def _no_input_is_small(monkeypatch):
+    """What is tested is what becomes of inputs that are worth it."""
+    monkeypatch.setattr(kept, "SMALL", 0)
 
 
 @pytest.fixture(autouse=True)

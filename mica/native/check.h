@@ -70,12 +70,15 @@ struct Shared {
   PyObject* modules = nullptr; // of `mica.native`: a value of MICA_NATIVE -> this module, or why there is none
   PyObject* instructions = nullptr; // of `mica.paths.products`: a 16-bit dtype -> whether the processor has any
   PyObject* host_bounds = nullptr; // of `mica.paths.choose`: the index of a device -> multiplications
+  PyObject* kept = nullptr; // the dictionary of `mica.ops.kept`
   PyObject* eager = nullptr; // `mica.ops.linear.linear_eager`
 };
 
 inline Known known;
 inline Shared shared;
 inline std::set<std::type_index> computed_again; // nodes after which `mica.ops.kept` may compute x again
+inline std::type_index product_node = typeid(void); // and two of them
+inline std::type_index cast_node = typeid(void);
 
 // ---------------------------------------------------------------------------------------------------------
 // dictionaries: all references are borrowed, and nullptr stands for what is not there
@@ -368,13 +371,36 @@ inline bool runs_here(const Tensor& x, const Operands& operands) {
   return x.numel() * operands.weight.size(0) <= bound;
 }
 
+// Whether what a node of autograd gives can be computed by so many products at most of what autograd keeps: a look at
+// the graph for `_described` of `mica.ops.kept`, which looks at the tensors as well.
+inline bool is_computable(const torch::autograd::Node* node, int products) {
+  if (!node || !computed_again.count(typeid(*node))) {
+    return false;
+  }
+  const std::type_index kind = typeid(*node);
+  if (kind == cast_node) {
+    return is_computable(node->next_edge(0).function.get(), products);
+  }
+  if (kind != product_node) {
+    return true;
+  }
+  const torch::autograd::Node* left = node->next_edge(0).function.get();
+  const torch::autograd::Node* right = node->next_edge(1).function.get();
+  if (products == 0 || (left && right)) { // a product keeps each factor for the gradient of the other
+    return products > 0;
+  }
+  return is_computable(left ? left : right, products - 1);
+}
+
 // Whether `mica.ops.kept` has to be asked, which may spare the layer from keeping x.
 inline bool may_be_computed_again(const Tensor& x, const Operands& operands) {
   if (!at::GradMode::is_enabled() || !operands.lora_A.requires_grad() || !x.grad_fn()) {
     return false;
   }
-  const torch::autograd::Node& node = *x.grad_fn();
-  return computed_again.count(typeid(node)) > 0;
+  if (x.numel() < PyLong_AsLongLong(item(shared.kept, "SMALL"_key))) {
+    return false;
+  }
+  return is_computable(x.grad_fn().get(), item(shared.kept, "_norms"_key) == Py_True ? 2 : 1);
 }
 
 } // namespace mica

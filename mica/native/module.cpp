@@ -140,7 +140,7 @@ void fill(Fields& fields, const py::tuple& objects) {
   }
 }
 
-// outputs: those of the operators after which `mica.ops.kept` may compute x again
+// outputs: those of the operators after which `mica.ops.kept` may compute x again; first a product and a cast
 void configure_linear(
     int64_t few_rows,
     int64_t chunk,
@@ -153,6 +153,8 @@ void configure_linear(
   has_wide_sums = wide_sums;
   edited = text;
   on_backward = count_backward;
+  product_node = typeid(*outputs.at(0).grad_fn());
+  cast_node = typeid(*outputs.at(1).grad_fn());
   for (const Tensor& output : outputs) {
     const torch::autograd::Node& node = *output.grad_fn();
     computed_again.emplace(typeid(node));

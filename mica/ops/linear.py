@@ -203,7 +203,7 @@ def _from_python(x, operands: Operands) -> Tensor:
 def configure(module: ModuleType) -> None:
     """Tell the C++ what it shares with Python."""
     numbers = products.FEW_TO_ROUND, reference_path.TOKENS_PER_CHUNK, products.HAS_WIDE_SUMS
-    tables = call_counts, vars(os), native.modules, products.ANSWERS, choose.host_bounds
+    tables = call_counts, vars(os), native.modules, products.ANSWERS, choose.host_bounds, vars(kept)
     module.configure_linear(*numbers, kept.EDITED, kept.OUTPUTS, (*tables, linear_eager))
 
 

@@ -1,7 +1,7 @@
 """The tester for any length of time (``make fuzz``): random sequences of actions, a new seed each round.
 
 Rounds of several parts take turns, by the time that each has had: models (with the backend, and their twins
-with stock PEFT), the same on interpreted kernels, quantised models, and ``mica adapt``.
+with stock PEFT), the same on interpreted kernels, quantised models, norms, and ``mica adapt``.
 """
 
 import argparse
@@ -27,9 +27,11 @@ import torch
 from hypothesis import seed
 from hypothesis.stateful import run_state_machine_as_test
 
+from mica.ops import kept
 from tests.fuzz.actions import SEQUENCES, TALLY
 from tests.fuzz.machine import Machine, OnKernels, options, tally
 from tests.fuzz.models import KINDS
+from tests.fuzz.norms import Norms
 from tests.fuzz.quantised import Quantised
 from tests.fuzz.runs import Runs
 
@@ -47,6 +49,7 @@ PARTS = {
     "adapt": Part(Runs, 0.3, 4, 4, shrinks=False),
     "kernels": Part(OnKernels, 0.1, 3, 8),
     "quantised": Part(Quantised, 0.1, 10, 15),
+    "norms": Part(Norms, 0.05, 10, 30),
 }
 
 
@@ -130,6 +133,7 @@ def in_this_process(args: argparse.Namespace) -> Totals:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # with it, NaN in every torch.empty
     warnings.simplefilter("ignore")
+    kept.SMALL = 0  # the models are
     totals, spent = Totals(), Counter()
     for number in seeds(args):
         name, start = next_part(args, spent), time.monotonic()

@@ -108,7 +108,7 @@ class Machine(Adapters, Calls, Layers, Edits):
             self.hooks.append((module, module.register_forward_hook(pass_on).id))
         return True
 
-    @action(what=any_of("fp32", "off", "on", "uninstall"))
+    @action(what=any_of("fp32", "norms", "off", "on", "uninstall"))
     def setting(self, what):
         if what in ("off", "on"):
             mica.fast.disable() if what == "off" else mica.fast.enable()
@@ -116,6 +116,8 @@ class Machine(Adapters, Calls, Layers, Edits):
             mica.fast.uninstall()
             self.twins.probe(True)
             mica.fast.enable()
+        elif what == "norms":
+            mica.fast.enable(recompute="norms")
         else:
             mica.fast.enable(compute_dtype=torch.float32)
         return None

@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn import functional
 from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mica.fast
 from mica import native
 from mica.fast.forward import fast
-from mica.ops import linear
+from mica.ops import kept, linear
 from tests.support.layer_changes import (
     A_WEIGHT,
     B_WEIGHT,
@@ -345,3 +347,42 @@ def test_the_route_of_x(monkeypatch):
         ("decide.py", "forward"),
         ("__init__.py", "is_dynamo_compiling"),
     ]
+
+
+# -- what a layer need not keep ------------------------------------------------------------------------
+
+
+def rms_norm(h, weight):
+    wide = h.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(h.dtype)
+
+
+TRAINED, FROZEN = torch.ones(12, requires_grad=True), torch.ones(12)
+MADE = {
+    "a leaf": lambda h: h,
+    "a sum": lambda h: h + 1,
+    "an activation": functional.silu,
+    "a cast of one": lambda h: functional.gelu(h.double()).float(),
+    "a product of two": lambda h: functional.silu(h) * h.sin(),
+    "a frozen tensor by an activation": lambda h: FROZEN * functional.silu(h),
+    "an activation by a frozen tensor": lambda h: functional.silu(h) * FROZEN,
+    "a sine by a frozen tensor": lambda h: h.sin() * FROZEN,
+    "a number by a product": lambda h: 2 * (h.sin() * h),
+    "a number by a number by a product": lambda h: 2 * (2 * (2 * (h.sin() * h))),
+    "a norm": lambda h: rms_norm(h, FROZEN),
+    "a norm in 16 bits": lambda h: rms_norm(h.bfloat16(), FROZEN.bfloat16()).float(),
+    "a norm whose weight is trained": lambda h: rms_norm(h, TRAINED),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_python_is_asked_only_where_x_can_be_computed_again(name, monkeypatch):
+    """By C++, which looks at the graph, as by Python, which looks at what its nodes keep."""
+    monkeypatch.setenv("MICA_BACKEND", "reference")
+    for recompute in (None, "norms"):
+        mica.fast.enable(recompute=recompute)
+        x = MADE[name](X.clone().requires_grad_())
+        is_asked = type(called(layer_of(), x)) is tuple
+        assert is_asked == (kept.input_of(x) is not None), recompute
+    monkeypatch.setattr(kept, "SMALL", x.numel() + 1)
+    assert type(called(layer_of(), x)) is torch.Tensor

@@ -19,6 +19,7 @@ from tests.support.kept_layers import (
     gated,
     gradients,
     leaves,
+    norm_weight,
     of_shared,
     rms_norm,
 )
@@ -93,6 +94,18 @@ NORMS = {  # the same, in 32 and in 16 bits
     "a norm whose weight is offset": (offset_norm, (0, 0), (1, 2)),
     "a norm scaled by a number": (lambda gate, up: 2.5 * (gate * up), (0, 0), (0, 0)),
 }
+STATISTICS = {  # of an RMS norm, over parts and views of its input (tokens, features)
+    "all features": lambda h: h.pow(2).mean(-1, keepdim=True),
+    "half of the features": lambda h: h[:, : IN // 2].pow(2).mean(-1, keepdim=True),
+    "the first feature": lambda h: h[:, :1].pow(2),
+    "the first token": lambda h: h[:1].pow(2).mean(-1, keepdim=True),
+    "the first two tokens": lambda h: h[:2].pow(2).mean(),
+    "heads": lambda h: h.view(TOKENS, 4, -1).pow(2).mean((-1, -2))[:, None],
+    "a transpose": lambda h: h.t().pow(2).mean(0)[:, None],
+    "columns for rows": lambda h: h.view(IN, TOKENS).t().pow(2).mean(-1, keepdim=True),
+    "one row": lambda h: h.view(-1).pow(2).mean(),
+    "the negative": lambda h: torch._neg_view(h).pow(2).mean(-1, keepdim=True),
+}
 SAVED = {
     "a copy": lambda gate, up: (F.silu(gate) * up).clone(),
     "times a Python number": lambda h, _: h * 2.5,
@@ -152,6 +165,30 @@ def test_it_keeps_less_and_gives_the_same_bits(name, dtype, number, way):
 def test_so_does_the_output_of_a_norm(name, dtype, way):
     make, *expected = NORMS[name]
     check_sizes(make, dtype, 2, way, tuple(expected[dtype is not FP32]))
+
+
+@pytest.mark.usefixtures("norms")
+@pytest.mark.parametrize("name", STATISTICS)
+def test_a_norm_by_a_part_or_a_view_of_its_input(name):
+    """The node of the square keeps another tensor than that of the product, in the same memory."""
+    inputs = leaves(BF16)
+
+    def make():
+        wide = inputs[0].float()
+        normed = wide * torch.rsqrt(STATISTICS[name](wide) + 1e-6)
+        return norm_weight(BF16) * normed.to(BF16)
+
+    check([Layer(BF16)], make, inputs)
+
+
+@pytest.mark.parametrize(("small", "kept_more"), [(TOKENS * IN, 0), (TOKENS * IN + 1, 2)])
+def test_a_small_x_is_saved(small, kept_more, monkeypatch):
+    """And so is act(G)."""
+    monkeypatch.setattr(kept, "SMALL", small)
+    layer, inputs = Layer(), leaves(FP32, FP32)
+    made = lambda: gated(*inputs)  # noqa: E731
+    assert kept_sizes(lambda _, x: layer(x), made, 1) == kept_more
+    check([layer], made, inputs)
 
 
 def test_an_x_that_comes_again_after_another():
@@ -280,6 +317,23 @@ def test_what_waits_for_a_layer_that_takes_no_part_does_not_add_up():
     sum(y for y, _ in ys).sum().backward()
     assert len(seen) == 6
     assert 0 < max(seen) <= 3
+    assert kept._backward.held == OrderedDict()
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_nothing_outlives_a_backward_that_raises(retain):
+    def out_of_memory(_):
+        waiting.append(len(kept._backward.held))
+        raise torch.OutOfMemoryError
+
+    waiting = []
+    gate, up = leaves(FP32, FP32)
+    x = F.silu(gate) * up
+    x.register_hook(out_of_memory)  # after the layer has had x, before the product has had act(G)
+    y = Layer()(x)
+    with pytest.raises(torch.OutOfMemoryError):
+        y.sum().backward(retain_graph=retain)
+    assert waiting == [1]
     assert kept._backward.held == OrderedDict()
 
 
