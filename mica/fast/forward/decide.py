@@ -40,8 +40,8 @@ from mica.paths.operands import Operands
 def decided(decide: Callable, common: ModuleType | None = None) -> Callable:
     """A patch of a layer's forward: what ``decide(layer, x, *args, **kwargs)`` returns computes.
 
-    Called with the layer alone, ``decide`` leaves out what only a call shows. It is asked where ``call`` of
-    ``common`` returns None for (layer, x), which else is the output, and would be the same.
+    Called with the layer alone, ``decide`` leaves out what only a call shows. It is asked where
+    ``common.call(layer, x)`` returns no output, and ``common.why_small(x)`` no reason for PEFT's code.
     """
 
     def patch(stock):
@@ -57,11 +57,13 @@ def decided(decide: Callable, common: ModuleType | None = None) -> Callable:
                     y = common.call(self, x)
                     if y is not None:
                         return y
-                how = decide(self, x, *args, **kwargs)
-                if type(how) is not OnPeft:
-                    call_counts.note_operators(self, x)
-                    return how(x)
-                reason = how.reason if runs_adapter(self) else None
+                    reason = common.why_small(x)
+                if reason is None:
+                    how = decide(self, x, *args, **kwargs)
+                    if type(how) is not OnPeft:
+                        call_counts.note_operators(self, x)
+                        return how(x)
+                    reason = how.reason if runs_adapter(self) else None
             call_counts.note(self, reason)
             return stock(self, x, *args, **kwargs)
 

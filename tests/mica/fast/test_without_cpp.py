@@ -1,0 +1,61 @@
+"""Without C++ a call with a small input is PEFT's, also when a checkpoint computes it again."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import mica.fast
+from mica.fast.forward import fast
+from mica.ops import kept
+from tests.support.layer_changes import X
+from tests.support.models import net, randomise
+
+
+@pytest.fixture(autouse=True)
+def _inputs_are_small(monkeypatch):
+    monkeypatch.setenv("MICA_NATIVE", "0")
+    monkeypatch.setattr(kept, "SMALL", X.numel() + 1)
+
+
+def adapted():
+    """A model of which one layer has an adapter, with dropout, and that layer."""
+    model = randomise(net(targets=["up"], lora_dropout=0.5))
+    return model, model.base_model.model.up
+
+
+@pytest.mark.parametrize(
+    ("change", "is_left"),
+    [
+        (lambda patch: None, True),
+        (lambda patch: patch.setenv("MICA_BACKEND", "auto"), True),
+        (lambda patch: patch.setenv("MICA_BACKEND", "reference"), False),
+        (lambda patch: patch.delenv("MICA_NATIVE"), False),
+        (lambda patch: patch.setattr(kept, "SMALL", X.numel()), False),
+        (lambda patch: mica.fast.enable(compute_dtype=torch.float32), False),
+    ],
+    ids=["small", "any path", "a path is demanded", "C++", "as large as it takes", "products in fp32"],
+)
+def test_explain_says_what_is_left_to_peft(change, is_left, monkeypatch):
+    change(monkeypatch)
+    model, _ = adapted()
+    before = mica.fast.call_counts["linear"]
+    model(torch.arange(6).view(2, 3))
+    (row,) = mica.fast.explain(model).rows
+    assert row.path == ("peft" if is_left else "reference")
+    assert (row.reason == f"in the last forward: {fast.SMALL}") == is_left
+    assert mica.fast.call_counts["linear"] - before == (not is_left)
+
+
+@pytest.mark.parametrize("small", [X.numel(), X.numel() + 1], ids=["operators", "PEFT"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_draws_the_same_mask_again(use_reentrant, small, monkeypatch):
+    """Without gradients at first, or of a parameter whose detached copy comes the second time."""
+    monkeypatch.setattr(kept, "SMALL", small)
+    _, layer = adapted()
+    found = []
+    for call in layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant):
+        torch.manual_seed(1)
+        call(torch.nn.Parameter(X)).square().sum().backward()
+        found.append(layer.lora_A["default"].weight.grad)
+        layer.zero_grad()
+    assert torch.equal(*found)
