@@ -386,10 +386,8 @@ inline bool is_computable(const torch::autograd::Node* node, int products) {
   }
   const torch::autograd::Node* left = node->next_edge(0).function.get();
   const torch::autograd::Node* right = node->next_edge(1).function.get();
-  if (products == 0 || (left && right)) { // a product keeps each factor for the gradient of the other
-    return products > 0;
-  }
-  return is_computable(left ? left : right, products - 1);
+  const bool keeps_both = left && right; // it keeps each factor for the gradient of the other
+  return products > 0 && (keeps_both || is_computable(left ? left : right, products - 1));
 }
 
 // Whether `mica.ops.kept` has to be asked, which may spare the layer from keeping x.
