@@ -394,6 +394,8 @@ def why_not_dense(part: str, tensor: Tensor) -> str | None:
 
 
 def why_not_trained(lora_A: Tensor) -> str | None:
+    if lora_A.dim() != 2:
+        return "the lora_A is flat, as FSDP1 shards it (FSDP2 does not)"
     reason = why_not_dense("lora_A", lora_A)
     if reason is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return reason
