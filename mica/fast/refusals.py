@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
 
 from peft.tuners import lora
 from torch import nn
@@ -114,14 +113,16 @@ def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged 
         )
 
 
-def check_weights(layers: Iterable[tuple[str, lora.LoraLayer]], adapter_names) -> None:
+def check_weights(layers: dict[lora.LoraLayer, list[str]], adapter_names) -> None:
     """Refuse what cannot be merged of MiCA adapters with these names, or of the active ones.
+
+    layers: `lora_layers` of a model.
 
     Raises:
         ValueError: see `check_weight`; or several adapted layers have the same weight.
     """
     layers_of = defaultdict(dict)  # address of a weight -> name of a layer -> whether it has MiCA
-    for name, layer in layers:
+    for layer, (name, *_) in layers.items():
         names = set(requested(layer, adapter_names))
         if any(is_mica(layer, adapter) for adapter in names - set(layer.merged_adapters)):
             check_weight(layer, name)
@@ -161,7 +162,7 @@ def merge_adapter(stock, self, adapter_names=None, *args, **kwargs) -> None:
 @while_enabled
 def create_lorafa_optimizer(stock, model, *args, **kwargs):
     """LoRA-FA freezes A and trains B; with MiCA's frozen B nothing is left."""
-    for name, layer in lora_layers(model):
+    for layer, (name, *_) in lora_layers(model).items():
         for adapter in layer.active_adapters:
             if is_mica(layer, adapter):
                 raise ValueError(

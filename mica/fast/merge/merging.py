@@ -40,6 +40,8 @@ from mica.row_checksums import WORDS, odd_numbers, row_checksums
 # their last bits: with another chunk a merged weight has other bits.
 CHUNK = 2**18
 DEVICE_CHUNK = 2**24
+# Where nothing is kept, every how many rows are measured: sums take as long as the merge of a row itself.
+MEASURED_ROWS = 8
 
 
 class Update(NamedTuple):
@@ -170,16 +172,13 @@ def pop_undo(layer, adapter: str) -> Undo | None:
 
 
 def _update_of(layer, adapter: str) -> Update:
-    """The adapter's present update. Without gradients: it is called so.
-
-    B is cloned because another adapter may be loaded before the unmerge, and s·A is a new tensor.
-    """
+    """The adapter's present update, with B itself and a new s·A. Without gradients: it is called so."""
     scaling = float(layer.scaling[adapter])
     if is_wrapper(layer):
         up, down = reference_path.delta_factors(lora_A_of(layer, adapter), lora_B_of(layer, adapter), scaling)
-        return Update(up.clone(), down, is_stored_as_in_out(layer))
+        return Update(up, down, is_stored_as_in_out(layer))
     up, down = reference_path.delta_factors(*adapter_weights(layer, adapter), scaling)
-    return Update(up.clone().unsqueeze(0), down.unsqueeze(0), is_stored_transposed(layer))
+    return Update(up.unsqueeze(0), down.unsqueeze(0), is_stored_transposed(layer))
 
 
 def is_covered(layer, weight: Tensor) -> bool:
@@ -229,7 +228,10 @@ def merge_into(layer, adapter: str, stored: Tensor, safe: bool) -> Tensor:
 def _write_merged(layer, adapter: str, result: Tensor, stored: Tensor, safe: bool) -> None:
     out = _as_matrix(result)
     update = _update_of(layer, adapter)
-    stats, kept = merge_update(update, _as_matrix(stored), out, needs_undo(layer, adapter))
+    keeps = needs_undo(layer, adapter)
+    if keeps:  # another adapter may be loaded before the unmerge
+        update = update._replace(up=update.up.clone())
+    stats, kept = merge_update(update, _as_matrix(stored), out, keeps)
 
     norms_are_finite = math.isfinite(stats.update_squared + stats.error_squared)
     if safe and not norms_are_finite and not torch.isfinite(out).all():
@@ -238,14 +240,19 @@ def _write_merged(layer, adapter: str, result: Tensor, stored: Tensor, safe: boo
 
 
 def merge_update(update: Update, weight: Tensor, out: Tensor, keeps: bool) -> tuple[MergeStats, Kept | None]:
-    """Write W' to ``out``, which may be W itself: from C++, and by PyTorch what that leaves to it."""
+    """Write W' to ``out``, which may be W itself: from C++, and by PyTorch what that leaves to it.
+
+    The statistics are of all rows if it ``keeps``, else of every `MEASURED_ROWS`-th.
+    """
     stats = MergeStats(weight.dtype)
+    measured = 1 if keeps else MEASURED_ROWS
     left = slice(None)
     parts = []
     merge = native_function("merge", update, weight)
     if merge is not None:
-        left, sums, fields = merge(weight, out, *update, _rows_at_a_time(weight), _factors(weight), keeps)
-        stats = MergeStats(weight.dtype, weight.numel(), int(sums[0]), *sums[1:])
+        rows_at_a_time = _rows_at_a_time(weight)
+        left, sums, fields = merge(weight, out, *update, rows_at_a_time, _factors(weight), keeps, measured)
+        stats = MergeStats(weight.dtype, weight[::measured].numel(), int(sums[0]), *sums[1:])
         if keeps:
             parts = [fields]
         if not len(left):
@@ -258,7 +265,8 @@ def merge_update(update: Update, weight: Tensor, out: Tensor, keeps: bool) -> tu
         new = (wide + delta).to(old.dtype)
         if merge is None:
             recovered = new.to(delta.dtype) - delta
-            stats.add(_stats(old, new, delta, recovered - wide))
+            some = slice(-rows.start % measured, None, measured)
+            stats.add(_stats(old[some], new[some], delta[some], (recovered - wide)[some]))
             if keeps:
                 parts.append(_keep(old, recovered.to(old.dtype), new))
         out[rows][chosen] = new[chosen]
