@@ -342,6 +342,7 @@ def test_autocast_rounds_no_update(dtype, merging_in, unmerging_in):
         assert max(round_trip(stock)) > 1e-3
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize(("made_in", "merged_in"), [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("kind", KINDS)

@@ -108,7 +108,7 @@ def test_only_rows_with_such_numbers_are_left_and_kept_whole(dtype):
     weight[5, 7] = math.nan
     merge = merging.native_function("merge", update, weight)
     factors = odd_numbers(1000 * weight.element_size() // 8)
-    left, _, fields = merge(weight, weight, *update, 70, factors, True)
+    left, _, fields = merge(weight, weight, *update, 70, factors, True, 1)
     assert left.tolist() == [5]
     assert merging.Kept.of(*fields).counts[5] == 1000
 
