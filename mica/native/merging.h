@@ -81,6 +81,18 @@ constexpr int64_t lanes = 16; // with sums of their own, so that the loop over t
     }                                                                                                            \
     return unusual[0];                                                                                           \
   }                                                                                                              \
+  /* the same without sums, which take as long again */                                                          \
+  MICA_VECTORS inline bool merge_row(                                                                            \
+      Word* __restrict fresh, const Word* __restrict old, const float* __restrict update, int64_t size) {        \
+    uint32_t unusual = 0;                                                                                        \
+    MICA_LOOP                                                                                                    \
+    for (int64_t i = 0; i < size; ++i) {                                                                         \
+      const float sum = widened(old[i]) + update[i];                                                             \
+      narrowed(sum, fresh[i]);                                                                                   \
+      unusual |= is_unusual(sum);                                                                                \
+    }                                                                                                            \
+    return unusual;                                                                                              \
+  }                                                                                                              \
   /* fresh = round(merged - update); whether a difference is unusual */                                          \
   MICA_VECTORS inline bool unmerge_row(                                                                          \
       Word* __restrict fresh, const Word* __restrict merged, const float* __restrict update, int64_t size) {     \
@@ -188,8 +200,8 @@ std::vector<Part<Word>> for_rows(
   const int64_t grain = std::max<int64_t>(1, 32768 / columns);
   const int64_t count = weight.size(0) / up.size(0);
   const auto* words = static_cast<const Word*>(weight.const_data_ptr());
-  thread_local std::vector<float> memory; // stays mapped: a new one takes longer than the product
-  memory.resize(std::min(step, count) * columns);
+  thread_local std::vector<float> memory; // only grows: to map and clear it takes longer than the product
+  memory.resize(std::max<size_t>(memory.size(), std::min(step, count) * columns));
   float* numbers = memory.data();
   std::vector<Part<Word>> parts;
   for (int64_t begin = 0, size = 0; begin < weight.size(0); begin += size) {
@@ -219,11 +231,11 @@ std::vector<Part<Word>> for_rows(
 }
 
 // out = round(weight + s·B·A) but for the rows that are left; ``out`` may be the weight. Gives those rows, the sums
-// over all, and if ``keeps`` the fields of `mica.fast.merge.merging.Kept`.
+// over every ``measured``-th row, and if ``keeps`` the tensors of `mica.fast.merge.merging.Kept`.
 template <typename Word>
 std::tuple<Tensor, Sums, std::vector<Tensor>> merge(
     const Tensor& weight, const Tensor& out, const Tensor& up, const Tensor& down, bool transposed, int64_t step,
-    const Tensor& factors, bool keeps) {
+    const Tensor& factors, bool keeps, int64_t measured) {
   auto* to = static_cast<Word*>(out.mutable_data_ptr());
   const auto* from = static_cast<const Word*>(weight.const_data_ptr());
   const int64_t size = weight.size(1);
@@ -232,7 +244,9 @@ std::tuple<Tensor, Sums, std::vector<Tensor>> merge(
   const auto work = [&](Part<Word>& part, int64_t row, const float* product) {
     const Word* old = from + row * size;
     Word* fresh = part.fresh.data();
-    bool is_left = merge_row(fresh, old, product, size, part.sums);
+    const bool is_measured = row % measured == 0;
+    bool is_left =
+        is_measured ? merge_row(fresh, old, product, size, part.sums) : merge_row(fresh, old, product, size);
     if (keeps) {
       is_left |= unmerge_row(part.back.data(), fresh, product, size);
       differ(part.is_lost.data(), part.back.data(), old, size);

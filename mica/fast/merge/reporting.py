@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -77,7 +77,7 @@ def _merged_into(module: nn.Module) -> list[_Merged]:
     return [_Merged(weight_name(module), stats_of_merged(module), kind)]
 
 
-def _note_unloaded(layers: Sequence[lora.LoraLayer]) -> None:
+def _note_unloaded(layers: Iterable[lora.LoraLayer]) -> None:
     noted = defaultdict(list)
     for layer in layers:
         for merged in _merged_into(layer):
@@ -90,11 +90,11 @@ def _note_unloaded(layers: Sequence[lora.LoraLayer]) -> None:
 def unload_and_optionally_merge(
     stock, self, merge=True, progressbar=False, safe_merge=False, adapter_names=None, **kwargs
 ):
-    layers = list(lora_layers(self.model))
+    layers = lora_layers(self.model)
     if merge:
         check_weights(layers, adapter_names)
     try:
-        with merging_and_unloading(self, adapter_names):
+        with merging_and_unloading(self, layers, adapter_names):
             return stock(self, merge, progressbar, safe_merge, adapter_names, **kwargs)
     finally:  # after an error, some of them are gone
-        _note_unloaded([layer for _, layer in layers])
+        _note_unloaded(layers)

@@ -6,7 +6,6 @@ unmerge the layer goes with it, so it is not made, unless the layer may stay bec
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,27 +29,22 @@ _unloading: ContextVar[_Unloading | None] = ContextVar("unloading", default=None
 
 
 @contextmanager
-def merging_and_unloading(tuner: nn.Module, adapter_names: Sequence[str] | None) -> Iterator[None]:
+def merging_and_unloading(
+    tuner: nn.Module, layers: dict[lora.LoraLayer, list[str]], adapter_names: Sequence[str] | None
+) -> Iterator[None]:
     """Within, PEFT takes the layers of this model out of it, and may merge each right before.
 
-    tuner: PEFT's model; only plain LoRA's is known to do so.
+    tuner: PEFT's model; only plain LoRA's is known to do so. layers: its `lora_layers`. PEFT replaces a layer
+    only where it finds it first.
     """
-    layers = set()
+    leaving = set()
     if isinstance(tuner, lora.LoraModel) and known_peft.unloads_as_known():
-        layers = _at_one_place(tuner.model)
-    token = _unloading.set(_Unloading(layers, adapter_names))
+        leaving = {layer for layer, names in layers.items() if len(names) == 1}
+    token = _unloading.set(_Unloading(leaving, adapter_names))
     try:
         yield
     finally:
         _unloading.reset(token)
-
-
-def _at_one_place(model: nn.Module) -> set[nn.Module]:
-    """The LoRA layers that the model refers to once: PEFT replaces a layer only where it finds it first."""
-    places = Counter()
-    for module in model.modules():
-        places.update(child for child in module._modules.values() if isinstance(child, lora.LoraLayer))
-    return {layer for layer, count in places.items() if count == 1}
 
 
 def needs_undo(layer: nn.Module, adapter: str) -> bool:
@@ -73,7 +67,22 @@ def requested(layer: lora.LoraLayer, adapter_names: Sequence[str] | None) -> Seq
     return adapter_names
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, lora.LoraLayer]]:
-    for name, layer in model.named_modules():
-        if isinstance(layer, lora.LoraLayer):
-            yield name, layer
+def lora_layers(model: nn.Module) -> dict[lora.LoraLayer, list[str]]:
+    """Each LoRA layer and its names, several where the model refers to it at several places.
+
+    In the order of ``model.named_modules()``, and in less than half of its time.
+    """
+    found = {}
+    seen = set()
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if isinstance(module, lora.LoraLayer):
+            found.setdefault(module, []).append(name)
+        if module in seen:
+            continue
+        seen.add(module)
+        prefix = f"{name}." if name else ""
+        children = reversed(module._modules.items())
+        waiting.extend((f"{prefix}{key}", child) for key, child in children if child is not None)
+    return found

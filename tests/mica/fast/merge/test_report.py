@@ -38,3 +38,17 @@ def test_a_weight_is_unchanged_if_its_value_is(dtype, adapters, monkeypatch):
         stats = report.layers[name]
         assert stats.weights == before[name].numel()
         assert stats.unchanged == int((stored(layer) == before[name]).sum())
+
+
+@pytest.mark.parametrize("chunk", [50, 2**18])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_leaves_with_its_layer_is_measured_in_every_eighth_row(dtype, chunk, monkeypatch):
+    monkeypatch.setattr(merging, "CHUNK", chunk)
+    model = randomise(net(dtype), scale=1e-3)
+    before = {name: stored(layer).detach().clone() for name, layer in adapted_layers(model).items()}
+    unloaded = model.merge_and_unload()
+    report = mica.fast.merge_report(unloaded)
+    for name, stats in report.layers.items():
+        rows = before[f"base_model.model.{name}"][::8]
+        assert stats.weights == rows.numel()
+        assert stats.unchanged == int((unloaded.get_submodule(name).weight[::8] == rows).sum())
