@@ -116,7 +116,8 @@ class Meeting:
         self._since = time.monotonic()
         absent = [str(rank) for rank in self._processes if messages[rank] is None]
         if absent:
-            self._work_alone(f"nothing came from process {', '.join(absent)} within {self._since - now:.0f} s")
+            waited = self._since - now
+            self._work_alone(f"nothing came from process {', '.join(absent)} within {waited:.0f} s")
         return messages
 
     def _send(self, key: str, message: object) -> None:
@@ -212,7 +213,7 @@ def _solve(
 
 
 def _divide(tasks: Sequence[Task], contents: list[list[str | None]]) -> tuple[list[list[int]], list[int]]:
-    """The indices of the tasks that each process solves for all, and of those that this one solves for itself.
+    """The indices of the tasks that each process solves for all, and of those only for itself.
 
     Args:
         contents: of each process, by rank: the `_content` of each task.
