@@ -24,7 +24,7 @@ from mica.fast.forward.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.forward.expert_params import as_lora_B, is_stack, is_wrapper, parameter_of, weight_of_stack
 from mica.fast.settings import settings
 from mica.subspace.cache import default_cache
-from mica.subspace.distributed import all_request, solve_shared
+from mica.subspace.distributed import Meeting, solve_shared
 from mica.subspace.gram import extremes
 from mica.subspace.many import Task
 from mica.subspace.solver import warnings_about
@@ -236,11 +236,11 @@ def initialise(adapters: Sequence[NewAdapter]) -> None:
 
     Raises:
         UnsuitableLayerError: the solver refuses a weight.
-        RuntimeError: several processes, of which not all have called this, or one of them has failed.
+        RuntimeError: another process, with which the work is shared, has failed.
     """
     if not adapters:
         return
-    share = all_request([(adapter.name, adapter.rank, _count(adapter)) for adapter in adapters])
+    meeting = Meeting([(adapter.name, adapter.rank, _count(adapter)) for adapter in adapters])
     partitioned = [adapter for adapter in adapters if _is_partitioned(adapter)]
     whole = [adapter for adapter in adapters if not _is_partitioned(adapter)]
     unit = "layer"
@@ -256,10 +256,10 @@ def initialise(adapters: Sequence[NewAdapter]) -> None:
     )
     with bar:
         for chunk in _chunks(whole):
-            _solve(chunk, bar, share)
+            _solve(chunk, bar, meeting)
         for adapter in partitioned:
             with gather_params_ctx(adapter.stored):
-                _solve([adapter], bar, share)
+                _solve([adapter], bar, meeting)
 
 
 def _chunks(adapters: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
@@ -302,7 +302,7 @@ def _count(adapter: NewAdapter) -> int:
     return adapter.layer.num_experts
 
 
-def _solve(adapters: Sequence[NewAdapter], bar: tqdm, share: bool) -> None:
+def _solve(adapters: Sequence[NewAdapter], bar: tqdm, meeting: Meeting) -> None:
     """B of all of them, each written as soon as it is known."""
     if not adapters:
         return
@@ -314,7 +314,7 @@ def _solve(adapters: Sequence[NewAdapter], bar: tqdm, share: bool) -> None:
     cache = default_cache()  # outside of ``try``: its ValueError is not about a weight
     warned: dict[NewAdapter, list[tuple[int, str]]] = defaultdict(list)  # results come in any order
     try:
-        for index, subspace in solve_shared(tasks, share=share, device=settings.device, cache=cache):
+        for index, subspace in solve_shared(tasks, meeting, device=settings.device, cache=cache):
             adapter, expert, task = parts[index]
             _assign(adapter, expert, subspace.basis)
             for message in warnings_about(subspace, task.name):

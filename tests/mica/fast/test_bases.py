@@ -155,7 +155,7 @@ def test_the_process_without_weights_requests_the_same_and_solves_nothing(monkey
     """FSDP with cpu_ram_efficient_loading: the first process, which has them, compares both requests."""
     monkeypatch.setattr(module, "is_fsdp_enabled", lambda: True)
     requests, solved = [], []
-    request, solve = module.all_request, many.solve_each
+    request, solve = module.Meeting, many.solve_each
 
     def requesting(layers):
         requests.append(layers)
@@ -165,7 +165,7 @@ def test_the_process_without_weights_requests_the_same_and_solves_nothing(monkey
         solved.append(weight.shape)
         return solve(weight, rank, **options)
 
-    monkeypatch.setattr(module, "all_request", requesting)
+    monkeypatch.setattr(module, "Meeting", requesting)
     monkeypatch.setattr(many, "solve_each", solving)
     with torch.device("meta"):
         absent = stack()
@@ -180,13 +180,13 @@ def test_the_process_without_weights_requests_the_same_and_solves_nothing(monkey
 @pytest.mark.parametrize("kind", ["nf4", "hqq"])
 def test_a_quantised_weight_that_another_process_has(kind, monkeypatch):
     monkeypatch.setattr(module, "is_fsdp_enabled", lambda: True)
-    requests, request = [], module.all_request
+    requests, request = [], module.Meeting
 
     def requesting(layers):
         requests.append(layers)
         return request(layers)
 
-    monkeypatch.setattr(module, "all_request", requesting)
+    monkeypatch.setattr(module, "Meeting", requesting)
     quantised_models.adapted(kind)
     monkeypatch.setattr(module.NewAdapter, "is_absent", True)
     monkeypatch.setattr(quantised, "dequantise", lambda *_: pytest.fail("dequantised"))

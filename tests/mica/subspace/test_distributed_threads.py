@@ -1,6 +1,7 @@
 """What is shared among processes, with threads in their place; test_distributed.py has processes."""
 
-from contextlib import nullcontext
+import logging
+import time
 from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
@@ -8,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mica.subspace import distributed, many
-from mica.subspace.distributed import all_request, solve_shared
+from mica.subspace.distributed import Meeting, solve_shared
 from mica.subspace.many import Task
 from tests.support.threads import Group
 
@@ -22,26 +24,41 @@ def make_tasks(count=3):
     return [Task(f"layer {i}", torch.randn(SHAPES[i], generator=generator), 2) for i in range(count)]
 
 
+def hash_stores(count, folder):
+    return [dist.HashStore()] * count
+
+
+def prefix_stores(count, folder):
+    return [dist.PrefixStore("prefix", store) for store in hash_stores(count, folder)]
+
+
+def file_stores(count, folder):
+    return [dist.FileStore(str(folder / "store"), count) for _ in range(count)]
+
+
+def tcp_stores(count, folder):
+    first = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return [first] + [dist.TCPStore("127.0.0.1", first.port) for _ in range(1, count)]
+
+
 @pytest.fixture
 def group(monkeypatch):
-    group, store = Group(), dist.HashStore()
-
-    def gather(gathered, value):
-        gathered[:] = group.gathered(value)
-
+    """Two processes; ``stores`` of a group has the store of each."""
+    group = Group()
+    group.stores = hash_stores(3, None)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: group.count)
     monkeypatch.setattr(dist, "get_rank", lambda: group.rank)
-    monkeypatch.setattr(dist, "all_gather_object", gather)
-    world = SimpleNamespace(get_group_store=lambda: store)
+    world = SimpleNamespace(get_group_store=lambda: group.stores[group.rank])
     monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=world))
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(minutes=5))
     return group
 
 
 @pytest.fixture
 def solved(group, monkeypatch):
     """Of each process, the layers that it has solved itself."""
-    solved = [[], []]
+    solved = [[], [], []]
 
     def solve_many(tasks, **options):
         solved[group.rank] += [task.name for task in tasks]
@@ -52,20 +69,35 @@ def solved(group, monkeypatch):
 
 
 def bases(tasks):
-    share = all_request([task.name for task in tasks])
-    return {index: result.basis.tolist() for index, result in solve_shared(tasks, share=share)}
+    meeting = Meeting([task.name for task in tasks])
+    found = [(index, result.basis.tolist()) for index, result in solve_shared(tasks, meeting)]
+    assert len(found) == len(dict(found))
+    return dict(found)
 
 
 def alone(tasks):
     return {index: result.basis.tolist() for index, result in many.solve_many(tasks)}
 
 
-def test_each_solves_a_share_and_has_all(group, solved, monkeypatch):
+@pytest.mark.parametrize("stores", [hash_stores, prefix_stores, file_stores, tcp_stores])
+def test_each_solves_a_share_and_has_all(group, solved, monkeypatch, tmp_path, stores):
     """Without a cache no weight is hashed for one, which takes ten times as long."""
     monkeypatch.setattr(many, "content_hash", None)
+    monkeypatch.setattr(distributed, "_PIECE", 1000)
+    group.stores = stores(2, tmp_path)
     tasks = make_tasks()
     assert group.run(lambda: bases(tasks)) == [alone(tasks)] * 2
-    assert solved == [["layer 2", "layer 1"], ["layer 0"]]
+    assert solved[:2] == [["layer 2", "layer 1"], ["layer 0"]]
+
+
+def test_a_message_of_any_size_arrives_and_does_not_stay_in_the_store(group, monkeypatch):
+    kept = set()
+    for piece in (2**22, 100):
+        monkeypatch.setattr(distributed, "_PIECE", piece)
+        group.stores = hash_stores(2, None)
+        assert group.run(lambda: bases(make_tasks())) == [alone(make_tasks())] * 2
+        kept.add(group.stores[0].num_keys())
+    assert len(kept) == 1
 
 
 @pytest.mark.parametrize("change", [lambda weight: weight + 1, lambda weight: weight.T.contiguous().T])
@@ -73,7 +105,7 @@ def test_other_content_or_order_in_memory_under_one_name_is_not_shared(group, so
     tasks = [make_tasks(), make_tasks()]
     tasks[1][2] = replace(tasks[1][2], weight=change(tasks[1][2].weight))
     assert group.run(lambda: bases(tasks[group.rank])) == [alone(of_one) for of_one in tasks]
-    assert [own.count("layer 2") for own in solved] == [1, 1]
+    assert [own.count("layer 2") for own in solved] == [1, 1, 0]
     assert sorted(name for own in solved for name in own if name != "layer 2") == ["layer 0", "layer 1"]
 
 
@@ -111,54 +143,136 @@ def test_one_without_weights_takes_no_part_but_is_waited_for(group, solved):
     first, second = group.run(lambda: bases(tasks[group.rank]))
     assert first == alone(make_tasks())
     assert second == {2: first[2]}
-    assert solved == [["layer 2", "layer 0", "layer 1"], []]
+    assert solved[:2] == [["layer 2", "layer 0", "layer 1"], []]
 
 
-def test_those_that_request_other_layers_work_alone(group, solved):
+def test_shares_are_nearly_equal_and_complete(monkeypatch):
+    costs = [5.0, 1.0, 1.0, 9.0, 2.0, 4.0, 1.0, 3.0]
+    monkeypatch.setattr(distributed, "cost", lambda task: costs[task.rank])
+    tasks = [replace(make_tasks(1)[0], rank=position) for position in range(len(costs))]
+    for count in (2, 3):
+        shares, private = distributed._divide(tasks, [["content"] * len(tasks)] * count)
+        assert not private
+        assert sorted(index for share in shares for index in share) == list(range(len(costs)))
+        loads = [sum(costs[index] for index in share) for share in shares]
+        assert max(loads) - min(loads) <= max(costs)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+# Processes that do not come
+
+
+def test_a_single_process_waits_for_none(group, caplog):
+    group.count = 1
+    assert Meeting(["layer 0"]).is_over
+    assert not caplog.messages
+
+
+def test_those_that_request_other_layers_work_alone_at_once(group, caplog):
     first, second = group.run(lambda: bases(make_tasks(2 + group.rank)))
     assert (first, second) == (alone(make_tasks(2)), alone(make_tasks(3)))
+    assert sorted(message[:9] for message in caplog.messages) == ["Process 0", "Process 1"]
 
 
-def test_one_that_calls_alone_is_told_to_call_in_every_process(group, monkeypatch):
-    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=0.01))
-    with pytest.raises(RuntimeError, match=r"^all 2 processes .* in every process at the same time"):
-        bases(make_tasks())
+# Who calls at the same time, one after the other
+@pytest.mark.parametrize("calls", ["0 012", "0 1 2 012 012", "1 1 02 012 2 12 012", "012 01 0 012"])
+def test_after_calls_of_some_processes_all_share_again(group, solved, monkeypatch, caplog, calls):
+    group.__init__(3)
+    expected = alone(make_tasks())
+    for call in calls.split():
+        minutes = 5 if call == "012" else 0
+        monkeypatch.setattr(distributed, "TIMEOUT", timedelta(minutes=minutes))
+        for own in solved:
+            own.clear()
+        caplog.clear()
+        results = group.run(lambda: bases(make_tasks()) if str(group.rank) in call else None)  # noqa: B023
+        assert results == [expected if str(rank) in call else None for rank in range(3)]
+        if call == "012":
+            assert [len(own) for own in solved] == [1, 1, 1]
+            assert not caplog.messages
+        else:
+            assert sum(map(len, solved)) == 3 * len(call)
+            assert len(caplog.messages) == len(call)
+            assert all("within 0 s" in message for message in caplog.messages)
 
 
-def test_a_single_process_waits_for_none(group):
-    group.count = 1
-    assert not all_request(["layer 0"])
+def test_one_that_is_interrupted_while_it_waits_is_not_waited_for(group, solved, monkeypatch):
+    def interrupt(seconds):
+        raise SystemExit
+
+    with monkeypatch.context() as patches:
+        patches.setattr(time, "sleep", interrupt)
+        assert isinstance(group.run(lambda: bases(make_tasks()) if group.rank == 0 else None)[0], SystemExit)
+    assert group.run(lambda: bases(make_tasks())) == [alone(make_tasks())] * 2
+    assert [len(own) for own in solved] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("step", ["_content", "solve_many"])
+def test_one_that_dies_is_waited_for_only_so_long(group, monkeypatch, caplog, step):
+    monkeypatch.setattr(Meeting, "_agree", lambda *_: True)
+    monkeypatch.setattr(Meeting, "_key", "mica/0", raising=False)
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=0.2))
+    original = getattr(distributed, step)
+
+    def die(*arguments, **options):
+        if group.rank == 1:
+            raise SystemExit
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(distributed, step, die)
+    group.__init__(3)
+
+    def twice():
+        """The chunks of a model: after the first nobody waits again."""
+        meeting = Meeting("layers")
+        chunks = [dict(solve_shared(make_tasks(), meeting)) for _ in range(2)]
+        assert meeting.is_over
+        return [{index: result.basis.tolist() for index, result in chunk.items()} for chunk in chunks]
+
+    first, second, third = group.run(twice)
+    assert first == third == [alone(make_tasks())] * 2
+    assert isinstance(second, SystemExit)
+    assert len(caplog.messages) == 2
+    assert all("alone: nothing came from process 1" in message for message in caplog.messages)
+
+
+class BreakingStore:
+    """A store whose calls fail after so many, as those of a TCP store whose process has died."""
+
+    def __init__(self, store, calls):
+        self.store, self.calls = store, calls
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls -= 1
+            if self.calls < 0:
+                raise RuntimeError("Connection reset by peer\nwith a trace")
+            return getattr(self.store, name)(*arguments)
+
+        return call
+
+
+@pytest.mark.parametrize("calls", range(0, 40, 3))
+def test_a_store_that_fails_at_any_time_leaves_every_process_with_all(group, monkeypatch, calls):
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=0.2))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # which would make the number of calls vary
+    group.stores = [hash_stores(1, None)[0]] * 2
+    group.stores[1] = BreakingStore(group.stores[1], calls)
+    assert group.run(lambda: bases(make_tasks())) == [alone(make_tasks())] * 2
 
 
 @pytest.mark.parametrize(
-    ("weight", "current", "devices", "chosen"),
+    ("store", "reason"),
     [
-        (2, 0, 8, 2),
-        (-1, 0, 8, 3),  # on the CPU, and no device was set
-        (-1, 5, 8, 5),
-        (-1, 0, 1, 0),  # of several that are visible to others
+        (None, "the process group has no store"),
+        (FakeStore(), "the store of the process group cannot be used (Tried to call pure virtual"),
+        (BreakingStore(None, 0), "the store of the process group cannot be used (Connection reset by peer)"),
     ],
 )
-def test_messages_leave_from_a_device_of_this_process(monkeypatch, weight, current, devices, chosen):
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
-    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext(used.append(index)))
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "all_gather_object", lambda gathered, value: None)
-    used, task = [], SimpleNamespace(weight=SimpleNamespace(get_device=lambda: weight))
-    distributed._all_gather(None, [task])
-    assert [current if index < 0 else index for index in used] == [chosen]
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_shares_are_nearly_equal_and_complete(group, monkeypatch, count):
-    costs = [5.0, 1.0, 1.0, 9.0, 2.0, 4.0, 1.0, 3.0]
-    monkeypatch.setattr(distributed, "cost", lambda task: costs[task.rank])
-    group.__init__(count)
-    tasks = [replace(make_tasks(1)[0], rank=position) for position in range(len(costs))]
-    parts = [mine for mine, _ in group.run(lambda: distributed._divide(tasks))]
-    assert sorted(index for part in parts for index in part) == list(range(len(costs)))
-    loads = [sum(costs[index] for index in part) for part in parts]
-    assert max(loads) - min(loads) <= max(costs)
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+def test_without_a_store_each_works_alone_and_says_why(group, caplog, store, reason):
+    group.stores = [store] * 2
+    assert group.run(lambda: bases(make_tasks())) == [alone(make_tasks())] * 2
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
+    for message in caplog.messages:
+        assert f"of torch.distributed computes MiCA's minor subspaces alone: {reason}" in message
+        assert "\n" not in message

@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from mica import minor_subspace
 from mica.subspace import threads
+from mica.subspace.gram import extremes
 from mica.subspace.threads import blas_threads, one_pool, run, set_torch_threads
 
 scipy.linalg.eigh(torch.eye(4).numpy())  # its library is loaded
@@ -82,6 +83,19 @@ def test_so_does_the_solver_even_when_it_raises(count, method, monkeypatch):
         with pytest.raises(RuntimeError, match="broken"):
             minor_subspace(weight, 8, method=method)
         assert counts() == before
+
+
+def test_pytorch_has_one_thread_when_blas_begins(monkeypatch):
+    """After a look at the entries by two, PyTorch's threads would spin beside BLAS's."""
+    inside = []
+
+    def look(matrix):
+        inside.append(torch.get_num_threads())
+        return extremes(matrix)
+
+    monkeypatch.setattr("mica.subspace.solver.extremes", look)
+    minor_subspace(torch.randn(140, 200), 8)
+    assert inside == [1]
 
 
 def test_a_thread_that_begins_meanwhile_begins_with_what_the_caller_set():
