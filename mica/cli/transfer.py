@@ -9,6 +9,7 @@ from importlib.metadata import version
 from mica.cli.arguments import a_path, a_source, add_command, add_dtype_options, example
 from mica.cli.folder import check_new, exclusive, undo_on_error
 from mica.cli.output import check_folder, dtype_name, write_folder
+from mica.cli.record import Record
 from mica.errors import UsageError
 
 
@@ -103,7 +104,9 @@ def _transfer(args: argparse.Namespace, config, source) -> int:
     }
 
     parts = [merged.save_pretrained, tokenizer.save_pretrained]
-    write_folder("--output", args.output, *parts, card=str(card.transfer_card(facts)))
+    record = Record(args.output)
+    write_folder("--output", args.output, *parts, record=record, card=str(card.transfer_card(facts)))
+    record.forget()  # nothing goes on in this folder
     print(f"merged model  {args.output}\n              {report}")
     return 0
 

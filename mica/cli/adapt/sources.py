@@ -29,8 +29,8 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 
-from mica.cli.adapt import fingerprint
 from mica.cli.output import expanded, explained
+from mica.cli.record import digest
 from mica.errors import UsageError
 
 CHUNK = 2**20  # characters read at once
@@ -111,7 +111,7 @@ class Source:
         for path in paths:
             kind = f"{_suffix(path)} {path.suffix.lower()}"
             with self._reading(path):
-                total.update(fingerprint.of_file(path, kind.encode()))
+                total.update(digest(path, kind.encode()))
         return total.hexdigest()
 
     def documents(self, field: str | None) -> Iterator[Iterable[str]]:

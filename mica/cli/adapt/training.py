@@ -110,7 +110,7 @@ class Session:
         self._model = model.get_base_model()
         self._use_cache = getattr(self._model.config, "use_cache", True)
         self._model.config.use_cache = False  # a cache hides where documents begin
-        self._trainer = build_trainer(model, corpus, args, checkpoint)
+        self._trainer = build_trainer(model, corpus, args, checkpoint, self._finish_checkpoint)
         self._settings = {
             **_settings(args),
             "data": f"{len(corpus.train)} blocks ({corpus.fingerprint[:16]})",
@@ -123,7 +123,7 @@ class Session:
         if args.gradient_checkpointing:
             enable_gradient_checkpointing(self._model)
         request = Request(alone=not processes.several(), speaks=PartialState().is_main_process)
-        self._hooks = Hooks(request, self._mark, args)
+        self._hooks = Hooks(request, args)
         self._trainer.add_callback(self._hooks)
         self._request = request
         self._had_ended = False
@@ -186,16 +186,15 @@ class Session:
         with processes.peers_needed(lambda: checkpoints.saved(self._args.output)), readable:
             self._trainer.train(resume_from_checkpoint=str(self._checkpoint))
 
-    def _mark(self, step: int) -> None:
-        """Mark the checkpoint of ``step`` as complete, and remove those that are not kept any more."""
+    def _finish_checkpoint(self, step: int) -> None:
+        """Have the checkpoint of ``step`` count, and remove those that are not kept any more."""
         output = self._args.output
-        folder = checkpoints.folder_of(output, step)
         is_main = PartialState().is_main_process
-        with checkpoints.written(output, folder.name):
+        with checkpoints.written(output, checkpoints.folder_of(output, step).name):
             PartialState().wait_for_everyone()
             if is_main:
                 own = {"step": step, "seconds": self._seconds()}
-                checkpoints.mark(folder, **self._facts | own | self._settings)
+                checkpoints.finish(output, step, self._facts | own | self._settings)
         if is_main:  # the new one is safe now: what goes wrong here must not remove it
             checkpoints.rotate(output, KEPT, self._best())
 

@@ -8,7 +8,7 @@ from mica.cli.adapt import config
 from mica.cli.compare.methods import METHODS, RANDOM
 from mica.cli.compare.options import BLOCKS, OPTIONS, SHARED
 from mica.cli.folder import entries
-from mica.cli.output import check_folder, explained, write_json
+from mica.cli.output import check_folder, write_json
 from mica.errors import UsageError
 
 FILE = "settings.json"
@@ -99,8 +99,6 @@ def resumed(output: Path, settings: dict[str, object]) -> dict[str, object]:
 
 def write(output: Path, settings: dict[str, object]) -> None:
     """Make ``output`` the folder of the comparison with these settings."""
-    with explained(f"--output {output}: cannot be written", OSError):
-        (output / RUNS).mkdir(exist_ok=True)
     write_json("--output", output / FILE, settings)
 
 

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mica.cli import folder, main
-from mica.cli.output import SCRATCH
+from mica.cli.output import SCRATCH, write_text
 from tests.support.adapt_runs import factors, poison_solver, working_in, write_adapter
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 
@@ -141,8 +141,8 @@ def test_a_transfer_that_was_killed_can_be_given_again(made, tmp_path):
     adapter, _, chat = made
     out = tmp_path / "out"
     (out / SCRATCH).mkdir(parents=True)
-    for name in ("config.json", f"{SCRATCH}/model.safetensors"):
-        (out / name).write_text("{")
+    (out / SCRATCH / "model.safetensors").write_text("{")
+    write_text("--output", out / "config.json", "{")
     assert transfer(adapter, chat, out) == 0
     assert not list(out.glob(".*"))
     assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == 258

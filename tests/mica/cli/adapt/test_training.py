@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState
 
 from mica.cli.adapt import checkpoints, trainer, training
+from mica.cli.record import NAME
 from mica.errors import UsageError
 from tests.support.adapt_runs import (
     corpus,
@@ -59,7 +60,7 @@ def test_a_run(tmp_path, capsys):
     assert 0 < result.seconds < 60
     assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-10"
     top = {name for name in files(tmp_path) if "/" not in name}
-    assert top == {"adapter_config.json", "adapter_model.safetensors"}
+    assert top == {"adapter_config.json", "adapter_model.safetensors", NAME}
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
     assert [line for line in lines if "loss " not in line] == [
         f"step {entry['step']}/10: held-out perplexity {entry['eval_held_out_perplexity']:.2f}, "
@@ -296,8 +297,8 @@ def failing(original, error, part=""):
         pytest.param("torch", "save", RuntimeError("basic_ios: iostream error"), "sched", id="scheduler"),
         pytest.param("torch", "save", RuntimeError("Parent directory /x does not exist."), "rng_", id="rng"),
         pytest.param("transformers.TrainerState", "save_to_json", FULL, "", id="state"),
-        pytest.param("mica.cli.adapt.checkpoints", "mark", FULL, "", id="marker"),
-        pytest.param("mica.cli.adapt.checkpoints", "mark", DENIED, "", id="permission"),
+        pytest.param("mica.cli.adapt.checkpoints", "finish", FULL, "", id="marker"),
+        pytest.param("mica.cli.adapt.checkpoints", "finish", DENIED, "", id="permission"),
     ],
 )
 def test_what_cannot_be_written_leaves_the_checkpoint_before(tmp_path, monkeypatch, where, name, error, part):

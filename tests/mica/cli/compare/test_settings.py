@@ -41,6 +41,7 @@ def test_settings_that_no_comparison_has_written_are_named(output, text):
 def test_a_comparison_begins_in_an_empty_folder(output, tmp_path):
     assert json.loads((output / "settings.json").read_text()) == GIVEN
     settings.check_output(output)  # killed before its first result
+    (output / "runs").mkdir()
     (output / "runs" / "base.json").write_text("{}")
     with pytest.raises(UsageError, match=r"is not empty: choose another folder, or use --resume to go on"):
         settings.check_output(output)
