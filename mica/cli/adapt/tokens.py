@@ -26,7 +26,7 @@ from mica.cli.adapt.sources import Source
 from mica.cli.output import explained
 from mica.cli.record import digest
 
-VERSION = 5  # of what is cached, and of how documents become ids: none of another version is used
+VERSION = 6  # of what is cached, and of how documents become ids: none of another version is used
 PIECE = 20_000  # characters tokenised at once: 11 MB of text took 23.6 s as one string, 11.0 s in pieces
 BATCH = 512  # pieces per call of the tokenizer, whose threads share them
 
