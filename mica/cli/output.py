@@ -80,26 +80,30 @@ def write_file(option: str, path: Path, write: Callable[[Path], None], record: R
     there that no command has written.
     """
     record = record or Record(path.parent)
-    _write_whole(option, path, write, lambda scratch: record.claim({path: scratch}))
+    _write_whole(option, path, write, lambda scratch: record.place({path: scratch}))
 
 
 def write_new(option: str, path: Path, write: Callable[[Path], None]) -> None:
     """`write_file` outside of output folders: it is recorded nowhere, and replaces nothing."""
-    _write_whole(option, path, write, lambda scratch: check_file(option, path))
+
+    def place(scratch: Path) -> None:
+        check_file(option, path)
+        os.replace(scratch, path)
+
+    _write_whole(option, path, write, place)
 
 
 def _write_whole(
-    option: str, path: Path, write: Callable[[Path], None], check: Callable[[Path], None]
+    option: str, path: Path, write: Callable[[Path], None], place: Callable[[Path], None]
 ) -> None:
-    """``check`` gets the temporary file before it is renamed, and raises if it must not be."""
+    """``place`` gets the temporary file, and renames it to ``path`` or raises."""
     scratch = path.with_name(f".{uuid.uuid4().hex}{SCRATCH}")
     try:
         with explained(f"{option} {path}: cannot be written", OSError):
             path.parent.mkdir(exist_ok=True)
             write(scratch)
             flush(scratch)
-            check(scratch)
-            os.replace(scratch, path)
+            place(scratch)
     finally:
         with suppress(OSError):  # the folder may have gone
             scratch.unlink()
@@ -154,7 +158,7 @@ def fill_folder(
     of the output folder, which is ``folder`` or the one in which it is.
 
     Raises NotOwnError if a file would be replaced that no command has written, OSError or SafetensorError if
-    writing fails, and leaves ``folder`` as it was.
+    writing fails, and leaves ``folder`` as it was (but for files that came between a look and the move).
     """
     scratch = folder / scratch_name
     try:
@@ -165,16 +169,12 @@ def fill_folder(
         if card is not None:
             (scratch / "README.md").write_text(card, encoding="utf-8")
         finish_files(scratch)
-        moves = {folder / path.relative_to(scratch): path for path in files_in(scratch)}
-        record.claim(moves)
+        record.place({folder / path.relative_to(scratch): path for path in files_in(scratch)})
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         with suppress(OSError):
             folder.rmdir()  # if nothing else is there
         raise
-    for target, path in moves.items():
-        target.parent.mkdir(exist_ok=True)  # chat templates have a folder of their own
-        os.replace(path, target)
     shutil.rmtree(scratch)
     flush(folder)
 

@@ -43,6 +43,10 @@ class Record:
         """The names of what was written into ``folder``, which is in that of the record."""
         return [name for name in self._read() if folder in (self.folder / name).parents]
 
+    def has(self, path: Path) -> bool:
+        """Whether ``path`` is a file that holds what a command has written there."""
+        return _hash(path) in self._read().get(self._name(path), ())
+
     def claim(self, contents: dict[Path, Path]) -> None:
         """Record files that are about to be written: path -> the file that is to be moved there.
 
@@ -51,12 +55,19 @@ class Record:
         """
         record = self._read()
         for path, source in contents.items():
-            name = path.relative_to(self.folder).as_posix()
             new, old = _hash(source), _hash(path)
-            if os.path.lexists(path) and old not in (new, *record.get(name, ())):
-                raise NotOwnError(f"{path} is not what mica has written there: move it away")
-            record[name] = [each for each in (old, new) if each is not None]
+            _check(path, [new, *record.get(self._name(path), ())])
+            record[self._name(path)] = [each for each in (old, new) if each is not None]
         self._write(record)
+
+    def place(self, contents: dict[Path, Path]) -> None:
+        """`claim`, and move the files there: each after a last look at what it replaces."""
+        self.claim(contents)
+        record = self._read()
+        for path, source in contents.items():
+            path.parent.mkdir(exist_ok=True)
+            _check(path, record[self._name(path)])
+            os.replace(source, path)
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files that still hold what commands have written, and then folders that are empty.
@@ -81,6 +92,9 @@ class Record:
         """Remove the record alone: no command will write there again."""
         (self.folder / NAME).unlink(missing_ok=True)
 
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
     def _read(self) -> dict[str, list[str]]:
         """Empty where there is no record, or it cannot be understood: then nothing is a command's own."""
         with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
@@ -99,6 +113,12 @@ class Record:
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
+
+
+def _check(path: Path, hashes: Iterable[str | None]) -> None:
+    """Raise NotOwnError if something else than a file with one of ``hashes`` is at ``path``."""
+    if os.path.lexists(path) and _hash(path) not in hashes:
+        raise NotOwnError(f"{path} is not what mica has written there: move it away")
 
 
 def _hash(path: Path) -> str | None:

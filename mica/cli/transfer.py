@@ -75,8 +75,6 @@ def _named(args: argparse.Namespace) -> Iterator[None]:
 
 def _transfer(args: argparse.Namespace, config, source) -> int:
     """Merge and write, once the output is ours."""
-    from peft import PeftModel
-
     from mica.cli.adapt import adapter, card, embeddings, result
 
     layers = adapter.adapted_layers(args.adapter)
@@ -86,7 +84,7 @@ def _transfer(args: argparse.Namespace, config, source) -> int:
     if config.modules_to_save:
         updates = _embedding_updates(args, config, model)
 
-    peft_model = PeftModel.from_pretrained(model, args.adapter, config=config)
+    peft_model = adapter.load(model, args.adapter, config)
     embeddings.add(peft_model, updates)
     merged, report = result.merged_model(peft_model, f"--adapter {args.adapter}")
     facts = {

@@ -6,6 +6,7 @@ the marker ``complete.json``, the folder is renamed to ``checkpoint-STEP``. What
 
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ from mica.cli.adapt.folder import MARKER, read_object
 from mica.cli.output import SCRATCH, files_in, finish_files, flush, json_text, one_line
 from mica.cli.record import Record
 from mica.errors import UsageError
+
+REMEDY = "remove it, and the run continues from the one before"
 
 # torch.save's writer says what it did, not why the system refused it
 _WRITER = ("PytorchStreamWriter", "inline_container", "Parent directory", "iostream error", "unexpected pos")
@@ -58,7 +61,8 @@ def finish(output: Path, step: int, facts: dict[str, Any]) -> None:
     if os.path.lexists(checkpoint):
         raise UsageError(f"{checkpoint} is there already: move it away")
     written = folder_of(scratch(output), step)
-    (written / MARKER).write_text(json_text(facts), encoding="utf-8")
+    files = [path.relative_to(written).as_posix() for path in files_in(written)]
+    (written / MARKER).write_text(json_text(facts | {"files": files}), encoding="utf-8")
     finish_files(written)
     Record(output).claim({checkpoint / path.relative_to(written): path for path in files_in(written)})
     os.rename(written, checkpoint)
@@ -101,6 +105,23 @@ def check(checkpoint: Path, **settings: Any) -> None:
         remedy = "Put the base of the run back where --model is, or start afresh"
     what = f"{checkpoint.name} was written with {', '.join(changed.values())}"
     raise UsageError(f"--resume: {what}: continuing would be another training run. {remedy}")
+
+
+def check_files(checkpoint: Path) -> None:
+    """Raise UsageError if a file of ``checkpoint`` is missing or cut off.
+
+    The Trainer goes on without the states that are missing, and torch's advice for a file that was cut is to
+    trust it.
+    """
+    for name in facts(checkpoint).get("files", ()):
+        path = checkpoint / name
+        what = None
+        if not path.is_file():
+            what = "is missing"
+        elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+            what = "is damaged"
+        if what is not None:
+            raise UsageError(f"--resume: {checkpoint} cannot be read ({name} {what}): {REMEDY}")
 
 
 def rotate(output: Path, keep: int, best: int | None = None) -> None:

@@ -32,6 +32,7 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 
+from mica.cli.loading import note_hub
 from mica.cli.output import expanded, explained
 from mica.cli.record import digest
 from mica.errors import UsageError
@@ -101,6 +102,7 @@ class Source:
             what = "no such file or folder, and it cannot be loaded from the Hub"
         with explained(f"{self.option} {self.given}: {what}"):
             if self.folder is None:
+                note_hub(self.given)
                 return datasets.load_dataset(self.given, self.config, split="train")
             found = datasets.load_from_disk(str(self.folder))
         if isinstance(found, datasets.Dataset):

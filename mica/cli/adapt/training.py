@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.training_args import OptimizerNames
 
 from mica.cli.adapt import base, checkpoints, config, fingerprint, processes, result, stopping
 from mica.cli.adapt.callbacks import Hooks, Request
@@ -51,6 +52,11 @@ def check(args: argparse.Namespace) -> None:
     Needs no model; the Trainer itself would find this out only after the model was loaded and solved.
     """
     unusable = (ValueError, ImportError, RuntimeError)
+    names = [each.value for each in OptimizerNames]
+    if args.optimizer not in names:
+        near = [name for name in names if args.optimizer in name] or names
+        what = f"the Trainer has none of this name, but {', '.join(near[:3])} and others"
+        raise UsageError(f"--optimizer {args.optimizer}: {what}")
     with explained(f"--optimizer {args.optimizer}", unusable):
         arguments = training_arguments(args, blocks=1)
         Trainer.get_optimizer_cls_and_kwargs(arguments)
@@ -80,6 +86,7 @@ def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lamb
         return None
 
     checkpoints.check(checkpoint, **_settings(args))
+    checkpoints.check_files(checkpoint)
     return checkpoint
 
 
@@ -234,9 +241,10 @@ def _readable(checkpoint: Path, has_been_read: Callable[[], bool] = lambda: Fals
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
         if has_been_read():
             raise
-        what = f"{checkpoint} cannot be read ({first_sentences(str(error))})"
-        remedy = "remove it, and the run continues from the one before"
-        raise UsageError(f"--resume: {what}: {remedy}") from error
+        reason = first_sentences(str(error))
+        if "weights_only" in reason:  # torch's advice is to trust what cannot be read
+            reason = "a file of it is damaged"
+        raise UsageError(f"--resume: {checkpoint} cannot be read ({reason}): {checkpoints.REMEDY}") from error
 
 
 def _state_if_ended(checkpoint: Path, args: argparse.Namespace) -> TrainerState | None:

@@ -169,6 +169,34 @@ def test_adapters_and_models_that_are_refused(copies, tmp_path, refused):
     refused(adapter, chat, out, f"--to {chat}: is quantised")
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rank_pattern": [1]}, "adapter_config.json: rank_pattern must be an object, not [1]"),
+        ({"target_modules": 3}, "adapter_config.json: target_modules must be a list of names or a pattern"),
+        ({"target_parameters": 5}, "adapter_config.json: target_parameters must be a list of names, not 5"),
+        ({"modules_to_save": 5}, "adapter_config.json: modules_to_save must be a list of names, not 5"),
+        (
+            {"base_model_name_or_path": 5},
+            "adapter_config.json: base_model_name_or_path must be a name, not 5",
+        ),
+        ({"rank_pattern": {"q_proj": "x"}}, "PEFT cannot load the adapter in "),
+        ({"target_modules": "("}, "PEFT cannot load the adapter in "),
+        ({"target_modules": ["nope"]}, "PEFT cannot load the adapter in "),
+        ({"use_dora": True}, "PEFT cannot load the adapter in "),
+        ({"bias": "nope"}, "PEFT cannot load the adapter in "),
+        ({"lora_dropout": "x"}, "PEFT cannot load the adapter in "),
+        ({"r": 3}, "PEFT cannot load the adapter in "),
+        ({"megatron_config": {"a": 1}}, "PEFT cannot load the adapter in "),
+        ({"trainable_token_indices": [1]}, "PEFT cannot load the adapter in "),
+    ],
+)
+def test_a_configuration_that_was_edited(copies, refused, changes, said):
+    adapter, chat, out = copies
+    edit(adapter / "adapter_config.json", **changes)
+    refused(adapter, chat, out, said, str(adapter))
+
+
 @pytest.mark.parametrize("known_by", ["summary", "base", "nothing"])
 def test_model_of_another_architecture(copies, tmp_path, capsys, refused, known_by, model_dir):
     """Its layers have the same names and shapes, like those of Mistral and Llama."""

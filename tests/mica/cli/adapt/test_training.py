@@ -1,9 +1,12 @@
 """The training loop on a tiny Llama, in process: settings, checkpoints, and what stops a run."""
 
 import errno
+import io
 import os
+import pickle
 import shutil
 import signal
+import zipfile
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -219,15 +222,35 @@ def test_a_run_starts_anew_only_where_nothing_was_saved(unbroken, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
-@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b""])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(_repacked(path.read_bytes())),
+        Path.unlink,  # transformers goes on without most of them
+    ],
+)
 def test_a_checkpoint_that_cannot_be_read_is_named(unbroken, tmp_path, file, damage):
     shutil.copytree(unbroken[1], tmp_path, dirs_exist_ok=True)
     path = tmp_path / "checkpoint-5" / file
     shutil.rmtree(tmp_path / "checkpoint-10")
-    path.write_bytes(damage(path.read_bytes()))
+    damage(path)
     said = rf"^--resume: {path.parent} cannot be read \(.*\): remove it, and the run continues from the one"
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=said) as refusal:
         run(settings(tmp_path, log_steps=1, resume=True))
+    assert "weights_only" not in str(refusal.value)
+    if file != "trainer_state.json":
+        assert "is damaged" in str(refusal.value) or f"({file} is missing)" in str(refusal.value)
+
+
+def _repacked(content: bytes) -> bytes:
+    """A whole archive, but not one of torch's; other files are cut."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Path()))
+        archive.writestr("archive/version", "3")
+    return packed.getvalue() if content.startswith(b"PK") else content[:100]
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,10 @@ def test_a_comparison_goes_on_with_its_settings(output):
             settings.resumed(output, other)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"some": "thing"}', "null"])
+@pytest.mark.parametrize("text", ["{", '{"model": "m", "budget": "long"}', "null"])
 def test_settings_that_no_comparison_has_written_are_named(output, text):
     (output / "settings.json").write_text(text)
-    with pytest.raises(UsageError, match=r"settings\.json: mica compare has not written it"):
+    with pytest.raises(UsageError, match=r"/settings\.json is not what mica compare has written: put that"):
         settings.stored(output)
 
 
