@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import yaml
@@ -174,7 +175,7 @@ class World:
         """Compare with what was there before; ``done``: all commands that have worked since then."""
         before, owned = self.snapshot, set(self.owned)
         self.look()
-        theirs = {part for path in self.strangers for part in (path, os.path.dirname(path))}
+        theirs = {str(part) for path in self.strangers for part in (path, *Path(path).parents)}
         self.owned -= self.strangers
         changed = snapshots.altered(before, self.snapshot) - theirs
         added = snapshots.added(before, self.snapshot) - theirs
@@ -203,6 +204,8 @@ class World:
     def _judge_products(self, done: Sequence[Done], before, changed: set[str], added: set[str]) -> None:
         """What earlier commands wrote: ``changed`` are gone or other than before."""
         outputs = {each.act.output for each in done}
+        if any("move it away" in each.text for each in done):  # stopped in their midst by a stranger's file
+            self._half_done |= outputs
         if all(each.status == 2 for each in done):
             # What a killed one has left half done may be mended by any that follows.
             if changed and not outputs & self._half_done:

@@ -1,7 +1,7 @@
 """``--help``: each page ends with an example of complete lines, and names no page of the repository."""
 
-import shlex
 import os
+import shlex
 import subprocess
 import sys
 
