@@ -96,11 +96,36 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run ``mica`` on ``argv`` (default: ``sys.argv[1:]``) and return its exit status.
 
-    0 on success, 2 on bad input (one line on stderr), 130 after Ctrl-C, 1 where nobody reads the output any
-    more. Anything else is a bug and keeps its traceback; `mica adapt` ends with 143 after SIGTERM.
+    0 on success, 2 on bad input and where the output cannot be written (one line on stderr), 130 after
+    Ctrl-C, 1 where nobody reads the output any more. Anything else is a bug and keeps its traceback;
+    `mica adapt` ends with 143 after SIGTERM.
     """
     with suppress(AttributeError):  # a file's name must not end a run where a pipe is cp1252, as on Windows
         sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+        return status
+    except OSError as error:
+        if not _output_is_lost():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes at exit
+        if isinstance(error, BrokenPipeError):  # its reader has gone, as `head` does
+            return 1
+        print(f"mica: error: standard output cannot be written: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _output_is_lost() -> bool:
+    """Whether standard output takes no more. Without a buffer nothing is left to flush: write again."""
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
+def _run(argv: list[str] | None) -> int:
     try:
         args = parser().parse_args(argv)
     except SystemExit as stop:  # argparse: --help (0) or an error (2)
@@ -108,12 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        status = args.run(args)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # the reader of the output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes at exit
-        return 1
+        return args.run(args)
     except (UsageError, UnsuitableLayerError) as error:
         print(f"mica {args.command}: error: {one_line(error)}", file=sys.stderr)
         return 2

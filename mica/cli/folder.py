@@ -1,16 +1,16 @@
 """The output folder of a command: new or empty, or that of a run that goes on; one command at a time.
 
-A command removes nothing that was there before it, but the older checkpoints of its own run.
+A command replaces and removes only what commands have written there: see `mica.cli.record`.
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
 
+from mica.cli import record
 from mica.cli.output import SCRATCH, explained
 from mica.errors import UsageError
 
@@ -18,10 +18,10 @@ LOCK = ".mica.lock"  # held by the command that writes there
 
 
 def entries(output: Path) -> list[str]:
-    """The names in ``output`` but that of the lock; sorted. None where there is no such folder."""
+    """The names in ``output`` but those of lock and record; sorted. None where there is no such folder."""
     if not output.is_dir():
         return []
-    return sorted(name for name in os.listdir(output) if name != LOCK)
+    return sorted(name for name in os.listdir(output) if name not in (LOCK, record.NAME))
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -74,20 +74,11 @@ def _acquire(lock: filelock.FileLock, output: Path) -> None:
 
 @contextmanager
 def undo_on_error(output: Path) -> Iterator[None]:
-    """Remove what has come into ``output`` within, if that is left by an exception."""
-    before = entries(output)
+    """Remove what commands have written to ``output`` within, if that is left by an exception."""
+    written = record.Record(output)
+    before = written.names()
     try:
         yield
     except BaseException:
-        for name in entries(output):
-            if name not in before:
-                _remove(output / name)
+        written.remove(written.names() - before)
         raise
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

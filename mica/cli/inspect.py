@@ -9,7 +9,7 @@ from mica.cli.arguments import a_name, a_path, a_source, add_command, add_dtype_
 from mica.cli.extras import how_to_install
 from mica.cli.kinds import grouped
 from mica.cli.layer_tables import kinds_table
-from mica.cli.output import check_file, dtype_name, size_text, write_file, write_json
+from mica.cli.output import check_file, dtype_name, json_text, size_text, write_new
 from mica.errors import UsageError
 
 _LAST_LINE = (
@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
             **result,
             "layers": [asdict(row) for row in rows],
         }
-        write_json("--json", args.json, report)
+        text = json_text(report)
+        write_new("--json", args.json, lambda path: path.write_text(text, encoding="utf-8"))
     if result["layers_found"] == result["layers_unsuitable"]:
         raise UsageError(f"no layer can be adapted: {rows[0].name}: {rows[0].reason}")
     if args.plot:
@@ -164,7 +165,7 @@ def _draw(args: argparse.Namespace, spectra: dict) -> None:
 
     drawn = figure(spectra, args.rank, Path(args.model).name)
     kind = args.plot.suffix[1:].lower()
-    write_file("--plot", args.plot, lambda path: drawn.savefig(path, format=kind))
+    write_new("--plot", args.plot, lambda path: drawn.savefig(path, format=kind))
 
 
 def summary(rows: list, seconds: float) -> dict:

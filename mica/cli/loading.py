@@ -6,13 +6,15 @@ import json
 import os
 import sys
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -20,15 +22,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import find_adapter_config_file
 
 from mica.cli.extras import how_to_install
-from mica.cli.output import dtype_name, expanded, first_sentences, one_line
+from mica.cli.output import dtype_name, expanded, first_sentences, one_line, size_text
 from mica.errors import UsageError
 from mica.paths import choose
 from mica.paths.products import has_native
 
 # Raised by from_pretrained for what the user gave: OSError for files that are missing, unreachable or not
 # JSON, ValueError for contents that name no known architecture or that need custom code, RecursionError for
-# JSON that is nested too deeply.
-_BAD_SOURCE = (OSError, ValueError, RecursionError)
+# JSON that is nested too deeply, StrictDataclassError for values of a wrong type.
+_BAD_SOURCE = (OSError, ValueError, RecursionError, StrictDataclassError)
+# Raised, and not explained, by the code of a model for values in config.json that it was not made for.
+_BAD_CONFIG = (ArithmeticError, AttributeError, LookupError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,27 @@ class Source:
         elif "couldn't connect" in message:
             message = "no such folder, and the Hub cannot be reached: give a folder, or a model in its cache"
         return UsageError(f"--model {self.given}: {first_sentences(message)}")
+
+
+@contextmanager
+def _explained_errors(source: Source) -> Iterator[None]:
+    """Raise transformers' errors about what is in ``source`` as a UsageError.
+
+    Not where code of the checkpoint's own has run: a bug in that keeps its traceback.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise source.error(f"its weights cannot be read: {error}") from error
+    except _BAD_SOURCE as error:
+        raise source.error(error) from error
+    except _BAD_CONFIG as error:
+        if source.options.get("trust_remote_code"):
+            raise
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise source.error(
+            f"its configuration describes no model that transformers knows ({what})"
+        ) from error
 
 
 def quieten_libraries() -> None:
@@ -82,7 +107,7 @@ def find_source(model: str, trust_remote_code: bool) -> Source:
 
 
 @functools.cache
-def _note_hub(location: str) -> None:
+def note_hub(location: str) -> None:
     """Say, once, that the Hub is asked: where it cannot be reached, that takes most of a minute."""
     is_first = os.environ.get("RANK", "0") == "0"
     if is_first and not os.path.isdir(location) and not huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -94,7 +119,7 @@ def _refuse_adapter(source: Source) -> None:
     """Raise UsageError if the source is a PEFT adapter, which transformers would load with its base."""
     if source.is_gguf:
         return
-    _note_hub(source.location)
+    note_hub(source.location)
     config_file = None
     base = None
     # What cannot be reached or read is reported when the model is loaded.
@@ -139,10 +164,8 @@ def load_config(source: Source):
     folder = Path(source.location)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise source.error("is not a checkpoint: it has no config.json")
-    try:
+    with _explained_errors(source):
         return AutoConfig.from_pretrained(source.location, **source.options)
-    except _BAD_SOURCE as error:
-        raise source.error(error) from error
 
 
 def load_model(source: Source, dtype: str, device: torch.device | None = None, quantization=None):
@@ -159,18 +182,19 @@ def load_model(source: Source, dtype: str, device: torch.device | None = None, q
     device = device or find_device()
     options = _loading_options(source, dtype, device, quantization)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.location, **options, output_loading_info=True
-        )
+        with _explained_errors(source):
+            # Mismatched sizes are ignored here, and refused below: transformers names them in a log only.
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.location, **options, output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except ImportError as error:
         if quantization is not None:  # a library that --quantize needs: the caller says how to install it
             raise
         raise source.error(error) from error  # one that the checkpoint's own quantisation needs
-    except SafetensorError as error:
-        raise source.error(f"its weights cannot be read: {error}") from error
-    except _BAD_SOURCE as error:
-        raise source.error(error) from error
 
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        what = f"{name} is {size_text(found)}, and {size_text(expected)} by the configuration"
+        raise source.error(f"its configuration is not that of its weights: {what}")
     missing = sorted(info["missing_keys"])
     if missing:
         raise source.error(f"not a causal language model: it has no weights for {', '.join(missing[:3])}")

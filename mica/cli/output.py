@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from mica.cli.record import NotOwnError, Record
 from mica.errors import UsageError
 
 SCRATCH = ".partial"  # what has yet to be renamed
@@ -37,11 +39,11 @@ def _message(error: Exception | str) -> str:
 
 
 def check_file(option: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
-    """Raise UsageError if no file can be written at ``path``, or its suffix is not in ``suffixes``."""
+    """Raise UsageError if no new file can be written at ``path``, or its suffix is not in ``suffixes``."""
     if suffixes and path.suffix.lower() not in suffixes:
         raise UsageError(f"{option} {path}: must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{option} {path}: exists and is not a file")
+    if os.path.lexists(path):
+        raise UsageError(f"{option} {path}: is there already: choose another name, or remove it")
     _check_writable(option, path, path.parent)
 
 
@@ -69,25 +71,55 @@ def _check_writable(option: str, path: Path, folder: Path) -> None:
         raise UsageError(f"{option} {path}: {folder} is not writable")
 
 
-def write_file(option: str, path: Path, write: Callable[[Path], None]) -> None:
+def write_file(option: str, path: Path, write: Callable[[Path], None], record: Record | None = None) -> None:
     """Let ``write`` fill a temporary file next to ``path``, then rename it: never half a file.
 
-    Raises UsageError if that fails (the disk is full, the folder has gone).
+    ``record``: of the output folder; by default that in which the file is.
+
+    Raises UsageError if that fails (the disk is full, the folder has gone), and NotOwnError if something is
+    there that no command has written.
     """
+    record = record or Record(path.parent)
+    _write_whole(option, path, write, lambda scratch: record.place({path: scratch}))
+
+
+def write_new(option: str, path: Path, write: Callable[[Path], None]) -> None:
+    """`write_file` outside of output folders: it is recorded nowhere, and replaces nothing."""
+
+    def place(scratch: Path) -> None:
+        check_file(option, path)
+        os.replace(scratch, path)
+
+    _write_whole(option, path, write, place)
+
+
+def _write_whole(
+    option: str, path: Path, write: Callable[[Path], None], place: Callable[[Path], None]
+) -> None:
+    """``place`` gets the temporary file, and renames it to ``path`` or raises."""
     scratch = path.with_name(f".{uuid.uuid4().hex}{SCRATCH}")
     try:
         with explained(f"{option} {path}: cannot be written", OSError):
+            path.parent.mkdir(exist_ok=True)
             write(scratch)
             flush(scratch)
-            os.replace(scratch, path)
+            place(scratch)
     finally:
         with suppress(OSError):  # the folder may have gone
             scratch.unlink()
 
 
-def write_text(option: str, path: Path, text: str) -> None:
+def write_text(option: str, path: Path, text: str, record: Record | None = None) -> None:
     """`write_file` of ``text``."""
-    write_file(option, path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+    write_file(option, path, lambda scratch: scratch.write_text(text, encoding="utf-8"), record)
+
+
+def write_unless_edited(option: str, path: Path, text: str) -> None:
+    """`write_text`; what a user has written or edited stays, and a line on stderr says so."""
+    try:
+        write_text(option, path, text)
+    except NotOwnError:
+        print(f"mica: note: {path} is not what mica has written there: it stays as it is", file=sys.stderr)
 
 
 def expanded(name: str | Path) -> Path:
@@ -96,7 +128,12 @@ def expanded(name: str | Path) -> Path:
 
 
 def write_folder(
-    option: str, folder: Path, *parts: Callable[[Path], object], card: str | None = None, kept: str = ""
+    option: str,
+    folder: Path,
+    *parts: Callable[[Path], object],
+    record: Record,
+    card: str | None = None,
+    kept: str = "",
 ) -> None:
     """`fill_folder`; ``kept`` follows the message of an error: what is not lost.
 
@@ -104,18 +141,24 @@ def write_folder(
     """
     disk_errors = (OSError, SafetensorError)  # the latter: safetensors' own for a full disk
     with explained(f"{option} {folder}: cannot be written", disk_errors, kept):
-        fill_folder(folder, *parts, card=card)
+        fill_folder(folder, *parts, record=record, card=card)
 
 
 def fill_folder(
-    folder: Path, *parts: Callable[[Path], object], card: str | None = None, scratch_name: str = SCRATCH
+    folder: Path,
+    *parts: Callable[[Path], object],
+    record: Record,
+    card: str | None = None,
+    scratch_name: str = SCRATCH,
 ) -> None:
     """Let ``parts`` save themselves (their ``save_pretrained``) to ``folder``, with ``card`` as README.md.
 
     They write to a scratch folder in it, from which all is moved to ``folder`` once it has reached the disk.
-    What has another name stays. As long as the scratch folder is there, ``folder`` is not whole.
+    What has another name stays. As long as the scratch folder is there, ``folder`` is not whole. ``record``:
+    of the output folder, which is ``folder`` or the one in which it is.
 
-    Raises OSError or SafetensorError if that fails, and leaves ``folder`` as it was.
+    Raises NotOwnError if a file would be replaced that no command has written, OSError or SafetensorError if
+    writing fails, and leaves ``folder`` as it was (but for files that came between a look and the move).
     """
     scratch = folder / scratch_name
     try:
@@ -126,17 +169,13 @@ def fill_folder(
         if card is not None:
             (scratch / "README.md").write_text(card, encoding="utf-8")
         finish_files(scratch)
+        record.place({folder / path.relative_to(scratch): path for path in files_in(scratch)})
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         with suppress(OSError):
             folder.rmdir()  # if nothing else is there
         raise
-    for path in scratch.iterdir():
-        target = folder / path.name
-        if target.is_dir():  # of chat templates: a folder that is not empty cannot be replaced
-            shutil.rmtree(target)
-        os.replace(path, target)
-    scratch.rmdir()
+    shutil.rmtree(scratch)
     flush(folder)
 
 
@@ -176,9 +215,14 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(option: str, path: Path, report: dict) -> None:
+def write_json(option: str, path: Path, report: dict, record: Record | None = None) -> None:
     """`write_file` of ``report`` as JSON. Raises ValueError if it holds NaN or an infinity."""
-    write_text(option, path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    write_text(option, path, json_text(report), record)
+
+
+def json_text(report: dict) -> str:
+    """``report`` as the text of a file. Raises ValueError if it holds NaN or an infinity."""
+    return json.dumps(report, indent=2, allow_nan=False) + "\n"
 
 
 def shown(name: str) -> str:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from mica.cli.arguments import a_path, a_source, add_command, add_dtype_options, example
 from mica.cli.folder import check_new, exclusive, undo_on_error
 from mica.cli.output import check_folder, dtype_name, write_folder
+from mica.cli.record import Record
 from mica.errors import UsageError
 
 
@@ -74,8 +75,6 @@ def _named(args: argparse.Namespace) -> Iterator[None]:
 
 def _transfer(args: argparse.Namespace, config, source) -> int:
     """Merge and write, once the output is ours."""
-    from peft import PeftModel
-
     from mica.cli.adapt import adapter, card, embeddings, result
 
     layers = adapter.adapted_layers(args.adapter)
@@ -85,7 +84,7 @@ def _transfer(args: argparse.Namespace, config, source) -> int:
     if config.modules_to_save:
         updates = _embedding_updates(args, config, model)
 
-    peft_model = PeftModel.from_pretrained(model, args.adapter, config=config)
+    peft_model = adapter.load(model, args.adapter, config)
     embeddings.add(peft_model, updates)
     merged, report = result.merged_model(peft_model, f"--adapter {args.adapter}")
     facts = {
@@ -103,7 +102,9 @@ def _transfer(args: argparse.Namespace, config, source) -> int:
     }
 
     parts = [merged.save_pretrained, tokenizer.save_pretrained]
-    write_folder("--output", args.output, *parts, card=str(card.transfer_card(facts)))
+    record = Record(args.output)
+    write_folder("--output", args.output, *parts, record=record, card=str(card.transfer_card(facts)))
+    record.forget()  # nothing goes on in this folder
     print(f"merged model  {args.output}\n              {report}")
     return 0
 

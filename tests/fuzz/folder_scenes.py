@@ -7,13 +7,17 @@ from collections.abc import Sequence
 
 from tests.fuzz.folder_templates import FINISHED, SEEDS, UNFINISHED, Identity, Templates
 from tests.fuzz.folder_world import KILLED, NEW, REFUSED, RESUME, Act, Done, World
-from tests.support.forked import Blow, Command
+from tests.support.forked import PUT, Blow, Command
 
 OUTPUT = "out"
 USERS = (  # files of a user beside a run's, some by names that a run has too
     *("notes.txt", "adapter_notes.md", "curve.fit.py", "tokenizer_train.py", "vocab.py", "vocab.mine.txt"),
     *("merged/mine.bin", "base/code.py", "runs/events", "checkpoint-notes/a.txt"),
     *("chat_template_old.jinja", "sub/deep/file", ".hidden"),
+)
+STRANGERS = (  # that come while a command works, some where it writes
+    *("README.md", "notes.txt", "curve.png", "tokenizer.json", "summary.json", "base/code.py"),
+    *("checkpoint-2/notes.txt", "checkpoint-3/mine.bin", "checkpoint-4/mine.bin", "runs/mine", "config.json"),
 )
 
 
@@ -28,18 +32,23 @@ class Scene:
     # -- drawing --------------------------------------------------------------------------------------
 
     def blow(self, command: str = "run", probability: float = 1.0) -> list[Blow]:
-        """At a random event, or at a random moment of the time that the command takes."""
-        if self.draw.random() >= probability:
-            return []
-        what = self.draw.choice(["SIGKILL", "SIGKILL", "SIGKILL", "SIGTERM"])
+        """At a random event, or at a random moment of the time that the command takes; after strangers."""
         counts = self.templates.counts(command)
+        strangers = [
+            Blow("file", self.draw.randint(1, counts["file"] // 2), f"{PUT}{OUTPUT}/{name}")
+            for name in self.draw.sample(STRANGERS, self.draw.choice([0, 0, 1, 2]))
+        ]
+        if self.draw.random() >= probability:
+            return strangers
+        what = self.draw.choice(["SIGKILL", "SIGKILL", "SIGKILL", "SIGTERM"])
         kinds = ["file", "write", "write", "moment", *(["step"] if counts["step"] else [])]
         where = self.draw.choice(kinds)
         if where == "moment":
-            return [Blow("file", 1, what, self.draw.uniform(0.0, counts["milliseconds"] / 1000))]
+            moment = self.draw.uniform(0.0, counts["milliseconds"] / 1000)
+            return [*strangers, Blow("file", 1, what, moment)]
         at = self.draw.randint(1, counts[where])
         delay = self.draw.choice([0.0, 0.0, 0.003, 0.02])
-        return [Blow(where, at, what, delay)]
+        return [*strangers, Blow(where, at, what, delay)]
 
     def stop(self, command: str = "run") -> Blow:
         """Before anything was written as often as in the midst."""
@@ -118,6 +127,7 @@ class Scene:
             if self.draw.random() < 0.5 and world.progress(OUTPUT):
                 done = world.do(world.adapt(RESUME, OUTPUT), self.blow())
                 self.count(done)
+        world.take_away()
         seed = world.seed_of(OUTPUT)
         act = world.adapt(RESUME, OUTPUT)
         if seed is None:

@@ -1,5 +1,6 @@
 """What every scene of `folder_world` begins with, made once, and what unbroken commands come to."""
 
+import os
 import shutil
 import tempfile
 import threading
@@ -127,7 +128,7 @@ class Templates:
     def _adapt(self, output: str, options: list[str], blow: Blow | None = None) -> None:
         argv = ["adapt", "--model=base", "--text=words.txt", f"--output={output}", *FIXED, *options]
         counts = self._end(argv, blow)
-        if blow is None:
+        if blow is None and not os.path.isabs(output):  # what is elsewhere is not counted
             self._counts["run"] = counts
 
     def _end(self, argv: list[str], blow: Blow | None = None) -> Counter:

@@ -97,6 +97,7 @@ def _transfer(scene: Scene) -> None:
         if draw.random() < 0.4:
             act = world.transfer(draw.choice(EARLIER), OUTPUT)
             scene.count(world.do(act, scene.blow("transfer")))
+    world.take_away()
     last = world.do(world.transfer(draw.choice(EARLIER), OUTPUT))
     is_there = (world.folder / OUTPUT / MODEL).is_file() or state != "nothing"
     if last.status and not is_there:

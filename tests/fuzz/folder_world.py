@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import yaml
@@ -18,7 +19,7 @@ import yaml
 from mica.cli.adapt import checkpoints
 from tests.fuzz import snapshots
 from tests.fuzz.folder_templates import FILES, FIXED, MODEL, WEIGHTS, Identity, Templates
-from tests.support.forked import Blow, Command
+from tests.support.forked import PUT, Blow, Command
 
 NEW, RESUME, TRANSFER = "new", "--resume", "transfer"
 KILLED = (-9, -15, 143, 130)
@@ -62,6 +63,7 @@ class World:
         self.folder = self.root / "scene"
         self.folder.mkdir()
         self.owned: set[str] = set()  # what commands wrote
+        self.strangers: set[str] = set()  # files that came while commands worked
         self.identities: set[Identity] = set()
         self.faults: list[Fault] = []
         self.story: list[str] = []
@@ -141,10 +143,27 @@ class World:
 
     def ended(self, act: Act, command: Command) -> Done:
         status = command.end()
+        self._meet(command)
         text = command.text()
         last = text.strip().splitlines()[-1:] or [""]
         self.story.append(f"  {act.kind}: {status} | {last[0][:300]}")
         return Done(act, status, text)
+
+    def _meet(self, command: Command) -> None:
+        for path in command.strangers():
+            if path not in self.strangers:
+                self.story.append(f"  meanwhile: {path!a} of a stranger")
+            self.strangers.add(path)
+
+    def take_away(self) -> None:
+        """The strangers move their files away."""
+        for path in self.strangers:
+            place = self.folder / path
+            place.unlink(missing_ok=True)
+            with suppress(OSError):
+                place.parent.rmdir()
+        self.strangers.clear()
+        self.look()
 
     # -- what it did ----------------------------------------------------------------------------------
 
@@ -156,9 +175,15 @@ class World:
         """Compare with what was there before; ``done``: all commands that have worked since then."""
         before, owned = self.snapshot, set(self.owned)
         self.look()
-        changed = snapshots.altered(before, self.snapshot)
-        added = snapshots.added(before, self.snapshot)
+        theirs = {str(part) for path in self.strangers for part in (path, *Path(path).parents)}
+        self.owned -= self.strangers
+        changed = snapshots.altered(before, self.snapshot) - theirs
+        added = snapshots.added(before, self.snapshot) - theirs
         self.owned |= added
+        for path in sorted(self.strangers):
+            place = self.folder / path
+            if not place.is_file() or place.read_text(errors="replace") != f"{PUT}{place.name}":
+                self.blame("lost", f"{path!a}, of a stranger")
         for each in done:
             self._judge_words(each)
         if lost := changed - owned:
@@ -179,6 +204,8 @@ class World:
     def _judge_products(self, done: Sequence[Done], before, changed: set[str], added: set[str]) -> None:
         """What earlier commands wrote: ``changed`` are gone or other than before."""
         outputs = {each.act.output for each in done}
+        if any("move it away" in each.text for each in done):  # stopped in their midst by a stranger's file
+            self._half_done |= outputs
         if all(each.status == 2 for each in done):
             # What a killed one has left half done may be mended by any that follows.
             if changed and not outputs & self._half_done:

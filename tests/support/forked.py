@@ -30,6 +30,7 @@ from tests.support.server import SERVER
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "shutil.rmtree")
 LOOKS = ("os.listdir", "os.scandir")
 FULL_DISK = "full disk"
+PUT = "put "
 STOPPED = ".stopped"
 COUNTS = ".counts"
 _DEADLINE = 900.0  # seconds; what takes longer hangs, on the busiest machine
@@ -37,7 +38,9 @@ _GLANCE = 0.005
 
 
 class Blow(NamedTuple):
-    """``what``, a signal's name or `FULL_DISK`, at the ``at``-th event ``where``, ``delay`` seconds later.
+    """``what``, a signal's name, `FULL_DISK` or "put PATH", at the ``at``-th event ``where``.
+
+    A signal ``delay`` seconds later. "put PATH": a stranger's file appears there, in the scene.
 
     Events count from the blow before on. ``where``: "file" (whatever is opened, listed or changed in the
     scene), "write" (of these what changes something) or "step" (of the training).
@@ -107,6 +110,11 @@ class Command:
             return ""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
+    def strangers(self) -> list[str]:
+        """The files that were put into the scene meanwhile."""
+        log = Path(f"{self.log}.put")
+        return log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+
     def counts(self) -> Counter:
         """How many events of each kind there were, and how long it took, of one that was not killed."""
         words = Path(f"{self.log}{COUNTS}").read_text().split()
@@ -147,6 +155,7 @@ class _Watch:
         self.counts = Counter()
         self.since = Counter()  # the last blow
         self.is_off = self.is_full = False
+        self.names: set[str] = set()  # of the files that the present event is about
         step = Trainer.training_step
 
         def counted(*args, **kwargs):
@@ -161,6 +170,7 @@ class _Watch:
             return
         if not self._is_inside(args[0]):
             return
+        self.names = {os.path.basename(str(arg)) for arg in args}
         is_write = event in CHANGES or (event == "open" and _writes(args))
         self.count("file")
         if is_write:
@@ -186,6 +196,9 @@ class _Watch:
         if blow.what == FULL_DISK:
             self.is_full = True
             return
+        if blow.what.startswith(PUT):
+            self._put(blow)
+            return
         signum = signal.Signals[blow.what]
         if signum == signal.SIGSTOP:
             os.close(os.open(f"{self.log}{STOPPED}", os.O_WRONLY | os.O_CREAT))
@@ -193,6 +206,20 @@ class _Watch:
             threading.Timer(blow.delay, os.kill, (os.getpid(), signum)).start()
         else:
             os.kill(os.getpid(), signum)
+
+    def _put(self, blow: Blow) -> None:
+        """Not at an event about that file: nobody can be seen who comes between a look and a rename."""
+        path = Path(self.folder, blow.what.removeprefix(PUT))
+        if path.name in self.names:
+            self.blows.insert(0, blow._replace(at=1))
+            return
+        self.is_off = True
+        with suppress(OSError):  # its folder is a file, or goes at this moment
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{PUT}{path.name}", encoding="utf-8")
+            with open(f"{self.log}.put", "a", encoding="utf-8") as file:
+                file.write(f"{blow.what.removeprefix(PUT)}\n")
+        self.is_off = False
 
 
 def _writes(args: tuple) -> bool:

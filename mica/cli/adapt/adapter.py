@@ -19,6 +19,14 @@ from mica.fast.forward.eligibility import requests_mica
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+_KINDS = {  # of what is read of it before PEFT loads the adapter
+    "base_model_name_or_path": (str, "a name"),
+    "target_modules": (str | set, "a list of names or a pattern"),
+    "target_parameters": (list, "a list of names"),
+    "modules_to_save": (list, "a list of names"),
+    "rank_pattern": (dict, "an object"),
+    "alpha_pattern": (dict, "an object"),
+}
 
 
 def start(model, args: argparse.Namespace, checkpoint: Path | None = None) -> PeftModel:
@@ -46,9 +54,17 @@ def _continued(model, args: argparse.Namespace, folder: Path) -> PeftModel:
     config = PeftConfig.from_pretrained(folder)
     config.lora_dropout = args.dropout
     config.base_model_name_or_path = model.name_or_path  # this model, wherever the adapter comes from
-    edited = (AttributeError, TypeError, ValueError, RuntimeError, re.error)  # what is in its files
+    return load(model, folder, config, is_trainable=True)
+
+
+def load(model, folder: Path, config: LoraConfig, is_trainable: bool = False) -> PeftModel:
+    """``model`` with the adapter in ``folder``, with ``config`` for its configuration.
+
+    Raises UsageError if PEFT cannot load it: its files may have been edited.
+    """
+    edited = (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError, re.error)
     with explained(f"PEFT cannot load the adapter in {folder}", edited):
-        return PeftModel.from_pretrained(model, folder, config=config, is_trainable=True)
+        return PeftModel.from_pretrained(model, folder, config=config, is_trainable=is_trainable)
 
 
 def _new(model, args: argparse.Namespace, targets: Targets) -> PeftModel:
@@ -167,6 +183,10 @@ def read_adapter_config(folder: Path, option: str = "--adapter") -> LoraConfig:
         value = getattr(config, name)
         if not isinstance(value, int | float) or value <= 0:
             raise UsageError(f"{where}: {CONFIG}: {name} must be a number above 0, not {value!r:.80}")
+    for name, (kind, what) in _KINDS.items():
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, kind):
+            raise UsageError(f"{where}: {CONFIG}: {name} must be {what}, not {value!r:.80}")
     return config
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from mica.cli.adapt.folder import MARKER, SUMMARY, read_object
 from mica.cli.folder import is_unfinished
 from mica.cli.loading import Source, load_config, load_model, load_tokenizer
 from mica.cli.output import dtype_name, first_sentences, write_folder
+from mica.cli.record import Record
 from mica.errors import UsageError
 from mica.paths.products import has_native
 
@@ -158,11 +158,12 @@ def is_trained_on(folder: Path, location: str) -> bool | None:
 def _convert(args: argparse.Namespace, source: Source, dtype: str, tokenizer) -> None:
     """Write OUTPUT/base: model and tokenizer of a GGUF file, in the run's dtype."""
     folder = args.output / FOLDER
-    if folder.is_dir():
-        if args.resume and not is_unfinished(folder):
-            return  # B belongs to the weights as they were converted
-        shutil.rmtree(folder)  # of a first command that was killed
+    if folder.is_dir() and args.resume and not is_unfinished(folder):
+        return  # B belongs to the weights as they were converted
+    record = Record(args.output)
+    record.remove(record.below(folder))  # of a first command that was killed
     model = load_model(source, dtype, torch.device("cpu"))
     if tokenizer is None:
         tokenizer = load_tokenizer(source)
-    write_folder("--output", folder, model.save_pretrained, tokenizer.save_pretrained, card=_CARD)
+    parts = (model.save_pretrained, tokenizer.save_pretrained)
+    write_folder("--output", folder, *parts, record=record, card=_CARD)

@@ -1,4 +1,4 @@
-"""What happens at the steps of the training loop: progress, checks, checkpoints that count, stopping."""
+"""What happens at the steps of the training loop: progress, checks, stopping."""
 
 import argparse
 import math
@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -71,19 +71,17 @@ class Request:
 
 
 class Hooks(TrainerCallback):
-    """Prints progress, ends the training, and has checkpoints marked and that of the best step written.
+    """Prints progress, ends the training, and has the checkpoint of the best step written.
 
     Progress is one line per log, on standard error. The training ends with a checkpoint after the step in
     which any process got a signal, and where `stopping.reason` gives a reason under ``options``; it ends with
     a UsageError as soon as a loss, or a weight about to be saved, is not finite.
 
-    ``mark(step)`` is called in every process once all files of a checkpoint are written.
     ``agreed``: the signal's number once all processes know of it, else 0. ``is_under_way``: a step has begun.
     """
 
-    def __init__(self, request: Request, mark: Callable[[int], None], options: argparse.Namespace):
+    def __init__(self, request: Request, options: argparse.Namespace):
         self._request = request
-        self._mark = mark
         self._options = options
         self._begun = 0.0
         self._first = 0  # the steps that were done when this session's first one began
@@ -144,9 +142,6 @@ class Hooks(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
             _print_step(state, f"stopping, {reason}")
-
-    def on_save(self, args, state, control, **kwargs):
-        self._mark(state.global_step)
 
     def _error(self, what: str, args, state) -> UsageError:
         saved = checkpoints.saved(Path(args.output_dir))

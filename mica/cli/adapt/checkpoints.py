@@ -1,12 +1,14 @@
 """Checkpoints that are whole, or do not count.
 
-The Trainer writes a checkpoint file by file. Whatever happens in between, a checkpoint counts only with the
-marker ``complete.json``, which is written last, after all files have reached the disk.
+The Trainer writes a checkpoint file by file, in a scratch folder. Once all files have reached the disk, with
+the marker ``complete.json``, the folder is renamed to ``checkpoint-STEP``. What has no marker does not count.
 """
 
+import os
 import shutil
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,24 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mica.cli.adapt import fingerprint, processes
 from mica.cli.adapt.folder import MARKER, read_object
-from mica.cli.output import finish_files, flush, one_line, write_json
+from mica.cli.output import SCRATCH, files_in, finish_files, flush, json_text, one_line
+from mica.cli.record import Record
 from mica.errors import UsageError
+
+REMEDY = "remove it, and the run continues from the one before"
 
 # torch.save's writer says what it did, not why the system refused it
 _WRITER = ("PytorchStreamWriter", "inline_container", "Parent directory", "iostream error", "unexpected pos")
 
 
 def folder_of(output: Path, step: int) -> Path:
-    """Where the Trainer writes the checkpoint of ``step``."""
+    """The checkpoint of ``step``."""
     return output / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def scratch(output: Path) -> Path:
+    """The folder in which the Trainer writes checkpoints, by their names."""
+    return output / f".checkpoint{SCRATCH}"
 
 
 def folders(output: Path) -> list[Path]:
@@ -40,21 +50,29 @@ def step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
 
 
-def mark(checkpoint: Path, **facts: Any) -> None:
-    """Declare ``checkpoint`` complete. ``facts`` (JSON) are kept in the marker: see ``facts``.
+def finish(output: Path, step: int, facts: dict[str, Any]) -> None:
+    """Declare the checkpoint of ``step`` in `scratch` complete. ``facts`` (JSON) are kept in its marker.
 
     Every file is flushed to the disk first: after a power failure no marker may stand for lost files.
 
-    Raises OSError or UsageError if the disk is full or the folder has gone; then there is no marker.
+    Raises OSError or UsageError if the disk is full, the folder has gone, or there is one of this name.
     """
-    finish_files(checkpoint)
-    write_json("--output", checkpoint / MARKER, facts)
-    for folder in (checkpoint, checkpoint.parent):
-        flush(folder)
+    checkpoint = folder_of(output, step)
+    if os.path.lexists(checkpoint):
+        raise UsageError(f"{checkpoint} is there already: move it away")
+    written = folder_of(scratch(output), step)
+    files = [path.relative_to(written).as_posix() for path in files_in(written)]
+    (written / MARKER).write_text(json_text(facts | {"files": files}), encoding="utf-8")
+    finish_files(written)
+    Record(output).claim({checkpoint / path.relative_to(written): path for path in files_in(written)})
+    os.rename(written, checkpoint)
+    written.parent.rmdir()
+    flush(checkpoint)
+    flush(output)
 
 
 def facts(checkpoint: Path) -> dict[str, Any] | None:
-    """What `mark` was given; None where ``checkpoint`` is not complete."""
+    """What `finish` was given; None where ``checkpoint`` is not complete."""
     return read_object(checkpoint / MARKER)
 
 
@@ -89,21 +107,38 @@ def check(checkpoint: Path, **settings: Any) -> None:
     raise UsageError(f"--resume: {what}: continuing would be another training run. {remedy}")
 
 
-def rotate(output: Path, keep: int, best: int | None = None) -> None:
-    """Remove all checkpoints before the last ``keep`` complete ones, but that of step ``best``, if not None.
+def check_files(checkpoint: Path) -> None:
+    """Raise UsageError if a file of ``checkpoint`` is missing or cut off.
 
-    One process only; raises nothing.
+    The Trainer goes on without the states that are missing, and torch's advice for a file that was cut is to
+    trust it.
+    """
+    for name in facts(checkpoint).get("files", ()):
+        path = checkpoint / name
+        what = None
+        if not path.is_file():
+            what = "is missing"
+        elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+            what = "is damaged"
+        if what is not None:
+            raise UsageError(f"--resume: {checkpoint} cannot be read ({name} {what}): {REMEDY}")
+
+
+def rotate(output: Path, keep: int, best: int | None = None) -> None:
+    """Remove the run's checkpoints before its last ``keep``, but that of step ``best``, if not None.
+
+    Of those only what the run has written. One process only; raises nothing.
 
     Not left to the Trainer: it removes the oldest by time of modification, and before the newest is known to
     be whole.
     """
     kept = complete(output)[-keep:]
+    record = Record(output)
     for path in folders(output):
         if kept and step(path) < step(kept[0]) and step(path) != best:
-            with suppress(OSError):
-                # first: a kill must not leave it in half a checkpoint
-                (path / MARKER).unlink(missing_ok=True)
-                shutil.rmtree(path)
+            marker = (path / MARKER).relative_to(output).as_posix()
+            # first: a kill must not leave it in half a checkpoint
+            record.remove([marker, *record.below(path)])
 
 
 class NotWrittenError(UsageError):
@@ -140,7 +175,7 @@ def written(output: Path, name: str) -> Iterator[None]:
         raise
     except (OSError, UsageError) as error:
         if PartialState().is_main_process and name.startswith(PREFIX_CHECKPOINT_DIR):
-            shutil.rmtree(output / name, ignore_errors=True)
+            shutil.rmtree(scratch(output), ignore_errors=True)
         why = f"{name} cannot be written: {one_line(error)}; {saved(output)}"
         raise NotWrittenError(f"--output {output}: {why}") from error
 

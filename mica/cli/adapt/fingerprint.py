@@ -1,4 +1,4 @@
-"""Hashes of contents: of a file, and of the base model for the price of a few reads.
+"""A hash of the base model for the price of a few reads.
 
 B belongs to the weights that it was computed from, and A was trained on them. A hash of all would read the
 whole base; `of` reads the headers and a piece of each tensor.
@@ -16,15 +16,6 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 BASE = "base_weights"  # its name in summary.json and in the marker of a checkpoint
 PIECE = 4096  # bytes
 _VOLATILE = ("transformers_version", "_name_or_path")  # of who has written config.json, and where
-
-
-def of_file(path: Path, start: bytes = b"") -> bytes:
-    """16 bytes: the hash of ``start`` and all of a file, at 1 GB/s."""
-    total = hashlib.blake2b(start, digest_size=16)
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            total.update(chunk)
-    return total.digest()
 
 
 def of(location: str) -> str | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mica.cli.folder import check_new, entries
-from mica.cli.output import check_folder, explained
+from mica.cli.output import SCRATCH, check_folder, explained
+from mica.cli.record import Record
 from mica.errors import UsageError
 
 SETTINGS = "run.yaml"  # the settings of the run
@@ -15,7 +16,6 @@ HEADER = "# mica adapt"  # with which they begin
 SUMMARY = "summary.json"  # and what was measured, once it has ended
 BASE = "base"
 MERGED = "merged"
-CHECKPOINT = "checkpoint-"
 MARKER = "complete.json"  # in a checkpoint: see `mica.cli.adapt.checkpoints`
 
 
@@ -44,7 +44,7 @@ def check(args: argparse.Namespace) -> None:
         if (output / SETTINGS).is_file():
             what += ", or use --resume to continue the run there"
         raise UsageError(f"--output {output}: {what}")
-    has_merged = (read_object(output / SUMMARY) or {}).get("merged")  # which may be written anew
+    has_merged = Record(output).below(output / MERGED)  # which may be written anew
     if args.merge and not has_merged:
         check_new("--merge", output / MERGED, "move it away")
 
@@ -63,8 +63,4 @@ def _holds_nothing_of_value(output: Path, names: list[str]) -> bool:
     settings = output / SETTINGS
     if not settings.is_file() or not settings.read_bytes().startswith(HEADER.encode()):
         return False
-    for name in names:
-        is_checkpoint = name.startswith(CHECKPOINT) and not (output / name / MARKER).is_file()
-        if not (is_checkpoint or name in (SETTINGS, BASE, "runs") or name.endswith(".partial")):
-            return False
-    return True
+    return all(name in (SETTINGS, BASE, "runs") or name.endswith(SCRATCH) for name in names)

@@ -17,6 +17,7 @@ from mica.cli.adapt.adapter import WEIGHTS
 from mica.cli.adapt.folder import MERGED
 from mica.cli.loading import Source, load_model
 from mica.cli.output import SCRATCH, dtype_name, fill_folder, one_line, write_folder
+from mica.cli.record import Record
 from mica.errors import UsageError
 
 
@@ -45,7 +46,7 @@ def save(model: PeftModel, tokenizer, output: Path, checkpoint: Path | None = No
         parts = [save_adapter]
         if tokenizer is not None:
             parts.append(tokenizer.save_pretrained)
-        fill_folder(output, *parts, scratch_name=f".adapter{SCRATCH}")
+        fill_folder(output, *parts, record=Record(output), scratch_name=f".adapter{SCRATCH}")
 
 
 def write_adapter(model: PeftModel, folder: Path, state: dict[str, torch.Tensor] | None) -> None:
@@ -101,7 +102,8 @@ def merge(model: PeftModel, tokenizer, args: argparse.Namespace) -> mica.fast.Me
     if getattr(model, "is_quantized", False) or _is_sharded(model):
         model = _on_dense_base(model, args)
     merged, report = merged_model(model, option, kept)
-    write_folder("--merge", folder, merged.save_pretrained, tokenizer.save_pretrained, kept=kept)
+    parts = (merged.save_pretrained, tokenizer.save_pretrained)
+    write_folder("--merge", folder, *parts, record=Record(args.output), kept=kept)
     return report
 
 

@@ -42,8 +42,8 @@ def _pairs(text: str) -> list[tuple[object, object]]:
     """The keys and values of a mapping in YAML: strings, or lists and mappings of them."""
     import yaml
 
-    loader = yaml.BaseLoader(text)
     try:
+        loader = yaml.BaseLoader(text)
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
             raise UsageError("must be a mapping of options to values, like 'rank: 16'")

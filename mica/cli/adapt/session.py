@@ -27,7 +27,7 @@ from mica.cli.adapt import (
 from mica.cli.adapt.config import Settings
 from mica.cli.adapt.packing import suit_packing
 from mica.cli.folder import exclusive, undo_on_error
-from mica.cli.output import dtype_name, write_text
+from mica.cli.output import dtype_name, write_text, write_unless_edited
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
 
@@ -93,8 +93,9 @@ def _adapt(settings: Settings) -> int:
 
 
 def _write_settings(settings: Settings) -> None:
-    text = run_yaml.as_yaml(config.values(settings))
-    write_text("--output", settings.args.output / folder.SETTINGS, text)
+    args = settings.args
+    write = write_unless_edited if args.resume else write_text
+    write("--output", args.output / folder.SETTINGS, run_yaml.as_yaml(config.values(settings)))
 
 
 def _read_inputs(settings: Settings) -> _Inputs:

@@ -9,12 +9,15 @@ comes or changes its type after the first 10 MB.
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
 import hashlib
 import io
 import json
 import lzma
 import os
+import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -29,12 +32,15 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 
-from mica.cli.adapt import fingerprint
+from mica.cli.loading import note_hub
 from mica.cli.output import expanded, explained
+from mica.cli.record import digest
 from mica.errors import UsageError
 
 CHUNK = 2**20  # characters read at once
 _ROWS = 1000  # read at once; the column is looked for in the first of them
+_SEPARATORS = ",;\t|"  # of CSV: Excel writes semicolons where the decimal point is a comma
+_OF_TEXT = re.compile(r"[.!?]+(\s|$)|[;|\t\n]|(\S+\s+){4}|.{41}")  # what the name of a column has not
 
 
 def _zstandard(path: Path, mode: str) -> BinaryIO:
@@ -96,6 +102,7 @@ class Source:
             what = "no such file or folder, and it cannot be loaded from the Hub"
         with explained(f"{self.option} {self.given}: {what}"):
             if self.folder is None:
+                note_hub(self.given)
                 return datasets.load_dataset(self.given, self.config, split="train")
             found = datasets.load_from_disk(str(self.folder))
         if isinstance(found, datasets.Dataset):
@@ -111,7 +118,7 @@ class Source:
         for path in paths:
             kind = f"{_suffix(path)} {path.suffix.lower()}"
             with self._reading(path):
-                total.update(fingerprint.of_file(path, kind.encode()))
+                total.update(digest(path, kind.encode()))
         return total.hexdigest()
 
     def documents(self, field: str | None) -> Iterator[Iterable[str]]:
@@ -164,24 +171,44 @@ class Source:
 
         Raises UsageError if there is no such column.
         """
-        wanted = [field]
-        if field is None:
-            wanted = ["text", "content"]
-            with_strings = [column.name for column in schema if _is_string(column.type)]
-            if len(with_strings) == 1:
-                wanted += with_strings
+        wanted = [field] if field is not None else ["text", "content"]
         for name in wanted:
             if name in schema.names:
                 return name
+        with_strings = [column.name for column in schema if _is_string(column.type)]
+        if field is None and len(with_strings) == 1:
+            if path is not None and _suffix(path) in (".csv", ".tsv"):
+                self._check_header(schema.names, with_strings[0], path)
+            return with_strings[0]
 
         names = ", ".join(schema.names)
         raise self.error(f"has no column '{wanted[0]}', only {names}: name one with --text-field", path)
 
+    def _check_header(self, names: list[str], column: str, path: Path) -> None:
+        """Say which ``column`` of a CSV file is read. UsageError if line 1 looks like that of a document."""
+        others = [name for name in names if name.isdecimal()]  # pandas may have numbered all of them
+        if _OF_TEXT.search(column) or (others and not column.isdecimal()):
+            what = f"line 1 must name the columns, but has {column[:40]!r}"
+            raise self.error(f"{what}: put a line above it, like 'text', or use --text-field", path)
+        note = f"{self.option} {path}: the texts are those in the column {column!r}, by its line 1"
+        print(f"mica: note: {note}", file=sys.stderr, flush=True)
 
-def _csv_tables(path: Path, separator: str = ",") -> Iterator[pyarrow.Table]:
+
+def _separator(path: Path, usual: str) -> str:
+    """What separates the names at the top of a CSV file: ``usual``, unless only another one does."""
+    with _read(path) as text:
+        line = next(filter(str.strip, text), "")
+    for separator in usual + _SEPARATORS:
+        if len(next(csv.reader([line[:10_000]], delimiter=separator), [])) > 1:
+            return separator
+    return usual
+
+
+def _csv_tables(path: Path, usual: str = ",") -> Iterator[pyarrow.Table]:
     # By default pandas takes a first row with one field too many for a sign of an index column, and "NA" for
     # nothing.
     as_text = {"index_col": False, "keep_default_na": False, "na_values": ""}
+    separator = _separator(path, usual)
     with _opened(path) as file:
         for frame in pandas.read_csv(file, sep=separator, chunksize=10 * _ROWS, **as_text):
             yield pyarrow.Table.from_pandas(frame, preserve_index=False)
@@ -197,36 +224,66 @@ def _json_tables(path: Path) -> Iterator[pyarrow.Table]:
     rows = _json_rows(path)
     while some := list(islice(rows, _ROWS)):
         columns = {}
-        for name in dict.fromkeys(chain.from_iterable(some)):
-            values = [row.get(name) for row in some]
+        for name in dict.fromkeys(chain.from_iterable(row for _, row in some)):
+            values = [row.get(name) for _, row in some]
             if all(isinstance(value, str | None) for value in values):
-                columns[name] = pyarrow.array(values)
+                columns[name] = _strings(name, values, [place for place, _ in some])
             else:
                 columns[name] = pyarrow.nulls(len(values), pyarrow.binary())
         yield pyarrow.table(columns)
 
 
-def _json_rows(path: Path) -> Iterator[dict]:
-    """Raises ValueError for what is not JSON, and for a row that is not an object."""
+def _strings(name: str, values: list[str | None], places: list[str]) -> pyarrow.Array:
+    try:
+        return pyarrow.array(values)
+    except UnicodeEncodeError as error:
+        place = places[values.index(error.object)]
+        what = f"{place} has half a character (\\u{ord(error.object[error.start]):x}) in '{name}'"
+        raise ValueError(f"{what}: write the whole one, or remove it") from error
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """Each row with its place, like "line 3". ValueError for no JSON, and for a row that is no object."""
     with _read(path) as text:
-        is_array = text.read(CHUNK).lstrip().startswith("[")
+        begin = text.read(CHUNK).lstrip()
+    first, newline, _ = begin.partition("\n")
     with _read(path) as text:
-        if is_array:
-            rows = json.load(text)
+        if begin.startswith("["):
+            rows = _numbered(json.load(text))
+        elif newline and not first.rstrip().endswith("}"):  # an object on several lines
+            rows = _numbered(_objects(text.read()))
         else:
             rows = _json_lines(text)
-        for row in rows:
+        for place, row in rows:
             if not isinstance(row, dict):
                 raise ValueError(f"every row must be an object, not {type(row).__name__}")
-            yield row
+            yield place, row
 
 
-def _json_lines(text: Iterable[str]) -> Iterator[object]:
+def _numbered(rows: Iterable[object]) -> Iterator[tuple[str, object]]:
+    for number, row in enumerate(rows, 1):
+        yield f"row {number}", row
+
+
+def _objects(text: str) -> Iterator[object]:
+    """JSON values, one after another, each on any number of lines."""
+    decoder = json.JSONDecoder()
+    not_space = re.compile(r"\S")
+    end = 0
+    try:
+        while start := not_space.search(text, end):
+            value, end = decoder.raw_decode(text, start.start())
+            yield value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno} is not JSON: {error.msg}") from error
+
+
+def _json_lines(text: Iterable[str]) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(text, 1):
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
+            yield f"line {number}", json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number} is not JSON: {error.msg}") from error
 
@@ -235,7 +292,7 @@ KINDS = {  # suffix -> what reads tables; None: a text
     **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst", ".tex")),
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), _json_tables),
     ".csv": _csv_tables,
-    ".tsv": partial(_csv_tables, separator="\t"),
+    ".tsv": partial(_csv_tables, usual="\t"),
     ".parquet": _parquet_batches,
 }
 _SUPPORTED = f"supported: {' '.join(KINDS)}, each also with {' '.join(_OPENERS)}"
@@ -243,6 +300,8 @@ _SUPPORTED = f"supported: {' '.join(KINDS)}, each also with {' '.join(_OPENERS)}
 
 def _is_string(kind: pyarrow.DataType) -> bool:
     types = pyarrow.types
+    if types.is_dictionary(kind):  # as of pandas' categories
+        kind = kind.value_type
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 

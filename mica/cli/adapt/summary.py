@@ -16,7 +16,7 @@ from mica.cli.adapt.corpus import Corpus
 from mica.cli.adapt.curve import draw
 from mica.cli.adapt.folder import SUMMARY
 from mica.cli.adapt.training import Training
-from mica.cli.output import write_json, write_text
+from mica.cli.output import write_json, write_unless_edited
 from mica.errors import UsageError
 
 _LIBRARIES = ("mica-fast", "peft", "transformers", "accelerate", "datasets", "torch")
@@ -79,7 +79,7 @@ def finish(args: argparse.Namespace, model, tokenizer, report: dict, history: li
     """
     try:
         write_json("--output", args.output / SUMMARY, report)
-        write_text("--output", args.output / "README.md", str(card(report)))
+        write_unless_edited("--output", args.output / "README.md", str(card(report)))
     except UsageError as error:
         raise UsageError(f"{error}; {checkpoints.saved(args.output)}") from error
     draw(history, args.output)

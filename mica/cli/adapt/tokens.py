@@ -21,11 +21,12 @@ from accelerate import PartialState
 from datasets.exceptions import DatasetGenerationError
 from tqdm import tqdm
 
-from mica.cli.adapt import fingerprint, processes
+from mica.cli.adapt import processes
 from mica.cli.adapt.sources import Source
 from mica.cli.output import explained
+from mica.cli.record import digest
 
-VERSION = 5  # of what is cached, and of how documents become ids: none of another version is used
+VERSION = 6  # of what is cached, and of how documents become ids: none of another version is used
 PIECE = 20_000  # characters tokenised at once: 11 MB of text took 23.6 s as one string, 11.0 s in pieces
 BATCH = 512  # pieces per call of the tokenizer, whose threads share them
 
@@ -166,7 +167,7 @@ def _serialised(tokenizer) -> str:
         with tempfile.TemporaryDirectory() as scratch:
             tokenizer.save_pretrained(scratch)
             files = sorted(file for file in Path(scratch).rglob("*") if file.is_file())
-            parts += [fingerprint.of_file(file).hex() for file in files]
+            parts += [digest(file).hex() for file in files]
     return hashlib.blake2b(json.dumps(parts).encode()).hexdigest()
 
 

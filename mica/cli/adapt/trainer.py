@@ -1,7 +1,9 @@
 """``transformers.Trainer`` as `mica adapt` uses it: its arguments, evaluation, optimiser and files."""
 
 import argparse
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import PartialState
@@ -60,13 +62,23 @@ def training_arguments(args: argparse.Namespace, blocks: int, **more) -> Trainin
 class AdapterTrainer(Trainer):
     """The Trainer with exact perplexities, adapters without base weights, and one-line errors of writing.
 
-    ``sets``: by name, the datasets whose perplexity is measured. ``embedding_rate``: the learning rate of
+    ``sets``: by name, the datasets whose perplexity is measured. ``finish(step)`` is called in every process
+    once all files of a checkpoint are in `checkpoints.scratch`. ``embedding_rate``: the learning rate of
     trained embeddings, or None. ``measuring``: seconds spent on perplexities so far.
     """
 
-    def __init__(self, *, sets: dict[str, Dataset], output: Path, embedding_rate: float | None, **options):
+    def __init__(
+        self,
+        *,
+        sets: dict[str, Dataset],
+        output: Path,
+        finish: Callable[[int], None],
+        embedding_rate: float | None,
+        **options,
+    ):
         super().__init__(**options)
         self.sets = sets
+        self.finish = finish
         self.output = output
         self.embedding_rate = embedding_rate
         self.measuring = 0.0
@@ -110,15 +122,30 @@ class AdapterTrainer(Trainer):
                 model = self.accelerator.unwrap_model(self.model)
                 result.write_adapter(model, folder, state)
 
+    # The next two are private to the Trainer. Should a version not call them, no checkpoint counts.
+
+    def _get_output_dir(self, trial) -> str:
+        """Where checkpoints are written: they appear in the output folder when they are whole."""
+        return str(checkpoints.scratch(self.output))
+
     def _save_checkpoint(self, *args, **kwargs) -> None:
-        # Private to the Trainer. Should a version not call it, a full disk ends in a traceback, and nothing
-        # else changes: the marker is written by a callback.
         with checkpoints.written(self.output, f"checkpoint-{self.state.global_step}"):
+            # of a run that was killed
+            processes.on_main(shutil.rmtree, checkpoints.scratch(self.output), True)
             super()._save_checkpoint(*args, **kwargs)
+        self.finish(self.state.global_step)
 
 
-def build_trainer(model, corpus, args: argparse.Namespace, checkpoint: Path | None) -> AdapterTrainer:
+def build_trainer(
+    model,
+    corpus,
+    args: argparse.Namespace,
+    checkpoint: Path | None,
+    finish: Callable[[int], None] = lambda step: None,
+) -> AdapterTrainer:
     """The Trainer of a run that goes on from ``checkpoint``, or from its beginning if that is None.
+
+    ``finish``: see `AdapterTrainer`.
 
     Raises UsageError under FSDP version 1.
     """
@@ -137,6 +164,7 @@ def build_trainer(model, corpus, args: argparse.Namespace, checkpoint: Path | No
     trainer = AdapterTrainer(
         sets=sets,
         output=args.output,
+        finish=finish,
         embedding_rate=args.embedding_learning_rate,
         model=model,
         args=arguments,

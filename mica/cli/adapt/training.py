@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.training_args import OptimizerNames
 
 from mica.cli.adapt import base, checkpoints, config, fingerprint, processes, result, stopping
 from mica.cli.adapt.callbacks import Hooks, Request
@@ -51,6 +52,11 @@ def check(args: argparse.Namespace) -> None:
     Needs no model; the Trainer itself would find this out only after the model was loaded and solved.
     """
     unusable = (ValueError, ImportError, RuntimeError)
+    names = [each.value for each in OptimizerNames]
+    if args.optimizer not in names:
+        near = [name for name in names if args.optimizer in name] or names
+        what = f"the Trainer has none of this name, but {', '.join(near[:3])} and others"
+        raise UsageError(f"--optimizer {args.optimizer}: {what}")
     with explained(f"--optimizer {args.optimizer}", unusable):
         arguments = training_arguments(args, blocks=1)
         Trainer.get_optimizer_cls_and_kwargs(arguments)
@@ -80,6 +86,7 @@ def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lamb
         return None
 
     checkpoints.check(checkpoint, **_settings(args))
+    checkpoints.check_files(checkpoint)
     return checkpoint
 
 
@@ -110,7 +117,7 @@ class Session:
         self._model = model.get_base_model()
         self._use_cache = getattr(self._model.config, "use_cache", True)
         self._model.config.use_cache = False  # a cache hides where documents begin
-        self._trainer = build_trainer(model, corpus, args, checkpoint)
+        self._trainer = build_trainer(model, corpus, args, checkpoint, self._finish_checkpoint)
         self._settings = {
             **_settings(args),
             "data": f"{len(corpus.train)} blocks ({corpus.fingerprint[:16]})",
@@ -123,7 +130,7 @@ class Session:
         if args.gradient_checkpointing:
             enable_gradient_checkpointing(self._model)
         request = Request(alone=not processes.several(), speaks=PartialState().is_main_process)
-        self._hooks = Hooks(request, self._mark, args)
+        self._hooks = Hooks(request, args)
         self._trainer.add_callback(self._hooks)
         self._request = request
         self._had_ended = False
@@ -186,16 +193,15 @@ class Session:
         with processes.peers_needed(lambda: checkpoints.saved(self._args.output)), readable:
             self._trainer.train(resume_from_checkpoint=str(self._checkpoint))
 
-    def _mark(self, step: int) -> None:
-        """Mark the checkpoint of ``step`` as complete, and remove those that are not kept any more."""
+    def _finish_checkpoint(self, step: int) -> None:
+        """Have the checkpoint of ``step`` count, and remove those that are not kept any more."""
         output = self._args.output
-        folder = checkpoints.folder_of(output, step)
         is_main = PartialState().is_main_process
-        with checkpoints.written(output, folder.name):
+        with checkpoints.written(output, checkpoints.folder_of(output, step).name):
             PartialState().wait_for_everyone()
             if is_main:
                 own = {"step": step, "seconds": self._seconds()}
-                checkpoints.mark(folder, **self._facts | own | self._settings)
+                checkpoints.finish(output, step, self._facts | own | self._settings)
         if is_main:  # the new one is safe now: what goes wrong here must not remove it
             checkpoints.rotate(output, KEPT, self._best())
 
@@ -235,9 +241,10 @@ def _readable(checkpoint: Path, has_been_read: Callable[[], bool] = lambda: Fals
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
         if has_been_read():
             raise
-        what = f"{checkpoint} cannot be read ({first_sentences(str(error))})"
-        remedy = "remove it, and the run continues from the one before"
-        raise UsageError(f"--resume: {what}: {remedy}") from error
+        reason = first_sentences(str(error))
+        if "weights_only" in reason:  # torch's advice is to trust what cannot be read
+            reason = "a file of it is damaged"
+        raise UsageError(f"--resume: {checkpoint} cannot be read ({reason}): {checkpoints.REMEDY}") from error
 
 
 def _state_if_ended(checkpoint: Path, args: argparse.Namespace) -> TrainerState | None:

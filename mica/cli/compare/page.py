@@ -10,7 +10,7 @@ from mica.cli.compare import settings
 from mica.cli.compare.methods import METHODS
 from mica.cli.compare.schedule import LEAST
 from mica.cli.compare.verdict import FEWEST, HELD_OUT, RETAINED_DOCUMENTS, SEEDS
-from mica.cli.output import markdown_table, shown, write_file, write_json, write_text
+from mica.cli.output import markdown_table, shown, write_file, write_json, write_unless_edited
 
 Report = dict[str, Any]
 
@@ -42,7 +42,7 @@ def write(output: Path, report: Report) -> None:
 
     write_json("--output", output / settings.REPORT, report)
     write_file("--output", output / settings.PICTURE, lambda path: picture.trade_off(report, path))
-    write_text("--output", output / settings.PAGE, markdown(report, output))
+    write_unless_edited("--output", output / settings.PAGE, markdown(report, output))
 
 
 def sentences(report: Report, output: Path) -> list[str]:

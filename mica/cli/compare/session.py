@@ -18,6 +18,7 @@ from mica.cli.compare.schedule import BASE, Comparison, Planned, Results
 from mica.cli.compare.trainings import OUT_OF_MEMORY, Trainings
 from mica.cli.folder import exclusive, undo_on_error
 from mica.cli.output import write_json
+from mica.cli.record import Record
 from mica.errors import UsageError
 
 _UNDER_WAY = {
@@ -129,7 +130,7 @@ class _Progress(NamedTuple):
     def _add(self, planned: Planned, result: dict) -> None:
         clock = time.time() - self.zero
         result |= {"jobs": self.jobs, "ended": round(clock, 2)}
-        write_json("--output", self.runs / f"{planned.key}.json", result)
+        write_json("--output", self.runs / f"{planned.key}.json", result, Record(self.runs.parent))
         self.comparison.results[planned.key] = result
         if planned.method != BASE:
             used = f"{clock / 60:.1f} of {self.comparison.question.budget / 60:g} minutes"

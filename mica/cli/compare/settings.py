@@ -8,7 +8,8 @@ from mica.cli.adapt import config
 from mica.cli.compare.methods import METHODS, RANDOM
 from mica.cli.compare.options import BLOCKS, OPTIONS, SHARED
 from mica.cli.folder import entries
-from mica.cli.output import check_folder, explained, write_json
+from mica.cli.output import check_folder, write_json
+from mica.cli.record import Record
 from mica.errors import UsageError
 
 FILE = "settings.json"
@@ -76,15 +77,13 @@ def check_output(output: Path) -> None:
 
 def stored(output: Path) -> dict[str, object]:
     """The settings of the comparison in ``output``. Raises UsageError if there are none."""
-    try:
-        found = json.loads((output / FILE).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--resume: nothing to continue in {output}: it has no {FILE}") from error
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or not found.keys() <= OPTIONS.keys():
-        raise UsageError(f"--resume: {output / FILE}: mica compare has not written it: name another folder")
-    return found
+    path = output / FILE
+    if not path.is_file():
+        raise UsageError(f"--resume: nothing to continue in {output}: it has no {FILE}")
+    if not Record(output).has(path):
+        what = "is not what mica compare has written: put that back, or name another folder"
+        raise UsageError(f"--resume: {path} {what}")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def resumed(output: Path, settings: dict[str, object]) -> dict[str, object]:
@@ -99,8 +98,6 @@ def resumed(output: Path, settings: dict[str, object]) -> dict[str, object]:
 
 def write(output: Path, settings: dict[str, object]) -> None:
     """Make ``output`` the folder of the comparison with these settings."""
-    with explained(f"--output {output}: cannot be written", OSError):
-        (output / RUNS).mkdir(exist_ok=True)
     write_json("--output", output / FILE, settings)
 
 

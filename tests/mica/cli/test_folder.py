@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from mica.cli import folder
+from mica.cli import folder, output
 from mica.cli.output import SCRATCH
+from mica.cli.record import NAME, Record
 from mica.errors import UsageError
 
 
@@ -51,19 +52,31 @@ def test_a_folder_with_anything_in_it_is_not_new(tmp_path, name):
 
 
 @pytest.mark.parametrize("error", [UsageError, KeyboardInterrupt])
-def test_what_came_before_an_error_goes_and_what_was_there_stays(tmp_path, error):
-    (tmp_path / "mine").mkdir()
+def test_what_a_command_wrote_before_an_error_goes_and_nothing_else(tmp_path, error):
+    """Neither what was there nor what the user has put there or edited meanwhile."""
+    written = Record(tmp_path)
+
+    def write(name, text):
+        output.write_text("--output", tmp_path / name, text, written)
+
+    write("before", "an earlier command's")
+    shown = {"before": "an earlier command's", "base/mine": "mine", "edited": "mine", "mine": "mine"}
 
     def refused():
-        (tmp_path / "file").touch()
-        (tmp_path / "base").mkdir()
-        (tmp_path / "base" / "model").touch()
-        (tmp_path / "link").symlink_to(tmp_path / "mine")
+        for name in ("file", "base/model", "runs/a", "edited"):
+            write(name, "the command's")
+        for name in list(shown)[1:]:
+            (tmp_path / name).write_text("mine")
         raise error
 
     with pytest.raises(error), folder.exclusive(tmp_path), folder.undo_on_error(tmp_path):
         refused()
-    assert os.listdir(tmp_path) == ["mine"]
+    assert {path.relative_to(tmp_path).as_posix(): path.read_text() for path in files(tmp_path)} == shown
+    assert not (tmp_path / "runs").exists()
     with folder.undo_on_error(tmp_path):
-        (tmp_path / "file").touch()
-    assert sorted(os.listdir(tmp_path)) == ["file", "mine"]
+        write("file", "the command's")
+    assert (tmp_path / "file").exists()
+
+
+def files(path):
+    return [file for file in output.files_in(path) if file.name != NAME]

@@ -1,5 +1,6 @@
 """``--help``: each page ends with an example of complete lines, and names no page of the repository."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -56,6 +57,20 @@ def test_output_that_nobody_reads_any_more_is_no_traceback():
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has such a device")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_one_line(unbuffered):
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "mica", "doctor"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    said = b"mica: error: standard output cannot be written: No space left on device\n"
+    assert (result.returncode, result.stderr) == (2, said)
 
 
 def test_help_needs_no_torch():

@@ -209,8 +209,8 @@ def test_missing_matplotlib(model_dir, run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--plot folder.png", "--plot folder.png: exists and is not a file"),
-        ("--json folder.png", "--json folder.png: exists and is not a file"),
+        ("--plot folder.png", "--plot folder.png: is there already: choose another name, or remove it"),
+        ("--json folder.png", "--json folder.png: is there already: choose another name, or remove it"),
         ("--plot nowhere/x.png", "--plot nowhere/x.png: nowhere is not a folder"),
         ("--plot x.bmp", "--plot x.bmp: must end in .png, .pdf or .svg"),
         ("--rank 999", "--rank 999: no layer can be adapted: the largest, model.layers.0.self_attn."),

@@ -1,6 +1,8 @@
 """Where a model is loaded from and to, in which dtype, and what is printed."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -49,6 +51,38 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
         load_config(source)
 
 
+WRONG = "its configuration is not that of its weights: "
+NONE = "its configuration describes no model that transformers knows "
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"vocab_size": 300}, f"{WRONG}lm_head.weight is 257 x 32, and 300 x 32 by the configuration"),
+        ({"intermediate_size": 20}, f"{WRONG}model.layers.0.mlp.down_proj.weight is 32 x 48, and 32 x 20 by"),
+        ({"hidden_act": "nope"}, f"{NONE}(KeyError: 'nope')"),
+        ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, f"{NONE}(KeyError: 'nope')"),
+        ({"num_attention_heads": 0}, f"{NONE}(ZeroDivisionError: "),
+        ({"num_key_value_heads": 0}, f"{NONE}(ZeroDivisionError: "),
+        (
+            {"num_attention_heads": 3},
+            "The hidden size (32) is not a multiple of the number of attention heads",
+        ),
+        ({"num_hidden_layers": "two"}, "Field 'num_hidden_layers' expected int, got str"),
+    ],
+)
+def test_a_configuration_that_is_no_models(changes, said, tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    source = find_source(str(tmp_path), False)
+    with pytest.raises(UsageError, match=f"^--model {tmp_path}: .*{re.escape(said)}"):
+        load_model(source, "float32")
+    if said.startswith(NONE):  # the code may be the checkpoint's own
+        with pytest.raises((LookupError, ArithmeticError)):
+            load_model(find_source(str(tmp_path), True), "float32")
+
+
 @pytest.mark.parametrize("load", [load_tokenizer, load_config, lambda source: load_model(source, "float32")])
 def test_it_is_said_once_before_the_hub_is_asked(monkeypatch, capsys, load):
     heard = []
@@ -61,7 +95,7 @@ def test_it_is_said_once_before_the_hub_is_asked(monkeypatch, capsys, load):
     for kind in (loading.AutoConfig, loading.AutoModelForCausalLM):
         monkeypatch.setattr(kind, "from_pretrained", unreachable)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    loading._note_hub.cache_clear()
+    loading.note_hub.cache_clear()
     with pytest.raises(UsageError):
         load(loading.Source("someone/model", "someone/model", {}))
     assert heard == ["mica: asking the Hugging Face Hub for someone/model: there is no such folder\n", ""]

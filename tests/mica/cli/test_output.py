@@ -1,17 +1,19 @@
 """Files that are written whole; what else the commands print is tested with them."""
 
 import os
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from mica.cli import output
+from mica.cli.record import NAME, NotOwnError, Record
 from mica.errors import UsageError
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "table.json"
-    path.write_text("old")
+    output.write_text("--json", path, "old")
 
     def full_disk(scratch):
         scratch.write_text("half")
@@ -20,7 +22,24 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(UsageError, match=r"--json .*table.json: cannot be written: No space"):
         output.write_file("--json", path, full_disk)
     assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(os.listdir(tmp_path)) == [NAME, path.name]
+
+
+def test_only_what_commands_have_written_is_replaced(tmp_path, capsys):
+    page, table = tmp_path / "README.md", tmp_path / "spectra.json"
+    for text in ("first", "second"):
+        output.write_unless_edited("--output", page, text)
+        assert (page.read_text(), capsys.readouterr().err) == (text, "")
+    page.write_text("mine")
+    output.write_unless_edited("--output", page, "third")
+    said = f"mica: note: {page} is not what mica has written there: it stays as it is\n"
+    assert (page.read_text(), capsys.readouterr().err) == ("mine", said)
+    with pytest.raises(NotOwnError, match=f"^{page} is not what mica has written there: move it away$"):
+        output.write_text("--output", page, "third")
+    output.write_new("--json", table, Path.touch)
+    with pytest.raises(UsageError, match=f"^--json {table}: is there already: choose another name"):
+        output.write_new("--json", table, Path.touch)
+    assert sorted(os.listdir(tmp_path)) == [NAME, page.name, table.name]
 
 
 def part(name, error=None):
@@ -36,32 +55,24 @@ def part(name, error=None):
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a" / "merged"
+    record = Record(tmp_path)
     full = SafetensorError("I/O error: No space left on device (os error 28)")
     for others in ([], ["mine"]):
+        parts = part("new"), part("half", full)
         with pytest.raises(UsageError, match=r"merged: cannot be written: I/O .*; the rest is there$"):
-            output.write_folder("--merge", path, part("half", full), kept="; the rest is there")
+            output.write_folder("--merge", path, *parts, record=record, kept="; the rest is there")
         assert path.exists() == bool(others)
         if not others:
             path.mkdir()
-            (path / "mine").touch()
+            (path / "mine").write_text("mine")
         assert os.listdir(path) == ["mine"]
     (path / output.SCRATCH).mkdir()  # of a command that was killed
     (path / output.SCRATCH / "half").touch()
-    output.write_folder("--merge", path, part("new"), part("newer"), card="a card")
+    output.write_folder("--merge", path, part("new"), part("newer"), card="a card", record=record)
     assert sorted(os.listdir(path)) == ["README.md", "mine", "new", "newer"]
-
-
-def test_files_and_folders_of_the_same_name_are_replaced(tmp_path):
-    def templates(name):
-        def save_pretrained(folder):
-            (folder / "templates").mkdir()
-            (folder / "templates" / name).touch()
-
-        return save_pretrained
-
-    for name in ("old", "new"):
-        output.fill_folder(tmp_path, templates(name))
-    assert os.listdir(tmp_path / "templates") == ["new"]
+    with pytest.raises(NotOwnError, match=f"^{path}/mine is not what mica has written there"):
+        output.write_folder("--merge", path, part("other"), part("mine"), record=record)
+    assert sorted(os.listdir(path)) == ["README.md", "mine", "new", "newer"]
 
 
 def test_files_get_the_mode_of_any_file(tmp_path):
@@ -69,7 +80,7 @@ def test_files_get_the_mode_of_any_file(tmp_path):
         (folder / "model").write_text("weights")
         (folder / "model").chmod(0o600)  # as safetensors leaves it
 
-    output.write_folder("--output", tmp_path / "model", save_pretrained)
+    output.write_folder("--output", tmp_path / "model", save_pretrained, record=Record(tmp_path))
     (tmp_path / "any").touch()
     assert (tmp_path / "model" / "model").stat().st_mode == (tmp_path / "any").stat().st_mode
 

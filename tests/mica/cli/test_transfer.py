@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mica.cli import folder, main
-from mica.cli.output import SCRATCH
+from mica.cli.output import SCRATCH, write_text
 from tests.support.adapt_runs import factors, poison_solver, working_in, write_adapter
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 
@@ -141,8 +141,8 @@ def test_a_transfer_that_was_killed_can_be_given_again(made, tmp_path):
     adapter, _, chat = made
     out = tmp_path / "out"
     (out / SCRATCH).mkdir(parents=True)
-    for name in ("config.json", f"{SCRATCH}/model.safetensors"):
-        (out / name).write_text("{")
+    (out / SCRATCH / "model.safetensors").write_text("{")
+    write_text("--output", out / "config.json", "{")
     assert transfer(adapter, chat, out) == 0
     assert not list(out.glob(".*"))
     assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == 258
@@ -167,6 +167,34 @@ def test_adapters_and_models_that_are_refused(copies, tmp_path, refused):
     refused(adapter, chat, out, "replaces whole modules, lm_head, which are not the embeddings of --to")
     edit(chat / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     refused(adapter, chat, out, f"--to {chat}: is quantised")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rank_pattern": [1]}, "adapter_config.json: rank_pattern must be an object, not [1]"),
+        ({"target_modules": 3}, "adapter_config.json: target_modules must be a list of names or a pattern"),
+        ({"target_parameters": 5}, "adapter_config.json: target_parameters must be a list of names, not 5"),
+        ({"modules_to_save": 5}, "adapter_config.json: modules_to_save must be a list of names, not 5"),
+        (
+            {"base_model_name_or_path": 5},
+            "adapter_config.json: base_model_name_or_path must be a name, not 5",
+        ),
+        ({"rank_pattern": {"q_proj": "x"}}, "PEFT cannot load the adapter in "),
+        ({"target_modules": "("}, "PEFT cannot load the adapter in "),
+        ({"target_modules": ["nope"]}, "PEFT cannot load the adapter in "),
+        ({"use_dora": True}, "PEFT cannot load the adapter in "),
+        ({"bias": "nope"}, "PEFT cannot load the adapter in "),
+        ({"lora_dropout": "x"}, "PEFT cannot load the adapter in "),
+        ({"r": 3}, "PEFT cannot load the adapter in "),
+        ({"megatron_config": {"a": 1}}, "PEFT cannot load the adapter in "),
+        ({"trainable_token_indices": [1]}, "PEFT cannot load the adapter in "),
+    ],
+)
+def test_a_configuration_that_was_edited(copies, refused, changes, said):
+    adapter, chat, out = copies
+    edit(adapter / "adapter_config.json", **changes)
+    refused(adapter, chat, out, said, str(adapter))
 
 
 @pytest.mark.parametrize("known_by", ["summary", "base", "nothing"])

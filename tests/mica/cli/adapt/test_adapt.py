@@ -95,7 +95,7 @@ def test_weights_are_safetensors_only(adapted):
     files = {path.name: path.suffix for folder in folders for path in folder.iterdir() if path.is_file()}
     assert {"adapter_model.safetensors", "model.safetensors", "summary.json", "run.yaml"} <= files.keys()
     assert {"curve.png", "README.md", "tokenizer.json"} <= files.keys()
-    assert {*files.values()} <= {".safetensors", ".json", ".md", ".jinja", ".yaml", ".png"}
+    assert {*files.values()} <= {".written", ".safetensors", ".json", ".md", ".jinja", ".yaml", ".png"}
 
 
 @pytest.mark.parametrize("native", [True, False])

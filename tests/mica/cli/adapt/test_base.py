@@ -144,7 +144,7 @@ def test_gguf_base_is_converted_in_the_dtype_of_the_run_and_once(
 ):
     options = {"output": tmp_path / "out", **options}
     assert load(gguf_file, **options).dtype == dtype
-    monkeypatch.setattr("mica.cli.adapt.base.write_folder", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr("mica.cli.adapt.base.write_folder", lambda *_, **__: pytest.fail("converted again"))
     assert load(gguf_file, **options, resume=True).dtype == dtype
     if dtype == torch.float32:
         pytest.importorskip("bitsandbytes")

@@ -24,7 +24,7 @@ def state(step=10, main=True):
 def begun(main=True):
     """Hooks of a run that has begun."""
     options = SimpleNamespace(keep_best=False, patience=None, max_retain_rise=None)
-    hooks = Hooks(Request(alone=True, speaks=False), lambda step: None, options)
+    hooks = Hooks(Request(alone=True, speaks=False), options)
     hooks.on_train_begin(ARGS, state(0, main), None)
     return hooks
 

@@ -1,6 +1,7 @@
 """Which checkpoints count, with files that some program has left half written."""
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,19 +9,25 @@ import pytest
 from mica.cli import output as output_module
 from mica.cli.adapt import checkpoints
 from mica.cli.adapt.folder import MARKER
+from mica.cli.output import files_in
+from mica.cli.record import NAME
 from mica.errors import UsageError
 
 ADAPTER, SHARD = "adapter_model.safetensors", "optimizer_0/shard.distcp"
 
 
-def make(output, step, marked=True, **facts):
-    folder = output / f"checkpoint-{step}"
+def put(folder):
+    """What the Trainer writes."""
     (folder / "optimizer_0").mkdir(parents=True)
     (folder / ADAPTER).write_bytes(b"weights")
     (folder / SHARD).write_bytes(b"moments")
-    if marked:
-        checkpoints.mark(folder, step=step, **facts)
     return folder
+
+
+def make(output, step, **facts):
+    put(checkpoints.folder_of(checkpoints.scratch(output), step))
+    checkpoints.finish(output, step, facts)
+    return checkpoints.folder_of(output, step)
 
 
 def steps(output):
@@ -32,7 +39,7 @@ def test_the_newest_complete_one_counts(tmp_path):
     assert checkpoints.latest(tmp_path / "missing") is None
     make(tmp_path, 90)
     newest = make(tmp_path, 100)  # 100 > 90, though not as text
-    make(tmp_path, 110, marked=False)
+    put(tmp_path / "checkpoint-110")
     for other in ("checkpoint-x", "checkpoint-120.tmp", "checkpoint"):
         (tmp_path / other).mkdir()
     (tmp_path / "checkpoint-130").write_text("a file")
@@ -62,62 +69,81 @@ def test_a_marker_that_cannot_be_read_is_an_error_and_not_missing(tmp_path, monk
         checkpoints.latest(tmp_path)
 
 
-@pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.write_text", "os.replace"])
-def test_no_marker_where_the_disk_is_full(tmp_path, monkeypatch, call):
-    folder = make(tmp_path, 1, marked=False)
-
+@pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.write_text", "os.rename"])
+def test_no_checkpoint_where_the_disk_is_full(tmp_path, monkeypatch, call):
     def fail(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(call, fail)
     with pytest.raises((OSError, UsageError), match="No space"):
-        checkpoints.mark(folder, step=1)
-    assert {path.name for path in folder.iterdir()} == {ADAPTER, "optimizer_0"}
+        make(tmp_path, 1)
+    assert steps(tmp_path) == []
 
 
-def test_every_file_is_on_the_disk_before_the_marker(tmp_path, monkeypatch):
-    folder = make(tmp_path, 1, marked=False)
+def test_every_file_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
     flushed = {False: set(), True: set()}
-    marked = (folder / MARKER).exists
     for module in (checkpoints, output_module):
-        monkeypatch.setattr(module, "flush", lambda path: flushed[marked()].add(path.name))
-    checkpoints.mark(folder)
-    assert {ADAPTER, "shard.distcp"} < flushed[False]
-    assert [name.endswith(".partial") for name in flushed[False] - {ADAPTER, "shard.distcp"}] == [True]
-    assert flushed[True] == {"checkpoint-1", tmp_path.name}  # their entries
+        monkeypatch.setattr(module, "flush", lambda path: flushed[bool(steps(tmp_path))].add(path.name))
+    make(tmp_path, 1)
+    assert flushed == {False: {ADAPTER, "shard.distcp", MARKER}, True: {"checkpoint-1", tmp_path.name}}
 
 
 def test_the_last_complete_ones_are_kept(tmp_path):
     for step in (5, 10, 15):
         make(tmp_path, step)
-    make(tmp_path, 7, marked=False)
-    make(tmp_path, 20, marked=False)  # not one of those that are kept; it may be being written
-    (tmp_path / "checkpoint-notes").mkdir()
     checkpoints.rotate(tmp_path, 2)
-    assert steps(tmp_path) == [10, 15, 20]
+    assert steps(tmp_path) == [10, 15]
     make(tmp_path, 25)
     checkpoints.rotate(tmp_path, 2, best=10)
-    assert steps(tmp_path) == [10, 15, 20, 25]
+    assert steps(tmp_path) == [10, 15, 25]
     checkpoints.rotate(tmp_path, 2, best=25)
-    assert steps(tmp_path) == [15, 20, 25]
-    assert (tmp_path / "checkpoint-notes").is_dir()
+    assert steps(tmp_path) == [15, 25]
+
+
+def test_what_a_user_has_put_there_stays(tmp_path):
+    """Checkpoints of others, also whole ones, and files in those of the run."""
+    put(tmp_path / "checkpoint-3")
+    other = make(tmp_path / "other", 4)
+    shutil.copytree(other, tmp_path / "checkpoint-4")
+    for step in (5, 10):
+        make(tmp_path, step)
+    notes, edited = tmp_path / "checkpoint-5" / "notes.txt", tmp_path / "checkpoint-5" / ADAPTER
+    notes.write_text("mine")
+    edited.write_bytes(b"mine")
+    before = [path for path in files_in(tmp_path) if "checkpoint-5" not in path.parts]
+    checkpoints.rotate(tmp_path, 1)
+    assert {*before, notes, edited, tmp_path / NAME} == {*files_in(tmp_path)}
+    for name in ("checkpoint-12/notes.txt", "checkpoint-13"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(UsageError, match=r"/checkpoint-1[23] is there already: move it away$"):
+            make(tmp_path, int(name[11:13]))
+        assert (tmp_path / name).read_text() == "mine"
 
 
 def test_one_that_is_removed_does_not_count_from_the_start(tmp_path, monkeypatch):
-    """A kill may leave some of its files."""
+    """A kill may leave some of its files, which go with the next."""
     for step in (1, 2):
         make(tmp_path, step)
-    monkeypatch.setattr("shutil.rmtree", lambda path: None)
-    checkpoints.rotate(tmp_path, 1)
-    assert checkpoints.complete(tmp_path) == [tmp_path / "checkpoint-2"]
-    (tmp_path / "checkpoint-2" / MARKER).unlink()
-    checkpoints.rotate(tmp_path, 1)
+    unlink = Path.unlink
+
+    def kill(path, missing_ok=False):
+        unlink(path, missing_ok)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", kill)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.rotate(tmp_path, 1)
+    monkeypatch.undo()
     assert steps(tmp_path) == [1, 2]
+    assert checkpoints.complete(tmp_path) == [tmp_path / "checkpoint-2"]
+    checkpoints.rotate(tmp_path, 1)
+    assert steps(tmp_path) == [2]
 
 
 def test_other_settings_are_refused(tmp_path):
     folder = make(tmp_path, 3, processes=2, batch_size=4)
-    assert checkpoints.facts(folder) == {"step": 3, "processes": 2, "batch_size": 4}
+    assert checkpoints.facts(folder) == {"processes": 2, "batch_size": 4, "files": [ADAPTER, SHARD]}
     checkpoints.check(folder, processes=2, batch_size=4, data="not in the marker")
     message = r"checkpoint-3 was written with processes 2 \(now 1\): .*: --adapter"
     with pytest.raises(UsageError, match=message):

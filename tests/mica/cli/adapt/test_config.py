@@ -89,6 +89,7 @@ def test_what_was_given_is_known(yaml_file, run_folder):
         ("merge: 3", "merge must be true or false, not 3"),
         ("- rank", "must be a mapping of options to values"),
         ("a: {", "is not YAML: "),
+        ("rank: 4\a", "is not YAML: unacceptable character #x0007"),
         (None, "cannot be read"),
     ],
 )

@@ -1,6 +1,7 @@
 """curve.png of a run, from the Trainer's history."""
 
 from mica.cli.adapt.curve import draw, figure
+from mica.cli.record import NAME
 
 HISTORY = [
     {"step": 0, "eval_held_out_loss": 3.0, "eval_held_out_perplexity": 20.0},
@@ -16,7 +17,7 @@ def test_picture_shows_what_was_measured(tmp_path):
         lines += [(line.get_gid(), list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
     assert lines == [("loss", [10, 20], [3.0, 2.5]), ("eval_held_out_perplexity", [0, 20], [20.0, 15.0])]
     draw(HISTORY, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {"curve.png", NAME}
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -4,15 +4,17 @@ import argparse
 
 import pytest
 
+from mica.cli import output
 from mica.cli.adapt import folder
 from mica.cli.output import SCRATCH
+from mica.cli.record import NAME, Record
 from mica.errors import UsageError
 
 NOT_EMPTY = "is not empty: choose another folder"
 
 
-def check(output, resume=False, merge=False):
-    folder.check(argparse.Namespace(output=output, resume=resume, merge=merge))
+def check(path, resume=False, merge=False):
+    folder.check(argparse.Namespace(output=path, resume=resume, merge=merge))
 
 
 def put(path, content=""):
@@ -30,27 +32,27 @@ def test_a_run_begins_in_an_empty_folder(tmp_path, name):
 
 
 def test_what_a_killed_run_has_left_before_its_first_checkpoint_is_of_no_value(tmp_path):
-    for name in ("base/model", "runs/events", "checkpoint-5/optimizer.pt", ".0123.partial"):
+    for name in ("base/model", "runs/events", ".checkpoint.partial/optimizer.pt", ".0123.partial", NAME):
         put(tmp_path / name)
     put(tmp_path / "run.yaml", f"{folder.HEADER} 0.4")
     check(tmp_path)
     check(tmp_path, resume=True)
-    for name in ("notes.txt", "checkpoint-5/complete.json", "summary.json", "merged/model", "checkpoint.txt"):
+    for name in ("notes.txt", "checkpoint-5/model", "summary.json", "merged/model"):
         path = tmp_path / name
         put(path)
         with pytest.raises(UsageError, match=f"{NOT_EMPTY}, or use --resume to continue the run there"):
             check(tmp_path)
         check(tmp_path, resume=True)
         path.unlink()
-        if name.startswith("merged"):
+        if path.parent != tmp_path:
             path.parent.rmdir()
 
 
 def test_resume_of_nothing(tmp_path):
     put(tmp_path / "notes.txt")
-    for output in (tmp_path / "no", tmp_path):
-        with pytest.raises(UsageError, match=f"^--resume: nothing to continue in {output}: there is no run"):
-            check(output, resume=True)
+    for path in (tmp_path / "no", tmp_path):
+        with pytest.raises(UsageError, match=f"^--resume: nothing to continue in {path}: there is no run"):
+            check(path, resume=True)
 
 
 def test_a_merged_model_is_replaced_by_its_own_run_only(tmp_path):
@@ -62,5 +64,5 @@ def test_a_merged_model_is_replaced_by_its_own_run_only(tmp_path):
     (tmp_path / "merged" / SCRATCH).mkdir()  # half of it
     check(tmp_path, resume=True, merge=True)
     (tmp_path / "merged" / SCRATCH).rmdir()
-    put(tmp_path / "summary.json", '{"merged": "run/merged"}')  # it is the run's
+    output.write_text("--merge", tmp_path / "merged" / "config.json", "{}", Record(tmp_path))  # the run's
     check(tmp_path, resume=True, merge=True)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
 from mica.cli.adapt import checkpoints, corpus, session
+from mica.cli.record import NAME
 from tests.mica.cli.tiny_gguf import write_tiny_gguf
 from tests.support.adapt_runs import command, resume, same, saved, summary, unfinished, weights
 from tests.support.tiny_cli import TEXT, adapt
@@ -46,10 +47,33 @@ def test_what_is_measured_is_written(paper):
     assert measured[12]["eval_retain_perplexity"] == pytest.approx(result["retain_after"])
     assert [entry["step"] for entry in history if "loss" in entry] == [3, 4, 6, 8, 9, 12]
     assert (paper / "curve.png").exists()
-    assert not list(paper.glob(".*"))
+    assert [path.name for path in paper.glob(".*")] == [NAME]
     card = (paper / "README.md").read_text(encoding="utf-8")
     assert f"{result['perplexity_after']:.2f}" in card
     assert "\nrecipe: paper\n" in card
+
+
+def test_a_finished_run_replaces_what_it_wrote_last_and_nothing_else(paper, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(paper, output)
+    page, card = output / "README.md", (paper / "README.md").read_text(encoding="utf-8")
+    assert resume(output) == 0
+    assert "it stays as it is" not in capsys.readouterr().err
+    page.write_text("mine", encoding="utf-8")
+    assert resume(output) == 0
+    said = f"mica: note: {page} is not what mica has written there: it stays as it is\n"
+    assert capsys.readouterr().err.count(said) == 1
+    assert page.read_text(encoding="utf-8") == "mine"
+    page.unlink()
+    (output / "tokenizer.json").write_text("mine", encoding="utf-8")
+    assert resume(output) == 2
+    said = f"{output}/tokenizer.json is not what mica has written there: move it away; the last complete"
+    assert f"--output {output}: the adapter cannot be written: {said}" in capsys.readouterr().err
+    assert (output / "tokenizer.json").read_text(encoding="utf-8") == "mine"
+    assert same(weights(paper), weights(output))
+    (output / "tokenizer.json").unlink()
+    assert resume(output) == 0
+    assert page.read_text(encoding="utf-8").startswith(card[:100])
 
 
 def test_run_yaml_repeats_the_run(paper, tmp_path, capsys):
@@ -114,8 +138,11 @@ def test_resume_after_run_yaml_was_edited_is_refused(paper, tmp_path, capsys):
         output,
         "with learning_rate 0.02 (now 0.5), seed 0 (now 1): continuing would be another training run",
     )
-    edit(output / "run.yaml", *((new, old) for old, new in changes))
+    edit(output / "run.yaml", *((new, old) for old, new in changes), ("log_steps", "# mine\nlog_steps"))
     assert resume(output) == 0
+    note = f"mica: note: {output}/run.yaml is not what mica has written there: it stays as it is\n"
+    assert note in capsys.readouterr().err
+    assert "# mine" in (output / "run.yaml").read_text(encoding="utf-8")
     assert same(weights(paper), weights(output))
 
 
@@ -123,9 +150,9 @@ def test_resume_after_run_yaml_was_edited_is_refused(paper, tmp_path, capsys):
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(paper, rows, tmp_path, capsys, again):
     """By --resume, or by its first command given again."""
     output = tmp_path / "out"
-    shutil.copytree(paper / "checkpoint-12", output / "checkpoint-4")
-    (output / "checkpoint-4" / "complete.json").unlink()
-    shutil.copy(paper / "run.yaml", output)
+    shutil.copytree(paper / "checkpoint-12", checkpoints.scratch(output) / "checkpoint-4")
+    for name in ("run.yaml", NAME):
+        shutil.copy(paper / name, output)
     if again:
         assert command("--config", paper / "run.yaml", "--output", output) == 0
     else:
@@ -135,15 +162,26 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(paper, ro
 
 
 def test_a_signal_before_the_training_ends_it_at_once(model_dir, rows, tmp_path, capsys, monkeypatch):
+    """What the user has put into the folder meanwhile stays."""
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("mica.cli.adapt.adapter.start", lambda *_: signal.raise_signal(signal.SIGINT))
-    assert adapt(model_dir, rows, tmp_path / "out") == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "mica adapt: stopped"
-    assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("mica.cli.adapt.adapter.start", lambda *_: signal.raise_signal(signal.SIGTERM))
+    output = tmp_path / "out"
+
+    def stopped(number, name=None):
+        def start(*_):
+            if name is not None:
+                (output / name).write_text("mine")
+            signal.raise_signal(number)
+
+        monkeypatch.setattr("mica.cli.adapt.adapter.start", start)
+
+    stopped(signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"):
-        adapt(model_dir, rows, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        adapt(model_dir, rows, output)
+    assert not output.exists()
+    stopped(signal.SIGINT, "notes.txt")
+    assert adapt(model_dir, rows, output) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "mica adapt: stopped"
+    assert os.listdir(output) == ["notes.txt"]
     assert signal.getsignal(signal.SIGTERM) == before
 
 

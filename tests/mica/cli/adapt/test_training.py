@@ -1,9 +1,12 @@
 """The training loop on a tiny Llama, in process: settings, checkpoints, and what stops a run."""
 
 import errno
+import io
 import os
+import pickle
 import shutil
 import signal
+import zipfile
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState
 
 from mica.cli.adapt import checkpoints, trainer, training
+from mica.cli.record import NAME
 from mica.errors import UsageError
 from tests.support.adapt_runs import (
     corpus,
@@ -59,7 +63,7 @@ def test_a_run(tmp_path, capsys):
     assert 0 < result.seconds < 60
     assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-10"
     top = {name for name in files(tmp_path) if "/" not in name}
-    assert top == {"adapter_config.json", "adapter_model.safetensors"}
+    assert top == {"adapter_config.json", "adapter_model.safetensors", NAME}
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
     assert [line for line in lines if "loss " not in line] == [
         f"step {entry['step']}/10: held-out perplexity {entry['eval_held_out_perplexity']:.2f}, "
@@ -218,15 +222,35 @@ def test_a_run_starts_anew_only_where_nothing_was_saved(unbroken, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
-@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b""])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(_repacked(path.read_bytes())),
+        Path.unlink,  # transformers goes on without most of them
+    ],
+)
 def test_a_checkpoint_that_cannot_be_read_is_named(unbroken, tmp_path, file, damage):
     shutil.copytree(unbroken[1], tmp_path, dirs_exist_ok=True)
     path = tmp_path / "checkpoint-5" / file
     shutil.rmtree(tmp_path / "checkpoint-10")
-    path.write_bytes(damage(path.read_bytes()))
+    damage(path)
     said = rf"^--resume: {path.parent} cannot be read \(.*\): remove it, and the run continues from the one"
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=said) as refusal:
         run(settings(tmp_path, log_steps=1, resume=True))
+    assert "weights_only" not in str(refusal.value)
+    if file != "trainer_state.json":
+        assert "is damaged" in str(refusal.value) or f"({file} is missing)" in str(refusal.value)
+
+
+def _repacked(content: bytes) -> bytes:
+    """A whole archive, but not one of torch's; other files are cut."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Path()))
+        archive.writestr("archive/version", "3")
+    return packed.getvalue() if content.startswith(b"PK") else content[:100]
 
 
 @pytest.mark.parametrize(
@@ -296,8 +320,8 @@ def failing(original, error, part=""):
         pytest.param("torch", "save", RuntimeError("basic_ios: iostream error"), "sched", id="scheduler"),
         pytest.param("torch", "save", RuntimeError("Parent directory /x does not exist."), "rng_", id="rng"),
         pytest.param("transformers.TrainerState", "save_to_json", FULL, "", id="state"),
-        pytest.param("mica.cli.adapt.checkpoints", "mark", FULL, "", id="marker"),
-        pytest.param("mica.cli.adapt.checkpoints", "mark", DENIED, "", id="permission"),
+        pytest.param("mica.cli.adapt.checkpoints", "finish", FULL, "", id="marker"),
+        pytest.param("mica.cli.adapt.checkpoints", "finish", DENIED, "", id="permission"),
     ],
 )
 def test_what_cannot_be_written_leaves_the_checkpoint_before(tmp_path, monkeypatch, where, name, error, part):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from mica.cli import main
 from mica.cli.compare import page, session, trainings
+from mica.cli.record import NAME
 from mica.errors import UsageError
 from tests.mica.cli.compare.tiny_comparison import RATES, arguments, compare, report, started, untimed
 
@@ -55,7 +56,7 @@ def resume(output, *options):
 def test_the_page_and_its_data(finished):
     text = (finished / "README.md").read_text()
     found = report(finished)
-    names = {"settings.json", "runs", "compare.json", "README.md", "compare.png"}
+    names = {"settings.json", "runs", "compare.json", "README.md", "compare.png", NAME}
     assert {path.name for path in finished.iterdir()} == names
     assert text.startswith("# model")
     assert page.markdown(found, finished) == text

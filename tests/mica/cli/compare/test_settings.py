@@ -31,16 +31,17 @@ def test_a_comparison_goes_on_with_its_settings(output):
             settings.resumed(output, other)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"some": "thing"}', "null"])
+@pytest.mark.parametrize("text", ["{", '{"model": "m", "budget": "long"}', "null"])
 def test_settings_that_no_comparison_has_written_are_named(output, text):
     (output / "settings.json").write_text(text)
-    with pytest.raises(UsageError, match=r"settings\.json: mica compare has not written it"):
+    with pytest.raises(UsageError, match=r"/settings\.json is not what mica compare has written: put that"):
         settings.stored(output)
 
 
 def test_a_comparison_begins_in_an_empty_folder(output, tmp_path):
     assert json.loads((output / "settings.json").read_text()) == GIVEN
     settings.check_output(output)  # killed before its first result
+    (output / "runs").mkdir()
     (output / "runs" / "base.json").write_text("{}")
     with pytest.raises(UsageError, match=r"is not empty: choose another folder, or use --resume to go on"):
         settings.check_output(output)
