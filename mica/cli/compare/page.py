@@ -97,7 +97,8 @@ def markdown(output: Path, comparison: Comparison, facts: dict[str, Any]) -> str
         if METHODS[method].init is None:
             how = "all weights, in float32"
         rates = ", ".join(f"{rate:g}" for rate in one.curve)
-        tried.append(f"- {METHODS[method].title}: {how}; learning rates {rates}")
+        number = f"{len(one.curve)} of {len(comparison.rates[method])} learning rates"
+        tried.append(f"- {METHODS[method].title}: {how}; {number}: {rates}")
         python.append(_PYTHON.format(method=method, rate=one.rate, steps=steps))
     values = facts | {
         "model_name": shown(Path(facts["model"]).name),

@@ -83,7 +83,7 @@ def test_how_the_trainings_were_is_on_the_page():
     assert "on `t.txt`" in text
     assert f"All have {asked.steps()} steps of 256 tokens" in text
     assert "- LoRA: `r=32, lora_alpha=32, lora_dropout=0, init_lora_weights=True" in text
-    assert "- full fine-tuning: all weights, in float32; learning rates 0.001, 0.002" in text
+    assert "- full fine-tuning: all weights, in float32; 2 of 2 learning rates: 0.001, 0.002" in text
     start = "mica adapt --model '/home/me/a model' --text /home/me/t.txt --retain /home/me/r.txt "
     assert start in again
     assert f"--learning-rate 0.002 --steps {asked.steps()} --output run" in again
