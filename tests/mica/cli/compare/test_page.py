@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mica.cli.compare import page, picture
-from tests.mica.cli.compare.comparisons import LOSS, WORLD, World, comparison, simulate
+from tests.mica.cli.compare.comparisons import LOSS, NAMES, WORLD, World, comparison, simulate
 
 OUTPUT = Path("here")
 FACTS = {"model": "/home/me/a model", "text": ["/home/me/t.txt"], "retain": ["/home/me/r.txt"], "rank": 64}
@@ -87,7 +87,8 @@ def test_how_the_trainings_were_is_on_the_page():
     start = "mica adapt --model '/home/me/a model' --text /home/me/t.txt --retain /home/me/r.txt "
     assert start in again
     assert f"--learning-rate 0.002 --steps {asked.steps()} --output run" in again
-    assert again.count("with trainings.trained(Planned(") == 3
+    for name in NAMES:
+        assert f'Planned(RATES, "{name}", rate=0.002, steps={asked.steps()}, seed=0)' in again
     assert "mica adapt" not in page.markdown(OUTPUT, done(names=("lora",)), FACTS)
 
 

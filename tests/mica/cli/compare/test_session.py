@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mica.cli import main
+from mica.cli.adapt.packing import document_of
 from mica.cli.compare import session, trainings
 from mica.errors import UsageError
 from tests.mica.cli.compare.tiny_comparison import RATES, arguments, compare, results, started, untimed
@@ -267,7 +268,8 @@ def test_another_text_is_refused_though_no_measured_block_has_changed(stopped, t
     documents[unseen] = documents[unseen].replace("s", "z")
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     found = trainings.Trainings(json.loads((stopped / "settings.json").read_text()), stopped)
-    assert {name: trainings._documents(blocks) for name, blocks in found.sets.items()} == measured
+    for kind, blocks in found.sets.items():
+        assert [document_of(blocks, number) for number in range(len(blocks))] == measured[kind]
     refused(resume(stopped), f"--{name}: its content is not what", "base.json was measured with")
 
 
