@@ -1,9 +1,7 @@
 """Every figure in the README files follows from the committed results that the pages link to."""
 
-import json
 import re
 from collections import Counter
-from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -11,10 +9,6 @@ import pytest
 from bench import on_a_gpu, pages, study
 from bench.results import names
 from bench.results.names import FAST, LORA, STOCK
-from mica.cli.compare import settings
-from mica.cli.compare.page import markdown
-from mica.cli.compare.report import report
-from mica.cli.compare.schedule import Comparison, Question
 from mica.kernels import measured
 
 EPYC = "amd-epyc-avx512-bf16-2-threads"
@@ -128,52 +122,3 @@ def of_single_results():
 @pytest.mark.parametrize(("page", "said"), [*words(), *of_the_study(), *of_single_results()])
 def test_words(page, said):
     assert re.sub(r"\s+", " ", said) in " ".join((pages.ROOT / page).read_text(encoding="utf-8").split())
-
-
-def test_false_claims_are_as_rare_as_the_page_says():
-    """Of the simulation's table: rows without a lead."""
-    lines = (pages.ROOT / "bench/results/2026-11-30-claims.md").read_text(encoding="utf-8").splitlines()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.endswith(" % |")]
-    shares = [float(row[-1].removesuffix(" %")) for row in rows if row[-2] == "0"]
-    assert len(shares) == 30
-    said = f"a difference was claimed in {min(shares):.0f} to {max(shares):.0f} %"
-    assert said in " ".join((pages.ROOT / "mica/cli/README.md").read_text(encoding="utf-8").split())
-
-
-def about(value):
-    """JSON whose floats may differ in their last digits, as they do between processors."""
-    if isinstance(value, dict):
-        return {name: about(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [about(one) for one in value]
-    if isinstance(value, float):
-        return pytest.approx(value, rel=1e-9)
-    return value
-
-
-COMPARISONS = sorted((pages.ROOT / "bench" / "results").glob("*-compare/*/compare.json"))
-
-
-@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.parent.name)
-def test_a_comparison_is_told_as_its_raw_results_say(path):
-    """The verdicts and costs of its file, and the page, by the code as it is now."""
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    used, facts = stored["settings"], stored["facts"]
-    validation, retained = facts["validation"], facts["retained"]
-    question = Question(
-        rates=settings.rates(used),
-        seeds=settings.value(used, "seeds"),
-        budget=60 * settings.value(used, "budget"),
-        steps=settings.value(used, "steps"),
-        longest=4 * (facts["blocks"] // used["batch_size"]),
-        short_blocks=validation + (retained + 1) // 2,
-        whole_blocks=validation + facts["test"] + retained,
-    )
-    told = report(Comparison(question, stored["results"]), used, facts)
-    for name in told.keys() - {"settings", "facts", "results"}:
-        assert told[name] == about(stored[name])
-    assert markdown(stored, Path("comparison")) == (path.parent / "README.md").read_text(encoding="utf-8")
-
-
-def test_there_are_comparisons():
-    assert [path.parent.name for path in COMPARISONS] == ["python-reference", "ukrainian"]

@@ -11,7 +11,6 @@ UPWARDS = [
     "run",
     "on_a_gpu",
     "study",
-    "claims",
     "pages",
     "gpu",
     "__main__",

@@ -1,34 +1,27 @@
-"""What ``mica compare`` compares: MiCA, MiCA with another frozen B, LoRA, and full fine-tuning."""
+"""What ``mica compare`` compares: MiCA, LoRA, and full fine-tuning."""
 
 import argparse
 from typing import NamedTuple
 
 
-def doubling(lowest: float, number: int = 4) -> tuple[float, ...]:
-    """``number`` learning rates, each twice the one before."""
-    return tuple(float(f"{lowest * 2**power:.2g}") for power in range(number))
-
-
 class Method(NamedTuple):
     """``title``: on the page. ``rates``: what is tried; those of the study, which enclose its best.
 
-    ``divisor``: of the rank of MiCA, for that of this method's adapter; None: no adapter, all weights are
-    trained. LoRA trains A and B, so that half the rank has about as many trained parameters. ``init``: PEFT's
-    ``init_lora_weights``.
+    ``init``: PEFT's ``init_lora_weights``; None: no adapter, all weights are trained. ``divisor``: of the
+    rank of MiCA, for that of this method's adapter. LoRA trains A and B, so that half the rank has about as
+    many trained parameters.
     """
 
     title: str
     rates: tuple[float, ...]
-    divisor: int | None = 1
-    init: str | bool = "mica"
+    init: str | bool | None
+    divisor: int = 1
 
 
-RANDOM = "random"  # a control, which shows what MiCA's B is worth: compared only where it is named
 METHODS = {
-    "mica": Method("MiCA", doubling(5e-4)),
-    "lora": Method("LoRA", doubling(2.5e-4), 2, init=True),
-    RANDOM: Method("MiCA with a random B", doubling(5e-4)),
-    "full": Method("full fine-tuning", doubling(5e-5), None),
+    "mica": Method("MiCA", (5e-4, 1e-3, 2e-3, 4e-3), "mica"),
+    "lora": Method("LoRA", (2.5e-4, 5e-4, 1e-3, 2e-3), init=True, divisor=2),
+    "full": Method("full fine-tuning", (5e-5, 1e-4, 2e-4, 4e-4), init=None),
 }
 
 
@@ -37,8 +30,7 @@ def options(method: str, args: argparse.Namespace, **more) -> argparse.Namespace
 
     ``init`` is beside them.
     """
-    divisor = METHODS[method].divisor
-    rank = max(1, args.rank // (divisor or 1))
+    rank = max(1, args.rank // METHODS[method].divisor)
     alpha = max(1, round(args.alpha * rank / args.rank))  # the same scaling
     own = {"rank": rank, "alpha": alpha, "init": METHODS[method].init}
     return argparse.Namespace(**vars(args) | own | more)

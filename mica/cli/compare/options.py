@@ -5,21 +5,10 @@ import argparse
 from mica.cli.adapt.options import OPTIONS as OF_ADAPT
 from mica.cli.adapt.options import Option
 from mica.cli.arguments import count, number
-from mica.cli.compare.methods import METHODS, RANDOM
+from mica.cli.compare.methods import METHODS
 
 RANK = 64  # with 16, MiCA learned next to nothing in the study (bench/README.md, model quality)
-BLOCKS = 64  # measured of each text; the more documents they are from, the narrower are the intervals
-
-
-def _some_methods(text: str) -> list[str]:
-    """An argparse type: names of `METHODS`, separated by commas, two or more."""
-    names = [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in METHODS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"'{unknown[0]}' is not one of {', '.join(METHODS)}")
-    if len(set(names)) < max(2, len(names)):
-        raise argparse.ArgumentTypeError(f"must be two or more different methods, not '{text}'")
-    return names
+BLOCKS = 64  # measured of each text
 
 
 def _grid(text: str) -> list:
@@ -29,13 +18,7 @@ def _grid(text: str) -> list:
         expected = f"must be METHOD=RATE,RATE,... with a method of {', '.join(METHODS)}"
         raise argparse.ArgumentTypeError(f"{expected}, not '{text}'")
     rate = number(float, 0)
-    rates = sorted({rate(value) for value in values.split(",")})
-    return [name, rates]
-
-
-def _taken(name: str, **changes) -> Option:
-    """The option of `mica adapt`, with ``changes``."""
-    return OF_ADAPT[name]._replace(**changes)
+    return [name, [rate(value) for value in values.split(",")]]
 
 
 TABLE = (
@@ -43,16 +26,16 @@ TABLE = (
     OF_ADAPT["model"],
     "data",
     OF_ADAPT["text"],
-    _taken("retain", required=True),
+    OF_ADAPT["retain"]._replace(required=True),
     OF_ADAPT["sequence_length"],
     "trainings",
-    _taken("rank", help="rank of MiCA and of a random B; LoRA has half of it", default=RANK),
+    OF_ADAPT["rank"]._replace(help="rank of MiCA; LoRA has half of it", default=RANK),
     OF_ADAPT["batch_size"],
     Option(
         "methods",
-        f"two or more of {','.join(METHODS)}; default: all but {RANDOM}, which is a control",
-        "NAMES",
-        parse=_some_methods,
+        "what to compare; default: all of them",
+        choices=tuple(METHODS),
+        many=True,
     ),
     Option(
         "rates",
@@ -65,11 +48,10 @@ TABLE = (
         "budget", "minutes of wall time for all of it", "MINUTES", 30.0, number(float, 0), may_change=True
     ),
     Option("steps", "steps of a whole training; default: what the budget allows", "N", parse=count(4)),
-    Option("seeds", "trainings at most of what is near the best", "N", 3, count(), may_change=True),
+    Option("seeds", "trainings of each method at its best learning rate", "N", 3, count(), may_change=True),
     "output",
-    _taken("output", help="folder for the comparison: new or empty"),
-    _taken("resume", help="go on with the comparison in DIR"),
+    OF_ADAPT["output"]._replace(help="folder for the comparison: new or empty"),
+    OF_ADAPT["resume"]._replace(help="go on with the comparison in DIR"),
 )
 OPTIONS = {row.name: row for row in TABLE if isinstance(row, Option)}
-# Settings that are options of `mica adapt`, too; the last one had an option before 0.4
-SHARED = ("model", "text", "retain", "sequence_length", "rank", "batch_size", "eval_blocks")
+SHARED = ("model", "text", "retain", "sequence_length", "rank", "batch_size")  # with `mica adapt`

@@ -1,213 +1,173 @@
-"""The page of a comparison: what was found, a picture, tables, and the settings of the trainings."""
+"""The page of a comparison: what each method has learned and forgotten, and how to train it again."""
 
 import argparse
+import math
 import shlex
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from mica.cli.adapt.options import OPTIONS as OF_ADAPT
-from mica.cli.compare import settings
+import numpy as np
+
+from mica.cli.compare import methods, settings
 from mica.cli.compare.methods import METHODS
-from mica.cli.compare.schedule import LEAST
-from mica.cli.compare.verdict import FEWEST, HELD_OUT, RETAINED_DOCUMENTS, SEEDS
-from mica.cli.output import markdown_table, shown, write_file, write_json, write_unless_edited
+from mica.cli.compare.outcomes import between_documents
+from mica.cli.compare.schedule import Comparison
+from mica.cli.output import markdown_table, shown, write_file, write_unless_edited
 
-Report = dict[str, Any]
+_MEASURED = {"learned": "test", "forgotten": "retained"}  # amount -> the blocks it is measured on
+_HEADER = ["", "trained parameters", "learning rate", "seed", "learned", "forgotten"]
+_VARIES = """\
+What was {amount} differs by {seeds} between seeds of one method. The difference of two methods has a \
+standard error of {others} over the documents, of which there are {documents}."""
+_CAUTION = """\
+A difference between two methods that is not larger than both of these can come from seeds or documents \
+alone: it means nothing. A larger one may be chance, too, as few seeds and documents say little of others."""
+_PAGE = """\
+# {model_name} on {text_names}
 
-_UNIT = "nats per token"
-# Why a lead is uncertain and what to do, by the source of most of its doubt
-_REMEDIES = {
-    HELD_OUT: "the held-out documents are few or differ: give a --text of more documents",
-    RETAINED_DOCUMENTS: "the retained documents are few or differ: give a --retain of more documents",
-    SEEDS: "seeds are few or differ: `mica compare --output {} --resume --budget {:g} --seeds {}` adds more",
-}
-_SETTING = """\
-*Learned* is the fall of the mean loss on {test} blocks of held-out text (documents: {documents[test]}), \
-*forgotten* its rise on {retained} blocks of {retain} (documents: {documents[retained]}; negative: it fell), \
-both in {unit}: 0.1 less is a perplexity that is 10 % lower. Learning rates and the limit of forgetting were \
-chosen by {validation} other held-out blocks. An update that forgets more than the limit counts by the share \
-of it that is within; its figures divided by that share are those of the whole. A method that is not in the \
-table learned nothing. A difference is that of the seeds that both have. After ± stands its 95 % interval, \
-for other documents and seeds; all of them hold at once. It is unknown with fewer than {fewest} documents, \
-and without second seeds.
+*Learned* is the fall of the mean loss on {test} blocks of held-out text, *forgotten* its rise on {retained} \
+blocks of {retain_names} (negative: it fell), both in nats per token: 0.1 less is a perplexity that is 10 % \
+lower. Of each method's learning rates the one is shown whose seed 0 learned most of {validation} other \
+held-out blocks.
 
-All trainings in the table have {steps} steps of {step_tokens:,} tokens. {millions:,.0f} million parameters \
-in {dtype}; {tokens:,} tokens of text, {blocks:,} training blocks of {sequence_length}. {minutes:.1f} \
-minutes, {jobs} at a time on the {device}."""
+{table}
+
+{spread}
+
+![Learned over forgotten](compare.png)
+
+## The trainings
+
+All have {steps} steps of {step_tokens:,} tokens, of a text of {blocks:,} training blocks of \
+{sequence_length}; longer ones may show something else. Weights are {dtype}; {optimizer}, {scheduler} \
+schedule, warm-up {warmup_ratio:g}, weight decay {weight_decay:g}, gradients clipped at {max_grad_norm:g}. \
+All of it took {minutes:.1f} minutes.
+
+{tried}
+
+To train them again, by Python:
+
+```python
+import json
+from pathlib import Path
+
+from mica.cli.compare.schedule import RATES, Planned
+from mica.cli.compare.trainings import Trainings
+
+folder = Path({output!r})
+trainings = Trainings(json.loads((folder / "settings.json").read_text()), folder)
+{python}
+```
+"""
+_COMMAND = """
+MiCA by the command line:
+
+```sh
+mica adapt --model {model} --text {text} --retain {retain} --sequence-length {sequence_length} --rank {rank} \
+--batch-size {batch_size} --eval-blocks {eval_blocks} --learning-rate {rate:g} --steps {steps} --output run
+```
+"""
+_HOW = (
+    "`r={rank}, lora_alpha={alpha}, lora_dropout={dropout:g}, init_lora_weights={init!r}, "
+    "target_modules={target_modules!r}`"
+)
+_PYTHON = """\
+with trainings.trained(Planned(RATES, "{method}", rate={rate:g}, steps={steps}, seed=0)) as (model, measured):
+    model.save_pretrained("{method}")"""
 
 
-def write(output: Path, report: Report) -> None:
-    """Write page, picture and data of ``report`` to ``output``. Raises UsageError if that fails."""
+def write(output: Path, comparison: Comparison, facts: dict[str, Any]) -> None:
+    """Write page and picture to ``output``. Raises UsageError if that fails."""
     from mica.cli.compare import picture  # imports matplotlib
 
-    write_json("--output", output / settings.REPORT, report)
-    write_file("--output", output / settings.PICTURE, lambda path: picture.trade_off(report, path))
-    write_unless_edited("--output", output / settings.PAGE, markdown(report, output))
+    found = comparison.found()
+    write_file("--output", output / settings.PICTURE, lambda path: picture.trade_off(found, path))
+    write_unless_edited("--output", output / settings.PAGE, markdown(output, comparison, facts))
 
 
-def sentences(report: Report, output: Path) -> list[str]:
-    """Who learned most at equal forgetting, and which method to take, or what would tell them apart."""
-    if not report["methods"]:
-        return ["No method has learned anything of this text: no loss on held-out text fell."]
-    head = f"At equal forgetting (at most {report['limit']:.3f} {_UNIT})"
-    if not report["limit"]:
-        head = "Without forgetting any of the retained text"
-    best, *others = report["methods"]
-    amount = f"{best['learned']:.3f} {_UNIT}"
-    if not others:
-        return [f"{head}, only {_title(best)} learned anything: {amount}."]
-    certain = [row for row in others if not row["behind"]["tied"]]
-    tied = [row for row in others if row["behind"]["tied"]]
-    text = f"{head}, {_title(best)} learned most, {amount}"
-    if certain:
-        text += ": " + _listed([f"{_plus_minus(row)} more than {_title(row)}" for row in certain])
-    if not tied:
-        return [f"{text}.", f"Take {_title(best)}."]
-    leads = _listed([f"{_title(row)} ({_plus_minus(row)})" for row in tied])
-    undecided = _listed([_title(row) for row in (best, *tied)])
-    return [
-        f"{text}. Its lead over {leads} may be chance.",
-        f"Undecided between {undecided}, whose costs are below.",
-        *_remedies(report, tied, output),
+def markdown(output: Path, comparison: Comparison, facts: dict[str, Any]) -> str:
+    """The page of the comparison in ``output``. ``facts``: see `Trainings.facts`."""
+    found = comparison.found()
+    steps = comparison.steps()
+    tried = []
+    python = []
+    for method, one in found.items():
+        how = _HOW.format(**vars(methods.options(method, argparse.Namespace(**facts))))
+        if METHODS[method].init is None:
+            how = "all weights, in float32"
+        rates = ", ".join(f"{rate:g}" for rate in one.curve)
+        number = f"{len(one.curve)} of {len(comparison.rates[method])} learning rates"
+        tried.append(f"- {METHODS[method].title}: {how}; {number}: {rates}")
+        python.append(_PYTHON.format(method=method, rate=one.rate, steps=steps))
+    values = facts | {
+        "model_name": shown(Path(facts["model"]).name),
+        "text_names": _names(facts["text"]),
+        "retain_names": _names(facts["retain"]),
+        "table": table(comparison),
+        "spread": "\n\n".join(spread(comparison)),
+        "steps": steps,
+        "step_tokens": facts["batch_size"] * facts["sequence_length"],
+        "minutes": comparison.spent() / 60,
+        "tried": "\n".join(tried),
+        "output": str(output),
+        "python": "\n".join(python),
+    }
+    page = _PAGE.format(**values)
+    if "mica" in found:
+        quoted = {name: shlex.join(facts[name]) for name in ("text", "retain")}
+        quoted["model"] = shlex.quote(facts["model"])
+        page += _COMMAND.format(**values | quoted, rate=found["mica"].rate)
+    failed = [f"- `{key}`: {why}\n" for key, why in comparison.failed().items()]
+    if failed:
+        page += "\n## Failed\n\n" + "".join(failed)
+    return page
+
+
+def table(comparison: Comparison) -> str:
+    """What each method has learned and forgotten: the means over its seeds, and each of them."""
+    base = comparison.base["losses"]
+    before = [mean(base[blocks]) for blocks in _MEASURED.values()]
+    rows = []
+    for method, found in comparison.found().items():
+        size = f"{comparison.whole()[method][0]['trained_parameters']:,}"
+        head = [METHODS[method].title, size, f"{found.rate:g}", "mean"]
+        rows.append([*head, *_cells(before, *found.each.mean(axis=0))])
+        for seed, end in found.seeds.items():
+            rows.append(["", "", "", str(seed), *_cells(before, *end.means)])
+    perplexities = [
+        f"{blocks} perplexity (before: {math.exp(loss):.2f})"
+        for blocks, loss in zip(_MEASURED.values(), before, strict=True)
     ]
+    return markdown_table([*_HEADER, *perplexities], rows)
 
 
-def _remedies(report: Report, tied: list[Report], output: Path) -> list[str]:
-    """What would tell the best from those that may be as good, a sentence for each source of doubt."""
-    used = report["settings"]
-    more = [2 * settings.value(used, name) for name in ("budget", "seeds")]
+def _cells(before: list[float], learned: float, forgotten: float) -> list[str]:
+    losses = before[0] - learned, before[1] + forgotten
+    return [f"{learned:.3f}", f"{forgotten:.3f}", *(f"{math.exp(loss):.2f}" for loss in losses)]
+
+
+def spread(comparison: Comparison) -> list[str]:
+    """How far seeds and documents make what was measured vary, and what follows from that."""
+    found = comparison.found().values()
     lines = []
-    for source, remedy in _REMEDIES.items():
-        methods = [_title(row) for row in tied if row["behind"]["doubt"] == source]
-        if methods:
-            why = remedy.format(output, *more)
-            lines.append(f"The lead over {_listed(methods)} is uncertain mostly because {why}.")
-    return lines
+    for column, (amount, blocks) in enumerate(_MEASURED.items()):
+        seeds = [float(np.ptp(one.each[:, column])) for one in found if len(one.seeds) > 1]
+        documents = comparison.base["documents"][blocks]
+        values = {
+            "amount": amount,
+            "documents": len(set(documents)),
+            "seeds": _nats(max(seeds, default=math.nan)),
+        }
+        lines.append(_VARIES.format(**values, others=_nats(between_documents(found, amount, documents))))
+    return [*lines, _CAUTION]
 
 
-def _title(row: Report) -> str:
-    return METHODS[row["method"]].title
-
-
-def _plus_minus(row: Report) -> str:
-    """How much less than the best a method has learned, with the interval of that."""
-    behind = row["behind"]
-    if behind is None:
-        return ""
-    if behind["half"] is None:
-        return f"{behind['mean']:.3f} ± unknown"
-    return f"{behind['mean']:.3f} ± {behind['half']:.3f}"
-
-
-def _listed(texts: list[str]) -> str:
-    if len(texts) < 2:
-        return "".join(texts)
-    return f"{', '.join(texts[:-1])} and {texts[-1]}"
-
-
-def markdown(report: Report, output: Path) -> str:
-    """The page of the comparison in ``output``."""
-    used = report["settings"]
-    parts = [
-        f"# {shown(Path(str(used['model'])).name)} on {_names(used['text'])}: which method?",
-        *_bullets("", sentences(report, output)),
-        f"![Learned, by what was forgotten]({settings.PICTURE})",
-        _table(report),
-        _setting(report),
-        _costs(report),
-        *_bullets("## Failed\n\n", report["failed"]),
-        _trainings(report),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _bullets(title: str, lines: list[str]) -> list[str]:
-    """A list below its title; nothing where it is empty."""
-    if not lines:
-        return []
-    return [title + "\n".join(f"- {line}" for line in lines)]
+def _nats(amount: float) -> str:
+    if math.isnan(amount):
+        return "an unknown amount"
+    return f"up to {amount:.3f}"
 
 
 def _names(paths: list[str]) -> str:
-    return _listed([f"`{shown(Path(path).name)}`" for path in paths])
-
-
-def _setting(report: Report) -> str:
-    """What was measured, and on what."""
-    args = _args(report)
-    steps = max((row["steps"] for row in report["methods"]), default=0)
-    text = _SETTING
-    if 0 < steps < LEAST:
-        text += " **The trainings are short**: {steps} steps say little about a long one."
-    return text.format(
-        **report["facts"],
-        steps=steps,
-        step_tokens=args.batch_size * args.gradient_accumulation_steps * args.sequence_length,
-        retain=_names(report["settings"]["retain"]),
-        millions=report["facts"]["parameters"] / 1e6,
-        minutes=report["seconds"] / 60,
-        fewest=FEWEST,
-        unit=_UNIT,
-    )
-
-
-def _table(report: Report) -> str:
-    before = report["perplexity"]
-    rows = []
-    for row in report["methods"]:
-        share = "" if row["share"] == 1 else f"{row['share']:.2f}"
-        after = [f"{row['perplexity'][name]:.2f}" for name in ("held_out", "retained")]
-        amounts = [f"{row['learned']:.3f}", _plus_minus(row), f"{row['forgotten']:.3f}"]
-        rows.append([_title(row), *amounts, *after, f"{row['rate']:g}", share, str(row["seeds"])])
-    header = [
-        "",
-        "learned",
-        "the best learned more by",
-        "forgotten",
-        f"held-out perplexity (before: {before['held_out']:.2f})",
-        f"retained perplexity (before: {before['retained']:.2f})",
-        "learning rate",
-        "share of the update",
-        "seeds",
-    ]
-    return markdown_table(header, rows)
-
-
-def _costs(report: Report) -> str:
-    rows = []
-    for method, cost in report["costs"].items():
-        size = f"{cost['bytes'] / 2**30:.2f} GiB"
-        seconds = f"{cost['step_seconds']:.3g} s"
-        rows.append([METHODS[method].title, f"{cost['trained_parameters']:,}", size, seconds])
-    header = ["", "trained parameters", "weights, gradients, optimiser", "a step"]
-    return f"## Costs\n\n{markdown_table(header, rows)}"
-
-
-def _args(report: Report) -> argparse.Namespace:
-    """The options of `mica adapt` that all trainings share."""
-    return settings.of_mica_adapt(report["settings"], Path("run")).args
-
-
-def _trainings(report: Report) -> str:
-    """The settings of the trainings, and for MiCA the command."""
-    args = _args(report)
-    text = (
-        f"## The trainings\n\nMiCA has rank {args.rank} and alpha {args.alpha}, LoRA half of both, on "
-        f"{args.target_modules}. {args.optimizer}, {args.scheduler} schedule, warm-up "
-        f"{args.warmup_ratio:g}, weight decay {args.weight_decay:g}, gradients clipped at "
-        f"{args.max_grad_norm:g}; seeds from 0."
-    )
-    mica = [row for row in report["methods"] if row["method"] == "mica"]
-    if not mica:
-        return text
-    return f"{text} To train MiCA so, with its whole update:\n\n```sh\n{command(report, mica[0])}\n```"
-
-
-def command(report: Report, row: Report) -> str:
-    """The `mica adapt` command of the training of MiCA in ``row``: the same blocks in the same order."""
-    words = ["mica", "adapt"]
-    for name, value in settings.shared(report["settings"]).items():
-        values = value if isinstance(value, list) else [value]
-        words += [OF_ADAPT[name].flag, *map(str, values)]
-    words += ["--learning-rate", f"{row['rate']:g}", "--steps", str(row["steps"]), "--output", "run"]
-    return shlex.join(words)
+    return ", ".join(f"`{shown(Path(path).name)}`" for path in paths)

@@ -1,44 +1,38 @@
-"""What was learned by what was forgotten, a point a method."""
+"""What was learned over what was forgotten: a curve a method, a point a learning rate."""
 
 from pathlib import Path
-from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure  # not pyplot: Agg, whatever the display, and no global state
 
 from mica.cli.compare.methods import METHODS
+from mica.cli.compare.outcomes import Found
 from mica.cli.plot import STYLE
 
 # Distinct from each other for all common kinds of colour blindness, and in grey.
-_COLOURS = dict(zip(METHODS, ("#D55E00", "#0072B2", "#A66BBE", "#009E73"), strict=True))
+_COLOURS = dict(zip(METHODS, ("#D55E00", "#0072B2", "#009E73"), strict=True))
+_MARKERS = dict(zip(METHODS, "os^", strict=True))
 
 
-def trade_off(report: dict[str, Any], path: Path) -> None:
-    """Write a PNG of the methods of ``report`` at equal forgetting; small: all their trainings, whole.
-
-    A bar is the interval of the difference to the best, whose line it reaches where that may be chance. One
-    of few seeds may be many times as long as all that was learned, and is cut off.
-    """
-    with rc_context({**STYLE, "lines.linewidth": 1.2}):
-        figure = Figure(figsize=(7.5, 4.2), dpi=150, layout="constrained")
+def trade_off(found: dict[str, Found], path: Path) -> None:
+    """Write a PNG of the curve of each method, and each seed at the learning rate that was chosen."""
+    with rc_context({**STYLE, "lines.linewidth": 1.0, "lines.markersize": 4}):
+        figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
         axes = figure.add_subplot(
-            title="Better: up and left. Bars: 95 % interval of the difference to the best",
+            title="Beside a point: its learning rate. Large: all seeds at the one that was chosen",
             xlabel="forgotten of the retained text, nats per token",
-            ylabel="learned of held-out text, nats per token",
+            ylabel="learned of the test text, nats per token",
         )
-        axes.margins(0.1)
-        for method, points in report["points"].items():
-            axes.scatter(*zip(*points, strict=True), s=9, color=_COLOURS[method], alpha=0.45, linewidths=0)
-        for row in report["methods"]:
-            look = {"color": _COLOURS[row["method"]], "label": METHODS[row["method"]].title}
-            axes.plot(row["forgotten"], row["learned"], "o", **look)
-        axes.set_ylim(axes.get_ylim())
-        for row in report["methods"]:
-            if row["behind"] and row["behind"]["half"]:
-                at = {"x": row["forgotten"], "y": row["learned"], "yerr": row["behind"]["half"]}
-                axes.errorbar(**at, capsize=3, color=_COLOURS[row["method"]])
-        if report["methods"]:
-            axes.axhline(report["methods"][0]["learned"], color="#999999", linestyle="--", linewidth=0.8)
-            axes.axvline(report["limit"], color="#999999", linestyle=":", label="equal forgetting")
-            figure.legend(loc="outside right upper")
+        axes.margins(0.12)
+        for method, one in found.items():
+            look = {"color": _COLOURS[method], "marker": _MARKERS[method]}
+            for rate, end in one.curve.items():
+                learned, forgotten = end.means
+                at = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8}
+                axes.annotate(f"{rate:g}", (forgotten, learned), color=look["color"], **at)
+            learned, forgotten = zip(*(end.means for end in one.curve.values()), strict=True)
+            axes.plot(forgotten, learned, label=METHODS[method].title, **look)
+            learned, forgotten = one.each.T
+            axes.plot(forgotten, learned, linestyle="", markersize=8, alpha=0.6, **look)
+        figure.legend(loc="outside right upper")
         figure.savefig(path, format="png", metadata={"Software": None})

@@ -1,118 +1,111 @@
 """What the page says of planted results."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 
 from mica.cli.compare import page, picture
-from tests.mica.cli.compare.comparisons import LOSS, SETTINGS, found, gaining
+from tests.mica.cli.compare.comparisons import LOSS, NAMES, WORLD, World, comparison, simulate
 
 OUTPUT = Path("here")
-ONE_SEED = {"names": ("mica", "lora"), "seeds": 1}
-NOISY = {"noise": (0.05, 0.02), "names": ("mica", "lora"), "seeds": 2}
+FACTS = {"model": "/home/me/a model", "text": ["/home/me/t.txt"], "retain": ["/home/me/r.txt"], "rank": 64}
+FACTS |= {"alpha": 64, "dropout": 0.0, "target_modules": "all-linear", "batch_size": 2, "eval_blocks": 64}
+FACTS |= {"sequence_length": 128, "optimizer": "adamw_torch", "scheduler": "linear", "warmup_ratio": 0.05}
+FACTS |= {"weight_decay": 0.0, "max_grad_norm": 1.0, "dtype": "float32", "blocks": 800}
+FACTS |= {"validation": 6, "test": 18, "retained": 10}
 
 
-@pytest.mark.parametrize(
-    ("name", "title"), [("lora", "LoRA"), ("full", "full fine-tuning"), ("mica", "MiCA")]
-)
-def test_the_best_is_named_and_taken_whatever_it_is(name, title):
-    first, last = page.sentences(found(gaining(name, 0.6)), OUTPUT)
-    assert first.startswith("At equal forgetting (at most ")
-    assert f" {title} learned most, 0." in first
-    assert first.count("more than") == 3
-    assert "chance" not in first
-    assert last == f"Take {title}."
+def done(world=WORLD, **more):
+    asked = comparison(**more)
+    simulate(asked, world)
+    return asked
 
 
-@pytest.mark.parametrize(
-    ("planted", "lead", "why"),
-    [
-        # neither the smallest nor the first is recommended
-        ({"noise": (0.05, 0.02)}, " may be chance.", ""),
-        # however large it is
-        ({"learns": gaining("mica", 9.0), **ONE_SEED}, " ± unknown) may be chance.", "seeds are few or"),
-        ({"learns": gaining("mica", 0.2), **NOISY}, "", "seeds are few or differ"),
-        ({"learns": gaining("mica", 0.6), "counts": (2, 10)}, " ± unknown) ", "the held-out documents"),
-    ],
-)
-def test_nothing_is_recommended_where_a_lead_may_be_chance(planted, lead, why):
-    """But what would decide is said, once for all methods of which that is so."""
-    told = found(**planted)
-    first, second, *others = page.sentences(told, OUTPUT)
-    assert lead in first
-    assert "more than" not in first
-    assert second.startswith("Undecided between ")
-    assert "MiCA" in second
-    assert "LoRA" in second
-    assert sum("is uncertain mostly because " in line for line in others) == len(others)
-    assert any(line.partition("mostly because ")[2].startswith(why) for line in others)
-    assert sum(" LoRA" in line for line in others) == 1
+def cells(text, start):
+    lines = text.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith(f"| {start} "))
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[first : first + 4]]
 
 
-def test_the_command_that_adds_seeds_doubles_what_there_is():
-    told = found(gaining("mica", 0.2), **NOISY, settings=SETTINGS | {"seeds": 2})
-    *_, line = page.sentences(told, OUTPUT)
-    assert "`mica compare --output here --resume --budget 60 --seeds 4` adds more" in line
+def test_each_method_has_a_row_of_means_and_one_a_seed():
+    asked = done()
+    mean, *seeds = cells(page.table(asked), "MiCA")
+    assert mean[:4] == ["MiCA", "9,600,000", "0.002", "mean"]
+    assert [row[:4] for row in seeds] == [["", "", "", str(seed)] for seed in range(3)]
+    found = asked.found()["mica"]
+    for row, (learned, forgotten) in zip([mean, *seeds], [found.each.mean(axis=0), *found.each], strict=True):
+        losses = LOSS - learned, LOSS + forgotten
+        assert row[4:6] == [f"{learned:.3f}", f"{forgotten:.3f}"]
+        assert row[6:] == [f"{math.exp(loss):.2f}" for loss in losses]
+    assert f"test perplexity (before: {math.exp(LOSS):.2f})" in page.table(asked)
 
 
-def test_who_forgets_more_does_not_win():
-    def forgets(method, rate, step):
-        return step * (0.05 if method == "full" else 0.002)
-
-    told = found(gaining("full", 1.0), forgets)
-    assert "full fine-tuning learned most" not in page.sentences(told, OUTPUT)[0]
-    full, _ = [line for line in page.markdown(told, OUTPUT).splitlines() if line.startswith("| full fine")]
-    assert 0 < float(full.split(" | ")[7]) < 0.1  # of its update
-
-
-def test_where_nothing_is_forgotten_or_learned_that_is_said():
-    first, *_ = page.sentences(found(forgets=lambda *at: -0.1), OUTPUT)
-    assert first.startswith("Without forgetting any of the retained text, ")
-    nothing = found(lambda *at: -0.1)
-    assert page.sentences(nothing, OUTPUT) == [
-        "No method has learned anything of this text: no loss on held-out text fell."
-    ]
-    assert "mica adapt" not in page.markdown(nothing, OUTPUT)
+@pytest.mark.parametrize("forgets", [-0.1, 0.0, 5.0])
+def test_forgetting_is_a_number_and_decides_nothing(forgets):
+    """Learned is the same however much was forgotten."""
+    asked = done(World(forgets=lambda *at: forgets))
+    rows = cells(page.table(asked), "full fine-tuning")
+    assert {row[5] for row in rows} == {f"{forgets:.3f}"}
+    assert [row[4] for row in rows] == [row[4] for row in cells(page.table(done()), "full fine-tuning")]
 
 
-def test_perplexities_before_and_after_are_in_the_table():
-    told = found(gaining("lora", 0.6))
-    text = page.markdown(told, OUTPUT)
-    row = told["methods"][0]
-    assert f"held-out perplexity (before: {math.exp(LOSS):.2f})" in text
-    assert f"retained perplexity (before: {math.exp(LOSS):.2f})" in text
-    cells = next(line for line in text.splitlines() if line.startswith("| LoRA | ")).split(" | ")
-    assert cells[4] == f"{math.exp(LOSS - row['learned']):.2f}"
-    assert cells[5] == f"{math.exp(LOSS + row['forgotten']):.2f}"
+def test_nothing_is_judged():
+    text = page.markdown(OUTPUT, done(), FACTS).lower()
+    said = re.findall(
+        r"\b(take|best|better|wins?|more than|at equal|95 %|certain|undecided|recommend\w*)\b", text
+    )
+    assert said == []
 
 
-@pytest.mark.parametrize("steps", [12, 60])
-def test_short_trainings_are_called_short(steps):
-    text = page.markdown(found(steps=steps), OUTPUT)
-    assert f"All trainings in the table have {steps} steps of 256 tokens." in text
-    assert ("are short**: 12 steps" in text) == (steps == 12)
+def test_how_far_seeds_and_documents_vary_is_said():
+    learned, forgotten, caution = page.spread(done(World(between_seeds=0.02)))
+    seeds = [found.each[:, 0] for found in done(World(between_seeds=0.02)).found().values()]
+    widest = max(one.max() - one.min() for one in seeds)
+    assert f"What was learned differs by up to {widest:.3f} between seeds of one method." in learned
+    assert "standard error of up to 0.000 over the documents, of which there are 9" in learned
+    assert "What was forgotten differs by up to 0.000 between seeds" in forgotten
+    assert "of which there are 5." in forgotten
+    assert "not larger than both of these can come from seeds or documents alone: it means nothing" in caution
 
 
-def test_settings_are_on_the_page():
+def test_of_one_seed_and_one_method_nothing_is_known():
+    learned, *_ = page.spread(done(seeds=1, names=("mica",)))
+    assert learned.count("an unknown amount") == 2
+
+
+def test_how_the_trainings_were_is_on_the_page():
     """Names of files are without the folders of this machine, but for the command, which is to run."""
-    paths = {"model": "/home/me/model", "text": ["/home/me/t.txt"], "retain": ["/home/me/r.txt"]}
-    told = found(budget=400.0, settings=SETTINGS | paths | {"batch_size": 3})
-    text, _, trainings = page.markdown(told, OUTPUT).partition("## The trainings")
+    asked = done(rates=(1e-3, 2e-3))
+    text, _, again = page.markdown(OUTPUT, asked, FACTS).partition("To train them again")
     assert "/home/me" not in text
-    assert "`r.txt` (documents: 10;" in text
-    assert "MiCA has rank 64 and alpha 64, LoRA half of both" in trainings
-    assert "linear schedule" in trainings
-    (row,) = [row for row in told["methods"] if row["method"] == "mica"]
-    line = page.command(told, row)
-    assert f"```sh\n{line}\n```" in trainings
-    assert "--rank 64 --eval-blocks 64 --model /home/me/model" in line
-    assert "--batch-size 3" in line
-    assert line.endswith(f"--learning-rate {row['rate']:g} --steps {row['steps']} --output run")
+    assert "on `t.txt`" in text
+    assert f"All have {asked.steps()} steps of 256 tokens" in text
+    assert "- LoRA: `r=32, lora_alpha=32, lora_dropout=0, init_lora_weights=True" in text
+    assert "- full fine-tuning: all weights, in float32; 2 of 2 learning rates: 0.001, 0.002" in text
+    start = "mica adapt --model '/home/me/a model' --text /home/me/t.txt --retain /home/me/r.txt "
+    assert start in again
+    assert f"--learning-rate 0.002 --steps {asked.steps()} --output run" in again
+    for name in NAMES:
+        assert f'Planned(RATES, "{name}", rate=0.002, steps={asked.steps()}, seed=0)' in again
+    assert "mica adapt" not in page.markdown(OUTPUT, done(names=("lora",)), FACTS)
 
 
-@pytest.mark.parametrize("planted", [{"learns": gaining("lora")}, {"seeds": 1}, {"learns": lambda *at: -0.1}])
-def test_pictures(tmp_path, planted):
-    """Of methods that are certain, tied, and none at all."""
-    picture.trade_off(found(**planted), tmp_path / "x.png")
+@pytest.mark.parametrize("planted", [{}, {"seeds": 1, "rates": (1e-3,)}])
+def test_the_picture_labels_methods_and_rates(tmp_path, planted, monkeypatch):
+    drawn = []
+    savefig = picture.Figure.savefig
+
+    def saved(figure, *args, **more):
+        drawn.append(figure)
+        return savefig(figure, *args, **more)
+
+    monkeypatch.setattr(picture.Figure, "savefig", saved)
+    asked = done(**planted)
+    picture.trade_off(asked.found(), tmp_path / "x.png")
+    (axes,) = drawn[0].axes
+    rates = [f"{rate:g}" for rates in asked.rates.values() for rate in rates]
+    assert [text.get_text() for text in axes.texts] == rates
+    assert axes.get_legend_handles_labels()[1] == ["MiCA", "LoRA", "full fine-tuning"]
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -7,7 +7,7 @@ import pytest
 from mica.cli.compare import settings
 from mica.errors import UsageError
 
-GIVEN = {"model": "m", "text": ["t.txt"], "retain": ["r.txt"], "budget": 5.0}
+GIVEN = settings.DEFAULTS | {"model": "m", "text": ["t.txt"], "retain": ["r.txt"], "budget": 5.0}
 
 
 @pytest.fixture
@@ -31,32 +31,42 @@ def test_a_comparison_goes_on_with_its_settings(output):
             settings.resumed(output, other)
 
 
-@pytest.mark.parametrize("text", ["{", '{"model": "m", "budget": "long"}', "null"])
-def test_settings_that_no_comparison_has_written_are_named(output, text):
-    (output / "settings.json").write_text(text)
-    with pytest.raises(UsageError, match=r"/settings\.json is not what mica compare has written: put that"):
-        settings.stored(output)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"/settings\.json is not what mica compare has written: put that back"),
+        (
+            '{"model": "m", "budget": "long"}',
+            r"/settings\.json is not what mica compare has written: put that",
+        ),
+        (None, r"nothing to continue in .*: it has no settings\.json"),
+    ],
+)
+def test_settings_that_no_comparison_has_written_are_named(output, text, message):
+    (output / "settings.json").unlink()
+    if text is not None:
+        (output / "settings.json").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        settings.resumed(output, {})
 
 
-def test_a_comparison_begins_in_an_empty_folder(output, tmp_path):
+def test_settings_of_another_version_are_named(output):
+    settings.write(output, {"some": "thing"})
+    with pytest.raises(UsageError, match=r"settings\.json: this version of mica compare has not written it"):
+        settings.resumed(output, {})
+
+
+def test_a_comparison_begins_in_an_empty_folder(output):
     assert json.loads((output / "settings.json").read_text()) == GIVEN
-    settings.check_output(output)  # killed before its first result
-    (output / "runs").mkdir()
-    (output / "runs" / "base.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"is not empty: choose another folder, or use --resume to go on"):
+    with pytest.raises(UsageError, match=r"is not empty: choose another folder, or go on .* by --resume"):
         settings.check_output(output)
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(UsageError, match=r"is not empty: choose another folder$"):
-        settings.check_output(tmp_path)
-    with pytest.raises(UsageError, match=r"nothing to continue in .*: it has no settings\.json"):
-        settings.stored(tmp_path)
 
 
 def test_rates_are_those_given_or_our_own():
-    given = {"methods": ["mica", "lora"], "rates": [["lora", [3e-4]]]}
+    given = settings.DEFAULTS | {"methods": ["mica", "lora"], "rates": [["lora", [3e-4]]]}
     assert settings.rates(given) == {"mica": [5e-4, 1e-3, 2e-3, 4e-3], "lora": [3e-4]}
     twice = given | {"rates": [["lora", [3e-4]], ["mica", [1e-3]], ["lora", [1e-4]]]}
     assert settings.rates(twice) == {"mica": [1e-3], "lora": [1e-4, 3e-4]}
-    assert list(settings.rates({})) == ["mica", "lora", "full"]  # a random B is a control
+    assert list(settings.rates(settings.DEFAULTS)) == ["mica", "lora", "full"]
     with pytest.raises(UsageError, match="--rates full: it is not compared: name it in --methods"):
         settings.rates(given | {"rates": [["full", [1e-5]]]})

@@ -5,19 +5,26 @@ from types import SimpleNamespace
 
 import pytest
 
-from mica.cli.compare.training import _Watch, is_finite
+from mica.cli.compare import training
 
 
 def test_the_first_step_is_not_timed():
     """It fills caches."""
-    seen = []
-    watch = _Watch(lambda: seen.append(watch.began))
+    clock = training._Clock()
+    began = []
     for step in range(1, 5):
-        watch.on_step_end(None, SimpleNamespace(global_step=step), None)
-    assert watch.steps == 3
-    assert seen == [0.0, *[watch.began] * 3]
+        clock.on_step_end(None, SimpleNamespace(global_step=step), None)
+        began.append(clock.began)
+    assert clock.steps == 3
+    assert {*began} == {began[0]} != {0.0}
 
 
-@pytest.mark.parametrize(("loss", "is_fine"), [(math.nan, False), (math.inf, False), (2.0, True)])
-def test_a_loss_that_is_not_finite_is_seen(loss, is_fine):
-    assert is_finite({"validation": [1.0], "retained": [1.0, loss]}) == is_fine
+@pytest.mark.parametrize(("loss", "failed"), [(math.nan, True), (math.inf, True), (2.0, False)])
+def test_a_loss_that_is_not_finite_is_seen(loss, failed, monkeypatch):
+    losses = iter([SimpleNamespace(loss=1.0), SimpleNamespace(loss=loss)])
+    monkeypatch.setattr(training.evaluation, "likelihood", lambda *args: next(losses))
+    measured = training.measure(None, {"validation": [0], "retained": [0]})
+    if failed:
+        assert measured == {"losses": {}, "failed": training.DIVERGED}
+    else:
+        assert measured == {"losses": {"validation": [1.0], "retained": [2.0]}, "failed": None}

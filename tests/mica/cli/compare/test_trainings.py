@@ -10,7 +10,7 @@ from mica.cli.compare import trainings
     [
         ([1, 1, 2, 2, 3, 3, 4, 4], [0, 1]),
         ([4, 4, 3, 3, 2, 2, 1, 1], [6, 7]),  # whatever their order
-        ([5, 5, 5, 5, 6, 7, 8, 9], [4, 5]),  # the first in order that are not too long
+        ([5, 5, 5, 5, 5, 7, 8, 9], [0, 4]),  # the first is too long
         ([1] * 8, [0, 4]),
     ],
 )
