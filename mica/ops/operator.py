@@ -55,10 +55,11 @@ def run_formula(
     dtypes: tuple[torch.dtype, ...],
     *args,
     rows: Callable[[], choose.Rows] | None = None,
+    trains_B: bool = False,
 ):
     """Call ``name`` of `mica.paths.triton_path` where kernels run, else of `mica.paths.reference_path`.
 
-    tensor, rank, dtypes, rows: what `choose.decide` needs to know. args: of the formula.
+    tensor, rank, dtypes, rows, trains_B: what `choose.decide` needs to know. args: of the formula.
 
     Raises:
         RuntimeError: ``MICA_BACKEND=triton`` demands kernels that this call cannot have.
@@ -70,7 +71,8 @@ def run_formula(
     if is_batched or _force_reference.get():
         return formula(*args)
 
-    choice = choose.decide(name, tensor.device, rank, dtypes, rows)
+    function = choose.LORA + name if trains_B else name
+    choice = choose.decide(function, tensor.device, rank, dtypes, rows)
     if choice.form == choose.REFERENCE:
         return formula(*args)
     if choice.form == choose.ERROR:
@@ -89,7 +91,7 @@ def run_formula(
         if has_no_other_way or choose.requested() == "triton":
             raise
         note = choose.note_missed if in_capture else choose.give_up
-        note(tensor.device, name, rank, dtypes, error)
+        note(tensor.device, function, rank, dtypes, error)
         return formula(*args)
     call_counts[f"{name}_kernels"] += 1
     return result
@@ -135,8 +137,8 @@ def is_eager(*tensors: Tensor | None) -> bool:
     )
 
 
-def save(ctx, *tensors: Tensor | None) -> None:
-    """Save tensors for the backward as they are now; `saved` returns them there.
+def save(ctx, *tensors: Tensor | None, outputs: Sequence[Tensor | None] = ()) -> None:
+    """Save tensors for the backward as they are now; `saved` returns them there, and the ``outputs`` at the end.
 
     ``parameter.data = other`` gives a tensor other memory, which no version shows, and a saved tensor is the
     tensor itself: the gradient would be that of values the forward has never seen. Optimisers and loaders
@@ -149,7 +151,7 @@ def save(ctx, *tensors: Tensor | None) -> None:
     try:
         for tensor in tensors:
             aliases.append(None if tensor is None else tensor.view_as(tensor))
-        ctx.save_for_backward(*aliases)
+        ctx.save_for_backward(*aliases, *outputs)  # autograd knows an output by its identity
     finally:
         torch._C._set_grad_enabled(False)  # as it is in every forward
 

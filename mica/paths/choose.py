@@ -29,6 +29,8 @@ REFERENCE = "reference"
 KERNELS = "kernels"
 ERROR = "error"  # kernels are demanded, and there are none
 
+LORA = "lora_"  # begins the name of a function whose lora_B may be trained
+
 
 class Choice(NamedTuple):
     """The form in which a call runs, and why it is not on kernels."""
@@ -291,4 +293,6 @@ def why_not_kernels(
         return f"no Triton kernels for ranks above {MAX_RANK}"
     if function is None:
         return None
+    if function.startswith(LORA):
+        return "no Triton kernels where lora_B is trained"
     return _given_up.get(Refused(device, function, rank, dtypes))

@@ -69,9 +69,9 @@ def as_operand(lora_A: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
 # ---------------------------------------------------------------------------------------------------
 
 
-def linear(x: Tensor, operands: Operands, *, form: str = "split") -> Tensor:
+def linear(x: Tensor, operands: Operands, *, form: str = "split") -> tuple[Tensor, Tensor]:
     """As `mica.paths.reference_path.linear`, in one of the forms of `mica.kernels.configs.FORM_NAMES`."""
-    weight, lora_A, lora_B, scaling, bias, _, dropout_p, seed, _ = operands
+    weight, lora_A, lora_B, scaling, bias, _, dropout_p, seed, *_ = operands
     dtype = operands.dtype(x)
     if not dropout_p:
         seed = None
@@ -88,10 +88,12 @@ def linear(x: Tensor, operands: Operands, *, form: str = "split") -> Tensor:
     factor = prepare(lora_B, dtype)
     if form == "first":
         update_alone = torch.mm(h, factor) if bias is None else torch.addmm(bias, h, factor)
-        return update_alone.addmm_(x, weight.t())
-    if form in ("split", "mixed"):
-        return update(F.linear(x, weight, bias), h, factor)
-    return fused_linear(x, weight.t(), h, factor, bias)
+        y = update_alone.addmm_(x, weight.t())
+    elif form in ("split", "mixed"):
+        y = update(F.linear(x, weight, bias), h, factor)
+    else:
+        y = fused_linear(x, weight.t(), h, factor, bias)
+    return y, h[:, : lora_A.shape[0]]
 
 
 def linear_backward(
@@ -101,7 +103,7 @@ def linear_backward(
 
     Kernels sum dA in fp32 and write it in the dtype of lora_A, whatever the dtype of autocast.
     """
-    weight, lora_A, lora_B, scaling, _, _, dropout_p, seed, _ = operands
+    weight, lora_A, lora_B, scaling, _, _, dropout_p, seed, *_ = operands
     compute_dtype = operands.dtype(grad_output)
     if not dropout_p:
         seed = None

@@ -193,7 +193,7 @@ def _read_wrapper(wrapper) -> Adapter | str | None:
     lora_A, lora_B = adapter_weights(wrapper, name)
     if lora_A.dtype != lora_B.dtype:
         return "lora_A and lora_B differ in dtype"
-    reason = why_not_trained(lora_A) or why_not_frozen("lora_B", lora_B)
+    reason = why_not_trained("lora_A", lora_A) or why_not_frozen("lora_B", lora_B)
     if reason is not None:
         return reason
     return Adapter(
