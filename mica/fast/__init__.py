@@ -1,10 +1,11 @@
-"""The MiCA and LoRA backend of PEFT. ``import mica.fast`` installs and enables it; nothing else has to change.
+"""The backend of PEFT's MiCA and LoRA. ``import mica.fast`` enables it for MiCA; nothing else has to change.
 
     import mica.fast
     from peft import LoraConfig, get_peft_model
     model = get_peft_model(model, LoraConfig(init_lora_weights="mica", r=16, target_modules="all-linear"))
 
-``mica.fast.enable(lora=True)`` includes plain LoRA. Where the backend does not apply, PEFT's own code runs; ``mica.fast.explain(model)`` shows where and why.
+After ``mica.fast.enable(lora=True)`` plain LoRA runs on it, too. Where the backend does not apply, PEFT's own
+code runs; ``mica.fast.explain(model)`` shows where and why.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def enable(
     compile: _settings.Compile = _AS_IT_IS,
     recompute: _settings.Recompute | None = _AS_IT_IS,
 ) -> None:
-    """Run adapters on this backend, which the import does for MiCA. A setting that is not given stays as it is.
+    """Run adapters on this backend, as the import does for MiCA. A setting that is not given stays.
 
     Args:
         lora: whether plain LoRA runs on this backend, too: adapters of linear layers without a variant of

@@ -84,17 +84,17 @@ def mica_linear(
         weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, trains_B=trains_B
     )
     check_linear(x, operands)
-    return linear(x, operands)
+    return linear(x, *operands)
 
 
-def linear(x: Tensor, operands: Operands) -> Tensor:
-    """`mica_linear` without its checks."""
-    y, _ = lora_linear(x, *operands)
+def linear(x, *args) -> Tensor:
+    """`mica_linear` without its checks; ``args``: the fields of `Operands`."""
+    y, _ = _linear_and_h(x, *args)
     return y
 
 
 def _linear(x, *args):
-    """(y, h)"""
+    """(y, h), or (y, None) where lora_B is frozen."""
     operands = _with_dtype_of(x, Operands(*args))
     matrix = as_matrix(x)
     rows = partial(forward_rows, matrix, operands.out_features, operands.dropout_p)
@@ -108,7 +108,7 @@ def _linear(x, *args):
         rows=rows,
         trains_B=operands.trains_B,
     )
-    return like(x.shape, y), like(x.shape, h)
+    return like(x.shape, y), like(x.shape, h) if operands.trains_B else None
 
 
 def _with_dtype_of(x: Tensor, operands: Operands) -> Operands:
@@ -159,11 +159,17 @@ def _gradients(
     return None if dx is None else like(grad_output.shape, dx), dA
 
 
+def _linear_operator(x, *args):
+    return without_none(x, *_linear(x, *args))
+
+
 def _linear_fake(x, *args):
     operands = Operands(*args)
+    y = x.new_empty(*x.shape[:-1], operands.out_features)
+    if not operands.trains_B:
+        return without_none(x, y, None)
     tokens = x.new_empty(x.shape[:-1].numel(), 0)
     dtype = products.product_dtype(tokens, (operands.lora_A, operands.lora_B), operands.dtype(x))
-    y = x.new_empty(*x.shape[:-1], operands.out_features)
     return y, x.new_empty(*x.shape[:-1], operands.rank, dtype=dtype)
 
 
@@ -175,9 +181,9 @@ def _linear_backward_fake(grad_output, x, output_mask, weight, lora_A, *args):
 
 
 class _LoraLinear(torch.autograd.Function):
-    """``run`` computes y and h: `_linear` or the operator (`mica.ops.operator.operator`).
+    """``run`` computes (y, h or None): `_linear`, or the operator (`mica.ops.operator.operator`).
 
-    A trained lora_B needs h. It is an output, so that second derivatives reach x and lora_A through it.
+    h is an output, so that second derivatives reach x and lora_A through it.
     """
 
     @staticmethod
@@ -185,15 +191,17 @@ class _LoraLinear(torch.autograd.Function):
         operands = Operands(*args)
         _, needs_x, _, needs_A, needs_B = ctx.needs_input_grad[:5]
         ctx.set_materialize_grads(False)
+        operands = operands._replace(trains_B=operands.trains_B or needs_B)
         with below_autograd():
             y, h = run(x, *operands)
-        if not needs_B:
+        if h is not None and not needs_B:
             ctx.mark_non_differentiable(h)
         # no fp32 copy, no mask, and nothing that no gradient needs
         kept_x = x if needs_A else None
         kept_weight = operands.weight if needs_x else None
         kept_A = operands.lora_A if needs_x else without_values(operands.lora_A)
-        save(ctx, kept_x, kept_weight, kept_A, operands.lora_B, operands.seed, outputs=[h if needs_B else None])
+        kept_h = h if needs_B else None
+        save(ctx, kept_x, kept_weight, kept_A, operands.lora_B, operands.seed, outputs=[kept_h])
         nothing = {"weight": None, "lora_A": None, "lora_B": None, "bias": None, "seed": None}
         ctx.operands = operands._replace(compute_dtype=operands.dtype(x), **nothing)
         return y, h
@@ -295,10 +303,10 @@ _FACTORS = (
     "Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, ScalarType? compute_dtype,"
     " float dropout_p=0.0, Tensor? seed=None, ScalarType? grad_dtype=None, bool trains_B=False"
 )
-lora_linear = operator(
-    "lora_linear",
+_linear_and_h = operator(
+    "linear",
     f"(Tensor x, Tensor weight, {_FACTORS}) -> (Tensor, Tensor)",
-    _linear,
+    _linear_operator,
     _linear_fake,
     _LoraLinear.apply,
     _cast,
@@ -310,6 +318,7 @@ operator(
     _linear_backward,
     _linear_backward_fake,
 )
+
 
 def traced(x: Tensor, operands: Operands) -> Tensor:
     """`linear` as PyTorch's own operations, for a compiler: autocast reaches each, and autograd follows."""

@@ -236,7 +236,9 @@ operator(
 # ---------------------------------------------------------------------------------------------------
 
 
-def grad_b(grad_output: Tensor, h: Tensor, dtype: torch.dtype, grad_dtype: torch.dtype | None = None) -> Tensor:
+def grad_b(
+    grad_output: Tensor, h: Tensor, dtype: torch.dtype, grad_dtype: torch.dtype | None = None
+) -> Tensor:
     """dB (out_features, rank) in ``dtype`` from dy (..., out_features) and h (..., rank), in a backward.
 
     grad_dtype: to which it may be rounded first, as PyTorch does under autocast.

@@ -138,7 +138,7 @@ def is_eager(*tensors: Tensor | None) -> bool:
 
 
 def save(ctx, *tensors: Tensor | None, outputs: Sequence[Tensor | None] = ()) -> None:
-    """Save tensors for the backward as they are now; `saved` returns them there, and the ``outputs`` at the end.
+    """Save tensors for the backward as they are now; `saved` returns them there, then the ``outputs``.
 
     ``parameter.data = other`` gives a tensor other memory, which no version shows, and a saved tensor is the
     tensor itself: the gradient would be that of values the forward has never seen. Optimisers and loaders
@@ -197,7 +197,7 @@ def as_matrix(tensor: Tensor) -> Tensor:
     if tensor.dim() == 2:
         return tensor
     if tensor.dim() == 0:
-        raise ValueError("the input of a MiCA layer must be (..., in_features), but it has no dimensions.")
+        raise ValueError("the input of a layer must be (..., in_features), but it has no dimensions.")
     columns = tensor.shape[-1]  # a reshape takes twice as long as a view
     return tensor.view(-1, columns) if columns and tensor.is_contiguous() else tensor.reshape(-1, columns)
 

@@ -69,8 +69,8 @@ def as_operand(lora_A: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
 # ---------------------------------------------------------------------------------------------------
 
 
-def linear(x: Tensor, operands: Operands, *, form: str = "split") -> tuple[Tensor, Tensor]:
-    """As `mica.paths.reference_path.linear`, in one of the forms of `mica.kernels.configs.FORM_NAMES`."""
+def linear(x: Tensor, operands: Operands, *, form: str = "split") -> tuple[Tensor, None]:
+    """As `mica.paths.reference_path.linear` but for h, in a form of `mica.kernels.configs.FORM_NAMES`."""
     weight, lora_A, lora_B, scaling, bias, _, dropout_p, seed, *_ = operands
     dtype = operands.dtype(x)
     if not dropout_p:
@@ -93,7 +93,7 @@ def linear(x: Tensor, operands: Operands, *, form: str = "split") -> tuple[Tenso
         y = update(F.linear(x, weight, bias), h, factor)
     else:
         y = fused_linear(x, weight.t(), h, factor, bias)
-    return y, h[:, : lora_A.shape[0]]
+    return y, None
 
 
 def linear_backward(

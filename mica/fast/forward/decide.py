@@ -88,7 +88,7 @@ class Fused(OnOperators):
         p = operands.dropout_p
         if settings.compile == "plain" and not p and torch.compiler.is_compiling():
             return traced(x, operands)
-        return linear(x, operands._replace(seed=drawn_seed(p, x.device)))
+        return linear(x, *operands._replace(seed=drawn_seed(p, x.device)))
 
     def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
         operands = self.operands

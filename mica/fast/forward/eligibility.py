@@ -174,7 +174,9 @@ class Adapter(NamedTuple):
     trains_B: bool = False  # plain LoRA: lora_B may be trained, now or later
 
 
-def _adapter(lora_A: Tensor, lora_B: Tensor, scaling, dropout_p: float = 0.0, trains_B: bool = False) -> Adapter:
+def _adapter(
+    lora_A: Tensor, lora_B: Tensor, scaling, dropout_p: float = 0.0, trains_B: bool = False
+) -> Adapter:
     """PEFT's compiled hotswap makes the scaling a tensor, so that a new value needs no new graph: then lora_A
     is multiplied by it. The B that several adapters share stays as it is.
 

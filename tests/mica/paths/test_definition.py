@@ -26,8 +26,9 @@ def test_a_layer_is_the_dense_update_and_its_gradients(tokens, dropout_p):
     mask = dropout_mask(p.x, dropout_p, seed_of(7))
     x = p.x.detach().requires_grad_()
     lora_A = p.lora_A.detach().requires_grad_()
-    expected = dense(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, mask)
-    expected_grads = torch.autograd.grad(expected, (x, lora_A), p.grad_output)
+    lora_B = p.lora_B.detach().requires_grad_()
+    expected = dense(x, p.weight, lora_A, lora_B, p.scaling, p.bias, mask)
+    expected_grads = torch.autograd.grad(expected, (x, lora_A, lora_B), p.grad_output)
 
     factors = p.weight, p.lora_A, p.lora_B, p.scaling
     y = definition.linear(p.x, *factors, p.bias, mask)
