@@ -48,7 +48,6 @@ REPEATED: dict[str, dict[str, str]] = {
     },
     LINEAR: {
         f"{_LAYERS}:Linear.forward": "5cd0508e909e",
-        f"{_LAYERS}:LoraLayer._mixed_batch_forward": "60bc0f58e6b9",
         f"{_VARIANTS}:MiCALinearVariant.forward": "e1e338634b72",
         "peft.tuners.tuners_utils:BaseTunerLayer._cast_input_dtype": "f8fd780187a6",
     },

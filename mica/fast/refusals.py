@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable
 
 from peft.tuners import lora
@@ -15,6 +16,7 @@ from mica.fast.forward.eligibility import is_mica, requests_mica
 from mica.fast.forward.expert_params import weight_name
 from mica.fast.merge.unloading import lora_layers, requested
 from mica.fast.settings import while_enabled
+from mica.memory import TENSOR_TYPES
 
 # Forward pre-hooks of torch.nn.utils that recompute the weight before every forward: the attribute with its
 # name, and the call that removes them. By name, because torch has deprecated two of the three.
@@ -113,11 +115,35 @@ def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged 
 
 
 def check_weights(layers: Iterable[tuple[str, lora.LoraLayer]], adapter_names) -> None:
-    """`check_weight` for all layers into which a MiCA adapter of these names, or an active one, is merged."""
+    """Refuse what cannot be merged of MiCA adapters with these names, or of the active ones.
+
+    Raises:
+        ValueError: see `check_weight`; or several adapted layers have the same weight.
+    """
+    layers_of = defaultdict(dict)  # address of a weight -> name of a layer -> whether it has MiCA
     for name, layer in layers:
-        unmerged = set(requested(layer, adapter_names)) - set(layer.merged_adapters)
-        if any(is_mica(layer, adapter) for adapter in unmerged):
+        names = set(requested(layer, adapter_names))
+        if any(is_mica(layer, adapter) for adapter in names - set(layer.merged_adapters)):
             check_weight(layer, name)
+        adapters = names.union(layer.merged_adapters).intersection({*layer.lora_A, *layer.lora_embedding_A})
+        if adapters:
+            has_mica = any(is_mica(layer, adapter) for adapter in adapters)
+            layers_of[_address_of_weight(layer)][name] = has_mica
+    for sharing in layers_of.values():
+        if len(sharing) > 1 and any(sharing.values()):
+            raise ValueError(
+                f"MiCA cannot be merged into layers {' and '.join(map(repr, sharing))}, because they share "
+                "one base weight, and each would get the updates of all: give all but one a weight of its "
+                "own first (layer.base_layer.weight = torch.nn.Parameter(layer.base_layer.weight.clone()); "
+                "for tied embeddings also model.config.tie_word_embeddings = False)."
+            )
+
+
+def _address_of_weight(layer: lora.LoraLayer) -> int:
+    weight = getattr(layer.get_base_layer(), weight_name(layer), None)
+    if type(weight) in TENSOR_TYPES and weight.data_ptr():
+        return weight.data_ptr()
+    return id(layer) if weight is None else id(weight)  # offloaded, quantised or sharded
 
 
 @while_enabled

@@ -156,6 +156,8 @@ def call(layer: Callable[..., Tensor], x: Tensor, *operands, dtype: torch.dtype 
     computed = input_of(x)
     if computed is None:
         return layer(x, *operands)
+    if any(isinstance(operand, Tensor) and operand.is_inference() for operand in operands):
+        return layer(x, *operands)  # which PyTorch refuses, and says what helps
 
     if dtype is not None and x.dtype is not dtype:
         x = x.to(dtype)

@@ -141,17 +141,11 @@ class Adapters(Base):
         self.activate(name, activate and name in self.twins.adapters)
 
     @precondition(lambda self: self.files and len(self.twins.adapters) > 1 and not self.twins.is_merged)
-    @action(index=INDEX, file=INDEX, lean=FLAG, mixed=FLAG)
-    def delete_and_load_again(self, index, file, lean, mixed):
-        """``mixed``: a mixed batch before and after, for what is kept of a name or of an address."""
-        name, files = self.pick(index), (self.files * 2)[file % len(self.files) :][:2]
-        for folder in files if mixed else files[:1]:
-            if mixed:
-                self.call_mixed([*self.twins.adapters, "__base__"], file)
-            self.remove(name)
-            self._load(folder, name, lean, False, True)
-            if mixed:
-                self.call_mixed([*self.twins.adapters, "__base__"], file)
+    @action(index=INDEX, file=INDEX, lean=FLAG)
+    def delete_and_load_again(self, index, file, lean):
+        name = self.pick(index)
+        self.remove(name)
+        self._load(self.files[file % len(self.files)], name, lean, False, True)
 
     def _load(self, folder, name, lean, trainable, cast):
         assume(not self.is_double)

@@ -9,7 +9,7 @@ from hypothesis.stateful import precondition
 from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of
 from tests.fuzz.compare import dtype_of_base, energy
 from tests.fuzz.models import tokens
-from tests.fuzz.twins import factors, is_base, layers
+from tests.fuzz.twins import factors, is_base
 
 
 class RaisedInForwardError(Exception):
@@ -127,19 +127,6 @@ class Calls(Base):
         if worked and not self.twins.has_dropout and self.twins.tolerance < 1e-4:
             assert torch.equal(texts[True], texts[False]), f"generated {texts}"
         return worked
-
-    @precondition(lambda self: len(self.twins.adapters) > 1)
-    @action(names=st.lists(st.integers(-1, 2), min_size=2, max_size=4), seed=SEEDS)
-    def mixed_batch(self, names, seed):
-        return self.call_mixed(["__base__" if index < 0 else self.pick(index) for index in names], seed)
-
-    def call_mixed(self, names, seed):
-        ids = tokens(len(names), 4, seed)
-        outcome = self.twins.each(lambda model: self.twins.call(model, ids, adapter_names=names).detach())
-        for model in self.twins.both:
-            for layer in layers(model).values():  # PEFT leaves its hooks there if the forward raises
-                layer._forward_pre_hooks.clear()
-        return outcome.error is None
 
     @action(seed=SEEDS)
     def inference_mode(self, seed):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import mica.fast
 from mica.fast.forward.expert_params import weight_name
 from mica.paths import choose
-from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of
+from tests.fuzz.actions import FLAG, INDEX, Base, action, any_of
 from tests.fuzz.compare import attempt, distance, energy, factors, gradients
 from tests.fuzz.models import tokens
 from tests.fuzz.twins import GRADIENTS, layers
@@ -46,18 +46,13 @@ def parameter_of(layer: nn.Module, what: str, adapter: str) -> Tensor | None:
 
 
 class Edits(Base):
-    @action(what=WHAT, way=any_of(*WAYS), layer=INDEX, index=INDEX, everywhere=FLAG, mixed=FLAG, seed=SEEDS)
-    def edit_values(self, what, way, layer, index, everywhere, mixed, seed):
-        """``mixed``: a mixed batch before and after, which keeps what it has found of each B."""
+    @action(what=WHAT, way=any_of(*WAYS), layer=INDEX, index=INDEX, everywhere=FLAG)
+    def edit_values(self, what, way, layer, index, everywhere):
         adapter = self.pick(index)
         names = list(layers(self.twins.ours)) if everywhere else [self.pick_layer(layer)]
         if self.twins.of_inference and what in ("weight", "bias"):
             return False  # PyTorch leaves tensors that cannot be written to
-        batch = [*self.twins.adapters, "__base__"] if mixed else []
-        if batch:
-            self._mixed_without_training(batch, seed)
-        else:
-            self.twins.probe(False)
+        self.twins.probe(False)
         is_done = False
         for name in names:
             parameter = parameter_of(self.twins.ours.get_submodule(name), what, adapter)
@@ -68,16 +63,7 @@ class Edits(Base):
             return False
         self._note(what, adapter)
         self.twins.synchronise()
-        if batch:
-            self._mixed_without_training(batch, seed)
         return True
-
-    def _mixed_without_training(self, batch: list[str], seed: int) -> None:
-        """PEFT refuses a mixed batch in training mode."""
-        mode = self.twins.ours.training
-        self.twins.each(lambda model: model.eval() and None)
-        self.call_mixed(batch, seed)
-        self.twins.each(lambda model: model.train(mode) and None)
 
     def _note(self, what: str, adapter: str) -> None:
         """What the comparisons expect from now on. Only kernels have to be told of another B."""

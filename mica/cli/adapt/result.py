@@ -116,13 +116,12 @@ def _on_dense_base(model: PeftModel, args: argparse.Namespace) -> PeftModel:
 def merged_model(model: PeftModel, option: str, kept: str = "") -> tuple[nn.Module, mica.fast.MergeReport]:
     """The plain model with the adapter merged into its weights, in place, and a report of lost updates.
 
-    Raises UsageError if a merged weight is not finite; ``option`` begins its message and ``kept`` ends it.
+    Raises UsageError if the merge is refused, as where a merged weight is not finite; ``option`` begins its
+    message and ``kept`` ends it.
     """
     embeddings.round_to_base(model)
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
-        if "NaN" not in str(error):
-            raise
         raise UsageError(f"{option}: {one_line(error)}{kept}") from error
     return merged, mica.fast.merge_report(merged)

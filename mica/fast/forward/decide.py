@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mica.dtypes import SIXTEEN_BIT
-from mica.fast.forward import call_counts, fast, mixed_batch, tensor_parallel
+from mica.fast.forward import call_counts, fast, tensor_parallel
 from mica.fast.forward.call_counts import Input
 from mica.fast.forward.eligibility import (
     REFERENCE,
@@ -179,12 +179,13 @@ def _one_row(in_features: int) -> Tensor:
 def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnPeft:
     """How a linear layer runs, with all of its active adapters."""
     if args or kwargs:
-        if args or kwargs.keys() != {"adapter_names"} or kwargs["adapter_names"] is None:
-            return OnPeft("a call with further arguments")
-        return _decide_mixed_batch(layer, x, kwargs["adapter_names"])
-    adapters = _suitable_adapters(layer, x, None)
-    if type(adapters) is OnPeft:
-        return adapters
+        return OnPeft(_why_not_arguments(kwargs))
+    adapters = read_adapters(layer)
+    if type(adapters) is str:
+        return OnPeft(adapters)
+    reason = None if x is None else _why_not_call(layer, x, adapters)
+    if reason is not None:
+        return OnPeft(reason)
 
     base = layer._modules["base_layer"]
     dtype = None if x is None else compute_dtype(x.dtype)
@@ -204,25 +205,11 @@ def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnP
     return Added(fused, others, dtype, sharding, None)
 
 
-def _decide_mixed_batch(layer, x: Tensor, adapter_names: list[str]) -> mixed_batch.MixedBatch | OnPeft:
-    names = mixed_batch.names_on(layer, x, adapter_names)
-    if type(names) is str:
-        return OnPeft(names)
-    adapters = _suitable_adapters(layer, x, names)
-    if type(adapters) is OnPeft:
-        return adapters
-    return mixed_batch.MixedBatch(layer, adapter_names, dict(zip(names, adapters, strict=True)))
-
-
-def _suitable_adapters(layer, x: Tensor | None, names: list[str] | None) -> list[Adapter] | OnPeft:
-    """These adapters (None: the active ones), if the operators can run them on this x."""
-    adapters = read_adapters(layer, names)
-    if type(adapters) is str:
-        return OnPeft(adapters)
-    if x is None:
-        return adapters
-    reason = _why_not_call(layer, x, adapters)
-    return adapters if reason is None else OnPeft(reason)
+def _why_not_arguments(kwargs: dict) -> str:
+    """Why a call that has more arguments than x is PEFT's."""
+    if kwargs.get("adapter_names") is not None:
+        return "a mixed batch (adapter_names)"
+    return "a call with further arguments"
 
 
 def _multiplies(x: Tensor, weight: Tensor) -> bool:
@@ -290,7 +277,7 @@ class Embedded(OnOperators):
 def decide_embedding(layer, x: Tensor | None = None, *args, **kwargs) -> Embedded | OnPeft:
     """How an embedding runs, with its active adapter."""
     if args or kwargs:
-        return OnPeft("a call with further arguments")
+        return OnPeft(_why_not_arguments(kwargs))
     adapters = read_adapters(layer)
     if type(adapters) is str:
         return OnPeft(adapters)

@@ -9,7 +9,7 @@ torch.compile.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -189,8 +189,8 @@ def _adapter(
     return Adapter(lora_A, lora_B, float(scaling), dropout_p, trains_B)
 
 
-def read_adapters(layer, names: Sequence[str] | None = None) -> list[Adapter] | str:
-    """These adapters (the active ones) if the layer may run on this backend with them, else the reason.
+def read_adapters(layer) -> list[Adapter] | str:
+    """The active adapters if the layer may run on this backend with them, else the reason.
 
     Nothing is cached: everything is read from the layer at every call, so the next call sees a hook, another
     dtype or a switched adapter. It takes 5 µs, since submodules and weights are not looked up through
@@ -206,7 +206,7 @@ def read_adapters(layer, names: Sequence[str] | None = None) -> list[Adapter] | 
     reason = _why_not_state(layer)
     if reason is not None:
         return reason
-    names = adapters_of(layer) if names is None else names
+    names = adapters_of(layer)
     if not names:
         return why_not_active(layer)
 
@@ -412,6 +412,8 @@ def why_not_dense(part: str, tensor: Tensor) -> str | None:
 
 
 def why_not_trained(part: str, factor: Tensor) -> str | None:
+    if factor.dim() != 2:
+        return f"the {part} is flat, as FSDP1 shards it (FSDP2 does not)"
     reason = why_not_dense(part, factor)
     if reason is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return reason

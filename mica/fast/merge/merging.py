@@ -93,14 +93,25 @@ class Kept(NamedTuple):
     counts: Tensor  # (rows), int32: how many weights of each row are kept
     columns: Tensor  # uint16, or int64 where a row has more than 2**16 weights
     values: Tensor
+    threads: int  # with how many s·B·A was multiplied: with others its last bits may differ
+
+    @classmethod
+    def of(cls, *tensors: Tensor) -> Kept:
+        return cls(*tensors, torch.get_num_threads())
 
     @classmethod
     def empty(cls, weight: Tensor) -> Kept:
         rows = len(weight)
-        columns = torch.empty(0, dtype=torch.uint16)
-        return cls(
-            torch.zeros(rows, 2, dtype=torch.int64), torch.zeros(rows, dtype=torch.int32), columns, weight[:0]
-        )
+        checksums = torch.zeros(rows, 2, dtype=torch.int64)
+        counts = torch.zeros(rows, dtype=torch.int32)
+        return cls.of(checksums, counts, torch.empty(0, dtype=torch.uint16), weight[:0])
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self[:4]
+
+    def to(self, device: torch.device) -> Kept:
+        return Kept(*(tensor.to(device) for tensor in self.tensors), self.threads)
 
 
 @dataclass
@@ -189,21 +200,18 @@ def _as_matrix(weight: Tensor) -> Tensor:
 def _in_any_mode(function):
     """For calls within autocast too (`disable_adapter` merges and unmerges in evaluations): in fp32.
 
-    A weight created in inference mode, as by a safe merge there, can only be written to in that mode.
+    A weight made in inference mode can only be written to in that mode, and what is made there has no
+    gradients over it: all others are written to, and made, outside.
     """
 
     @functools.wraps(function)
     def outside(layer, adapter: str, weight: Tensor, *args, **kwargs):
-        mode = torch.no_grad()
-        if weight.is_inference():
-            mode = torch.inference_mode()
-        with no_autocast(), mode:
+        with no_autocast(), torch.inference_mode(weight.is_inference()), torch.no_grad():
             return function(layer, adapter, weight, *args, **kwargs)
 
     return outside
 
 
-@_in_any_mode
 def merge_into(layer, adapter: str, stored: Tensor, safe: bool) -> Tensor:
     """W + s·B·A of the stored, contiguous W, rounded once: in place, or with ``safe`` a new tensor.
 
@@ -211,16 +219,22 @@ def merge_into(layer, adapter: str, stored: Tensor, safe: bool) -> Tensor:
     """
     result = stored.data
     if safe:
-        result = torch.empty_like(stored)
+        with torch.inference_mode(False):
+            result = torch.empty_like(stored)
+    _write_merged(layer, adapter, result, stored, safe)
+    return result
+
+
+@_in_any_mode
+def _write_merged(layer, adapter: str, result: Tensor, stored: Tensor, safe: bool) -> None:
     out = _as_matrix(result)
     update = _update_of(layer, adapter)
     stats, kept = merge_update(update, _as_matrix(stored), out, needs_undo(layer, adapter))
 
     norms_are_finite = math.isfinite(stats.update_squared + stats.error_squared)
     if safe and not norms_are_finite and not torch.isfinite(out).all():
-        return result
+        return
     record(layer, adapter, Undo(update, kept, stats, _period))
-    return result
 
 
 def merge_update(update: Update, weight: Tensor, out: Tensor, keeps: bool) -> tuple[MergeStats, Kept | None]:
@@ -233,9 +247,9 @@ def merge_update(update: Update, weight: Tensor, out: Tensor, keeps: bool) -> tu
         left, sums, fields = merge(weight, out, *update, _rows_at_a_time(weight), _factors(weight), keeps)
         stats = MergeStats(weight.dtype, weight.numel(), int(sums[0]), *sums[1:])
         if keeps:
-            parts = [Kept(*fields)]
+            parts = [fields]
         if not len(left):
-            return stats, parts[0] if keeps else None
+            return stats, Kept.of(*fields) if keeps else None
 
     for rows, delta in update.chunks(weight):
         chosen = _chosen(rows, left)
@@ -250,7 +264,7 @@ def merge_update(update: Update, weight: Tensor, out: Tensor, keeps: bool) -> tu
         out[rows][chosen] = new[chosen]
     if not keeps:
         return stats, None
-    kept = Kept(*map(torch.cat, zip(*parts, strict=True)))
+    kept = Kept.of(*map(torch.cat, zip(*parts, strict=True)))
     if merge is not None:
         kept.checksums[left, 1] = row_checksums(out[left])
     return stats, kept
@@ -293,14 +307,15 @@ def _stats(old: Tensor, new: Tensor, delta: Tensor, error: Tensor) -> MergeStats
     )
 
 
-def _keep(old: Tensor, back: Tensor, new: Tensor) -> Kept:
+def _keep(old: Tensor, back: Tensor, new: Tensor) -> tuple[Tensor, ...]:
+    """The tensors of `Kept` for these rows."""
     word = WORDS[old.element_size()]
     is_lost = back.view(word) != old.view(word)
     columns = is_lost.nonzero()[:, 1]
     if old.shape[1] <= 2**16:
         columns = columns.to(torch.uint16)
     checksums = torch.stack((row_checksums(old), row_checksums(new)), dim=1)
-    return Kept(checksums, is_lost.sum(dim=1, dtype=torch.int32), columns, old[is_lost])
+    return checksums, is_lost.sum(dim=1, dtype=torch.int32), columns, old[is_lost]
 
 
 def record(layer, adapter: str, undo: Undo) -> None:
@@ -316,7 +331,7 @@ def unmerge_from(layer, adapter: str, weight: Tensor, undo: Undo | None) -> None
     weight = _as_matrix(weight)
     kept = None
     if undo is not None and undo.kept is not None and undo.kept.values.dtype == weight.dtype:
-        kept = Kept(*(tensor.to(weight.device) for tensor in undo.kept))
+        kept = undo.kept.to(weight.device)
     if undo is not None and undo.period != _period and not _is_as_merged(weight, kept):
         undo = kept = None  # stock PEFT may have unmerged and merged it since
 
@@ -334,11 +349,22 @@ def _is_as_merged(weight: Tensor, kept: Kept | None) -> bool:
 
 def unmerge_update(update: Update, weight: Tensor, kept: Kept | None) -> bool:
     """Whether all weights had the bits that the merge left, and now have those from before it."""
+    threads = torch.get_num_threads()
+    if kept is None or kept.threads == threads:
+        return _unmerge_update(update, weight, kept)
+    torch.set_num_threads(kept.threads)
+    try:
+        return _unmerge_update(update, weight, kept)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _unmerge_update(update: Update, weight: Tensor, kept: Kept | None) -> bool:
     left = slice(None)
     is_exact = kept is not None
     unmerge = native_function("unmerge", update, weight)
     if unmerge is not None:
-        fields = kept or Kept.empty(weight)
+        fields = (kept or Kept.empty(weight)).tensors
         left, is_rest_exact = unmerge(weight, *update, _rows_at_a_time(weight), _factors(weight), fields)
         is_exact = is_exact and is_rest_exact
         if not len(left):
@@ -367,7 +393,10 @@ def _warn_of_inexact_unmerge(adapter: str, undo: Undo | None) -> None:
     elif undo.kept is None:
         why = "it was merged by merge_and_unload, which is not meant to be undone"
     else:
-        why = "the weight was edited, cast or moved to another device while it was merged"
+        why = (
+            "the weight was edited (as by a merge of another layer that shares it), cast or moved to another "
+            "device while it was merged"
+        )
     warnings.warn(
         f"adapter {adapter!r} was unmerged by subtracting {what} in fp32, not to the exact base "
         f"weight, because {why}.",

@@ -250,6 +250,76 @@ def test_unmerging_from_a_weight_that_is_computed_since_is_refused():
     assert error(model(INDICES), expected) <= RELATIVE[torch.float32]
 
 
+# -- merging into a weight of several layers -------------------------------------------------------------
+
+
+def tied_memory():
+    """Two parameters on one memory."""
+    model = tiny_llama()
+    model.lm_head.weight.data = model.get_input_embeddings().weight.data
+    return randomise(wrap(model, targets=["embed_tokens", "lm_head"]))
+
+
+SHARED = {
+    "tied": lambda: randomise(wrap(tied_llama(), targets=["embed_tokens", "lm_head"])),
+    "replicated": lambda: randomise(
+        wrap(tiny_llama(), targets=["q_proj"], layer_replication=[[0, 1], [0, 1]])
+    ),
+    "on one memory": tied_memory,
+}
+
+
+@pytest.fixture(params=SHARED)
+def sharing(request):
+    return SHARED[request.param]().eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_layers_that_share_a_weight_are_not_merged(sharing, call):
+    names = [repr(name.removeprefix("base_model.model.")) for name in adapted_layers(sharing)]
+    message = f"cannot be merged into layers {' and '.join(names)}, because they share one base weight"
+    with unchanged(sharing), pytest.raises(ValueError, match=message):
+        getattr(sharing, call)()
+    expected = logits(sharing)
+    with mica.fast.disabled(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sharing.merge_adapter()
+    assert error(logits(sharing), expected) > 1e-3  # stock is silently wrong
+
+
+def test_way_out_of_a_shared_weight(sharing):
+    expected = logits(sharing)
+    for layer in adapted_layers(sharing).values():
+        layer.base_layer.weight = torch.nn.Parameter(layer.base_layer.weight.clone())
+    before = weights(sharing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT looks at the config only
+        sharing.merge_adapter()
+    assert error(logits(sharing), expected) <= 10 * RELATIVE[torch.float32]
+    sharing.unmerge_adapter()
+    assert_same_bits(sharing, before)
+
+
+def test_of_layers_that_share_a_weight_one_may_be_merged(sharing):
+    """By itself; a second one is an edit of it, until that is taken out again."""
+    first, last = adapted_layers(sharing).values()
+    before = weights(sharing)
+    first.merge()
+    last.merge()
+    last.unmerge()
+    first.unmerge()
+    assert_same_bits(sharing, before)
+    first.merge()
+    last.merge()
+    with pytest.warns(UserWarning, match="merge of another layer that shares it"):
+        first.unmerge()
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("name", ["embed", "down"])
 def test_a_mixed_model_and_an_embedding_are_refused_too(name, mixed):

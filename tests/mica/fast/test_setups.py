@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch.distributed.checkpoint import state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import Trainer, TrainingArguments
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from trl import SFTConfig, SFTTrainer
 
 import mica.fast
@@ -18,7 +21,7 @@ from tests.support.models import bases, net, tiny_llama, wrap
 from tests.support.moe_models import BUILDERS, wrap_experts
 from tests.support.peft_versions import is_at_least
 from tests.support.stock import assert_same
-from tests.support.training import Run, batches, check, llama, optimizer_of, report, train
+from tests.support.training import Run, batches, check, follows, llama, optimizer_of, report, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PATHS = {"yes": "reference", "no": "peft"}  # of `explain`, by the column "fast path"
@@ -174,12 +177,30 @@ def adapter_after_sharding(rank, folder):
     return wrap(fully_shard(tiny_llama(), mesh=setups.mesh()), targets="all-linear")
 
 
+def with_fsdp1(rank, folder):
+    """The losses, and what `explain` says before and after: between calls its shards are flat."""
+    model = llama()
+    policy = ModuleWrapPolicy({LlamaDecoderLayer})
+    sharded = FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    rows = mica.fast.explain(model).rows
+    losses = train(sharded, batches()[:, 2 * rank : 2 * rank + 2])
+    dist.all_reduce(losses)
+    return losses / 2, rows + mica.fast.explain(model).rows
+
+
 def bases_of_both(rank, folder):
     models = [net(), wrap_experts(BUILDERS["qwen3_moe"]())]  # layers, and stacks of experts
     return {name: basis.detach() for model in models for name, basis in bases(model).items()}
 
 
-OTHERS = {"resumed": fsdp_resumed, "adapter after sharding": adapter_after_sharding, "bases": bases_of_both}
+OTHERS = {
+    "resumed": fsdp_resumed,
+    "adapter after sharding": adapter_after_sharding,
+    "FSDP1": with_fsdp1,
+    "bases": bases_of_both,
+}
 
 
 def scenarios(rank, folder):
@@ -228,6 +249,14 @@ def test_fsdp2_saves_resumes_and_leaves_a_plain_adapter(of, results):
     weights = dict(loaded.named_parameters())
     for name, A in pair[0]["A"].items():
         assert torch.equal(weights[name], A)
+
+
+@pytest.mark.slow
+def test_fsdp1_trains_on_pefts_path_and_explain_says_why(of):
+    for losses, rows in of("FSDP1"):
+        follows(losses, Run().expected())
+        reason = "the lora_A is flat, as FSDP1 shards it (FSDP2 does not)"
+        assert {(row.path, row.reason) for row in rows} == {("peft", reason)}
 
 
 def test_two_processes_hold_the_same_bits(of):

@@ -28,6 +28,14 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 pytestmark = pytest.mark.usefixtures("way")
 
 
+def test_over_a_weight_of_inference_mode_pytorch_says_what_helps(request):
+    layer, (gate, up) = Layer(), leaves(FP32, FP32)
+    with torch.inference_mode():
+        layer.weight = layer.weight.clone()
+    with pytest.raises(RuntimeError, match=r"use `torch.no_grad\(\)` instead"):
+        layer(F.silu(gate) * up)
+
+
 def offset_norm(h, _=None):
     """Gemma's: the product is in fp32, and what is cast is the whole."""
     wide = h.float()

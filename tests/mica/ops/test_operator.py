@@ -222,6 +222,6 @@ def test_the_strides_of_results_are_those_that_a_compiler_is_told(monkeypatch, b
     ],
 )
 def test_the_arguments_of_a_forward_are_those_of_0_3(name, arguments):
-    """Graphs that Inductor compiled with another release and keeps call by these names. New ones come last."""
+    """Graphs that Inductor compiled with another release, and keeps, call by these names."""
     schema = getattr(torch.ops.mica, name).default._schema
     assert [argument.name for argument in schema.arguments] == arguments.split()
