@@ -375,7 +375,7 @@ inline bool runs_here(const Tensor& x, const Operands& operands) {
   if (!backend.empty() && backend != "auto" && backend != "reference") {
     return false;
   }
-  const bool is_reference = backend == "reference" || operands.trains_B; // as no kernel trains lora_B
+  const bool is_reference = backend == "reference";
   const ScalarType dtype = operands.autocast_dtype.value_or(x.scalar_type());
   if (x.is_cpu() && !(has_instructions(dtype) && has_instructions(operands.compute_dtype.value_or(dtype)))) {
     return false;

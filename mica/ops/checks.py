@@ -41,7 +41,6 @@ def check_linear(x: Tensor, operands: Operands) -> None:
 
 def check_experts_linear(x: Tensor, offsets: Tensor, operands: Operands) -> None:
     _check_layer(_EXPERTS, operands, x=x, offsets=offsets)
-    _check_frozen("lora_B", operands.lora_B)
 
 
 def check_down_projection(

@@ -218,7 +218,8 @@ class _LoraLinear(torch.autograd.Function):
         if weight is not None or x is not None:
             grad_x, grad_A = _run_backward(grad_output, grad_h, x, operands)
         if h is not None:
-            grad_B = grad_b(grad_output, h, lora_B.dtype, operands.autocast_dtype)
+            in_features = lora_A.shape[1]
+            grad_B = grad_b(grad_output, h, lora_B.dtype, operands.autocast_dtype, in_features)
         return None, grad_x, None, grad_A, grad_B, *[None] * 7
 
 

@@ -9,6 +9,8 @@ trained, h where lora_B is, and no mask.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ from mica.ops.operator import (
     without_none,
     without_values,
 )
-from mica.paths import reference_path
+from mica.paths.choose import backward_rows
 
 
 def mica_down_projection(
@@ -237,28 +239,37 @@ operator(
 
 
 def grad_b(
-    grad_output: Tensor, h: Tensor, dtype: torch.dtype, grad_dtype: torch.dtype | None = None
+    grad_output: Tensor,
+    h: Tensor,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype | None = None,
+    in_features: int = 0,
 ) -> Tensor:
     """dB (out_features, rank) in ``dtype`` from dy (..., out_features) and h (..., rank), in a backward.
 
-    grad_dtype: to which it may be rounded first, as PyTorch does under autocast.
+    Args:
+        grad_dtype: to which it may be rounded first, as PyTorch does under autocast.
+        in_features: of the layer whose backward this is, which decides on its form; 0: of a factor alone.
     """
     tensors = grad_output, h
-    return run_backward(torch.ops.mica.grad_b, _grad_b, tensors, *tensors, dtype, grad_dtype)
+    return run_backward(torch.ops.mica.grad_b, _grad_b, tensors, *tensors, dtype, grad_dtype, in_features)
 
 
-def _grad_b(grad_output, h, dtype, grad_dtype):
+def _grad_b(grad_output, h, dtype, grad_dtype, in_features):
+    dy = as_matrix(grad_output)
+    dtypes = (dy.dtype, h.dtype, dtype, dtype)
+    rows = partial(backward_rows, dy, None, in_features, 0.0) if in_features else None
     with no_autocast():
-        return reference_path.grad_b(as_matrix(grad_output), as_matrix(h), grad_dtype or dtype).to(dtype)
+        return run_formula("grad_b", dy, h.shape[-1], dtypes, dy, as_matrix(h), dtype, grad_dtype, rows=rows)
 
 
-def _grad_b_fake(grad_output, h, dtype, grad_dtype):
+def _grad_b_fake(grad_output, h, dtype, grad_dtype, in_features):
     return h.new_empty(grad_output.shape[-1], h.shape[-1], dtype=dtype)
 
 
 operator(
     "grad_b",
-    "(Tensor grad_output, Tensor h, ScalarType dtype, ScalarType? grad_dtype) -> Tensor",
+    "(Tensor grad_output, Tensor h, ScalarType dtype, ScalarType? grad_dtype, SymInt in_features) -> Tensor",
     _grad_b,
     _grad_b_fake,
 )

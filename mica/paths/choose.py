@@ -155,7 +155,8 @@ def _form_of_layer(
     row_dtype, product_dtype, *_ = dtypes
     tokens = sys.maxsize if rows.tokens is None else rows.tokens
     forms = _forms_of(device, tokens, rank)
-    form = forms.backward if function == "linear_backward" else forms.forward
+    is_backward = function.endswith("_backward") or function == "grad_b"
+    form = forms.backward if is_backward else forms.forward
 
     if setting() not in ("triton", b"triton"):
         reason = _why_not_suited(device, forms, form, rows)
@@ -293,6 +294,4 @@ def why_not_kernels(
         return f"no Triton kernels for ranks above {MAX_RANK}"
     if function is None:
         return None
-    if function.startswith(LORA):
-        return "no Triton kernels where lora_B is trained"
     return _given_up.get(Refused(device, function, rank, dtypes))

@@ -14,7 +14,8 @@ is keep / (1 − p) for a dropout of p, and 1 without. LoRA (arXiv 2106.09685) t
 
 On a stack of experts it is the same, expert by expert: W (E×N×K), B (E×N×r), A (E×r×K), bias (E×N). The rows
 of x (S×K) are sorted by expert. Those of expert e reach from offsets[e-1] to offsets[e] (E ends), and a token
-of k experts has k rows. y and dx of rows after the last offset are 0, and so is dA of an expert without rows.
+of k experts has k rows. y and dx of rows after the last offset are 0, and so are dA and dB of an expert
+without rows.
 
 All operands have one floating-point dtype. Nothing here is fast, and nothing in the product calls it.
 """
@@ -87,14 +88,16 @@ def experts_linear_backward(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-) -> tuple[Tensor, Tensor]:
-    """(dx (S×K), dA (E×r×K)) from dy (S×N)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx (S×K), dA (E×r×K), dB (E×N×r)) from dy (S×N)."""
     grad_x = torch.zeros_like(x)
     grad_A = torch.zeros_like(lora_A)
+    grad_B = torch.zeros_like(lora_B)
     for expert, rows in rows_of(offsets):
         operands = weight[expert], lora_A[expert], lora_B[expert], scaling
-        grad_x[rows], grad_A[expert], _ = linear_backward(grad_output[rows], x[rows], *operands)
-    return grad_x, grad_A
+        gradients = linear_backward(grad_output[rows], x[rows], *operands)
+        grad_x[rows], grad_A[expert], grad_B[expert] = gradients
+    return grad_x, grad_A, grad_B
 
 
 def rows_of(offsets: Tensor) -> Iterator[tuple[int, slice]]:

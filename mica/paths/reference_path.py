@@ -124,15 +124,18 @@ def grad_a(g: Tensor, x: Tensor, grad_dtype: torch.dtype = torch.float32) -> Ten
     return grad
 
 
-def grad_b(grad_output: Tensor, h: Tensor, grad_dtype: torch.dtype = torch.float32) -> Tensor:
-    """dB (N×r) from dy (M×N) and h (M×r), summed as `grad_a` sums.
+def grad_b(
+    grad_output: Tensor, h: Tensor, dtype: torch.dtype, grad_dtype: torch.dtype | None = None
+) -> Tensor:
+    """dB (N×r) in ``dtype`` from dy (M×N) and h (M×r), summed as `grad_a` sums.
 
-    Time of dyᵀ h in fp32 relative to that of (hᵀ dy)ᵀ: 0.4 to 0.5 up to 16 tokens, 1.8 at 512.
+    grad_dtype: to which it may be rounded first, as PyTorch does under autocast. Time of dyᵀ h in fp32
+    relative to that of (hᵀ dy)ᵀ: 0.4 to 0.5 up to 16 tokens, 1.8 at 512.
     """
     if grad_output.shape[0] > FEW_TO_ROUND:
-        return grad_a(h, grad_output, grad_dtype).t().contiguous()
-    dtype = torch.promote_types(torch.promote_types(grad_output.dtype, h.dtype), torch.float32)
-    return _cast(grad_output, dtype).t() @ _cast(h, dtype)
+        return _cast(grad_a(h, grad_output, grad_dtype or dtype).t(), dtype).contiguous()
+    wide = torch.promote_types(torch.promote_types(grad_output.dtype, h.dtype), torch.float32)
+    return _cast(_cast(grad_output, wide).t() @ _cast(h, wide), dtype)
 
 
 def _by_native(g: Tensor, x: Tensor) -> Tensor | None:
@@ -259,18 +262,23 @@ def delta_factors(lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tenso
 # ---------------------------------------------------------------------------------------------------
 
 
-def experts_linear(x: Tensor, offsets: Tensor, operands: Operands) -> Tensor:
-    """y (S×N) in the dtype of x, from x (S×K), weight (E×N×K), lora_A (E×r×K), lora_B (E×N×r), bias (E×N).
+def experts_linear(x: Tensor, offsets: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
+    """(y (S×N) in the dtype of x, h (S×r) in that of the products).
 
-    Rows after the last offset, which belong to no expert, are 0. A weight or bias of another dtype (under
-    autocast) is cast to that of x, expert by expert.
+    From x (S×K), weight (E×N×K), lora_A (E×r×K), lora_B (E×N×r), bias (E×N). Rows after the last offset,
+    which belong to no expert, are 0. A weight or bias of another dtype (under autocast) is cast to that of x,
+    expert by expert.
     """
+    hidden = []
 
     def product(expert: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y, _ = linear(x, _of_expert(operands, expert, weight, bias))
+        y, h = linear(x, _of_expert(operands, expert, weight, bias))
+        hidden.append(h.to(operands.dtype(x)))
         return y
 
-    return _by_expert(product, x, offsets, operands.weight, operands.bias)
+    y = _by_expert(product, x, offsets, operands.weight, operands.bias)
+    h = x.new_zeros(x.shape[0], operands.rank, dtype=operands.dtype(x))
+    return y, torch.cat([*hidden, h[sum(map(len, hidden)) :]])
 
 
 def _of_expert(
@@ -296,9 +304,12 @@ def _by_expert(product: Callable[..., Tensor], x, offsets, weight, bias) -> Tens
 
 
 def experts_linear_backward(
-    grad_output: Tensor, x: Tensor | None, offsets: Tensor, operands: Operands
+    grad_output: Tensor, x: Tensor | None, offsets: Tensor, operands: Operands, of_h: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx (S×K), dA (E×r×K) in the dtype of lora_A); None where the weight or x is None."""
+    """(dx (S×K), dA (E×r×K) in the dtype of lora_A); None where the weight or x is None.
+
+    of_h: as in `linear_backward`.
+    """
     lora_A = operands.lora_A
     dx, end = [], 0
     dA = [lora_A.new_zeros(lora_A.shape[1:])] * lora_A.shape[0]
@@ -307,7 +318,9 @@ def experts_linear_backward(
         weight = None
         if operands.weight is not None:
             weight = _cast(operands.weight[expert], grad_output.dtype)
-        part, dA[expert] = linear_backward(grad_output[rows], own_x, _of_expert(operands, expert, weight))
+        own_of_h = None if of_h is None else of_h[rows]
+        own = _of_expert(operands, expert, weight)
+        part, dA[expert] = linear_backward(grad_output[rows], own_x, own, own_of_h)
         dx.append(part)
         end = rows.stop
     dx.append(grad_output.new_zeros(grad_output.shape[0] - end, lora_A.shape[2]))
@@ -315,6 +328,15 @@ def experts_linear_backward(
         None if operands.weight is None else torch.cat(dx),
         None if x is None else torch.stack(dA),
     )
+
+
+def experts_grad_b(grad_output: Tensor, h: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """dB (E×N×r) in ``dtype``, in memory as PEFT stores lora_B (N×r·E), from dy (S×N) and h (S×r)."""
+    idle = h.new_zeros(grad_output.shape[1], h.shape[1], dtype=dtype)
+    dB = [idle] * offsets.shape[0]
+    for expert, rows in hit(offsets):
+        dB[expert] = grad_b(grad_output[rows], h[rows], dtype)
+    return torch.stack(dB, dim=2).permute(2, 0, 1)
 
 
 def hit(offsets: Tensor) -> Iterator[tuple[int, slice]]:

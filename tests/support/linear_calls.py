@@ -119,7 +119,7 @@ def arguments() -> dict[str, tuple]:
     both, fp32 = [True, True], torch.float32
     return {
         "linear": (x, W, A, B, 0.5, b, None),
-        "grad_b": (dy, h, fp32, None),
+        "grad_b": (dy, h, fp32, None, 16),
         "linear_backward": (dy, x, both, W, A, B, 0.5, None, fp32),
         "down_projection": (x, A, 0.5, None),
         "down_projection_backward": (h, x, A, 0.5, fp32, both),
@@ -128,5 +128,6 @@ def arguments() -> dict[str, tuple]:
         "embedding": (indices, A, B, 0.5, None, None),
         "embedding_backward": (dy, indices, A, B, 0.5, 3),
         "experts_linear": (x, offsets, *experts[:3], 0.5, experts[3], None),
+        "experts_grad_b": (dy, h, offsets, fp32),
         "experts_linear_backward": (dy, x, offsets, both, *experts[:3], 0.5, None, fp32),
     }

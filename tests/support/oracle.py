@@ -97,7 +97,7 @@ def dropped(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None) -> tor
 
 
 def solve(p: Problem, dropout_p: float = 0.0, seed: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """y, dx, dA and, of a layer, dB by `mica.paths.definition` in fp64, from the operands as they are."""
+    """y, dx, dA and dB by `mica.paths.definition` in fp64, from the operands as they are stored."""
     x, weight, lora_A, lora_B, grad_output = (
         tensor.detach().double() for tensor in (p.x, p.weight, p.lora_A, p.lora_B, p.grad_output)
     )
@@ -105,10 +105,9 @@ def solve(p: Problem, dropout_p: float = 0.0, seed: torch.Tensor | None = None) 
     bias = weight.new_zeros(weight.shape[:-1]) if p.bias is None else p.bias.double()
     if p.offsets is not None:
         y = definition.experts_linear(x, p.offsets, *factors, bias)
-        grad_x, grad_A = definition.experts_linear_backward(grad_output, x, p.offsets, *factors)
+        gradients = definition.experts_linear_backward(grad_output, x, p.offsets, *factors)
     else:
         mask = dropout_mask(p.x, dropout_p, seed)
         y = definition.linear(x, *factors, bias, mask)
-        grad_x, grad_A, grad_B = definition.linear_backward(grad_output, x, *factors, mask)
-        return {"y": y, "grad_x": grad_x, "grad_A": grad_A, "grad_B": grad_B}
-    return {"y": y, "grad_x": grad_x, "grad_A": grad_A}
+        gradients = definition.linear_backward(grad_output, x, *factors, mask)
+    return dict(zip(("y", "grad_x", "grad_A", "grad_B"), (y, *gradients), strict=True))

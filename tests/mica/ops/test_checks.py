@@ -151,7 +151,6 @@ OPERANDS = {
     "trained": (torch.Tensor.requires_grad_, ValueError, "{} must be frozen"),
 }
 FROZEN = {"weight", "bias"}
-TRAINS_B = {mica_linear, mica_up_projection}
 OPTIONS = {
     "scaling": (torch.tensor(2.0), TypeError, "scaling must be a number, but .* of type Tensor"),
     "compute_dtype": (torch.int8, TypeError, "compute_dtype must be a floating dtype"),
@@ -162,7 +161,7 @@ def bad_input():
     """(operator, what is changed, the error, what it says)"""
     for operator, (operands, cases) in CASES.items():
         yield from ((operator, *case) for case in cases)
-        frozen = FROZEN if operator in TRAINS_B else FROZEN | {"lora_B"}
+        frozen = FROZEN | {"lora_B"} if operator is mica_embedding else FROZEN
         for name in operands():
             for wrong, (make, kind, message) in OPERANDS.items():
                 if wrong != "trained" or name in frozen:

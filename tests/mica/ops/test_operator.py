@@ -50,7 +50,7 @@ def called(name, leaf, function=None):
 def front_of(name):
     """The operator through the dispatcher; its first result where there are several."""
     operator = getattr(torch.ops.mica, name)
-    return (lambda *args: operator(*args)[0]) if name == "linear" else operator
+    return (lambda *args: operator(*args)[0]) if name == "linear" else operator  # (y, h)
 
 
 def test_an_output_of_a_compiled_call_may_be_changed_in_place():
@@ -215,7 +215,10 @@ def test_the_strides_of_results_are_those_that_a_compiler_is_told(monkeypatch, b
     ("name", "arguments"),
     [
         ("linear", "x weight lora_A lora_B scaling bias compute_dtype dropout_p seed grad_dtype trains_B"),
-        ("experts_linear", "x offsets weight lora_A lora_B scaling bias compute_dtype tokens inverse"),
+        (
+            "experts_linear",
+            "x offsets weight lora_A lora_B scaling bias compute_dtype tokens inverse trains_B",
+        ),
         ("down_projection", "x lora_A scaling compute_dtype dropout_p seed"),
         ("up_projection", "y h lora_B trains_B"),
         ("embedding", "indices lora_A lora_B scaling padding_idx compute_dtype"),

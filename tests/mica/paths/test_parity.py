@@ -30,6 +30,7 @@ KINDS = {
     "factors": (by_factors, ("down_projection", "up_projection")),
     "LoRA, factors": (by_factors, ("down_projection", "up_projection")),
     "experts": (mica_experts_linear, ("experts_linear",)),
+    "LoRA, experts": (mica_experts_linear, ("experts_linear",)),
 }
 # rows, in_features, out_features, rank: on both sides of the number up to which masters are not rounded, more
 # rows than `grad_a` casts at a time, none
@@ -52,7 +53,7 @@ CASES = [
     *(("factors", sizes, True, options) for sizes in SIZES[::2] for options in ({}, DROPOUT)),
     *(("LoRA", sizes, True, options) for sizes in SIZES for options in ({}, DROPOUT)),
     *(("LoRA, factors", sizes, True, {}) for sizes in SIZES[::2]),
-    *(("experts", (route, 9, 14, 3), True, {}) for route in EVERY_ROUTE),
+    *((kind, (route, 9, 14, 3), True, {}) for kind in ("experts", "LoRA, experts") for route in EVERY_ROUTE),
     # with the weight transposed
     *(("experts", (route, 33, 22, 5), False, {}) for route in ("first and last idle", "rows of none")),
 ]
@@ -79,10 +80,8 @@ DTYPES_ON = [
 def test_agrees_with_the_oracle(path, kind, sizes, bias, options, dtype, adapter_dtype, compute_dtype):
     function, counted = KINDS[kind]
     is_lora = "LoRA" in kind
-    if is_lora and path == "triton":
-        pytest.skip("no kernels train lora_B")
-    if kind == "experts":
-        p = expert_cases.problem(*sizes, dtype, adapter_dtype, bias, transposed=not bias)
+    if "experts" in kind:
+        p = expert_cases.problem(*sizes, dtype, adapter_dtype, bias, transposed=not bias, trains_B=is_lora)
     else:
         p = oracle.problem(*sizes, dtype, adapter_dtype, bias, trains_B=is_lora)
     p, options = on_device(p), {**options, "seed": seed_of(-3)} if options else {}
@@ -117,12 +116,8 @@ def test_layouts(path):
 def test_fp32_products_over_16_bit_round_no_gradient_of_a_factor(path, kind):
     """In the backward too: x and dy are exact in fp32, and neither g nor h is rounded."""
     function, _ = KINDS[kind]
-    if "LoRA" in kind and path == "triton":
-        pytest.skip("no kernels train lora_B")
-    if kind == "experts":
-        p = expert_cases.problem("tiles", 40, 30, 3, torch.bfloat16, torch.float32)
-    else:
-        p = oracle.problem((70,), 40, 30, 3, torch.bfloat16, torch.float32, trains_B="LoRA" in kind)
+    problem, rows = (expert_cases.problem, "tiles") if "experts" in kind else (oracle.problem, (70,))
+    p = problem(rows, 40, 30, 3, torch.bfloat16, torch.float32, trains_B="LoRA" in kind)
     result = run(on_device(p), torch.float32, function)
     factors = {name: result[name] for name in ("grad_A", "grad_B") if name in result}
     agree(factors, solve(p), torch.float32)
