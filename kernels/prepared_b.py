@@ -7,6 +7,9 @@ so that its address cannot be reused) or an in-place write (``_version``). PyTor
 through ``tensor.data``: after such an edit of B, call `clear` or `mica.fast.clear_caches`. Comparing the
 contents would cost a launch per call, and the host would have to wait for its answer.
 
+No copy is kept of a B that may be trained: fused optimizers (``AdamW(fused=True)``, those of bitsandbytes)
+write without counting, too.
+
 The B that a backward is given is an alias of the forward's, and the B of a stack of experts is a view, made
 again for every call, of the parameter that PEFT stores. The copy belongs to that parameter, whose version a
 view shares.
@@ -38,12 +41,13 @@ class _Entry(NamedTuple):
 entries: dict[int, _Entry] = {}
 
 
-def prepare(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+def prepare(lora_B: Tensor, dtype: torch.dtype, is_frozen: bool = True) -> Tensor:
     """Bᵀ in ``dtype``, its rows padded with zeros.
 
     Args:
         lora_B: (out_features, rank), any dtype and strides.
         dtype: of the product.
+        is_frozen: False where B may be trained, now or later.
 
     Returns:
         (padded_columns(rank), out_features), a transposed view of contiguous memory.
@@ -54,16 +58,16 @@ def prepare(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
     base = lora_B._base
     is_alias = base is not None and base.shape == lora_B.shape  # as `mica.ops.operator.save` makes it
     owner = base if is_alias else lora_B
-    return _cached(lora_B, owner, dtype)
+    return _cached(lora_B, owner, dtype, is_frozen)
 
 
-def prepare_experts(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+def prepare_experts(lora_B: Tensor, dtype: torch.dtype, is_frozen: bool = True) -> Tensor:
     """Bᵀ of each expert, as `prepare` gives it.
 
     Args:
         lora_B: (num_experts, out_features, rank), any dtype and strides. A view whose base PyTorch does not
             know, such as the result of ``detach()``, has a copy of its own for as long as it lives.
-        dtype: of the product.
+        dtype, is_frozen: as `prepare`.
 
     Returns:
         (num_experts, padded_columns(rank), out_features).
@@ -71,12 +75,12 @@ def prepare_experts(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
     if lora_B.dtype is dtype and not lora_B.shape[2] % 16 and lora_B.is_contiguous():
         return lora_B.detach().transpose(1, 2)
     owner = lora_B if lora_B._base is None else lora_B._base
-    return _cached(lora_B, owner, dtype)
+    return _cached(lora_B, owner, dtype, is_frozen)
 
 
-def _cached(lora_B: Tensor, owner: Tensor, dtype: torch.dtype) -> Tensor:
+def _cached(lora_B: Tensor, owner: Tensor, dtype: torch.dtype, is_frozen: bool) -> Tensor:
     """`padded` with the last two dimensions transposed, kept as long as ``owner`` lives."""
-    if not _is_cacheable(lora_B, owner):
+    if not is_frozen or not _is_cacheable(lora_B, owner):
         return padded(lora_B, dtype).transpose(-1, -2)
 
     key = id(owner)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import fields
 from importlib.util import find_spec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be fetched, not even by mistake
@@ -22,8 +23,11 @@ for name in NOISY:  # or the end of a run shows what they log as PEFT imports th
     logging.getLogger(name).setLevel(logging.ERROR)
 
 import mica.fast  # noqa: E402
+from mica.fast.settings import Settings  # noqa: E402
 from mica.ops import kept  # noqa: E402
 from tests.support.thinning import left_out  # noqa: E402
+
+DEFAULTS = {field.name: field.default for field in fields(Settings) if field.name != "enabled"}
 
 # What imports one of these, where it is not installed, is skipped
 OPTIONAL = (
@@ -115,9 +119,9 @@ def _no_input_is_small(monkeypatch):
 def _poisoned_memory_and_fresh_settings():
     torch.use_deterministic_algorithms(True)  # with fill_uninitialized_memory: NaN in every torch.empty
     torch.manual_seed(0)
-    mica.fast.enable()
+    mica.fast.enable(**DEFAULTS)
     yield
-    mica.fast.enable()
+    mica.fast.enable(**DEFAULTS)
     torch.use_deterministic_algorithms(False)
 
 

@@ -134,7 +134,7 @@ def exact(layer: Layer, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]
     """y, dx and dA in ``dtype`` by the reference."""
     operands = [t.detach().to(dtype) for t in (layer.x, layer.weight, layer.lora_A, layer.lora_B)]
     y = definition.linear(*operands, layer.scaling)
-    dx, dA = definition.linear_backward(layer.grad_output.to(dtype), *operands, layer.scaling)
+    dx, dA, _ = definition.linear_backward(layer.grad_output.to(dtype), *operands, layer.scaling)
     return {"y": y, "dx": dx, "dA": dA}
 
 

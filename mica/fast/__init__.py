@@ -1,16 +1,18 @@
-"""The MiCA backend of PEFT. ``import mica.fast`` installs and enables it; nothing else has to change.
+"""The backend of PEFT's MiCA and LoRA. ``import mica.fast`` enables it for MiCA; nothing else has to change.
 
     import mica.fast
     from peft import LoraConfig, get_peft_model
     model = get_peft_model(model, LoraConfig(init_lora_weights="mica", r=16, target_modules="all-linear"))
 
-Where the backend does not apply, PEFT's own code runs; ``mica.fast.explain(model)`` shows where and why.
+After ``mica.fast.enable(lora=True)`` plain LoRA runs on it, too. Where the backend does not apply, PEFT's own
+code runs; ``mica.fast.explain(model)`` shows where and why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -37,45 +39,53 @@ __all__ = [
 ]
 
 
+_AS_IT_IS: Any = ...  # a setting that `enable` leaves alone
+
+
 def enable(
     *,
-    compute_dtype: torch.dtype | None = None,
-    on_unsuitable: _settings.OnUnsuitable = "raise",
-    device: str | torch.device = "auto",
-    compile: _settings.Compile = "operator",
-    recompute: _settings.Recompute | None = None,
+    lora: bool = _AS_IT_IS,
+    compute_dtype: torch.dtype | None = _AS_IT_IS,
+    on_unsuitable: _settings.OnUnsuitable = _AS_IT_IS,
+    device: str | torch.device = _AS_IT_IS,
+    compile: _settings.Compile = _AS_IT_IS,
+    recompute: _settings.Recompute | None = _AS_IT_IS,
 ) -> None:
-    """Run MiCA adapters on this backend (the import does this; call it to change a setting).
+    """Run adapters on this backend, as the import does for MiCA. A setting that is not given stays.
 
     Args:
-        compute_dtype: dtype of the low-rank products. None: that of the activations, so a bf16 model's
-            adapters compute in bf16 from their fp32 master weights (a few tokens on a CPU in fp32, where that
-            is faster). ``torch.float32``: stock PEFT's arithmetic over a 16-bit base, still without its fp32
-            copy of the activations.
+        lora: whether plain LoRA runs on this backend, too: adapters of linear layers without a variant of
+            PEFT's (DoRA, aLoRA, …), which may train lora_A, lora_B or both. At first False.
+        compute_dtype: dtype of the low-rank products. None, at first: that of the activations, so a bf16
+            model's adapters compute in bf16 from their fp32 master weights (a few tokens on a CPU in fp32,
+            where that is faster). ``torch.float32``: stock PEFT's arithmetic over a 16-bit base, still
+            without its fp32 copy of the activations.
         on_unsuitable: what `get_peft_model` does with a layer that MiCA cannot start from (NaN or Inf in
-            the weight, r > min(in_features, out_features)): "raise" an error that names it and leave the
-            model unchanged, or "skip" it with a warning.
-        device: where the initialisation solves weights that are on the CPU. "auto": on an accelerator, if
-            there is one with enough memory, else on the CPU; or a device. Weights on an accelerator are
-            solved there.
+            the weight, r > min(in_features, out_features)): "raise", at first, an error that names it and
+            leave the model unchanged, or "skip" it with a warning.
+        device: where the initialisation solves weights that are on the CPU. "auto", at first: on an
+            accelerator, if there is one with enough memory, else on the CPU; or a device. Weights on an
+            accelerator are solved there.
         compile: what `torch.compile` sees of a layer without dropout whose weight is read directly.
-            "operator": one operator, which runs what eager mode runs, kernels included. "plain": PyTorch's
-            own three products, which the compiler may fuse and tune; dA is rounded to their dtype.
+            "operator", at first: one operator, which runs what eager mode runs, kernels included. "plain":
+            PyTorch's own three products, which the compiler may fuse and tune; dA is rounded to their dtype.
         recompute: what the backward computes again instead of keeping it, beyond the x of a layer that is
-            act(G)·U or act(G), which it always does. "norms": the output of an RMS norm that PyTorch's
-            operators make, once for all layers that share it, and the 32-bit copy of its 16-bit input. The
-            bits of the gradients are the same.
+            act(G)·U or act(G), which it always does. None, at first: nothing. "norms": the output of an RMS
+            norm that PyTorch's operators make, once for all layers that share it, and the 32-bit copy of its
+            16-bit input. The bits of the gradients are the same.
 
     Raises:
         ValueError: a value that is not one of these, or a device that this process does not have.
     """
-    _settings.change(
-        compute_dtype=compute_dtype,
-        on_unsuitable=on_unsuitable,
-        device=device,
-        compile=compile,
-        recompute=recompute,
-    )
+    given = {
+        "lora": lora,
+        "compute_dtype": compute_dtype,
+        "on_unsuitable": on_unsuitable,
+        "device": device,
+        "compile": compile,
+        "recompute": recompute,
+    }
+    _settings.change(**{name: value for name, value in given.items() if value is not _AS_IT_IS})
     _settings.switch(patching.install())
 
 

@@ -24,6 +24,7 @@ ALLOWED = {
     "on_unsuitable": get_args(OnUnsuitable),
     "compile": get_args(Compile),
     "recompute": (None, *get_args(Recompute)),
+    "lora": (False, True),
 }
 
 
@@ -35,6 +36,7 @@ class Settings:
     device: str | torch.device = "auto"
     compile: Compile = "operator"
     recompute: Recompute | None = None
+    lora: bool = False
 
 
 settings = Settings()
@@ -62,18 +64,20 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype | None:
 
 
 def change(**values) -> None:
-    """Change all of the user's settings, or none and raise a ValueError."""
-    for name, allowed in ALLOWED.items():
-        if values[name] not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, but it is {values[name]!r}.")
-    if values["device"] != "auto":
-        _check_device(values["device"])
+    """Change these settings, or none and raise a ValueError."""
+    for name, value in values.items():
+        if name == "device":
+            _check_device(value)
+        elif value not in ALLOWED[name]:
+            raise ValueError(f"{name} must be one of {ALLOWED[name]}, but it is {value!r}.")
     vars(settings).update(values)
-    kept.recompute_norms(values["recompute"] == "norms")
+    kept.recompute_norms(settings.recompute == "norms")
 
 
 def _check_device(requested: str | torch.device) -> None:
     """Raise ValueError if PyTorch cannot compute on this device here."""
+    if requested == "auto":
+        return
     try:
         device = torch.device(requested)
     except (RuntimeError, TypeError) as error:

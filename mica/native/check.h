@@ -179,10 +179,20 @@ inline PyObject* active_adapter(PyObject* layer_dict) {
 }
 
 // Whether nothing but the layer's one adapter counts.
-inline bool is_state_plain(PyObject* layer_dict, PyObject* base, PyObject* name) {
+inline bool is_state_plain(PyObject* layer_dict, PyObject* base) {
   return item(layer_dict, "_disable_adapters"_key) == Py_False &&
       is_empty_list(item(layer_dict, "merged_adapters"_key)) && !item(layer_dict, "_tp_info"_key) &&
-      !item(own(base), "_hf_tp_plan"_key) && is_of(item(item(layer_dict, "lora_variant"_key), name), known.variant);
+      !item(own(base), "_hf_tp_plan"_key);
+}
+
+inline bool is_mica(PyObject* layer_dict, PyObject* name) {
+  return is_of(item(item(layer_dict, "lora_variant"_key), name), known.variant);
+}
+
+// As `mica.fast.forward.eligibility.is_lora`.
+inline bool is_lora(PyObject* layer_dict, PyObject* name) {
+  PyObject* variants = item(layer_dict, "lora_variant"_key);
+  return variants && !item(variants, name) && item(known.settings, "lora"_key) == Py_True;
 }
 
 // A tensor in memory that is nobody's partition.
@@ -200,6 +210,11 @@ inline bool is_tensor_plain(PyObject* object) {
 
 inline bool is_frozen(PyObject* object) {
   return is_tensor_plain(object) && !THPVariable_Unpack(object).requires_grad();
+}
+
+// Whether it may have a gradient.
+inline bool is_trained(PyObject* object) {
+  return is_tensor_plain(object) && !THPVariable_Unpack(object).is_inference();
 }
 
 inline bool is_cast_by_autocast(const Tensor& tensor) {
@@ -250,12 +265,17 @@ struct Parts {
   PyObject* lora_B = nullptr;
   PyObject* dropout = nullptr;
   PyObject* scaling = nullptr;
+  bool trains_B = false;
 
   explicit Parts(PyObject* layer_dict) {
     PyObject* modules = item(layer_dict, "_modules"_key);
     PyObject* name = active_adapter(layer_dict);
     base = item(modules, "base_layer"_key);
-    if (!name || !is_of(base, known.linear) || !is_state_plain(layer_dict, base, name)) {
+    if (!name || !is_of(base, known.linear) || !is_state_plain(layer_dict, base)) {
+      return;
+    }
+    trains_B = is_lora(layer_dict, name);
+    if (!trains_B && !is_mica(layer_dict, name)) {
       return;
     }
     lora_A = child(item(modules, "lora_A"_key), name);
@@ -298,14 +318,16 @@ inline std::optional<Operands> operands_of(PyObject* layer, PyObject* given_x) {
   const bool has_bias = bias && bias != Py_None;
   const bool has_factor_bias =
       item(A_parameters, "bias"_key) != Py_None || item(B_parameters, "bias"_key) != Py_None;
-  if (!p || has_factor_bias || !is_frozen(weight) || !is_tensor_plain(A) || !is_frozen(B) ||
-      (has_bias && !is_frozen(bias)) || THPVariable_Unpack(A).is_inference()) {
+  const bool is_B_as_expected = parts.trains_B ? is_trained(B) : is_frozen(B);
+  if (!p || has_factor_bias || !is_frozen(weight) || !is_trained(A) || !is_B_as_expected ||
+      (has_bias && !is_frozen(bias))) {
     return std::nullopt;
   }
 
   Operands operands{THPVariable_Unpack(weight), THPVariable_Unpack(A), THPVariable_Unpack(B)};
   operands.scaling = PyFloat_AS_DOUBLE(parts.scaling);
   operands.dropout_p = *p;
+  operands.trains_B = parts.trains_B;
   if (has_bias) {
     operands.bias = THPVariable_Unpack(bias);
   }
@@ -353,10 +375,10 @@ inline bool runs_here(const Tensor& x, const Operands& operands) {
   static PyObject* const name = PyBytes_FromString("MICA_BACKEND");
   PyObject* setting = item(environment(), name);
   const std::string_view backend = setting && PyBytes_Check(setting) ? PyBytes_AS_STRING(setting) : "";
-  const bool is_reference = backend == "reference";
-  if (!is_reference && !backend.empty() && backend != "auto") {
+  if (!backend.empty() && backend != "auto" && backend != "reference") {
     return false;
   }
+  const bool is_reference = backend == "reference";
   const ScalarType dtype = operands.autocast_dtype.value_or(x.scalar_type());
   if (x.is_cpu() && !(has_instructions(dtype) && has_instructions(operands.compute_dtype.value_or(dtype)))) {
     return false;

@@ -1,4 +1,4 @@
-// A MiCA linear layer's forward and backward without Python between PyTorch's operators: `mica.paths.reference_path`
+// An adapted linear layer's forward and backward without Python between PyTorch's operators: `mica.paths.reference_path`
 // step by step and to the bit, as one node of autograd. No kernel is launched from here, so the same code serves every
 // device of PyTorch, and all of it runs on a CPU. Dropout is a loop of this folder: for CPUs only.
 //
@@ -47,6 +47,7 @@ struct Operands {
   double dropout_p = 0.0;
   OptionalTensor seed; // int64 (1), where dropout_p > 0
   OptionalDtype autocast_dtype; // autocast's where it is on
+  bool trains_B = false; // lora_B may be trained, now or later
 };
 
 // The numbers among them, which a backward needs, too.
@@ -54,7 +55,7 @@ struct Numbers {
   double scaling;
   ScalarType compute_dtype;
   ScalarType factor_dtype; // of lora_A
-  ScalarType grad_dtype; // to which dA may be rounded first, as PyTorch does under autocast
+  ScalarType grad_dtype; // to which dA and dB may be rounded first, as PyTorch does under autocast
   Dropout dropout;
 };
 
@@ -105,22 +106,24 @@ inline Tensor scaled_product(const Tensor& left, const Tensor& factor, double sc
   return at::mm(cast(left, dtype), cast(factor * scaling, dtype));
 }
 
-// y (M×N) from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)
-inline Tensor linear(const Tensor& x, const Operands& operands, const Numbers& numbers) {
-  const auto& [weight, lora_A, lora_B, given_scaling, bias, _1, _2, _3, _4] = operands;
+// y (M×N) and h (M×r) from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)
+inline std::pair<Tensor, Tensor> linear(const Tensor& x, const Operands& operands, const Numbers& numbers) {
+  const auto& [given_weight, lora_A, lora_B, given_scaling, given_bias, _1, _2, _3, _4, _5] = operands;
+  const Tensor weight = cast(given_weight, x.scalar_type());
   const ScalarType dtype = product_dtype(x, numbers.factor_dtype, lora_B.scalar_type(), numbers.compute_dtype);
   const double scaling = given_scaling / (1.0 - numbers.dropout.p);
   const Tensor h = scaled_product(masked(x, numbers.dropout), lora_A.t(), scaling, dtype);
-  const Tensor y = bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
+  const Tensor y =
+      given_bias ? at::addmm(cast(*given_bias, x.scalar_type()), x, weight.t()) : at::mm(x, weight.t());
   if (dtype == y.scalar_type()) {
-    return added(y, h, cast(lora_B, dtype).t());
+    return {added(y, h, cast(lora_B, dtype).t()), h};
   }
   const ScalarType wide = c10::promoteTypes(y.scalar_type(), dtype);
   const Tensor factor = cast(lora_B, wide).t();
   if (wide == y.scalar_type()) {
-    return at::addmm(y, h.to(wide), factor);
+    return {at::addmm(y, h.to(wide), factor), h};
   }
-  return added(y.to(wide), cast(h, wide), factor).to(y.scalar_type());
+  return {added(y.to(wide), cast(h, wide), factor).to(y.scalar_type()), h};
 }
 
 // dA (r×K) from g (M×r) and x (M×K), summed in fp32 at least
@@ -154,6 +157,15 @@ inline Tensor grad_a(const Tensor& g, const Tensor& x, ScalarType grad_dtype) {
   return grad;
 }
 
+// dB (N×r) from dy (M×N) and h (M×r), summed as dA
+inline Tensor grad_b(const Tensor& grad_output, const Tensor& h, ScalarType grad_dtype) {
+  if (grad_output.size(0) > few_to_round) {
+    return grad_a(h, grad_output, grad_dtype).t().contiguous();
+  }
+  const ScalarType wide = c10::promoteTypes(c10::promoteTypes(grad_output.scalar_type(), h.scalar_type()), at::kFloat);
+  return at::mm(cast(grad_output, wide).t(), cast(h, wide));
+}
+
 // dx (M×K) from dy (M×N), weight (N×K), g (M×r) and lora_A (r×K)
 inline Tensor grad_x(
     const Tensor& grad_output,
@@ -161,7 +173,7 @@ inline Tensor grad_x(
     const Tensor& g,
     const Tensor& lora_A,
     const Dropout& dropout) {
-  const Tensor dx = at::mm(grad_output, weight);
+  const Tensor dx = at::mm(grad_output, cast(weight, grad_output.scalar_type()));
   const Tensor factor = cast(lora_A, g.scalar_type());
   if (g.scalar_type() == dx.scalar_type() && !dropout) {
     return added(dx, g, factor);
@@ -199,32 +211,47 @@ inline Tensor like(at::IntArrayRef shape, const Tensor& matrix) {
 // Autocast's casts have been made before: within a formula it would cast each product's operands.
 using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
 
-inline Tensor forward_of(const Tensor& x, const Operands& operands, const Numbers& numbers) {
+// (y, h)
+inline std::pair<Tensor, Tensor> forward_of(const Tensor& x, const Operands& operands, const Numbers& numbers) {
   const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return like(x.sizes(), linear(as_matrix(x), operands, numbers));
+  const auto [y, h] = linear(as_matrix(x), operands, numbers);
+  return {like(x.sizes(), y), like(x.sizes(), h)};
 }
 
-// (dx, dA) of what was saved; undefined where weight or x is.
-inline std::pair<Tensor, Tensor> backward_of(
-    const Tensor& grad_output,
-    const Tensor& x,
-    const Tensor& weight,
-    const Tensor& lora_A,
-    const Tensor& lora_B,
-    const Numbers& numbers) {
+// What a node has saved; undefined what no gradient needs.
+struct Saved {
+  Tensor weight;
+  Tensor lora_A;
+  Tensor lora_B;
+  Tensor x;
+  Tensor h;
+};
+
+// {dx, dA, dB}; undefined where weight, x or h is. grad_h: of the h that the forward returned, in second derivatives.
+inline variable_list backward_of(
+    const Tensor& grad_output, const Tensor& grad_h, const Saved& saved, const Numbers& numbers) {
   const Tensor dy = as_matrix(grad_output);
-  const ScalarType dtype = product_dtype(dy, numbers.factor_dtype, lora_B.scalar_type(), numbers.compute_dtype);
-  const Tensor g = scaled_product(dy, lora_B, numbers.scaling / (1.0 - numbers.dropout.p), dtype);
-  Tensor dx;
-  if (weight.defined()) {
-    dx = like(grad_output.sizes(), grad_x(dy, weight, g, lora_A, numbers.dropout));
+  const double scaling = numbers.scaling / (1.0 - numbers.dropout.p);
+  Tensor dx, dA, dB;
+  if (saved.weight.defined() || saved.x.defined()) {
+    const ScalarType dtype =
+        product_dtype(dy, numbers.factor_dtype, saved.lora_B.scalar_type(), numbers.compute_dtype);
+    Tensor g = scaled_product(dy, saved.lora_B, scaling, dtype);
+    if (grad_h.defined()) {
+      g = g + cast(as_matrix(grad_h) * scaling, dtype);
+    }
+    if (saved.weight.defined()) {
+      dx = like(grad_output.sizes(), grad_x(dy, saved.weight, g, saved.lora_A, numbers.dropout));
+    }
+    if (saved.x.defined()) {
+      dA = cast(grad_a(g, masked(as_matrix(saved.x), numbers.dropout), numbers.grad_dtype), numbers.factor_dtype);
+    }
   }
-  Tensor dA;
-  if (x.defined()) {
-    dA = cast(grad_a(g, masked(as_matrix(x), numbers.dropout), numbers.grad_dtype), numbers.factor_dtype);
+  if (saved.h.defined()) {
+    dB = cast(grad_b(dy, as_matrix(saved.h), numbers.grad_dtype), saved.lora_B.scalar_type());
   }
-  return {dx, dA};
+  return {dx, dA, dB};
 }
 
 // As `mica.ops.operator.save`: an alias keeps the memory that ``tensor.data = other`` replaces, shares the version,
@@ -276,46 +303,61 @@ inline Numbers saved_numbers(AutogradContext* ctx) {
 }
 
 struct Layer : torch::autograd::Function<Layer> {
-  // lora_A is the operands', given as an argument so that autograd sees it
-  static Tensor forward(
+  // lora_A and lora_B are the operands', given as arguments so that autograd sees them. {y}, or {y, h} where lora_B is
+  // trained: an output, so that second derivatives reach x and lora_A through it.
+  static variable_list forward(
       AutogradContext* ctx,
       const Tensor& x,
       const Tensor& lora_A,
+      const Tensor& lora_B,
       const Operands& operands,
       const Numbers& numbers) {
     const bool needs_x = x.requires_grad();
     const bool needs_A = lora_A.requires_grad();
+    const bool needs_B = lora_B.requires_grad();
+    const auto [y, h] = forward_of(x, operands, numbers);
+    ctx->set_materialize_grads(false);
     {
       const at::AutoGradMode with_grad(true);
-      // no fp32 copy, no h, no mask, and nothing that no gradient needs; perhaps no x: `mica.ops.kept`
+      // no fp32 copy, no mask, and nothing that no gradient needs; perhaps no x: `mica.ops.kept`
       variable_list tensors{
           needs_x ? kept(operands.weight) : Tensor(),
           needs_x ? kept(lora_A) : Tensor(),
-          kept(operands.lora_B),
+          kept(lora_B),
           needs_A ? kept(x) : Tensor(),
+          needs_B ? h : Tensor(),
       };
       ctx->save_for_backward(std::move(tensors));
     }
     save_numbers(ctx, numbers);
-    return forward_of(x, operands, numbers);
+    return needs_B ? variable_list{y, h} : variable_list{y};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     on_backward();
     const variable_list tensors = saved(ctx);
-    const Tensor& grad_output = grad_outputs[0];
-    const bool needs_x = tensors[0].defined() && ctx->needs_input_grad(0);
-    const bool needs_A = tensors[3].defined() && ctx->needs_input_grad(1);
-    const Tensor weight = needs_x ? tensors[0] : Tensor();
+    const Tensor grad_h = grad_outputs.size() > 1 ? grad_outputs[1] : Tensor();
+    const auto of = [&](size_t position, size_t input) {
+      return ctx->needs_input_grad(input) ? tensors[position] : Tensor();
+    };
+    const Saved saved{of(0, 0), tensors[1], tensors[2], of(3, 1), of(4, 2)};
+    Tensor grad_output = grad_outputs[0];
+    if (!grad_output.defined() && !grad_h.defined()) {
+      return variable_list(5);
+    }
+    if (!grad_output.defined()) { // in a second derivative, where only h has a gradient
+      auto sizes = grad_h.sizes().vec();
+      sizes.back() = saved.lora_B.size(0);
+      grad_output = at::zeros(sizes, grad_h.options());
+    }
 
     const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
     if (!at::GradMode::is_enabled() && is_eager()) { // neither second derivatives nor tangents are wanted
       below_autograd.emplace(); // PyTorch's calls take less time there
     }
-    const Tensor x = needs_A ? tensors[3] : Tensor();
-    const auto [dx, dA] = backward_of(grad_output, x, weight, tensors[1], tensors[2], saved_numbers(ctx));
-    return {dx, dA, Tensor(), Tensor()};
+    const variable_list grads = backward_of(grad_output, grad_h, saved, saved_numbers(ctx));
+    return {grads[0], grads[1], grads[2], Tensor(), Tensor()};
   }
 };
 
@@ -325,14 +367,9 @@ inline Tensor autocast_to(const Tensor& tensor, const OptionalDtype& dtype) {
 }
 
 // y of a call, with autograd and autocast
-inline Tensor layer(const Tensor& given_x, Operands operands) {
+inline Tensor layer(const Tensor& given_x, const Operands& operands) {
   const OptionalDtype& autocast_dtype = operands.autocast_dtype;
-  // cast here, where autograd follows it
-  const Tensor x = autocast_to(given_x, autocast_dtype);
-  operands.weight = autocast_to(operands.weight, autocast_dtype);
-  if (operands.bias) {
-    operands.bias = autocast_to(*operands.bias, autocast_dtype);
-  }
+  const Tensor x = autocast_to(given_x, autocast_dtype); // here, where autograd follows it
   const ScalarType factor_dtype = operands.lora_A.scalar_type();
   const ScalarType compute_dtype = operands.compute_dtype.value_or(x.scalar_type());
   Dropout dropout{operands.dropout_p};
@@ -341,10 +378,11 @@ inline Tensor layer(const Tensor& given_x, Operands operands) {
   }
   const Numbers numbers{
       operands.scaling, compute_dtype, factor_dtype, autocast_dtype.value_or(factor_dtype), dropout};
-  if (at::GradMode::is_enabled() && (x.requires_grad() || operands.lora_A.requires_grad())) {
-    return Layer::apply(x, operands.lora_A, operands, numbers);
+  const bool needs_grad = x.requires_grad() || operands.lora_A.requires_grad() || operands.lora_B.requires_grad();
+  if (at::GradMode::is_enabled() && needs_grad) {
+    return Layer::apply(x, operands.lora_A, operands.lora_B, operands, numbers)[0];
   }
-  return forward_of(x, operands, numbers);
+  return forward_of(x, operands, numbers).first;
 }
 
 } // namespace mica

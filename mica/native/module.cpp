@@ -69,11 +69,14 @@ Tensor call_here(const Tensor& x, const Operands& operands) {
 
 // `mica.ops.linear.linear_eager`
 PyObject* call_python(PyObject* x, const Operands& operands) {
-  const auto& [weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, autocast_dtype] = operands;
+  const auto& [weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, autocast_dtype, trains_B] =
+      operands;
   const py::handle product = object_of(compute_dtype);
   const py::handle cast = object_of(autocast_dtype);
   const py::handle eager = shared.eager;
-  return eager(py::handle(x), weight, lora_A, lora_B, scaling, bias, product, dropout_p, seed, cast).release().ptr();
+  return eager(py::handle(x), weight, lora_A, lora_B, scaling, bias, product, dropout_p, seed, cast, trains_B)
+      .release()
+      .ptr();
 }
 
 // fast(layer, x): y, or None where anything is unusual. `mica.fast.forward.fast`
@@ -109,10 +112,11 @@ OptionalTensor linear_or_none(
     const py::object& compute_dtype,
     double dropout_p,
     const OptionalTensor& seed,
-    const py::object& autocast_dtype) {
+    const py::object& autocast_dtype,
+    bool trains_B) {
   const OptionalDtype product = dtype_or_none(compute_dtype.ptr());
   const OptionalDtype cast = dtype_or_none(autocast_dtype.ptr());
-  const Operands operands{weight, lora_A, lora_B, scaling, bias, product, dropout_p, seed, cast};
+  const Operands operands{weight, lora_A, lora_B, scaling, bias, product, dropout_p, seed, cast, trains_B};
   return runs_here(x, operands) ? OptionalTensor(call_here(x, operands)) : std::nullopt;
 }
 

@@ -30,7 +30,7 @@ _UP_PROJECTION = {"lora_B": "out_features rank", "y": "... out_features", "h": "
 _EMBEDDING = {"indices": "...", "lora_A": "rank num_embeddings", "lora_B": "embedding_dim rank"}
 
 _OPTIONAL = ("bias", "seed")
-_FROZEN = ("weight", "lora_B", "bias")
+_FROZEN = ("weight", "bias")
 _INTEGERS = ("offsets", "indices")
 _INTEGER = (torch.int32, torch.int64)
 
@@ -68,12 +68,13 @@ def check_embedding(
     compute_dtype: torch.dtype | None,
 ) -> None:
     _check_tensors(_EMBEDDING, indices=indices, lora_A=lora_A, lora_B=lora_B)
+    _check_frozen("lora_B", lora_B)
     _check_numbers(scaling, compute_dtype)
     _check_padding_idx(padding_idx, lora_A.shape[1])
 
 
 def _check_layer(dimensions: dict[str, str], operands: Operands, **rows: Tensor) -> None:
-    weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, _ = operands
+    weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, *_ = operands
     factors = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias, "seed": seed}
     _check_tensors(dimensions, **rows, **factors)
     x = rows["x"]
@@ -97,10 +98,13 @@ def _check_tensors(dimensions: dict[str, str], **tensors: Tensor | None) -> None
             _check_dtype(name, tensor.dtype)
     limits.same_device(**given)
     for name in _FROZEN:
-        if name in given and given[name].requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} must be frozen in MiCA (requires_grad=False), but it requires a gradient."
-            )
+        if name in given:
+            _check_frozen(name, given[name])
+
+
+def _check_frozen(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must be frozen (requires_grad=False), but it requires a gradient.")
 
 
 def _check_dense(name: str, tensor: Tensor) -> None:

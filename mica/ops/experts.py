@@ -7,6 +7,8 @@ and again in the backward, and not kept in between.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from mica.ops.checks import check_experts_linear
 from mica.ops.operator import (
     below_autograd,
     no_autocast,
+    on_reference,
     operator,
     run_backward,
     run_formula,
@@ -23,6 +26,7 @@ from mica.ops.operator import (
     without_values,
 )
 from mica.ops.routing import summed, to_experts
+from mica.paths import reference_path
 from mica.paths.operands import Operands
 
 
@@ -37,7 +41,7 @@ def mica_experts_linear(
     *,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The frozen linear layers of several experts with their MiCA adapters, each on its own rows of x.
+    """The frozen linear layers of several experts with MiCA or LoRA adapters, each on its own rows of x.
 
     Args:
         x: (rows, in_features), fp64/fp32/bf16/fp16, sorted by expert; a token of k experts has k rows.
@@ -45,7 +49,8 @@ def mica_experts_linear(
             last one belong to no expert: their y and dx are 0.
         weight: (num_experts, out_features, in_features), frozen, in the dtype of x, of any strides.
         lora_A: (num_experts, rank, in_features), trained; the dtype of x, or an fp32 master over 16-bit x.
-        lora_B: (num_experts, out_features, rank), frozen, any strides; dtypes as for lora_A.
+        lora_B: (num_experts, out_features, rank), frozen in MiCA, trained in LoRA, any strides; dtypes as for
+            lora_A.
         scaling: lora_alpha / rank, dimensionless.
         bias: (num_experts, out_features), frozen, in the dtype of x.
         compute_dtype: dtype of the low-rank products; default the dtype of x. Under autocast x is cast to
@@ -54,9 +59,10 @@ def mica_experts_linear(
     Returns:
         (rows, out_features) in the dtype of x (of the weight under autocast).
 
-    Gradients: lora_A's in its own dtype, accumulated in fp32, 0 for experts without rows; x's where x needs
-    it. Saved for the backward: x as it came and references to the operands. Nothing of the weight's size is
-    formed. Definition: `mica.paths.definition` (arXiv 2604.01694).
+    Gradients: of lora_A and lora_B in their own dtype, accumulated in fp32, 0 for experts without rows; of x
+    where x needs it. Saved for the backward: references to the operands, x as it came where lora_A is
+    trained, and h (rows, rank) where lora_B is. Nothing of the weight's size is formed.
+    Definition: `mica.paths.definition` (arXiv 2604.01694, 2106.09685).
 
     Raises:
         TypeError: a dtype that is not allowed, a tensor that is not dense, an argument of another type.
@@ -65,36 +71,55 @@ def mica_experts_linear(
     """
     operands = Operands(weight, lora_A, lora_B, scaling, bias, compute_dtype)
     check_experts_linear(x, offsets, operands)
-    return experts_linear(x, offsets, *operands[:_OPERANDS])
+    return experts_linear(x, offsets, *operands[:_OPERANDS], None, None, lora_B.requires_grad)
 
 
-_OPERANDS = 6  # the fields of `Operands` that a stack has; tokens, inverse and num_tokens follow
+def experts_linear(x: Tensor, offsets: Tensor, *args) -> Tensor:
+    """`mica_experts_linear` without its checks; ``args``: those of the operator."""
+    y, _ = _experts_and_h(x, offsets, *args)
+    return y
 
 
-def _split(args: tuple) -> tuple[Operands, Tensor | None, Tensor | None, int]:
-    """The operands, then the `Routing`'s tokens and inverse, None where the rows of x are sorted already.
+_OPERANDS = 6  # the first fields of `Operands`, which a stack has
+# What follows them: the `Routing`'s tokens and inverse, None where the rows of x are sorted already, of a
+# backward the number of tokens, and whether lora_B may be trained.
+_FORWARD = (None, None, False)
+_BACKWARD = (None, None, 0, False)
 
-    At last, of a backward, the number of tokens.
-    """
-    defaults = None, None, 0
-    routing = args[_OPERANDS:]
-    return Operands(*args[:_OPERANDS]), *routing, *defaults[len(routing) :]
+
+def _split(args: tuple, defaults: tuple) -> tuple:
+    """The operands, and what follows them but for the last."""
+    given = args[_OPERANDS:]
+    *others, trains_B = *given, *defaults[len(given) :]
+    return Operands(*args[:_OPERANDS], trains_B=trains_B), *others
 
 
 def _experts(x, offsets, *args):
-    """x: (num_tokens, in_features) where there is a routing, else (rows, in_features)."""
-    operands, tokens, *_ = _split(args)
+    """(y, h or an empty tensor); x: (num_tokens, in_features) with a routing, else (rows, in_features)."""
+    operands, tokens, _ = _split(args, _FORWARD)
     rows = x if tokens is None else to_experts(x, tokens)
-    return run_formula("experts_linear", x, operands.rank, operands.dtypes(x), rows, offsets, operands)
+    y, h = run_formula(
+        "experts_linear",
+        x,
+        operands.rank,
+        operands.dtypes(x),
+        rows,
+        offsets,
+        operands,
+        trains_B=operands.trains_B,
+    )
+    return without_none(x, y, h if operands.trains_B else None)
 
 
 def _experts_fake(x, offsets, *args):
-    operands, tokens, *_ = _split(args)
-    return x.new_empty((x if tokens is None else tokens).shape[0], operands.out_features)
+    operands, tokens, _ = _split(args, _FORWARD)
+    rows = (x if tokens is None else tokens).shape[0]
+    h = x.new_empty(rows, operands.rank, dtype=operands.dtype(x)) if operands.trains_B else None
+    return without_none(x, x.new_empty(rows, operands.out_features), h)
 
 
-def _backward(grad_output, x, offsets, output_mask, *args):
-    operands, tokens, inverse, num_tokens = _split(args)
+def _backward(grad_output, x, offsets, output_mask, *args, grad_h=None):
+    operands, tokens, inverse, num_tokens = _split(args, _BACKWARD)
     needs_x, needs_A = output_mask
     if not needs_x:
         operands = operands._replace(weight=None)
@@ -102,16 +127,29 @@ def _backward(grad_output, x, offsets, output_mask, *args):
         x = None
     elif tokens is not None:
         x = to_experts(x, tokens)
-    formula = "experts_linear_backward", grad_output, operands.rank, operands.dtypes(grad_output)
     with no_autocast():
-        grad_x, grad_A = run_formula(*formula, grad_output, x, offsets, operands)
+        if grad_h is not None:  # in a second derivative, which no kernel computes
+            gradients = reference_path.experts_linear_backward(grad_output, x, offsets, operands, grad_h)
+        else:
+            gradients = run_formula(
+                "experts_linear_backward",
+                grad_output,
+                operands.rank,
+                operands.dtypes(grad_output),
+                grad_output,
+                x,
+                offsets,
+                operands,
+                trains_B=operands.trains_B,
+            )
+    grad_x, grad_A = gradients
     if needs_x and inverse is not None:
         grad_x = summed(grad_x, inverse, num_tokens)
     return without_none(grad_output, grad_x, grad_A)
 
 
 def _backward_fake(grad_output, x, offsets, output_mask, *args):
-    operands, _, inverse, num_tokens = _split(args)
+    operands, _, inverse, num_tokens = _split(args, _BACKWARD)
     needs_x, needs_A = output_mask
     lora_A = operands.lora_A
     rows = grad_output.shape[0] if inverse is None else num_tokens
@@ -119,47 +157,78 @@ def _backward_fake(grad_output, x, offsets, output_mask, *args):
     return without_none(grad_output, grad_x, lora_A.new_empty(lora_A.shape) if needs_A else None)
 
 
+def _grad_b(grad_output, h, offsets, dtype):
+    dtypes = (grad_output.dtype, h.dtype, dtype, dtype)
+    with no_autocast():
+        return run_formula("experts_grad_b", grad_output, h.shape[1], dtypes, grad_output, h, offsets, dtype)
+
+
+def _grad_b_fake(grad_output, h, offsets, dtype):
+    stored = h.new_empty(grad_output.shape[1], h.shape[1], offsets.shape[0], dtype=dtype)
+    return stored.permute(2, 0, 1)
+
+
 class _ExpertsLinear(torch.autograd.Function):
-    """``run`` computes y: `_experts` or the operator (`mica.ops.operator.operator`)."""
+    """``run`` computes y and h: `_experts` or the operator (`mica.ops.operator.operator`)."""
 
     @staticmethod
     def forward(ctx, run, x, offsets, *args):
-        operands, tokens, inverse, _ = _split(args)
-        _, needs_x, _, _, needs_A = ctx.needs_input_grad[:5]
+        operands, tokens, inverse = _split(args, _FORWARD)
+        _, needs_x, _, _, needs_A, needs_B = ctx.needs_input_grad[:6]
+        ctx.set_materialize_grads(False)
         ctx.scaling, ctx.compute_dtype, ctx.num_tokens = operands.scaling, operands.dtype(x), x.shape[0]
+        ctx.trains_B = operands.trains_B or needs_B
+        with below_autograd():
+            y, h = run(x, offsets, *operands[:_OPERANDS], tokens, inverse, ctx.trains_B)
+        if not needs_B:
+            ctx.mark_non_differentiable(h)
         # x as it came, and nothing that no gradient needs
         kept_x = x if needs_A else None
         kept_weight = operands.weight if needs_x else None
         kept_A = operands.lora_A if needs_x else without_values(operands.lora_A)
         kept_tokens = tokens if needs_A else None
         kept_inverse = inverse if needs_x else None
-        save(ctx, kept_x, offsets, kept_weight, kept_A, operands.lora_B, kept_tokens, kept_inverse)
-        with below_autograd():
-            return run(x, offsets, *args)
+        kept = kept_x, offsets, kept_weight, kept_A, operands.lora_B, kept_tokens, kept_inverse
+        save(ctx, *kept, outputs=[h if needs_B else None])
+        return y, h
 
     @staticmethod
-    def backward(ctx, grad_output):
-        x, offsets, weight, lora_A, lora_B, tokens, inverse = saved(ctx)
+    def backward(ctx, grad_output, grad_h):
+        x, offsets, weight, lora_A, lora_B, tokens, inverse, h = saved(ctx)
+        if grad_output is None and grad_h is None:
+            return (None,) * 12
+        if grad_output is None:  # in a second derivative
+            dtype = grad_h.dtype if weight is None else weight.dtype
+            grad_output = grad_h.new_zeros(grad_h.shape[0], lora_B.shape[1], dtype=dtype)
         mask = [weight is not None, x is not None]
         tensors = grad_output, x, offsets, weight, lora_A, lora_B
         operands = weight, lora_A, lora_B, ctx.scaling, None, ctx.compute_dtype
-        args = grad_output, x, offsets, mask, *operands, tokens, inverse, ctx.num_tokens
-        grads = run_backward(torch.ops.mica.experts_linear_backward, _backward, tensors, *args)
+        args = grad_output, x, offsets, mask, *operands, tokens, inverse, ctx.num_tokens, ctx.trains_B
+        if grad_h is not None:
+            grads = on_reference(partial(_backward, grad_h=grad_h))(*args)
+        else:
+            grads = run_backward(torch.ops.mica.experts_linear_backward, _backward, tensors, *args)
         grad_x, grad_A = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
-        return None, grad_x, None, None, grad_A, *[None] * 6
+        grad_B = None
+        if h is not None:
+            tensors = grad_output, h, offsets
+            args = *tensors, lora_B.dtype
+            grad_B = run_backward(torch.ops.mica.experts_grad_b, _grad_b, tensors, *args)
+        return None, grad_x, None, None, grad_A, grad_B, *[None] * 6
 
 
 def _cast(device_type, x, offsets, *args):
-    operands, *routing, _ = _split(args)
+    operands, *routing = _split(args, _FORWARD)
     operands = operands._replace(compute_dtype=None)
-    return x.to(operands.weight.dtype), offsets, *operands[:_OPERANDS], *routing
+    return x.to(operands.weight.dtype), offsets, *operands[:_OPERANDS], *routing, operands.trains_B
 
 
 _FACTORS = "Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, ScalarType? compute_dtype"
 _ROUTING = "Tensor? tokens=None, Tensor? inverse=None"
-experts_linear = operator(
+_experts_and_h = operator(
     "experts_linear",
-    f"(Tensor x, Tensor offsets, Tensor weight, {_FACTORS}, {_ROUTING}) -> Tensor",
+    f"(Tensor x, Tensor offsets, Tensor weight, {_FACTORS}, {_ROUTING}, bool trains_B=False)"
+    " -> (Tensor, Tensor)",
     _experts,
     _experts_fake,
     _ExpertsLinear.apply,
@@ -168,9 +237,15 @@ experts_linear = operator(
 operator(
     "experts_linear_backward",
     f"(Tensor grad_output, Tensor? x, Tensor offsets, bool[2] output_mask, Tensor? weight, {_FACTORS},"
-    f" {_ROUTING}, SymInt num_tokens=0) -> (Tensor, Tensor)",
+    f" {_ROUTING}, SymInt num_tokens=0, bool trains_B=False) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
+)
+operator(
+    "experts_grad_b",
+    "(Tensor grad_output, Tensor h, Tensor offsets, ScalarType dtype) -> Tensor",
+    _grad_b,
+    _grad_b_fake,
 )
 
 

@@ -35,7 +35,7 @@ from mica.memory import TENSOR_TYPES
 
 # What the nodes of autograd say of a tensor that they have saved.
 EDITED = (
-    "x, lora_A, lora_B or the weight of a MiCA layer has been modified by an inplace operation after "
+    "x, lora_A, lora_B or the weight of an adapted layer has been modified by an inplace operation after "
     "the layer's forward. They are kept as they came, without a copy: edit a clone of x instead."
 )
 

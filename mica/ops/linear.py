@@ -16,6 +16,7 @@ from torch import Tensor
 from mica import native
 from mica.ops import kept
 from mica.ops.checks import check_linear
+from mica.ops.low_rank import grad_b
 from mica.ops.operator import (
     as_matrix,
     autocast_to,
@@ -24,6 +25,7 @@ from mica.ops.operator import (
     is_eager,
     like,
     no_autocast,
+    on_reference,
     operator,
     run_backward,
     run_formula,
@@ -49,13 +51,13 @@ def mica_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """A frozen linear layer with its MiCA adapter: x Wᵀ + bias + scaling·(drop(x) Aᵀ) Bᵀ.
+    """A frozen linear layer with its MiCA or LoRA adapter: x Wᵀ + bias + scaling·(drop(x) Aᵀ) Bᵀ.
 
     Args:
         x: (..., in_features), fp64/fp32/bf16/fp16.
         weight: (out_features, in_features), frozen, in the dtype of x. A transposed view is fine.
         lora_A: (rank, in_features), trained; the dtype of x, or an fp32 master over 16-bit x.
-        lora_B: (out_features, rank), frozen; dtypes as for lora_A.
+        lora_B: (out_features, rank), frozen in MiCA, trained in LoRA; dtypes as for lora_A.
         scaling: lora_alpha / rank, dimensionless.
         bias: (out_features), frozen, in the dtype of x.
         compute_dtype: dtype of the low-rank products; default the dtype of x. Under autocast everything
@@ -67,26 +69,60 @@ def mica_linear(
     Returns:
         (..., out_features) in the dtype of x (of autocast where it is on).
 
-    Gradients: lora_A's in its own dtype, accumulated in fp32 (under autocast perhaps rounded to its dtype, as
-    PyTorch does); x's where x needs it. Saved for the backward: x as it came and references to the operands.
-    Definition: `mica.paths.definition` (arXiv 2604.01694).
+    Gradients: of lora_A and lora_B in their own dtype, accumulated in fp32 (under autocast perhaps rounded to
+    its dtype, as PyTorch does); of x where x needs it. Saved for the backward: references to the operands, x
+    as it came where lora_A is trained, and h = scaling·drop(x) Aᵀ where lora_B is.
+    Definition: `mica.paths.definition` (arXiv 2604.01694, 2106.09685).
 
     Raises:
         TypeError: a dtype that is not allowed, a tensor that is not dense, an argument of another type.
         ValueError: shapes or devices that do not fit, or a frozen operand that requires a gradient.
         RuntimeError: MICA_BACKEND=triton where there are no kernels for the call.
     """
-    operands = Operands(weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
+    trains_B = lora_B.requires_grad if isinstance(lora_B, Tensor) else False
+    operands = Operands(
+        weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, trains_B=trains_B
+    )
     check_linear(x, operands)
     return linear(x, *operands)
 
 
+def linear(x, *args) -> Tensor:
+    """`mica_linear` without its checks; ``args``: the fields of `Operands`."""
+    y, _ = _linear_and_h(x, *args)
+    return y
+
+
 def _linear(x, *args):
-    operands = Operands(*args)
+    """(y, h), or (y, None) where lora_B is frozen."""
+    operands = _with_dtype_of(x, Operands(*args))
     matrix = as_matrix(x)
     rows = partial(forward_rows, matrix, operands.out_features, operands.dropout_p)
-    y = run_formula("linear", x, operands.rank, operands.dtypes(x), matrix, operands, rows=rows)
-    return like(x.shape, y)
+    y, h = run_formula(
+        "linear",
+        x,
+        operands.rank,
+        operands.dtypes(x),
+        matrix,
+        operands,
+        rows=rows,
+        trains_B=operands.trains_B,
+    )
+    return like(x.shape, y), like(x.shape, h) if operands.trains_B else None
+
+
+def _with_dtype_of(x: Tensor, operands: Operands) -> Operands:
+    """Weight and bias in the dtype of x, to which autocast has cast that.
+
+    They are kept for the backward as they are, and cast there again: the copies of a whole model's weights
+    would take half the memory of fp32 weights, and making one takes 1 % of the time of its product.
+    """
+    weight, bias = operands.weight, operands.bias
+    if weight is not None and weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    return operands._replace(weight=weight, bias=bias)
 
 
 def _linear_backward(grad_output, x, output_mask, *args):
@@ -97,19 +133,44 @@ def _linear_backward(grad_output, x, output_mask, *args):
     return without_none(grad_output, *_gradients(grad_output, x if needs_A else None, operands))
 
 
-def _gradients(grad_output, x: Tensor | None, operands: Operands) -> tuple[Tensor | None, Tensor | None]:
+def _gradients(
+    grad_output, x: Tensor | None, operands: Operands, grad_h: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dA); None where no gradient is needed, and so x or the weight is None."""
+    operands = _with_dtype_of(grad_output, operands)
     dy = as_matrix(grad_output)
     matrix = None if x is None else as_matrix(x)
     rows = partial(backward_rows, dy, matrix, operands.lora_A.shape[1], operands.dropout_p)
-    dtypes = operands.dtypes(dy)
     with no_autocast():
-        dx, dA = run_formula("linear_backward", dy, operands.rank, dtypes, dy, matrix, operands, rows=rows)
+        if grad_h is not None:  # in a second derivative, which no kernel computes
+            dx, dA = reference_path.linear_backward(dy, matrix, operands, as_matrix(grad_h))
+        else:
+            dx, dA = run_formula(
+                "linear_backward",
+                dy,
+                operands.rank,
+                operands.dtypes(dy),
+                dy,
+                matrix,
+                operands,
+                rows=rows,
+                trains_B=operands.trains_B,
+            )
     return None if dx is None else like(grad_output.shape, dx), dA
 
 
-def _linear_fake(x, weight, *args):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _linear_operator(x, *args):
+    return without_none(x, *_linear(x, *args))
+
+
+def _linear_fake(x, *args):
+    operands = Operands(*args)
+    y = x.new_empty(*x.shape[:-1], operands.out_features)
+    if not operands.trains_B:
+        return without_none(x, y, None)
+    tokens = x.new_empty(x.shape[:-1].numel(), 0)
+    dtype = products.product_dtype(tokens, (operands.lora_A, operands.lora_B), operands.dtype(x))
+    return y, x.new_empty(*x.shape[:-1], operands.rank, dtype=dtype)
 
 
 def _linear_backward_fake(grad_output, x, output_mask, weight, lora_A, *args):
@@ -119,54 +180,81 @@ def _linear_backward_fake(grad_output, x, output_mask, weight, lora_A, *args):
     return without_none(grad_output, grad_x, grad_A)
 
 
-class _MicaLinear(torch.autograd.Function):
-    """``run`` computes y: `_linear` or the operator (`mica.ops.operator.operator`)."""
+class _LoraLinear(torch.autograd.Function):
+    """``run`` computes (y, h or None): `_linear`, or the operator (`mica.ops.operator.operator`).
+
+    h is an output, so that second derivatives reach x and lora_A through it.
+    """
 
     @staticmethod
     def forward(ctx, run, x, *args):
         operands = Operands(*args)
-        _, needs_x, _, needs_A = ctx.needs_input_grad[:4]
-        # no fp32 copy, no h, no mask, and nothing that no gradient needs
+        _, needs_x, _, needs_A, needs_B = ctx.needs_input_grad[:5]
+        ctx.set_materialize_grads(False)
+        operands = operands._replace(trains_B=operands.trains_B or needs_B)
+        with below_autograd():
+            y, h = run(x, *operands)
+        if h is not None and not needs_B:
+            ctx.mark_non_differentiable(h)
+        # no fp32 copy, no mask, and nothing that no gradient needs
+        kept_x = x if needs_A else None
         kept_weight = operands.weight if needs_x else None
         kept_A = operands.lora_A if needs_x else without_values(operands.lora_A)
-        save(ctx, x if needs_A else None, kept_weight, kept_A, operands.lora_B, operands.seed)
+        kept_h = h if needs_B else None
+        save(ctx, kept_x, kept_weight, kept_A, operands.lora_B, operands.seed, outputs=[kept_h])
         nothing = {"weight": None, "lora_A": None, "lora_B": None, "bias": None, "seed": None}
         ctx.operands = operands._replace(compute_dtype=operands.dtype(x), **nothing)
-        with below_autograd():
-            return run(x, *operands)
+        return y, h
 
     @staticmethod
-    def backward(ctx, grad_output):
-        x, weight, lora_A, lora_B, seed = saved(ctx)
+    def backward(ctx, grad_output, grad_h):
+        x, weight, lora_A, lora_B, seed, h = saved(ctx)
         operands = ctx.operands._replace(weight=weight, lora_A=lora_A, lora_B=lora_B, seed=seed)
-        if torch.is_grad_enabled() or not is_eager(grad_output, x):
-            mask = [weight is not None, x is not None]
-            tensors = grad_output, x, weight, lora_A, lora_B
-            args = grad_output, x, mask, *operands
-            grads = run_backward(torch.ops.mica.linear_backward, _linear_backward, tensors, *args)
-            grad_x, grad_A = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
-        else:
-            with below_autograd():
-                grad_x, grad_A = _gradients(grad_output, x, operands)
-        return None, grad_x, None, grad_A, *[None] * 7
+        if grad_output is None and grad_h is None:
+            return (None,) * 12
+        if grad_output is None:
+            grad_output = _no_gradient(grad_h, operands)
+        grad_x = grad_A = grad_B = None
+        if weight is not None or x is not None:
+            grad_x, grad_A = _run_backward(grad_output, grad_h, x, operands)
+        if h is not None:
+            in_features = lora_A.shape[1]
+            grad_B = grad_b(grad_output, h, lora_B.dtype, operands.autocast_dtype, in_features)
+        return None, grad_x, None, grad_A, grad_B, *[None] * 7
+
+
+def _no_gradient(grad_h: Tensor, operands: Operands) -> Tensor:
+    """dy where only h has a gradient: in second derivatives."""
+    dtype = grad_h.dtype if operands.weight is None else operands.weight.dtype
+    return grad_h.new_zeros(*grad_h.shape[:-1], operands.out_features, dtype=dtype)
+
+
+def _run_backward(
+    grad_output, grad_h, x: Tensor | None, operands: Operands
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dA) by the body, by plain formulas or by the operator, as `run_backward`."""
+    if grad_h is not None:
+        return on_reference(_gradients)(grad_output, x, operands, grad_h)
+    if not torch.is_grad_enabled() and is_eager(grad_output, x):
+        with below_autograd():
+            return _gradients(grad_output, x, operands)
+    mask = [operands.weight is not None, x is not None]
+    tensors = grad_output, x, operands.weight, operands.lora_A, operands.lora_B
+    args = grad_output, x, mask, *operands
+    grads = run_backward(torch.ops.mica.linear_backward, _linear_backward, tensors, *args)
+    grad_x, grad_A = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
+    return grad_x, grad_A
 
 
 def _cast(kind, x, *args):
-    operands = Operands(*args)
-    dtype = torch.get_autocast_dtype(kind)
-    x = autocast_to(x, dtype)
-    return x, *_cast_operands(operands, dtype)._replace(compute_dtype=None, autocast_dtype=x.dtype)
-
-
-def _cast_operands(operands: Operands, dtype: torch.dtype) -> Operands:
-    weight = autocast_to(operands.weight, dtype)
-    return operands._replace(weight=weight, bias=autocast_to(operands.bias, dtype))
+    x = autocast_to(x, torch.get_autocast_dtype(kind))
+    return x, *Operands(*args)._replace(compute_dtype=None, autocast_dtype=x.dtype)
 
 
 def linear_eager(x, *args) -> Tensor:
     """`linear` for callers that know that `is_eager` holds; ``args``: the fields of `Operands`.
 
-    What autocast casts is cast here, or in C++, where autograd follows.
+    x is cast here, or in C++, as autocast does, where autograd follows.
 
     Raises:
         ValueError: an x without dimensions.
@@ -192,12 +280,14 @@ def _run(x, *args) -> Tensor:
 def _from_python(x, operands: Operands) -> Tensor:
     if operands.autocast_dtype is not None:
         x = autocast_to(x, operands.autocast_dtype)
-        operands = _cast_operands(operands, operands.autocast_dtype)
-    if torch.is_grad_enabled() and (operands.lora_A.requires_grad or x.requires_grad):
+    needs_grad = x.requires_grad or operands.lora_A.requires_grad or operands.lora_B.requires_grad
+    if torch.is_grad_enabled() and needs_grad:
         with no_autocast():
-            return _MicaLinear.apply(_linear, x, *operands)
+            y, _ = _LoraLinear.apply(_linear, x, *operands)
+        return y
     with below_autograd(), no_autocast():
-        return _linear(x, *operands)
+        y, _ = _linear(x, *operands)
+    return y
 
 
 def configure(module: ModuleType) -> None:
@@ -212,16 +302,16 @@ native.when_loaded(configure)
 # The names stay from release to release: graphs in Inductor's cache, which outlives one, call by them.
 _FACTORS = (
     "Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, ScalarType? compute_dtype,"
-    " float dropout_p=0.0, Tensor? seed=None, ScalarType? grad_dtype=None"
+    " float dropout_p=0.0, Tensor? seed=None, ScalarType? grad_dtype=None, bool trains_B=False"
 )
-linear = operator(
+_linear_and_h = operator(
     "linear",
-    f"(Tensor x, Tensor weight, {_FACTORS}) -> Tensor",
-    _linear,
+    f"(Tensor x, Tensor weight, {_FACTORS}) -> (Tensor, Tensor)",
+    _linear_operator,
     _linear_fake,
-    _MicaLinear.apply,
+    _LoraLinear.apply,
     _cast,
-    eager=linear_eager,
+    eager=lambda *args: (linear_eager(*args), None),
 )
 operator(
     "linear_backward",

@@ -3,10 +3,13 @@
     h  = scaling·drop(x) Aᵀ     mica_down_projection
     y' = y + h Bᵀ               mica_up_projection, with y = base_layer(x)
 
-Definition: `mica.paths.definition` (arXiv 2604.01694). Saved for the backward: x as it came, no h, no mask.
+Definition: `mica.paths.definition` (arXiv 2604.01694). Saved for the backward: x as it came where lora_A is
+trained, h where lora_B is, and no mask.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ from mica.ops.operator import (
     without_none,
     without_values,
 )
+from mica.paths.choose import backward_rows
 
 
 def mica_down_projection(
@@ -63,17 +67,17 @@ def mica_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
     Args:
         y: (..., out_features), fp64/fp32/bf16/fp16.
         h: (..., rank), leading dimensions as y.
-        lora_B: (out_features, rank), frozen.
+        lora_B: (out_features, rank), frozen in MiCA, trained in LoRA.
 
     Returns:
         (..., out_features) in the dtype of y.
 
     Raises:
         TypeError: a dtype that is not allowed, or a tensor that is not dense.
-        ValueError: shapes or devices that do not fit, or lora_B requires a gradient.
+        ValueError: shapes or devices that do not fit.
     """
     check_up_projection(y, h, lora_B)
-    return up_projection(y, h, lora_B)
+    return up_projection(y, h, lora_B, lora_B.requires_grad)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -160,49 +164,62 @@ operator(
 # ---------------------------------------------------------------------------------------------------
 
 
-def _up(y, h, lora_B):
-    dtypes = (y.dtype, h.dtype, lora_B.dtype)
-    out = run_formula("up_projection", y, h.shape[-1], dtypes, as_matrix(y), as_matrix(h), lora_B)
+def _up(y, h, lora_B, trains_B=False):
+    out = run_formula(
+        "up_projection",
+        y,
+        h.shape[-1],
+        (y.dtype, h.dtype, lora_B.dtype),
+        as_matrix(y),
+        as_matrix(h),
+        lora_B,
+        trains_B=trains_B,
+    )
     return like(y.shape, out)
 
 
-def _up_fake(y, h, lora_B):
+def _up_fake(y, h, lora_B, trains_B=False):
     return y.new_empty(y.shape)
 
 
-def _up_backward(grad_output, lora_B, h_dtype):
+def _up_backward(grad_output, lora_B, h_dtype, trains_B=False):
     dy = as_matrix(grad_output)
     dtypes = (dy.dtype, h_dtype, lora_B.dtype)
     with no_autocast():
-        grad_h = run_formula("up_projection_backward", dy, lora_B.shape[1], dtypes, dy, lora_B, h_dtype)
+        grad_h = run_formula(
+            "up_projection_backward", dy, lora_B.shape[1], dtypes, dy, lora_B, h_dtype, trains_B=trains_B
+        )
     return like(grad_output.shape, grad_h)
 
 
-def _up_backward_fake(grad_output, lora_B, h_dtype):
+def _up_backward_fake(grad_output, lora_B, h_dtype, trains_B=False):
     return grad_output.new_empty(*grad_output.shape[:-1], lora_B.shape[1], dtype=h_dtype)
 
 
 class _UpProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run, y, h, lora_B):
-        ctx.h_dtype = h.dtype
-        save(ctx, lora_B)
+    def forward(ctx, run, y, h, lora_B, trains_B=False):
+        ctx.h_dtype, ctx.trains_B = h.dtype, trains_B
+        save(ctx, lora_B, h if ctx.needs_input_grad[3] else None)
         with below_autograd():
-            return run(y, h, lora_B)
+            return run(y, h, lora_B, trains_B)
 
     @staticmethod
     def backward(ctx, grad_output):
-        if not ctx.needs_input_grad[2]:
-            return None, grad_output, None, None
-        tensors = grad_output, *saved(ctx)
-        args = *tensors, ctx.h_dtype
-        grad_h = run_backward(torch.ops.mica.up_projection_backward, _up_backward, tensors, *args)
-        return None, grad_output, grad_h, None
+        lora_B, h = saved(ctx)
+        grad_h = grad_B = None
+        if ctx.needs_input_grad[2]:
+            tensors = grad_output, lora_B
+            args = *tensors, ctx.h_dtype, ctx.trains_B
+            grad_h = run_backward(torch.ops.mica.up_projection_backward, _up_backward, tensors, *args)
+        if h is not None:
+            grad_B = grad_b(grad_output, h, lora_B.dtype)
+        return None, grad_output, grad_h, grad_B, None
 
 
 up_projection = operator(
     "up_projection",
-    "(Tensor y, Tensor h, Tensor lora_B) -> Tensor",
+    "(Tensor y, Tensor h, Tensor lora_B, bool trains_B=False) -> Tensor",
     _up,
     _up_fake,
     _UpProjection.apply,
@@ -210,7 +227,49 @@ up_projection = operator(
 )
 operator(
     "up_projection_backward",
-    "(Tensor grad_output, Tensor lora_B, ScalarType h_dtype) -> Tensor",
+    "(Tensor grad_output, Tensor lora_B, ScalarType h_dtype, bool trains_B=False) -> Tensor",
     _up_backward,
     _up_backward_fake,
+)
+
+
+# ---------------------------------------------------------------------------------------------------
+# the gradient of a trained lora_B
+# ---------------------------------------------------------------------------------------------------
+
+
+def grad_b(
+    grad_output: Tensor,
+    h: Tensor,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype | None = None,
+    in_features: int = 0,
+) -> Tensor:
+    """dB (out_features, rank) in ``dtype`` from dy (..., out_features) and h (..., rank), in a backward.
+
+    Args:
+        grad_dtype: to which it may be rounded first, as PyTorch does under autocast.
+        in_features: of the layer whose backward this is, which decides on its form; 0: of a factor alone.
+    """
+    tensors = grad_output, h
+    return run_backward(torch.ops.mica.grad_b, _grad_b, tensors, *tensors, dtype, grad_dtype, in_features)
+
+
+def _grad_b(grad_output, h, dtype, grad_dtype, in_features):
+    dy = as_matrix(grad_output)
+    dtypes = (dy.dtype, h.dtype, dtype, dtype)
+    rows = partial(backward_rows, dy, None, in_features, 0.0) if in_features else None
+    with no_autocast():
+        return run_formula("grad_b", dy, h.shape[-1], dtypes, dy, as_matrix(h), dtype, grad_dtype, rows=rows)
+
+
+def _grad_b_fake(grad_output, h, dtype, grad_dtype, in_features):
+    return h.new_empty(grad_output.shape[-1], h.shape[-1], dtype=dtype)
+
+
+operator(
+    "grad_b",
+    "(Tensor grad_output, Tensor h, ScalarType dtype, ScalarType? grad_dtype, SymInt in_features) -> Tensor",
+    _grad_b,
+    _grad_b_fake,
 )

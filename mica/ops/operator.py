@@ -55,10 +55,11 @@ def run_formula(
     dtypes: tuple[torch.dtype, ...],
     *args,
     rows: Callable[[], choose.Rows] | None = None,
+    trains_B: bool = False,
 ):
     """Call ``name`` of `mica.paths.triton_path` where kernels run, else of `mica.paths.reference_path`.
 
-    tensor, rank, dtypes, rows: what `choose.decide` needs to know. args: of the formula.
+    tensor, rank, dtypes, rows, trains_B: what `choose.decide` needs to know. args: of the formula.
 
     Raises:
         RuntimeError: ``MICA_BACKEND=triton`` demands kernels that this call cannot have.
@@ -70,7 +71,8 @@ def run_formula(
     if is_batched or _force_reference.get():
         return formula(*args)
 
-    choice = choose.decide(name, tensor.device, rank, dtypes, rows)
+    function = choose.LORA + name if trains_B else name
+    choice = choose.decide(function, tensor.device, rank, dtypes, rows)
     if choice.form == choose.REFERENCE:
         return formula(*args)
     if choice.form == choose.ERROR:
@@ -81,7 +83,7 @@ def run_formula(
     args = [_in_memory(arg) for arg in args]
     options = {} if rows is None else {"form": choice.form}
     try:
-        result = getattr(triton_path, name)(*args, **options)
+        result = getattr(triton_path, function)(*args, **options)
     except triton_path.LaunchError as error:  # before anything ran: no operand has changed
         in_capture = isinstance(error, triton_path.NotLoadedError)
         # no capture permits the formulas of experts either: they wait for the device
@@ -89,7 +91,7 @@ def run_formula(
         if has_no_other_way or choose.requested() == "triton":
             raise
         note = choose.note_missed if in_capture else choose.give_up
-        note(tensor.device, name, rank, dtypes, error)
+        note(tensor.device, function, rank, dtypes, error)
         return formula(*args)
     call_counts[f"{name}_kernels"] += 1
     return result
@@ -135,8 +137,8 @@ def is_eager(*tensors: Tensor | None) -> bool:
     )
 
 
-def save(ctx, *tensors: Tensor | None) -> None:
-    """Save tensors for the backward as they are now; `saved` returns them there.
+def save(ctx, *tensors: Tensor | None, outputs: Sequence[Tensor | None] = ()) -> None:
+    """Save tensors for the backward as they are now; `saved` returns them there, then the ``outputs``.
 
     ``parameter.data = other`` gives a tensor other memory, which no version shows, and a saved tensor is the
     tensor itself: the gradient would be that of values the forward has never seen. Optimisers and loaders
@@ -149,7 +151,7 @@ def save(ctx, *tensors: Tensor | None) -> None:
     try:
         for tensor in tensors:
             aliases.append(None if tensor is None else tensor.view_as(tensor))
-        ctx.save_for_backward(*aliases)
+        ctx.save_for_backward(*aliases, *outputs)  # autograd knows an output by its identity
     finally:
         torch._C._set_grad_enabled(False)  # as it is in every forward
 
@@ -195,7 +197,7 @@ def as_matrix(tensor: Tensor) -> Tensor:
     if tensor.dim() == 2:
         return tensor
     if tensor.dim() == 0:
-        raise ValueError("the input of a MiCA layer must be (..., in_features), but it has no dimensions.")
+        raise ValueError("the input of a layer must be (..., in_features), but it has no dimensions.")
     columns = tensor.shape[-1]  # a reshape takes twice as long as a view
     return tensor.view(-1, columns) if columns and tensor.is_contiguous() else tensor.reshape(-1, columns)
 

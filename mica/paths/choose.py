@@ -29,6 +29,8 @@ REFERENCE = "reference"
 KERNELS = "kernels"
 ERROR = "error"  # kernels are demanded, and there are none
 
+LORA = "lora_"  # begins the name of a function whose lora_B may be trained
+
 
 class Choice(NamedTuple):
     """The form in which a call runs, and why it is not on kernels."""
@@ -153,7 +155,8 @@ def _form_of_layer(
     row_dtype, product_dtype, *_ = dtypes
     tokens = sys.maxsize if rows.tokens is None else rows.tokens
     forms = _forms_of(device, tokens, rank)
-    form = forms.backward if function == "linear_backward" else forms.forward
+    is_backward = function.endswith("_backward") or function == "grad_b"
+    form = forms.backward if is_backward else forms.forward
 
     if setting() not in ("triton", b"triton"):
         reason = _why_not_suited(device, forms, form, rows)

@@ -1,17 +1,21 @@
-"""What a MiCA layer is, as plainly as it can be said: every path and every test is compared with this.
+"""What an adapted layer is, as plainly as it can be said: every path and every test is compared with this.
 
-    y  = x Wᵀ + bias + s·(drop(x) Aᵀ) Bᵀ    W (N×K) and B (N×r) frozen, A (r×K) trained
+    h  = s·drop(x) Aᵀ                       (M×r)
+    y  = x Wᵀ + bias + h Bᵀ                 W (N×K) frozen, A (r×K) and B (N×r)
     g  = s·dy B                             (M×r)
     dA = gᵀ drop(x)                         (r×K)
+    dB = dyᵀ h                              (N×r)
     dx = dy W + mask⊙(g A)                  (M×K)
 
 M tokens, K in_features, N out_features, r rank, s scaling = lora_alpha / r. drop(x) = mask⊙x, where the mask
-is keep / (1 − p) for a dropout of p, and 1 without. There is no dB, and h = drop(x) Aᵀ need not be kept: the
-backward needs x only. Source: MiCA, arXiv 2604.01694, on LoRA's layer, arXiv 2106.09685.
+is keep / (1 − p) for a dropout of p, and 1 without. LoRA (arXiv 2106.09685) trains A and B. MiCA (arXiv
+2604.01694) trains A: there is no dB, and h need not be kept, as the backward needs x only. LoRA-FA (arXiv
+2308.03303) trains B: the backward needs h only.
 
 On a stack of experts it is the same, expert by expert: W (E×N×K), B (E×N×r), A (E×r×K), bias (E×N). The rows
 of x (S×K) are sorted by expert. Those of expert e reach from offsets[e-1] to offsets[e] (E ends), and a token
-of k experts has k rows. y and dx of rows after the last offset are 0, and so is dA of an expert without rows.
+of k experts has k rows. y and dx of rows after the last offset are 0, and so are dA and dB of an expert
+without rows.
 
 All operands have one floating-point dtype. Nothing here is fast, and nothing in the product calls it.
 """
@@ -35,8 +39,12 @@ def linear(
     mask: Tensor | float = 1.0,
 ) -> Tensor:
     """y (..., N) from x (..., K); mask: shape of x."""
-    h = (mask * x) @ lora_A.T
-    return x @ weight.T + bias + scaling * (h @ lora_B.T)
+    return x @ weight.T + bias + hidden(x, lora_A, scaling, mask) @ lora_B.T
+
+
+def hidden(x: Tensor, lora_A: Tensor, scaling: float, mask: Tensor | float = 1.0) -> Tensor:
+    """h (..., r) from x (..., K)."""
+    return scaling * ((mask * x) @ lora_A.T)
 
 
 def linear_backward(
@@ -47,12 +55,13 @@ def linear_backward(
     lora_B: Tensor,
     scaling: float,
     mask: Tensor | float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """(dx (..., K), dA (r×K)) from dy (..., N)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx (..., K), dA (r×K), dB (N×r)) from dy (..., N)."""
     g = scaling * (grad_output @ lora_B)
     grad_x = grad_output @ weight + mask * (g @ lora_A)
     grad_A = torch.einsum("...r,...k->rk", g, mask * x)
-    return grad_x, grad_A
+    grad_B = torch.einsum("...n,...r->nr", grad_output, hidden(x, lora_A, scaling, mask))
+    return grad_x, grad_A, grad_B
 
 
 def experts_linear(
@@ -79,14 +88,16 @@ def experts_linear_backward(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-) -> tuple[Tensor, Tensor]:
-    """(dx (S×K), dA (E×r×K)) from dy (S×N)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx (S×K), dA (E×r×K), dB (E×N×r)) from dy (S×N)."""
     grad_x = torch.zeros_like(x)
     grad_A = torch.zeros_like(lora_A)
+    grad_B = torch.zeros_like(lora_B)
     for expert, rows in rows_of(offsets):
         operands = weight[expert], lora_A[expert], lora_B[expert], scaling
-        grad_x[rows], grad_A[expert] = linear_backward(grad_output[rows], x[rows], *operands)
-    return grad_x, grad_A
+        gradients = linear_backward(grad_output[rows], x[rows], *operands)
+        grad_x[rows], grad_A[expert], grad_B[expert] = gradients
+    return grad_x, grad_A, grad_B
 
 
 def rows_of(offsets: Tensor) -> Iterator[tuple[int, slice]]:

@@ -14,15 +14,16 @@ class Operands(NamedTuple):
     In a backward ``weight`` is None where x needs no gradient.
     """
 
-    weight: Tensor | None  # (out_features, in_features), frozen
+    weight: Tensor | None  # (out_features, in_features), frozen; under autocast perhaps wider than x
     lora_A: Tensor  # (rank, in_features), trained
-    lora_B: Tensor  # (out_features, rank), frozen
+    lora_B: Tensor  # (out_features, rank): frozen in MiCA, trained in LoRA
     scaling: float = 1.0
     bias: Tensor | None = None  # (out_features), frozen
     compute_dtype: torch.dtype | None = None  # of the low-rank products; None: that of x
     dropout_p: float = 0.0  # in [0, 1)
     seed: Tensor | None = None  # int64 (1), where dropout_p > 0
-    autocast_dtype: torch.dtype | None = None  # where autocast is on; dA may be rounded to it first
+    autocast_dtype: torch.dtype | None = None  # where autocast is on; dA and dB may be rounded to it first
+    trains_B: bool = False  # lora_B may be trained, now or later: no copy of it outlives a call
 
     @property
     def rank(self) -> int:

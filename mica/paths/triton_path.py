@@ -2,6 +2,7 @@
 
     h  = down(x, A); y = x Wᵀ + bias by the vendor's library; y += h Bᵀ in place
     g  = down(dy, Bᵀ); dA = grad_a(g, x); dx = dy W by the vendor's library; dx += g A in place
+    dB = grad_a(h, dy)ᵀ where B is trained: the functions whose names begin with "lora_", and `grad_b`
 
 `mica.kernels.configs.FORMS` says where base product and update are one kernel, where the update is written
 first and the base product is added to it, where the vendor's library computes h, g and dA too, and where none
@@ -36,10 +37,18 @@ __all__ = [
     "down_projection",
     "down_projection_backward",
     "experts_base",
+    "experts_grad_b",
     "experts_linear",
     "experts_linear_backward",
+    "grad_b",
     "linear",
     "linear_backward",
+    "lora_experts_linear",
+    "lora_experts_linear_backward",
+    "lora_linear",
+    "lora_linear_backward",
+    "lora_up_projection",
+    "lora_up_projection_backward",
     "up_projection",
     "up_projection_backward",
 ]
@@ -69,9 +78,12 @@ def as_operand(lora_A: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
 # ---------------------------------------------------------------------------------------------------
 
 
-def linear(x: Tensor, operands: Operands, *, form: str = "split") -> Tensor:
-    """As `mica.paths.reference_path.linear`, in one of the forms of `mica.kernels.configs.FORM_NAMES`."""
-    weight, lora_A, lora_B, scaling, bias, _, dropout_p, seed, _ = operands
+def linear(x: Tensor, operands: Operands, *, form: str = "split") -> tuple[Tensor, Tensor | None]:
+    """As `mica.paths.reference_path.linear`, in a form of `mica.kernels.configs.FORM_NAMES`.
+
+    h is None where no backward needs it: where lora_B is frozen for good.
+    """
+    weight, lora_A, lora_B, scaling, bias, _, dropout_p, seed, *_ = operands
     dtype = operands.dtype(x)
     if not dropout_p:
         seed = None
@@ -85,13 +97,15 @@ def linear(x: Tensor, operands: Operands, *, form: str = "split") -> Tensor:
         h = reference_path.down_projection(x, lora_A, scaling, dtype)
     else:
         h = down(x, as_operand(lora_A, x.shape[0], dtype), seed)
-    factor = prepare(lora_B, dtype)
+    factor = prepare(lora_B, dtype, not operands.trains_B)
     if form == "first":
         update_alone = torch.mm(h, factor) if bias is None else torch.addmm(bias, h, factor)
-        return update_alone.addmm_(x, weight.t())
-    if form in ("split", "mixed"):
-        return update(F.linear(x, weight, bias), h, factor)
-    return fused_linear(x, weight.t(), h, factor, bias)
+        y = update_alone.addmm_(x, weight.t())
+    elif form in ("split", "mixed"):
+        y = update(F.linear(x, weight, bias), h, factor)
+    else:
+        y = fused_linear(x, weight.t(), h, factor, bias)
+    return y, h[:, : operands.rank].contiguous() if operands.trains_B else None
 
 
 def linear_backward(
@@ -101,7 +115,7 @@ def linear_backward(
 
     Kernels sum dA in fp32 and write it in the dtype of lora_A, whatever the dtype of autocast.
     """
-    weight, lora_A, lora_B, scaling, _, _, dropout_p, seed, _ = operands
+    weight, lora_A, lora_B, scaling, _, _, dropout_p, seed, *_ = operands
     compute_dtype = operands.dtype(grad_output)
     if not dropout_p:
         seed = None
@@ -118,7 +132,7 @@ def linear_backward(
         g = reference_path.grad_h(grad_output, lora_B, scaling, compute_dtype)
         grad_A = None if x is None else reference_path.grad_a(g, x).to(lora_A.dtype)
     else:
-        g = down(grad_output, prepare(lora_B, compute_dtype))
+        g = down(grad_output, prepare(lora_B, compute_dtype, not operands.trains_B))
         grad_A = None if x is None else grad(g, x, seed)
     if weight is not None:
         operand = as_operand(lora_A, g.shape[0], compute_dtype)
@@ -130,6 +144,18 @@ def linear_backward(
         else:
             grad_x = fused_linear(grad_output, weight, g, operand, None, seed, dropout_p=dropout_p)
     return grad_x, grad_A
+
+
+lora_linear, lora_linear_backward = linear, linear_backward
+
+
+def grad_b(
+    grad_output: Tensor, h: Tensor, dtype: torch.dtype, grad_dtype: torch.dtype | None, *, form: str = "split"
+) -> Tensor:
+    """As `mica.paths.reference_path.grad_b`; kernels round only to ``dtype``."""
+    if form == "mixed":
+        return reference_path.grad_b(grad_output, h, dtype, grad_dtype)
+    return grad_a(h, grad_output, rank=h.shape[1], out_dtype=dtype).t().contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -152,17 +178,23 @@ def down_projection(
     return h[:, : lora_A.shape[0]].contiguous()
 
 
-def up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
+def up_projection(y: Tensor, h: Tensor, lora_B: Tensor, is_frozen: bool = True) -> Tensor:
     """As `mica.paths.reference_path.up_projection`."""
     dtype = torch.promote_types(y.dtype, h.dtype)
     out = y.new_empty(y.shape)  # contiguous, as torch.compile is told; empty_like would keep y's strides
-    return up_projection_(y, h, prepare(lora_B, dtype), None, out, compute_dtype=dtype)
+    return up_projection_(y, h, prepare(lora_B, dtype, is_frozen), None, out, compute_dtype=dtype)
 
 
-def up_projection_backward(grad_output: Tensor, lora_B: Tensor, compute_dtype: torch.dtype) -> Tensor:
+def up_projection_backward(
+    grad_output: Tensor, lora_B: Tensor, compute_dtype: torch.dtype, is_frozen: bool = True
+) -> Tensor:
     """As `mica.paths.reference_path.up_projection_backward`."""
-    g = down(grad_output, prepare(lora_B, compute_dtype), compute_dtype=compute_dtype)
+    g = down(grad_output, prepare(lora_B, compute_dtype, is_frozen), compute_dtype=compute_dtype)
     return g[:, : lora_B.shape[1]].contiguous()
+
+
+lora_up_projection = functools.partial(up_projection, is_frozen=False)
+lora_up_projection_backward = functools.partial(up_projection_backward, is_frozen=False)
 
 
 def down_projection_backward(
@@ -202,8 +234,8 @@ _MOST_GROUPS = 1023  # of its CUDA kernel
 _MOST_ELEMENTS = 2**31 - 1  # of x, and of y: with more, an illegal access was reported (torchtitan#1932)
 
 
-def experts_linear(x: Tensor, offsets: Tensor, operands: Operands) -> Tensor:
-    """As `mica.paths.reference_path.experts_linear`."""
+def experts_linear(x: Tensor, offsets: Tensor, operands: Operands) -> tuple[Tensor, Tensor | None]:
+    """As `mica.paths.reference_path.experts_linear`; h as in `linear`."""
     weight, lora_A, lora_B, scaling, bias, *_ = operands
     dtype = operands.dtype(x)
     offsets = offsets.contiguous()
@@ -214,7 +246,9 @@ def experts_linear(x: Tensor, offsets: Tensor, operands: Operands) -> Tensor:
     down, update = recorded_forward.get(key) or recorded_forward.record(key, numbers, {})
     h = down(x, lora_A, None, offsets)
     y = base_product(x, offsets, weight.transpose(1, 2))
-    return update(y, h, prepare_experts(lora_B, dtype), None, None, bias, offsets)
+    factor = prepare_experts(lora_B, dtype, not operands.trains_B)
+    y = update(y, h, factor, None, None, bias, offsets)
+    return y, h[:, : operands.rank].contiguous() if operands.trains_B else None
 
 
 def experts_base(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -240,12 +274,22 @@ def experts_linear_backward(
     scaled = {"scale": scaling, "compute_dtype": compute_dtype}
     shaped = {"rank": lora_A.shape[1], "out_dtype": lora_A.dtype}
     down, grad, update = recorded_backward.get(key) or recorded_backward.record(key, scaled, shaped, {})
-    g = down(grad_output, prepare_experts(lora_B, compute_dtype), None, offsets)
+    factor = prepare_experts(lora_B, compute_dtype, not operands.trains_B)
+    g = down(grad_output, factor, None, offsets)
     if x is not None:
         grad_A = grad(g, x, None, offsets)
     if weight is not None:
         grad_x = update(base_product(grad_output, offsets, weight), g, lora_A, None, None, None, offsets)
     return grad_x, grad_A
+
+
+lora_experts_linear, lora_experts_linear_backward = experts_linear, experts_linear_backward
+
+
+def experts_grad_b(grad_output: Tensor, h: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `mica.paths.reference_path.experts_grad_b`."""
+    transposed = grad_a(h, grad_output, None, offsets.contiguous(), rank=h.shape[1], out_dtype=dtype)
+    return transposed.permute(2, 1, 0).contiguous().permute(2, 0, 1)
 
 
 def base_product(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:

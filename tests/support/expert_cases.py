@@ -23,7 +23,15 @@ EVERY_ROUTE = {**ROUTES, "no rows": (0, [0, 0, 0])}  # the last is launched nowh
 
 
 def problem(
-    route, in_features, out_features, rank, dtype, adapter_dtype=None, bias=True, transposed=False
+    route,
+    in_features,
+    out_features,
+    rank,
+    dtype,
+    adapter_dtype=None,
+    bias=True,
+    transposed=False,
+    trains_B=False,
 ) -> Problem:
     """One projection of a layer of experts; B is a view of what PEFT stores, (out_features, rank·experts)."""
     (rows, ends), adapter_dtype = EVERY_ROUTE[route], adapter_dtype or dtype
@@ -35,7 +43,7 @@ def problem(
         x=padded(rows, in_features, dtype=dtype),
         weight=weight.transpose(1, 2) if transposed else weight,
         lora_A=(torch.randn(experts, rank, in_features) * in_features**-0.5).to(adapter_dtype),
-        lora_B=stored_B.view(out_features, rank, experts).permute(2, 0, 1),
+        lora_B=stored_B.view(out_features, rank, experts).permute(2, 0, 1).requires_grad_(trains_B),
         bias=torch.randn(experts, out_features).to(dtype) if bias else None,
         grad_output=padded(rows, out_features, dtype=dtype),
         scaling=0.75,

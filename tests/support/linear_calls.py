@@ -32,24 +32,29 @@ def by_factors(x, weight, lora_A, lora_B, scaling, bias=None, *, compute_dtype=N
     return mica_up_projection(F.linear(x, weight, bias), h, lora_B)
 
 
-def leaves(p: Problem, needs=(True, True)) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and A, each in memory of its own, that need gradients."""
-    return p.x.detach().clone().requires_grad_(needs[0]), p.lora_A.detach().clone().requires_grad_(needs[1])
+def leaves(p: Problem, needs=(True, True, True)) -> tuple[torch.Tensor, ...]:
+    """x, A and, of LoRA, B, each in memory of its own, that need gradients."""
+    trained = [p.x, p.lora_A, p.lora_B] if p.lora_B.requires_grad else [p.x, p.lora_A]
+    copies = [tensor.detach().clone() for tensor in trained]
+    return tuple(map(torch.Tensor.requires_grad_, copies, needs))
 
 
-def call(p: Problem, function, x, lora_A, **options) -> torch.Tensor:
+def call(p: Problem, function, x, lora_A, lora_B=None, **options) -> torch.Tensor:
     """With the other operands of a layer, or of a stack of experts."""
     offsets = [] if p.offsets is None else [p.offsets]
-    return function(x, *offsets, p.weight, lora_A, p.lora_B, p.scaling, p.bias, **options)
+    lora_B = p.lora_B if lora_B is None else lora_B
+    return function(x, *offsets, p.weight, lora_A, lora_B, p.scaling, p.bias, **options)
 
 
 def run(p: Problem, compute_dtype=None, function=None, **options) -> dict:
-    """y, dx and dA of ``function``, by default `mica_linear` or `mica_experts_linear`."""
+    """y, dx, dA and, of LoRA, dB of ``function``, by default `mica_linear` or `mica_experts_linear`."""
     function = function or (mica_linear if p.offsets is None else mica_experts_linear)
-    x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
-    y = call(p, function, x, lora_A, compute_dtype=compute_dtype, **options)
+    trained = [p.x, p.lora_A, p.lora_B] if p.lora_B.requires_grad else [p.x, p.lora_A]
+    trained = [tensor.detach().requires_grad_() for tensor in trained]  # in their own memory
+    y = call(p, function, *trained, compute_dtype=compute_dtype, **options)
     y.backward(p.grad_output)
-    return {"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}
+    names = ("grad_x", "grad_A", "grad_B")[: len(trained)]
+    return {"y": y, **{name: tensor.grad for name, tensor in zip(names, trained, strict=True)}}
 
 
 def saved_by(function) -> tuple[set[int], torch.Tensor]:
@@ -114,6 +119,7 @@ def arguments() -> dict[str, tuple]:
     both, fp32 = [True, True], torch.float32
     return {
         "linear": (x, W, A, B, 0.5, b, None),
+        "grad_b": (dy, h, fp32, None, 16),
         "linear_backward": (dy, x, both, W, A, B, 0.5, None, fp32),
         "down_projection": (x, A, 0.5, None),
         "down_projection_backward": (h, x, A, 0.5, fp32, both),
@@ -122,5 +128,6 @@ def arguments() -> dict[str, tuple]:
         "embedding": (indices, A, B, 0.5, None, None),
         "embedding_backward": (dy, indices, A, B, 0.5, 3),
         "experts_linear": (x, offsets, *experts[:3], 0.5, experts[3], None),
+        "experts_grad_b": (dy, h, offsets, fp32),
         "experts_linear_backward": (dy, x, offsets, both, *experts[:3], 0.5, None, fp32),
     }

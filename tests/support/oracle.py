@@ -23,9 +23,10 @@ DTYPES = [
 
 @dataclass
 class Problem:
-    """Operands of a MiCA layer, or with ``offsets`` of a stack of experts: then each has a dimension more.
+    """Operands of a layer, or with ``offsets`` of a stack of experts: then each has a dimension more.
 
-    x and dy, and every matrix of a layer, are strided views into a buffer full of NaN (see `guard`).
+    LoRA's where lora_B requires a gradient, else MiCA's. x and dy, and every matrix of a layer, are strided
+    views into a buffer full of NaN (see `guard`).
     """
 
     x: torch.Tensor
@@ -67,13 +68,14 @@ def problem(
     adapter_dtype: torch.dtype | None = None,
     bias: bool = True,
     scaling: float = 0.75,
+    trains_B: bool = False,
 ) -> Problem:
     adapter_dtype = adapter_dtype or dtype
     return Problem(
         x=padded(*tokens, in_features, dtype=dtype),
         weight=padded(out_features, in_features, dtype=dtype, scale=in_features**-0.5),
         lora_A=padded(rank, in_features, dtype=adapter_dtype, scale=in_features**-0.5),
-        lora_B=padded(out_features, rank, dtype=adapter_dtype, scale=rank**-0.5),
+        lora_B=padded(out_features, rank, dtype=adapter_dtype, scale=rank**-0.5).requires_grad_(trains_B),
         bias=torch.randn(out_features).to(dtype) if bias else None,
         grad_output=padded(*tokens, out_features, dtype=dtype),
         scaling=scaling,
@@ -95,7 +97,7 @@ def dropped(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None) -> tor
 
 
 def solve(p: Problem, dropout_p: float = 0.0, seed: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """y, dx and dA by `mica.paths.definition` in fp64, from the operands as they are stored."""
+    """y, dx, dA and dB by `mica.paths.definition` in fp64, from the operands as they are stored."""
     x, weight, lora_A, lora_B, grad_output = (
         tensor.detach().double() for tensor in (p.x, p.weight, p.lora_A, p.lora_B, p.grad_output)
     )
@@ -103,9 +105,9 @@ def solve(p: Problem, dropout_p: float = 0.0, seed: torch.Tensor | None = None) 
     bias = weight.new_zeros(weight.shape[:-1]) if p.bias is None else p.bias.double()
     if p.offsets is not None:
         y = definition.experts_linear(x, p.offsets, *factors, bias)
-        grad_x, grad_A = definition.experts_linear_backward(grad_output, x, p.offsets, *factors)
+        gradients = definition.experts_linear_backward(grad_output, x, p.offsets, *factors)
     else:
         mask = dropout_mask(p.x, dropout_p, seed)
         y = definition.linear(x, *factors, bias, mask)
-        grad_x, grad_A = definition.linear_backward(grad_output, x, *factors, mask)
-    return {"y": y, "grad_x": grad_x, "grad_A": grad_A}
+        gradients = definition.linear_backward(grad_output, x, *factors, mask)
+    return dict(zip(("y", "grad_x", "grad_A", "grad_B"), (y, *gradients), strict=True))

@@ -109,7 +109,8 @@ class Fused(OnOperators):
             if x is None:
                 rows = rows._replace(tokens=None)
             device = operands.lora_A.device
-            yield function, choose.decide(function, device, operands.rank, dtypes, lambda rows=rows: rows)
+            known = choose.LORA + function if operands.trains_B else function
+            yield function, choose.decide(known, device, operands.rank, dtypes, lambda rows=rows: rows)
 
     def why_python(self, x: Input | None) -> str | None:
         weight = self.operands.weight
@@ -132,7 +133,8 @@ class Sharded(Fused):
         if self.sharding.plan == "colwise":
             lora_A, x = map(self.sharding.sum_gradient, (operands.lora_A, x))
             return Fused(operands._replace(lora_A=lora_A))(x)
-        y = self.sharding.sum(Fused(operands._replace(bias=None))(x))
+        lora_B = self.sharding.sum_gradient(operands.lora_B)
+        y = self.sharding.sum(Fused(operands._replace(lora_B=lora_B, bias=None))(x))
         return y if operands.bias is None else y + operands.bias.to(y.dtype)
 
 
@@ -148,24 +150,25 @@ class Added(OnOperators):
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        for lora_A, lora_B, scaling, dropout_p in self.adapters:
+        for lora_A, lora_B, scaling, dropout_p, trains_B in self.adapters:
             seed = drawn_seed(dropout_p, x.device)
             h = down_projection(x, lora_A, scaling, self.dtype, dropout_p, seed)
             if self.sharding is not None:
                 h = self.sharding.sum_gradient(h) if self.sharding.plan == "colwise" else self.sharding.sum(h)
-            y = up_projection(y, h, lora_B)
+            y = up_projection(y, h, lora_B, trains_B)
         return y
 
     def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
         if self.why_called is None:
             yield from self.base.choices(x)
-        for lora_A, lora_B, *_ in self.adapters:
+        for lora_A, lora_B, _, _, trains_B in self.adapters:
             dtype, product_dtype = product_dtypes(x, lora_A.dtype)
+            up = f"{choose.LORA}up_projection" if trains_B else "up_projection"
             dtypes_of = {
                 "down_projection": (dtype, product_dtype, lora_A.dtype),
-                "up_projection": (dtype, product_dtype, lora_B.dtype),
+                up: (dtype, product_dtype, lora_B.dtype),
                 "down_projection_backward": (product_dtype, dtype, lora_A.dtype),
-                "up_projection_backward": (dtype, product_dtype, lora_B.dtype),
+                f"{up}_backward": (dtype, product_dtype, lora_B.dtype),
             }
             for function, dtypes in dtypes_of.items():
                 yield function, choose.decide(function, lora_A.device, lora_A.shape[0], dtypes)
@@ -196,8 +199,8 @@ def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnP
     if x is not None and not _multiplies(x, weight):
         why_called = f"an input of {x.dtype} with a base weight of {weight.dtype}"
         return Added(base, adapters, dtype, sharding, why_called)
-    (lora_A, lora_B, scaling, dropout_p), *others = adapters
-    operands = Operands(weight, lora_A, lora_B, scaling, bias, dtype, dropout_p)
+    (lora_A, lora_B, scaling, dropout_p, trains_B), *others = adapters
+    operands = Operands(weight, lora_A, lora_B, scaling, bias, dtype, dropout_p, trains_B=trains_B)
     fused = Fused(operands) if sharding is None else Sharded(operands, sharding)
     if not others:
         return fused
@@ -259,7 +262,7 @@ class Embedded(OnOperators):
     adapter: Adapter
 
     def __call__(self, x: Tensor) -> Tensor:
-        lora_A, lora_B, scaling, _ = self.adapter
+        lora_A, lora_B, scaling, *_ = self.adapter
         result = self.layer.base_layer(x)
         update = embedding(x, lora_A, lora_B, scaling, self.layer.base_layer.padding_idx, None)
         embed_scale = self.layer._get_embed_scale()  # Gemma's embeddings scale their output

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.call_counts import Input
 from mica.fast.forward.tensor_parallel import local
-from mica.fast.settings import compute_dtype
+from mica.fast.settings import compute_dtype, settings
 from mica.memory import TENSOR_TYPES
 from mica.paths import choose
 
@@ -119,6 +119,11 @@ def is_mica(layer: nn.Module, name: str) -> bool:
     return isinstance(layer, lora.LoraLayer) and type(layer.lora_variant.get(name)) in _VARIANTS
 
 
+def is_lora(layer: nn.Module, name: str) -> bool:
+    """Whether the named adapter is plain LoRA, which may train lora_B, and the settings include that."""
+    return settings.lora and name not in layer.lora_variant and not isinstance(layer, lora.Embedding)
+
+
 def class_of(layer: nn.Module) -> type[nn.Module]:
     """The layer's class; of one that is an FSDP2 unit, the class that `fully_shard` has derived its own from.
 
@@ -166,9 +171,12 @@ class Adapter(NamedTuple):
     lora_B: Tensor  # (out_features, rank)
     scaling: float
     dropout_p: float  # 0 in eval mode
+    trains_B: bool = False  # plain LoRA: lora_B may be trained, now or later
 
 
-def _adapter(lora_A: Tensor, lora_B: Tensor, scaling, dropout_p: float) -> Adapter:
+def _adapter(
+    lora_A: Tensor, lora_B: Tensor, scaling, dropout_p: float = 0.0, trains_B: bool = False
+) -> Adapter:
     """PEFT's compiled hotswap makes the scaling a tensor, so that a new value needs no new graph: then lora_A
     is multiplied by it. The B that several adapters share stays as it is.
 
@@ -177,8 +185,8 @@ def _adapter(lora_A: Tensor, lora_B: Tensor, scaling, dropout_p: float) -> Adapt
     if isinstance(scaling, Tensor):
         wide = torch.promote_types(lora_A.dtype, torch.float32)
         scaled = lora_A.to(wide) * scaling.to(wide)
-        return Adapter(scaled.to(lora_A.dtype), lora_B, 1.0, dropout_p)
-    return Adapter(lora_A, lora_B, float(scaling), dropout_p)
+        return Adapter(scaled.to(lora_A.dtype), lora_B, 1.0, dropout_p, trains_B)
+    return Adapter(lora_A, lora_B, float(scaling), dropout_p, trains_B)
 
 
 def read_adapters(layer) -> list[Adapter] | str:
@@ -204,8 +212,8 @@ def read_adapters(layer) -> list[Adapter] | str:
 
     adapters = []
     for name in names:
-        if not is_mica(layer, name):
-            return f"adapter {name!r} is not MiCA"
+        if not is_mica(layer, name) and not is_lora(layer, name):
+            return why_not_covered(layer, name)
         scaling = layer.scaling[name]
         reason = None if type(scaling) is float else _why_not_scaling(scaling)
         if reason is not None:
@@ -217,6 +225,15 @@ def read_adapters(layer) -> list[Adapter] | str:
     if kind is lora.Embedding and len(names) > 1:
         return f"an embedding with several active adapters, {names}"
     return adapters
+
+
+def why_not_covered(layer, name: str) -> str:
+    """Why this backend never runs an adapter that is neither MiCA nor, with ``lora=True``, plain LoRA."""
+    if name in layer.lora_variant:
+        return f"adapter {name!r} is of PEFT's variant {type(layer.lora_variant[name]).__name__}"
+    if isinstance(layer, lora.Embedding):
+        return f"adapter {name!r} is LoRA on an embedding"
+    return f"adapter {name!r} is LoRA, which mica.fast.enable(lora=True) includes"
 
 
 def _why_not_state(layer) -> str | None:
@@ -263,17 +280,18 @@ def _read_linear(layer, name: str, scaling) -> Adapter | str:
     A = local(base, weight_of(lora_A))
     B = local(base, weight_of(lora_B))
     plan = tensor_parallel.plan_of(base)
+    trains_B = is_lora(layer, name)
     reason = (
         _why_not_read_directly("lora_A", lora_A, plan == "rowwise")
         or _why_not_read_directly("lora_B", lora_B, plan == "colwise")
         or _why_not_read_directly("lora_dropout", dropout)
-        or why_not_trained(A)
-        or why_not_frozen("lora_B", B)
+        or why_not_trained("lora_A", A)
+        or (why_not_trained if trains_B else why_not_frozen)("lora_B", B)
     )
     if reason is not None:
         return reason
     is_dropping = type(dropout) is nn.Dropout and dropout.training
-    return _adapter(A, B, scaling, dropout.p if is_dropping else 0.0)
+    return _adapter(A, B, scaling, dropout.p if is_dropping else 0.0, trains_B)
 
 
 def _why_not_factor(part: str, factor: nn.Module) -> str | None:
@@ -328,10 +346,10 @@ def _read_embedding(layer, name: str, scaling) -> Adapter | str:
     lora_A, lora_B = adapter_weights(layer, name)
     reason = (
         why_not_dense("base weight", base.weight)
-        or why_not_trained(lora_A)
+        or why_not_trained("lora_A", lora_A)
         or why_not_frozen("lora_B", lora_B)
     )
-    return _adapter(lora_A, lora_B, scaling, 0.0) if reason is None else reason
+    return _adapter(lora_A, lora_B, scaling) if reason is None else reason
 
 
 def depends_on_call(module: nn.Module) -> bool:
@@ -393,13 +411,13 @@ def why_not_dense(part: str, tensor: Tensor) -> str | None:
     return None
 
 
-def why_not_trained(lora_A: Tensor) -> str | None:
-    if lora_A.dim() != 2:
-        return "the lora_A is flat, as FSDP1 shards it (FSDP2 does not)"
-    reason = why_not_dense("lora_A", lora_A)
+def why_not_trained(part: str, factor: Tensor) -> str | None:
+    if factor.dim() != 2:
+        return f"the {part} is flat, as FSDP1 shards it (FSDP2 does not)"
+    reason = why_not_dense(part, factor)
     if reason is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return reason
-    return "the lora_A was made in inference mode" if lora_A.is_inference() else None  # it gets no gradient
+    return f"the {part} was made in inference mode" if factor.is_inference() else None  # it gets no gradient
 
 
 def why_not_frozen(part: str, tensor: Tensor | None) -> str | None:

@@ -1,4 +1,4 @@
-"""The forward of a layer of experts whose parameters have MiCA adapters, without forming W + s·B·A.
+"""The forward of a layer of experts whose parameters have MiCA or LoRA adapters, without forming W + s·B·A.
 
 PEFT wraps the module of experts in one `lora.ParamWrapper` for each adapted parameter. Where that module is
 one of transformers' (it dispatches through the registry of experts functions), the outermost wrapper's
@@ -29,8 +29,10 @@ from mica.fast.forward.eligibility import (
     adapters_of,
     depends_on_call,
     has_global_hooks,
+    is_lora,
     is_mica,
     why_not_active,
+    why_not_covered,
     why_not_frozen,
     why_not_trained,
 )
@@ -58,16 +60,18 @@ class Projection(OnOperators):
         with nullcontext() if follows else torch.autocast(x.device.type, enabled=False):
             if self.adapter is None:
                 return experts_base(x, offsets, self.weight, self.bias, *tokens_and_inverse)
-            operands = x, offsets, self.weight, *self.adapter[:3], self.bias
+            lora_A, lora_B, scaling, _, trains_B = self.adapter
             dtype = compute_dtype(self.dtype) if follows else None
-            return experts_linear(*operands, dtype, *tokens_and_inverse)
+            operands = self.weight, lora_A, lora_B, scaling, self.bias, dtype
+            return experts_linear(x, offsets, *operands, *(tokens_and_inverse or (None, None)), trains_B)
 
     def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
         lora_A, lora_B, *_ = self.adapter
         follows = self.dtype is self.weight.dtype
         product_dtype = (compute_dtype(self.dtype) if follows else None) or self.dtype
         dtypes = (self.dtype, product_dtype, lora_A.dtype, lora_B.dtype)
-        for function in ("experts_linear", "experts_linear_backward"):
+        lora = choose.LORA if self.adapter.trains_B else ""
+        for function in (f"{lora}experts_linear", f"{lora}experts_linear_backward"):
             yield function, choose.decide(function, lora_A.device, lora_A.shape[1], dtypes)
 
 
@@ -183,8 +187,9 @@ def _read_wrapper(wrapper) -> Adapter | str | None:
     if len(names) > 1:
         return f"experts with several active adapters, {names}"
     (name,) = names
-    if not is_mica(wrapper, name):
-        return f"adapter {name!r} is not MiCA"
+    trains_B = is_lora(wrapper, name)
+    if not trains_B and not is_mica(wrapper, name):
+        return why_not_covered(wrapper, name)
     if not expert_params.is_stack(wrapper):
         return f"{wrapper.parameter_name} is not a stack of experts: PEFT adds s·B·A to it"
     scaling = wrapper.scaling[name]
@@ -193,12 +198,12 @@ def _read_wrapper(wrapper) -> Adapter | str | None:
     lora_A, lora_B = adapter_weights(wrapper, name)
     if lora_A.dtype != lora_B.dtype:
         return "lora_A and lora_B differ in dtype"
-    reason = why_not_trained(lora_A) or why_not_frozen("lora_B", lora_B)
+    reason = why_not_trained("lora_A", lora_A)
+    reason = reason or (why_not_trained if trains_B else why_not_frozen)("lora_B", lora_B)
     if reason is not None:
         return reason
-    return Adapter(
-        expert_params.lora_A_of(wrapper, name), expert_params.lora_B_of(wrapper, name), scaling, 0.0
-    )
+    views = expert_params.lora_A_of(wrapper, name), expert_params.lora_B_of(wrapper, name)
+    return Adapter(*views, scaling, 0.0, trains_B)
 
 
 def _why_not_module(module: nn.Module, adapters: dict[str, Adapter]) -> str | None:

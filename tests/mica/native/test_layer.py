@@ -231,7 +231,7 @@ def test_an_edit_in_place_is_reported(part):
     y = layer(x, lora_A)
     with torch.no_grad():
         (x if part == "x" else getattr(layer, part)).mul_(2)
-    with pytest.raises(RuntimeError, match="of a MiCA layer has been modified"):
+    with pytest.raises(RuntimeError, match="of an adapted layer has been modified"):
         y.backward(layer.grad_output)
 
 

@@ -44,9 +44,9 @@ def edited_later(edit, dtype=FP32):
             r"^What SiluBackward0 keeps \(a tensor of shape \(5, 64\) and torch.float32\) was",
         ),
         (lambda layer, gate, up, *_: up.mul_(2), "^The second factor of a product .* Modify a clone of it"),
-        (lambda layer, *_: layer.weight.zero_(), "the weight of a MiCA layer has been modified"),
-        (lambda layer, *_: layer.lora_A.zero_(), "the weight of a MiCA layer has been modified"),
-        (lambda layer, *_: layer.lora_B.zero_(), "the weight of a MiCA layer has been modified"),
+        (lambda layer, *_: layer.weight.zero_(), "the weight of an adapted layer has been modified"),
+        (lambda layer, *_: layer.lora_A.zero_(), "the weight of an adapted layer has been modified"),
+        (lambda layer, *_: layer.lora_B.zero_(), "the weight of an adapted layer has been modified"),
     ],
     ids=["gate", "up", "weight", "A", "B"],
 )

@@ -1,6 +1,8 @@
 """What the operators of a linear layer, of its factors and of a stack of experts have in common."""
 
+import itertools
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -32,9 +34,18 @@ class Kind(NamedTuple):
 FACTORS = ("down_projection", "up_projection")
 KINDS = {
     "linear": Kind(mica_linear, oracle.problem, (2, 3), (300,), ("linear",)),
+    "LoRA": Kind(mica_linear, partial(oracle.problem, trains_B=True), (2, 3), (300,), ("linear",)),
     "factors": Kind(by_factors, oracle.problem, (2, 3), (300,), FACTORS),
+    "LoRA, factors": Kind(by_factors, partial(oracle.problem, trains_B=True), (2, 3), (300,), FACTORS),
     "experts": Kind(
         mica_experts_linear, expert_cases.problem, "rows of none", "all to the second", ("experts_linear",)
+    ),
+    "LoRA, experts": Kind(
+        mica_experts_linear,
+        partial(expert_cases.problem, trains_B=True),
+        "rows of none",
+        "all to the second",
+        ("experts_linear",),
     ),
 }
 of_each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -44,10 +55,12 @@ with_options = pytest.mark.parametrize(
         pytest.param(kind, options, id=name + ", dropout" * bool(options))
         for name, kind in KINDS.items()
         for options in ({}, DROPOUT)
-        if not options or name != "experts"  # which have none
+        if not options or "experts" not in name  # which have none
     ],
 )
-whole = pytest.mark.parametrize("kind", [KINDS["linear"], KINDS["experts"]], ids=["linear", "experts"])
+WHOLE = ("linear", "LoRA", "experts", "LoRA, experts")
+whole = pytest.mark.parametrize("kind", [KINDS[name] for name in WHOLE], ids=WHOLE)
+NAMES = ("grad_x", "grad_A", "grad_B")  # of the gradients of `leaves`
 
 
 @pytest.fixture(params=["reference", "reference, from Python", "triton"])
@@ -60,24 +73,31 @@ def backend(request, monkeypatch):
     return name
 
 
-@pytest.mark.parametrize("needs", [(True, True), (False, True), (True, False), (False, False)])
+@pytest.mark.parametrize("needs", list(itertools.product((True, False), repeat=3)), ids=str)
 @of_each_kind
 @pytest.mark.whole
 def test_computes_and_saves_only_what_a_gradient_needs(backend, kind, needs):
+    """lora_A alone is trained (LoRA with a frozen B), lora_B alone (LoRA-FA), and so on."""
     p = kind.problem(kind.rows, 8, 6, 2, *FP32_MASTER)
-    x, lora_A = leaves(p, needs)
-    saved, y = saved_by(lambda: call(p, kind.function, x, lora_A))
+    tensors = leaves(p, needs)
+    needs = needs[: len(tensors)]
+    saved, y = saved_by(lambda: call(p, kind.function, *tensors))
     if not any(needs):
         assert not y.requires_grad
         assert not saved
         return
+    needs_B = needs[2:] == (True,)
+    x, *factors = tensors
     assert (x.data_ptr() in saved) == needs[1]  # x as it came, or not at all
     assert (p.weight.data_ptr() in saved) == needs[0]
-    assert saved <= addresses(x, p.weight, lora_A, p.lora_B, p.offsets)  # no cast, no h
+    others = saved - addresses(x, p.weight, *factors, p.lora_B, p.offsets)  # no cast; h for dB alone
+    assert len(others) == needs_B
     y.backward(p.grad_output)
-    assert (x.grad is not None, lora_A.grad is not None) == needs
-    gradients = {"grad_x": x.grad, "grad_A": lora_A.grad}
-    agree({name: grad for name, grad in gradients.items() if grad is not None}, solve(p), BF16)
+    assert tuple(tensor.grad is not None for tensor in tensors) == needs
+    gradients = {
+        name: tensor.grad for name, tensor in zip(NAMES, tensors, strict=False) if tensor.requires_grad
+    }
+    agree(gradients, solve(p), BF16)
 
 
 def test_y_keeps_its_dtype_and_its_precision(backend):
@@ -94,12 +114,12 @@ def test_first_and_second_derivatives(kind, options):
     p = kind.problem(kind.rows, 5, 4, 2, torch.float64)
     inputs = leaves(p)
 
-    def function(x, lora_A):
-        return call(p, kind.function, x, lora_A, **options)
+    def function(*inputs):
+        return call(p, kind.function, *inputs, **options)
 
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
-    if options and kind is KINDS["linear"]:
+    if options and kind is KINDS["linear"]:  # of LoRA h as well
         saved, _ = saved_by(lambda: function(*inputs))
         # no mask; the seed is saved by Python alone, C++ has read it
         assert saved | addresses(SEED) == addresses(*inputs, p.weight, p.lora_B, SEED)
@@ -111,11 +131,13 @@ def test_function_transforms(kind):
     p = kind.problem(kind.rows, 5, 4, 2, torch.float64)
     xs, lora_As = torch.stack([p.x, 2 * p.x]), torch.stack([p.lora_A, p.lora_A * 3])
 
-    def loss(x, lora_A):
-        return (call(p, kind.function, x, lora_A) * p.grad_output).sum()
+    def loss(*tensors):
+        return (call(p, kind.function, *tensors) * p.grad_output).sum()
 
+    tensors = [leaf.detach() for leaf in leaves(p)]
+    grads = torch.func.grad(loss, argnums=tuple(range(len(tensors))))(*tensors)
+    agree(dict(zip(NAMES, grads, strict=False)), solve(p), torch.float64)
     grad = torch.func.grad(loss, argnums=(0, 1))
-    agree(dict(zip(("grad_x", "grad_A"), grad(p.x, p.lora_A), strict=True)), solve(p), torch.float64)
     for axes, arguments, pairs in (
         ((0, None), (xs, p.lora_A), [(x, p.lora_A) for x in xs]),
         ((None, 0), (p.x, lora_As), [(p.x, lora_A) for lora_A in lora_As]),
@@ -142,7 +164,8 @@ def test_vmap_within_ordinary_autograd(kind, through_dispatcher, autocast):
 
     def function(*operands, compute_dtype=None):
         if through_dispatcher and kind.function in operators:
-            return operators[kind.function](*operands, compute_dtype)
+            results = operators[kind.function](*operands, compute_dtype)
+            return results[0]
         return kind.function(*operands, compute_dtype=compute_dtype)
 
     with torch.autocast("cpu", BF16, enabled=autocast):
@@ -151,8 +174,8 @@ def test_vmap_within_ordinary_autograd(kind, through_dispatcher, autocast):
     each = [call(p, kind.function, x, lora_A) for x in xs]
     expected = torch.autograd.grad(sum(y.sum() for y in each), (xs, lora_A))
     limit = RELATIVE[BF16 if autocast else FP32]
-    if kind is not KINDS["factors"]:  # whose base layer's bias PyTorch adds in fp32, under vmap
-        assert ys.dtype == (BF16 if autocast and kind is not KINDS["experts"] else FP32)
+    if kind.function is not by_factors:  # whose base layer's bias PyTorch adds in fp32, under vmap
+        assert ys.dtype == (BF16 if autocast and kind.function is mica_linear else FP32)
     assert error(ys, torch.stack(each)) <= limit
     for ours, exact in zip(grads, expected, strict=True):
         assert error(ours, exact) <= limit
@@ -215,7 +238,7 @@ def test_an_edit_of_x_in_place_is_reported(kind):
     lora_A = p.lora_A.clone().requires_grad_()
     y = call(p, kind.function, p.x, lora_A)
     p.x.mul_(2.0)
-    with pytest.raises(RuntimeError, match="a MiCA layer has been modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="an adapted layer has been modified by an inplace operation"):
         y.sum().backward()
     y = call(p, kind.function, p.x, lora_A).sum()
     y.backward()
@@ -225,21 +248,33 @@ def test_an_edit_of_x_in_place_is_reported(kind):
 
 @pytest.mark.parametrize("autocast_dtype", [BF16, torch.float16])
 @pytest.mark.parametrize("backward_inside", [False, True])
-@pytest.mark.parametrize("name", ["linear", "factors"])
+@pytest.mark.parametrize("name", ["linear", "LoRA", "factors", "LoRA, factors"])
 def test_autocast(path, autocast_dtype, backward_inside, name):
-    """As PEFT's layer: out in autocast's dtype. On kernels the fp32 master's gradient stays unrounded."""
+    """As PEFT's layer: out in autocast's dtype. On kernels the fp32 master's gradient stays unrounded.
+
+    The weight is kept as it is, and no copy in autocast's dtype.
+    """
     kind = KINDS[name]
     p = kind.problem((17,), 12, 10, 3, FP32)
-    x, lora_A = leaves(p)
-    with torch.autocast("cpu", autocast_dtype):
-        y = call(p, kind.function, x, lora_A)
+    tensors = leaves(p)
+
+    def forward():
+        with torch.autocast("cpu", autocast_dtype):
+            return call(p, kind.function, *tensors)
+
+    if kind.function is mica_linear:
+        assert p.weight.data_ptr() in saved_by(forward)[0]
+    ops.call_counts.clear()
+    y = forward()
     with torch.autocast("cpu", autocast_dtype, enabled=backward_inside):
         y.backward(p.grad_output.to(autocast_dtype))
     assert y.dtype == autocast_dtype
-    assert x.grad.dtype == lora_A.grad.dtype == FP32
-    rounds = name == "linear" and path in (linear_calls.OWN, linear_calls.NATIVE)
-    assert torch.equal(lora_A.grad, lora_A.grad.to(autocast_dtype).float()) == rounds
-    agree({"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}, solve(p), autocast_dtype)
+    grads = [tensor.grad for tensor in tensors]
+    assert {grad.dtype for grad in grads} == {FP32}
+    rounds = kind.function is mica_linear and path in (linear_calls.OWN, linear_calls.NATIVE)
+    for grad in grads[1:]:
+        assert torch.equal(grad, grad.to(autocast_dtype).float()) == rounds
+    agree({"y": y, **dict(zip(NAMES, grads, strict=False))}, solve(p), autocast_dtype)
     assert all(ops.call_counts[f"{name}_kernels"] == (path == "triton") for name in kind.counted)
 
 
@@ -264,7 +299,7 @@ def test_compiles_into_one_graph_whose_calls_are_counted(backend, compiler, kind
     compiled = torch.compile(kind.function, fullgraph=True, backend=compiler)
     expected = run(p, function=kind.function, **options)
     ops.call_counts.clear()
-    is_compiled_too = kind is KINDS["factors"] and compiler != "eager"  # the base layer, PyTorch's own
+    is_compiled_too = kind.function is by_factors and compiler != "eager"  # the base layer, PyTorch's own
     for calls in (1, 2):
         result = run(p, function=compiled, **options)
         if is_compiled_too:  # on some processors with products in another order
@@ -278,9 +313,10 @@ def test_compiles_into_one_graph_whose_calls_are_counted(backend, compiler, kind
 
 @of_each_kind
 def test_gradient_of_a_master_is_not_rounded_to_16_bit(kind):
-    grad = run(kind.problem(kind.many, 32, 24, 4, *FP32_MASTER), function=kind.function)["grad_A"]
-    grad = grad[grad != 0]  # of experts without rows
-    assert (grad != grad.bfloat16().float()).float().mean() > 0.9
+    result = run(kind.problem(kind.many, 32, 24, 4, *FP32_MASTER), function=kind.function)
+    for name in result.keys() & {"grad_A", "grad_B"}:
+        grad = result[name][result[name] != 0]  # 0: of experts without rows
+        assert (grad != grad.bfloat16().float()).float().mean() > 0.9
 
 
 @pytest.mark.parametrize(
@@ -293,11 +329,15 @@ def test_opcheck(backend, kind, dtype, adapter_dtype, compute_dtype, bias):
     p = kind.problem(kind.rows, 5, 7, 2, dtype, adapter_dtype, bias)
     (name,), offsets = kind.counted, [] if p.offsets is None else [p.offsets]
     dropout = [] if bias or offsets else [0.3, SEED]
-    x, lora_A = leaves(p)
+    x, *factors = leaves(p)
     forward, backward = (getattr(torch.ops.mica, op).default for op in (name, f"{name}_backward"))
-    factors = p.lora_B, p.scaling
-    opcheck(forward, (x, *offsets, p.weight, lora_A, *factors, p.bias, compute_dtype, *dropout))
-    operands = p.weight, p.lora_A, *factors, None, compute_dtype or dtype, *dropout
+    lora_A, lora_B = (*factors, p.lora_B)[:2]
+    arguments = x, *offsets, p.weight, lora_A, lora_B, p.scaling, p.bias, compute_dtype, *dropout
+    if kind is KINDS["LoRA, experts"]:  # the check differentiates h, too, whose formula waits for the offsets
+        opcheck(forward, arguments, test_utils=("test_schema", "test_faketensor"))
+    else:
+        opcheck(forward, arguments)
+    operands = p.weight, p.lora_A, p.lora_B.detach(), p.scaling, None, compute_dtype or dtype, *dropout
     rows = p.grad_output, p.x, *offsets
     opcheck(backward, (*rows, [True, True], *operands))
     for mask in ([True, False], [False, True]):  # only what is returned depends on it
@@ -309,7 +349,9 @@ def test_opcheck_of_the_factors(compute_dtype):
     p = oracle.problem((2, 3), 5, 7, 2, *FP32_MASTER)
     opcheck(torch.ops.mica.down_projection.default, (*leaves(p), 0.5, compute_dtype, 0.3, SEED))
     h, y = (torch.randn(2, 3, columns).bfloat16().requires_grad_() for columns in (2, 7))
-    opcheck(torch.ops.mica.up_projection.default, (y, h, p.lora_B))
+    for lora_B in (p.lora_B, p.lora_B.detach().clone().requires_grad_()):
+        opcheck(torch.ops.mica.up_projection.default, (y, h, lora_B, lora_B.requires_grad))
+    opcheck(torch.ops.mica.grad_b.default, (y.detach(), h.detach(), FP32, compute_dtype, 0))
     opcheck(torch.ops.mica.up_projection_backward.default, (y.detach(), p.lora_B, BF16))
     for mask in ([True, True], [True, False], [False, True]):
         grad_h = torch.randn(2, 3, 2).to(compute_dtype or BF16)

@@ -26,8 +26,9 @@ def test_a_layer_is_the_dense_update_and_its_gradients(tokens, dropout_p):
     mask = dropout_mask(p.x, dropout_p, seed_of(7))
     x = p.x.detach().requires_grad_()
     lora_A = p.lora_A.detach().requires_grad_()
-    expected = dense(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, mask)
-    expected_grads = torch.autograd.grad(expected, (x, lora_A), p.grad_output)
+    lora_B = p.lora_B.detach().requires_grad_()
+    expected = dense(x, p.weight, lora_A, lora_B, p.scaling, p.bias, mask)
+    expected_grads = torch.autograd.grad(expected, (x, lora_A, lora_B), p.grad_output)
 
     factors = p.weight, p.lora_A, p.lora_B, p.scaling
     y = definition.linear(p.x, *factors, p.bias, mask)
@@ -41,13 +42,14 @@ def test_each_expert_is_a_layer_of_its_own():
     p = expert_cases.problem("tiles", 11, 6, 3, FP64, FP64)
     x = p.x.detach().requires_grad_()
     lora_A = p.lora_A.detach().requires_grad_()
-    weights = p.weight + p.scaling * (p.lora_B @ lora_A)
+    lora_B = p.lora_B.detach().requires_grad_()
+    weights = p.weight + p.scaling * (lora_B @ lora_A)
     expected = torch.zeros_like(p.grad_output)
     start = 0
     for expert, end in enumerate(p.offsets.tolist()):
         expected[start:end] = F.linear(x[start:end], weights[expert], p.bias[expert])
         start = end
-    expected_grads = torch.autograd.grad(expected, (x, lora_A), p.grad_output)
+    expected_grads = torch.autograd.grad(expected, (x, lora_A, lora_B), p.grad_output)
 
     factors = p.weight, p.lora_A, p.lora_B, p.scaling
     y = definition.experts_linear(p.x, p.offsets, *factors, p.bias)

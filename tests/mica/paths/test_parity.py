@@ -26,8 +26,11 @@ from tests.support.oracle import DTYPES, solve
 # operands -> function; the operators that are counted
 KINDS = {
     "linear": (mica_linear, ("linear",)),
+    "LoRA": (mica_linear, ("linear",)),
     "factors": (by_factors, ("down_projection", "up_projection")),
+    "LoRA, factors": (by_factors, ("down_projection", "up_projection")),
     "experts": (mica_experts_linear, ("experts_linear",)),
+    "LoRA, experts": (mica_experts_linear, ("experts_linear",)),
 }
 # rows, in_features, out_features, rank: on both sides of the number up to which masters are not rounded, more
 # rows than `grad_a` casts at a time, none
@@ -48,7 +51,9 @@ CASES = [
     *(("linear", sizes, bias, {}) for sizes in SIZES for bias in (True, False)),
     *(("linear", sizes, True, DROPOUT) for sizes in SIZES),
     *(("factors", sizes, True, options) for sizes in SIZES[::2] for options in ({}, DROPOUT)),
-    *(("experts", (route, 9, 14, 3), True, {}) for route in EVERY_ROUTE),
+    *(("LoRA", sizes, True, options) for sizes in SIZES for options in ({}, DROPOUT)),
+    *(("LoRA, factors", sizes, True, {}) for sizes in SIZES[::2]),
+    *((kind, (route, 9, 14, 3), True, {}) for kind in ("experts", "LoRA, experts") for route in EVERY_ROUTE),
     # with the weight transposed
     *(("experts", (route, 33, 22, 5), False, {}) for route in ("first and last idle", "rows of none")),
 ]
@@ -74,16 +79,18 @@ DTYPES_ON = [
 @pytest.mark.parametrize(("kind", "sizes", "bias", "options"), map(marked, CASES), ids=str)
 def test_agrees_with_the_oracle(path, kind, sizes, bias, options, dtype, adapter_dtype, compute_dtype):
     function, counted = KINDS[kind]
-    if kind == "experts":
-        p = expert_cases.problem(*sizes, dtype, adapter_dtype, bias, transposed=not bias)
+    is_lora = "LoRA" in kind
+    if "experts" in kind:
+        p = expert_cases.problem(*sizes, dtype, adapter_dtype, bias, transposed=not bias, trains_B=is_lora)
     else:
-        p = oracle.problem(*sizes, dtype, adapter_dtype, bias)
+        p = oracle.problem(*sizes, dtype, adapter_dtype, bias, trains_B=is_lora)
     p, options = on_device(p), {**options, "seed": seed_of(-3)} if options else {}
     before = copy.deepcopy(p)
     result = run(p, compute_dtype, function, **options)
     agree(result, solve(p, **options), dtype)
     assert result["y"].dtype == result["grad_x"].dtype == dtype
-    assert result["grad_A"].dtype == adapter_dtype
+    assert {value.dtype for name, value in result.items() if name in ("grad_A", "grad_B")} == {adapter_dtype}
+    assert ("grad_B" in result) == is_lora
     assert all(map(torch.equal, tensors_of(p), tensors_of(before)))
     same_bits(run(p, compute_dtype, function, **options), result)
     for operator in (*counted, *(f"{name}_backward" for name in counted)):
@@ -106,13 +113,14 @@ def test_layouts(path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fp32_products_over_16_bit_round_no_gradient_of_a(path, kind):
-    """In the backward too: x and dy are exact in fp32, and g is not rounded."""
+def test_fp32_products_over_16_bit_round_no_gradient_of_a_factor(path, kind):
+    """In the backward too: x and dy are exact in fp32, and neither g nor h is rounded."""
     function, _ = KINDS[kind]
-    problem, rows = (expert_cases.problem, "tiles") if kind == "experts" else (oracle.problem, (70,))
-    p = on_device(problem(rows, 40, 30, 3, torch.bfloat16, torch.float32))
-    grad_A = run(p, torch.float32, function)["grad_A"]
-    agree({"grad_A": grad_A}, solve(p), torch.float32)
+    problem, rows = (expert_cases.problem, "tiles") if "experts" in kind else (oracle.problem, (70,))
+    p = problem(rows, 40, 30, 3, torch.bfloat16, torch.float32, trains_B="LoRA" in kind)
+    result = run(on_device(p), torch.float32, function)
+    factors = {name: result[name] for name in ("grad_A", "grad_B") if name in result}
+    agree(factors, solve(p), torch.float32)
 
 
 def test_only_experts_with_rows_are_read(path):

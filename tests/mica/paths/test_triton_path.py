@@ -1,6 +1,7 @@
 """A layer on Triton kernels (interpreted here): its forms, its operands, and refusals."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from mica.ops import mica_down_projection, mica_linear
 from mica.paths import choose, triton_path
 from tests.support import expert_cases
 from tests.support.kernel_cases import BF16, FP16, FP32, LAYER_DTYPES, seed_of
-from tests.support.linear_calls import agree, leaves, on_device, run, tensors_of
+from tests.support.linear_calls import agree, by_factors, call, leaves, on_device, run, tensors_of
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
 
@@ -48,14 +49,16 @@ def shifted(p):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), LAYER_DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("trains_B", [False, True], ids=["MiCA", "LoRA"])
 @pytest.mark.whole
 def test_every_form_agrees_with_the_dense_oracle(
-    by_default, choose_form, launched, form, dtype, adapter_dtype, compute_dtype, dropout_p
+    by_default, choose_form, launched, form, dtype, adapter_dtype, compute_dtype, dropout_p, trains_B
 ):
     choose_form(form)
     if form == "reference":  # demanded kernels run whatever the table says
         by_default()
     p = dense((3, 20), 48, 72, 16 if form == "mixed" else 5, dtype=dtype, adapter_dtype=adapter_dtype)
+    p.lora_B.requires_grad_(trains_B)
     options = {"dropout_p": dropout_p, "seed": seed_of(77)} if dropout_p else {}
     for _ in range(2):  # planned, and as planned
         agree(run(p, compute_dtype, **options), solve(p, **options), dtype)
@@ -107,6 +110,24 @@ def test_a_mask_is_never_computed_by_pytorch_where_a_layer_waits_for_its_host(by
     p, options = dense((8,), 32, 48, 16, adapter_dtype=BF16), {"dropout_p": 0.4, "seed": seed_of(77)}
     agree(run(p, **options), solve(p, **options), BF16)
     assert {name for name, _ in launched} == set(FORMS["split"])
+
+
+@pytest.mark.parametrize("function", [mica_linear, by_factors])
+def test_no_copy_of_a_trained_b_is_used_again(function):
+    """Fused optimizers do not count their edits: ``_version`` stays. In evaluation, too."""
+    p = dense((6,), 16, 32, 3)
+    lora_A, lora_B = (torch.nn.Parameter(t.detach().clone()) for t in (p.lora_A, p.lora_B))
+    optimizer = torch.optim.AdamW([lora_A, lora_B], lr=0.1, fused=True)
+    for _ in range(3):
+        now = replace(p, lora_A=lora_A.detach().clone(), lora_B=lora_B.detach().clone())
+        with torch.no_grad():
+            y = call(p, function, p.x, lora_A, lora_B)
+        agree({"y": y}, solve(now), BF16)
+        optimizer.zero_grad()
+        call(p, function, p.x, lora_A, lora_B).backward(p.grad_output)
+        agree({"grad_A": lora_A.grad, "grad_B": lora_B.grad}, solve(now), BF16)
+        optimizer.step()
+    assert lora_B._version == 0
 
 
 RANK, TOKENS = 64, 40  # the rule's own number of tokens would take the interpreter long
