@@ -17,8 +17,9 @@ from mica.cli.targets import find_targets
 def built(base: nn.Module, args: argparse.Namespace) -> Iterator[nn.Module]:
     """The model to train with the `options` of a method; afterwards ``base`` is as it was.
 
-    LoRA runs on the same operators as MiCA, so that both are measured alike. ``args.seed`` draws LoRA's A. An adapter is put on ``base`` itself; full fine-tuning trains a copy of it,
-    in float32, as small steps are lost in 16 bits.
+    LoRA runs on the same operators as MiCA, so that both are measured alike. ``args.seed`` draws LoRA's A. An
+    adapter is put on ``base`` itself; full fine-tuning trains a copy of it, in float32, as small steps are
+    lost in 16 bits.
 
     Raises UsageError where `targets.find_targets` does.
     """
