@@ -32,6 +32,10 @@ class Net(nn.Module):
 
 
 TARGETS = ["embed", "up", "conv", "down"]
+ADAPTERS = {  # options of `wrap`; of LoRA A and B are random
+    "MiCA": {"init_lora_weights": "mica"},
+    "LoRA": {"init_lora_weights": False},
+}
 
 
 def wrap(

@@ -22,7 +22,7 @@ from tests.support.layer_changes import (
     A_WEIGHT,
     B_WEIGHT,
     BASE_WEIGHT,
-    CHANGES,
+    CHANGES_OF,
     FUSED,
     INPUTS,
     X,
