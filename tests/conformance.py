@@ -151,9 +151,7 @@ def conform(work: Path, peft: str, processes: int) -> bool:
         for kind, count in sorted(kinds.items()):
             print(f"    {count} {kind}", flush=True)
     alone, *others = MODES
-    lines = [
-        f"{mode}: {line}" for mode in others for line in differences(runs[alone], runs[mode], mode)
-    ]
+    lines = [f"{mode}: {line}" for mode in others for line in differences(runs[alone], runs[mode], mode)]
     for line in lines:
         print(f"  {line}")
     outcome = "FAILED" if lines else "the same outcomes with the backend as without"

@@ -1,4 +1,4 @@
-"""Plain LoRA on the operators: every initialisation, and every choice of what is trained, as on stock PEFT."""
+"""Plain LoRA on the operators is stock PEFT's, from every initialisation, whatever is trained of it."""
 
 import copy
 from functools import partial
