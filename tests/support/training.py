@@ -154,7 +154,7 @@ def _gathered(tensor):
 
 
 def check(done, expected, run=None, steps=STEPS, path="reference"):
-    """A `report`: the losses of the reference, by what ``path`` says (of `explain`), and MiCA's B as it was."""
+    """A `report`: the reference's losses, by what ``path`` says (of `explain`), and MiCA's B as it was."""
     run = run or Run()
     follows(done["losses"], expected, run.dtype)
     layers = len(done["B"])
