@@ -3,12 +3,14 @@
 A layer is called once before anything changes, so that whatever a backend might keep of that call is there.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 import mica.fast
-from tests.support.layer_changes import CALLED, CHANGES, FUSED, PEFT, X, layer_of, rounded
+from tests.support.layer_changes import CALLED, CHANGES_OF, FUSED, PEFT, X, layer_of, rounded
 from tests.support.stock import assert_same, both, counted
 from tests.support.tolerances import RELATIVE, error
 
@@ -16,8 +18,8 @@ pytestmark = pytest.mark.usefixtures("language")
 
 
 @pytest.fixture
-def layer():
-    return layer_of()
+def layer(adapter):
+    return layer_of(adapter=adapter)
 
 
 def assert_runs(layer, operators, x=X, tolerance=3 * RELATIVE[torch.float32]):
@@ -39,13 +41,19 @@ def assert_runs(layer, operators, x=X, tolerance=3 * RELATIVE[torch.float32]):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(name, torch.float32) for name in CHANGES]
-    + [(name, torch.bfloat16) for name, (_, operators, _) in CHANGES.items() if "up_projection" in operators],
+    ("adapter", "name", "dtype"),
+    [
+        (adapter, name, dtype)
+        for adapter, changes in CHANGES_OF.items()
+        for name, (_, operators, _) in changes.items()
+        for dtype in (torch.float32, torch.bfloat16)
+        if dtype == torch.float32 or "up_projection" in operators
+    ],
+    indirect=["adapter"],
 )
-def test_the_next_call_sees_it_and_explain_says_it(name, dtype):
-    change, operators, reason = CHANGES[name]
-    layer, x = layer_of(dtype), X.to(dtype)
+def test_the_next_call_sees_it_and_explain_says_it(adapter, name, dtype):
+    change, operators, reason = CHANGES_OF[adapter][name]
+    layer, x = layer_of(dtype, adapter), X.to(dtype)
     assert_runs(layer, FUSED, x, 3 * RELATIVE[dtype])
     undo = change(layer)
     try:
@@ -85,8 +93,8 @@ def test_a_dropout_of_no_probability_is_pytorch_s_error(p):
     assert (row.path, row.reason) == ("peft", f"lora_dropout of {p}")
 
 
-def test_dropout_follows_train_and_eval():
-    layer = layer_of(lora_dropout=0.5)
+def test_dropout_follows_train_and_eval(adapter):
+    layer = layer_of(adapter=adapter, lora_dropout=0.5)
     assert not torch.equal(layer(X), layer(X))
     without_dropout = layer.eval()(X)
     assert torch.equal(without_dropout, layer(X))
@@ -111,7 +119,7 @@ def test_dtypes_autocast_and_settings(layer):
     mica.fast.enable(compute_dtype=torch.float32)
     assert_runs(layer, FUSED, narrow, loose)
     assert not torch.equal(layer(narrow), coarse)
-    mica.fast.enable()
+    mica.fast.enable(compute_dtype=None)
     layer.cast_input_dtype_enabled = False
     with pytest.raises(RuntimeError, match="dtype"):  # PEFT's own
         layer(narrow)
@@ -120,8 +128,8 @@ def test_dtypes_autocast_and_settings(layer):
     assert_runs(layer, FUSED)
 
 
-def test_autocast_s_dtype_goes_before_the_setting_s():
-    layer, narrow = layer_of(torch.bfloat16), X.bfloat16().repeat(8, 1, 1)
+def test_autocast_s_dtype_goes_before_the_setting_s(adapter):
+    layer, narrow = layer_of(torch.bfloat16, adapter), X.bfloat16().repeat(8, 1, 1)
     with torch.autocast("cpu", torch.bfloat16):
         expected = layer(narrow)
         mica.fast.enable(compute_dtype=torch.float32)
@@ -139,15 +147,35 @@ def test_switched_off_and_on(layer):
     assert_runs(layer, FUSED)
 
 
-def test_the_backend_s_variable(layer, monkeypatch):
+def test_the_backend_s_variable(layer, adapter, monkeypatch):
     assert not assert_runs(layer, FUSED)
     monkeypatch.setenv("MICA_BACKEND", "triton")
-    assert assert_runs(layer, FUSED) == {"linear_kernels": 1, "linear_backward_kernels": 1}
+    if adapter == "MiCA":
+        assert assert_runs(layer, FUSED) == {"linear_kernels": 1, "linear_backward_kernels": 1}
+    else:
+        assert_there_are_no_kernels(layer)
     monkeypatch.setenv("MICA_BACKEND", "reference")
     assert not assert_runs(layer, FUSED)
     monkeypatch.setenv("MICA_BACKEND", "cuda")
     with pytest.raises(ValueError, match="MICA_BACKEND"):
         layer(X)
+
+
+def assert_there_are_no_kernels(layer):
+    """Nor where B is frozen at the moment, or nothing is trained: never another path in silence."""
+    reason = "no Triton kernels where lora_B is trained"
+    for trains_B, around, is_called in itertools.product(
+        (True, False), (torch.enable_grad, torch.no_grad, torch.inference_mode), (False, True)
+    ):
+        layer.lora_B.requires_grad_(trains_B)
+        hook = layer.base_layer.register_forward_hook(lambda *_: None) if is_called else None
+        (row,) = mica.fast.explain(layer).rows
+        assert row.path == "error"
+        assert row.reason.startswith(reason)
+        with around(), pytest.raises(RuntimeError, match=f"MICA_BACKEND=triton demands.*{reason}"):
+            layer(X)
+        if hook is not None:
+            hook.remove()
 
 
 def test_another_device(layer):
