@@ -4,8 +4,10 @@
 adapt …`` start the processes; accelerate's ``PartialState`` finds its group and device.
 """
 
+import ctypes
 import logging
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,6 +35,8 @@ def start() -> PartialState:
     Every process but the main one is silent from here on: standard output, progress bars, warnings.
     """
     state = PartialState(cpu=use_cpu(), timeout=_PATIENCE)
+    if state.device.type == "cpu":
+        keep_freed_memory()
     if not state.is_main_process:
         import datasets
         import huggingface_hub
@@ -46,6 +50,21 @@ def start() -> PartialState:
         huggingface_hub.utils.disable_progress_bars()
         transformers.logging.disable_progress_bar()
     return state
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep memory that is freed, for the next step, instead of giving it back to the system.
+
+    Otherwise a step of SmolLM2-135M (512 tokens) pays 124,000 page faults, 8 to 11 % of its time. Peak memory
+    grows by 2 %. Does nothing with another C library.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        for option, value in _KEEPING.items():
+            ctypes.CDLL(None).mallopt(option, value)
+
+
+# By malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD, in bytes
+_KEEPING = {-3: 2**30, -1: 2**31 - 1, -2: 2**26}
 
 
 def use_cpu() -> bool:

@@ -3,7 +3,6 @@
 A layer is called once before anything changes, so that whatever a backend might keep of that call is there.
 """
 
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,10 @@
 """Two gloo processes as torchrun would start them: what one does, all know, and one speaks."""
 
 import os
+import platform
 import signal
+import subprocess
+import sys
 from unittest.mock import Mock
 
 import datasets
@@ -160,3 +163,27 @@ def test_fsdp2(tmp_path, kind):
     resumed = two(run_sharded, kind, args, folder=tmp_path).results()[0]
     assert losses(resumed) == losses(whole)
     assert same(weights(args.output), adapter)
+
+
+FAULTS = """
+import resource
+import torch
+from mica.cli.adapt import processes
+
+processes.keep_freed_memory()
+faults = []
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)  # 64 MB, which glibc would give back at once
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(faults[-1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_what_a_step_has_freed_serves_the_next_one():
+    """Of 16,384 pages."""
+    program = [sys.executable, "-c", FAULTS]
+    faults = subprocess.run(program, check=True, capture_output=True, text=True).stdout
+    assert int(faults) < 100

@@ -79,7 +79,7 @@ def test_the_page_and_what_was_measured(finished):
     assert not {*documents["validation"]} & {*documents["test"]}  # rates are chosen by others than are shown
     assert len({*documents["test"]}) >= 3
     text = (finished / "README.md").read_text()
-    assert text.startswith("# model0 on `text.jsonl`")
+    assert text.splitlines()[0].endswith(" on `text.jsonl`")
     assert f"| MiCA | {sizes['mica']:,} | {chosen(finished, 'mica')[1]['rate']:g} | mean |" in text
 
 
