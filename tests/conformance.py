@@ -6,8 +6,8 @@ Both ends of the supported range by default: the installed PEFT, and the oldest 
 version that is not the installed one is installed into the work folder, over the same other packages.
 
 Exactly the tests that fail without the backend may fail with it: those that need the hub, and those of an old
-PEFT that newer packages break. The backend's operators must have run in PEFT's MiCA tests and in no other.
-Exit status 0 if so.
+PEFT that newer packages break. The backend's operators must have run in PEFT's MiCA tests and in no other; in
+a third run, with ``enable(lora=True)``, in those of plain LoRA, too. Exit status 0 if so.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ testing_utils.hub_online_once = lambda model_id: nullcontext()
 """
 
 
+MODES = ("alone", "with mica.fast", "with lora=True")
+
+
 class Outcome(NamedTuple):
     kind: str  # passed, skipped, failure or error
     calls: int  # of the backend's operators
@@ -93,16 +96,17 @@ def peft_package(work: Path, peft: str) -> Path | None:
     return folder
 
 
-def run(root: Path, package: Path | None, processes: int, backend: bool) -> dict[str, Outcome]:
-    report = root / f"report-{'mica' if backend else 'stock'}.xml"
+def run(root: Path, package: Path | None, processes: int, mode: str) -> dict[str, Outcome]:
+    report = root / f"report-{MODES.index(mode)}.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore"]
     command += ["-o", "addopts=", "-n", str(processes), f"--junitxml={report}", "-k", EXPRESSION]
-    command += ["-p", "peft_plugin"] if backend else []
+    command += ["-p", "peft_plugin"] if mode != "alone" else []
     command += [f"tests/{file}" for file in FILES if (root / "tests" / file).exists()]
     folders = (package, SUPPORT, os.environ.get("PYTHONPATH"))
     path = os.pathsep.join(str(folder) for folder in folders if folder)
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["CONFORMANCE_MODE"] = mode
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     if not report.exists():
         raise SystemExit(f"pytest did not run:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
@@ -120,32 +124,34 @@ def is_mica(test: str) -> bool:
     return re.search(r"mica(?!l)", test, re.IGNORECASE) is not None
 
 
-def differences(stock: dict[str, Outcome], ours: dict[str, Outcome]) -> list[str]:
+def differences(stock: dict[str, Outcome], ours: dict[str, Outcome], mode: str) -> list[str]:
     """What is not as it should be, a line each."""
+    includes_lora = mode == "with lora=True"
     lines = []
     for test in sorted(stock.keys() | ours.keys()):
         before, after = (tests.get(test, Outcome("missing", 0)) for tests in (stock, ours))
         if before.kind != after.kind:
             lines.append(f"CHANGED {test}: {before.kind} -> {after.kind}")
-        if after.calls and not is_mica(test):
+        if after.calls and not is_mica(test) and not includes_lora:
             lines.append(f"WRONG {test}: the operators ran {after.calls} times, and this is no MiCA test")
-    if not any(outcome.calls for outcome in ours.values()):
+    if not any(outcome.calls for test, outcome in ours.items() if is_mica(test) != includes_lora):
         lines.append("WRONG: the operators did not run in any test")
     return lines
 
 
 def conform(work: Path, peft: str, processes: int) -> bool:
-    """Both runs of one version and their summary, printed. Whether they agree."""
+    """All runs of one version and their summary, printed. Whether they agree."""
     root, package, runs = peft_tests(work, peft), peft_package(work, peft), {}
-    for backend in (False, True):
+    for mode in MODES:
         start = time.monotonic()
-        runs[backend] = run(root, package, processes, backend)
+        runs[mode] = run(root, package, processes, mode)
         seconds = time.monotonic() - start
-        print(f"PEFT {peft} {'with mica.fast' if backend else 'alone'}, {seconds:.0f} s")
-        kinds = Counter(f"{kind}, operators ran: {calls > 0}" for kind, calls in runs[backend].values())
+        print(f"PEFT {peft} {mode}, {seconds:.0f} s")
+        kinds = Counter(f"{kind}, operators ran: {calls > 0}" for kind, calls in runs[mode].values())
         for kind, count in sorted(kinds.items()):
             print(f"    {count} {kind}", flush=True)
-    lines = differences(runs[False], runs[True])
+    alone, *others = MODES
+    lines = [f"{mode}: {line}" for mode in others for line in differences(runs[alone], runs[mode], mode)]
     for line in lines:
         print(f"  {line}")
     outcome = "FAILED" if lines else "the same outcomes with the backend as without"

@@ -27,6 +27,7 @@ from mica.fast.settings import Settings  # noqa: E402
 from mica.ops import kept  # noqa: E402
 from tests.support.thinning import left_out  # noqa: E402
 
+kept.SMALL = 0  # what is tested is what becomes of inputs that are worth it
 DEFAULTS = {field.name: field.default for field in fields(Settings) if field.name != "enabled"}
 
 # What imports one of these, where it is not installed, is skipped
@@ -107,12 +108,6 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(
             f"cases of cross products that were left out: {number:,} (--full runs them, too)"
         )
-
-
-@pytest.fixture(autouse=True)
-def _no_input_is_small(monkeypatch):
-    """What is tested is what becomes of inputs that are worth it."""
-    monkeypatch.setattr(kept, "SMALL", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,8 @@
 
 There are 64 experts, of which 8 process a token. Implementations: the bare frozen layer, PEFT's LoRA on the
 same ``target_parameters`` (stock PEFT has no MiCA there), which forms W + s·B·A of all experts and its
-gradient, and MiCA on mica.fast. Targets: at most half of LoRA's time, and half of the memory that its step
-adds.
+gradient, and LoRA and MiCA on mica.fast. Targets: at most half of PEFT's time, and half of the memory that
+its step adds.
 """
 
 import copy

@@ -75,6 +75,11 @@ inline Tensor cast(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
 }
 
+// As autocast: fp64 stays as it is.
+inline Tensor autocast_to(const Tensor& tensor, const OptionalDtype& dtype) {
+  return dtype && tensor.scalar_type() != at::kDouble ? cast(tensor, *dtype) : tensor;
+}
+
 // y + left @ right in y, whose dtype they have; vmap cannot write batched values into an unbatched y.
 inline Tensor added(const Tensor& y, const Tensor& left, const Tensor& right) {
   return is_transformed() ? at::addmm(y, left, right) : y.addmm_(left, right);
@@ -109,12 +114,12 @@ inline Tensor scaled_product(const Tensor& left, const Tensor& factor, double sc
 // y (M×N) and h (M×r) from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)
 inline std::pair<Tensor, Tensor> linear(const Tensor& x, const Operands& operands, const Numbers& numbers) {
   const auto& [given_weight, lora_A, lora_B, given_scaling, given_bias, _1, _2, _3, _4, _5] = operands;
-  const Tensor weight = cast(given_weight, x.scalar_type());
+  const Tensor weight = autocast_to(given_weight, x.scalar_type());
   const ScalarType dtype = product_dtype(x, numbers.factor_dtype, lora_B.scalar_type(), numbers.compute_dtype);
   const double scaling = given_scaling / (1.0 - numbers.dropout.p);
   const Tensor h = scaled_product(masked(x, numbers.dropout), lora_A.t(), scaling, dtype);
   const Tensor y =
-      given_bias ? at::addmm(cast(*given_bias, x.scalar_type()), x, weight.t()) : at::mm(x, weight.t());
+      given_bias ? at::addmm(autocast_to(*given_bias, x.scalar_type()), x, weight.t()) : at::mm(x, weight.t());
   if (dtype == y.scalar_type()) {
     return {added(y, h, cast(lora_B, dtype).t()), h};
   }
@@ -173,7 +178,7 @@ inline Tensor grad_x(
     const Tensor& g,
     const Tensor& lora_A,
     const Dropout& dropout) {
-  const Tensor dx = at::mm(grad_output, cast(weight, grad_output.scalar_type()));
+  const Tensor dx = at::mm(grad_output, autocast_to(weight, grad_output.scalar_type()));
   const Tensor factor = cast(lora_A, g.scalar_type());
   if (g.scalar_type() == dx.scalar_type() && !dropout) {
     return added(dx, g, factor);
@@ -360,11 +365,6 @@ struct Layer : torch::autograd::Function<Layer> {
     return {grads[0], grads[1], grads[2], Tensor(), Tensor()};
   }
 };
-
-// As autocast: fp64 stays as it is.
-inline Tensor autocast_to(const Tensor& tensor, const OptionalDtype& dtype) {
-  return dtype && tensor.scalar_type() != at::kDouble ? cast(tensor, *dtype) : tensor;
-}
 
 // y of a call, with autograd and autocast
 inline Tensor layer(const Tensor& given_x, const Operands& operands) {

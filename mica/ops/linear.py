@@ -117,12 +117,8 @@ def _with_dtype_of(x: Tensor, operands: Operands) -> Operands:
     They are kept for the backward as they are, and cast there again: the copies of a whole model's weights
     would take half the memory of fp32 weights, and making one takes 1 % of the time of its product.
     """
-    weight, bias = operands.weight, operands.bias
-    if weight is not None and weight.dtype != x.dtype:
-        weight = weight.to(x.dtype)
-    if bias is not None and bias.dtype != x.dtype:
-        bias = bias.to(x.dtype)
-    return operands._replace(weight=weight, bias=bias)
+    weight = autocast_to(operands.weight, x.dtype)
+    return operands._replace(weight=weight, bias=autocast_to(operands.bias, x.dtype))
 
 
 def _linear_backward(grad_output, x, output_mask, *args):

@@ -224,7 +224,7 @@ no_autocast = torch._C._DisableAutocast
 
 def autocast_to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """As in PEFT's layers: products in autocast's dtype, fp64 unchanged; A stays an fp32 master."""
-    if tensor is None or tensor.dtype == torch.float64:
+    if tensor is None or tensor.dtype in (dtype, torch.float64):
         return tensor
     return tensor.to(dtype)
 

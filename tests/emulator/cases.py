@@ -64,6 +64,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from _layouts()
     yield from _routes()
     yield from _splits()
+    yield from _of_lora_b()
     yield from _far()
     yield from _x_first()
     yield from _configurations(target)
@@ -125,6 +126,15 @@ def _splits() -> Iterator[Case]:
         yield Case(
             "grad_a", name, {"tokens": 700, "width": 72, "rank": 12, "out_dtype": BF16}, name == "bf16"
         )
+
+
+def _of_lora_b() -> Iterator[Case]:
+    """The gradient of lora_B, of experts, too: `grad_a` with its operands exchanged."""
+    for name in DTYPES:
+        for rank, tokens, width in ((5, 70, 65), (16, 700, 48), (33, 40, 130)):
+            own = {"side": "B", "rank": rank, "width": width}
+            yield Case("grad_a", name, own | {"tokens": tokens}, name == "bf16")
+            yield Case("grad_a of experts", name, own, name == "bf16" and rank == 5)
 
 
 def _far() -> Iterator[Case]:

@@ -116,10 +116,12 @@ def up(
 
 
 def grad_a(
-    dtypes, rank, width, tokens=70, layout="contiguous", dropout=0.0, config=None, route=None, out_dtype=F32
-):
+    dtypes, rank, width, tokens=70, layout="contiguous", dropout=0.0, config=None, route=None, out_dtype=F32,
+    side="A",
+):  # fmt: skip
+    """side: "A", or "B": the gradient of lora_B, transposed: g is an h without padding, and x is dy."""
     rows, ends, offsets = _rows(route, tokens)
-    g = matrix(rows, padded_columns(rank), dtypes[2], _narrow(layout))
+    g = matrix(rows, padded_columns(rank) if side == "A" else rank, dtypes[2], _narrow(layout))
     x = matrix(rows, width, dtypes[0], layout)
     seed, own, dropped = _dropout(dropout)
     options = {"config": config, "out_dtype": out_dtype, **dropped}

@@ -72,7 +72,7 @@ def configs(draw, kind: str, saves: bool = False):
     embeds = any(name in ("embed", "embed_tokens", "wte", "shared") for name in targets)
     mixture = kind in MIXTURES
     config = {
-        "init_lora_weights": draw(any_of("mica", "mica", "mica", "gaussian")),
+        "init_lora_weights": draw(any_of("mica", "mica", "gaussian")),
         "r": draw(any_of(1, 2, 3, 5)),
         "lora_alpha": draw(any_of(1, 4, 7)),
         "use_rslora": draw(FLAG),
@@ -90,9 +90,10 @@ def configs(draw, kind: str, saves: bool = False):
 
 
 class Base(RuleBasedStateMachine):
-    """The twins, and what the rules share. ``KIND_NAMES`` and ``DTYPES`` are drawn from."""
+    """The twins, and what the rules share. ``KIND_NAMES``, ``LORA`` and ``DTYPES`` are drawn from."""
 
     KIND_NAMES: Sequence[str] = tuple(name for name in KINDS if name != "small")
+    LORA: Sequence[bool] = (False, True, True)  # whether the backend runs plain LoRA
     DTYPES: Sequence[torch.dtype] = (*[torch.float32] * 3, torch.bfloat16)
 
     def __init__(self):
@@ -106,13 +107,13 @@ class Base(RuleBasedStateMachine):
         self.optimizers: dict[int, torch.optim.Optimizer] = {}  # of the ids of the two models
 
     def teardown(self):
-        mica.fast.enable()
+        mica.fast.enable(lora=False, compute_dtype=None)
         self.folder.cleanup()
 
     @initialize(data=st.data())
     def start(self, data):
         SEQUENCES["models"] += 1
-        mica.fast.enable()
+        mica.fast.enable(lora=data.draw(st.sampled_from(self.LORA)), compute_dtype=None)
         kind = data.draw(st.sampled_from(self.KIND_NAMES))
         dtype = data.draw(st.sampled_from(self.DTYPES))
         self.saves = data.draw(any_of(False, False, False, True))

@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 
+from mica.paths import choose
 from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of
 from tests.fuzz.compare import dtype_of_base, energy
 from tests.fuzz.models import tokens
@@ -30,7 +31,7 @@ class Calls(Base):
         self.twins.probe(False, size, length)
         return True
 
-    @action(rate=any_of(0.1, 0.5), way=any_of("plain", "twice", "retained", "accumulated", "adamw"))
+    @action(rate=any_of(0.1, 0.5), way=any_of("plain", "twice", "retained", "accumulated", "adamw", "fused"))
     def train_step(self, rate, way):
         ids = [tokens(2, 6, self.twins.seed), tokens(3, 4, self.twins.seed + 1)]
 
@@ -58,10 +59,12 @@ class Calls(Base):
                 if model is self.twins.stock:
                     parameter.grad.copy_(gradients[name])
                 gradients[name] = parameter.grad.clone()
-            if parameters and way == "adamw":  # its state outlives the actions
+            if parameters and way in ("adamw", "fused"):  # its state outlives the actions
                 optimizer = self.optimizers.get(id(model))
                 if optimizer is None:
-                    optimizer = torch.optim.AdamW([p for _, p in parameters], lr=0.02)
+                    # fused, it does not count its edits
+                    is_fused = way == "fused" and choose.requested() != "triton"
+                    optimizer = torch.optim.AdamW([p for _, p in parameters], lr=0.02, fused=is_fused)
                     self.optimizers[id(model)] = optimizer
                 theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
                 trained.extend(name for name, p in parameters if id(p) in theirs)

@@ -43,7 +43,9 @@ class Probe:
         self.handles: list = []
 
     def note(self, gradient: Tensor | None) -> None:
-        self.seen.append(torch.zeros(()) if gradient is None else gradient.detach().float().norm())
+        """None is not noted: a node of this backend has a second output, which no loss reads."""
+        if gradient is not None:
+            self.seen.append(gradient.detach().float().norm())
 
     def doubled(self, gradients: tuple) -> tuple:
         for gradient in gradients:

@@ -3,10 +3,12 @@
 import os
 
 import torch
-from hypothesis import HealthCheck, Phase, assume, settings
+from hypothesis import HealthCheck, Phase, assume
+from hypothesis import settings as Options
 from hypothesis.stateful import precondition
 
 import mica.fast
+from mica.fast.settings import settings
 from mica.paths import choose
 from tests.fuzz.actions import FLAG, INDEX, SEQUENCES, TALLY, action, any_of, pass_on
 from tests.fuzz.adapters import Adapters
@@ -48,7 +50,10 @@ class Machine(Adapters, Calls, Layers, Edits):
             self.twins.base, self.twins.exact, self.twins.edited = {}, False, True
 
     @action(
-        which=any_of("nothing", "everything", "one base layer", "active", "a lora_A", "a lora_B"), layer=INDEX
+        which=any_of(
+            "nothing", "everything", "one base layer", "active", "a lora_A", "a lora_B", "every lora_A"
+        ),
+        layer=INDEX,
     )
     def requires_grad(self, which, layer):
         name, adapter = self.pick_layer(layer), self.pick(layer)
@@ -62,6 +67,10 @@ class Machine(Adapters, Calls, Layers, Edits):
                 pair = factors(model.get_submodule(name), adapter)
                 for factor in pair[which == "a lora_B" :][:1] if pair else ():
                     factor.requires_grad_(not factor.requires_grad)
+            elif which == "every lora_A":  # LoRA-FA, or back
+                for module in layers(model).values():
+                    for lora_A in module.lora_A.values():
+                        lora_A.requires_grad_(not lora_A.weight.requires_grad)
             else:
                 model.requires_grad_(False)
                 if which == "active":
@@ -108,7 +117,7 @@ class Machine(Adapters, Calls, Layers, Edits):
             self.hooks.append((module, module.register_forward_hook(pass_on).id))
         return True
 
-    @action(what=any_of("fp32", "norms", "off", "on", "uninstall"))
+    @action(what=any_of("fp32", "narrow", "norms", "lora", "off", "on", "uninstall"))
     def setting(self, what):
         if what in ("off", "on"):
             mica.fast.disable() if what == "off" else mica.fast.enable()
@@ -117,9 +126,11 @@ class Machine(Adapters, Calls, Layers, Edits):
             self.twins.probe(True)
             mica.fast.enable()
         elif what == "norms":
-            mica.fast.enable(recompute="norms")
+            mica.fast.enable(recompute=None if settings.recompute else "norms")
+        elif what == "lora":
+            mica.fast.enable(lora=not settings.lora and True in self.LORA)
         else:
-            mica.fast.enable(compute_dtype=torch.float32)
+            mica.fast.enable(compute_dtype=torch.float32 if what == "fp32" else None)
         return None
 
 
@@ -127,6 +138,7 @@ class OnKernels(Machine):
     """On Triton's interpreter, where the reference path would run; tiny models, because that is slow."""
 
     KIND_NAMES = ("small",)
+    LORA = (False,)  # has no kernels, which are demanded
     DTYPES = (torch.float32, torch.float32, torch.bfloat16)
 
     def __init__(self):
@@ -142,11 +154,11 @@ class OnKernels(Machine):
             os.environ["MICA_BACKEND"] = self.backend
 
 
-def options(examples: int, steps: int, shrinks: bool = False, derandomize: bool = False) -> settings:
+def options(examples: int, steps: int, shrinks: bool = False, derandomize: bool = False) -> Options:
     phases = [Phase.generate, Phase.shrink] if shrinks else [Phase.generate]
     limits = {"max_examples": examples, "stateful_step_count": steps, "deadline": None, "database": None}
     checks = list(HealthCheck)
-    return settings(**limits, derandomize=derandomize, phases=phases, suppress_health_check=checks)
+    return Options(**limits, derandomize=derandomize, phases=phases, suppress_health_check=checks)
 
 
 def tally() -> str:

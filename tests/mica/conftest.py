@@ -1,5 +1,6 @@
 import pytest
 
+import mica.fast
 from mica import native, ops
 from mica.paths import products
 from tests.support.linear_calls import IN_CHUNKS, NATIVE, OWN, PATHS, WAYS
@@ -13,6 +14,13 @@ def language(request, monkeypatch):
         monkeypatch.setenv("MICA_NATIVE", "0")
     elif native.module() is None:
         pytest.skip(native.why_not())
+    return request.param
+
+
+@pytest.fixture(params=["MiCA", "LoRA"])
+def adapter(request):
+    """The kind of adapter that `tests.support.models.wrap` makes, with which the backend runs."""
+    mica.fast.enable(lora=request.param == "LoRA")
     return request.param
 
 

@@ -6,11 +6,13 @@ import itertools
 import operator
 
 import torch
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize
 
-from tests.support.models import net, randomise
+import mica.fast
+from tests.support.models import ADAPTERS, net, randomise
 
 FUSED, CALLED, PEFT = {"linear": 1}, {"down_projection": 1, "up_projection": 1}, {}
 X = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(0))
@@ -24,9 +26,9 @@ INPUTS = {  # that are no plain tensors, of a matrix
 }
 
 
-def layer_of(dtype=torch.float32, **config):
+def layer_of(dtype=torch.float32, adapter="MiCA", **config):
     """One that takes `X`."""
-    model = randomise(net(dtype, targets=["up"], **config))
+    model = randomise(net(dtype, targets=["up"], **ADAPTERS[adapter], **config))
     add.config = model.peft_config["default"]
     return model.base_model.model.up
 
@@ -152,12 +154,27 @@ def add(layer, name):
     layer.update_layer(name, r=3, lora_alpha=5, config=add.config)
     with torch.no_grad():
         layer.lora_A[name].weight.normal_(generator=torch.Generator().manual_seed(3))
-    layer.lora_B[name].weight.requires_grad_(False)
+    layer.lora_B[name].weight.requires_grad_(name not in layer.lora_variant)
 
 
 def _without_variant(layer):
     variant = layer.lora_variant.pop("default")
     return lambda: layer.lora_variant.update(default=variant)
+
+
+def _dora(layer):
+    layer.lora_variant["default"] = DoraLinearVariant()
+    DoraLinearVariant.init(layer, "default")
+
+    def undo():
+        del layer.lora_variant["default"], layer.lora_magnitude_vector["default"]
+
+    return undo
+
+
+def _without_setting(layer):
+    mica.fast.enable(lora=False)
+    return lambda: mica.fast.enable(lora=True)
 
 
 BASE, A, B, DROPOUT = "base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default"
@@ -182,7 +199,6 @@ CHANGES = {
         CALLED,
         "the base bias is offloaded or partitioned",
     ),
-    "a trained lora_B": (_set(f"{B_WEIGHT}.requires_grad", True), PEFT, "the lora_B is trainable"),
     "a frozen lora_A": (_set(f"{A_WEIGHT}.requires_grad", False), FUSED, ""),
     "a sparse lora_A": (changed(A_WEIGHT, _sparse), PEFT, "the lora_A has layout torch.sparse_coo"),
     "merged": (_merged, PEFT, "the adapter is merged into the weight"),
@@ -200,7 +216,6 @@ CHANGES = {
     "dropout of all": (_entry("lora_dropout", nn.Dropout(1.0)), PEFT, "lora_dropout of 1"),
     "alpha dropout": (_entry("lora_dropout", nn.AlphaDropout(0.5)), PEFT, "dropout of type AlphaDropout"),
     "a global hook": (_global_hook, PEFT, "global module hooks are registered"),
-    "no variant": (_without_variant, PEFT, "adapter 'default' is not MiCA"),
     "another kind of base": (changed(f"{BASE}.__class__", _subclass), CALLED, "a base layer of type Other"),
     "a parametrized base": (_weight_norm, CALLED, "a base layer of type ParametrizedLinear"),
     "another kind of layer": (changed("__class__", _renamed), PEFT, "layers of type"),
@@ -232,3 +247,19 @@ for _owner, _name in (
 ):
     _said = f"{_owner.__name__}.{_name}"
     CHANGES[f"another {_said}"] = for_all(_owner, _name), PEFT, f"{_said} has been monkey-patched"
+
+_EXCLUDED = "adapter 'default' is LoRA, which mica.fast.enable(lora=True) includes"
+CHANGES_OF = {  # adapter: all changes of it
+    "MiCA": {
+        **CHANGES,
+        "a trained lora_B": (_set(f"{B_WEIGHT}.requires_grad", True), PEFT, "the lora_B is trainable"),
+        "no variant": (_without_variant, PEFT, _EXCLUDED),
+    },
+    "LoRA": {
+        **CHANGES,
+        "a frozen lora_B": (_set(f"{B_WEIGHT}.requires_grad", False), FUSED, ""),
+        "a sparse lora_B": (changed(B_WEIGHT, _sparse), PEFT, "the lora_B has layout torch.sparse_coo"),
+        "a variant": (_dora, PEFT, "adapter 'default' is of PEFT's variant DoraLinearVariant"),
+        "without the setting": (_without_setting, PEFT, _EXCLUDED),
+    },
+}

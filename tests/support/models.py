@@ -32,6 +32,10 @@ class Net(nn.Module):
 
 
 TARGETS = ["embed", "up", "conv", "down"]
+ADAPTERS = {  # options of `wrap`; LoRA's B is not 0
+    "MiCA": {"init_lora_weights": "mica"},
+    "LoRA": {"init_lora_weights": False},
+}
 
 
 def wrap(
@@ -59,11 +63,12 @@ def net(dtype=torch.float32, seed=0, **kwargs):
 
 
 def randomise(model, scale=0.1, seed=1):
-    """Give every lora_A values, as after training, the same in one process as in several; B stays."""
+    """Give every lora_A values, as after training, the same in one process as in several; MiCA's B stays."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_A" in name or "lora_embedding_A" in name:
+            is_B = "lora_B" in name and parameter.requires_grad
+            if "lora_A" in name or "lora_embedding_A" in name or is_B:
                 values = torch.randn(parameter.shape, generator=generator) * scale
                 if isinstance(parameter, DTensor):
                     mesh, placements = parameter.device_mesh, parameter.placements

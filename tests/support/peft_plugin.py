@@ -1,8 +1,12 @@
 """pytest plugin for PEFT's own tests: the backend is imported first, and its calls are counted in each."""
 
+import os
+
 import pytest
 
 import mica.fast
+
+mica.fast.enable(lora=os.environ["CONFORMANCE_MODE"] == "with lora=True")
 
 
 def _calls() -> int:

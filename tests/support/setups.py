@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.support import tp_models
 from tests.support.models import adapted_layers, tiny_llama, wrap
 from tests.support.moe_models import BUILDERS, STACKS, wrap_experts
-from tests.support.training import FACTOR_A, STEPS, Run, batches, optimizer_of, train
+from tests.support.training import FACTOR_A, STEPS, Run, batches, of_lora, optimizer_of, train
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = "mica/fast/SETUPS.md"
@@ -140,6 +140,22 @@ ONE_PROCESS: dict[str, list[Run]] = {
             },
         )
     ],
+}
+
+LORA = "plain LoRA (`enable(lora=True)`): "
+WITH_LORA = {  # row: those above whose runs are LoRA's, too
+    "autocast, bf16 base, gradient checkpointing, accelerate, configurations as below": (
+        "autocast, bf16",
+        "bf16 base, fp32 adapters",
+        "gradient checkpointing, reentrant or not",
+        "accelerate: bf16, gradient accumulation",
+        CONFIGURATIONS,
+    ),
+    "`torch.compile(fullgraph=True)`": ("`torch.compile(fullgraph=True)`",),
+}
+ONE_PROCESS |= {
+    f"{LORA}{name}": [of_lora(run) for row in rows for run in ONE_PROCESS[row]]
+    for name, rows in WITH_LORA.items()
 }
 
 # -- two processes ------------------------------------------------------------------------------------
@@ -282,4 +298,10 @@ TWO_PROCESSES: dict[str, list[Run]] = {
         # layers that read all of x, so that one process has the same masks
         replace(TP, config={"targets": ["q_proj", "up_proj"], "lora_dropout": 0.5}),
     ],
+}
+TWO_PROCESSES |= {
+    f"{LORA}DDP, FSDP2": [
+        of_lora(run) for name in ("DDP", "FSDP2", "FSDP2, mixed precision") for run in TWO_PROCESSES[name]
+    ],
+    f"{LORA}tensor parallelism": list(map(of_lora, (TP, replace(TP, use_reentrant=False)))),
 }

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from torch import nn
 
 import mica.fast
 from tests.support.counts import whatever_language
-from tests.support.models import bases, tiny_llama, wrap
+from tests.support.models import ADAPTERS, bases, randomise, tiny_llama, wrap
 from tests.support.tolerances import RELATIVE
 
 STEPS = 3
@@ -82,11 +82,19 @@ class Run:
     adapter_dtype: torch.dtype = torch.float32
     trained: str = FACTOR_A  # in the names of all trained parameters
     said: dict[str, int] = field(default_factory=dict)  # text in a row of `explain` -> in how many
+    adapter: str = "MiCA"  # or "LoRA", which trains B, too
+
+    def made(self) -> nn.Module:
+        is_lora = self.adapter == "LoRA"
+        mica.fast.enable(lora=is_lora)
+        if not is_lora:
+            return self.make(**self.config)
+        return randomise(self.make(**ADAPTERS["LoRA"], **self.config))
 
     def done(self, rank: int = 0) -> dict:
         """`report` of it in this process."""
         torch.compiler.reset()
-        model = self.make(**self.config)
+        model = self.made()
         if self.use_reentrant is not None:
             checkpointed(model, self.use_reentrant)
         called, share = self.around(model), {}
@@ -105,10 +113,14 @@ class Run:
 
     def expected(self) -> torch.Tensor:
         """The losses that it must have: of one process, with nothing around the model."""
-        model = self.make(**self.config)
+        model = self.made()
         torch.manual_seed(5)
         with mica.fast.disabled() if self.is_stock else nullcontext():
             return (self.reference or self.train)(model)
+
+
+def of_lora(run: Run) -> Run:
+    return replace(run, adapter="LoRA", trained=rf"{run.trained}|\.lora_B\.")
 
 
 def report(model, losses: Callable) -> dict:
@@ -142,7 +154,7 @@ def _gathered(tensor):
 
 
 def check(done, expected, run=None, steps=STEPS, path="reference"):
-    """A `report`: the losses of the reference, by what ``path`` says (of `explain`), and B as it was."""
+    """A `report`: the reference's losses, by what ``path`` says (of `explain`), and MiCA's B as it was."""
     run = run or Run()
     follows(done["losses"], expected, run.dtype)
     layers = len(done["B"])
@@ -156,11 +168,11 @@ def check(done, expected, run=None, steps=STEPS, path="reference"):
     assert len(done["rows"]) == layers
     for text, count in run.said.items():
         assert sum(text in row.reason for row in done["rows"]) == count, done["rows"]
-    assert done["moved"] == []
+    assert done["moved"] == (list(done["B"]) if run.adapter == "LoRA" else [])
     assert set(done["trained"].values()) == {run.adapter_dtype}
     assert all(re.search(run.trained, name) for name in done["trained"])
     assert len(done["A"]) >= layers
-    for name, B in done["B"].items():
+    for name, B in done["B"].items() if run.adapter == "MiCA" else ():
         if ".experts" not in name:  # of those every expert's is
             off = (B.T.float() @ B.float() - torch.eye(B.shape[1])).abs().max()
             assert off <= (1e-6 if B.dtype == torch.float32 else 2e-2), name

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-import mica.fast  # noqa: F401 (MiCA's layers and solver)
+import mica.fast
 from mica.cli.targets import find_targets
 
 
@@ -17,11 +17,13 @@ from mica.cli.targets import find_targets
 def built(base: nn.Module, args: argparse.Namespace) -> Iterator[nn.Module]:
     """The model to train with the `options` of a method; afterwards ``base`` is as it was.
 
-    ``args.seed`` draws LoRA's A. An adapter is put on ``base`` itself; full fine-tuning trains a copy of it,
-    in float32, as small steps are lost in 16 bits.
+    LoRA runs on the same operators as MiCA, so that both are measured alike. ``args.seed`` draws LoRA's A. An
+    adapter is put on ``base`` itself; full fine-tuning trains a copy of it, in float32, as small steps are
+    lost in 16 bits.
 
     Raises UsageError where `targets.find_targets` does.
     """
+    mica.fast.enable(lora=True)
     torch.manual_seed(args.seed)
     if args.init is None:
         yield copy.deepcopy(base).float().requires_grad_(True)

@@ -11,7 +11,7 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from safetensors.torch import load_file, save_file
 
 import mica.fast
-from tests.support.models import TARGETS, adapted_layers, bases, gradients, net, randomise
+from tests.support.models import ADAPTERS, TARGETS, adapted_layers, bases, gradients, net, randomise
 from tests.support.moe_models import second
 from tests.support.stock import as_stock, counted, step
 from tests.support.tolerances import RELATIVE, error
@@ -32,6 +32,24 @@ def compare(model, tolerance=FP32, **kwargs):
     out, grads = as_stock(lambda: step(model, INDICES, **kwargs), tolerance)
     assert not any("lora_B" in name or "lora_embedding_B" in name for name in grads)
     return out
+
+
+@pytest.mark.parametrize("first", ADAPTERS)
+@pytest.mark.parametrize("second_is", ADAPTERS)
+def test_two_adapters_of_any_kind(first, second_is):
+    """LoRA beside MiCA, too; on a base that is read, called because of a hook, or trained."""
+    mica.fast.enable(lora=True)
+    model = net(targets=TARGETS[1:], **ADAPTERS[first])
+    randomise(second(model, targets=TARGETS[1:], r=3, **ADAPTERS[second_is]))
+    layers = model.base_model.model
+    layers.up.base_layer.register_forward_hook(lambda module, args, out: out * 2)
+    layers.down.base_layer.weight.requires_grad_()
+    for active in (["default"], ["second"], ["default", "second"]):
+        model.base_model.set_adapter(active)
+        _, grads = as_stock(lambda: step(model, INDICES), FP32)
+        assert path(model) == {"reference": 3}
+        trained = [kind for name, kind in (("default", first), ("second", second_is)) if name in active]
+        assert sum("lora_B" in name for name in grads) == 3 * trained.count("LoRA")
 
 
 def path(model):
@@ -176,17 +194,26 @@ def saved(folder, seed, rank=4, **config):
     return folder
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("adapter", "backend"),
+    [("MiCA", "reference"), ("MiCA", "triton"), ("LoRA", "reference")],
+    indirect=["adapter"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rank", [2, 4, 6])
-def test_hotswap(monkeypatch, tmp_path, backend, dtype, rank):
+def test_hotswap(monkeypatch, tmp_path, adapter, backend, dtype, rank):
     """Also on kernels, which keep a prepared copy of B: hotswap edits B behind PyTorch's back."""
     monkeypatch.setenv("MICA_BACKEND", backend)
-    model = randomise(net(dtype, targets=TARGETS[1:])).eval()
-    folder = saved(tmp_path, 5, rank, lora_alpha=3)
-    before = compare(model, 3 * RELATIVE[dtype])
+    model = randomise(net(dtype, targets=TARGETS[1:], **ADAPTERS[adapter])).eval()
+    folder = saved(tmp_path, 5, rank, lora_alpha=3, **ADAPTERS[adapter])
+
+    def output():
+        out, _ = as_stock(lambda: step(model, INDICES), 3 * RELATIVE[dtype])
+        return out
+
+    before = output()
     hotswap_adapter(model, str(folder), "default")
-    after = compare(model, 3 * RELATIVE[dtype])
+    after = output()
     assert error(after, before) > 0.01
     loaded = PeftModel.from_pretrained(net(dtype, targets=TARGETS[1:]).unload(), folder)
     assert error(after, loaded(INDICES)) <= 3 * RELATIVE[dtype]

@@ -3,12 +3,13 @@
 A layer is called once before anything changes, so that whatever a backend might keep of that call is there.
 """
 
+
 import pytest
 import torch
 from torch import nn
 
 import mica.fast
-from tests.support.layer_changes import CALLED, CHANGES, FUSED, PEFT, X, layer_of, rounded
+from tests.support.layer_changes import CALLED, CHANGES_OF, FUSED, PEFT, X, layer_of, rounded
 from tests.support.stock import assert_same, both, counted
 from tests.support.tolerances import RELATIVE, error
 
@@ -16,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("language")
 
 
 @pytest.fixture
-def layer():
-    return layer_of()
+def layer(adapter):
+    return layer_of(adapter=adapter)
 
 
 def assert_runs(layer, operators, x=X, tolerance=3 * RELATIVE[torch.float32]):
@@ -39,13 +40,19 @@ def assert_runs(layer, operators, x=X, tolerance=3 * RELATIVE[torch.float32]):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(name, torch.float32) for name in CHANGES]
-    + [(name, torch.bfloat16) for name, (_, operators, _) in CHANGES.items() if "up_projection" in operators],
+    ("adapter", "name", "dtype"),
+    [
+        (adapter, name, dtype)
+        for adapter, changes in CHANGES_OF.items()
+        for name, (_, operators, _) in changes.items()
+        for dtype in (torch.float32, torch.bfloat16)
+        if dtype == torch.float32 or "up_projection" in operators
+    ],
+    indirect=["adapter"],
 )
-def test_the_next_call_sees_it_and_explain_says_it(name, dtype):
-    change, operators, reason = CHANGES[name]
-    layer, x = layer_of(dtype), X.to(dtype)
+def test_the_next_call_sees_it_and_explain_says_it(adapter, name, dtype):
+    change, operators, reason = CHANGES_OF[adapter][name]
+    layer, x = layer_of(dtype, adapter), X.to(dtype)
     assert_runs(layer, FUSED, x, 3 * RELATIVE[dtype])
     undo = change(layer)
     try:
@@ -85,8 +92,8 @@ def test_a_dropout_of_no_probability_is_pytorch_s_error(p):
     assert (row.path, row.reason) == ("peft", f"lora_dropout of {p}")
 
 
-def test_dropout_follows_train_and_eval():
-    layer = layer_of(lora_dropout=0.5)
+def test_dropout_follows_train_and_eval(adapter):
+    layer = layer_of(adapter=adapter, lora_dropout=0.5)
     assert not torch.equal(layer(X), layer(X))
     without_dropout = layer.eval()(X)
     assert torch.equal(without_dropout, layer(X))
@@ -111,7 +118,7 @@ def test_dtypes_autocast_and_settings(layer):
     mica.fast.enable(compute_dtype=torch.float32)
     assert_runs(layer, FUSED, narrow, loose)
     assert not torch.equal(layer(narrow), coarse)
-    mica.fast.enable()
+    mica.fast.enable(compute_dtype=None)
     layer.cast_input_dtype_enabled = False
     with pytest.raises(RuntimeError, match="dtype"):  # PEFT's own
         layer(narrow)
@@ -120,8 +127,8 @@ def test_dtypes_autocast_and_settings(layer):
     assert_runs(layer, FUSED)
 
 
-def test_autocast_s_dtype_goes_before_the_setting_s():
-    layer, narrow = layer_of(torch.bfloat16), X.bfloat16().repeat(8, 1, 1)
+def test_autocast_s_dtype_goes_before_the_setting_s(adapter):
+    layer, narrow = layer_of(torch.bfloat16, adapter), X.bfloat16().repeat(8, 1, 1)
     with torch.autocast("cpu", torch.bfloat16):
         expected = layer(narrow)
         mica.fast.enable(compute_dtype=torch.float32)

@@ -1,5 +1,7 @@
 """The forward of experts with MiCA adapters: against PEFT's own path."""
 
+import copy
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -7,7 +9,7 @@ from torch.autograd import forward_ad
 import mica.fast
 from tests.support import moe_models
 from tests.support.models import randomise
-from tests.support.moe_models import BUILDERS, STACKS, tokens, wrap_experts
+from tests.support.moe_models import BUILDERS, OTHERS, STACKS, tokens, wrap_experts
 from tests.support.moe_steps import adapted, as_stock_s, gradients, loss_of, outermost, ran, use
 from tests.support.stock import as_stock, assert_same
 from tests.support.tolerances import RELATIVE, error
@@ -22,9 +24,11 @@ IMPLEMENTATIONS = ["grouped_mm", "batched_mm", "eager"]
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", BUILDERS)
-def test_equals_every_implementation_of_transformers(kind, implementation, autocast):
+@pytest.mark.parametrize("init", ["mica", True])
+def test_equals_every_implementation_of_transformers(kind, implementation, autocast, init):
     """The grouped products of transformers run in the weight's dtype; F.linear and bmm in autocast's."""
-    model, ids = adapted(kind), tokens()
+    mica.fast.enable(lora=True)
+    model, ids = adapted(kind, init_lora_weights=init), tokens()
     model.base_model.model.set_experts_implementation(implementation)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         counts = as_stock_s(model, ids, torch.bfloat16 if autocast else torch.float32)
@@ -35,6 +39,29 @@ def test_equals_every_implementation_of_transformers(kind, implementation, autoc
     assert {row.path for row in rows} == {"reference" if is_ours else "peft"}
     assert is_ours or "eager forward adds in fp32" in rows[0].reason
     assert {w.grad.dtype for w in model.parameters() if w.grad is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", [*BUILDERS, *OTHERS])
+def test_steps_of_lora_are_stock_s(kind):
+    """Four of fused AdamW, whose edits no version counts: losses, and what lora_A and lora_B have become."""
+    mica.fast.enable(lora=True)
+    model = randomise(wrap_experts({**BUILDERS, **OTHERS}[kind](), init_lora_weights=True)).train()
+
+    def train():
+        own = copy.deepcopy(model)
+        weights = [weight for weight in own.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=1e-2, fused=True)
+        losses = []
+        for seed in range(4):
+            loss = loss_of(own, tokens(seed=seed))
+            losses.append(loss.detach())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses, [weight.detach() for weight in weights]
+
+    _, counts = ran(lambda: as_stock(train, 1e-5, 1e-3))
+    assert counts == (16, 16)
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
@@ -149,9 +176,11 @@ def test_what_is_saved_for_the_backward_does_not_grow_with_the_experts():
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
-def test_on_kernels(monkeypatch, kind):
+@pytest.mark.parametrize("init", ["mica", True])
+def test_on_kernels(monkeypatch, kind, init):
     """Interpreted: a step of the whole model, its losses and gradients."""
-    model, ids = adapted(kind), tokens(1, 4)
+    mica.fast.enable(lora=True)
+    model, ids = adapted(kind, init_lora_weights=init), tokens(1, 4)
     loss, grads, _ = gradients(model, ids)
     monkeypatch.setenv("MICA_BACKEND", "triton")
     mica.fast.call_counts.clear()

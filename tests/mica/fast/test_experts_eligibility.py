@@ -114,9 +114,9 @@ def test_pefts_own_forward_runs_and_the_reason_is_said(name):
         assert [row.path for row in rows] == 4 * ["peft"]
 
 
-def test_lora_without_mica_is_pefts():
+def test_lora_is_pefts_unless_it_is_included():
     model = randomise(wrap_experts(moe_models.mixtral(), stock=True))
-    assert "is not MiCA" in reason(model)
+    assert "is LoRA, which mica.fast.enable(lora=True) includes" in reason(model)
     assert ran(lambda: loss_of(model, tokens()))[1] == (0, 0)
 
 

@@ -113,7 +113,12 @@ def test_only_adapters_that_the_layer_has_are_listed():
 def test_other_adapters_and_off_are_said():
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
     (row,) = mica.fast.explain(model).rows
-    assert (row.path, row.adapter, row.reason) == ("peft", "default", "adapter 'default' is not MiCA")
+    excluded = "adapter 'default' is LoRA, which mica.fast.enable(lora=True) includes"
+    assert (row.path, row.adapter, row.reason) == ("peft", "default", excluded)
+    mica.fast.enable(lora=True)
+    embedding, *others = mica.fast.explain(net(init_lora_weights=True)).rows
+    assert (embedding.path, embedding.reason) == ("peft", "adapter 'default' is LoRA on an embedding")
+    assert {row.path for row in others} == {"reference"}
     conv = get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 1)), LoraConfig(target_modules=["0"]))
     assert "are not covered" in mica.fast.explain(conv).rows[0].reason
     model = net()

@@ -24,7 +24,7 @@ from tests.support.layer_changes import (
     A_WEIGHT,
     B_WEIGHT,
     BASE_WEIGHT,
-    CHANGES,
+    CHANGES_OF,
     FUSED,
     INPUTS,
     X,
@@ -64,7 +64,7 @@ def replaced(part, make):
 
 def check_common(layer, x=X, dropout_p=0.0, autocast_dtype=None, name="default"):
     """It is recognised, with these operands, which are nobody's copies."""
-    weight, lora_A, lora_B, scaling, bias, compute_dtype, p, seed, autocast = called(layer, x)
+    weight, lora_A, lora_B, scaling, bias, compute_dtype, p, seed, autocast, trains_B = called(layer, x)
     assert weight is layer.base_layer.weight
     assert bias is layer.base_layer.bias
     assert lora_A is layer.lora_A[name].weight
@@ -72,16 +72,21 @@ def check_common(layer, x=X, dropout_p=0.0, autocast_dtype=None, name="default")
     assert scaling == layer.scaling[name]
     assert (compute_dtype, p, autocast) == (None, dropout_p, autocast_dtype)
     assert (seed is None) == (dropout_p == 0.0)
+    assert trains_B == (name not in layer.lora_variant)
 
 
 def check_uncommon(layer, x=X):
     assert called(layer, x) is None
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_change_is_seen_and_so_is_its_undoing(name):
-    layer = layer_of()
-    change, operators, _ = CHANGES[name]
+@pytest.mark.parametrize(
+    ("adapter", "name"),
+    [(adapter, name) for adapter, changes in CHANGES_OF.items() for name in changes],
+    indirect=["adapter"],
+)
+def test_a_change_is_seen_and_so_is_its_undoing(adapter, name):
+    layer = layer_of(adapter=adapter)
+    change, operators, _ = CHANGES_OF[adapter][name]
     check_common(layer)
     undo = change(layer)
     try:
@@ -112,8 +117,8 @@ def test_a_change_is_seen_and_so_is_its_undoing(name):
         (FP64, FP32, False),
     ],
 )
-def test_dtypes(dtype, adapter_dtype, is_common):
-    layer = layer_of(dtype)
+def test_dtypes(adapter, dtype, adapter_dtype, is_common):
+    layer = layer_of(dtype, adapter)
     layer.lora_A.to(adapter_dtype), layer.lora_B.to(adapter_dtype)
     for around in (nullcontext, torch.no_grad):
         with around():
@@ -122,8 +127,8 @@ def test_dtypes(dtype, adapter_dtype, is_common):
 
 @pytest.mark.parametrize("autocast_dtype", [BF16, FP16])
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), [(FP32, FP32), (BF16, FP32), (FP32, BF16), (BF16, FP16)])
-def test_autocast(dtype, adapter_dtype, autocast_dtype):
-    layer = layer_of(dtype)
+def test_autocast(adapter, dtype, adapter_dtype, autocast_dtype):
+    layer = layer_of(dtype, adapter)
     layer.lora_A.to(adapter_dtype), layer.lora_B.to(adapter_dtype)
     with torch.autocast("cpu", autocast_dtype):
         for x in (X, X.bfloat16(), X.half()):

@@ -78,7 +78,7 @@ def test_compute_dtype_float32_is_stocks_arithmetic(monkeypatch):
     (out, grads), (expected, expected_grads) = both(lambda: step(model, INDICES))
     assert (out != expected).float().mean() <= 0.02
     assert_same(grads, expected_grads, 0.1 * RELATIVE[torch.bfloat16])
-    mica.fast.enable()
+    mica.fast.enable(compute_dtype=None)
     monkeypatch.setenv("MICA_NATIVE", "0")  # C++ has the number below already
     monkeypatch.setattr("mica.paths.products.FEW_TO_ROUND", 0)  # few tokens compute so by default
     coarse, _ = step(model, INDICES)

@@ -15,7 +15,8 @@ from bench.measure.memory import alive_bytes
 from mica.fast.frameworks import REMEDIES
 from tests.support.kernel_cases import DEVICE
 from tests.support.liger import run_on_any_device
-from tests.support.training import batches, check, llama, report, train, trainable
+from tests.support.models import ADAPTERS
+from tests.support.training import Run, batches, check, llama, of_lora, report, train, trainable
 
 pytest.importorskip("triton")
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
@@ -54,16 +55,21 @@ def nodes(tensor):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ["reference", "kernel"])
-def test_the_losses_of_neither(monkeypatch, path):
-    """RMSNorm, rotary embedding, SwiGLU and fused linear cross-entropy of Liger, around MiCA's layers."""
+@pytest.mark.parametrize(
+    ("adapter", "path"),
+    [("MiCA", "reference"), ("MiCA", "kernel"), ("LoRA", "reference")],
+    indirect=["adapter"],
+)
+def test_the_losses_of_neither(monkeypatch, adapter, path):
+    """RMSNorm, rotary embedding, SwiGLU and fused linear cross-entropy of Liger, around adapted layers."""
     monkeypatch.setenv("MICA_BACKEND", "triton" if path == "kernel" else "reference")
-    model = with_liger()
+    model = with_liger(**ADAPTERS[adapter])
     done = report(model, lambda: train(model, DATA.to(DEVICE)))
     assert all(row.calls == 1 for row in done["rows"])
     with mica.fast.disabled():
-        expected = train(llama(num_hidden_layers=1), DATA)
-    check(done, expected, path=path)
+        expected = train(llama(num_hidden_layers=1, **ADAPTERS[adapter]), DATA)
+    run = Run() if adapter == "MiCA" else of_lora(Run())
+    check(done, expected, run, path=path)
 
 
 def test_all_four_kernels_take_part():

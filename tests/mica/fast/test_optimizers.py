@@ -12,6 +12,7 @@ from peft.optimizers import create_loraplus_optimizer, lorafa
 import mica.fast
 from tests.support.models import adapted_layers, assert_same_bases, factors, net, tiny_llama, wrap
 from tests.support.peft_versions import is_at_least
+from tests.support.stock import assert_same, both, counted
 from tests.support.training import train
 from tests.support.unchanged import unchanged
 
@@ -25,6 +26,10 @@ def lorafa_of(model, module=peft.optimizers):
 
 def trainable(model):
     return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 @pytest.mark.parametrize("module", [peft.optimizers, lorafa])
@@ -76,3 +81,37 @@ def test_lora_plus_trains_a_alone(stock):
         train(model, [TOKENS, TOKENS], optimizer=optimizer)
     assert all(factors(layer)[0].any() for layer in adapted_layers(model).values())
     assert_same_bases(model, before)
+
+
+def adamw_8bit(parameters, **options):
+    """It does not count its edits, nor does fused AdamW. Small tensors it leaves in 32 bits."""
+    bnb = pytest.importorskip("bitsandbytes")
+    return bnb.optim.AdamW8bit(parameters, min_8bit_size=16, **options)
+
+
+OPTIMIZERS = {  # each of a model
+    "fused AdamW": lambda model: torch.optim.AdamW(trained(model), lr=1e-2, fused=True),
+    "AdamW8bit": lambda model: adamw_8bit(trained(model), lr=1e-2),
+    "LoRA-FA": lorafa_of,
+    "LoRA+": lambda model: create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=4),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_plain_lora_follows_stock(name):
+    """Every step and the evaluations between them read B as it is."""
+    mica.fast.enable(lora=True)
+
+    def losses():
+        model = wrap(tiny_llama(initializer_range=0.3), targets="all-linear", init_lora_weights=True).train()
+        optimizer, seen = OPTIMIZERS[name](model), []
+        for _ in range(4):
+            seen.append(train(model, [TOKENS], optimizer=optimizer))
+            with torch.no_grad():
+                seen.append(model(input_ids=TOKENS, labels=TOKENS).loss)
+        assert seen[-1] < seen[0] - 1e-2
+        return seen
+
+    (ours, stock), counts = counted(lambda: both(losses))
+    assert counts == {"linear": 8 * 14, "linear_backward": 4 * 14}
+    assert_same(ours, stock, 1e-5)

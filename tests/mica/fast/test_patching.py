@@ -165,9 +165,8 @@ def test_settings_are_checked_before_any_changes():
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'compute'"):
         mica.fast.enable(compute=None)
     assert (settings.compute_dtype, settings.on_unsuitable) == (torch.float32, "skip")
-    mica.fast.enable()
-    assert (settings.compute_dtype, settings.on_unsuitable) == (None, "raise")
-    assert settings.device == "auto"
+    mica.fast.enable(on_unsuitable="raise")  # changes nothing else
+    assert (settings.compute_dtype, settings.on_unsuitable) == (torch.float32, "raise")
 
 
 @pytest.mark.parametrize(

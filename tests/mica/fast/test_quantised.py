@@ -16,7 +16,7 @@ from torch import nn
 import mica.fast
 from mica.fast.create import quantised, solving
 from tests.support import quantised_models
-from tests.support.models import adapted_layers, assert_same_bases, factors, randomise, wrap
+from tests.support.models import ADAPTERS, adapted_layers, assert_same_bases, factors, randomise, wrap
 from tests.support.moe_models import second
 from tests.support.quantised_models import KINDS, TARGETS, adapted, assert_spans, dequantised, llama, logits
 from tests.support.stock import as_stock, assert_same, counted, step, uninstalled
@@ -226,14 +226,22 @@ def test_a_large_bias_and_a_dequantize_weight_that_lies(kind, repacked, monkeypa
 # -- forward and backward ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_runs_on_the_operators_and_follows_peft(monkeypatch, kind, backend):
-    """Fault 3: stock itself refuses, with another error for each library."""
+def test_stock_refuses_mica(kind):
+    """Fault 3: with another error for each library."""
     with pytest.raises((TypeError, ValueError, AttributeError, NotImplementedError)):
         adapted(kind, stock=True)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "backend"),
+    [("MiCA", "reference"), ("MiCA", "triton"), ("LoRA", "reference")],
+    indirect=["adapter"],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_runs_on_the_operators_and_follows_peft(monkeypatch, kind, adapter, backend):
     monkeypatch.setenv("MICA_BACKEND", backend)
-    model = randomise(adapted(kind))
+    model = randomise(adapted(kind, **ADAPTERS[adapter]))
     rows = mica.fast.explain(model).rows
     assert {row.path for row in rows} == {{"reference": "reference", "triton": "kernel"}[backend]}
     assert all("base layer called: a base layer of type" in row.reason for row in rows)

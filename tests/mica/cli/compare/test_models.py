@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
+import mica.fast
 from mica.cli.compare.methods import METHODS, options
 from mica.cli.compare.models import built
 from tests.support.tiny_cli import logits, tiny_llama
@@ -32,7 +33,9 @@ def test_a_method_starts_as_the_base_and_leaves_it_as_it_was(method, base):
     modules = [name for name, _ in base.named_modules()]
     expected = logits(base)
     with model_of(method, base) as model:
+        mica.fast.call_counts.clear()
         torch.testing.assert_close(logits(model), expected)
+        assert mica.fast.call_counts["linear"] == len(layers(model))  # on the same operators
         for parameter in model.parameters():
             if parameter.requires_grad:
                 with torch.no_grad():
