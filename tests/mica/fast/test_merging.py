@@ -278,7 +278,7 @@ def test_what_stock_has_merged_since_is_not_undone_with_an_old_record(kind, off)
         assert not mica.fast.merge_report(model).layers
         with pytest.warns(UserWarning, match="present update in fp32, .* stock PEFT merged it"):
             model.unmerge_adapter()
-    assert_close(model, before, 20 * RELATIVE[torch.float32])
+    assert_close(model, before, 200 * RELATIVE[torch.float32])  # a wrong update is off by more than 1
 
 
 def test_a_weight_that_is_not_contiguous_is_merged_and_unmerged_by_stock():
