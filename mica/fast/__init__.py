@@ -54,8 +54,9 @@ def enable(
     """Run adapters on this backend, as the import does for MiCA. A setting that is not given stays.
 
     Args:
-        lora: whether plain LoRA runs on this backend, too: adapters of linear layers without a variant of
-            PEFT's (DoRA, aLoRA, …), which may train lora_A, lora_B or both. At first False.
+        lora: whether plain LoRA runs on this backend, and is merged by it, too: adapters of linear layers
+            without a variant of PEFT's (DoRA, aLoRA, …), which may train lora_A, lora_B or both. At first
+            False.
         compute_dtype: dtype of the low-rank products. None, at first: that of the activations, so a bf16
             model's adapters compute in bf16 from their fp32 master weights (a few tokens on a CPU in fp32,
             where that is faster). ``torch.float32``: stock PEFT's arithmetic over a 16-bit base, still

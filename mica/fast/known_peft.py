@@ -62,6 +62,8 @@ REPEATED: dict[str, dict[str, str]] = {
         f"{_LAYERS}:ParamWrapper._activate_lora": "0d7e26933547 561eba5e7024",
     },
     MERGING: {
+        f"{_LAYERS}:Linear.merge": "52919e1daf19 111a2b7663d7",
+        f"{_LAYERS}:Linear.unmerge": "0d38194512f8",
         f"{_LAYERS}:Linear.get_delta_weight": "3fe2e19f59b7",
         f"{_LAYERS}:Embedding.get_delta_weight": "19bc770bacbc",
         f"{_LAYERS}:ParamWrapper.merge": "df08e590cb35",

@@ -22,7 +22,7 @@ from mica.fast.forward import call_counts, decide, experts
 from mica.fast.forward.eligibility import quantised_layers
 from mica.fast.known_peft import EMBEDDING, EXPERTS, INITIALISATION, LINEAR, MERGING
 from mica.fast.merge import experts as merging_of_experts
-from mica.fast.merge import merging, reporting
+from mica.fast.merge import merging, plain_lora, reporting
 
 
 class Patch(NamedTuple):
@@ -75,6 +75,8 @@ PATCHES = (
     Patch(_LINEAR, "forward", _FORWARD, decide.linear_forward, part=LINEAR),
     Patch(_EMBEDDING, "forward", _FORWARD, decide.embedding_forward, part=EMBEDDING),
     _optional_part("forward", _FORWARD, experts.experts_forward, EXPERTS),
+    Patch(_LINEAR, "merge", "self safe_merge adapter_names", plain_lora.merge, part=MERGING),
+    Patch(_LINEAR, "unmerge", "self", plain_lora.unmerge, part=MERGING),
     Patch("peft.tuners.tuners_utils:BaseTuner", *_WHOLE),
     Patch(_PEFT_MODEL, *_WHOLE),
     Patch(_LAYER, *_INIT, part=INITIALISATION),

@@ -183,11 +183,8 @@ def _update_of(layer, adapter: str) -> Update:
 
 def is_covered(layer, weight: Tensor) -> bool:
     """Whether this backend merges into the weight; else PEFT does."""
-    if is_wrapper(layer):
-        is_known = weight.dtype in FLOATING
-    else:
-        is_known = type(layer) in (lora.Linear, lora.Embedding)
-    is_dense = type(weight) in TENSOR_TYPES and weight.is_floating_point() and not weight.is_meta
+    is_known = is_wrapper(layer) or type(layer) in (lora.Linear, lora.Embedding)
+    is_dense = type(weight) in TENSOR_TYPES and weight.dtype in FLOATING and not weight.is_meta
     return is_known and is_dense and weight.is_contiguous()
 
 
@@ -408,7 +405,7 @@ def _warn_of_inexact_unmerge(adapter: str, undo: Undo | None) -> None:
     warnings.warn(
         f"adapter {adapter!r} was unmerged by subtracting {what} in fp32, not to the exact base "
         f"weight, because {why}.",
-        stacklevel=8,
+        stacklevel=10,
     )
 
 

@@ -65,7 +65,7 @@ class MergeReport:
 
     def __str__(self) -> str:
         if not self.layers and not self.unmeasured:
-            return "no MiCA adapter was merged by mica.fast"
+            return "no adapter was merged by mica.fast"
         parts = []
         if self.layers:
             parts.append(self._sentence_on_measured())

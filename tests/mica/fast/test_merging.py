@@ -1,4 +1,4 @@
-"""Merging linear layers, embeddings and stacks of experts: one rounding, every bit back, nested wrappers."""
+"""Merging linear layers, embeddings, plain LoRA and stacks of experts: one rounding, every bit back."""
 
 import copy
 import itertools
@@ -12,7 +12,15 @@ from transformers.pytorch_utils import Conv1D
 
 import mica.fast
 from mica.fast.merge import merging
-from tests.support.merging_models import assert_same_bits, exact_merge, quietly, trained, weights
+from tests.support.merging_models import (
+    LORA,
+    assert_same_bits,
+    exact_merge,
+    quietly,
+    trained,
+    weights,
+    without_lora,
+)
 from tests.support.models import Net, adapted_layers, factors, net, randomise, stored, wrap
 from tests.support.moe_models import BUILDERS, qwen3_moe, second, wrap_experts
 from tests.support.stock import uninstalled
@@ -22,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("language")  # each test once with the C++ 
 
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 BF16 = torch.bfloat16
-KINDS = ["linear", "qwen3_moe"]  # for `trained`: dense layers, and experts with their router
+KINDS = ["linear", "lora", "qwen3_moe"]  # for `trained`: dense layers, and experts with their router
 
 
 def assert_close(model, before, tolerance):
@@ -41,7 +49,9 @@ def output(model, grad=False):
 
 @pytest.mark.parametrize("chunk", [None, 1], ids=["one chunk", "one row per chunk"])
 @pytest.mark.parametrize("dtype", RELATIVE)
-@pytest.mark.parametrize(("kind", "rank"), [("linear", 4), ("qwen3_moe", 4), ("gpt_oss", 4), ("gpt_oss", 1)])
+@pytest.mark.parametrize(
+    ("kind", "rank"), [("linear", 4), ("lora", 4), ("qwen3_moe", 4), ("gpt_oss", 4), ("gpt_oss", 1)]
+)
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_merges_in_fp32_and_rounds_once_and_unmerges_to_the_bit(
     kind, rank, dtype, safe_merge, chunk, monkeypatch
@@ -82,12 +92,12 @@ def test_square_conv1d_is_merged_the_right_way_round_and_tied_weights_stay_tied(
 
 
 # Also those whose layers are nested wrappers of PEFT
-of_every_kind = pytest.mark.parametrize("kind", ["linear", *BUILDERS])
+of_every_kind = pytest.mark.parametrize("kind", ["linear", "lora", *BUILDERS])
 
 
 def model_and_tolerance(kind, dtype):
     """The tolerance is for outputs before and after a merge."""
-    if kind == "linear":
+    if kind in ("linear", "lora"):
         return trained(kind, dtype, scale=0.1), 3 * RELATIVE[dtype]
     return trained(kind, dtype), 10 * RELATIVE[dtype]  # for experts stock rounds W + s·B·A twice
 
@@ -126,14 +136,15 @@ def test_a_model_is_unloaded_without_or_with_its_merged_adapter(kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_rounds_of_merge_train_unmerge(kind):
-    """As RL trainers do at every step; the update that was merged is taken out, not the one A makes now."""
+    """As RL trainers do at every step; what was merged is taken out, not what A and B make now."""
     model = trained(kind, BF16)
     before = weights(model)
-    for seed in range(20 if kind == "linear" else 3):
+    for seed in range(3 if kind == "qwen3_moe" else 20):
         model.merge_adapter()
         randomise(model, seed=seed)
         for layer in adapted_layers(model).values():
             layer.scaling["default"] = 17.0 + seed
+            factors(layer)[1].detach().neg_()
         quietly(model.unmerge_adapter)
     assert_same_bits(model, before)
 
@@ -155,7 +166,7 @@ def test_two_adapters_merge_and_unmerge_in_order(kind):
         model.unmerge_adapter()
 
 
-def test_next_to_plain_lora_which_stock_merges():
+def test_experts_next_to_plain_lora_which_stock_merges():
     """LoRA is merged first, by stock's code and without a record of ours."""
     model = second(trained("qwen3_moe"), init_lora_weights=False)
     before = weights(model)
@@ -214,14 +225,14 @@ def test_an_unmerge_that_computes_otherwise_than_the_merge_is_seen_and_said():
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("off", [mica.fast.disabled, uninstalled])
+@pytest.mark.parametrize("off", [mica.fast.disabled, uninstalled, without_lora])
 @pytest.mark.parametrize("kind", KINDS)
 def test_switching_off_in_between_still_unmerges_to_the_bit(kind, off):
     model = trained(kind, BF16)
     before = weights(model)
     model.merge_adapter()
     with off():
-        if off is mica.fast.disabled:
+        if off is not uninstalled:
             quietly(model.unmerge_adapter)
     if off is uninstalled:
         quietly(model.unmerge_adapter)
@@ -229,7 +240,7 @@ def test_switching_off_in_between_still_unmerges_to_the_bit(kind, off):
 
 
 @pytest.mark.parametrize(("how", "dtype"), [("disabled", torch.float32), ("pickled", BF16)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["linear", "qwen3_moe"])
 def test_a_merge_without_a_record_is_unmerged_by_subtraction_and_that_is_said(kind, how, dtype):
     """Made by stock, or before the model was pickled: a pickle holds nothing of this package."""
     model = trained(kind, dtype)
@@ -267,7 +278,7 @@ def test_what_stock_has_merged_since_is_not_undone_with_an_old_record(kind, off)
         assert not mica.fast.merge_report(model).layers
         with pytest.warns(UserWarning, match="present update in fp32, .* stock PEFT merged it"):
             model.unmerge_adapter()
-    assert_close(model, before, 20 * RELATIVE[torch.float32])
+    assert_close(model, before, 200 * RELATIVE[torch.float32])  # a wrong update is off by more than 1
 
 
 def test_a_weight_that_is_not_contiguous_is_merged_and_unmerged_by_stock():
@@ -296,7 +307,7 @@ def test_a_merge_that_is_refused_changes_nothing_and_leaves_no_record(kind, dtyp
         layer.merge(safe_merge=True)
     assert_same_bits(model, before)
     assert not layer.merged_adapters
-    assert str(mica.fast.merge_report(model)).startswith("no MiCA adapter was merged")
+    assert str(mica.fast.merge_report(model)).startswith("no adapter was merged")
     assert all("mica" not in key for key in vars(layer))
 
 
@@ -348,10 +359,11 @@ def test_autocast_rounds_no_update(dtype, merging_in, unmerging_in):
 @pytest.mark.parametrize("kind", KINDS)
 def test_inference_mode(kind, made_in, merged_in, safe):
     """A model made in inference mode, or merged in it and in autocast, is unmerged outside of it."""
-    adapt, build = (wrap, Net) if kind == "linear" else (wrap_experts, qwen3_moe)
+    mica.fast.enable(lora=kind == "lora")
+    adapt, build = (wrap_experts, qwen3_moe) if kind == "qwen3_moe" else (wrap, Net)
     with torch.inference_mode(made_in):
         base = build()
-    model = randomise(adapt(base), scale=1.0)
+    model = randomise(adapt(base, **LORA) if kind == "lora" else adapt(base), scale=1.0)
     before = weights(model)
     with torch.inference_mode(merged_in), torch.autocast("cpu", torch.float16, enabled=merged_in):
         model.merge_adapter(safe_merge=safe)
@@ -371,6 +383,8 @@ def parameters_of(kind):
     """Names of the adapted parameters in the base model."""
     if kind == "linear":
         return {"embed", "up", "down"}
+    if kind == "lora":
+        return {"up", "conv", "down"}
     places = ("experts.down_proj", "experts.gate_up_proj", "gate")
     return {f"model.layers.{layer}.mlp.{place}" for layer in (0, 1) for place in places}
 
@@ -378,7 +392,7 @@ def parameters_of(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_report_has_a_row_for_each_parameter_and_goes_with_the_unmerge(kind):
     model = trained(kind, scale=0.02)
-    assert str(mica.fast.merge_report(model)).startswith("no MiCA adapter was merged")
+    assert str(mica.fast.merge_report(model)).startswith("no adapter was merged")
     model.merge_adapter()
     report = mica.fast.merge_report(model)
     assert set(report.layers) == {f"base_model.model.{name}" for name in parameters_of(kind)}
@@ -404,7 +418,7 @@ def test_report_says_what_rounding_swallowed(kind, monkeypatch):
     expected = (error_squared / update_squared) ** 0.5
     report = mica.fast.merge_report(model)
     assert report.swallowed == pytest.approx(expected, rel=1e-4)
-    assert 0.005 < report.swallowed < 1
+    assert 0.004 < report.swallowed < 1
     names = parameters_of(kind)
     assert f"{len(names)} layers merged into bfloat16: rounding swallowed" in str(report)
     report = mica.fast.merge_report(model.merge_and_unload())

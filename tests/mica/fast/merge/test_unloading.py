@@ -16,7 +16,7 @@ from tests.support.moe_models import second
 from tests.support.tolerances import RELATIVE, error
 
 BF16 = torch.bfloat16
-BOTH = ["linear", "qwen3_moe"]
+KINDS = ["linear", "lora", "qwen3_moe"]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def broken(model, number):
 
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("dtype", RELATIVE)
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_weights_and_the_report_are_those_of_a_merge(kind, dtype, safe_merge, monkeypatch):
     monkeypatch.setattr(merging, "MEASURED_ROWS", 1)
     model = trained(kind, dtype, scale=0.02)
@@ -115,7 +115,7 @@ def test_a_release_that_unloads_otherwise_keeps_all(recorded, monkeypatch):
 # -- what happens afterwards --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_that_was_kept_unmerges_by_subtraction_and_says_so(kind):
     """The update that was merged, not the one that A makes now."""
     model = trained(kind, BF16)
