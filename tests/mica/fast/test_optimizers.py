@@ -113,5 +113,5 @@ def test_plain_lora_follows_stock(name):
         return seen
 
     (ours, stock), counts = counted(lambda: both(losses))
-    assert counts == {"linear": 8 * 14, "linear_backward": 4 * 14}
+    assert counts["linear"] == 8 * 14
     assert_same(ours, stock, 1e-5)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import mica.fast
 from mica.errors import UnsuitableLayerError
 from tests.support import gloo
-from tests.support.models import adapted_layers, bases, randomise, wrap
+from tests.support.models import ADAPTERS, adapted_layers, bases, randomise, wrap
 from tests.support.peft_versions import needs_peft
 from tests.support.stock import assert_same, counted
 from tests.support.tolerances import RELATIVE
@@ -56,17 +56,18 @@ def bases_of(base, **config):
     return {name: part(tensor) for name, tensor in B.items()}, gathered(B), str(mica.fast.explain(model))
 
 
-def stepped(base, hooked=False, patched=False, twice=False, stock=False):
-    """Loss, gradients of A and, without gradients, logits, on PEFT's code if ``stock``.
+def stepped(base, hooked=False, patched=False, twice=False, stock=False, adapter="MiCA"):
+    """Loss, gradients of A (of LoRA's B, too) and, without gradients, logits, on PEFT's code if ``stock``.
 
     hooked: every base layer; patched: both factors of every adapter have another forward, over that of the
     plan where there is one; twice: with two active adapters.
     """
-    model = randomise(adapted(base))
+    mica.fast.enable(lora=adapter == "LoRA")
+    model = randomise(adapted(base, **ADAPTERS[adapter]))
     if twice:
         model.add_adapter("other", model.peft_config["default"])
-        randomise(model, seed=3)
         model.base_model.set_adapter(["default", "other"])
+        randomise(model, seed=3)
     for layer in adapted_layers(model).values():
         if hooked:
             layer.base_layer.register_forward_hook(lambda module, args, output: output * 1.5)
@@ -87,6 +88,14 @@ STEPPED = {  # name: (options of `stepped`, what runs, what `explain` says)
     "a step with patched factors": ({"patched": True}, {}, ""),
     "a step with two adapters": ({"twice": True}, {**LINEAR, **CALLED}, ""),
     "a step on PEFT's code": ({"stock": True}, {}, ""),
+    "a step of LoRA": ({"adapter": "LoRA"}, LINEAR, ""),
+    "a step of LoRA, uneven": ({"adapter": "LoRA"}, LINEAR, ""),
+    "a step of LoRA with hooks": (
+        {"adapter": "LoRA", "hooked": True},
+        CALLED,
+        "base layer called: hooks on the base layer",
+    ),
+    "a step of LoRA with two adapters": ({"adapter": "LoRA", "twice": True}, {**LINEAR, **CALLED}, ""),
 }
 BASES = {  # name: options of the adapter
     "B": {},
