@@ -1,0 +1,95 @@
+"""What a forward keeps for its backward, beside the bare model: bytes, which no busy machine changes.
+
+SmolLM2-135M without its head, whole and four layers of its widths with random weights: 512 tokens, all linear
+layers adapted, r = 16. A step has to run the operators that its name implies; results are compared in the
+suites that time them. The one round of each cell shows that it runs, not how fast.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from transformers import AutoModel
+
+from bench.measure.machine import DEVICE
+from bench.results.names import BARE, FAST, FAST_NORMS, MICA, PLAIN_LORA, stock
+from bench.suites.bench_step import AUTOCAST, CONFIGS, DROPOUT, DTYPES
+from bench.suites.decoder import RANK, SMOLLM2, Work, adapted, config_of
+from bench.suites.harness import build_all, each, pick, under_autocast
+from bench.suites.rounds import prepared, rounds
+from bench.suites.steps import CONTEXTS, Prepared, Step, checked, operators
+from tests.support import models
+
+TOKENS = pick(default=512, dry=8)
+TOY = "toy"
+FOUR_LAYERS = "4 layers of SmolLM2-135M"
+A_SCALE = 0.02
+
+
+class Cell(NamedTuple):
+    model: str
+    adapter: str
+    dtype: str = "bfloat16"
+    how: str = ""
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    @property
+    def name(self) -> str:
+        name = f"kept by {self.model}, {self.adapter}, {TOKENS} tokens, r = {RANK}, {self.dtype}"
+        return f"{name}, {self.how}" if self.how else name
+
+    @property
+    def axes(self) -> dict[str, str | int]:
+        axes = {"suite": "kept", "tokens": TOKENS, "rank": RANK}
+        return axes | {name: value for name, value in self._asdict().items() if value}
+
+    @property
+    def implementations(self) -> list[str]:
+        return [BARE, *stock(self.dtype, self.how == AUTOCAST), FAST, FAST_NORMS]
+
+
+CELLS = [
+    Cell(model, adapter, *how)
+    for model in pick(default=(FOUR_LAYERS, SMOLLM2), dry=(TOY,))
+    for adapter in (MICA, PLAIN_LORA)
+    for how in (("bfloat16",), ("bfloat16", DROPOUT), ("float32",), ("float32", AUTOCAST))
+]
+
+
+def bare_of(cell: Cell) -> torch.nn.Module:
+    dtype = DTYPES[cell.dtype]
+    if cell.model == SMOLLM2:
+        return models.smollm2(dtype).model
+    torch.manual_seed(0)
+    widths = cell.model if cell.model == TOY else "SmolLM2-135M's widths"
+    return AutoModel.from_config(config_of(widths, layers=4), dtype=dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def setting(cell: Cell) -> Prepared:
+    bare = bare_of(cell).train().requires_grad_(False).to(DEVICE)
+    masters = adapted(bare, A_SCALE, adapter=cell.adapter, **CONFIGS.get(cell.how, {})).train()
+    shape = (1, TOKENS, bare.config.hidden_size)
+    x, dy = torch.randn(2, *shape, device=DEVICE, dtype=DTYPES[cell.dtype]).unbind()
+    work = Work(bare, masters, x, dy)
+    if cell.how == AUTOCAST:
+        work = work._replace(wrap=under_autocast)
+    layers = len(models.adapted_layers(masters))
+
+    def build(name: str) -> Step:
+        ran = operators(layers) if name in (FAST, FAST_NORMS) else {}
+        return checked(work.step(name, CONTEXTS[name], ran), {}, {})
+
+    steps = build_all(cell.name, cell.implementations, build)
+    return Prepared(steps, {name: {"saved_mb": step.saved_mb()} for name, step in steps.items()})
+
+
+@each(CELLS)
+def bench_kept(cell):
+    steps = prepared(cell.name, lambda: setting(cell))
+    rounds(
+        cell.name, cell.implementations, lambda once, _: steps.time(once, cell.axes), seconds=0.0, fewest=1
+    )
