@@ -124,11 +124,11 @@ CELLS = []
 for kind, products in (("layer", True), ("layer", False), ("block", True)):
     if not products and native.why_not() is not None:  # no compiler
         continue
-    CELLS.append(Cell(kind, "float32", products=products))
-    if has_native(torch.bfloat16):
-        CELLS.append(Cell(kind, "bfloat16", products=products))
-        CELLS.append(Cell(kind, "bfloat16", autocast=True, products=products))
-        CELLS.append(Cell(kind, "bfloat16", products=products, adapter=PLAIN_LORA))
+    for adapter in (MICA, PLAIN_LORA):
+        CELLS.append(Cell(kind, "float32", products=products, adapter=adapter))
+        if has_native(torch.bfloat16):
+            CELLS.append(Cell(kind, "bfloat16", products=products, adapter=adapter))
+            CELLS.append(Cell(kind, "bfloat16", autocast=True, products=products, adapter=adapter))
 
 
 def block_of(dtype: torch.dtype) -> nn.Module:
