@@ -6,15 +6,14 @@ suites that time them. The one round of each cell shows that it runs, not how fa
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 from transformers import AutoModel
 
 from bench.measure.machine import DEVICE
 from bench.results.names import BARE, FAST, FAST_NORMS, MICA, PLAIN_LORA, stock
-from bench.suites.bench_step import AUTOCAST, CONFIGS, DROPOUT, DTYPES
-from bench.suites.decoder import RANK, SMOLLM2, Work, adapted, config_of
+from bench.suites.bench_step import AUTOCAST, CONFIGS, DROPOUT, DTYPES, Cell
+from bench.suites.decoder import SMOLLM2, Work, adapted, config_of
 from bench.suites.harness import build_all, each, pick, under_autocast
 from bench.suites.rounds import prepared, rounds
 from bench.suites.steps import CONTEXTS, Prepared, Step, checked, operators
@@ -26,37 +25,16 @@ FOUR_LAYERS = "4 layers of SmolLM2-135M"
 A_SCALE = 0.02
 
 
-class Cell(NamedTuple):
-    model: str
-    adapter: str
-    dtype: str = "bfloat16"
-    how: str = ""
-
-    @property
-    def key(self) -> str:
-        return self.name
-
-    @property
-    def name(self) -> str:
-        name = f"kept by {self.model}, {self.adapter}, {TOKENS} tokens, r = {RANK}, {self.dtype}"
-        return f"{name}, {self.how}" if self.how else name
-
-    @property
-    def axes(self) -> dict[str, str | int]:
-        axes = {"suite": "kept", "tokens": TOKENS, "rank": RANK}
-        return axes | {name: value for name, value in self._asdict().items() if value}
-
-    @property
-    def implementations(self) -> list[str]:
-        return [BARE, *stock(self.dtype, self.how == AUTOCAST), FAST, FAST_NORMS]
-
-
 CELLS = [
-    Cell(model, adapter, *how)
+    Cell(model, (1, TOKENS), dtype, how=how, adapter=adapter)
     for model in pick(default=(FOUR_LAYERS, SMOLLM2), dry=(TOY,))
     for adapter in (MICA, PLAIN_LORA)
-    for how in (("bfloat16",), ("bfloat16", DROPOUT), ("float32",), ("float32", AUTOCAST))
+    for dtype, how in (("bfloat16", ""), ("bfloat16", DROPOUT), ("float32", ""), ("float32", AUTOCAST))
 ]
+
+
+def implementations(cell: Cell) -> list[str]:
+    return [BARE, *stock(cell.dtype, cell.how == AUTOCAST), FAST, FAST_NORMS]
 
 
 def bare_of(cell: Cell) -> torch.nn.Module:
@@ -83,13 +61,17 @@ def setting(cell: Cell) -> Prepared:
         ran = operators(layers) if name in (FAST, FAST_NORMS) else {}
         return checked(work.step(name, CONTEXTS[name], ran), {}, {})
 
-    steps = build_all(cell.name, cell.implementations, build)
+    steps = build_all(kept_by(cell), implementations(cell), build)
     return Prepared(steps, {name: {"saved_mb": step.saved_mb()} for name, step in steps.items()})
+
+
+def kept_by(cell: Cell) -> str:
+    return f"{cell.name}, kept"
 
 
 @each(CELLS)
 def bench_kept(cell):
-    steps = prepared(cell.name, lambda: setting(cell))
-    rounds(
-        cell.name, cell.implementations, lambda once, _: steps.time(once, cell.axes), seconds=0.0, fewest=1
-    )
+    group = kept_by(cell)
+    steps = prepared(group, lambda: setting(cell))
+    axes = {**cell.axes, "suite": "kept"}
+    rounds(group, implementations(cell), lambda once, _: steps.time(once, axes), seconds=0.0, fewest=1)
