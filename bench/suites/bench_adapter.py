@@ -131,15 +131,18 @@ def merging(group, adapter: str):
 def checked_merge(model, implementation) -> dict[str, float]:
     """Merges and unmerges; which share of the weights that changes, and what the merge report says."""
     facts = {}
+    is_exact = False
     before = [weight.clone() for weight in weights(model)]
     model.merge_adapter()
     if implementation == FAST:
-        facts["swallowed"] = mica.fast.merge_report(model).swallowed
+        report = mica.fast.merge_report(model)
+        facts["swallowed"] = report.swallowed
+        is_exact = bool(report.layers)  # merged by mica.fast, not by PEFT's own code
     merged = zip(weights(model), before, strict=True)
     assert not any(torch.equal(weight, old) for weight, old in merged), "merging changes nothing"
     model.unmerge_adapter()
     changed = sum(int((weight != old).sum()) for weight, old in zip(weights(model), before, strict=True))
-    if implementation == FAST:
+    if is_exact:
         assert not changed, f"{changed} weights are not what they were before the merge"
     facts["weights_changed"] = changed / sum(weight.numel() for weight in before)
     return facts

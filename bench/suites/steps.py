@@ -156,7 +156,7 @@ def checked(step: Step, expected: dict[str, Tensor], gates: dict[str, float]) ->
     assert ran == step.operators, f"a step ran {ran}, not {step.operators}"
     for what, value in expected.items():
         error = float((results[what] - value).norm() / value.norm())
-        assert error <= gates.get(what, gates["dA"]), f"{what} is {error:.1e} off stock PEFT's"
+        assert error <= gates.get(what, gates["dA"]), f"{what} is {error:.1e} off what is expected"
     return step
 
 
