@@ -237,10 +237,10 @@ def _saved_row(group: Group) -> Row:
     return [label, *(f"{megabytes:.0f} MB" for megabytes in kept), *less]
 
 
-def kept(run: str) -> list[Row]:
+def kept(*runs: str) -> list[Row]:
     """Megabytes, and what they are of the bare model's."""
     rows = [["", *SPEED_HEADER[1:5], '`recompute="norms"`']]
-    for group in result(run).select(suite="kept"):
+    for group in (one for run in runs for one in result(run).select(suite="kept")):
         bare = group.timings[BARE].facts["saved_mb"]
         cells = [f"{bare:.1f} MB"]
         for name in (STOCK, best_stock(group.timings), FAST, FAST_NORMS):
