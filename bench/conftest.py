@@ -20,12 +20,14 @@ os.environ["MICA_CACHE"] = "0"  # solve, not look up
 import torch
 from transformers.utils import logging
 
+import mica.fast
 from bench.measure.machine import DEVICE
 from bench.suites.rounds import Once
 
 pytest_plugins = ["bench.measure.watching", "bench.measure.table"]
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+mica.fast.enable(lora=True)
 
 gc.freeze()  # what is imported by now: a capture collects garbage, and would traverse it each time
 STREAM = torch.cuda.Stream() if DEVICE == "cuda" else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,7 @@ from bench import on_a_gpu, study
 from bench.report.words import Row, markdown, shown, shows_no_difference, speedup
 from bench.results import names
 from bench.results.cell import Group, Ratio
-from bench.results.names import BARE, BOTH, EIGH, FAST, FAST_NORMS, LORA, NO_GRADIENT, STOCK, STOCK_16
+from bench.results.names import BARE, BOTH, EIGH, FAST, FAST_NORMS, LORA, MICA, NO_GRADIENT, STOCK, best_stock
 from bench.results.schema import Result
 from bench.results.throughput import number
 
@@ -31,10 +32,7 @@ SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 FEW = 256  # tokens; where products of a layer begin to take most of its time
 DROPOUT = 0.05
 SOLVED_RANKS = (16, 64, 128)
-STEPS_WITH_DROPOUT = {  # how -> in words
-    "dropout 0.05": "with dropout 0.05",
-    "paper's recipe": "in the paper's recipe (q and v only, dropout 0.05)",
-}
+PAPER = "paper's recipe"
 
 
 @cache
@@ -62,25 +60,21 @@ def only(name: str, start: str = "", **axes: str | int) -> Group:
     return group
 
 
-def layers(name: str, dtype: str, *passes: str, dropout: float = 0.0) -> list[Group]:
+def layers(name: str, dtype: str, *passes: str, dropout: float = 0.0, adapter: str = MICA) -> list[Group]:
     found = []
-    for one in result(name).select(suite="layer", dtype=dtype):
+    for one in of_adapter(name, adapter, suite="layer", dtype=dtype):
         if one.axes["pass"] in passes and one.axes.get("dropout", 0.0) == dropout:
             found.append(one)
     return found
 
 
-def bf16_steps(name: str) -> tuple[Group, Group]:
-    """A training step of SmolLM2-135M, and the same under autocast."""
-    steps = [*result(name).select(suite="step", dtype="bfloat16")]
-    (plain,) = (one for one in steps if "how" not in one.axes)
-    (autocast,) = (one for one in steps if one.axes.get("how") == "autocast")
-    return plain, autocast
+def of_adapter(name: str, adapter: str, **axes: str | int) -> list[Group]:
+    return [one for one in result(name).select(**axes) if one.axes.get("adapter", MICA) == adapter]
 
 
-def as_stock(group: Group, name: str) -> Ratio:
-    """To the stock whose adapters have the base's dtype; by default they are in float32."""
-    return group.ratio(name, STOCK if group.axes["dtype"] == "float32" else STOCK_16)
+def adapters(name: str, suite: str) -> list[str]:
+    """Those that the run has in this suite, MiCA first."""
+    return list(dict.fromkeys(one.axes.get("adapter", MICA) for one in result(name).select(suite=suite)))
 
 
 def span(ratios: list[Ratio]) -> str:
@@ -93,48 +87,55 @@ def middle(ratios: list[Ratio]) -> str:
     return f"{median(1 / one.median for one in ratios):.2f}×"
 
 
-SPEED_HEADER = ["", "stock PEFT", "mica.fast", "speedup"]
+SPEED_HEADER = [
+    "",
+    "without adapter",
+    "PEFT's default",
+    "PEFT's best setting",
+    "mica.fast",
+    "against the default",
+    "against the best",
+]
 MARK = "†"
-FOOTNOTE = [f"{MARK} The interval contains 1: this run does not show that either is faster.", "", "", ""]
+FOOTNOTE = [f"{MARK} The interval contains 1: this run does not show that either is faster.", *[""] * 6]
 
 
-def measured(run: str) -> list[Row]:
-    rows = [
-        *_adapter_rows(run),
-        *_block_rows(run),
-        *_step_rows(run),
-        _layers_row(run, "bfloat16"),
-        _layers_row(run, "bfloat16", few=True),
-        _layers_row(run, "bfloat16", STOCK_16),
-        _layers_row(run, "bfloat16", STOCK_16, few=True),
-        _layers_row(run, "float32"),
-        _layers_row(run, "float32", few=True),
-        _dropout_row(run, "bfloat16"),
-        _dropout_row(run, "float32"),
-        *_saved_rows(run),
-        *_merge_rows(run),
-    ]
-    return [SPEED_HEADER, *with_footnote(rows)]
+def measured(run: str, *fresh: str) -> list[Row]:
+    """``fresh``: a run of the suite of that name."""
+    rows = [*_adapter_rows(run), *_block_rows(run), *_step_rows(run)]
+    for one in fresh:
+        rows += _step_rows(one)
+    for adapter in adapters(run, "layer"):
+        for dtype in SHORT:
+            rows += [
+                _layers_row(run, dtype, adapter),
+                _layers_row(run, dtype, adapter, few=True),
+                _dropout_row(run, dtype, adapter),
+            ]
+    return [SPEED_HEADER, *with_footnote([*rows, *_merge_rows(run)])]
 
 
-def headline(run: str, clock: str) -> list[Row]:
+def headline(run: str, clock: str, *fresh: str) -> list[Row]:
     """What a user chooses by: of each kind the first, and where nothing is gained.
 
-    ``clock``: a run with two threads, by the wall clock.
+    ``clock``: a run with two threads, by the wall clock; ``fresh``: a run of the suite of that name.
     """
     created, _, loaded = _adapter_rows(run)
     on_two = _seconds_row("the same on two cores, by the clock", only(clock, suite="initialisation"), 1)
-    step, autocast, _, _, paper = _step_rows(run)
-    layers_16, layers_32 = (_layers_row(run, dtype) for dtype in ("bfloat16", "float32"))
+    steps = []
+    for one in (run, *fresh):
+        for group in _steps(one):
+            if group.axes["dtype"] == "bfloat16" and group.axes.get("how") in (None, "autocast", PAPER):
+                steps.append(_throughput_row(_step_label(group), group))
+    wide = [_layers_row(run, dtype, MICA) for dtype in SHORT]
     merge, *_ = _merge_rows(run)
-    kept, *_ = _saved_rows(run)
-    rows = [created, on_two, loaded, step, autocast, paper, layers_16, layers_32, merge, kept]
-    return [SPEED_HEADER, *with_footnote(rows)]
+    kept = _saved_row(next(_steps(run)))
+    return [SPEED_HEADER, *with_footnote([created, on_two, loaded, *steps, *wide, merge, kept])]
 
 
 def with_footnote(rows: list[Row]) -> list[Row]:
     """A last row says what the mark means, if a row has it."""
-    if any(row[-1].endswith(MARK) for row in rows):
+    if any(cell.endswith(MARK) for row in rows for cell in row):
         return [*rows, FOOTNOTE]
     return rows
 
@@ -153,18 +154,18 @@ def _adapter_rows(run: str) -> list[Row]:
     ours = f"{number(created.timings[FAST].median)} s"
     return [
         _seconds_row("`get_peft_model`, SmolLM2-135M, fp32", created, digits=1),
-        [against, "", ours, _speedup_cell(created.ratio(FAST, EIGH), digits=1)],
+        [against, "", "", "", ours, _speedup_cell(created.ratio(FAST, EIGH), digits=1), ""],
         _seconds_row("`PeftModel.from_pretrained`, fp32", loaded, digits=0),
     ]
 
 
 def _throughput_row(label: str, group: Group, ours: str = FAST) -> Row:
-    """In tokens/s; the speedup is the median of the rounds', not the quotient of these medians."""
-    bare, *rates = (
-        f"{number(group.axes['tokens'] / group.timings[name].median)} tokens/s"
-        for name in (BARE, STOCK, ours)
-    )
-    return [f"{label} (bare: {bare})", *rates, _speedup_cell(group.ratio(ours, STOCK))]
+    """In tokens/s; a speedup is the median of the rounds', not the quotient of these medians."""
+    best = best_stock(group.timings)
+    rates = []
+    for name in (BARE, STOCK, best, ours):
+        rates.append(f"{number(group.axes['tokens'] / group.timings[name].median)} tokens/s")
+    return [label, *rates, *(_speedup_cell(group.ratio(ours, baseline)) for baseline in (STOCK, best))]
 
 
 def _block_rows(run: str) -> list[Row]:
@@ -176,80 +177,135 @@ def _block_rows(run: str) -> list[Row]:
     return rows
 
 
+def _steps(run: str) -> Iterator[Group]:
+    """Also those in fresh processes."""
+    for group in result(run).groups:
+        if group.axes["suite"] in ("step", "fresh"):
+            yield group
+
+
+def _step_label(group: Group) -> str:
+    axes = group.axes
+    adapter = axes.get("adapter", MICA)
+    words = [f"training step of {axes['model']}", adapter, SHORT[axes["dtype"]], f"{axes['tokens']} tokens"]
+    if "how" in axes:
+        words.append(f"{PAPER} (q and v only, dropout 0.05)" if axes["how"] == PAPER else axes["how"])
+    if axes["suite"] == "fresh":
+        words.append("fresh processes, by the clock")
+    return ", ".join(words)
+
+
 def _step_rows(run: str) -> list[Row]:
-    plain, autocast = bf16_steps(run)
-    label = f"training step of SmolLM2-135M, bf16, {plain.axes['tokens']} tokens"
-    rows = [_throughput_row(label, plain), _throughput_row("the same under autocast", autocast)]
-    rows.append(_throughput_row('the same with `recompute="norms"`', plain, FAST_NORMS))
-    for how, what in STEPS_WITH_DROPOUT.items():
-        rows.append(_throughput_row(f"the same {what}", only(run, suite="step", how=how)))
+    rows = []
+    for group in _steps(run):
+        rows.append(_throughput_row(_step_label(group), group))
+        if FAST_NORMS in group.timings:
+            rows.append(_throughput_row('the same with `recompute="norms"`', group, FAST_NORMS))
     return rows
 
 
-def _layers_row(run: str, dtype: str, baseline: str = STOCK, few: bool = False) -> Row:
+def _layers_row(run: str, dtype: str, adapter: str, few: bool = False) -> Row:
     """``few``: those with few tokens, also without a gradient."""
     passes = (BOTH, NO_GRADIENT) if few else (BOTH,)
-    cells = [one for one in layers(run, dtype, *passes) if (one.axes["tokens"] < FEW) == few]
-    return _span_row("linear layers", dtype, cells, baseline)
+    cells = layers(run, dtype, *passes, adapter=adapter)
+    chosen = [one for one in cells if (one.axes["tokens"] < FEW) == few]
+    return _span_row(f"linear layers, {adapter}", dtype, chosen)
 
 
-def _dropout_row(run: str, dtype: str) -> Row:
-    cells = layers(run, dtype, BOTH, dropout=DROPOUT)
-    return _span_row(f"linear layers with dropout {DROPOUT}", dtype, cells)
+def _dropout_row(run: str, dtype: str, adapter: str) -> Row:
+    cells = layers(run, dtype, BOTH, dropout=DROPOUT, adapter=adapter)
+    return _span_row(f"linear layers with dropout {DROPOUT}, {adapter}", dtype, cells)
 
 
-def _span_row(what: str, dtype: str, cells: list[Group], baseline: str = STOCK) -> Row:
+def _span_row(what: str, dtype: str, cells: list[Group]) -> Row:
     """The span and the median of their speedups."""
-    ratios = [one.ratio(FAST, baseline) for one in cells]
     tokens = [one.axes["tokens"] for one in cells]
-    label = f"{len(ratios)} {what}, {SHORT[dtype]}, {min(tokens)} to {max(tokens)} tokens"
-    if baseline == STOCK_16:
-        label = f"{label}, against adapters in bf16"
-    return [label, "", "", f"{span(ratios)}, median {middle(ratios)}"]
+    spans = []
+    for baseline in (lambda one: STOCK, lambda one: best_stock(one.timings)):
+        ratios = [one.ratio(FAST, baseline(one)) for one in cells]
+        spans.append(f"{span(ratios)}, median {middle(ratios)}")
+    label = f"{len(cells)} {what}, {SHORT[dtype]}, {min(tokens)} to {max(tokens)} tokens"
+    return [label, *[""] * 4, *spans]
 
 
-def _saved_rows(run: str) -> list[Row]:
-    rows = []
-    for group in result(run).select(suite="step"):
-        bare, stock = (group.timings[name].facts["saved_mb"] for name in (BARE, STOCK))
-        how = f", {group.axes['how']}" if "how" in group.axes else ""
-        which = f"{SHORT[group.axes['dtype']]}{how}, {group.axes['tokens']} tokens"
-        for name, option in ((FAST, ""), (FAST_NORMS, ', `recompute="norms"`')):
-            if name not in group.timings:
-                continue
-            what = "the same" if rows else "kept for the backward pass of a step, SmolLM2-135M"
-            kept = group.timings[name].facts["saved_mb"]
-            label = f"{what}, {which}{option} (bare model: {bare:.0f} MB)"
-            rows.append([label, f"{stock:.0f} MB", f"{kept:.0f} MB", f"{stock - kept:.0f} MB less"])
+def _saved_row(group: Group) -> Row:
+    """What a step keeps for its backward."""
+    ways = (BARE, STOCK, best_stock(group.timings), FAST)
+    _, stock, best, ours = kept = [group.timings[name].facts["saved_mb"] for name in ways]
+    label = f"kept for the backward pass: {_step_label(group)}"
+    less = [f"{theirs - ours:.0f} MB less" for theirs in (stock, best)]
+    return [label, *(f"{megabytes:.0f} MB" for megabytes in kept), *less]
+
+
+def kept(*runs: str) -> list[Row]:
+    """Megabytes, and what they are of the bare model's."""
+    rows = [["", *SPEED_HEADER[1:5], '`recompute="norms"`']]
+    for group in (one for run in runs for one in result(run).select(suite="kept")):
+        bare = group.timings[BARE].facts["saved_mb"]
+        cells = [f"{bare:.1f} MB"]
+        for name in (STOCK, best_stock(group.timings), FAST, FAST_NORMS):
+            ours = group.timings[name].facts["saved_mb"]
+            cells.append(f"{ours:.1f} MB, {ours / bare:.3f}")
+        words = [group.axes[axis] for axis in ("model", "adapter", "dtype", "how") if axis in group.axes]
+        rows.append([", ".join(SHORT.get(word, word) for word in words), *cells])
     return rows
+
+
+def peers(run: str) -> list[Row]:
+    """Time ÷ that without adapter, and megabytes kept: a row an implementation, a column a cell."""
+    groups = [*result(run).select(suite="peers")]
+    header = [""]
+    for group in groups:
+        axes = group.axes
+        header.append(f"{axes['model']}, {axes['in']} × {axes['out']}, {SHORT[axes['dtype']]}")
+    rows = []
+    for name in dict.fromkeys(name for group in groups for name in group.timings):
+        row = [name]
+        for group in groups:
+            row.append("")
+            if name in group.timings:
+                row[-1] = (
+                    f"{group.ratio(name, BARE).median:.2f}, {group.timings[name].facts['saved_mb']:.2f} MB"
+                )
+        rows.append(row)
+    return [header, *rows]
 
 
 def _merge_rows(run: str) -> list[Row]:
-    merge = only(run, "merge + unmerge", suite="merge")
-    unload = only(run, "merge_and_unload", suite="merge")
-    changed = [f"{100 * merge.timings[name].facts['weights_changed']:.2f} %" for name in (STOCK, FAST)]
-    return [
-        _seconds_row("merge + unmerge, bf16 (exact)", merge),
-        ["weights that this changes", *changed, ""],
-        _seconds_row("`merge_and_unload`, bf16 (rounded once)", unload),
-    ]
+    rows = []
+    for merge in result(run).select(suite="merge"):
+        adapter = merge.axes.get("adapter", MICA)
+        facts = [merge.timings[name].facts.get("weights_changed") for name in (STOCK, FAST)]
+        if None in facts:
+            rows.append(_seconds_row(f"`merge_and_unload`, {adapter}, bf16 (rounded once)", merge))
+            continue
+        changed = [f"{100 * share:.2f} %" for share in facts]
+        rows.append(_seconds_row(f"merge + unmerge, {adapter}, bf16 (exact)", merge))
+        rows.append(["weights that this changes", "", changed[0], "", changed[1], "", ""])
+    return rows
 
 
 def _seconds_row(label: str, group: Group, digits: int = 2) -> Row:
-    times = [f"{number(group.timings[name].median)} s" for name in (STOCK, FAST)]
-    return [label, *times, _speedup_cell(group.ratio(FAST, STOCK), digits)]
+    stock, ours = (f"{number(group.timings[name].median)} s" for name in (STOCK, FAST))
+    return [label, "", stock, "", ours, _speedup_cell(group.ratio(FAST, STOCK), digits), ""]
 
 
 def host(run: str) -> list[Row]:
+    """÷ stock PEFT in its best setting."""
     rows = [["fp32 / bf16 / bf16 under autocast", "mica.fast", "from Python", "kernels"]]
     for what in ("layer", "layer, without products", "block"):
-        for call in (NO_GRADIENT, BOTH):
-            groups = [*result(run).select(suite=f"host {what}", call=call)]
-            cells = []
-            for name in (FAST, names.PYTHON, names.KERNELS):
-                cells.append(" / ".join(f"{as_stock(group, name).median:.2f}" for group in groups))
-            rows.append([f"{what}, {call}", *cells])
+        for adapter in adapters(run, f"host {what}"):
+            for call in (NO_GRADIENT, BOTH):
+                groups = of_adapter(run, adapter, suite=f"host {what}", call=call)
+                rows.append([f"{what}, {adapter}, {call}", *_host_cells(groups)])
     return rows
+
+
+def _host_cells(groups: list[Group]) -> Iterator[str]:
+    for name in (FAST, names.PYTHON, names.KERNELS):
+        timed = [group for group in groups if name in group.timings]
+        ratios = [group.ratio(name, best_stock(group.timings)) for group in timed]
+        yield " / ".join(f"{ratio.median:.2f}" for ratio in ratios)
 
 
 def experts(run: str) -> list[Row]:
@@ -288,6 +344,8 @@ def quality(run: str) -> str:
 TABLES = {
     "measured": measured,
     "headline": headline,
+    "kept": kept,
+    "peers": peers,
     "host": host,
     "experts": experts,
     "subspaces": subspaces,
@@ -300,7 +358,7 @@ def table(name: str, *files: str) -> str:
     if not isinstance(made, str):
         header, *rows = made
         made = markdown(header, rows)
-    return made.replace("|  |", "| |").replace("|  |", "| |") + "\n"
+    return re.sub(r"\|  (?=\|)", "| ", made) + "\n"
 
 
 def filled(page: str, root: Path | None = None) -> str:

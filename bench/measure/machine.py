@@ -15,7 +15,7 @@ from pathlib import Path
 import cpuinfo  # pytest-benchmark's own
 import torch
 
-from bench.measure.peaks import PEAKS
+from bench.measure.peaks import BANDWIDTHS
 from bench.results.throughput import AT_PEAK
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +27,8 @@ ON_ACCELERATOR = DEVICE == "cuda" or IS_DRY
 # clock, since threads that spin would count.
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 IS_CPU_TIME = DEVICE == "cpu" and THREADS == 1
-if DEVICE == "cpu":
+# A process of `bench.suites.bench_fresh` has PyTorch's default
+if DEVICE == "cpu" and "MICA_BENCH_FRESH" not in os.environ:
     torch.set_num_threads(THREADS)
 LIBRARIES = ("torch", "peft", "transformers", "triton", "bitsandbytes")
 
@@ -120,8 +121,8 @@ def seconds_at_peak(size: float) -> dict[str, float]:
 
 def _peak_bandwidth(name: str) -> float:
     """Bytes a second: the vendor's figure, or what follows from the clock and width of the memory's bus."""
-    if name in PEAKS:
-        return PEAKS[name].bandwidth
+    if name in BANDWIDTHS:
+        return BANDWIDTHS[name]
     from triton.testing import get_dram_gbps
 
     return 1e9 * get_dram_gbps()

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 
 import pandas as pd
 
-from bench.report import prediction
-from bench.report.targets import targets
 from bench.report.words import BASELINES, against, ratios, shape_in_words
 from bench.results.cell import Group
-from bench.results.names import AGAIN, BARE, BOTH, FAST, NO_GRADIENT, PRODUCT, WALL
+from bench.results.names import BARE, BOTH, FAST, NO_GRADIENT, STOCK, WALL, best_stock
 from bench.results.schema import Result
 from bench.results.throughput import number
 
@@ -27,8 +26,8 @@ HOW = (
     " confidence interval. Throughput is that of the median round."
 )
 CPU_TIME = (
-    "Times are CPU time of the process, which has one thread; “wall ÷ CPU” is what the wall clock says, over"
-    " that."
+    "Times are CPU time of the process, which has one thread, unless a cell says otherwise; “wall ÷ CPU” is"
+    " what the wall clock says, over that, and 1 where nothing else ran on this core."
 )
 
 
@@ -41,10 +40,13 @@ def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), old: Resul
     if device == "dry run":
         parts += [DRY, _head(result.machine), HOW]
     else:
-        parts += [_head(result.machine), f"{HOW} {CPU_TIME}" if is_cpu_time else HOW, *quietness(groups)]
-        if device != "cpu":
-            parts += ["## Targets", table(targets(result.with_both()))]
+        parts += [_head(result.machine), HOW]
+        if is_cpu_time:
+            parts += [CPU_TIME, quietness(groups)]
         parts += ["## In short: mica.fast, times as fast", in_short(groups)]
+        beside = side_by_side(groups)
+        if beside:
+            parts += ["## Side by side: time, and bytes kept, ÷ those without adapter", beside]
     if old is not None:
         parts += ["## Changed", changes(waited_for(old), groups)]
     if is_cpu_time:
@@ -59,8 +61,6 @@ def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), old: Resul
     for suite in dict.fromkeys(group.axes.get("suite", "suites") for group in groups):
         cells = [group for group in groups if group.axes.get("suite", "suites") == suite]
         parts += [f"## {suite.capitalize()}", suite_table(cells)]
-    if result.predictions:
-        parts += ["## Prediction and measurement", *prediction.text(result, is_dry=device == "dry run")]
     return "\n\n".join(parts) + "\n"
 
 
@@ -150,14 +150,35 @@ def in_short(groups: list[Group]) -> str:
     return table(short)
 
 
-def quietness(groups: list[Group]) -> list[str]:
-    """What the suite "quiet" says of the machine, in a sentence."""
-    lines = []
+def side_by_side(groups: list[Group]) -> str:
+    """Stock PEFT as it is and as it can be set, and mica.fast; "" where nothing was timed without adapter."""
+    rows = []
     for group in groups:
-        if group.axes.get("suite") == "quiet" and {PRODUCT, AGAIN} <= group.timings.keys():
-            ratio = group.ratio(AGAIN, PRODUCT)
-            lines.append(f"How quiet the machine was: the same product took {ratio} of its own time.")
-    return lines[:1]
+        if not {BARE, STOCK, FAST} <= group.timings.keys():
+            continue
+        row = {"cell": group.name}
+        ways = {"PEFT's default": STOCK, "PEFT's best setting": best_stock(group.timings), FAST: FAST}
+        for column, name in ways.items():
+            row[column] = f"{group.ratio(name, BARE).median:.2f}"
+        kept = {name: timing.facts.get("saved_mb") for name, timing in group.timings.items()}
+        for column, name in ways.items():
+            if kept[BARE] and kept[name] is not None:
+                row[f"kept: {column}"] = f"{kept[name] / kept[BARE]:.3f}"
+        rows.append(row)
+    return table(pd.DataFrame(rows)) if rows else ""
+
+
+def quietness(groups: list[Group]) -> str:
+    """How long the cells waited for a core, in a sentence: the largest wall ÷ CPU of each."""
+    waited = []
+    for group in groups:
+        of_cell = [timing.waiting for timing in group.timings.values() if timing.waiting is not None]
+        if of_cell:
+            waited.append((max(of_cell), group.name))
+    most, cell = max(waited)
+    middle = median(ratio for ratio, _ in waited)
+    told = f"wall ÷ CPU was {middle:.2f} in the median cell, and {most:.2f} in {cell}"
+    return f"How quiet the machine was: {told}."
 
 
 def wide(groups: list[Group]) -> str:

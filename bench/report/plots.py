@@ -1,4 +1,4 @@
-"""Pictures of one run, by seaborn: one idea each, and none for suites that the run does not have.
+"""The picture of one run, by seaborn: none for suites that the run does not have.
 
 PNG with a transparent background and grey text, which reads on light and dark pages; reproducible.
 """
@@ -10,25 +10,22 @@ from math import inf
 from pathlib import Path
 
 import matplotlib
-import pandas as pd
 import seaborn
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no display and no global state
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from bench.report.words import in_words, inverse, shows_no_difference
-from bench.results.cell import Group, Ratio, interval
-from bench.results.names import BARE, BOTH, DEVICE_TIME, FAST, STOCK, WALL
+from bench.results.cell import Group, Ratio
+from bench.results.names import FAST, STOCK, WALL
 from bench.results.schema import Result
 
 INK = "#7a7a7a"  # as far from GitHub's light page as from its dark one
 # Okabe and Ito's hues, as dark as both pages allow
 OURS = "#D55E00"
-PEFT = "#1F7FC4"
-PALETTE = {BARE: INK, FAST: OURS}  # of lines; stock PEFT is the line at 1
 FILLED = {"facecolor": OURS, "edgecolor": OURS, "linewidth": 1}
 HOLLOW = {"facecolor": "none", "edgecolor": INK, "linewidth": 1}
 COLUMN = 1.1  # where factors end, in widths of the axes
@@ -60,7 +57,6 @@ SETTINGS = {  # override the user's matplotlibrc
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
 }
-MIN_POINTS = 3  # of a line
 ONCE = "paid once"
 EACH_STEP = "paid at each step"
 # panel -> suite -> its name there
@@ -91,79 +87,8 @@ def draw(result: Result, folder: Path, stem: str) -> list[tuple[Path, str]]:
 
 def figures(result: Result) -> Iterator[tuple[str, Figure, str]]:
     """Ending of the file's name, figure, caption."""
-    groups = result.with_both().groups
-    clocks = {group.axes.get("clock") for group in groups}
-    yield from _throughput(_timed_by(groups, DEVICE_TIME if DEVICE_TIME in clocks else WALL))
-    yield from _against_stock(_timed_by(groups, WALL))
-
-
-def _timed_by(groups: list[Group], clock: str) -> list[Group]:
-    return [group for group in groups if group.axes.get("clock", WALL) == clock]
-
-
-def families(groups: list[Group]) -> list[list[Group]]:
-    """Cells that differ in their number of tokens only, by that number."""
-    by_axes: dict[tuple, list[Group]] = {}
-    for group in sorted(groups, key=lambda one: one.axes["tokens"]):
-        others = {axis: value for axis, value in group.axes.items() if axis != "tokens"}
-        by_axes.setdefault(tuple(sorted(others.items())), []).append(group)
-    return [*by_axes.values()]
-
-
-def _throughput(groups: list[Group]) -> Iterator[tuple[str, Figure, str]]:
-    """Throughput of the layer that was timed with the most numbers of tokens, the first if several."""
-    wanted = {"suite": "layer", "pass": BOTH}
-    layers = []
-    for group in groups:
-        if wanted.items() <= group.axes.items() and {BARE, STOCK} <= group.timings.keys():
-            layers.append(group)
-    family = max(families(layers), key=len, default=[])
-    if len(family) < MIN_POINTS:
-        return
-    at = in_words({axis: value for axis, value in family[0].axes.items() if axis != "tokens"})
-    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
-    title = f"Throughput of a layer relative to stock PEFT's, forward + backward\n{at}"
-    axes = figure.add_subplot(title=title)
-    lines(axes, family)
-    caption = (
-        f"Throughput of a linear layer ({at}), forward + backward, by tokens in the batch, relative to stock"
-        " PEFT's: bare, and with mica.fast's adapter (bands: intervals of the median)."
-    )
-    yield "throughput", figure, caption
-
-
-def lines(axes: Axes, family: list[Group]) -> None:
-    """Throughput ÷ stock PEFT's by tokens in the batch, with the interval of the median as a band."""
-    rows = []
-    for group in family:
-        stock = group.timings[STOCK].seconds
-        for name in PALETTE.keys() & group.timings.keys():
-            pairs = zip(stock, group.timings[name].seconds, strict=True)
-            rows += [(group.axes["tokens"], theirs / ours, name) for theirs, ours in pairs]
-    data = pd.DataFrame(rows, columns=["tokens", "times", "implementation"])
-    drawn = set(data["implementation"])
-    axes.axhline(1, color=PEFT, linewidth=1.5, label=STOCK)
-    seaborn.lineplot(
-        data,
-        x="tokens",
-        y="times",
-        hue="implementation",
-        hue_order=[name for name in PALETTE if name in drawn],
-        palette=PALETTE,
-        marker="o",
-        estimator="median",
-        errorbar=_band,
-        ax=axes,
-    )
-    axes.set(xscale="log", xlabel="tokens in the batch (log)", ylabel="throughput ÷ stock PEFT's")
-    plain(axes.xaxis, sorted(set(data["tokens"])))
-    plain(axes.yaxis, ending="×")
-    seaborn.move_legend(axes, "center left", bbox_to_anchor=(1, 0.5), title=None)
-
-
-def _band(values) -> tuple[float, float]:
-    ratio = _finite(interval(list(values)))
-    return ratio.low, ratio.high
+    groups = [group for group in result.groups if group.axes.get("clock", WALL) == WALL]
+    yield from _against_stock(groups)
 
 
 def _against_stock(groups: list[Group]) -> Iterator[tuple[str, Figure, str]]:
@@ -253,7 +178,8 @@ def bars(axes: Axes, factors: dict[str, Ratio], is_log: bool) -> None:
     else:  # at least a quarter to both sides: a factor of 1.02 is to look like one
         axes.set(xlim=(min(0.75, lowest - 0.05), max(1.25, highest + 0.05)), xlabel="speed")
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)))
-    plain(axes.xaxis, ending="×")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}×"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1, color=INK, linewidth=1, zorder=0)
     axes.grid(visible=False, axis="y")
     seaborn.despine(ax=axes, left=True, bottom=True)
@@ -268,15 +194,6 @@ def _legend(factors: list[Ratio]) -> list[Artist]:
         Line2D([], [], color=INK, linewidth=1.2, label="95 % interval of the median"),
         Patch(**HOLLOW, label=f"{why_hollow}: no difference shown"),
     ]
-
-
-def plain(axis, values: list[float] | None = None, ending: str = "") -> None:
-    """1024, not 10^3, on a logarithmic axis; at these values only, or where it has ticks."""
-    if values is not None:
-        axis.set_ticks(values)
-        axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}{ending}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _finite(ratio: Ratio) -> Ratio:

@@ -1,8 +1,11 @@
 """Names that result files hold. An implementation, like a clock, has one name, on a CPU and on a GPU."""
 
+from collections.abc import Container
+
 BARE = "bare frozen model"
 STOCK = "stock PEFT"
-STOCK_16 = "stock PEFT, adapters in the base dtype"
+STOCK_16 = "stock PEFT, adapters in the base dtype"  # `autocast_adapter_dtype=False`
+STOCK_UNCAST = "stock PEFT, inputs not cast"  # `peft.helpers.disable_input_dtype_casting`, under autocast
 FAST = "mica.fast"
 FAST_NORMS = "mica.fast, norms recomputed"
 LORA = "PEFT LoRA"
@@ -13,13 +16,13 @@ COMPILED = "stock PEFT, torch.compile"
 COMPILED_FAST = "mica.fast, torch.compile"
 COMPILED_PLAIN = "mica.fast, torch.compile, plain"
 
+# The axis "adapter" of a cell; results before plain LoRA ran here do not have it
+MICA = "MiCA"
+PLAIN_LORA = "LoRA"
+
 # Host time
 PYTHON = "mica.fast, reference path"  # from Python
 KERNELS = "mica.fast, kernels with a driver that launches nothing"
-
-# What shows how quiet the machine is
-PRODUCT = "a product"
-AGAIN = "the same again"
 
 SVD = "torch.linalg.svd"
 EIGH = "fp64 Gram, torch.linalg.eigh"  # of the smaller side, all eigenvectors, as Unsloth initialises
@@ -41,6 +44,18 @@ NO_GRADIENT = "forward without gradient"
 WALL = "wall clock"
 DEVICE_TIME = "device time"
 GRAPH = "graph replay"
+
+
+def stock(dtype: str, autocast: bool = False) -> list[str]:
+    """PEFT by default and, where that is another one, in its best setting."""
+    if autocast:
+        return [STOCK, STOCK_UNCAST]
+    return [STOCK] if dtype == "float32" else [STOCK, STOCK_16]
+
+
+def best_stock(timed: Container[str]) -> str:
+    """PEFT in its best setting, of what was timed."""
+    return next((name for name in (STOCK_UNCAST, STOCK_16) if name in timed), STOCK)
 
 
 def of_form(word: str) -> str:

@@ -23,11 +23,11 @@ from transformers import AutoModel, LlamaConfig
 
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR
-from bench.results.names import BARE, BOTH, FAST, KERNELS, NO_GRADIENT, PYTHON, STOCK, STOCK_16
+from bench.results.names import BARE, BOTH, FAST, KERNELS, MICA, NO_GRADIENT, PLAIN_LORA, PYTHON, stock
 from bench.suites.decoder import LINEAR_LAYERS, RANK, Work, adapted
 from bench.suites.harness import each_part
 from bench.suites.rounds import Once, prepared, rounds
-from bench.suites.steps import Step, check_all, operators
+from bench.suites.steps import CONTEXTS, Step, check_all, operators
 from mica import native
 from mica.paths.products import has_native
 from tests.support import no_products
@@ -63,14 +63,7 @@ def from_python():
         yield
 
 
-CONTEXTS = {
-    BARE: nullcontext,
-    STOCK: mica.fast.disabled,
-    STOCK_16: mica.fast.disabled,
-    FAST: nullcontext,
-    PYTHON: from_python,
-    KERNELS: kernels,
-}
+WITHIN = {**CONTEXTS, PYTHON: from_python, KERNELS: kernels}
 OURS = (FAST, PYTHON, KERNELS)
 
 
@@ -81,11 +74,12 @@ class Cell(NamedTuple):
     dtype: str
     autocast: bool = False  # to bfloat16, as in `Trainer(bf16=True)`
     products: bool = True  # False: matrix products compute nothing
+    adapter: str = MICA
 
     @property
     def key(self) -> str:
         """For ``-k``."""
-        key = f"{self.kind}-{self.dtype}"
+        key = f"{self.adapter}-{self.kind}-{self.dtype}"
         if self.autocast:
             key += "-autocast"
         return key if self.products else f"{key}-without-products"
@@ -95,7 +89,7 @@ class Cell(NamedTuple):
         what = f"a Llama with 1 block of {HIDDEN} / {INTERMEDIATE}, {TOKENS} tokens"
         if self.kind == "layer":
             what = f"a layer, {TOKENS} tokens, {HIDDEN} x {HIDDEN}"
-        name = f"host time of {what}, r = {RANK}, {self.dtype}"
+        name = f"host time of {what}, {self.adapter}, r = {RANK}, {self.dtype}"
         if self.autocast:
             name += ", autocast"
         return name if self.products else f"{name}, without products"
@@ -103,14 +97,14 @@ class Cell(NamedTuple):
     @property
     def axes(self) -> dict[str, str | int]:
         suite = f"host {self.kind}" if self.products else f"host {self.kind}, without products"
-        axes = {"suite": suite, "tokens": TOKENS, "rank": RANK, "dtype": self.dtype}
+        axes = {"suite": suite, "adapter": self.adapter, "tokens": TOKENS, "rank": RANK, "dtype": self.dtype}
         if self.autocast:
             axes["autocast"] = "bfloat16"
         return axes
 
     def implementations(self, part: str) -> list[str]:
-        sixteen_bit = [] if self.dtype == "float32" else [STOCK_16]
-        return [BARE, STOCK, *sixteen_bit, *OURS]
+        ours = OURS if self.adapter == MICA else (FAST, PYTHON)  # no kernel serves a trained B
+        return [BARE, *stock(self.dtype, self.autocast), *ours]
 
     def context(self, name: str) -> Callable:
         """What an implementation runs within."""
@@ -118,7 +112,7 @@ class Cell(NamedTuple):
         @contextmanager
         def within():
             before = mica.fast.call_counts["linear_native"]
-            with CONTEXTS[name](), torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            with WITHIN[name](), torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
                 yield
             from_cpp = mica.fast.call_counts["linear_native"] > before
             assert from_cpp == (name == FAST and native.why_not() is None), f"{name} ran from C++: {from_cpp}"
@@ -130,14 +124,14 @@ CELLS = []
 for kind, products in (("layer", True), ("layer", False), ("block", True)):
     if not products and native.why_not() is not None:  # no compiler
         continue
-    CELLS.append(Cell(kind, "float32", products=products))
-    if has_native(torch.bfloat16):
-        CELLS.append(Cell(kind, "bfloat16", products=products))
-        CELLS.append(Cell(kind, "bfloat16", autocast=True, products=products))
+    for adapter in (MICA, PLAIN_LORA):
+        CELLS.append(Cell(kind, "float32", products=products, adapter=adapter))
+        if has_native(torch.bfloat16):
+            CELLS.append(Cell(kind, "bfloat16", products=products, adapter=adapter))
+            CELLS.append(Cell(kind, "bfloat16", autocast=True, products=products, adapter=adapter))
 
 
-def block_of(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """Bare, and with adapters."""
+def block_of(dtype: torch.dtype) -> nn.Module:
     config = LlamaConfig(
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
@@ -148,14 +142,11 @@ def block_of(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
         bos_token_id=None,
         eos_token_id=None,
     )
-    bare = AutoModel.from_config(config, dtype=dtype).train().requires_grad_(False)
-    return bare, adapted(bare, A_SCALE)
+    return AutoModel.from_config(config, dtype=dtype).train().requires_grad_(False)
 
 
-def layer_of(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """Bare, and with an adapter."""
-    bare = nn.Sequential(nn.Linear(HIDDEN, HIDDEN, bias=False, dtype=dtype)).requires_grad_(False)
-    return bare, adapted(bare, A_SCALE, targets=["0"])
+def layer_of(dtype: torch.dtype) -> nn.Module:
+    return nn.Sequential(nn.Linear(HIDDEN, HIDDEN, bias=False, dtype=dtype)).requires_grad_(False)
 
 
 class Output(NamedTuple):
@@ -174,7 +165,9 @@ def setting(cell: Cell) -> dict[str, Step]:
     torch.manual_seed(0)
     dtype = DTYPES[cell.dtype]
     is_layer = cell.kind == "layer"
-    bare, masters = layer_of(dtype) if is_layer else block_of(dtype)
+    bare = layer_of(dtype) if is_layer else block_of(dtype)
+    targets = ["0"] if is_layer else "all-linear"
+    masters = adapted(bare, A_SCALE, targets, cell.adapter)
     x, dy = torch.randn(2, 1, TOKENS, HIDDEN, dtype=dtype).unbind()
     work = Work(bare, masters, x, dy)
     if is_layer:

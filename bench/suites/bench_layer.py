@@ -1,13 +1,14 @@
 """One adapted linear layer, forward and backward, against everything it can be compared with.
 
 From one layer (2048 x 2048, 1024 tokens, r = 16, bf16) one axis varies at a time: tokens, rank, shape, dtype.
-In addition few tokens by rank, where calls cost as much as products, and layers with the paper's dropout of
-0.05, of which only forward and backward are timed. On an accelerator the layer is 4096 x 4096, tokens vary by
-rank, kernels are required, and layers under torch.compile, whose builds take longest, are cells of their own
-at the end. *Forms*, there only, are those that `mica.kernels.configs` names, each forced, whatever its table
-has for the device; with few tokens they show from how much work on kernels are worth their launches.
+In addition few tokens by rank, where calls cost as much as products, layers with the paper's dropout of
+0.05, of which only forward and backward are timed, and plain LoRA. On an accelerator the layer is 4096 x
+4096, tokens vary by rank, kernels are required, and layers under torch.compile, whose builds take longest,
+are cells of their own at the end. *Forms*, there only, are those that `mica.kernels.configs` names, each
+forced, whatever its table has for the device; with few tokens they show from how much work on kernels are
+worth their launches.
 
-All implementations in a cell compute with the same x, W, A and B. Each of their y, dx and dA is checked
+All implementations in a cell compute with the same x, W, A and B. Each of their y, dx, dA and dB is checked
 before anything is timed, a form also by what it launches, and only the one that is wrong is left out. The
 forward is timed with and without recording a graph, the backward on a graph that is kept.
 """
@@ -28,7 +29,18 @@ from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import saved_bytes
 from bench.results import names
-from bench.results.names import ATEN, BACKWARD, BARE, FAST, FORWARD, NO_GRADIENT, STOCK, STOCK_16
+from bench.results.names import (
+    ATEN,
+    BACKWARD,
+    BARE,
+    FAST,
+    FORWARD,
+    MICA,
+    NO_GRADIENT,
+    PLAIN_LORA,
+    STOCK,
+    STOCK_16,
+)
 from bench.suites.harness import build_all, each_part, iterations, pick
 from bench.suites.layer import (
     AtenControl,
@@ -77,11 +89,13 @@ class Cell(NamedTuple):
     compiled: bool = False
     forms: bool = False
     dropout: float = 0.0
+    adapter: str = MICA
 
     @property
     def axes(self) -> dict[str, str | int]:
         axes = {
             "suite": "forms" if self.forms else "layer",
+            "adapter": self.adapter,
             "tokens": self.tokens,
             "out": self.out,
             "in": self.inner,
@@ -101,7 +115,7 @@ class Cell(NamedTuple):
     @property
     def key(self) -> str:
         """For ``-k``."""
-        key = f"{self.tokens}x{self.out}x{self.inner}-r{self.rank}-{self.dtype}"
+        key = f"{self.adapter}-{self.tokens}x{self.out}x{self.inner}-r{self.rank}-{self.dtype}"
         if self.dropout:
             key = f"{key}-dropout"
         if self.is_compiled_only:
@@ -110,7 +124,8 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        name = f"layer, {self.tokens} tokens, {self.out} x {self.inner}, r = {self.rank}, {self.dtype}"
+        sizes = f"{self.tokens} tokens, {self.out} x {self.inner}, r = {self.rank}"
+        name = f"layer, {self.adapter}, {sizes}, {self.dtype}"
         if self.dropout:
             name = f"{name}, dropout {self.dropout}"
         if self.is_compiled_only:
@@ -121,15 +136,15 @@ class Cell(NamedTuple):
         """Without a gradient there is no other `torch.compile`d layer: it would have to be built again."""
         if self.forms:
             return [] if part == NO_GRADIENT else [BARE, *FORMS, ATEN]
-        chosen = [BARE, STOCK]
-        if self.dtype != "float32":
-            chosen.append(STOCK_16)
+        chosen = [BARE, *names.stock(self.dtype)]
         if self.dropout:
             return [] if part == NO_GRADIENT else [*chosen, FAST]
         compiled = [names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN]
         if self.is_compiled_only:
             return [] if part == NO_GRADIENT else [*chosen, FAST, *compiled]
-        chosen += [ATEN, FAST]
+        if self.adapter == MICA:
+            chosen.append(ATEN)
+        chosen.append(FAST)
         if self.compiled and part != NO_GRADIENT:
             chosen += compiled
         return chosen
@@ -154,6 +169,12 @@ AXES = [
         Cell(*sizes, dtype=dtype, dropout=DROPOUT)
         for dtype in DTYPES
         for sizes in ((1024, 1536, 576), (1024, 2048, 2048), (512, 576, 576), (16, 64, 64))
+    ),
+    *(
+        Cell(*sizes, dtype=dtype, dropout=dropout, adapter=PLAIN_LORA)
+        for dtype in DTYPES
+        for dropout in (0.0, DROPOUT)
+        for sizes in ((1, 576, 576), (16, 576, 576), (512, 576, 576), (1024, 1536, 576), (1024, 2048, 2048))
     ),
 ]
 WIDE = [(8192, 14336, 4096), (8192, 4096, 14336)]
@@ -225,9 +246,9 @@ def builds(cell: Cell, layer: Layer) -> dict[str, Callable[[], Form]]:
     operands = (x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
 
     def adapted(dtype, context, wrap=lambda module: module) -> Form:
-        module, lora_A = adapted_module(layer, dtype, cell.dropout)
+        module, trained = adapted_module(layer, dtype, cell.dropout, cell.adapter)
         call = wrap(module)
-        return Form(lambda: call(x), (x, lora_A), context, module)
+        return Form(lambda: call(x), (x, *trained), context, module)
 
     def forced(word: str) -> Form:
         # as a layer of mica.fast calls it: without bias, and under no autocast

@@ -3,14 +3,13 @@
 On a CPU SmolLM2-135M with its own weights, on an accelerator four layers of Llama-3.2-1B's widths, also with
 gradient checkpointing, and as Trainer runs it with ``bf16=True`` (the forward under autocast). With a dropout
 of 0.05, on all linear layers or in the paper's recipe, results are compared while it is off. The adapted ones
-also run AdamW on A. They train from the same start, and their losses must be stock PEFT's. Memory: what
-is saved for the backward, and by how much it grows within a step.
+also run AdamW on what they train. They train from the same start, and their losses must be stock PEFT's.
+Memory: what is saved for the backward, and by how much it grows within a step.
 
 Every implementation gets embeddings that require a gradient, so that the bare frozen model has a backward too
 and all do the same base work. Each timed step has to run the operators that its name implies.
 """
 
-import copy
 import functools
 from typing import NamedTuple
 
@@ -18,8 +17,8 @@ import torch
 from torch import nn
 
 from bench.measure.machine import DEVICE
-from bench.results.names import BARE, FAST, FAST_NORMS, STOCK, STOCK_16
-from bench.suites.decoder import RANK, SMOLLM2, Work, adapted, cast, causal, reference_ids
+from bench.results.names import BARE, FAST, FAST_NORMS, MICA, PLAIN_LORA, STOCK, stock
+from bench.suites.decoder import RANK, SMOLLM2, Work, adapted, causal, reference_ids
 from bench.suites.harness import build_all, each, pick, under_autocast
 from bench.suites.rounds import Once, prepared, rounds
 from bench.suites.steps import CONTEXTS, Prepared, Step, checked, operators
@@ -34,7 +33,7 @@ CHECKPOINTED = "checkpointed"
 AUTOCAST = "autocast"
 DROPOUT = "dropout 0.05"
 PAPER = "paper's recipe"
-ADAPTERS = {  # how -> of the configuration
+CONFIGS = {  # how -> of the adapter
     DROPOUT: {"lora_dropout": 0.05},
     PAPER: {"lora_dropout": 0.05, "targets": ["q_proj", "v_proj"], "lora_alpha": 2 * RANK},
 }
@@ -56,6 +55,7 @@ class Cell(NamedTuple):
     layers: int = 4
     vocabulary: int = 32000
     how: str = ""
+    adapter: str = MICA
 
     @property
     def key(self) -> str:
@@ -64,7 +64,8 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         batch, sequence = self.tokens
-        name = f"training step of {self.model}, {batch} x {sequence} tokens, r = {RANK}, {self.dtype}"
+        what = f"training step of {self.model}, {self.adapter}"
+        name = f"{what}, {batch} x {sequence} tokens, r = {RANK}, {self.dtype}"
         return f"{name}, {self.how}" if self.how else name
 
     @property
@@ -73,6 +74,7 @@ class Cell(NamedTuple):
         axes = {
             "suite": "step",
             "model": self.model,
+            "adapter": self.adapter,
             "tokens": batch * sequence,
             "rank": RANK,
             "dtype": self.dtype,
@@ -84,11 +86,8 @@ class Cell(NamedTuple):
 
     @property
     def implementations(self) -> list[str]:
-        if self.dtype == "float32":
-            return [BARE, STOCK, FAST]
-        if self.how:
-            return [BARE, STOCK, STOCK_16, FAST]
-        return [BARE, STOCK, STOCK_16, FAST, FAST_NORMS]
+        ours = [FAST] if self.how or self.dtype == "float32" else [FAST, FAST_NORMS]
+        return [BARE, *stock(self.dtype, self.how == AUTOCAST), *ours]
 
 
 def steps_of_llama(tokens: tuple[int, int], *hows: str) -> list[Cell]:
@@ -106,6 +105,8 @@ CELLS = pick(
         Cell(SMOLLM2, (1, 512), how=DROPOUT),
         Cell(SMOLLM2, (1, 512), how=PAPER),
         Cell(SMOLLM2, (1, 256), "float32"),
+        *(Cell(SMOLLM2, (1, 512), how=how, adapter=PLAIN_LORA) for how in ("", AUTOCAST, DROPOUT)),
+        Cell(SMOLLM2, (1, 256), "float32", adapter=PLAIN_LORA),
     ],
     cuda=[
         *steps_of_llama((4, 2048), "", CHECKPOINTED, AUTOCAST, DROPOUT, PAPER),
@@ -114,20 +115,18 @@ CELLS = pick(
     dry=toy_steps("", CHECKPOINTED, AUTOCAST, DROPOUT, PAPER),
 )
 
-smollm2 = functools.cache(models.smollm2)  # 15 s to read
-
 
 def work_of(cell: Cell) -> Work:
     torch.manual_seed(0)
     dtype = DTYPES[cell.dtype]
     if cell.model == SMOLLM2:
-        bare = cast(copy.deepcopy(smollm2()), dtype)
+        bare = models.smollm2(dtype)
     else:
         bare = causal(cell.model, cell.layers, cell.vocabulary, dtype)
     bare.train().requires_grad_(False).to(DEVICE)
     if cell.how == CHECKPOINTED:
         bare.gradient_checkpointing_enable({"use_reentrant": False})
-    masters = adapted(bare, A_SCALE, **ADAPTERS.get(cell.how, {})).train()
+    masters = adapted(bare, A_SCALE, adapter=cell.adapter, **CONFIGS.get(cell.how, {})).train()
     if cell.model == SMOLLM2:
         ids = reference_ids(cell.tokens).to(DEVICE)
     else:
@@ -187,7 +186,7 @@ def setting(cell: Cell) -> Prepared:
         set_dropout(step, True)
         with step.form.context():
             varies = len({step.form.forward().item() for _ in range(4)}) > 1
-        assert varies == (cell.how in ADAPTERS and name != BARE), f"{name}: is dropout off?"
+        assert varies == (cell.how in CONFIGS and name != BARE), f"{name}: is dropout off?"
     return Prepared(steps, {name: {"saved_mb": step.saved_mb()} for name, step in steps.items()})
 
 

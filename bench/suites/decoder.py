@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from bench.results.names import BARE, STOCK_16
+from bench.results.names import BARE, MICA, PLAIN_LORA, STOCK_16, STOCK_UNCAST
 from bench.suites.layer import Form
 from bench.suites.steps import Step
 from tests.support import models
@@ -25,6 +27,7 @@ _WIDTHS = {  # hidden, intermediate, heads, heads of k and v
     "Llama-3.2-1B": (LlamaConfig, 2048, 8192, 32, 8),
     "Llama-3.1-8B": (LlamaConfig, 4096, 14336, 32, 8),
     "Qwen2.5-0.5B": (Qwen2Config, 896, 4864, 14, 2),
+    "SmolLM2-135M's widths": (LlamaConfig, 576, 1536, 9, 3),
     "toy": (LlamaConfig, 32, 48, 4, 2),
 }
 
@@ -63,6 +66,16 @@ def reference_ids(tokens: tuple[int, int]) -> Tensor:
     return models.python_reference_tokens()[: batch * sequence].view(tokens)
 
 
+def _as_it_is(model: nn.Module) -> Callable:  # with a name, so that a `Work` can be pickled
+    return model
+
+
+@contextmanager
+def _uncast(model: nn.Module, context: Context) -> Iterator[None]:
+    with context(), disable_input_dtype_casting(model):
+        yield
+
+
 class Work(NamedTuple):
     """What is run: a model without a head gives y of x's shape, one with a head the loss of ``labels``.
 
@@ -76,7 +89,7 @@ class Work(NamedTuple):
     x: Tensor
     grad_output: Tensor | None = None
     labels: Tensor | None = None
-    wrap: Callable[[nn.Module], Callable] = lambda model: model
+    wrap: Callable[[nn.Module], Callable] = _as_it_is
 
     def step(self, name: str, context: Context, operators: dict[str, int], rate: float = 0.0) -> Step:
         """A step of the bare model or of a copy of the masters; ``rate``: AdamW's.
@@ -86,6 +99,8 @@ class Work(NamedTuple):
         model = self.bare if name == BARE else copy.deepcopy(self.masters)
         if name == STOCK_16:
             cast(model, self.x.dtype)
+        if name == STOCK_UNCAST:
+            context = functools.partial(_uncast, model, context)
         call = self.wrap(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         x = self.x.detach().requires_grad_()
@@ -99,7 +114,22 @@ class Work(NamedTuple):
         return Step(Form(forward, (x, *trained), context, model), self.grad_output, optimizer, operators)
 
 
-def adapted(bare: nn.Module, scale: float, targets: str | list[str] = "all-linear", **config) -> nn.Module:
-    """A copy with MiCA adapters whose A has values of this scale, as after training."""
-    model = models.wrap(copy.deepcopy(bare), rank=RANK, targets=targets, **config)
+def adapted(
+    bare: nn.Module,
+    scale: float,
+    targets: str | list[str] = "all-linear",
+    adapter: str = MICA,
+    **config,
+) -> nn.Module:
+    """A copy with adapters whose A has values of this scale, as after training.
+
+    ``adapter``: MiCA or plain LoRA, whose B has columns of the length 1, as MiCA's has.
+    """
+    is_lora = adapter == PLAIN_LORA
+    init = True if is_lora else "mica"
+    model = models.wrap(copy.deepcopy(bare), rank=RANK, targets=targets, init_lora_weights=init, **config)
+    if is_lora:
+        generator = torch.Generator().manual_seed(0)
+        for B in models.bases(model).values():
+            B.data.copy_(torch.randn(B.shape, generator=generator) * len(B) ** -0.5)
     return models.randomise(model, scale)

@@ -1,7 +1,7 @@
-"""One MiCA linear layer: operands, its forms in PEFT, the controls in plain PyTorch, and what is exact.
+"""One adapted linear layer: operands, its forms in PEFT, the controls in plain PyTorch, and what is exact.
 
-A module of stock PEFT here is MiCA's, whose forward is that of plain LoRA with B frozen; B is set, so that no
-initialisation (an SVD of every weight) is run.
+The forward of MiCA is that of plain LoRA with B frozen. A and B are set, so that no initialisation (an SVD of
+every weight) is run.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from bench.results.names import BACKWARD, BARE, NO_GRADIENT
+from bench.results.names import BACKWARD, BARE, MICA, NO_GRADIENT
 from mica.fast.loading import without_solver
 from mica.paths import definition
+
+OF_A_STEP = ("y", "dx", "dA", "dB")  # dB of plain LoRA only
 
 
 @dataclass
@@ -46,12 +48,12 @@ class Form(NamedTuple):
         return torch.autograd.grad(y, self.inputs, grad_output, retain_graph=True)
 
     def errors(self, grad_output: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
-        """Frobenius norm of the difference over that of the truth, of y and, with gradients, dx and dA."""
+        """Frobenius norm of the difference over that of the truth, of y and any gradients (`OF_A_STEP`)."""
         values = [self.forward()]
         if torch.is_grad_enabled():
             values += self.gradients(values[0], grad_output)
         errors = {}
-        for what, value in zip(("y", "dx", "dA"), values, strict=False):
+        for what, value in zip(OF_A_STEP, values, strict=False):
             exact = truth[what]
             errors[what] = float((value.detach().to(exact.dtype) - exact).norm() / exact.norm())
         return errors
@@ -86,27 +88,31 @@ def make_layer(tokens: int, out: int, inner: int, rank: int, dtype: torch.dtype,
 
 
 def adapted_module(
-    layer: Layer, adapter_dtype: torch.dtype, dropout: float = 0.0
-) -> tuple[nn.Module, Tensor]:
-    """PEFT's MiCA layer over this weight, with these factors in ``adapter_dtype``, B frozen; and its A."""
+    layer: Layer, adapter_dtype: torch.dtype, dropout: float = 0.0, adapter: str = MICA
+) -> tuple[nn.Module, list[Tensor]]:
+    """PEFT's layer over this weight, with these factors in ``adapter_dtype``; and what it trains, A first."""
     out, inner = layer.weight.shape
     base = nn.Linear(inner, out, bias=False, device="meta")
     base.weight = nn.Parameter(layer.weight, requires_grad=False)
     rank = layer.lora_A.shape[0]
+    is_mica = adapter == MICA
     config = LoraConfig(
         r=rank,
         lora_alpha=rank * layer.scaling,
         lora_dropout=dropout,
         target_modules=["0"],
-        init_lora_weights="mica",
+        init_lora_weights="mica" if is_mica else True,
     )
     with without_solver():  # on a device its first run belongs to its own stage
         adapted = get_peft_model(nn.Sequential(base), config).train()
     module = adapted.base_model.model[0].to(layer.x.device)
     for part, value in ((module.lora_A, layer.lora_A), (module.lora_B, layer.lora_B)):
         part["default"].weight = nn.Parameter(value.detach().to(adapter_dtype))
-    module.lora_B["default"].weight.requires_grad_(False)
-    return module, module.lora_A["default"].weight
+    A, B = (part["default"].weight for part in (module.lora_A, module.lora_B))
+    if is_mica:
+        B.requires_grad_(False)
+        return module, [A]
+    return module, [A, B]
 
 
 class AtenControl(torch.autograd.Function):
@@ -131,11 +137,11 @@ class AtenControl(torch.autograd.Function):
 
 
 def exact(layer: Layer, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """y, dx and dA in ``dtype`` by the reference."""
+    """y, dx, dA and dB in ``dtype`` by the reference."""
     operands = [t.detach().to(dtype) for t in (layer.x, layer.weight, layer.lora_A, layer.lora_B)]
     y = definition.linear(*operands, layer.scaling)
-    dx, dA, _ = definition.linear_backward(layer.grad_output.to(dtype), *operands, layer.scaling)
-    return {"y": y, "dx": dx, "dA": dA}
+    gradients = definition.linear_backward(layer.grad_output.to(dtype), *operands, layer.scaling)
+    return dict(zip(OF_A_STEP, (y, *gradients), strict=True))
 
 
 def check_dropout(errors: dict[str, float], p: float) -> None:
@@ -160,4 +166,4 @@ def check_errors(name: str, errors: dict[str, float], limit: float) -> dict[str,
         assert error <= limit, f"the relative error of {what} is {error:.2e}, above {limit:.0e}"
     if name == BARE:
         return {}
-    return {f"error of {what}": float(f"{errors[what]:.3g}") for what in ("y", "dx", "dA") if what in errors}
+    return {f"error of {what}": float(f"{errors[what]:.3g}") for what in OF_A_STEP if what in errors}

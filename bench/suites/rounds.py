@@ -68,9 +68,9 @@ class Once:
             self.long.add((self.cell, self.implementation))
         if not ON_ACCELERATOR:
             if IS_CPU_TIME:
-                self._add(timed.cpu, axes, facts, wall=timed.wall)
+                self.add(timed.cpu, axes, facts, wall=timed.wall)
             else:
-                self._add(timed.wall, axes, facts)
+                self.add(timed.wall, axes, facts)
             return timed.result
         self._add_clock(WALL, lambda: timed.wall, axes, facts)
         if all_clocks:
@@ -107,7 +107,7 @@ class Once:
         gc.collect()  # PEFT's models hold themselves in circles
         return partial(function, make())
 
-    def _add(self, seconds: float, axes: dict, facts: dict, clock: str = "", **more) -> None:
+    def add(self, seconds: float, axes: dict, facts: dict, clock: str = "", **more) -> None:
         self.samples.append(
             {
                 "cell": self.cell,
@@ -127,7 +127,7 @@ class Once:
         if why_refused(group, self.implementation):
             return
         try:
-            self._add(measure(), axes, facts, clock)
+            self.add(measure(), axes, facts, clock)
         except Exception as error:
             refuse(group, sentence(error), self.implementation)
             leave_if_crashed()

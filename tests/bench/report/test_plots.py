@@ -1,4 +1,4 @@
-"""The two pictures of a run: what is in them, and that they repeat."""
+"""The picture of a run: what is in it, and that it repeats."""
 
 from math import inf
 from pathlib import Path
@@ -8,8 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from bench.report import plots
-from bench.results.cell import Group, Ratio, Timing
-from bench.results.names import BARE, DEVICE_TIME, FAST, STOCK
+from bench.results.cell import Ratio
 from bench.results.schema import Result
 
 RUN = Result.load(Path(__file__).parents[1] / "golden" / "run.json")
@@ -25,17 +24,6 @@ def texts(artists):
     return [artist.get_text() for artist in artists]
 
 
-def test_the_picture_of_throughput_and_its_caption(pictures):
-    figure, caption = pictures["throughput"]
-    (axes,) = figure.axes
-    shape = f"4096 × 4096, r = 16, bfloat16, {DEVICE_TIME}"
-    assert axes.get_title().splitlines()[1] == shape
-    assert texts(axes.get_legend().get_texts()) == [STOCK, BARE, FAST]
-    assert (
-        f"({shape}), forward + backward, by tokens in the batch, relative to stock PEFT's: bare, " in caption
-    )
-
-
 def test_the_picture_of_factors_against_stock(pictures):
     figure, _ = pictures["against-stock"]
     once, each_step = figure.axes
@@ -46,14 +34,6 @@ def test_the_picture_of_factors_against_stock(pictures):
     assert [once.get_xscale(), each_step.get_xscale()] == ["log", "linear"]
     assert texts(once.texts) == ["8.00×", "2.00×", "0.33×"]
     assert texts(each_step.texts) == ["1.33×", "1.36×"]
-
-
-def test_the_lines_are_the_medians_of_ratios_to_stock_within_a_round():
-    seconds = {STOCK: [6.0, 8.0, 8.0], BARE: [1.0, 4.0, 2.0], FAST: [3.0, 2.0, 8.0]}
-    layer = Group("", {"tokens": 100}, {name: Timing(values) for name, values in seconds.items()})
-    axes = Figure().add_subplot()
-    plots.lines(axes, [layer])
-    assert [[*line.get_ydata()] for line in axes.lines[:3]] == [[1, 1], [4.0], [2.0]]
 
 
 def test_drawing_is_reproducible_whatever_the_users_settings(tmp_path):

@@ -9,7 +9,21 @@ import pytest
 import torch
 
 from bench.results import names
-from bench.results.names import ATEN, BARE, DEVICE_TIME, FAST, GRAPH, KERNELS, PYTHON, STOCK, STOCK_16, WALL
+from bench.results.names import (
+    ATEN,
+    BARE,
+    DEVICE_TIME,
+    FAST,
+    GRAPH,
+    KERNELS,
+    MICA,
+    PLAIN_LORA,
+    PYTHON,
+    STOCK,
+    STOCK_16,
+    STOCK_UNCAST,
+    WALL,
+)
 from bench.suites.bench_kernels import launch_bytes
 from mica.kernels.configs import FORM_NAMES
 from mica.kernels.down_projection import down_projection
@@ -28,10 +42,11 @@ def test_every_implementation_on_a_cpu_is_timed(tmp_path):
     assert done.code == 0, done.text
     host = done.result.groups
     suites = ["host layer", "host layer, without products", "host block"]
-    assert [group.axes["suite"] for group in host] == suites
+    assert [group.axes["suite"] for group in host] == [suite for suite in suites for _ in (MICA, PLAIN_LORA)]
     for group in host:
-        assert group.timings.keys() == {BARE, STOCK, FAST, PYTHON, KERNELS}
-        assert [name for name, timing in group.timings.items() if timing.facts["launches"]] == [KERNELS]
+        kernels = [KERNELS] if group.axes["adapter"] == MICA else []
+        assert [*group.timings] == [BARE, STOCK, FAST, PYTHON, *kernels]
+        assert [name for name, timing in group.timings.items() if timing.facts["launches"]] == kernels
 
 
 @pytest.mark.slow
@@ -42,8 +57,10 @@ def test_every_implementation_on_a_gpu_is_timed(tmp_path):
     assert not done.result.refused
     block = [*done.result.select(suite="block")]
     assert [group.axes["clock"] for group in block] == [WALL, DEVICE_TIME, GRAPH]
-    for group in (*block, *done.result.select(suite="step", how="autocast")):
+    for group in block:
         assert group.timings.keys() == ALL
+    for group in done.result.select(suite="step", how="autocast"):
+        assert group.timings.keys() == {BARE, STOCK, STOCK_UNCAST, FAST}
     compiled = {names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN}
     layers = done.result.select(suite="layer")
     timed = {group.axes.get("compiler"): {*group.timings} for group in layers}

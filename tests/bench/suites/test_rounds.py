@@ -71,7 +71,7 @@ def noise(draws):
 
     def sample(once, name):
         seconds = next(draws) if name == FAST else 1.0
-        once._add(seconds, {}, {}, wall=seconds)
+        once.add(seconds, {}, {}, wall=seconds)
 
     return sample
 

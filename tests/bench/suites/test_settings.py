@@ -9,9 +9,18 @@ from torch import nn
 
 import mica.fast
 from bench.results import journal
-from bench.results.names import BARE, EIGH, FAST, STOCK, SVD
-from bench.suites import bench_adapter, bench_step, bench_subspace, harness
+from bench.results.names import BARE, EIGH, FAST, FAST_NORMS, PLAIN_LORA, STOCK, STOCK_16, STOCK_UNCAST, SVD
+from bench.suites import (
+    bench_adapter,
+    bench_fresh,
+    bench_kept,
+    bench_peers,
+    bench_step,
+    bench_subspace,
+    harness,
+)
 from bench.suites.layer import Form, adapted_module, make_layer
+from bench.suites.peers import Peer, factors
 from bench.suites.steps import Step, checked, operators
 from tests.support import models
 
@@ -23,8 +32,16 @@ def written(monkeypatch, tmp_path):
     monkeypatch.setattr(harness, "refusals", {})
     monkeypatch.setattr(bench_step, "LEARNING_RATE", 3e-2)
     yield journal.read
-    for cached in (bench_step.setting, bench_subspace.setting):
-        cached.cache_clear()
+    for suite in (bench_kept, bench_peers, bench_step, bench_subspace):
+        suite.setting.cache_clear()
+
+
+@pytest.fixture
+def lora():
+    """Plain LoRA on mica.fast, as in all suites."""
+    mica.fast.enable(lora=True)
+    yield
+    mica.fast.enable(lora=False)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -52,7 +69,7 @@ def test_an_implementation_that_is_wrong_or_raises_is_refused_alone_and_not_buil
 def layer_step(context=nullcontext, ran=None):
     """A step that runs one operator of mica.fast; what it claims to run may be wrong."""
     layer = make_layer(4, 8, 8, 2, torch.float32, "cpu")
-    module, lora_A = adapted_module(layer, torch.float32)
+    module, (lora_A,) = adapted_module(layer, torch.float32)
     x = layer.x.detach()[None].requires_grad_()
     claimed = operators(1, on_kernels=False) if ran is None else ran
     return Step(Form(lambda: module(x), (x, lora_A), context, module), torch.ones(1, 4, 8), None, claimed)
@@ -99,7 +116,7 @@ def test_results_are_compared_and_must_come_from_the_operators_of_the_name():
     expected = layer_step(mica.fast.disabled).results()
     assert checked(step, expected, gates) is step
     for what in gates:
-        with pytest.raises(AssertionError, match=f"{what} is 9.1e-02 off stock PEFT's"):
+        with pytest.raises(AssertionError, match=f"{what} is 9.1e-02 off what is expected"):
             checked(step, expected | {what: 1.1 * expected[what]}, gates)
     with pytest.raises(AssertionError, match=r"a step ran {}, not {'linear': 1"):
         checked(layer_step(mica.fast.disabled), expected, gates)
@@ -120,10 +137,62 @@ def test_losses_that_diverge_later_are_refused(monkeypatch):
     assert harness.refusals[STEP.name, FAST].startswith("a loss is")
 
 
+def test_plain_lora_trains_both_factors_and_runs_the_operators(lora):
+    setting = bench_step.setting(STEP._replace(adapter=PLAIN_LORA))
+    assert setting.steps.keys() == {BARE, STOCK, FAST}
+    assert setting.steps[FAST].results().keys() == {"y", "dx", "dA", "dB"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "how", "best"),
+    [
+        ("bfloat16", "", [STOCK_16]),
+        ("float32", bench_step.AUTOCAST, [STOCK_UNCAST]),
+        ("float32", "", []),
+    ],
+)
+def test_what_is_kept_beside_stock_and_its_best_setting(dtype, how, best, lora):
+    cell = bench_step.Cell("toy", (1, 8), dtype, how=how, adapter=PLAIN_LORA)
+    kept = {name: facts["saved_mb"] for name, facts in bench_kept.setting(cell).facts.items()}
+    assert [*kept] == [BARE, STOCK, *best, FAST, FAST_NORMS]
+    fewest_first = [kept[name] for name in (FAST_NORMS, FAST, *best, STOCK)]
+    assert fewest_first == sorted(set(fewest_first))
+
+
+@pytest.mark.slow
+def test_a_step_in_a_fresh_process(tmp_path):
+    file = bench_fresh.saved_work(STEP, tmp_path)
+    facts = bench_fresh.in_a_process(file, FAST)
+    assert facts.keys() == {"seconds", "page_faults", "threads"}
+    with pytest.raises(AssertionError, match="KeyError: 'nobody'"):
+        bench_fresh.in_a_process(file, "nobody")
+
+
 def test_steps_that_change_nothing_can_show_nothing(monkeypatch):
     monkeypatch.setattr(bench_step, "LEARNING_RATE", 1e-9)
     with pytest.raises(AssertionError, match="the steps make no difference"):
         bench_step.setting(STEP)
+
+
+# ---------------------------------------------------------------------------------------------------
+# peers
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("intermediate", [24, 0])
+def test_a_peer_that_is_wrong_gets_no_number(intermediate, monkeypatch, lora):
+    def peer(error):
+        def linear(layer, x):
+            W, A, B, scaling = factors(layer)
+            return x @ W.T + (1 + error) * scaling * (x @ A.T @ B.T)
+
+        return Peer(lambda model, x: model.by(linear, x), linear)
+
+    monkeypatch.setattr(bench_peers, "PEERS", {"right 1.0": peer(0.0), "wrong 2.0": peer(1e-3)})
+    setting = bench_peers.setting(bench_peers.Cell(16, intermediate, "float32"))
+    assert [*setting.steps] == [BARE, STOCK, FAST, "right 1.0"]
+    ((_, wrong),) = harness.refusals
+    assert wrong == "wrong 2.0"
 
 
 # ---------------------------------------------------------------------------------------------------
