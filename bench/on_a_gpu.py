@@ -1,4 +1,4 @@
-"""What the pages say of GPUs: that nothing has been measured, or where the figures of adopted results are.
+"""What the pages say of GPUs: that nothing has been measured, or the figures of adopted results.
 
 Which results those are is in kernels/measured.json (`mica.kernels.measured`): of each device and suite the
 one that was adopted last.
@@ -6,9 +6,16 @@ one that was adopted last.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
+from bench.report.targets import KERNELS, default_configuration
+from bench.report.words import Row, markdown, shape_in_words, speedup
+from bench.results import names
+from bench.results.cell import Group
+from bench.results.names import BARE, BOTH, COPY, CUBLAS, DEVICE_TIME, FAST, STOCK, STOCK_16, WALL
 from bench.results.schema import Result
 from mica.kernels import measured
 from mica.kernels.measured import Measured
@@ -74,15 +81,49 @@ def text(name: str, root: Path) -> str:
 
 
 def _section(devices: Devices, root: Path) -> str:
-    """The reports of each device, which have the tables."""
+    """All figures, a part for each device."""
     if not devices:
         return "\n\nNothing has been measured on a GPU yet.\n\n"
     parts = []
     for name in sorted(devices):
-        parts.append(f"### {name}")
-        for path in sorted({*devices[name].sources.values()}):
-            parts.append(_source(path, Result.load(root / path)))
+        parts += [f"### {name}", *_device(devices[name], root)]
     return "\n\n" + "\n\n".join(parts) + "\n\n"
+
+
+def _device(device: Measured, root: Path) -> Iterator[str]:
+    results = {path: Result.load(root / path) for path in sorted({*device.sources.values()})}
+    for path, result in results.items():
+        yield _source(path, result)
+    suites = {suite: results[path].with_both() for suite, path in device.sources.items()}
+    yield from _table(
+        "Forward + backward of a layer in bf16, by device time:",
+        ["layer", "bare", "stock PEFT", "mica.fast", "speedup", "against bf16 adapters"],
+        _layers(suites),
+    )
+    yield from _table(
+        "Blocks and training steps, by the wall clock:",
+        ["", "bare", "stock PEFT", "mica.fast", "speedup"],
+        _steps(suites),
+    )
+    yield from _table(
+        "Kernels, by device time: their bandwidth as a share of a copy's, and their speed against cuBLAS.",
+        ["kernel", "cells", "share of a copy", "median", "against cuBLAS", "median"],
+        _kernels(suites),
+    )
+    yield from _table(
+        "Initialisation of a model, and minor subspaces of single weights:",
+        ["", "stock PEFT, or the SVD", "mica.fast", "speedup"],
+        [*_initialisation(suites), *_subspaces(suites)],
+    )
+    yield from _table(
+        "The fastest form of a layer ([kernels/configs.py](../kernels/configs.py)):",
+        ["from tokens", "up to rank", "forward", "backward"],
+        [[f"{tokens:,}", str(rank), *passes] for tokens, rank, *passes in device.forms],
+    )
+    if device.host_bound == 0:
+        yield "Even the smallest layer that was timed is faster on kernels."
+    elif device.host_bound is not None:
+        yield f"Up to {device.host_bound:,} multiplications a layer is faster on PyTorch's operators."
 
 
 def _source(path: str, result: Result) -> str:
@@ -95,3 +136,98 @@ def _source(path: str, result: Result) -> str:
     return (
         f"Measured by `make gpu` at commit {commit} ({libraries};\n[report]({report}), [raw results]({raw}))."
     )
+
+
+def _table(title: str, header: Row, rows: list[Row]) -> Iterator[str]:
+    if rows:
+        yield title
+        yield markdown(header, rows)
+
+
+def _cells(suites: dict[str, Result], suite: str, **axes: str) -> list[Group]:
+    return [*suites[suite].select(suite=suite, **axes)] if suite in suites else []
+
+
+def _layers(suites: dict[str, Result]) -> list[Row]:
+    rows = []
+    for cell in _cells(suites, "layer", dtype="bfloat16", clock=DEVICE_TIME, **{"pass": BOTH}):
+        theirs, ours = (STOCK, FAST)
+        if "compiler" in cell.axes:
+            theirs, ours = (names.COMPILED, names.COMPILED_FAST)
+        if not {BARE, theirs, ours} <= cell.timings.keys():
+            continue
+        shape = shape_in_words(cell.axes)
+        label = f"{shape['out × in']}, {cell.axes['tokens']:,} tokens, r = {cell.axes['rank']}"
+        if "dropout" in cell.axes:
+            label = f"{label}, dropout {cell.axes['dropout']}"
+        if "compiler" in cell.axes:
+            label = f"{label}, both under {cell.axes['compiler']}"
+        against_16 = speedup(cell.ratio(ours, STOCK_16)) if STOCK_16 in cell.timings else ""
+        rows.append([label, *_times(cell, theirs, ours), speedup(cell.ratio(ours, theirs)), against_16])
+    return rows
+
+
+def _steps(suites: dict[str, Result]) -> list[Row]:
+    rows = []
+    for suite in ("block", "step"):
+        for cell in _cells(suites, suite, clock=WALL):
+            if {BARE, STOCK, FAST} <= cell.timings.keys():
+                label = cell.name.removesuffix(f", {WALL}")
+                rows.append([label, *_times(cell, STOCK, FAST), speedup(cell.ratio(FAST, STOCK))])
+    return rows
+
+
+def _initialisation(suites: dict[str, Result]) -> list[Row]:
+    rows = []
+    for cell in _cells(suites, "initialisation"):
+        if cell.axes.get("clock", WALL) == WALL and {STOCK, FAST} <= cell.timings.keys():
+            rows.append(_against(cell, cell.name.removesuffix(f", {WALL}"), FAST, STOCK))
+    return rows
+
+
+def _subspaces(suites: dict[str, Result]) -> list[Row]:
+    rows = []
+    for cell in _cells(suites, SUBSPACE):
+        if cell.axes.get("clock", WALL) != WALL or names.SVD not in cell.timings:
+            continue
+        shape = shape_in_words(cell.axes)["out × in"]
+        for name in cell.timings:
+            if name.startswith("minor_subspace"):
+                rows.append(_against(cell, f"{shape}, {name}", name, names.SVD))
+    return rows
+
+
+def _against(cell: Group, label: str, ours: str, theirs: str) -> Row:
+    seconds = [f"{cell.timings[name].median:.3g} s" for name in (theirs, ours)]
+    return [label, *seconds, speedup(cell.ratio(ours, theirs))]
+
+
+def _times(cell: Group, theirs: str, ours: str) -> list[str]:
+    milliseconds = [1e3 * cell.timings[name].median for name in (BARE, theirs, ours)]
+    return [f"{value:.3g} ms" for value in milliseconds]
+
+
+def _kernels(suites: dict[str, Result]) -> list[Row]:
+    """A row a kernel, in its default configuration."""
+    rows = []
+    for kernel in KERNELS:
+        shares = []
+        speeds = []
+        for cell in _cells(suites, "kernels", kernel=kernel, clock=DEVICE_TIME):
+            default = default_configuration(cell)
+            if default is None or COPY not in cell.timings:
+                continue
+            shares.append(cell.ratio(COPY, default).median)
+            if CUBLAS in cell.timings:
+                speeds.append(cell.ratio(CUBLAS, default).median)
+        if shares:
+            rows.append([kernel, str(len(shares)), *_span(shares), *_span(speeds, "×")])
+    return rows
+
+
+def _span(values: list[float], unit: str = "") -> list[str]:
+    """From the least to the most, and the median."""
+    if not values:
+        return ["", ""]
+    least, most = (f"{value:.2f}{unit}" for value in (min(values), max(values)))
+    return [f"{least} to {most}", f"{median(values):.2f}{unit}"]

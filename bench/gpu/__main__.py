@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from bench.gpu.stages import Stage
     from bench.run import Run
 
+PREDICTION_SECONDS = 60.0  # at most; it takes as long as the libraries take to import
 REQUIRED = (
     "torch",
     "triton",
@@ -132,6 +134,30 @@ def adopt(file: Path) -> int:
     return 0
 
 
+def predict(run: Run, is_dry: bool) -> None:
+    """Into the journal, before anything is measured, in a process with the environment of a stage.
+
+    The run goes on without, if the device is not in the table or the model fails.
+    """
+    from bench.gpu.prediction import DRY_RUN_AS
+    from bench.gpu.stages import DRY_SECONDS, STAGES, job
+    from bench.measure.machine import ROOT
+    from bench.measure.peaks import PEAKS
+
+    device = DRY_RUN_AS if is_dry else run.machine["device"]
+    if device not in PEAKS:
+        print(f"no prediction: bench/measure/peaks.py does not have {device}", flush=True)
+        return
+    (layers,) = (stage for stage in STAGES if stage.name == "layers")
+    limit = DRY_SECONDS if is_dry else PREDICTION_SECONDS
+    environment = {**os.environ, **job(layers, run.file, is_dry, limit, limit).environment}
+    command = [sys.executable, "-m", "bench.gpu.prediction", device]
+    try:
+        subprocess.run(command, cwd=ROOT, env=environment, timeout=limit, check=True)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        print(f"no prediction: {error}", flush=True)
+
+
 def run_stages(run: Run, stages: Sequence[Stage], is_dry: bool, budget: float, silence: float) -> list[str]:
     """How each of them ended. A signal to end is the last one's state: what was measured is in the result."""
     from bench.gpu.stages import job
@@ -141,6 +167,7 @@ def run_stages(run: Run, stages: Sequence[Stage], is_dry: bool, budget: float, s
     deadline = time.monotonic() + budget
     states = []
     try:
+        predict(run, is_dry)
         run.save()
         for stage in stages:
             left = deadline - time.monotonic()

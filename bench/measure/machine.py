@@ -15,7 +15,7 @@ from pathlib import Path
 import cpuinfo  # pytest-benchmark's own
 import torch
 
-from bench.measure.peaks import BANDWIDTHS
+from bench.measure.peaks import PEAKS
 from bench.results.throughput import AT_PEAK
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,8 +121,8 @@ def seconds_at_peak(size: float) -> dict[str, float]:
 
 def _peak_bandwidth(name: str) -> float:
     """Bytes a second: the vendor's figure, or what follows from the clock and width of the memory's bus."""
-    if name in BANDWIDTHS:
-        return BANDWIDTHS[name]
+    if name in PEAKS:
+        return PEAKS[name].bandwidth
     from triton.testing import get_dram_gbps
 
     return 1e9 * get_dram_gbps()

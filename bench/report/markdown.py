@@ -13,6 +13,8 @@ from statistics import median
 
 import pandas as pd
 
+from bench.report import prediction
+from bench.report.targets import targets
 from bench.report.words import BASELINES, against, ratios, shape_in_words
 from bench.results.cell import Group
 from bench.results.names import BARE, BOTH, FAST, NO_GRADIENT, STOCK, WALL, best_stock
@@ -43,10 +45,14 @@ def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), old: Resul
         parts += [_head(result.machine), HOW]
         if is_cpu_time:
             parts += [CPU_TIME, quietness(groups)]
+        if device != "cpu":
+            parts += ["## Targets", table(targets(result.with_both()))]
         parts += ["## In short: mica.fast, times as fast", in_short(groups)]
         beside = side_by_side(groups)
         if beside:
             parts += ["## Side by side: time, and bytes kept, ÷ those without adapter", beside]
+    if result.predictions:
+        parts += ["## Prediction and measurement", *prediction.text(result, is_dry=device == "dry run")]
     if old is not None:
         parts += ["## Changed", changes(waited_for(old), groups)]
     if is_cpu_time:

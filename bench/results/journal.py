@@ -2,8 +2,8 @@
 
 A line is JSON with a ``kind``: "sample" (a round of one implementation), "refused" (a cell, or an
 implementation in it, has no number), "test" (a test has ended), "doing" (what is about to happen: after a
-crash, what caused it), "stage", "machine" (its facts, where a run has noted them). `fold` makes a `Result` of
-them at any time.
+crash, what caused it), "stage", "prediction" (of an implementation, by a model), "machine" (its facts, where
+a run has noted them). `fold` makes a `Result` of them at any time.
 """
 
 from __future__ import annotations
@@ -63,10 +63,7 @@ def fold(entries: list[dict], machine: dict) -> Result:
     for entry in entries:
         if entry["kind"] == "machine":
             machine = entry["facts"]
-    refused = []
-    for entry in entries:
-        if entry["kind"] == "refused":
-            refused.append({name: value for name, value in entry.items() if name != "kind"})
+    refused = [_without_kind(entry) for entry in entries if entry["kind"] == "refused"]
     groups = []
     for group in _timed(entries):
         _drop_refused(group, refused)
@@ -74,7 +71,12 @@ def fold(entries: list[dict], machine: dict) -> Result:
             _drop_incomplete_rounds(group)
             groups.append(group)
     stages = [entry["summary"] for entry in entries if entry["kind"] == "stage"]
-    return Result(machine, groups, refused, _checks(entries), stages)
+    predictions = [_without_kind(entry) for entry in entries if entry["kind"] == "prediction"]
+    return Result(machine, groups, refused, _checks(entries), stages, predictions)
+
+
+def _without_kind(entry: dict) -> dict:
+    return {name: value for name, value in entry.items() if name != "kind"}
 
 
 def _timed(entries: list[dict]) -> list[Group]:

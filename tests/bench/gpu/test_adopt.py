@@ -29,6 +29,7 @@ FORMS = both_passes(8192, {"split": 3.0, "fused": 2.0})
 SMALL = both_passes(1, {"split": 2.0, "reference": 1.0}, clock=WALL)
 ALL = [*FORMS, *SMALL, *layers(1.25e-3), *compiled_layers(1.1e-3), step(), kernel()]
 ALL += [subspace(), initialisation()]
+LAYER = f"{SIZE} × {SIZE}, 8,192 tokens, r = 16"
 ROWS = ((8192, 16, "fused", "fused"),)  # what FORMS say
 
 
@@ -74,12 +75,23 @@ def test_rows_the_result_and_the_figures_of_all_pages(root, saved, monkeypatch, 
     suites = {one.axes["suite"]: source for one in ALL}
     entry = measured.Measured(suites, ROWS, SIZE**2)
     assert measured.read(root / "kernels" / "measured.json") == {"a card": entry}
-    assert "## In short" in page(root, "bench/results/a-card/run.md")
+    assert "## Targets" in page(root, "bench/results/a-card/run.md")
 
     for name in pages.PAGES:
         assert "a card" in page(root, name)
         assert NOTHING not in page(root, name)
         assert "not been run on a GPU" not in page(root, name)
+    for row in (
+        f"| {LAYER} | 2 ms | 4 ms | 2.5 ms | 1.60× (1.60–1.60) | 1.20× (1.20–1.20) |",
+        f"| {LAYER}, both under torch.compile | 2 ms | 2.4 ms | 2.2 ms | 1.09× (1.09–1.09) |  |",
+        "| a step | 100 ms | 300 ms | 150 ms | 2.00× (2.00–2.00) |",
+        "| h = x Aᵀ | 1 | 0.90 to 0.90 | 0.90 | 1.30× to 1.30× | 1.30× |",
+        "| get_peft_model, a model, float32 | 6 s | 2 s | 3.00× (3.00–3.00) |",
+        "| 4096 × 4096, minor_subspace, r = 16 | 0.8 s | 0.04 s | 20.00× (20.00–20.00) |",
+        "| 8,192 | 16 | fused | fused |",
+        f"Up to {SIZE**2:,} multiplications a layer is faster on PyTorch's operators.",
+    ):
+        assert row in page(root).splitlines()
     assert "[raw results](results/a-card/run.json)" in page(root)
     assert "at commit 0123456789ab (torch 2.9, triton 3.5, peft 0.21;" in page(root)
     once = contents(root)
@@ -94,6 +106,7 @@ def test_a_second_device_is_added_and_the_first_one_replaced(root, saved):
     _, entry = adopt(saved(both_passes(512, {"split": 1.0}), name="again"), root)
     assert measured.read(root / "kernels" / "measured.json") == {"B 200": second, "a card": entry}
     assert second.host_bound == 0
+    assert "Even the smallest layer that was timed is faster on kernels." in page(root)
     assert (entry.forms, entry.host_bound) == (((512, 16, "split", "split"),), None)
     assert "of B 200 and a card." in page(root, "README.md")
 
@@ -105,6 +118,8 @@ def test_a_run_of_some_stages_leaves_what_others_have_measured(root, saved):
     assert entry.sources["forms"].endswith("first.json")
     assert entry.sources["layer"].endswith("second.json")
     assert "It has not been run on a GPU yet." in page(root, "mica/subspace/README.md")
+    assert "| 2 ms | 4 ms | 2 ms |" in page(root)
+    assert "| 2 ms | 4 ms | 2.5 ms |" not in page(root)
 
 
 def test_the_journal_of_a_run_that_was_cut_off(tmp_path):

@@ -45,6 +45,7 @@ def test_a_run_that_is_told_to_end_goes_on_to_its_report(monkeypatch, capsys):
     ended = SimpleNamespace(
         file=Path("run.json"), save=lambda: None, start=lambda job: signal.raise_signal(signal.SIGTERM)
     )
+    monkeypatch.setattr(gpu, "predict", lambda *_: None)
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert gpu.run_stages(ended, STAGES[:2], True, 10.0, 10.0) == [CUT_OFF]
@@ -113,6 +114,15 @@ def test_every_stage_is_reported_and_has_results_of_complete_rounds(with_faults)
     for group in result.groups:
         assert len({len(timing.seconds) for timing in group.timings.values()}) == 1, group.name
     assert "Its times are not measurements" in output
+
+
+@pytest.mark.slow
+def test_a_model_has_predicted_rows_by_their_names(with_faults):
+    result, _ = with_faults
+    suites = {group.name: group.axes["suite"] for group in result.groups}
+    predicted = {one["group"] for one in result.predictions}
+    assert predicted - suites.keys() <= {one["group"] for one in result.refused}
+    assert {suites[name] for name in predicted & suites.keys()} == {"kernels", "layer", "forms"}
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.measure import machine
-from bench.measure.peaks import BANDWIDTHS
+from bench.measure.peaks import PEAKS
 from bench.results.throughput import AT_PEAK
 
 
@@ -13,7 +13,7 @@ def test_bytes_as_time_at_the_peak_bandwidth(monkeypatch):
     testing = pytest.importorskip("triton.testing")
     monkeypatch.setattr(testing, "get_dram_gbps", lambda: 250.0)
     monkeypatch.setattr(machine, "DEVICE", "cuda")
-    for name, bandwidth in {"NVIDIA H200": BANDWIDTHS["NVIDIA H200"], "unlisted": 250e9}.items():
+    for name, bandwidth in {"NVIDIA H200": PEAKS["NVIDIA H200"].bandwidth, "unlisted": 250e9}.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
         assert machine.seconds_at_peak(bandwidth / 2) == {AT_PEAK: 0.5}
     monkeypatch.setattr(machine, "DEVICE", "cpu")

@@ -1,0 +1,89 @@
+"""The model of a layer's time: what follows from bytes, operations and launches alone."""
+
+import pytest
+
+from bench.gpu import roofline
+from bench.gpu.roofline import COPY, GAP, PRODUCT, Launch, Layer
+from bench.measure.peaks import PEAKS, Peak
+from bench.results.names import BACKWARD, FORWARD, NO_GRADIENT
+from mica.kernels.configs import FORM_NAMES
+from mica.paths.triton_path import MANY_TOKENS, WIDE_RANK
+
+CACHE = 1e6
+PEAK = Peak("sm_90", bandwidth=1e12, flop_16_bit=1e15, flop_fp32=1e14, cache=CACHE)
+LAYER = Layer(4096, 1024, 2048, 16, CACHE)
+
+
+@pytest.mark.parametrize(
+    ("launch", "seconds"),
+    [
+        (Launch(0.0), 0.0),
+        (Launch(1e9), 1e9 / (COPY * 1e12)),
+        (Launch(1e9, share=0.5), 2e9 / (COPY * 1e12)),
+        (Launch(1e9, 1e13), 1e13 / (PRODUCT * 1e15)),
+        (Launch(1e9, 1e13, speed=0.5), 2e13 / (PRODUCT * 1e15)),
+        (Launch(1e9, 1e13, is_fp32=True), 1e13 / (roofline.PRODUCT_FP32 * 1e14)),
+        (Launch(1e9, 1e13, exposed=1e9), 1e13 / (PRODUCT * 1e15) + 1e9 / (COPY * 1e12)),
+        (Launch(1e9, cached=1e9), 1e9 / (COPY * 1e12 * roofline.CACHE_SPEEDUP)),
+    ],
+)
+def test_a_launch_takes_as_long_as_the_slower_of_memory_and_products(launch, seconds):
+    assert roofline.seconds(launch, PEAK) == pytest.approx(seconds + GAP)
+
+
+def test_what_was_just_written_is_cached_if_it_fits():
+    small = Layer(100, 1000, 1000, 16, CACHE)
+    assert roofline.update(small, roofline.UP).cached == 100 * 1000 * 2
+    assert 0 < roofline.update(LAYER, roofline.UP).cached < CACHE
+    assert roofline.update(small, roofline.UP, is_cached=False).cached == 0
+
+
+def moved(launches):
+    return roofline.predict(launches, PEAK).moved
+
+
+@pytest.mark.parametrize("part", [FORWARD, BACKWARD])
+def test_which_matrices_a_form_moves_more_than_the_bare_layer(part):
+    """At rank 1 its own factors weigh little; kernels/README.md has the same, as memory traffic."""
+    layer = Layer(65536, 4096, 4096, 1, CACHE)
+    matrix = 2.0 * layer.tokens * layer.out
+    bare = moved(roofline.bare(layer, part))
+    own = 1 if part == FORWARD else 2  # reads of x, or of dy and x
+    more = {"fused": 0, "split": 2, "mixed": 2, "reference": 2, "first": 1 + roofline.UPDATE_EXPOSED}
+    for form, times in more.items():
+        got = (moved(roofline.of_form(form, layer, part)) - bare) / matrix
+        assert got == pytest.approx(own + times, rel=0.01), form
+
+
+def test_launches_of_a_form():
+    """As `bench.suites.bench_layer.LAUNCHED` counts kernels, with the vendor's product and casts."""
+
+    def counts(form, layer):
+        return [len(roofline.of_form(form, layer, part)) for part in (FORWARD, BACKWARD, NO_GRADIENT)]
+
+    assert {form: counts(form, LAYER) for form in FORM_NAMES} == {
+        "split": [3, 4, 3],
+        "fused": [2, 3, 2],
+        "mixed": [4, 5, 4],
+        "reference": [5, 6, 5],
+        "first": [3, 5, 3],
+    }
+    # A is rounded before
+    wide = LAYER._replace(rank=WIDE_RANK, tokens=MANY_TOKENS)
+    assert counts("split", wide) == [4, 5, 4]
+
+
+def test_stock_with_masters_casts_and_moves_twice_the_bytes():
+    base = LAYER._replace(has_masters=False)
+    for part, casts in ((FORWARD, 2), (BACKWARD, 3)):
+        wide, narrow = roofline.stock(LAYER, part), roofline.stock(base, part)
+        assert len(wide) == len(narrow) + casts
+        assert moved(wide) > 1.5 * moved(narrow) > 1.5 * moved(roofline.bare(base, part))
+
+
+def test_peaks_have_the_units_of_their_fields():
+    for peak in PEAKS.values():
+        assert 1e11 < peak.bandwidth < 1e13
+        assert 1e14 < peak.flop_16_bit < 1e16
+        assert 1 / 40 < peak.flop_fp32 / peak.flop_16_bit < 1 / 3
+        assert 2**24 < peak.cache < 2**28
