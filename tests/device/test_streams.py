@@ -62,7 +62,7 @@ def counted():
 
 def adapted(rank: int = 16) -> Adapted:
     layer = make_layer(*SIZES, rank, DTYPE, DEVICE)
-    module, lora_A = adapted_module(layer, torch.float32)
+    module, (lora_A,) = adapted_module(layer, torch.float32)
     return Adapted(module, layer.x, lora_A, layer.grad_output)
 
 
