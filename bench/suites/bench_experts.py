@@ -21,7 +21,7 @@ import mica.fast
 from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import peak_growth
-from bench.results.names import BARE, FAST, LORA
+from bench.results.names import BARE, FAST, FAST_LORA, LORA
 from bench.suites.harness import build_all, each, iterations, pick
 from bench.suites.layer import Form
 from bench.suites.rounds import prepared, rounds
@@ -44,7 +44,7 @@ class Cell(NamedTuple):
     hidden: int
     intermediate: int
     dtype: torch.dtype = torch.float32
-    implementations: tuple[str, ...] = (BARE, LORA, FAST)
+    implementations: tuple[str, ...] = (BARE, LORA, FAST_LORA, FAST)
 
     @property
     def key(self) -> str:
@@ -126,7 +126,7 @@ def setting(cell: Cell) -> Prepared:
     ran = {"experts_linear": 2, "experts_linear_backward": 2}
     if ON_ACCELERATOR:
         ran |= {f"{name}_kernels": times for name, times in ran.items()}
-    ours = adapted(bare, "mica")
+    ours, lora = adapted(bare, "mica"), adapted(bare, True)
 
     def step(model: nn.Module, context=mica.fast.disabled, **operators: int) -> Step:
         trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -136,8 +136,10 @@ def setting(cell: Cell) -> Prepared:
         if name == BARE:
             return step(bare)
         if name == LORA:
-            return step(adapted(bare, True))
-        return checked(step(ours, nullcontext, **ran), step(ours).results(), GATES[cell.dtype])
+            return step(lora)
+        model = lora if name == FAST_LORA else ours
+        counts = ran | {"experts_grad_b": 2} if name == FAST_LORA else ran
+        return checked(step(model, nullcontext, **counts), step(model).results(), GATES[cell.dtype])
 
     steps = build_all(cell.name, cell.implementations, build)
     facts = {name: memory(one) for name, one in steps.items()}
