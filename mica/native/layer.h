@@ -216,12 +216,12 @@ inline Tensor like(at::IntArrayRef shape, const Tensor& matrix) {
 // Autocast's casts have been made before: within a formula it would cast each product's operands.
 using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
 
-// (y, h)
+// (y, h), or (y, nothing) where lora_B needs no gradient
 inline std::pair<Tensor, Tensor> forward_of(const Tensor& x, const Operands& operands, const Numbers& numbers) {
   const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto [y, h] = linear(as_matrix(x), operands, numbers);
-  return {like(x.sizes(), y), like(x.sizes(), h)};
+  return {like(x.sizes(), y), operands.lora_B.requires_grad() ? like(x.sizes(), h) : Tensor()};
 }
 
 // What a node has saved; undefined what no gradient needs.
@@ -319,7 +319,6 @@ struct Layer : torch::autograd::Function<Layer> {
       const Numbers& numbers) {
     const bool needs_x = x.requires_grad();
     const bool needs_A = lora_A.requires_grad();
-    const bool needs_B = lora_B.requires_grad();
     const auto [y, h] = forward_of(x, operands, numbers);
     ctx->set_materialize_grads(false);
     {
@@ -330,12 +329,12 @@ struct Layer : torch::autograd::Function<Layer> {
           needs_x ? kept(lora_A) : Tensor(),
           kept(lora_B),
           needs_A ? kept(x) : Tensor(),
-          needs_B ? h : Tensor(),
+          h,
       };
       ctx->save_for_backward(std::move(tensors));
     }
     save_numbers(ctx, numbers);
-    return needs_B ? variable_list{y, h} : variable_list{y};
+    return h.defined() ? variable_list{y, h} : variable_list{y};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
