@@ -58,17 +58,25 @@ def finish(output: Path, step: int, facts: dict[str, Any]) -> None:
     Raises OSError or UsageError if the disk is full, the folder has gone, or there is one of this name.
     """
     checkpoint = folder_of(output, step)
-    if os.path.lexists(checkpoint):
-        raise UsageError(f"{checkpoint} is there already: move it away")
+    _check_absent(checkpoint)
     written = folder_of(scratch(output), step)
     files = [path.relative_to(written).as_posix() for path in files_in(written)]
     (written / MARKER).write_text(json_text(facts | {"files": files}), encoding="utf-8")
     finish_files(written)
     Record(output).claim({checkpoint / path.relative_to(written): path for path in files_in(written)})
-    os.rename(written, checkpoint)
+    try:
+        os.rename(written, checkpoint)
+    except OSError:
+        _check_absent(checkpoint)  # somebody has made it meanwhile
+        raise
     written.parent.rmdir()
     flush(checkpoint)
     flush(output)
+
+
+def _check_absent(checkpoint: Path) -> None:
+    if os.path.lexists(checkpoint):
+        raise UsageError(f"{checkpoint} is there already: move it away")
 
 
 def facts(checkpoint: Path) -> dict[str, Any] | None:

@@ -60,7 +60,10 @@ def _holds_nothing_of_value(output: Path, names: list[str]) -> bool:
 
     Its first command may be given again.
     """
+    whole = [name for name in names if not name.endswith(SCRATCH)]
+    if not whole:  # killed as it wrote the first file
+        return True
     settings = output / SETTINGS
     if not settings.is_file() or not settings.read_bytes().startswith(HEADER.encode()):
         return False
-    return all(name in (SETTINGS, BASE, "runs") or name.endswith(SCRATCH) for name in names)
+    return all(name in (SETTINGS, BASE, "runs") for name in whole)

@@ -48,6 +48,11 @@ def test_what_a_killed_run_has_left_before_its_first_checkpoint_is_of_no_value(t
             path.parent.rmdir()
 
 
+def test_a_run_that_was_killed_as_it_wrote_its_first_file_may_be_given_again(tmp_path):
+    put(tmp_path / f"{NAME}.partial")
+    check(tmp_path)
+
+
 def test_resume_of_nothing(tmp_path):
     put(tmp_path / "notes.txt")
     for path in (tmp_path / "no", tmp_path):
