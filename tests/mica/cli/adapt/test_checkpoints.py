@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from mica.cli import output as output_module
 from mica.cli.adapt import checkpoints
@@ -67,6 +68,21 @@ def test_a_marker_that_cannot_be_read_is_an_error_and_not_missing(tmp_path, monk
     monkeypatch.setattr(Path, "read_text", denied)
     with pytest.raises(UsageError, match=r"complete.json cannot be read: Permission denied$"):
         checkpoints.latest(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "what"), [(None, "is missing"), (b"PK cut off", "is damaged")])
+def test_a_file_that_is_missing_or_cut_off_is_named(tmp_path, content, what):
+    written = put(checkpoints.folder_of(checkpoints.scratch(tmp_path), 1))
+    torch.save({"step": 1}, written / "optimizer.pt")
+    checkpoints.finish(tmp_path, 1, {})
+    checkpoint = checkpoints.folder_of(tmp_path, 1)
+    checkpoints.check_files(checkpoint)
+    optimizer = checkpoint / "optimizer.pt"
+    optimizer.unlink()
+    if content is not None:
+        optimizer.write_bytes(content)
+    with pytest.raises(UsageError, match=rf"cannot be read \(optimizer.pt {what}\)"):
+        checkpoints.check_files(checkpoint)
 
 
 @pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.write_text", "os.rename"])
