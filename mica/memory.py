@@ -7,7 +7,7 @@ TENSOR_TYPES = (Tensor, torch.nn.Parameter)  # classes of tensors whose operatio
 
 
 def in_memory(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it where PyTorch has left something undone: what its memory holds is it.
+    """The tensor with its values in its own memory; a copy if PyTorch has put an operation off.
 
     For code that reads memory itself: kernels, LAPACK.
 

@@ -131,12 +131,26 @@ def _description(device) -> str:
     import torch
 
     if device.type == "cpu":
-        return f"{platform.machine()}, {torch.get_num_threads()} threads"
+        return f"{platform.machine()}, {_threads(torch.get_num_threads())}"
     properties = torch.cuda.get_device_properties(device)
     architecture = "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
     if torch.version.hip:
         architecture = properties.gcnArchName
     return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, {architecture}"
+
+
+def _threads(number: int) -> str:
+    """PyTorch's number of threads, and what has set it if the machine has more processors."""
+    said = f"{number} {'thread' if number == 1 else 'threads'}"
+    processors = os.cpu_count() or 1
+    if number >= processors:
+        return said
+    said += f" of {processors} processors"
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        if os.environ.get(name):
+            return f"{said}, as {name}={os.environ[name]} says"
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else processors
+    return f"{said}, as this process may use {allowed}" if allowed < processors else said
 
 
 def _cpp(problems: list[str]) -> Iterator[tuple[str, str]]:

@@ -16,6 +16,10 @@ _LAST_LINE = (
     "{layers_found} layers in {seconds:.1f} s: {layers_proven} proven, {layers_not_proven} not proven, "
     "{layers_unsuitable} cannot be adapted"
 )
+_MEANING = (
+    "energy: the share of the weights' squares in the directions that MiCA adapts; small: they add little to "
+    "the layer's output today. gap near 1: others would do as well"
+)
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
@@ -70,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     rows, spectra = _measure(args, targets)
     result = summary(rows, seconds=time.perf_counter() - start)
     print(kinds_table(grouped(rows), args.rank))
+    print(_MEANING)
     print(_LAST_LINE.format(**result))
 
     if args.json:

@@ -145,6 +145,7 @@ def _build(path: Path, extension: Extension) -> None:
         output = Path(scratch) / path.name
         command = [*compiler, *_arguments(extension.source, output)]
         _say(f"compiling C++ for PyTorch {torch.__version__}, once on this machine: 15 seconds to a minute")
+        start = time.monotonic()
         problem = _problem_of(command)
         if problem is None and not output.exists():
             problem = "it has written no file"
@@ -157,6 +158,7 @@ def _build(path: Path, extension: Extension) -> None:
         temporary.write_bytes(_sealed(output.read_bytes()))
         temporary.chmod(0o644)
         temporary.replace(path)
+        _say(f"the C++ was compiled in {time.monotonic() - start:.0f} s")
 
 
 def _problem_of(command: list[str]) -> str | None:

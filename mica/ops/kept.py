@@ -15,7 +15,7 @@ model is patched.
 
 Whoever sets saved-tensor hooks of their own (offloading, checkpointing) gets x. An edit in place of what x is
 computed from raises in the backward. An edit that autograd does not count (``tensor.data``, NumPy's views),
-or of a value that nobody keeps any more, is not seen: the backward takes what it finds.
+or of a value that is no longer saved, is not seen: the backward takes what it finds.
 """
 
 from __future__ import annotations

@@ -228,7 +228,8 @@ def give_up(
     what = f"{function} at rank {rank} ({names_of(dtypes)})"
     _given_up[Refused(device, function, rank, dtypes)] = f"{what} was given up: {text}"
     _choices.clear()
-    warnings.warn(f"MiCA runs {what} on the reference path on {device} from here on: {text}", stacklevel=2)
+    failed = f"the Triton kernel for {what} failed on {device}"
+    warnings.warn(f"{failed}; PyTorch computes it from now on: {text}", stacklevel=2)
 
 
 def note_missed(

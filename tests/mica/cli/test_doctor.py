@@ -1,5 +1,7 @@
 """``mica doctor``: what it finds on this machine and on faked ones, and what it calls broken."""
 
+import os
+import platform
 import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
@@ -102,12 +104,32 @@ def raising(error):
 # Devices and paths
 
 
+@pytest.mark.parametrize(
+    ("number", "variables", "said"),
+    [
+        (8, {}, "8 threads"),
+        (1, {"OMP_NUM_THREADS": "1"}, "1 thread of 8 processors, as OMP_NUM_THREADS=1 says"),
+        (2, {"MKL_NUM_THREADS": "2"}, "2 threads of 8 processors, as MKL_NUM_THREADS=2 says"),
+        (2, {}, "2 threads of 8 processors, as this process may use 2"),
+        (4, {}, "4 threads of 8 processors"),
+    ],
+)
+def test_what_has_set_the_number_of_threads_is_said(number, variables, said, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: number)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    allowed = range(2 if number == 2 else 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(allowed), raising=False)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, variables.get(name, ""))
+    assert dict(doctor._devices([]))["cpu"] == f"{platform.machine()}, {said}"
+
+
 def test_a_machine_without_a_gpu_works(run):
     problems, findings = run()
     assert problems == []
     assert {"mica", "Python", "torch", "triton", "peft", "transformers"} <= findings.keys()
     assert findings["torch"] == version("torch")
-    assert f"{torch.get_num_threads()} threads" in findings["cpu"]
+    assert findings["cpu"].startswith(f"{platform.machine()}, {torch.get_num_threads()} thread")
     assert findings["cpu: layers"] == ON_A_CPU
     slow = "the CPU has no instructions for float16: adapted layers compute in float32, which --dtype auto"
     assert findings["16-bit products"] == f"{slow} selects"

@@ -72,7 +72,7 @@ def test_rows_are_those_of_the_svd(dtype, rank, gpt2_dir, run):
 def test_a_line_for_each_kind_has_its_medians_and_worst(tmp_path, run):
     tiny_llama(num_hidden_layers=3).save_pretrained(tmp_path / "model")
     _, table, captured = run(tmp_path / "model")
-    _, _, header, *lines, last = captured.out.splitlines()
+    _, _, header, *lines, _, last = captured.out.splitlines()
     assert re.split("  +", header)[4:9] == ["sigma_max", "sigma_5", "sigma_4", "sigma_1", "gap"]
     assert re.split("  +", header)[9:12] == ["min gap", "energy", "max energy"]
     by_kind = {}
@@ -101,7 +101,7 @@ def test_layers_that_cannot_be_adapted_are_named_with_the_reason(tmp_path, run):
     assert (table["layers_proven"], table["layers_unsuitable"]) == (4, 6)
     unsuitable = [row for row in table["layers"] if row["reason"]]
     assert all(row[number] is None for row in unsuitable for number in (*NUMBERS, "proven"))
-    *_, row, first, second, _ = captured.out.splitlines()
+    *_, row, first, second, _, _ = captured.out.splitlines()
     assert row.startswith("up_proj       4 ")
     norms = ", ".join(f"model.layers.{block}.input_layernorm" for block in range(3))
     said = [f"a layer of type LlamaRMSNorm ({norms} and 2 more)"]

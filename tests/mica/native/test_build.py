@@ -25,7 +25,9 @@ def test_it_is_compiled_once_and_a_layer_works(folder, compiler, assert_layer_wo
     said = capfd.readouterr().err
     version = re.escape(torch.__version__)
     assert re.fullmatch(
-        rf"mica: compiling C\+\+ for PyTorch {version}, once on this machine: 15 seconds to a minute\n", said
+        rf"mica: compiling C\+\+ for PyTorch {version}, once on this machine: 15 seconds to a minute\n"
+        r"mica: the C\+\+ was compiled in \d+ s\n",
+        said,
     )
     assert len(names(folder, ".so")) == 1
     assert not names(folder, ".tmp") + names(folder, ".txt")

@@ -251,7 +251,7 @@ def test_a_kernel_that_cannot_be_launched(monkeypatch, by_default, part):
     by_default()
     with monkeypatch.context() as patch:
         patch.setattr(getattr(triton_path, part), "planned", fails)
-        with pytest.warns(UserWarning, match="from here on: out of resource") as warned:
+        with pytest.warns(UserWarning, match="from now on: out of resource") as warned:
             result = run(p)
     agree(result, {name: value.double() for name, value in expected.items()}, BF16)
     assert len(warned) == len(PARTS[part])
