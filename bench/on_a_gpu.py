@@ -158,6 +158,8 @@ def _layers(suites: dict[str, Result]) -> list[Row]:
             continue
         shape = shape_in_words(cell.axes)
         label = f"{shape['out × in']}, {cell.axes['tokens']:,} tokens, r = {cell.axes['rank']}"
+        if cell.axes.get("adapter", names.MICA) != names.MICA:
+            label = f"{label}, {cell.axes['adapter']}"
         if "dropout" in cell.axes:
             label = f"{label}, dropout {cell.axes['dropout']}"
         if "compiler" in cell.axes:

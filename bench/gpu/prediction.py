@@ -55,7 +55,9 @@ def of_layer(axes: dict[str, str | int], implementation: str, device: str) -> Pr
     if axes["dtype"] != DTYPE or axes.get("dropout"):
         return None
     peak = PEAKS[device]
-    layer = Layer(axes["tokens"], axes["out"], axes["in"], axes["rank"], peak.cache)
+    trains_B = axes.get("adapter") == names.PLAIN_LORA
+    sizes = (axes[axis] for axis in ("tokens", "out", "in", "rank"))
+    layer = Layer(*sizes, peak.cache, trains_B=trains_B)
     launches = _of_implementation(layer, axes, implementation, device)
     return None if launches is None else roofline.predict(launches, peak)
 

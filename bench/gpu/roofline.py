@@ -74,7 +74,8 @@ class Launch(NamedTuple):
 class Layer(NamedTuple):
     """tokens × in features → tokens × out features, with an adapter of this rank, in bfloat16.
 
-    ``cache``: of the device's L2 cache, in bytes. ``has_masters``: A and B are in float32.
+    ``cache``: of the device's L2 cache, in bytes. ``has_masters``: A and B are in float32. ``trains_B``: as
+    LoRA does.
     """
 
     tokens: int
@@ -83,6 +84,7 @@ class Layer(NamedTuple):
     rank: int
     cache: float
     has_masters: bool = True
+    trains_B: bool = False
 
     def backward(self) -> Layer:
         """The layer whose base product is dx = dy W: its x is our dy, its y our dx."""
@@ -138,7 +140,7 @@ def base_product(layer: Layer, speed: float = 1.0, adds: bool = False) -> Launch
 
 
 def skinny(layer: Layer, share: Share) -> Launch:
-    """h = x Aᵀ, or g and dA of the same sizes: one matrix of tokens × in features is read."""
+    """h = x Aᵀ, or g, dA and dB of the same sizes: one matrix of tokens × in features is read."""
     factor = FP32 if layer.has_masters else BASE
     moved = layer.tokens * (layer.inner + layer.rank) * BASE + layer.rank * layer.inner * factor
     return Launch(moved, _low_rank_operations(layer, layer.inner), share.of(layer.rank))
@@ -179,7 +181,21 @@ def bare(layer: Layer, part: str) -> list[Launch]:
 def of_form(form: str, layer: Layer, part: str) -> list[Launch]:
     """In one of the forms of `mica.kernels.configs.FORM_NAMES`."""
     passes = _BACKWARD if part == BACKWARD else _FORWARD
-    return passes[form](layer)
+    launches = passes[form](layer)
+    return [*launches, *_of_a_trained_b(form, layer, part)] if layer.trains_B else launches
+
+
+def _of_a_trained_b(form: str, layer: Layer, part: str) -> list[Launch]:
+    """What a frozen B does not need: it is rounded in each pass, and dB = (hᵀ dy)ᵀ is written transposed."""
+    size = layer.rank * layer.out
+    by_vendor = form in ("mixed", "reference")
+    # these round it among their own launches
+    is_rounded = form == "reference" or (form == "mixed" and part == BACKWARD)
+    launches = [] if is_rounded else [cast(size)]
+    if part == BACKWARD:
+        product = skinny(layer.backward(), VENDOR if by_vendor else GRAD_A)
+        launches += [product, elementwise(2 * size * FP32)]
+    return launches
 
 
 def _kernel_operand(layer: Layer) -> list[Launch]:
@@ -262,13 +278,18 @@ MODELLED = _FORWARD.keys() & _BACKWARD.keys()
 
 
 def aten_control(layer: Layer, part: str) -> list[Launch]:
-    """`bench.suites.layer.AtenControl`. Its backward scales g and casts dA; A and B are cast before."""
+    """`bench.suites.layer.AtenControl`. Its backward scales g and dB and casts dA and dB; A and B are cast
+    before."""
     if part != BACKWARD:
         return _reference_forward(layer)
     turned = layer.backward()
     g = [skinny(turned, VENDOR), elementwise(2 * layer.tokens * layer.rank * BASE)]
     dA = [skinny(layer, VENDOR), cast(layer.rank * layer.inner)]
-    return [*g, base_product(turned), update(turned, VENDOR_UPDATE), *dA]
+    dB = []
+    if layer.trains_B:
+        size = layer.rank * layer.out
+        dB = [skinny(turned, VENDOR), elementwise(2 * size * BASE), cast(size)]
+    return [*g, base_product(turned), update(turned, VENDOR_UPDATE), *dA, *dB]
 
 
 def stock(layer: Layer, part: str) -> list[Launch]:
@@ -295,6 +316,8 @@ def _stock_backward(layer: Layer) -> list[Launch]:
     scaling = elementwise(2 * adapter * y)
     # dh, dA and the adapter's part of dx
     products = [_stock_product(layer, layer.out), *[_stock_product(layer, layer.inner)] * 2]
+    if layer.trains_B:
+        products.append(_stock_product(layer, layer.out))
     base = base_product(layer.backward())
     summed = elementwise(3 * BASE * x)
     if layer.has_masters:

@@ -43,10 +43,11 @@ def _ratio(group: Group, name: str, baseline: str) -> Ratio | None:
 
 
 def _layer_ratio(result: Result, part: str, name: str, baseline: str) -> Ratio | None:
-    """Of the layer that stands for the others, in the first of its cells that has both: without dropout, and
-    what is compiled in its own."""
+    """Of the layer that stands for the others, in the first of its cells that has both: with MiCA, without
+    dropout, and what is compiled in its own."""
     for group in result.select(**LAYER, **{"pass": part, "clock": names.DEVICE_TIME}):
-        if "dropout" not in group.axes and {name, baseline} <= group.timings.keys():
+        is_plain = "dropout" not in group.axes and group.axes.get("adapter", names.MICA) == names.MICA
+        if is_plain and {name, baseline} <= group.timings.keys():
             return group.ratio(name, baseline)
     return None
 

@@ -123,9 +123,7 @@ def setting(cell: Cell) -> Prepared:
     bare = _Layer(cell)
     x, dy = torch.randn(2, cell.tokens, cell.hidden, device=DEVICE).to(cell.dtype).unbind()
     x = x.clone().requires_grad_()
-    ran = {"experts_linear": 2, "experts_linear_backward": 2}
-    if ON_ACCELERATOR:
-        ran |= {f"{name}_kernels": times for name, times in ran.items()}
+    ran = dict.fromkeys(("experts_linear", "experts_linear_backward"), 2)
     ours, lora = adapted(bare, "mica"), adapted(bare, True)
 
     def step(model: nn.Module, context=mica.fast.disabled, **operators: int) -> Step:
@@ -139,6 +137,8 @@ def setting(cell: Cell) -> Prepared:
             return step(lora)
         model = lora if name == FAST_LORA else ours
         counts = ran | {"experts_grad_b": 2} if name == FAST_LORA else ran
+        if ON_ACCELERATOR:
+            counts = counts | {f"{operator}_kernels": times for operator, times in counts.items()}
         return checked(step(model, nullcontext, **counts), step(model).results(), GATES[cell.dtype])
 
     steps = build_all(cell.name, cell.implementations, build)

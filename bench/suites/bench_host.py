@@ -103,8 +103,7 @@ class Cell(NamedTuple):
         return axes
 
     def implementations(self, part: str) -> list[str]:
-        ours = OURS if self.adapter == MICA else (FAST, PYTHON)  # no kernel serves a trained B
-        return [BARE, *stock(self.dtype, self.autocast), *ours]
+        return [BARE, *stock(self.dtype, self.autocast), *OURS]
 
     def context(self, name: str) -> Callable:
         """What an implementation runs within."""
@@ -176,7 +175,8 @@ def setting(cell: Cell) -> dict[str, Step]:
     def build(name: str) -> Step:
         ran = {}
         if name in (FAST, KERNELS):
-            ran = operators(1 if is_layer else LINEAR_LAYERS, on_kernels=name == KERNELS)
+            layers = 1 if is_layer else LINEAR_LAYERS
+            ran = operators(layers, on_kernels=name == KERNELS, adapter=cell.adapter)
         return work.step(name, cell.context(name), ran)
 
     gates = dict.fromkeys(("y", "dx", "dA"), GATES[cell.dtype])

@@ -58,7 +58,7 @@ def setting(cell: Cell) -> Prepared:
     layers = len(models.adapted_layers(masters))
 
     def build(name: str) -> Step:
-        ran = operators(layers) if name in (FAST, FAST_NORMS) else {}
+        ran = operators(layers, adapter=cell.adapter) if name in (FAST, FAST_NORMS) else {}
         return work.step(name, CONTEXTS[name], ran)
 
     steps = build_all(kept_by(cell), implementations(cell), build)

@@ -68,7 +68,7 @@ EXACT = {"bfloat16": torch.float64 if DEVICE == "cuda" else torch.float32, "floa
 DROPOUT = 0.05  # the paper's
 PASSES = (FORWARD, BACKWARD, NO_GRADIENT)
 FORMS = {names.of_form(word): word for word in configs.FORM_NAMES} if ON_ACCELERATOR else {}
-LAUNCHED = {  # form -> by kernel, how many launches a forward and its backward make
+LAUNCHED = {  # form -> by kernel, how many launches a forward and its backward make in MiCA
     "split": {"down_projection": 2, "up_projection": 2, "grad_a": 1},
     "first": {"down_projection": 2, "grad_a": 1},
     "fused": {"down_projection": 2, "fused_linear": 2, "grad_a": 1},
@@ -142,9 +142,7 @@ class Cell(NamedTuple):
         compiled = [names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN]
         if self.is_compiled_only:
             return [] if part == NO_GRADIENT else [*chosen, FAST, *compiled]
-        if self.adapter == MICA:
-            chosen.append(ATEN)
-        chosen.append(FAST)
+        chosen += [ATEN, FAST]
         if self.compiled and part != NO_GRADIENT:
             chosen += compiled
         return chosen
@@ -182,6 +180,8 @@ CUDA = [
     *(Cell(tokens, 4096, 4096) for tokens in (8192, 2048, 512, 128, 1)),
     *(Cell(*sizes) for sizes in WIDE),
     *(Cell(tokens, 4096, 4096, dropout=DROPOUT) for tokens in (8192, 512)),
+    *(Cell(tokens, 4096, 4096, adapter=PLAIN_LORA) for tokens in (8192, 512)),
+    Cell(8192, 4096, 4096, dropout=DROPOUT, adapter=PLAIN_LORA),
     *(Cell(tokens, 4096, 4096, rank) for rank in (64, 128, 8) for tokens in (8192, 2048, 512, 1)),
     *(Cell(tokens, 4096, 4096, compiled=True) for tokens in (8192, 512)),
     *(Cell(*sizes, forms=True) for sizes in ((8192, 4096, 4096), *WIDE, (2048, 4096, 4096))),
@@ -189,6 +189,7 @@ CUDA = [
     Cell(2048, 4096, 4096, 128, forms=True),
     *(Cell(tokens, 4096, 4096, forms=True) for tokens in (1024, 512, 256, 128, 32, 1)),
     Cell(512, 2048, 2048, forms=True),
+    Cell(8192, 4096, 4096, forms=True, adapter=PLAIN_LORA),
 ]
 DRY = [
     Cell(40, 48, 64),
@@ -196,6 +197,8 @@ DRY = [
     Cell(200, 48, 64, dropout=DROPOUT),
     Cell(40, 48, 64, compiled=True),
     *(Cell(40, 48, 64, rank, forms=True) for rank in (16, 32)),
+    Cell(40, 48, 64, adapter=PLAIN_LORA),
+    Cell(40, 48, 64, forms=True, adapter=PLAIN_LORA),
 ]
 CELLS = pick(default=AXES, cuda=CUDA, dry=DRY)
 if not (ON_ACCELERATOR or has_native(torch.bfloat16)):  # there a product in bf16 may take a minute
@@ -246,20 +249,20 @@ def builds(cell: Cell, layer: Layer) -> dict[str, Callable[[], Form]]:
     operands = (x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
 
     def adapted(dtype, context, wrap=lambda module: module) -> Form:
-        module, trained = adapted_module(layer, dtype, cell.dropout, cell.adapter)
+        module, trained = adapted_module(layer, dtype, cell.dropout)
         call = wrap(module)
         return Form(lambda: call(x), (x, *trained), context, module)
 
     def forced(word: str) -> Form:
         # as a layer of mica.fast calls it: without bias, and under no autocast
         call = functools.partial(linear_eager, *operands, None, None)
-        return Form(call, (x, layer.lora_A), lambda: form_of(word))
+        return Form(call, (x, *layer.trained), lambda: form_of(word))
 
     makes = {
         BARE: lambda: Form(lambda: F.linear(x, layer.weight), (x,)),
         STOCK: lambda: adapted(torch.float32, stock),
         STOCK_16: lambda: adapted(x.dtype, stock),
-        ATEN: lambda: Form(lambda: AtenControl.apply(*operands), (x, layer.lora_A)),
+        ATEN: lambda: Form(lambda: AtenControl.apply(*operands), (x, *layer.trained)),
         FAST: lambda: adapted(torch.float32, nullcontext),
         names.COMPILED: lambda: adapted(x.dtype, stock, under_compiler),
         names.COMPILED_FAST: lambda: adapted(torch.float32, nullcontext, under_compiler),
@@ -279,8 +282,7 @@ def checked(cell: Cell, layer: Layer, name: str, truth: dict) -> tuple[Form, dic
     form = builds(cell, layer)[name]()
     is_timed_alone = name in cell.implementations(NO_GRADIENT)
     with form.context():
-        adapter_dtype = layer.lora_A.dtype if cell.forms else torch.float32
-        operator = operator_of(layer, adapter_dtype, cell.dropout)
+        operator = operator_of(layer, cell.dropout)
         if cell.forms:  # the first call may have to try several configurations of a kernel
             form.errors(layer.grad_output, truth)
         calls = mica.fast.call_counts[operator]
@@ -304,17 +306,20 @@ def checked(cell: Cell, layer: Layer, name: str, truth: dict) -> tuple[Form, dic
         expected = 2 if is_timed_alone else 1
     assert ran == expected, f"{ran} calls of our operator"
     if cell.forms:
-        of_form = LAUNCHED[FORMS[name]] if name in FORMS else {}
-        assert launched == of_form, f"launched {dict(launched)}, not {of_form}"
+        of_form = Counter(LAUNCHED[FORMS[name]] if name in FORMS else {})
+        if layer.lora_B.requires_grad and of_form["grad_a"]:
+            of_form["grad_a"] += 1  # computes dB too
+        assert launched == of_form, f"launched {dict(launched)}, not {dict(of_form)}"
     return form, {"saved_mb": saved, **facts}
 
 
-def operator_of(layer: Layer, adapter_dtype: torch.dtype, dropout: float) -> str:
+def operator_of(layer: Layer, dropout: float) -> str:
     """The operator that counts a forward of this layer: that on kernels, where they are to run."""
     x = layer.x.reshape(-1, layer.x.shape[-1])
-    dtypes = (x.dtype, x.dtype, adapter_dtype, adapter_dtype)
+    dtypes = (x.dtype, x.dtype, layer.lora_A.dtype, layer.lora_B.dtype)
     rows = functools.partial(choose.forward_rows, x, layer.weight.shape[0], dropout)
-    choice = choose.decide("linear", x.device, layer.lora_A.shape[0], dtypes, rows)
+    function = f"{choose.LORA}linear" if layer.lora_B.requires_grad else "linear"
+    choice = choose.decide(function, x.device, layer.lora_A.shape[0], dtypes, rows)
     return "linear" if choice.form == choose.REFERENCE else "linear_kernels"
 
 
@@ -328,7 +333,8 @@ class Setting(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def setting(cell: Cell) -> Setting:
     torch.manual_seed(0)  # of dropout
-    layer = make_layer(cell.tokens, cell.out, cell.inner, cell.rank, DTYPES[cell.dtype], DEVICE)
+    sizes = cell.tokens, cell.out, cell.inner, cell.rank
+    layer = make_layer(*sizes, DTYPES[cell.dtype], DEVICE, cell.adapter)
     truth = exact(layer, EXACT[cell.dtype])
     needed = dict.fromkeys([*cell.implementations(FORWARD), *cell.implementations(NO_GRADIENT)])
     built = build_all(cell.name, needed, lambda name: checked(cell, layer, name, truth))

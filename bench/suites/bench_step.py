@@ -25,7 +25,7 @@ from bench.suites.steps import CONTEXTS, Prepared, Step, checked, operators
 from tests.support import models
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-STEPS = pick(default=2, cuda=6)
+STEPS = pick(default=2, cuda=6, dry=3)
 SECONDS = pick(default=120.0, cuda=4.0, dry=0.0)  # of a cell
 LEARNING_RATE = pick(default=1e-3, dry=3e-2)
 DISTINCT = 16  # random tokens: that others never occur is learnt in a few steps
@@ -90,12 +90,12 @@ class Cell(NamedTuple):
         return [BARE, *stock(self.dtype, self.how == AUTOCAST), *ours]
 
 
-def steps_of_llama(tokens: tuple[int, int], *hows: str) -> list[Cell]:
-    return [Cell("Llama-3.2-1B", tokens, how=how) for how in hows]
+def steps_of_llama(tokens: tuple[int, int], *hows: str, adapter: str = MICA) -> list[Cell]:
+    return [Cell("Llama-3.2-1B", tokens, how=how, adapter=adapter) for how in hows]
 
 
-def toy_steps(*hows: str) -> list[Cell]:
-    return [Cell("toy", (1, 8), layers=1, vocabulary=64, how=how) for how in hows]
+def toy_steps(*hows: str, adapter: str = MICA) -> list[Cell]:
+    return [Cell("toy", (1, 8), layers=1, vocabulary=64, how=how, adapter=adapter) for how in hows]
 
 
 CELLS = pick(
@@ -111,8 +111,12 @@ CELLS = pick(
     cuda=[
         *steps_of_llama((4, 2048), "", CHECKPOINTED, AUTOCAST, DROPOUT, PAPER),
         *steps_of_llama((1, 512), "", CHECKPOINTED, AUTOCAST),
+        *steps_of_llama((4, 2048), "", AUTOCAST, DROPOUT, adapter=PLAIN_LORA),
     ],
-    dry=toy_steps("", CHECKPOINTED, AUTOCAST, DROPOUT, PAPER),
+    dry=[
+        *toy_steps("", CHECKPOINTED, AUTOCAST, DROPOUT, PAPER),
+        *toy_steps("", AUTOCAST, DROPOUT, adapter=PLAIN_LORA),
+    ],
 )
 
 
@@ -141,7 +145,8 @@ def build(cell: Cell, work: Work, implementation: str) -> Step:
     ran = {}
     if implementation in (FAST, FAST_NORMS):
         layers = len(models.adapted_layers(work.masters))
-        ran = operators(layers, forwards=2 if cell.how == CHECKPOINTED else 1)
+        forwards = 2 if cell.how == CHECKPOINTED else 1
+        ran = operators(layers, forwards=forwards, adapter=cell.adapter)
     return work.step(implementation, CONTEXTS[implementation], ran, LEARNING_RATE)
 
 

@@ -26,7 +26,10 @@ OF_A_STEP = ("y", "dx", "dA", "dB")  # dB of plain LoRA only
 
 @dataclass
 class Layer:
-    """Operands: x (tokens×in), weight (out×in), fp32 masters of A and B, all of the same scale."""
+    """Operands: x (tokens×in), weight (out×in), fp32 masters of A and B, all of the same scale.
+
+    B requires a gradient in LoRA, in MiCA it does not.
+    """
 
     x: Tensor
     weight: Tensor
@@ -34,6 +37,11 @@ class Layer:
     lora_B: Tensor
     scaling: float
     grad_output: Tensor
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """A, and B in LoRA."""
+        return [factor for factor in (self.lora_A, self.lora_B) if factor.requires_grad]
 
 
 class Form(NamedTuple):
@@ -70,7 +78,9 @@ class Form(NamedTuple):
             once(self.call(part, grad_output), axes, calls, all_clocks=True, **facts)
 
 
-def make_layer(tokens: int, out: int, inner: int, rank: int, dtype: torch.dtype, device: str) -> Layer:
+def make_layer(
+    tokens: int, out: int, inner: int, rank: int, dtype: torch.dtype, device: str, adapter: str = MICA
+) -> Layer:
     """Random operands in which the adapter's term is a tenth of the base's."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -81,59 +91,57 @@ def make_layer(tokens: int, out: int, inner: int, rank: int, dtype: torch.dtype,
         x=normal(tokens, inner).to(dtype).requires_grad_(),
         weight=normal(out, inner, scale=inner**-0.5).to(dtype),
         lora_A=normal(rank, inner, scale=inner**-0.5).requires_grad_(),
-        lora_B=normal(out, rank, scale=0.1 * rank**-0.5),
+        lora_B=normal(out, rank, scale=0.1 * rank**-0.5).requires_grad_(adapter != MICA),
         scaling=1.0,
         grad_output=normal(tokens, out).to(dtype),
     )
 
 
 def adapted_module(
-    layer: Layer, adapter_dtype: torch.dtype, dropout: float = 0.0, adapter: str = MICA
+    layer: Layer, adapter_dtype: torch.dtype, dropout: float = 0.0
 ) -> tuple[nn.Module, list[Tensor]]:
     """PEFT's layer over this weight, with these factors in ``adapter_dtype``; and what it trains, A first."""
     out, inner = layer.weight.shape
     base = nn.Linear(inner, out, bias=False, device="meta")
     base.weight = nn.Parameter(layer.weight, requires_grad=False)
     rank = layer.lora_A.shape[0]
-    is_mica = adapter == MICA
+    is_lora = layer.lora_B.requires_grad
     config = LoraConfig(
         r=rank,
         lora_alpha=rank * layer.scaling,
         lora_dropout=dropout,
         target_modules=["0"],
-        init_lora_weights="mica" if is_mica else True,
+        init_lora_weights=True if is_lora else "mica",
     )
     with without_solver():  # on a device its first run belongs to its own stage
         adapted = get_peft_model(nn.Sequential(base), config).train()
     module = adapted.base_model.model[0].to(layer.x.device)
     for part, value in ((module.lora_A, layer.lora_A), (module.lora_B, layer.lora_B)):
-        part["default"].weight = nn.Parameter(value.detach().to(adapter_dtype))
-    A, B = (part["default"].weight for part in (module.lora_A, module.lora_B))
-    if is_mica:
-        B.requires_grad_(False)
-        return module, [A]
-    return module, [A, B]
+        part["default"].weight = nn.Parameter(value.detach().to(adapter_dtype), value.requires_grad)
+    return module, [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 class AtenControl(torch.autograd.Function):
-    """The most that plain PyTorch can do: products that add in place, one product for dA, only x saved."""
+    """The most that plain PyTorch can do: products that add in place, one a gradient, only x and h saved."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         A = lora_A.to(x.dtype)
         B = lora_B.to(x.dtype)
-        ctx.save_for_backward(x)
+        h = F.linear(x, A)
+        ctx.save_for_backward(x, h if ctx.needs_input_grad[3] else None)
         ctx.frozen = (weight, A, B, scaling)
-        return F.linear(x, weight).addmm_(F.linear(x, A), B.t(), alpha=scaling)
+        return F.linear(x, weight).addmm_(h, B.t(), alpha=scaling)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        (x,) = ctx.saved_tensors
+        x, h = ctx.saved_tensors
         weight, A, B, scaling = ctx.frozen
         g = (grad_output @ B).mul_(scaling)
         dx = (grad_output @ weight).addmm_(g, A)
         dA = (g.t() @ x).to(torch.float32)
-        return dx, None, dA, None, None
+        dB = None if h is None else (grad_output.t() @ h).mul_(scaling).to(torch.float32)
+        return dx, None, dA, dB, None
 
 
 def exact(layer: Layer, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR
 from bench.measure.memory import alive_bytes
-from bench.results.names import BARE, FAST, FAST_NORMS, STOCK, STOCK_16, STOCK_UNCAST
+from bench.results.names import BARE, FAST, FAST_NORMS, MICA, STOCK, STOCK_16, STOCK_UNCAST
 from bench.suites.harness import build_all
 from bench.suites.layer import Form
 
@@ -39,12 +39,17 @@ CONTEXTS = {
 }
 
 
-def operators(linear: int, on_kernels: bool = ON_ACCELERATOR, forwards: int = 1) -> dict[str, int]:
+def operators(
+    linear: int, on_kernels: bool = ON_ACCELERATOR, forwards: int = 1, adapter: str = MICA
+) -> dict[str, int]:
     """What a forward + backward of this number of linear layers has to run.
 
-    ``forwards``: 2 where gradient checkpointing recomputes every forward.
+    ``forwards``: 2 where gradient checkpointing recomputes every forward. ``adapter``: what trains B has its
+    gradient computed by an operator of its own, which C++ does not call.
     """
     ran = {"linear": forwards * linear, "linear_backward": linear}
+    if on_kernels and adapter != MICA:
+        ran["grad_b"] = linear
     if on_kernels:
         ran |= {f"{name}_kernels": times for name, times in ran.items()}
     return ran

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure.machine import DEVICE
-from mica.ops import call_counts, mica_linear
+from mica.ops import call_counts
 from mica.paths import dropout
 from tests.support.guarding import run_guarded
+from tests.support.linear_calls import run
 from tests.support.oracle import solve
 from tests.support.tolerances import RELATIVE, error
 
@@ -78,19 +79,16 @@ def test_masks_of_dropout_are_those_of_pytorchs_form():
     assert torch.equal(dx != 0, keep), "dx drops other elements"
 
 
-def test_operator():
-    """y, dA and dx against the dense oracle; that they came from kernels, and do so again bit by bit."""
+@pytest.mark.parametrize("trains_B", [False, True], ids=["MiCA", "LoRA"])
+def test_operator(trains_B):
+    """y and gradients against the dense oracle; that they came from kernels, and do so again bit by bit."""
     p = operands("aligned")
-    x, lora_A = (tensor.detach().requires_grad_() for tensor in (p.x, p.lora_A))
-
-    def run() -> list[Tensor]:
-        y = mica_linear(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias)
-        return [y, *torch.autograd.grad(y, [lora_A, x], p.grad_output)]
-
+    p.lora_B.requires_grad_(trains_B)
     call_counts.clear()
-    results, exact = run(), solve(p)
+    results, exact = run(p), solve(p)
+    expected = {"linear_kernels", "linear_backward_kernels", *(["grad_b_kernels"] if trains_B else [])}
     ran = {key for key in call_counts if key.endswith("_kernels")}
-    assert ran == {"linear_kernels", "linear_backward_kernels"}, f"on kernels ran {ran or 'nothing'}"
-    for what, value in zip(("y", "grad_A", "grad_x"), results, strict=True):
-        close(what, value, exact[what], x.dtype)
-    same_bits(run, results)
+    assert ran == expected, f"on kernels ran {ran or 'nothing'}"
+    for what, value in results.items():
+        close(what, value, exact[what], p.x.dtype)
+    same_bits(lambda: run(p).values(), results.values())

@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 import mica.fast
 from bench.measure.clocks import CLOCK_RATE, captured
 from bench.measure.machine import DEVICE
+from bench.results.names import MICA, PLAIN_LORA
 from bench.suites.harness import pick
-from bench.suites.layer import adapted_module, make_layer
+from bench.suites.layer import OF_A_STEP, adapted_module, make_layer
 from mica.ops import mica_linear
 from tests.support import models
 from tests.support.tolerances import RELATIVE, error
@@ -24,7 +25,8 @@ from tests.support.tolerances import RELATIVE, error
 prepared_b = pytest.importorskip("mica.kernels.prepared_b")  # imports Triton
 
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
-both_ranks = pytest.mark.parametrize("rank", [4, 16])  # B is copied and padded, and cast alone
+# B is copied and padded, and cast alone; in LoRA in each pass
+each_layer = pytest.mark.parametrize(("rank", "adapter"), [(4, MICA), (16, MICA), (4, PLAIN_LORA)])
 
 DTYPE = torch.bfloat16
 # tokens, out_features, in_features: on a GPU both of the sums over a long side are split
@@ -37,13 +39,13 @@ class Adapted(NamedTuple):
 
     module: nn.Module
     x: Tensor
-    lora_A: Tensor
+    trained: list[Tensor]  # A, and B in LoRA
     grad_output: Tensor
 
     def step(self, call: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
-        """y, dx and dA; ``call``: what runs the module."""
+        """y, dx, dA and, in LoRA, dB; ``call``: what runs the module."""
         y = (self.module if call is None else call)(self.x)
-        return [y.detach(), *torch.autograd.grad(y, (self.x, self.lora_A), self.grad_output)]
+        return [y.detach(), *torch.autograd.grad(y, (self.x, *self.trained), self.grad_output)]
 
     def alone(self) -> list[Tensor]:
         """y, without recording a graph."""
@@ -60,23 +62,23 @@ def counted():
     assert mica.fast.call_counts["linear_kernels"] > before, "no kernels ran"
 
 
-def adapted(rank: int = 16) -> Adapted:
-    layer = make_layer(*SIZES, rank, DTYPE, DEVICE)
-    module, (lora_A,) = adapted_module(layer, torch.float32)
-    return Adapted(module, layer.x, lora_A, layer.grad_output)
+def adapted(rank: int = 16, adapter: str = MICA) -> Adapted:
+    layer = make_layer(*SIZES, rank, DTYPE, DEVICE, adapter)
+    module, trained = adapted_module(layer, torch.float32)
+    return Adapted(module, layer.x, trained, layer.grad_output)
 
 
 def same_bits(values: list[Tensor], expected: list[Tensor], where: str) -> None:
-    names = ("y", "dx", "dA")[: len(expected)]
+    names = OF_A_STEP[: len(expected)]
     different = [name for name, *pair in zip(names, values, expected, strict=True) if not torch.equal(*pair)]
     assert not different, f"{where}: other bits of {', '.join(different)}"
 
 
 @needs_gpu
-@both_ranks
+@each_layer
 @pytest.mark.parametrize("part", [Adapted.alone, Adapted.step])
-def test_a_graph_follows_an_update_of_a(part, rank):
-    layer, static = adapted(rank), []
+def test_a_graph_follows_an_update(part, rank, adapter):
+    layer, static = adapted(rank, adapter), []
 
     def call() -> None:
         static[:] = part(layer)
@@ -84,16 +86,17 @@ def test_a_graph_follows_an_update_of_a(part, rank):
     replay = captured(call)
     for factor in (-2.0, 0.5):  # as an optimizer does, in place
         with torch.no_grad():
-            layer.lora_A.mul_(factor)
+            for tensor in layer.trained:
+                tensor.mul_(factor)
         expected = part(layer)
         replay()
-        same_bits(static, expected, f"a replay after A was multiplied by {factor}")
+        same_bits(static, expected, f"a replay after what is trained was multiplied by {factor}")
 
 
 @needs_gpu
-@both_ranks
-def test_graphed_callables(rank):
-    layer = adapted(rank)
+@each_layer
+def test_graphed_callables(rank, adapter):
+    layer = adapted(rank, adapter)
     expected = layer.step()
     graphed = torch.cuda.make_graphed_callables(layer.module, (layer.x.detach().clone().requires_grad_(),))
     for _ in range(3):
@@ -138,7 +141,7 @@ def test_a_backward_follows_its_forward_to_another_stream():
         torch.cuda._sleep(int(SLEEP * CLOCK_RATE))
         y = layer.module(layer.x)
     here.wait_stream(side)
-    gradients = torch.autograd.grad(y, (layer.x, layer.lora_A), layer.grad_output)
+    gradients = torch.autograd.grad(y, (layer.x, *layer.trained), layer.grad_output)
     same_bits([y, *gradients], expected, "a backward called from another stream")
 
 
@@ -150,22 +153,22 @@ COMPILERS = [
 ]
 
 
-@both_ranks
+@each_layer
 @pytest.mark.parametrize("how", COMPILERS)
-def test_compile_fullgraph(how, rank):
+def test_compile_fullgraph(how, rank, adapter):
     """Four calls: a warm-up, the recording of CUDA graphs, replays. ``fullgraph`` raises at a graph break.
 
     Prepared B and counters, made while the compiler warms up, must not stay in its graphs' memory.
     """
     torch.compiler.reset()
-    layer = adapted(rank)
+    layer = adapted(rank, adapter)
     expected = layer.step()
     prepared_b.clear()
     compiled = torch.compile(layer.module, fullgraph=True, dynamic=False, **how)
     for number in range(4):
         torch.compiler.cudagraph_mark_step_begin()
         values = [tensor.clone() for tensor in layer.step(compiled)]  # the next call overwrites a graph's
-        for what, value, eager in zip(("y", "dx", "dA"), values, expected, strict=True):
+        for what, value, eager in zip(OF_A_STEP, values, expected, strict=False):
             wrong, limit = error(value, eager), RELATIVE[DTYPE]
             assert wrong <= limit, (
                 f"call {number}: {what} is {wrong:.2e} off the eager one, above {limit:.0e}"

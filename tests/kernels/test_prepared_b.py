@@ -48,8 +48,8 @@ class B:
     def prepare(self, dtype=torch.bfloat16, stored=None):
         return self.prepared(self.view(stored), dtype)
 
-    def prepared(self, lora_B, dtype=torch.bfloat16):
-        return (prepare_experts if self.of_experts else prepare)(lora_B, dtype)
+    def prepared(self, lora_B, dtype=torch.bfloat16, **options):
+        return (prepare_experts if self.of_experts else prepare)(lora_B, dtype, **options)
 
     def is_right(self):
         return torch.equal(self.prepare()[..., :3, :].transpose(-1, -2), self.view().bfloat16())
@@ -206,6 +206,15 @@ def test_a_copy_is_kept_where_no_graph_owns_the_memory(b, monkeypatch):
     monkeypatch.setattr(prepared_b.workspace, allocate, lambda make, tensor: kept.append(1) or make())
     b.prepare(), b.prepare()
     assert kept == [1]
+
+
+def test_a_copy_of_a_trained_b_is_made_in_each_call_and_in_the_graph_that_captures_it(b, monkeypatch):
+    """So that a replay follows an optimizer, whose edits no version has to count."""
+    monkeypatch.setattr(prepared_b.workspace, "allocate_persistent", None)
+    first = b.prepared(b.view(), is_frozen=False)
+    b.stored.data.mul_(2)
+    assert torch.equal(b.prepared(b.view(), is_frozen=False), 2 * first)
+    assert not prepared_b.entries
 
 
 def test_another_stream_waits_for_the_copy_once(b, monkeypatch):

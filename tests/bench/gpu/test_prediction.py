@@ -24,17 +24,19 @@ def predicted(implementation, part=FORWARD, **axes):
     return prediction.of_layer({**AXES, "pass": part, **axes}, implementation, DEVICE)
 
 
+@pytest.mark.parametrize("adapter", [names.MICA, names.PLAIN_LORA])
 @pytest.mark.parametrize("part", [FORWARD, BACKWARD])
-def test_each_implementation_of_a_layer_is_that_of_the_model(part):
+def test_each_implementation_of_a_layer_is_that_of_the_model(part, adapter):
+    layer = LAYER._replace(trains_B=adapter == names.PLAIN_LORA)
     launches = {
-        BARE: roofline.bare(LAYER, part),
-        names.STOCK: roofline.stock(LAYER, part),
-        names.STOCK_16: roofline.stock(LAYER._replace(has_masters=False), part),
-        names.ATEN: roofline.aten_control(LAYER, part),
+        BARE: roofline.bare(layer, part),
+        names.STOCK: roofline.stock(layer, part),
+        names.STOCK_16: roofline.stock(layer._replace(has_masters=False), part),
+        names.ATEN: roofline.aten_control(layer, part),
     }
-    launches |= {names.of_form(word): roofline.of_form(word, LAYER, part) for word in configs.FORM_NAMES}
+    launches |= {names.of_form(word): roofline.of_form(word, layer, part) for word in configs.FORM_NAMES}
     for name, expected in launches.items():
-        assert predicted(name, part, suite="forms") == roofline.predict(expected, PEAK)
+        assert predicted(name, part, suite="forms", adapter=adapter) == roofline.predict(expected, PEAK)
 
 
 def test_mica_fast_is_predicted_in_the_form_that_it_takes(monkeypatch):

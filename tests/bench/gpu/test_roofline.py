@@ -1,5 +1,7 @@
 """The model of a layer's time: what follows from bytes, operations and launches alone."""
 
+import functools
+
 import pytest
 
 from bench.gpu import roofline
@@ -68,6 +70,15 @@ def test_launches_of_a_form():
         "reference": [5, 6, 5],
         "first": [3, 5, 3],
     }
+    # of a trained B: it is rounded in each pass, and its gradient is two launches
+    trained = LAYER._replace(trains_B=True)
+    assert {form: counts(form, trained) for form in FORM_NAMES} == {
+        "split": [4, 7, 4],
+        "fused": [3, 6, 3],
+        "mixed": [5, 7, 5],
+        "reference": [5, 8, 5],
+        "first": [4, 8, 4],
+    }
     # A is rounded before
     wide = LAYER._replace(rank=WIDE_RANK, tokens=MANY_TOKENS)
     assert counts("split", wide) == [4, 5, 4]
@@ -79,6 +90,20 @@ def test_stock_with_masters_casts_and_moves_twice_the_bytes():
         wide, narrow = roofline.stock(LAYER, part), roofline.stock(base, part)
         assert len(wide) == len(narrow) + casts
         assert moved(wide) > 1.5 * moved(narrow) > 1.5 * moved(roofline.bare(base, part))
+
+
+IMPLEMENTATIONS = {form: functools.partial(roofline.of_form, form) for form in FORM_NAMES}
+IMPLEMENTATIONS |= {"stock": roofline.stock, "control": roofline.aten_control}
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_trained_b_costs_one_more_read_of_dy_in_the_backward(name):
+    """And nothing of the size of y or dx in the forward."""
+    frozen = Layer(65536, 4096, 2048, 1, CACHE, has_masters=name != "stock")
+    launches = IMPLEMENTATIONS[name]
+    for part, reads in ((FORWARD, 0), (BACKWARD, 1)):
+        more = moved(launches(frozen._replace(trains_B=True), part)) - moved(launches(frozen, part))
+        assert more / (2.0 * frozen.tokens * frozen.out) == pytest.approx(reads, abs=0.01)
 
 
 def test_peaks_have_the_units_of_their_fields():

@@ -9,7 +9,7 @@ import triton
 
 from mica import ops
 from mica.kernels import launching
-from mica.ops import mica_down_projection, mica_linear
+from mica.ops import mica_down_projection, mica_experts_linear, mica_linear
 from mica.paths import choose, triton_path
 from tests.support import expert_cases
 from tests.support.kernel_cases import BF16, FP16, FP32, LAYER_DTYPES, seed_of
@@ -112,10 +112,12 @@ def test_a_mask_is_never_computed_by_pytorch_where_a_layer_waits_for_its_host(by
     assert {name for name, _ in launched} == set(FORMS["split"])
 
 
-@pytest.mark.parametrize("function", [mica_linear, by_factors])
+@pytest.mark.parametrize("function", [mica_linear, by_factors, mica_experts_linear])
 def test_no_copy_of_a_trained_b_is_used_again(function):
     """Fused optimizers do not count their edits: ``_version`` stays. In evaluation, too."""
     p = dense((6,), 16, 32, 3)
+    if function is mica_experts_linear:
+        p = on_device(expert_cases.problem("tiles", 33, 22, 5, BF16, FP32))
     lora_A, lora_B = (torch.nn.Parameter(t.detach().clone()) for t in (p.lora_A, p.lora_B))
     optimizer = torch.optim.AdamW([lora_A, lora_B], lr=0.1, fused=True)
     for _ in range(3):

@@ -102,15 +102,23 @@ def test_a_layer_s_plans_are_found_together(monkeypatch, dropout_p):
     same_bits(run(p, **options), expected)
 
 
-# The kernels of a layer, as they are met; the operators that run on the reference where they are not loaded
-KERNELS = {"_down_projection_kernel": 2, "_up_projection_kernel": 2, "_grad_a_kernel": 1}
+# The kernels of a layer, as they are met, and the formulas that run on the reference where one is not loaded
+LAYER = ("linear", "linear_backward")
+KERNELS = {"_down_projection_kernel": LAYER, "_up_projection_kernel": LAYER, "_grad_a_kernel": LAYER[1:]}
+PREFIX = {False: "", True: choose.LORA}  # by whether B is trained: of their names as choices
 
 
+@pytest.mark.parametrize("trains_B", [False, True], ids=["MiCA", "LoRA"])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_kernel_that_a_capture_cannot_load_is_missed_once(monkeypatch, by_default, kernel):
+def test_a_kernel_that_a_capture_cannot_load_is_missed_once(monkeypatch, by_default, kernel, trains_B):
     """The first of a formula's kernels or a later one: that call alone runs on the reference; one warning."""
+    formulas, missed = {*LAYER}, {*KERNELS[kernel]}
+    if trains_B:
+        formulas.add("grad_b")
+        missed |= {"grad_b"} if kernel == "_grad_a_kernel" else set()
     p = layer(in_features=48, out_features=32)
     p = on_device(replace(p, x=p.x.contiguous(), grad_output=p.grad_output.contiguous()))
+    p.lora_B.requires_grad_(trains_B)
     monkeypatch.setenv("MICA_BACKEND", "reference")
     expected = run(p)
     by_default()
@@ -122,26 +130,32 @@ def test_a_kernel_that_a_capture_cannot_load_is_missed_once(monkeypatch, by_defa
         for _ in range(2):
             for name, value in run(p).items():
                 assert error(value, expected[name].double()) <= RELATIVE[BF16], name
-    assert len(warned) == KERNELS[kernel]
-    assert all("in a CUDA graph on cpu: a kernel for this kind" in str(each.message) for each in warned)
-    kernels = ("linear_kernels", "linear_backward_kernels")
-    assert sum(ops.call_counts[name] for name in kernels) == 2 * (2 - KERNELS[kernel])
-    for function in ("linear", "linear_backward"):
-        choice = choose.decide(function, p.x.device, 12, (BF16, BF16, FP32, FP32))
+    functions = {name: name if name == "grad_b" else PREFIX[trains_B] + name for name in formulas}
+    messages = [str(each.message) for each in warned]
+    assert all("in a CUDA graph on cpu: a kernel for this kind" in message for message in messages)
+    assert {message.split()[2] for message in messages} == {functions[name] for name in missed}
+    assert len(messages) == len(missed)
+    for name in formulas:
+        assert ops.call_counts[f"{name}_kernels"] == (0 if name in missed else 2), name
+        choice = choose.decide(functions[name], p.x.device, 12, (BF16, BF16, FP32, FP32))
         assert choice.form == choose.KERNELS
     ops.call_counts.clear()
     run(p)  # after the capture
-    assert all(ops.call_counts[name] == 1 for name in kernels)
+    assert all(ops.call_counts[f"{name}_kernels"] == 1 for name in formulas)
 
 
+@pytest.mark.parametrize("trains_B", [False, True], ids=["MiCA", "LoRA"])
 @pytest.mark.parametrize("demanded", ["triton", "auto"])
-def test_where_a_capture_cannot_run_the_reference_the_reason_is_raised(monkeypatch, by_default, demanded):
+def test_where_a_capture_cannot_run_the_reference_the_reason_is_raised(
+    monkeypatch, by_default, demanded, trains_B
+):
     """Where kernels are demanded; and of experts, because the reference waits for the device."""
     by_default()
     monkeypatch.setenv("MICA_BACKEND", demanded)
     monkeypatch.setattr(launching, "is_capturing", lambda device: True)
     launching.clear()
     p = on_device(problem((6,), 16, 24, 4, FP32))
+    p.lora_B.requires_grad_(trains_B)
     stacks = [tensor.unsqueeze(0) for tensor in (p.weight, p.lora_A, p.lora_B)]
     calls = {
         "triton": lambda: run(p),
