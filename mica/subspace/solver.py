@@ -103,7 +103,15 @@ def solve_each(
         matrices = matrices.reshape(-1, *weight.shape[-2:])
     with without_autocast(matrices.device.type):
         _check_entries(matrices)
-        return _solve(matrices, rank, method, strict, seed)
+        results: list[MinorSubspace | None] = [None] * len(matrices)
+        if not is_on_host(matrices.device):
+            results = []
+            for batch in matrices.split(batch_size(*matrices.shape[-2:], matrices.device)):
+                results += solve_batch(batch, rank, method, strict, seed)
+        for index, result in enumerate(results):
+            if result is None:
+                results[index] = _solve_on_host(matrices[index].cpu(), rank, method, strict, seed)
+        return results
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
@@ -111,21 +119,6 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
-
-
-def _solve(matrices: torch.Tensor, rank: int, method: str, strict: bool, seed: int) -> list[MinorSubspace]:
-    """Results for ``matrices`` (batch, out, in), on an accelerator where they lie there, else on the host."""
-    results: dict[int, MinorSubspace] = {}
-    if not is_on_host(matrices.device):
-        size = batch_size(*matrices.shape[-2:], matrices.device)
-        for start in range(0, len(matrices), size):
-            for index, result in solve_batch(matrices[start : start + size], rank, method, strict, seed):
-                results[start + index] = result
-
-    for index in range(len(matrices)):
-        if index not in results:
-            results[index] = _solve_on_host(matrices[index].cpu(), rank, method, strict, seed)
-    return [results[index] for index in range(len(matrices))]
 
 
 def _check_weight(weight: torch.Tensor) -> None:

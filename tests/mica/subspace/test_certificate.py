@@ -135,15 +135,6 @@ def test_everything_is_minor_of_a_zero_matrix_which_vouches_for_no_other_of_its_
     assert proof.deficit.isinf().tolist() == [False, False, True]
 
 
-@pytest.mark.parametrize("rank", [1, RANK])
-def test_the_error_of_the_gram_counts_once_for_each_vector(rank):
-    tall, values, vectors = eigenpairs("gaussian")
-    gram, minor = HostGram(tall), columns(vectors[:, :rank])
-    plain = certify(gram, minor, values[-1])
-    gram.error = torch.tensor(0.5, dtype=torch.float64)
-    assert certify(gram, minor, values[-1]).deficit == pytest.approx(plain.deficit.item() + 0.5 * rank)
-
-
 # Results
 
 

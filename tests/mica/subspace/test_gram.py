@@ -53,13 +53,12 @@ def test_products(dtype, shape, elements, rows, contiguous, blocks_of):
             assert error(transposed, exact.mT @ long.double()) <= RELATIVE[torch.float64]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", [(100_000, 64), (3000, 4096), (2, 20_000, 100)], ids=str)
-def test_blocks_bound_the_copy(dtype, shape):
+def test_blocks_bound_the_copy(shape):
     tall, seen = torch.ones(1).expand(shape), 0
     bound = max(products.BLOCK_ELEMENTS, products.BLOCK_ROWS * shape[-1])
-    for rows, block in products.row_blocks(tall, dtype):
-        assert block.dtype == dtype
+    for rows, block in products.row_blocks(tall):
+        assert block.dtype == torch.float64
         assert block.shape == (*shape[:-2], rows.stop - rows.start, shape[-1])
         assert block.shape[-2] * block.shape[-1] <= bound
         assert rows.start == seen
@@ -174,7 +173,6 @@ def test_the_gram_of_any_dtype_and_layout_in_blocks(dtype, layout, rows, kind, b
     tall = tall if kind is HostGram else tall.expand(3, 23, 6)
     gram = kind(tall)
     assert error(dense(gram), gram_of(tall)) <= 1e-14
-    assert torch.equal(gram.error, torch.zeros(tall.shape[:-2], dtype=torch.float64))
     assert (gram.size, gram.batch_shape, gram.device) == (6, tall.shape[:-2], torch.device("cpu"))
 
 
@@ -186,7 +184,6 @@ def test_the_gram_of_any_dtype_and_layout_in_blocks(dtype, layout, rows, kind, b
 def test_orthonormal_vectors_however_dependent(trouble, scale, count, kind):
     """In a batch all are safe or none."""
     gram = Checked(weight("gaussian", 50, 40), kind).gram
-    gram.careful = True
     vectors = random(*gram.batch_shape, 40, count)
     one = vectors if kind is HostGram else vectors[1]
     one[:, -1] = {
