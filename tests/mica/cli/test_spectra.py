@@ -30,7 +30,7 @@ def unquantised_4bit():
 UNSUITABLE = {  # name -> (layer, effective shape, reason)
     "not quantised yet": (unquantised_4bit, (12, 16), "bitsandbytes 4-bit) is not quantised yet"),
     "rank too large": (lambda: linear(torch.ones(8, 3)), (8, 3), "shape (8, 3) (max usable r is 3)"),
-    "NaN": (lambda: linear(torch.full((8, 8), torch.nan)), (8, 8), "this layer has 64 NaN or Inf of 64"),
+    "NaN": (lambda: linear(torch.full((8, 8), torch.nan)), (8, 8), "got 64 NaN or infinite of 64"),
     "norm": (lambda: nn.LayerNorm(12), None, "a layer of type LayerNorm"),
 }
 
