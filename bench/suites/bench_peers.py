@@ -24,7 +24,7 @@ from bench.suites.harness import build_all, each, iterations
 from bench.suites.layer import Form
 from bench.suites.rounds import prepared, rounds
 from bench.suites.steps import CONTEXTS, Prepared, Step, checked, operators
-from mica.paths import definition
+from tests.support import definition
 
 PEERS = {} if ON_ACCELERATOR else peers.found()
 pytestmark = pytest.mark.skipif(not PEERS, reason=f"on a CPU, with {peers.VARIABLE}: a folder of wheels")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bench.results.names import BACKWARD, BARE, MICA, NO_GRADIENT
 from mica.fast.loading import without_solver
-from mica.paths import definition
+from tests.support import definition
 
 OF_A_STEP = ("y", "dx", "dA", "dB")  # dB of plain LoRA only
 

@@ -2,7 +2,7 @@
 // step by step and to the bit, as one node of autograd. No kernel is launched from here, so the same code serves every
 // device of PyTorch, and all of it runs on a CPU. Dropout is a loop of this folder: for CPUs only.
 //
-// What M, K, N, r and s are, and what is computed: mica/paths/definition.py. Why each product runs in its dtype:
+// What M, K, N, r and s are, and what is computed: tests/support/definition.py. Why each product runs in its dtype:
 // mica/paths/reference_path.py and products.py, whose functions have the names of those here.
 
 #pragma once

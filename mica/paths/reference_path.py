@@ -1,7 +1,7 @@
 """The reference path: a MiCA layer on PyTorch's operators, for CPUs and for what the kernels do not cover.
 
-The formulas, and what M, K, N, r, s, E and S are: `mica.paths.definition`. Whether an element of x is dropped
-follows from (seed, row, column) alone (`mica.paths.dropout`), so no mask is kept.
+The formulas, and what M, K, N, r, s, E and S are: `tests.support.definition`. Whether an element of x is
+dropped follows from (seed, row, column) alone (`mica.paths.dropout`), so no mask is kept.
 
 The low-rank products run in ``compute_dtype`` (default: the dtype of x), so A and B may be fp32 masters
 over a bf16/fp16 base. With such masters and few tokens on a CPU they run in fp32, whatever the compute_dtype

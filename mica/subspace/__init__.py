@@ -6,7 +6,7 @@ what it returns. ``methods`` lists the ways to a ``candidate``, whose energy a `
 through ``lapack``) and ``batched`` (many on an accelerator, where ``device`` forms the batches). ``gram``
 streams products with the weight, ``threads`` limits the threads of BLAS and PyTorch, and ``many`` solves
 whole models, which ``distributed`` shares among processes. ``cache`` keeps results on disk by the
-``content_hash`` of a weight. ``spectrum`` is for ``mica inspect`` only.
+``content_hash`` of a weight.
 """
 
 from mica.subspace.result import MinorSubspace

@@ -96,14 +96,14 @@ def candidate(
     gram = problem.gram
     smallest = values[..., 0]
     floor = krylov.resolution(gram.size, norm)
-    if problem.basis_is_long and (smallest <= NULL_RESOLUTIONS * floor + gram.error).any():
+    if problem.basis_is_long and (smallest <= NULL_RESOLUTIONS * floor).any():
         return None
 
-    unresolved = smallest * torch.finfo(problem.dtype).eps / 2 < floor + gram.error
+    unresolved = smallest * torch.finfo(problem.dtype).eps / 2 < floor
     resolved = not unresolved.any()
     if resolved:
         vectors = vectors.flip(-1)
-        singular_values = values.flip(-1).sqrt().to(gram.device, non_blocking=True)
+        singular_values = values.flip(-1).sqrt().to(gram.device)
         basis = vectors
         if problem.basis_is_long:
             basis = image(problem.tall, vectors) / singular_values.unsqueeze(-2)
@@ -155,7 +155,7 @@ def energy_of(
     rounded = gram.empty(problem.rank)
     rounded.copy_(basis)
     floor = krylov.resolution(gram.size, triplets.norm)
-    unseen = (ROUNDING * floor + gram.error).to(gram.device, non_blocking=True)
+    unseen = (ROUNDING * floor).to(gram.device)
     if triplets.resolved:
         return (rounded * gram.apply(rounded)).sum((-2, -1)) + problem.rank * unseen
 

@@ -46,7 +46,7 @@ def certify(
         Σ θᵢ − Σ λᵢ  ≤  Σ max(0, θᵢ − μ) + √r ‖R‖_F + r · ROUNDING · floor,     μ = θ_r − SLACK · floor,
 
     with floor = ``resolution``. The last term stands for the backward error of Cholesky and of the products;
-    up to it the bound is rigorous. ``gram.error``, how far C is from the weight's Gram, is added r times.
+    up to it the bound is rigorous.
     No gap is assumed: inside a cluster any basis of the right energy passes.
 
     Without ``strict`` the test is left out: nothing passes, and ``deficit`` is what it would be if it held.
@@ -58,7 +58,7 @@ def certify(
     ritz_sum = ritz_values.sum(-1)
     bound = ritz_values[..., -1] - SLACK * floor
     above = (ritz_values - bound.unsqueeze(-1)).clamp_min(0).sum(-1)
-    deficit = above + rank**0.5 * residual + rank * (ROUNDING * floor + gram.error)
+    deficit = above + rank**0.5 * residual + rank * ROUNDING * floor
     if not strict:
         return Certificate(torch.zeros_like(norm, dtype=torch.bool), deficit, ritz_sum, tuple(along))
 

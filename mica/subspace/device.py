@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
-
 import torch
 
-from mica.subspace import batched, krylov
-from mica.subspace.batched import BatchGram, DoubtfulError
+from mica.subspace import krylov
+from mica.subspace.batched import BatchGram
 from mica.subspace.candidate import Problem, judge
 from mica.subspace.methods import BY
 from mica.subspace.result import MinorSubspace
@@ -61,16 +58,21 @@ def free_memory(device: torch.device) -> int:
 
 def solve_batch(
     matrices: torch.Tensor, rank: int, method: str, strict: bool, seed: int
-) -> Iterator[tuple[int, MinorSubspace]]:
-    """The certified results (without ``strict``: all) for ``matrices`` (batch, out, in), with their indices.
+) -> list[MinorSubspace | None]:
+    """The certified results (without ``strict``: all) for ``matrices`` (batch, out, in).
 
-    Missing results, those of ill-conditioned weights and of numerically null tall ones, are left to the host.
+    None in place of those of ill-conditioned weights and of numerically null tall ones: they are left to the
+    host.
     """
     name = _batch_method(min(matrices.shape[-2:]), rank, method)
     if name is None:
-        return
-    mixed = batched.may_be_mixed(matrices)
-    yield from _solve(matrices, list(range(len(matrices))), rank, name, strict, seed, mixed)
+        return [None] * len(matrices)
+    results = _attempt(matrices, rank, name, strict, seed)
+    if len(matrices) > 1:
+        for index, result in enumerate(results):
+            if result is None:  # another one of the batch may have made it fail
+                results[index] = _attempt(matrices[index : index + 1], rank, name, strict, seed)[0]
+    return results
 
 
 def _batch_method(size: int, rank: int, method: str) -> str | None:
@@ -86,37 +88,17 @@ def _batch_method(size: int, rank: int, method: str) -> str | None:
     return None
 
 
-def _solve(
-    matrices: torch.Tensor, indices: list[int], rank: int, name: str, strict: bool, seed: int, mixed: bool
-) -> Iterator[tuple[int, MinorSubspace]]:
-    """`solve_batch` of the matrices at ``indices``; those that fail are tried again in smaller batches."""
-    chosen = matrices
-    if len(indices) < len(matrices):  # not by a list as index, which would be copied to the device first
-        chosen = torch.stack([matrices[index] for index in indices])
-    state = Problem(chosen, lambda tall: BatchGram(tall, mixed), rank, seed)
-
-    triplets = None
-    for careful in (False, True):
-        state.gram.careful = careful
-        with suppress(DoubtfulError):
-            triplets = BY[name](state)
-            if triplets is not None or not mixed:
-                break
-
-    failed = indices
-    if triplets is not None:
-        judgement = judge(state, triplets, strict)
-        done = [True] * len(indices)
-        if strict:
-            done = judgement.certified.tolist()
-        for position, index in enumerate(indices):
-            if done[position]:
-                yield index, judgement.result(name, position)
-        failed = [index for position, index in enumerate(indices) if not done[position]]
-
-    del state, triplets  # their memory is needed below
-    if failed and mixed:
-        yield from _solve(matrices, failed, rank, name, strict, seed, mixed=False)
-    elif failed and len(indices) > 1:  # one of them may have made the others fail
-        for index in failed:
-            yield from _solve(matrices, [index], rank, name, strict, seed, mixed=False)
+def _attempt(
+    matrices: torch.Tensor, rank: int, name: str, strict: bool, seed: int
+) -> list[MinorSubspace | None]:
+    """The result of each matrix by that method; None where it fails or, if ``strict``, is not certified."""
+    state = Problem(matrices, BatchGram, rank, seed)
+    triplets = BY[name](state)
+    if triplets is None:
+        return [None] * len(matrices)
+    judgement = judge(state, triplets, strict)
+    results: list[MinorSubspace | None] = [None] * len(matrices)
+    for index, is_certified in enumerate(judgement.certified.tolist()):
+        if is_certified or not strict:
+            results[index] = judgement.result(name, index)
+    return results

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from mica.subspace.cache import SubspaceCache
-from mica.subspace.content_hash import is_weight, quick_content_hash
+from mica.subspace.content_hash import quick_content_hash
 from mica.subspace.many import Task, cost, solve_many
 from mica.subspace.result import MinorSubspace, move
 
@@ -163,53 +163,42 @@ def solve_shared(
             meta device in some of them.
 
     Raises:
-        ValueError: as ``solve_many``, in every process if it is raised in one of them.
-        RuntimeError: another process has failed for another reason.
+        RuntimeError: another process has failed.
     """
     contents = []
     if not meeting.is_over:
         contents = meeting.exchange([_content(task) for task in tasks])
     if meeting.is_over:
         present = [index for index, task in enumerate(tasks) if not task.weight.is_meta]
-        yield from _solve(tasks, present, device, cache)
+        yield from solve_many(tasks, present, device=device, cache=cache)
         return
 
     shares, private = _divide(tasks, contents)
     mine = shares[meeting.rank]
     shared: dict[int, MinorSubspace] = {}
     failure: Exception | None = None
-    notice: Exception | None = None
+    notice: str | None = None
     try:
-        for index, result in _solve(tasks, mine + private, device, cache):
+        for index, result in solve_many(tasks, mine + private, device=device, cache=cache):
             if index in mine:
                 shared[index] = move(result, "cpu")
             yield index, result
     except Exception as error:  # out of memory, for example: the others wait to hear of it
         failure = error
-        kind = ValueError if isinstance(error, ValueError) else RuntimeError
-        notice = kind(f"{error} (in process {meeting.rank})")  # which can be sent, unlike some exceptions
+        notice = f"{error} (in process {meeting.rank})"
 
     messages = meeting.exchange((shared, notice))
     if failure:
         raise failure
     for message in messages:
         if message is not None and message[1] is not None:
-            raise message[1]
+            raise RuntimeError(message[1])
     for share, message in zip(shares, messages, strict=True):
         if message is None:
-            yield from _solve(tasks, share, device, cache)
+            yield from solve_many(tasks, share, device=device, cache=cache)
         elif share is not mine:
             for index, result in message[0].items():
                 yield index, move(result, tasks[index].weight.device)
-
-
-def _solve(
-    tasks: Sequence[Task], indices: list[int], device: str | torch.device, cache: SubspaceCache | None
-) -> Iterator[tuple[int, MinorSubspace]]:
-    """``solve_many`` of the tasks at ``indices``."""
-    chosen = [tasks[index] for index in indices]
-    for position, result in solve_many(chosen, device=device, cache=cache):
-        yield indices[position], result
 
 
 def _divide(tasks: Sequence[Task], contents: list[list[str | None]]) -> tuple[list[list[int]], list[int]]:
@@ -232,11 +221,11 @@ def _divide(tasks: Sequence[Task], contents: list[list[str | None]]) -> tuple[li
 
 
 def _content(task: Task) -> str | None:
-    """A key that tells the processes' weights apart; None where there is none, and the solver will say why.
+    """A key that tells the processes' weights apart; None where this process does not have the weight.
 
     Not the cache's key, which takes ten times as long and is needed only for the layers that this process
     solves: with it, all processes would hash every weight before they share any.
     """
-    if not is_weight(task.weight):
+    if task.weight.is_meta:
         return None
     return quick_content_hash(task.weight)

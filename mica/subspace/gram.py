@@ -15,28 +15,24 @@ BLOCK_ELEMENTS = 1 << 20
 BLOCK_ROWS = 512
 
 
-def row_blocks(
-    tall: torch.Tensor, dtype: torch.dtype = torch.float64
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield (rows, tall[..., rows, :] in ``dtype``), covering all rows in order.
+def row_blocks(tall: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield (rows, tall[..., rows, :] in fp64), covering all rows in order.
 
     A block is valid until the next one is asked for: blocks share their memory, because new memory has to be
     mapped page by page (10 of 73 ms for the Gram of 1024 x 4096).
     """
     long_features, short_features = tall.shape[-2:]
     step = max(BLOCK_ROWS, BLOCK_ELEMENTS // short_features)
-    if tall.device.type != "cpu" and dtype == torch.float64:
-        # A device has no cache to stay in, but each block costs a launch. Not for fp32 products, whose sums
-        # over a block would then be longer: only the sum over blocks is in fp64.
+    if tall.device.type != "cpu":  # which has no cache to stay in, but each block costs a launch
         step *= 8
     memory = None
     for start in range(0, long_features, step):
         rows = slice(start, min(start + step, long_features))
         block = tall[..., rows, :]
-        if tall.dtype == dtype:
+        if tall.dtype == torch.float64:
             yield rows, block
         elif memory is None:
-            memory = block.to(dtype)
+            memory = block.double()
             yield rows, memory
         else:
             converted = memory[..., : rows.stop - rows.start, :]

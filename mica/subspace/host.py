@@ -7,7 +7,7 @@ three, and they take most of the time here: with n = 4096, fp64 and 2 threads, t
 Call everything here within ``threads.one_pool``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -31,18 +31,12 @@ class HostGram:
     One column-major buffer holds C below the diagonal, and above it the Cholesky factor of C − shift·I (or of
     the certificate's matrix). Both diagonals are kept apart, and ``_show`` puts in place the one that the
     next call needs. Vectors are (n, count) fp64, column-major.
-
-    ``steps_per_wait`` is how many Krylov steps cost less than waiting for a check whether they are needed.
     """
-
-    on_accelerator = False
-    steps_per_wait = 0
 
     def __init__(self, tall: torch.Tensor):
         self.size = tall.shape[1]
         self.batch_shape = torch.Size()
         self.device = tall.device
-        self.error = torch.zeros((), dtype=torch.float64, device="cpu")
         _raise_what_malloc_keeps(self.size)
         buffer = np.zeros((self.size, self.size), order="F")
         for _, block in row_blocks(tall):
@@ -61,13 +55,6 @@ class HostGram:
     def read(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
         """fp64 tensors, on the host."""
         return tensors
-
-    def presume(self, condition: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> bool:
-        """Whether ``condition`` is true of the tensors, which it gets on the host.
-
-        On an accelerator it is taken for true, and the next ``read`` raises DoubtfulError where it was not.
-        """
-        return bool(condition(*tensors))
 
     def apply(self, vectors: torch.Tensor) -> torch.Tensor:
         """C @ vectors."""

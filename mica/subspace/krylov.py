@@ -126,7 +126,7 @@ def smallest_eigenpairs(
 
     width = block_size(rank)
     most = max(1, min(MOST_STEPS, gram.size // width))
-    first = min(FIRST_CHECK + gram.steps_per_wait, most)
+    first = min(FIRST_CHECK, most)
     history: list[float] = []
     pairs = None
 
@@ -134,18 +134,16 @@ def smallest_eigenpairs(
         """Rayleigh-Ritz; the number of further steps that seem to be needed, 0 to stop."""
         nonlocal pairs
         coefficients = _largest_eigenvectors(*gram.read(projected), rank)
-        vectors = gram.combine(basis, coefficients.to(gram.device, non_blocking=True))
+        vectors = gram.combine(basis, coefficients.to(gram.device))
         vectors, _, _ = gram.orthonormal(vectors)
         excess, values, rotation = relative_residual(gram, vectors, limits.norm, eps)
         if excess <= 1:
-            pairs = values, gram.combine(vectors, rotation.to(gram.device, non_blocking=True))
+            pairs = values, gram.combine(vectors, rotation.to(gram.device))
             return 0
         stalled = bool(history) and excess > 0.5 * history[-1]
         history.append(excess)
         if stalled:
             return 0
-        if gram.on_accelerator:
-            return gram.steps_per_wait
         if not math.isfinite(excess):
             return 1
         likely = math.ceil(math.log(excess, 8))  # a step gains a factor of 8 on Gaussian spectra
@@ -200,7 +198,7 @@ def random_block(gram, count: int, seed: int) -> torch.Tensor:
     generator = torch.Generator(device="cpu").manual_seed(seed)
     start = torch.randn(count, gram.size, dtype=torch.float64, generator=generator, device="cpu")
     block = gram.empty(count)
-    block.copy_(start.to(gram.device, non_blocking=True).mT)
+    block.copy_(start.to(gram.device).mT)
     return gram.orthonormal(block)[0]
 
 
@@ -247,27 +245,17 @@ def _orthogonalise(gram, block: torch.Tensor, basis: torch.Tensor) -> tuple[torc
     for _ in range(4):
         part = gram.inner(basis, block)
         block = gram.subtract(block, basis, part)
-        if gram.on_accelerator and triangle is None and basis.shape == block.shape:
-            # For a square weight, the inverse of the least eigenvalue may dwarf all others, and then the
-            # first block is nearly dependent (for 4 % of Gaussian ones, by their law); later ones are not.
-            block, factor = torch.linalg.qr(block)
-            safe = False
-        else:
-            block, factor, safe = gram.orthonormal(block)
-
+        block, factor, safe = gram.orthonormal(block)
         if triangle is None:
             coefficients = part
             triangle = factor
             continue
         coefficients = coefficients + part @ triangle
         triangle = factor @ triangle
-        if safe and gram.presume(_have_kept_length, factor.diagonal(dim1=-2, dim2=-1)):
+        has_kept_length = (factor.diagonal(dim1=-2, dim2=-1).abs() > 0.5).all()
+        if safe and has_kept_length:
             break
     return block, coefficients
-
-
-def _have_kept_length(diagonal: torch.Tensor) -> torch.Tensor:
-    return (diagonal.abs() > 0.5).all()
 
 
 def _largest_eigenvectors(matrices: torch.Tensor, count: int) -> torch.Tensor:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from mica.paths import definition
 from mica.paths.dropout import dropout_keep
+from tests.support import definition
 
 # dtype of x and the weight, dtype of the adapter, compute_dtype
 DTYPES = [

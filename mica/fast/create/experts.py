@@ -1,4 +1,4 @@
-"""Adapted parameters that MiCA cannot start from, and the names of experts in messages."""
+"""Adapted parameters that MiCA cannot start from."""
 
 from __future__ import annotations
 
@@ -37,14 +37,3 @@ def _is_mislabelled(layer) -> bool:
         return False
     _, down_rows, down_columns = down.shape
     return gate_up.shape[1:] == (down_columns, 2 * down_rows)
-
-
-def name_experts(experts: list[int], layer) -> str:
-    """The end of a message, like ", in experts 1, 3"; nothing where the layer has none."""
-    if not is_stack(layer):
-        return ""
-    noun = "experts" if len(experts) > 1 else "expert"
-    named = f", in {noun} {', '.join(map(str, experts[:5]))}"
-    if len(experts) > 5:
-        named += f" and {len(experts) - 5} more"
-    return named

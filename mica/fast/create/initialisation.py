@@ -11,6 +11,8 @@ import copy
 import dataclasses
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -271,21 +273,11 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
     if not settings.enabled or not requests_mica(config):
         return stock(self, model, adapter_name, *args, **kwargs)
 
-    injection = _Injection()
-    before = _Before(self, model)
-    token = _injection.set(injection)
-    try:
+    with _undone_on_error(self, model, adapter_name) as injection:
         stock(self, model, adapter_name, *args, **kwargs)
         _refuse_if_all_are_skipped(injection, config)
         initialise([entry.adapter for entry in injection.entries if entry.adapter is not None])
         _warn_of_another_initialisation(injection, adapter_name)
-    except BaseException:
-        for entry in reversed(injection.entries):
-            entry.undo(adapter_name)
-        before.restore()
-        raise
-    finally:
-        _injection.reset(token)
 
     if not config.inference_mode:
         quantised.keep_unpacked(model)
@@ -295,19 +287,25 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
     return None
 
 
-class _Before:
-    """What an injection changes besides the target modules, to put it back after an error."""
-
-    def __init__(self, tuner, model: nn.Module):
-        self._tuner = tuner
-        self._trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self._targeted = {name: list(getattr(tuner, name)) for name in _TARGETED if hasattr(tuner, name)}
-
-    def restore(self) -> None:
-        for parameter, requires_grad in self._trainable:
+@contextmanager
+def _undone_on_error(tuner, model: nn.Module, adapter_name: str) -> Iterator[_Injection]:
+    """An injection, after whose failure the model and the tuner are as they were."""
+    injection = _Injection()
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    targeted = {name: list(getattr(tuner, name)) for name in _TARGETED if hasattr(tuner, name)}
+    token = _injection.set(injection)
+    try:
+        yield injection
+    except BaseException:
+        for entry in reversed(injection.entries):
+            entry.undo(adapter_name)
+        for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
-        for name, names in self._targeted.items():
-            setattr(self._tuner, name, names)
+        for name, names in targeted.items():
+            setattr(tuner, name, names)
+        raise
+    finally:
+        _injection.reset(token)
 
 
 def _refuse_if_all_are_skipped(injection: _Injection, config) -> None:

@@ -25,9 +25,8 @@ from mica.fast.forward.expert_params import as_lora_B, is_stack, is_wrapper, par
 from mica.fast.settings import settings
 from mica.subspace.cache import default_cache
 from mica.subspace.distributed import Meeting, solve_shared
-from mica.subspace.gram import extremes
 from mica.subspace.many import Task
-from mica.subspace.solver import warnings_about
+from mica.subspace.solver import check_entries, warnings_about
 
 # Dequantised and gathered weights are solved this many elements at a time, 1 GiB in fp32, so that there is
 # never a second copy of a 4-bit model in 16 or 32 bits, nor the whole of a sharded one. 16 layers of
@@ -144,8 +143,11 @@ def check(adapter: NewAdapter) -> Tensor:
     _check_rank(adapter, weight)
     if adapter.is_absent:
         _check_absence(adapter)
-    else:
-        _check_is_finite(adapter, weight)
+        return weight
+    try:
+        check_entries(weight)
+    except ValueError as error:
+        raise UnsuitableLayerError(f"MiCA cannot be initialised from {adapter.name}: {error}") from error
     return weight
 
 
@@ -201,21 +203,6 @@ def _check_absence(adapter: NewAdapter) -> None:
         )
 
 
-def _check_is_finite(adapter: NewAdapter, weight: Tensor) -> None:
-    if torch.isfinite(extremes(weight)).all():
-        return
-    matrices = [weight]
-    if is_stack(adapter.layer):
-        matrices = weight
-    counts = [int((~torch.isfinite(matrix)).sum()) for matrix in matrices]
-    broken = [expert for expert, count in enumerate(counts) if count]
-    where = experts.name_experts(broken, adapter.layer)
-    raise UnsuitableLayerError(
-        f"MiCA requires finite weights, but {adapter.name} has {sum(counts)} NaN or Inf of "
-        f"{weight.numel()}{where}."
-    )
-
-
 def _why_not_whole(module: nn.Module, weight: Tensor | None) -> str | None:
     """Why the weight is only a part of it, as text that follows the layer's name; None if it is whole."""
     if getattr(module, "_is_expert_parallel", False):
@@ -228,21 +215,19 @@ def _why_not_whole(module: nn.Module, weight: Tensor | None) -> str | None:
 def initialise(adapters: Sequence[NewAdapter]) -> None:
     """B = the minor subspace for all of them, in B's present dtype; A is unchanged.
 
-    One progress bar for everything that takes more than 2 s. Quantised layers are dequantised, and layers
-    under tensor parallelism gathered, a few at a time. Under FSDP with ``cpu_ram_efficient_loading`` only the
-    first process of a node has weights, and FSDP distributes its results: in the others weight and B are on
-    the meta device, and B stays there. Weights that ZeRO-3 has partitioned are gathered one at a time, by all
-    processes in the same order.
+    One progress bar for everything that takes more than 2 s. Under FSDP with ``cpu_ram_efficient_loading``
+    only the first process of a node has weights, and FSDP distributes its results: in the others weight and B
+    are on the meta device, and B stays there.
+
+    Args:
+        adapters: all of them have passed `check`.
 
     Raises:
-        UnsuitableLayerError: the solver refuses a weight.
         RuntimeError: another process, with which the work is shared, has failed.
     """
     if not adapters:
         return
     meeting = Meeting([(adapter.name, adapter.rank, _count(adapter)) for adapter in adapters])
-    partitioned = [adapter for adapter in adapters if _is_partitioned(adapter)]
-    whole = [adapter for adapter in adapters if not _is_partitioned(adapter)]
     unit = "layer"
     if any(is_wrapper(adapter.layer) for adapter in adapters):
         unit = "expert"
@@ -254,23 +239,42 @@ def initialise(adapters: Sequence[NewAdapter]) -> None:
         leave=False,
         disable=are_progress_bars_disabled() or None,
     )
+    warned: dict[NewAdapter, list[tuple[int, str]]] = defaultdict(list)  # results come in any order
     with bar:
-        for chunk in _chunks(whole):
-            _solve(chunk, bar, meeting)
-        for adapter in partitioned:
-            with gather_params_ctx(adapter.stored):
-                _solve([adapter], bar, meeting)
+        for chunk in _chunks(adapters):
+            with gather_params_ctx([adapter.stored for adapter in chunk]):
+                parts = []  # of B, one for each task
+                tasks = []  # instead of those of the chunk before, whose weights are freed here
+                for adapter in chunk:
+                    tasks += adapter.materialise_tasks()
+                    parts += [(adapter, expert) for expert in range(_count(adapter))]
+                cache = default_cache()
+                for index, subspace in solve_shared(tasks, meeting, device=settings.device, cache=cache):
+                    adapter, expert = parts[index]
+                    _assign(adapter, expert, subspace.basis)
+                    for message in warnings_about(subspace, tasks[index].name):
+                        warned[adapter].append((index, message))
+                    bar.update()
+
+    for messages in warned.values():  # one warning for all experts of a layer
+        (_, message), *others = sorted(messages)
+        if others:
+            message += f" The same holds for {len(others)} more of this layer's experts."
+        warnings.warn(message, stacklevel=2)
 
 
 def _chunks(adapters: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
-    """All whose weights exist anyway, then the others by `_DEQUANTISED_ELEMENTS`.
+    """All whose weights exist anyway, then those that are dequantised or gathered by `_DEQUANTISED_ELEMENTS`,
+    then one by one those whose weight ZeRO-3 has partitioned, which all processes gather.
 
     The same in every process: they share the work chunk by chunk.
     """
-    yield [adapter for adapter in adapters if not adapter.is_temporary]
+    partitioned = [adapter for adapter in adapters if hasattr(adapter.stored, "ds_id")]
+    others = [adapter for adapter in adapters if adapter not in partitioned]
+    yield [adapter for adapter in others if not adapter.is_temporary]
     chunk = []
     elements = 0
-    for adapter in adapters:
+    for adapter in others:
         if not adapter.is_temporary:
             continue
         size = _elements(adapter)
@@ -281,6 +285,8 @@ def _chunks(adapters: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
         chunk.append(adapter)
         elements += size
     yield chunk
+    for adapter in partitioned:
+        yield [adapter]
 
 
 def _elements(adapter: NewAdapter) -> int:
@@ -291,42 +297,11 @@ def _elements(adapter: NewAdapter) -> int:
     return adapter.layer.get_base_layer().weight.numel()
 
 
-def _is_partitioned(adapter: NewAdapter) -> bool:
-    return hasattr(adapter.stored, "ds_id")
-
-
 def _count(adapter: NewAdapter) -> int:
     """How many matrices are solved, where the weight may not be there yet (`materialise_tasks` needs it)."""
     if not is_wrapper(adapter.layer):
         return 1
     return adapter.layer.num_experts
-
-
-def _solve(adapters: Sequence[NewAdapter], bar: tqdm, meeting: Meeting) -> None:
-    """B of all of them, each written as soon as it is known."""
-    if not adapters:
-        return
-    parts = []
-    for adapter in adapters:
-        for expert, task in enumerate(adapter.materialise_tasks()):
-            parts.append((adapter, expert, task))
-    tasks = [task for _, _, task in parts]
-    cache = default_cache()  # outside of ``try``: its ValueError is not about a weight
-    warned: dict[NewAdapter, list[tuple[int, str]]] = defaultdict(list)  # results come in any order
-    try:
-        for index, subspace in solve_shared(tasks, meeting, device=settings.device, cache=cache):
-            adapter, expert, task = parts[index]
-            _assign(adapter, expert, subspace.basis)
-            for message in warnings_about(subspace, task.name):
-                warned[adapter].append((index, message))
-            bar.update()
-    except ValueError as error:
-        raise UnsuitableLayerError(f"MiCA cannot be initialised from {error}") from error
-    for messages in warned.values():  # one warning for all experts of a layer
-        (_, message), *others = sorted(messages)
-        if others:
-            message += f" The same holds for {len(others)} more of this layer's experts."
-        warnings.warn(message, stacklevel=2)
 
 
 @torch.no_grad()

@@ -228,7 +228,6 @@ DEMANDED = "MICA_BACKEND=triton demands kernels, and no device here can run them
     [
         ("MICA_BACKEND", "triton", DEMANDED),
         ("MICA_BACKEND", "much", "cpu: ValueError: MICA_BACKEND must be one of"),
-        ("MICA_CACHE_SIZE", "much", "cache: ValueError: MICA_CACHE_SIZE "),
     ],
 )
 def test_bad_setting_is_a_problem(name, value, said, run, monkeypatch, tmp_path):

@@ -105,8 +105,8 @@ def test_layers_that_cannot_be_adapted_are_named_with_the_reason(tmp_path, run):
     assert row.startswith("up_proj       4 ")
     norms = ", ".join(f"model.layers.{block}.input_layernorm" for block in range(3))
     said = [f"a layer of type LlamaRMSNorm ({norms} and 2 more)"]
-    infinite = "MiCA requires finite weights, but this layer has 1 NaN or Inf of 1536"
-    said.append(f"{infinite} (model.layers.2.mlp.up_proj)")
+    infinite = "weight must be finite, but got 1 NaN or infinite of 1536 entries"
+    said.append(f"MiCA cannot be initialised from this layer: {infinite} (model.layers.2.mlp.up_proj)")
     assert [second, first] == [f"cannot be adapted: {reason}" for reason in said]
 
 

@@ -1,7 +1,7 @@
 """What ``mica inspect`` measures in a layer, and which layers it takes, against PEFT and the fp64 SVD."""
 
 import copy
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from mica.cli import spectra
 from mica.fast.forward.eligibility import adapter_weights
-from mica.subspace import MinorSubspace
+from mica.subspace import MinorSubspace, minor_subspace
 from tests.support import moe_models, quantised_models
 
 MEASURED = [field.name for field in fields(spectra.Row)[6:]]  # behind ``quantised``
@@ -30,7 +30,7 @@ def unquantised_4bit():
 UNSUITABLE = {  # name -> (layer, effective shape, reason)
     "not quantised yet": (unquantised_4bit, (12, 16), "bitsandbytes 4-bit) is not quantised yet"),
     "rank too large": (lambda: linear(torch.ones(8, 3)), (8, 3), "shape (8, 3) (max usable r is 3)"),
-    "NaN": (lambda: linear(torch.full((8, 8), torch.nan)), (8, 8), "this layer has 64 NaN or Inf of 64"),
+    "NaN": (lambda: linear(torch.full((8, 8), torch.nan)), (8, 8), "got 64 NaN or infinite of 64"),
     "norm": (lambda: nn.LayerNorm(12), None, "a layer of type LayerNorm"),
 }
 
@@ -145,3 +145,14 @@ def test_a_stack_has_the_numbers_of_its_worst_expert(solver, monkeypatch):
     assert values.tolist() == [1.0, 1.0]
     assert (row.proven, row.energy_excess) == (False, 3e-9)
     assert all(torch.equal(value, before[name]) for name, value in stack.state_dict().items())
+
+
+def test_of_a_smaller_rank_the_last_columns_where_all_was_proven_and_determined():
+    stored = minor_subspace(torch.randn(60, 40), 8)
+    for rank in (3, 8):
+        kept = spectra.narrow(stored, rank)
+        assert torch.equal(kept.basis, stored.basis[:, -rank:])
+        assert torch.equal(kept.singular_values, stored.singular_values[-rank:])
+        assert kept.certified
+    assert spectra.narrow(replace(stored, certified=False), 3) is None
+    assert spectra.narrow(replace(stored, null_count=2), 3) is None

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -117,10 +118,14 @@ DOWNS, GATES = "'experts.down_proj'", "layer 'experts.gate_up_proj'"
 NO_FLAG = r"'experts.gate_up_proj', because .* their Stack has no attribute `is_transposed`"
 LATER = r"but layer '0' \(.* .-bit\) is not quantised yet"
 CASES = {  # what it is: (what builds the model, options, message, other error)
-    "NaN": (poisoned_net, {}, r"layer 'conv' has 2 NaN or Inf of 320"),
-    "NaN, expert": (poisoned_experts, EXPERTS, rf"'{MOE_DOWN % 1}' has 2 NaN or Inf of 4608, in expert 3\.$"),
-    "experts": (lambda: poisoned_experts(3, 5), EXPERTS, r"has 4 NaN or Inf of 4608, in experts 3, 5\.$"),
-    "NaN, HQQ": (poisoned_hqq, QUANTISED, r"layer '.*mlp.up_proj' has 8 NaN or Inf of 1536"),
+    "NaN": (poisoned_net, {}, r"from layer 'conv': weight must be finite, but got 2 NaN or infinite of 320"),
+    "NaN, expert": (
+        poisoned_experts,
+        EXPERTS,
+        rf"'{MOE_DOWN % 1}': .* got 2 .* 4608 entries, in matrix 3\.$",
+    ),
+    "experts": (lambda: poisoned_experts(3, 5), EXPERTS, r"got 4 .* of 4608 entries, in matrix 3, 5\.$"),
+    "NaN, HQQ": (poisoned_hqq, QUANTISED, r"layer '.*mlp.up_proj': .* got 8 NaN or infinite of 1536"),
     "rank": (Net, {"rank": 11}, r"MiCA requires `r` <= min.*r=11 for layer 'down'.*\(10, 16\)", ValueError),
     "rank, experts": (qwen3_moe, {**EXPERTS, "rank": 25}, MOE_RANK),
     "torchao int4": (torchao_int4, FIRST, r"layer '0' has .* Linear \(torchao Int4Tensor, refused"),
@@ -244,19 +249,13 @@ def logits(model):
 # -- in the solver, and a second adapter -------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("build", "options", "message"),
-    [
-        (Net, {}, r"layer '(embed|up|conv|down)': no luck"),
-        (qwen3_moe, EXPERTS, r"layer 'model.layers.\d.mlp.experts.\w+' expert \d: no luck"),
-    ],
-)
-def test_a_failing_solver_leaves_the_model_as_it_was(monkeypatch, build, options, message):
-    def failing(weight, rank, **kwargs):
-        raise ValueError("no luck")
+@pytest.mark.parametrize(("build", "options"), [(Net, {}), (qwen3_moe, EXPERTS)])
+def test_a_failing_solver_leaves_the_model_as_it_was(monkeypatch, build, options):
+    def failing(weight, rank):
+        raise ArithmeticError("no luck")
 
     monkeypatch.setattr(many, "solve_each", failing)
-    refused(build(), message, **options)
+    refused(build(), "no luck", ArithmeticError, **options)
 
 
 @pytest.mark.parametrize(
@@ -264,15 +263,16 @@ def test_a_failing_solver_leaves_the_model_as_it_was(monkeypatch, build, options
     [
         (net, 11, "layer 'down'", lambda model: model(INDICES)),
         (lambda: wrap_experts(qwen3_moe()), 25, "layer 'model.layers.0.mlp.experts", logits),
-        (lambda: wrap_experts(qwen3_moe()), 5, "layer 'model.layers.0.mlp.experts", logits),
+        (lambda: wrap_experts(qwen3_moe()), 5, "no luck", logits),
         (partial(quantised_models.adapted, "nf4"), 17, "r=17", quantised_models.logits),
     ],
 )
 def test_a_second_adapter_that_fails_leaves_the_first(build, rank, layer, output, monkeypatch):
     """In the check, or (with 5) in the solver when all wrappers have the new adapter."""
-    model, solver = randomise(build()), many.solve_each
+    model = randomise(build())
     expected = output(model)
-    monkeypatch.setattr(many, "solve_each", lambda weight, r, **_: solver(weight, 99 if rank == 5 else r))
+    if rank == 5:
+        monkeypatch.setattr(many, "solve_each", Mock(side_effect=UnsuitableLayerError("no luck")))
     with unchanged(model), pytest.raises(UnsuitableLayerError, match=layer):
         second(model, r=rank)
     assert list(model.peft_config) == ["default"]
@@ -288,7 +288,7 @@ def names_of(layers):
 
 def test_skip_leaves_the_layer_out_and_says_so(tmp_path):
     mica.fast.enable(on_unsuitable="skip")
-    with pytest.warns(UserWarning, match=r"layer 'conv' has 2 NaN.*left without an adapter"):
+    with pytest.warns(UserWarning, match=r"layer 'conv'.* 2 NaN.*left without an adapter"):
         model = wrap(poisoned_net())
     assert names_of(adapted_layers(model)) == ["embed", "up", "down"]
     assert not any("conv" in name for name in model.base_model.targeted_module_names)
@@ -323,7 +323,7 @@ def test_skip_of_a_second_adapter_and_of_a_quantised_layer():
 
 def test_skip_leaves_a_parameter_out_and_says_so():
     mica.fast.enable(on_unsuitable="skip")
-    with pytest.warns(UserWarning, match=r"experts.down_proj' has 2 NaN .* left without an adapter"):
+    with pytest.warns(UserWarning, match=r"experts.down_proj': .* 2 NaN .* left without an adapter"):
         model = wrap_experts(poisoned_experts())
     prefix = "base_model.model.model.layers"
     assert {name: layer.parameter_name for name, layer in wrappers(model).items()} == {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mica.subspace import batched, device, gram, krylov
+from mica.subspace import device, gram, krylov
 from mica.subspace.cache import SubspaceCache
 
 
@@ -26,12 +26,6 @@ def cache(tmp_path):
 def accelerated(monkeypatch):
     """Weights on the CPU are taken for an accelerator's: batched by shape."""
     monkeypatch.setattr(device, "ON_HOST", ())
-
-
-@pytest.fixture
-def weak_fp64(monkeypatch):
-    """Every device has it: fp32 products are tried."""
-    monkeypatch.setattr(batched, "has_weak_fp64", lambda device: True)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import warnings
 import torch
 
 from mica.subspace import MinorSubspace, minor_subspace
+from mica.subspace.content_hash import content_hash
 
 
 def solved(weight, rank, **changes):
@@ -31,11 +32,15 @@ def quietly_solved(weight, rank, **options):
         return minor_subspace(weight, rank, **options)
 
 
-def put(cache, weight, rank=4, key=None, **changes):
+def put(cache, weight, rank=4, **changes):
     """``solved`` kept by a cache."""
     subspace = solved(weight, rank, **changes)
-    cache.put(weight, subspace, key=key)
+    cache.put(content_hash(weight), subspace)
     return subspace
+
+
+def get(cache, weight, rank=4):
+    return cache.get(content_hash(weight), rank)
 
 
 def same(first, second):

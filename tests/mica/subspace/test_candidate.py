@@ -92,16 +92,6 @@ def test_triplets_of_a_span(name, shape, batch):
         assert error(cosines, torch.eye(RANK, dtype=torch.float64).expand_as(cosines)) <= 1e-7
 
 
-@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
-def test_an_error_of_the_gram_makes_small_values_null_and_unresolved(shape):
-    state = stated(weight("gaussian", *shape))
-    least = truth(weight("gaussian", *shape)).squares[-1]
-    state.gram.error = 0.9 * least
-    assert not exact_candidate(state).resolved
-    state.gram.error = 1.1 * least
-    assert (exact_candidate(state) is None) == (shape == (60, 40))
-
-
 # The judgement
 
 
@@ -131,20 +121,12 @@ def test_the_judgement_on_right_and_wrong_vectors(shape, name, batch, strict, ex
 def test_what_the_gram_does_not_see_counts_as_energy():
     """And what it shows is above the true one by the share that the certificate allows for rounding."""
     matrix = weight("gaussian", 40, 60)
-    state, least = stated(matrix), truth(matrix).squares[-RANK:].sum()
+    state = stated(matrix)
     triplets = exact_candidate(state)
     assert triplets.resolved
     basis = triplets.basis.float()
     above = module.energy_of(state, triplets, basis, torch.ones(1, RANK)) - energy(matrix, basis).sum()
     assert above == pytest.approx((RANK * ROUNDING * resolution(40, triplets.norm)).item(), rel=0.2)
-
-    plain = judge(state, triplets, True)
-    state.gram.error = 1e-8 * least
-    with_error = judge(state, triplets, True)
-    # once for the energy of the basis, once for the deficit
-    assert with_error.energy_excess - plain.energy_excess == pytest.approx(2 * RANK * 1e-8, rel=1e-3)
-    state.gram.error = 1e-5 * least
-    assert not judge(state, triplets, True).certified
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -304,7 +304,8 @@ def test_non_finite_weights(dtype, bad, transposed):
     for shape, count in (((8, 5), 2), ((2, 4, 5), 4)):
         matrix = torch.ones(shape, dtype=dtype)
         matrix[..., 2, 3] = matrix[..., 3, 0] = bad
-        message = rf"^weight must be finite, but got {count} NaN or infinite of 40"
+        where = ", in matrix 0, 1" if len(shape) == 3 else ""
+        message = rf"^weight must be finite, but got {count} NaN or infinite of 40 entries{where}\.$"
         with pytest.raises(ValueError, match=message):
             minor_subspace(matrix.mT if transposed else matrix, 2)
 

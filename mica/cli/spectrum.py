@@ -1,4 +1,4 @@
-"""The singular values of one weight, for ``mica inspect``: the largest, or all. The solver needs neither."""
+"""The singular values of one weight: the largest, or all. The solver needs neither."""
 
 from __future__ import annotations
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mica.paths import definition
-from tests.support import expert_cases
+from tests.support import definition, expert_cases
 from tests.support.kernel_cases import seed_of
 from tests.support.oracle import dropout_mask, problem
 from tests.support.tolerances import RELATIVE, error

@@ -17,7 +17,7 @@ of x (S×K) are sorted by expert. Those of expert e reach from offsets[e-1] to o
 of k experts has k rows. y and dx of rows after the last offset are 0, and so are dA and dB of an expert
 without rows.
 
-All operands have one floating-point dtype. Nothing here is fast, and nothing in the product calls it.
+All operands have one floating-point dtype.
 """
 
 from __future__ import annotations
