@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mica.errors import UnsuitableLayerError
 from mica.fast import known_peft
 from mica.fast.create import quantised
-from mica.fast.create.solving import NewAdapter, check, initialise, restore_exact
+from mica.fast.create.solving import NewAdapter, check, initialise, is_outline, restore_exact
 from mica.fast.forward import call_counts, tensor_parallel
 from mica.fast.forward.eligibility import MiCALinearVariant, adapter_weights, is_mica, requests_mica
 from mica.fast.forward.expert_params import is_wrapper
@@ -55,6 +55,7 @@ class _Entry:
 
 @dataclass
 class _Injection:
+    is_outline: bool  # no B is computed
     entries: list[_Entry] = field(default_factory=list)
     skipped: list[_Entry] = field(default_factory=list)
 
@@ -175,7 +176,11 @@ def _start(layer, adapter_name: str) -> bool:
     if loaded is not None:
         loaded.append(adapter)
         return True
-    check(adapter)
+    injection = _injection.get()
+    solves = injection is None or not injection.is_outline
+    check(adapter, needs_values=solves)
+    if not solves:
+        return True
     if entry is not None:
         entry.adapter = adapter
     else:
@@ -271,7 +276,7 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
     if not settings.enabled or not requests_mica(config):
         return stock(self, model, adapter_name, *args, **kwargs)
 
-    injection = _Injection()
+    injection = _Injection(is_outline(model))
     before = _Before(self, model)
     token = _injection.set(injection)
     try:
