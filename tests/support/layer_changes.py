@@ -197,7 +197,7 @@ CHANGES = {
     "a partitioned bias": (
         _set(f"{BASE}.bias.ds_id", 0),
         CALLED,
-        "the base bias is offloaded or partitioned",
+        "the base bias is partitioned",
     ),
     "a frozen lora_A": (_set(f"{A_WEIGHT}.requires_grad", False), FUSED, ""),
     "a sparse lora_A": (changed(A_WEIGHT, _sparse), PEFT, "the lora_A has layout torch.sparse_coo"),
@@ -236,7 +236,7 @@ for _name, _part in PARTS.items():
     )
 for _name, _path in {"base weight": BASE_WEIGHT, "lora_A": A_WEIGHT, "lora_B": B_WEIGHT}.items():
     _left = CALLED if _path == BASE_WEIGHT else PEFT
-    _said = f"the {_name} is offloaded or partitioned"
+    _said = f"the {_name} is partitioned"
     CHANGES[f"a partitioned {_name}"] = _set(f"{_path}.ds_id", 0), _left, _said
     CHANGES[f"other numbers in the {_name}"] = changed(f"{_path}.data", _tripled), FUSED, ""
     CHANGES[f"another {_name}"] = changed(_path, _other), FUSED, ""

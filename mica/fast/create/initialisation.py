@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mica.errors import UnsuitableLayerError
 from mica.fast import known_peft
 from mica.fast.create import quantised
-from mica.fast.create.solving import NewAdapter, check, initialise, restore_exact
+from mica.fast.create.solving import NewAdapter, check, initialise, is_outline, restore_exact
 from mica.fast.forward import call_counts, tensor_parallel
 from mica.fast.forward.eligibility import MiCALinearVariant, adapter_weights, is_mica, requests_mica
 from mica.fast.forward.expert_params import is_wrapper
@@ -57,6 +57,7 @@ class _Entry:
 
 @dataclass
 class _Injection:
+    is_outline: bool  # no B is computed
     entries: list[_Entry] = field(default_factory=list)
     skipped: list[_Entry] = field(default_factory=list)
 
@@ -177,7 +178,11 @@ def _start(layer, adapter_name: str) -> bool:
     if loaded is not None:
         loaded.append(adapter)
         return True
-    check(adapter)
+    injection = _injection.get()
+    solves = injection is None or not injection.is_outline
+    check(adapter, needs_values=solves)
+    if not solves:
+        return True
     if entry is not None:
         entry.adapter = adapter
     else:
@@ -290,7 +295,7 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
 @contextmanager
 def _undone_on_error(tuner, model: nn.Module, adapter_name: str) -> Iterator[_Injection]:
     """An injection, after whose failure the model and the tuner are as they were."""
-    injection = _Injection()
+    injection = _Injection(is_outline(model))
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     targeted = {name: list(getattr(tuner, name)) for name in _TARGETED if hasattr(tuner, name)}
     token = _injection.set(injection)

@@ -23,6 +23,7 @@ from mica.fast.forward import tensor_parallel
 from mica.fast.forward.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.forward.expert_params import as_lora_B, is_stack, is_wrapper, parameter_of, weight_of_stack
 from mica.fast.settings import settings
+from mica.memory import has_no_values
 from mica.subspace.cache import default_cache
 from mica.subspace.distributed import Meeting, solve_shared
 from mica.subspace.many import Task
@@ -97,8 +98,8 @@ class NewAdapter:
 
     @property
     def is_absent(self) -> bool:
-        """Whether only another process has the weight."""
-        return self.stored.is_meta
+        """Whether the weight has no values here: another process has them, or nobody."""
+        return has_no_values(self.stored)
 
     @property
     def rank(self) -> int:
@@ -125,8 +126,18 @@ class NewAdapter:
                 torch.utils.swap_tensors(factor, nn.Parameter(zeros, factor.requires_grad))
 
 
-def check(adapter: NewAdapter) -> Tensor:
+def is_outline(model: nn.Module) -> bool:
+    """Whether no weight of the model has values: it is there to count with, and no B is computed.
+
+    Under FSDP the first process has them.
+    """
+    return not is_fsdp_enabled() and all(map(has_no_values, model.parameters()))
+
+
+def check(adapter: NewAdapter, needs_values: bool = True) -> Tensor:
     """The errors that need no solver, so that a hopeless configuration fails before any work.
+
+    needs_values: False in an `is_outline`.
 
     Returns:
         `NewAdapter.materialise_weight()`, which for a quantised layer takes a dequantisation.
@@ -142,7 +153,8 @@ def check(adapter: NewAdapter) -> Tensor:
         experts.check(adapter.layer, adapter.name)
     _check_rank(adapter, weight)
     if adapter.is_absent:
-        _check_absence(adapter)
+        if needs_values:
+            _check_absence(adapter)
         return weight
     try:
         check_entries(weight)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mica.fast.settings import settings
-from mica.ops.operator import as_matrix
+from mica.ops.operator import as_matrix, is_autocast
 
 
 class Input(NamedTuple):
@@ -85,7 +85,7 @@ def note_operators(layer: nn.Module, x: Tensor) -> None:
         note(layer)
         return
     autocast_dtype = None
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+    if torch._C._is_any_autocast_enabled() and is_autocast(x.device.type):
         autocast_dtype = torch.get_autocast_dtype(x.device.type)
     note(layer, None, (x.dtype, tuple(x.shape), x.stride(), autocast_dtype))
 

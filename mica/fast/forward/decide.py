@@ -28,11 +28,11 @@ from mica.fast.forward.eligibility import (
     why_not_dense,
 )
 from mica.fast.settings import compute_dtype, settings
-from mica.memory import TENSOR_TYPES
+from mica.memory import LAYER_TYPES
 from mica.ops.embedding import embedding
 from mica.ops.linear import linear, traced
 from mica.ops.low_rank import down_projection, up_projection
-from mica.ops.operator import AUTOCAST
+from mica.ops.operator import AUTOCAST, is_autocast
 from mica.paths import choose
 from mica.paths.operands import Operands
 
@@ -196,8 +196,8 @@ def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnP
     if type(weight_and_bias) is str:
         return Added(base, adapters, dtype, sharding, weight_and_bias)
     weight, bias = weight_and_bias
-    if x is not None and not _multiplies(x, weight):
-        why_called = f"an input of {x.dtype} with a base weight of {weight.dtype}"
+    why_called = None if x is None else _why_not_multiplied(x, weight)
+    if why_called is not None:
         return Added(base, adapters, dtype, sharding, why_called)
     (lora_A, lora_B, scaling, dropout_p, trains_B), *others = adapters
     operands = Operands(weight, lora_A, lora_B, scaling, bias, dtype, dropout_p, trains_B=trains_B)
@@ -214,16 +214,17 @@ def _why_not_arguments(kwargs: dict) -> str:
     return "a call with further arguments"
 
 
-def _multiplies(x: Tensor, weight: Tensor) -> bool:
-    """Whether the operators multiply x by this weight; autocast gives the two one dtype."""
-    if torch.is_autocast_enabled(x.device.type):
-        return weight.dtype != torch.float64
-    return x.dtype == weight.dtype
+def _why_not_multiplied(x: Tensor, weight: Tensor) -> str | None:
+    """Why the operators cannot multiply x by this weight; autocast gives the two one dtype."""
+    if x.device != weight.device:
+        return f"an input on {x.device} with a base weight on {weight.device}"
+    fits = weight.dtype != torch.float64 if is_autocast(x.device.type) else x.dtype == weight.dtype
+    return None if fits else f"an input of {x.dtype} with a base weight of {weight.dtype}"
 
 
 def is_dense(x: Tensor) -> bool:
     """Not nested, sparse, mkldnn or of a tensor subclass."""
-    return type(x) in TENSOR_TYPES and x.layout is torch.strided and not x.is_nested
+    return type(x) in LAYER_TYPES and x.layout is torch.strided and not x.is_nested
 
 
 def _why_not_call(layer, x: Tensor, adapters: list[Adapter]) -> str | None:
@@ -234,7 +235,7 @@ def _why_not_call(layer, x: Tensor, adapters: list[Adapter]) -> str | None:
     """
     if not is_dense(x) or not x.is_floating_point():
         return why_not_dense("input", x) or "the input is nested"
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = is_autocast(x.device.type)
     if autocast and x.device.type not in AUTOCAST:
         return f"autocast on {x.device.type}"
     for lora_A, lora_B, *_ in adapters:
@@ -292,7 +293,7 @@ def _why_not_indices(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
     """PEFT computes an embedding's adapter in the adapter's dtype or autocast's."""
     if not is_dense(x):
         return "indices that are not a plain tensor"
-    if torch.is_autocast_enabled(x.device.type):
+    if is_autocast(x.device.type):
         if x.device.type not in AUTOCAST:
             return f"autocast on {x.device.type}"
         fits = torch.float64 not in (lora_A.dtype, lora_B.dtype)

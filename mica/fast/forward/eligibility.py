@@ -26,7 +26,7 @@ from mica.fast.forward import tensor_parallel
 from mica.fast.forward.call_counts import Input
 from mica.fast.forward.tensor_parallel import local
 from mica.fast.settings import compute_dtype, settings
-from mica.memory import TENSOR_TYPES
+from mica.memory import LAYER_TYPES
 from mica.paths import choose
 
 # None if PEFT has moved them: `patching` then warns, and nothing here is reached.
@@ -400,10 +400,10 @@ def has_global_hooks() -> bool:
 
 
 def why_not_dense(part: str, tensor: Tensor) -> str | None:
-    if type(tensor) not in TENSOR_TYPES:
+    if type(tensor) not in LAYER_TYPES:
         return f"the {part} is a {type(tensor).__name__}, not a plain tensor"
-    if tensor.is_meta or hasattr(tensor, "ds_id"):
-        return f"the {part} is offloaded or partitioned"
+    if hasattr(tensor, "ds_id"):
+        return f"the {part} is partitioned"
     if not tensor.is_floating_point():
         return f"the {part} has dtype {tensor.dtype}"
     if tensor.layout is not torch.strided:

@@ -38,7 +38,7 @@ from mica.fast.forward.eligibility import (
 )
 from mica.fast.settings import compute_dtype
 from mica.ops.experts import experts_base, experts_linear
-from mica.ops.operator import AUTOCAST
+from mica.ops.operator import AUTOCAST, is_autocast
 from mica.ops.routing import from_experts, route
 from mica.paths import choose
 from mica.paths.products import is_transformed
@@ -169,7 +169,7 @@ def decide_one(wrapper, outermost) -> Projection | OnPeft:
 def _projection(module: nn.Module, name: str, adapter: Adapter | None, implementation) -> Projection:
     weight = module._parameters[name]
     dtype, device_type = weight.dtype, weight.device.type
-    if implementation is not moe.grouped_mm_experts_forward and torch.is_autocast_enabled(device_type):
+    if implementation is not moe.grouped_mm_experts_forward and is_autocast(device_type):
         dtype = torch.get_autocast_dtype(device_type)  # F.linear and bmm follow it
     bias = module._parameters[f"{name}_bias"] if module.has_bias else None
     return Projection(name, weight.transpose(1, 2) if module.is_transposed else weight, bias, adapter, dtype)
@@ -273,12 +273,14 @@ def _why_not_call(
         return "torch.func or forward-mode differentiation"
 
     is_grouped = implementation is moe.grouped_mm_experts_forward
-    autocast = torch.is_autocast_enabled(x.device.type) and not is_grouped
+    autocast = is_autocast(x.device.type) and not is_grouped
     if autocast and x.device.type not in AUTOCAST:
         return f"autocast on {x.device.type}"
     if autocast and implementation is None and module.has_bias:
         return "biases under autocast, which transformers' eager forward adds in fp32"
     for projection in projections:
+        if projection.weight.device != x.device:
+            return f"an input on {x.device} with {projection.name} on {projection.weight.device}"
         reason = _why_not_dtypes(projection, x.dtype, autocast, is_grouped)
         if reason is not None:
             return reason

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.functional import cast_adapter_dtype
 
 import mica.fast
+from mica.errors import UnsuitableLayerError
 from tests.support import quantised_models
 from tests.support.models import (
     Net,
@@ -196,6 +197,17 @@ def test_low_cpu_mem_usage_without_a_file_leaves_the_adapter_on_the_meta_device(
         model = get_peft_model(model, config, low_cpu_mem_usage=True)
     assert not solved
     assert all(B.is_meta for B in bases(model).values())
+
+
+@pytest.mark.parametrize(("build", "targets"), [(Net, LAYER), (qwen3_moe, EXPERTS)])
+def test_a_model_without_values_gets_factors_without_a_solution(build, targets, solved):
+    with torch.device("meta"):
+        model, too_narrow = build(), build()
+    adapted = get_peft_model(model, LoraConfig(r=4, init_lora_weights="mica", **targets))
+    assert not solved
+    assert all(B.is_meta and not B.requires_grad for B in bases(adapted).values())
+    with pytest.raises(UnsuitableLayerError, match="max usable r is"):
+        get_peft_model(too_narrow, LoraConfig(r=64, init_lora_weights="mica", **targets))
 
 
 def test_a_single_expert_or_a_stack_that_says_how_it_is_stored_is_not_refused():

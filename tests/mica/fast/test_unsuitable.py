@@ -94,11 +94,6 @@ def without_weights():
     return model
 
 
-def stack_without_weights():
-    with torch.device("meta"):
-        return stack()
-
-
 def nf4():
     return quantised_models.llama("nf4")
 
@@ -133,7 +128,6 @@ CASES = {  # what it is: (what builds the model, options, message, other error)
     "tp": (lambda: stack(_hf_tp_plan="grouped_gemm"), DOWN, f"{DOWNS} holds one shard of it"),
     "shard": (shard, {"targets": ["up"]}, "whole weight, but layer 'up' holds one shard of it"),
     "meta": (without_weights, {"targets": "all-linear"}, "model.layers.1.mlp.up_proj' is on the meta device"),
-    "meta, experts": (stack_without_weights, DOWN, f"{DOWNS} is on the meta device"),
     "one": (lambda: stack(1, 8, 12, is_transposed=True), DOWN, r"expert of shape \(1, 8, 12\) stored as"),
     "Llama 4": (llama_4, BOTH, NO_FLAG),
     "4 bits later": (lambda: bnb_later(4), FIRST, LATER),
