@@ -98,8 +98,8 @@ class Part(NamedTuple):
 class Layer(NamedTuple):
     """What is known of a kind.
 
-    day: when it was measured; "": no file keeps it. why_unmeasured: "" if it was. is_settled: whether calls of
-    this process run so; otherwise it is what a file says, and the next call settles it.
+    day: when it was measured; "": no file keeps it. why_unmeasured: "" if it was. is_settled: whether calls
+    of this process run so; otherwise it is what a file says, and the next call settles it.
     """
 
     forward: Part
@@ -331,6 +331,7 @@ def _seconds(call: Callable[[], Results], synchronize: Callable[[], None]) -> fl
     return (clock() - start) / CALLS
 
 
+@torch.no_grad()
 def _check(results: Results, expected: Results, tolerance: float) -> None:
     if len(results) != len(expected):
         raise ValueError(f"it gives {len(results)} results, not {len(expected)}")
