@@ -2,18 +2,13 @@
 
 `make static` compiles all of them for every target ahead of time. They follow from the bytes and operations
 of each product and from what compiles without spills, not from timings. The block size along the rank is
-`padded_rank`, not part of a configuration. `FORMS` says which kernels a layer's formula consists of, and
-`host_bound_of` which layers are too small for kernels.
+`padded_rank`, not part of a configuration. `FORM_NAMES` are the ways in which kernels make up a layer.
 """
 
 from __future__ import annotations
 
 import functools
 from typing import NamedTuple
-
-from mica.kernels import measured
-
-_MEASURED = measured.read()
 
 # Shared memory per program in bytes: the limit per block less what the driver reserves.
 SHARED_MEMORY = {
@@ -32,16 +27,17 @@ UNLISTED_SHARED_MEMORY = 99 * 1024
 # device's own number, so that splits, and with them results, depend on shapes only.
 PROGRAMS = 264
 MANY_TOKENS = 8192  # more than any threshold below
-# Up to this many multiplications in the base product, a layer whose operands have one dtype runs on PyTorch's
-# operators: the device waits for the host, and those take the host less time than our launches.
-# 256 tokens of 4096 x 4096 (2^32) take an H100 about 15 µs, its host 3 to 10 for every launch. A guess: only
-# the host's side was timed, with a driver that launches nothing. It counts for devices without a bound of
-# their own.
-HOST_BOUND = 2**32
-HOST_BOUNDS: dict[str, int] = {  # by the device's name
-    name: device.host_bound for name, device in _MEASURED.items() if device.host_bound is not None
-}
-FORM_NAMES = ("split", "first", "mixed", "fused", "reference")  # described in `Forms`
+# How `mica.paths.triton_path` runs a layer's forward, or its backward:
+#
+# split      the skinny product, then the base product by the vendor's library, then an update in place
+# first      the skinny product, then the low-rank term alone, to which the vendor's base product is added
+#            (its beta is 1): y is not read again, and rounded while it is small; 16 bits, no dropout
+# mixed      as split, with the skinny products and dA by the vendor's library too: 16 bits, no dropout
+# fused      base product and update in one kernel
+# reference  none of these kernels: the reference path
+#
+# Each device measures which is the fastest there (`mica.paths.tuning`).
+FORM_NAMES = ("split", "first", "mixed", "fused", "reference")
 TALL_TOKENS = 4096  # with fewer, tall tiles fill the GPU only if the sum is split into many parts
 # Targets whose tensor cores read both operands from shared memory and multiply for four warps at once, which
 # leaves registers for larger tiles.
@@ -58,74 +54,6 @@ class Config(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
-
-
-class Forms(NamedTuple):
-    """How `mica.paths.triton_path` runs a layer with at least ``tokens`` tokens and at most this ``rank``.
-
-    ``forward`` and ``backward`` are each one of five words:
-
-    split      the skinny product, then the base product by the vendor's library, then an update in place
-    first      the skinny product, then the low-rank term alone, to which the vendor's base product is added
-               (its beta is 1): y is not read again, and rounded while it is small; 16 bits, no dropout
-    mixed      as split, with the skinny products and dA by the vendor's library too: 16 bits, no dropout
-    fused      base product and update in one kernel
-    reference  none of these kernels: the reference path
-
-    ``source`` is "measured", or "guess" for a row that nobody has timed.
-    """
-
-    tokens: int
-    rank: int
-    forward: str
-    backward: str
-    source: str = "measured"
-
-
-# From rank 128 on, each row of tiles of `down_projection` reads an A that is as large as its part of x, and
-# `grad_a` reads g four times; the vendor's tiles are larger. sglang #26962 and #27087 measured that division
-# of the work as the fastest on a B200. On sm_80 `down_projection` then has 256 programs (8192 x 4096), of
-# which an A100 with 108 multiprocessors runs 216 at once: 1.19 waves. And `grad_a` loads g synchronously,
-# four times 128 bits a step next to two asynchronous ones of x.
-_WIDE_RANKS = (Forms(2048, 127, "split", "split", "guess"), Forms(2048, 256, "mixed", "mixed", "guess"))
-# What was fastest on a device, by its name (`mica.kernels.measured`); and what is guessed for devices without
-# rows of their own, by target. The first row that fits counts.
-FORMS: dict[str, tuple[Forms, ...]] = {
-    "sm_80": _WIDE_RANKS,
-    "sm_90": _WIDE_RANKS,
-    "sm_100": _WIDE_RANKS,
-    **{name: tuple(Forms(*row) for row in device.forms) for name, device in _MEASURED.items()},
-}
-UNMEASURED = Forms(0, 256, "split", "split", "guess")
-
-
-def forms_of(name: str, target: str, tokens: int, rank: int) -> Forms:
-    """The row of `FORMS` for a layer.
-
-    Args:
-        name: `torch.cuda.get_device_name` of the device.
-        target: its compilation target, such as "sm_90".
-        tokens: rows of x.
-        rank: of the adapter.
-    """
-    return first_fitting(FORMS.get(name) or FORMS.get(target, ()), tokens, rank)
-
-
-def first_fitting(rows: tuple[Forms, ...], tokens: int, rank: int) -> Forms:
-    """The first row for so many tokens and this rank; `UNMEASURED` where none is."""
-    for row in rows:
-        if tokens >= row.tokens and rank <= row.rank:
-            return row
-    return UNMEASURED
-
-
-def host_bound_of(name: str) -> int:
-    """The most multiplications of a layer that is too small for kernels: measured on this device, or guessed.
-
-    Args:
-        name: as in `forms_of`.
-    """
-    return HOST_BOUNDS.get(name, HOST_BOUND)
 
 
 def rank_at_a_time(itemsize: int) -> int:

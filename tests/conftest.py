@@ -8,6 +8,7 @@ from importlib.util import find_spec
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be fetched, not even by mistake
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["MICA_CACHE"] = "0"  # a test that wants one makes its own
+os.environ["MICA_TUNE"] = "0"  # nothing is measured, likewise
 if "MICA_TEST_DEVICE" not in os.environ:
     os.environ["TRITON_INTERPRET"] = (
         "1"  # before Triton is imported; kernels run with MICA_BACKEND=triton only

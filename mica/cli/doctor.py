@@ -121,10 +121,26 @@ def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
             forms.add(choice.form)
             reason = choice.reason or ""
             yield f"{name}: layers", f"{choice.form}: {reason}".removesuffix(": ")
+            if choice.form == choose.KERNELS:
+                yield from _measured(name, device)
             if reason.startswith(_FAILED):
                 problems.append(f"the kernels do not run on {name}: {reason}")
     if forms == {choose.ERROR}:
         problems.append("MICA_BACKEND=triton demands kernels, and no device here can run them")
+
+
+def _measured(name: str, device) -> Iterator[tuple[str, str]]:
+    """Which form of each kind of layer is the fastest on this device, and when that was measured."""
+    from mica.paths import tuning
+
+    table = tuning.table(device)
+    if not table.is_on:
+        yield f"{name}: measured", f"nothing, because {tuning.why_off()}"
+        return
+    yield f"{name}: measured", f"kinds of layers: {len(table.layers)}, in {table.path}"
+    for number, (kind, layer) in enumerate(table.layers.items(), 1):
+        what = f"forward {layer.forward}; backward {layer.backward}"
+        yield f"{name}: kind {number}", f"{kind}: {what} ({layer.day})"
 
 
 def _description(device) -> str:

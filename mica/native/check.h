@@ -18,7 +18,8 @@
 #include <torch/csrc/utils/object_ptr.h>
 
 #include <algorithm>
-#include <limits>
+#include <array>
+#include <bit>
 #include <set>
 #include <string_view>
 #include <typeindex>
@@ -69,7 +70,8 @@ struct Shared {
   PyObject* os = nullptr; // the dictionary of the module
   PyObject* modules = nullptr; // of `mica.native`: a value of MICA_NATIVE -> this module, or why there is none
   PyObject* instructions = nullptr; // of `mica.paths.products`: a 16-bit dtype -> whether the processor has any
-  PyObject* host_bounds = nullptr; // of `mica.paths.choose`: the index of a device -> multiplications
+  PyObject* devices_without_kernels = nullptr; // of `mica.paths.choose`: a set of indices
+  PyObject* on_reference = nullptr; // of the same: a set of keys of layers, see `key_of`
   PyObject* kept = nullptr; // the dictionary of `mica.ops.kept`
   PyObject* eager = nullptr; // `mica.ops.linear.linear_eager`
 };
@@ -370,6 +372,30 @@ inline bool has_instructions(ScalarType dtype) {
   return !answer || answer == Py_True;
 }
 
+// What `mica.paths.tuning.Kind` says of a call, and its device: calls with the same key run in the same form.
+inline PyObject* key_of(const Tensor& x, const Operands& operands) {
+  const int64_t in_features = operands.weight.size(1);
+  const int64_t tokens = in_features ? x.numel() / in_features : 0;
+  const ScalarType dtype = operands.autocast_dtype.value_or(x.scalar_type());
+  const bool is_aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  const int64_t row_stride = x.dim() > 1 ? x.stride(-2) : in_features;
+  const std::array<int64_t, 12> facts{
+      x.get_device(),
+      operands.trains_B,
+      static_cast<int64_t>(dtype),
+      static_cast<int64_t>(operands.compute_dtype.value_or(dtype)),
+      static_cast<int64_t>(operands.lora_A.scalar_type()),
+      static_cast<int64_t>(operands.lora_B.scalar_type()),
+      operands.lora_A.size(0),
+      in_features,
+      operands.weight.size(0),
+      static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(tokens))),
+      is_aligned,
+      row_stride % 16, // where it is not 0, kernels would load number by number
+  };
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(facts.data()), sizeof(facts));
+}
+
 // Whether a call is computed here, by PyTorch's operators. `mica.paths.choose` decides about all others.
 inline bool runs_here(const Tensor& x, const Operands& operands) {
   static PyObject* const name = PyBytes_FromString("MICA_BACKEND");
@@ -383,14 +409,17 @@ inline bool runs_here(const Tensor& x, const Operands& operands) {
   if (x.is_cpu() && !(has_instructions(dtype) && has_instructions(operands.compute_dtype.value_or(dtype)))) {
     return false;
   }
-  constexpr long long unbounded = std::numeric_limits<long long>::max(); // as Python's sys.maxsize
   THPObjectPtr index(PyLong_FromLong(x.get_device()));
-  PyObject* found = item(shared.host_bounds, index.get());
-  const long long bound = is_reference ? unbounded : found ? PyLong_AsLongLong(found) : -1;
-  if (operands.dropout_p > 0.0 && (bound < unbounded || !x.is_cpu())) { // the loop over a mask is for CPUs
+  const bool has_kernels = !is_reference && PySet_Contains(shared.devices_without_kernels, index.get()) == 0;
+  if (operands.dropout_p > 0.0 && (has_kernels || !x.is_cpu())) { // the loop over a mask is for CPUs
     return false;
   }
-  return x.numel() * operands.weight.size(0) <= bound;
+  if (!has_kernels || x.numel() == 0) {
+    return true;
+  }
+  const bool is_narrow = operands.weight.size(0) % 16 != 0 || operands.weight.size(1) % 16 != 0;
+  THPObjectPtr key(is_narrow ? nullptr : key_of(x, operands));
+  return is_narrow || (key && PySet_Contains(shared.on_reference, key.get()) == 1);
 }
 
 // Whether what a node of autograd gives can be computed by so many products at most of what autograd keeps: a look at

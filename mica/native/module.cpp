@@ -101,8 +101,9 @@ PyObject* fast(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
   END_HANDLE_TH_ERRORS
 }
 
-// y, or None where kernels may run. `mica.ops.linear`
-OptionalTensor linear_or_none(
+// What `mica.ops.linear` calls with x and the fields of `mica.paths.operands.Operands`.
+template <typename Result, Result (*function)(const Tensor&, const Operands&)>
+Result with_operands(
     const Tensor& x,
     const Tensor& weight,
     const Tensor& lora_A,
@@ -116,8 +117,16 @@ OptionalTensor linear_or_none(
     bool trains_B) {
   const OptionalDtype product = dtype_or_none(compute_dtype.ptr());
   const OptionalDtype cast = dtype_or_none(autocast_dtype.ptr());
-  const Operands operands{weight, lora_A, lora_B, scaling, bias, product, dropout_p, seed, cast, trains_B};
+  return function(x, {weight, lora_A, lora_B, scaling, bias, product, dropout_p, seed, cast, trains_B});
+}
+
+// y, or None where kernels may run
+OptionalTensor call_here_or_none(const Tensor& x, const Operands& operands) {
   return runs_here(x, operands) ? OptionalTensor(call_here(x, operands)) : std::nullopt;
+}
+
+py::object key_object(const Tensor& x, const Operands& operands) {
+  return py::reinterpret_steal<py::object>(key_of(x, operands));
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -180,7 +189,9 @@ PyMethodDef quickly_called[] = {
 
 PYBIND11_MODULE(mica_native, module) {
   PyModule_AddFunctions(module.ptr(), mica::quickly_called);
-  module.def("linear", mica::linear_or_none);
+  module.def("linear", mica::with_operands<mica::OptionalTensor, mica::call_here_or_none>);
+  module.def("linear_on_reference", mica::with_operands<mica::Tensor, mica::call_here>);
+  module.def("key_of", mica::with_operands<py::object, mica::key_object>);
   module.def("wide_product", mica::optional_wide_product);
   module.def("weighted_sums", mica::weighted_sums, py::call_guard<py::gil_scoped_release>());
   module.def("merge_bfloat16", mica::merge<uint16_t>, py::call_guard<py::gil_scoped_release>());

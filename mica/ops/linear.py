@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mica import native
-from mica.ops import kept
+from mica.ops import kept, trial
 from mica.ops.checks import check_linear
 from mica.ops.low_rank import grad_b
 from mica.ops.operator import (
@@ -22,6 +22,7 @@ from mica.ops.operator import (
     autocast_to,
     below_autograd,
     call_counts,
+    in_form,
     is_eager,
     like,
     no_autocast,
@@ -34,7 +35,7 @@ from mica.ops.operator import (
     without_none,
     without_values,
 )
-from mica.paths import choose, products, reference_path
+from mica.paths import choose, products, reference_path, tuning
 from mica.paths.choose import backward_rows, forward_rows
 from mica.paths.operands import Operands
 
@@ -90,8 +91,8 @@ def linear(x, *args) -> Tensor:
     return y
 
 
-def _linear(x, *args):
-    """(y, h), or (y, None) where lora_B is frozen."""
+def _linear(x, *args, may_settle=True):
+    """(y, h), or (y, None) where lora_B is frozen; ``may_settle``: as `run_formula`."""
     operands = _with_dtype_of(x, Operands(*args))
     matrix = as_matrix(x)
     rows = partial(forward_rows, matrix, operands.out_features, operands.dropout_p)
@@ -104,6 +105,7 @@ def _linear(x, *args):
         operands,
         rows=rows,
         trains_B=operands.trains_B,
+        may_settle=may_settle,
     )
     return like(x.shape, y), like(x.shape, h) if operands.trains_B else None
 
@@ -153,7 +155,7 @@ def _gradients(
 
 
 def _linear_operator(x, *args):
-    return without_none(x, *_linear(x, *args))
+    return without_none(x, *_linear(x, *args, may_settle=False))
 
 
 def _linear_fake(x, *args):
@@ -261,13 +263,33 @@ def linear_eager(x, *args) -> Tensor:
 
 
 def _run(x, *args) -> Tensor:
-    """From C++, or else from Python."""
+    """From C++, or else from Python, in the form that is the fastest on this device."""
     module = native.module()
     if module is not None:
         y = module.linear(x, *args)
         if y is not None:
             return y
-    return _from_python(x, Operands(*args))
+    operands = Operands(*args)
+    try:
+        return _from_python(x, operands)
+    except tuning.UnsettledError as unsettled:
+        kind = unsettled.kind
+    return _settled(kind, module, x, operands)
+
+
+def _settled(kind: tuning.Kind, module: ModuleType | None, x, operands: Operands) -> Tensor:
+    """The first call of a kind in this process: how it and those after it run is settled before it runs."""
+    from_cpp = None
+    if module is not None and not operands.dropout_p:  # C++ has masks on CPUs only
+        from_cpp = lambda x, operands: module.linear_on_reference(x, *operands)  # noqa: E731
+    if not trial.settle(kind, x, operands, _from_python, from_cpp):
+        with in_form(choose.REFERENCE):
+            return _from_python(x, operands)
+    forward, backward, *_ = tuning.table(x.device).find(kind)
+    if from_cpp is not None and forward.form == backward.form == choose.REFERENCE:
+        choose.on_reference.add(module.key_of(x, *operands))
+        return from_cpp(x, operands)
+    return _from_python(x, operands)
 
 
 def _from_python(x, operands: Operands) -> Tensor:
@@ -286,7 +308,8 @@ def _from_python(x, operands: Operands) -> Tensor:
 def configure(module: ModuleType) -> None:
     """Tell the C++ what it shares with Python."""
     numbers = products.FEW_TO_ROUND, reference_path.TOKENS_PER_CHUNK, products.HAS_WIDE_SUMS
-    tables = call_counts, vars(os), native.modules, products.ANSWERS, choose.host_bounds, vars(kept)
+    tables = call_counts, vars(os), native.modules, products.ANSWERS, choose.devices_without_kernels
+    tables = *tables, choose.on_reference, vars(kept)
     module.configure_linear(*numbers, kept.EDITED, kept.OUTPUTS, (*tables, linear_eager))
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextvars
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -26,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from mica.memory import TENSOR_TYPES, has_no_values, in_memory
 from mica.ops import kept
-from mica.paths import choose, reference_path
+from mica.paths import choose, reference_path, tuning
 from mica.paths.operands import Operands
 from mica.paths.products import is_transformed
 
@@ -53,7 +54,17 @@ def is_autocast(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-_force_reference = contextvars.ContextVar("mica_force_reference", default=False)
+_form = contextvars.ContextVar[str | None]("mica_form", default=None)
+
+
+@contextmanager
+def in_form(form: str) -> Iterator[None]:
+    """Formulas take this form inside, whatever is known of it."""
+    token = _form.set(form)
+    try:
+        yield
+    finally:
+        _form.reset(token)
 
 
 def run_formula(
@@ -64,39 +75,46 @@ def run_formula(
     *args,
     rows: Callable[[], choose.Rows] | None = None,
     trains_B: bool = False,
+    may_settle: bool = False,
 ):
     """Call ``name`` of `mica.paths.triton_path` where kernels run, else of `mica.paths.reference_path`.
 
     tensor, rank, dtypes, rows, trains_B: what `choose.decide` needs to know. args: of the formula.
+    may_settle: whether the caller can have settled which form is the fastest.
 
     Raises:
         RuntimeError: ``MICA_BACKEND=triton`` demands kernels that this call cannot have.
+        UnsettledError: the form is not settled, and nothing has been computed or counted.
     """
-    call_counts[name] += 1
     formula = getattr(reference_path, name)
+    form = _form.get()
     # in a backward under `is_grads_batched`
-    is_batched = torch._C._functorch.is_legacy_batchedtensor(tensor)
-    if is_batched or _force_reference.get():
-        return formula(*args)
-
+    if torch._C._functorch.is_legacy_batchedtensor(tensor):
+        form = choose.REFERENCE
+    is_given = form is not None
     function = choose.LORA + name if trains_B else name
-    choice = choose.decide(function, tensor.device, rank, dtypes, rows)
-    if choice.form == choose.REFERENCE:
+    if not is_given:
+        choice = choose.decide(function, tensor.device, rank, dtypes, rows)
+        if may_settle and choice.unsettled is not None:
+            raise tuning.UnsettledError(choice.unsettled)
+        form = choice.form
+    call_counts[name] += 1
+    if form == choose.REFERENCE:
         return formula(*args)
-    if choice.form == choose.ERROR:
+    if form == choose.ERROR:
         raise choose.demand_error(choice)
 
     from mica.paths import triton_path  # imports Triton
 
     args = [_in_memory(arg) for arg in args]
-    options = {} if rows is None else {"form": choice.form}
+    options = {} if rows is None else {"form": form}
     try:
         result = getattr(triton_path, function)(*args, **options)
     except triton_path.LaunchError as error:  # before anything ran: no operand has changed
         in_capture = isinstance(error, triton_path.NotLoadedError)
         # no capture permits the formulas of experts either: they wait for the device
         has_no_other_way = in_capture and name.startswith("experts_")
-        if has_no_other_way or choose.requested() == "triton":
+        if is_given or has_no_other_way or choose.requested() == "triton":
             raise
         note = choose.note_missed if in_capture else choose.give_up
         note(tensor.device, function, rank, dtypes, error)
@@ -115,11 +133,8 @@ def on_reference(body: Callable) -> Callable:
     """The body on the reference path only, which autograd and every function transform can follow."""
 
     def run(*args):
-        token = _force_reference.set(True)
-        try:
+        with in_form(choose.REFERENCE):
             return body(*args)
-        finally:
-            _force_reference.reset(token)
 
     return run
 

@@ -1,13 +1,13 @@
 """How a call runs: on Triton kernels, in which form, or on the reference path, and why.
 
 `decide` is the one decision. The operators follow it, and `mica.fast.explain` and the benchmarks report it.
-``MICA_BACKEND`` demands a path; by default the device and the operands decide. C++ computes layers up to the
-`host_bounds` of a device.
+``MICA_BACKEND`` demands a path; by default the operands and what was measured on the device decide
+(`mica.paths.tuning`). C++ computes all layers on the `devices_without_kernels`, and elsewhere those whose
+keys are in `on_reference`.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import warnings
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from mica import native
-from mica.kernels import configs, runtime
+from mica.kernels import runtime
 from mica.kernels.limits import DTYPES, MAX_RANK, are_narrow, names_of
-from mica.paths import products
+from mica.paths import products, tuning
+from mica.paths.tuning import REFERENCE, Kind
 
 BACKENDS = ("auto", "triton", "reference")
 
-# Forms of a call. A layer on kernels has one of `configs.FORM_NAMES`, any other function has only `KERNELS`.
-REFERENCE = "reference"
+# Forms of a call. A layer has one of `configs.FORM_NAMES`; any other function on kernels has only `KERNELS`.
 KERNELS = "kernels"
 ERROR = "error"  # kernels are demanded, and there are none
 
@@ -37,17 +37,19 @@ class Choice(NamedTuple):
 
     form: str
     reason: str | None = None
+    measured: str | None = None  # of kernels: what was measured of this form
+    unsettled: Kind | None = None  # a kind of layer of which nothing is known yet
 
 
 class Rows(NamedTuple):
     """What the form of a layer's forward or backward depends on, beside rank and dtypes."""
 
-    tokens: int | None  # None: not known, taken to be many
+    tokens: int | None  # None: not known
     in_features: int
     out_features: int
     strides: tuple[int, ...]  # from row to row of what is read and written, in elements
     has_dropout: bool
-    is_aligned: bool  # 16 divides the address
+    is_aligned: bool  # 16 divides the addresses of x and dy
 
 
 def forward_rows(x: Tensor, out_features: int, dropout_p: float) -> Rows:
@@ -62,7 +64,7 @@ def backward_rows(grad_output: Tensor, x: Tensor | None, in_features: int, dropo
     tokens, out_features = grad_output.shape
     x_stride = in_features if x is None else x.stride(0)
     strides = (grad_output.stride(0), x_stride, in_features)
-    is_aligned = grad_output.data_ptr() % 16 == 0
+    is_aligned = all(t is None or t.data_ptr() % 16 == 0 for t in (grad_output, x))
     return Rows(tokens, in_features, out_features, strides, dropout_p > 0.0, is_aligned)
 
 
@@ -85,10 +87,11 @@ _interpreting = runtime.raw_variable("TRITON_INTERPRET")
 # What `decide` has found out without looking at rows. Only the environment and `give_up` can change it.
 _choices: dict[tuple, Choice] = {}
 
-# The index of a device (-1: a CPU) -> multiplications up to which C++ computes a layer on it: a device would
-# wait for the host, and without kernels there is no other way. Python decides about one that is not here yet.
+# The indices of devices (-1: a CPU) on which C++ computes every layer, as there is no other way.
 _CPU = -1
-host_bounds = {_CPU: sys.maxsize}
+devices_without_kernels = {_CPU}
+# What C++ calls a layer on another device that it computes, too: both of its passes take the reference path.
+on_reference: set[bytes] = set()
 _ON_KERNELS = Choice(KERNELS)
 
 
@@ -114,9 +117,10 @@ def decide(
         choice = _choose(function, device, rank, dtypes)
         if runtime.is_settled(device):
             _choices[key] = choice
-            _note_host_bound(device)
+            if device.type == "cuda" and runtime.why_unavailable(device) is not None:
+                devices_without_kernels.add(device.index)
     if choice is _ON_KERNELS and rows is not None:
-        return _form_of_layer(function, device, rank, dtypes, rows())
+        return _choice_of_layer(function, device, rank, dtypes, rows())
     return choice
 
 
@@ -126,15 +130,6 @@ def _choose(function: str, device: torch.device, rank: int, dtypes: tuple[torch.
     if reason is None:
         return _ON_KERNELS
     return Choice(ERROR if requested() == "triton" else REFERENCE, reason)
-
-
-def _note_host_bound(device: torch.device) -> None:
-    if device.type != "cuda" or device.index in host_bounds:
-        return
-    bound = sys.maxsize
-    if runtime.why_unavailable(device) is None:
-        bound = configs.host_bound_of(device_name(device))
-    host_bounds[device.index] = bound
 
 
 def why_not_cpp(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
@@ -148,42 +143,53 @@ def why_not_cpp(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | No
     return None
 
 
-def _form_of_layer(
+def _choice_of_layer(
     function: str, device: torch.device, rank: int, dtypes: tuple[torch.dtype, ...], rows: Rows
 ) -> Choice:
-    """The form that `configs.FORMS` has for this part of a layer, where the operands permit it."""
-    row_dtype, product_dtype, *_ = dtypes
-    tokens = sys.maxsize if rows.tokens is None else rows.tokens
-    forms = _forms_of(device, tokens, rank)
-    is_backward = function.endswith("_backward") or function == "grad_b"
-    form = forms.backward if is_backward else forms.forward
+    """The form that was measured to be the fastest for this part of a layer."""
+    is_demanded = setting() in ("triton", b"triton")
+    if not is_demanded and are_narrow(*rows.strides):
+        return Choice(REFERENCE, _why_narrow(rows))
+    if rows.tokens is None:
+        return Choice("split") if is_demanded else Choice(REFERENCE, "not measured: the tokens are not known")
 
-    if setting() not in ("triton", b"triton"):
-        reason = _why_not_suited(device, forms, form, rows)
-        if reason is not None:
-            return Choice(REFERENCE, reason)
-    elif form == REFERENCE:
-        form = "split"
+    trains_B = function.startswith(LORA) or function == "grad_b"
+    sizes = rank, rows.in_features, rows.out_features, tuning.rounded_up(rows.tokens)
+    kind = Kind(trains_B, dtypes, *sizes, rows.has_dropout, rows.is_aligned)
+    table = tuning.table(device)
+    layer = table.find(kind)
+    if layer is None and function == "grad_b":  # which does not know whether its layer has dropout
+        layer = table.find(kind._replace(has_dropout=True))
+    is_settled = layer is not None and layer.is_settled
+    unsettled = None if is_demanded or is_settled else kind
+    if layer is None:
+        if is_demanded:
+            return Choice("split")
+        reason = f"not measured: {tuning.why_not_now(device) or 'a call does that'}"
+        return Choice(REFERENCE, reason, unsettled=unsettled)
 
-    if form in ("first", "mixed"):
-        # the vendor's fp32 products use no tensor cores, and a mask, of x or of the update, would be stored
-        suits = product_dtype is row_dtype and product_dtype.itemsize == 2 and not rows.has_dropout
-        if form == "mixed":
-            suits = suits and rank % 16 == 0  # h and g as the kernels write them, without padding
-        return Choice(form if suits else "split")
-    # at an address that 16 does not divide the fused kernels take all 255 registers of sm_80
-    return Choice(form if rows.is_aligned else "split")
+    is_forward = function.removeprefix(LORA) == "linear"
+    part = layer.forward if is_forward else layer.backward
+    if is_demanded and part.form == REFERENCE:
+        return Choice("split")
+    said = f"not measured: {layer.why_unmeasured}" if layer.why_unmeasured else f"measured here: {part}"
+    if part.form == REFERENCE:
+        return Choice(REFERENCE, said, unsettled=unsettled)
+    return Choice(part.form, measured=said, unsettled=unsettled)
 
 
-def _why_not_suited(device: torch.device, forms: configs.Forms, form: str, rows: Rows) -> str | None:
-    """Why PyTorch's operators suit these rows better than kernels."""
-    if form == REFERENCE:
-        return f"{forms.source}: the reference path is faster here"
-    if are_narrow(*rows.strides):
-        return _why_narrow(rows)
-    if rows.has_dropout or not _is_host_bound(device, rows):
-        return None
-    return f"{rows.tokens} tokens are too few: the device would wait for the host"
+def forms_of(kind: Kind) -> list[str]:
+    """Those in which kernels may run a layer of this kind."""
+    row_dtype, product_dtype, *_ = kind.dtypes
+    forms = ["split"]
+    # the vendor's fp32 products use no tensor cores, and a mask, of x or of the update, would be stored
+    if product_dtype is row_dtype and product_dtype.itemsize == 2 and not kind.has_dropout:
+        forms.append("first")
+        if kind.rank % 16 == 0:  # h and g as the kernels write them, without padding
+            forms.append("mixed")
+    if kind.is_aligned:  # or the fused kernels take all 255 registers of sm_80
+        forms.append("fused")
+    return forms
 
 
 def _why_narrow(rows: Rows) -> str:
@@ -191,26 +197,6 @@ def _why_narrow(rows: Rows) -> str:
         return "kernels need in_features and out_features divisible by 16"
     strides = " and ".join(map(str, rows.strides))
     return f"kernels need rows whose strides are divisible by 16, not {strides}"
-
-
-def _is_host_bound(device: torch.device, rows: Rows) -> bool:
-    """Whether the device would wait for the host."""
-    if rows.tokens is None:
-        return False
-    multiplications = rows.tokens * rows.in_features * rows.out_features
-    return multiplications <= configs.host_bound_of(device_name(device))
-
-
-def _forms_of(device: torch.device, tokens: int, rank: int) -> configs.Forms:
-    from mica.kernels.common import target_of  # imports Triton, which is there where this is called
-
-    return configs.forms_of(device_name(device), target_of(device), tokens, rank)
-
-
-@functools.cache
-def device_name(device: torch.device) -> str:
-    """The key of `configs.FORMS` and `configs.HOST_BOUNDS`: of a GPU its name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def demand_error(choice: Choice) -> RuntimeError:
@@ -246,12 +232,17 @@ def note_missed(
 
 
 def clear() -> None:
-    """Decide again which path calls take, and retry what was given up: after a change of driver."""
+    """Decide again which path calls take, and retry what was given up: after a change of driver.
+
+    What was measured is read again from its file.
+    """
     _given_up.clear()
     _missed.clear()
     _choices.clear()
-    host_bounds.clear()
-    host_bounds[_CPU] = sys.maxsize
+    tuning.clear()
+    devices_without_kernels.clear()
+    devices_without_kernels.add(_CPU)
+    on_reference.clear()
 
 
 def clear_prepared() -> None:

@@ -98,18 +98,3 @@ def test_stages_follow_the_shared_memory():
     listed, unlisted, least = (configs.grad_a(t, 8192, 64, 2)[0] for t in ("sm_120", "sm_86", "gfx942"))
     assert listed == unlisted
     assert least.num_stages < unlisted.num_stages
-
-
-def test_the_form_of_a_layer(monkeypatch):
-    """The first of a device's rows that fits the tokens and the rank; without one, what is guessed."""
-    fast, slow = configs.Forms(4096, 64, "fused", "split"), configs.Forms(1024, 16, "reference", "reference")
-    monkeypatch.setitem(configs.FORMS, "a card", (fast, slow))
-    expected = {(4096, 64): fast, (9999, 1): fast, (9999, 65): None, (4095, 16): slow, (4095, 17): None}
-    for (tokens, rank), row in expected.items():
-        assert configs.forms_of("a card", "sm_90", tokens, rank) == (row or configs.UNMEASURED)
-    for target, tokens, rank in itertools.product(
-        (*TARGETS, "sm_86"), (1, 2047, 2048, 9999), (1, 127, 128, 256)
-    ):
-        row = configs.forms_of("another", target, tokens, rank)
-        is_mixed = target in ("sm_80", "sm_90", "sm_100") and tokens >= 2048 and rank >= 128
-        assert row[2:] == (*(("mixed", "mixed") if is_mixed else ("split", "split")), "guess")

@@ -66,13 +66,15 @@ class OnOperators:
         return None
 
     def explained(self, x: Input | None = None) -> tuple[str, str]:
-        """The path, and why it is not the one before it in the list above."""
+        """The path, and why it is not the one before it in the list above, or what was measured of it."""
         reasons = []
         path = KERNEL
         for function, choice in self.choices(x):
+            is_backward = function.endswith("_backward")
+            said = choice.reason or choice.measured
+            if said is not None:
+                reasons.append(f"in the backward: {said}" if is_backward else said)
             if choice.reason is not None:
-                is_backward = function.endswith("_backward")
-                reasons.append(f"in the backward: {choice.reason}" if is_backward else choice.reason)
                 path = ERROR if choice.form == ERROR else REFERENCE
                 why_python = self.why_python(x)
                 if path == REFERENCE and not is_backward and why_python is not None:

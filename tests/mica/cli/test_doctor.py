@@ -17,7 +17,7 @@ from mica.cli import doctor, main
 from mica.fast import patching
 from mica.kernels import runtime
 from mica.native import build
-from mica.paths import choose
+from mica.paths import choose, tuning
 
 ON_A_CPU = "reference: on a CPU the reference path is the fast one"
 
@@ -31,7 +31,7 @@ def machine(monkeypatch):
     monkeypatch.setattr("mica.paths.products.has_native", lambda dtype: dtype == torch.bfloat16)
     monkeypatch.setattr(runtime, "tried", {})
     monkeypatch.setattr(choose, "_choices", {})
-    monkeypatch.setattr(choose, "host_bounds", {})
+    monkeypatch.setattr(choose, "devices_without_kernels", set())
     monkeypatch.setenv("MICA_NATIVE", "0")  # nothing is compiled
 
 
@@ -136,6 +136,30 @@ def test_a_machine_without_a_gpu_works(run):
     assert findings["PEFT"] == f"mica.fast replaces {len(patching.PATCHES)} of its functions"
     assert findings["MICA_NATIVE"] == "0"
     assert "MICA_BACKEND" not in findings
+
+
+def test_what_was_measured_on_a_device_is_listed(run, gpu, monkeypatch, tmp_path):
+    gpu()
+    tuning.clear()
+    _, findings = run()
+    assert findings["cuda:0: measured"] == "nothing, because MICA_TUNE=0"
+    monkeypatch.setenv("MICA_TUNE", str(tmp_path))
+    monkeypatch.setattr(tuning, "device_name", lambda device: "Some GPU")
+    tuning.clear()
+    dtypes = (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
+    kind = tuning.Kind(False, dtypes, 16, 4096, 4096, 512, has_dropout=False, is_aligned=True)
+    forward = tuning.Part("split", {"reference": 121.0, "split": 100.0})
+    layer = tuning.Layer(forward, tuning.Part("reference", {"reference": 9.0, "split": 18.0}), "2026-12-01")
+    table = tuning.table(torch.device("cuda:0"))
+    table.settle(kind, layer)
+    tuning.clear()
+    _, findings = run()
+    assert findings["cuda:0: measured"] == f"kinds of layers: 1, in {table.path}"
+    assert findings["cuda:0: kind 1"] == (
+        "4096 x 4096, up to 512 tokens, MiCA, r = 16, bfloat16, float32: forward split, 1.21 times as fast as "
+        "the reference path; backward reference, 2.00 times as fast as kernels (2026-12-01)"
+    )
+    tuning.clear()
 
 
 def wrong(device):

@@ -14,8 +14,7 @@ from torch import nn
 import mica.fast
 from mica.fast.explain import patterns
 from mica.fast.frameworks import REMEDIES, replaced_by
-from mica.kernels import configs
-from mica.paths import choose
+from mica.paths import choose, tuning
 from tests.support import stand_ins
 from tests.support.counts import whatever_language
 from tests.support.models import TARGETS, net, tiny_llama, wrap
@@ -73,9 +72,19 @@ def test_the_backend_is_said_and_taken(monkeypatch, backend, path, reason):
     if not backend:  # as on a GPU
         monkeypatch.setattr(choose, "why_not_kernels", lambda *args, **kwargs: None)
         monkeypatch.setattr(choose, "_choices", {})
-        monkeypatch.setattr(configs, "HOST_BOUND", 0)
         even = wrap(nn.Sequential(nn.Linear(32, 48)), targets=["0"])
-        assert mica.fast.explain(even).counts() == {"kernel": 1}
+        (row,) = mica.fast.explain(even).rows
+        assert (row.path, row.reason) == ("reference", "not measured: the tokens are not known")
+        even(torch.ones(7, 32))
+        (row,) = mica.fast.explain(even).rows
+        assert (row.path, row.reason) == ("reference", "not measured: MICA_TUNE=0")
+        times = {"reference": 121.0, "split": 100.0}
+        known = tuning.Layer(tuning.Part("split", times), tuning.Part("split", times))
+        with monkeypatch.context() as patch:
+            patch.setattr(tuning.Table, "find", lambda table, kind: known)
+            (row,) = mica.fast.explain(even).rows
+        measured = "measured here: split, 1.21 times as fast as the reference path"
+        assert (row.path, row.reason) == ("kernel", f"{measured}; in the backward: {measured}")
     model = net()
     embedding, *others = mica.fast.explain(model).rows
     assert {(row.path, row.reason) for row in others} == {(path, reason)}

@@ -1,11 +1,10 @@
 import pytest
-import torch
 
 from mica import ops
-from mica.kernels import configs, launching
+from mica.kernels import launching
 from mica.kernels.launching import Plan
-from mica.paths import choose
-from tests.support.kernel_cases import DEVICE
+from mica.paths import choose, tuning
+from mica.paths.tuning import Layer, Part
 from tests.support.processor import has_instructions
 
 
@@ -22,16 +21,15 @@ def on_kernels(monkeypatch):
 
 @pytest.fixture
 def by_default(monkeypatch):
-    """``by_default(host_bound)``: kernels where nothing is demanded, for layers with more work than that."""
+    """``by_default()``: the CPU, which stands for a device, can run kernels where nothing is demanded."""
 
-    def by_default(host_bound: int = 0):
+    def by_default():
         monkeypatch.setenv("MICA_BACKEND", "auto")
         monkeypatch.setattr(choose.runtime, "is_interpreting", lambda: False)
         monkeypatch.setattr(choose.runtime, "why_unavailable", lambda device: None)
         has_instructions(True, monkeypatch)  # GPUs have them
-        monkeypatch.setattr(configs, "HOST_BOUND", host_bound)
         choose.clear()
-        monkeypatch.setitem(choose.host_bounds, -1, host_bound)  # that of the CPU, which stands for a device
+        choose.devices_without_kernels.clear()
         launching.clear()
 
     return by_default
@@ -42,8 +40,8 @@ def choose_form(monkeypatch):
     """``choose_form(forward, backward)``: as if these forms had been measured to be the fastest here."""
 
     def choose_form(forward, backward=None):
-        row = configs.Forms(0, 256, forward, backward or forward)
-        monkeypatch.setitem(configs.FORMS, choose.device_name(torch.device(DEVICE)), (row,))
+        layer = Layer(Part(forward), Part(backward or forward))
+        monkeypatch.setattr(tuning.Table, "find", lambda table, kind: layer)
 
     return choose_form
 

@@ -1,10 +1,9 @@
-import sys
-
 import pytest
 import torch
 
-from mica.kernels import common, configs, limits, runtime
-from mica.paths import choose
+from mica.kernels import common, limits, runtime
+from mica.paths import choose, tuning
+from mica.paths.tuning import Kind, Layer, Part
 from tests.support.processor import has_instructions
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -26,14 +25,8 @@ def a_gpu(monkeypatch):
         runtime, "why_unavailable", lambda device: None if device.type == "cuda" else "no GPU"
     )
     monkeypatch.setattr(runtime, "is_settled", lambda device: True)
-    monkeypatch.setattr(choose, "device_name", lambda device: "a card")
+    monkeypatch.setattr(tuning, "device_name", lambda device: "a card")
     return monkeypatch
-
-
-def measured(patch, forward="split", backward="split"):
-    """As if these forms had been measured to be the fastest of every device."""
-    row = configs.Forms(0, 256, forward, backward)
-    patch.setattr(choose, "_forms_of", lambda device, tokens, rank: row)
 
 
 def decided(device, rank, *dtypes, function="linear"):
@@ -76,67 +69,87 @@ def test_the_device_its_operands_and_the_setting_decide(a_gpu, setting, operands
 
 
 ONE_DTYPE, MASTERS = (BF16,) * 4, (BF16, BF16, torch.float32, torch.float32)
-NARROW = "kernels need in_features and out_features divisible by 16"
-FEW = "8 tokens are too few: the device would wait for the host"
+KIND = Kind(False, MASTERS, 16, 32, 48, 64, has_dropout=False, is_aligned=True)
 
 
 @pytest.mark.parametrize(
-    ("forms", "dtypes", "changes", "expected"),
+    ("changes", "forms"),
     [
-        (("split", "fused"), MASTERS, {}, ("split", None)),
-        (("fused", "split"), MASTERS, {}, ("fused", None)),
-        (("fused", "split"), MASTERS, {"is_aligned": False}, ("split", None)),
-        (("first", "split"), MASTERS, {}, ("first", None)),
-        (("first", "split"), MASTERS, {"has_dropout": True}, ("split", None)),
-        (("first", "split"), (torch.float32,) * 4, {}, ("split", None)),
-        (("mixed", "split"), MASTERS, {}, ("mixed", None)),
-        (("mixed", "split"), MASTERS, {"has_dropout": True}, ("split", None)),
-        (("mixed", "split"), MASTERS, {"rank": 24}, ("split", None)),  # which is padded
-        (("mixed", "split"), (torch.float32,) * 4, {}, ("split", None)),
-        (("mixed", "split"), (BF16, *(torch.float32,) * 3), {}, ("split", None)),
-        (("mixed", "split"), (torch.float16, BF16, torch.float32, torch.float32), {}, ("split", None)),
-        (("reference", "split"), MASTERS, {}, ("reference", "measured: the reference path is faster here")),
-        (("split", "split"), MASTERS, {"in_features": 24, "strides": (24, 48)}, ("reference", NARROW)),
-        (
-            ("split", "split"),
-            MASTERS,
-            {"strides": (40, 48)},
-            ("reference", "kernels need rows whose strides are divisible by 16, not 40 and 48"),
-        ),
-        (("split", "split"), ONE_DTYPE, {"tokens": 8}, ("reference", FEW)),
-        (("split", "split"), ONE_DTYPE, {"tokens": 9}, ("split", None)),
-        (("split", "split"), ONE_DTYPE, {"tokens": None}, ("split", None)),
-        (("split", "split"), ONE_DTYPE, {"tokens": 8, "has_dropout": True}, ("split", None)),
-        (("split", "split"), MASTERS, {"tokens": 8}, ("reference", FEW)),
+        ({}, "split first mixed fused"),
+        ({"is_aligned": False}, "split first mixed"),
+        ({"has_dropout": True}, "split fused"),
+        ({"rank": 24}, "split first fused"),  # which is padded
+        ({"dtypes": ONE_DTYPE}, "split first mixed fused"),
+        ({"dtypes": (torch.float32,) * 4}, "split fused"),
+        ({"dtypes": (BF16, *(torch.float32,) * 3)}, "split fused"),
+        ({"dtypes": (torch.float16, BF16, torch.float32, torch.float32)}, "split fused"),
     ],
 )
-def test_the_form_of_a_layer_and_why_it_is_not_on_kernels(a_gpu, forms, dtypes, changes, expected):
-    measured(a_gpu, *forms)
-    a_gpu.setattr(configs, "HOST_BOUND", 8 * 32 * 48)
-    changes = {"rank": 16, **changes}
-    rank = changes.pop("rank")
+def test_the_forms_that_a_kind_of_layer_can_have(changes, forms):
+    assert choose.forms_of(KIND._replace(**changes)) == forms.split()
+
+
+TIMES = {"C++": 90.0, "reference": 120.0, "split": 60.0, "fused": 180.0}
+KNOWN = Layer(Part("split", TIMES), Part("reference", TIMES))
+FAST = "measured here: split, 1.50 times as fast as the reference path"
+SLOW = "measured here: reference, 0.67 times as fast as kernels"
+NOT_NOW = "nothing is measured in a deterministic run"
+
+
+@pytest.mark.parametrize(
+    ("function", "layer", "changes", "form", "reason", "note"),
+    [
+        ("linear", KNOWN, {}, "split", None, FAST),
+        ("linear", KNOWN, {"tokens": 33}, "split", None, FAST),  # rounded up
+        ("linear_backward", KNOWN, {}, "reference", SLOW, None),
+        ("linear", Layer(Part("fused"), Part("split")), {}, "fused", None, "measured here: fused"),
+        ("linear", tuning.unmeasured("no memory"), {}, "reference", "not measured: no memory", None),
+        *(
+            ("linear", KNOWN, changes, "reference", f"not measured: {NOT_NOW}", None)
+            for changes in ({"tokens": 32}, {"has_dropout": True}, {"is_aligned": False})
+        ),
+        ("lora_linear", KNOWN, {}, "reference", f"not measured: {NOT_NOW}", None),
+        ("linear", KNOWN, {"tokens": None}, "reference", "not measured: the tokens are not known", None),
+        (
+            "linear",
+            KNOWN,
+            {"in_features": 24, "strides": (24, 48)},
+            "reference",
+            "kernels need in_features and out_features divisible by 16",
+            None,
+        ),
+        (
+            "linear",
+            KNOWN,
+            {"strides": (40, 48)},
+            "reference",
+            "kernels need rows whose strides are divisible by 16, not 40 and 48",
+            None,
+        ),
+    ],
+)
+def test_what_is_known_of_a_layer_decides(a_gpu, function, layer, changes, form, reason, note):
+    a_gpu.setenv("MICA_TUNE", "1")
+    a_gpu.setattr(tuning, "_read", lambda path: {})
+    tuning.table(GPU).layers[KIND] = layer
     rows = ROWS._replace(**changes)
-    assert choose.decide("linear", GPU, rank, dtypes, lambda: rows)[:2] == expected
-    if None not in expected:
-        a_gpu.setenv("MICA_BACKEND", "triton")  # demanded kernels run
-        assert choose.decide("linear", GPU, rank, dtypes, lambda: rows)[:2] == ("split", None)
+    choice = choose.decide(function, GPU, 16, MASTERS, lambda: rows)
+    assert choice[:3] == (form, reason, note)
+    assert (choice.unsettled is not None) == bool(reason and NOT_NOW in reason)
+    a_gpu.setenv("MICA_BACKEND", "triton")  # demanded kernels run, and nothing is measured
+    demanded = choose.decide(function, GPU, 16, MASTERS, lambda: rows)
+    assert (demanded.form, demanded.unsettled) == ("split" if form == "reference" else form, None)
 
 
-def test_a_measured_bound_of_the_host_counts_for_its_device(a_gpu):
-    measured(a_gpu)
-    rows = ROWS._replace(tokens=8)
-
-    def form():
-        return choose.decide("linear", GPU, 16, ONE_DTYPE, lambda: rows).form
-
-    assert form() == "reference"  # by the guess
-    a_gpu.setitem(configs.HOST_BOUNDS, "a card", 8 * 32 * 48 - 1)
-    assert form() == "split"
-    a_gpu.setitem(configs.HOST_BOUNDS, "a card", 8 * 32 * 48)
-    assert form() == "reference"
-    a_gpu.setattr(choose, "device_name", lambda device: "another")
-    a_gpu.setattr(configs, "HOST_BOUND", 0)
-    assert form() == "split"
+def test_a_gradient_of_b_runs_as_its_layer_s_backward(a_gpu):
+    """It is told neither of x nor of dropout."""
+    a_gpu.setenv("MICA_TUNE", "1")
+    a_gpu.setattr(tuning, "_read", lambda path: {})
+    lora = KIND._replace(trains_B=True, has_dropout=True)
+    tuning.table(GPU).layers[lora] = Layer(Part("fused"), Part("split"))
+    assert choose.decide("grad_b", GPU, 16, MASTERS, lambda: ROWS).form == "split"
+    tuning.table(GPU).layers[lora._replace(has_dropout=False)] = Layer(Part("fused"), Part("mixed"))
+    assert choose.decide("grad_b", GPU, 16, MASTERS, lambda: ROWS).form == "mixed"
 
 
 # -- C++ ---------------------------------------------------------------------------------------------
@@ -161,31 +174,22 @@ def test_products_without_instructions_are_python_s(monkeypatch, dtypes, named):
     assert choose.why_not_cpp(GPU, dtypes) == "no compiler"
 
 
-def test_the_bounds_that_cpp_reads(a_gpu):
-    """That of a device is there once it has been decided about, and follows what runs on it."""
+def test_the_devices_of_which_cpp_computes_all_layers(a_gpu):
+    """The CPU, and those without kernels once they have been decided about."""
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
-    assert choose.host_bounds == {-1: sys.maxsize}
-    a_gpu.setattr(configs, "HOST_BOUND", 1000)
     decided(first, 16, BF16)
-    assert choose.host_bounds == {-1: sys.maxsize, 0: 1000}
+    assert choose.devices_without_kernels == {-1}
     a_gpu.setattr(runtime, "why_unavailable", lambda device: "no Triton")
     decided(second, 16, BF16)
-    assert choose.host_bounds[1] == sys.maxsize
+    assert choose.devices_without_kernels == {-1, 1}
     choose.clear()
-    assert choose.host_bounds == {-1: sys.maxsize}
+    assert choose.devices_without_kernels == {-1}
     a_gpu.setattr(runtime, "is_settled", lambda device: False)
     decided(second, 16, BF16)
-    assert choose.host_bounds == {-1: sys.maxsize}
+    assert choose.devices_without_kernels == {-1}
 
 
 # -- other forms -------------------------------------------------------------------------------------
-
-
-def test_the_two_parts_of_a_layer_have_forms_of_their_own(a_gpu):
-    measured(a_gpu, "fused", "mixed")
-    a_gpu.setattr(configs, "HOST_BOUND", 0)
-    for function, form in (("linear", "fused"), ("linear_backward", "mixed")):
-        assert choose.decide(function, GPU, 16, MASTERS, lambda: ROWS).form == form
 
 
 def test_rows_are_those_of_the_operands():
@@ -196,23 +200,23 @@ def test_rows_are_those_of_the_operands():
     dy = torch.zeros(5, 64)[:, :48]
     assert choose.backward_rows(dy, x, 32, 0.0) == (5, 32, 48, (64, 40, 32), False, True)
     assert choose.backward_rows(dy, None, 32, 0.1) == (5, 32, 48, (64, 32, 32), True, True)
+    assert not choose.backward_rows(dy, shifted, 32, 0.0).is_aligned
 
 
 def test_a_choice_is_kept_until_the_environment_changes(a_gpu):
     queries = []
     a_gpu.setattr(runtime, "why_unavailable", queries.append)
-    assert decided(GPU, 16, BF16) == choose.KERNELS
-    asked = len(queries)
+    asked = []
     for _ in range(3):
         assert decided(GPU, 16, BF16) == choose.KERNELS
-    a_gpu.setenv("MICA_BACKEND", "reference")
-    assert decided(GPU, 16, BF16) == choose.REFERENCE
-    a_gpu.delenv("MICA_BACKEND")
-    a_gpu.setenv("TRITON_INTERPRET", "1")
-    assert decided(GPU, 16, BF16) == choose.REFERENCE
-    a_gpu.delenv("TRITON_INTERPRET")
-    assert decided(GPU, 16, BF16) == choose.KERNELS
-    assert len(queries) == asked
+        with a_gpu.context() as patch:
+            patch.setenv("MICA_BACKEND", "reference")
+            assert decided(GPU, 16, BF16) == choose.REFERENCE
+        with a_gpu.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            assert decided(GPU, 16, BF16) == choose.REFERENCE
+        asked.append(len(queries))
+    assert len({*asked}) == 1
 
 
 def test_what_a_capture_says_is_not_kept(a_gpu):

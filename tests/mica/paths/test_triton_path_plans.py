@@ -110,7 +110,9 @@ PREFIX = {False: "", True: choose.LORA}  # by whether B is trained: of their nam
 
 @pytest.mark.parametrize("trains_B", [False, True], ids=["MiCA", "LoRA"])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_kernel_that_a_capture_cannot_load_is_missed_once(monkeypatch, by_default, kernel, trains_B):
+def test_a_kernel_that_a_capture_cannot_load_is_missed_once(
+    monkeypatch, by_default, choose_form, kernel, trains_B
+):
     """The first of a formula's kernels or a later one: that call alone runs on the reference; one warning."""
     formulas, missed = {*LAYER}, {*KERNELS[kernel]}
     if trains_B:
@@ -122,6 +124,7 @@ def test_a_kernel_that_a_capture_cannot_load_is_missed_once(monkeypatch, by_defa
     monkeypatch.setenv("MICA_BACKEND", "reference")
     expected = run(p)
     by_default()
+    choose_form("split")
     ops.call_counts.clear()
     with monkeypatch.context() as capture, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")

@@ -1,0 +1,391 @@
+"""Which form of a layer is the fastest on this device: timed at the first call of its kind, then known.
+
+Nobody can say for a device that was not measured which of `mica.kernels.configs.FORM_NAMES` is the fastest
+there, nor from how much work on kernels are worth their launches. So each device finds out for itself: the
+operators time a `Kind` of layer on scratch operands (`mica.ops.trial`), by the wall clock, so that the host's
+time counts as it does in training. `Table` keeps the answers, in memory and in a file for each device and
+versions: all calls of a kind run one form, in this process and in those to come.
+
+``MICA_TUNE`` decides: "0", "off", "false" or "no": nothing is measured, and layers take the reference path.
+"again": what is known of a device is forgotten and measured anew. Unset, or "1", "on", "true", "yes": the
+files are in ``mica/tuning`` of the Hugging Face cache (HF_HOME). Anything else is another folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import sys
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import constants
+from torch import Tensor
+
+from mica import __version__
+from mica.folders import named_folder
+from mica.kernels import runtime
+from mica.kernels.configs import FORM_NAMES
+from mica.kernels.limits import names_of
+
+REFERENCE = "reference"
+NATIVE = "C++"  # the reference path as C++ calls it: the whole layer, forward and backward
+
+UNTIMED = 3  # calls: kernels are compiled, and the allocator finds its blocks
+ROUNDS = 5  # in which each form has its turn, so that a slow moment of the machine does not hit one alone
+CALLS = 3  # that are timed in a round, back to back, after one that is not
+MARGIN = 0.02  # of the reference's time: what another form gains at least, beyond the noise
+
+# The largest difference from the reference's result, relative to it (Frobenius norms): both are rounded, and
+# fp32 products may be of TF32.
+TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+clock = time.perf_counter
+
+
+class Kind(NamedTuple):
+    """Calls of a layer that run in the same form."""
+
+    trains_B: bool
+    dtypes: tuple[torch.dtype, ...]  # of x, the low-rank products, lora_A and lora_B
+    rank: int
+    in_features: int
+    out_features: int
+    tokens: int  # rounded up to a power of two
+    has_dropout: bool
+    is_aligned: bool  # 16 divides the addresses
+
+    def __str__(self) -> str:
+        adapter = "LoRA" if self.trains_B else "MiCA"
+        text = (
+            f"{self.out_features} x {self.in_features}, up to {self.tokens} tokens, {adapter}, "
+            f"r = {self.rank}, {names_of(dict.fromkeys(self.dtypes))}"
+        )
+        text += ", dropout" if self.has_dropout else ""
+        return text if self.is_aligned else f"{text}, unaligned"
+
+
+class Part(NamedTuple):
+    """How a layer's forward, or its backward, runs: the form, and the time that each form took."""
+
+    form: str
+    microseconds: Mapping[str, float] = {}
+
+    def __str__(self) -> str:
+        times = self.microseconds
+        reference = times.get(NATIVE, times.get(REFERENCE))
+        if reference is None:
+            return self.form
+        if self.form != REFERENCE:
+            return f"{self.form}, {reference / times[self.form]:.2f} times as fast as the reference path"
+        others = [times[form] for form in times if form not in (NATIVE, REFERENCE)]
+        if not others:
+            return "reference, as no form on kernels can run"
+        return f"reference, {min(others) / reference:.2f} times as fast as kernels"
+
+
+class Layer(NamedTuple):
+    """What is known of a kind.
+
+    day: when it was measured; "": no file keeps it. why_unmeasured: "" if it was. is_settled: whether calls
+    of this process run so; otherwise it is what a file says, and the next call settles it.
+    """
+
+    forward: Part
+    backward: Part
+    day: str = ""
+    why_unmeasured: str = ""
+    is_settled: bool = True
+
+
+def unmeasured(reason: str) -> Layer:
+    """What takes the reference path in this process."""
+    return Layer(Part(REFERENCE), Part(REFERENCE), why_unmeasured=reason)
+
+
+class UnsettledError(Exception):
+    """Nothing has been computed yet: the form of this kind of layer is to be settled first."""
+
+    def __init__(self, kind: Kind) -> None:
+        super().__init__(kind)
+        self.kind = kind
+
+
+def rounded_up(tokens: int) -> int:
+    """The next power of two; 0 stays."""
+    return 1 << (tokens - 1).bit_length() if tokens else 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# what is known
+# ---------------------------------------------------------------------------------------------------
+
+
+class Table:
+    """What is known of one device: what its file said when this was made, and what was settled since.
+
+    Of several processes each measures what the file did not say to it. The first to write a kind stays in the
+    file.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        setting = os.environ.get("MICA_TUNE", "").strip()
+        is_again = setting.lower() == "again"
+        default = Path(constants.HF_HOME) / "mica" / "tuning"
+        folder = named_folder("on" if is_again or not setting else setting, default)
+        self.is_on = folder is not None
+        self.path = (folder or default) / _file_name(device_name(device))
+        self.measuring = threading.Lock()
+        if is_again:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+        self.layers = {} if is_again or not self.is_on else _read(self.path)
+
+    def find(self, kind: Kind) -> Layer | None:
+        return self.layers.get(kind)
+
+    def settle(self, kind: Kind, layer: Layer) -> None:
+        """Run every call of this kind so from now on, in the processes to come too if it was measured."""
+        is_new = kind not in self.layers
+        self.layers[kind] = layer._replace(is_settled=True)
+        if is_new and layer.day:
+            kept = _read(self.path)
+            kept.setdefault(kind, layer)
+            _write(self.path, kept)
+
+
+_tables: dict[torch.device, Table] = {}
+
+
+def table(device: torch.device) -> Table:
+    """That of the device, which is read from its file once."""
+    found = _tables.get(device)
+    if found is None:
+        found = _tables.setdefault(device, Table(device))
+    return found
+
+
+def clear() -> None:
+    """Read the environment and the files again."""
+    _tables.clear()
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """Of a GPU its name; those of one name are taken to be equally fast."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def why_off() -> str:
+    return f"MICA_TUNE={os.environ.get('MICA_TUNE')}"
+
+
+def why_not_now(device: torch.device) -> str | None:
+    """Why nothing can be measured at this moment; what is known counts nevertheless."""
+    if not table(device).is_on:
+        return why_off()
+    if torch.are_deterministic_algorithms_enabled():
+        return "nothing is measured in a deterministic run"
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "nothing is measured while a CUDA graph is captured"
+    if torch._C._current_graph_task_id() != -1:
+        return "nothing is measured within a backward"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------
+# the file
+# ---------------------------------------------------------------------------------------------------
+
+_FORMAT = 1  # raise it whenever a measurement of before does not hold any more
+
+
+def _versions() -> dict[str, str | int | None]:
+    """A file of others is not read: what was the fastest there may not be here."""
+    return {
+        "format": _FORMAT,
+        "mica": __version__,
+        "torch": torch.__version__,
+        "triton": runtime.triton_version(),
+    }
+
+
+def _file_name(name: str) -> str:
+    versions = "-".join(map(str, _versions().values()))
+    return re.sub(r"[^\w.+-]+", "-", f"{name}-{versions}.json")
+
+
+def _read(path: Path) -> dict[Kind, Layer]:
+    """Nothing where there is no file, or only one that is damaged or of other versions."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["versions"] != _versions():
+            return {}
+        return dict(map(_entry, content["layers"]))
+    except OSError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        warnings.warn(f"MiCA measures anew what {path} does not say: it is damaged.", stacklevel=2)
+        return {}
+
+
+def _entry(entry: dict) -> tuple[Kind, Layer]:
+    fields = dict(entry["kind"])
+    dtypes = tuple(getattr(torch, name) for name in fields.pop("dtypes"))
+    forward, backward = (Part(**entry[part]) for part in ("forward", "backward"))
+    if not {forward.form, backward.form} <= {*FORM_NAMES}:
+        raise ValueError(f"a form must be one of {', '.join(FORM_NAMES)}")
+    return Kind(dtypes=dtypes, **fields), Layer(forward, backward, entry["day"], is_settled=False)
+
+
+def _write(path: Path, layers: dict[Kind, Layer]) -> None:
+    """The file whole or not at all: it gets its name when it is complete. A warning where it cannot be."""
+    entries = []
+    for kind, layer in layers.items():
+        fields = {**kind._asdict(), "dtypes": names_of(kind.dtypes).split(", ")}
+        parts = {"forward": layer.forward._asdict(), "backward": layer.backward._asdict()}
+        entries.append({"kind": fields, **parts, "day": layer.day})
+    text = json.dumps({"versions": _versions(), "layers": entries}, indent=1)
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(f"{text}\n", encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)  # it exists only after a failure
+    except OSError as error:
+        what = f"MiCA cannot keep in {path.parent} which form of a layer is the fastest"
+        warnings.warn(f"{what}, so the next process measures it again: {error}", stacklevel=2)
+
+
+# ---------------------------------------------------------------------------------------------------
+# measuring
+# ---------------------------------------------------------------------------------------------------
+
+Results = Sequence[Tensor]
+Rounds = dict[str, list[float]]  # form -> seconds a call, of each round
+
+
+def timed(
+    calls: Mapping[str, Callable[[], Results]],
+    tolerance: float,
+    synchronize: Callable[[], None],
+    leave_out: Callable[[str, Exception], None],
+) -> Rounds:
+    """The time of a call in each form; a form that raises, or gives another result, is left out.
+
+    Args:
+        calls: REFERENCE is one of them, to whose results those of the others are compared.
+        tolerance: see `TOLERANCES`.
+        synchronize: waits for the device.
+        leave_out: is told the form and why. What the reference itself raises is raised.
+    """
+    expected = calls[REFERENCE]()
+    rounds: Rounds = {}
+    for form, call in calls.items():
+        with _left_out(form, rounds, leave_out):
+            _check(call(), expected, tolerance)
+            for _ in range(UNTIMED - 1):
+                call()
+            rounds[form] = []
+    del expected
+    for _ in range(ROUNDS):
+        for form in [*rounds]:
+            with _left_out(form, rounds, leave_out):
+                rounds[form].append(_seconds(calls[form], synchronize))
+    return rounds
+
+
+@contextlib.contextmanager
+def _left_out(form: str, rounds: Rounds, leave_out: Callable[[str, Exception], None]):
+    """Whatever a form raises within, no memory left, a kernel that does not compile, it is out."""
+    try:
+        yield
+    except Exception as error:
+        if form == REFERENCE:
+            raise
+        rounds.pop(form, None)
+        leave_out(form, error)
+
+
+def _seconds(call: Callable[[], Results], synchronize: Callable[[], None]) -> float:
+    """Of one call, out of several back to back: the larger of the host's and the device's time."""
+    call()
+    synchronize()
+    start = clock()
+    for _ in range(CALLS):
+        call()
+    synchronize()
+    return (clock() - start) / CALLS
+
+
+@torch.no_grad()
+def _check(results: Results, expected: Results, tolerance: float) -> None:
+    if len(results) != len(expected):
+        raise ValueError(f"it gives {len(results)} results, not {len(expected)}")
+    for result, exact in zip(results, expected, strict=True):
+        difference = torch.linalg.vector_norm(result - exact, dtype=torch.float32)
+        scale = torch.linalg.vector_norm(exact, dtype=torch.float32)
+        if not difference <= tolerance * scale:  # NaN, too
+            raise ValueError(f"its result is off by {float(difference / scale):.1e}, more than {tolerance}")
+
+
+def chosen(forward: Rounds, backward: Rounds) -> tuple[Part, Part]:
+    """The forms of both passes: the reference, unless others are faster by more than the noise.
+
+    Where C++ calls the reference path it calls both passes; any other pair is called from Python. So the pair
+    of the fastest forms has to be faster than C++ altogether.
+    """
+    forms = [fastest(rounds) for rounds in (forward, backward)]
+    if NATIVE in forward and NATIVE in backward:
+        pair = [sum(both) for both in zip(forward[forms[0]], backward[forms[1]], strict=True)]
+        native = [sum(both) for both in zip(forward[NATIVE], backward[NATIVE], strict=True)]
+        if not is_faster(pair, native):
+            forms = [REFERENCE, REFERENCE]
+    parts = []
+    for form, rounds in zip(forms, (forward, backward), strict=True):
+        times = {name: round(1e6 * median(seconds), 1) for name, seconds in rounds.items()}
+        parts.append(Part(form, times))
+    return tuple(parts)
+
+
+def fastest(rounds: Rounds) -> str:
+    """The form that is called from Python."""
+    best = REFERENCE
+    for form, seconds in rounds.items():
+        is_certain = form != NATIVE and is_faster(seconds, rounds[REFERENCE])
+        if is_certain and median(seconds) < median(rounds[best]):
+            best = form
+    return best
+
+
+def is_faster(seconds: Sequence[float], reference: Sequence[float]) -> bool:
+    """Whether all rounds but the slowest take less than all rounds of the reference but its fastest.
+
+    So one slow moment of the machine decides nothing, and neither does a difference within the noise.
+    """
+    slow = sorted(seconds)[-2]
+    fast = sorted(reference)[1]
+    return slow < (1 - MARGIN) * fast
+
+
+def today() -> str:
+    return date.today().isoformat()
+
+
+def say(text: str) -> None:
+    """A whole line on stderr at once, as several processes may write; without a terminal nothing is said."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"mica: {text}", file=sys.stderr, flush=True)
