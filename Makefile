@@ -49,7 +49,7 @@ test-smoke: $(READY)
 test-all: $(READY)
 	$(PYTEST) -m "not weekly"
 
-# Other frameworks: stand-ins, and the real ones where they are installed
+# Other frameworks, where they are installed
 test-frameworks: $(READY)
 	$(PYTEST) -m weekly
 
@@ -89,7 +89,7 @@ mutants: $(READY)
 fuzz: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m tests.fuzz $(ARGS)
 
-# Kills commands that share a folder, replace one or transfer, 100 times at random (10 minutes): is anything lost?
+# Kills runs, two in one folder among them, and transfers, 100 times at random: is anything lost?
 kills: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m tests.kills $(ARGS)
 

@@ -15,7 +15,6 @@ import mica.fast
 from mica.fast.explain import patterns
 from mica.fast.frameworks import REMEDIES, replaced_by
 from mica.paths import choose, tuning
-from tests.support import stand_ins
 from tests.support.counts import whatever_language
 from tests.support.models import TARGETS, net, tiny_llama, wrap
 from tests.support.quantised_models import adapted
@@ -291,7 +290,7 @@ def test_a_framework_is_named_where_it_has_fused_layers(framework, options, name
     count = len(names) * len(blocks(model))
     assert totals.endswith(f"; {count} not called")
     assert remedy == f"{who} bypasses {count} layers: {REMEDIES[who]}"
-    for key in stand_ins.KERNELS if framework is axolotl else ():
+    for key in ("lora_qkv_kernel", "lora_o_kernel") if framework is axolotl else ():
         assert key in remedy
     named = [line for line in table if line.endswith(f"bypassed by {who}")]
     assert len(named) == len(names)

@@ -2,12 +2,11 @@
 
 import copy
 import json
-import os
 import re
 import runpy
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -19,13 +18,12 @@ from transformers import AutoModelForCausalLM
 
 import mica.fast
 from tests.mica.fast import on_gloo
-from tests.support import stand_ins
 from tests.support.counts import whatever_language
 from tests.support.gloo import METHOD
 from tests.support.liger import run_on_any_device
 from tests.support.models import adapted_layers, bases, factors, wrap
 from tests.support.moe_models import qwen3_moe, wrap_experts
-from tests.support.processes import ROOT, start
+from tests.support.processes import start
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 from tests.support.tolerances import RELATIVE, error
 from tests.support.without_mica import logits_without_mica
@@ -34,8 +32,6 @@ RECIPES = Path(__file__).parents[3] / "recipes"
 PAGE = RECIPES / "README.md"
 STEPS = 4
 KEYS = "gate_up_proj", "down_proj"
-WITH_STAND_INS = [pytest.param(name, marks=pytest.mark.weekly) for name in ("axolotl", "swift", "unsloth")]
-RECIPES_RUN = ["sft", *WITH_STAND_INS, "fsdp2", "accelerate"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -106,52 +102,6 @@ def axolotl_yaml(given, **changes):
 
 
 @pytest.fixture(scope="module")
-def plugin():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(RECIPES))
-        yield
-    sys.modules.pop("mica_axolotl", None)
-
-
-@pytest.fixture(scope="module")
-def axolotl(given, plugin):
-    return in_this_process(lambda: stand_ins.train_axolotl(axolotl_yaml(given)))
-
-
-def swift_options(given):
-    """Those of the page, with the names that a user would change."""
-    (command,) = [block for block in code_of("sh") if block.startswith("python mica_swift.py")]
-    options = command.replace("\\\n", " ").split()[2:]
-    names = {"MODEL": given.model, "texts.jsonl": given.texts, "adapter": str(given.folder / "swift")}
-    return [names.get(option, option) for option in options]
-
-
-@pytest.fixture(scope="module")
-def swift(given):
-    def recipe():
-        with pytest.MonkeyPatch.context() as patch, stand_ins.swift_imported():
-            patch.setattr(sys, "argv", ["", *swift_options(given)])
-            return runpy.run_path(str(RECIPES / "mica_swift.py"), run_name="__main__")["training"].trainer
-
-    return in_this_process(recipe)
-
-
-def with_unsloth(script, given, modules, output):
-    """What a process has printed that imports the stand-in as `unsloth`, before mica.fast."""
-    source = "from tests.support.stand_ins import FastLanguageModel\n"
-    (modules / "unsloth.py").write_text(source, encoding="utf-8")
-    path = os.pathsep.join(map(str, (ROOT, RECIPES, modules)))
-    done = start(script, given.model, given.texts, output, PYTHONPATH=path)
-    assert done.returncode == 0, done.stderr
-    return SimpleNamespace(printed=done.stdout, said=done.stderr, folder=output)
-
-
-@pytest.fixture(scope="module")
-def unsloth(given, tmp_path_factory):
-    return with_unsloth("unsloth_sft", given, tmp_path_factory.mktemp("modules"), given.folder / "unsloth")
-
-
-@pytest.fixture(scope="module")
 def fsdp2(given):
     """What two processes of torchrun's launcher have done; it forks them from ours."""
     where = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "rdzv_endpoint": "localhost:0"}
@@ -181,47 +131,12 @@ def learned(losses):
     assert losses[0] - losses[-1] > 0.05, losses
 
 
-@pytest.mark.parametrize("name", ["sft", *WITH_STAND_INS[:2]])
-def test_a_trainer_s_recipe_runs_on_the_fast_path(name, request):
-    done = request.getfixturevalue(name)
-    learned(done.losses)
-    assert done.explanation.counts() == {"reference": 14}
-    assert all(row.calls for row in done.explanation.rows)
-    forwards = 2 if name == "sft" else 1  # trl checkpoints by default: each forward runs again
-    assert done.calls == {"linear": forwards * 14 * STEPS, "linear_backward": 14 * STEPS}
-
-
-@pytest.mark.weekly
-def test_unsloth_s_recipe_has_the_losses_of_trl_s(unsloth, sft):
-    """Its data and its trainer are the same; printed are four digits."""
-    assert printed_losses(unsloth) == pytest.approx(sft.losses, abs=1e-3)
-    runs_here(unsloth)
-
-
-@pytest.mark.weekly
-def test_unsloth_s_recipe_over_4_bits(given, tmp_path):
-    """The change that the page names; B is that of the same quantised model without Unsloth."""
-    pytest.importorskip("bitsandbytes")
-    source = (RECIPES / "unsloth_sft.py").read_text(encoding="utf-8")
-    source = replaced(source, {"load_in_4bit=False": "load_in_4bit=True"})
-    (tmp_path / "over_4_bits.py").write_text(source, encoding="utf-8")
-    done = with_unsloth("over_4_bits", given, tmp_path, tmp_path / "adapter")
-    runs_here(done)
-    assert "base layer called: a base layer of type Linear4bit" in done.printed
-    learned(printed_losses(done))
-    new = wrap(stand_ins.in_nf4(given.model), rank=16, lora_alpha=32, targets="all-linear")
-    b_is_the_initial_one(done.folder, new)
-
-
-def printed_losses(done):
-    return [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", done.printed)]
-
-
-def runs_here(done):
-    """All layers on this backend, whatever Unsloth has replaced."""
-    assert "14 layers: 14 reference" in done.printed
-    for text in ("not called", "bypass", "has replaced", "did not initialise"):
-        assert text not in done.printed + done.said
+def test_a_trainer_s_recipe_runs_on_the_fast_path(sft):
+    learned(sft.losses)
+    assert sft.explanation.counts() == {"reference": 14}
+    assert all(row.calls for row in sft.explanation.rows)
+    # trl checkpoints by default: each forward runs again
+    assert sft.calls == {"linear": 2 * 14 * STEPS, "linear_backward": 14 * STEPS}
 
 
 @pytest.mark.parametrize("launcher", ["fsdp2", "accelerate"])
@@ -291,7 +206,7 @@ def replaced(text, changes):
 # -- what they leave behind ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RECIPES_RUN)
+@pytest.mark.parametrize("name", ["sft", "fsdp2", "accelerate"])
 def test_the_saved_adapter(name, request, given, tmp_path):
     """B is the initial one to the bit, A is not; PEFT alone loads it, and its logits are ours."""
     folder = request.getfixturevalue(name).folder
@@ -346,27 +261,31 @@ def test_an_adapter_of_experts_split_for_servers(tmp_path, monkeypatch):
             assert error(down, merged["down_proj"][expert]) < 1e-5
 
 
-# -- axolotl's plugin ---------------------------------------------------------------------------------
+# -- axolotl ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.weekly
-@pytest.mark.usefixtures("plugin")
-@pytest.mark.parametrize("left", ["none", "one"])
-def test_axolotl_s_own_kernels_are_refused(left, given):
+def test_axolotl_s_own_kernels_are_refused(monkeypatch):
     """axolotl sets all four to true if the file names none of them."""
-    config = axolotl_yaml(given)
-    for kernel in stand_ins.KERNELS:
-        del config[kernel]
-    config |= {"one": {"lora_o_kernel": True}, "none": {}}[left]
-    with pytest.raises(ValueError, match=r"lora_o_kernel.* would bypass the adapted layers"):
-        stand_ins.train_axolotl(config)
+    base = ModuleType("axolotl.integrations.base")
+    base.BasePlugin = object
+    for name in ("axolotl", "axolotl.integrations"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, base.__name__, base)
+    plugin = runpy.run_path(str(RECIPES / "mica_axolotl.py"))["MicaPlugin"]()
+    config = yaml.safe_load((RECIPES / "axolotl.yaml").read_text(encoding="utf-8"))
+    plugin.pre_model_load(config)
+    with pytest.raises(ValueError, match=r"^lora_o_kernel would bypass the adapted layers"):
+        plugin.pre_model_load(config | {"lora_o_kernel": True})
 
 
 @pytest.mark.weekly
 def test_axolotl_itself(given, tmp_path):
     """Where it is installed (its pins exclude this package's other tests)."""
     pytest.importorskip("axolotl", reason="axolotl is not installed")
-    config = axolotl_yaml(given, output_dir=str(tmp_path / "adapter"), dataset_prepared_path=str(tmp_path))
+    config = yaml.safe_load((RECIPES / "axolotl.yaml").read_text(encoding="utf-8"))
+    config["datasets"][0]["path"] = given.texts
+    config |= {"base_model": given.model, "special_tokens": {"pad_token": "<eos>"}}
+    config |= {"output_dir": str(tmp_path / "adapter"), "dataset_prepared_path": str(tmp_path)}
     (tmp_path / "axolotl.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     silent = {"AXOLOTL_DO_NOT_TRACK": "1", "WANDB_MODE": "disabled"}
     done = start("axolotl.cli.train", tmp_path / "axolotl.yaml", path=RECIPES, **silent)
