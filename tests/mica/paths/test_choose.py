@@ -184,7 +184,9 @@ def test_the_bounds_that_cpp_reads(a_gpu):
 def test_the_two_parts_of_a_layer_have_forms_of_their_own(a_gpu):
     measured(a_gpu, "fused", "mixed")
     a_gpu.setattr(configs, "HOST_BOUND", 0)
-    for function, form in (("linear", "fused"), ("linear_backward", "mixed")):
+    functions = {"linear": "fused", "linear_backward": "mixed", "grad_b": "mixed"}
+    functions |= {f"{choose.LORA}{name}": functions[name] for name in ("linear", "linear_backward")}
+    for function, form in functions.items():
         assert choose.decide(function, GPU, 16, MASTERS, lambda: ROWS).form == form
 
 
