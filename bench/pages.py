@@ -8,14 +8,13 @@ there. What is said of GPUs stands between ``<!-- text: NAME -->`` and ``<!-- en
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from statistics import median
 
-from bench import on_a_gpu, study
+from bench import on_a_gpu
 from bench.report.words import Row, markdown, shown, shows_no_difference, speedup
 from bench.results import names
 from bench.results.cell import Group, Ratio
@@ -38,11 +37,6 @@ PAPER = "paper's recipe"
 @cache
 def result(name: str) -> Result:
     return Result.load(RESULTS / f"{name}.json").with_both()
-
-
-@cache
-def raw(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def sources(table: str) -> list[str]:
@@ -337,10 +331,6 @@ def subspaces(run: str) -> list[Row]:
     return rows
 
 
-def quality(run: str) -> str:
-    return study.table(raw(run))
-
-
 TABLES = {
     "measured": measured,
     "headline": headline,
@@ -349,16 +339,12 @@ TABLES = {
     "host": host,
     "experts": experts,
     "subspaces": subspaces,
-    "quality": quality,
 }
 
 
 def table(name: str, *files: str) -> str:
-    made = TABLES[name](*files)
-    if not isinstance(made, str):
-        header, *rows = made
-        made = markdown(header, rows)
-    return re.sub(r"\|  (?=\|)", "| ", made) + "\n"
+    header, *rows = TABLES[name](*files)
+    return re.sub(r"\|  (?=\|)", "| ", markdown(header, rows)) + "\n"
 
 
 def filled(page: str, root: Path | None = None) -> str:
@@ -379,11 +365,5 @@ def write(root: Path | None = None) -> None:
         (root / page).write_text(filled(page, root), encoding="utf-8")
 
 
-def main() -> None:
-    (run,) = sources("quality")
-    study.picture(raw(run), RESULTS / f"{run}.png")
-    write()
-
-
 if __name__ == "__main__":
-    main()
+    write()

@@ -180,22 +180,34 @@ def bare(layer: Layer, part: str) -> list[Launch]:
 
 def of_form(form: str, layer: Layer, part: str) -> list[Launch]:
     """In one of the forms of `mica.kernels.configs.FORM_NAMES`."""
-    passes = _BACKWARD if part == BACKWARD else _FORWARD
-    launches = passes[form](layer)
-    return [*launches, *_of_a_trained_b(form, layer, part)] if layer.trains_B else launches
-
-
-def _of_a_trained_b(form: str, layer: Layer, part: str) -> list[Launch]:
-    """What a frozen B does not need: it is rounded in each pass, and dB = (hᵀ dy)ᵀ is written transposed."""
-    size = layer.rank * layer.out
+    is_backward = part == BACKWARD
     by_vendor = form in ("mixed", "reference")
-    # these round it among their own launches
-    is_rounded = form == "reference" or (form == "mixed" and part == BACKWARD)
-    launches = [] if is_rounded else [cast(size)]
-    if part == BACKWARD:
-        product = skinny(layer.backward(), VENDOR if by_vendor else GRAD_A)
-        launches += [product, elementwise(2 * size * FP32)]
+    product = layer.backward() if is_backward else layer
+    launches = [
+        *_rounded(form, layer, is_backward),
+        skinny(product, VENDOR if by_vendor else DOWN),
+        *_base_and_update(form, product),
+    ]
+    if not is_backward:
+        return launches
+    of_factors = VENDOR if by_vendor else GRAD_A
+    launches.append(skinny(layer, of_factors))
+    if layer.trains_B:  # dB = (hᵀ dy)ᵀ is written transposed
+        launches += [skinny(product, of_factors), elementwise(2 * layer.rank * layer.out * FP32)]
     return launches
+
+
+def _rounded(form: str, layer: Layer, is_backward: bool) -> list[Launch]:
+    """The factors that are rounded before a pass; for kernels a frozen B is rounded once for all."""
+    A = cast(layer.rank * layer.inner)
+    B = cast(layer.rank * layer.out)
+    if form == "reference":
+        return [A, B]
+    if form == "mixed" and is_backward:
+        return [B, *_kernel_operand(layer)]
+    is_A_rounded = (form == "first" and is_backward) or form == "mixed"
+    of_A = [A] if is_A_rounded else _kernel_operand(layer)
+    return [*of_A, B] if layer.trains_B else of_A
 
 
 def _kernel_operand(layer: Layer) -> list[Launch]:
@@ -205,83 +217,19 @@ def _kernel_operand(layer: Layer) -> list[Launch]:
     return [cast(layer.rank * layer.inner)]
 
 
-def _split_forward(layer: Layer) -> list[Launch]:
-    return [*_kernel_operand(layer), skinny(layer, DOWN), base_product(layer), update(layer, UP)]
-
-
-def _mixed_forward(layer: Layer) -> list[Launch]:
-    return [cast(layer.rank * layer.inner), skinny(layer, VENDOR), base_product(layer), update(layer, UP)]
-
-
-def _fused_forward(layer: Layer) -> list[Launch]:
-    return [*_kernel_operand(layer), skinny(layer, DOWN), base_product(layer, FUSED)]
-
-
-def _first_forward(layer: Layer) -> list[Launch]:
-    """The low-rank term is written first, and the base product adds to it."""
-    down = [*_kernel_operand(layer), skinny(layer, DOWN)]
-    return [*down, written_first(layer), base_product(layer, adds=True)]
-
-
-def _reference_forward(layer: Layer) -> list[Launch]:
-    casts = [cast(layer.rank * layer.inner), cast(layer.rank * layer.out)]
-    return [*casts, skinny(layer, VENDOR), base_product(layer), update(layer, VENDOR_UPDATE)]
-
-
-def _split_backward(layer: Layer) -> list[Launch]:
-    turned = layer.backward()
-    skinnies = [skinny(turned, DOWN), skinny(layer, GRAD_A)]
-    return [*skinnies, base_product(turned), *_kernel_operand(layer), update(turned, UP)]
-
-
-def _mixed_backward(layer: Layer) -> list[Launch]:
-    turned = layer.backward()
-    skinnies = [cast(layer.rank * layer.out), skinny(turned, VENDOR), skinny(layer, VENDOR)]
-    return [*skinnies, base_product(turned), *_kernel_operand(layer), update(turned, UP)]
-
-
-def _fused_backward(layer: Layer) -> list[Launch]:
-    turned = layer.backward()
-    skinnies = [skinny(turned, DOWN), skinny(layer, GRAD_A)]
-    return [*skinnies, *_kernel_operand(layer), base_product(turned, FUSED)]
-
-
-def _first_backward(layer: Layer) -> list[Launch]:
-    turned = layer.backward()
-    skinnies = [skinny(turned, DOWN), skinny(layer, GRAD_A), cast(layer.rank * layer.inner)]
-    return [*skinnies, written_first(turned), base_product(turned, adds=True)]
-
-
-def _reference_backward(layer: Layer) -> list[Launch]:
-    turned = layer.backward()
-    casts = [cast(layer.rank * layer.out), cast(layer.rank * layer.inner)]
-    skinnies = [skinny(turned, VENDOR), skinny(layer, VENDOR)]
-    return [*casts, *skinnies, base_product(turned), update(turned, VENDOR_UPDATE)]
-
-
-# form -> the launches of a forward, and those of a backward
-_FORWARD = {
-    "split": _split_forward,
-    "mixed": _mixed_forward,
-    "fused": _fused_forward,
-    "first": _first_forward,
-    "reference": _reference_forward,
-}
-_BACKWARD = {
-    "split": _split_backward,
-    "mixed": _mixed_backward,
-    "fused": _fused_backward,
-    "first": _first_backward,
-    "reference": _reference_backward,
-}
-MODELLED = _FORWARD.keys() & _BACKWARD.keys()
+def _base_and_update(form: str, layer: Layer) -> list[Launch]:
+    if form == "fused":
+        return [base_product(layer, FUSED)]
+    if form == "first":
+        return [written_first(layer), base_product(layer, adds=True)]
+    return [base_product(layer), update(layer, VENDOR_UPDATE if form == "reference" else UP)]
 
 
 def aten_control(layer: Layer, part: str) -> list[Launch]:
     """`bench.suites.layer.AtenControl`. Its backward scales g and dB and casts dA and dB; A and B are cast
     before."""
     if part != BACKWARD:
-        return _reference_forward(layer)
+        return of_form("reference", layer, part)
     turned = layer.backward()
     g = [skinny(turned, VENDOR), elementwise(2 * layer.tokens * layer.rank * BASE)]
     dA = [skinny(layer, VENDOR), cast(layer.rank * layer.inner)]

@@ -7,8 +7,6 @@ and again in the backward, and not kept in between.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -16,17 +14,16 @@ from mica.ops.checks import check_experts_linear
 from mica.ops.operator import (
     below_autograd,
     no_autocast,
-    on_reference,
     operator,
     run_backward,
     run_formula,
     save,
     saved,
+    without_gradient,
     without_none,
     without_values,
 )
 from mica.ops.routing import summed, to_experts
-from mica.paths import reference_path
 from mica.paths.operands import Operands
 
 
@@ -128,21 +125,18 @@ def _backward(grad_output, x, offsets, output_mask, *args, grad_h=None):
     elif tokens is not None:
         x = to_experts(x, tokens)
     with no_autocast():
-        if grad_h is not None:  # in a second derivative, which no kernel computes
-            gradients = reference_path.experts_linear_backward(grad_output, x, offsets, operands, grad_h)
-        else:
-            gradients = run_formula(
-                "experts_linear_backward",
-                grad_output,
-                operands.rank,
-                operands.dtypes(grad_output),
-                grad_output,
-                x,
-                offsets,
-                operands,
-                trains_B=operands.trains_B,
-            )
-    grad_x, grad_A = gradients
+        grad_x, grad_A = run_formula(
+            "experts_linear_backward",
+            grad_output,
+            operands.rank,
+            operands.dtypes(grad_output),
+            grad_output,
+            x,
+            offsets,
+            operands,
+            *([] if grad_h is None else [grad_h]),  # no kernel takes it
+            trains_B=operands.trains_B,
+        )
     if needs_x and inverse is not None:
         grad_x = summed(grad_x, inverse, num_tokens)
     return without_none(grad_output, grad_x, grad_A)
@@ -197,17 +191,14 @@ class _ExpertsLinear(torch.autograd.Function):
         x, offsets, weight, lora_A, lora_B, tokens, inverse, h = saved(ctx)
         if grad_output is None and grad_h is None:
             return (None,) * 12
-        if grad_output is None:  # in a second derivative
-            dtype = grad_h.dtype if weight is None else weight.dtype
-            grad_output = grad_h.new_zeros(grad_h.shape[0], lora_B.shape[1], dtype=dtype)
+        if grad_output is None:
+            grad_output = without_gradient(grad_h, weight, lora_B)
         mask = [weight is not None, x is not None]
         tensors = grad_output, x, offsets, weight, lora_A, lora_B
         operands = weight, lora_A, lora_B, ctx.scaling, None, ctx.compute_dtype
         args = grad_output, x, offsets, mask, *operands, tokens, inverse, ctx.num_tokens, ctx.trains_B
-        if grad_h is not None:
-            grads = on_reference(partial(_backward, grad_h=grad_h))(*args)
-        else:
-            grads = run_backward(torch.ops.mica.experts_linear_backward, _backward, tensors, *args)
+        operator = torch.ops.mica.experts_linear_backward
+        grads = run_backward(operator, _backward, tensors, *args, grad_h=grad_h)
         grad_x, grad_A = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
         grad_B = None
         if h is not None:

@@ -26,12 +26,12 @@ from mica.ops.operator import (
     is_eager,
     like,
     no_autocast,
-    on_reference,
     operator,
     run_backward,
     run_formula,
     save,
     saved,
+    without_gradient,
     without_none,
     without_values,
 )
@@ -120,37 +120,38 @@ def _with_dtype_of(x: Tensor, operands: Operands) -> Operands:
     return operands._replace(weight=weight, bias=autocast_to(operands.bias, x.dtype))
 
 
-def _linear_backward(grad_output, x, output_mask, *args):
+def _linear_backward(grad_output, x, output_mask, *args, grad_h=None):
     needs_x, needs_A = output_mask
     operands = Operands(*args)
     if not needs_x:
         operands = operands._replace(weight=None)
-    return without_none(grad_output, *_gradients(grad_output, x if needs_A else None, operands))
+    return without_none(grad_output, *_gradients(grad_output, x if needs_A else None, operands, grad_h))
 
 
 def _gradients(
     grad_output, x: Tensor | None, operands: Operands, grad_h: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dA); None where no gradient is needed, and so x or the weight is None."""
+    """(dx, dA); None where no gradient is needed, and so x or the weight is None.
+
+    grad_h: as for `run_backward`; no kernel takes it.
+    """
     operands = _with_dtype_of(grad_output, operands)
     dy = as_matrix(grad_output)
     matrix = None if x is None else as_matrix(x)
     rows = partial(backward_rows, dy, matrix, operands.lora_A.shape[1], operands.dropout_p)
     with no_autocast():
-        if grad_h is not None:  # in a second derivative, which no kernel computes
-            dx, dA = reference_path.linear_backward(dy, matrix, operands, as_matrix(grad_h))
-        else:
-            dx, dA = run_formula(
-                "linear_backward",
-                dy,
-                operands.rank,
-                operands.dtypes(dy),
-                dy,
-                matrix,
-                operands,
-                rows=rows,
-                trains_B=operands.trains_B,
-            )
+        dx, dA = run_formula(
+            "linear_backward",
+            dy,
+            operands.rank,
+            operands.dtypes(dy),
+            dy,
+            matrix,
+            operands,
+            *([] if grad_h is None else [as_matrix(grad_h)]),
+            rows=rows,
+            trains_B=operands.trains_B,
+        )
     return None if dx is None else like(grad_output.shape, dx), dA
 
 
@@ -208,7 +209,7 @@ class _LoraLinear(torch.autograd.Function):
         if grad_output is None and grad_h is None:
             return (None,) * 12
         if grad_output is None:
-            grad_output = _no_gradient(grad_h, operands)
+            grad_output = without_gradient(grad_h, weight, lora_B)
         grad_x = grad_A = grad_B = None
         if weight is not None or x is not None:
             grad_x, grad_A = _run_backward(grad_output, grad_h, x, operands)
@@ -218,25 +219,18 @@ class _LoraLinear(torch.autograd.Function):
         return None, grad_x, None, grad_A, grad_B, *[None] * 7
 
 
-def _no_gradient(grad_h: Tensor, operands: Operands) -> Tensor:
-    """dy where only h has a gradient: in second derivatives."""
-    dtype = grad_h.dtype if operands.weight is None else operands.weight.dtype
-    return grad_h.new_zeros(*grad_h.shape[:-1], operands.out_features, dtype=dtype)
-
-
 def _run_backward(
     grad_output, grad_h, x: Tensor | None, operands: Operands
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dA) by the body, by plain formulas or by the operator, as `run_backward`."""
-    if grad_h is not None:
-        return on_reference(_gradients)(grad_output, x, operands, grad_h)
-    if not torch.is_grad_enabled() and is_eager(grad_output, x):
+    if grad_h is None and not torch.is_grad_enabled() and is_eager(grad_output, x):
         with below_autograd():
             return _gradients(grad_output, x, operands)
     mask = [operands.weight is not None, x is not None]
     tensors = grad_output, x, operands.weight, operands.lora_A, operands.lora_B
     args = grad_output, x, mask, *operands
-    grads = run_backward(torch.ops.mica.linear_backward, _linear_backward, tensors, *args)
+    operator = torch.ops.mica.linear_backward
+    grads = run_backward(operator, _linear_backward, tensors, *args, grad_h=grad_h)
     grad_x, grad_A = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
     return grad_x, grad_A
 

@@ -209,17 +209,32 @@ def saved(ctx) -> tuple[Tensor | None, ...]:
         raise RuntimeError(kept.EDITED) from error
 
 
-def run_backward(operator: Callable, body: Callable, tensors: Sequence[Tensor | None], *args):
+def run_backward(
+    operator: Callable,
+    body: Callable,
+    tensors: Sequence[Tensor | None],
+    *args,
+    grad_h: Tensor | None = None,
+):
     """Run a backward; with ``create_graph=True``, for higher derivatives, by plain formulas.
 
+    So also with a ``grad_h``, the gradient of the h that a forward returned, which second derivatives have.
     The body runs below autograd although gradients are disabled there: PyTorch's calls take 1 µs less each.
     """
+    if grad_h is not None:
+        return on_reference(partial(body, grad_h=grad_h))(*args)
     if torch.is_grad_enabled():
         return on_reference(body)(*args)
     if not is_eager(*tensors):
         return operator(*args)
     with below_autograd():
         return body(*args)
+
+
+def without_gradient(grad_h: Tensor, weight: Tensor | None, lora_B: Tensor) -> Tensor:
+    """dy where only h has a gradient: in second derivatives."""
+    dtype = grad_h.dtype if weight is None else weight.dtype
+    return grad_h.new_zeros(*grad_h.shape[:-1], lora_B.shape[-2], dtype=dtype)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

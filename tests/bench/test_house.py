@@ -10,7 +10,6 @@ UPWARDS = [
     "conftest",
     "run",
     "on_a_gpu",
-    "study",
     "pages",
     "gpu",
     "__main__",

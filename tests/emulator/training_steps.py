@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+import mica.fast
 from tests.emulator.driver import settings, statistics
 from tests.emulator.judging import BF16, F32, WrongError
 from tests.support.models import net, randomise
@@ -21,6 +22,7 @@ from tests.support.tolerances import error
 from tests.support.training import llama
 
 TOLERANCE = {F32: 2e-5, BF16: 4e-2}
+LORA = {"init_lora_weights": True}
 wide = partial(llama, base={"hidden_size": 64, "intermediate_size": 96})
 CASES = {  # experts in fp32: in bf16 a rounding can move a token to another one
     "net fp32": (net, F32, {}),
@@ -32,11 +34,15 @@ CASES = {  # experts in fp32: in bf16 a rounding can move a token to another one
     "qwen3_moe fp32": (partial(adapted, "qwen3_moe"), F32, {}),
     "gpt_oss fp32": (partial(adapted, "gpt_oss"), F32, {}),
     "mixtral fp32": (partial(adapted, "mixtral"), F32, {"rank": 16}),
+    "net bf16, LoRA, rank 5": (net, BF16, {"rank": 5, **LORA}),
+    "llama fp32, LoRA, dropout": (wide, F32, {"rank": 8, "lora_dropout": 0.2, **LORA}),
+    "qwen3_moe fp32, LoRA": (partial(adapted, "qwen3_moe"), F32, LORA),
 }
 
 
 def built(name: str):
     """A case's model, and what does a forward and a backward pass of it."""
+    mica.fast.enable(lora=True)
     make, dtype, options = CASES[name]
     model, ids = randomise(make(dtype=dtype, **options)).train(), tokens(2, 9) % 29
     return model, partial(step, model, ids, **({} if make is net else {"labels": ids}))

@@ -8,9 +8,10 @@ import torch
 import triton
 
 from mica import ops
-from mica.kernels import launching
+from mica.kernels import launching, prepared_b
 from mica.ops import mica_down_projection, mica_experts_linear, mica_linear
 from mica.paths import choose, triton_path
+from mica.paths.operands import Operands
 from tests.support import expert_cases
 from tests.support.kernel_cases import BF16, FP16, FP32, LAYER_DTYPES, seed_of
 from tests.support.linear_calls import agree, by_factors, call, leaves, on_device, run, tensors_of
@@ -105,6 +106,21 @@ def test_no_copy_of_a_trained_b_is_used_again(function):
     assert lora_B._version == 0
 
 
+def test_nothing_is_kept_of_a_b_that_may_be_trained_later():
+    p, stack = dense((6,), 16, 32, 3), on_device(expert_cases.problem("tiles", 33, 22, 5, BF16, FP32))
+    layer, experts = (Operands(q.weight, q.lora_A, q.lora_B, q.scaling, trains_B=True) for q in (p, stack))
+    prepared_b.clear()
+    _, h = triton_path.lora_linear(p.x, layer)
+    triton_path.lora_linear_backward(p.grad_output, p.x, layer)
+    triton_path.lora_up_projection(p.grad_output, h, p.lora_B)
+    triton_path.lora_up_projection_backward(p.grad_output, p.lora_B, BF16)
+    triton_path.lora_experts_linear(stack.x, stack.offsets, experts)
+    triton_path.lora_experts_linear_backward(stack.grad_output, stack.x, stack.offsets, experts)
+    assert not prepared_b.entries
+    triton_path.linear(p.x, layer._replace(trains_B=False))
+    assert prepared_b.entries
+
+
 RANK, TOKENS = 64, 40  # the rule's own number of tokens would take the interpreter long
 
 
@@ -178,15 +194,19 @@ def test_a_is_rounded_where_it_is_read_often_enough(rank, tokens, a_dtype, dtype
     assert (operand is not lora_A) == is_rounded
 
 
-def test_second_derivatives_and_transforms_take_the_plain_formulas():
-    p = on_device(problem((3,), 5, 4, 2, FP32))
-    _, lora_A = leaves(p)
-    y = mica_linear(p.x, p.weight, lora_A, p.lora_B, p.scaling, p.bias)
-    (grad,) = torch.autograd.grad(y.square().sum(), lora_A, create_graph=True)
+@pytest.mark.parametrize("trains_B", [False, True], ids=["MiCA", "LoRA"])
+def test_second_derivatives_and_transforms_take_the_plain_formulas(trains_B):
+    p = on_device(problem((3,), 5, 4, 2, FP32, trains_B=trains_B))
+    _, *factors = leaves(p)
+    y = call(p, mica_linear, p.x, *factors)
+    grads = torch.autograd.grad(y.square().sum(), factors, create_graph=True)
     assert ops.call_counts["linear_backward"] == 1
     assert ops.call_counts["linear_backward_kernels"] == 0
-    (second,) = torch.autograd.grad(grad.sum(), lora_A)
-    assert second.any()
+    second = torch.autograd.grad(sum(grad.sum() for grad in grads), factors)
+    # MiCA's is the first backward once more; LoRA's has a gradient of h, which no kernel takes
+    assert ops.call_counts["linear_backward_kernels"] == (0 if trains_B else 1)
+    assert all(value.any() for value in second)
+    p.lora_B.requires_grad_(False)
 
     def loss(lora_A):
         return (mica_linear(p.x, p.weight, lora_A, p.lora_B, p.scaling) * p.grad_output).sum()
