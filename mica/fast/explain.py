@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import NamedTuple
 
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -45,7 +44,7 @@ class Row:
     adapter: str  # those of the active ones that the layer has
     path: str  # "kernel", "reference", "peft" or "error"
     reason: str  # why not the path before it in that list; why the base layer is called, if it is
-    calls: int | None = None  # in the last forward; None if unknown
+    calls: int | None = None  # since an adapter was last added; None if unknown
     bypassed_by: str | None = None  # the framework or module whose code runs instead of the layer's
 
 
@@ -73,17 +72,15 @@ def explain(model: nn.Module) -> Explanation:
     with a module around the layer count as the plain tensors that they are while that module's forward runs.
 
     What only a call can show (tokens, dtype and strides of the activations, autocast, other arguments) comes
-    from the PEFT model's last completed forward with the backend on. A layer whose adapter PEFT's code ran
-    there has the path "peft", and its reason names that forward. Without such a forward, or where a layer was
-    called more than once, the table is about many tokens, or about the last call. The backward is taken to
-    get a contiguous gradient.
+    from the layer's last call with the backend on. A layer whose adapter PEFT's code ran then has the path
+    "peft", and its reason names that call. Before the first call the table is about many tokens. The backward
+    is taken to get a contiguous gradient.
 
-    ``calls`` of a row: how often the layer was called, on any path, in the PEFT model's last completed
-    forward (`generate` has none). 0: something bypasses it, like a framework that has replaced the forward of
-    the module around it. Where only parts of the model have been called, as by a loss that calls the inner
-    model and reads the head's weight, layers that no call has reached have 0 and the others None. None if
-    unknown: before the first forward and after adapters have been added, for layers that are not covered, and
-    once torch.compile has traced a MiCA layer in this process.
+    ``calls`` of a row: how often the layer was called, on any path, with the backend on, since an adapter was
+    last added to any model; calls that a backward makes again do not count. 0: the model has been called and
+    this layer has not, as something bypasses it, like a framework that has replaced the forward of the module
+    around it, or a loss that reads the head's weight. None if unknown: before the first call, for layers that
+    are not covered, and once torch.compile has traced a MiCA layer.
 
     ``bypassed_by``: where other code runs instead of the layer, the framework's name (axolotl, unsloth) or
     that of the module with the code; ``str()`` says how to switch it off.
@@ -97,44 +94,39 @@ def explain(model: nn.Module) -> Explanation:
     check_model(model, "explain")
     modules = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
-    calls = call_counts.last_calls()
-    reached = {module for module in calls if calls[module].count}
-    if calls.keys().isdisjoint(layers.values()):  # only parts of the model have been called, or nothing
-        reached = call_counts.called_outside().intersection(layers.values())
-        uncalled = set(layers.values()) - reached
-        calls = dict.fromkeys(uncalled if reached else (), Calls(0))
-    last = _LastForward(modules, calls, [name for name, module in modules.items() if module in reached])
-    rows = [_row(model, name, module, last) for name, module in layers.items()]
+    calls = call_counts.calls_of(modules.values())
+    rows = [_row(model, name, module, modules, calls) for name, module in layers.items()]
     return Explanation(rows, list(_replaced_functions()) if rows else [])
 
 
-class _LastForward(NamedTuple):
-    """What it has shown, by module."""
-
-    modules: dict[str, nn.Module]
-    calls: dict[nn.Module, Calls]
-    called: list[str]  # names of modules
-
-
-def _row(model: nn.Module, name: str, module: BaseTunerLayer, last: _LastForward) -> Row:
+def _row(
+    model: nn.Module,
+    name: str,
+    module: BaseTunerLayer,
+    modules: dict[str, nn.Module],
+    calls: dict[nn.Module, Calls],
+) -> Row:
     outermost = module
     shown = name
     if expert_params.is_wrapper(module):
-        name, outermost = _outermost_wrapper(name, module, last.modules)
+        name, outermost = _outermost_wrapper(name, module, modules)
         shown = f"{name}.{module.parameter_name}"
 
+    own = calls.get(module, Calls())
     with _as_gathered(model, name, outermost):
-        calls = last.calls.get(module, Calls())
-        count = calls.count if _is_counted(module) else None
-        bypassed_by = _bypassed_by(last.modules, name, last.called) if count == 0 else None
-        path, reason = _decided(module, outermost).explained(calls.x)
+        count = own.count if calls and _is_counted(module) else None
+        bypassed_by = None
+        if count == 0:
+            called = [other for other, layer in modules.items() if calls[layer].count]
+            bypassed_by = _bypassed_by(modules, name, called)
+        path, reason = _decided(module, outermost).explained(own.x)
     kind = kind_merged_into(module)
     if kind is not None:
         reason = f"{reason} ({kind}), whose rounding was not measured"
-    by_peft = last.calls.get(outermost, Calls()).why_peft
-    if path in (KERNEL, REFERENCE) and by_peft:
+    why_peft = calls.get(outermost, Calls()).why_peft
+    if path in (KERNEL, REFERENCE) and why_peft:
         path = PEFT
-        reason = _in_the_last_forward(by_peft, count)
+        reason = f"in its last call: {why_peft}"
     base = type(module.get_base_layer()).__name__
     return Row(shown, base, _adapters(module), path, reason, count, bypassed_by or replaced_by(module))
 
@@ -171,11 +163,6 @@ def _as_gathered(model: nn.Module, name: str, layer: nn.Module) -> Iterator[None
     finally:
         for parameters, key, parameter in replaced:
             parameters[key] = parameter
-
-
-def _in_the_last_forward(reasons: Sequence[str], calls: int | None) -> str:
-    part = "" if calls in (None, len(reasons)) else f"{len(reasons)} of {calls} calls of "
-    return f"in {part}the last forward: {'; '.join(dict.fromkeys(reasons))}"
 
 
 def _adapters(layer) -> str:

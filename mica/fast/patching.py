@@ -75,10 +75,10 @@ PATCHES = (
     Patch(_LINEAR, "forward", _FORWARD, decide.linear_forward, part=LINEAR),
     Patch(_EMBEDDING, "forward", _FORWARD, decide.embedding_forward, part=EMBEDDING),
     _optional_part("forward", _FORWARD, experts.experts_forward, EXPERTS),
-    Patch(_LINEAR, "merge", "self safe_merge adapter_names", plain_lora.merge, part=MERGING),
-    Patch(_LINEAR, "unmerge", "self", plain_lora.unmerge, part=MERGING),
     Patch("peft.tuners.tuners_utils:BaseTuner", *_WHOLE),
     Patch(_PEFT_MODEL, *_WHOLE),
+    Patch(_LINEAR, "merge", "self safe_merge adapter_names", plain_lora.merge, part=MERGING),
+    Patch(_LINEAR, "unmerge", "self", plain_lora.unmerge, part=MERGING),
     Patch(_LAYER, *_INIT, part=INITIALISATION),
     Patch(_EMBEDDING, *_INIT, part=INITIALISATION),
     Patch(

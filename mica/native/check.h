@@ -59,9 +59,7 @@ struct Known {
   PyObject* functional_linear = nullptr;
   PyObject* global_hooks = nullptr; // a tuple of dictionaries
   PyObject* settings = nullptr; // the dictionary of `mica.fast.settings.settings`
-  PyObject* current = nullptr; // of `mica.fast.forward.call_counts`: its ``calls`` are those of this thread's forward
-  PyObject* outside = nullptr; // of the same: a weak reference to a layer -> the number of the latest forward
-  PyObject* latest = nullptr; // a list with that number
+  PyObject* noted = nullptr; // of `mica.fast.forward.call_counts`: a weak reference to a layer -> its calls
 };
 
 // What calls from Python and from C++ share.

@@ -1,6 +1,7 @@
 // What Python calls: a layer by its check, a layer by its operands, and loops.
 
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <limits>
@@ -34,25 +35,22 @@ void count_backward() {
   count("linear_backward"_key, "linear_backward_native"_key);
 }
 
-// As `mica.fast.forward.call_counts.note_operators`.
+// As `mica.fast.forward.call_counts.note` where operators run.
 void note(PyObject* layer, const Tensor& x, const OptionalDtype& autocast_dtype) {
-  THPObjectPtr calls(PyObject_GetAttr(known.current, "calls"_key));
-  if (calls && PyList_Check(calls.get())) {
-    THPObjectPtr entry(Py_BuildValue(
-        "(OO(ONNO))",
-        layer,
-        Py_None,
-        object_of(x.scalar_type()),
-        py::cast(x.sizes()).release().ptr(),
-        py::cast(x.strides()).release().ptr(),
-        object_of(autocast_dtype)));
-    if (!entry || PyList_Append(calls.get(), entry.get()) < 0) {
-      throw python_error();
-    }
+  if (torch::autograd::get_current_graph_task_id() != -1) { // a backward computes the layer again
     return;
   }
-  THPObjectPtr reference(calls ? PyWeakref_NewRef(layer, nullptr) : nullptr);
-  if (!reference || PyDict_SetItem(known.outside, reference.get(), PyList_GET_ITEM(known.latest, 0)) < 0) {
+  THPObjectPtr reference(PyWeakref_NewRef(layer, nullptr));
+  PyObject* before = reference ? PyDict_GetItemWithError(known.noted, reference.get()) : nullptr;
+  THPObjectPtr entry(Py_BuildValue(
+      "(nO(ONNO))",
+      1 + (before ? PyLong_AsSsize_t(PyTuple_GET_ITEM(before, 0)) : 0),
+      Py_None,
+      object_of(x.scalar_type()),
+      py::cast(x.sizes()).release().ptr(),
+      py::cast(x.strides()).release().ptr(),
+      object_of(autocast_dtype)));
+  if (!reference || !entry || PyDict_SetItem(known.noted, reference.get(), entry.get()) < 0) {
     throw python_error();
   }
 }
@@ -143,13 +141,15 @@ OptionalTensor optional_wide_product(const Tensor& left, const Tensor& right) {
 // what Python tells
 // ---------------------------------------------------------------------------------------------------------
 
-// The objects of a tuple into fields, in their order, for as long as the process lives.
+// Objects into the fields of their names, for as long as the process lives. A name that is missing is a KeyError.
 template <typename Fields>
-void fill(Fields& fields, const py::tuple& objects) {
-  TORCH_CHECK(objects.size() * sizeof(PyObject*) == sizeof(Fields), "not so many fields: ", objects.size());
-  auto** pointers = reinterpret_cast<PyObject**>(&fields);
-  for (const py::handle object : objects) {
-    *pointers++ = object.inc_ref().ptr();
+void fill(
+    Fields& fields,
+    const py::kwargs& objects,
+    std::initializer_list<std::pair<const char*, PyObject * Fields::*>> names) {
+  TORCH_CHECK(objects.size() == names.size(), "not so many fields: ", objects.size());
+  for (const auto& [name, field] : names) {
+    fields.*field = py::object(objects[name]).release().ptr();
   }
 }
 
@@ -160,7 +160,7 @@ void configure_linear(
     bool wide_sums,
     const std::string& text,
     const std::vector<Tensor>& outputs,
-    const py::tuple& objects) {
+    const py::kwargs& objects) {
   few_to_round = few_rows;
   tokens_per_chunk = chunk;
   has_wide_sums = wide_sums;
@@ -172,11 +172,37 @@ void configure_linear(
     const torch::autograd::Node& node = *output.grad_fn();
     computed_again.emplace(typeid(node));
   }
-  fill(shared, objects);
+  fill(
+      shared,
+      objects,
+      {{"call_counts", &Shared::call_counts},
+       {"os", &Shared::os},
+       {"modules", &Shared::modules},
+       {"instructions", &Shared::instructions},
+       {"devices_without_kernels", &Shared::devices_without_kernels},
+       {"on_reference", &Shared::on_reference},
+       {"kept", &Shared::kept},
+       {"eager", &Shared::eager}});
 }
 
-void configure_check(const py::tuple& objects) {
-  fill(known, objects);
+void configure_check(const py::kwargs& objects) {
+  fill(
+      known,
+      objects,
+      {{"lora_linear", &Known::lora_linear},
+       {"variant", &Known::variant},
+       {"linear", &Known::linear},
+       {"identity", &Known::identity},
+       {"dropout", &Known::dropout},
+       {"linear_forward", &Known::linear_forward},
+       {"identity_forward", &Known::identity_forward},
+       {"dropout_forward", &Known::dropout_forward},
+       {"call", &Known::call},
+       {"functional", &Known::functional},
+       {"functional_linear", &Known::functional_linear},
+       {"global_hooks", &Known::global_hooks},
+       {"settings", &Known::settings},
+       {"noted", &Known::noted}});
 }
 
 PyMethodDef quickly_called[] = {

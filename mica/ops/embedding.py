@@ -50,7 +50,7 @@ def mica_embedding(
     Raises:
         ValueError, TypeError: as `mica_linear`, and a padding_idx out of range.
     """
-    check_embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
+    check_embedding(indices, lora_A, lora_B, padding_idx, compute_dtype)
     if padding_idx is not None and padding_idx < 0:
         padding_idx += lora_A.shape[1]
     return embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)

@@ -62,7 +62,7 @@ def mica_experts_linear(
     Definition: `mica.paths.definition` (arXiv 2604.01694, 2106.09685).
 
     Raises:
-        TypeError: a dtype that is not allowed, a tensor that is not dense, an argument of another type.
+        TypeError: a compute_dtype that is not floating.
         ValueError: shapes or devices that do not fit, or a frozen operand that requires a gradient.
         RuntimeError: MICA_BACKEND=triton where there are no kernels for the call.
     """

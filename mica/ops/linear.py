@@ -76,7 +76,7 @@ def mica_linear(
     Definition: `mica.paths.definition` (arXiv 2604.01694, 2106.09685).
 
     Raises:
-        TypeError: a dtype that is not allowed, a tensor that is not dense, an argument of another type.
+        TypeError: a compute_dtype that is not floating.
         ValueError: shapes or devices that do not fit, or a frozen operand that requires a gradient.
         RuntimeError: MICA_BACKEND=triton where there are no kernels for the call.
     """
@@ -302,9 +302,19 @@ def _from_python(x, operands: Operands) -> Tensor:
 def configure(module: ModuleType) -> None:
     """Tell the C++ what it shares with Python."""
     numbers = products.FEW_TO_ROUND, reference_path.TOKENS_PER_CHUNK, products.HAS_WIDE_SUMS
-    tables = call_counts, vars(os), native.modules, products.ANSWERS, choose.devices_without_kernels
-    tables = *tables, choose.on_reference, vars(kept)
-    module.configure_linear(*numbers, kept.EDITED, kept.OUTPUTS, (*tables, linear_eager))
+    module.configure_linear(
+        *numbers,
+        kept.EDITED,
+        kept.OUTPUTS,
+        call_counts=call_counts,
+        os=vars(os),
+        modules=native.modules,
+        instructions=products.ANSWERS,
+        devices_without_kernels=choose.devices_without_kernels,
+        on_reference=choose.on_reference,
+        kept=vars(kept),
+        eager=linear_eager,
+    )
 
 
 native.when_loaded(configure)

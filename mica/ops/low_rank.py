@@ -54,10 +54,10 @@ def mica_down_projection(
         (..., rank) in compute_dtype.
 
     Raises:
-        TypeError: a dtype that is not allowed, a tensor that is not dense, an argument of another type.
+        TypeError: a compute_dtype that is not floating.
         ValueError: shapes or devices that do not fit.
     """
-    check_down_projection(x, lora_A, scaling, compute_dtype, dropout_p, seed)
+    check_down_projection(x, lora_A, compute_dtype, dropout_p, seed)
     return down_projection(x, lora_A, scaling, compute_dtype, dropout_p, seed)
 
 
@@ -73,7 +73,6 @@ def mica_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
         (..., out_features) in the dtype of y.
 
     Raises:
-        TypeError: a dtype that is not allowed, or a tensor that is not dense.
         ValueError: shapes or devices that do not fit.
     """
     check_up_projection(y, h, lora_B)

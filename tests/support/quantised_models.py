@@ -79,14 +79,11 @@ class StubBaseQuantLinear(nn.Module):
 
 
 class StubGPTQLinear(StubBaseQuantLinear):
-    """STUB of one with `dequantize_weight`, (in_features, out_features)."""
-
-    def dequantize_weight(self, num_itr=1):
-        return self._weight()
+    """STUB of a GPTQ layer."""
 
 
 class StubAWQLinear(StubBaseQuantLinear):
-    """STUB of one without."""
+    """STUB of an AWQ layer."""
 
     SUPPORTS_METHODS = (SimpleNamespace(value="awq"),)
 

@@ -22,9 +22,6 @@ from mica.errors import UnsuitableLayerError
 
 # Rows of the identity matrix that a layer is applied to at a time.
 _ROWS = 1024
-# How far `dequantize_weight` may be from the layer's outputs, relative to the largest weight: 16-bit
-# arithmetic is 2^-8 off at most, another layout is off by the weights themselves.
-_AGREEMENT = 2**-6
 
 
 def _bitsandbytes():
@@ -114,31 +111,12 @@ def _own_call(layer) -> Tensor:
     return dequantize_module_weight(layer.get_base_layer())
 
 
-def _gptqmodel(layer) -> Tensor:
-    """`dequantize_weight` where it agrees with what the layer computes, else the layer's outputs.
-
-    gptqmodel's is (in_features, out_features), and not all of its kernels have one; a class that inherits it
-    and has repacked the weight for its kernel may return anything, so a few rows are compared.
-    """
-    base = layer.get_base_layer()
-    try:
-        weight = base.dequantize_weight().t()
-    except (AttributeError, RuntimeError):  # missing, or it lacks what it needs
-        return _by_calls(layer)
-    if weight.shape != (layer.out_features, layer.in_features):
-        return _by_calls(layer)
-    count = min(8, layer.in_features)
-    probed = torch.arange(count, device=weight.device) * (layer.in_features - 1) // max(1, count - 1)
-    expected = weight[:, probed].float()
-    outputs = _outputs(layer, probed).float()
-    close = (outputs - expected).abs().max() <= _AGREEMENT * expected.abs().max()
-    if close:
-        return weight
-    return _by_calls(layer)
-
-
 def _by_calls(layer) -> Tensor:
-    """The layer applied to the rows of an identity matrix: exact, each output is one weight and zeros."""
+    """The layer applied to the rows of an identity matrix: exact, each output is one weight and zeros.
+
+    Not gptqmodel's `dequantize_weight`: not all of its kernels have one, and a class that inherits it and has
+    repacked the weight for its kernel may return anything.
+    """
     parts = []
     for start in range(0, layer.in_features, _ROWS):
         columns = torch.arange(start, min(start + _ROWS, layer.in_features))
@@ -179,8 +157,8 @@ _KINDS = {
     "peft.tuners.lora.bnb.Linear8bitLt": Kind("bitsandbytes 8-bit", _bitsandbytes_8bit),
     "peft.tuners.lora.hqq.HqqLoraLinear": Kind("HQQ", _own_call),
     "peft.tuners.lora.torchao.TorchaoLoraLinear": Kind("torchao", _own_call),
-    "peft.tuners.lora.gptq.GPTQLoraLinear": Kind("GPTQ", _gptqmodel),
-    "peft.tuners.lora.awq.AwqLoraLinear": Kind("AWQ", _gptqmodel),
+    "peft.tuners.lora.gptq.GPTQLoraLinear": Kind("GPTQ", _by_calls),
+    "peft.tuners.lora.awq.AwqLoraLinear": Kind("AWQ", _by_calls),
     "peft.tuners.lora.aqlm.AqlmLoraLinear": Kind("AQLM", None),
     "peft.tuners.lora.eetq.EetqLoraLinear": Kind("EETQ", None),
     "peft.tuners.lora.inc.IncLoraLinear": Kind("Intel Neural Compressor", None),

@@ -1,18 +1,14 @@
-"""For `explain`: how often each layer was called in the last forward, with what x, and where PEFT ran.
+"""For `explain`: how often each layer was called since an adapter was last added, and how it ran last.
 
-A forward is one of PEFT's model or tuner that ended without an exception, with the backend on. One within a
-backward is a recomputation and does not count. Calls outside of any forward (`generate`, a part of the model
-alone, recomputations) do not count either, but a layer that has had one since is not reported as uncalled.
+Calls with the backend off do not count, nor do those that a backward makes again (checkpointing), nor those
+of compiled code, which cannot be seen.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import NamedTuple
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -36,125 +32,77 @@ class Input(NamedTuple):
 
 
 class Calls(NamedTuple):
-    """Those of a module in the last forward."""
+    """Those of a layer, or of a whole model."""
 
-    count: int | None = None  # None: unknown
-    why_peft: Sequence[str] = ()  # why PEFT's code ran the layer's adapter, for each call in which it did
-    x: Input | None = None  # that of the last call in which operators ran
-
-
-class _Forward(NamedTuple):
-    number: int
-    calls: list[tuple[ReferenceType[nn.Module], str | None, tuple | None]]
+    count: int = 0
+    why_peft: str | None = None  # why PEFT's code ran the layer's adapter in the last call, if it did
+    x: Input | None = None  # that of the last call, if operators ran in it
 
 
-class _Current(threading.local):
-    # in this thread's current forward: the layer, why PEFT's code ran its adapter, and the fields of an Input
-    calls: list[tuple[nn.Module, str | None, tuple | None]] | None = None
+# A layer -> the fields of its Calls, with those of the Input. C++ writes here, too: `note` in
+# mica/native/module.cpp. No WeakKeyDictionary, in which that takes three times as long.
+noted: dict[ReferenceType[nn.Module], tuple[int, str | None, tuple | None]] = {}
+_is_traced = False
 
 
-# C++ adds to these three, too: `note` in mica/native/module.cpp.
-current = _Current()
-latest = [0]  # the number of the latest forward
-# A layer -> number at its last call outside of any: noted in 53 ns, in a WeakKeyDictionary in 184.
-outside: dict[ReferenceType[nn.Module], int] = {}
+def note(layer: nn.Module, reason: str | None = None, x: Tensor | None = None) -> None:
+    """At the beginning of a layer's forward.
 
-_forwards: WeakKeyDictionary[nn.Module, _Forward] = WeakKeyDictionary()
-is_traced = False
-
-
-def note(layer: nn.Module, reason: str | None = None, x: tuple | None = None) -> None:
-    """At the beginning of a layer's forward: takes 0.2 µs.
-
-    reason: where PEFT's code runs an adapter although the backend is on. x: the fields of an
-    `Input`, where operators run.
+    Args:
+        layer: is about to run.
+        reason: why PEFT's code runs its adapter although the backend is on, if it does.
+        x: the layer's input where operators run.
     """
     if torch.compiler.is_compiling():
         _note_trace()
         return
-    calls = current.calls
-    if calls is None:
-        outside[ref(layer)] = latest[0]
-    else:
-        calls.append((layer, reason, x))
-
-
-def note_operators(layer: nn.Module, x: Tensor) -> None:
-    """`note` of a layer that runs on operators, with what `explain` needs to know of x: takes 0.6 µs more."""
-    if torch.compiler.is_compiling() or current.calls is None:  # nobody asks
-        note(layer)
+    if torch._C._current_graph_task_id() != -1:  # a backward computes the layer again
         return
-    autocast_dtype = None
-    if torch._C._is_any_autocast_enabled() and is_autocast(x.device.type):
-        autocast_dtype = torch.get_autocast_dtype(x.device.type)
-    note(layer, None, (x.dtype, tuple(x.shape), x.stride(), autocast_dtype))
+    known_input = None
+    if x is not None:
+        autocast_dtype = None
+        if torch._C._is_any_autocast_enabled() and is_autocast(x.device.type):
+            autocast_dtype = torch.get_autocast_dtype(x.device.type)
+        known_input = x.dtype, tuple(x.shape), x.stride(), autocast_dtype
+    key = ref(layer)
+    count, *_ = noted.get(key, (0,))
+    noted[key] = count + 1, reason, known_input
 
 
 @torch.compiler.assume_constant_result
 def _note_trace() -> None:
     """Runs while a graph is traced and leaves nothing in it: compiled calls are not counted."""
-    global is_traced
-    is_traced = True
+    global _is_traced
+    _is_traced = True
 
 
-@contextmanager
-def _counting(model: nn.Module) -> Iterator[None]:
-    if not settings.enabled or torch._C._current_graph_task_id() != -1:
-        yield
-        return
-    latest[0] += 1
-    number = latest[0]
-    outer = current.calls
-    calls = current.calls = [] if outer is None else outer
-    first = len(calls)
-    try:
-        yield
-    finally:
-        current.calls = outer
-    _forwards[model] = _Forward(number, [(ref(layer), why_peft, x) for layer, why_peft, x in calls[first:]])
+def clear() -> None:
+    """Until the next call nothing is known."""
+    global _is_traced
+    _is_traced = False
+    noted.clear()
 
 
 def whole_forward(stock):
-    """For PEFT's model and its tuner: one of them is around every forward of the whole model."""
+    """For PEFT's model and its tuner: it shows that a model was called all of whose layers are bypassed."""
 
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling():
-            return stock(self, *args, **kwargs)
-        with _counting(self):
-            return stock(self, *args, **kwargs)
+        if settings.enabled:
+            note(self)
+        return stock(self, *args, **kwargs)
 
     return forward
 
 
-def clear() -> None:
-    """Until the next forward nothing is known."""
-    _forwards.clear()
-    outside.clear()
+def calls_of(modules: Iterable[nn.Module]) -> dict[nn.Module, Calls]:
+    """Each of a model's modules -> its calls; those that are neither a layer nor PEFT's have none.
 
-
-def last_calls() -> dict[nn.Module, Calls]:
-    """Each module of each model that has run a forward -> its calls in the last one.
-
-    Empty once a MiCA layer has been traced by torch.compile.
+    Empty where nothing is known: before the first call, and once torch.compile has traced a layer.
     """
     found: dict[nn.Module, Calls] = {}
-    if is_traced:
-        return found
-    for model, forward in sorted(_forwards.items(), key=lambda item: item[1].number):
-        calls_of = defaultdict(list)
-        for reference, *call in forward.calls:
-            calls_of[reference()].append(call)
-        for module in model.modules():
-            calls = calls_of[module]
-            was_called_since = outside.get(ref(module), -1) >= forward.number
-            count = None if was_called_since and not calls else len(calls)
-            reasons = [why_peft for why_peft, _ in calls if why_peft is not None]
-            inputs = [x for _, x in calls if x is not None]
-            found[module] = Calls(count, reasons, Input(*inputs[-1]) if inputs else None)
+    for module in modules:
+        count, why_peft, x = noted.get(ref(module), (0, None, None))
+        found[module] = Calls(count, why_peft, Input(*x) if x else None)
+    if _is_traced or not any(calls.count for calls in found.values()):
+        return {}
     return found
-
-
-def called_outside() -> set[nn.Module]:
-    """The layers that have been called outside of any forward since adapters were added."""
-    found = {reference() for reference in outside}
-    return set() if is_traced else found - {None}

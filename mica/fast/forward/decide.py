@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -37,33 +36,31 @@ from mica.paths import choose
 from mica.paths.operands import Operands
 
 
-def decided(decide: Callable, common: ModuleType | None = None) -> Callable:
+def decided(
+    decide: Callable, call_cpp: Callable | None = None, why_small: Callable | None = None
+) -> Callable:
     """A patch of a layer's forward: what ``decide(layer, x, *args, **kwargs)`` returns computes.
 
     Called with the layer alone, ``decide`` leaves out what only a call shows. It is asked where
-    ``common.call(layer, x)`` returns no output, and ``common.why_small(x)`` no reason for PEFT's code.
+    ``call_cpp(layer, x)`` returns no output, and ``why_small(x)`` no reason for PEFT's code.
     """
 
     def patch(stock):
         def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+            if not settings.enabled:
+                return stock(self, x, *args, **kwargs)
             reason = None
-            if settings.enabled:
-                if (
-                    common is not None
-                    and not args
-                    and not kwargs
-                    and not torch.compiler.is_dynamo_compiling()
-                ):
-                    y = common.call(self, x)
-                    if y is not None:
-                        return y
-                    reason = common.why_small(x)
-                if reason is None:
-                    how = decide(self, x, *args, **kwargs)
-                    if type(how) is not OnPeft:
-                        call_counts.note_operators(self, x)
-                        return how(x)
-                    reason = how.reason if runs_adapter(self) else None
+            if call_cpp and not args and not kwargs and not torch.compiler.is_dynamo_compiling():
+                y = call_cpp(self, x)
+                if y is not None:
+                    return y
+                reason = why_small(x)
+            if reason is None:
+                how = decide(self, x, *args, **kwargs)
+                if type(how) is not OnPeft:
+                    call_counts.note(self, x=x)
+                    return how(x)
+                reason = how.reason if runs_adapter(self) else None
             call_counts.note(self, reason)
             return stock(self, x, *args, **kwargs)
 
@@ -302,5 +299,5 @@ def _why_not_indices(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
     return None if fits else f"lora_A of {lora_A.dtype} and lora_B of {lora_B.dtype}"
 
 
-linear_forward = decided(decide, fast)
+linear_forward = decided(decide, fast.call_cpp, fast.why_small)
 embedding_forward = decided(decide_embedding)

@@ -9,6 +9,7 @@ between calls: what could change is read again at each. The C++ is mica/native/c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 from peft.tuners import lora
@@ -23,20 +24,22 @@ from mica.memory import TENSOR_TYPES
 from mica.ops import kept
 from mica.paths import choose
 
-
-def _look_for_cpp(layer, x: Tensor) -> Tensor | None:
-    """The first call in a process may compile the C++, once on a machine."""
-    global call
-    module = native.module()
-    if module is None:
-        return None
-    configure(module)
-    call = module.fast
-    return call(layer, x)
+_function: Callable[[nn.Module, Tensor], Tensor | None] | None = None  # of the C++, once that is loaded
 
 
-# The output of a layer for x (..., in_features), counted by `call_counts`; None if anything is unusual.
-call = _look_for_cpp
+def call_cpp(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """The output of a layer for x (..., in_features), counted by `call_counts`; None if anything is unusual.
+
+    The first call in a process may compile the C++, once on a machine.
+    """
+    global _function
+    if _function is None:
+        module = native.module()
+        if module is None:
+            return None
+        configure(module)
+        _function = module.fast
+    return _function(layer, x)
 
 
 SMALL = "a small input, which PEFT's code computes faster than this backend does without C++"
@@ -58,8 +61,19 @@ def why_small(x: Tensor) -> str | None:
 
 def configure(module: ModuleType) -> None:
     """Tell the C++ what the classes are, and the functions that they had before anybody replaced them."""
-    classes = lora.Linear, MiCALinearVariant, nn.Linear, nn.Identity, nn.Dropout
-    forwards = FORWARDS[nn.Linear], FORWARDS[nn.Identity], FORWARDS[nn.Dropout]
-    functions = *forwards, CALL, vars(functional), LINEAR
-    counted = call_counts.current, call_counts.outside, call_counts.latest
-    module.configure_check((*classes, *functions, GLOBAL_HOOKS, vars(settings), *counted))
+    module.configure_check(
+        lora_linear=lora.Linear,
+        variant=MiCALinearVariant,
+        linear=nn.Linear,
+        identity=nn.Identity,
+        dropout=nn.Dropout,
+        linear_forward=FORWARDS[nn.Linear],
+        identity_forward=FORWARDS[nn.Identity],
+        dropout_forward=FORWARDS[nn.Dropout],
+        call=CALL,
+        functional=vars(functional),
+        functional_linear=LINEAR,
+        global_hooks=GLOBAL_HOOKS,
+        settings=vars(settings),
+        noted=call_counts.noted,
+    )

@@ -283,8 +283,8 @@ def test_peft_mismatch_is_broken_and_named(run, patches, recwarn):
     problems, findings = run()
     assert not patching.is_installed()
     assert not recwarn.list  # the findings say it
-    first = "peft.tuners.tuners_utils:BaseTuner.forward takes (self *args **kwargs)"
-    second = "peft.peft_model:PeftModel.nothing is not there"
+    first = f"{first.owner}.{first.name} takes ({first.parameters})"
+    second = f"{second.owner}.nothing is not there"
     assert problems == [f"mica.fast leaves this PEFT as it is: {first}, {second}"]
     assert "PEFT" not in findings
 

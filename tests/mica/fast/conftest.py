@@ -1,14 +1,7 @@
 import pytest
 
-from mica.fast.forward import call_counts
 from mica.subspace import many
 from tests.support.quantised_models import stub_gptqmodel
-
-
-@pytest.fixture(autouse=True)
-def _nothing_traced(monkeypatch):
-    """Other tests of this process may have compiled a layer."""
-    monkeypatch.setattr(call_counts, "is_traced", False)
 
 
 @pytest.fixture

@@ -281,7 +281,7 @@ def test_mixed_batches_are_peft_s(targets):
         model(BATCH, adapter_names=names)
     assert not counts
     assert {row.reason for row in mica.fast.explain(model).rows} == {
-        "in the last forward: a mixed batch (adapter_names)"
+        "in its last call: a mixed batch (adapter_names)"
     }
 
 

@@ -104,7 +104,7 @@ def test_forward_mode_is_pefts_and_said():
     with forward_ad.dual_level():
         _, counts = ran(lambda: loss_of(model, tokens()))
     assert counts == (0, 0)
-    reason = "in the last forward: torch.func or forward-mode differentiation"
+    reason = "in its last call: torch.func or forward-mode differentiation"
     assert {row.reason for row in mica.fast.explain(model).rows} == {reason}
 
 

@@ -141,7 +141,7 @@ def test_explain_has_a_row_for_each_stack():
     loss_of(model, tokens())
     rows = mica.fast.explain(model).rows
     assert [row.path for row in rows] == ["peft", "peft", "reference", "reference"]
-    assert {row.calls for row in rows} == {1}
+    assert {row.calls for row in rows} == {2}
     assert HOOKS in rows[1].reason
 
 
@@ -232,7 +232,7 @@ def test_weights_of_all_experts_are_pefts():
     x, index, _ = call_of()
     _, counts = ran(lambda: model(x, index, torch.rand(7, 4)))
     assert counts == (0, 0)
-    reason = "in the last forward: router weights that are not one for each expert of a token"
+    reason = "in its last call: router weights that are not one for each expert of a token"
     assert [(row.path, row.reason) for row in mica.fast.explain(model).rows] == [("peft", reason)] * 2
 
 

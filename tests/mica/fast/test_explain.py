@@ -352,6 +352,9 @@ def test_what_is_around_layers_that_ran_is_not_to_blame():
     blocks(model)[0].mlp.forward = torch.zeros_like  # one that is not to be named
     assert bypassed(model) == dict.fromkeys(MLP, None)
     assert "bypass" not in str(mica.fast.explain(model))
+    model = llama()
+    inner = model.base_model.model
+    patch(inner, "their_patches.model", "self.model(input_ids)", "self, input_ids=None, **kwargs")
     inner.model.forward = torch.zeros_like
     assert set(bypassed(model).values()) == {"their_patches.model"}
 

@@ -45,12 +45,6 @@ CASES = {
             ),
             ({"x": randn(())}, ValueError, r"x must be .*, but it is \(\)"),
             (
-                {"x": torch.ones(3, 4, dtype=torch.int64)},
-                TypeError,
-                "x must be of dtype float64.*is torch.int64",
-            ),
-            ({"x": randn(3, 4).bfloat16()}, TypeError, "weight must have the dtype of x.*torch.float32"),
-            (
                 {"weight": randn(5, 4, 1)},
                 ValueError,
                 r"weight must be .*it is \(5, 4, 1\)",
@@ -58,22 +52,15 @@ CASES = {
             ({"lora_A": randn(2, 5)}, ValueError, r"lora_A must be \(rank, in_features\)"),
             ({"lora_A": randn(())}, ValueError, r"lora_A must be .*, but it is \(\)"),
             ({"lora_A": randn(0, 4), "lora_B": randn(5, 0)}, ValueError, "rank must be at least 1"),
-            ({"lora_A": torch.ones(2, 4, dtype=torch.int8)}, TypeError, "lora_A must be of dtype"),
             ({"lora_B": randn(5, 3)}, ValueError, r"where rank is 2, but it is \(5, 3\)"),
             (
                 {"bias": randn(4)},
                 ValueError,
                 r"where out_features is 5, but it is \(4,\)",
             ),
-            ({"bias": randn(5).half()}, TypeError, "bias must have the dtype of x"),
             ({"dropout_p": 1.0}, ValueError, "dropout_p must be at least 0 and below 1, but it is 1.0"),
             ({"dropout_p": 0.1}, ValueError, "seed must be an int64 tensor.*it is None"),
             ({"dropout_p": 0.1, "seed": torch.tensor(1)}, ValueError, r"it is torch.int64 of shape \(\)"),
-            ({"dropout_p": 0.1, "seed": 1}, TypeError, "seed must be a tensor, but it is of type int"),
-            ({"dropout_p": torch.tensor(0.1)}, TypeError, "dropout_p must be a number, but .*type Tensor"),
-            ({"scaling": True}, TypeError, "scaling must be a number, but it is True of type bool"),
-            ({"x": randn(3, 4).cfloat()}, TypeError, "x must be of dtype .*complex64"),
-            ({"lora_B": None}, TypeError, "lora_B must be a tensor, but it is of type NoneType"),
         ],
     ),
     mica_embedding: (
@@ -85,13 +72,6 @@ CASES = {
                 r"\(embedding_dim, rank\), where rank is 2",
             ),
             ({"lora_A": randn(0, 5), "lora_B": randn(4, 0)}, ValueError, "rank must be at least 1"),
-            ({"indices": torch.tensor([0.0])}, TypeError, "indices must be of dtype int32, int64"),
-            ({"scaling": "2"}, TypeError, "scaling must be a number, but it is '2' of type str"),
-            (
-                {"padding_idx": 1.0},
-                TypeError,
-                "padding_idx must be an int or None, but it is 1.0 of type float",
-            ),
             ({"padding_idx": 5}, ValueError, "padding_idx must be at least -5 and below 5"),
             ({"padding_idx": -6}, ValueError, "padding_idx must be at least -5 and below 5"),
         ],
@@ -100,9 +80,7 @@ CASES = {
         lambda: {"x": randn(3, 4), "lora_A": randn(2, 4)},
         [
             ({"x": randn(3, 5)}, ValueError, r"where in_features is 4, but it is \(3, 5\)"),
-            ({"x": torch.ones(3, 4, dtype=torch.int64)}, TypeError, "x must be of dtype"),
             ({"lora_A": randn(0, 4)}, ValueError, "rank must be at least 1"),
-            ({"scaling": None}, TypeError, "scaling must be a number, but it is None of type NoneType"),
             ({"dropout_p": 0.5}, ValueError, "seed must be an int64 tensor"),
         ],
     ),
@@ -113,7 +91,6 @@ CASES = {
             ({"h": randn(4, 2)}, ValueError, r"where \.\.\. is \(3,\), where rank is 2, but it is \(4, 2\)"),
             ({"y": randn(5), "h": randn(())}, ValueError, r"h must be .*, but it is \(\)"),
             ({"h": randn(3, 0), "lora_B": randn(5, 0)}, ValueError, "rank must be at least 1"),
-            ({"y": torch.ones(3, 5, dtype=torch.int8)}, TypeError, "y must be of dtype"),
         ],
     ),
     mica_experts_linear: (
@@ -127,7 +104,6 @@ CASES = {
                 ValueError,
                 r"where num_experts is 4, but it is \(1,\)",
             ),
-            ({"offsets": torch.rand(4)}, TypeError, "offsets must be of dtype int32, int64"),
             ({"lora_A": randn(3, 2, 5)}, ValueError, r"lora_A must be .*, but it is \(3, 2, 5\)"),
             ({"lora_A": randn(8, 5)}, ValueError, r"lora_A must be .*, but it is \(8, 5\)"),
             ({"lora_B": randn(4, 2, 4)}, ValueError, r"lora_B must be .*, but it is \(4, 2, 4\)"),
@@ -137,7 +113,6 @@ CASES = {
                 ValueError,
                 r"bias must be .*, but it is \(4,\)",
             ),
-            ({"x": randn(4, 5).half()}, TypeError, "weight must have the dtype of x"),
         ],
     ),
 }
@@ -145,14 +120,11 @@ CASES = {
 
 # What may be wrong with any operand: made of a right one, and what is said
 OPERANDS = {
-    "a list": (torch.Tensor.tolist, TypeError, "{} must be a tensor, but it is of type list"),
-    "sparse": (torch.Tensor.to_sparse, TypeError, "{} must be a dense tensor.*sparse_coo"),
     "elsewhere": (lambda tensor: tensor.to("meta"), ValueError, "one device, but found .*{} on meta"),
     "trained": (torch.Tensor.requires_grad_, ValueError, "{} must be frozen"),
 }
 FROZEN = {"weight", "bias"}
 OPTIONS = {
-    "scaling": (torch.tensor(2.0), TypeError, "scaling must be a number, but .* of type Tensor"),
     "compute_dtype": (torch.int8, TypeError, "compute_dtype must be a floating dtype"),
 }
 
@@ -178,9 +150,3 @@ def test_bad_input_is_named(monkeypatch, backend, operator, change, kind, messag
     operands, _ = CASES[operator]
     with pytest.raises(kind, match=message):
         operator(**{**operands(), **change})
-
-
-def test_a_nested_tensor_is_refused():
-    nested = torch.nested.nested_tensor([randn(2, 4), randn(3, 4)], layout=torch.jagged)
-    with pytest.raises(TypeError, match="x must be a dense tensor, but it is a nested one"):
-        mica_linear(nested, randn(5, 4), randn(2, 4), randn(5, 2))
