@@ -21,6 +21,7 @@ from bench.results.cell import Group, Ratio
 from bench.results.names import BARE, BOTH, EIGH, FAST, FAST_NORMS, LORA, MICA, NO_GRADIENT, STOCK, best_stock
 from bench.results.schema import Result
 from bench.results.throughput import number
+from mica.cli.fits import GIB, tokens_that_fit
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -32,6 +33,8 @@ FEW = 256  # tokens; where products of a layer begin to take most of its time
 DROPOUT = 0.05
 SOLVED_RANKS = (16, 64, 128)
 PAPER = "paper's recipe"
+FITS = ("PEFT's default", "PEFT's best setting", "here", "here, with norms")
+DEVICES = (24, 40, 80)  # GiB
 
 
 @cache
@@ -331,6 +334,23 @@ def subspaces(run: str) -> list[Row]:
     return rows
 
 
+def fits(run: str) -> list[Row]:
+    """GiB of a step with MiCA, and the tokens that fit a device."""
+    found = raw(run)
+    names = ["without adapter", *(f"MiCA, {how}" for how in FITS)]
+    rows = [["", "without adapter", *FITS]]
+    for model, measured in found["models"].items():
+        by_name = {row["name"]: row for row in measured if not row["checkpointing"]}
+        steps = [by_name[name] for name in names]
+        for which, label in (("kept", "kept for the backward"), ("total", "weights, step and Adam")):
+            cells = [f"{step[f'{which}_bytes'] / GIB:.2f} GiB" for step in steps]
+            rows.append([f"{model}: {label}", *cells])
+        for memory in DEVICES:
+            cells = [f"{tokens_that_fit(step, found['tokens'], memory):,}" for step in steps]
+            rows.append([f"{model}: tokens that fit {memory} GiB", *cells])
+    return rows
+
+
 TABLES = {
     "measured": measured,
     "headline": headline,
@@ -339,6 +359,7 @@ TABLES = {
     "host": host,
     "experts": experts,
     "subspaces": subspaces,
+    "fits": fits,
 }
 
 

@@ -53,6 +53,7 @@ OPTIONS = {
     "--methods --rates --budget --steps --seeds --output --resume",
     "transfer": "--adapter --to --output --dtype --trust-remote-code",
     "inspect": "model --rank --target-modules --dtype --plot --json --trust-remote-code",
+    "fits": "model --tokens --batch-size --rank --target-modules --dtype --memory --json --trust-remote-code",
     "doctor": "",
 }
 

@@ -13,12 +13,12 @@ import sys
 from contextlib import suppress
 
 from mica import __version__
-from mica.cli import adapt, compare, doctor, inspect, transfer
+from mica.cli import adapt, compare, doctor, fits, inspect, transfer
 from mica.cli.arguments import HelpFormatter, example, similar, with_suggestion
 from mica.cli.output import one_line
 from mica.errors import UnsuitableLayerError, UsageError
 
-_COMMANDS = (adapt, compare, transfer, inspect, doctor)
+_COMMANDS = (adapt, compare, transfer, inspect, fits, doctor)
 # PEFT imports these where they are installed, and they log at import: torchao and bitsandbytes list the
 # kernels that cannot be loaded, torch warns that torchao uses a deprecated call. None of it concerns a user
 # here, and a one-line error would stand below ten such lines.

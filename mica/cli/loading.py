@@ -228,11 +228,11 @@ def _loading_options(source: Source, dtype: str, device: torch.device, quantizat
     return options
 
 
-def skeleton(source: Source) -> nn.Module | None:
+def skeleton(source: Source, **options) -> nn.Module | None:
     """The model of `load_model` without weights, on the meta device: half a second for 80 layers of a 70B.
 
-    None where there is no way but to load it: for GGUF, whose configuration takes as long to read as a small
-    model, and where its code does not run without weights.
+    ``options``: of ``from_config``. None where there is no way but to load it: for GGUF, whose configuration
+    takes as long to read as a small model, and where its code does not run without weights.
 
     Raises UsageError as `load_config`.
     """
@@ -241,7 +241,7 @@ def skeleton(source: Source) -> nn.Module | None:
     config = load_config(source)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **source.options)
+            return AutoModelForCausalLM.from_config(config, **source.options, **options)
     except Exception:  # whatever custom code, or a missing library for it, may raise: loading says it
         return None
 

@@ -8,7 +8,6 @@ temporary within an operator of this package is not seen: under autocast, the co
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -77,14 +76,7 @@ class _Alive(TorchDispatchMode):
 
 
 def count(model: nn.Module, loss: Callable[[], Tensor]) -> StepMemory:
-    """What ``loss()`` of the model and its backward allocate. The gradients are cleared again.
-
-    The step before the one that is counted fills what is computed once.
-    """
-    model.zero_grad()
-    loss().backward()
-    model.zero_grad()
-    gc.collect()
+    """What ``loss()`` of the model and its backward allocate. The gradients are cleared again."""
     with _Alive() as alive:
         for tensor in (*model.parameters(), *model.buffers()):
             alive.note(tensor)

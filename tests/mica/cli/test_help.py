@@ -38,7 +38,7 @@ def test_a_page_is_readable_and_whole(page):
     """No page of the repository is named: they are not in the wheel; what a command writes may be."""
     _, text = page
     assert max(map(len, text.splitlines())) <= 110
-    assert ("(default: 16)" in text) == (page[0] == ["inspect"])
+    assert ("(default: 16)" in text) == (page[0] in (["inspect"], ["fits"]))
     assert [word for word in ("(default: None)", "(default: False)", "OWNER") if word in text] == []
     assert [word for word in text.split() if ".md" in word and not word.startswith("found/")] == []
 

@@ -93,11 +93,13 @@ def measured(model, loss):
 
 def as_fakes(model):
     """On a CPU, but without values: in the present FakeTensorMode. PyTorch moves no module into it."""
+    made = {}  # tied weights stay tied
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                fake = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made.setdefault(parameter, fake)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
