@@ -5,7 +5,6 @@ PNG with a transparent background and grey text, which reads on light and dark p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import inf
 from pathlib import Path
 
@@ -74,31 +73,25 @@ PANELS = {
 
 
 def draw(result: Result, folder: Path, stem: str) -> list[tuple[Path, str]]:
-    """Writes ``folder/stem-….png``; returns each file with a sentence that says what it shows."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    with matplotlib.rc_context(SETTINGS):
-        for name, figure, caption in figures(result):
-            path = folder / f"{stem}-{name}.png"
-            figure.savefig(path, metadata={"Software": None})
-            pictures.append((path, caption))
-    return pictures
-
-
-def figures(result: Result) -> Iterator[tuple[str, Figure, str]]:
-    """Ending of the file's name, figure, caption."""
+    """Writes ``folder/stem-against-stock.png``; returns that file with a sentence that says what it shows."""
     groups = [group for group in result.groups if group.axes.get("clock", WALL) == WALL]
-    yield from _against_stock(groups)
-
-
-def _against_stock(groups: list[Group]) -> Iterator[tuple[str, Figure, str]]:
-    panels = {}
-    for panel, suites in PANELS.items():
-        cells = _cells(groups, suites)
-        if cells:
-            panels[panel] = cells
+    panels = {panel: cells for panel, suites in PANELS.items() if (cells := _cells(groups, suites))}
     if not panels:
-        return
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}-against-stock.png"
+    with matplotlib.rc_context(SETTINGS):
+        against_stock(panels).savefig(path, metadata={"Software": None})
+    what = " and what is ".join(panels)
+    caption = (
+        f"Speed relative to stock PEFT of what is {what} (lines: 95 % intervals of the median; hollow bars:"
+        " the interval contains 1, so neither is shown to be faster)."
+    )
+    return [(path, caption)]
+
+
+def against_stock(panels: dict[str, list[tuple[str, Group]]]) -> Figure:
+    """A row of bars for each panel, with a bar for each of its cells."""
     counts = [len(cells) for cells in panels.values()]
     figure = Figure(figsize=(7.2, 0.7 + 0.65 * len(panels) + 0.36 * sum(counts)), layout="constrained")
     figure.suptitle("Speed relative to stock PEFT (right is faster)", x=0.01, ha="left", fontsize=10.5)
@@ -114,12 +107,7 @@ def _against_stock(groups: list[Group]) -> Iterator[tuple[str, Figure, str]]:
             title += f": {in_words(common)}"
         axes.set_title(title)
     figure.legend(handles=_legend(all_factors), loc="outside lower left", ncols=3)
-    what = " and what is ".join(panels)
-    caption = (
-        f"Speed relative to stock PEFT of what is {what} (lines: 95 % intervals of the median; hollow bars:"
-        " the interval contains 1, so neither is shown to be faster)."
-    )
-    yield "against-stock", figure, caption
+    return figure
 
 
 def _cells(groups: list[Group], suites: dict[str, str]) -> list[tuple[str, Group]]:

@@ -14,21 +14,18 @@ from bench.results.schema import Result
 RUN = Result.load(Path(__file__).parents[1] / "golden" / "run.json")
 
 
-@pytest.fixture
-def pictures():
-    """Ending of the file's name -> (figure, caption), for `RUN`."""
-    return {name: (figure, caption) for name, figure, caption in plots.figures(RUN)}
-
-
 def texts(artists):
     return [artist.get_text() for artist in artists]
 
 
-def test_the_picture_of_factors_against_stock(pictures):
-    figure, _ = pictures["against-stock"]
+def test_the_picture_of_factors_against_stock(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    plots.draw(RUN, tmp_path, "run")
+    (figure,) = drawn
     once, each_step = figure.axes
-    assert once.get_title() == "Paid once"
-    assert each_step.get_title() == "Paid at each step"
+    assert once.get_title("left") == "Paid once"
+    assert each_step.get_title("left") == "Paid at each step"
     labels = [label.partition("\n")[0] for axes in figure.axes for label in texts(axes.get_yticklabels())]
     assert labels == [*plots.PANELS[plots.ONCE].values(), *["training step"] * 2]
     assert [once.get_xscale(), each_step.get_xscale()] == ["log", "linear"]
