@@ -84,7 +84,7 @@ def adopted(root: Path) -> Devices:
     devices: Devices = {}
     for file in sorted((root / "bench" / "results").glob("*/*.json"), key=lambda file: file.name):
         content = json.loads(file.read_text(encoding="utf-8"))
-        device = content.get("machine", {}).get("device", "cpu")
+        device = content.get("machine_info", {}).get("device", "cpu")
         if device != "cpu":
             path = file.relative_to(root).as_posix()
             suites = {group.axes["suite"] for group in Result.load(file).groups}
