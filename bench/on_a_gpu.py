@@ -1,11 +1,12 @@
 """What the pages say of GPUs: that nothing has been measured, or the figures of adopted results.
 
-Which results those are is in kernels/measured.json (`mica.kernels.measured`): of each device and suite the
-one that was adopted last.
+Those are the results of GPUs in ``bench/results``: of each device and suite the last one by its name, which
+begins with the day.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -17,12 +18,10 @@ from bench.results import names
 from bench.results.cell import Group
 from bench.results.names import BARE, BOTH, COPY, CUBLAS, DEVICE_TIME, FAST, STOCK, STOCK_16, WALL
 from bench.results.schema import Result
-from mica.kernels import measured
-from mica.kernels.measured import Measured
 
 LIBRARIES = ("torch", "triton", "peft")
 SUBSPACE = "subspace"  # the suite of the solver
-Devices = dict[str, Measured]
+Devices = dict[str, dict[str, str]]  # device -> suite -> its result, a path within the checkout
 
 
 class Sentence(NamedTuple):
@@ -37,7 +36,7 @@ class Sentence(NamedTuple):
 
     def of(self, devices: Devices) -> str:
         names_of_devices = sorted(
-            name for name, device in devices.items() if not self.suite or self.suite in device.sources
+            name for name, sources in devices.items() if not self.suite or self.suite in sources
         )
         if not names_of_devices:
             return self.nothing
@@ -74,10 +73,23 @@ TEXTS = (*SENTENCES, SECTION)
 
 def text(name: str, root: Path) -> str:
     """One of `TEXTS`, from the results of the checkout in ``root``."""
-    devices = measured.read(root / "kernels" / measured.FILE.name)
+    devices = adopted(root)
     if name == SECTION:
         return _section(devices, root)
     return SENTENCES[name].of(devices)
+
+
+def adopted(root: Path) -> Devices:
+    """Of the checkout in ``root``."""
+    devices: Devices = {}
+    for file in sorted((root / "bench" / "results").glob("*/*.json"), key=lambda file: file.name):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        device = content.get("machine_info", {}).get("device", "cpu")
+        if device != "cpu":
+            path = file.relative_to(root).as_posix()
+            suites = {group.axes["suite"] for group in Result.load(file).groups}
+            devices.setdefault(device, {}).update(dict.fromkeys(suites, path))
+    return devices
 
 
 def _section(devices: Devices, root: Path) -> str:
@@ -90,11 +102,11 @@ def _section(devices: Devices, root: Path) -> str:
     return "\n\n" + "\n\n".join(parts) + "\n\n"
 
 
-def _device(device: Measured, root: Path) -> Iterator[str]:
-    results = {path: Result.load(root / path) for path in sorted({*device.sources.values()})}
+def _device(sources: dict[str, str], root: Path) -> Iterator[str]:
+    results = {path: Result.load(root / path) for path in sorted({*sources.values()})}
     for path, result in results.items():
         yield _source(path, result)
-    suites = {suite: results[path].with_both() for suite, path in device.sources.items()}
+    suites = {suite: results[path].with_both() for suite, path in sources.items()}
     yield from _table(
         "Forward + backward of a layer in bf16, by device time:",
         ["layer", "bare", "stock PEFT", "mica.fast", "speedup", "against bf16 adapters"],
@@ -115,15 +127,6 @@ def _device(device: Measured, root: Path) -> Iterator[str]:
         ["", "stock PEFT, or the SVD", "mica.fast", "speedup"],
         [*_initialisation(suites), *_subspaces(suites)],
     )
-    yield from _table(
-        "The fastest form of a layer ([kernels/configs.py](../kernels/configs.py)):",
-        ["from tokens", "up to rank", "forward", "backward"],
-        [[f"{tokens:,}", str(rank), *passes] for tokens, rank, *passes in device.forms],
-    )
-    if device.host_bound == 0:
-        yield "Even the smallest layer that was timed is faster on kernels."
-    elif device.host_bound is not None:
-        yield f"Up to {device.host_bound:,} multiplications a layer is faster on PyTorch's operators."
 
 
 def _source(path: str, result: Result) -> str:

@@ -8,6 +8,7 @@ there. What is said of GPUs stands between ``<!-- text: NAME -->`` and ``<!-- en
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -40,6 +41,11 @@ DEVICES = (24, 40, 80)  # GiB
 @cache
 def result(name: str) -> Result:
     return Result.load(RESULTS / f"{name}.json").with_both()
+
+
+@cache
+def raw(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def sources(table: str) -> list[str]:

@@ -3,8 +3,8 @@
 Forward: w = Wᵀ, P = Bᵀ. Backward: x = dy, w = W, h = g, P = A, with dropout's mask on the low-rank term.
 This form moves fewer bytes than any other (y is written once and never read), but the base product is
 Triton's instead of cuBLAS's. It pays only if that is at most 2 to 5 % slower, so it runs only where
-`configs.FORMS` says so. It rounds once where the others round twice. Formulas: `mica.paths.reference_path`'s
-`linear` and `grad_x`.
+`mica.paths.tuning` has found it to be faster. It rounds once where the others round twice. Formulas:
+`mica.paths.reference_path`'s `linear` and `grad_x`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ import pytest
 from bench import on_a_gpu, pages
 from bench.results import names
 from bench.results.names import FAST, LORA, STOCK
-from mica.kernels import measured
 
 EPYC = "amd-epyc-avx512-bf16-2-threads"
 TWO_THREADS = f"{EPYC}/2026-11-30-clock"
@@ -25,8 +24,6 @@ def test_every_table_and_text_is_shown_and_a_wrong_figure_is_seen(tmp_path, monk
     assert {found[2] for text in texts for found in pages.TABLE.finditer(text)} == pages.TABLES.keys()
     assert {found[2] for text in texts for found in pages.TEXT.finditer(text)} == {*on_a_gpu.TEXTS}
     (tmp_path / "README.md").write_text(texts[0].replace("17.7 s", "17.8 s"), encoding="utf-8")
-    (tmp_path / "kernels").mkdir()
-    measured.write(measured.read(), tmp_path / "kernels" / "measured.json")
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     assert pages.filled("README.md") == texts[0]
 

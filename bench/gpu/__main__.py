@@ -7,8 +7,8 @@ before is kept. Exit status: 0 all stages passed, 1 some did not, 2 there is not
 ``--dry-run`` does the same on a CPU, with interpreted kernels and tiny shapes. It shows that every stage
 works; its times mean nothing, and its report says so.
 
-``--adopt FILE`` runs nothing: it makes a run's result, or the journal of a run that was cut off, part of the
-checkout (`bench.gpu.adopt`). It needs no GPU.
+``--adopt FILE`` runs nothing: it brings the figures of a run's result, or of the journal of a run that was
+cut off, to the pages (`bench.gpu.adopt`). It needs no GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         "--adopt",
         type=Path,
         metavar="FILE",
-        help="run nothing: write tables and pages from this .json or .jsonl",
+        help="run nothing: write the pages from this .json or .jsonl",
     )
     return parser
 
@@ -123,15 +123,25 @@ def adopt(file: Path) -> int:
         print(f"bench.gpu --adopt needs {error.name}, which cannot be imported here", file=sys.stderr)
         return 2
     try:
-        copied, entry = adopt.adopt(file)
+        copied = adopt.adopt(file)
     except adopt.RefusedError as error:
         print(f"bench.gpu: {error}", file=sys.stderr)
         return 2
     report(copied)
-    bound = "none" if entry.host_bound is None else f"{entry.host_bound:,}"
-    print(f"{copied}: {len(entry.forms)} rows of forms, bound of the host: {bound}.")
-    print("kernels/measured.json and the pages are written: look at git diff, run make test, and commit.")
+    print(f"{copied} and the pages are written: look at git diff, run make test, and commit.")
     return 0
+
+
+def chosen(folder: Path) -> Iterator[str]:
+    """A line for each layer whose form the device has chosen in this run, and by how much it is faster."""
+    import torch
+
+    from bench.measure.machine import DEVICE
+    from mica.paths import tuning
+
+    os.environ["MICA_TUNE"] = str(folder)
+    for kind, layer in tuning.table(torch.device(DEVICE, 0)).stored.items():
+        yield f"{kind}: forward {layer.forward}; backward {layer.backward}"
 
 
 def predict(run: Run, is_dry: bool) -> None:
@@ -202,11 +212,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
 
-    from bench.gpu.forms import summary
     from bench.gpu.stages import STAGES
     from bench.measure.machine import output
     from bench.results import journal
-    from bench.results.schema import Result
     from bench.run import Run
 
     known = {str(number): stage for number, stage in enumerate(STAGES, 1)}
@@ -224,9 +232,8 @@ def main(argv: list[str] | None = None) -> int:
     states = run_stages(run, [known[number] for number in chosen], args.dry_run, budget, args.silence)
     run.journal.unlink()  # the result file has all of it
     print(report(run.file))
-    measured = summary(Result.load(run.file))
-    if measured:
-        print(f"what kernels/configs.py would hold:\n{measured}")
+    for line in chosen(run.file.parent):
+        print(line)
     if not args.dry_run:
         print(f"to make this part of the checkout: python -m bench.gpu --adopt {run.file}")
     return 0 if set(states) == {"passed"} else 1

@@ -1,11 +1,10 @@
 """A run on a GPU becomes part of the checkout: ``python -m bench.gpu --adopt FILE``.
 
 1. The result is copied to ``bench/results/<device>/``.
-2. What it has measured of `mica.kernels.configs` replaces what kernels/measured.json has for this device.
-3. The pages are written from both (`bench.pages`).
+2. The pages are written (`bench.pages`), each suite's figures from the last result, by name, that has it.
 
 What remains is to look at the difference, run the tests, and commit. Adopting the same file again changes
-nothing. A result of some stages replaces the suites that it has timed, and leaves the others.
+nothing. Which form of a layer runs is no part of this: each device measures that itself.
 """
 
 from __future__ import annotations
@@ -13,20 +12,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench import pages
-from bench.gpu import forms
 from bench.measure.machine import device_folder
 from bench.results import journal
 from bench.results.schema import Result
-from mica.kernels import measured
-from mica.kernels.measured import Measured
 
 
 class RefusedError(Exception):
     """A file that cannot be adopted; the message says why, in one sentence."""
 
 
-def adopt(file: Path, root: Path | None = None) -> tuple[Path, Measured]:
-    """Into the checkout in ``root``; returns the copied result, and what its device's entry is now.
+def adopt(file: Path, root: Path | None = None) -> Path:
+    """Into the checkout in ``root``; returns the copied result.
 
     ``root``: by default this checkout.
 
@@ -35,15 +31,9 @@ def adopt(file: Path, root: Path | None = None) -> tuple[Path, Measured]:
     """
     root = root or pages.ROOT
     result = load(file)
-    device = result.machine["device"]
-    copied = _copy(result, file, root / "bench" / "results" / device_folder(device))
-    table = root / "kernels" / measured.FILE.name
-    devices = measured.read(table)
-    source = copied.relative_to(root).as_posix()
-    entry = _merged(devices.get(device, Measured({})), result, source)
-    measured.write({**devices, device: entry}, table)
+    copied = _copy(result, file, root / "bench" / "results" / device_folder(result.machine["device"]))
     pages.write(root)
-    return copied, entry
+    return copied
 
 
 def load(file: Path) -> Result:
@@ -85,16 +75,3 @@ def _copy(result: Result, file: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     result.save(copied)
     return copied
-
-
-def _merged(entry: Measured, result: Result, source: str) -> Measured:
-    """The device's entry with what this result has timed in place of what was there."""
-    suites = {group.axes["suite"] for group in result.groups if "suite" in group.axes}
-    entry = entry._replace(sources={**entry.sources, **dict.fromkeys(suites, source)})
-    if "forms" not in suites:
-        return entry
-    rows = forms.rows(result)
-    return entry._replace(
-        forms=tuple((row.tokens, row.rank, row.forward, row.backward) for row in rows),
-        host_bound=forms.host_bound(result, rows),
-    )

@@ -58,13 +58,11 @@ def of_layer(axes: dict[str, str | int], implementation: str, device: str) -> Pr
     trains_B = axes.get("adapter") == names.PLAIN_LORA
     sizes = (axes[axis] for axis in ("tokens", "out", "in", "rank"))
     layer = Layer(*sizes, peak.cache, trains_B=trains_B)
-    launches = _of_implementation(layer, axes, implementation, device)
+    launches = _of_implementation(layer, axes, implementation)
     return None if launches is None else roofline.predict(launches, peak)
 
 
-def _of_implementation(
-    layer: Layer, axes: dict[str, str | int], implementation: str, device: str
-) -> list[Launch] | None:
+def _of_implementation(layer: Layer, axes: dict[str, str | int], implementation: str) -> list[Launch] | None:
     part = axes["pass"]
     if implementation == BARE:
         return roofline.bare(layer, part)
@@ -77,15 +75,8 @@ def _of_implementation(
     if axes["suite"] == "forms" and implementation in FORMS:
         return roofline.of_form(FORMS[implementation], layer, part)
     if implementation == FAST:
-        return roofline.of_form(_form_of(layer, part, device), layer, part)
+        return roofline.of_form("split", layer, part)  # what runs where kernels are demanded
     return None  # under torch.compile
-
-
-def _form_of(layer: Layer, part: str, device: str) -> str:
-    """The form that a layer takes where kernels are demanded, as the run does."""
-    row = configs.forms_of(device, PEAKS[device].target, layer.tokens, layer.rank)
-    form = row.backward if part == names.BACKWARD else row.forward
-    return "split" if form == "reference" else form
 
 
 def of_kernel(axes: dict[str, str | int], implementation: str, peak: Peak) -> Prediction:

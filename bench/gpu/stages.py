@@ -62,6 +62,7 @@ def job(stage: Stage, results: Path, is_dry: bool, seconds: float, silence: floa
         "OMP_WAIT_POLICY": "passive",
         "HF_HUB_OFFLINE": "1",
         "TRITON_INTERPRET": "1" if is_dry else "0",
+        "MICA_TUNE": str(results.parent),  # what the device chooses comes back with the results
     }
     if is_dry:
         environment["MICA_BENCH_SIZE"] = "dry"

@@ -60,5 +60,5 @@ def best_stock(timed: Container[str]) -> str:
 
 
 def of_form(word: str) -> str:
-    """`mica.fast` where it takes this form of a layer (`mica.kernels.configs.Forms`); by default "split"."""
+    """`mica.fast` where it takes this form of `mica.kernels.configs.FORM_NAMES`; by default "split"."""
     return FAST if word == "split" else f"{FAST}, {word}"

@@ -5,8 +5,8 @@ In addition few tokens by rank, where calls cost as much as products, layers wit
 0.05, of which only forward and backward are timed, and plain LoRA. On an accelerator the layer is 4096 x
 4096, tokens vary by rank, kernels are required, and layers under torch.compile, whose builds take longest,
 are cells of their own at the end. *Forms*, there only, are those that `mica.kernels.configs` names, each
-forced, whatever its table has for the device; with few tokens they show from how much work on kernels are
-worth their launches.
+forced; with few tokens they show from how much work on kernels are worth their launches. The device chooses
+one of them, too, as at the first call of such a layer, which `bench.gpu` reports.
 
 All implementations in a cell compute with the same x, W, A and B. Each of their y, dx, dA and dB is checked
 before anything is timed, a form also by what it launches, and only the one that is wrong is left out. The
@@ -56,7 +56,7 @@ from bench.suites.rounds import Once, prepared, rounds
 from mica.fast.settings import settings
 from mica.kernels import configs
 from mica.ops.linear import linear_eager
-from mica.paths import choose
+from mica.paths import choose, tuning
 from mica.paths.products import has_native
 from tests.support.tolerances import RELATIVE
 
@@ -211,10 +211,17 @@ def form_of(word: str) -> Iterator[None]:
 
     "reference" also where kernels are demanded, once they have been found to run (by the form before).
     """
-    rows = {choose.device_name(torch.device(DEVICE, 0)): (configs.Forms(0, 256, word, word),)}
+    layer = tuning.Layer(tuning.Part(word), tuning.Part(word))
     not_demanded = patch.object(choose, "setting", lambda: None) if word == "reference" else nullcontext()
-    with patch.dict(configs.FORMS, rows), not_demanded:
+    with patch.object(tuning.Table, "find", lambda table, kind: layer), not_demanded:
         yield
+
+
+def let_choose(layer: Layer) -> None:
+    """The device measures the forms of this layer, unless it has; a run otherwise demands kernels."""
+    calls = pick(default={"CALLS": tuning.CALLS}, dry={"UNTIMED": 1, "ROUNDS": 2, "CALLS": 1})
+    with patch.multiple(tuning, **calls), patch.object(choose, "setting", lambda: None):
+        linear_eager(layer.x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
 
 
 @contextmanager
@@ -338,6 +345,8 @@ def setting(cell: Cell) -> Setting:
     truth = exact(layer, EXACT[cell.dtype])
     needed = dict.fromkeys([*cell.implementations(FORWARD), *cell.implementations(NO_GRADIENT)])
     built = build_all(cell.name, needed, lambda name: checked(cell, layer, name, truth))
+    if cell.forms:
+        let_choose(layer)
     forms = {name: form for name, (form, _) in built.items()}
     facts = {name: facts for name, (_, facts) in built.items()}
     bare = forms[BARE]

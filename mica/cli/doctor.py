@@ -137,8 +137,8 @@ def _measured(name: str, device) -> Iterator[tuple[str, str]]:
     if not table.is_on:
         yield f"{name}: measured", f"nothing, because {tuning.why_off()}"
         return
-    yield f"{name}: measured", f"kinds of layers: {len(table.layers)}, in {table.path}"
-    for number, (kind, layer) in enumerate(table.layers.items(), 1):
+    yield f"{name}: measured", f"kinds of layers: {len(table.stored)}, in {table.path}"
+    for number, (kind, layer) in enumerate(table.stored.items(), 1):
         what = f"forward {layer.forward}; backward {layer.backward}"
         yield f"{name}: kind {number}", f"{kind}: {what} ({layer.day})"
 

@@ -376,10 +376,9 @@ inline PyObject* key_of(const Tensor& x, const Operands& operands) {
   const int64_t tokens = in_features ? x.numel() / in_features : 0;
   const ScalarType dtype = operands.autocast_dtype.value_or(x.scalar_type());
   const bool is_aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-  const int64_t row_stride = x.dim() > 1 ? x.stride(-2) : in_features;
-  const std::array<int64_t, 12> facts{
+  const std::array<int64_t, 11> facts{
       x.get_device(),
-      operands.trains_B,
+      operands.trains_B || operands.lora_B.requires_grad(),
       static_cast<int64_t>(dtype),
       static_cast<int64_t>(operands.compute_dtype.value_or(dtype)),
       static_cast<int64_t>(operands.lora_A.scalar_type()),
@@ -389,7 +388,6 @@ inline PyObject* key_of(const Tensor& x, const Operands& operands) {
       operands.weight.size(0),
       static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(tokens))),
       is_aligned,
-      row_stride % 16, // where it is not 0, kernels would load number by number
   };
   return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(facts.data()), sizeof(facts));
 }
@@ -415,9 +413,8 @@ inline bool runs_here(const Tensor& x, const Operands& operands) {
   if (!has_kernels || x.numel() == 0) {
     return true;
   }
-  const bool is_narrow = operands.weight.size(0) % 16 != 0 || operands.weight.size(1) % 16 != 0;
-  THPObjectPtr key(is_narrow ? nullptr : key_of(x, operands));
-  return is_narrow || (key && PySet_Contains(shared.on_reference, key.get()) == 1);
+  THPObjectPtr key(key_of(x, operands));
+  return key && PySet_Contains(shared.on_reference, key.get()) == 1;
 }
 
 // Whether what a node of autograd gives can be computed by so many products at most of what autograd keeps: a look at

@@ -36,7 +36,7 @@ from mica.ops.operator import (
     without_values,
 )
 from mica.paths import choose, products, reference_path, tuning
-from mica.paths.choose import backward_rows, forward_rows
+from mica.paths.choose import kind_of
 from mica.paths.operands import Operands
 
 
@@ -95,15 +95,15 @@ def _linear(x, *args, may_settle=True):
     """(y, h), or (y, None) where lora_B is frozen; ``may_settle``: as `run_formula`."""
     operands = _with_dtype_of(x, Operands(*args))
     matrix = as_matrix(x)
-    rows = partial(forward_rows, matrix, operands.out_features, operands.dropout_p)
+    dtypes = operands.dtypes(x)
     y, h = run_formula(
         "linear",
         x,
         operands.rank,
-        operands.dtypes(x),
+        dtypes,
         matrix,
         operands,
-        rows=rows,
+        kind=partial(kind_of, operands, dtypes, matrix),
         trains_B=operands.trains_B,
         may_settle=may_settle,
     )
@@ -138,18 +138,18 @@ def _gradients(
     operands = _with_dtype_of(grad_output, operands)
     dy = as_matrix(grad_output)
     matrix = None if x is None else as_matrix(x)
-    rows = partial(backward_rows, dy, matrix, operands.lora_A.shape[1], operands.dropout_p)
+    dtypes = operands.dtypes(dy)
     with no_autocast():
         dx, dA = run_formula(
             "linear_backward",
             dy,
             operands.rank,
-            operands.dtypes(dy),
+            dtypes,
             dy,
             matrix,
             operands,
             *([] if grad_h is None else [as_matrix(grad_h)]),
-            rows=rows,
+            kind=partial(kind_of, operands, dtypes, dy, matrix),
             trains_B=operands.trains_B,
         )
     return None if dx is None else like(grad_output.shape, dx), dA

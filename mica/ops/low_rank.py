@@ -9,8 +9,6 @@ trained, h where lora_B is, and no mask.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -29,7 +27,7 @@ from mica.ops.operator import (
     without_none,
     without_values,
 )
-from mica.paths.choose import backward_rows
+from mica.paths.tuning import Kind, rounded_up
 
 
 def mica_down_projection(
@@ -257,9 +255,14 @@ def grad_b(
 def _grad_b(grad_output, h, dtype, grad_dtype, in_features):
     dy = as_matrix(grad_output)
     dtypes = (dy.dtype, h.dtype, dtype, dtype)
-    rows = partial(backward_rows, dy, None, in_features, 0.0) if in_features else None
+
+    def kind_of_layer() -> Kind:
+        sizes = h.shape[-1], in_features, dy.shape[1], rounded_up(len(dy))
+        return Kind(True, dtypes, *sizes, has_dropout=False, is_aligned=dy.data_ptr() % 16 == 0)
+
+    kind = kind_of_layer if in_features else None
     with no_autocast():
-        return run_formula("grad_b", dy, h.shape[-1], dtypes, dy, as_matrix(h), dtype, grad_dtype, rows=rows)
+        return run_formula("grad_b", dy, h.shape[-1], dtypes, dy, as_matrix(h), dtype, grad_dtype, kind=kind)
 
 
 def _grad_b_fake(grad_output, h, dtype, grad_dtype, in_features):

@@ -73,13 +73,13 @@ def run_formula(
     rank: int,
     dtypes: tuple[torch.dtype, ...],
     *args,
-    rows: Callable[[], choose.Rows] | None = None,
+    kind: Callable[[], tuning.Kind] | None = None,
     trains_B: bool = False,
     may_settle: bool = False,
 ):
     """Call ``name`` of `mica.paths.triton_path` where kernels run, else of `mica.paths.reference_path`.
 
-    tensor, rank, dtypes, rows, trains_B: what `choose.decide` needs to know. args: of the formula.
+    tensor, rank, dtypes, kind, trains_B: what `choose.decide` needs to know. args: of the formula.
     may_settle: whether the caller can have settled which form is the fastest.
 
     Raises:
@@ -94,7 +94,7 @@ def run_formula(
     is_given = form is not None
     function = choose.LORA + name if trains_B else name
     if not is_given:
-        choice = choose.decide(function, tensor.device, rank, dtypes, rows)
+        choice = choose.decide(function, tensor.device, rank, dtypes, kind)
         if may_settle and choice.unsettled is not None:
             raise tuning.UnsettledError(choice.unsettled)
         form = choice.form
@@ -107,7 +107,7 @@ def run_formula(
     from mica.paths import triton_path  # imports Triton
 
     args = [_in_memory(arg) for arg in args]
-    options = {} if rows is None else {"form": form}
+    options = {} if kind is None else {"form": form}
     try:
         result = getattr(triton_path, function)(*args, **options)
     except triton_path.LaunchError as error:  # before anything ran: no operand has changed

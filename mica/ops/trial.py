@@ -51,7 +51,7 @@ def _measured(
 ) -> Layer | None:
     """None where nothing can be measured now."""
     if not tuning.table(x.device).is_on:
-        return tuning.unmeasured(tuning.why_off())
+        return tuning.UNMEASURED
     frozen = [tensor for tensor in (operands.weight, operands.bias) if tensor is not None]
     if tuning.why_not_now(x.device) or any(tensor.is_inference() for tensor in frozen):
         return None
@@ -72,9 +72,9 @@ def _measured(
         with _unseen():
             forward, backward = _rounds(kind, _scratch(kind, x, operands), calls, leave_out)
     except Exception as error:  # whatever keeps the reference path from running on scratch operands
-        reason = f"it could not be measured: {_line(error)}"
-        warnings.warn(f"MiCA runs {kind} on the reference path, as {reason}", stacklevel=2)
-        return tuning.unmeasured(reason)
+        what = f"MiCA runs {kind} on the reference path, as it could not be measured"
+        warnings.warn(f"{what}: {_line(error)}", stacklevel=2)
+        return tuning.UNMEASURED
     layer = Layer(*tuning.chosen(forward, backward), tuning.today())
     seconds = tuning.clock() - start
     where = tuning.device_name(x.device)

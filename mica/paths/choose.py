@@ -19,8 +19,9 @@ from torch import Tensor
 
 from mica import native
 from mica.kernels import runtime
-from mica.kernels.limits import DTYPES, MAX_RANK, are_narrow, names_of
+from mica.kernels.limits import DTYPES, MAX_RANK, names_of
 from mica.paths import products, tuning
+from mica.paths.operands import Operands
 from mica.paths.tuning import REFERENCE, Kind
 
 BACKENDS = ("auto", "triton", "reference")
@@ -41,31 +42,19 @@ class Choice(NamedTuple):
     unsettled: Kind | None = None  # a kind of layer of which nothing is known yet
 
 
-class Rows(NamedTuple):
-    """What the form of a layer's forward or backward depends on, beside rank and dtypes."""
+def kind_of(
+    operands: Operands, dtypes: tuple[torch.dtype, ...], rows: Tensor, x: Tensor | None = None
+) -> Kind:
+    """That of a layer.
 
-    tokens: int | None  # None: not known
-    in_features: int
-    out_features: int
-    strides: tuple[int, ...]  # from row to row of what is read and written, in elements
-    has_dropout: bool
-    is_aligned: bool  # 16 divides the addresses of x and dy
-
-
-def forward_rows(x: Tensor, out_features: int, dropout_p: float) -> Rows:
-    """Those of `linear` on x (tokens, in_features)."""
-    tokens, in_features = x.shape
-    strides = (x.stride(0), out_features)
-    return Rows(tokens, in_features, out_features, strides, dropout_p > 0.0, x.data_ptr() % 16 == 0)
-
-
-def backward_rows(grad_output: Tensor, x: Tensor | None, in_features: int, dropout_p: float) -> Rows:
-    """Those of `linear_backward` on grad_output (tokens, out_features); x: None where lora_A is frozen."""
-    tokens, out_features = grad_output.shape
-    x_stride = in_features if x is None else x.stride(0)
-    strides = (grad_output.stride(0), x_stride, in_features)
-    is_aligned = all(t is None or t.data_ptr() % 16 == 0 for t in (grad_output, x))
-    return Rows(tokens, in_features, out_features, strides, dropout_p > 0.0, is_aligned)
+    Args:
+        dtypes: as `decide` takes them.
+        rows: x (tokens, in_features) of its forward, grad_output (tokens, out_features) of its backward.
+        x: that of a backward, where it needs one.
+    """
+    sizes = operands.rank, operands.lora_A.shape[1], operands.out_features, tuning.rounded_up(len(rows))
+    is_aligned = all(t is None or t.data_ptr() % 16 == 0 for t in (rows, x))
+    return Kind(operands.trains_B, dtypes, *sizes, operands.dropout_p > 0.0, is_aligned)
 
 
 class Refused(NamedTuple):
@@ -84,7 +73,7 @@ _missed: set[Refused] = set()
 setting = runtime.raw_variable("MICA_BACKEND")
 _interpreting = runtime.raw_variable("TRITON_INTERPRET")
 
-# What `decide` has found out without looking at rows. Only the environment and `give_up` can change it.
+# What `decide` has found out without looking at a layer. Only the environment and `give_up` can change it.
 _choices: dict[tuple, Choice] = {}
 
 # The indices of devices (-1: a CPU) on which C++ computes every layer, as there is no other way.
@@ -100,13 +89,13 @@ def decide(
     device: torch.device,
     rank: int,
     dtypes: tuple[torch.dtype, ...],
-    rows: Callable[[], Rows] | None = None,
+    kind: Callable[[], Kind] | None = None,
 ) -> Choice:
     """How a call of this function of `mica.paths.triton_path` runs.
 
     Args:
         dtypes: those of the operands and products; for a layer those of x (or dy), products, lora_A, lora_B.
-        rows: those of a layer. Called only where kernels could run: on a CPU nothing is looked at.
+        kind: that of a layer. Called only where kernels could run: on a CPU nothing is looked at.
 
     Raises:
         ValueError: ``MICA_BACKEND`` has a value that is not allowed.
@@ -119,13 +108,13 @@ def decide(
             _choices[key] = choice
             if device.type == "cuda" and runtime.why_unavailable(device) is not None:
                 devices_without_kernels.add(device.index)
-    if choice is _ON_KERNELS and rows is not None:
-        return _choice_of_layer(function, device, rank, dtypes, rows())
+    if choice is _ON_KERNELS and kind is not None:
+        return _choice_of_layer(function, device, kind())
     return choice
 
 
 def _choose(function: str, device: torch.device, rank: int, dtypes: tuple[torch.dtype, ...]) -> Choice:
-    """What can be said without rows."""
+    """What can be said without a layer's kind."""
     reason = why_not_kernels(device, rank, *dtypes, function=function)
     if reason is None:
         return _ON_KERNELS
@@ -143,36 +132,24 @@ def why_not_cpp(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | No
     return None
 
 
-def _choice_of_layer(
-    function: str, device: torch.device, rank: int, dtypes: tuple[torch.dtype, ...], rows: Rows
-) -> Choice:
+def _choice_of_layer(function: str, device: torch.device, kind: Kind) -> Choice:
     """The form that was measured to be the fastest for this part of a layer."""
-    is_demanded = setting() in ("triton", b"triton")
-    if not is_demanded and are_narrow(*rows.strides):
-        return Choice(REFERENCE, _why_narrow(rows))
-    if rows.tokens is None:
-        return Choice("split") if is_demanded else Choice(REFERENCE, "not measured: the tokens are not known")
-
-    trains_B = function.startswith(LORA) or function == "grad_b"
-    sizes = rank, rows.in_features, rows.out_features, tuning.rounded_up(rows.tokens)
-    kind = Kind(trains_B, dtypes, *sizes, rows.has_dropout, rows.is_aligned)
     table = tuning.table(device)
     layer = table.find(kind)
     if layer is None and function == "grad_b":  # which does not know whether its layer has dropout
         layer = table.find(kind._replace(has_dropout=True))
-    is_settled = layer is not None and layer.is_settled
-    unsettled = None if is_demanded or is_settled else kind
-    if layer is None:
-        if is_demanded:
-            return Choice("split")
-        reason = f"not measured: {tuning.why_not_now(device) or 'a call does that'}"
-        return Choice(REFERENCE, reason, unsettled=unsettled)
-
-    is_forward = function.removeprefix(LORA) == "linear"
-    part = layer.forward if is_forward else layer.backward
-    if is_demanded and part.form == REFERENCE:
+    is_demanded = setting() in ("triton", b"triton")
+    is_settled = is_demanded or (layer is not None and layer.is_settled)
+    unsettled = None if is_settled else kind
+    part = None
+    if layer is not None:
+        part = layer.forward if function.removeprefix(LORA) == "linear" else layer.backward
+    if is_demanded and (part is None or part.form == REFERENCE):
         return Choice("split")
-    said = f"not measured: {layer.why_unmeasured}" if layer.why_unmeasured else f"measured here: {part}"
+    if part is None:
+        why = tuning.why_not_now(device) or "a call does that"
+        return Choice(REFERENCE, f"not measured: {why}", unsettled=unsettled)
+    said = f"measured here: {part}" if part.microseconds else "not measured"
     if part.form == REFERENCE:
         return Choice(REFERENCE, said, unsettled=unsettled)
     return Choice(part.form, measured=said, unsettled=unsettled)
@@ -190,13 +167,6 @@ def forms_of(kind: Kind) -> list[str]:
     if kind.is_aligned:  # or the fused kernels take all 255 registers of sm_80
         forms.append("fused")
     return forms
-
-
-def _why_narrow(rows: Rows) -> str:
-    if are_narrow(rows.in_features, rows.out_features):
-        return "kernels need in_features and out_features divisible by 16"
-    strides = " and ".join(map(str, rows.strides))
-    return f"kernels need rows whose strides are divisible by 16, not {strides}"
 
 
 def demand_error(choice: Choice) -> RuntimeError:

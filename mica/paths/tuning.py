@@ -70,7 +70,7 @@ class Kind(NamedTuple):
         adapter = "LoRA" if self.trains_B else "MiCA"
         text = (
             f"{self.out_features} x {self.in_features}, up to {self.tokens} tokens, {adapter}, "
-            f"r = {self.rank}, {names_of(dict.fromkeys(self.dtypes))}"
+            f"r = {self.rank}, {names_of(self.dtypes)}"
         )
         text += ", dropout" if self.has_dropout else ""
         return text if self.is_aligned else f"{text}, unaligned"
@@ -98,20 +98,17 @@ class Part(NamedTuple):
 class Layer(NamedTuple):
     """What is known of a kind.
 
-    day: when it was measured; "": no file keeps it. why_unmeasured: "" if it was. is_settled: whether calls
-    of this process run so; otherwise it is what a file says, and the next call settles it.
+    day: when it was measured; "": no file keeps it. is_settled: whether calls of this process run so;
+    otherwise it is what a file says, and the next call settles it.
     """
 
     forward: Part
     backward: Part
     day: str = ""
-    why_unmeasured: str = ""
     is_settled: bool = True
 
 
-def unmeasured(reason: str) -> Layer:
-    """What takes the reference path in this process."""
-    return Layer(Part(REFERENCE), Part(REFERENCE), why_unmeasured=reason)
+UNMEASURED = Layer(Part(REFERENCE), Part(REFERENCE))
 
 
 class UnsettledError(Exception):
@@ -147,22 +144,21 @@ class Table:
         self.is_on = folder is not None
         self.path = (folder or default) / _file_name(device_name(device))
         self.measuring = threading.Lock()
+        self.settled: dict[Kind, Layer] = {}
         if is_again:
             with contextlib.suppress(OSError):
                 self.path.unlink()
-        self.layers = {} if is_again or not self.is_on else _read(self.path)
+        self.stored = _read(self.path) if self.is_on and not is_again else {}
 
     def find(self, kind: Kind) -> Layer | None:
-        return self.layers.get(kind)
+        return self.settled.get(kind) or self.stored.get(str(kind))
 
     def settle(self, kind: Kind, layer: Layer) -> None:
         """Run every call of this kind so from now on, in the processes to come too if it was measured."""
-        is_new = kind not in self.layers
-        self.layers[kind] = layer._replace(is_settled=True)
-        if is_new and layer.day:
-            kept = _read(self.path)
-            kept.setdefault(kind, layer)
-            _write(self.path, kept)
+        self.settled[kind] = layer._replace(is_settled=True)
+        if layer.day and str(kind) not in self.stored:
+            self.stored = {str(kind): layer, **_read(self.path)}
+            _write(self.path, self.stored)
 
 
 _tables: dict[torch.device, Table] = {}
@@ -226,13 +222,13 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", f"{name}-{versions}.json")
 
 
-def _read(path: Path) -> dict[Kind, Layer]:
-    """Nothing where there is no file, or only one that is damaged or of other versions."""
+def _read(path: Path) -> dict[str, Layer]:
+    """By the words for kinds. Nothing where there is no file, or one that is damaged or of other versions."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["versions"] != _versions():
             return {}
-        return dict(map(_entry, content["layers"]))
+        return {kind: _layer(**layer) for kind, layer in content["layers"].items()}
     except OSError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -240,22 +236,18 @@ def _read(path: Path) -> dict[Kind, Layer]:
         return {}
 
 
-def _entry(entry: dict) -> tuple[Kind, Layer]:
-    fields = dict(entry["kind"])
-    dtypes = tuple(getattr(torch, name) for name in fields.pop("dtypes"))
-    forward, backward = (Part(**entry[part]) for part in ("forward", "backward"))
-    if not {forward.form, backward.form} <= {*FORM_NAMES}:
+def _layer(forward: dict, backward: dict, day: str) -> Layer:
+    parts = Part(**forward), Part(**backward)
+    if not {part.form for part in parts} <= {*FORM_NAMES}:
         raise ValueError(f"a form must be one of {', '.join(FORM_NAMES)}")
-    return Kind(dtypes=dtypes, **fields), Layer(forward, backward, entry["day"], is_settled=False)
+    return Layer(*parts, day, is_settled=False)
 
 
-def _write(path: Path, layers: dict[Kind, Layer]) -> None:
+def _write(path: Path, layers: dict[str, Layer]) -> None:
     """The file whole or not at all: it gets its name when it is complete. A warning where it cannot be."""
-    entries = []
-    for kind, layer in layers.items():
-        fields = {**kind._asdict(), "dtypes": names_of(kind.dtypes).split(", ")}
-        parts = {"forward": layer.forward._asdict(), "backward": layer.backward._asdict()}
-        entries.append({"kind": fields, **parts, "day": layer.day})
+    entries = {}
+    for kind, (forward, backward, day, _) in layers.items():
+        entries[kind] = {"forward": forward._asdict(), "backward": backward._asdict(), "day": day}
     text = json.dumps({"versions": _versions(), "layers": entries}, indent=1)
     temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:

@@ -94,20 +94,17 @@ class Fused(OnOperators):
         out_features, in_features = operands.weight.shape
         if x is not None and not self._fits(x):  # the layer has changed since
             x = None
-        matrix = _one_row(in_features) if x is None else x.as_matrix()
+        matrix = torch.empty(0, in_features, device="meta") if x is None else x.as_matrix()
         grad_output = matrix.new_empty(len(matrix), out_features)  # contiguous, as PyTorch returns it
-        p = operands.dropout_p
-        rows_of = {
-            "linear": choose.forward_rows(matrix, out_features, p),
-            "linear_backward": choose.backward_rows(grad_output, matrix, in_features, p),
-        }
         dtypes = (*product_dtypes(x, operands.weight.dtype), operands.lora_A.dtype, operands.lora_B.dtype)
-        for function, rows in rows_of.items():
-            if x is None:
-                rows = rows._replace(tokens=None)
+        kinds = {
+            "linear": choose.kind_of(operands, dtypes, matrix),
+            "linear_backward": choose.kind_of(operands, dtypes, grad_output, matrix),
+        }
+        for function, kind in kinds.items():
             device = operands.lora_A.device
             known = choose.LORA + function if operands.trains_B else function
-            yield function, choose.decide(known, device, operands.rank, dtypes, lambda rows=rows: rows)
+            yield function, choose.decide(known, device, operands.rank, dtypes, lambda kind=kind: kind)
 
     def why_python(self, x: Input | None) -> str | None:
         weight = self.operands.weight
@@ -169,10 +166,6 @@ class Added(OnOperators):
             }
             for function, dtypes in dtypes_of.items():
                 yield function, choose.decide(function, lora_A.device, lora_A.shape[0], dtypes)
-
-
-def _one_row(in_features: int) -> Tensor:
-    return torch.empty(1, in_features, device="meta")
 
 
 def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnPeft:

@@ -1,16 +1,14 @@
-"""A result of a GPU becomes part of a copy of the checkout: its table of what was measured, and its pages."""
+"""A result of a GPU becomes part of a copy of the checkout, and its figures of the pages."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 
-from bench import pages
+from bench import on_a_gpu, pages
 from bench.gpu import __main__ as gpu
 from bench.gpu.adopt import RefusedError, adopt, load
-from bench.results.names import WALL
 from bench.results.schema import Result
-from mica.kernels import measured
 from tests.support.gpu_results import (
     SIZE,
     both_passes,
@@ -26,21 +24,18 @@ from tests.support.gpu_results import (
 GOLDEN = Path(__file__).parents[1] / "golden"
 NOTHING = "has been measured on a GPU yet"
 FORMS = both_passes(8192, {"split": 3.0, "fused": 2.0})
-SMALL = both_passes(1, {"split": 2.0, "reference": 1.0}, clock=WALL)
-ALL = [*FORMS, *SMALL, *layers(1.25e-3), *compiled_layers(1.1e-3), step(), kernel()]
+ALL = [*FORMS, *layers(1.25e-3), *compiled_layers(1.1e-3), step(), kernel()]
 ALL += [subspace(), initialisation()]
 LAYER = f"{SIZE} × {SIZE}, 8,192 tokens, r = 16"
-ROWS = ((8192, 16, "fused", "fused"),)  # what FORMS say
 
 
 @pytest.fixture
 def root(tmp_path):
-    """A checkout with the pages, and a table in which nothing has been measured."""
+    """A checkout with the pages, in which nothing has been measured."""
     root = tmp_path / "checkout"
     for page in pages.PAGES:
         (root / page).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(pages.ROOT / page, root / page)
-    measured.write({}, root / "kernels" / "measured.json")
     pages.write(root)
     return root
 
@@ -70,11 +65,9 @@ def test_rows_the_result_and_the_figures_of_all_pages(root, saved, monkeypatch, 
     assert gpu.main(["--adopt", str(saved(ALL))]) == 0
     source = "bench/results/a-card/run.json"
     copied = root / source
-    assert f"{copied}: 1 rows of forms, bound of the host: {SIZE**2:,}." in capsys.readouterr().out
+    assert f"{copied} and the pages are written" in capsys.readouterr().out
     assert Result.load(copied) == result(*ALL)
-    suites = {one.axes["suite"]: source for one in ALL}
-    entry = measured.Measured(suites, ROWS, SIZE**2)
-    assert measured.read(root / "kernels" / "measured.json") == {"a card": entry}
+    assert on_a_gpu.adopted(root) == {"a card": {one.axes["suite"]: source for one in ALL}}
     assert "## Targets" in page(root, "bench/results/a-card/run.md")
 
     for name in pages.PAGES:
@@ -88,38 +81,31 @@ def test_rows_the_result_and_the_figures_of_all_pages(root, saved, monkeypatch, 
         "| h = x Aᵀ | 1 | 0.90 to 0.90 | 0.90 | 1.30× to 1.30× | 1.30× |",
         "| get_peft_model, a model, float32 | 6 s | 2 s | 3.00× (3.00–3.00) |",
         "| 4096 × 4096, minor_subspace, r = 16 | 0.8 s | 0.04 s | 20.00× (20.00–20.00) |",
-        "| 8,192 | 16 | fused | fused |",
-        f"Up to {SIZE**2:,} multiplications a layer is faster on PyTorch's operators.",
     ):
         assert row in page(root).splitlines()
     assert "[raw results](results/a-card/run.json)" in page(root)
     assert "at commit 0123456789ab (torch 2.9, triton 3.5, peft 0.21;" in page(root)
     once = contents(root)
-    assert adopt(saved(ALL), root) == adopt(copied, root) == (copied, entry)
+    assert adopt(saved(ALL), root) == adopt(copied, root) == copied
     assert contents(root) == once
 
 
 def test_a_second_device_is_added_and_the_first_one_replaced(root, saved):
     adopt(saved(ALL), root)
-    kernels_win = both_passes(1, {"split": 1.0, "reference": 2.0}, clock=WALL)
-    _, second = adopt(saved([*FORMS, *kernels_win], name="other", device="B 200"), root)
-    _, entry = adopt(saved(both_passes(512, {"split": 1.0}), name="again"), root)
-    assert measured.read(root / "kernels" / "measured.json") == {"B 200": second, "a card": entry}
-    assert second.host_bound == 0
-    assert "Even the smallest layer that was timed is faster on kernels." in page(root)
-    assert (entry.forms, entry.host_bound) == (((512, 16, "split", "split"),), None)
+    adopt(saved(FORMS, name="other", device="B 200"), root)
+    adopt(saved(layers(1e-3), name="second"), root)
+    devices = on_a_gpu.adopted(root)
+    assert devices.keys() == {"B 200", "a card"}
+    assert devices["a card"]["forms"].endswith("run.json")
+    assert devices["a card"]["layer"].endswith("second.json")
     assert "of B 200 and a card." in page(root, "README.md")
-
-
-def test_a_run_of_some_stages_leaves_what_others_have_measured(root, saved):
-    adopt(saved([*FORMS, *SMALL, *layers(1.25e-3)], name="first"), root)
-    _, entry = adopt(saved(layers(1e-3), name="second"), root)
-    assert entry[1:] == (ROWS, SIZE**2)
-    assert entry.sources["forms"].endswith("first.json")
-    assert entry.sources["layer"].endswith("second.json")
-    assert "It has not been run on a GPU yet." in page(root, "mica/subspace/README.md")
     assert "| 2 ms | 4 ms | 2 ms |" in page(root)
     assert "| 2 ms | 4 ms | 2.5 ms |" not in page(root)
+
+
+def test_a_run_without_the_solver_says_nothing_of_it(root, saved):
+    adopt(saved(layers(1.25e-3)), root)
+    assert "It has not been run on a GPU yet." in page(root, "mica/subspace/README.md")
 
 
 def test_the_journal_of_a_run_that_was_cut_off(tmp_path):
@@ -168,5 +154,5 @@ def test_another_result_of_this_name_is_kept(root, saved):
     adopt(saved(FORMS), root)
     before = contents(root)
     with pytest.raises(RefusedError, match="is another result: rename "):
-        adopt(saved(SMALL), root)
+        adopt(saved(layers(1e-3)), root)
     assert contents(root) == before

@@ -39,11 +39,9 @@ def test_each_implementation_of_a_layer_is_that_of_the_model(part, adapter):
         assert predicted(name, part, suite="forms", adapter=adapter) == roofline.predict(expected, PEAK)
 
 
-def test_mica_fast_is_predicted_in_the_form_that_it_takes(monkeypatch):
-    default = predicted(FAST, BACKWARD)
-    monkeypatch.setitem(configs.FORMS, DEVICE, (configs.Forms(0, 256, "fused", "reference"),))
-    assert predicted(FAST) == roofline.predict(roofline.of_form("fused", LAYER, FORWARD), PEAK)
-    assert predicted(FAST, BACKWARD) == default  # kernels are demanded
+def test_mica_fast_is_predicted_in_the_form_that_it_takes():
+    """Kernels are demanded, and nothing is known of the device."""
+    assert predicted(FAST) == roofline.predict(roofline.of_form("split", LAYER, FORWARD), PEAK)
 
 
 def test_cells_of_the_suites_are_predicted(monkeypatch):

@@ -63,7 +63,7 @@ INTERPRETED = "TRITON_INTERPRET=1, and interpreted kernels run only with MICA_BA
         ("triton", "kernel", ""),
         ("reference", "reference", "MICA_BACKEND=reference"),
         ("auto", "reference", INTERPRETED),
-        ("", "reference", "kernels need in_features and out_features divisible by 16"),
+        ("", "reference", "not measured: MICA_TUNE=0"),
     ],
 )
 def test_the_backend_is_said_and_taken(monkeypatch, backend, path, reason):
@@ -73,7 +73,7 @@ def test_the_backend_is_said_and_taken(monkeypatch, backend, path, reason):
         monkeypatch.setattr(choose, "_choices", {})
         even = wrap(nn.Sequential(nn.Linear(32, 48)), targets=["0"])
         (row,) = mica.fast.explain(even).rows
-        assert (row.path, row.reason) == ("reference", "not measured: the tokens are not known")
+        assert (row.path, row.reason) == ("reference", "not measured: MICA_TUNE=0")
         even(torch.ones(7, 32))
         (row,) = mica.fast.explain(even).rows
         assert (row.path, row.reason) == ("reference", "not measured: MICA_TUNE=0")

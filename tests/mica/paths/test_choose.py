@@ -3,12 +3,12 @@ import torch
 
 from mica.kernels import common, limits, runtime
 from mica.paths import choose, tuning
+from mica.paths.operands import Operands
 from mica.paths.tuning import Kind, Layer, Part
 from tests.support.processor import has_instructions
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BF16 = torch.bfloat16
-ROWS = choose.Rows(64, 32, 48, (32, 48), has_dropout=False, is_aligned=True)
 
 
 @pytest.fixture(autouse=True)
@@ -100,44 +100,26 @@ NOT_NOW = "nothing is measured in a deterministic run"
     ("function", "layer", "changes", "form", "reason", "note"),
     [
         ("linear", KNOWN, {}, "split", None, FAST),
-        ("linear", KNOWN, {"tokens": 33}, "split", None, FAST),  # rounded up
         ("linear_backward", KNOWN, {}, "reference", SLOW, None),
-        ("linear", Layer(Part("fused"), Part("split")), {}, "fused", None, "measured here: fused"),
-        ("linear", tuning.unmeasured("no memory"), {}, "reference", "not measured: no memory", None),
+        ("linear", Layer(Part("fused"), Part("split")), {}, "fused", None, "not measured"),
+        ("linear", tuning.UNMEASURED, {}, "reference", "not measured", None),
         *(
             ("linear", KNOWN, changes, "reference", f"not measured: {NOT_NOW}", None)
             for changes in ({"tokens": 32}, {"has_dropout": True}, {"is_aligned": False})
         ),
-        ("lora_linear", KNOWN, {}, "reference", f"not measured: {NOT_NOW}", None),
-        ("linear", KNOWN, {"tokens": None}, "reference", "not measured: the tokens are not known", None),
-        (
-            "linear",
-            KNOWN,
-            {"in_features": 24, "strides": (24, 48)},
-            "reference",
-            "kernels need in_features and out_features divisible by 16",
-            None,
-        ),
-        (
-            "linear",
-            KNOWN,
-            {"strides": (40, 48)},
-            "reference",
-            "kernels need rows whose strides are divisible by 16, not 40 and 48",
-            None,
-        ),
+        ("linear", KNOWN, {"trains_B": True}, "reference", f"not measured: {NOT_NOW}", None),
     ],
 )
 def test_what_is_known_of_a_layer_decides(a_gpu, function, layer, changes, form, reason, note):
     a_gpu.setenv("MICA_TUNE", "1")
     a_gpu.setattr(tuning, "_read", lambda path: {})
-    tuning.table(GPU).layers[KIND] = layer
-    rows = ROWS._replace(**changes)
-    choice = choose.decide(function, GPU, 16, MASTERS, lambda: rows)
+    tuning.table(GPU).settled[KIND] = layer
+    kind = KIND._replace(**changes)
+    choice = choose.decide(function, GPU, 16, MASTERS, lambda: kind)
     assert choice[:3] == (form, reason, note)
-    assert (choice.unsettled is not None) == bool(reason and NOT_NOW in reason)
+    assert choice.unsettled == (kind if reason and NOT_NOW in reason else None)
     a_gpu.setenv("MICA_BACKEND", "triton")  # demanded kernels run, and nothing is measured
-    demanded = choose.decide(function, GPU, 16, MASTERS, lambda: rows)
+    demanded = choose.decide(function, GPU, 16, MASTERS, lambda: kind)
     assert (demanded.form, demanded.unsettled) == ("split" if form == "reference" else form, None)
 
 
@@ -146,10 +128,11 @@ def test_a_gradient_of_b_runs_as_its_layer_s_backward(a_gpu):
     a_gpu.setenv("MICA_TUNE", "1")
     a_gpu.setattr(tuning, "_read", lambda path: {})
     lora = KIND._replace(trains_B=True, has_dropout=True)
-    tuning.table(GPU).layers[lora] = Layer(Part("fused"), Part("split"))
-    assert choose.decide("grad_b", GPU, 16, MASTERS, lambda: ROWS).form == "split"
-    tuning.table(GPU).layers[lora._replace(has_dropout=False)] = Layer(Part("fused"), Part("mixed"))
-    assert choose.decide("grad_b", GPU, 16, MASTERS, lambda: ROWS).form == "mixed"
+    of_b = lora._replace(has_dropout=False)
+    tuning.table(GPU).settled[lora] = Layer(Part("fused"), Part("split"))
+    assert choose.decide("grad_b", GPU, 16, MASTERS, lambda: of_b).form == "split"
+    tuning.table(GPU).settled[of_b] = Layer(Part("fused"), Part("mixed"))
+    assert choose.decide("grad_b", GPU, 16, MASTERS, lambda: of_b).form == "mixed"
 
 
 # -- C++ ---------------------------------------------------------------------------------------------
@@ -192,15 +175,18 @@ def test_the_devices_of_which_cpp_computes_all_layers(a_gpu):
 # -- other forms -------------------------------------------------------------------------------------
 
 
-def test_rows_are_those_of_the_operands():
-    x = torch.zeros(5, 40)[:, :32]
-    assert choose.forward_rows(x, 48, 0.0) == (5, 32, 48, (40, 48), False, True)
+def test_the_kind_of_a_layer_is_that_of_its_operands():
+    dtypes = (torch.float32,) * 4
+    operands = Operands(None, torch.zeros(4, 32), torch.zeros(48, 4), dropout_p=0.5, trains_B=True)
+    x, dy = torch.zeros(5, 32), torch.zeros(5, 48)
+    kind = Kind(True, dtypes, 4, 32, 48, 8, has_dropout=True, is_aligned=True)
+    assert choose.kind_of(operands, dtypes, x) == kind
+    assert choose.kind_of(operands, dtypes, dy, x) == choose.kind_of(operands, dtypes, dy) == kind
+    plain = operands._replace(dropout_p=0.0, trains_B=False)
+    assert choose.kind_of(plain, dtypes, x) == kind._replace(trains_B=False, has_dropout=False)
     shifted = torch.zeros(5 * 32 + 1)[1:].view(5, 32)
-    assert choose.forward_rows(shifted, 48, 0.5) == (5, 32, 48, (32, 48), True, False)
-    dy = torch.zeros(5, 64)[:, :48]
-    assert choose.backward_rows(dy, x, 32, 0.0) == (5, 32, 48, (64, 40, 32), False, True)
-    assert choose.backward_rows(dy, None, 32, 0.1) == (5, 32, 48, (64, 32, 32), True, True)
-    assert not choose.backward_rows(dy, shifted, 32, 0.0).is_aligned
+    assert choose.kind_of(operands, dtypes, shifted) == kind._replace(is_aligned=False)
+    assert not choose.kind_of(operands, dtypes, dy, shifted).is_aligned
 
 
 def test_a_choice_is_kept_until_the_environment_changes(a_gpu):
