@@ -1,12 +1,10 @@
 """Every figure in the README files follows from the committed results that the pages link to."""
 
 import re
-from collections import Counter
-from statistics import mean
 
 import pytest
 
-from bench import on_a_gpu, pages, study
+from bench import on_a_gpu, pages
 from bench.results import names
 from bench.results.names import FAST, LORA, STOCK
 from mica.kernels import measured
@@ -59,66 +57,6 @@ def words():
     yield main, f"[{ratio:.2f}× as long](bench/README.md#experts)"
 
 
-def of_the_study():
-    page, found = "bench/README.md", pages.raw(*pages.sources("quality"))
-    seeds = Counter(run["seed"] for run in found["runs"])
-    rates = {(name, rate) for name, method in found["plan"].items() for rate in method["rates"]}
-    assert seeds[0] == len(rates)
-    counts = sum(len(study.rates_that_count(found, name)) for name in found["plan"])
-    assert seeds[1] == counts
-    assert len(seeds) == 2
-    yield page, f"all {len(rates)} first trainings and the {counts} of a second seed at the rates that count"
-    values = {name: study.values(found, name) for name in found["plan"]}
-    ranges = [max(one) - min(one) for seeds in values.values() for one in seeds[:4] if one]
-    yield page, f"by at most {max(ranges):.0f} points up to 1 nat"
-    means = {name: [f"{mean(one):.0f}" if one else "" for one in seeds] for name, seeds in values.items()}
-    apart = study.differences(found)
-    cells = means["frozen random B, r = 64"][1:4], means["MiCA, r = 64"][1:4]
-    text = "of rank 64, drawn twice, answers {}, {} and {} % at 0.25, 0.5 and 1 nats, MiCA's {}, {} and {} %"
-    yield page, text.format(*cells[0], *cells[1])
-    cells = means["frozen random B, r = 16"][1], means["MiCA, r = 16"][1]
-    more = apart["MiCA, r = 16 less frozen random B, r = 16"][1]
-    yield page, "At rank 16 it is {} against {} % at 0.25 nats ({})".format(*cells, more)
-    cells = apart["MiCA, r = 64 less LoRA, r = 32"][1:4]
-    yield page, "{} points at 0.25 nats, {} at 0.5 and {} at 1".format(*cells)
-    sizes = [found["methods"][name]["trained_parameters"] / 1e6 for name in ("MiCA, r = 64", "LoRA, r = 32")]
-    yield page, "({:.1f} and {:.1f} million)".format(*sizes)
-    cells = (means[name][3] for name in ("MiCA by the paper, r = 16", "LoRA by the paper, r = 32"))
-    yield page, "MiCA answers {} % at 1 nat, LoRA {} %".format(*cells)
-    full = means["full fine-tuning"][1:4]
-    by_limit = zip(*(means[name][1:4] for name in found["plan"]), strict=True)
-    assert [max(cells, key=float) for cells in by_limit] == full
-    yield page, f"learned most at 0.25 to 1 nat: {full[0]} to {full[-1]} %"
-
-
-def of_single_results():
-    """Figures of suites that were measured once."""
-    page = "bench/README.md"
-    smollm2, tiny = pages.result("intel-xeon-processor-amx-2-threads/2026-11-29-generate").groups
-    said = f"{pages.speedup(tiny.ratio(FAST, STOCK))} faster than stock PEFT, of SmolLM2-135M"
-    yield page, f"{said} {pages.speedup(smollm2.ratio(FAST, STOCK))}, within its noise"
-    shapes = pages.result("amd-epyc-as-avx2-2-threads/2026-11-26-dtype").groups
-    for dtype in ("bfloat16", "float16"):
-        ratios = [one.ratio(f"{FAST}, {dtype}", f"{FAST}, float32").median for one in shapes]
-        yield page, f"{min(ratios):.2f} to {max(ratios):.2f} times as long in {dtype}"
-    experts = pages.only(f"{EPYC}/2026-11-26-experts", suite="experts init").timings
-    ours, loop = (experts[name].median for name in (FAST, names.SVD))
-    yield page, f"took {ours:.1f} s, a loop of `torch.linalg.svd` over them {loop:.1f} s"
-    corpus = pages.raw(f"{EPYC}/2026-11-30-corpus")
-    size = f"({corpus['documents']:,} documents, {corpus['tokens'] / 1e6:.0f} M tokens of SmolLM2)"
-    yield page, f"read 500 MB of JSONL {size} in {corpus['cpu_seconds']:.0f} s of CPU time"
-    yield page, f"at most {corpus['peak_resident_megabytes'] / 1e3:.2f} GB of resident memory"
-    run, *others = (
-        pages.raw(f"2026-11-30-requantised/{name}")
-        for name in ("nf4", "merged", "merged-nf4", "merged-into-nf4")
-    )
-    before, after = run["perplexity_before"], run["perplexity_after"]
-    said = f"held-out perplexity over nf4 from {before:.1f} to {after:.1f}; merged it was"
-    merged, again, packed = (one["perplexity_before"] for one in others)
-    said += f" {merged:.1f}, quantised again {again:.1f}, but {packed:.1f} with the adapter merged into"
-    yield "mica/cli/USE.md", said
-
-
-@pytest.mark.parametrize(("page", "said"), [*words(), *of_the_study(), *of_single_results()])
+@pytest.mark.parametrize(("page", "said"), list(words()))
 def test_words(page, said):
     assert re.sub(r"\s+", " ", said) in " ".join((pages.ROOT / page).read_text(encoding="utf-8").split())
