@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch.autograd import forward_ad
 
 import mica.fast
 from tests.support import moe_models
@@ -80,40 +79,6 @@ def test_gradient_checkpointing_changes_no_bit(use_reentrant):
     again, grads_again, counts = gradients(checkpointed(model, use_reentrant), ids)
     assert counts == (8, 4)
     assert_same((again, grads_again), (loss, grads), 0.0)
-
-
-@pytest.mark.parametrize("implementation", ["batched_mm", "eager"])
-def test_under_autocast_nothing_of_a_stack_is_kept(implementation):
-    """The cast stack is an operator's own; x is kept in autocast's dtype, and the result has that of x."""
-    layer = use(outermost(adapted("qwen3_moe")), implementation)
-    x = torch.randn(5, 32, requires_grad=True)
-    kept = []
-    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
-    with keep, torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x, torch.arange(10).view(5, 2) % 6, torch.rand(5, 2))
-    stacks = {w.untyped_storage().data_ptr() for w in layer.parameters()}
-    assert all(t.dim() < 3 for t in kept if t is not None and t.untyped_storage().data_ptr() not in stacks)
-    assert {t.dtype for t in kept if t is not None and t.shape == x.shape} == {torch.bfloat16}
-    assert y.dtype == torch.float32
-    y.sum().backward()
-    assert x.grad.dtype == torch.float32
-
-
-def test_forward_mode_is_pefts_and_said():
-    model = wrap_experts(moe_models.mixtral())
-    with forward_ad.dual_level():
-        _, counts = ran(lambda: loss_of(model, tokens()))
-    assert counts == (0, 0)
-    reason = "in the last forward: torch.func or forward-mode differentiation"
-    assert {row.reason for row in mica.fast.explain(model).rows} == {reason}
-
-
-@pytest.mark.parametrize("kind", BUILDERS)
-def test_generation(kind):
-    model, ids = adapted(kind), tokens(1, 3)
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    _, counts = ran(lambda: as_stock(lambda: model.generate(ids, **options), 0.0))
-    assert counts[0] >= 4 * 6
 
 
 def test_compiled_without_a_graph_break():
