@@ -32,17 +32,6 @@ def ci_run(tmp_path, *rhythm, red=""):
     return done.returncode, done.stdout, called
 
 
-@pytest.mark.parametrize(
-    ("rhythm", "first"), [((), "test"), (("nightly",), "test-full"), (("weekly",), "static")]
-)
-def test_it_runs_all_parts_and_reports_their_times(tmp_path, rhythm, first):
-    status, printed, called = ci_run(tmp_path, *rhythm)
-    assert status == 0
-    assert called[:3] == [*BEFORE, first]
-    assert re.findall(r"^ +\d+ s  make (\S+)", printed, re.MULTILINE) == called
-    assert "FAILED" not in printed
-
-
 def test_every_check_of_the_makefile_has_its_rhythm():
     """But what a test of another name contains, and what is no check."""
     targets = set(re.findall(r"^([a-z-]+): \$\(READY\)", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -50,13 +39,6 @@ def test_every_check_of_the_makefile_has_its_rhythm():
     others = {"demo", "test-all", "bench", "gpu-dry-run"}
     assert targets - run == others
     assert run <= targets
-
-
-@pytest.mark.parametrize("red", BEFORE)
-def test_without_the_installation_or_with_a_red_lint_it_ends_at_once(red, tmp_path):
-    status, _, called = ci_run(tmp_path, red=red)
-    assert status != 0
-    assert called[-1] == red
 
 
 def test_it_goes_on_after_a_failure_and_names_all_of_them(tmp_path):

@@ -1,19 +1,15 @@
 """Every install line of the pages, the notebook and the messages can be followed, and help names no page."""
 
-import argparse
 import ast
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-from mica.cli import parser
-from mica.cli.extras import DISTRIBUTION, how_to_install
+from mica.cli.extras import DISTRIBUTION
 from tests.support.imports import ROOT
 from tests.support.pages import FENCED, pages, read
 
@@ -74,14 +70,9 @@ IN_MESSAGES = [
     for command in COMMAND.findall(text)
     if path.name != "extras.py"
 ]
+
+
 # `how_to_install("cli")` in a message
-USED_EXTRAS = {
-    extra
-    for path in MODULES
-    for extra in re.findall(r"how_to_install\(['\"]([\w-]+)['\"]\)", path.read_text(encoding="utf-8"))
-}
-
-
 @pytest.mark.parametrize(("name", "command"), ON_PAGES + IN_MESSAGES)
 def test_a_command_names_what_can_be_found(name, command):
     """From a clone, or one step above it, and without an index that has this package."""
@@ -93,54 +84,6 @@ def test_a_command_names_what_can_be_found(name, command):
             assert set(own["extras"].split(",")) <= declared_extras()
         else:
             assert Requirement(text).name != DISTRIBUTION
-
-
-def test_the_places_that_name_an_install_command_are_seen():
-    assert {"README.md", "mica/cli/README.md", "examples/mica.ipynb", "bench/METHOD.md"} <= {
-        n for n, _ in ON_PAGES
-    }
-    assert {"mica/cli/demo.py", "mica/cli/adapt/base.py"} <= {name for name, _ in IN_MESSAGES}
-    assert {"cli", "plot"} <= USED_EXTRAS <= declared_extras()
-
-
-def dry_run(*requirements: str, folder: Path) -> str:
-    """What pip says it would do, without an index: all that is required is installed in this environment."""
-    options = ["--dry-run", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "install", *options, *requirements]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "does not provide the extra" not in done.stderr
-    return done.stdout
-
-
-@pytest.mark.slow
-def test_readme_is_followed_by_git_and_pip(tmp_path):
-    """Its lines as they stand, but for the address, and nothing is installed."""
-    (block,) = [code for _, code in FENCED.findall(read("README.md")) if "pip install" in code]
-    clone, install = block.replace("ADDRESS", f"'{ROOT}'").splitlines()
-    subprocess.run(shlex.split(clone, comments=True), cwd=tmp_path, check=True, capture_output=True)
-    assert f"Would install {DISTRIBUTION}" in dry_run(*requirements(install), folder=tmp_path)
-
-
-@pytest.mark.slow
-def test_pip_resolves_the_other_pages_from_the_root():
-    found = {text for _, command in ON_PAGES for text in requirements(command) if text.startswith(".[")}
-    assert f"Would install {DISTRIBUTION}" in dry_run(*sorted(found), folder=ROOT)
-
-
-@pytest.mark.slow
-def test_pip_resolves_what_messages_say(tmp_path):
-    """By the name of the installed package, with no index at all."""
-    for extra in USED_EXTRAS:  # one by one: pip names only the first of several that are one package
-        said = dry_run(*requirements(how_to_install(extra)), folder=tmp_path)
-        assert f"Requirement already satisfied: {DISTRIBUTION}[{extra}]" in said
-
-
-def test_help_names_no_page_of_the_checkout():
-    root = parser()
-    (commands,) = (a for a in root._actions if isinstance(a, argparse._SubParsersAction))
-    for command in (root, *commands.choices.values()):
-        assert PAGE.findall(command.format_help()) == []
 
 
 def test_no_message_names_a_page_of_the_checkout():

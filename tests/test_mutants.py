@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants import sample
 from tests.support.mutants import MUTANTS
 from tests.support.mutants.edits import Mutant
 
@@ -41,28 +40,6 @@ def test_the_tests_of_a_mutant_exist():
     names = {name for mutant in MUTANTS for name in mutant.tests if name.startswith("tests/")}
     assert names
     assert not [name for name in names if not (ROOT / name).is_file()]
-
-
-def test_no_edit_is_listed_twice():
-    edits = [mutant[:4] for mutant in MUTANTS]
-    assert len(edits) == len(set(edits))
-
-
-def test_a_sample_is_of_the_commit_and_has_what_changed_first(monkeypatch):
-    changed = {mutant.file for mutant in MUTANTS[:30]}
-    commits = iter(["one", "one", "another"])
-
-    def git(command, *_):
-        return next(commits) if command == "rev-parse" else "\n".join(changed)
-
-    monkeypatch.setattr("tests.mutants._git", git)
-    first, again, other = (sample(MUTANTS, 12) for _ in range(3))
-    assert first == again != other
-    for chosen in first, other:
-        assert len(set(map(str, chosen))) == 12
-        assert sum(mutant.file in changed for mutant in chosen) >= 8
-    monkeypatch.setattr("tests.mutants._git", lambda *_: "")
-    assert len(sample(MUTANTS, 12)) == 12
 
 
 def edited(function, old, new="x"):

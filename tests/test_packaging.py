@@ -167,25 +167,6 @@ def test_a_wheel_from_a_clone_without_links_has_the_kernels(clone, tmp_path):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"mica", "mica_fast"}
 
 
-@pytest.mark.slow
-def test_an_editable_install_of_a_clone_without_links(clone, tmp_path):
-    """Inside and outside of the clone, in an environment that has all other packages of this one."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
-    python = tmp_path / "env" / "bin" / "python"
-    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    ours, theirs = (
-        Path(subprocess.check_output([program, "-c", where], text=True).strip())
-        for program in (sys.executable, python)
-    )
-    (theirs / "others.pth").write_text(f"{ours}\n")
-    pip("install", "--ignore-installed", "-e", clone, python=python)
-    for cwd in (clone, tmp_path):
-        probed = probe(cwd, python=python)
-        assert Path(probed["mica"]) == clone / "mica" / "__init__.py"
-        assert Path(probed["runtime"]).resolve() == clone / "kernels" / "runtime.py"
-        assert Path(probed["kernels"]).is_relative_to(ours)  # Hugging Face's
-
-
 @pytest.mark.parametrize("platform", ["linux", "win32"])
 def test_without_the_right_to_make_links(platform, clone, monkeypatch):
     """A junction on Windows, which needs no right, and elsewhere a copy, which the next install refreshes."""
@@ -206,10 +187,3 @@ def test_without_the_right_to_make_links(platform, clone, monkeypatch):
         assert kernels_of(kernels) == kernels_of(ROOT / "kernels")
         assert (kernels / "runtime.py").read_text() == (clone / "kernels" / "runtime.py").read_text()
         (clone / "kernels" / "runtime.py").write_text("# changed by a pull\n")
-
-
-def test_a_link_that_is_there_stays(monkeypatch):
-    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
-    before = (ROOT / "mica" / "kernels").lstat()
-    runpy.run_path(str(ROOT / "setup.py"))
-    assert (ROOT / "mica" / "kernels").lstat() == before

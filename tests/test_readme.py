@@ -16,7 +16,7 @@ import mica.fast
 from tests.support.imports import ROOT
 from tests.support.models import tiny_llama
 from tests.support.pages import FENCED, pages, read
-from tests.support.setups import ONE_PROCESS, PAGE, TWO_PROCESSES, setups
+from tests.support.setups import ONE_PROCESS, TWO_PROCESSES, setups
 
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 
@@ -50,16 +50,6 @@ def broken_links(page: str) -> list[str]:
 @pytest.mark.parametrize("page", pages())
 def test_links(page):
     assert broken_links(page) == []
-
-
-def test_a_broken_link_is_seen(tmp_path, monkeypatch):
-    page = tmp_path / "page.md"
-    page.write_text(
-        "# A [b](page.md), `c`\n[1](page.md#a-b-c) ![2](none.svg) [3](#d) `[4](none)` [5](http://none)\n"
-    )
-    for module in ("tests.test_readme", "tests.support.pages"):
-        monkeypatch.setattr(f"{module}.ROOT", tmp_path)
-    assert broken_links("page.md") == ["none.svg", "#d"]
 
 
 def examples(page: str) -> list[str]:
@@ -133,17 +123,6 @@ def test_rows_have_known_values():
     assert {setup.works for setup in SETUPS} == {"yes", "stand-in", "refused"}
     assert {setup.fast for setup in SETUPS} == {"yes", "partly", "no"}
     assert {setup.fast for setup in SETUPS if setup.works == "refused"} == {"no"}
-
-
-def test_the_page_of_set_ups_lists_its_groups_and_explains_its_values():
-    page = read(PAGE)
-    before = page.partition("<!-- setups -->")[0]
-    listed = re.findall(r"^- \[(.*)\]\(#.*\)$", before, re.MULTILINE)
-    groups = list(dict.fromkeys(setup.group for setup in SETUPS))
-    assert listed == [*groups, "Servers"]
-    legend = re.findall(r"^\| (?:[a-z ]+ )?\| ([\w-]+) \|", before, re.MULTILINE)
-    values = {setup.works for setup in SETUPS} | {setup.fast for setup in SETUPS}
-    assert set(legend) - {"value"} == values
 
 
 @pytest.mark.parametrize(

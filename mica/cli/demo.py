@@ -51,11 +51,6 @@ def python_reference_topics() -> dict[str, str]:
     return {name: topics[name].strip() for name in sorted(topics)}
 
 
-def python_reference_text() -> str:
-    """All topics of the language reference, joined in sorted order."""
-    return "\n\n".join(python_reference_topics().values()) + "\n"
-
-
 def readings(folder: Path) -> list[str]:
     """What base and adapted model make of passages that the run in ``folder`` has held out, as paragraphs.
 

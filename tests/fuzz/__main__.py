@@ -1,7 +1,7 @@
 """The tester for any length of time (``make fuzz``): random sequences of actions, a new seed each round.
 
 Rounds of several parts take turns, by the time that each has had: models (with the backend, and their twins
-with stock PEFT), the same on interpreted kernels, quantised models, norms, and ``mica adapt``.
+with stock PEFT), the same on interpreted kernels, quantised models, and ``mica adapt``.
 """
 
 import argparse
@@ -31,7 +31,6 @@ from mica.ops import kept
 from tests.fuzz.actions import SEQUENCES, TALLY
 from tests.fuzz.machine import Machine, OnKernels, options, tally
 from tests.fuzz.models import KINDS
-from tests.fuzz.norms import Norms
 from tests.fuzz.quantised import Quantised
 from tests.fuzz.runs import Runs
 
@@ -49,7 +48,6 @@ PARTS = {
     "adapt": Part(Runs, 0.3, 4, 4, shrinks=False),
     "kernels": Part(OnKernels, 0.1, 3, 8),
     "quantised": Part(Quantised, 0.1, 10, 15),
-    "norms": Part(Norms, 0.05, 10, 30),
 }
 
 

@@ -167,8 +167,8 @@ def python_reference_tokens():
     """(n,) token ids of Python's language reference under SmolLM2's tokenizer."""
     from transformers import AutoTokenizer
 
-    from mica.cli.demo import python_reference_text
+    from mica.cli.demo import python_reference_topics
 
     path = smollm2_gguf()
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    return torch.tensor(tokenizer(python_reference_text()[:200_000]).input_ids)
+    return torch.tensor(tokenizer("\n\n".join(python_reference_topics().values())[:200_000]).input_ids)

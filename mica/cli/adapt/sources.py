@@ -246,36 +246,15 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Each row with its place, like "line 3". ValueError for no JSON, and for a row that is no object."""
     with _read(path) as text:
         begin = text.read(CHUNK).lstrip()
-    first, newline, _ = begin.partition("\n")
     with _read(path) as text:
         if begin.startswith("["):
-            rows = _numbered(json.load(text))
-        elif newline and not first.rstrip().endswith("}"):  # an object on several lines
-            rows = _numbered(_objects(text.read()))
+            rows = ((f"row {number}", row) for number, row in enumerate(json.load(text), 1))
         else:
             rows = _json_lines(text)
         for place, row in rows:
             if not isinstance(row, dict):
                 raise ValueError(f"every row must be an object, not {type(row).__name__}")
             yield place, row
-
-
-def _numbered(rows: Iterable[object]) -> Iterator[tuple[str, object]]:
-    for number, row in enumerate(rows, 1):
-        yield f"row {number}", row
-
-
-def _objects(text: str) -> Iterator[object]:
-    """JSON values, one after another, each on any number of lines."""
-    decoder = json.JSONDecoder()
-    not_space = re.compile(r"\S")
-    end = 0
-    try:
-        while start := not_space.search(text, end):
-            value, end = decoder.raw_decode(text, start.start())
-            yield value
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {error.lineno} is not JSON: {error.msg}") from error
 
 
 def _json_lines(text: Iterable[str]) -> Iterator[tuple[str, object]]:

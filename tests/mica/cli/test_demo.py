@@ -68,14 +68,6 @@ def test_main_writes_the_text_and_runs_adapt(calls, monkeypatch, tmp_path, capsy
     assert not before.exists()  # it begins again
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_main_chooses_the_dtype_that_the_processor_is_quick_in(calls, monkeypatch, tmp_path, capsys, native):
-    monkeypatch.setattr("mica.paths.products.has_native", lambda dtype: native)
-    assert demo.main(["--output", str(tmp_path / "out")]) == 130
-    assert f"--dtype={'bfloat16' if native else 'float32'}" in calls[0]
-    assert ("no bfloat16 instructions" in capsys.readouterr().err) != native
-
-
 def test_the_end_shows_what_was_learned_and_commands_that_run(tmp_path, monkeypatch, capsys):
     write_tiny_gguf(tmp_path / "tiny.gguf")
     topics = {f"topic {n}": "".join(f"{m} times {n} is {m * n}; " for m in range(60)) for n in range(12)}

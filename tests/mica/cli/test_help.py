@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from mica.cli import main, parser
-from mica.cli.arguments import example
 from tests.test_house import OPTIONS
 
 PAGES = [[], *([command] for command in OPTIONS)]
@@ -41,22 +40,6 @@ def test_a_page_is_readable_and_whole(page):
     assert ("(default: 16)" in text) == (page[0] in (["inspect"], ["fits"]))
     assert [word for word in ("(default: None)", "(default: False)", "OWNER") if word in text] == []
     assert [word for word in text.split() if ".md" in word and not word.startswith("found/")] == []
-
-
-def test_a_sentence_is_wrapped_and_a_line_is_not():
-    line = "mica adapt " + "x" * 120
-    _, first, *sentence = example(line, says="word " * 40).splitlines()
-    assert first == f"  {line}"
-    assert len(sentence) == 2
-
-
-def test_output_that_nobody_reads_any_more_is_no_traceback():
-    """As in ``mica doctor | head -1``."""
-    command = [sys.executable, "-m", "mica", "doctor"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        process.stdout.close()
-        assert process.stderr.read() == ""
-    assert process.returncode == 1
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has such a device")

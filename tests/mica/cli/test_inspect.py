@@ -3,8 +3,6 @@
 import json
 import re
 import statistics
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,31 +151,6 @@ def test_what_is_not_proven_is_said(model_dir, run, monkeypatch):
 # The plot
 
 
-def test_plot_is_a_png(gpt2_dir, run, tmp_path):
-    path = tmp_path / "plot.png"
-    status, _, _ = run(gpt2_dir, "--target-modules", EVERY_KIND, "--plot", path)
-    assert status == 0
-    assert path.read_bytes().startswith(b"\x89PNG\r\n")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["plot.png", "table.json"]
-
-
-def test_plot_shows_the_chosen_values_exactly(model_dir, run, tmp_path, monkeypatch):
-    """Also where the rest comes from a Gram matrix, which resolves less."""
-    shown = {}
-
-    def figure(values, rank, model):
-        shown.update(values)
-        return SimpleNamespace(savefig=lambda path, format: path.write_bytes(b""))
-
-    nines = torch.full((999,), 9.0).double()
-    monkeypatch.setattr("mica.cli.plot.figure", figure)
-    monkeypatch.setattr(spectra, "spectrum", lambda weight: nines[: min(weight.shape)].clone())
-    _, table, _ = run(model_dir, "--plot", tmp_path / "plot.svg")
-    for row in table["layers"]:
-        values = shown[row["name"]]
-        assert (values[-5], values[-4], values[-1]) == (9, row["sigma_largest"], row["sigma_smallest"])
-
-
 # Refusals, before the model is loaded
 
 
@@ -191,18 +164,6 @@ def error_of(captured) -> str:
     line = captured.err.replace("\r", "\n").splitlines()[-1]
     assert line.startswith("mica inspect: error: ")
     return line
-
-
-@pytest.mark.usefixtures("nothing_is_loaded")
-def test_missing_matplotlib(model_dir, run, tmp_path, monkeypatch):
-    for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "mica.cli.plot", raising=False)
-    monkeypatch.delattr("mica.cli.plot", raising=False)
-    status, _, captured = run(model_dir, "--plot", tmp_path / "plot.png")
-    assert status == 2
-    assert 'pip install "mica-fast[plot]"' in error_of(captured)
-    assert captured.err.count("\n") == 1
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
@@ -224,8 +185,3 @@ def test_a_mistake_is_one_line(options, message, model_dir, capsys, tmp_path, mo
     assert captured.out == ""
     assert captured.err.startswith(f"mica inspect: error: {message}")
     assert captured.err.count("\n") == 1
-
-
-def test_model_not_found(run):
-    status, _, captured = run("./nowhere")
-    assert (status, captured.err) == (2, "mica inspect: error: ./nowhere: no such file or folder\n")

@@ -13,7 +13,6 @@ ADAPT = ("adapt", "--model", "x", "--text", "x", "--output", "out")
 # The arguments, and what the line has behind "mica COMMAND: error: "
 MISTAKES = [
     (["adpat"], "argument COMMAND: invalid choice: 'adpat'", "; did you mean adapt?"),
-    (["xyzzy"], "argument COMMAND: invalid choice: 'xyzzy'", ")"),
     (["--verison"], "unrecognized arguments: --verison", "; did you mean --version?"),
     (
         ["--rank", "4", "adapt"],
@@ -21,31 +20,16 @@ MISTAKES = [
         "",
     ),
     (["adapt", "--sequence-lenght", "64"], "unrecognized arguments: --sequence-lenght", "--sequence-length?"),
-    (["compare", "--outptu", "x"], "unrecognized arguments: --outptu", "; did you mean --output?"),
-    (["compare", "--rates", "mica"], "argument --rates: must be METHOD=RATE,RATE,...", "not 'mica'"),
     ([*ADAPT, "--rnak", "4"], "unrecognized arguments: --rnak", "; did you mean --rank?"),
     ([*ADAPT, "--lr=1"], "unrecognized arguments: --lr=1", "; mica adapt --help lists all"),
-    ([*ADAPT, "-rank", "4"], "unrecognized arguments: -rank", "; did you mean --rank?"),
     ([*ADAPT, "--learning-rate", "-1"], "argument --learning-rate: must be a number above 0", "not '-1'"),
-    ([*ADAPT, "--recipe", "papre"], "argument --recipe: invalid choice: 'papre'", "; did you mean paper?"),
     ([*ADAPT, "--dtype", "flaot32"], "argument --dtype: invalid choice: 'flaot32'", "did you mean float32?"),
     (["transfer", "--adaptr", "x", "--to", "y"], "unrecognized arguments: --adaptr", "mean --adapter?"),
-    (["transfer", "--outptu", "x"], "unrecognized arguments: --outptu", "; did you mean --output?"),
     (["inspect", "x", "--rank", "4", "8"], "unrecognized arguments: 8", "; mica inspect --help lists all"),
-    (["doctor", "run"], "unrecognized arguments: run", "; mica doctor --help lists all"),
-    (["inspect", "x", "--jsn", "y"], "unrecognized arguments: --jsn", "; did you mean --json?"),
     (["inspect", ""], "argument MODEL: must not be empty", ""),
     (["inspect", "x", "--rank", "1" * 20], "argument --rank: must be a whole number at least 1", ""),
-    (["inspect", "x", "--target-modules", ""], "argument --target-modules: must not be empty", ""),
-    (["inspect", "x", "--json="], "argument --json: must not be empty", ""),
     (["transfer", "--adapter=", "--to=x", "--output=y"], "argument --adapter: must not be empty", ""),
-    (["transfer", "--adapter=x", "--to=", "--output=y"], "argument --to: must not be empty", ""),
-    (["adapt", "--model", "", "--text", "x", "--output", "out"], "argument --model: must not be empty", ""),
-    ([*ADAPT, "--output="], "argument --output: must not be empty", ""),
-    ([*ADAPT, "--text", ""], "argument --text: must not be empty", ""),
     ([*ADAPT, "--steps", "1" * 400], "argument --steps: must be a whole number at least 1", ""),
-    ([*ADAPT, "--batch-size", "3000000000"], "argument --batch-size: must be a whole number", ""),
-    ([*ADAPT, "--epochs", "1e300"], "argument --epochs: must be a number above 0", "'1e300'"),
     ([*ADAPT, "--output", "a" * 5000], "argument --output: 'aaa", "File name too long"),
     (["inspect", "a" * 5000], "argument MODEL: 'aaa", "File name too long"),
 ]
@@ -123,12 +107,3 @@ def test_a_path_that_cannot_be_looked_at(argv, closed, capsys):
         captured = capsys.readouterr()
         assert captured.out == ""
         assert captured.err == f"mica {argv[0]}: error: argument {named}: '{path}': {reason}\n"
-
-
-def test_a_path_in_yaml_that_cannot_be_looked_at(tmp_path, capsys):
-    config = tmp_path / "options.yaml"
-    (tmp_path / "loop").symlink_to("loop")
-    config.write_text(f"model: {tmp_path}/loop\n", encoding="utf-8")
-    assert main(["adapt", "--config", str(config), "--text", "x", "--output", "y"]) == 2
-    said = f"--config {config}: argument --model: '{tmp_path}/loop': Too many levels of symbolic links"
-    assert capsys.readouterr().err == f"mica adapt: error: {said}\n"

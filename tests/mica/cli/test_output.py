@@ -75,22 +75,6 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     assert sorted(os.listdir(path)) == ["README.md", "mine", "new", "newer"]
 
 
-def test_files_get_the_mode_of_any_file(tmp_path):
-    def save_pretrained(folder):
-        (folder / "model").write_text("weights")
-        (folder / "model").chmod(0o600)  # as safetensors leaves it
-
-    output.write_folder("--output", tmp_path / "model", save_pretrained, record=Record(tmp_path))
-    (tmp_path / "any").touch()
-    assert (tmp_path / "model" / "model").stat().st_mode == (tmp_path / "any").stat().st_mode
-
-
-@pytest.mark.parametrize("name", ["a", "a" * 255, "é" * 127, os.fsdecode(b"\xe9" * 255)])
-def test_a_file_of_any_name_can_be_written(tmp_path, name):
-    output.write_file("--json", tmp_path / name, lambda path: path.write_text("text"))
-    assert (tmp_path / name).read_text() == "text"
-
-
 def test_a_folder_for_models_has_a_name_that_libraries_can_open(tmp_path):
     for name in (os.fsdecode(b"\xe9"), os.fsdecode(b"\xe9/run")):
         with pytest.raises(UsageError, match=r"^--output .*\\udce9.*: the libraries that write models need"):
@@ -104,16 +88,3 @@ def test_a_folder_for_models_has_a_name_that_libraries_can_open(tmp_path):
 )
 def test_what_is_odd_in_a_name_is_escaped(name, shown):
     assert output.shown(name) == shown
-
-
-@pytest.mark.parametrize(
-    ("message", "first"),
-    [
-        ("One line", "One line"),
-        ("First.\nAdvice.", "First."),
-        ("One of:\n (1) a,\n (2) b.\nAdvice.", "One of: (1) a, (2) b."),
-        ("\n\n", ""),
-    ],
-)
-def test_a_message_is_cut_after_its_first_sentences(message, first):
-    assert output.first_sentences(message) == first

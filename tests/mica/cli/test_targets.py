@@ -7,8 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import mica.fast  # noqa: F401 (MiCA on parameters)
-from mica.cli.targets import features, find_targets, has_experts, saved_parameters
-from mica.errors import UsageError
+from mica.cli.targets import features, find_targets, saved_parameters
 from tests.support import models, moe_models
 
 
@@ -58,18 +57,13 @@ DENSE = sorted(MLP + [name.replace("mlp.", "mlp.shared_experts.") for name in ML
 @pytest.mark.parametrize(
     ("kind", "names", "experts", "modules", "parameters"),
     [
-        ("gpt_oss", "all-linear", True, SELF, STACKS),
-        ("olmoe", "all-linear", True, SELF, STACKS),
         ("qwen2_moe", "all-linear", True, SHARED + SELF, STACKS),
-        ("qwen2_moe", "all-linear", False, SHARED + SELF, None),
         ("qwen2_moe", "shared_expert_gate", None, ["shared_expert_gate"], None),
         ("deepseek_v3", "all-linear", True, LOW_RANK, sorted(DENSE + STACKS)),
         ("deepseek_v3", "all-linear", False, LOW_RANK, DENSE),
         ("mixtral", "q_proj,v_proj", True, ["q_proj", "v_proj"], STACKS),
         ("mixtral", "q_proj,down_proj", None, ["q_proj"], STACKS[:1]),
-        ("mixtral", "q_proj,down_proj", False, ["q_proj"], None),
         ("mixtral", "gate", None, [], ["mlp.gate.weight"]),
-        ("gpt_oss", "router", None, [], ["mlp.router.weight"]),
         ("gpt_oss", "0.mlp.experts.down_proj", None, [], ["model.layers.0.mlp.experts.down_proj"]),
     ],
 )
@@ -96,18 +90,6 @@ def test_targets_in_a_mixture(kind, names, experts, modules, parameters):
             assert lora_A.shape[0] == experts
     assert found == shapes
     assert before == {name: weight.shape for name, weight in mixture(kind).named_parameters()}
-
-
-def test_names_that_match_nothing():
-    with pytest.raises(UsageError, match=r"no layer of the model is called 'qproj'; did you mean q_proj\?$"):
-        find_targets(models.tiny_llama(), "v_proj,qproj")
-    with pytest.raises(UsageError, match=r"no layer of the model is called 'experts\.w1'"):
-        find_targets(mixture("mixtral"), "experts.w1")
-
-
-def test_dense_models_have_no_experts():
-    assert not has_experts(models.tiny_llama())
-    assert all(has_experts(mixture(kind)) for kind in (*moe_models.BUILDERS, *SIZES))
 
 
 class Routed(torch.nn.Module):

@@ -6,7 +6,6 @@ import gc
 import pytest
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraModel
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file, save_file
 
@@ -75,28 +74,14 @@ def test_switching():
     assert error(compare(model), first) > 0.01
     assert len([name for name in gradients(model) if "second" in name]) == 4
     model.set_adapter("second")
+    config = copy.deepcopy(model.peft_config["default"])
     model.delete_adapter("default")
     assert torch.equal(compare(model), second)
-
-
-def test_deleting_and_adding_the_same_name_again():
-    model = several()
-    first_B = bases(model)
-    config = copy.deepcopy(model.peft_config["second"])
-    before = compare(model)
-    model.delete_adapter("second")
-    model.add_adapter("second", config)
-    assert torch.equal(compare(model), before)
-    model.set_adapter("second")
-    assert path(model) == {"reference": 4}
+    model.add_adapter("default", config)  # a new one of the same name: A = 0
+    model.set_adapter("default")
     with model.disable_adapter():
         base = model(INDICES)
-    assert error(compare(model), base) <= FP32  # a new adapter: A = 0
-    for name, B in bases(model, "second").items():
-        assert not B.requires_grad
-        assert error(B, first_B[name]) <= FP32  # the same weights, the same subspace
-    model.delete_adapter("second")
-    assert torch.equal(compare(model), before)
+    assert error(compare(model), base) <= FP32
 
 
 COMBINATIONS = ["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
@@ -130,25 +115,6 @@ def test_add_weighted_adapter(combination, dtype, solved):
     assert path(model) == {"reference": 4}
     compare(model.eval(), 3 * RELATIVE[dtype])
     assert not any(B.requires_grad for B in bases(model, "both").values())
-
-
-def test_add_weighted_adapter_that_fails_leaves_no_adapter(monkeypatch):
-    """Stock leaves one that has what initialised it; here its B would be 0, and A never get a gradient."""
-    model, arguments = several(), (["default", "second"], [0.7, 0.5], "both", "linear")
-
-    def fail(self, *args):
-        raise RuntimeError("in between")
-
-    monkeypatch.setattr(LoraModel, "_generalized_task_arithmetic_weighted_adapter", fail)
-    before = list(model.state_dict())
-    with pytest.raises(RuntimeError, match="in between"):
-        model.add_weighted_adapter(*arguments)
-    assert list(model.state_dict()) == before
-    assert list(model.peft_config) == ["default", "second"]
-    assert model.active_adapters == ["default"]
-    monkeypatch.undo()
-    model.add_weighted_adapter(*arguments)
-    assert "both" in model.peft_config
 
 
 # -- files --------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import torch
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 import mica.fast
-from mica.fast.create import quantised
 from mica.fast.create import solving as module
 from mica.fast.settings import settings
 from mica.subspace import device, many
@@ -179,21 +178,3 @@ def test_the_process_without_weights_requests_the_same_and_solves_nothing(monkey
     wrap_holder(stack())
     assert requests[0] == requests[1]
     assert len(solved) == 3
-
-
-@pytest.mark.parametrize("kind", ["nf4", "hqq"])
-def test_a_quantised_weight_that_another_process_has(kind, monkeypatch):
-    monkeypatch.setattr(module, "is_fsdp_enabled", lambda: True)
-    requests, request = [], module.Meeting
-
-    def requesting(layers):
-        requests.append(layers)
-        return request(layers)
-
-    monkeypatch.setattr(module, "Meeting", requesting)
-    quantised_models.adapted(kind)
-    monkeypatch.setattr(module.NewAdapter, "is_absent", True)
-    monkeypatch.setattr(quantised, "dequantise", lambda *_: pytest.fail("dequantised"))
-    model = quantised_models.adapted(kind)
-    assert requests[0] == requests[1]
-    assert not any(B.any() for B in bases(model).values())

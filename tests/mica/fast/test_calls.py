@@ -182,13 +182,3 @@ def test_further_arguments_are_peft_s(wide):
     wide(X)
     assert said(wide)["up"] == ("peft", "in its last call: a call with further arguments")
     assert said(wide)["down"][0] == "reference"
-
-
-@pytest.mark.parametrize("off", ["disabled", "merged"])
-def test_calls_without_an_adapter_took_no_path(wide, off):
-    before = said(wide)
-    wide.merge_adapter() if off == "merged" else wide.base_model.disable_adapter_layers()
-    with autocast():
-        wide(X)
-    wide.unmerge_adapter() if off == "merged" else wide.base_model.enable_adapter_layers()
-    assert said(wide) == before

@@ -1,11 +1,8 @@
 """What keeps a layer on PEFT's path, or its base layer called: it is said, and the numbers are PEFT's own."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.pytorch_utils import Conv1D
 
 import mica.fast
@@ -97,13 +94,6 @@ def test_a_call_that_is_replaced_for_all_modules_runs_in_a_graph_from_before(mon
     assert mica.fast.explain(model).counts() == {"reference": 1}
 
 
-def test_fx_s_own_call_while_it_traces_is_no_reason():
-    layer = up(randomise(net(targets=["up"])))
-    graph = make_fx(layer)(X)
-    assert "mica.linear" in graph.code
-    assert error(graph(X), layer(X)) <= RELATIVE[torch.float32]
-
-
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse CSR)")
 def test_inputs_that_are_not_plain_are_peft_s(kind):
@@ -159,14 +149,6 @@ def test_embeddings(attribute, reason):
     assert_peft_runs(model.base_model.model.embed, INDICES)
 
 
-def test_a_bias_that_autocast_leaves_in_fp64_is_an_error_as_in_pytorch():
-    layer = randomise(net(targets=["up"])).base_model.model.up
-    layer.base_layer.bias = torch.nn.Parameter(torch.zeros(layer.out_features).double(), requires_grad=False)
-    for context in (nullcontext, mica.fast.disabled):
-        with context(), torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
-            layer(torch.randn(3, layer.in_features))
-
-
 @pytest.mark.parametrize(("target", "x"), [("up", X), ("embed", INDICES)])
 def test_autocast_on_a_device_without_rules_is_left_to_peft(target, x, monkeypatch):
     monkeypatch.setattr(calls, "AUTOCAST", ("cuda",))
@@ -176,15 +158,3 @@ def test_autocast_on_a_device_without_rules_is_left_to_peft(target, x, monkeypat
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             found = getattr(calls, f"decide{'_embedding' * (target == 'embed')}")(layer, x)
         assert (getattr(found, "reason", None) == "autocast on cpu") == enabled
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_embeddings_of_other_dtypes(dtype):
-    """One in fp64 stays so under autocast; an adapter of two dtypes is PEFT's error."""
-    embed = randomise(net(targets=["embed"])).double().base_model.model.embed
-    with torch.autocast("cpu", dtype):
-        assert assert_peft_runs(embed, INDICES).dtype == torch.float64
-    lora_A = embed.lora_embedding_A["default"]
-    lora_A.data = lora_A.data.to(dtype)
-    with pytest.raises(RuntimeError, match="same dtype"):
-        embed(INDICES)

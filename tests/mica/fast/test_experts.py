@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch.autograd import forward_ad
 
 import mica.fast
 from tests.support import moe_models
@@ -97,23 +96,6 @@ def test_under_autocast_nothing_of_a_stack_is_kept(implementation):
     assert y.dtype == torch.float32
     y.sum().backward()
     assert x.grad.dtype == torch.float32
-
-
-def test_forward_mode_is_pefts_and_said():
-    model = wrap_experts(moe_models.mixtral())
-    with forward_ad.dual_level():
-        _, counts = ran(lambda: loss_of(model, tokens()))
-    assert counts == (0, 0)
-    reason = "in its last call: torch.func or forward-mode differentiation"
-    assert {row.reason for row in mica.fast.explain(model).rows} == {reason}
-
-
-@pytest.mark.parametrize("kind", BUILDERS)
-def test_generation(kind):
-    model, ids = adapted(kind), tokens(1, 3)
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    _, counts = ran(lambda: as_stock(lambda: model.generate(ids, **options), 0.0))
-    assert counts[0] >= 4 * 6
 
 
 def test_compiled_without_a_graph_break():

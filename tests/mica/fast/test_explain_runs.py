@@ -101,13 +101,6 @@ def run(model, call: Drawn) -> dict[str, str]:
     return how
 
 
-@pytest.mark.slow
-@settings(max_examples=150, deadline=None, phases=PHASES)
-@given(DRAWN)
-def test_the_tables_word_is_what_ran(call):
-    check(call)
-
-
 @settings(max_examples=15, deadline=None, phases=PHASES)
 @given(DRAWN)
 @example(Drawn())

@@ -137,16 +137,6 @@ def test_autocast(adapter, dtype, adapter_dtype, autocast_dtype):
             (check_common if dtype == adapter_dtype == FP32 else check_uncommon)(layer)
 
 
-@pytest.mark.parametrize("part", ["x", *WEIGHTS])
-def test_fp64_under_autocast(part):
-    """Autocast leaves it as it is."""
-    layer = layer_of()
-    if part != "x":
-        replaced(part, torch.Tensor.double)(layer)
-    with torch.autocast("cpu", BF16):
-        check_uncommon(layer, X.double() if part == "x" else X)
-
-
 def test_the_environment_is_read_at_each_call(monkeypatch):
     layer = layer_of()
     check_common(layer)
@@ -315,14 +305,6 @@ def test_a_part_that_is_no_plain_one(name):
     check_uncommon(layer)
     undo()
     check_common(layer)
-
-
-def test_weights_of_all_integers():
-    layer = layer_of()
-    for part in (BASE_WEIGHT, A_WEIGHT, B_WEIGHT):
-        parameter = layer.get_parameter(part)
-        parameter.requires_grad_(False).data = parameter.data.long()
-    check_uncommon(layer, X.long())
 
 
 def test_lora_a_of_inference_mode():

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import warnings
 from contextlib import nullcontext
 from functools import partial
 
@@ -23,7 +22,6 @@ from tests.support.models import (
     net,
     oriented,
     randomise,
-    wrap,
 )
 from tests.support.moe_models import (
     BUILDERS,
@@ -121,17 +119,6 @@ def test_an_adapter_made_within_a_mode(kind, mode, dtype):
     assert_same_bases(model, adapted(kind, dtype))
 
 
-@pytest.mark.parametrize("stock", [False, True])
-def test_a_base_made_in_inference_mode_and_cast_outside_it(stock):
-    """`nn.Module.to` then leaves weights whose ``detach`` refuses views. Such a model works in forwards."""
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        base = Net(torch.bfloat16)
-    torch.manual_seed(0)
-    plain, options = Net(torch.bfloat16), {"targets": ["up", "down"], "stock": stock}
-    assert_same_bases(wrap(base.float(), **options), wrap(plain.float(), **options))
-
-
 @pytest.mark.parametrize("spelling", ["MICA", "Mica", "mIcA"])
 def test_any_spelling_is_mica(spelling, tmp_path):
     """Fault 2: stock initialises by the SVD and then trains B as if it were LoRA."""
@@ -141,14 +128,6 @@ def test_any_spelling_is_mica(spelling, tmp_path):
     assert_same_bases(model, net())
     model.save_pretrained(tmp_path)
     assert '"init_lora_weights": "mica"' in (tmp_path / "adapter_config.json").read_text()
-
-
-def test_same_random_state_as_stock():
-    """PEFT draws random numbers for A and B before MiCA replaces them: later draws must not move."""
-    net()
-    ours = torch.rand(3)
-    net(stock=True)
-    assert torch.equal(ours, torch.rand(3))
 
 
 @pytest.mark.filterwarnings("ignore:.*did not match any targeted module")  # PEFT counts no parameters
@@ -183,20 +162,6 @@ def test_plain_lora_is_left_alone(kind, solved):
         assert torch.equal(parameter, expected[name])
         assert parameter.requires_grad == expected[name].requires_grad
     assert not solved
-
-
-@pytest.mark.parametrize(("device", "build", "targets"), [("meta", Net, LAYER), ("cpu", qwen3_moe, EXPERTS)])
-def test_low_cpu_mem_usage_without_a_file_leaves_the_adapter_on_the_meta_device(
-    device, build, targets, solved
-):
-    with torch.device(device):
-        model = build()
-    config = LoraConfig(r=4, init_lora_weights="mica", **targets)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(model, config, low_cpu_mem_usage=True)
-    assert not solved
-    assert all(B.is_meta for B in bases(model).values())
 
 
 @pytest.mark.parametrize(("build", "targets"), [(Net, LAYER), (qwen3_moe, EXPERTS)])

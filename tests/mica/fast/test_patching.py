@@ -3,8 +3,6 @@
 import subprocess
 import sys
 import threading
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -103,34 +101,6 @@ def test_enable_disable_and_the_context_manager():
     assert settings.compute_dtype == torch.float32
 
 
-def test_disabled_in_several_threads():
-    """Off as long as one of them is inside, wherever the block was left first; then on again."""
-    entered, leave = threading.Barrier(2), threading.Event()
-
-    def wait():
-        with mica.fast.disabled():
-            entered.wait()
-            leave.wait()
-
-    def work(_):
-        for _ in range(200):
-            with mica.fast.disabled():
-                assert not mica.fast.is_enabled()
-
-    with ThreadPoolExecutor(4) as pool:
-        waiting = pool.submit(wait)
-        with mica.fast.disabled():
-            entered.wait()
-        assert not mica.fast.is_enabled()  # the other is still inside
-        with mica.fast.disabled():
-            leave.set()
-            waiting.result()
-            assert not mica.fast.is_enabled()
-        assert mica.fast.is_enabled()
-        list(pool.map(work, range(4)))
-    assert mica.fast.is_enabled()
-
-
 def test_disabled_holds_for_the_recomputation_in_another_thread():
     """PyTorch recomputes a checkpointed forward in a thread of its device."""
     model = net()
@@ -210,15 +180,3 @@ def test_a_wrapper_of_another_name_that_was_there_first(monkeypatch):
         assert LoraModel._create_and_replace is wrapper
     finally:
         mica.fast.uninstall()  # before the wrapper goes
-
-
-def test_optional_functions_may_be_missing(monkeypatch):
-    mica.fast.uninstall()
-    patches = [p if p.required else p._replace(name="nothing") for p in patching.PATCHES]
-    assert patches != list(patching.PATCHES)
-    monkeypatch.setattr(patching, "PATCHES", tuple(patches))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        mica.fast.enable()
-    assert mica.fast.is_enabled()
-    mica.fast.uninstall()

@@ -139,18 +139,3 @@ def test_loss_and_every_gradient_are_stocks(adapter, monkeypatch):
     again, grads_from_python = loss_and_gradients(model)
     assert again == loss
     assert_same(grads_from_python, grads, 0.0)
-
-
-def test_16_bit_gradients_are_nearly_as_exact_as_stocks(adapter):
-    """Over a bf16 base with fp32 adapters, against fp32."""
-    model = adapted(adapter, torch.bfloat16)
-    (_, ours), (_, stock) = loss_and_gradients(model), stock_s(model)
-    _, exact = stock_s(model.float())
-    for part in {"MiCA": ["lora_A"], "LoRA": ["lora_A", "lora_B"]}[adapter]:
-        flat = [
-            torch.cat([grad.flatten() for name, grad in grads.items() if part in name])
-            for grads in (ours, stock, exact)
-        ]
-        errors = [error(found, flat[2]) for found in flat[:2]]
-        print(f"{adapter}, {part}: {errors[0]:.4f}, stock {errors[1]:.4f}")
-        assert errors[0] <= 1.15 * errors[1]

@@ -93,14 +93,6 @@ def sft(given):
     return in_this_process(recipe)
 
 
-def axolotl_yaml(given, **changes):
-    """The recipe, with the names that a user would change too."""
-    config = yaml.safe_load((RECIPES / "axolotl.yaml").read_text(encoding="utf-8"))
-    config["datasets"][0]["path"] = given.texts
-    tiny = {"base_model": given.model, "special_tokens": {"pad_token": "<eos>"}}
-    return {**config, **tiny, "output_dir": str(given.folder / "axolotl"), **changes}
-
-
 @pytest.fixture(scope="module")
 def fsdp2(given):
     """What two processes of torchrun's launcher have done; it forks them from ours."""

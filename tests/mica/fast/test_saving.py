@@ -8,7 +8,7 @@ from functools import partial
 import peft
 import pytest
 import torch
-from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 import mica.fast
 from tests.support import quantised_models
 from tests.support.models import (
-    TARGETS,
     Net,
     adapted_layers,
     bases,
@@ -27,7 +26,7 @@ from tests.support.models import (
     tiny_llama,
     wrap,
 )
-from tests.support.moe_models import BUILDERS, STACKS, gpt_oss, qwen3_moe, tokens, wrap_all, wrappers
+from tests.support.moe_models import BUILDERS, gpt_oss, qwen3_moe, tokens, wrap_all, wrappers
 from tests.support.peft_versions import is_at_least
 from tests.support.tolerances import RELATIVE, error
 from tests.support.training import llama, train
@@ -38,7 +37,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*may get different"),
 ]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MAPPING = {"base_model_class": "X", "parent_library": "y"}
 
 
 def dense():
@@ -119,28 +117,6 @@ def test_the_file_says_plain_lora_and_what_it_is(tmp_path, task_type):
     assert saved_config(tmp_path)["peft_version"] == f"{peft.__version__}+mica"
 
 
-def test_other_adapters_are_saved_as_before(tmp_path):
-    LoraConfig(init_lora_weights="mica", target_modules=["q_proj"]).save_pretrained(tmp_path)
-    assert saved_config(tmp_path)["init_lora_weights"] == "mica"
-    assert saved_config(tmp_path)["auto_mapping"] is None
-    LoraConfig(target_parameters=STACKS).save_pretrained(tmp_path)
-    assert saved_config(tmp_path)["auto_mapping"] is None
-    assert PeftConfig.from_pretrained(tmp_path).init_lora_weights is True
-
-
-@pytest.mark.parametrize("mapping", [None, MAPPING])
-def test_a_configuration_comes_back_as_it_was(tmp_path, mapping):
-    options = {"target_parameters": STACKS, "target_modules": []}
-    config = LoraConfig(init_lora_weights="mica", auto_mapping=mapping, **options)
-    before = config.to_dict()
-    config.save_pretrained(tmp_path)
-    assert config.to_dict() == before
-    again = PeftConfig.from_pretrained(tmp_path)
-    assert again.to_dict() == {**before, "inference_mode": again.inference_mode}
-    again.save_pretrained(tmp_path)
-    assert saved_config(tmp_path)["peft_version"] == f"{peft.__version__}+mica"
-
-
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
 def test_the_mark_survives_a_disabled_backend(tmp_path, task_type):
     """Stock would refuse what it says, and loads LoRA; saved again it is still there."""
@@ -173,15 +149,6 @@ def test_a_lost_mark_is_noticed(tmp_path, dtype):
         loaded.load_adapter(tmp_path, "second")
     with pytest.warns(UserWarning, match=r"adapter 'default' was loaded as LoRA"):
         qwen3_moe().to(dtype).load_adapter(str(tmp_path))
-
-
-@pytest.mark.filterwarnings("error:.*loaded as LoRA")
-def test_trained_lora_has_lost_no_mark(tmp_path):
-    model = wrap_all(qwen3_moe(), stock=True)
-    for layer in wrappers(model).values():
-        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
-    model.save_pretrained(tmp_path)
-    PeftModel.from_pretrained(qwen3_moe(), tmp_path)
 
 
 # -- loading: the bits that stock gives, without the solver ------------------------------------------
@@ -371,19 +338,6 @@ def test_a_checkpoint_without_b_for_an_adapter_that_exists(how, tmp_path):
         peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(other))
 
 
-def test_a_state_dict_without_b_for_an_adapter_on_the_meta_device():
-    other, model = randomise(net()), Net()
-    model.load_state_dict(other.unload().state_dict())
-    other = randomise(wrap(other.unload(), targets=TARGETS))
-    model = peft.inject_adapter_in_model(other.peft_config["default"], model, low_cpu_mem_usage=True)
-    with warned_once(ANEW, 4):
-        peft.set_peft_model_state_dict(model, only_a(other), low_cpu_mem_usage=True)
-    for name, layer in adapted_layers(model).items():
-        expected = factors(adapted_layers(other)[f"base_model.model.{name}"])
-        assert all(map(torch.equal, factors(layer), expected)), name
-        assert not factors(layer)[1].requires_grad
-
-
 @pytest.mark.parametrize("is_trainable", [False, True])
 @pytest.mark.parametrize(
     ("build", "adapt"), [(tiny_llama, partial(wrap, targets=["q_proj"])), (gpt_oss, wrap_all)]
@@ -444,11 +398,3 @@ def test_a_base_beside_the_adapter_is_found_where_both_have_moved(checkpoint, tm
         with mica.fast.disabled():
             recorded = PeftConfig.from_pretrained(place).base_model_name_or_path
         assert recorded == str(tmp_path / "out" / "base")
-
-
-@pytest.mark.parametrize("name", ["owner/base", "base", "/elsewhere/base-1B", "", None])
-def test_any_other_name_of_a_base_stays(name, tmp_path):
-    LoraConfig(base_model_name_or_path=name).save_pretrained(tmp_path)
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").touch()
-    assert PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == name

@@ -66,13 +66,6 @@ def test_a_configuration_does_something(run):
     assert run.expected()[-1] != pytest.approx(Run().expected()[-1].item(), abs=1e-4)
 
 
-def test_stock_trains_on_an_old_a_within_one_autocast_context():
-    """Autocast keeps its cast of A until the context is left."""
-    expected = Run(train=setups.AUTOCAST).expected()
-    with mica.fast.disabled():
-        assert ((setups.within_autocast(llama()) - expected).abs() / expected).max() > 0.1
-
-
 # -- trainers -----------------------------------------------------------------------------------------
 
 
@@ -325,6 +318,7 @@ def test_fsdp1_trains_on_pefts_path_and_explain_says_why(of):
         assert {(row.path, row.reason) for row in rows} == {("peft", reason)}
 
 
+@pytest.mark.slow
 def test_two_processes_hold_the_same_bits(of):
     alone = bases_of_both(0, None)
     for done in of("bases"):
@@ -334,6 +328,7 @@ def test_two_processes_hold_the_same_bits(of):
 # -- refused ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_adapter_after_sharding_is_refused(of):
     what = r"layer 'model\.layers.*' holds one shard of it .*before the model is sharded"
     with pytest.raises(ValueError, match=what):

@@ -17,7 +17,7 @@ from mica.subspace import many
 from tests.support import quantised_models
 from tests.support.models import Net, adapted_layers, net, randomise, stock_load, tiny_llama, wrap
 from tests.support.moe_models import holder, qwen3_moe, second, tokens, wrap_experts, wrappers
-from tests.support.quantised_models import assert_spans, bnb_4bit, bnb_8bit
+from tests.support.quantised_models import bnb_4bit, bnb_8bit
 from tests.support.tolerances import RELATIVE, error
 from tests.support.unchanged import unchanged
 
@@ -159,12 +159,6 @@ def test_a_model_is_refused_before_any_work(case, solved):
     assert not solved
 
 
-@pytest.mark.parametrize("name", ["micaa", "pizza"])
-def test_unknown_initialisations_are_left_to_peft_s_words(name):
-    with pytest.raises(ValueError, match=rf"init_lora_weights='{name}'$"):
-        net(init_lora_weights=name)
-
-
 @pytest.mark.parametrize("option", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
 def test_what_peft_refuses_of_lora_it_refuses_of_mica(option):
     """With its own words; DoRA it refuses in combination with MiCA already."""
@@ -196,13 +190,6 @@ def test_a_model_that_does_not_say_that_it_is_quantised(make, flag, tmp_path):
     loaded = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
     assert type(loaded.base_model.model[0]) is lora.Linear
     assert error(loaded(x), expected) <= RELATIVE[torch.float32]
-
-
-def test_8_bit_layer_with_16_bit_weights():
-    model = bnb_later(8, has_fp16_weights=True)
-    layer = wrap(model, targets=["0"]).base_model.model[0]
-    assert type(layer).__name__ == "Linear8bitLt"
-    assert_spans(layer.lora_B["default"].weight, layer.get_base_layer().weight.detach())
 
 
 class QuantizedLinear(nn.Module):
@@ -292,16 +279,6 @@ def test_skip_leaves_the_layer_out_and_says_so(tmp_path):
     randomise(model).save_pretrained(tmp_path)
     for load in (PeftModel.from_pretrained, stock_load):
         assert len(adapted_layers(load(poisoned_net(), tmp_path))) == 3
-
-
-@pytest.mark.parametrize("exclude", [["up"], "u.*p"])
-def test_skip_keeps_the_user_s_exclusions(exclude):
-    mica.fast.enable(on_unsuitable="skip")
-    with pytest.warns(UserWarning, match="layer 'conv'"):
-        model = wrap(poisoned_net(), exclude_modules=exclude)
-    assert names_of(adapted_layers(model)) == ["embed", "down"]
-    again = wrap(poisoned_net(), exclude_modules=model.peft_config["default"].exclude_modules)
-    assert names_of(adapted_layers(again)) == ["embed", "down"]
 
 
 def test_skip_of_a_second_adapter_and_of_a_quantised_layer():

@@ -5,7 +5,6 @@ import platform
 import re
 import shlex
 import shutil
-import sys
 import sysconfig
 import time
 
@@ -14,7 +13,7 @@ import torch
 
 from mica import native
 from mica.native import build
-from tests.mica.native.compilers import Compiler, awaited, copying, has_ended, names
+from tests.mica.native.compilers import awaited, copying, has_ended, names
 
 # What is built
 
@@ -37,12 +36,6 @@ def test_it_is_compiled_once_and_a_layer_works(folder, compiler, assert_layer_wo
     assert native.why_not() is None
     assert capfd.readouterr().err == ""
     assert len(compiler.runs()) == 1
-
-
-def test_a_terminal_that_is_gone_does_not_matter(folder, compiler, monkeypatch):
-    with open(os.devnull, "w") as closed:
-        monkeypatch.setattr(sys, "stderr", closed)
-    assert build.ensure_built(folder).exists()
 
 
 @pytest.mark.parametrize("umask", [0, 0o002, 0o077])
@@ -118,26 +111,6 @@ def test_no_compiler_until_there_is_one(folder, compiler, assert_layer_works, tm
     assert native.why_not() is None
 
 
-def test_the_first_of_the_usual_compilers_is_taken(folder, compiler, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", " ")
-    for name in ("g++", "clang++"):
-        shutil.copy(compiler.path, tmp_path / "bin" / name)
-    found = shutil.which
-    monkeypatch.setattr(shutil, "which", lambda name: found(name, path=tmp_path / "bin"))
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    assert build._compiler() == ["g++"]
-    build.ensure_built(folder)
-    assert len(compiler.runs()) == 1
-
-
-def test_cxx_may_have_several_words(folder, compiler, monkeypatch, assert_layer_works):
-    monkeypatch.setenv("CXX", f" sh  {compiler.path} --launcher")
-    assert_layer_works()
-    assert native.why_not() is None
-    (run,) = compiler.runs()
-    assert run.startswith("--launcher -O1 -std=c++20 ")
-
-
 FAULTS = {
     "an error": ("printf 'layer.h:1: error: no such header \\377\\n' >&2; exit 1", "no such header"),
     "on stdout": ("echo no licence; exit 3", "no licence"),
@@ -195,33 +168,6 @@ def test_a_failure_counts_for_an_hour(folder, compiler, compiled):
         else:
             with pytest.raises(build.BuildError, match="within the last hour"):
                 build.ensure_built(folder)
-
-
-@pytest.mark.parametrize("named", [True, False], ids=["CXX", "PATH"])
-def test_another_compiler_is_tried_at_once(named, folder, compiler, compiled, tmp_path, monkeypatch):
-    """One that CXX names, or another file behind the same name, as an update leaves."""
-    failing, working = (Compiler(tmp_path / name, "exit 1") for name in ("old", "new"))
-    working.does(copying(compiled))
-    (tmp_path / "bin" / "c++").symlink_to(failing.path)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setenv("CXX", str(failing.path) if named else "")
-    for message in ("has its output", "within the last hour"):
-        with pytest.raises(build.BuildError, match=message):
-            build.ensure_built(folder)
-    if named:
-        monkeypatch.setenv("CXX", str(working.path))
-    else:
-        (tmp_path / "bin" / "c++").unlink()
-        (tmp_path / "bin" / "c++").symlink_to(working.path)
-    assert build.ensure_built(folder).exists()
-    assert len(failing.runs()) == len(working.runs()) == 1
-
-
-def test_a_compiler_that_cannot_be_run(folder, compiler, assert_layer_works):
-    compiler.path.write_bytes(b"\x7fELF of another machine")
-    assert_layer_works()
-    (name,) = names(folder, ".txt")
-    assert (folder / name).read_text().endswith("it cannot be run: Exec format error\n")
 
 
 def test_a_compiler_that_hangs_ends_with_all_its_processes(

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import filelock
 import pytest
 
 from mica import native
@@ -52,28 +51,6 @@ def test_a_folder_that_cannot_be_made(place, compiler, forget, assert_layer_work
         f"{folder} cannot be used, so MICA_NATIVE has to name another folder: {reason}: '{folder}'"
     )
     assert not compiler.runs()
-
-
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), NotImplementedError("no flock")])
-def test_a_folder_that_may_only_be_read_or_has_no_locks(
-    error, folder, compiler, assert_layer_works, monkeypatch, forget
-):
-    def refused(*_, **__):
-        raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(filelock, "FileLock", refused)
-        assert_layer_works()
-        assert native.why_not() == (
-            f"{folder} cannot be used, so MICA_NATIVE has to name another folder: {error}"
-        )
-    assert not compiler.runs()
-
-    build.ensure_built(folder)
-    monkeypatch.setattr(filelock, "FileLock", refused)
-    forget()
-    assert_layer_works()  # it is there: nothing need be written
-    assert native.why_not() is None
 
 
 @pytest.mark.parametrize("mode", [0o775, 0o757, 0o777, 0o1777])

@@ -1,9 +1,5 @@
 """Where the module comes from, by MICA_NATIVE, and that a process looks for it once."""
 
-import importlib.util
-import threading
-import time
-
 import pytest
 from huggingface_hub import constants
 
@@ -75,49 +71,6 @@ def test_the_setting_may_change_and_each_is_looked_up_once(asked, monkeypatch, t
             assert_layer_works()
             assert (native.why_not() is None) == (setting != "0")
     assert asked == [tmp_path / "a", tmp_path / "b"]
-
-
-def test_threads_that_come_at_once_look_once(asked, monkeypatch, tmp_path, compiled):
-    ensure_built = build.ensure_built
-
-    def slowly(folder, extension):
-        time.sleep(0.2)
-        return ensure_built(folder, extension)
-
-    monkeypatch.setattr(build, "ensure_built", slowly)
-    monkeypatch.setenv("MICA_NATIVE", str(tmp_path))
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(native.module())) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(asked) == 1
-    assert len(found) == 4
-    assert len(set(map(id, found))) == 1
-
-
-def test_a_reason_is_kept_too(forget, monkeypatch, tmp_path):
-    asked = []
-
-    def refused(folder, extension):
-        asked.append(folder)
-        raise build.BuildError("no luck")
-
-    monkeypatch.setattr(build, "ensure_built", refused)
-    monkeypatch.setenv("MICA_NATIVE", str(tmp_path))
-    for _ in range(2):
-        assert native.module() is None
-        assert native.why_not() == "no luck"
-    assert len(asked) == 1
-
-
-def test_importing_builds_nothing(tmp_path, compiled):
-    """A script that uses no layer does not wait for a compiler."""
-    spec = importlib.util.find_spec("mica.native")
-    fresh = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fresh)
-    assert fresh.modules == {}
 
 
 def test_who_asks_after_the_module_was_loaded_gets_it_at_once(monkeypatch):

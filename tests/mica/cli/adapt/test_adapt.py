@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.adapt_runs import saved, summary, weights
-from tests.support.tiny_cli import TEXT, adapt, logits, tiny_llama
+from tests.support.adapt_runs import summary, weights
+from tests.support.tiny_cli import TEXT, adapt, logits
 
 
 @pytest.fixture(scope="module")
@@ -87,23 +87,3 @@ def test_adapted_embedding_is_saved_without_its_base(run, model_dir, tmp_path):
     run("--target-modules", "embed_tokens,q_proj", "--merge", "--steps", 3)
     agreed(tmp_path / "out", model_dir)
     assert all("lora_" in name for name in weights(tmp_path / "out"))
-
-
-def test_weights_are_safetensors_only(adapted):
-    """But in the checkpoints, which hold the optimizer's state too."""
-    folders = (adapted, adapted / "merged")
-    files = {path.name: path.suffix for folder in folders for path in folder.iterdir() if path.is_file()}
-    assert {"adapter_model.safetensors", "model.safetensors", "summary.json", "run.yaml"} <= files.keys()
-    assert {"curve.png", "README.md", "tokenizer.json"} <= files.keys()
-    assert {*files.values()} <= {".written", ".safetensors", ".json", ".md", ".jinja", ".yaml", ".png"}
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_auto_is_float32_where_the_processor_has_no_such_instructions(
-    native, run, monkeypatch, tmp_path, capsys
-):
-    narrow = saved(tiny_llama().bfloat16(), tmp_path / "narrow")
-    monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: native or dtype == torch.float32)
-    assert run("--steps", "2", model=narrow)["dtype"] == ("bfloat16" if native else "float32")
-    said = "float32 instead of the checkpoint's bfloat16: this processor has no bfloat16 instr"
-    assert (said in capsys.readouterr().err) != native

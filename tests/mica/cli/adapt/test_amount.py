@@ -1,15 +1,12 @@
 """How much a run reads: what is said before it is what the Trainer and the run's record have after it."""
 
 import itertools
-import json
 
 import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, RandomSampler
 
 from mica.cli.adapt.amount import Amount
-from tests.support.adapt_runs import command, summary
-from tests.support.tiny_cli import TEXT
 
 LENGTH = 32
 
@@ -41,26 +38,3 @@ def test_epochs_are_tokens_over_those_of_all_blocks():
     amount = Amount(10, LENGTH, 2, 4, 1)  # eight blocks, then two
     assert amount.epochs(amount.tokens_after(100)) == 50
     assert Amount(11, LENGTH, 2, 4, 1).epochs(11 * LENGTH) == 1  # one is left out of each epoch
-
-
-@pytest.mark.parametrize(
-    ("size", "accumulation", "end"),
-    [(64, 1, ["--steps", 3]), (4, 8, ["--epochs", 2.5]), (2, 4, ["--epochs", 0.5])],  # of 21 blocks
-)
-def test_what_is_said_is_what_the_record_has(size, accumulation, end, model_dir, tmp_path, capsys):
-    text, output = tmp_path / "text.txt", tmp_path / "out"
-    text.write_text(TEXT[:700], encoding="utf-8")
-    (tmp_path / "options.yaml").write_text(f"{end[0].strip('-')}: {end[1]}\n")
-    argv = ["--model", model_dir, "--text", text, "--output", output, "--rank", 4]
-    argv += ["--batch-size", size, "--gradient-accumulation-steps", accumulation]
-    assert command(*argv, "--sequence-length", LENGTH, "--config", tmp_path / "options.yaml") == 0
-    said = capsys.readouterr().out
-    record = summary(output)
-    [checkpoint] = output.glob("checkpoint-*")
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    tokens = state["num_input_tokens_seen"]
-    assert (record["training_tokens"], record["steps"]) == (tokens, state["global_step"])
-    assert record["epochs"] == tokens / (LENGTH * record["blocks"])
-    assert f"\nthis run sees {record['epochs']:.3g} epochs\n" in said
-    assert f"\n{record['steps']} steps, {tokens:,} tokens; 1,920 trained parameters; 0.00 GiB for" in said
-    assert f"{record['epochs']:.3g} epochs, {tokens:,} tokens, " in said

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
-from mica.cli.adapt import checkpoints, corpus, session
+from mica.cli.adapt import checkpoints, corpus
 from mica.cli.record import NAME
 from tests.mica.cli.tiny_gguf import write_tiny_gguf
 from tests.support.adapt_runs import command, resume, same, saved, summary, unfinished, weights
@@ -118,17 +118,6 @@ def test_resume_over_other_base_weights_is_refused(paper, model_dir, tmp_path, c
     assert same(weights(paper), weights(output))
 
 
-def test_resume_compares_the_converted_base_of_a_gguf_file(rows, tmp_path, capsys):
-    pytest.importorskip("gguf")
-    write_tiny_gguf(tmp_path / "tiny.gguf")
-    output = tmp_path / "out"
-    assert adapt(tmp_path / "tiny.gguf", rows, output, "--steps", 1) == 0
-    change_weights(output / "base" / "model.safetensors")
-    refused(capsys, output, "checkpoint-1 was written with base_weights ")
-    shutil.rmtree(output / "base")  # converted again, to the same weights
-    assert resume(output) == 0
-
-
 def test_resume_after_run_yaml_was_edited_is_refused(paper, tmp_path, capsys):
     output = unfinished(paper, tmp_path / "out")
     changes = [("learning_rate: 0.02", "learning_rate: 0.5"), ("seed: 0", "seed: 1")]
@@ -226,23 +215,6 @@ def test_a_run_that_begins_while_another_reads_its_texts_is_refused(
     assert adapt(model_dir, rows, output, "--steps", 1) == 2  # it has ended, and is not replaced
     said = f"--output {output}: is not empty: choose another folder, or use --resume to continue the run"
     assert said in capsys.readouterr().err
-
-
-def test_a_folder_that_another_run_has_filled_since_the_first_look_is_refused(
-    model_dir, rows, tmp_path, monkeypatch, capsys
-):
-    output = tmp_path / "out"
-    exclusive = session.exclusive
-
-    def later(output):
-        output.mkdir()
-        (output / "run.yaml").write_text("another run's")
-        return exclusive(output)
-
-    monkeypatch.setattr(session, "exclusive", later)
-    assert adapt(model_dir, rows, output) == 2
-    assert "is not empty: choose another folder, or use --resume" in capsys.readouterr().err
-    assert (output / "run.yaml").read_text() == "another run's"
 
 
 def test_a_refused_run_leaves_no_converted_base(rows, tmp_path, capsys):

@@ -10,7 +10,6 @@ import zipfile
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -152,14 +151,6 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path, monkeypatch):
     assert run(settings(tmp_path, resume=True)).steps == 10
 
 
-def test_a_signal_at_the_last_step_leaves_a_finished_run_to_resume(tmp_path, monkeypatch):
-    result = disturbed(monkeypatch, _Interrupt(10, signal.SIGTERM), settings(tmp_path))
-    assert (result.interrupted, result.steps) == (signal.SIGTERM, 10)
-    resumed = run(settings(tmp_path, resume=True))
-    assert (resumed.interrupted, resumed.steps) == (0, 10)
-    assert (tmp_path / "adapter_model.safetensors").exists()
-
-
 @pytest.mark.parametrize(
     "changed",
     [
@@ -197,17 +188,6 @@ def test_resumed_is_unbroken(tmp_path, changed):
     assert not (output / "training_args.bin").exists()
 
 
-def test_a_finished_run_can_be_resumed(tmp_path):
-    result = run(settings(tmp_path, steps=None, epochs=0.6))
-    before = weights(tmp_path)
-    (tmp_path / "adapter_model.safetensors").unlink()
-    again = run(settings(tmp_path, steps=None, epochs=0.6, resume=True))
-    assert again.steps == result.steps == 10  # of 16 in an epoch
-    assert again.history == result.history
-    assert again.seconds <= result.seconds
-    assert same(weights(tmp_path), before)
-
-
 def test_a_run_starts_anew_only_where_nothing_was_saved(unbroken, tmp_path):
     args = settings(tmp_path, resume=True)
     notes = []
@@ -221,12 +201,11 @@ def test_a_run_starts_anew_only_where_nothing_was_saved(unbroken, tmp_path):
     assert not notes
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize("file", ["optimizer.pt", "trainer_state.json"])
 @pytest.mark.parametrize(
     "damage",
     [
         lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-        lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(_repacked(path.read_bytes())),
         Path.unlink,  # transformers goes on without most of them
     ],
@@ -317,10 +296,6 @@ def failing(original, error, part=""):
         pytest.param("peft.peft_model", "safe_save_file", FULL, SAVING, id="final"),
         pytest.param("peft.peft_model", "safe_save_file", SAFETENSORS, "checkpoint", id="adapter"),
         pytest.param("torch", "save", WRITER, "optimizer.pt", id="optimizer"),
-        pytest.param("torch", "save", RuntimeError("basic_ios: iostream error"), "sched", id="scheduler"),
-        pytest.param("torch", "save", RuntimeError("Parent directory /x does not exist."), "rng_", id="rng"),
-        pytest.param("transformers.TrainerState", "save_to_json", FULL, "", id="state"),
-        pytest.param("mica.cli.adapt.checkpoints", "finish", FULL, "", id="marker"),
         pytest.param("mica.cli.adapt.checkpoints", "finish", DENIED, "", id="permission"),
     ],
 )
@@ -339,12 +314,6 @@ def test_what_cannot_be_written_leaves_the_checkpoint_before(tmp_path, monkeypat
         f"{tmp_path}/checkpoint-{step} (--resume continues from it)"
     )
     assert checkpoints.step(checkpoints.folders(tmp_path)[-1]) == step
-
-
-def test_an_error_that_is_not_about_writing_keeps_its_traceback(tmp_path, monkeypatch):
-    monkeypatch.setattr(TrainerState, "save_to_json", Mock(side_effect=RuntimeError("out of memory")))
-    with pytest.raises(RuntimeError, match="out of memory"):
-        run(settings(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -188,16 +188,6 @@ def test_a_best_step_that_is_gone(scripted, tmp_path):
     assert same(weights(tmp_path), weights(tmp_path / "checkpoint-10"))
 
 
-def test_options_given_with_resume_count(scripted, tmp_path):
-    """The Trainer takes those of the checkpoint."""
-    scripted(dict.fromkeys(range(11), 7.0), act={5: lambda: os.kill(os.getpid(), signal.SIGTERM)})
-    assert run(settings(tmp_path, eval_steps=5, save_steps=5)).interrupted
-    result = run(settings(tmp_path, eval_steps=2, save_steps=3, log_steps=1, resume=True))
-    assert list(stopping.measured(result.history)) == [0, 5, 8, 10]  # it was stopped at 6
-    assert steps(tmp_path) == [9, 10]
-    assert [step for step, _ in losses(result)][-4:] == [7, 8, 9, 10]
-
-
 def test_summary_card_and_merged_model_are_of_the_best_step(scripted, model_dir, text_file, tmp_path, capsys):
     output = tmp_path / "out"
     scripted({0: 9.0, 3: 8.0, 6: 8.5, 9: 8.25}, {0: 20.0, 3: 19.0, 6: 18.0, 9: 17.0})
