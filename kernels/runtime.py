@@ -12,6 +12,7 @@ import torch
 
 # Triton's own minimum: compute capability 8.0 (NVIDIA Ampere) is the first with bf16 matrix instructions.
 MINIMUM_CAPABILITY = (8, 0)
+ON_A_CPU = "on a CPU PyTorch's operators are the fast path"
 
 
 def raw_variable(name: str) -> Callable[[], object]:
@@ -48,7 +49,7 @@ def is_interpreting() -> bool:
 def why_unavailable(device: torch.device) -> str | None:
     """None if Triton kernels can run on the device, else the reason in words."""
     if device.type == "cpu" and not is_interpreting():
-        return "on a CPU the reference path is the fast one"
+        return ON_A_CPU
     if triton_version() is None:
         return "Triton is not installed"
     if is_interpreting():

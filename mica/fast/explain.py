@@ -31,6 +31,7 @@ from mica.fast.frameworks import REMEDIES, REMEDIES_OF_INITIALISATION, UNDO, own
 from mica.fast.merge.reporting import kind_merged_into
 from mica.fast.refusals import check_model
 from mica.fast.settings import settings
+from mica.kernels.runtime import ON_A_CPU
 
 _COVERED = (lora.Linear, lora.Embedding, expert_params.ParamWrapper)
 _HEADER = ("layer", "base", "adapter", "path", "calls", "reason")
@@ -247,15 +248,17 @@ def _text(rows: list[Row]) -> str:
     for row in rows:
         numberless = re.sub(r"\d+", "#", row.name)
         equal.setdefault(replace(row, name=numberless), []).append(row.name)
-    shared = Counter(row.reason for row in equal)
+    shared = Counter(_shown_reason(row) for row in equal)
     notes = [reason for reason, count in shared.items() if count > 1 and len(reason) > _LONG]
 
     lines = [_HEADER]
     for row, names in equal.items():
-        reason = f"[{notes.index(row.reason) + 1}]" if row.reason in notes else row.reason
+        reason = _shown_reason(row)
+        if reason in notes:
+            reason = f"[{notes.index(reason) + 1}]"
         bypass = f"bypassed by {row.bypassed_by}" if row.calls == 0 and row.bypassed_by else ""
         calls = "-" if row.calls is None else str(row.calls)
-        cells = row.layer, row.adapter, row.path, calls, "; ".join(filter(None, (reason, bypass)))
+        cells = row.layer, row.adapter, _shown_path(row), calls, "; ".join(filter(None, (reason, bypass)))
         for pattern, count in patterns(names):
             lines.append((pattern + (f"  ×{count}" if count > 1 else ""), *cells))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -267,8 +270,17 @@ def _text(rows: list[Row]) -> str:
     return "\n".join([*printed, _totals(rows), *_bypasses(rows)])
 
 
+def _shown_path(row: Row) -> str:
+    """On a CPU the reference path is the fast one, and nothing that a reader has to look into."""
+    return "operators (CPU)" if row.path == REFERENCE and row.reason == ON_A_CPU else row.path
+
+
+def _shown_reason(row: Row) -> str:
+    return "" if row.reason == ON_A_CPU else row.reason
+
+
 def _totals(rows) -> str:
-    paths = Counter(row.path for row in rows)
+    paths = Counter(map(_shown_path, rows))
     parts = [", ".join(f"{count} {path}" for path, count in paths.items())]
     uncalled = sum(row.calls == 0 for row in rows)
     if uncalled:

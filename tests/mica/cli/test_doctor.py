@@ -17,7 +17,7 @@ from mica.kernels import runtime
 from mica.native import build
 from mica.paths import choose, tuning
 
-ON_A_CPU = "reference: on a CPU the reference path is the fast one"
+ON_A_CPU = f"reference: {runtime.ON_A_CPU}"
 
 
 @pytest.fixture(autouse=True)

@@ -42,6 +42,17 @@ def test_one_row_per_layer_in_a_table_that_aligns(monkeypatch):
     assert str(mica.fast.explain(nn.Linear(2, 2))) == "no adapted layers"
 
 
+def test_on_a_cpu_the_table_shows_what_needs_no_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    choose.clear()
+    explanation = mica.fast.explain(net())
+    assert {row.path for row in explanation.rows} == {"reference"}
+    *lines, totals = str(explanation).splitlines()
+    assert [line.endswith("  operators (CPU)  -") for line in lines] == [False, True, True, True, True]
+    assert totals == "4 layers: 4 operators (CPU)"
+    choose.clear()
+
+
 @pytest.mark.parametrize("call", ["explain", "merge_report"])
 @pytest.mark.parametrize("model", ["tiny", None, torch.zeros(2)])
 def test_what_is_no_model_is_named(call, model):
