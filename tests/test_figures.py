@@ -2,6 +2,7 @@
 
 import json
 import re
+from statistics import median
 
 import pytest
 
@@ -51,6 +52,13 @@ def words():
     ways = (names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN)
     text = "{} of the time with stock PEFT compiled, {} with the operator and {} with the plain products"
     yield "mica/fast/README.md", text.format(*(pages.shown(layer.ratio(way, STOCK)) for way in ways))
+    rounds = pages.raw("2026-12-01-checkpointing/rounds")["seconds"]
+    ratios = [one["mica.fast"] / one["PEFT, gradient checkpointing"] for one in rounds]
+    figures = median(ratios), min(ratios), max(ratios)
+    yield bench, "takes {:.2f} ({:.2f}–{:.2f}) of the CPU time of PEFT's step with it".format(*figures)
+    checkpointed = [row for row in pages.raw("fits")["models"]["Llama-3.1-8B"] if row["checkpointing"]]
+    (peak,) = {f"{row['peak_bytes'] / pages.GIB:.2f}" for row in checkpointed}
+    yield bench, f"peak, {peak} GiB of Llama-3.1-8B for all"
     ratio = pages.only(*pages.sources("experts"), suite="experts", out=2048).ratio(FAST, LORA).median
     yield main, f"[{ratio:.2f}× as long](bench/README.md#experts)"
 

@@ -186,8 +186,8 @@ def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnP
     if type(weight_and_bias) is str:
         return Added(base, adapters, dtype, sharding, weight_and_bias)
     weight, bias = weight_and_bias
-    why_called = None if x is None else _why_not_multiplied(x, weight)
-    if why_called is not None:
+    if x is not None and not _multiplies(x, weight):
+        why_called = f"an input of {x.dtype} with a base weight of {weight.dtype}"
         return Added(base, adapters, dtype, sharding, why_called)
     (lora_A, lora_B, scaling, dropout_p, trains_B), *others = adapters
     operands = Operands(weight, lora_A, lora_B, scaling, bias, dtype, dropout_p, trains_B=trains_B)
@@ -204,12 +204,11 @@ def _why_not_arguments(kwargs: dict) -> str:
     return "a call with further arguments"
 
 
-def _why_not_multiplied(x: Tensor, weight: Tensor) -> str | None:
-    """Why the operators cannot multiply x by this weight; autocast gives the two one dtype."""
-    if x.device != weight.device:
-        return f"an input on {x.device} with a base weight on {weight.device}"
-    fits = weight.dtype != torch.float64 if is_autocast(x.device.type) else x.dtype == weight.dtype
-    return None if fits else f"an input of {x.dtype} with a base weight of {weight.dtype}"
+def _multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether the operators multiply x by this weight; autocast gives the two one dtype."""
+    if is_autocast(x.device.type):
+        return weight.dtype != torch.float64
+    return x.dtype == weight.dtype
 
 
 def is_dense(x: Tensor) -> bool:

@@ -279,8 +279,6 @@ def _why_not_call(
     if autocast and implementation is None and module.has_bias:
         return "biases under autocast, which transformers' eager forward adds in fp32"
     for projection in projections:
-        if projection.weight.device != x.device:
-            return f"an input on {x.device} with {projection.name} on {projection.weight.device}"
         reason = _why_not_dtypes(projection, x.dtype, autocast, is_grouped)
         if reason is not None:
             return reason
