@@ -290,13 +290,11 @@ TWO_PROCESSES: dict[str, list[Run]] = {
             counts={**EXPERTS, "linear": 8, "experts_linear": 8},
         ),
     ],
-    "tensor parallelism of transformers, with autocast, checkpointing, dropout or a bf16 base": [
+    "tensor parallelism of transformers, with autocast, checkpointing or a bf16 base": [
         TP,
         replace(TP, train=AUTOCAST, dtype=BF16),
         replace(TP, config={"dtype": BF16}, dtype=BF16),
         replace(TP, use_reentrant=False),
-        # layers that read all of x, so that one process has the same masks
-        replace(TP, config={"targets": ["q_proj", "up_proj"], "lora_dropout": 0.5}),
     ],
 }
 TWO_PROCESSES |= {

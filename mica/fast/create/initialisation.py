@@ -254,7 +254,7 @@ def create_and_replace(
         injection.entries.append(entry)
     try:
         result = stock(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
-        if injection is not None:
+        if settings.enabled:
             tensor_parallel.widen(getattr(parent, target_name), adapter_name)
         return result
     except UnsuitableLayerError as error:

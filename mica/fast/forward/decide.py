@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mica.dtypes import SIXTEEN_BIT
-from mica.fast.forward import call_counts, fast, tensor_parallel
+from mica.fast.forward import call_counts, fast
 from mica.fast.forward.call_counts import Input
 from mica.fast.forward.eligibility import (
     REFERENCE,
@@ -117,29 +117,12 @@ class Fused(OnOperators):
 
 
 @dataclass
-class Sharded(Fused):
-    """`Fused` on the parts that this process has under tensor parallelism."""
-
-    sharding: tensor_parallel.Sharding
-
-    def __call__(self, x: Tensor) -> Tensor:
-        operands = self.operands
-        if self.sharding.plan == "colwise":
-            lora_A, x = map(self.sharding.sum_gradient, (operands.lora_A, x))
-            return Fused(operands._replace(lora_A=lora_A))(x)
-        lora_B = self.sharding.sum_gradient(operands.lora_B)
-        y = self.sharding.sum(Fused(operands._replace(lora_B=lora_B, bias=None))(x))
-        return y if operands.bias is None else y + operands.bias.to(y.dtype)
-
-
-@dataclass
 class Added(OnOperators):
     """Two products of each adapter, added to what ``base`` computes: the base layer, or `Fused`."""
 
     base: nn.Module | Fused
     adapters: list[Adapter]
     dtype: torch.dtype | None
-    sharding: tensor_parallel.Sharding | None
     why_called: str | None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -147,8 +130,6 @@ class Added(OnOperators):
         for lora_A, lora_B, scaling, dropout_p, trains_B in self.adapters:
             seed = drawn_seed(dropout_p, x.device)
             h = down_projection(x, lora_A, scaling, self.dtype, dropout_p, seed)
-            if self.sharding is not None:
-                h = self.sharding.sum_gradient(h) if self.sharding.plan == "colwise" else self.sharding.sum(h)
             y = up_projection(y, h, lora_B, trains_B)
         return y
 
@@ -181,20 +162,19 @@ def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnP
 
     base = layer._modules["base_layer"]
     dtype = None if x is None else compute_dtype(x.dtype)
-    sharding = tensor_parallel.sharding(base)
     weight_and_bias = read_base(layer)
     if type(weight_and_bias) is str:
-        return Added(base, adapters, dtype, sharding, weight_and_bias)
+        return Added(base, adapters, dtype, weight_and_bias)
     weight, bias = weight_and_bias
     if x is not None and not _multiplies(x, weight):
         why_called = f"an input of {x.dtype} with a base weight of {weight.dtype}"
-        return Added(base, adapters, dtype, sharding, why_called)
+        return Added(base, adapters, dtype, why_called)
     (lora_A, lora_B, scaling, dropout_p, trains_B), *others = adapters
     operands = Operands(weight, lora_A, lora_B, scaling, bias, dtype, dropout_p, trains_B=trains_B)
-    fused = Fused(operands) if sharding is None else Sharded(operands, sharding)
+    fused = Fused(operands)
     if not others:
         return fused
-    return Added(fused, others, dtype, sharding, None)
+    return Added(fused, others, dtype, None)
 
 
 def _why_not_arguments(kwargs: dict) -> str:

@@ -24,7 +24,6 @@ from transformers.pytorch_utils import Conv1D
 
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.call_counts import Input
-from mica.fast.forward.tensor_parallel import local
 from mica.fast.settings import compute_dtype, settings
 from mica.memory import LAYER_TYPES
 from mica.paths import choose
@@ -246,9 +245,10 @@ def _why_not_state(layer) -> str | None:
         return "the adapter is merged into the weight"
     if _get_tracing_state() is not None:  # a traced graph, say for ONNX, must run without this package
         return "torch.jit is tracing the model"
-    if layer.__dict__.get("_tp_info") is not None:
-        return "tensor parallelism of transformers before 5.17"
-    return tensor_parallel.why_not(layer._modules["base_layer"])
+    is_split = tensor_parallel.plan_of(layer._modules["base_layer"]) is not None
+    if is_split or layer.__dict__.get("_tp_info") is not None:  # the second before transformers 5.17
+        return "tensor parallelism"
+    return None
 
 
 def why_not_active(layer) -> str:
@@ -265,7 +265,6 @@ def _why_not_scaling(scaling) -> str | None:
 
 def _read_linear(layer, name: str, scaling) -> Adapter | str:
     modules = layer._modules
-    base = modules["base_layer"]
     lora_A = modules["lora_A"]._modules[name]
     lora_B = modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
@@ -279,13 +278,12 @@ def _read_linear(layer, name: str, scaling) -> Adapter | str:
     if functional.linear is not LINEAR:
         return "torch.nn.functional.linear has been monkey-patched"
 
-    A = local(base, weight_of(lora_A))
-    B = local(base, weight_of(lora_B))
-    plan = tensor_parallel.plan_of(base)
+    A = weight_of(lora_A)
+    B = weight_of(lora_B)
     trains_B = is_lora(layer, name)
     reason = (
-        _why_not_read_directly("lora_A", lora_A, plan == "rowwise")
-        or _why_not_read_directly("lora_B", lora_B, plan == "colwise")
+        _why_not_read_directly("lora_A", lora_A)
+        or _why_not_read_directly("lora_B", lora_B)
         or _why_not_read_directly("lora_dropout", dropout)
         or why_not_trained("lora_A", A)
         or (why_not_trained if trains_B else why_not_frozen)("lora_B", B)
@@ -322,9 +320,9 @@ def read_base(layer) -> tuple[Tensor, Tensor | None] | str:
     base = layer._modules["base_layer"]
     if class_of(layer) is not lora.Linear or (type(base) is not nn.Linear and type(base) is not Conv1D):
         return f"a base layer of type {type(base).__name__}"
-    weight, bias = (local(base, weight_of(base, name)) for name in ("weight", "bias"))
+    weight, bias = (weight_of(base, name) for name in ("weight", "bias"))
     reason = (
-        _why_not_read_directly("base layer", base, tensor_parallel.plan_of(base) is not None)
+        _why_not_read_directly("base layer", base)
         or why_not_frozen("base weight", weight)
         or why_not_frozen("base bias", bias)
     )
@@ -368,17 +366,12 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _why_not_read_directly(part: str, module: nn.Module, is_sharded: bool = False) -> str | None:
-    """Why the module has to be called: its formula alone would not do what a call does.
-
-    is_sharded: tensor parallelism has put a style in the place of its forward.
-    """
+def _why_not_read_directly(part: str, module: nn.Module) -> str | None:
+    """Why the module has to be called: its formula alone would not do what a call does."""
     kind = type(module)
     if _has_hooks(module):
         return f"hooks on the {part}"
-    if is_sharded and not tensor_parallel.is_styled(module, kind.forward):
-        return f"the {part} has another forward than that of its tensor-parallel plan"
-    if "forward" in module.__dict__ and not is_sharded:
+    if "forward" in module.__dict__:
         return f"the {part} has a forward of its own (offloading or another patch)"
     if kind.forward is not FORWARDS[kind]:
         return f"{kind.__name__}.forward has been monkey-patched"

@@ -56,11 +56,10 @@ def bases_of(base, **config):
     return {name: part(tensor) for name, tensor in B.items()}, gathered(B), str(mica.fast.explain(model))
 
 
-def stepped(base, hooked=False, patched=False, twice=False, stock=False, adapter="MiCA"):
+def stepped(base, hooked=False, twice=False, stock=False, adapter="MiCA"):
     """Loss, gradients of A (of LoRA's B, too) and, without gradients, logits, on PEFT's code if ``stock``.
 
-    hooked: every base layer; patched: both factors of every adapter have another forward, over that of the
-    plan where there is one; twice: with two active adapters.
+    hooked: every base layer; twice: with two active adapters.
     """
     mica.fast.enable(lora=adapter == "LoRA")
     model = randomise(adapted(base, **ADAPTERS[adapter]))
@@ -71,31 +70,19 @@ def stepped(base, hooked=False, patched=False, twice=False, stock=False, adapter
     for layer in adapted_layers(model).values():
         if hooked:
             layer.base_layer.register_forward_hook(lambda module, args, output: output * 1.5)
-        for factor in (layer.lora_A["default"], layer.lora_B["default"]) if patched else ():
-            factor.forward = lambda x, forward=factor.forward: 2 * forward(x)
     with mica.fast.disabled() if stock else nullcontext():
         result, counts = counted(lambda: one_step(model))
     return {**result, "counts": counts, "text": str(mica.fast.explain(model))}
 
 
-CALLED = dict.fromkeys(("down_projection", "up_projection"), 28)
-CALLED |= dict.fromkeys(("down_projection_backward", "up_projection_backward"), 14)
-LINEAR = {"linear": 28, "linear_backward": 14}
-STEPPED = {  # name: (options of `stepped`, what runs, what `explain` says)
-    "a step": ({}, LINEAR, ""),
-    "a step of uneven parts": ({}, LINEAR, ""),
-    "a step with hooks": ({"hooked": True}, CALLED, "base layer called: hooks on the base layer"),
-    "a step with patched factors": ({"patched": True}, {}, ""),
-    "a step with two adapters": ({"twice": True}, {**LINEAR, **CALLED}, ""),
-    "a step on PEFT's code": ({"stock": True}, {}, ""),
-    "a step of LoRA": ({"adapter": "LoRA"}, LINEAR, ""),
-    "a step of LoRA, uneven": ({"adapter": "LoRA"}, LINEAR, ""),
-    "a step of LoRA with hooks": (
-        {"adapter": "LoRA", "hooked": True},
-        CALLED,
-        "base layer called: hooks on the base layer",
-    ),
-    "a step of LoRA with two adapters": ({"adapter": "LoRA", "twice": True}, {**LINEAR, **CALLED}, ""),
+STEPPED = {  # name: options of `stepped`
+    "a step": {},
+    "a step of uneven parts": {},
+    "a step with hooks": {"hooked": True},
+    "a step with two adapters": {"twice": True},
+    "a step on PEFT's code": {"stock": True},
+    "a step of LoRA": {"adapter": "LoRA"},
+    "a step of LoRA, uneven": {"adapter": "LoRA"},
 }
 BASES = {  # name: options of the adapter
     "B": {},
@@ -113,7 +100,7 @@ def base_of(name):
 def alone(name):
     """What one process has under a name, or each of two."""
     if name in STEPPED:
-        return stepped(base_of(name), **STEPPED[name][0])
+        return stepped(base_of(name), **STEPPED[name])
     return bases_of(base_of(name), **BASES[name])
 
 
@@ -210,21 +197,18 @@ def test_each_process_has_its_part_of_one_process_s_basis(of, name):
             assert torch.equal(whole_B[layer], B)
             is_whole = layer.endswith(("o_proj", "down_proj", "embed_tokens"))
             assert torch.equal(mine[layer], B if is_whole else B.chunk(2)[rank])
-        is_embedding = "tensor parallelism with plan 'embedding_rowwise'" in text
-        assert is_embedding == (name == "B of an embedding")
+        assert "tensor parallelism" in text
 
 
 @pytest.mark.parametrize("name", STEPPED)
 def test_gradients_are_those_of_one_process(of, name):
-    """And of PEFT's own path, which runs where a factor has another forward."""
-    _, operators, said = STEPPED[name]
+    """On PEFT's own path, which `explain` says."""
     expected = alone(name)
     for result in of(name):
         same(result, expected)
-        assert result["counts"] == operators
-        assert said in result["text"]
-    for ours, pefts in zip(of("a step"), of("a step on PEFT's code"), strict=True):
-        same(ours, pefts)
+        assert not result["counts"]
+        assert "peft" in result["text"]
+        assert "tensor parallelism" in result["text"]
 
 
 def same(result, expected):
