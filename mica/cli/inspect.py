@@ -113,14 +113,11 @@ def _load(args: argparse.Namespace):
     from mica.cli.loading import find_source, load_model, quieten_libraries, skeleton
 
     quieten_libraries()
-    try:
-        source = find_source(args.model, args.trust_remote_code)
-        outline = skeleton(source)
-        if outline is not None:
-            _targets(outline, args)
-        return load_model(source, args.dtype)
-    except UsageError as error:  # which names an option that is an argument here
-        raise UsageError(str(error).removeprefix("--model ")) from error
+    source = find_source(args.model, args.trust_remote_code, option="")  # it is an argument here
+    outline = skeleton(source)
+    if outline is not None:
+        _targets(outline, args)
+    return load_model(source, args.dtype)
 
 
 def _targets(model, args: argparse.Namespace):

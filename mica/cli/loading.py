@@ -37,11 +37,15 @@ _BAD_CONFIG = (ArithmeticError, AttributeError, LookupError, TypeError)
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: ``from_pretrained(location, **options)``."""
+    """Where a model comes from: ``from_pretrained(location, **options)``.
+
+    ``option``: what stands before its name, ``given``, in a message.
+    """
 
     given: str
     location: str
     options: dict
+    option: str = "--model "
 
     @property
     def is_gguf(self) -> bool:
@@ -54,7 +58,7 @@ class Source:
             message = "it contains custom code; pass --trust-remote-code to run it"
         elif "couldn't connect" in message:
             message = "no such folder, and the Hub cannot be reached: give a folder, or a model in its cache"
-        return UsageError(f"--model {self.given}: {first_sentences(message)}")
+        return UsageError(f"{self.option}{self.given}: {first_sentences(message)}")
 
 
 @contextmanager
@@ -85,25 +89,25 @@ def quieten_libraries() -> None:
     warnings.simplefilter("ignore", FutureWarning)
 
 
-def find_source(model: str, trust_remote_code: bool) -> Source:
-    """Turn ``--model`` into a Source. Raises UsageError where the path alone shows that it cannot work."""
+def find_source(model: str, trust_remote_code: bool, option: str = "--model ") -> Source:
+    """Turn a name into a Source. Raises UsageError where the path alone shows that it cannot work."""
     # False and not None: with None transformers prompts whether to run the code.
     options = {"trust_remote_code": trust_remote_code}
     path = expanded(model)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise UsageError(f"--model {model}: a file must end in .gguf; otherwise give the folder")
+            raise UsageError(f"{option}{model}: a file must end in .gguf; otherwise give the folder")
         if importlib.util.find_spec("gguf") is None:
-            raise UsageError(f"--model {model}: GGUF files need gguf: {how_to_install('cli')}")
+            raise UsageError(f"{option}{model}: GGUF files need gguf: {how_to_install('cli')}")
         options["gguf_file"] = path.name
-        return Source(model, str(path.parent.absolute()), options)
+        return Source(model, str(path.parent.absolute()), options, option)
     if path.is_dir():
         # Absolute: the adapter names this folder, and is loaded from other working directories too.
-        return Source(model, str(path.absolute()), options)
+        return Source(model, str(path.absolute()), options, option)
     # A Hub id is OWNER/NAME at most.
     if model.endswith(".gguf") or model.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2:
-        raise UsageError(f"--model {model}: no such file or folder")
-    return Source(model, model, options)
+        raise UsageError(f"{option}{model}: no such file or folder")
+    return Source(model, model, options, option)
 
 
 @functools.cache

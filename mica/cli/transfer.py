@@ -2,8 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.metadata import version
 
 from mica.cli.arguments import a_path, a_source, add_command, add_dtype_options, example
@@ -55,22 +54,12 @@ def run(args: argparse.Namespace) -> int:
 
     quieten_libraries()
     config = adapter.read_adapter_config(args.adapter)
-    with _named(args):
-        source = find_source(args.to, args.trust_remote_code)
+    source = find_source(args.to, args.trust_remote_code, "--to ")
     check_folder("--output", args.output)
     check_new("--output", args.output)
     with exclusive(args.output), undo_on_error(args.output):
         check_new("--output", args.output)
         return _transfer(args, config, source)
-
-
-@contextmanager
-def _named(args: argparse.Namespace) -> Iterator[None]:
-    """Errors about a model are about --to."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(str(error).replace(f"--model {args.to}: ", f"--to {args.to}: ", 1)) from error
 
 
 def _transfer(args: argparse.Namespace, config, source) -> int:
@@ -115,16 +104,15 @@ def _load(args: argparse.Namespace, config, source):
 
     from mica.cli.loading import load_config, load_model
 
-    with _named(args):
-        if not source.is_gguf:
-            their_config = load_config(source)
-            if getattr(their_config, "quantization_config", None) is not None:
-                raise source.error("is quantised: give the checkpoint it was made from")
-            _check_architecture(args, config, their_config.model_type)
-        tokenizer, agreement = _tokenizer(args, source, config)
-        print(agreement)
-        # On the CPU: one sum per weight is not worth the transfer to the device and back.
-        model = load_model(source, args.dtype, torch.device("cpu"))
+    if not source.is_gguf:
+        their_config = load_config(source)
+        if getattr(their_config, "quantization_config", None) is not None:
+            raise source.error("is quantised: give the checkpoint it was made from")
+        _check_architecture(args, config, their_config.model_type)
+    tokenizer, agreement = _tokenizer(args, source, config)
+    print(agreement)
+    # On the CPU: one sum per weight is not worth the transfer to the device and back.
+    model = load_model(source, args.dtype, torch.device("cpu"))
     print(_check_architecture(args, config, model.config.model_type))
     return model, tokenizer
 

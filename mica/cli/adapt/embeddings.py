@@ -165,13 +165,12 @@ def update(saved: LoraConfig, folder: Path, dtype: str | None, trust_remote_code
     Raises UsageError if the base of the adapter, which that needs, cannot be loaded.
     """
     base = saved.base_model_name_or_path or "without a name"
-    source = Source(base, base, {"trust_remote_code": trust_remote_code})
+    source = Source(base, base, {"trust_remote_code": trust_remote_code}, option="")
     try:
         model = load_model(source, dtype or "auto", torch.device("cpu"))
     except UsageError as error:
         needs = "the update of its embeddings can only be computed with its base"
-        reason = str(error).removeprefix("--model ")
-        raise UsageError(f"--adapter {folder}: {needs}: {reason}") from error
+        raise UsageError(f"--adapter {folder}: {needs}: {error}") from error
 
     found = find(model)
     check_adapter(model, saved, folder, "--adapter", f"its base {base}")

@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+import sys
 
 import pytest
 import torch
@@ -167,6 +168,18 @@ def error_of(captured) -> str:
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
+def test_missing_matplotlib(model_dir, run, tmp_path, monkeypatch):
+    for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "mica.cli.plot", raising=False)
+    monkeypatch.delattr("mica.cli.plot", raising=False)
+    status, _, captured = run(model_dir, "--plot", tmp_path / "plot.png")
+    assert status == 2
+    assert 'pip install "mica-fast[plot]"' in error_of(captured)
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -185,3 +198,8 @@ def test_a_mistake_is_one_line(options, message, model_dir, capsys, tmp_path, mo
     assert captured.out == ""
     assert captured.err.startswith(f"mica inspect: error: {message}")
     assert captured.err.count("\n") == 1
+
+
+def test_model_not_found(run):
+    status, _, captured = run("./nowhere")
+    assert (status, captured.err) == (2, "mica inspect: error: ./nowhere: no such file or folder\n")

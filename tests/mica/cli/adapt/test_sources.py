@@ -7,6 +7,8 @@ import os
 import re
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from mica.cli.adapt.sources import find
@@ -56,6 +58,17 @@ def test_a_saved_dataset(tmp_path, wrap):
     assert read(tmp_path / "saved") == TEXTS
     [one, two] = find("--text", [tmp_path / "saved"] * 2)
     assert one.digest() == two.digest()
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), None])
+def test_every_kind_of_strings_in_parquet(kind, tmp_path):
+    """None: a dictionary of strings, as of pandas' categories."""
+    strings = pyarrow.array(["x", None, "y"], kind)
+    if kind is None:
+        strings = strings.dictionary_encode()
+    columns = {"n": [1, 2, 3], "a.b": strings, "m": [[1], [], None]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ["x", "", "y"]
 
 
 @pytest.mark.parametrize("suffix", PACK)
@@ -108,6 +121,7 @@ def test_the_column(tmp_path, row, field, expected):
         ("a.csv", '"id"\t"text"\n1\ta,b\n', ["a,b"]),
         ("a.csv", ",0\n0,a b\n1,c\n", ["a b", "c"]),  # pandas writes a series so
         ("a.jsonl", '{}\n{"id": "x"}\n{"id": "y", "text": "a"}\n', ["", "", "a"]),
+        ("a.jsonl", '{"text": "a"}\n' * 1000 + '{"new": 1}\n', ["a"] * 1000 + [""]),
         ("a.jsonl", '{"text": "a", "m": null}\n\n{"m": {"x": [1]}, "text": "b"}\n{"n": 1}\n', ["a", "b", ""]),
     ],
 )
@@ -133,6 +147,8 @@ CONTENTS = [  # name, bytes or rows, column, what the line says
         None,
         "line 1 must name the columns, but has 'First text.': put a line above it, like 'text', or use",
     ),
+    ("a.csv", b"It was a dark night\nand so on\n", None, "line 1 must name the columns, but has 'It was a"),
+    ("a.jsonl", b'["b"]\n', None, "cannot be read: every row must be an object, not str"),
     ("a.jsonl", b'{"a": "", "b": ""}\n', None, "has no column 'text', only a, b: name one with --text-field"),
     ("a.jsonl", b'{"title": "a"}\n', "body", "has no column 'body', only title: name one with --text-field"),
     ("a.json", b'[{"text": "a"},\n{"text" 1}]', None, "cannot be read: Expecting ':' delimiter: line 2"),
