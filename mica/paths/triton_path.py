@@ -5,8 +5,8 @@
     dB = grad_a(h, dy)ᵀ where B is trained: the functions whose names begin with "lora_", and `grad_b`
 
 In other forms (`mica.kernels.configs.FORM_NAMES`) base product and update are one kernel, or the update is
-written first and the base product is added to it, or the vendor's library computes h, g and dA too. Which form
-runs is measured (`mica.paths.tuning`).
+written first and the base product is added to it, or the vendor's library computes h, g and dA too. Which
+form runs is measured (`mica.paths.tuning`).
 
 On a stack of experts the same, expert by expert: the kernels read the ends of the experts' rows on the
 device. So does PyTorch's grouped product where there is a kernel for it (bf16 on sm_90 and sm_100).
