@@ -141,7 +141,7 @@ def chosen(folder: Path) -> Iterator[str]:
 
     os.environ["MICA_TUNE"] = str(folder)
     for kind, layer in tuning.table(torch.device(DEVICE, 0)).stored.items():
-        yield f"{kind}: forward {layer.forward}; backward {layer.backward}"
+        yield f"{kind}: forward {layer.forward.found()}; backward {layer.backward.found()}"
 
 
 def predict(run: Run, is_dry: bool) -> None:

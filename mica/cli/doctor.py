@@ -139,7 +139,7 @@ def _measured(name: str, device) -> Iterator[tuple[str, str]]:
         return
     yield f"{name}: measured", f"kinds of layers: {len(table.stored)}, in {table.path}"
     for number, (kind, layer) in enumerate(table.stored.items(), 1):
-        what = f"forward {layer.forward}; backward {layer.backward}"
+        what = f"forward {layer.forward.found()}; backward {layer.backward.found()}"
         yield f"{name}: kind {number}", f"{kind}: {what} ({layer.day})"
 
 

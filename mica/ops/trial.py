@@ -78,7 +78,7 @@ def _measured(
     layer = Layer(*tuning.chosen(forward, backward), tuning.today())
     seconds = tuning.clock() - start
     where = tuning.device_name(x.device)
-    found = f"forward {layer.forward}; backward {layer.backward}"
+    found = f"forward {layer.forward.found()}; backward {layer.backward.found()}"
     tuning.say(f"measured in {seconds:.1f} s how {kind} runs on {where}: {found}")
     # another process may find the memory
     return layer if has_memory else layer._replace(day="")

@@ -22,7 +22,7 @@ from mica.kernels import runtime
 from mica.kernels.limits import DTYPES, MAX_RANK, names_of
 from mica.paths import products, tuning
 from mica.paths.operands import Operands
-from mica.paths.tuning import REFERENCE, Kind
+from mica.paths.tuning import REFERENCE, Kind, Part
 
 BACKENDS = ("auto", "triton", "reference")
 
@@ -34,11 +34,14 @@ LORA = "lora_"  # begins the name of a function whose lora_B may be trained
 
 
 class Choice(NamedTuple):
-    """The form in which a call runs, and why it is not on kernels."""
+    """The form in which a call runs, and why it is not on kernels.
+
+    What was measured is a reason, too, and of kernels it is ``measured``: str() says it.
+    """
 
     form: str
-    reason: str | None = None
-    measured: str | None = None  # of kernels: what was measured of this form
+    reason: str | Part | None = None
+    measured: Part | None = None
     unsettled: Kind | None = None  # a kind of layer of which nothing is known yet
 
 
@@ -149,10 +152,9 @@ def _choice_of_layer(function: str, device: torch.device, kind: Kind) -> Choice:
     if part is None:
         why = tuning.why_not_now(device) or "a call does that"
         return Choice(REFERENCE, f"not measured: {why}", unsettled=unsettled)
-    said = f"measured here: {part}" if part.microseconds else "not measured"
     if part.form == REFERENCE:
-        return Choice(REFERENCE, said, unsettled=unsettled)
-    return Choice(part.form, measured=said, unsettled=unsettled)
+        return Choice(REFERENCE, part, unsettled=unsettled)
+    return Choice(part.form, measured=part, unsettled=unsettled)
 
 
 def forms_of(kind: Kind) -> list[str]:

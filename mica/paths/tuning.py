@@ -83,6 +83,9 @@ class Part(NamedTuple):
     microseconds: Mapping[str, float] = {}
 
     def __str__(self) -> str:
+        return f"measured here: {self.found()}" if self.microseconds else "not measured"
+
+    def found(self) -> str:
         times = self.microseconds
         reference = times.get(NATIVE, times.get(REFERENCE))
         if reference is None:
@@ -151,7 +154,10 @@ class Table:
         self.stored = _read(self.path) if self.is_on and not is_again else {}
 
     def find(self, kind: Kind) -> Layer | None:
-        return self.settled.get(kind) or self.stored.get(str(kind))
+        found = self.settled.get(kind)
+        if found is None and self.stored:
+            found = self.stored.get(str(kind))
+        return found
 
     def settle(self, kind: Kind, layer: Layer) -> None:
         """Run every call of this kind so from now on, in the processes to come too if it was measured."""

@@ -72,7 +72,7 @@ class OnOperators:
             is_backward = function.endswith("_backward")
             said = choice.reason or choice.measured
             if said is not None:
-                reasons.append(f"in the backward: {said}" if is_backward else said)
+                reasons.append(f"in the backward: {said}" if is_backward else str(said))
             if choice.reason is not None:
                 path = ERROR if choice.form == ERROR else REFERENCE
                 why_python = self.why_python(x)

@@ -116,7 +116,8 @@ def test_what_is_known_of_a_layer_decides(a_gpu, function, layer, changes, form,
     tuning.table(GPU).settled[KIND] = layer
     kind = KIND._replace(**changes)
     choice = choose.decide(function, GPU, 16, MASTERS, lambda: kind)
-    assert choice[:3] == (form, reason, note)
+    said = [None if words is None else str(words) for words in (choice.reason, choice.measured)]
+    assert (choice.form, *said) == (form, reason, note)
     assert choice.unsettled == (kind if reason and NOT_NOW in reason else None)
     a_gpu.setenv("MICA_BACKEND", "triton")  # demanded kernels run, and nothing is measured
     demanded = choose.decide(function, GPU, 16, MASTERS, lambda: kind)
