@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -19,7 +19,20 @@ from bench import on_a_gpu
 from bench.report.words import Row, markdown, shown, shows_no_difference, speedup
 from bench.results import names
 from bench.results.cell import Group, Ratio
-from bench.results.names import BARE, BOTH, EIGH, FAST, FAST_NORMS, LORA, MICA, NO_GRADIENT, STOCK, best_stock
+from bench.results.names import (
+    BARE,
+    BOTH,
+    EIGH,
+    FAST,
+    FAST_LORA,
+    FAST_NORMS,
+    LORA,
+    MICA,
+    NO_GRADIENT,
+    PLAIN_LORA,
+    STOCK,
+    best_stock,
+)
 from bench.results.schema import Result
 from bench.results.throughput import number
 from mica.cli.fits import GIB, tokens_that_fit
@@ -34,6 +47,7 @@ FEW = 256  # tokens; where products of a layer begin to take most of its time
 DROPOUT = 0.05
 SOLVED_RANKS = (16, 64, 128)
 PAPER = "paper's recipe"
+WITHOUT = "without adapter"
 FITS = ("PEFT's default", "PEFT's best setting", "here", "here, with norms")
 DEVICES = (24, 40, 80)  # GiB
 
@@ -118,22 +132,62 @@ def measured(run: str, *fresh: str) -> list[Row]:
     return [SPEED_HEADER, *with_footnote([*rows, *_merge_rows(run)])]
 
 
-def headline(run: str, clock: str, *fresh: str) -> list[Row]:
-    """What a user chooses by: of each kind the first, and where nothing is gained.
+def headline(counted: str, kept: str, one_core: str, two_cores: str, run: str, moe: str) -> list[Row]:
+    """What a user chooses by.
 
-    ``clock``: a run with two threads, by the wall clock; ``fresh``: a run of the suite of that name.
+    ``counted``: by `bench.fits`. ``kept``, ``one_core``, ``two_cores``: runs of the suites kept, step and
+    fresh with plain LoRA. ``run``: has MiCA's creation. ``moe``: of the suite experts.
     """
-    created, _, loaded = _adapter_rows(run)
-    on_two = _seconds_row("the same on two cores, by the clock", only(clock, suite="initialisation"), 1)
-    steps = []
-    for one in (run, *fresh):
-        for group in _steps(one):
-            if group.axes["dtype"] == "bfloat16" and group.axes.get("how") in (None, "autocast", PAPER):
-                steps.append(_throughput_row(_step_label(group), group))
-    wide = [_layers_row(run, dtype, MICA) for dtype in SHORT]
-    merge, *_ = _merge_rows(run)
-    kept = _saved_row(next(_steps(run)))
-    return [SPEED_HEADER, *with_footnote([created, on_two, loaded, *steps, *wide, merge, kept])]
+    model = "Llama-3.1-8B"
+    found = raw(counted)
+    by_name = {row["name"]: row for row in found["models"][model] if not row["checkpointing"]}
+    steps = [by_name[name] for name in (WITHOUT, *(f"LoRA, {how}" for how in FITS[:3]))]
+    tokens = found["tokens"]
+    of_kept, *_ = result(kept).select(suite="kept", adapter=PLAIN_LORA, dtype="bfloat16")
+    clocks = [one for name in (one_core, two_cores) for one in _steps(name) if _is_plain(one)]
+    created, loaded = (only(run, suite=suite) for suite in ("initialisation", "loading"))
+    largest = max(result(moe).select(suite="experts"), key=lambda one: one.axes["out"])
+
+    def in_ways(shown: Callable[[Group, str], str], *groups: Group) -> list[str]:
+        """A cell for each way to train, with a part of each group."""
+        ways = [(BARE, STOCK, best_stock(one.timings), FAST) for one in groups]
+        return [" / ".join(map(shown, groups, of_way)) for of_way in zip(*ways, strict=True)]
+
+    def megabytes(group: Group, name: str) -> str:
+        return f"{group.timings[name].facts['saved_mb']:.0f} MB"
+
+    def rate(group: Group, name: str) -> str:
+        return number(group.axes["tokens"] / group.timings[name].median)
+
+    def seconds(name: str, *groups: Group) -> str:
+        return " / ".join(f"{number(one.timings[name].median)} s" for one in groups)
+
+    return [
+        ["", WITHOUT, *FITS[:3]],
+        [
+            f"{model}, LoRA, {tokens} tokens: kept for the backward (counted)",
+            *(f"{step['kept_bytes'] / GIB:.1f} GiB" for step in steps),
+        ],
+        [
+            "the same: tokens of a step that fit 80 GiB (counted)",
+            *(f"{tokens_that_fit(step, tokens, 80):,}" for step in steps),
+        ],
+        ["SmolLM2-135M, LoRA, 512 tokens: kept for the backward", *in_ways(megabytes, of_kept)],
+        ["the same: tokens a second, one core / two by the clock", *in_ways(rate, *clocks)],
+        [
+            "the same with MiCA: create / load the adapter",
+            *("", seconds(STOCK, created, loaded), "", seconds(FAST, created, loaded)),
+        ],
+        [
+            "a step with LoRA on 64 experts of 2048 × 1024",
+            *(seconds(BARE, largest), seconds(LORA, largest), "", seconds(FAST_LORA, largest)),
+        ],
+    ]
+
+
+def _is_plain(group: Group) -> bool:
+    axes = group.axes
+    return axes.get("adapter") == PLAIN_LORA and axes["dtype"] == "bfloat16" and "how" not in axes
 
 
 def with_footnote(rows: list[Row]) -> list[Row]:
@@ -229,15 +283,6 @@ def _span_row(what: str, dtype: str, cells: list[Group]) -> Row:
         spans.append(f"{span(ratios)}, median {middle(ratios)}")
     label = f"{len(cells)} {what}, {SHORT[dtype]}, {min(tokens)} to {max(tokens)} tokens"
     return [label, *[""] * 4, *spans]
-
-
-def _saved_row(group: Group) -> Row:
-    """What a step keeps for its backward."""
-    ways = (BARE, STOCK, best_stock(group.timings), FAST)
-    _, stock, best, ours = kept = [group.timings[name].facts["saved_mb"] for name in ways]
-    label = f"kept for the backward pass: {_step_label(group)}"
-    less = [f"{theirs - ours:.0f} MB less" for theirs in (stock, best)]
-    return [label, *(f"{megabytes:.0f} MB" for megabytes in kept), *less]
 
 
 def kept(*runs: str) -> list[Row]:
@@ -343,8 +388,8 @@ def subspaces(run: str) -> list[Row]:
 def fits(run: str) -> list[Row]:
     """GiB of a step with MiCA, and the tokens that fit a device."""
     found = raw(run)
-    names = ["without adapter", *(f"MiCA, {how}" for how in FITS)]
-    rows = [["", "without adapter", *FITS]]
+    names = [WITHOUT, *(f"MiCA, {how}" for how in FITS)]
+    rows = [["", WITHOUT, *FITS]]
     for model, measured in found["models"].items():
         by_name = {row["name"]: row for row in measured if not row["checkpointing"]}
         steps = [by_name[name] for name in names]
