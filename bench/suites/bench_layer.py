@@ -57,6 +57,7 @@ from mica.fast.settings import settings
 from mica.kernels import configs
 from mica.ops.linear import linear_eager
 from mica.paths import choose, tuning
+from mica.paths.operands import Operands
 from mica.paths.products import has_native
 from tests.support.tolerances import RELATIVE
 
@@ -323,10 +324,13 @@ def checked(cell: Cell, layer: Layer, name: str, truth: dict) -> tuple[Form, dic
 def operator_of(layer: Layer, dropout: float) -> str:
     """The operator that counts a forward of this layer: that on kernels, where they are to run."""
     x = layer.x.reshape(-1, layer.x.shape[-1])
-    dtypes = (x.dtype, x.dtype, layer.lora_A.dtype, layer.lora_B.dtype)
-    rows = functools.partial(choose.forward_rows, x, layer.weight.shape[0], dropout)
-    function = f"{choose.LORA}linear" if layer.lora_B.requires_grad else "linear"
-    choice = choose.decide(function, x.device, layer.lora_A.shape[0], dtypes, rows)
+    trains_B = layer.lora_B.requires_grad
+    factors = layer.weight, layer.lora_A, layer.lora_B
+    operands = Operands(*factors, dropout_p=dropout, trains_B=trains_B)
+    dtypes = operands.dtypes(x)
+    function = f"{choose.LORA}linear" if trains_B else "linear"
+    kind = functools.partial(choose.kind_of, operands, dtypes, x)
+    choice = choose.decide(function, x.device, operands.rank, dtypes, kind)
     return "linear" if choice.form == choose.REFERENCE else "linear_kernels"
 
 
