@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mica.dtypes import FLOATING
 from mica.kernels import limits
+from mica.ops.operator import is_autocast
 from mica.paths.operands import Operands
 
 # The dimensions of each tensor. Those of one name have one size; "..." are any number of leading ones.
@@ -33,6 +34,7 @@ _UP_PROJECTION = {"lora_B": "out_features rank", "y": "... out_features", "h": "
 _EMBEDDING = {"indices": "...", "lora_A": "rank num_embeddings", "lora_B": "embedding_dim rank"}
 
 _FROZEN = ("weight", "bias")
+_INTEGERS = ("offsets", "indices")
 
 
 def check_linear(x: Tensor, operands: Operands) -> None:
@@ -80,6 +82,11 @@ def check_embedding(
 def _check_layer(dimensions: dict[str, str], operands: Operands, **rows: Tensor) -> None:
     weight, lora_A, lora_B, _, bias, compute_dtype, dropout_p, seed, *_ = operands
     _check_tensors(dimensions, **rows, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, seed=seed)
+    x = rows["x"]
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype and not is_autocast(x.device.type):
+            differ = f"{name} is {tensor.dtype} and x {x.dtype}"
+            raise TypeError(f"{name} must have the dtype of x outside autocast, but {differ}.")
     _check_compute_dtype(compute_dtype)
     limits.dropout(dropout_p, seed)
 
@@ -87,6 +94,8 @@ def _check_layer(dimensions: dict[str, str], operands: Operands, **rows: Tensor)
 def _check_tensors(dimensions: dict[str, str], **tensors: Tensor | None) -> None:
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     _check_shapes(dimensions, given)
+    for name in given.keys() & dimensions.keys():
+        _check_dtype(name, given[name].dtype)
     limits.same_device(**given)
     for name in _FROZEN:
         if name in given:
@@ -117,6 +126,13 @@ def _check_shapes(dimensions: dict[str, str], tensors: dict[str, Tensor]) -> Non
         sizes |= dict(zip(names, own, strict=True))
         if sizes.get("rank") == 0:
             raise ValueError(f"the rank must be at least 1, but {tensor_name} is {shape}.")
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    """The operators cast what they are given: an imaginary part, or a fraction, would be lost."""
+    allowed = (torch.int32, torch.int64) if name in _INTEGERS else FLOATING
+    if dtype not in allowed:
+        raise TypeError(f"{name} must be of dtype {limits.names_of(allowed)}, but it is {dtype}.")
 
 
 def _check_compute_dtype(compute_dtype: torch.dtype | None) -> None:
