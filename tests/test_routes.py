@@ -1,4 +1,4 @@
-"""CONTRIBUTING's routes of an x and of a W: a step, and a creation, pass the named functions in their order."""
+"""CONTRIBUTING's routes of an x and of a W: calls pass the named functions, in their order."""
 
 import re
 import sys
