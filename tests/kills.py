@@ -38,7 +38,7 @@ ADAPT = "adapt --model=base --text=words.txt --steps=6 --save-steps=2 --rank=2 -
 ADAPT += " --eval-blocks=2 --batch-size=2 --learning-rate=0.02"
 TRANSFER = "transfer --adapter=whole --to=sibling"
 RESULTS = {ADAPT: "adapter_model.safetensors", TRANSFER: "model.safetensors"}
-LAST_WRITE = {ADAPT: 60, TRANSFER: 20}
+LAST_WRITE = {ADAPT: 110, TRANSFER: 30}
 KILLED = (-9, -15, 143)
 FOLDERS = ("base", "sibling", "whole", "moved")
 
@@ -127,7 +127,7 @@ class Trial:
             # Refused beside another one, or where a killed transfer has written its weights
             may_be_refused = count > 1 or (self.output / RESULTS[TRANSFER]).is_file()
             expected = (0, *KILLED, 2) if may_be_refused else (0, *KILLED)
-            if status not in expected or "Traceback" in each.text():
+            if status not in expected:  # an error that nobody expects ends with 1
                 self.faults.append(each.text())
         if statuses == [0, 0] and not is_resumed:
             self.faults.append("two new commands have written to one folder")

@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 import mica.fast  # noqa: F401 (MiCA on parameters)
 from mica.cli.targets import features, find_targets, saved_parameters
+from mica.errors import UsageError
 from tests.support import models, moe_models
 
 
@@ -57,6 +58,8 @@ DENSE = sorted(MLP + [name.replace("mlp.", "mlp.shared_experts.") for name in ML
 @pytest.mark.parametrize(
     ("kind", "names", "experts", "modules", "parameters"),
     [
+        ("gpt_oss", "all-linear", True, SELF, STACKS),
+        ("gpt_oss", "router", None, [], ["mlp.router.weight"]),
         ("qwen2_moe", "all-linear", True, SHARED + SELF, STACKS),
         ("qwen2_moe", "shared_expert_gate", None, ["shared_expert_gate"], None),
         ("deepseek_v3", "all-linear", True, LOW_RANK, sorted(DENSE + STACKS)),
@@ -90,6 +93,13 @@ def test_targets_in_a_mixture(kind, names, experts, modules, parameters):
             assert lora_A.shape[0] == experts
     assert found == shapes
     assert before == {name: weight.shape for name, weight in mixture(kind).named_parameters()}
+
+
+def test_names_that_match_nothing():
+    with pytest.raises(UsageError, match=r"no layer of the model is called 'qproj'; did you mean q_proj\?$"):
+        find_targets(models.tiny_llama(), "v_proj,qproj")
+    with pytest.raises(UsageError, match=r"no layer of the model is called 'experts\.w1'"):
+        find_targets(mixture("mixtral"), "experts.w1")
 
 
 class Routed(torch.nn.Module):

@@ -20,6 +20,7 @@ import mica.fast
 from mica.fast import known_peft, patching
 from mica.fast.known_peft import EMBEDDING, EXPERTS, INITIALISATION, LINEAR, MERGING, PARTS, REPEATED
 from tests.support.models import net, randomise
+from tests.support.quantised_models import adapted
 from tests.support.stock import as_stock
 
 README = Path(mica.fast.__file__).with_name("README.md")
@@ -196,6 +197,19 @@ def test_another_signature_leaves_its_part_in_a_known_release_too(monkeypatch):
     finally:
         mica.fast.uninstall()
         known_peft.left.clear()
+
+
+def test_a_class_over_quantised_weights_with_another_body(unknown, monkeypatch):
+    """It is looked at when its first layer gets an adapter."""
+    from peft.tuners.lora.bnb import Linear4bit
+
+    enabled()
+    name = "peft.tuners.lora.bnb:Linear4bit.forward"
+    monkeypatch.setitem(known_peft.QUANTISED, name, "another")
+    with pytest.warns(UserWarning, match=rf"^Linear4bit runs PEFT's own forward: {name} has another body\.$"):
+        model = adapted("nf4")
+    assert set(mica.fast.explain(model).counts()) == {"peft"}
+    assert vars(Linear4bit)["forward"].__globals__["__name__"] == "peft.tuners.lora.bnb"
 
 
 # -- a copy of PEFT, as a user would get it -----------------------------------------------------------

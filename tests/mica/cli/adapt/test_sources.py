@@ -5,6 +5,7 @@ import gzip
 import lzma
 import os
 import re
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -82,6 +83,23 @@ def test_a_compressed_file_is_read_to_its_end_or_refused(suffix, tmp_path):
         path.write_bytes(packed[:end])
         with pytest.raises(UsageError, match=f"^--text {path}: cannot be read: "):
             read(path)
+
+
+def test_a_folder_that_cannot_be_read_is_no_folder_without_text(tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "shut").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "shut":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(
+        UsageError, match=f"--text {tmp_path}: a folder in it cannot be read: Permission denied"
+    ):
+        find("--text", [tmp_path])
 
 
 def test_a_dataset_of_the_hub(monkeypatch):
