@@ -188,9 +188,14 @@ def test_what_was_settled_is_known_to_the_next_process(home):
     assert table.find(KIND) == table.find(OTHER)._replace(day=LAYER.day) == LAYER
     stored = other_process()
     assert stored.stored == {str(KIND): LAYER._replace(is_settled=False)}
+    (file,) = home.iterdir()  # and nothing temporary
+    written = file.stat().st_ino
     stored.settle(KIND, stored.find(KIND))
     assert stored.find(KIND) == LAYER
-    (file,) = home.iterdir()  # and nothing temporary
+    assert file.stat().st_ino == written
+    with file.open(encoding="utf-8") as opened:  # by who reads at this moment
+        stored.settle(KIND._replace(rank=8), LAYER)
+        assert [*json.load(opened)["layers"]] == [str(KIND)]
     assert torch.__version__ in file.name
     text = file.read_text(encoding="utf-8")
     assert '"split": 60.0' in text
