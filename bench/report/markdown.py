@@ -15,7 +15,7 @@ from bench.report import prediction
 from bench.report.targets import targets
 from bench.report.words import BASELINES, against, ratios, shape_in_words
 from bench.results.cell import Group
-from bench.results.names import BARE, BOTH, FAST, NO_GRADIENT, STOCK, WALL, best_stock
+from bench.results.names import BARE, BOTH, FAST, NO_GRADIENT, WALL
 from bench.results.schema import Result
 from bench.results.throughput import number
 
@@ -46,9 +46,6 @@ def report(result: Result) -> str:
         if device != "cpu":
             parts += ["## Targets", table(targets(result.with_both()))]
         parts += ["## In short: mica.fast, times as fast", in_short(groups)]
-        beside = side_by_side(groups)
-        if beside:
-            parts += ["## Side by side: time, and bytes kept, ÷ those without adapter", beside]
     if result.predictions:
         parts += ["## Prediction and measurement", *prediction.text(result, is_dry=device == "dry run")]
     if is_cpu_time:
@@ -149,24 +146,6 @@ def in_short(groups: list[Group]) -> str:
     if short["clock"].nunique() == 1:
         short = short.drop(columns="clock")
     return table(short)
-
-
-def side_by_side(groups: list[Group]) -> str:
-    """Stock PEFT as it is and as it can be set, and mica.fast; "" where nothing was timed without adapter."""
-    rows = []
-    for group in groups:
-        if not {BARE, STOCK, FAST} <= group.timings.keys():
-            continue
-        row = {"cell": group.name}
-        ways = {"PEFT's default": STOCK, "PEFT's best setting": best_stock(group.timings), FAST: FAST}
-        for column, name in ways.items():
-            row[column] = f"{group.ratio(name, BARE).median:.2f}"
-        kept = {name: timing.facts.get("saved_mb") for name, timing in group.timings.items()}
-        for column, name in ways.items():
-            if kept[BARE] and kept[name] is not None:
-                row[f"kept: {column}"] = f"{kept[name] / kept[BARE]:.3f}"
-        rows.append(row)
-    return table(pd.DataFrame(rows)) if rows else ""
 
 
 def quietness(groups: list[Group]) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from bench.report import __main__ as command
-from bench.report.markdown import quietness, report, side_by_side
+from bench.report.markdown import quietness, report
 from bench.results.cell import Group, Timing
-from bench.results.names import BARE, FAST, STOCK, STOCK_16
+from bench.results.names import BARE, FAST, STOCK
 from bench.results.schema import Result
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -74,11 +74,3 @@ def test_a_busy_machine_is_seen():
     cells = [cell("a", x=1.0, y=1.5), cell("b", x=1.0), cell("c", x=3.0), Group("by the clock", {})]
     text = "How quiet the machine was: wall ÷ CPU was 1.50 in the median cell, and 3.00 in c."
     assert quietness(cells) == text
-
-
-def test_stock_in_its_best_setting_stands_beside_the_others():
-    seconds = {BARE: 1.0, STOCK: 2.0, STOCK_16: 1.5, FAST: 1.25}
-    timings = {name: Timing([value], {"saved_mb": 100 * value}) for name, value in seconds.items()}
-    *_, row = side_by_side([Group("a cell", {}, timings), Group("without adapter", {}, {})]).splitlines()
-    cells = [text.strip() for text in row.strip("|").split("|")]
-    assert cells == ["a cell", "2.00", "1.50", "1.25", "2.000", "1.500", "1.250"]
