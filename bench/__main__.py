@@ -1,4 +1,4 @@
-"""``python -m bench``: run the suites, write results, tables and plots to ``bench/results/<machine>/``.
+"""``python -m bench``: run the suites, write the result and its report to ``bench/results/<machine>/``.
 
 Each suite runs in a separate process, so that none inherits another's memory or threads, and one that hangs
 or dies is restarted without the cause.

@@ -94,7 +94,7 @@ def default_name(stages: list[str]) -> str:
 
 
 def report(file: Path) -> str:
-    """Written next to the results, if this machine has what it takes: pandas, seaborn and tabulate."""
+    """Written next to the results, if this machine has what it takes: pandas and tabulate."""
     try:
         from bench.report.__main__ import write
 

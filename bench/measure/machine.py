@@ -15,9 +15,6 @@ from pathlib import Path
 import cpuinfo  # pytest-benchmark's own
 import torch
 
-from bench.measure.peaks import PEAKS
-from bench.results.throughput import AT_PEAK
-
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What a run on an accelerator does, without one, on tiny shapes
@@ -110,22 +107,6 @@ def _device() -> str:
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
     return "dry run" if IS_DRY else "cpu"
-
-
-def seconds_at_peak(size: float) -> dict[str, float]:
-    """The work of moving so many bytes as time at the device's peak bandwidth; {} where that is not known."""
-    if DEVICE != "cuda":
-        return {}
-    return {AT_PEAK: size / _peak_bandwidth(torch.cuda.get_device_name())}
-
-
-def _peak_bandwidth(name: str) -> float:
-    """Bytes a second: the vendor's figure, or what follows from the clock and width of the memory's bus."""
-    if name in PEAKS:
-        return PEAKS[name].bandwidth
-    from triton.testing import get_dram_gbps
-
-    return 1e9 * get_dram_gbps()
 
 
 def _git(*words: str) -> str:

@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 from bench.measure.machine import DEVICE
-
-
-def saved_bytes(
-    forward: Callable[[], Tensor], without: Iterable[nn.Module], but: Iterable[Tensor] = ()
-) -> int:
-    """Bytes saved for the backward of ``forward()``, by storage, without these models' parameters.
-
-    ``but``: further tensors that exist anyway. Counted by saved-tensor hooks, under which a MiCA layer saves
-    an x that it would compute again: for a layer alone, whose x nothing has made. What a library keeps on its
-    own in an autograd.Function is not seen; with bitsandbytes that is the packed weight, a parameter.
-    """
-    known = {tensor.untyped_storage().data_ptr() for tensor in but}
-    for model in without:
-        known.update(parameter.untyped_storage().data_ptr() for parameter in model.parameters())
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept, or the address is reused
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()
-    del result
-    return sum(size for size, _ in storages.values())
 
 
 def alive_bytes(forward: Callable[[], Tensor]) -> int:

@@ -22,15 +22,10 @@ def load(file: Path) -> tuple[Result, Path]:
     return result, file
 
 
-def write(file: Path, with_pictures: bool = True, old: Path | None = None) -> str:
-    """Draw the pictures and write the report next to the result file; returns the report."""
+def write(file: Path) -> str:
+    """Write the report next to the result file; returns it."""
     result, file = load(file)
-    pictures = []
-    if with_pictures:
-        from bench.report import plots  # imports seaborn, which takes seconds
-
-        pictures = plots.draw(result, file.parent, file.stem)
-    text = report(result, pictures, None if old is None else Result.load(old))
+    text = report(result)
     file.with_suffix(".md").write_text(text)
     return text
 
@@ -38,13 +33,10 @@ def write(file: Path, with_pictures: bool = True, old: Path | None = None) -> st
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("file", type=Path, help="a run's .json, or its .jsonl")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="an earlier run: list what changed")
-    parser.add_argument("--no-pictures", action="store_true")
-    args = parser.parse_args(argv)
-    for file in (args.file, args.against):
-        if file is not None and not file.is_file():
-            parser.error(f"there is no {file}")
-    print(write(args.file, not args.no_pictures, args.against), end="")
+    file = parser.parse_args(argv).file
+    if not file.is_file():
+        parser.error(f"there is no {file}")
+    print(write(file), end="")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ Ratios are taken within a round, in which the implementations took turns: the me
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from pathlib import Path
 from statistics import median
 
 import pandas as pd
@@ -17,7 +15,7 @@ from bench.report import prediction
 from bench.report.targets import targets
 from bench.report.words import BASELINES, against, ratios, shape_in_words
 from bench.results.cell import Group
-from bench.results.names import BARE, BOTH, FAST, NO_GRADIENT, STOCK, WALL, best_stock
+from bench.results.names import BARE, BOTH, FAST, NO_GRADIENT, WALL
 from bench.results.schema import Result
 from bench.results.throughput import number
 
@@ -33,8 +31,8 @@ CPU_TIME = (
 )
 
 
-def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), old: Result | None = None) -> str:
-    """Markdown; pictures are linked by file name. ``old``: a run that this one is compared with."""
+def report(result: Result) -> str:
+    """Markdown."""
     device = result.machine.get("device", "cpu")
     groups = waited_for(result)
     is_cpu_time = any(timing.wall for group in groups for timing in group.timings.values())
@@ -48,13 +46,8 @@ def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), old: Resul
         if device != "cpu":
             parts += ["## Targets", table(targets(result.with_both()))]
         parts += ["## In short: mica.fast, times as fast", in_short(groups)]
-        beside = side_by_side(groups)
-        if beside:
-            parts += ["## Side by side: time, and bytes kept, ÷ those without adapter", beside]
     if result.predictions:
         parts += ["## Prediction and measurement", *prediction.text(result, is_dry=device == "dry run")]
-    if old is not None:
-        parts += ["## Changed", changes(waited_for(old), groups)]
     if is_cpu_time:
         parts += ["## Intervals wider than ±5 %", wide(groups)]
     if result.refused:
@@ -63,7 +56,6 @@ def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), old: Resul
         parts += ["## What ran", stage_table(result.stages)]
     if result.checks:
         parts += ["## Checks", *checks_text(result.checks)]
-    parts += [f"![{caption}]({path.name})\n\n{caption}" for path, caption in pictures]
     for suite in dict.fromkeys(group.axes.get("suite", "suites") for group in groups):
         cells = [group for group in groups if group.axes.get("suite", "suites") == suite]
         parts += [f"## {suite.capitalize()}", suite_table(cells)]
@@ -156,24 +148,6 @@ def in_short(groups: list[Group]) -> str:
     return table(short)
 
 
-def side_by_side(groups: list[Group]) -> str:
-    """Stock PEFT as it is and as it can be set, and mica.fast; "" where nothing was timed without adapter."""
-    rows = []
-    for group in groups:
-        if not {BARE, STOCK, FAST} <= group.timings.keys():
-            continue
-        row = {"cell": group.name}
-        ways = {"PEFT's default": STOCK, "PEFT's best setting": best_stock(group.timings), FAST: FAST}
-        for column, name in ways.items():
-            row[column] = f"{group.ratio(name, BARE).median:.2f}"
-        kept = {name: timing.facts.get("saved_mb") for name, timing in group.timings.items()}
-        for column, name in ways.items():
-            if kept[BARE] and kept[name] is not None:
-                row[f"kept: {column}"] = f"{kept[name] / kept[BARE]:.3f}"
-        rows.append(row)
-    return table(pd.DataFrame(rows)) if rows else ""
-
-
 def quietness(groups: list[Group]) -> str:
     """How long the cells waited for a core, in a sentence: the largest wall ÷ CPU of each."""
     waited = []
@@ -202,31 +176,6 @@ def wide(groups: list[Group]) -> str:
     header = ["cell", "ratio", "interval", "rounds"]
     listed = table(pd.DataFrame(rows, columns=header))
     return f"{len(rows)} of {count} ratios of {FAST}; time was up.\n\n{listed}"
-
-
-def changes(old: list[Group], new: list[Group]) -> str:
-    """Ratios of two runs whose intervals do not overlap.
-
-    Of ratios rather than of seconds, since machines drift, as does their load. Chance separates intervals,
-    too: with equal truth and 5 rounds each in 1 of 126 ratios, with 3 rounds in 1 of 10.
-    """
-    before = {group.name: group for group in old}
-    rows = []
-    count = 0
-    for group in new:
-        then = before.get(group.name, Group("", {}))
-        for name in [one for one in group.timings if one in then.timings]:
-            was = ratios(then, name)
-            for column, now in ratios(group, name).items():
-                if column not in was:
-                    continue
-                count += 1
-                if not now.overlaps(was[column]):
-                    factor = f"{now.median / was[column].median:.2f}"
-                    rows.append((group.name, name, column, str(was[column]), str(now), factor))
-    header = ["cell", "implementation", "ratio", "old", "new", "new ÷ old"]
-    agreeing = f"{count - len(rows)} of {count} ratios agree: their intervals overlap."
-    return f"{table(pd.DataFrame(rows, columns=header))}\n\n{agreeing}" if rows else agreeing
 
 
 def refused_text(refused: list[dict[str, str]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 
 from bench.results import names
 from bench.results.cell import Group, Ratio
@@ -12,19 +13,6 @@ Row = list[str]
 
 # What an implementation's time is divided by, round by round, where its cell has it
 BASELINES = (BARE, STOCK, names.STOCK_16, names.STOCK_UNCAST, LORA, names.SVD, names.EIGH, names.COPY)
-
-# What a reader calls the value of an axis; of the others it is enough to see the value
-_IN_WORDS = {
-    "tokens": "{} tokens",
-    "rank": "r = {}",
-    "sequence": "{} tokens a sequence",
-    "layers": "{} blocks",
-    "weights": "{} weights",
-    "experts": "{} experts",
-    "features": "{} features",
-    "autocast": "autocast to {}",
-}
-_UNNAMED = ("suite", "pass")
 
 
 def shape_in_words(axes: dict[str, str | int]) -> dict[str, str | int]:
@@ -36,16 +24,6 @@ def shape_in_words(axes: dict[str, str | int]) -> dict[str, str | int]:
         elif axis != "in" or "out" not in axes:
             shown[axis] = value
     return shown
-
-
-def in_words(axes: dict[str, str | int]) -> str:
-    """As "Llama-3.2-1B, 2048 × 2048, 1024 tokens, r = 16, bfloat16", for the labels of a picture."""
-    shown = {axis: value for axis, value in shape_in_words(axes).items() if axis not in _UNNAMED}
-    if shown.get("sequence") == shown.get("tokens"):  # a batch of one
-        shown.pop("sequence", None)
-    words = [str(shown.pop(axis)) for axis in ("model", "out × in") if axis in shown]
-    words += [_IN_WORDS.get(axis, "{}").format(value) for axis, value in shown.items()]
-    return ", ".join(words)
 
 
 def against(baseline: str) -> str:
@@ -64,12 +42,6 @@ def ratios(group: Group, name: str) -> dict[str, Ratio]:
     return found
 
 
-def inverse(ratio: Ratio) -> Ratio:
-    """How many times as fast, of a ratio of times."""
-    high = 1 / ratio.low if ratio.low else float("inf")
-    return Ratio(1 / ratio.median, 1 / ratio.high, high)
-
-
 def shows_no_difference(ratio: Ratio) -> bool:
     """Whether its interval contains 1: neither is shown to be faster."""
     return ratio.low <= 1 <= ratio.high
@@ -81,8 +53,8 @@ def shown(ratio: Ratio) -> str:
 
 def speedup(ratio: Ratio, digits: int = 2) -> str:
     """How many times as fast, of a ratio of times, as a page has it."""
-    factor = inverse(ratio)
-    middle, low, high = (f"{value:.{digits}f}" for value in factor)
+    highest = 1 / ratio.low if ratio.low else inf
+    middle, low, high = (f"{value:.{digits}f}" for value in (1 / ratio.median, 1 / ratio.high, highest))
     return f"{middle}× ({low}–{high})"
 
 

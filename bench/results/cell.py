@@ -35,9 +35,6 @@ class Ratio(NamedTuple):
     def is_narrow(self) -> bool:
         return self.low >= (1 - NARROW) * self.median and self.high <= (1 + NARROW) * self.median
 
-    def overlaps(self, other: Ratio) -> bool:
-        return self.low <= other.high and other.low <= self.high
-
 
 def interval(values: list[float]) -> Ratio:
     """Median and a confidence interval of at least 95 %.

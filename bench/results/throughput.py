@@ -12,7 +12,6 @@ TOKENS = "tokens"
 MATRICES = "matrices"
 FLOP = "flop"
 BYTES = "bytes"
-AT_PEAK = "seconds at the device's peak"  # that the bytes would take at its peak bandwidth
 
 # unit of the work -> (unit of the throughput, how much work one of it is)
 UNITS = {
@@ -20,7 +19,6 @@ UNITS = {
     MATRICES: ("matrices/s", 1.0),
     FLOP: ("GFLOP/s", 1e9),
     BYTES: ("GB/s", 1e9),
-    AT_PEAK: ("% of the peak", 0.01),
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.measure.machine import DEVICE, seconds_at_peak
+from bench.measure.machine import DEVICE
 from bench.results.names import COPY, CUBLAS, DOWN_A, DOWN_B, GRAD_A, UP_B
 from bench.results.throughput import BYTES
 from bench.suites.harness import build_all, each, needs_accelerator, pick
@@ -173,7 +173,7 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
 @each(CELLS)
 def bench_kernels(cell):
     calls, size = prepared(cell.name, lambda: setting(cell))
-    work = {BYTES: float(size), **seconds_at_peak(size)}
+    work = {BYTES: float(size)}
 
     def sample(once: Once, name: str) -> None:
         once(calls[name], cell.axes, ITERATIONS, all_clocks=True, work=work)

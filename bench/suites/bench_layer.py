@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import mica.fast
 from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
-from bench.measure.memory import saved_bytes
+from bench.measure.memory import alive_bytes
 from bench.results import names
 from bench.results.names import (
     ATEN,
@@ -300,8 +300,7 @@ def checked(cell: Cell, layer: Layer, name: str, truth: dict) -> tuple[Form, dic
             with torch.no_grad():  # may take another path through the code
                 errors["y without gradient"] = form.errors(layer.grad_output, truth)["y"]
         ran = mica.fast.call_counts[operator] - calls
-        modules = [] if form.module is None else [form.module]
-        saved = saved_bytes(form.forward, modules, but=[layer.weight]) / 1e6
+        saved = alive_bytes(form.forward) / 1e6
     if cell.dropout and name != BARE:
         check_dropout(errors, cell.dropout)
         form.module.eval()

@@ -1,19 +1,17 @@
 """From a journal to its result and its report: the files in `golden`.
 
 Times are made up, so that a page's figures can be worked out by hand. After a change of the report
-``python -m bench.report --no-pictures tests/bench/golden/run.jsonl`` writes the new result and page.
+``python -m bench.report tests/bench/golden/run.jsonl`` writes the new result and page.
 """
 
-import copy
 from pathlib import Path
 
 import pytest
 
 from bench.report import __main__ as command
-from bench.report.markdown import changes, quietness, report, side_by_side
-from bench.report.words import ratios
+from bench.report.markdown import quietness, report
 from bench.results.cell import Group, Timing
-from bench.results.names import BARE, FAST, STOCK, STOCK_16
+from bench.results.names import BARE, FAST, STOCK
 from bench.results.schema import Result
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,7 +33,7 @@ def journal(tmp_path):
 
 def test_a_journal_becomes_a_result_and_its_report(journal, capsys):
     """Written as it was read, and its passes are summed once."""
-    command.main([str(journal), "--no-pictures"])
+    command.main([str(journal)])
     written = journal.with_suffix(".json")
     assert written.read_text(encoding="utf-8") == golden("run.json")
     assert journal.with_suffix(".md").read_text(encoding="utf-8") == golden("run.md")
@@ -49,7 +47,7 @@ def test_a_journal_becomes_a_result_and_its_report(journal, capsys):
 
 def test_an_interrupted_run_does_not_know_its_machine(journal):
     journal.with_suffix(".json").unlink()
-    text = command.write(journal, with_pictures=False)
+    text = command.write(journal)
     unknown = "The machine is unknown, and so is whether these times are measurements."
     assert text.splitlines()[2] == unknown
     assert text.partition("## Layer")[2] == golden("run.md").partition("## Layer")[2]
@@ -67,27 +65,6 @@ def test_an_implementation_without_a_number_leaves_the_others(implementation):
     assert ("mica.fast was compared with nothing." in text) == (implementation == FAST)
 
 
-def test_the_picture_is_linked(journal):
-    markdown = command.write(journal)
-    assert "](run-against-stock.png)\n" in markdown
-    assert journal.with_name("run-against-stock.png").is_file()
-
-
-def test_ratios_that_changed_since_another_run_are_listed():
-    """Where the intervals overlap, chance may have moved them; what only one run has is not compared."""
-    old = Result.load(GOLDEN / "run.json").groups
-    _, *others = copy.deepcopy(old)
-    by_suite = {group.axes["suite"]: group for group in others}
-    for suite, factor in {"loading": 2.0, "initialisation": 1.1}.items():  # the second may be chance
-        fast = by_suite[suite].timings[FAST]
-        fast.seconds = [factor * seconds for seconds in fast.seconds]
-    count = sum(len(ratios(group, name)) for group in others for name in group.timings)
-    _, _, row, _, agreeing = changes(old, others).splitlines()
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert (*cells[:3], cells[-1]) == (by_suite["loading"].name, FAST, f"÷ {STOCK}", "2.00")
-    assert agreeing == f"{count - 1} of {count} ratios agree: their intervals overlap."
-
-
 def cell(name, **walls):
     """Each implementation takes 1 s of CPU time, and so many by the clock."""
     return Group(name, {}, {which: Timing([1.0], wall=[wall]) for which, wall in walls.items()})
@@ -97,11 +74,3 @@ def test_a_busy_machine_is_seen():
     cells = [cell("a", x=1.0, y=1.5), cell("b", x=1.0), cell("c", x=3.0), Group("by the clock", {})]
     text = "How quiet the machine was: wall ÷ CPU was 1.50 in the median cell, and 3.00 in c."
     assert quietness(cells) == text
-
-
-def test_stock_in_its_best_setting_stands_beside_the_others():
-    seconds = {BARE: 1.0, STOCK: 2.0, STOCK_16: 1.5, FAST: 1.25}
-    timings = {name: Timing([value], {"saved_mb": 100 * value}) for name, value in seconds.items()}
-    *_, row = side_by_side([Group("a cell", {}, timings), Group("without adapter", {}, {})]).splitlines()
-    cells = [text.strip() for text in row.strip("|").split("|")]
-    assert cells == ["a cell", "2.00", "1.50", "1.25", "2.000", "1.500", "1.250"]

@@ -11,6 +11,7 @@ UPWARDS = [
     "run",
     "on_a_gpu",
     "pages",
+    "fits",
     "gpu",
     "__main__",
 ]

@@ -1,4 +1,4 @@
-"""Prediction beside measurement: every modelled number is called so, and what is off is named."""
+"""Prediction beside measurement: every modelled number is called so, and what is off is counted."""
 
 import pytest
 
@@ -19,10 +19,9 @@ def run(device, seconds):
 
 
 @pytest.mark.parametrize(("ratio", "is_off"), [(0.79, True), (0.81, False), (1.19, False), (1.21, True)])
-def test_rows_that_are_off_by_more_than_a_fifth_are_named(ratio, is_off):
-    first, *lines = verdict(run("a card", 1e-3 / ratio)).splitlines()
-    assert first.rstrip(":.") == f"Rows modelled: 1, measured: 1, off by more than 20 %: {int(is_off)}"
-    assert lines[1:] == [f"- {CELL}, {BARE}: {ratio:.2f} times the modelled time"] * is_off
+def test_rows_that_are_off_by_more_than_a_fifth_are_counted(ratio, is_off):
+    text = verdict(run("a card", 1e-3 / ratio))
+    assert text == f"Rows modelled: 1, measured: 1, off by more than 20 %: {int(is_off)}."
 
 
 def test_a_dry_run_has_columns_and_no_verdict():
