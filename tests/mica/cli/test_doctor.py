@@ -224,6 +224,16 @@ def test_version_out_of_range(package, run, versions):
     assert findings[package] == "0.1.0"
 
 
+def test_missing_requirement(run, versions, monkeypatch):
+    versions(triton=None)
+    problems, findings = run()
+    assert problems == ["triton is not installed, and MiCA needs >=3.5"]
+    assert "triton" not in findings
+    needs = ["torch>=2.9", 'triton>=3.5; platform_system == "Nowhere"', 'x; extra == "cli"']
+    monkeypatch.setattr(doctor, "requires", lambda name: needs)
+    assert run()[0] == []
+
+
 # C++, PEFT, the cache
 
 

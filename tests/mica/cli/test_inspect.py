@@ -4,6 +4,7 @@ import json
 import re
 import statistics
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +148,23 @@ def test_what_is_not_proven_is_said(model_dir, run, monkeypatch):
     assert "\nnot proven: model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj\n" in captured.out
     assert captured.out.endswith(": 0 proven, 2 not proven, 0 cannot be adapted\n")
     assert [(row["proven"], row["energy_excess"]) for row in table["layers"]] == [(False, None)] * 2
+
+
+def test_plot_shows_the_chosen_values_exactly(model_dir, run, tmp_path, monkeypatch):
+    """Also where the rest comes from a Gram matrix, which resolves less."""
+    shown = {}
+
+    def figure(values, rank, model):
+        shown.update(values)
+        return SimpleNamespace(savefig=lambda path, format: path.write_bytes(b""))
+
+    nines = torch.full((999,), 9.0).double()
+    monkeypatch.setattr("mica.cli.plot.figure", figure)
+    monkeypatch.setattr(spectra, "spectrum", lambda weight: nines[: min(weight.shape)].clone())
+    _, table, _ = run(model_dir, "--plot", tmp_path / "plot.svg")
+    for row in table["layers"]:
+        values = shown[row["name"]]
+        assert (values[-5], values[-4], values[-1]) == (9, row["sigma_largest"], row["sigma_smallest"])
 
 
 # The plot

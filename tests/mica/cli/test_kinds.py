@@ -29,3 +29,7 @@ def row(name, shape=(8, 4), dtype="float32", **facts):
 def test_layers_that_differ_are_apart(different):
     first, second, third = row("h.0.q"), row("h.1.q", **different), row("h.2.q")
     assert grouped([first, second, third]) == [Kind("q", [first, third]), Kind("q", [second])]
+
+
+def test_numbers_that_are_not_there_do_not_count():
+    assert Kind("q", [row("a", gap=1.0), row("b"), row("c", gap=8.0)]).values("gap") == [1, 8]

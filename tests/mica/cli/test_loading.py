@@ -5,19 +5,23 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mica.cli.loading import (
+    find_device,
     find_source,
     load_config,
     load_model,
     load_tokenizer,
     skeleton,
+    suit_processor,
 )
 from mica.errors import UsageError
 from tests.support import models
+from tests.support.adapt_runs import working_in
 from tests.support.processes import ROOT
 from tests.support.tiny_cli import tiny_llama
 
@@ -75,6 +79,25 @@ def test_a_configuration_that_is_no_models(changes, said, tmp_path):
             load_model(find_source(str(tmp_path), True), "float32")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "is_quantized", "said"),
+    [
+        (
+            "auto",
+            True,
+            "the checkpoint is quantised and computes in bfloat16: this processor has no",
+        ),
+        ("bfloat16", False, "--dtype bfloat16: this processor has no bfloat16 instructions"),
+    ],
+)
+def test_a_dtype_that_is_kept_has_its_cost_said(monkeypatch, dtype, is_quantized, said):
+    monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: False)
+    model = tiny_llama().bfloat16()
+    model.is_quantized = is_quantized
+    assert suit_processor(model, dtype).startswith(said)
+    assert model.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])  # without, and with half of one
 def test_a_missing_tokenizer_is_one_line(tmp_path, name):
     tiny_llama().save_pretrained(tmp_path)
@@ -83,6 +106,23 @@ def test_a_missing_tokenizer_is_one_line(tmp_path, name):
     what = r"its tokenizer cannot be loaded, from tokenizer\.json or tokenizer\.model: .+"
     with pytest.raises(UsageError, match=rf"^--model {tmp_path}: {what}$"):  # . is no line end
         load_tokenizer(find_source(str(tmp_path), False))
+
+
+def test_a_relative_folder_becomes_absolute(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    with working_in(tmp_path):
+        source = find_source("model", False)
+        model = load_model(source, "float32")
+    assert source.given == "model"
+    assert source.location == model.name_or_path == str(tmp_path / "model")
+
+
+def test_among_several_processes_the_device_is_this_ones(monkeypatch):
+    here = find_device()
+    monkeypatch.setattr("accelerate.PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
+    assert find_device() == here
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    assert find_device() == torch.device("meta")
 
 
 @pytest.mark.slow

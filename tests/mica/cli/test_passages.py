@@ -1,10 +1,15 @@
 """Passages of what a run has held out: chosen by position alone, and scored as by hand."""
 
+import json
+
 import pytest
 import torch
 
 from mica.cli import passages
-from tests.support.tiny_cli import tiny_llama
+from mica.cli.adapt import corpus
+from mica.cli.adapt.packing import documents_of
+from tests.support.adapt_runs import settings
+from tests.support.tiny_cli import adapt, byte_tokenizer, tiny_llama
 
 
 def documents(*lengths):
@@ -40,3 +45,21 @@ def test_a_reading_is_that_of_the_model():
     expected = sum(scores[token - 1, token].item() for token in range(50, 74)) / 24
     assert log_likelihood == pytest.approx(expected, rel=1e-5)
     assert continuation.tolist() == written[50:]
+
+
+def test_held_out_is_what_the_run_did_not_train_on(model_dir, tmp_path):
+    texts = ["".join(f"{m} times {n} is {m * n}; " for m in range(20)) for n in range(12)]
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    output = tmp_path / "run"
+    assert adapt(model_dir, file, output, "--held-out", "0.2") == 0
+    tokenizer = byte_tokenizer()
+
+    def texts_of(documents):
+        return {tokenizer.decode(ids, skip_special_tokens=True) for ids in documents}
+
+    found = texts_of(passages.held_out(output, tokenizer))
+    assert 1 <= len(found) < 6
+    sizes = {"held_out": 0.2, "sequence_length": 32, "eval_blocks": 32}
+    args = settings(output, text=[str(file)], model=str(model_dir), **sizes)
+    assert texts_of(documents_of(corpus.gather(args, tokenizer).train)) == {*texts} - found

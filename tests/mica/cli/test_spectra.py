@@ -124,6 +124,14 @@ def test_the_bound_is_for_the_chosen_rank(above, ranks, reported, solver):
     assert row.energy_excess == pytest.approx(reported)
 
 
+def test_null_singular_values_are_shown_and_not_warned_about(recwarn):
+    row, values = spectra.measure("layer", linear(torch.ones(9, 8)), 4)
+    assert (row.sigma_largest, row.sigma_max) == (pytest.approx(0, abs=1e-6), pytest.approx(72**0.5))
+    assert len(values) == 4
+    assert spectra.measure("layer", linear(torch.zeros(9, 8)), 4)[0].energy_share is None
+    assert not [warning for warning in recwarn if "null" in str(warning.message)]
+
+
 def test_a_stack_has_the_numbers_of_its_worst_expert(solver, monkeypatch):
     """The expert with the smallest gap is shown; proven and the bound hold for all of them."""
     certificates = {8.0: (True, 1e-9), 2.0: (True, 2e-9), 4.0: (False, 3e-9)}  # by the value above the cut

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.pytorch_utils import Conv1D
 
 import mica.fast
@@ -92,6 +93,13 @@ def test_a_call_that_is_replaced_for_all_modules_runs_in_a_graph_from_before(mon
     monkeypatch.undo()
     assert torch.equal(compiled(X), expected)
     assert mica.fast.explain(model).counts() == {"reference": 1}
+
+
+def test_fx_s_own_call_while_it_traces_is_no_reason():
+    layer = up(randomise(net(targets=["up"])))
+    graph = make_fx(layer)(X)
+    assert "mica.linear" in graph.code
+    assert error(graph(X), layer(X)) <= RELATIVE[torch.float32]
 
 
 @pytest.mark.parametrize("kind", INPUTS)

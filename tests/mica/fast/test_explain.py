@@ -105,6 +105,17 @@ def test_the_backend_is_said_and_taken(monkeypatch, backend, path, reason):
     assert whatever_language(mica.fast.call_counts) == ours | kernels
 
 
+def test_kernels_that_cannot_be_had_are_an_error_where_they_are_demanded(monkeypatch):
+    model, reason = net(torch.float64), "no Triton kernels for float64"
+    monkeypatch.setenv("MICA_BACKEND", "triton")
+    rows = [(row.path, row.reason) for row in mica.fast.explain(model).rows]
+    assert rows == [("reference", reason), *3 * [("error", reason)]]  # the embedding, and the others
+    with pytest.raises(RuntimeError, match=reason):
+        model(torch.tensor([[1, 5]]))
+    monkeypatch.setenv("MICA_BACKEND", "auto")
+    assert mica.fast.explain(model).counts() == {"reference": 4}
+
+
 def test_only_adapters_that_the_layer_has_are_listed():
     model = net(targets=["up", "down"])
     model.add_adapter("second", LoraConfig(r=2, target_modules=["down"]))

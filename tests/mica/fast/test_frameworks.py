@@ -86,6 +86,13 @@ def test_only_its_own_layers_are_named():
         assert message.startswith("mica.fast did not initialise layer 'up': theirs.initialisation has ")
 
 
+def test_nobody_is_named_where_the_function_only_wraps_this_package_s(monkeypatch, solved):
+    original = lora.LoraLayer.mica_init
+    monkeypatch.setattr(lora.LoraLayer, "mica_init", lambda self, name: original(self, name))
+    assert warned(net)[1] == []
+    assert solved
+
+
 def test_experts_and_quantised_bases_are_none_of_its_business():
     """It knows neither: of a packed weight it would take the bytes, of a stack there is no ``weight``."""
     with another_initialisation():

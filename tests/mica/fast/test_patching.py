@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import warnings
 
 import peft
 import pytest
@@ -180,3 +181,15 @@ def test_a_wrapper_of_another_name_that_was_there_first(monkeypatch):
         assert LoraModel._create_and_replace is wrapper
     finally:
         mica.fast.uninstall()  # before the wrapper goes
+
+
+def test_optional_functions_may_be_missing(monkeypatch):
+    mica.fast.uninstall()
+    patches = [p if p.required else p._replace(name="nothing") for p in patching.PATCHES]
+    assert patches != list(patching.PATCHES)
+    monkeypatch.setattr(patching, "PATCHES", tuple(patches))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mica.fast.enable()
+    assert mica.fast.is_enabled()
+    mica.fast.uninstall()

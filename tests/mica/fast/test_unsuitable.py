@@ -281,6 +281,16 @@ def test_skip_leaves_the_layer_out_and_says_so(tmp_path):
         assert len(adapted_layers(load(poisoned_net(), tmp_path))) == 3
 
 
+@pytest.mark.parametrize("exclude", [["up"], "u.*p"])
+def test_skip_keeps_the_user_s_exclusions(exclude):
+    mica.fast.enable(on_unsuitable="skip")
+    with pytest.warns(UserWarning, match="layer 'conv'"):
+        model = wrap(poisoned_net(), exclude_modules=exclude)
+    assert names_of(adapted_layers(model)) == ["embed", "down"]
+    again = wrap(poisoned_net(), exclude_modules=model.peft_config["default"].exclude_modules)
+    assert names_of(adapted_layers(again)) == ["embed", "down"]
+
+
 def test_skip_of_a_second_adapter_and_of_a_quantised_layer():
     mica.fast.enable(on_unsuitable="skip")
     with pytest.warns(UserWarning, match="layer 'down'"):

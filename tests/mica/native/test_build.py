@@ -5,6 +5,7 @@ import platform
 import re
 import shlex
 import shutil
+import sys
 import sysconfig
 import time
 
@@ -13,7 +14,7 @@ import torch
 
 from mica import native
 from mica.native import build
-from tests.mica.native.compilers import awaited, copying, has_ended, names
+from tests.mica.native.compilers import Compiler, awaited, copying, has_ended, names
 
 # What is built
 
@@ -36,6 +37,12 @@ def test_it_is_compiled_once_and_a_layer_works(folder, compiler, assert_layer_wo
     assert native.why_not() is None
     assert capfd.readouterr().err == ""
     assert len(compiler.runs()) == 1
+
+
+def test_a_terminal_that_is_gone_does_not_matter(folder, compiler, monkeypatch):
+    with open(os.devnull, "w") as closed:
+        monkeypatch.setattr(sys, "stderr", closed)
+    assert build.ensure_built(folder).exists()
 
 
 @pytest.mark.parametrize("umask", [0, 0o002, 0o077])
@@ -168,6 +175,26 @@ def test_a_failure_counts_for_an_hour(folder, compiler, compiled):
         else:
             with pytest.raises(build.BuildError, match="within the last hour"):
                 build.ensure_built(folder)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["CXX", "PATH"])
+def test_another_compiler_is_tried_at_once(named, folder, compiler, compiled, tmp_path, monkeypatch):
+    """One that CXX names, or another file behind the same name, as an update leaves."""
+    failing, working = (Compiler(tmp_path / name, "exit 1") for name in ("old", "new"))
+    working.does(copying(compiled))
+    (tmp_path / "bin" / "c++").symlink_to(failing.path)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("CXX", str(failing.path) if named else "")
+    for message in ("has its output", "within the last hour"):
+        with pytest.raises(build.BuildError, match=message):
+            build.ensure_built(folder)
+    if named:
+        monkeypatch.setenv("CXX", str(working.path))
+    else:
+        (tmp_path / "bin" / "c++").unlink()
+        (tmp_path / "bin" / "c++").symlink_to(working.path)
+    assert build.ensure_built(folder).exists()
+    assert len(failing.runs()) == len(working.runs()) == 1
 
 
 def test_a_compiler_that_hangs_ends_with_all_its_processes(

@@ -1,5 +1,8 @@
 """Where the module comes from, by MICA_NATIVE, and that a process looks for it once."""
 
+import threading
+import time
+
 import pytest
 from huggingface_hub import constants
 
@@ -71,6 +74,26 @@ def test_the_setting_may_change_and_each_is_looked_up_once(asked, monkeypatch, t
             assert_layer_works()
             assert (native.why_not() is None) == (setting != "0")
     assert asked == [tmp_path / "a", tmp_path / "b"]
+
+
+def test_threads_that_come_at_once_look_once(asked, monkeypatch, tmp_path, compiled):
+    ensure_built = build.ensure_built
+
+    def slowly(folder, extension):
+        time.sleep(0.2)
+        return ensure_built(folder, extension)
+
+    monkeypatch.setattr(build, "ensure_built", slowly)
+    monkeypatch.setenv("MICA_NATIVE", str(tmp_path))
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(native.module())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(asked) == 1
+    assert len(found) == 4
+    assert len(set(map(id, found))) == 1
 
 
 def test_who_asks_after_the_module_was_loaded_gets_it_at_once(monkeypatch):

@@ -106,6 +106,16 @@ def test_no_mica_adapter(content, message, folder):
         adapter.read_adapter_config(folder)
 
 
+@pytest.mark.parametrize("name", ["r", "lora_alpha"])
+@pytest.mark.parametrize("value", ["x", None, 0, [4]])
+def test_a_value_that_is_no_number(name, value, folder):
+    change(folder, **{name: value})
+    with pytest.raises(
+        UsageError, match=f"^--adapter {folder}: adapter_config.json: {name} must be a number"
+    ):
+        adapter.read_adapter_config(folder)
+
+
 @pytest.mark.parametrize(
     "entry", [{"r": 2}, {"r": 8}, {"rank_pattern": {"q_proj": 2}}, {"target_modules": [3]}]
 )

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from mica.cli.adapt.card import card
+from mica.cli.adapt.card import card, hub_name
 from tests.support.adapt_runs import working_in, write_adapter
 from tests.support.tiny_cli import logits, tiny_llama
 
@@ -61,6 +61,15 @@ def test_text_has_results_data_recipe_and_versions():
     assert "The adapter is of step 200, the last; stopped after step 200 by" in text_of(stopped_by="x")
     assert "retained" not in text_of(retain_before=None)
     assert "with the base quantised to nf4" in text_of(settings={"rank": 16, "quantize": "nf4"})
+
+
+@pytest.mark.parametrize(
+    ("name", "is_on_hub"),
+    [("owner/name", True), ("name", False), ("a/b/c", False), ("./b", False), ("~/b", False),
+     ("data/x.jsonl", False), (None, False)],
+)  # fmt: skip
+def test_names_of_the_hub(name, is_on_hub):
+    assert hub_name(name) == (name if is_on_hub else None)
 
 
 def code_of(text: str) -> list[str]:

@@ -66,6 +66,14 @@ def test_the_command_line_wins_over_yaml_over_the_recipe(argv, yaml, expected, y
     assert {name: getattr(args, name) for name in expected} == expected
 
 
+def test_what_was_given_is_known(yaml_file, run_folder):
+    """By which it is refused where the model cannot do it; a recipe's value is dropped."""
+    given_options = resolve("--seed", 2, "--config", yaml_file("packing: documents\nrank:\n")).given
+    assert given_options == {"model", "text", "output", "seed", "config", "packing"}
+    resumed = config.resolve(given("--output", run_folder[0], "--resume"))
+    assert resumed.given == {"output", "resume"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

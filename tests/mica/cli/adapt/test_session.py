@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
-from mica.cli.adapt import checkpoints, corpus
+from mica.cli.adapt import checkpoints, corpus, session
 from mica.cli.record import NAME
 from tests.mica.cli.tiny_gguf import write_tiny_gguf
 from tests.support.adapt_runs import command, resume, same, saved, summary, unfinished, weights
@@ -215,6 +215,23 @@ def test_a_run_that_begins_while_another_reads_its_texts_is_refused(
     assert adapt(model_dir, rows, output, "--steps", 1) == 2  # it has ended, and is not replaced
     said = f"--output {output}: is not empty: choose another folder, or use --resume to continue the run"
     assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_another_run_has_filled_since_the_first_look_is_refused(
+    model_dir, rows, tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "out"
+    exclusive = session.exclusive
+
+    def later(output):
+        output.mkdir()
+        (output / "run.yaml").write_text("another run's")
+        return exclusive(output)
+
+    monkeypatch.setattr(session, "exclusive", later)
+    assert adapt(model_dir, rows, output) == 2
+    assert "is not empty: choose another folder, or use --resume" in capsys.readouterr().err
+    assert (output / "run.yaml").read_text() == "another run's"
 
 
 def test_a_refused_run_leaves_no_converted_base(rows, tmp_path, capsys):

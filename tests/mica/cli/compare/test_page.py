@@ -39,6 +39,11 @@ def test_each_method_has_a_row_of_means_and_one_a_seed():
     assert f"test perplexity (before: {math.exp(LOSS):.2f})" in page.table(asked)
 
 
+def test_of_one_seed_and_one_method_nothing_is_known():
+    learned, *_ = page.spread(done(seeds=1, names=("mica",)))
+    assert learned.count("an unknown amount") == 2
+
+
 def test_how_the_trainings_were_is_on_the_page():
     """Names of files are without the folders of this machine, but for the command, which is to run."""
     asked = done(rates=(1e-3, 2e-3))

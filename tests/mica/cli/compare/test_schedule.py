@@ -81,6 +81,30 @@ def test_too_small_a_budget_names_one_that_suffices_for_what_was_measured():
             comparison(kept, budget=60.0 * 0.7 * minutes, **more).left()
 
 
+def test_without_time_for_all_rates_a_budget_is_named_that_suffices():
+    """The first steps were quick; then the machine was busy."""
+
+    def seconds(planned):
+        return 2.0, 1.0 if planned.phase == TRIAL else 3.0, 0.1
+
+    asked = comparison(seeds=1, budget=1000.0)
+    simulate(asked, World(), seconds)
+    assert asked.spent() <= 1000
+    left = asked.left()
+    assert {planned.phase for planned in left} == {RATES}
+    more = asked._replace(budget=60.0 * asked.minutes_for(left))
+    simulate(more, World(), seconds)
+    assert not more.left()
+
+
+def test_a_training_that_was_held_up_says_nothing_of_the_next_ones():
+    asked = comparison(simulate(comparison()))
+    *_, planned = [planned for planned in [*asked._at_rates()] if planned.method == "mica"]
+    before = asked.seconds(planned)
+    asked.results[planned.key]["seconds"] += 3600
+    assert asked.seconds(planned) == pytest.approx(before, rel=0.01)
+
+
 def test_what_fails_is_not_gone_on_with():
     """A method that does not fit in memory is left out, and so are rates that diverge."""
     results = simulate(comparison(), World(fails=("1-full", "2-mica-0.002")), costs(1))

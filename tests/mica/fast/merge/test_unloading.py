@@ -8,6 +8,7 @@ from peft.tuners import lora
 from torch import nn
 
 import mica.fast
+from mica.fast import known_peft
 from mica.fast.merge import merging
 from tests.support.merging_models import assert_same_bits, exact_merge, quietly, trained, weights
 from tests.support.models import adapted_layers, factors, randomise, stored
@@ -91,6 +92,26 @@ def test_of_nested_wrappers_only_the_innermost_has_none(recorded):
     assert corrected(recorded) == [not is_innermost for is_innermost in innermost]
 
 
+def test_a_layer_at_two_places_keeps_its_undo_and_unmerges_at_the_other(recorded):
+    """PEFT replaces it at the first."""
+    model = trained(dtype=BF16)
+    inner = model.base_model.model
+    inner.again = inner.up
+    before = stored(inner.up).detach().clone()
+    unloaded = model.merge_and_unload()
+    assert isinstance(unloaded.again, lora.Linear)
+    assert sorted(corrected(recorded)) == [False, False, True]
+    quietly(unloaded.again.unmerge)
+    assert torch.equal(stored(unloaded.again), before)
+
+
+def test_a_release_that_unloads_otherwise_keeps_all(recorded, monkeypatch):
+    name = "peft.tuners.lora.model:LoraModel._unload_and_optionally_merge"
+    monkeypatch.setitem(known_peft.UNLOADING, name, "another")
+    trained().merge_and_unload()
+    assert corrected(recorded) == [True] * 3
+
+
 # -- what happens afterwards --------------------------------------------------------------------------
 
 
@@ -107,6 +128,19 @@ def test_a_layer_that_was_kept_unmerges_by_subtraction_and_says_so(kind):
     with pytest.warns(UserWarning, match="subtracting its update .* merged by merge_and_unload"):
         layer.unmerge()
     assert error(stored(layer), before) <= RELATIVE[BF16]
+
+
+def test_after_a_failure_merges_have_their_undo_again(recorded):
+    model = trained(dtype=BF16)
+    broken(model, 0)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_and_unload(safe_merge=True)
+    layer = list(adapted_layers(model).values())[1]
+    before = stored(layer).detach().clone()
+    layer.merge()
+    assert corrected(recorded) == [True]
+    quietly(layer.unmerge)
+    assert torch.equal(stored(layer), before)
 
 
 # -- a failure on the way -----------------------------------------------------------------------------
