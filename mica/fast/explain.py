@@ -75,8 +75,8 @@ def explain(model: nn.Module) -> Explanation:
     What only a call can show (tokens, dtype and strides of the activations, autocast, other arguments) comes
     from the PEFT model's last completed forward with the backend on. A layer whose adapter PEFT's code ran
     there has the path "peft", and its reason names that forward. Without such a forward, or where a layer was
-    called more than once, the table is about many tokens, or about the last call. The backward is taken to
-    get a contiguous gradient.
+    called more than once, the table is about what holds for any call, or about the last one. The backward is
+    taken to get a contiguous gradient.
 
     ``calls`` of a row: how often the layer was called, on any path, in the PEFT model's last completed
     forward (`generate` has none). 0: something bypasses it, like a framework that has replaced the forward of
