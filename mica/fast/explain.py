@@ -74,7 +74,7 @@ def explain(model: nn.Module) -> Explanation:
 
     What only a call can show (tokens, dtype and strides of the activations, autocast, other arguments) comes
     from the layer's last call with the backend on. A layer whose adapter PEFT's code ran then has the path
-    "peft", and its reason names that call. Before the first call the table is about many tokens. The backward
+    "peft", and its reason names that call. Before the first call the table is about what holds for any call. The backward
     is taken to get a contiguous gradient.
 
     ``calls`` of a row: how often the layer was called, on any path, with the backend on, since an adapter was

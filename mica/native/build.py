@@ -144,7 +144,7 @@ def _build(path: Path, extension: Extension) -> None:
             )
         output = Path(scratch) / path.name
         command = [*compiler, *_arguments(extension.source, output)]
-        _say(f"compiling C++ for PyTorch {torch.__version__}, once on this machine: 15 seconds to a minute")
+        say(f"compiling C++ for PyTorch {torch.__version__}, once on this machine: 15 seconds to a minute")
         start = time.monotonic()
         problem = _problem_of(command)
         if problem is None and not output.exists():
@@ -152,13 +152,13 @@ def _build(path: Path, extension: Extension) -> None:
         if problem is not None:
             text = f"{shlex.join(command)}\n{problem}\n"
             failure.write_text(text, encoding="utf-8", errors="replace")
-            _say("the C++ compiler failed, so layers run from Python, with the same results")
+            say("the C++ compiler failed, so layers run from Python, with the same results")
             raise BuildError(f"the C++ compiler failed: {failure} has its output")
         temporary = path.with_suffix(".tmp")  # which only who holds the lock writes, and no compiler
         temporary.write_bytes(_sealed(output.read_bytes()))
         temporary.chmod(0o644)
         temporary.replace(path)
-        _say(f"the C++ was compiled in {time.monotonic() - start:.0f} s")
+        say(f"the C++ was compiled in {time.monotonic() - start:.0f} s")
 
 
 def _problem_of(command: list[str]) -> str | None:
@@ -186,8 +186,8 @@ def _problem_of(command: list[str]) -> str | None:
     return output if process.returncode else None
 
 
-def _say(text: str) -> None:
-    """A whole line at once, as several processes may write; without a terminal nothing is said."""
+def say(text: str) -> None:
+    """A whole line on stderr at once, as several processes may write; without a terminal nothing is said."""
     with contextlib.suppress(OSError, ValueError):
         print(f"mica: {text}", file=sys.stderr, flush=True)
 

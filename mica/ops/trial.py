@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from mica.native.build import say
 from mica.ops.operator import call_counts, in_form
 from mica.paths import choose, tuning
 from mica.paths.operands import Operands
@@ -75,11 +77,11 @@ def _measured(
         what = f"MiCA runs {kind} on the reference path, as it could not be measured"
         warnings.warn(f"{what}: {_line(error)}", stacklevel=2)
         return tuning.UNMEASURED
-    layer = Layer(*tuning.chosen(forward, backward), tuning.today())
+    layer = Layer(*tuning.chosen(forward, backward), date.today().isoformat())
     seconds = tuning.clock() - start
     where = tuning.device_name(x.device)
     found = f"forward {layer.forward.found()}; backward {layer.backward.found()}"
-    tuning.say(f"measured in {seconds:.1f} s how {kind} runs on {where}: {found}")
+    say(f"measured in {seconds:.1f} s how {kind} runs on {where}: {found}")
     # another process may find the memory
     return layer if has_memory else layer._replace(day="")
 

@@ -18,13 +18,11 @@ import functools
 import json
 import os
 import re
-import sys
 import threading
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -331,8 +329,6 @@ def _seconds(call: Callable[[], Results], synchronize: Callable[[], None]) -> fl
 
 @torch.no_grad()
 def _check(results: Results, expected: Results, tolerance: float) -> None:
-    if len(results) != len(expected):
-        raise ValueError(f"it gives {len(results)} results, not {len(expected)}")
     for result, exact in zip(results, expected, strict=True):
         difference = torch.linalg.vector_norm(result - exact, dtype=torch.float32)
         scale = torch.linalg.vector_norm(exact, dtype=torch.float32)
@@ -377,13 +373,3 @@ def is_faster(seconds: Sequence[float], reference: Sequence[float]) -> bool:
     slow = sorted(seconds)[-2]
     fast = sorted(reference)[1]
     return slow < (1 - MARGIN) * fast
-
-
-def today() -> str:
-    return date.today().isoformat()
-
-
-def say(text: str) -> None:
-    """A whole line on stderr at once, as several processes may write; without a terminal nothing is said."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"mica: {text}", file=sys.stderr, flush=True)

@@ -124,6 +124,16 @@ def test_what_is_known_of_a_layer_decides(a_gpu, function, layer, changes, form,
     assert (demanded.form, demanded.unsettled) == ("split" if form == "reference" else form, None)
 
 
+def test_what_a_file_says_is_settled_by_a_call_unless_kernels_are_demanded(a_gpu):
+    a_gpu.setenv("MICA_TUNE", "1")
+    lora = KIND._replace(trains_B=True)
+    a_gpu.setattr(tuning, "_read", lambda path: {str(lora): KNOWN._replace(is_settled=False)})
+    for function, form in (("lora_linear", "split"), ("lora_linear_backward", "reference")):
+        assert choose.decide(function, GPU, 16, MASTERS, lambda: lora)[::3] == (form, lora)
+    a_gpu.setenv("MICA_BACKEND", "triton")
+    assert choose.decide("lora_linear", GPU, 16, MASTERS, lambda: lora)[::3] == ("split", None)
+
+
 def test_a_gradient_of_b_runs_as_its_layer_s_backward(a_gpu):
     """It is told neither of x nor of dropout."""
     a_gpu.setenv("MICA_TUNE", "1")
