@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from bench.results.names import BACKWARD, BARE, MICA, NO_GRADIENT
 from mica.fast.loading import without_solver
-from tests.support import definition
+from tests.support import definition, models
 
 OF_A_STEP = ("y", "dx", "dA", "dB")  # dB of plain LoRA only
 
@@ -106,15 +105,10 @@ def adapted_module(
     base.weight = nn.Parameter(layer.weight, requires_grad=False)
     rank = layer.lora_A.shape[0]
     is_lora = layer.lora_B.requires_grad
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank * layer.scaling,
-        lora_dropout=dropout,
-        target_modules=["0"],
-        init_lora_weights=True if is_lora else "mica",
-    )
+    config = {"lora_alpha": rank * layer.scaling, "lora_dropout": dropout}
+    init = True if is_lora else "mica"
     with without_solver():  # on a device its first run belongs to its own stage
-        adapted = get_peft_model(nn.Sequential(base), config).train()
+        adapted = models.wrap(nn.Sequential(base), rank, ["0"], init_lora_weights=init, **config).train()
     module = adapted.base_model.model[0].to(layer.x.device)
     for part, value in ((module.lora_A, layer.lora_A), (module.lora_B, layer.lora_B)):
         part["default"].weight = nn.Parameter(value.detach().to(adapter_dtype), value.requires_grad)
