@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.report.words import in_short, markdown, waited_for
 from bench.results.names import FAST
 from bench.results.schema import Result
 
@@ -99,7 +100,7 @@ def _section(devices: Devices, root: Path) -> str:
 
 def _device(sources: dict[str, str], root: Path) -> Iterator[str]:
     """Where the figures are from, the targets, and how much faster the cells of each suite are."""
-    from bench.report import markdown  # imports pandas
+    from bench.report.markdown import table  # imports pandas
     from bench.report.targets import targets
 
     results = {path: Result.load(root / path) for path in sorted({*sources.values()})}
@@ -107,9 +108,9 @@ def _device(sources: dict[str, str], root: Path) -> Iterator[str]:
         yield _source(path, result)
     groups = [group for suite, path in sources.items() for group in results[path].select(suite=suite)]
     merged = Result({}, groups)
-    yield markdown.table(targets(merged.with_both()))
+    yield table(targets(merged.with_both()))
     yield f"{FAST}, times as fast:"
-    yield markdown.in_short(markdown.waited_for(merged))
+    yield markdown(in_short(waited_for(merged)))
 
 
 def _source(path: str, result: Result) -> str:

@@ -47,7 +47,7 @@ def words():
         figures += [*times, pages.speedup(group.ratio(FAST, STOCK), digits)]
     yield bench, text.format(*figures)
     shape = {"tokens": 1024, "out": 2048, "rank": 16}
-    (layer,) = (one for one in pages.layers(run, "bfloat16", names.BOTH) if shape.items() <= one.axes.items())
+    (layer,) = (one for one in pages.layers(run, dtype="bfloat16") if shape.items() <= one.axes.items())
     ways = (names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN)
     text = "{} of the time with stock PEFT compiled, {} with the operator and {} with the plain products"
     yield "mica/fast/README.md", text.format(*(pages.shown(layer.ratio(way, STOCK)) for way in ways))
