@@ -10,7 +10,6 @@ FAST = "mica.fast"
 FAST_NORMS = "mica.fast, norms recomputed"
 LORA = "PEFT LoRA"
 FAST_LORA = "mica.fast, LoRA"
-ATEN = "aten control"  # plain PyTorch: an autograd.Function that rounds dA to the base dtype
 
 # Stock's adapters are in the base dtype here, because its default ones are slower.
 COMPILED = "stock PEFT, torch.compile"

@@ -30,7 +30,6 @@ from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import alive_bytes
 from bench.results import names
 from bench.results.names import (
-    ATEN,
     BACKWARD,
     BARE,
     FAST,
@@ -44,7 +43,6 @@ from bench.results.names import (
 from bench.suites import harness
 from bench.suites.harness import build_all, each_part, iterations, pick
 from bench.suites.layer import (
-    AtenControl,
     Form,
     Layer,
     adapted_module,
@@ -115,14 +113,14 @@ class Cell(harness.Cell):
     def implementations(self, part: str) -> list[str]:
         """Without a gradient there is no other `torch.compile`d layer: it would have to be built again."""
         if self.forms:
-            return [] if part == NO_GRADIENT else [BARE, *FORMS, ATEN]
+            return [] if part == NO_GRADIENT else [BARE, *FORMS]
         chosen = [BARE, *names.stock(self.dtype)]
         if self.dropout:
             return [] if part == NO_GRADIENT else [*chosen, FAST]
         compiled = [names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN]
         if self.is_compiled_only:
             return [] if part == NO_GRADIENT else [*chosen, FAST, *compiled]
-        chosen += [ATEN, FAST]
+        chosen.append(FAST)
         if self.compiled and part != NO_GRADIENT:
             chosen += compiled
         return chosen
@@ -246,7 +244,6 @@ def builds(cell: Cell, layer: Layer) -> dict[str, Callable[[], Form]]:
         BARE: lambda: Form(lambda: F.linear(x, layer.weight), (x,)),
         STOCK: lambda: adapted(torch.float32, stock),
         STOCK_16: lambda: adapted(x.dtype, stock),
-        ATEN: lambda: Form(lambda: AtenControl.apply(*operands), (x, *layer.trained)),
         FAST: lambda: adapted(torch.float32, nullcontext),
         names.COMPILED: lambda: adapted(x.dtype, stock, under_compiler),
         names.COMPILED_FAST: lambda: adapted(torch.float32, nullcontext, under_compiler),
