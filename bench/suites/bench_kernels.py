@@ -56,10 +56,6 @@ class Cell(harness.Cell):
             "dtype": "bfloat16",
         }
 
-    @property
-    def implementations(self) -> dict[str, Config | None]:
-        return implementations(self)
-
 
 SIZES = pick(
     default=[],
@@ -168,4 +164,4 @@ def bench_kernels(cell):
     def sample(once: Once, name: str) -> None:
         once(calls[name], cell.axes, ITERATIONS, all_clocks=True, work=work)
 
-    rounds(cell.name, cell.implementations, sample)
+    rounds(cell.name, implementations(cell), sample)

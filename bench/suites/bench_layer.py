@@ -114,15 +114,11 @@ class Cell(harness.Cell):
         """Without a gradient there is no other `torch.compile`d layer: it would have to be built again."""
         if self.forms:
             return [] if part == NO_GRADIENT else [BARE, *FORMS]
-        chosen = [BARE, *names.stock(self.dtype)]
-        if self.dropout:
-            return [] if part == NO_GRADIENT else [*chosen, FAST]
-        compiled = [names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN]
-        if self.is_compiled_only:
-            return [] if part == NO_GRADIENT else [*chosen, FAST, *compiled]
-        chosen.append(FAST)
+        if part == NO_GRADIENT and (self.dropout or self.is_compiled_only):
+            return []
+        chosen = [BARE, *names.stock(self.dtype), FAST]
         if self.compiled and part != NO_GRADIENT:
-            chosen += compiled
+            chosen += [names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN]
         return chosen
 
 
