@@ -19,7 +19,7 @@ from bench import on_a_gpu
 from bench.report.words import Row, in_short, markdown, shown, shows_no_difference, speedup, waited_for
 from bench.results import names
 from bench.results.cell import Group, Ratio
-from bench.results.names import BARE, BOTH, EIGH, FAST, FAST_NORMS, LORA, MICA, NO_GRADIENT, STOCK, best_stock
+from bench.results.names import BARE, BOTH, EIGH, FAST, FAST_NORMS, LORA, MICA, STOCK, best_stock
 from bench.results.schema import Result
 from bench.results.throughput import number
 from mica.cli.fits import GIB, tokens_that_fit
@@ -212,23 +212,6 @@ def _seconds_row(label: str, group: Group, digits: int = 2) -> Row:
     return [label, "", stock, "", ours, _speedup_cell(group.ratio(FAST, STOCK), digits), ""]
 
 
-def host(run: str) -> list[Row]:
-    """÷ stock PEFT in its best setting."""
-    rows = [["fp32 / bf16 / bf16 under autocast", "mica.fast", "from Python", "kernels"]]
-    for what in ("layer", "layer, without products", "block"):
-        for call in (NO_GRADIENT, BOTH):
-            groups = [*result(run).select(suite=f"host {what}", adapter=MICA, call=call)]
-            rows.append([f"{what}, {MICA}, {call}", *_host_cells(groups)])
-    return rows
-
-
-def _host_cells(groups: list[Group]) -> Iterator[str]:
-    for name in (FAST, names.PYTHON, names.KERNELS):
-        timed = [group for group in groups if name in group.timings]
-        ratios = [group.ratio(name, best_stock(group.timings)) for group in timed]
-        yield " / ".join(f"{ratio.median:.2f}" for ratio in ratios)
-
-
 def experts(run: str) -> list[Row]:
     rows = [["", "PEFT LoRA", "mica.fast", "ratio"]]
     for group in sorted(result(run).select(suite="experts"), key=lambda one: -one.axes["out"]):
@@ -280,7 +263,6 @@ TABLES = {
     "headline": headline,
     "kept": kept,
     "peers": peers,
-    "host": host,
     "experts": experts,
     "subspaces": subspaces,
     "fits": fits,

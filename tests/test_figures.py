@@ -6,8 +6,9 @@ import re
 import pytest
 
 from bench import on_a_gpu, pages
+from bench.report.words import shows_no_difference
 from bench.results import names
-from bench.results.names import FAST, LORA, STOCK
+from bench.results.names import FAST, LORA, STOCK, best_stock
 
 EPYC = "amd-epyc-avx512-bf16-2-threads"
 TWO_THREADS = f"{EPYC}/2026-11-30-clock"
@@ -35,6 +36,9 @@ def words():
     assert pages.sources("headline") == [run, TWO_THREADS]
     created = pages.only(run, suite="initialisation").ratio(FAST, STOCK)
     yield "mica/subspace/README.md", f"initialises {1 / created.median:.1f} times as fast as with stock PEFT"
+    models = [one for suite in ("block", "step") for one in pages.result(run).select(suite=suite)]
+    unsure = sum(shows_no_difference(one.ratio(FAST, best_stock(one.timings))) for one in models)
+    yield bench, f"{unsure} of the {len(models)} blocks and steps are not shown to be faster"
     loading = pages.only(run, suite="loading").timings
     yield "mica/cli/USE.md", f"[{loading[STOCK].median:.1f} s instead of {loading[FAST].median:.2f} s]"
     created, loaded = (pages.only(TWO_THREADS, suite=suite) for suite in ("initialisation", "loading"))
