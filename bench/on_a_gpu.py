@@ -9,14 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
-from bench.report.targets import KERNELS, default_configuration
-from bench.report.words import Row, markdown, shape_in_words, speedup
-from bench.results import names
-from bench.results.cell import Group
-from bench.results.names import BARE, BOTH, COPY, CUBLAS, DEVICE_TIME, FAST, STOCK, STOCK_16, WALL
+from bench.report.words import in_short, markdown, waited_for
+from bench.results.names import FAST
 from bench.results.schema import Result
 
 LIBRARIES = ("torch", "triton", "peft")
@@ -93,7 +89,7 @@ def adopted(root: Path) -> Devices:
 
 
 def _section(devices: Devices, root: Path) -> str:
-    """All figures, a part for each device."""
+    """A part for each device."""
     if not devices:
         return "\n\nNothing has been measured on a GPU yet.\n\n"
     parts = []
@@ -103,30 +99,18 @@ def _section(devices: Devices, root: Path) -> str:
 
 
 def _device(sources: dict[str, str], root: Path) -> Iterator[str]:
+    """Where the figures are from, the targets, and how much faster the cells of each suite are."""
+    from bench.report.markdown import table  # imports pandas
+    from bench.report.targets import targets
+
     results = {path: Result.load(root / path) for path in sorted({*sources.values()})}
     for path, result in results.items():
         yield _source(path, result)
-    suites = {suite: results[path].with_both() for suite, path in sources.items()}
-    yield from _table(
-        "Forward + backward of a layer in bf16, by device time:",
-        ["layer", "bare", "stock PEFT", "mica.fast", "speedup", "against bf16 adapters"],
-        _layers(suites),
-    )
-    yield from _table(
-        "Blocks and training steps, by the wall clock:",
-        ["", "bare", "stock PEFT", "mica.fast", "speedup"],
-        _steps(suites),
-    )
-    yield from _table(
-        "Kernels, by device time: their bandwidth as a share of a copy's, and their speed against cuBLAS.",
-        ["kernel", "cells", "share of a copy", "median", "against cuBLAS", "median"],
-        _kernels(suites),
-    )
-    yield from _table(
-        "Initialisation of a model, and minor subspaces of single weights:",
-        ["", "stock PEFT, or the SVD", "mica.fast", "speedup"],
-        [*_initialisation(suites), *_subspaces(suites)],
-    )
+    groups = [group for suite, path in sources.items() for group in results[path].select(suite=suite)]
+    merged = Result({}, groups)
+    yield table(targets(merged.with_both()))
+    yield f"{FAST}, times as fast:"
+    yield markdown(in_short(waited_for(merged)))
 
 
 def _source(path: str, result: Result) -> str:
@@ -139,100 +123,3 @@ def _source(path: str, result: Result) -> str:
     return (
         f"Measured by `make gpu` at commit {commit} ({libraries};\n[report]({report}), [raw results]({raw}))."
     )
-
-
-def _table(title: str, header: Row, rows: list[Row]) -> Iterator[str]:
-    if rows:
-        yield title
-        yield markdown(header, rows)
-
-
-def _cells(suites: dict[str, Result], suite: str, **axes: str) -> list[Group]:
-    return [*suites[suite].select(suite=suite, **axes)] if suite in suites else []
-
-
-def _layers(suites: dict[str, Result]) -> list[Row]:
-    rows = []
-    for cell in _cells(suites, "layer", dtype="bfloat16", clock=DEVICE_TIME, **{"pass": BOTH}):
-        theirs, ours = (STOCK, FAST)
-        if "compiler" in cell.axes:
-            theirs, ours = (names.COMPILED, names.COMPILED_FAST)
-        if not {BARE, theirs, ours} <= cell.timings.keys():
-            continue
-        shape = shape_in_words(cell.axes)
-        label = f"{shape['out × in']}, {cell.axes['tokens']:,} tokens, r = {cell.axes['rank']}"
-        if cell.axes.get("adapter", names.MICA) != names.MICA:
-            label = f"{label}, {cell.axes['adapter']}"
-        if "dropout" in cell.axes:
-            label = f"{label}, dropout {cell.axes['dropout']}"
-        if "compiler" in cell.axes:
-            label = f"{label}, both under {cell.axes['compiler']}"
-        against_16 = speedup(cell.ratio(ours, STOCK_16)) if STOCK_16 in cell.timings else ""
-        rows.append([label, *_times(cell, theirs, ours), speedup(cell.ratio(ours, theirs)), against_16])
-    return rows
-
-
-def _steps(suites: dict[str, Result]) -> list[Row]:
-    rows = []
-    for suite in ("block", "step"):
-        for cell in _cells(suites, suite, clock=WALL):
-            if {BARE, STOCK, FAST} <= cell.timings.keys():
-                label = cell.name.removesuffix(f", {WALL}")
-                rows.append([label, *_times(cell, STOCK, FAST), speedup(cell.ratio(FAST, STOCK))])
-    return rows
-
-
-def _initialisation(suites: dict[str, Result]) -> list[Row]:
-    rows = []
-    for cell in _cells(suites, "initialisation"):
-        if cell.axes.get("clock", WALL) == WALL and {STOCK, FAST} <= cell.timings.keys():
-            rows.append(_against(cell, cell.name.removesuffix(f", {WALL}"), FAST, STOCK))
-    return rows
-
-
-def _subspaces(suites: dict[str, Result]) -> list[Row]:
-    rows = []
-    for cell in _cells(suites, SUBSPACE):
-        if cell.axes.get("clock", WALL) != WALL or names.SVD not in cell.timings:
-            continue
-        shape = shape_in_words(cell.axes)["out × in"]
-        for name in cell.timings:
-            if name.startswith("minor_subspace"):
-                rows.append(_against(cell, f"{shape}, {name}", name, names.SVD))
-    return rows
-
-
-def _against(cell: Group, label: str, ours: str, theirs: str) -> Row:
-    seconds = [f"{cell.timings[name].median:.3g} s" for name in (theirs, ours)]
-    return [label, *seconds, speedup(cell.ratio(ours, theirs))]
-
-
-def _times(cell: Group, theirs: str, ours: str) -> list[str]:
-    milliseconds = [1e3 * cell.timings[name].median for name in (BARE, theirs, ours)]
-    return [f"{value:.3g} ms" for value in milliseconds]
-
-
-def _kernels(suites: dict[str, Result]) -> list[Row]:
-    """A row a kernel, in its default configuration."""
-    rows = []
-    for kernel in KERNELS:
-        shares = []
-        speeds = []
-        for cell in _cells(suites, "kernels", kernel=kernel, clock=DEVICE_TIME):
-            default = default_configuration(cell)
-            if default is None or COPY not in cell.timings:
-                continue
-            shares.append(cell.ratio(COPY, default).median)
-            if CUBLAS in cell.timings:
-                speeds.append(cell.ratio(CUBLAS, default).median)
-        if shares:
-            rows.append([kernel, str(len(shares)), *_span(shares), *_span(speeds, "×")])
-    return rows
-
-
-def _span(values: list[float], unit: str = "") -> list[str]:
-    """From the least to the most, and the median."""
-    if not values:
-        return ["", ""]
-    least, most = (f"{value:.2f}{unit}" for value in (min(values), max(values)))
-    return [f"{least} to {most}", f"{median(values):.2f}{unit}"]

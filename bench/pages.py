@@ -13,12 +13,11 @@ import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from statistics import median
 
 from bench import on_a_gpu
-from bench.report.words import Row, markdown, shown, shows_no_difference, speedup
+from bench.report.words import Row, in_short, markdown, shown, waited_for
 from bench.results import names
-from bench.results.cell import Group, Ratio
+from bench.results.cell import Group
 from bench.results.names import (
     BARE,
     BOTH,
@@ -28,7 +27,6 @@ from bench.results.names import (
     FAST_NORMS,
     LORA,
     MICA,
-    NO_GRADIENT,
     PLAIN_LORA,
     STOCK,
     best_stock,
@@ -43,10 +41,7 @@ PAGES = ("README.md", "bench/README.md", "kernels/README.md", "mica/subspace/REA
 TABLE = re.compile(r"(<!-- table: ([\w-]+)((?: [\w/-]+)*) -->\n)((?:\|.*\n)*)")
 TEXT = re.compile(r"(<!-- text: ([\w-]+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}
-FEW = 256  # tokens; where products of a layer begin to take most of its time
-DROPOUT = 0.05
 SOLVED_RANKS = (16, 64, 128)
-PAPER = "paper's recipe"
 WITHOUT = "without adapter"
 FITS = ("PEFT's default", "PEFT's best setting", "here", "here, with norms")
 DEVICES = (24, 40, 80)  # GiB
@@ -54,7 +49,11 @@ DEVICES = (24, 40, 80)  # GiB
 
 @cache
 def result(name: str) -> Result:
-    return Result.load(RESULTS / f"{name}.json").with_both()
+    """Runs before plain LoRA was timed do not name the adapter."""
+    found = Result.load(RESULTS / f"{name}.json").with_both()
+    for group in found.groups:
+        group.axes.setdefault("adapter", MICA)
+    return found
 
 
 @cache
@@ -71,65 +70,20 @@ def sources(table: str) -> list[str]:
     raise KeyError(table)
 
 
-def only(name: str, start: str = "", **axes: str | int) -> Group:
-    """The group with these axes whose name starts so."""
-    (group,) = (one for one in result(name).select(**axes) if one.name.startswith(start))
+def only(name: str, **axes: str | int) -> Group:
+    """The group with these axes."""
+    (group,) = result(name).select(**axes)
     return group
 
 
-def layers(name: str, dtype: str, *passes: str, dropout: float = 0.0, adapter: str = MICA) -> list[Group]:
-    found = []
-    for one in of_adapter(name, adapter, suite="layer", dtype=dtype):
-        if one.axes["pass"] in passes and one.axes.get("dropout", 0.0) == dropout:
-            found.append(one)
-    return found
+def layers(name: str, **axes: str | int) -> list[Group]:
+    """Those of MiCA in both passes, without dropout."""
+    cells = result(name).select(suite="layer", adapter=MICA, **{"pass": BOTH}, **axes)
+    return [one for one in cells if "dropout" not in one.axes]
 
 
-def of_adapter(name: str, adapter: str, **axes: str | int) -> list[Group]:
-    return [one for one in result(name).select(**axes) if one.axes.get("adapter", MICA) == adapter]
-
-
-def adapters(name: str, suite: str) -> list[str]:
-    """Those that the run has in this suite, MiCA first."""
-    return list(dict.fromkeys(one.axes.get("adapter", MICA) for one in result(name).select(suite=suite)))
-
-
-def span(ratios: list[Ratio]) -> str:
-    """From the lowest speedup to the highest."""
-    return f"{1 / max(ratios).median:.2f}× to {1 / min(ratios).median:.2f}×"
-
-
-def middle(ratios: list[Ratio]) -> str:
-    """The median of speedups."""
-    return f"{median(1 / one.median for one in ratios):.2f}×"
-
-
-SPEED_HEADER = [
-    "",
-    "without adapter",
-    "PEFT's default",
-    "PEFT's best setting",
-    "mica.fast",
-    "against the default",
-    "against the best",
-]
-MARK = "†"
-FOOTNOTE = [f"{MARK} The interval contains 1: this run does not show that either is faster.", *[""] * 6]
-
-
-def measured(run: str, *fresh: str) -> list[Row]:
-    """``fresh``: a run of the suite of that name."""
-    rows = [*_adapter_rows(run), *_block_rows(run), *_step_rows(run)]
-    for one in fresh:
-        rows += _step_rows(one)
-    for adapter in adapters(run, "layer"):
-        for dtype in SHORT:
-            rows += [
-                _layers_row(run, dtype, adapter),
-                _layers_row(run, dtype, adapter, few=True),
-                _dropout_row(run, dtype, adapter),
-            ]
-    return [SPEED_HEADER, *with_footnote([*rows, *_merge_rows(run)])]
+def measured(run: str) -> list[Row]:
+    return in_short(waited_for(result(run)))
 
 
 def headline(counted: str, kept: str, one_core: str, two_cores: str, run: str, moe: str) -> list[Row]:
@@ -190,50 +144,6 @@ def _is_plain(group: Group) -> bool:
     return axes.get("adapter") == PLAIN_LORA and axes["dtype"] == "bfloat16" and "how" not in axes
 
 
-def with_footnote(rows: list[Row]) -> list[Row]:
-    """A last row says what the mark means, if a row has it."""
-    if any(cell.endswith(MARK) for row in rows for cell in row):
-        return [*rows, FOOTNOTE]
-    return rows
-
-
-def _speedup_cell(ratio: Ratio, digits: int = 2) -> str:
-    """With a mark where the interval contains 1."""
-    text = speedup(ratio, digits)
-    return f"{text} {MARK}" if shows_no_difference(ratio) else text
-
-
-def _adapter_rows(run: str) -> list[Row]:
-    created = only(run, suite="initialisation")
-    by_eigh = created.timings[EIGH].median
-    loaded = only(run, suite="loading")
-    against = f"the same against all eigenvectors of fp64 Gram matrices, Unsloth's way ({by_eigh:.1f} s)"
-    ours = f"{number(created.timings[FAST].median)} s"
-    return [
-        _seconds_row("`get_peft_model`, SmolLM2-135M, fp32", created, digits=1),
-        [against, "", "", "", ours, _speedup_cell(created.ratio(FAST, EIGH), digits=1), ""],
-        _seconds_row("`PeftModel.from_pretrained`, fp32", loaded, digits=0),
-    ]
-
-
-def _throughput_row(label: str, group: Group, ours: str = FAST) -> Row:
-    """In tokens/s; a speedup is the median of the rounds', not the quotient of these medians."""
-    best = best_stock(group.timings)
-    rates = []
-    for name in (BARE, STOCK, best, ours):
-        rates.append(f"{number(group.axes['tokens'] / group.timings[name].median)} tokens/s")
-    return [label, *rates, *(_speedup_cell(group.ratio(ours, baseline)) for baseline in (STOCK, best))]
-
-
-def _block_rows(run: str) -> list[Row]:
-    rows = []
-    for group in result(run).select(suite="block"):
-        which = f"{group.axes['model']}, bf16, {group.axes['tokens']} tokens"
-        label = f"the same of {which}" if rows else f"decoder block of {which}, forward + backward"
-        rows.append(_throughput_row(label, group))
-    return rows
-
-
 def _steps(run: str) -> Iterator[Group]:
     """Also those in fresh processes."""
     for group in result(run).groups:
@@ -241,53 +151,9 @@ def _steps(run: str) -> Iterator[Group]:
             yield group
 
 
-def _step_label(group: Group) -> str:
-    axes = group.axes
-    adapter = axes.get("adapter", MICA)
-    words = [f"training step of {axes['model']}", adapter, SHORT[axes["dtype"]], f"{axes['tokens']} tokens"]
-    if "how" in axes:
-        words.append(f"{PAPER} (q and v only, dropout 0.05)" if axes["how"] == PAPER else axes["how"])
-    if axes["suite"] == "fresh":
-        words.append("fresh processes, by the clock")
-    return ", ".join(words)
-
-
-def _step_rows(run: str) -> list[Row]:
-    rows = []
-    for group in _steps(run):
-        rows.append(_throughput_row(_step_label(group), group))
-        if FAST_NORMS in group.timings:
-            rows.append(_throughput_row('the same with `recompute="norms"`', group, FAST_NORMS))
-    return rows
-
-
-def _layers_row(run: str, dtype: str, adapter: str, few: bool = False) -> Row:
-    """``few``: those with few tokens, also without a gradient."""
-    passes = (BOTH, NO_GRADIENT) if few else (BOTH,)
-    cells = layers(run, dtype, *passes, adapter=adapter)
-    chosen = [one for one in cells if (one.axes["tokens"] < FEW) == few]
-    return _span_row(f"linear layers, {adapter}", dtype, chosen)
-
-
-def _dropout_row(run: str, dtype: str, adapter: str) -> Row:
-    cells = layers(run, dtype, BOTH, dropout=DROPOUT, adapter=adapter)
-    return _span_row(f"linear layers with dropout {DROPOUT}, {adapter}", dtype, cells)
-
-
-def _span_row(what: str, dtype: str, cells: list[Group]) -> Row:
-    """The span and the median of their speedups."""
-    tokens = [one.axes["tokens"] for one in cells]
-    spans = []
-    for baseline in (lambda one: STOCK, lambda one: best_stock(one.timings)):
-        ratios = [one.ratio(FAST, baseline(one)) for one in cells]
-        spans.append(f"{span(ratios)}, median {middle(ratios)}")
-    label = f"{len(cells)} {what}, {SHORT[dtype]}, {min(tokens)} to {max(tokens)} tokens"
-    return [label, *[""] * 4, *spans]
-
-
 def kept(*runs: str) -> list[Row]:
     """Megabytes, and what they are of the bare model's."""
-    rows = [["", *SPEED_HEADER[1:5], '`recompute="norms"`']]
+    rows = [["", WITHOUT, *FITS]]
     for group in (one for run in runs for one in result(run).select(suite="kept")):
         bare = group.timings[BARE].facts["saved_mb"]
         cells = [f"{bare:.1f} MB"]
@@ -317,43 +183,6 @@ def peers(run: str) -> list[Row]:
                 )
         rows.append(row)
     return [header, *rows]
-
-
-def _merge_rows(run: str) -> list[Row]:
-    rows = []
-    for merge in result(run).select(suite="merge"):
-        adapter = merge.axes.get("adapter", MICA)
-        facts = [merge.timings[name].facts.get("weights_changed") for name in (STOCK, FAST)]
-        if None in facts:
-            rows.append(_seconds_row(f"`merge_and_unload`, {adapter}, bf16 (rounded once)", merge))
-            continue
-        changed = [f"{100 * share:.2f} %" for share in facts]
-        rows.append(_seconds_row(f"merge + unmerge, {adapter}, bf16 (exact)", merge))
-        rows.append(["weights that this changes", "", changed[0], "", changed[1], "", ""])
-    return rows
-
-
-def _seconds_row(label: str, group: Group, digits: int = 2) -> Row:
-    stock, ours = (f"{number(group.timings[name].median)} s" for name in (STOCK, FAST))
-    return [label, "", stock, "", ours, _speedup_cell(group.ratio(FAST, STOCK), digits), ""]
-
-
-def host(run: str) -> list[Row]:
-    """÷ stock PEFT in its best setting."""
-    rows = [["fp32 / bf16 / bf16 under autocast", "mica.fast", "from Python", "kernels"]]
-    for what in ("layer", "layer, without products", "block"):
-        for adapter in adapters(run, f"host {what}"):
-            for call in (NO_GRADIENT, BOTH):
-                groups = of_adapter(run, adapter, suite=f"host {what}", call=call)
-                rows.append([f"{what}, {adapter}, {call}", *_host_cells(groups)])
-    return rows
-
-
-def _host_cells(groups: list[Group]) -> Iterator[str]:
-    for name in (FAST, names.PYTHON, names.KERNELS):
-        timed = [group for group in groups if name in group.timings]
-        ratios = [group.ratio(name, best_stock(group.timings)) for group in timed]
-        yield " / ".join(f"{ratio.median:.2f}" for ratio in ratios)
 
 
 def experts(run: str) -> list[Row]:
@@ -407,7 +236,6 @@ TABLES = {
     "headline": headline,
     "kept": kept,
     "peers": peers,
-    "host": host,
     "experts": experts,
     "subspaces": subspaces,
     "fits": fits,
@@ -415,8 +243,8 @@ TABLES = {
 
 
 def table(name: str, *files: str) -> str:
-    header, *rows = TABLES[name](*files)
-    return re.sub(r"\|  (?=\|)", "| ", markdown(header, rows)) + "\n"
+    rows = TABLES[name](*files)
+    return re.sub(r"\|  (?=\|)", "| ", markdown(rows)) + "\n"
 
 
 def filled(page: str, root: Path | None = None) -> str:

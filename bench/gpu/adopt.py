@@ -45,7 +45,7 @@ def load(file: Path) -> Result:
     if not file.is_file():
         raise RefusedError(f"there is no {file}.")
     try:
-        result = _of_journal(file) if file.suffix == ".jsonl" else Result.load(file)
+        result = journal.load(file)
     except (KeyError, TypeError, ValueError):
         raise RefusedError(f"{file} is not a result of the benchmarks.") from None
     device = result.machine.get("device")
@@ -58,12 +58,6 @@ def load(file: Path) -> Result:
     if not result.groups:
         raise RefusedError(f"{file} has no measurement.")
     return result
-
-
-def _of_journal(file: Path) -> Result:
-    beside = file.with_suffix(".json")
-    machine = Result.load(beside).machine if beside.is_file() else {}
-    return journal.fold(journal.read(file), machine)
 
 
 def _copy(result: Result, file: Path, folder: Path) -> Path:

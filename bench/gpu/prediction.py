@@ -14,7 +14,7 @@ from bench.gpu import roofline
 from bench.gpu.roofline import Launch, Layer, Prediction
 from bench.measure.peaks import PEAKS, Peak
 from bench.results import journal, names
-from bench.results.names import ATEN, BARE, COPY, CUBLAS, DEVICE_TIME, FAST, STOCK, STOCK_16
+from bench.results.names import BARE, COPY, CUBLAS, DEVICE_TIME, FAST, STOCK, STOCK_16
 from mica.kernels import configs
 
 DRY_RUN_AS = "NVIDIA H100 80GB HBM3"  # whose numbers a dry run shows
@@ -70,8 +70,6 @@ def _of_implementation(layer: Layer, axes: dict[str, str | int], implementation:
         return roofline.stock(layer, part)
     if implementation == STOCK_16:
         return roofline.stock(layer._replace(has_masters=False), part)
-    if implementation == ATEN:
-        return roofline.aten_control(layer, part)
     if axes["suite"] == "forms" and implementation in FORMS:
         return roofline.of_form(FORMS[implementation], layer, part)
     if implementation == FAST:

@@ -225,21 +225,6 @@ def _base_and_update(form: str, layer: Layer) -> list[Launch]:
     return [base_product(layer), update(layer, VENDOR_UPDATE if form == "reference" else UP)]
 
 
-def aten_control(layer: Layer, part: str) -> list[Launch]:
-    """`bench.suites.layer.AtenControl`. Its backward scales g and dB and casts dA and dB; A and B are cast
-    before."""
-    if part != BACKWARD:
-        return of_form("reference", layer, part)
-    turned = layer.backward()
-    g = [skinny(turned, VENDOR), elementwise(2 * layer.tokens * layer.rank * BASE)]
-    dA = [skinny(layer, VENDOR), cast(layer.rank * layer.inner)]
-    dB = []
-    if layer.trains_B:
-        size = layer.rank * layer.out
-        dB = [skinny(turned, VENDOR), elementwise(2 * size * BASE), cast(size)]
-    return [*g, base_product(turned), update(turned, VENDOR_UPDATE), *dA, *dB]
-
-
 def stock(layer: Layer, part: str) -> list[Launch]:
     """PEFT's own layer: y + s·((x Aᵀ) Bᵀ), each operator by itself, x and y cast where there are masters."""
     return _stock_backward(layer) if part == BACKWARD else _stock_forward(layer)

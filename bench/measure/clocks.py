@@ -85,7 +85,8 @@ def device_seconds(call: Call) -> float:
     """The median over some calls of the time between two events."""
     if IS_DRY:
         return _host_seconds(call)
-    lead = LEAST_LEAD + LEAD * _enqueued_in(call)
+    torch.cuda.synchronize()
+    lead = LEAST_LEAD + LEAD * _host_seconds(call)
     while True:
         spans, is_late = _device_spans(call, min(lead, LONGEST_LEAD))
         if not is_late:
@@ -122,11 +123,6 @@ def _empty_cache() -> None:
     if _flush is None:
         _flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
     torch.max(_flush)
-
-
-def _enqueued_in(call: Call) -> float:
-    torch.cuda.synchronize()
-    return _host_seconds(call)
 
 
 def captured(call: Call) -> Call:

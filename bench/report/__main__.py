@@ -7,24 +7,13 @@ from pathlib import Path
 
 from bench.report.markdown import report
 from bench.results import journal
-from bench.results.schema import Result
-
-
-def load(file: Path) -> tuple[Result, Path]:
-    """The result and its file. A journal is folded into one, with the machine of an existing result file."""
-    if file.suffix != ".jsonl":
-        return Result.load(file), file
-    entries = journal.read(file)
-    file = file.with_suffix(".json")
-    machine = Result.load(file).machine if file.exists() else {}
-    result = journal.fold(entries, machine)
-    result.save(file)
-    return result, file
 
 
 def write(file: Path) -> str:
-    """Write the report next to the result file; returns it."""
-    result, file = load(file)
+    """Write the report, and the result of a journal, next to the file; returns the report."""
+    result = journal.load(file)
+    if file.suffix == ".jsonl":
+        result.save(file.with_suffix(".json"))
     text = report(result)
     file.with_suffix(".md").write_text(text)
     return text

@@ -13,9 +13,8 @@ import pandas as pd
 
 from bench.report import prediction
 from bench.report.targets import targets
-from bench.report.words import BASELINES, against, ratios, shape_in_words
+from bench.report.words import BASELINES, against, in_short, markdown, ratios, shape_in_words, waited_for
 from bench.results.cell import Group
-from bench.results.names import BARE, BOTH, FAST, NO_GRADIENT, WALL
 from bench.results.schema import Result
 from bench.results.throughput import number
 
@@ -45,11 +44,9 @@ def report(result: Result) -> str:
             parts += [CPU_TIME, quietness(groups)]
         if device != "cpu":
             parts += ["## Targets", table(targets(result.with_both()))]
-        parts += ["## In short: mica.fast, times as fast", in_short(groups)]
+        parts += ["## In short: mica.fast, times as fast", markdown(in_short(groups))]
     if result.predictions:
         parts += ["## Prediction and measurement", *prediction.text(result, is_dry=device == "dry run")]
-    if is_cpu_time:
-        parts += ["## Intervals wider than ±5 %", wide(groups)]
     if result.refused:
         parts.append(refused_text(result.refused))
     if result.stages:
@@ -60,12 +57,6 @@ def report(result: Result) -> str:
         cells = [group for group in groups if group.axes.get("suite", "suites") == suite]
         parts += [f"## {suite.capitalize()}", suite_table(cells)]
     return "\n\n".join(parts) + "\n"
-
-
-def waited_for(result: Result) -> list[Group]:
-    """Cells of the passes that a user waits for: no forward or backward alone."""
-    groups = result.with_both().groups
-    return [group for group in groups if group.axes.get("pass") in (None, BOTH, NO_GRADIENT)]
 
 
 def _head(machine: dict) -> str:
@@ -125,29 +116,6 @@ def _labels(cells: list[Group], rows: list[Group]) -> pd.DataFrame:
     return labels.apply(lambda column: column.mask(names.duplicated(), ""))
 
 
-def in_short(groups: list[Group]) -> str:
-    """How many times as fast mica.fast is as what it is compared with, over the cells of each suite."""
-    rows = []
-    for baseline in BASELINES:
-        for group in groups:
-            if baseline != BARE and {FAST, baseline} <= group.timings.keys():
-                about = (group.axes.get("suite", ""), group.axes.get("clock", WALL), baseline)
-                rows.append((*about, 1 / group.ratio(FAST, baseline).median))
-    if not rows:
-        return f"{FAST} was compared with nothing."
-    keys = ["suite", "clock", "against"]
-    faster = pd.DataFrame(rows, columns=[*keys, "factor"]).groupby(keys, sort=False)["factor"]
-    short = pd.DataFrame({"cells": faster.size().map(str)})
-    for what, factors in (("least", faster.min()), ("median", faster.median()), ("most", faster.max())):
-        short[what] = factors.map("{:.2f}×".format)
-    slower = faster.agg(lambda factors: (factors < 1).sum())
-    short["cells in which it is slower"] = slower.map(lambda count: str(count or "none"))
-    short = short.reset_index()
-    if short["clock"].nunique() == 1:
-        short = short.drop(columns="clock")
-    return table(short)
-
-
 def quietness(groups: list[Group]) -> str:
     """How long the cells waited for a core, in a sentence: the largest wall ÷ CPU of each."""
     waited = []
@@ -159,23 +127,6 @@ def quietness(groups: list[Group]) -> str:
     middle = median(ratio for ratio, _ in waited)
     told = f"wall ÷ CPU was {middle:.2f} in the median cell, and {most:.2f} in {cell}"
     return f"How quiet the machine was: {told}."
-
-
-def wide(groups: list[Group]) -> str:
-    """Ratios of mica.fast that are not known to ±5 %, since the time of their cell was up before."""
-    rows = []
-    count = 0
-    for group in groups:
-        for column, ratio in ratios(group, FAST).items() if FAST in group.timings else ():
-            count += 1
-            if not ratio.is_narrow:
-                rounds = len(group.timings[FAST].seconds)
-                rows.append((group.name, column, str(ratio), str(rounds)))
-    if not rows:
-        return f"None of {count} ratios of {FAST}."
-    header = ["cell", "ratio", "interval", "rounds"]
-    listed = table(pd.DataFrame(rows, columns=header))
-    return f"{len(rows)} of {count} ratios of {FAST}; time was up.\n\n{listed}"
 
 
 def refused_text(refused: list[dict[str, str]]) -> str:

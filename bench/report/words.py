@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import inf
+from statistics import median
 
 from bench.results import names
 from bench.results.cell import Group, Ratio
-from bench.results.names import BARE, LORA, STOCK
+from bench.results.names import BARE, BOTH, FAST, LORA, NO_GRADIENT, STOCK
+from bench.results.schema import Result
 
 Row = list[str]
 
@@ -58,7 +59,33 @@ def speedup(ratio: Ratio, digits: int = 2) -> str:
     return f"{middle}× ({low}–{high})"
 
 
-def markdown(header: Row, rows: Iterable[Row]) -> str:
-    """A table."""
-    lines = [header, ["---"] * len(header), *rows]
+def markdown(rows: list[Row]) -> str:
+    """A table, of which the first row is the header."""
+    header, *others = rows
+    lines = [header, ["---"] * len(header), *others]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def waited_for(result: Result) -> list[Group]:
+    """Cells of the passes that a user waits for: no forward or backward alone."""
+    groups = result.with_both().groups
+    return [group for group in groups if group.axes.get("pass") in (None, BOTH, NO_GRADIENT)]
+
+
+def in_short(groups: list[Group]) -> list[Row]:
+    """How many times as fast mica.fast is as what it is compared with, over the cells of each suite."""
+    factors: dict[tuple[str, str], list[float]] = {}
+    for baseline in BASELINES:
+        for group in groups:
+            if baseline != BARE and {FAST, baseline} <= group.timings.keys():
+                suite = ", ".join(group.axes[axis] for axis in ("suite", "clock") if axis in group.axes)
+                found = factors.setdefault((suite, baseline), [])
+                found.append(1 / group.ratio(FAST, baseline).median)
+    if not factors:
+        return [[f"Nothing was compared with {FAST}."]]
+    rows = [["suite", "against", "cells", "least", "median", "most", "slower in"]]
+    for kind, found in sorted(factors.items()):
+        spans = [f"{value:.2f}×" for value in (min(found), median(found), max(found))]
+        slower = sum(factor < 1 for factor in found)
+        rows.append([*kind, str(len(found)), *spans, str(slower or "none")])
+    return rows

@@ -54,6 +54,15 @@ def read(path: Path | str | None = None) -> list[dict]:
     return entries
 
 
+def load(file: Path) -> Result:
+    """A result, or what a journal folds into; of an old one the result beside it knows the machine."""
+    if file.suffix != ".jsonl":
+        return Result.load(file)
+    beside = file.with_suffix(".json")
+    machine = Result.load(beside).machine if beside.is_file() else {}
+    return fold(read(file), machine)
+
+
 def fold(entries: list[dict], machine: dict) -> Result:
     """The result that these entries describe.
 

@@ -1,6 +1,6 @@
 """Names that result files hold. An implementation, like a clock, has one name, on a CPU and on a GPU."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 
 BARE = "bare frozen model"
 STOCK = "stock PEFT"
@@ -10,7 +10,6 @@ FAST = "mica.fast"
 FAST_NORMS = "mica.fast, norms recomputed"
 LORA = "PEFT LoRA"
 FAST_LORA = "mica.fast, LoRA"
-ATEN = "aten control"  # plain PyTorch: an autograd.Function that rounds dA to the base dtype
 
 # Stock's adapters are in the base dtype here, because its default ones are slower.
 COMPILED = "stock PEFT, torch.compile"
@@ -62,3 +61,21 @@ def best_stock(timed: Container[str]) -> str:
 def of_form(word: str) -> str:
     """`mica.fast` where it takes this form of `mica.kernels.configs.FORM_NAMES`; by default "split"."""
     return FAST if word == "split" else f"{FAST}, {word}"
+
+
+# What a reader calls the value of an axis; of the others it is enough to see the value
+_IN_WORDS = {
+    "tokens": "{tokens} tokens",
+    "sequence": "sequences of {sequence}",
+    "out": "{out} x {in}",
+    "features": "{features} features",
+    "rank": "r = {rank}",
+    "dropout": "dropout {dropout}",
+    "autocast": "autocast to {autocast}",
+}
+
+
+def in_words(axes: Mapping[str, str | int]) -> str:
+    """The name of a cell: as "layer, MiCA, 1024 tokens, 2048 x 2048, r = 16, bfloat16"."""
+    words = [_IN_WORDS.get(axis, f"{{{axis}}}").format(**axes) for axis in axes if axis != "in"]
+    return ", ".join(words)

@@ -117,17 +117,6 @@ def unmerged(adapter: str):
     return adapted(copy.deepcopy(base()).to(torch.bfloat16), 0.01, adapter=adapter)
 
 
-def merging(group, adapter: str):
-    """implementation -> (model, facts)."""
-
-    def build(implementation):
-        model = copy.deepcopy(unmerged(adapter))
-        with IMPLEMENTATIONS[implementation]():
-            return model, checked_merge(model, implementation)
-
-    return build_all(group, IMPLEMENTATIONS, build)
-
-
 def checked_merge(model, implementation) -> dict[str, float]:
     """Merges and unmerges; which share of the weights that changes, and what the merge report says."""
     facts = {}
@@ -157,7 +146,13 @@ def merge_and_unmerge(model) -> None:
 @each_adapter
 def bench_merge(adapter):
     group = f"{MERGE_AND_UNMERGE}, {adapter}, {NAME}, bfloat16"
-    built = prepared(group, lambda: merging(group, adapter))
+
+    def build(name: str):
+        model = copy.deepcopy(unmerged(adapter))
+        with IMPLEMENTATIONS[name]():
+            return model, checked_merge(model, name)
+
+    built = prepared(group, lambda: build_all(group, IMPLEMENTATIONS, build))
     axes = {"suite": "merge", "adapter": adapter, **AXES, "dtype": "bfloat16", "call": MERGE_AND_UNMERGE}
 
     def sample(once: Once, name: str) -> None:

@@ -7,41 +7,30 @@ operators that its name implies.
 """
 
 import functools
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoModel
 
 from bench.measure.clocks import seconds
-from bench.measure.machine import DEVICE
 from bench.results.names import BARE, FAST, STOCK, STOCK_16
-from bench.suites.decoder import RANK, Work, adapted, config_of
+from bench.suites import harness
+from bench.suites.decoder import RANK, config_of, work_on
 from bench.suites.harness import each, iterations, pick
 from bench.suites.rounds import prepared, rounds
-from bench.suites.steps import CONTEXTS, Prepared, Step, check_all, operators
-from tests.support import models
+from bench.suites.steps import Prepared, check_all, with_bytes
 
 # Relative differences from stock PEFT's, whose adapters compute in fp32
 GATES = {"y": 1e-2, "dx": 2e-2, "dA": 2e-2}
-A_SCALE = 0.02  # of the values of A: an update that bf16 adapters can carry at width 4096
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class Cell(harness.Cell):
     """``tokens``: (batch, sequence)."""
 
     model: str
     tokens: tuple[int, int] = (2, 512)
     implementations: tuple[str, ...] = (BARE, STOCK, STOCK_16, FAST)
-
-    @property
-    def key(self) -> str:
-        return self.name
-
-    @property
-    def name(self) -> str:
-        batch, sequence = self.tokens
-        sizes = f"{batch} x {sequence} tokens, r = {RANK}, bfloat16"
-        return f"block of {self.model}, {sizes}, forward + backward"
 
     @property
     def axes(self) -> dict[str, str | int]:
@@ -62,28 +51,13 @@ CELLS = pick(
 )
 
 
-def work_of(cell: Cell) -> Work:
-    torch.manual_seed(0)
-    bare = AutoModel.from_config(config_of(cell.model), dtype=torch.bfloat16)
-    bare.train().requires_grad_(False).to(DEVICE)
-    masters = adapted(bare, A_SCALE).train()
-    shape = (*cell.tokens, bare.config.hidden_size)
-    x, dy = torch.randn(2, *shape, device=DEVICE, dtype=torch.bfloat16).unbind()
-    return Work(bare, masters, x, dy)
-
-
 @functools.lru_cache(maxsize=1)
 def setting(cell: Cell) -> Prepared:
-    work = work_of(cell)
-    layers = len(models.adapted_layers(work.masters))
-
-    def build(name: str) -> Step:
-        ran = operators(layers) if name == FAST else {}
-        return work.step(name, CONTEXTS[name], ran)
-
-    steps = check_all(cell.name, cell.implementations, build, GATES)
-    facts = {name: {"saved_mb": step.saved_mb()} for name, step in steps.items()}
-    return Prepared(steps, facts, iterations(seconds(steps[BARE])))
+    torch.manual_seed(0)
+    bare = AutoModel.from_config(config_of(cell.model), dtype=torch.bfloat16)
+    work = work_on(bare, (*cell.tokens, bare.config.hidden_size))
+    steps = check_all(cell.name, cell.implementations, work.step, GATES)
+    return with_bytes(steps, iterations(seconds(steps[BARE])))
 
 
 @each(CELLS)

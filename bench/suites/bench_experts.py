@@ -9,10 +9,9 @@ its step adds.
 import copy
 import functools
 from contextlib import nullcontext
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
@@ -22,11 +21,13 @@ from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import peak_growth
 from bench.results.names import BARE, FAST, FAST_LORA, LORA
+from bench.suites import harness
 from bench.suites.harness import build_all, each, iterations, pick
 from bench.suites.layer import Form
 from bench.suites.rounds import prepared, rounds
 from bench.suites.steps import Prepared, Step, checked
 from mica.fast.loading import without_solver
+from tests.support import models
 
 RANK = 16
 SECONDS = pick(default=60.0, cuda=4.0, dry=0.0)  # of a cell
@@ -39,22 +40,13 @@ GATES = {
 }
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class Cell(harness.Cell):
     tokens: int
     hidden: int
     intermediate: int
     dtype: torch.dtype = torch.float32
     implementations: tuple[str, ...] = (BARE, LORA, FAST_LORA, FAST)
-
-    @property
-    def key(self) -> str:
-        return self.name
-
-    @property
-    def name(self) -> str:
-        what = f"{self.tokens} tokens, {EXPERTS} experts of {self.hidden} and {self.intermediate}"
-        how = f"{self.axes['dtype']}, {TOP_K} a token, r = {RANK}, forward + backward"
-        return f"experts, {what}, {how}"
 
     @property
     def axes(self) -> dict[str, str | int]:
@@ -104,11 +96,9 @@ class _Layer(nn.Module):
 def adapted(bare: nn.Module, init: str | bool) -> nn.Module:
     """PEFT's model, around the same base weights, with random adapters."""
     memo = {id(weight): weight for weight in bare.parameters()}
-    config = LoraConfig(
-        r=RANK, lora_alpha=RANK, init_lora_weights=init, target_parameters=TARGETS, target_modules=[]
-    )
+    config = {"lora_alpha": RANK, "init_lora_weights": init, "target_parameters": TARGETS}
     with without_solver():
-        model = get_peft_model(copy.deepcopy(bare, memo), config)
+        model = models.wrap(copy.deepcopy(bare, memo), RANK, [], **config)
     generator = torch.Generator(DEVICE).manual_seed(0)
     for name, weight in model.named_parameters():
         if ".lora_" in name:

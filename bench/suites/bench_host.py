@@ -14,20 +14,21 @@ oneDNN sets up every one. A cell "without products" has the same calls with prod
 import functools
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, LlamaConfig
+from transformers import AutoModel
 
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR
 from bench.results.names import BARE, BOTH, FAST, KERNELS, MICA, NO_GRADIENT, PLAIN_LORA, PYTHON, stock
-from bench.suites.decoder import LINEAR_LAYERS, RANK, Work, adapted
+from bench.suites import harness
+from bench.suites.decoder import RANK, config_of, work_on
 from bench.suites.harness import each_part
 from bench.suites.rounds import Once, prepared, rounds
-from bench.suites.steps import CONTEXTS, Step, check_all, operators
+from bench.suites.steps import CONTEXTS, Step, check_all
 from mica import native
 from mica.paths.products import has_native
 from tests.support import no_products
@@ -37,14 +38,12 @@ pytestmark = pytest.mark.skipif(
     ON_ACCELERATOR, reason="on a CPU: Triton's driver is replaced for the whole process"
 )
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENS = 16
 HIDDEN = 64
-INTERMEDIATE = 128
+BLOCK = "64 / 128"
 # Relative differences of y, dx and dA from stock PEFT's, whose adapters compute in fp32
 GATES = {"float32": 1e-5, "bfloat16": 2e-2}
 CALLS = {"layer": 300, "block": 50}  # in a sample
-A_SCALE = 0.02  # of the values of A
 
 
 @contextmanager
@@ -64,10 +63,10 @@ def from_python():
 
 
 WITHIN = {**CONTEXTS, PYTHON: from_python, KERNELS: kernels}
-OURS = (FAST, PYTHON, KERNELS)
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class Cell(harness.Cell):
     """A linear layer alone, or a Llama of one block with all that is around it in a PEFT model."""
 
     kind: str  # "layer" or "block"
@@ -77,33 +76,15 @@ class Cell(NamedTuple):
     adapter: str = MICA
 
     @property
-    def key(self) -> str:
-        """For ``-k``."""
-        key = f"{self.adapter}-{self.kind}-{self.dtype}"
-        if self.autocast:
-            key += "-autocast"
-        return key if self.products else f"{key}-without-products"
-
-    @property
-    def name(self) -> str:
-        what = f"a Llama with 1 block of {HIDDEN} / {INTERMEDIATE}, {TOKENS} tokens"
-        if self.kind == "layer":
-            what = f"a layer, {TOKENS} tokens, {HIDDEN} x {HIDDEN}"
-        name = f"host time of {what}, {self.adapter}, r = {RANK}, {self.dtype}"
-        if self.autocast:
-            name += ", autocast"
-        return name if self.products else f"{name}, without products"
-
-    @property
     def axes(self) -> dict[str, str | int]:
         suite = f"host {self.kind}" if self.products else f"host {self.kind}, without products"
-        axes = {"suite": suite, "adapter": self.adapter, "tokens": TOKENS, "rank": RANK, "dtype": self.dtype}
+        axes = {"suite": suite, "adapter": self.adapter, "tokens": TOKENS, "rank": RANK}
         if self.autocast:
             axes["autocast"] = "bfloat16"
-        return axes
+        return {**axes, "dtype": self.dtype}
 
     def implementations(self, part: str) -> list[str]:
-        return [BARE, *stock(self.dtype, self.autocast), *OURS]
+        return [BARE, *stock(self.dtype, self.autocast), FAST, PYTHON, KERNELS]
 
     def context(self, name: str) -> Callable:
         """What an implementation runs within."""
@@ -130,54 +111,29 @@ for kind, products in (("layer", True), ("layer", False), ("block", True)):
             CELLS.append(Cell(kind, "bfloat16", autocast=True, products=products, adapter=adapter))
 
 
-def block_of(dtype: torch.dtype) -> nn.Module:
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_hidden_layers=1,
-        vocab_size=8,  # no tokens go in
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return AutoModel.from_config(config, dtype=dtype).train().requires_grad_(False)
-
-
 def layer_of(dtype: torch.dtype) -> nn.Module:
-    return nn.Sequential(nn.Linear(HIDDEN, HIDDEN, bias=False, dtype=dtype)).requires_grad_(False)
+    return nn.Sequential(nn.Linear(HIDDEN, HIDDEN, bias=False, dtype=dtype))
 
 
-class Output(NamedTuple):
-    last_hidden_state: torch.Tensor
-
-
-def alone(model: nn.Module) -> Callable:
+def alone(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The call of the one layer, without the model around it."""
     layer = model[0] if isinstance(model, nn.Sequential) else model.base_model.model[0]
-    return lambda inputs_embeds: Output(layer(inputs_embeds))
+    return layer(x)
 
 
 @functools.lru_cache(maxsize=1)
 def setting(cell: Cell) -> dict[str, Step]:
     """Each implementation with its own model."""
     torch.manual_seed(0)
-    dtype = DTYPES[cell.dtype]
-    is_layer = cell.kind == "layer"
-    bare = layer_of(dtype) if is_layer else block_of(dtype)
-    targets = ["0"] if is_layer else "all-linear"
-    masters = adapted(bare, A_SCALE, targets, cell.adapter)
-    x, dy = torch.randn(2, 1, TOKENS, HIDDEN, dtype=dtype).unbind()
-    work = Work(bare, masters, x, dy)
-    if is_layer:
-        work = work._replace(wrap=alone)
+    dtype = getattr(torch, cell.dtype)
+    shape = (1, TOKENS, HIDDEN)
+    if cell.kind == "layer":
+        work = work_on(layer_of(dtype), shape, cell.adapter, ["0"], alone)
+    else:
+        work = work_on(AutoModel.from_config(config_of(BLOCK), dtype=dtype), shape, cell.adapter)
 
     def build(name: str) -> Step:
-        ran = {}
-        if name in (FAST, KERNELS):
-            layers = 1 if is_layer else LINEAR_LAYERS
-            ran = operators(layers, on_kernels=name == KERNELS, adapter=cell.adapter)
-        return work.step(name, cell.context(name), ran)
+        return work.step(name, cell.context(name), on_kernels=name == KERNELS)
 
     gates = dict.fromkeys(("y", "dx", "dA"), GATES[cell.dtype])
     unchecked = (BARE, KERNELS)

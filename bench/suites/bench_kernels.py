@@ -7,7 +7,7 @@ its work is the bytes that a launch must read and write once. Each configuration
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor
 from bench.measure.machine import DEVICE
 from bench.results.names import COPY, CUBLAS, DOWN_A, DOWN_B, GRAD_A, UP_B
 from bench.results.throughput import BYTES
+from bench.suites import harness
+from bench.suites.case import check_error
 from bench.suites.harness import build_all, each, needs_accelerator, pick
 from bench.suites.rounds import Once, prepared, rounds
-from tests.support.tolerances import RELATIVE, error
 
 pytest.importorskip("triton")
 
@@ -35,7 +36,8 @@ DTYPE = torch.bfloat16
 NAMES = {"down-A": DOWN_A, "down-B": DOWN_B, "up-B": UP_B, "grad_a": GRAD_A}
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class Cell(harness.Cell):
     """A kernel on a matrix of activations, tokens x features."""
 
     kernel: str
@@ -53,20 +55,6 @@ class Cell(NamedTuple):
             "rank": self.rank,
             "dtype": "bfloat16",
         }
-
-    @property
-    def name(self) -> str:
-        kernel = NAMES[self.kernel]
-        return f"{kernel}, {self.tokens} tokens, {self.features} features, r = {self.rank}, bfloat16"
-
-    @property
-    def key(self) -> str:
-        """For ``-k``."""
-        return f"{self.kernel}-{self.tokens}x{self.features}-r{self.rank}"
-
-    @property
-    def implementations(self) -> dict[str, Config | None]:
-        return implementations(self)
 
 
 SIZES = pick(
@@ -143,9 +131,7 @@ def copy(size: int) -> Callable[[], object]:
 def checked(call: Callable[..., Tensor], operands: tuple[Tensor, ...], truth: Tensor) -> Callable[[], Tensor]:
     """The call with these operands, once its result is right; it may update the first of them."""
     first, *others = operands
-    relative = error(call(first.clone(), *others), truth)
-    limit = RELATIVE[DTYPE]
-    assert relative <= limit, f"the relative error is {relative:.2e}, above {limit:.0e}"
+    check_error(call(first.clone(), *others), truth, DTYPE)
     return functools.partial(call, *operands)
 
 
@@ -178,4 +164,4 @@ def bench_kernels(cell):
     def sample(once: Once, name: str) -> None:
         once(calls[name], cell.axes, ITERATIONS, all_clocks=True, work=work)
 
-    rounds(cell.name, cell.implementations, sample)
+    rounds(cell.name, implementations(cell), sample)

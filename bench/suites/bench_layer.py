@@ -14,10 +14,10 @@ forward is timed with and without recording a graph, the backward on a graph tha
 """
 
 import functools
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -30,7 +30,6 @@ from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import alive_bytes
 from bench.results import names
 from bench.results.names import (
-    ATEN,
     BACKWARD,
     BARE,
     FAST,
@@ -41,9 +40,9 @@ from bench.results.names import (
     STOCK,
     STOCK_16,
 )
+from bench.suites import harness
 from bench.suites.harness import build_all, each_part, iterations, pick
 from bench.suites.layer import (
-    AtenControl,
     Form,
     Layer,
     adapted_module,
@@ -57,11 +56,9 @@ from mica.fast.settings import settings
 from mica.kernels import configs
 from mica.ops.linear import linear_eager
 from mica.paths import choose, tuning
-from mica.paths.operands import Operands
 from mica.paths.products import has_native
 from tests.support.tolerances import RELATIVE
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Relative errors of y, dx and dA that no layer should pass, and the dtype of the truth: on a CPU fp64 takes
 # seconds for a large layer, and fp32 is as good as exact for bf16.
 GATES = {"bfloat16": 1.5e-2, "float32": 1e-5}
@@ -78,7 +75,8 @@ LAUNCHED = {  # form -> by kernel, how many launches a forward and its backward 
 }
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class Cell(harness.Cell):
     """One layer. ``compiled``: also under torch.compile, which takes some ten seconds for each, on an
     accelerator that and its baselines only; ``forms``: of the operator, instead of PEFT's layers."""
 
@@ -101,58 +99,27 @@ class Cell(NamedTuple):
             "out": self.out,
             "in": self.inner,
             "rank": self.rank,
-            "dtype": self.dtype,
         }
         if self.dropout:
             axes["dropout"] = self.dropout
         if self.is_compiled_only:
             axes["compiler"] = "torch.compile"
-        return axes
+        return {**axes, "dtype": self.dtype}
 
     @property
     def is_compiled_only(self) -> bool:
         return self.compiled and ON_ACCELERATOR
 
-    @property
-    def key(self) -> str:
-        """For ``-k``."""
-        key = f"{self.adapter}-{self.tokens}x{self.out}x{self.inner}-r{self.rank}-{self.dtype}"
-        if self.dropout:
-            key = f"{key}-dropout"
-        if self.is_compiled_only:
-            key = f"{key}-compiled"
-        return f"forms-{key}" if self.forms else key
-
-    @property
-    def name(self) -> str:
-        sizes = f"{self.tokens} tokens, {self.out} x {self.inner}, r = {self.rank}"
-        name = f"layer, {self.adapter}, {sizes}, {self.dtype}"
-        if self.dropout:
-            name = f"{name}, dropout {self.dropout}"
-        if self.is_compiled_only:
-            name = f"{name}, torch.compile"
-        return f"forms of a {name}" if self.forms else name
-
     def implementations(self, part: str) -> list[str]:
         """Without a gradient there is no other `torch.compile`d layer: it would have to be built again."""
         if self.forms:
-            return [] if part == NO_GRADIENT else [BARE, *FORMS, ATEN]
-        chosen = [BARE, *names.stock(self.dtype)]
-        if self.dropout:
-            return [] if part == NO_GRADIENT else [*chosen, FAST]
-        compiled = [names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN]
-        if self.is_compiled_only:
-            return [] if part == NO_GRADIENT else [*chosen, FAST, *compiled]
-        chosen += [ATEN, FAST]
+            return [] if part == NO_GRADIENT else [BARE, *FORMS]
+        if part == NO_GRADIENT and (self.dropout or self.is_compiled_only):
+            return []
+        chosen = [BARE, *names.stock(self.dtype), FAST]
         if self.compiled and part != NO_GRADIENT:
-            chosen += compiled
+            chosen += [names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN]
         return chosen
-
-
-def grid(tokens: tuple[int, ...], shape: tuple[int, int], ranks: tuple[int, ...]) -> list[Cell]:
-    """Every combination, in both dtypes."""
-    combinations = itertools.product(DTYPES, ranks, tokens)
-    return [Cell(count, *shape, rank, dtype) for dtype, rank, count in combinations]
 
 
 AXES = [
@@ -162,16 +129,19 @@ AXES = [
     *(Cell(1024, *shape) for shape in ((576, 576), (1536, 576), (576, 1536), (4096, 4096))),
     *(Cell(tokens, 576, 576, dtype="float32") for tokens in (256, 1024)),
     *(Cell(1024, 576, 576, rank=rank) for rank in (4, 128)),
-    *grid((1, 32), (576, 576), (16, 128)),
-    *grid((1,), (2048, 2048), (16,)),
+    *(
+        Cell(*sizes, dtype=dtype)
+        for dtype in GATES
+        for sizes in ((1, 576, 576), (32, 576, 576), (1, 576, 576, 128), (32, 576, 576, 128), (1,))
+    ),
     *(
         Cell(*sizes, dtype=dtype, dropout=DROPOUT)
-        for dtype in DTYPES
+        for dtype in GATES
         for sizes in ((1024, 1536, 576), (1024, 2048, 2048), (512, 576, 576), (16, 64, 64))
     ),
     *(
         Cell(*sizes, dtype=dtype, dropout=dropout, adapter=PLAIN_LORA)
-        for dtype in DTYPES
+        for dtype in GATES
         for dropout in (0.0, DROPOUT)
         for sizes in ((1, 576, 576), (16, 576, 576), (512, 576, 576), (1024, 1536, 576), (1024, 2048, 2048))
     ),
@@ -270,7 +240,6 @@ def builds(cell: Cell, layer: Layer) -> dict[str, Callable[[], Form]]:
         BARE: lambda: Form(lambda: F.linear(x, layer.weight), (x,)),
         STOCK: lambda: adapted(torch.float32, stock),
         STOCK_16: lambda: adapted(x.dtype, stock),
-        ATEN: lambda: Form(lambda: AtenControl.apply(*operands), (x, *layer.trained)),
         FAST: lambda: adapted(torch.float32, nullcontext),
         names.COMPILED: lambda: adapted(x.dtype, stock, under_compiler),
         names.COMPILED_FAST: lambda: adapted(torch.float32, nullcontext, under_compiler),
@@ -290,16 +259,15 @@ def checked(cell: Cell, layer: Layer, name: str, truth: dict) -> tuple[Form, dic
     form = builds(cell, layer)[name]()
     is_timed_alone = name in cell.implementations(NO_GRADIENT)
     with form.context():
-        operator = operator_of(layer, cell.dropout)
         if cell.forms:  # the first call may have to try several configurations of a kernel
             form.errors(layer.grad_output, truth)
-        calls = mica.fast.call_counts[operator]
+        calls = mica.fast.call_counts["linear"]
         with launches() if cell.forms else nullcontext() as launched:
             errors = form.errors(layer.grad_output, truth)
         if is_timed_alone:
             with torch.no_grad():  # may take another path through the code
                 errors["y without gradient"] = form.errors(layer.grad_output, truth)["y"]
-        ran = mica.fast.call_counts[operator] - calls
+        ran = mica.fast.call_counts["linear"] - calls
         saved = alive_bytes(form.forward) / 1e6
     if cell.dropout and name != BARE:
         check_dropout(errors, cell.dropout)
@@ -320,19 +288,6 @@ def checked(cell: Cell, layer: Layer, name: str, truth: dict) -> tuple[Form, dic
     return form, {"saved_mb": saved, **facts}
 
 
-def operator_of(layer: Layer, dropout: float) -> str:
-    """The operator that counts a forward of this layer: that on kernels, where they are to run."""
-    x = layer.x.reshape(-1, layer.x.shape[-1])
-    trains_B = layer.lora_B.requires_grad
-    factors = layer.weight, layer.lora_A, layer.lora_B
-    operands = Operands(*factors, dropout_p=dropout, trains_B=trains_B)
-    dtypes = operands.dtypes(x)
-    function = f"{choose.LORA}linear" if trains_B else "linear"
-    kind = functools.partial(choose.kind_of, operands, dtypes, x)
-    choice = choose.decide(function, x.device, operands.rank, dtypes, kind)
-    return "linear" if choice.form == choose.REFERENCE else "linear_kernels"
-
-
 class Setting(NamedTuple):
     forms: dict[str, Form]
     grad_output: torch.Tensor
@@ -344,7 +299,7 @@ class Setting(NamedTuple):
 def setting(cell: Cell) -> Setting:
     torch.manual_seed(0)  # of dropout
     sizes = cell.tokens, cell.out, cell.inner, cell.rank
-    layer = make_layer(*sizes, DTYPES[cell.dtype], DEVICE, cell.adapter)
+    layer = make_layer(*sizes, getattr(torch, cell.dtype), DEVICE, cell.adapter)
     truth = exact(layer, EXACT[cell.dtype])
     needed = dict.fromkeys([*cell.implementations(FORWARD), *cell.implementations(NO_GRADIENT)])
     built = build_all(cell.name, needed, lambda name: checked(cell, layer, name, truth))

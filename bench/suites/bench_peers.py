@@ -2,39 +2,40 @@
 
 Unsloth, axolotl and NeMo Automodel patch a model with these functions. They come from wheels in the folder
 that ``MICA_BENCH_PEERS`` names (`bench.suites.peers`); without it this suite is skipped. Each result is first
-compared with the fp64 definition. Adapters are in fp32, as PEFT makes them, or in the base's dtype where a
+compared with stock PEFT's in fp64. Adapters are in fp32, as PEFT makes them, or in the base's dtype where a
 peer demands that. Time of forward + backward, and the bytes that a forward keeps.
 """
 
 import copy
 import functools
-from typing import NamedTuple
+from collections import OrderedDict
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from bench.measure.clocks import seconds
 from bench.measure.machine import ON_ACCELERATOR
-from bench.results.names import BARE, FAST, PLAIN_LORA, STOCK_16, stock
-from bench.suites import peers
-from bench.suites.decoder import RANK, adapted, cast
+from bench.results.names import BARE, FAST, PLAIN_LORA, STOCK, stock
+from bench.suites import harness, peers
+from bench.suites.decoder import RANK, cast, work_on
 from bench.suites.harness import build_all, each, iterations
-from bench.suites.layer import Form
+from bench.suites.peers import Peer
 from bench.suites.rounds import prepared, rounds
-from bench.suites.steps import CONTEXTS, Prepared, Step, checked, operators
-from tests.support import definition
+from bench.suites.steps import Prepared, Step, checked, with_bytes
 
 PEERS = {} if ON_ACCELERATOR else peers.found()
 pytestmark = pytest.mark.skipif(not PEERS, reason=f"on a CPU, with {peers.VARIABLE}: a folder of wheels")
 TOKENS = 512
-A_SCALE = 0.02
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 GATES = {"bfloat16": {"y": 1e-2, "dx": 2e-2, "dA": 2e-2}, "float32": {"y": 1e-5, "dx": 1e-5, "dA": 1e-5}}
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class Cell(harness.Cell):
     """An MLP block; without ``intermediate`` one square layer."""
 
     hidden: int
@@ -42,24 +43,10 @@ class Cell(NamedTuple):
     dtype: str = "bfloat16"
 
     @property
-    def key(self) -> str:
-        """For ``-k``."""
-        return f"{self.hidden}x{self.intermediate or self.hidden}-{self.dtype}"
-
-    @property
-    def kind(self) -> str:
-        return "MLP block" if self.intermediate else "layer"
-
-    @property
-    def name(self) -> str:
-        sizes = f"{self.hidden} x {self.intermediate or self.hidden}"
-        return f"{self.kind} of peers, {sizes}, {TOKENS} tokens, LoRA, r = {RANK}, {self.dtype}"
-
-    @property
     def axes(self) -> dict[str, str | int]:
         return {
             "suite": "peers",
-            "model": self.kind,
+            "model": "MLP block" if self.intermediate else "layer",
             "adapter": PLAIN_LORA,
             "tokens": TOKENS,
             "out": self.intermediate or self.hidden,
@@ -76,72 +63,47 @@ class Cell(NamedTuple):
 CELLS = [Cell(576, 1536), Cell(576, 1536, "float32"), Cell(2048, 8192), Cell(576), Cell(2048)]
 
 
-class Block(nn.Module):
-    """An MLP with SwiGLU, or one layer."""
-
-    def __init__(self, cell: Cell, dtype: torch.dtype):
-        super().__init__()
-        options = {"bias": False, "dtype": dtype}
-        if not cell.intermediate:
-            self.proj = nn.Linear(cell.hidden, cell.hidden, **options)
-            return
-        self.gate_proj = nn.Linear(cell.hidden, cell.intermediate, **options)
-        self.up_proj = nn.Linear(cell.hidden, cell.intermediate, **options)
-        self.down_proj = nn.Linear(cell.intermediate, cell.hidden, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.by(nn.Module.__call__, x)
-
-    def by(self, linear, x: Tensor) -> Tensor:
-        """``linear(layer, x)``: how a layer is computed."""
-        if hasattr(self, "proj"):
-            return linear(self.proj, x)
-        return linear(self.down_proj, F.silu(linear(self.gate_proj, x)) * linear(self.up_proj, x))
+def bare_of(cell: Cell) -> nn.Module:
+    """An MLP with SwiGLU, or one layer, ``proj``."""
+    if not cell.intermediate:
+        return nn.Sequential(OrderedDict(proj=nn.Linear(cell.hidden, cell.hidden, bias=False)))
+    sizes = {"hidden_size": cell.hidden, "intermediate_size": cell.intermediate}
+    return LlamaMLP(LlamaConfig(num_attention_heads=1, num_key_value_heads=1, **sizes))
 
 
-def defined(layer: nn.Module, x: Tensor) -> Tensor:
-    return definition.linear(x, *peers.factors(layer))
-
-
-def step_of(cell: Cell, model: nn.Module, call, operands: Tensor, context, **ran: int) -> Step:
-    x, grad_output = operands.unbind()
-    x = x.clone().requires_grad_()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Step(Form(lambda: call(x), (x, *trained), context, model), grad_output, None, ran)
+def call_of(peer: Peer, model: nn.Module, x: Tensor) -> Tensor:
+    """By a peer's function, of a model with adapters."""
+    wrapped = model.base_model.model
+    return peer.linear(wrapped.proj, x) if hasattr(wrapped, "proj") else peer.mlp(wrapped, x)
 
 
 @functools.lru_cache(maxsize=1)
 def setting(cell: Cell) -> Prepared:
     torch.manual_seed(0)
-    dtype = DTYPES[cell.dtype]
-    bare = Block(cell, dtype).requires_grad_(False)
-    targets = [name for name, _ in bare.named_children()]
-    masters = adapted(bare, A_SCALE, targets, PLAIN_LORA)
-    operands = torch.randn(2, 1, TOKENS, cell.hidden, dtype=dtype)
-    exact = copy.deepcopy(masters).double().base_model.model
-    by_definition = functools.partial(exact.by, defined)
-    expected = step_of(cell, exact, by_definition, operands.double(), CONTEXTS[BARE]).results()
+    dtype = getattr(torch, cell.dtype)
+    bare = bare_of(cell).to(dtype)
+    targets = [name for name, layer in bare.named_modules() if isinstance(layer, nn.Linear)]
+    work = work_on(bare, (1, TOKENS, cell.hidden), PLAIN_LORA, targets, nn.Module.__call__)
+    exact = work._replace(
+        masters=copy.deepcopy(work.masters).double(),
+        x=work.x.double(),
+        grad_output=work.grad_output.double(),
+    )
+    expected = exact.step(STOCK).results()
 
     def build(name: str) -> Step:
         if name == BARE:
-            return step_of(cell, bare, bare, operands, CONTEXTS[BARE])
-        model = copy.deepcopy(masters).base_model.model
+            return work.step(name)
         peer = PEERS.get(name)
-        if name == STOCK_16 or (peer is not None and not peer.has_masters):
-            cast(model, dtype)
         if peer is None:
-            ran = operators(len(targets)) if name == FAST else {}
-            step = step_of(cell, model, model, operands, CONTEXTS[name], **ran)
-        else:
-            call = functools.partial(peer.mlp, model)
-            if not cell.intermediate:
-                call = functools.partial(peer.linear, model.proj)
-            step = step_of(cell, model, call, operands, CONTEXTS[BARE])
-        return checked(step, expected, GATES[cell.dtype])
+            return checked(work.step(name), expected, GATES[cell.dtype])
+        own = work._replace(call=functools.partial(call_of, peer))
+        if not peer.has_masters:
+            own = own._replace(masters=cast(copy.deepcopy(work.masters), dtype))
+        return checked(own.step(name, nullcontext), expected, GATES[cell.dtype])
 
     steps = build_all(cell.name, cell.implementations, build)
-    facts = {name: {"saved_mb": step.saved_mb()} for name, step in steps.items()}
-    return Prepared(steps, facts, iterations(seconds(steps[BARE])))
+    return with_bytes(steps, iterations(seconds(steps[BARE])))
 
 
 @each(CELLS)

@@ -11,20 +11,29 @@ and all do the same base work. Each timed step has to run the operators that its
 """
 
 import functools
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from bench.measure.machine import DEVICE
 from bench.results.names import BARE, FAST, FAST_NORMS, MICA, PLAIN_LORA, STOCK, stock
-from bench.suites.decoder import RANK, SMOLLM2, Work, adapted, causal, reference_ids
-from bench.suites.harness import build_all, each, pick, under_autocast
+from bench.suites import harness
+from bench.suites.decoder import (
+    RANK,
+    SMOLLM2,
+    Work,
+    causal,
+    loss,
+    reference_ids,
+    under_autocast,
+    work_on,
+)
+from bench.suites.harness import build_all, each, pick
 from bench.suites.rounds import Once, prepared, rounds
-from bench.suites.steps import CONTEXTS, Prepared, Step, checked, operators
+from bench.suites.steps import Prepared, Step, checked, with_bytes
 from tests.support import models
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 STEPS = pick(default=2, cuda=6, dry=3)
 SECONDS = pick(default=120.0, cuda=4.0, dry=0.0)  # of a cell
 LEARNING_RATE = pick(default=1e-3, dry=3e-2)
@@ -33,7 +42,7 @@ CHECKPOINTED = "checkpointed"
 AUTOCAST = "autocast"
 DROPOUT = "dropout 0.05"
 PAPER = "paper's recipe"
-CONFIGS = {  # how -> of the adapter
+CONFIGS: dict[str, dict] = {  # how -> of the adapter
     DROPOUT: {"lora_dropout": 0.05},
     PAPER: {"lora_dropout": 0.05, "targets": ["q_proj", "v_proj"], "lora_alpha": 2 * RANK},
 }
@@ -43,10 +52,10 @@ GATES = {
     "bfloat16": {"y": 1e-2, "dx": 1e-1, "dA": 1e-1},
     "float32": {"y": 1e-5, "dx": 1e-4, "dA": 1e-4},
 }
-A_SCALE = 0.02  # of the values of A: an update that bf16 adapters can carry at width 4096
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class Cell(harness.Cell):
     """``tokens``: (batch, sequence); ``layers``: of a model with random weights; ``how`` a step is run."""
 
     model: str
@@ -58,17 +67,6 @@ class Cell(NamedTuple):
     adapter: str = MICA
 
     @property
-    def key(self) -> str:
-        return self.name
-
-    @property
-    def name(self) -> str:
-        batch, sequence = self.tokens
-        what = f"training step of {self.model}, {self.adapter}"
-        name = f"{what}, {batch} x {sequence} tokens, r = {RANK}, {self.dtype}"
-        return f"{name}, {self.how}" if self.how else name
-
-    @property
     def axes(self) -> dict[str, str | int]:
         batch, sequence = self.tokens
         axes = {
@@ -76,13 +74,12 @@ class Cell(NamedTuple):
             "model": self.model,
             "adapter": self.adapter,
             "tokens": batch * sequence,
-            "rank": RANK,
-            "dtype": self.dtype,
             "sequence": sequence,
+            "rank": RANK,
         }
         if self.how:
             axes["how"] = self.how
-        return axes
+        return {**axes, "dtype": self.dtype}
 
     @property
     def implementations(self) -> list[str]:
@@ -122,32 +119,26 @@ CELLS = pick(
 
 def work_of(cell: Cell) -> Work:
     torch.manual_seed(0)
-    dtype = DTYPES[cell.dtype]
+    dtype = getattr(torch, cell.dtype)
     if cell.model == SMOLLM2:
         bare = models.smollm2(dtype)
-    else:
-        bare = causal(cell.model, cell.layers, cell.vocabulary, dtype)
-    bare.train().requires_grad_(False).to(DEVICE)
-    if cell.how == CHECKPOINTED:
-        bare.gradient_checkpointing_enable({"use_reentrant": False})
-    masters = adapted(bare, A_SCALE, adapter=cell.adapter, **CONFIGS.get(cell.how, {})).train()
-    if cell.model == SMOLLM2:
         ids = reference_ids(cell.tokens).to(DEVICE)
     else:
+        bare = causal(cell.model, cell.layers, cell.vocabulary, dtype)
         ids = torch.randint(DISTINCT, cell.tokens).to(DEVICE)
-    work = Work(bare, masters, bare.get_input_embeddings()(ids).detach(), labels=ids)
+    if cell.how == CHECKPOINTED:
+        bare.gradient_checkpointing_enable({"use_reentrant": False})
+    shape = (*cell.tokens, bare.config.hidden_size)
+    call = functools.partial(loss, ids)
     if cell.how == AUTOCAST:
-        return work._replace(wrap=under_autocast)
-    return work
+        call = functools.partial(under_autocast, call)
+    work = work_on(bare, shape, cell.adapter, call=call, **CONFIGS.get(cell.how, {}))
+    return work._replace(x=bare.get_input_embeddings()(ids).detach(), grad_output=None)
 
 
 def build(cell: Cell, work: Work, implementation: str) -> Step:
-    ran = {}
-    if implementation in (FAST, FAST_NORMS):
-        layers = len(models.adapted_layers(work.masters))
-        forwards = 2 if cell.how == CHECKPOINTED else 1
-        ran = operators(layers, forwards=forwards, adapter=cell.adapter)
-    return work.step(implementation, CONTEXTS[implementation], ran, LEARNING_RATE)
+    forwards = 2 if cell.how == CHECKPOINTED else 1
+    return work.step(implementation, forwards=forwards, rate=LEARNING_RATE)
 
 
 def set_dropout(step: Step, on: bool) -> None:
@@ -192,7 +183,7 @@ def setting(cell: Cell) -> Prepared:
         with step.form.context():
             varies = len({step.form.forward().item() for _ in range(4)}) > 1
         assert varies == (cell.how in CONFIGS and name != BARE), f"{name}: is dropout off?"
-    return Prepared(steps, {name: {"saved_mb": step.saved_mb()} for name, step in steps.items()})
+    return with_bytes(steps)
 
 
 @each(CELLS)

@@ -11,7 +11,7 @@ are warmed up by a small one.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.results.names import EIGH, SVD
 from bench.results.throughput import FLOP, MATRICES, gram_flop
+from bench.suites import harness
 from bench.suites.eigh import basis_by_eigh, least_energy
 from bench.suites.harness import build_all, each, iterations, pick
 from bench.suites.rounds import Once, prepared, rounds
@@ -28,19 +29,11 @@ from mica import minor_subspace
 SOLVERS = {f"minor_subspace, auto, r = {rank}": rank for rank in (16, 64, 128)}
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class Cell(harness.Cell):
     out: int
     inner: int
     ranks: tuple[int, ...] = (16, 64, 128)
-
-    @property
-    def name(self) -> str:
-        return f"minor subspace, {self.out} x {self.inner}"
-
-    @property
-    def key(self) -> str:
-        """For ``-k``."""
-        return f"{self.out}x{self.inner}"
 
     @property
     def axes(self) -> dict[str, str | int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from bench.measure.clocks import seconds
@@ -27,7 +28,8 @@ def case(
     def checked(implementation: str) -> Callable[[], Tensor]:
         call = calls[implementation]
         if implementation in expected:
-            check_error(call(), expected[implementation]())
+            result = call()
+            check_error(result, expected[implementation](), result.dtype)
         return call
 
     def setting() -> tuple[dict[str, Callable], int]:
@@ -46,8 +48,8 @@ def case(
     return bench
 
 
-def check_error(result: Tensor, truth: Tensor) -> None:
-    """Raises AssertionError where a result is further from the truth than its dtype explains."""
+def check_error(result: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    """Raises AssertionError where a result is further from the truth than rounding to ``dtype`` explains."""
     relative = error(result, truth)
-    limit = RELATIVE[result.dtype]
+    limit = RELATIVE[dtype]
     assert relative <= limit, f"the relative error is {relative:.2e}, above {limit:.0e}"

@@ -13,21 +13,23 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
+from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.results.names import BARE, MICA, PLAIN_LORA, STOCK_16, STOCK_UNCAST
 from bench.suites.layer import Form
-from bench.suites.steps import Step
+from bench.suites.steps import CONTEXTS, OURS, Step, operators
 from tests.support import models
 
 Context = Callable[[], AbstractContextManager]
 
 RANK = 16
 SMOLLM2 = "SmolLM2-135M"
-LINEAR_LAYERS = 7  # of a block of Llama's or Qwen's
+A_SCALE = 0.02  # of the values of A: an update that bf16 adapters can carry at width 4096
 _WIDTHS = {  # hidden, intermediate, heads, heads of k and v
     "Llama-3.2-1B": (LlamaConfig, 2048, 8192, 32, 8),
     "Llama-3.1-8B": (LlamaConfig, 4096, 14336, 32, 8),
     "Qwen2.5-0.5B": (Qwen2Config, 896, 4864, 14, 2),
     "SmolLM2-135M's widths": (LlamaConfig, 576, 1536, 9, 3),
+    "64 / 128": (LlamaConfig, 64, 128, 4, 2),
     "toy": (LlamaConfig, 32, 48, 4, 2),
 }
 
@@ -66,52 +68,84 @@ def reference_ids(tokens: tuple[int, int]) -> Tensor:
     return models.python_reference_tokens()[: batch * sequence].view(tokens)
 
 
-def _as_it_is(model: nn.Module) -> Callable:  # with a name, so that a `Work` can be pickled
-    return model
-
-
 @contextmanager
 def _uncast(model: nn.Module, context: Context) -> Iterator[None]:
     with context(), disable_input_dtype_casting(model):
         yield
 
 
+# What is called, with a model and embeddings; functions with a name, so that a `Work` can be pickled
+
+
+def hidden_states(model: nn.Module, x: Tensor) -> Tensor:
+    return model(inputs_embeds=x).last_hidden_state
+
+
+def loss(labels: Tensor, model: nn.Module, x: Tensor) -> Tensor:
+    return model(inputs_embeds=x, labels=labels).loss
+
+
+def under_autocast(call: Callable[..., Tensor], model: nn.Module, x: Tensor) -> Tensor:
+    """As Trainer calls it with ``bf16=True``: the forward only."""
+    with torch.autocast(DEVICE, torch.bfloat16):
+        return call(model, x)
+
+
 class Work(NamedTuple):
-    """What is run: a model without a head gives y of x's shape, one with a head the loss of ``labels``.
+    """What is run: ``call(model, x)`` gives y of x's shape, or a loss, for which there is no ``grad_output``.
 
     ``bare``: frozen, without adapters; ``masters``: with adapters as PEFT makes them, in fp32, for
-    implementations to copy; ``x``: embeddings (batch, sequence, hidden); ``wrap``: makes of a model what is
-    called.
+    implementations to copy; ``x``: embeddings (batch, sequence, hidden).
     """
 
     bare: nn.Module
     masters: nn.Module
     x: Tensor
-    grad_output: Tensor | None = None
-    labels: Tensor | None = None
-    wrap: Callable[[nn.Module], Callable] = _as_it_is
+    grad_output: Tensor | None
+    adapter: str
+    call: Callable[[nn.Module, Tensor], Tensor]
 
-    def step(self, name: str, context: Context, operators: dict[str, int], rate: float = 0.0) -> Step:
-        """A step of the bare model or of a copy of the masters; ``rate``: AdamW's.
+    def step(
+        self,
+        name: str,
+        context: Context | None = None,
+        on_kernels: bool = ON_ACCELERATOR,
+        forwards: int = 1,
+        rate: float = 0.0,
+    ) -> Step:
+        """A step of the bare model or of a copy of the masters.
 
-        x requires a gradient, so that the bare frozen model has a backward too.
+        x requires a gradient, so that the bare frozen model has a backward too. ``context``: what it runs in,
+        by default that of its name; ``forwards``: see `operators`; ``rate``: AdamW's, 0 without an optimizer.
         """
+        context = context or CONTEXTS[name]
         model = self.bare if name == BARE else copy.deepcopy(self.masters)
         if name == STOCK_16:
             cast(model, self.x.dtype)
         if name == STOCK_UNCAST:
             context = functools.partial(_uncast, model, context)
-        call = self.wrap(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         x = self.x.detach().requires_grad_()
-
-        def forward() -> Tensor:
-            if self.labels is None:
-                return call(inputs_embeds=x).last_hidden_state
-            return call(inputs_embeds=x, labels=self.labels).loss
-
+        form = Form(lambda: self.call(model, x), (x, *trained), context, model)
         optimizer = torch.optim.AdamW(trained, lr=rate) if trained and rate else None
-        return Step(Form(forward, (x, *trained), context, model), self.grad_output, optimizer, operators)
+        layers = len(models.adapted_layers(self.masters))
+        ran = operators(layers, on_kernels, forwards, self.adapter) if name in OURS else {}
+        return Step(form, self.grad_output, optimizer, ran)
+
+
+def work_on(
+    bare: nn.Module,
+    shape: tuple[int, ...],
+    adapter: str = MICA,
+    targets: str | list[str] = "all-linear",
+    call: Callable[[nn.Module, Tensor], Tensor] = hidden_states,
+    **config,
+) -> Work:
+    """Random embeddings of this shape through a model, which is frozen here, and a copy with adapters."""
+    bare.train().requires_grad_(False).to(DEVICE)
+    masters = adapted(bare, A_SCALE, targets, adapter, **config).train()
+    x, dy = torch.randn(2, *shape, device=DEVICE, dtype=next(bare.parameters()).dtype).unbind()
+    return Work(bare, masters, x, dy, adapter, call)
 
 
 def adapted(
@@ -121,15 +155,7 @@ def adapted(
     adapter: str = MICA,
     **config,
 ) -> nn.Module:
-    """A copy with adapters whose A has values of this scale, as after training.
-
-    ``adapter``: MiCA or plain LoRA, whose B has columns of the length 1, as MiCA's has.
-    """
-    is_lora = adapter == PLAIN_LORA
-    init = True if is_lora else "mica"
+    """A copy with MiCA or plain LoRA; what it trains has values of this scale, as after training."""
+    init = True if adapter == PLAIN_LORA else "mica"
     model = models.wrap(copy.deepcopy(bare), rank=RANK, targets=targets, init_lora_weights=init, **config)
-    if is_lora:
-        generator = torch.Generator().manual_seed(0)
-        for B in models.bases(model).values():
-            B.data.copy_(torch.randn(B.shape, generator=generator) * len(B) ** -0.5)
     return models.randomise(model, scale)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import product
 from math import ceil
 from typing import Any, TypeVar
 
 import pytest
 import torch
-from torch import nn
 
 from bench.measure.machine import DEVICE, IS_DRY, ON_ACCELERATOR
 from bench.results import journal
 from bench.results.cell import is_refused
+from bench.results.names import in_words
 
 T = TypeVar("T")
 
@@ -49,14 +50,26 @@ def iterations(seconds: float, sample: float = 0.005) -> int:
     return min(100, max(1, ceil(sample / seconds)))
 
 
-def under_autocast(module: nn.Module) -> Callable:
-    """Its call, as Trainer makes it with ``bf16=True``: the forward only."""
-    return torch.autocast(DEVICE, torch.bfloat16)(module.__call__)
+@dataclass(frozen=True)
+class Cell:
+    """A piece of work, which the cells of each suite describe."""
+
+    @property
+    def axes(self) -> dict[str, str | int]:
+        """Its suite, and what tells it from the others; the dtype comes last.
+
+        A name that begins with another one's would share its refusals.
+        """
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        return in_words(self.axes)
 
 
 def each(cells: Iterable[Any]) -> pytest.MarkDecorator:
-    """Parametrises by cell; a cell has a ``key`` for ``-k``."""
-    return pytest.mark.parametrize("cell", [pytest.param(cell, id=cell.key) for cell in cells])
+    """Parametrises by cell."""
+    return pytest.mark.parametrize("cell", [pytest.param(cell, id=_key(cell)) for cell in cells])
 
 
 def each_part(cells: Iterable[Any], parts: Sequence[str]) -> pytest.MarkDecorator:
@@ -64,8 +77,13 @@ def each_part(cells: Iterable[Any], parts: Sequence[str]) -> pytest.MarkDecorato
     cases = []
     for cell, part in product(cells, parts):
         if cell.implementations(part):
-            cases.append(pytest.param(cell, part, id=f"{cell.key}-{part}"))
+            cases.append(pytest.param(cell, part, id=f"{_key(cell)}-{part}"))
     return pytest.mark.parametrize(("cell", "part"), cases)
+
+
+def _key(cell: Cell) -> str:
+    """Its name for ``-k``, as "layer-MiCA-1024-tokens-2048x2048-r16-bfloat16"."""
+    return cell.name.replace(" x ", "x").replace(" = ", "").replace(", ", "-").replace(" ", "-")
 
 
 def refuse(group: str, why: str, name: str | None = None) -> None:

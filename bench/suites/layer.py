@@ -13,13 +13,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from bench.results.names import BACKWARD, BARE, MICA, NO_GRADIENT
 from mica.fast.loading import without_solver
-from tests.support import definition
+from tests.support import definition, models
 
 OF_A_STEP = ("y", "dx", "dA", "dB")  # dB of plain LoRA only
 
@@ -106,42 +104,14 @@ def adapted_module(
     base.weight = nn.Parameter(layer.weight, requires_grad=False)
     rank = layer.lora_A.shape[0]
     is_lora = layer.lora_B.requires_grad
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank * layer.scaling,
-        lora_dropout=dropout,
-        target_modules=["0"],
-        init_lora_weights=True if is_lora else "mica",
-    )
+    config = {"lora_alpha": rank * layer.scaling, "lora_dropout": dropout}
+    init = True if is_lora else "mica"
     with without_solver():  # on a device its first run belongs to its own stage
-        adapted = get_peft_model(nn.Sequential(base), config).train()
+        adapted = models.wrap(nn.Sequential(base), rank, ["0"], init_lora_weights=init, **config).train()
     module = adapted.base_model.model[0].to(layer.x.device)
     for part, value in ((module.lora_A, layer.lora_A), (module.lora_B, layer.lora_B)):
         part["default"].weight = nn.Parameter(value.detach().to(adapter_dtype), value.requires_grad)
     return module, [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-class AtenControl(torch.autograd.Function):
-    """The most that plain PyTorch can do: products that add in place, one a gradient, only x and h saved."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-        A = lora_A.to(x.dtype)
-        B = lora_B.to(x.dtype)
-        h = F.linear(x, A)
-        ctx.save_for_backward(x, h if ctx.needs_input_grad[3] else None)
-        ctx.frozen = (weight, A, B, scaling)
-        return F.linear(x, weight).addmm_(h, B.t(), alpha=scaling)
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        x, h = ctx.saved_tensors
-        weight, A, B, scaling = ctx.frozen
-        g = (grad_output @ B).mul_(scaling)
-        dx = (grad_output @ weight).addmm_(g, A)
-        dA = (g.t() @ x).to(torch.float32)
-        dB = None if h is None else (grad_output.t() @ h).mul_(scaling).to(torch.float32)
-        return dx, None, dA, dB, None
 
 
 def exact(layer: Layer, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

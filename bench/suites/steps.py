@@ -14,7 +14,7 @@ from torch import Tensor
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR
 from bench.measure.memory import alive_bytes
-from bench.results.names import BARE, FAST, FAST_NORMS, MICA, STOCK, STOCK_16, STOCK_UNCAST
+from bench.results.names import BARE, FAST, FAST_NORMS, KERNELS, MICA, STOCK, STOCK_16, STOCK_UNCAST
 from bench.suites.harness import build_all
 from bench.suites.layer import Form
 
@@ -37,6 +37,7 @@ CONTEXTS = {
     FAST: nullcontext,
     FAST_NORMS: norms_recomputed,
 }
+OURS = (FAST, FAST_NORMS, KERNELS)  # implementations that run operators
 
 
 def operators(
@@ -146,6 +147,11 @@ class Prepared(NamedTuple):
         """One sample of the implementation that ``once`` names."""
         name = once.implementation
         self.steps[name].time(once, axes, self.iterations, **options, **self.facts[name])
+
+
+def with_bytes(steps: dict[str, Step], iterations: int = 1) -> Prepared:
+    """Counts what the forward of each keeps."""
+    return Prepared(steps, {name: {"saved_mb": step.saved_mb()} for name, step in steps.items()}, iterations)
 
 
 def checked(step: Step, expected: dict[str, Tensor], gates: dict[str, float]) -> Step:

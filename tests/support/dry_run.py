@@ -11,7 +11,8 @@ from mica.paths.products import has_native
 from tests.support.processes import ROOT, start
 
 # What a run on this processor measures: without instructions for bf16 nothing is timed in it.
-CELL = "1024x576x576-r16-bfloat16" if has_native(torch.bfloat16) else "1x576x576-r16-float32"
+_CELL = "1024-tokens-576x576-r16-bfloat16" if has_native(torch.bfloat16) else "1-tokens-576x576-r16-float32"
+CELL = f"MiCA-{_CELL}"
 
 
 class DryRun(NamedTuple):

@@ -4,8 +4,6 @@ from bench.results.cell import Group, Timing
 from bench.results.names import (
     BACKWARD,
     BARE,
-    COMPILED,
-    COMPILED_FAST,
     COPY,
     CUBLAS,
     DEVICE_TIME,
@@ -54,17 +52,6 @@ def of_forms(
 def both_passes(tokens: int, times: dict[str, float | list[float]], **axes) -> list[Group]:
     """Forward and backward of such a cell, which take as long."""
     return [of_forms(tokens, part, times, **axes) for part in (FORWARD, BACKWARD)]
-
-
-def compiled_layers(fast: float) -> list[Group]:
-    """The same layer under torch.compile, where ours takes so many seconds for each pass."""
-    groups = []
-    for cell in layers(fast=1.0):
-        axes = {**cell.axes, "compiler": "torch.compile"}
-        times = {BARE: 1e-3, COMPILED: 1.2e-3, COMPILED_FAST: fast, of_form("split"): 1.0, STOCK: 2.0}
-        timings = {name: rounds(seconds) for name, seconds in times.items()}
-        groups.append(Group(f"{cell.name}, torch.compile", axes, timings))
-    return groups
 
 
 def layers(fast: float) -> list[Group]:

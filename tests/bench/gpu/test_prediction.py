@@ -32,7 +32,6 @@ def test_each_implementation_of_a_layer_is_that_of_the_model(part, adapter):
         BARE: roofline.bare(layer, part),
         names.STOCK: roofline.stock(layer, part),
         names.STOCK_16: roofline.stock(layer._replace(has_masters=False), part),
-        names.ATEN: roofline.aten_control(layer, part),
     }
     launches |= {names.of_form(word): roofline.of_form(word, layer, part) for word in configs.FORM_NAMES}
     for name, expected in launches.items():

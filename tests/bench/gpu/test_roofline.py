@@ -86,7 +86,7 @@ def test_stock_with_masters_casts_and_moves_twice_the_bytes():
 
 
 IMPLEMENTATIONS = {form: functools.partial(roofline.of_form, form) for form in FORM_NAMES}
-IMPLEMENTATIONS |= {"stock": roofline.stock, "control": roofline.aten_control}
+IMPLEMENTATIONS["stock"] = roofline.stock
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

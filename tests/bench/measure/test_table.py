@@ -52,7 +52,7 @@ def test_its_options_work_on_a_suite_and_its_files_are_results(tmp_path):
     options = [f"--benchmark-json={file}", f"--benchmark-histogram={tmp_path / 'picture'}"]
     options += [f"--benchmark-storage={tmp_path / 'saved'}", "--benchmark-autosave"]
     for compare in ([], ["--benchmark-compare", "--benchmark-compare-fail=median:10000%"]):
-        selection = "1x576x576-r16-float32 and backward and not LoRA"
+        selection = "MiCA-1-tokens-576x576-r16-float32 and backward"
         done = start("pytest", ROOT / "bench", "-k", selection, *options, *compare)
         assert done.returncode == 0, done.stdout + done.stderr
     for name in (BARE, STOCK, FAST):

@@ -1,10 +1,12 @@
 """What suites check before they time anything, and after: tiny cells, in this process."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import mica.fast
@@ -13,7 +15,9 @@ from bench.results.names import BARE, EIGH, FAST, FAST_NORMS, PLAIN_LORA, STOCK,
 from bench.suites import (
     bench_adapter,
     bench_fresh,
+    bench_host,
     bench_kept,
+    bench_layer,
     bench_peers,
     bench_step,
     bench_subspace,
@@ -59,6 +63,17 @@ def test_an_implementation_that_is_wrong_or_raises_is_refused_alone_and_not_buil
     refused = [one for one in written() if one["kind"] == "refused"]
     assert {one["implementation"]: one["why"] for one in refused} == whys
     assert harness.build_all("cell, backward", ["wrong", "b"], {"b": 2}.get) == {"b": 2}
+
+
+@pytest.mark.parametrize(
+    "suite", [bench_host, bench_kept, bench_layer, bench_peers, bench_step, bench_subspace]
+)
+def test_no_cell_shares_the_refusals_of_another(suite):
+    """Those of a name hold for all that begin with it."""
+    names = [f"{cell.name}, " for cell in suite.CELLS]
+    assert len(names) == len({*names})
+    for name in names:
+        assert [other for other in names if other.startswith(name)] == [name]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -138,7 +153,7 @@ def test_losses_that_diverge_later_are_refused(monkeypatch):
 
 
 def test_plain_lora_trains_both_factors_and_runs_the_operators(lora):
-    setting = bench_step.setting(STEP._replace(adapter=PLAIN_LORA))
+    setting = bench_step.setting(replace(STEP, adapter=PLAIN_LORA))
     assert setting.steps.keys() == {BARE, STOCK, FAST}
     assert setting.steps[FAST].results().keys() == {"y", "dx", "dA", "dB"}
 
@@ -186,7 +201,11 @@ def test_a_peer_that_is_wrong_gets_no_number(intermediate, monkeypatch, lora):
             W, A, B, scaling = factors(layer)
             return x @ W.T + (1 + error) * scaling * (x @ A.T @ B.T)
 
-        return Peer(lambda model, x: model.by(linear, x), linear)
+        def mlp(model, x):
+            hidden = F.silu(linear(model.gate_proj, x)) * linear(model.up_proj, x)
+            return linear(model.down_proj, hidden)
+
+        return Peer(mlp, linear)
 
     monkeypatch.setattr(bench_peers, "PEERS", {"right 1.0": peer(0.0), "wrong 2.0": peer(1e-3)})
     setting = bench_peers.setting(bench_peers.Cell(16, intermediate, "float32"))
