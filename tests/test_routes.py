@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mica import native
+from mica.fast.forward import fast
 from tests.support.models import tiny_llama
 from tests.support.pages import read
 
@@ -42,6 +43,7 @@ def passed(call) -> list[str]:
 def test_calls_pass_the_named_functions(monkeypatch):
     monkeypatch.setenv("MICA_CACHE", "0")
     monkeypatch.setattr(native, "module", lambda: None)
+    monkeypatch.setattr(fast, "_function", None)
     model = tiny_llama()
     config = LoraConfig(r=4, init_lora_weights="mica", target_modules=["down_proj"])
     ids = torch.arange(8)[None]

@@ -222,8 +222,8 @@ CHANGES = {
     "no bias": (_set(f"{BASE}.bias", None), FUSED, ""),
     "a bias on lora_A": (_set(f"{A}.bias", nn.Parameter(torch.ones(4))), PEFT, "a bias on the lora_A"),
     "a bias on lora_B": (_set(f"{B}.bias", nn.Parameter(torch.ones(20))), PEFT, "lora_bias=True"),
-    "old parallelism": (_set("_tp_info", object()), PEFT, f"{PARALLEL} of transformers before 5.17"),
-    "parallelism": (_set(f"{BASE}._hf_tp_plan", "colwise"), PEFT, f"{PARALLEL} with plan 'colwise'"),
+    "old parallelism": (_set("_tp_info", object()), PEFT, PARALLEL),
+    "parallelism": (_set(f"{BASE}._hf_tp_plan", "colwise"), PEFT, PARALLEL),
 }
 for _name, _part in PARTS.items():
     _left = CALLED if _part == BASE else PEFT

@@ -17,6 +17,7 @@ from peft.tuners import lora
 from peft.tuners.lora import variants
 from torch import Tensor, nn
 from torch._C import _get_tracing_state
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx._symbolic_trace import is_fx_tracing
 from torch.nn import functional
 from torch.nn.modules import module as nn_module
@@ -395,7 +396,9 @@ def has_global_hooks() -> bool:
 
 
 def why_not_dense(part: str, tensor: Tensor) -> str | None:
-    if type(tensor) not in LAYER_TYPES:
+    # torch.export traces with fake tensors, and its program runs where this package is not
+    is_exported = type(tensor) is FakeTensor and torch.compiler.is_exporting()
+    if type(tensor) not in LAYER_TYPES or is_exported:
         return f"the {part} is a {type(tensor).__name__}, not a plain tensor"
     if hasattr(tensor, "ds_id"):
         return f"the {part} is partitioned"

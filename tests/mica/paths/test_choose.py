@@ -229,7 +229,7 @@ ERROR = common.LaunchError("the kernel grad_a can be launched nowhere: out of re
 
 def test_only_what_cannot_be_launched_is_given_up(a_gpu):
     assert decided(GPU, 16, BF16) == choose.KERNELS
-    with pytest.warns(UserWarning, match="linear at rank 16 .bfloat16. on the reference path on cuda"):
+    with pytest.warns(UserWarning, match="kernel for linear at rank 16 .bfloat16. failed on cuda"):
         choose.give_up(GPU, "linear", 16, (BF16,), ERROR)
     assert decided(GPU, 16, BF16) == choose.REFERENCE
     for device, rank, dtypes, function in (
