@@ -7,7 +7,7 @@ from statistics import median
 import pytest
 
 from bench import on_a_gpu, pages
-from bench.report.words import shows_no_difference
+from bench.report.words import shown, shows_no_difference, speedup
 from bench.results import names
 from bench.results.names import FAST, LORA, STOCK, best_stock
 
@@ -51,13 +51,13 @@ def words():
     figures = []
     for group, digits in ((created, 1), (loaded, 0)):
         times = [group.timings[name].median for name in (FAST, STOCK)]
-        figures += [*times, pages.speedup(group.ratio(FAST, STOCK), digits)]
+        figures += [*times, speedup(group.ratio(FAST, STOCK), digits)]
     yield bench, text.format(*figures)
     shape = {"tokens": 1024, "out": 2048, "rank": 16}
     (layer,) = (one for one in pages.layers(run, dtype="bfloat16") if shape.items() <= one.axes.items())
     ways = (names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN)
     text = "{} of the time with stock PEFT compiled, {} with the operator and {} with the plain products"
-    yield "mica/fast/README.md", text.format(*(pages.shown(layer.ratio(way, STOCK)) for way in ways))
+    yield "mica/fast/README.md", text.format(*(shown(layer.ratio(way, STOCK)) for way in ways))
     rounds = pages.raw("2026-12-01-checkpointing/rounds")["seconds"]
     ratios = [one["mica.fast"] / one["PEFT, gradient checkpointing"] for one in rounds]
     figures = median(ratios), min(ratios), max(ratios)
@@ -78,8 +78,8 @@ def of_single_results():
     """Figures of suites that were measured once."""
     page = "bench/README.md"
     smollm2, tiny = pages.result("intel-xeon-processor-amx-2-threads/2026-11-29-generate").groups
-    said = f"{pages.speedup(tiny.ratio(FAST, STOCK))} faster than stock PEFT, of SmolLM2-135M"
-    yield page, f"{said} {pages.speedup(smollm2.ratio(FAST, STOCK))}, within its noise"
+    said = f"{speedup(tiny.ratio(FAST, STOCK))} faster than stock PEFT, of SmolLM2-135M"
+    yield page, f"{said} {speedup(smollm2.ratio(FAST, STOCK))}, within its noise"
     shapes = pages.result("amd-epyc-as-avx2-2-threads/2026-11-26-dtype").groups
     for dtype in ("bfloat16", "float16"):
         ratios = [one.ratio(f"{FAST}, {dtype}", f"{FAST}, float32").median for one in shapes]

@@ -1,43 +1,9 @@
 """The tables of the pages: their columns, and that rows that show no difference are marked."""
 
-import pytest
-
 from bench import pages
 from bench.results.cell import Group, Timing
-from bench.results.names import BARE, FAST, FAST_NORMS, STOCK, STOCK_16, STOCK_UNCAST
+from bench.results.names import BARE, FAST, FAST_NORMS, STOCK, STOCK_16
 from bench.results.schema import Result
-
-
-def step(*seconds):
-    """A cell in which stock PEFT takes 1 s in every round."""
-    stock = Timing([1.0] * len(seconds))
-    return Group("", {"tokens": 8}, {BARE: stock, STOCK: stock, FAST: Timing([*seconds])})
-
-
-@pytest.mark.parametrize(
-    ("seconds", "is_marked"),
-    [
-        ([0.5, 0.51, 0.52], False),
-        ([0.8, 1.0, 1.2], True),
-        ([0.5], True),  # one round has no interval
-    ],
-)
-def test_a_speedup_whose_interval_contains_one_is_marked_and_explained(seconds, is_marked):
-    row = pages._throughput_row("step", step(*seconds))
-    assert [cell.endswith(f") {pages.MARK}") for cell in row[-2:]] == [is_marked] * 2
-    assert pages.with_footnote([row]) == [row, pages.FOOTNOTE][: 1 + is_marked]
-
-
-@pytest.mark.parametrize("best", [STOCK_16, STOCK_UNCAST, STOCK])
-def test_stock_peft_stands_in_its_best_setting_too(best):
-    """Where that is the default, twice."""
-    seconds = {BARE: 1.0, STOCK: 4.0, best: 2.0, FAST: 1.0}
-    group = Group("", {"tokens": 8}, {name: Timing([value] * 6) for name, value in seconds.items()})
-    _, *rates, over_default, over_best = pages._throughput_row("step", group)
-    default = "4" if best == STOCK else "2"
-    assert rates == [f"{value} tokens/s" for value in ("8", default, "4", "8")]
-    assert over_best == "2.00× (2.00–2.00)"
-    assert (over_default == over_best) == (best == STOCK)
 
 
 def run(monkeypatch, suite, facts, **axes):
