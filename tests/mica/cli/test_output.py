@@ -25,6 +25,16 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [NAME, path.name]
 
 
+def test_files_get_the_mode_of_any_file(tmp_path):
+    def save_pretrained(folder):
+        (folder / "model").write_text("weights")
+        (folder / "model").chmod(0o600)  # as safetensors leaves it
+
+    output.write_folder("--output", tmp_path / "model", save_pretrained, record=Record(tmp_path))
+    (tmp_path / "any").touch()
+    assert (tmp_path / "model" / "model").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_only_what_commands_have_written_is_replaced(tmp_path, capsys):
     page, table = tmp_path / "README.md", tmp_path / "spectra.json"
     for text in ("first", "second"):

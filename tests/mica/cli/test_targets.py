@@ -66,6 +66,7 @@ DENSE = sorted(MLP + [name.replace("mlp.", "mlp.shared_experts.") for name in ML
         ("deepseek_v3", "all-linear", False, LOW_RANK, DENSE),
         ("mixtral", "q_proj,v_proj", True, ["q_proj", "v_proj"], STACKS),
         ("mixtral", "q_proj,down_proj", None, ["q_proj"], STACKS[:1]),
+        ("mixtral", "q_proj,down_proj", False, ["q_proj"], None),
         ("mixtral", "gate", None, [], ["mlp.gate.weight"]),
         ("gpt_oss", "0.mlp.experts.down_proj", None, [], ["model.layers.0.mlp.experts.down_proj"]),
     ],
