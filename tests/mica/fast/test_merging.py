@@ -166,6 +166,20 @@ def test_two_adapters_merge_and_unmerge_in_order(kind):
         model.unmerge_adapter()
 
 
+def test_experts_next_to_plain_lora_which_stock_merges():
+    """LoRA is merged first, by stock's code and without a record of ours."""
+    model = second(trained("qwen3_moe"), init_lora_weights=False)
+    before = weights(model)
+    quietly(model.merge_adapter, ["default", "second"])
+    for name, layer in adapted_layers(model).items():
+        assert layer.merged_adapters == ["second", "default"]
+        assert list(vars(layer)[merging.RECORDS]) == ["default"]
+        exact = exact_merge(layer, exact_merge(layer, before[name]), "second")
+        assert error(stored(layer), exact) <= RELATIVE[torch.float32]
+    quietly(model.unmerge_adapter)
+    assert_close(model, before, RELATIVE[torch.float32])
+
+
 # -- what may happen while merged ---------------------------------------------------------------------
 
 
@@ -267,6 +281,19 @@ def test_what_stock_has_merged_since_is_not_undone_with_an_old_record(kind, off)
     assert_close(model, before, 200 * RELATIVE[torch.float32])  # a wrong update is off by more than 1
 
 
+def test_a_weight_that_is_not_contiguous_is_merged_and_unmerged_by_stock():
+    model = trained()
+    layer = model.base_model.model.up
+    stored(layer).data = stored(layer).data.t().contiguous().t()
+    before = weights(model)
+    exact = exact_merge(layer, stored(layer).detach().clone())
+    quietly(model.merge_adapter)
+    assert error(stored(layer), exact) <= RELATIVE[torch.float32]
+    assert not any(name.endswith("up") for name in mica.fast.merge_report(model).layers)
+    quietly(model.unmerge_adapter)
+    assert_close(model, before, RELATIVE[torch.float32])
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype"), [*itertools.product(KINDS, [torch.float32]), ("linear", torch.float16)]
 )
@@ -360,6 +387,18 @@ def parameters_of(kind):
         return {"up", "conv", "down"}
     places = ("experts.down_proj", "experts.gate_up_proj", "gate")
     return {f"model.layers.{layer}.mlp.{place}" for layer in (0, 1) for place in places}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_report_has_a_row_for_each_parameter_and_goes_with_the_unmerge(kind):
+    model = trained(kind, scale=0.02)
+    assert str(mica.fast.merge_report(model)).startswith("no adapter was merged")
+    model.merge_adapter()
+    report = mica.fast.merge_report(model)
+    assert set(report.layers) == {f"base_model.model.{name}" for name in parameters_of(kind)}
+    assert report.swallowed < 1e-4  # next to nothing in fp32
+    model.unmerge_adapter()
+    assert not mica.fast.merge_report(model).layers
 
 
 @pytest.mark.filterwarnings("ignore:All adapters are already merged")

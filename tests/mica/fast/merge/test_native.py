@@ -7,7 +7,7 @@ import torch
 
 from mica import native
 from mica.fast.merge import merging
-from mica.row_checksums import odd_numbers
+from mica.row_checksums import odd_numbers, row_checksums
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.why_not()))
 
@@ -149,6 +149,23 @@ def test_an_edit_that_rounding_swallows_is_seen(dtype, language, monkeypatch):
 
 
 @both_dtypes
+def test_threads_give_the_same(dtype):
+    weight, update = weight_and_update(dtype, 600, 520, 0.1)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            merged = weight.clone()
+            stats, kept = merging.merge_update(update, merged, merged, True)
+            assert merging.unmerge_update(update, merged.clone(), kept)
+            results.append((bits(merged).tolist(), stats, [field.tolist() for field in kept.tensors]))
+    finally:
+        torch.set_num_threads(before)
+    assert results[0] == results[1] == results[2]
+
+
+@both_dtypes
 @pytest.mark.parametrize("language", ["C++", "Python"])
 @pytest.mark.parametrize("threads", [(1, 2), (2, 1), (5, 2)])
 def test_an_unmerge_by_other_threads_is_exact(dtype, language, threads, monkeypatch):
@@ -176,3 +193,11 @@ def test_odd_layouts(dtype, columns, monkeypatch):
     weight, update = weight_and_update(dtype, 3, columns, 0.1)
     assert merging.native_function("merge", update, weight) is None
     check_same(weight, update, True, monkeypatch)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (7, 12), (3000, 64), (5, 4096)])
+def test_sums_of_rows(shape, monkeypatch):
+    weight = torch.randn(shape).bfloat16()
+    ours = row_checksums(weight)
+    from_python(monkeypatch)
+    assert torch.equal(row_checksums(weight), ours)
