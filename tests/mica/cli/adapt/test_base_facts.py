@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from mica.cli import main
-from mica.cli.adapt import base
+from mica.cli.adapt import base, embeddings
 from tests.support.adapt_runs import command, saved, summary, weights
 from tests.support.tiny_cli import TEXT, adapt, tiny_llama
 
@@ -102,6 +103,20 @@ def test_what_is_not_recorded_is_noted(copied, capsys):
     assert transfer(copied) == 0
     said = capsys.readouterr().err
     assert f"mica transfer: note: --adapter {copied / 'run'}: {NOTE} {copied / 'base'} is what it was" in said
+
+
+def test_an_adapter_of_peft_is_noted_and_its_dtype_counts(copied, capsys):
+    """PEFT copies the embeddings of a base in its dtype."""
+    model = AutoModelForCausalLM.from_pretrained(copied / "base", dtype=torch.bfloat16)
+    names = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    tuned = get_peft_model(model, LoraConfig(init_lora_weights="mica", r=4, **names))
+    for weight in embeddings.trained(tuned):
+        weight.data[:128] += 0.01
+    tuned.save_pretrained(copied / "theirs")
+    rename_base(copied / "theirs" / "adapter_config.json", copied / "base")
+    assert transfer(copied, "theirs") == 0
+    assert NOTE in capsys.readouterr().err
+    check_transferred(copied, "theirs", untrained_tokens=128)  # the first 128 of 257 are trained
 
 
 def test_it_is_kept_by_whoever_goes_on(copied, capsys):
