@@ -106,7 +106,7 @@ def test_no_copy_of_a_trained_b_is_used_again(function):
     assert lora_B._version == 0
 
 
-def test_nothing_is_kept_of_a_b_that_may_be_trained_later():
+def test_no_copy_of_b_is_kept_of_layers_and_experts_that_may_train_it():
     p, stack = dense((6,), 16, 32, 3), on_device(expert_cases.problem("tiles", 33, 22, 5, BF16, FP32))
     layer, experts = (Operands(q.weight, q.lora_A, q.lora_B, q.scaling, trains_B=True) for q in (p, stack))
     prepared_b.clear()
