@@ -21,9 +21,9 @@ from mica.fast.forward import experts
 from mica.fast.forward.eligibility import OnPeft
 from tests.support import moe_models
 from tests.support.layer_changes import changed
-from tests.support.models import randomise
+from tests.support.models import factors, randomise
 from tests.support.moe_models import second, tokens, wrap_experts
-from tests.support.moe_steps import adapted, as_stock_s, block, call_of, loss_of, outermost, ran
+from tests.support.moe_steps import Block, adapted, as_stock_s, block, call_of, loss_of, outermost, ran, use
 from tests.support.stock import as_stock
 from tests.support.tolerances import RELATIVE, error
 
@@ -145,6 +145,35 @@ def test_explain_has_a_row_for_each_stack():
     assert HOOKS in rows[1].reason
 
 
+def test_a_stack_within_a_merged_one_runs_alone_and_is_said_to():
+    """As a refused safe_merge leaves them: the outer wrapper is PEFT's, and calls the inner one."""
+    model = adapted().eval()
+    outermost(model).merge()
+    with torch.no_grad():
+        _, counts = ran(lambda: model(input_ids=tokens()))
+    assert counts[0] == 3  # one in the first layer, whose other one is merged, and two in the second
+    paths = [row.path for row in mica.fast.explain(model).rows if "layers.0" in row.name]
+    assert paths == ["peft", "reference"]
+
+
+def test_a_module_that_is_none_of_transformers_is_pefts():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 6, 4))
+
+        def forward(self, x, index, weights):
+            return torch.einsum("ti,eoi,te->to", x, self.weight, weights)
+
+    model = randomise(wrap_experts(Block(Own()), target_parameters=["experts.weight"], rank=2))
+    assert "does not use transformers' experts interface" in reason(model)
+    x, index, weights = torch.randn(5, 4), torch.zeros(5, 1, dtype=torch.int64), torch.rand(5, 3)
+    layer = outermost(model)
+    lora_A, lora_B = factors(layer)
+    dense = layer.get_base_layer().weight + layer.scaling["default"] * lora_B @ lora_A
+    assert error(model(x, index, weights), torch.einsum("ti,eoi,te->to", x, dense, weights)) <= FP32
+
+
 def test_the_registry_is_read_at_every_call(monkeypatch):
     """Whoever registers a function under a known name expects it to run."""
     model, calls = adapted(), []
@@ -205,6 +234,23 @@ def test_weights_of_all_experts_are_pefts():
     assert counts == (0, 0)
     reason = "in its last call: router weights that are not one for each expert of a token"
     assert [(row.path, row.reason) for row in mica.fast.explain(model).rows] == [("peft", reason)] * 2
+
+
+def test_an_input_of_another_dtype_is_cast_by_grouped_products_alone():
+    model, call = block_of(muse_spark, "grouped_mm").double(), call_of()
+    assert ran(lambda: model(*call))[1][0] == 2
+    use(outermost(model), "batched_mm")
+    with pytest.raises(RuntimeError, match="expected scalar type"):  # as from stock
+        model(*call)
+
+
+@pytest.mark.parametrize("implementation", ["batched_mm", "eager"])
+def test_fp64_within_autocast_is_pefts_and_fails_there(implementation):
+    """Autocast leaves fp64 alone, and casts the weights."""
+    layer = use(outermost(adapted("qwen3_moe")), implementation)
+    x, index, weights = torch.randn(5, 32).double(), torch.arange(10).view(5, 2) % 6, torch.rand(5, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match=r"(?i)double"):
+        layer(x, index, weights)
 
 
 def test_one_registry_as_before_transformers_5_4(monkeypatch):
@@ -287,6 +333,13 @@ class Clamped(nn.Module):
         return out
 
 
+class OtherGate(MixtralExperts):
+    """Its gate is the grouped function's alone: Mixtral's own forward states another."""
+
+    def _apply_gate(self, gate_up):
+        return gate_up.chunk(2, -1)[0]
+
+
 class Renamed(MixtralExperts):
     pass
 
@@ -294,6 +347,7 @@ class Renamed(MixtralExperts):
 FORMULA = {  # whether the operators run it: in eager, and in grouped_mm
     Clamped: (False, True),
     moe.use_experts_implementation(type("Again", (Clamped,), {})): (False, True),
+    OtherGate: (False, True),
     Renamed: (True, True),
 }
 
