@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mica.cli import loading
 from mica.cli.loading import (
     find_device,
     find_source,
@@ -58,8 +59,11 @@ NONE = "its configuration describes no model that transformers knows "
     ("changes", "said"),
     [
         ({"vocab_size": 300}, f"{WRONG}lm_head.weight is 257 x 32, and 300 x 32 by the configuration"),
+        ({"intermediate_size": 20}, f"{WRONG}model.layers.0.mlp.down_proj.weight is 32 x 48, and 32 x 20 by"),
         ({"hidden_act": "nope"}, f"{NONE}(KeyError: 'nope')"),
         ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, f"{NONE}(KeyError: 'nope')"),
+        ({"num_attention_heads": 0}, f"{NONE}(ZeroDivisionError: "),
+        ({"num_key_value_heads": 0}, f"{NONE}(ZeroDivisionError: "),
         (
             {"num_attention_heads": 3},
             "The hidden size (32) is not a multiple of the number of attention heads",
@@ -77,6 +81,24 @@ def test_a_configuration_that_is_no_models(changes, said, tmp_path):
     if said.startswith(NONE):  # the code may be the checkpoint's own
         with pytest.raises((LookupError, ArithmeticError)):
             load_model(find_source(str(tmp_path), True), "float32")
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_config, lambda source: load_model(source, "float32")])
+def test_it_is_said_once_before_the_hub_is_asked(monkeypatch, capsys, load):
+    heard = []
+
+    def unreachable(*_, **__):
+        heard.append(capsys.readouterr().err)
+        raise OSError("We couldn't connect to it.")
+
+    monkeypatch.setattr(loading, "find_adapter_config_file", unreachable)
+    for kind in (loading.AutoConfig, loading.AutoModelForCausalLM):
+        monkeypatch.setattr(kind, "from_pretrained", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    loading.note_hub.cache_clear()
+    with pytest.raises(UsageError):
+        load(loading.Source("someone/model", "someone/model", {}))
+    assert heard == ["mica: asking the Hugging Face Hub for someone/model: there is no such folder\n", ""]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +137,11 @@ def test_a_relative_folder_becomes_absolute(tmp_path):
         model = load_model(source, "float32")
     assert source.given == "model"
     assert source.location == model.name_or_path == str(tmp_path / "model")
+
+
+def test_a_home_that_nobody_has_is_a_name():
+    with pytest.raises(UsageError, match="--model ~no-user-has-this-name: no such file or folder"):
+        find_source("~no-user-has-this-name", False)
 
 
 def test_among_several_processes_the_device_is_this_ones(monkeypatch):

@@ -128,6 +128,17 @@ def test_a_hash_is_that_of_what_is_computed(tmp_path, edit):
     assert (before == after) == (edit in SAME)
 
 
+def test_what_cannot_be_read_has_none():
+    scope = {}
+    exec("def function(x): return x", scope)
+    assert known_peft.body_hash(scope["function"]) is None
+    assert known_peft.body_hash(len) is None
+    assert known_peft.body_hash(lambda x: x) is None
+    assert known_peft.difference("peft.nowhere:Class.function", "") == (
+        "peft.nowhere:Class.function is not there"
+    )
+
+
 def test_a_release_in_which_nothing_differs_runs_and_says_so_once(unknown):
     assert enabled() == [ALL]
     assert mica.fast.explain(net()).counts() == {"reference": 4}

@@ -1,12 +1,17 @@
 """A layer of each kind against stock PEFT's own code: values, gradients, memory, dropout and compilation."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import mica.fast
 from mica.paths import dropout
-from tests.support.models import net, randomise
+from tests.support.models import adapted_layers, net, randomise, tiny_gpt2, tiny_llama, wrap
 from tests.support.stock import as_stock, assert_same, both, counted, step
 from tests.support.tolerances import RELATIVE, error
 
@@ -40,6 +45,32 @@ def test_parity_with_stock(monkeypatch, backend, dtype, masters, compute_dtype):
     assert counts["embedding"] == counts["embedding_backward"] == 1
 
 
+def scaled_embedding(model):
+    model.base_model.model.embed.base_layer.embed_scale = torch.tensor(3.0)
+    return model
+
+
+def tensors_for_scalings(model):
+    """What `prepare_model_for_compiled_hotswap` makes of them."""
+    for layer in adapted_layers(model).values():
+        layer.scaling["default"] = torch.tensor(layer.scaling["default"])
+    return model
+
+
+OTHERS = {
+    "wrapped before the backend was on": lambda: net(stock=True),
+    "embed_scale": lambda: scaled_embedding(net()),
+    "scalings": lambda: tensors_for_scalings(net()),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_parity_of_other_models(other):
+    model = randomise(OTHERS[other]())
+    assert mica.fast.explain(model).counts() == {"reference": 4}
+    compare(model, 3 * RELATIVE[torch.float32])
+
+
 def test_compute_dtype_float32_is_stocks_arithmetic(monkeypatch):
     """Over a bf16 base: the same roundings at the same places, so nearly always the same bits."""
     mica.fast.enable(compute_dtype=torch.float32)
@@ -52,6 +83,61 @@ def test_compute_dtype_float32_is_stocks_arithmetic(monkeypatch):
     monkeypatch.setattr("mica.paths.products.FEW_TO_ROUND", 0)  # few tokens compute so by default
     coarse, _ = step(model, INDICES)
     assert (coarse != expected).any()  # the default computes in bf16: the setting does something
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
+def test_autocast_as_stock(base_dtype, autocast_dtype):
+    model = randomise(net(base_dtype))
+    with torch.autocast("cpu", autocast_dtype):
+        out = compare(model, 3 * RELATIVE[torch.bfloat16])
+    assert out.dtype == autocast_dtype
+
+
+def falcon():
+    """A sum of outputs in place."""
+    dropout = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+    return transformers.FalconForCausalLM(
+        transformers.FalconConfig(**SIZES, num_attention_heads=2, **dropout)
+    )
+
+
+def falcon_with_hooks():
+    """Its base layers are called."""
+    model = falcon()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda *_: None)
+    return model
+
+
+SIZES = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1}
+MODELS = [tiny_gpt2, tiny_llama, falcon, falcon_with_hooks]
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_transformers_models(build):
+    """Some change a layer's output in place."""
+    torch.manual_seed(0)
+    targets = ["c_attn", "c_fc", "c_proj"] if build is tiny_gpt2 else "all-linear"
+    model = randomise(wrap(build(), targets=targets, fan_in_fan_out=build is tiny_gpt2))
+    assert mica.fast.explain(model).counts().keys() == {"reference"}
+    ids, tolerances = torch.randint(3, 61, (2, 12)), (RELATIVE[torch.float32], 10 * RELATIVE[torch.float32])
+    _, counts = counted(lambda: as_stock(lambda: step(model.eval(), input_ids=ids, labels=ids), *tolerances))
+    assert "linear" in counts or "up_projection" in counts
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_gradient_checkpointing_changes_no_bit(p, use_reentrant):
+    layer = randomise(net(targets=["up"], lora_dropout=p)).base_model.model.up
+    x, A, seen = torch.randn(9, 12, requires_grad=True), layer.lora_A["default"].weight, []
+    for forward in (layer, partial(checkpoint, layer, use_reentrant=use_reentrant)):
+        torch.manual_seed(3)
+        x.grad = A.grad = None
+        forward(x).square().sum().backward()
+        seen.append((x.grad, A.grad))
+    assert all(map(torch.equal, *seen))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -117,3 +203,17 @@ def test_the_compiler_sees_plain_products_where_it_is_asked_to(dtype, autocast):
     model = randomise(net(dtype, lora_dropout=0.5)).train()
     compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
     assert counted(lambda: step(compiled, INDICES))[1]["linear"] == 3
+
+
+@pytest.mark.slow
+def test_dropout_under_compile():
+    """One layer, as C++ for a whole net takes half a minute."""
+    torch.compiler.reset()
+    layer, x = randomise(net(targets=["up"], lora_dropout=0.5)).base_model.model.up, torch.randn(5, 12)
+    compiled = torch.compile(layer, fullgraph=True, backend="inductor")
+    first, second = compiled(x), compiled(x)
+    assert not torch.equal(first, second)
+    second.sum().backward()
+    assert layer.lora_A["default"].weight.grad.isfinite().all()
+    layer.eval()
+    assert error(compiled(x), layer(x)) <= 3 * RELATIVE[torch.float32]

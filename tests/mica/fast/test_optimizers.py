@@ -1,6 +1,7 @@
 """PEFT's optimizers over MiCA: LoRA-FA is refused (fault 9), the others work or refuse by themselves."""
 
 import copy
+import warnings
 from contextlib import nullcontext
 
 import peft.optimizers
@@ -38,6 +39,15 @@ def test_lora_fa_is_refused_before_anything_is_frozen(module, targets):
     message = r"create_lorafa_optimizer trains only B, but adapter 'default' is MiCA.*an ordinary optimizer"
     with unchanged(model), pytest.raises(ValueError, match=message):
         lorafa_of(model, module)
+
+
+def test_stock_lora_fa_leaves_nothing_trainable():
+    """Fault 9, and not a word of it."""
+    model = net(targets=["up", "down"])
+    with mica.fast.disabled(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        lorafa_of(model)
+    assert not trainable(model)
 
 
 def test_lora_fa_of_other_adapters_is_left_alone():

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -100,6 +101,34 @@ def test_enable_disable_and_the_context_manager():
         assert not mica.fast.is_enabled()
     assert mica.fast.is_enabled()
     assert settings.compute_dtype == torch.float32
+
+
+def test_disabled_in_several_threads():
+    """Off as long as one of them is inside, wherever the block was left first; then on again."""
+    entered, leave = threading.Barrier(2), threading.Event()
+
+    def wait():
+        with mica.fast.disabled():
+            entered.wait()
+            leave.wait()
+
+    def work(_):
+        for _ in range(200):
+            with mica.fast.disabled():
+                assert not mica.fast.is_enabled()
+
+    with ThreadPoolExecutor(4) as pool:
+        waiting = pool.submit(wait)
+        with mica.fast.disabled():
+            entered.wait()
+        assert not mica.fast.is_enabled()  # the other is still inside
+        with mica.fast.disabled():
+            leave.set()
+            waiting.result()
+            assert not mica.fast.is_enabled()
+        assert mica.fast.is_enabled()
+        list(pool.map(work, range(4)))
+    assert mica.fast.is_enabled()
 
 
 def test_disabled_holds_for_the_recomputation_in_another_thread():

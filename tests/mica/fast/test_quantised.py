@@ -10,14 +10,16 @@ import weakref
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import hqq
 from torch import nn
 
 import mica.fast
 from mica.fast.create import quantised, solving
 from tests.support import quantised_models
 from tests.support.models import ADAPTERS, adapted_layers, assert_same_bases, factors, randomise, wrap
+from tests.support.moe_models import second
 from tests.support.quantised_models import KINDS, TARGETS, adapted, assert_spans, dequantised, llama, logits
-from tests.support.stock import as_stock, assert_same, counted, step
+from tests.support.stock import as_stock, assert_same, counted, step, uninstalled
 from tests.support.tolerances import RELATIVE, error
 
 MERGEABLE = [kind for kind in KINDS if "stub" not in kind]
@@ -42,6 +44,18 @@ def test_rank_one_does_not_start_from_packed_bytes():
     layer = wrap(model(), rank=1, targets=["0"]).base_model.model[0]
     assert layer.lora_B["default"].weight.shape == (8, 1)
     assert_spans(layer.lora_B["default"].weight, dequantised(layer.get_base_layer()))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "hqq", "gptq stub"])
+def test_a_second_adapter(kind):
+    model = adapted(kind)
+    second(model, r=2, lora_dropout=0.1)
+    for name in ("second", "default", ["default", "second"]):
+        model.base_model.set_adapter(name)
+        assert not any("lora_B" in n for n, p in model.named_parameters() if p.requires_grad)
+    for layer in adapted_layers(model).values():
+        for adapter in ("default", "second"):
+            assert_spans(layer.lora_B[adapter].weight, dequantised(layer.get_base_layer()))
 
 
 def test_an_8_bit_layer_that_was_called_before_still_works():
@@ -93,6 +107,20 @@ def round_scales(model):
 def assert_close(actual, expected):
     """Repacking has rounded the scales to bf16."""
     assert (actual.double() - expected.double()).abs().max() <= 2**-7 * expected.abs().max()
+
+
+def test_the_repacking_is_what_it_is_taken_for():
+    """One call in eval mode does it, where the processor has the instructions."""
+    bnb = pytest.importorskip("bitsandbytes")
+    if not bnb.functional.has_avx512bf16():
+        pytest.skip("this CPU has no AVX512-BF16")
+    called, ours = four_bits().eval(), four_bits()
+    with torch.no_grad():
+        called(torch.randn(1, 128))
+    repack(ours)
+    assert quantised.is_packed_for_cpu(called[0].weight)
+    assert torch.equal(called[0].weight.data, ours[0].weight.data)
+    assert torch.equal(called[0].weight.quant_state.absmax, ours[0].weight.quant_state.absmax)
 
 
 @pytest.mark.parametrize("kind", REPACKED)
@@ -175,14 +203,19 @@ def test_an_adapter_for_inference_leaves_the_kernel_for_single_tokens():
     assert model.base_model.model[0].base_layer.support_avx512bf16_for_cpu
 
 
-# -- gptqmodel's layers -------------------------------------------------------------------------------
+# -- gptqmodel's `dequantize_weight` ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [quantised_models.StubGPTQLinear, quantised_models.StubAWQLinear])
-def test_a_large_bias_costs_no_digit_of_the_weight(kind):
+@pytest.mark.parametrize("repacked", [False, True])
+def test_a_large_bias_and_a_dequantize_weight_that_lies(kind, repacked, monkeypatch):
     linear = nn.Linear(24, 20)
     linear.bias.data.fill_(1000.0)  # fp16 has no digit left for the weights added to it
     base = kind(linear)
+    if repacked:  # as in a kernel that has rearranged what it inherits `dequantize_weight` for
+        base.dequantize_weight = lambda: base._weight().flip(0)
+    elif kind is quantised_models.StubGPTQLinear:
+        monkeypatch.delattr(quantised, "_by_calls")  # not needed: it costs in_features rows
     bias = base.bias
     layer = wrap(nn.Sequential(base, nn.LayerNorm(20)), targets=["0"]).base_model.model[0]
     assert torch.equal(quantised.dequantise(layer, "it").double(), dequantised(base))
@@ -191,6 +224,13 @@ def test_a_large_bias_costs_no_digit_of_the_weight(kind):
 
 
 # -- forward and backward ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stock_refuses_mica(kind):
+    """Fault 3: with another error for each library."""
+    with pytest.raises((TypeError, ValueError, AttributeError, NotImplementedError)):
+        adapted(kind, stock=True)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +252,17 @@ def test_training_runs_on_the_operators_and_follows_peft(monkeypatch, kind, adap
     for name in ("down_projection", "up_projection", "down_projection_backward", "up_projection_backward"):
         assert counts[name] == 7, name
         assert counts.get(f"{name}_kernels", 0) == (7 if backend == "triton" else 0)
+
+
+def test_uninstalled_peft_has_its_forward_back():
+    model = randomise(adapted("hqq"))
+    ours = hqq.HqqLoraLinear.forward
+    with uninstalled():
+        assert hqq.HqqLoraLinear.forward is not ours
+        assert hqq.HqqLoraLinear.forward.__module__ == "peft.tuners.lora.hqq"
+        logits(model)
+    assert mica.fast.explain(model).counts() == {"peft": 7}  # until the next adapter over this kind of base
+    assert mica.fast.explain(second(model)).counts() == {"reference": 7}
 
 
 def test_few_dequantised_weights_are_there_at_a_time(monkeypatch):

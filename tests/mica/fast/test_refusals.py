@@ -38,6 +38,24 @@ def ends(model):
     return model.base_model.model.model.embed_tokens, model.base_model.model.lm_head
 
 
+def are_tied(model):
+    """Whether the two ends of the shared weight get the same update, after A and B have moved."""
+    embedding, head = ends(model)
+    with torch.no_grad():
+        embedding.lora_embedding_A["default"].normal_()
+        head.lora_B["default"].weight.mul_(1.5)
+    return torch.equal(embedding.get_delta_weight("default"), head.get_delta_weight("default"))
+
+
+def test_stock_unties_mica_and_says_nothing():
+    """Fault 7: what holds for plain LoRA is silently gone with MiCA."""
+    assert are_tied(wrap_tied(["embed_tokens", "lm_head"], init_lora_weights=True, stock=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = wrap_tied(["embed_tokens", "lm_head"], stock=True)
+    assert not are_tied(model)
+
+
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("init", ["mica", "MICA"])
 @pytest.mark.parametrize(
@@ -72,6 +90,17 @@ def test_way_out_of_modules_to_save_trains_the_shared_weight(saved):
     assert mica.fast.explain(model).counts() == {"reference": 2}
     merged = model.merge_and_unload()
     assert merged.model.embed_tokens.weight.data_ptr() == merged.lm_head.weight.data_ptr()
+
+
+def test_way_out_of_independent_adapters():
+    with pytest.warns(UserWarning, match="`ensure_weight_tying` is not set to True"):  # PEFT's
+        model = wrap(tied_llama(), targets=["embed_tokens", "lm_head"])
+    assert mica.fast.explain(model).counts() == {"reference": 2}
+    before = copy.deepcopy(model)
+    train(model, [TOKENS, TOKENS])
+    for layer in adapted_layers(model).values():
+        assert adapter_weights(layer, "default")[0].any()
+    assert_same_bases(model, before)
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
@@ -182,6 +211,18 @@ def test_merging_is_refused_before_any_layer_is_merged(computed, kind, call, saf
     assert torch.equal(computed(INDICES), expected)
 
 
+def test_stock_loses_the_merge_without_a_word(computed):
+    """Fault 7: the update is added to a tensor that is thrown away."""
+    layer = computed.base_model.model.down
+    expected, weight = computed(INDICES), layer.base_layer.weight.clone()
+    with mica.fast.disabled(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        computed.merge_adapter()
+    assert error(computed(INDICES), expected) > 0.01
+    assert layer.merged
+    assert torch.equal(layer.base_layer.weight, weight)  # nothing of the adapter is left
+
+
 @pytest.mark.filterwarnings("ignore:All adapters are already merged")
 def test_way_out_of_a_computed_weight(computed, kind):
     expected = computed(INDICES)
@@ -262,6 +303,21 @@ def test_way_out_of_a_shared_weight(sharing):
     assert error(logits(sharing), expected) <= 10 * RELATIVE[torch.float32]
     sharing.unmerge_adapter()
     assert_same_bits(sharing, before)
+
+
+def test_of_layers_that_share_a_weight_one_may_be_merged(sharing):
+    """By itself; a second one is an edit of it, until that is taken out again."""
+    first, last = adapted_layers(sharing).values()
+    before = weights(sharing)
+    first.merge()
+    last.merge()
+    last.unmerge()
+    first.unmerge()
+    assert_same_bits(sharing, before)
+    first.merge()
+    last.merge()
+    with pytest.warns(UserWarning, match="merge of another layer that shares it"):
+        first.unmerge()
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -6,17 +6,17 @@ import shutil
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mica.fast
 from mica.cli import main
-from mica.cli.adapt import adapter, base
+from mica.cli.adapt import adapter, base, result
 from mica.cli.loading import find_source
 from mica.errors import UsageError
 from tests.mica.cli.tiny_gguf import write_tiny_gguf
 from tests.support.adapt_runs import adapter_settings as settings
-from tests.support.adapt_runs import same
-from tests.support.tiny_cli import adapt, logits, tiny_llama
+from tests.support.adapt_runs import move, same, working_in
+from tests.support.tiny_cli import adapt, byte_tokenizer, logits, tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +74,17 @@ def test_auto_computes_in_the_dtype_of_the_checkpoint(native, tmp_path, monkeypa
     assert model.dtype == model.model.layers[0].mlp.up_proj.compute_dtype == expected
 
 
+def test_bitsandbytes_does_not_run_on_the_device(model_dir, monkeypatch):
+    def refuse(**_):
+        raise RuntimeError("None of the available devices are supported\nby bitsandbytes.\nInstall it.")
+
+    monkeypatch.setattr("transformers.integrations.validate_bnb_backend_availability", refuse)
+    with pytest.raises(
+        UsageError, match=r"^--quantize nf4: not possible on cpu: None of .* by bitsandb\w+\.$"
+    ):
+        load(model_dir, quantize="nf4")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"quantize": "nf4"}, "^--quantize nf4: .* is quantised al"), ({"merge": True}, "^--merge: .* is quan")],
@@ -85,6 +96,25 @@ def test_quantised_checkpoint_is_refused_before_its_weights_are_read(options, me
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match=message):
         load(tmp_path, **options)
+
+
+def test_adapter_of_a_gguf_base_finds_it_from_anywhere(gguf_file, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    with working_in(gguf_file.parent):
+        args = settings(model="tiny.gguf", output=tmp_path / "out", dtype="float32")
+        with working_in(tmp_path):  # OUTPUT as a relative path
+            args.output = (tmp_path / "out").relative_to(tmp_path)
+            model = base.load(args, find_source(str(gguf_file), False))
+        assert torch.equal(logits(model), logits(tiny_llama()))
+    tuned = adapter.start(model, args)
+    move(tuned)
+    result.save(tuned, byte_tokenizer(), tmp_path / "out")
+    expected = logits(tuned)
+    with working_in(tmp_path / "elsewhere"):
+        loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(logits(loaded), expected)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out" / "base")("déjà vu")["input_ids"]
+    assert ids == byte_tokenizer()("déjà vu")["input_ids"]
 
 
 def test_a_run_on_a_gguf_file_goes_on_where_its_folder_was_moved(gguf_file, model_dir, tmp_path, text_file):

@@ -79,12 +79,17 @@ def test_what_was_given_is_known(yaml_file, run_folder):
     [
         ("rnak: 3", "there is no option 'rnak'; did you mean rank\\?$"),
         ("rank: [3, 4]", r"rank must be one value, not \['3', '4'\]$"),
+        ("? [a]\n: b\n", "there is no option"),
         ("rank: true", "argument --rank: must be a whole number at least 1 .*, not 'true'"),
+        ("seed: 1:30", "argument --seed: must be a whole number at least 0 .*, not '1:30'"),
         ("save-steps: 3\nsave_steps: 4", "save_steps is set twice"),
         ("packing: document", "argument --packing: invalid choice.*; did you mean documents\\?$"),
+        ("text: [[a]]", r"text must be one value or a list of them, not \['a'\]"),
         ("resume: true", "--resume belongs on the command line"),
         ("merge: 3", "merge must be true or false, not 3"),
+        ("- rank", "must be a mapping of options to values"),
         ("a: {", "is not YAML: "),
+        ("rank: 4\a", "is not YAML: unacceptable character #x0007"),
         (None, "cannot be read"),
     ],
 )
@@ -102,6 +107,15 @@ def test_yaml_is_read_as_the_command_line_is(yaml_file):
     assert (args.rank, args.alpha, args.merge, args.experts) == (10, 1000, True, False)
     assert (args.text_field, args.text, args.patience) == ("no", ["a", "-b"], None)
     assert (args.dataset_config, args.optimizer, args.seed, args.steps) == ("2026-01-01", "\ud83d", 3, 100)
+
+
+def test_required_options_may_come_from_yaml(yaml_file):
+    path = yaml_file("model: m\ntext: t\n")
+    assert config.resolve(given("--config", path, "--output", "o")).args.text == ["t"]
+    with pytest.raises(UsageError, match=r"the following arguments are required: --output$"):
+        config.resolve(given("--config", path))
+    with pytest.raises(UsageError, match="required: --model, --text, --output"):
+        config.resolve(given())
 
 
 def test_resume_needs_no_more_than_the_folder():
@@ -126,6 +140,19 @@ def test_resume_needs_no_more_than_the_folder():
 def test_options_that_go_together(argv, message):
     with pytest.raises(UsageError, match=f"^{message}"):
         resolve(*argv.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "kept"),
+    [
+        ([], None),  # so run.yaml does not have it, and --config run.yaml --patience 2 keeps the best
+        (["--patience", 2], True),
+        (["--max-retain-rise", 5, "--retain", "r"], True),
+        (["--patience", 2, "--no-keep-best"], False),
+    ],
+)
+def test_who_stops_early_keeps_the_best(argv, kept):
+    assert resolve("--eval-steps", 1, *argv).args.keep_best is kept
 
 
 def write(settings: config.Settings, output: Path) -> None:
@@ -171,6 +198,13 @@ def test_any_name_is_in_run_yaml_what_it_was(tmp_path, name):
     for again in (["--output", output, "--resume"], ["--config", output / "run.yaml"]):
         args = config.resolve(given(*again)).args
         assert (args.text, args.seed) == ([str(text)], 3)
+
+
+def test_resume_allows_what_leaves_training_alone(run_folder, tmp_path):
+    moved = run_folder[0].rename(tmp_path / "moved")
+    argv = ["--save-steps", 3, "--no-merge", "--eval-steps", 2, "--patience", 3]
+    args = config.resolve(given("--output", moved, "--resume", *argv)).args
+    assert (args.save_steps, args.merge, args.seed, args.patience) == (3, False, 5, 3)
 
 
 def test_the_adapter_s_values_hold(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,14 +18,16 @@ from tests.support.adapt_runs import (
     run_sharded,
     same,
     saved,
+    summary,
     weights,
     whole_embeddings,
 )
 from tests.support.adapt_runs import (
     adapter_settings as settings,
 )
-from tests.support.tiny_cli import adapt, tiny_llama
+from tests.support.tiny_cli import adapt, logits, tiny_llama
 
+ROOT = Path(__file__).resolve().parents[4]
 DEFAULT = {"train_embeddings": True, "embedding_learning_rate": 1e-3}
 
 
@@ -81,6 +84,16 @@ def test_over_a_quantised_base(kind, text_file, tmp_path):
         assert not torch.equal(trained[name], module.weight)
 
 
+def test_16_bit_base():
+    """The copies are fp32, what they give is of the base's dtype, and its own weights are as they were."""
+    model = adapter.start(tiny_llama().to(torch.float16), settings(**DEFAULT))
+    assert [weight.dtype for weight in embeddings.trained(model)] == [torch.float32] * 2
+    assert (model.dtype, logits(model).dtype) == (torch.float16, torch.float16)
+    before = tiny_llama().to(torch.float16)
+    torch.testing.assert_close(logits(model), logits(before), rtol=1e-2, atol=1e-2)
+    assert torch.equal(model.get_base_model().lm_head.original_module.weight, before.lm_head.weight)
+
+
 def test_embeddings_that_cannot_be_trained():
     model = tiny_llama()
     with pytest.raises(UsageError, match="lm_head is already fully trained by --train-embeddings; drop one"):
@@ -109,3 +122,13 @@ def test_adapters_of_other_modules(changes, model, message, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UsageError, match=f"--adapter {re.escape(str(tmp_path))}: .*{message}"):
         adapter.check(tiny_llama(**model), settings(adapter=tmp_path, **DEFAULT))
+
+
+def test_the_table_of_the_readme_is_the_committed_run():
+    page = (ROOT / "mica/cli/README.md").read_text(encoding="utf-8")
+    for kind in ("without", "with"):
+        made = summary(ROOT / "bench/results/2026-11-27-embeddings" / kind)
+        assert made["settings"].get("train_embeddings", False) == (kind == "with")
+        row = "| {trained_parameters:,} | {perplexity_before:.1f} → {perplexity_after:.1f} "
+        row += "| {retain_before:.1f} → {retain_after:.1f} |"
+        assert f"| {kind} {row.format(**made)}" in page

@@ -1,10 +1,12 @@
 """``mica adapt``, ``transfer`` and ``inspect`` on mixtures."""
 
+import json
 import re
 
 import pytest
 import torch
 
+from mica.cli import main
 from tests.support.adapt_runs import (
     command,
     saved,
@@ -28,6 +30,15 @@ def test_over_a_quantised_base(base, text_file, tmp_path):
     assert summary(output)["perplexity_after"] < summary(output)["perplexity_before"]
     before, after = (weights(folder, "model") for folder in (base, output / "merged"))
     assert not [name for name in before if ".gate." in name and not torch.equal(before[name], after[name])]
+
+
+def test_inspect_lists_stacks_and_no_router(base, tmp_path):
+    """What it says of a stack is tested in test_spectra.py."""
+    table = tmp_path / "table.json"
+    assert main(["inspect", str(base), "--rank", "4", "--json", str(table)]) == 0
+    layers = {layer["name"]: layer["proven"] for layer in json.loads(table.read_text())["layers"]}
+    assert [proven for name, proven in layers.items() if "experts" in name] == [True] * 4
+    assert not any("router" in name or name.endswith(".gate") for name in layers)
 
 
 @pytest.mark.parametrize(

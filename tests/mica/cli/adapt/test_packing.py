@@ -163,6 +163,14 @@ def test_documents_are_chosen_by_content():
     assert len(set(more) & set(held_out)) >= len(held_out) - 6  # most stay
 
 
+@pytest.mark.parametrize("longer", [[], *([document(5000, seed=n)] for n in range(500, 510))])
+def test_no_more_than_is_measured(longer):
+    """Nor where the first by its digest is the longest: it is not taken whole."""
+    _, held_out, how, _ = parts([*(document(8, seed=n) for n in range(500)), *longer], share=0.5, limit=3)
+    assert how == "documents"
+    assert 30 <= sum(map(len, held_out)) < 38
+
+
 def test_the_end_of_long_documents():
     documents = [document(1005, seed=1), document(503, seed=2), document(1005, seed=1), document(4, seed=3)]
     first, second, third, fourth = documents

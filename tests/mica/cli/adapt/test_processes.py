@@ -1,13 +1,19 @@
 """Two gloo processes as torchrun would start them: what one does, all know, and one speaks."""
 
 import os
+import platform
 import signal
+import subprocess
+import sys
+from unittest.mock import Mock
 
+import datasets
 import pytest
 import torch
 from peft import PeftModel
 
-from mica.cli.adapt import checkpoints, processes
+from mica.cli.adapt import checkpoints, processes, tokens
+from mica.cli.adapt.sources import find
 from mica.errors import UsageError
 from tests.support.adapt_runs import (
     Process,
@@ -21,7 +27,7 @@ from tests.support.adapt_runs import (
     settings,
     weights,
 )
-from tests.support.tiny_cli import logits, tiny_llama
+from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 
 pytestmark = pytest.mark.slow
 
@@ -43,6 +49,21 @@ def fail(failing):
 def test_an_error_is_printed_once(tmp_path, failing):
     errors = two(fail, failing, folder=tmp_path, statuses=(2, 2)).errors()
     assert errors == "error: --text x.csv: no\n"
+
+
+def cannot_cache(path):
+    datasets.config.HF_DATASETS_CACHE = path.parent
+    if processes.start().is_main_process:
+        datasets.Dataset.from_generator = Mock(side_effect=OSError(28, "No space left on device"))
+    [source] = find("--text", [path])
+    tokens.tokenize(source, byte_tokenizer())
+
+
+def test_an_error_that_all_know_may_be_told_in_other_words(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    errors = two(cannot_cache, tmp_path / "a.txt", folder=tmp_path, statuses=(2, 2)).errors()
+    assert errors.endswith(f"tokens cannot be cached in {tmp_path}: No space left on device\n")
+    assert errors.count("\n") == 1
 
 
 def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path):
@@ -112,6 +133,17 @@ def test_a_lost_process_is_one_line(tmp_path):
     assert "Traceback" not in errors
 
 
+def test_all_stop_at_the_same_step_and_the_best_is_written(tmp_path):
+    """On four blocks by heart, so that the held-out ones get worse from the start."""
+    options = {"dropout": 0.0, "learning_rate": 0.1, "scheduler": "constant"}
+    options |= {"eval_steps": 1, "patience": 2, "keep_best": True}
+    args = settings(tmp_path / "out", batch_size=2, **options)
+    results = two(run, args, corpus(4), folder=tmp_path).results()
+    results.append(run(settings(tmp_path / "one", **options), corpus(4)))
+    assert [(result.steps, result.adapter_step) for result in results] == [(2, 1)] * 3
+    assert same(weights(args.output), weights(args.output / "checkpoint-1"))
+
+
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_fsdp2(tmp_path, kind):
     args = settings(tmp_path / "out", batch_size=2, dropout=0.0)
@@ -131,3 +163,27 @@ def test_fsdp2(tmp_path, kind):
     resumed = two(run_sharded, kind, args, folder=tmp_path).results()[0]
     assert losses(resumed) == losses(whole)
     assert same(weights(args.output), adapter)
+
+
+FAULTS = """
+import resource
+import torch
+from mica.cli.adapt import processes
+
+processes.keep_freed_memory()
+faults = []
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)  # 64 MB, which glibc would give back at once
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(faults[-1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_what_a_step_has_freed_serves_the_next_one():
+    """Of 16,384 pages."""
+    program = [sys.executable, "-c", FAULTS]
+    faults = subprocess.run(program, check=True, capture_output=True, text=True).stdout
+    assert int(faults) < 100

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
+import mica
 from mica.cli import main
 from mica.cli.adapt.options import OPTIONS
 from tests.support.adapt_runs import saved
@@ -44,6 +45,29 @@ def refused(capsys, out, text_file, model_dir):
         assert not out.is_dir()
 
     return check
+
+
+def test_missing_argument_and_version(refused, capsys):
+    refused("--text", run=lambda *_: main(["adapt", "--model", "x", "--output", "y"]))
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mica {mica.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("cuda", "MICA_BACKEND must be one of auto, triton, reference, but it is 'cuda'."),
+        (
+            "triton",
+            "MICA_BACKEND=triton demands Triton kernels, but there are none here: on a CPU",
+        ),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_backend_that_is_not_available(backend, message, refused, monkeypatch):
+    monkeypatch.setenv("MICA_BACKEND", backend)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    refused(message)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +211,11 @@ def test_missing_library(module, refused, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == module else find(name))
     refused(f'training needs {module}: pip install "mica-fast[cli]"')
+
+
+def test_missing_bitsandbytes(refused, monkeypatch):
+    monkeypatch.setattr("mica.cli.adapt.base.is_bitsandbytes_available", lambda: False)
+    refused("--quantize nf4: needs bitsandbytes", options=["--quantize", "nf4"])
 
 
 # A bad value of options that take any string, and what the message has besides the option and the value.

@@ -69,3 +69,13 @@ def test_the_seed_draws_a_of_lora(base):
     for first, other, again in zip(*found, strict=True):
         assert torch.equal(first, again)
         assert not torch.allclose(first, other)
+
+
+def test_an_error_takes_the_adapter_off(base):
+    with pytest.raises(ZeroDivisionError), model_of("mica", base):
+        raise ZeroDivisionError
+    assert not layers(base)
+
+
+def test_a_rank_of_one_has_no_half():
+    assert options("lora", argparse.Namespace(rank=1, alpha=1)).rank == 1

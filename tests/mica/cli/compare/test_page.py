@@ -1,10 +1,13 @@
 """What the page says of planted results."""
 
 import math
+import re
 from pathlib import Path
 
-from mica.cli.compare import page
-from tests.mica.cli.compare.comparisons import LOSS, NAMES, WORLD, comparison, simulate
+import pytest
+
+from mica.cli.compare import page, picture
+from tests.mica.cli.compare.comparisons import LOSS, NAMES, WORLD, World, comparison, simulate
 
 OUTPUT = Path("here")
 FACTS = {"model": "/home/me/a model", "text": ["/home/me/t.txt"], "retain": ["/home/me/r.txt"], "rank": 64}
@@ -39,6 +42,34 @@ def test_each_method_has_a_row_of_means_and_one_a_seed():
     assert f"test perplexity (before: {math.exp(LOSS):.2f})" in page.table(asked)
 
 
+@pytest.mark.parametrize("forgets", [-0.1, 0.0, 5.0])
+def test_forgetting_is_a_number_and_decides_nothing(forgets):
+    """Learned is the same however much was forgotten."""
+    asked = done(World(forgets=lambda *at: forgets))
+    rows = cells(page.table(asked), "full fine-tuning")
+    assert {row[5] for row in rows} == {f"{forgets:.3f}"}
+    assert [row[4] for row in rows] == [row[4] for row in cells(page.table(done()), "full fine-tuning")]
+
+
+def test_nothing_is_judged():
+    text = page.markdown(OUTPUT, done(), FACTS).lower()
+    said = re.findall(
+        r"\b(take|best|better|wins?|more than|at equal|95 %|certain|undecided|recommend\w*)\b", text
+    )
+    assert said == []
+
+
+def test_how_far_seeds_and_documents_vary_is_said():
+    learned, forgotten, caution = page.spread(done(World(between_seeds=0.02)))
+    seeds = [found.each[:, 0] for found in done(World(between_seeds=0.02)).found().values()]
+    widest = max(one.max() - one.min() for one in seeds)
+    assert f"What was learned differs by up to {widest:.3f} between seeds of one method." in learned
+    assert "standard error of up to 0.000 over the documents, of which there are 9" in learned
+    assert "What was forgotten differs by up to 0.000 between seeds" in forgotten
+    assert "of which there are 5." in forgotten
+    assert "not larger than both of these can come from seeds or documents alone: it means nothing" in caution
+
+
 def test_of_one_seed_and_one_method_nothing_is_known():
     learned, *_ = page.spread(done(seeds=1, names=("mica",)))
     assert learned.count("an unknown amount") == 2
@@ -59,3 +90,22 @@ def test_how_the_trainings_were_is_on_the_page():
     for name in NAMES:
         assert f'Planned(RATES, "{name}", rate=0.002, steps={asked.steps()}, seed=0)' in again
     assert "mica adapt" not in page.markdown(OUTPUT, done(names=("lora",)), FACTS)
+
+
+@pytest.mark.parametrize("planted", [{}, {"seeds": 1, "rates": (1e-3,)}])
+def test_the_picture_labels_methods_and_rates(tmp_path, planted, monkeypatch):
+    drawn = []
+    savefig = picture.Figure.savefig
+
+    def saved(figure, *args, **more):
+        drawn.append(figure)
+        return savefig(figure, *args, **more)
+
+    monkeypatch.setattr(picture.Figure, "savefig", saved)
+    asked = done(**planted)
+    picture.trade_off(asked.found(), tmp_path / "x.png")
+    (axes,) = drawn[0].axes
+    rates = [f"{rate:g}" for rates in asked.rates.values() for rate in rates]
+    assert [text.get_text() for text in axes.texts] == rates
+    assert axes.get_legend_handles_labels()[1] == ["MiCA", "LoRA", "full fine-tuning"]
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

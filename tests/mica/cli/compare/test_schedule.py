@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from mica.cli.compare.schedule import BASE, RATES, SEEDS, TRIAL
+from mica.cli.compare.schedule import BASE, LEAST, RATES, SEEDS, TRIAL
 from mica.errors import UsageError
 from tests.mica.cli.compare.comparisons import NAMES, World, comparison, simulate
 
@@ -63,6 +63,17 @@ def test_what_follows_depends_on_results_alone():
             left = comparison(earlier | {key: of_phase[key] for key in done}).left()
             assert {planned.key for planned in left} == {*of_phase} - {*done}
     assert not comparison(results).left()
+
+
+def test_a_small_budget_has_fewer_seeds():
+    seeds = []
+    for budget in (900.0, 700.0, 550.0):
+        asked = comparison(budget=budget)
+        simulate(asked)
+        seeds.append(len(column(asked.results, SEEDS, "seed")))
+        assert asked.steps() >= LEAST
+    assert seeds[0] == 6
+    assert seeds[2] < 2 < seeds[1] < 6
 
 
 def test_too_small_a_budget_names_one_that_suffices_for_what_was_measured():

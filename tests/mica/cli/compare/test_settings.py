@@ -50,6 +50,12 @@ def test_settings_that_no_comparison_has_written_are_named(output, text, message
         settings.resumed(output, {})
 
 
+def test_settings_of_another_version_are_named(output):
+    settings.write(output, {"some": "thing"})
+    with pytest.raises(UsageError, match=r"settings\.json: this version of mica compare has not written it"):
+        settings.resumed(output, {})
+
+
 def test_a_comparison_begins_in_an_empty_folder(output):
     assert json.loads((output / "settings.json").read_text()) == GIVEN
     with pytest.raises(UsageError, match=r"is not empty: choose another folder, or go on .* by --resume"):
