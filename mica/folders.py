@@ -1,9 +1,10 @@
-"""Folders that the environment names, and whether to trust what lies in them."""
+"""Folders that the environment names, whether to trust what lies in them, and files written whole."""
 
 from __future__ import annotations
 
 import os
 import stat
+import uuid
 from pathlib import Path
 
 _OFF = ("", "0", "off", "false", "no")
@@ -36,3 +37,20 @@ def why_untrusted(path: str | os.PathLike[str]) -> str | None:
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return f"can be written by others (mode {stat.S_IMODE(status.st_mode):o})"
     return None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: as a temporary file, which is renamed when it is complete.
+
+    Without fsync, which takes up to 10 ms.
+
+    Raises:
+        OSError: it cannot be written; ``path`` is as it was.
+    """
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.touch(mode=0o644)  # even if the umask lets others write
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # it exists only after a failure

@@ -74,8 +74,8 @@ def explain(model: nn.Module) -> Explanation:
 
     What only a call can show (tokens, dtype and strides of the activations, autocast, other arguments) comes
     from the layer's last call with the backend on. A layer whose adapter PEFT's code ran then has the path
-    "peft", and its reason names that call. Before the first call the table is about what
-    holds for any call. The backward is taken to get a contiguous gradient.
+    "peft", and its reason names that call. Before the first call the table is about what holds for any call.
+    The backward is taken to get a contiguous gradient.
 
     ``calls`` of a row: how often the layer was called, on any path, with the backend on, since an adapter was
     last added to any model; calls that a backward makes again do not count. 0: the model has been called and

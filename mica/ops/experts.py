@@ -59,7 +59,7 @@ def mica_experts_linear(
     Gradients: of lora_A and lora_B in their own dtype, accumulated in fp32, 0 for experts without rows; of x
     where x needs it. Saved for the backward: references to the operands, x as it came where lora_A is
     trained, and h (rows, rank) where lora_B is. Nothing of the weight's size is formed.
-    Definition: `mica.paths.definition` (arXiv 2604.01694, 2106.09685).
+    Definition: arXiv 2604.01694, 2106.09685; tests/support/definition.py.
 
     Raises:
         TypeError: a compute_dtype that is not floating.

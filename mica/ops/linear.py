@@ -73,7 +73,7 @@ def mica_linear(
     Gradients: of lora_A and lora_B in their own dtype, accumulated in fp32 (under autocast perhaps rounded to
     its dtype, as PyTorch does); of x where x needs it. Saved for the backward: references to the operands, x
     as it came where lora_A is trained, and h = scaling·drop(x) Aᵀ where lora_B is.
-    Definition: `mica.paths.definition` (arXiv 2604.01694, 2106.09685).
+    Definition: arXiv 2604.01694, 2106.09685; tests/support/definition.py.
 
     Raises:
         TypeError: a compute_dtype that is not floating.

@@ -3,8 +3,8 @@
     h  = scaling·drop(x) Aᵀ     mica_down_projection
     y' = y + h Bᵀ               mica_up_projection, with y = base_layer(x)
 
-Definition: `mica.paths.definition` (arXiv 2604.01694). Saved for the backward: x as it came where lora_A is
-trained, h where lora_B is, and no mask.
+Definition: arXiv 2604.01694; tests/support/definition.py. Saved for the backward: x as it came where lora_A
+is trained, h where lora_B is, and no mask.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ import os
 import re
 import threading
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from huggingface_hub import constants
 from torch import Tensor
 
 from mica import __version__
-from mica.folders import named_folder
+from mica.folders import named_folder, write_whole
 from mica.kernels import runtime
 from mica.kernels.configs import FORM_NAMES
 from mica.kernels.limits import names_of
@@ -248,19 +247,14 @@ def _layer(forward: dict, backward: dict, day: str) -> Layer:
 
 
 def _write(path: Path, layers: dict[str, Layer]) -> None:
-    """The file whole or not at all: it gets its name when it is complete. A warning where it cannot be."""
+    """A warning where it cannot be written."""
     entries = {}
     for kind, (forward, backward, day, _) in layers.items():
         entries[kind] = {"forward": forward._asdict(), "backward": backward._asdict(), "day": day}
     text = json.dumps({"versions": _versions(), "layers": entries}, indent=1)
-    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(f"{text}\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)  # it exists only after a failure
+        write_whole(path, f"{text}\n".encode())
     except OSError as error:
         what = f"MiCA cannot keep in {path.parent} which form of a layer is the fastest"
         warnings.warn(f"{what}, so the next process measures it again: {error}", stacklevel=2)

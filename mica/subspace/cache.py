@@ -14,13 +14,12 @@ import hashlib
 import json
 import logging
 import os
-import uuid
 from pathlib import Path
 
 import safetensors.torch
 from huggingface_hub import constants
 
-from mica.folders import named_folder, why_untrusted
+from mica.folders import named_folder, why_untrusted, write_whole
 from mica.subspace.result import MinorSubspace
 
 # Part of the file names. Raise it whenever the solver's results, ``content_hash`` or the files change.
@@ -94,22 +93,11 @@ class SubspaceCache:
         return why is None
 
     def _write(self, path: Path, content: bytes) -> None:
-        """Write a file whole or not at all: as a temporary file, which is renamed when it is complete.
-
-        Without fsync, which takes up to 10 ms per layer: what a power failure leaves fails the checksum.
-        """
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+        """What a power failure leaves fails the checksum."""
         try:
-            # The modes hold even if the umask lets others write
-            self.folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-            if not self._is_trusted():
-                return
-            try:
-                temporary.touch(mode=0o644)
-                temporary.write_bytes(content)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)  # it exists only after a failure
+            self.folder.mkdir(mode=0o755, parents=True, exist_ok=True)  # even if the umask lets others write
+            if self._is_trusted():
+                write_whole(path, content)
         except OSError as error:
             _warn_once(f"{self.folder} cannot be written, so subspaces are not cached: {error!r}")
 

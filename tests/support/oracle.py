@@ -1,4 +1,4 @@
-"""The fp64 oracle: `mica.paths.definition` on the operands of a problem, with dropout's own mask."""
+"""The fp64 oracle: `tests.support.definition` on the operands of a problem, with dropout's own mask."""
 
 import functools
 from dataclasses import dataclass
@@ -97,7 +97,7 @@ def dropped(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None) -> tor
 
 
 def solve(p: Problem, dropout_p: float = 0.0, seed: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """y, dx, dA and dB by `mica.paths.definition` in fp64, from the operands as they are stored."""
+    """y, dx, dA and dB by `tests.support.definition` in fp64, from the operands as they are stored."""
     x, weight, lora_A, lora_B, grad_output = (
         tensor.detach().double() for tensor in (p.x, p.weight, p.lora_A, p.lora_B, p.grad_output)
     )
