@@ -87,7 +87,7 @@ def of_single_results():
     experts = pages.only(f"{EPYC}/2026-11-26-experts", suite="experts init").timings
     ours, loop = (experts[name].median for name in (FAST, names.SVD))
     yield page, f"took {ours:.1f} s, a loop of `torch.linalg.svd` over them {loop:.1f} s"
-    corpus = raw(f"{EPYC}/2026-11-30-corpus")
+    corpus, page = raw(f"{EPYC}/2026-11-30-corpus"), "mica/cli/README.md"
     size = f"({corpus['documents']:,} documents, {corpus['tokens'] / 1e6:.0f} M tokens of SmolLM2)"
     yield page, f"read 500 MB of JSONL {size} in {corpus['cpu_seconds']:.0f} s of CPU time"
     yield page, f"at most {corpus['peak_resident_megabytes'] / 1e3:.2f} GB of resident memory"
