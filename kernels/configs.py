@@ -3,6 +3,11 @@
 `make static` compiles all of them for every target ahead of time. They follow from the bytes and operations
 of each product and from what compiles without spills, not from timings. The block size along the rank is
 `padded_rank`, not part of a configuration. `FORM_NAMES` are the ways in which kernels make up a layer.
+
+A new configuration is an entry in a table: `make static` compiles it, `make emulate ARGS=--all` runs it. One
+that is no shape's default is passed over by `make static ARGS=--quick` and by `make emulate` without
+``--all``. To run it alone:
+``python -m tests.emulator --all --drawn 0 --target sm_80 --only "rank=16 config=Config(block_m=64"``.
 """
 
 from __future__ import annotations

@@ -3,6 +3,12 @@
 A release that is not in `KNOWN` may compute something else in a function whose signature is the old one. So
 there the bodies of the functions that this backend repeats are compared, by their hashes, with those of the
 known releases. What differs is left to PEFT, part by part, and one sentence says so.
+
+To add a release: install it, append its number to `KNOWN`, and run tests/mica/fast/test_known_peft.py. What
+"has another body" there has changed in PEFT. Read the change, follow it in this package, and append the new
+hash, ``body_hash(find(name))``. In the test `UNKNOWN` and `BEGIN` must name a release that is still to come
+and the new range, and so must the backend's page (mica/fast/README.md). Then all tests, and PEFT's own with
+the backend (`make conformance`).
 """
 
 from __future__ import annotations

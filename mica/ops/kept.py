@@ -13,6 +13,11 @@ of Liger's. This is done by PyTorch's documented hooks: `torch.autograd.graph.sa
 layer's call, and ``SavedTensor.register_hooks`` of the nodes that would keep act(G) and the 32 bits of h. No
 model is patched.
 
+To add an activation, one whose node keeps its input ("self"; ReLU, sigmoid and tanh keep their result, and
+nothing is gained): an output of it into `OUTPUTS`, before the last; its node into the line below and into
+`_KINDS`; its function into `_of_activation`; a row into `MADE` of tests/mica/ops/test_kept.py; its name into
+mica/fast/README.md. C++ takes the nodes from `OUTPUTS`.
+
 Whoever sets saved-tensor hooks of their own (offloading, checkpointing) gets x. An edit in place of what x is
 computed from raises in the backward. An edit that autograd does not count (``tensor.data``, NumPy's views),
 or of a value that is no longer saved, is not seen: the backward takes what it finds.
@@ -244,7 +249,8 @@ class _OfPython(torch.autograd.Function):
 
 with torch.inference_mode(False), torch.enable_grad():
     _t = torch.zeros(2, requires_grad=True, device="cpu")
-    # An output of each operator that may have made an x that is computed again; the last is Python's.
+    # An output of each operator that may have made an x that is computed again. C++ takes the first for the
+    # product and the second for the cast; the last is Python's.
     OUTPUTS = (_t * _t, _t.to(torch.float64), F.silu(_t), F.gelu(_t), _t.pow(2), _OfPython.apply(_t))
 _PRODUCT, _CAST, _SILU, _GELU, _POWER, _ = (type(output.grad_fn) for output in OUTPUTS)
 _KINDS = {_PRODUCT, _CAST, _SILU, _GELU, _POWER}

@@ -1,7 +1,9 @@
 """The options of ``mica adapt`` as one table, from which --help, YAML and run.yaml follow, and recipes.
 
-A new option is a row of `TABLE`, a sentence on its page (mica/cli/README.md) and its name in `OPTIONS` of
-tests/test_house.py.
+A new option is a row of `TABLE`, its name in `OPTIONS` of tests/test_house.py, and where its help is not
+enough a sentence on its page (mica/cli/README.md). What the Trainer takes is passed on in trainer.py, and
+given another value in `test_settings_reach_the_trainer`: test_options.py does not notice an option that
+nothing reads.
 """
 
 import argparse

@@ -4,6 +4,15 @@ MiCA starts from the weight that the layer computes with, so the library's own c
 packed numbers are never read. The original weight would not do: in SmolLM2-135M at r = 16 the minor
 subspaces of W and of nf4(W) share 83 % on average, 19 % in the worst of 210 layers. PEFT's classes are
 recognised by name: no quantisation library is imported here, installed or not.
+
+A new library, whose layers PEFT can wrap, needs a function that dequantises, a row in `_KINDS`, its name in
+`_ALLOWED`, and in `packed_weight` the attribute that holds the packed weight. Then add
+
+- the hash of the forward of PEFT's class, if it has its own, to `QUANTISED` in mica/fast/known_peft.py:
+  without it another release of PEFT is not compared, and no test notices;
+- a model to `KINDS` in tests/support/quantised_models.py, which many tests run over; a stub where the library
+  cannot be installed;
+- a line to mica/fast/README.md and mica/fast/SETUPS.md, which list what is covered and what is refused.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ What is decided about a call, `OnPeft` or `OnOperators` with all that they need,
 runs and what `mica.fast.explain` prints. Where nothing depends on the base layer being called, its weight is
 read directly (`read_base`). The checks are cheap (see bench), free of side effects and traceable by
 torch.compile.
+
+In mica/native/check.h C++ recognises a layer to which no reason applies: a new reason goes there too, and
+its case into `CHANGES` of tests/support/layer_changes.py.
 """
 
 from __future__ import annotations
