@@ -198,8 +198,8 @@ def replaced(text, changes):
 # -- what they leave behind ---------------------------------------------------------------------------
 
 
-# Recipe: what is changed for this test, and how far losses may differ. Adam divides a gradient by its own size,
-# so rounding alone decides the step of an entry whose gradient is nearly 0: 2e-4 in the fourth loss in fp32.
+# Recipe: what is changed for this test, and how far losses may differ. Adam divides a gradient by its own
+# size, so rounding alone decides the step of an entry with nearly no gradient: 2e-4 in the fourth fp32 loss.
 LORA = {
     "qlora_sft.py": ({'report_to="none",': 'report_to="none",\n        use_cpu=True,'}, 1e-2),
     "accelerate_lora.py": ({}, 1e-3),
