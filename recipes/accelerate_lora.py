@@ -42,6 +42,6 @@ for batch in batches:
     accelerator.print(f"loss {losses[-1]:.3f}")
 
 trained = accelerator.unwrap_model(model)
-accelerator.print(mica.fast.explain(trained))  # path kernel or reference: this backend
+accelerator.print(mica.fast.explain(trained))  # path kernel, reference or operators (CPU): this backend
 if accelerator.is_main_process:
     trained.save_pretrained(output)

@@ -62,5 +62,5 @@ if __name__ == "__main__":
     trainer = trainer_of(*sys.argv[1:], **fsdp)
     trainer.train()
     if trainer.is_world_process_zero():
-        print(mica.fast.explain(trainer.model))  # of the sharded model: path kernel or reference
+        print(mica.fast.explain(trainer.model))  # of the sharded model
     trainer.save_model()  # all processes: the shards are gathered; the first one writes the adapter

@@ -14,7 +14,7 @@ class MicaPlugin(BasePlugin):
             raise ValueError(f"{', '.join(on)} would bypass the adapted layers: set all four to false")
 
     def post_model_load(self, cfg, model):
-        print(mica.fast.explain(model))  # path kernel or reference: this backend
+        print(mica.fast.explain(model))  # path kernel, reference or operators (CPU): this backend
 
     def post_train(self, cfg, model):
         print(mica.fast.explain(model))  # "not called": something bypasses the layer

@@ -12,4 +12,4 @@ LoraModel.__init__ = LoraModel.__init_origin__
 if __name__ == "__main__":
     training = SwiftPretrain()
     training.main()
-    print(mica.fast.explain(training.model))  # path kernel or reference: this backend
+    print(mica.fast.explain(training.model))  # path kernel, reference or operators (CPU): this backend

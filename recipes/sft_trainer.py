@@ -33,6 +33,6 @@ trainer = SFTTrainer(
         task_type="CAUSAL_LM",
     ),
 )
-print(mica.fast.explain(trainer.model))  # path kernel or reference: this backend
 trainer.train()
+print(mica.fast.explain(trainer.model))  # path kernel, reference or operators (CPU): this backend
 trainer.save_model()  # the adapter alone, into OUTPUT

@@ -40,5 +40,5 @@ trainer = SFTTrainer(
     train_dataset=load_dataset("json", data_files=texts, split="train"),  # {"text": ...} on each line
 )
 trainer.train()
-print(mica.fast.explain(model))  # path kernel or reference, and no layer "not called": this backend
+print(mica.fast.explain(model))  # no path peft, and no layer "not called": this backend
 model.save_pretrained(output)
