@@ -7,8 +7,7 @@ from pathlib import Path
 
 from mica.cli.arguments import a_name, a_path, a_source, add_command, add_dtype_options, count, example
 from mica.cli.extras import how_to_install
-from mica.cli.kinds import grouped
-from mica.cli.layer_tables import kinds_table
+from mica.cli.kinds import grouped, kinds_table
 from mica.cli.output import check_file, dtype_name, json_text, size_text, write_new
 from mica.errors import UsageError
 

@@ -92,17 +92,6 @@ def spread(blocks: Dataset, limit: int) -> Dataset:
     return Subset(blocks, indices.tolist())
 
 
-def documents_of(blocks: Dataset) -> list[torch.Tensor]:
-    """The tokens of each span, (length,) int64, that ``blocks`` are made of: `Blocks`, or `spread`."""
-    if isinstance(blocks, Subset):
-        blocks = blocks.dataset
-    documents = []
-    for span in blocks.spans:
-        ids = blocks.ids[span.store][span.start : span.start + span.length]
-        documents.append(torch.from_numpy(ids.astype(np.int64)))
-    return documents
-
-
 class Split(NamedTuple):
     """The spans that are trained on and those that are held out.
 
