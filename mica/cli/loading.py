@@ -134,9 +134,8 @@ def _refuse_adapter(source: Source) -> None:
             base = config.get("base_model_name_or_path")
     if config_file is None:
         return
-    if base:
-        raise source.error(f"is an adapter for {base}, not a model: pass its base model or a merged model")
-    raise source.error("is an adapter, not a model: pass its base model or a merged model")
+    of_what = f" for {base}" if base else ""
+    raise source.error(f"is an adapter{of_what}, not a model: pass its base model or a merged model")
 
 
 def load_tokenizer(source: Source):

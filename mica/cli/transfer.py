@@ -1,7 +1,7 @@
 """``mica transfer``: merge the update of an adapter into a sibling of the model that it was trained on."""
 
-import argparse
 import sys
+from argparse import Namespace
 from contextlib import suppress
 from importlib.metadata import version
 
@@ -38,7 +38,7 @@ def add_parser(commands) -> None:
     add_dtype_options(parser, dtype="dtype of the merged weights; auto: that of MODEL, float32 for GGUF")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """Run the command: all checks before the weights are read, the output whole or not at all.
 
     To trained embeddings, what was added to those of the adapter's base is added. A note says where the
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         return _transfer(args, config, source)
 
 
-def _transfer(args: argparse.Namespace, config, source) -> int:
+def _transfer(args: Namespace, config, source) -> int:
     """Merge and write, once the output is ours."""
     from mica.cli.adapt import adapter, card, embeddings, result
 
@@ -98,7 +98,7 @@ def _transfer(args: argparse.Namespace, config, source) -> int:
     return 0
 
 
-def _load(args: argparse.Namespace, config, source):
+def _load(args: Namespace, config, source):
     """MODEL and its tokenizer, after the checks that need no weights; prints how they agree with the base."""
     import torch
 
@@ -117,7 +117,7 @@ def _load(args: argparse.Namespace, config, source):
     return model, tokenizer
 
 
-def _embedding_updates(args: argparse.Namespace, config, model) -> dict:
+def _embedding_updates(args: Namespace, config, model) -> dict:
     """What training has added to the embeddings, by name; see `mica.cli.adapt.embeddings.update`."""
     from mica.cli.adapt import base, embeddings
 
@@ -137,7 +137,7 @@ def _embedding_updates(args: argparse.Namespace, config, model) -> dict:
     return embeddings.update(config, args.adapter, dtype, args.trust_remote_code)
 
 
-def _check_architecture(args: argparse.Namespace, config, theirs: str) -> str:
+def _check_architecture(args: Namespace, config, theirs: str) -> str:
     """Compare MODEL's ``model_type`` with that of the adapter's base; a line on the outcome.
 
     The base's is in summary.json, which `mica adapt` writes, else in its configuration. Layers of the same
@@ -154,7 +154,7 @@ def _check_architecture(args: argparse.Namespace, config, theirs: str) -> str:
     return f"architecture  {theirs}, as the adapter's base"
 
 
-def _architecture_of_base(args: argparse.Namespace, config) -> str | None:
+def _architecture_of_base(args: Namespace, config) -> str | None:
     from mica.cli.adapt.base import read_facts
     from mica.cli.loading import Source, load_config
 
@@ -171,7 +171,7 @@ def _architecture_of_base(args: argparse.Namespace, config) -> str | None:
         return None
 
 
-def _tokenizer(args: argparse.Namespace, source, config):
+def _tokenizer(args: Namespace, source, config):
     """MODEL's tokenizer, and a line on how it agrees with that of the adapter.
 
     A chat model may have tokens of its own, but what the adapter was trained on must have the same ids.
@@ -194,7 +194,7 @@ def _tokenizer(args: argparse.Namespace, source, config):
     return tokenizer, f"tokenizers    {agreement}"
 
 
-def _vocabulary_of_adapter(args: argparse.Namespace, config) -> dict[str, int]:
+def _vocabulary_of_adapter(args: Namespace, config) -> dict[str, int]:
     """Token -> id in the tokenizer of the adapter's folder, or else of its base.
 
     Raises UsageError if neither has one.

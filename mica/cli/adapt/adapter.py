@@ -1,7 +1,7 @@
 """The MiCA adapter of a run: a new one, that of a checkpoint, or that of ``--adapter``."""
 
-import argparse
 import re
+from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -29,7 +29,7 @@ _KINDS = {  # of what is read of it before PEFT loads the adapter
 }
 
 
-def start(model, args: argparse.Namespace, checkpoint: Path | None = None) -> PeftModel:
+def start(model, args: Namespace, checkpoint: Path | None = None) -> PeftModel:
     """Return ``model`` with the adapter that is to be trained: A (and embeddings) in float32, B frozen.
 
     From ``checkpoint`` (``--resume``), else from ``args.adapter``, else a new one; only the last runs the
@@ -49,7 +49,7 @@ def start(model, args: argparse.Namespace, checkpoint: Path | None = None) -> Pe
         return _continued(model, args, folder)
 
 
-def _continued(model, args: argparse.Namespace, folder: Path) -> PeftModel:
+def _continued(model, args: Namespace, folder: Path) -> PeftModel:
     """``model`` with the adapter in ``folder``."""
     config = PeftConfig.from_pretrained(folder)
     config.lora_dropout = args.dropout
@@ -67,7 +67,7 @@ def load(model, folder: Path, config: LoraConfig, is_trainable: bool = False) ->
         return PeftModel.from_pretrained(model, folder, config=config, is_trainable=is_trainable)
 
 
-def _new(model, args: argparse.Namespace, targets: Targets) -> PeftModel:
+def _new(model, args: Namespace, targets: Targets) -> PeftModel:
     """``model`` with a new adapter."""
     config = {
         "init_lora_weights": "mica",
@@ -87,7 +87,7 @@ def _new(model, args: argparse.Namespace, targets: Targets) -> PeftModel:
         raise
 
 
-def check(model: nn.Module, args: argparse.Namespace, checkpoint: Path | None = None) -> Targets:
+def check(model: nn.Module, args: Namespace, checkpoint: Path | None = None) -> Targets:
     """What `start` refuses, as far as it needs no weights: those of ``model`` may be on the meta device.
 
     Returns what will be adapted.
@@ -113,7 +113,7 @@ def check(model: nn.Module, args: argparse.Namespace, checkpoint: Path | None = 
     return targets
 
 
-def _check_rank(model: nn.Module, args: argparse.Namespace, targets: Targets) -> None:
+def _check_rank(model: nn.Module, args: Namespace, targets: Targets) -> None:
     """Raise UsageError if a target is no matrix, or too small for the rank."""
     sizes = targets.sizes(model)
     for name, size in sizes.items():
@@ -127,9 +127,7 @@ def _check_rank(model: nn.Module, args: argparse.Namespace, targets: Targets) ->
         raise UsageError(f"--rank {args.rank}: {has}; --target-modules can leave it out")
 
 
-def _check_saved(
-    model: nn.Module, args: argparse.Namespace, targets: Targets, folder: Path, option: str
-) -> None:
+def _check_saved(model: nn.Module, args: Namespace, targets: Targets, folder: Path, option: str) -> None:
     """Raise UsageError unless the adapter in ``folder`` fits ``model`` and has adapted the ``targets``."""
     config = read_adapter_config(folder, option)
     check_fit(model, config, folder, option)
@@ -248,33 +246,21 @@ def adapted_layers(folder: Path, option: str = "--adapter") -> dict[str, tuple[i
 
     Raises UsageError if the weights cannot be read, or a layer has only one of its two.
     """
-    with explained(f"{option} {folder}: {WEIGHTS} cannot be read", (OSError, SafetensorError)):
-        shapes = _factor_shapes(folder / WEIGHTS)
-    if not shapes:
-        raise UsageError(f"{option} {folder}: {WEIGHTS} is incomplete: it has no layer of an adapter")
-    for name in sorted(shapes):
-        if len(shapes[name]) < 2:
-            raise UsageError(f"{option} {folder}: {WEIGHTS} is incomplete: {name} has only A or only B")
-
-    layers = {}
-    for name, found in shapes.items():
-        a = found["lora_A"]
-        b = found["lora_B"]
-        layers[name] = (b[0], a[0], a[1])
-    return layers
-
-
-def _factor_shapes(file: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Layer -> "lora_A", "lora_B" -> shape, of those that a file of weights has; reads its header."""
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    with safe_open(file, framework="pt") as weights:
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # layer -> "lora_A", "lora_B" -> shape
+    reading = explained(f"{option} {folder}: {WEIGHTS} cannot be read", (OSError, SafetensorError))
+    with reading, safe_open(folder / WEIGHTS, framework="pt") as weights:
         for key in weights.keys():  # noqa: SIM118  (safe_open is no mapping)
             layer, _, factor = key.removesuffix(".weight").rpartition(".")
             layer = layer.removeprefix("base_model.model.")
             factor = factor.replace("lora_embedding_", "lora_")
             if factor in ("lora_A", "lora_B"):
                 shapes.setdefault(layer, {})[factor] = tuple(weights.get_slice(key).get_shape())
-    return shapes
+    if not shapes:
+        raise UsageError(f"{option} {folder}: {WEIGHTS} is incomplete: it has no layer of an adapter")
+    for name in sorted(shapes):
+        if len(shapes[name]) < 2:
+            raise UsageError(f"{option} {folder}: {WEIGHTS} is incomplete: {name} has only A or only B")
+    return {name: (found["lora_B"][0], *found["lora_A"]) for name, found in shapes.items()}
 
 
 def check_fit(

@@ -4,8 +4,8 @@ The blocks of an epoch are dealt to the processes in batches; a last round that 
 is left out. An optimiser step takes ``accumulation`` rounds, the last step of an epoch those that remain.
 """
 
-import argparse
 import math
+from argparse import Namespace
 from dataclasses import dataclass
 
 
@@ -24,7 +24,7 @@ class Amount:
     processes: int
 
     @classmethod
-    def of(cls, args: argparse.Namespace, blocks: int, processes: int) -> "Amount":
+    def of(cls, args: Namespace, blocks: int, processes: int) -> "Amount":
         """By the options of a run."""
         accumulation = args.gradient_accumulation_steps
         return cls(blocks, args.sequence_length, args.batch_size, accumulation, processes)
@@ -51,7 +51,7 @@ class Amount:
         """Optimiser steps in an epoch."""
         return math.ceil(self.epoch_rounds / self.accumulation)
 
-    def steps(self, args: argparse.Namespace) -> int:
+    def steps(self, args: Namespace) -> int:
         """Optimiser steps of a run, by ``args.steps`` or ``args.epochs``, as the Trainer rounds them up."""
         if args.steps is not None:
             return args.steps

@@ -1,14 +1,14 @@
 """The settings of a run: from command line, YAML file, adapter or earlier run, and recipe."""
 
-import argparse
 import os
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
 from mica.cli.adapt import run_yaml
 from mica.cli.adapt.folder import SETTINGS as FILE
 from mica.cli.adapt.folder import check_has_run
-from mica.cli.adapt.options import OPTIONS, RECIPES
+from mica.cli.adapt.options import OPTIONS, RECIPES, check_required
 from mica.cli.output import expanded
 from mica.errors import UsageError
 
@@ -22,11 +22,11 @@ _BY_CONTENT = {"model", "text", "held_out_text", "retain"}  # may be moved: the 
 class Settings(NamedTuple):
     """``args``: a value for every option; ``given``: those that the command line or ``--config`` has."""
 
-    args: argparse.Namespace
+    args: Namespace
     given: frozenset[str]
 
 
-def resolve(namespace: argparse.Namespace) -> Settings:
+def resolve(namespace: Namespace) -> Settings:
     """A value for every option: command line over YAML over recipe over default.
 
     ``namespace``: what the command line had (see `options.declare`). With ``--resume`` the run.yaml of the
@@ -57,7 +57,7 @@ def resolve(namespace: argparse.Namespace) -> Settings:
     _check(values, line)
     if values["keep_best"] is None and (values["patience"] or values["max_retain_rise"]):
         values["keep_best"] = True  # who stops because it gets worse does not want the worse
-    args = argparse.Namespace(**{name: values[name] for name in OPTIONS})
+    args = Namespace(**{name: values[name] for name in OPTIONS})
     return Settings(args, frozenset(wanted))
 
 
@@ -117,9 +117,7 @@ def _check(values: dict[str, object], line: dict[str, object]) -> None:
 
     ``line``: what the command line had.
     """
-    absent = [option.flag for option in OPTIONS.values() if option.required and values[option.name] is None]
-    if absent:
-        raise UsageError(f"the following arguments are required: {', '.join(absent)}")
+    check_required(OPTIONS.values(), values)
     if "warmup_ratio" in line and values["scheduler"] == "constant":
         hint = "use 'constant_with_warmup' instead"
         raise UsageError(f"--warmup-ratio: scheduler 'constant' has no warmup; {hint}")
@@ -137,7 +135,7 @@ def absolute(value: str | Path) -> str:
     return str(path.resolve())
 
 
-def fixed(args: argparse.Namespace) -> dict[str, object]:
+def fixed(args: Namespace) -> dict[str, object]:
     """Option -> value, as JSON has it, of those that must be the same in a run and after ``--resume``.
 
     Without those of which the contents are compared.
@@ -156,12 +154,12 @@ def values(settings: Settings) -> dict[str, object]:
         if value is None:
             continue
         if name in _PATHS:
-            value = _plain(value)
+            value = plain(value)
         found[name] = value
     return found
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """A path, or several, as YAML has them: absolute."""
     if isinstance(value, list):
         return [absolute(each) for each in value]

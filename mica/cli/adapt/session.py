@@ -25,7 +25,6 @@ from mica.cli.adapt import (
     training,
 )
 from mica.cli.adapt.config import Settings
-from mica.cli.adapt.packing import suit_packing
 from mica.cli.folder import exclusive, undo_on_error
 from mica.cli.output import dtype_name, write_text, write_unless_edited
 from mica.cli.targets import has_experts
@@ -132,11 +131,12 @@ def _loaded(settings: Settings, inputs: _Inputs) -> tuple[PeftModel, corpus.Corp
     model = base.load(args, inputs.source, PartialState().device, inputs.tokenizer)
     if args.adapter is not None and inputs.checkpoint is None:
         _note_another_base(args.adapter, args.model, model.name_or_path)
-    note = loading.suit_processor(model, args.dtype)
-    if note is not None:
-        _note(note)
+    precision = loading.suit_processor(model, args.dtype)
     loading.check_limits(inputs.source, model, args.sequence_length, inputs.data.largest_token_id)
-    data = _with_packing(settings, inputs, model)
+    data, packing = corpus.suited(inputs.data, settings, model, inputs.tokenizer)
+    for note in (precision, packing):
+        if note is not None:
+            _note(note)
     _drop_needless_experts(settings, model)
     if has_experts(model) and not args.experts:
         _note("the experts are not adapted, unless --target-modules names them; --experts adapts all")
@@ -158,18 +158,6 @@ def _note_another_base(trained: Path, model: str, location: str) -> None:
     if not base.is_trained_on(trained, location):
         what = f"is not known to be trained on the weights of --model {model}"
         _note(f"--adapter {trained}: {what}, whose minor directions its B should hold")
-
-
-def _with_packing(settings: Settings, inputs: _Inputs, model) -> corpus.Corpus:
-    """The data, in stream packing where the model cannot keep documents apart.
-
-    Raises UsageError if the option was given: attention across documents is another training.
-    """
-    note = suit_packing(settings, model)
-    if note is None:
-        return inputs.data
-    _note(note)
-    return corpus.gather(settings.args, inputs.tokenizer)
 
 
 def _drop_needless_experts(settings: Settings, model) -> None:

@@ -4,8 +4,8 @@ transformers' ``EarlyStoppingCallback`` does not compare with the measurement be
 is kept beside the log; ``load_best_model_at_end`` wants every checkpoint measured.
 """
 
-import argparse
 import math
+from argparse import Namespace
 from pathlib import Path
 
 from mica.cli.adapt import checkpoints
@@ -18,7 +18,7 @@ def measured(history: list[dict], text: str = "held_out") -> dict[int, float]:
     return {entry["step"]: entry[key] for entry in history if key in entry}
 
 
-def best(history: list[dict], args: argparse.Namespace) -> int | None:
+def best(history: list[dict], args: Namespace) -> int | None:
     """The step with the lowest held-out perplexity among those within --max-retain-rise; the first of equals.
 
     If no step is within, all count. Step 0 does not: nothing was trained there. None if nothing else was
@@ -39,7 +39,7 @@ def _rises(history: list[dict]) -> dict[int, float]:
     return {step: 100 * (now - perplexities[0]) / perplexities[0] for step, now in perplexities.items()}
 
 
-def reason(history: list[dict], args: argparse.Namespace) -> str | None:
+def reason(history: list[dict], args: Namespace) -> str | None:
     """Why to stop after the last measurement in ``history``, beginning with the option; None: go on.
 
     All processes have the same perplexities, and so the same answer.

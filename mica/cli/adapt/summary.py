@@ -1,6 +1,6 @@
 """What ``mica adapt`` reports and writes at the end: one dictionary, as ``summary.json``, text and card."""
 
-import argparse
+from argparse import Namespace
 from collections import Counter
 from importlib.metadata import version
 
@@ -70,7 +70,7 @@ def of(settings: config.Settings, corpus: Corpus, model, done: Training) -> dict
     }
 
 
-def finish(args: argparse.Namespace, model, tokenizer, report: dict, history: list[dict]) -> None:
+def finish(args: Namespace, model, tokenizer, report: dict, history: list[dict]) -> None:
     """Write summary, model card and curve; then what may fail without any loss: the merge.
 
     ``history``: the Trainer's ``log_history``.
@@ -91,7 +91,7 @@ def finish(args: argparse.Namespace, model, tokenizer, report: dict, history: li
     print(as_text(report), flush=True)
 
 
-def ahead(model: PeftModel, amount: Amount, args: argparse.Namespace) -> str:
+def ahead(model: PeftModel, amount: Amount, args: Namespace) -> str:
     """What a run is going to do, in a line: steps, tokens, trained parameters, and memory.
 
     The memory is that of weights, gradients and AdamW's two moments.

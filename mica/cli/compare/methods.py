@@ -1,6 +1,6 @@
 """What ``mica compare`` compares: MiCA, LoRA, and full fine-tuning."""
 
-import argparse
+from argparse import Namespace
 from typing import NamedTuple
 
 
@@ -25,7 +25,7 @@ METHODS = {
 }
 
 
-def options(method: str, args: argparse.Namespace, **more) -> argparse.Namespace:
+def options(method: str, args: Namespace, **more) -> Namespace:
     """The options of `mica adapt` for a training by ``method``: ``args``, with the rank of the method.
 
     ``init`` is beside them.
@@ -33,4 +33,4 @@ def options(method: str, args: argparse.Namespace, **more) -> argparse.Namespace
     rank = max(1, args.rank // METHODS[method].divisor)
     alpha = max(1, round(args.alpha * rank / args.rank))  # the same scaling
     own = {"rank": rank, "alpha": alpha, "init": METHODS[method].init}
-    return argparse.Namespace(**vars(args) | own | more)
+    return Namespace(**vars(args) | own | more)

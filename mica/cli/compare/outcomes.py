@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Result = dict[str, Any]  # of a training: see `mica.cli.compare.training.train`
+Result = dict[str, Any]  # of a training: see `mica.cli.compare.trainings.Trainings.make`
 
 
 class Outcome(NamedTuple):

@@ -8,7 +8,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from mica.cli import loading
+from mica.cli.adapt.options import check_required
 from mica.cli.compare import page, schedule, settings
+from mica.cli.compare.options import OPTIONS
 from mica.cli.compare.outcomes import outcome
 from mica.cli.compare.schedule import BASE, Comparison, Planned, Results
 from mica.cli.compare.trainings import OUT_OF_MEMORY, Trainings
@@ -24,7 +26,8 @@ def compare(given: argparse.Namespace, began: float) -> int:
     Raises UsageError for bad input.
     """
     resume = getattr(given, "resume", False)
-    settings.check_required(given, resume)
+    needed = [OPTIONS["output"]] if resume else OPTIONS.values()  # its folder has the others
+    check_required(needed, vars(given))
     output = given.output
     loading.quieten_libraries()
     said = settings.given(given)
