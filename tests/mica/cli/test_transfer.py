@@ -158,12 +158,8 @@ def test_adapters_and_models_that_are_refused(copies, tmp_path, refused):
     smaller = tmp_path / "smaller"
     byte_tokenizer().save_pretrained(smaller)
     refused(adapter, smaller, out, f"--to {smaller}: ")
-    for sizes, message in (
-        ({"num_hidden_layers": 1}, f"which --to {smaller}"),
-        ({"intermediate_size": 64}, f"as a layer of 32 x 48, but in --to {smaller}"),
-    ):
-        tiny_llama(**sizes).save_pretrained(smaller)
-        refused(adapter, smaller, out, message)
+    tiny_llama(num_hidden_layers=1).save_pretrained(smaller)
+    refused(adapter, smaller, out, f"which --to {smaller}")
     edit(adapter / "adapter_config.json", modules_to_save=["lm_head"])
     refused(adapter, chat, out, "replaces whole modules, lm_head, which are not the embeddings of --to")
     edit(chat / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})

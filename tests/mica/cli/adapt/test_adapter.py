@@ -116,16 +116,6 @@ def test_a_value_that_is_no_number(name, value, folder):
         adapter.read_adapter_config(folder)
 
 
-@pytest.mark.parametrize(
-    "entry", [{"r": 2}, {"r": 8}, {"rank_pattern": {"q_proj": 2}}, {"target_modules": [3]}]
-)
-def test_what_peft_cannot_load_is_one_line(entry, folder):
-    change(folder, **entry)
-    with pytest.raises(UsageError) as refusal:
-        adapter.start(tiny_llama(), settings(adapter=folder))
-    assert "\n" not in str(refusal.value)
-
-
 def test_no_folder_and_no_weights(folder):
     with pytest.raises(UsageError, match=r"safetensors: is a file; give the folder of the adapter$"):
         adapter.read_adapter_config(folder / adapter.WEIGHTS)

@@ -39,7 +39,7 @@ def paper(model_dir, rows, tmp_path_factory):
 
 def test_what_is_measured_is_written(paper):
     result = summary(paper)
-    assert result["perplexity_after"] < result["perplexity_before"]
+    assert result["perplexity_after"] < 0.9 * result["perplexity_before"]
     assert 1 < result["retain_before"] != result["retain_after"]
     history = json.loads((paper / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
     measured = {entry["step"]: entry for entry in history if "eval_held_out_perplexity" in entry}
@@ -53,12 +53,33 @@ def test_what_is_measured_is_written(paper):
     assert "\nrecipe: paper\n" in card
 
 
+def test_the_summary_counts_what_was_trained(paper, rows):
+    made = summary(paper)
+    assert made["training_tokens"] == 12 * 2 * 32
+    assert made["tokens_per_second"] == pytest.approx(768 / made["training_seconds"])
+    assert made["trained_parameters"] == 2 * 2 * 4 * 32  # in 2 layers A of q_proj and v_proj
+    assert made["total_parameters"] > made["trained_parameters"]
+    assert sum(made["paths"].values()) == 4
+    assert len(made["layers_on_peft_path"]) == made["paths"].get("peft", 0)
+    texts = [json.loads(line)["text"] for line in rows.read_text(encoding="utf-8").splitlines()]
+    source = {"name": str(rows), "documents": 300, "tokens": len("".join(texts)) + 300, "skipped": 0}
+    assert made["sources"] == [source]
+    assert made["epochs"] == 12 * 2 / made["blocks"]
+    assert made["initialisation_seconds"] > 0
+    assert (made["dtype"], made["merged"]) == ("float32", None)
+    assert not (paper / "merged").exists()
+
+
 def test_a_finished_run_replaces_what_it_wrote_last_and_nothing_else(paper, tmp_path, capsys):
     output = tmp_path / "out"
     shutil.copytree(paper, output)
     page, card = output / "README.md", (paper / "README.md").read_text(encoding="utf-8")
     assert resume(output) == 0
-    assert "it stays as it is" not in capsys.readouterr().err
+    made, said = summary(paper), capsys.readouterr()
+    assert "it stays as it is" not in said.err
+    change = f"{made['perplexity_before']:.2f} -> {made['perplexity_after']:.2f}"
+    for part in (f"{made['epochs']:.3g} epochs, 768 tokens", "512 of", change, str(output)):
+        assert part in said.out
     page.write_text("mine", encoding="utf-8")
     assert resume(output) == 0
     said = f"mica: note: {page} is not what mica has written there: it stays as it is\n"
@@ -76,10 +97,13 @@ def test_a_finished_run_replaces_what_it_wrote_last_and_nothing_else(paper, tmp_
     assert page.read_text(encoding="utf-8").startswith(card[:100])
 
 
-def test_run_yaml_repeats_the_run(paper, tmp_path, capsys):
+def test_run_yaml_repeats_the_run(paper, tmp_path, capsys, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     assert command("--config", paper / "run.yaml", "--output", tmp_path / "again") == 0
     assert same(weights(paper), weights(tmp_path / "again"))
     assert "note: " not in capsys.readouterr().err
+    assert not list((tmp_path / "elsewhere").iterdir())  # nothing is written outside --output
 
 
 def edit(path: Path, *changes: tuple[str, str]) -> None:

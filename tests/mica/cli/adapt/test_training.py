@@ -144,13 +144,6 @@ def test_a_signal_ends_the_run_with_a_checkpoint(unbroken, tmp_path, monkeypatch
     assert same(weights(tmp_path), weights(unbroken[1]))
 
 
-def test_a_second_ctrl_c_ends_it_at_once(tmp_path, monkeypatch):
-    with pytest.raises(KeyboardInterrupt):
-        disturbed(monkeypatch, _Interrupt(7, signal.SIGINT, signal.SIGINT), settings(tmp_path))
-    assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-5"
-    assert run(settings(tmp_path, resume=True)).steps == 10
-
-
 @pytest.mark.parametrize(
     "changed",
     [
