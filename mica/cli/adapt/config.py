@@ -91,10 +91,9 @@ def _recorded(output: Path) -> dict[str, object]:
 
 def _of_adapter(wanted: dict[str, object]) -> dict[str, object]:
     """What ``--adapter`` fixes. Raises UsageError if other values are ``wanted``."""
-    from mica.cli.adapt import adapter  # which needs torch
+    from mica.cli.adapt import saved_adapter  # which needs torch
 
-    folder = wanted["adapter"]
-    own = adapter.settings(adapter.read_adapter_config(folder), folder)
+    own = saved_adapter.read(wanted["adapter"]).settings()
     for name in own.keys() & wanted.keys() - {"dropout"}:  # which is not in the weights
         if wanted[name] != own[name]:
             what = f"--adapter has {own[name]}"

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 import mica.fast
 from mica.cli.adapt import checkpoints, embeddings
-from mica.cli.adapt.adapter import WEIGHTS
 from mica.cli.adapt.folder import MERGED
+from mica.cli.adapt.saved_adapter import WEIGHTS
 from mica.cli.loading import Source, load_model
 from mica.cli.output import SCRATCH, dtype_name, fill_folder, one_line, write_folder
 from mica.cli.record import Record

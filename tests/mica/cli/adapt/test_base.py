@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mica.fast
 from mica.cli import main
 from mica.cli.adapt import adapter, base
+from mica.cli.adapt.saved_adapter import WEIGHTS
 from mica.cli.loading import find_source
 from mica.errors import UsageError
 from tests.mica.cli.tiny_gguf import write_tiny_gguf
@@ -106,13 +107,13 @@ def test_a_run_on_a_gguf_file_goes_on_where_its_folder_was_moved(gguf_file, mode
     ids = AutoTokenizer.from_pretrained(out / "base")("déjà vu")["input_ids"]
     assert ids == byte_tokenizer()("déjà vu")["input_ids"]
     assert AutoPeftModelForCausalLM.from_pretrained(out).get_base_model().name_or_path == str(out / "base")
-    weights = (out / adapter.WEIGHTS).read_bytes()
+    weights = (out / WEIGHTS).read_bytes()
     moved.parent.mkdir()
     out.rename(moved)
     shutil.rmtree(moved / "checkpoint-4")
-    (moved / adapter.WEIGHTS).unlink()
+    (moved / WEIGHTS).unlink()
     assert main(["adapt", "--resume", "--output", str(moved)]) == 0
-    assert (moved / adapter.WEIGHTS).read_bytes() == weights
+    assert (moved / WEIGHTS).read_bytes() == weights
     with mica.fast.disabled():
         loaded = AutoPeftModelForCausalLM.from_pretrained(moved)
     assert adapt(gguf_file, text_file, tmp_path / "on", "--adapter", moved, "--steps", 2) == 0

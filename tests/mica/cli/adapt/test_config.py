@@ -3,6 +3,7 @@
 import argparse
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -208,8 +209,8 @@ def test_resume_allows_what_leaves_training_alone(run_folder, tmp_path):
 
 
 def test_the_adapter_s_values_hold(tmp_path, monkeypatch):
-    monkeypatch.setattr("mica.cli.adapt.adapter.read_adapter_config", lambda path: {})
-    monkeypatch.setattr("mica.cli.adapt.adapter.settings", lambda adapter, path: ADAPTER)
+    saved = SimpleNamespace(settings=lambda: ADAPTER)
+    monkeypatch.setattr("mica.cli.adapt.saved_adapter.read", lambda path: saved)
     args = resolve("--adapter", "a", "--recipe", "paper").args
     assert (args.rank, args.alpha, args.target_modules, args.learning_rate) == (8, 24, "q_proj", 5e-4)
     args = resolve("--adapter", "a", "--rank", 8, "--dropout", 0.1).args
@@ -220,6 +221,6 @@ def test_the_adapter_s_values_hold(tmp_path, monkeypatch):
         resolve("--adapter", "a", "--train-embeddings")
     # The run that it began is resumed without it
     write(resolve("--adapter", "a", "--output", tmp_path), tmp_path)
-    monkeypatch.setattr("mica.cli.adapt.adapter.read_adapter_config", pytest.fail)
+    monkeypatch.setattr("mica.cli.adapt.saved_adapter.read", pytest.fail)
     after = config.resolve(given("--output", tmp_path, "--resume"))
     assert (after.args.adapter, after.args.alpha) == (Path("a"), 24)
