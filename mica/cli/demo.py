@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from mica.cli.arguments import a_path
+from mica.cli.output import tell
 from mica.errors import UsageError
 
 _MODEL = "SmolLM2-135M-Instruct, an instruct model with weights of 4 bits, dequantised"
@@ -98,14 +99,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model = smollm2_gguf()
     except UsageError as error:
-        print(f"mica demo: error: {error}", file=sys.stderr)
+        tell(f"mica demo: error: {error}")
         return 2
     text = _write_topics(args.output)
     if torch.accelerator.is_available() or has_native(torch.bfloat16):
         dtype = "bfloat16"
     else:
         dtype = "float32"
-        print("mica demo: in float32, because this processor has no bfloat16 instructions", file=sys.stderr)
+        tell("mica demo: in float32, because this processor has no bfloat16 instructions")
     command = ["adapt", f"--model={model}", f"--text={text}", f"--steps={args.steps}", f"--dtype={dtype}"]
     command += ["--learning-rate=3e-3", *options]  # better here than 1e-3 and 1e-2
     folder = args.output / "adapter"

@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import json
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import find_adapter_config_file
 
 from mica.cli.extras import how_to_install
-from mica.cli.output import dtype_name, expanded, first_sentences, one_line, size_text
+from mica.cli.output import dtype_name, expanded, first_sentences, one_line, size_text, tell
 from mica.errors import UsageError
 from mica.paths import choose
 from mica.paths.products import has_native
@@ -115,8 +114,7 @@ def note_hub(location: str) -> None:
     """Say, once, that the Hub is asked: where it cannot be reached, that takes most of a minute."""
     is_first = os.environ.get("RANK", "0") == "0"
     if is_first and not os.path.isdir(location) and not huggingface_hub.constants.HF_HUB_OFFLINE:
-        what = f"asking the Hugging Face Hub for {location}: there is no such folder"
-        print(f"mica: {what}", file=sys.stderr, flush=True)
+        tell(f"mica: asking the Hugging Face Hub for {location}: there is no such folder")
 
 
 def _refuse_adapter(source: Source) -> None:

@@ -114,12 +114,17 @@ def write_text(option: str, path: Path, text: str, record: Record | None = None)
     write_file(option, path, lambda scratch: scratch.write_text(text, encoding="utf-8"), record)
 
 
+def tell(text: str) -> None:
+    """Print a line on standard error, where it is not mixed with a command's output."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def write_unless_edited(option: str, path: Path, text: str) -> None:
     """`write_text`; what a user has written or edited stays, and a line on stderr says so."""
     try:
         write_text(option, path, text)
     except NotOwnError:
-        print(f"mica: note: {path} is not what mica has written there: it stays as it is", file=sys.stderr)
+        tell(f"mica: note: {path} is not what mica has written there: it stays as it is")
 
 
 def expanded(name: str | Path) -> Path:

@@ -1,13 +1,12 @@
 """``mica transfer``: merge the update of an adapter into a sibling of the model that it was trained on."""
 
-import sys
 from argparse import Namespace
 from contextlib import suppress
 from importlib.metadata import version
 
 from mica.cli.arguments import a_path, a_source, add_command, add_dtype_options, example
 from mica.cli.folder import check_new, exclusive, undo_on_error
-from mica.cli.output import check_folder, dtype_name, write_folder
+from mica.cli.output import check_folder, dtype_name, tell, write_folder
 from mica.cli.record import Record
 from mica.errors import UsageError
 
@@ -126,7 +125,7 @@ def _embedding_updates(args: Namespace, saved, model) -> dict:
     is_same = base.is_trained_on(args.adapter, name or "")
     if is_same is None:
         what = f"--adapter {args.adapter}: cannot check that its base {name} is what it was trained on"
-        print(f"mica transfer: note: {what}", file=sys.stderr, flush=True)
+        tell(f"mica transfer: note: {what}")
     elif not is_same:
         what = f"its base {name} is not what it was when training began"
         remedy = (

@@ -4,7 +4,6 @@ import argparse
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from mica.cli.adapt import checkpoints, processes, stopping
+from mica.cli.output import tell
 from mica.errors import UsageError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -151,7 +151,7 @@ class Hooks(TrainerCallback):
 
 def _print_step(state, text: str) -> None:
     if state.is_world_process_zero:
-        print(f"step {state.global_step}/{state.max_steps}: {text}", file=sys.stderr)
+        tell(f"step {state.global_step}/{state.max_steps}: {text}")
 
 
 def _is_finite(model: torch.nn.Module) -> bool:

@@ -60,19 +60,15 @@ class Corpus:
         """What a run reads of the training blocks."""
         return Amount.of(args, len(self.train), processes)
 
-    def describe(self, args: Namespace, num_processes: int = 1) -> str:
+    def describe(self) -> str:
         """What the run trains on, for a terminal; more lines only for what is left out."""
-        amount = self.amount(args, num_processes)
-        epochs = amount.epochs(amount.tokens_after(amount.steps(args)))
         tokens = sum(part.tokens for part in self.parts)
         documents = sum(part.documents for part in self.parts)
-        blocks = f"blocks of {args.sequence_length}: {len(self.train):,} for training"
+        blocks = f"blocks of {self.sequence_length}: {len(self.train):,} for training"
         blocks += f", {len(self.held_out):,} held out ({self.held_out_by})"
         if self.retain is not None:
             blocks += f", {len(self.retain):,} to be retained"
         lines = [f"tokens: {tokens:,}, documents: {documents:,}", blocks]
-        lines.append(f"this run sees {epochs:.3g} epochs")
-
         if self.dropped:
             lines.append(f"left out of training, as copies of held-out documents: {self.dropped:,}")
         for part in self.parts:

@@ -26,7 +26,7 @@ from mica.cli.adapt import (
 )
 from mica.cli.adapt.config import Settings
 from mica.cli.folder import exclusive, undo_on_error
-from mica.cli.output import dtype_name, write_text, write_unless_edited
+from mica.cli.output import dtype_name, tell, write_text, write_unless_edited
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
 
@@ -43,6 +43,8 @@ class _Inputs(NamedTuple):
 def adapt(settings: Settings) -> int:
     """Train and write what the settings say; returns the exit status. Every process calls this.
 
+    What is printed on standard output is the main process's: `processes.start` silences the others.
+
     Raises UsageError for bad input, in one of the processes only.
     """
     loading.quieten_libraries()
@@ -57,13 +59,9 @@ def adapt(settings: Settings) -> int:
         processes.finish()
 
 
-def _say(text: str, stream=None) -> None:
-    if PartialState().is_main_process:
-        print(text, file=stream, flush=True)
-
-
 def _note(text: str) -> None:
-    _say(f"mica adapt: note: {text}", sys.stderr)
+    if PartialState().is_main_process:
+        tell(f"mica adapt: note: {text}")
 
 
 def _adapt(settings: Settings) -> int:
@@ -80,11 +78,14 @@ def _adapt(settings: Settings) -> int:
             model, data, facts = _loaded(settings, inputs)
             session = training.Session(model, data, args, inputs.checkpoint)
         processes.on_main(_write_settings, settings)
-        _say(summary.ahead(model, data.amount(args, PartialState().num_processes), args))
+        print(summary.ahead(model, data.amount(args, PartialState().num_processes), args), flush=True)
 
         done = session.train(inputs.tokenizer)
         if done.interrupted:
-            _say(f"Stopped at step {done.steps:,}. To continue: mica adapt --output {args.output} --resume")
+            print(
+                f"Stopped at step {done.steps:,}. To continue: mica adapt --output {args.output} --resume",
+                flush=True,
+            )
             return 128 + done.interrupted
         report = summary.of(settings, data, model, done) | facts
         processes.on_main(summary.finish, args, model, inputs.tokenizer, report, done.history)
@@ -111,7 +112,7 @@ def _read_inputs(settings: Settings) -> _Inputs:
     _check_outline(settings, source, checkpoint)
 
     data = corpus.gather(args, tokenizer)
-    _say(data.describe(args, PartialState().num_processes))
+    print(data.describe(), flush=True)
     return _Inputs(source, tokenizer, data, checkpoint)
 
 

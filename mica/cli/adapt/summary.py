@@ -92,17 +92,19 @@ def finish(args: Namespace, model, tokenizer, report: dict, history: list[dict])
 
 
 def ahead(model: PeftModel, amount: Amount, args: Namespace) -> str:
-    """What a run is going to do, in a line: steps, tokens, trained parameters, and memory.
+    """What a run is going to do, in a line: steps, tokens, epochs, trained parameters, and memory.
 
     The memory is that of weights, gradients and AdamW's two moments.
     """
     steps = amount.steps(args)
+    tokens = amount.tokens_after(steps)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     number = sum(parameter.numel() for parameter in trained)
     memory = sum(parameter.nbytes for parameter in model.parameters())
     memory += 3 * sum(parameter.nbytes for parameter in trained)
     return (
-        f"{steps:,} steps, {amount.tokens_after(steps):,} tokens; {number:,} trained parameters; "
+        f"{steps:,} steps, {tokens:,} tokens, {amount.epochs(tokens):.3g} epochs; "
+        f"{number:,} trained parameters; "
         f"{memory / 2**30:.2f} GiB for weights, gradients and optimiser, and more for activations"
     )
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +14,7 @@ from mica.cli.compare.outcomes import outcome
 from mica.cli.compare.schedule import BASE, Comparison, Planned, Results
 from mica.cli.compare.trainings import OUT_OF_MEMORY, Trainings
 from mica.cli.folder import exclusive, undo_on_error
-from mica.cli.output import explained, write_json
+from mica.cli.output import explained, tell, write_json
 from mica.cli.record import Record
 from mica.errors import UsageError
 
@@ -50,7 +49,7 @@ def compare(given: argparse.Namespace, began: float) -> int:
 
 
 def _note(text: str) -> None:
-    print(f"mica compare: {text}", file=sys.stderr, flush=True)
+    tell(f"mica compare: {text}")
 
 
 def _compare(ours: dict[str, object], output: Path, resume: bool, began: float) -> int:

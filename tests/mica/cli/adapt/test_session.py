@@ -102,7 +102,10 @@ def test_run_yaml_repeats_the_run(paper, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert command("--config", paper / "run.yaml", "--output", tmp_path / "again") == 0
     assert same(weights(paper), weights(tmp_path / "again"))
-    assert "note: " not in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "note: " not in said.err
+    seen = f"{summary(paper)['epochs']:.3g} epochs"
+    assert f"12 steps, 768 tokens, {seen}; 512 trained parameters; 0.00 GiB for weights" in said.out
     assert not list((tmp_path / "elsewhere").iterdir())  # nothing is written outside --output
 
 
