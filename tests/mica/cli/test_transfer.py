@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mica.cli import folder, main
 from mica.cli.output import SCRATCH, write_text
 from tests.support.adapt_runs import factors, poison_solver, working_in, write_adapter
+from tests.support.faults import FULL, raising
 from tests.support.tables import rows
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 
@@ -228,10 +229,7 @@ def test_adapter_without_a_tokenizer(copies, refused, model_dir):
 
 
 def test_full_disk_leaves_nothing(made, tmp_path, refused, monkeypatch):
-    def full(self, folder, **_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", full)
+    monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", raising(FULL))
     parts = ("--output ", "cannot be written: No space left on device")
     refused(made[0], made[2], tmp_path / "out", *parts)
     assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from mica.cli.adapt import checkpoints, corpus, session
 from mica.cli.record import NAME
 from tests.mica.cli.tiny_gguf import write_tiny_gguf
 from tests.support.adapt_runs import command, resume, same, saved, summary, unfinished, weights
+from tests.support.faults import FULL, raising
 from tests.support.tiny_cli import TEXT, adapt
 
 
@@ -284,10 +285,7 @@ def test_packing_where_documents_cannot_be_kept_apart(rows, tmp_path, capsys):
 
 
 def test_the_summary_is_written_before_the_merge(model_dir, rows, tmp_path, monkeypatch, capsys):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", raising(FULL))
     assert adapt(model_dir, rows, tmp_path / "out", "--merge", "--steps", 2) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert summary(tmp_path / "out")["steps"] == 2
@@ -303,7 +301,7 @@ def test_what_cannot_be_written_after_the_training_is_said_beside_what_is_there(
 
     def full(source, target):
         if Path(target) == output / name:
-            raise OSError(28, "No space left on device")
+            raise FULL
         replace(source, target)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -23,6 +23,7 @@ from mica.cli.adapt.packing import document_of
 from mica.cli.compare import session, trainings
 from mica.cli.record import NAME
 from tests.mica.cli.compare.tiny_comparison import RATES, arguments, compare, results, started, untimed
+from tests.support.faults import FULL
 from tests.support.tables import rows
 from tests.support.tiny_cli import byte_tokenizer
 
@@ -263,7 +264,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(finished, copied, refused, mo
 
     def full_disk(scratch, path):
         if path.name == name:
-            raise OSError(28, "No space left on device")
+            raise FULL
         return replace(scratch, path)
 
     monkeypatch.setattr(os, "replace", full_disk)
