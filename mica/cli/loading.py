@@ -36,9 +36,9 @@ _BAD_CONFIG = (ArithmeticError, AttributeError, LookupError, TypeError)
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: ``from_pretrained(location, **options)``.
+    """Where a model comes from: it is loaded by ``from_pretrained(location, **options)``.
 
-    ``option``: what stands before its name, ``given``, in a message.
+    ``given``: its name as the user has written it. ``option``: what stands before that name in a message.
     """
 
     given: str
@@ -82,7 +82,7 @@ def _explained_errors(source: Source) -> Iterator[None]:
 
 
 def quieten_libraries() -> None:
-    """No log lines of libraries: retries and advice to programmers would hide a one-line error."""
+    """Switch off the logs of libraries: retries and advice to programmers would hide a one-line error."""
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)

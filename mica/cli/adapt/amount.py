@@ -13,8 +13,8 @@ from dataclasses import dataclass
 class Amount:
     """What the Trainer reads of ``blocks`` training blocks of ``sequence_length`` tokens.
 
-    ``batch_size``: blocks per process and forward. ``accumulation``: forwards per step. ``processes``: their
-    number.
+    ``batch_size``: the blocks of a forward in one process. ``accumulation``: the forwards of a step.
+    ``processes``: how many processes train.
     """
 
     blocks: int
@@ -25,7 +25,7 @@ class Amount:
 
     @classmethod
     def of(cls, args: Namespace, blocks: int, processes: int) -> "Amount":
-        """By the options of a run."""
+        """The amount that a run with the options ``args`` reads."""
         accumulation = args.gradient_accumulation_steps
         return cls(blocks, args.sequence_length, args.batch_size, accumulation, processes)
 
@@ -67,5 +67,5 @@ class Amount:
         return rounds * self.round_blocks * self.sequence_length
 
     def epochs(self, tokens: int) -> float:
-        """How often ``tokens`` are all training blocks, on average."""
+        """How often each training block was read, on average, in ``tokens`` tokens."""
         return tokens / (self.sequence_length * self.blocks)

@@ -55,9 +55,9 @@ class Request:
 
     @contextmanager
     def heeded(self) -> Iterator["Request"]:
-        """Within it both signals are noted; afterwards they do again what they did before.
+        """While this context is open, both signals are noted; afterwards they do what they did before.
 
-        One that was ignored from the start (``nohup``, a background job of a shell) stays ignored.
+        A signal that was ignored from the start (``nohup``, a background job of a shell) stays ignored.
         """
         before = {signum: signal.getsignal(signum) for signum in SIGNALS}
         ours = [signum for signum, handler in before.items() if handler not in (signal.SIG_IGN, None)]
@@ -126,7 +126,7 @@ class Hooks(TrainerCallback):
             _print_step(state, ", ".join(parts))
 
     def _seconds_left(self, state) -> float:
-        """Until the training ends, if nothing stops it: as long a step as the mean of this session's."""
+        """Seconds until the training ends, if nothing stops it and steps take this session's mean time."""
         done = state.global_step - self._first
         seconds = time.perf_counter() - self._begun
         return (state.max_steps - state.global_step) * seconds / max(1, done)

@@ -20,17 +20,21 @@ _BY_CONTENT = {"model", "text", "held_out_text", "retain"}  # may be moved: the 
 
 
 class Settings(NamedTuple):
-    """``args``: a value for every option; ``given``: those that the command line or ``--config`` has."""
+    """The settings of a run.
+
+    ``args``: a value for every option. ``given``: names of those that stand on the command line or in
+    ``--config``.
+    """
 
     args: Namespace
     given: frozenset[str]
 
 
 def resolve(namespace: Namespace) -> Settings:
-    """A value for every option: command line over YAML over recipe over default.
+    """Find a value for every option: of the command line, else of YAML, of the recipe, or the default.
 
-    ``namespace``: what the command line had (see `options.declare`). With ``--resume`` the run.yaml of the
-    output folder is read, else the folder of ``--adapter``.
+    ``namespace``: what was given on the command line (see `options.declare`). With ``--resume`` the run.yaml
+    of the output folder is read, else the folder of ``--adapter``.
 
     Raises UsageError for what `run_yaml.read` refuses, for a missing required option, for options that
     exclude each other, and for values other than those of the adapter. Those of a run that is resumed are

@@ -20,7 +20,7 @@ _PERPLEXITIES = (
 def draw(history: list[dict], output: Path) -> None:
     """Write ``output``/curve.png; ``history`` is the Trainer's ``state.log_history``.
 
-    Whatever fails is a warning on stderr: the training is worth more than its picture.
+    If anything fails, that is a warning on stderr and no error: the training is worth more than its picture.
     """
     try:
         with rc_context(STYLE):

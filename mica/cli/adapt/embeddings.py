@@ -98,10 +98,10 @@ def _trained(saved: SavedAdapter, names: Iterable[str]) -> dict[str, Tensor]:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Within it PEFT copies embeddings of ``model`` that are fp32, and loads trained ones without rounding.
+    """While this context is open, PEFT copies the embeddings of ``model`` in fp32, and loads them unrounded.
 
-    Then the frozen ones have their dtype again, and the copies compute in it, as the model does: an update
-    of a learning rate would mostly be lost in the rounding of a 16-bit weight.
+    Afterwards the frozen ones have their dtype again, and the copies compute in it, as the model does. The
+    copies themselves stay fp32: most of a step would be lost in the rounding of a 16-bit weight.
     """
     found = find(model)
     dtypes = [module.weight.dtype for module in found.values()]

@@ -43,7 +43,7 @@ _OF_TEXT = re.compile(r"[.!?]+(\s|$)|[;|\t\n]|(\S+\s+){4}|.{41}")  # what the na
 
 
 def _zstandard(path: Path, mode: str) -> BinaryIO:
-    """By pyarrow, which needs no other library, reads all frames, and refuses a file that was cut."""
+    """Open a zst file with pyarrow, which needs no other library, reads all frames and refuses a cut file."""
     return pyarrow.CompressedInputStream(path.open(mode), "zstd")
 
 

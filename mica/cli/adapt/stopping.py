@@ -13,7 +13,7 @@ from mica.errors import UsageError
 
 
 def measured(history: list[dict], text: str = "held_out") -> dict[int, float]:
-    """Step -> perplexity on ``text``, "held_out" or "retain", in order; step 0: before training."""
+    """The perplexities on ``text`` ("held_out" or "retain") by step, in order; step 0 is before training."""
     key = f"eval_{text}_perplexity"
     return {entry["step"]: entry[key] for entry in history if key in entry}
 
@@ -34,7 +34,7 @@ def best(history: list[dict], args: Namespace) -> int | None:
 
 
 def _rises(history: list[dict]) -> dict[int, float]:
-    """Step -> by how many per cent the retained perplexity is above that before training."""
+    """By how many per cent the retained perplexity of each step is above that before training."""
     perplexities = measured(history, "retain")
     return {step: 100 * (now - perplexities[0]) / perplexities[0] for step, now in perplexities.items()}
 

@@ -221,7 +221,11 @@ class Session:
 
 
 def enable_gradient_checkpointing(model) -> None:
-    """Not by TrainingArguments: transformers renamed argument and method, and warns about the old names."""
+    """Have ``model`` recompute its activations in the backward.
+
+    This does not go through TrainingArguments, because transformers has renamed argument and method, and
+    warns about the old names.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})  # the re-entrant kind gives frozen inputs no gradient
 

@@ -64,9 +64,10 @@ class Comparison(NamedTuple):
         return self.results[BASE]
 
     def next(self) -> Planned | None:
-        """The first of what is `left`; None if there is nothing, or it would not end within the budget.
+        """What is to be done next: the first that is `left`.
 
-        The first steps of each method are always done.
+        None if nothing is left, or if it would not end within the budget. The first steps of each method are
+        always done.
         """
         for planned in self.left():
             if planned.phase == TRIAL or self.spent() + self.seconds(planned) <= self.budget:
@@ -139,7 +140,10 @@ class Comparison(NamedTuple):
         return planned
 
     def _costs(self) -> dict[str, tuple[float, float]]:
-        """Of each method, by its first steps: seconds of a training beside its steps, and of a step."""
+        """What a training of each method costs, by its first steps.
+
+        These are two numbers of seconds: what a training takes in addition to its steps, and a step.
+        """
         measuring = self.blocks * self.base["block_seconds"]
         trials = self._by_method(TRIAL)
         return {
@@ -148,7 +152,7 @@ class Comparison(NamedTuple):
         }
 
     def steps(self) -> int:
-        """How long trainings are: as those that there are, else what the budget allows.
+        """How many steps a training has: as many as those that were done, else what the budget allows.
 
         Raises UsageError if the budget is too short for one at each rate.
         """

@@ -37,10 +37,11 @@ _TESTED = 4  # a quarter of the held-out blocks is for the choice of rates, the 
 
 
 class Trainings:
-    """``args``: of `mica adapt`, as far as all trainings share them.
+    """What all trainings of a comparison share, and how each of them is made.
 
-    ``base``: the model before all; ``data``: the texts; ``sets``: what is measured, by name, ``blocks`` in
-    all; ``content``: a hash of what each option names; ``notes``: for the user.
+    ``args``: the options of `mica adapt` that they share. ``base``: the model before any training. ``data``:
+    the texts. ``sets``: the blocks that are measured, by name; ``blocks``: their number. ``content``: a hash
+    of what each option names. ``notes``: lines to show to the user.
     """
 
     def __init__(self, found: dict[str, object], output: Path):
@@ -106,7 +107,7 @@ class Trainings:
         }
 
     def make(self, planned: Planned) -> dict:
-        """The result of a training, or of the measurement before all of them."""
+        """Do what is planned, and return its result."""
         began = time.perf_counter()
         try:
             if planned.method == BASE:
@@ -147,7 +148,7 @@ class Trainings:
 
 
 def _hash_of_weights(model: nn.Module) -> str:
-    """Of all weights, at the speed of memory: 11 GB/s by one thread."""
+    """A hash of all weights. It reads 11 GB/s with one thread, which is the speed of memory."""
     total = hashlib.blake2b(digest_size=16)
     for name, weight in model.named_parameters():
         rows = torch.atleast_2d(weight).flatten(0, -2)
@@ -160,10 +161,11 @@ def _documents(blocks) -> list[int]:
 
 
 def _for_choosing(documents: list[int]) -> list[int]:
-    """The blocks by which rates are chosen, of the blocks of these ``documents``: about a quarter.
+    """Which blocks decide about learning rates: about a quarter. ``documents``: that of each block.
 
-    Whole documents, in the order of their digests, so that none has a part in both choice and test; where
-    they are too few or too long for that, every fourth block.
+    They are all blocks of some documents, taken in the order of their digests, so that no document has a part
+    in both choice and test. If there are too few documents for that, or too long ones, it is every fourth
+    block.
     """
     distinct = sorted(set(documents))
     some = distinct[: len(distinct) // _TESTED]
@@ -179,7 +181,10 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def measure(model: nn.Module, sets: dict[str, Dataset]) -> dict[str, Any]:
-    """ "losses": of every block of every set, nats per token; "failed": None, or `DIVERGED` and no losses."""
+    """The loss of every block of every set, in nats per token, as "losses".
+
+    "failed" is None; or it is `DIVERGED`, if a loss is not finite, and there are no losses.
+    """
     losses = {}
     for name, blocks in sets.items():
         numbers = tqdm(range(len(blocks)), f"Measuring {name}", leave=False, delay=5)
