@@ -84,7 +84,7 @@ def write_file(option: str, path: Path, write: Callable[[Path], None], record: R
 
 
 def write_new(option: str, path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file outside of output folders, as `write_file` does: it is not recorded, and replaces nothing."""
+    """Write a file outside of output folders, as `write_file` does: not recorded, and replacing nothing."""
 
     def place(scratch: Path) -> None:
         check_file(option, path)
