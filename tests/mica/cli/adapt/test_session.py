@@ -278,10 +278,11 @@ def test_packing_where_documents_cannot_be_kept_apart(rows, tmp_path, capsys):
     opt = saved(OPTForCausalLM(config), tmp_path / "opt")
     assert adapt(opt, rows, tmp_path / "refused", "--packing", "documents") == 2
     assert "--packing documents: the attention of OPTForCausalLM does not stay" in capsys.readouterr().err
-    assert adapt(opt, rows, tmp_path / "out", "--steps", 1) == 0
+    assert adapt(opt, rows, tmp_path / "out", "--steps", 3) == 0
     assert "note: packing is stream: the attention of OPTForCausalLM" in capsys.readouterr().err
-    result = summary(tmp_path / "out")
-    assert result["settings"]["packing"] == "stream"
+    assert summary(tmp_path / "out")["settings"]["packing"] == "stream"
+    assert adapt(opt, rows, tmp_path / "given", "--steps", 3, "--packing", "stream") == 0
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "given"))
 
 
 def test_the_summary_is_written_before_the_merge(model_dir, rows, tmp_path, monkeypatch, capsys):
