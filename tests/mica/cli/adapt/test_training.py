@@ -212,8 +212,10 @@ def test_a_checkpoint_that_cannot_be_read_is_named(unbroken, tmp_path, file, dam
     with pytest.raises(UsageError, match=said) as refusal:
         run(settings(tmp_path, log_steps=1, resume=True))
     assert "weights_only" not in str(refusal.value)
-    if file != "trainer_state.json":
-        assert "is damaged" in str(refusal.value) or f"({file} is missing)" in str(refusal.value)
+    if damage is Path.unlink:
+        assert f"({file} is missing)" in str(refusal.value)
+    elif file != "trainer_state.json":
+        assert "is damaged" in str(refusal.value)
 
 
 def _repacked(content: bytes) -> bytes:
