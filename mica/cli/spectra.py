@@ -35,7 +35,7 @@ _STEPS = 60
 
 @dataclass(frozen=True)
 class Row:
-    """One layer or stack. ``reason``: why it cannot be adapted; then what was measured is None.
+    """What was measured in a layer or stack; all of it is None if it cannot be adapted, for ``reason``.
 
     shape: effective (out_features, in_features), (embedding_dim, num_embeddings) of an embedding, with their
         number in front for a stack of experts; None for a type of layer that MiCA has no adapter for.

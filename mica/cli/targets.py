@@ -22,9 +22,10 @@ _IN_AN_EXPERT = re.compile(r"\.experts\.\d+\.")  # that is a module of its own, 
 
 
 class Targets(NamedTuple):
-    """What is adapted. ``modules``: name -> layer. ``parameters``: name -> the module that holds it.
+    """What is adapted.
 
-    ``config``: what `LoraConfig` takes for both, ``target_modules`` and ``target_parameters``.
+    ``modules``: the layers, by name. ``parameters``: for the name of each adapted parameter, the module that
+    holds it. ``config``: what `LoraConfig` takes for both, as ``target_modules`` and ``target_parameters``.
     """
 
     modules: dict[str, nn.Module]
@@ -231,7 +232,7 @@ def features(module: nn.Module) -> tuple[int, int] | None:
 
 
 def saved_parameters(model: nn.Module, target_parameters: Iterable[str]) -> dict[str, tuple[str, tuple]]:
-    """Name in an adapter's file -> (name of the parameter, its shape).
+    """The parameters that an adapter has, by their names in its file: (name of the parameter, its shape).
 
     The shape is (experts, out_features, in_features), or without the first. PEFT nests the adapters of one
     module's parameters; the first parameter's is the innermost.

@@ -38,15 +38,15 @@ def add_parser(commands) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Run the command: all checks before the weights are read, the output whole or not at all.
+    """Run the command: everything is checked before the weights are read, and the output is written whole.
 
-    To trained embeddings, what was added to those of the adapter's base is added. A note says where the
-    adapter does not tell what they were.
+    If the adapter has trained embeddings, MODEL's are changed by what the training added to those of the
+    adapter's base. A note says so if the adapter does not tell what these were.
 
-    Raises UsageError if --adapter is no MiCA adapter, replaces other modules than embeddings, or has trained
-    them and its base cannot be loaded or is another one by now, if MODEL is of another architecture than its
-    base, lacks one of its layers or has it in another shape, is quantised, or gives a common token another
-    id, and if the output is not new or empty, or cannot be written.
+    Raises UsageError if --adapter is no MiCA adapter, or replaces other modules than embeddings; if it has
+    trained embeddings, and its base cannot be loaded or has changed; if MODEL is quantised, has another
+    architecture than the base, lacks an adapted layer or has it in another shape, or gives a common token
+    another id; and if the output is not new or empty, or cannot be written.
     """
     from mica.cli.adapt import saved_adapter
     from mica.cli.loading import find_source, quieten_libraries

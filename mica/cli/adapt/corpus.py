@@ -25,7 +25,8 @@ from mica.errors import UsageError
 class Part(NamedTuple):
     """What one item of ``--text`` holds.
 
-    ``skipped``: files of a folder that are not read, see `sources.Source`.
+    ``name``: the item as it was given. ``skipped``: how many files of a folder are not read, see
+    `sources.Source`.
     """
 
     name: str
@@ -36,11 +37,11 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Datasets of blocks (see `mica.cli.adapt.packing.Blocks`) and what they are made of.
+    """The blocks of a run (see `mica.cli.adapt.packing.Blocks`), and what they are made of.
 
-    ``retain``: None without ``--retain``. ``parts``: one for each ``--text``. ``dropped``: documents that
-    are left out of the training because they are held out as well. ``held_out_by``: "--held-out-text" or
-    `Split.how`. ``largest_token_id``: in any of the texts.
+    ``retain`` is None without ``--retain``. ``parts`` has one entry for each ``--text``. ``dropped``: how
+    many documents are left out of the training because they are held out as well. ``held_out_by``:
+    "--held-out-text" or `Split.how`. ``largest_token_id``: the largest one in any of the texts.
     ``fingerprint``: a hash of all tokens of all blocks of training and held-out text and of their order;
     ``retain_fingerprint``: of ``retain``, or None.
     """

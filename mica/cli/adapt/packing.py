@@ -93,10 +93,10 @@ def spread(blocks: Dataset, limit: int) -> Dataset:
 
 
 class Split(NamedTuple):
-    """The spans that are trained on and those that are held out.
+    """The spans that are trained on, and those that are held out.
 
-    ``how``: the held-out spans are "documents", "ends of documents" or the "end of the text".
-    ``dropped``: documents that are in neither part, because they are copies of held-out ones.
+    ``how`` says what the held-out spans are: "documents", "ends of documents" or the "end of the text".
+    ``dropped``: how many documents are in neither part, because they are copies of held-out ones.
     """
 
     train: np.recarray
@@ -195,7 +195,7 @@ def _cut(spans: np.recarray, at: np.ndarray) -> tuple[np.recarray, np.recarray]:
 
 
 def suit_packing(settings: Settings, model: torch.nn.Module) -> str | None:
-    """The line to print where ``model`` cannot keep documents apart: the packing is "stream" then, else None.
+    """Change the packing to "stream" if ``model`` cannot keep documents apart; return a line that says so.
 
     Raises UsageError if the option was given: attention across documents is another training.
     """

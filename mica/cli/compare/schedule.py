@@ -26,7 +26,7 @@ _MARGIN = 1.2  # of a budget that is named, for the same reason
 
 
 class Planned(NamedTuple):
-    """A training to do, or for `BASE` the measurement of the model before all."""
+    """A training to do; with `BASE` as its method, the measurement of the model before any training."""
 
     phase: int
     method: str
@@ -36,18 +36,18 @@ class Planned(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name of its result."""
+        """The name under which its result is kept."""
         if self.method == BASE:
             return BASE
         return f"{self.phase}-{self.method}-{self.rate:g}-{self.steps}-{self.seed}"
 
 
 class Comparison(NamedTuple):
-    """What is to be compared and the results that there are, from which follows what is done next.
+    """What is to be compared, and the results so far; what is done next follows from both.
 
-    ``rates``: method -> learning rates, ascending. ``seeds``: of each method. ``budget``: seconds.
-    ``length``: steps of a training, or None. ``longest``: what it may have at most, by the length of the
-    text. ``blocks``: how many are measured after it.
+    ``rates``: the learning rates of each method, ascending. ``seeds``: how many each method has at its best
+    rate. ``budget``: seconds for everything. ``length``: the steps of a training, or None if the budget
+    decides. ``longest``: how many steps the text allows. ``blocks``: how many are measured after a training.
     """
 
     rates: dict[str, list[float]]
@@ -86,12 +86,12 @@ class Comparison(NamedTuple):
         return []
 
     def minutes_for(self, left: list[Planned]) -> int:
-        """A budget in which these can be done, too."""
+        """A budget in minutes that suffices for these trainings, too."""
         seconds = self.spent() + sum(map(self.seconds, left))
         return math.ceil(_MARGIN * seconds / 60)
 
     def whole(self) -> dict[str, list[Result]]:
-        """method -> its trainings of full length that came to their end, of those that have any."""
+        """The trainings of full length that came to their end, by method, where it has any."""
         return self._by_method(RATES, SEEDS)
 
     def found(self) -> dict[str, Found]:
