@@ -15,7 +15,7 @@ from contextlib import suppress
 from mica import __version__
 from mica.cli import adapt, compare, doctor, fits, inspect, transfer
 from mica.cli.arguments import HelpFormatter, example, similar, with_suggestion
-from mica.cli.output import one_line
+from mica.cli.output import one_line, tell
 from mica.errors import UnsuitableLayerError, UsageError
 
 _COMMANDS = (adapt, compare, transfer, inspect, fits, doctor)
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes at exit
         if isinstance(error, BrokenPipeError):  # its reader has gone, as `head` does
             return 1
-        print(f"mica: error: standard output cannot be written: {one_line(error)}", file=sys.stderr)
+        tell(f"mica: error: standard output cannot be written: {one_line(error)}")
         return 2
 
 
@@ -135,8 +135,8 @@ def _run(argv: list[str] | None) -> int:
     try:
         return args.run(args)
     except (UsageError, UnsuitableLayerError) as error:
-        print(f"mica {args.command}: error: {one_line(error)}", file=sys.stderr)
+        tell(f"mica {args.command}: error: {one_line(error)}")
         return 2
     except KeyboardInterrupt:
-        print(f"\nmica {args.command}: stopped", file=sys.stderr)
+        tell(f"\nmica {args.command}: stopped")
         return 130

@@ -12,8 +12,7 @@ from pathlib import Path
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COUNT_LIMIT = 2**31  # of steps, blocks, tokens: what the libraries below count in C or keep as a list
-_EXAMPLE = "example:"  # the first line of one
-_EXAMPLE_WIDTH = 100
+_WIDTH = 100  # of the sentences on a help page
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 
 
@@ -97,16 +96,8 @@ def with_suggestion(message: str) -> str:
     return message + similar(found[1], choices)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Wraps texts, but not an example (see `example`), and shows a default where there is one."""
-
-    def _fill_text(self, text, width, indent):
-        paragraphs = []
-        for paragraph in text.split("\n\n"):
-            if not paragraph.startswith(_EXAMPLE):
-                paragraph = super()._fill_text(paragraph, width, indent)
-            paragraphs.append(paragraph)
-        return "\n\n".join(paragraphs)
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Leaves descriptions and examples as they are, and shows a default where there is one."""
 
     def _get_help_string(self, action):
         if action.default is None or action.default is False:
@@ -117,12 +108,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def example(*lines: str, says: str) -> str:
     """The end of a help page: complete command lines, and a sentence that ``says`` what they do."""
     indented = [f"  {line}" for line in lines]
-    return "\n".join([_EXAMPLE, *indented, textwrap.fill(says, _EXAMPLE_WIDTH)])
+    return "\n".join(["example:", *indented, textwrap.fill(says, _WIDTH)])
 
 
-def add_command(commands, name: str, run, **texts) -> argparse.ArgumentParser:
+def add_command(commands, name: str, run, description: str, **texts) -> argparse.ArgumentParser:
     """A parser of its own on an argparse subparsers object, with defaults in its help; ``run`` runs it."""
-    parser = commands.add_parser(name, formatter_class=HelpFormatter, allow_abbrev=False, **texts)
+    about = textwrap.fill(description, _WIDTH, break_on_hyphens=False)
+    parser = commands.add_parser(
+        name, formatter_class=HelpFormatter, allow_abbrev=False, description=about, **texts
+    )
     parser.set_defaults(run=run)
     return parser
 

@@ -10,25 +10,15 @@ import json
 import shlex
 import shutil
 import sys
-import textwrap
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from mica.cli.arguments import a_path
+from mica.cli.output import tell
 from mica.errors import UsageError
 
 _MODEL = "SmolLM2-135M-Instruct, an instruct model with weights of 4 bits, dequantised"
-_PASSAGES = 3
-_WIDTH = 100  # of what is printed at the end
-_LABEL = 16  # columns in front of a text
-_CONTEXT_SHOWN = 160  # characters: the model sees more
-_RULE = (
-    "Passages: {chosen} of the {all} documents that were held out, evenly spaced, each cut in its middle. "
-    "The number is the log-likelihood of the true text, the {next} tokens behind the cut: their mean in "
-    "nats per token, higher is better. Beside it stands what the model itself writes there, which need "
-    "not be true."
-)
 
 
 def smollm2_gguf() -> Path:
@@ -51,50 +41,6 @@ def python_reference_topics() -> dict[str, str]:
     return {name: topics[name].strip() for name in sorted(topics)}
 
 
-def readings(folder: Path) -> list[str]:
-    """What base and adapted model make of passages that the run in ``folder`` has held out, as paragraphs.
-
-    The first one says how the passages are chosen, and what the numbers are.
-    """
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import mica.fast  # noqa: F401 (loads without an SVD)
-    from mica.cli import passages
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    documents = passages.held_out(folder, tokenizer)
-    chosen = passages.choose(documents, _PASSAGES)
-    # Not AutoPeftModel: it gives the embedding as many rows as the tokenizer has tokens, and any row that
-    # comes or goes changes all likelihoods.
-    base_name = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_name), folder).eval()
-
-    rule = _RULE.format(chosen=len(chosen), all=len(documents), next=passages.NEXT)
-    paragraphs = [textwrap.fill(rule, _WIDTH)]
-    for passage in chosen:
-        with model.disable_adapter():
-            base = passages.read(model, passage)
-        adapted = passages.read(model, passage)
-        context = tokenizer.decode(passage.context, skip_special_tokens=True)
-        lines = [
-            _line("context", f"... {context[-_CONTEXT_SHOWN:]}"),
-            _line("true text", tokenizer.decode(passage.following, skip_special_tokens=True)),
-        ]
-        for name, (log_likelihood, written) in (("base", base), ("adapted", adapted)):
-            text = tokenizer.decode(written, skip_special_tokens=True)
-            lines.append(_line(f"{name:8} {log_likelihood:6.2f}", text))
-        paragraphs.append("\n".join(lines))
-    return paragraphs
-
-
-def _line(label: str, text: str) -> str:
-    """``text`` on as many lines as it needs, with ``label`` in front."""
-    start = f"{label:{_LABEL}}"
-    text = " ".join(text.split())
-    return textwrap.fill(text, _WIDTH, initial_indent=start, subsequent_indent=" " * _LABEL) or start.rstrip()
-
-
 def _ending(folder: Path, more: list[str]) -> str:
     """What the run in ``folder`` has changed, where it is, and the commands that come next.
 
@@ -102,7 +48,6 @@ def _ending(folder: Path, more: list[str]) -> str:
     """
     measured = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     perplexities = "{perplexity_before:.2f} before, {perplexity_after:.2f} after".format(**measured)
-    shown = "\n\n".join(readings(folder))
     if shutil.which("mica"):
         mica = "mica"
     else:
@@ -114,8 +59,6 @@ def _ending(folder: Path, more: list[str]) -> str:
 What the model has learned of Python's reference, on text that it was not trained on:
 
 perplexity      {perplexities}
-
-{shown}
 
 The adapter is in {folder}; its README.md is the model card. Next:
 
@@ -156,14 +99,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model = smollm2_gguf()
     except UsageError as error:
-        print(f"mica demo: error: {error}", file=sys.stderr)
+        tell(f"mica demo: error: {error}")
         return 2
     text = _write_topics(args.output)
     if torch.accelerator.is_available() or has_native(torch.bfloat16):
         dtype = "bfloat16"
     else:
         dtype = "float32"
-        print("mica demo: in float32, because this processor has no bfloat16 instructions", file=sys.stderr)
+        tell("mica demo: in float32, because this processor has no bfloat16 instructions")
     command = ["adapt", f"--model={model}", f"--text={text}", f"--steps={args.steps}", f"--dtype={dtype}"]
     command += ["--learning-rate=3e-3", *options]  # better here than 1e-3 and 1e-2
     folder = args.output / "adapter"

@@ -1,14 +1,13 @@
 """``mica inspect``: what MiCA would adapt in a model, without adapting it."""
 
-import argparse
 import time
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
 from mica.cli.arguments import a_name, a_path, a_source, add_command, add_dtype_options, count, example
 from mica.cli.extras import how_to_install
-from mica.cli.kinds import grouped
-from mica.cli.layer_tables import kinds_table
+from mica.cli.kinds import grouped, kinds_table
 from mica.cli.output import check_file, dtype_name, json_text, size_text, write_new
 from mica.errors import UsageError
 
@@ -53,7 +52,7 @@ def add_parser(commands) -> None:
     add("--json", type=a_path, metavar="FILE", help="also write the numbers of all layers as JSON")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """Run the command: cheap checks first, files at the end.
 
     ``--json`` is one object: model, dtype, device, rank, target_modules (as given), what `summary` returns,
@@ -96,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_files(args: argparse.Namespace) -> None:
+def _check_files(args: Namespace) -> None:
     """Raise UsageError if what --json and --plot ask for cannot be written."""
     if args.json:
         check_file("--json", args.json)
@@ -108,7 +107,7 @@ def _check_files(args: argparse.Namespace) -> None:
             raise UsageError(f"--plot needs matplotlib: {how_to_install('plot')}") from error
 
 
-def _load(args: argparse.Namespace):
+def _load(args: Namespace):
     """The model, once its skeleton has shown that something in it can be adapted."""
     from mica.cli.loading import find_source, load_model, quieten_libraries, skeleton
 
@@ -120,7 +119,7 @@ def _load(args: argparse.Namespace):
     return load_model(source, args.dtype)
 
 
-def _targets(model, args: argparse.Namespace):
+def _targets(model, args: Namespace):
     """The `mica.cli.targets.Targets` of the options; ``model`` may be a `loading.skeleton`.
 
     Raises UsageError if a name matches nothing, or if all layers are too small for the rank.
@@ -138,7 +137,7 @@ def _targets(model, args: argparse.Namespace):
     return found
 
 
-def _measure(args: argparse.Namespace, targets) -> tuple[list, dict]:
+def _measure(args: Namespace, targets) -> tuple[list, dict]:
     """Measure the `mica.cli.targets.Targets`; stderr shows how many are done.
 
     Returns:
@@ -162,7 +161,7 @@ def _measure(args: argparse.Namespace, targets) -> tuple[list, dict]:
     return rows, spectra
 
 
-def _draw(args: argparse.Namespace, spectra: dict) -> None:
+def _draw(args: Namespace, spectra: dict) -> None:
     from mica.cli.plot import figure
 
     drawn = figure(spectra, args.rank, Path(args.model).name)

@@ -1,11 +1,16 @@
-"""The kinds of a model's layers: q_proj, k_proj, ...; and what `mica inspect` tells of a whole kind."""
+"""The kinds of a model's layers, q_proj, k_proj, ..., and the table of ``mica inspect``: a line for each."""
 
 import re
 from collections import Counter
+from collections.abc import Callable
+from statistics import median
 from typing import NamedTuple
+
+from mica.cli.output import size_text
 
 # What must be equal for layers to share a line, besides the kind
 _IN_COMMON = ("shape", "dtype", "quantised", "reason")
+_NAMED = 3  # layers that a line names at most
 
 
 def by_kind(names: list[str]) -> dict[str, list[str]]:
@@ -50,3 +55,67 @@ def grouped(rows: list) -> list[Kind]:
             in_common = [getattr(row, field) for field in _IN_COMMON]
             groups.setdefault((kind, *in_common), []).append(row)
     return [Kind(kind, rows) for (kind, *_), rows in groups.items()]
+
+
+def kinds_table(kinds: list[Kind], rank: int) -> str:
+    """The medians of each kind, with its worst gap, energy and excess.
+
+    Below it stand which layers are not proven, and which cannot be adapted.
+    """
+    sigmas = [f"sigma_{which}" for which in ("max", rank + 1, rank, 1)]
+    header = ["kind", "layers", "out x in", "dtype", *sigmas, "gap", "min gap", "energy", "max energy"]
+    suitable = [kind for kind in kinds if not kind.rows[0].reason]
+    table = [[*header, "proven", "max excess"], *map(_cells, suitable)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for name, *cells in table:
+        aligned = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([f"{name:{widths[0]}}", *aligned]))
+
+    unproven = [row for kind in suitable for row in kind.rows if not row.proven]
+    if unproven:
+        lines.append(f"not proven: {_names(unproven)}")
+    for kind in kinds:
+        reason = kind.rows[0].reason
+        if reason:
+            lines.append(f"cannot be adapted: {reason} ({_names(kind.rows)})")
+    return "\n".join(lines)
+
+
+def _cells(kind: Kind) -> list[str]:
+    first = kind.rows[0]
+    dtype = first.dtype
+    if first.quantised:
+        dtype = f"{first.quantised}, dequantised"
+    values = kind.values
+    sigmas = ("sigma_max", "sigma_above", "sigma_largest", "sigma_smallest")
+    proven = [row.energy_excess for row in kind.rows if row.proven]
+    return [
+        kind.name,
+        str(len(kind.rows)),
+        size_text(first.shape),
+        dtype,
+        *(_number(median, values(name), ".4g") for name in sigmas),
+        _number(median, values("gap"), ".4g"),
+        _number(min, values("gap"), ".4g"),
+        _number(median, values("energy_share"), ".2g"),
+        _number(max, values("energy_share"), ".2g"),
+        f"{len(proven)} of {len(kind.rows)}",
+        _number(max, proven, ".1e"),
+    ]
+
+
+def _number(which: Callable, values: list[float], spec: str) -> str:
+    """``which`` of the values, like their median; a dash where there are none."""
+    if not values:
+        return "-"
+    return format(which(values), spec)
+
+
+def _names(rows: list) -> str:
+    """The first names, and how many more there are."""
+    text = ", ".join(row.name for row in rows[:_NAMED])
+    more = len(rows) - _NAMED
+    if more > 0:
+        text += f" and {more} more"
+    return text

@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import json
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import find_adapter_config_file
 
 from mica.cli.extras import how_to_install
-from mica.cli.output import dtype_name, expanded, first_sentences, one_line, size_text
+from mica.cli.output import dtype_name, expanded, first_sentences, one_line, size_text, tell
 from mica.errors import UsageError
 from mica.paths import choose
 from mica.paths.products import has_native
@@ -37,9 +36,9 @@ _BAD_CONFIG = (ArithmeticError, AttributeError, LookupError, TypeError)
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: ``from_pretrained(location, **options)``.
+    """Where a model comes from: it is loaded by ``from_pretrained(location, **options)``.
 
-    ``option``: what stands before its name, ``given``, in a message.
+    ``given``: its name as the user has written it. ``option``: what stands before that name in a message.
     """
 
     given: str
@@ -83,7 +82,7 @@ def _explained_errors(source: Source) -> Iterator[None]:
 
 
 def quieten_libraries() -> None:
-    """No log lines of libraries: retries and advice to programmers would hide a one-line error."""
+    """Switch off the logs of libraries: retries and advice to programmers would hide a one-line error."""
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)
@@ -115,8 +114,7 @@ def note_hub(location: str) -> None:
     """Say, once, that the Hub is asked: where it cannot be reached, that takes most of a minute."""
     is_first = os.environ.get("RANK", "0") == "0"
     if is_first and not os.path.isdir(location) and not huggingface_hub.constants.HF_HUB_OFFLINE:
-        what = f"asking the Hugging Face Hub for {location}: there is no such folder"
-        print(f"mica: {what}", file=sys.stderr, flush=True)
+        tell(f"mica: asking the Hugging Face Hub for {location}: there is no such folder")
 
 
 def _refuse_adapter(source: Source) -> None:
@@ -134,9 +132,8 @@ def _refuse_adapter(source: Source) -> None:
             base = config.get("base_model_name_or_path")
     if config_file is None:
         return
-    if base:
-        raise source.error(f"is an adapter for {base}, not a model: pass its base model or a merged model")
-    raise source.error("is an adapter, not a model: pass its base model or a merged model")
+    of_what = f" for {base}" if base else ""
+    raise source.error(f"is an adapter{of_what}, not a model: pass its base model or a merged model")
 
 
 def load_tokenizer(source: Source):

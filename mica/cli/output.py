@@ -84,7 +84,7 @@ def write_file(option: str, path: Path, write: Callable[[Path], None], record: R
 
 
 def write_new(option: str, path: Path, write: Callable[[Path], None]) -> None:
-    """`write_file` outside of output folders: it is recorded nowhere, and replaces nothing."""
+    """Write a file outside of output folders, as `write_file` does: not recorded, and replacing nothing."""
 
     def place(scratch: Path) -> None:
         check_file(option, path)
@@ -96,7 +96,7 @@ def write_new(option: str, path: Path, write: Callable[[Path], None]) -> None:
 def _write_whole(
     option: str, path: Path, write: Callable[[Path], None], place: Callable[[Path], None]
 ) -> None:
-    """``place`` gets the temporary file, and renames it to ``path`` or raises."""
+    """Let ``write`` fill a temporary file, which ``place`` then renames to ``path``, or raises."""
     scratch = path.with_name(f".{uuid.uuid4().hex}{SCRATCH}")
     try:
         with explained(f"{option} {path}: cannot be written", OSError):
@@ -110,16 +110,21 @@ def _write_whole(
 
 
 def write_text(option: str, path: Path, text: str, record: Record | None = None) -> None:
-    """`write_file` of ``text``."""
+    """Write ``text`` as `write_file` does."""
     write_file(option, path, lambda scratch: scratch.write_text(text, encoding="utf-8"), record)
 
 
+def tell(text: str) -> None:
+    """Print a line on standard error, where it is not mixed with a command's output."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def write_unless_edited(option: str, path: Path, text: str) -> None:
-    """`write_text`; what a user has written or edited stays, and a line on stderr says so."""
+    """Write ``text``, unless a user has written or edited the file: then it stays, and stderr says so."""
     try:
         write_text(option, path, text)
     except NotOwnError:
-        print(f"mica: note: {path} is not what mica has written there: it stays as it is", file=sys.stderr)
+        tell(f"mica: note: {path} is not what mica has written there: it stays as it is")
 
 
 def expanded(name: str | Path) -> Path:
@@ -135,7 +140,7 @@ def write_folder(
     card: str | None = None,
     kept: str = "",
 ) -> None:
-    """`fill_folder`; ``kept`` follows the message of an error: what is not lost.
+    """Write a folder as `fill_folder` does. ``kept`` ends the message of an error: it says what is not lost.
 
     Raises UsageError if that fails (the disk is full, the folder has gone).
     """
@@ -216,7 +221,7 @@ def flush(path: Path) -> None:
 
 
 def write_json(option: str, path: Path, report: dict, record: Record | None = None) -> None:
-    """`write_file` of ``report`` as JSON. Raises ValueError if it holds NaN or an infinity."""
+    """Write ``report`` as JSON, as `write_file` does. Raises ValueError if it holds NaN or an infinity."""
     write_text(option, path, json_text(report), record)
 
 

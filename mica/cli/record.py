@@ -13,7 +13,7 @@ NAME = ".mica.written"  # of the file in the folder
 
 
 class NotOwnError(UsageError):
-    """A file that no command has written, or somebody has changed since, is where one is to be written."""
+    """A file is in the way that no command has written, or that somebody has changed since."""
 
 
 def digest(path: Path, start: bytes = b"") -> bytes:
@@ -89,7 +89,7 @@ class Record:
             self._write(record)
 
     def forget(self) -> None:
-        """Remove the record alone: no command will write there again."""
+        """Remove the record itself, because no command will write to this folder again."""
         (self.folder / NAME).unlink(missing_ok=True)
 
     def _name(self, path: Path) -> str:
@@ -122,14 +122,14 @@ def _check(path: Path, hashes: Iterable[str | None]) -> None:
 
 
 def _hash(path: Path) -> str | None:
-    """Of a file's content; None where there is no file that can be read."""
+    """The hash of a file's content, or None if there is no file that can be read."""
     with suppress(OSError):
         return digest(path).hex()
     return None
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name stays in its folder: that may come from others, with its record."""
+    """Whether ``name`` stays in its folder, which may come from others, with the record in it."""
     path = Path(name)
     return not path.is_absolute() and ".." not in path.parts
 

@@ -22,9 +22,10 @@ _IN_AN_EXPERT = re.compile(r"\.experts\.\d+\.")  # that is a module of its own, 
 
 
 class Targets(NamedTuple):
-    """What is adapted. ``modules``: name -> layer. ``parameters``: name -> the module that holds it.
+    """What is adapted.
 
-    ``config``: what `LoraConfig` takes for both, ``target_modules`` and ``target_parameters``.
+    ``modules``: the layers, by name. ``parameters``: for the name of each adapted parameter, the module that
+    holds it. ``config``: what `LoraConfig` takes for both, as ``target_modules`` and ``target_parameters``.
     """
 
     modules: dict[str, nn.Module]
@@ -63,7 +64,7 @@ def find_targets(model: nn.Module, names: str, experts: bool | None = None) -> T
     else:
         modules = dict(matched)
         parameters = _matching_parameters(model, wanted)
-        unknown = [name for name in wanted if not _any_ends([*modules, *parameters], name)]
+        unknown = [name for name in wanted if not _ending([*modules, *parameters], [name])]
         if unknown:  # PEFT raises only if all are
             known = {_leaf(name) for name, _ in model.named_modules()}
             what = f"no layer of the model is called '{unknown[0]}'{similar(unknown[0], known)}"
@@ -103,7 +104,7 @@ def _adaptable_parameters(model: nn.Module) -> list[str]:
 
 def _matching_parameters(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
     """The parameters that end in one of ``names``, and the module that holds each."""
-    found = [name for name in _adaptable_parameters(model) if _ends_in_any(name, names)]
+    found = _ending(_adaptable_parameters(model), names)
     return {name: model.get_submodule(name.rpartition(".")[0]) for name in found}
 
 
@@ -134,7 +135,7 @@ def _target_modules(
         return _shortened(modules, [name for name, _ in model.named_modules()])
     if wanted == ALL_LINEAR:
         return ALL_LINEAR
-    return [name for name in wanted if _any_ends(modules, name)]  # without the names of parameters
+    return [name for name in wanted if _ending(modules, [name])]  # without the names of parameters
 
 
 def stacks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -204,20 +205,16 @@ def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _ends_in_any(name: str, endings: Iterable[str]) -> bool:
-    """Whether the last parts of a dotted name are those of one of ``endings``."""
-    return any(f".{name}".endswith(f".{ending}") for ending in endings)
-
-
-def _any_ends(names: Iterable[str], ending: str) -> bool:
-    return any(_ends_in_any(name, [ending]) for name in names)
+def _ending(names: Iterable[str], endings: Iterable[str]) -> list[str]:
+    """Those of the dotted ``names`` whose last parts are those of one of ``endings``."""
+    dotted = tuple(f".{ending}" for ending in endings)
+    return [name for name in names if f".{name}".endswith(dotted)]
 
 
 def _shortened(names: Iterable[str], among: Iterable[str]) -> list[str]:
     """``names`` without everything up to the number of the layer, if these match no others ``among`` all."""
     short = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in names})
-    matched = {name for name in among if _ends_in_any(name, short)}
-    if matched == set(names):
+    if set(_ending(among, short)) == set(names):
         return short
     return sorted(names)
 
@@ -235,7 +232,7 @@ def features(module: nn.Module) -> tuple[int, int] | None:
 
 
 def saved_parameters(model: nn.Module, target_parameters: Iterable[str]) -> dict[str, tuple[str, tuple]]:
-    """Name in an adapter's file -> (name of the parameter, its shape).
+    """The parameters that an adapter has, by their names in its file: (name of the parameter, its shape).
 
     The shape is (experts, out_features, in_features), or without the first. PEFT nests the adapters of one
     module's parameters; the first parameter's is the innermost.
@@ -244,7 +241,7 @@ def saved_parameters(model: nn.Module, target_parameters: Iterable[str]) -> dict
     for module_name, module in model.named_modules():
         adapted = []
         for key, parameter in module.named_parameters(recurse=False):
-            if _ends_in_any(f"{module_name}.{key}", target_parameters):
+            if _ending([f"{module_name}.{key}"], target_parameters):
                 adapted.append((key, parameter))
 
         for depth, (key, parameter) in enumerate(reversed(adapted)):

@@ -1,13 +1,12 @@
 """``mica transfer``: merge the update of an adapter into a sibling of the model that it was trained on."""
 
-import argparse
-import sys
+from argparse import Namespace
 from contextlib import suppress
 from importlib.metadata import version
 
 from mica.cli.arguments import a_path, a_source, add_command, add_dtype_options, example
 from mica.cli.folder import check_new, exclusive, undo_on_error
-from mica.cli.output import check_folder, dtype_name, write_folder
+from mica.cli.output import check_folder, dtype_name, tell, write_folder
 from mica.cli.record import Record
 from mica.errors import UsageError
 
@@ -38,42 +37,42 @@ def add_parser(commands) -> None:
     add_dtype_options(parser, dtype="dtype of the merged weights; auto: that of MODEL, float32 for GGUF")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the command: all checks before the weights are read, the output whole or not at all.
+def run(args: Namespace) -> int:
+    """Run the command: everything is checked before the weights are read, and the output is written whole.
 
-    To trained embeddings, what was added to those of the adapter's base is added. A note says where the
-    adapter does not tell what they were.
+    If the adapter has trained embeddings, MODEL's are changed by what the training added to those of the
+    adapter's base. A note says so if the adapter does not tell what these were.
 
-    Raises UsageError if --adapter is no MiCA adapter, replaces other modules than embeddings, or has trained
-    them and its base cannot be loaded or is another one by now, if MODEL is of another architecture than its
-    base, lacks one of its layers or has it in another shape, is quantised, or gives a common token another
-    id, and if the output is not new or empty, or cannot be written.
+    Raises UsageError if --adapter is no MiCA adapter, or replaces other modules than embeddings; if it has
+    trained embeddings, and its base cannot be loaded or has changed; if MODEL is quantised, has another
+    architecture than the base, lacks an adapted layer or has it in another shape, or gives a common token
+    another id; and if the output is not new or empty, or cannot be written.
     """
-    from mica.cli.adapt import adapter
+    from mica.cli.adapt import saved_adapter
     from mica.cli.loading import find_source, quieten_libraries
 
     quieten_libraries()
-    config = adapter.read_adapter_config(args.adapter)
+    saved = saved_adapter.read(args.adapter)
     source = find_source(args.to, args.trust_remote_code, "--to ")
     check_folder("--output", args.output)
     check_new("--output", args.output)
     with exclusive(args.output), undo_on_error(args.output):
         check_new("--output", args.output)
-        return _transfer(args, config, source)
+        return _transfer(args, saved, source)
 
 
-def _transfer(args: argparse.Namespace, config, source) -> int:
+def _transfer(args: Namespace, saved, source) -> int:
     """Merge and write, once the output is ours."""
-    from mica.cli.adapt import adapter, card, embeddings, result
+    from mica.cli.adapt import card, embeddings, result
 
-    layers = adapter.adapted_layers(args.adapter)
-    model, tokenizer = _load(args, config, source)
-    adapter.check_fit(model, config, args.adapter, "--adapter", f"--to {args.to}")
+    config = saved.config
+    model, tokenizer = _load(args, saved, source)
+    saved.check_fit(model, f"--to {args.to}")
     updates = {}
     if config.modules_to_save:
-        updates = _embedding_updates(args, config, model)
+        updates = _embedding_updates(args, saved, model)
 
-    peft_model = adapter.load(model, args.adapter, config)
+    peft_model = saved.load(model)
     embeddings.add(peft_model, updates)
     merged, report = result.merged_model(peft_model, f"--adapter {args.adapter}")
     facts = {
@@ -81,7 +80,7 @@ def _transfer(args: argparse.Namespace, config, source) -> int:
         "model": args.to,
         "adapter": str(args.adapter),
         "base": config.base_model_name_or_path,
-        "layers": len(layers),
+        "layers": len(saved.layers),
         "embeddings": bool(updates),
         "rank": config.r,
         "alpha": config.lora_alpha,
@@ -98,7 +97,7 @@ def _transfer(args: argparse.Namespace, config, source) -> int:
     return 0
 
 
-def _load(args: argparse.Namespace, config, source):
+def _load(args: Namespace, saved, source):
     """MODEL and its tokenizer, after the checks that need no weights; prints how they agree with the base."""
     import torch
 
@@ -108,36 +107,36 @@ def _load(args: argparse.Namespace, config, source):
         their_config = load_config(source)
         if getattr(their_config, "quantization_config", None) is not None:
             raise source.error("is quantised: give the checkpoint it was made from")
-        _check_architecture(args, config, their_config.model_type)
-    tokenizer, agreement = _tokenizer(args, source, config)
+        _check_architecture(args, saved, their_config.model_type)
+    tokenizer, agreement = _tokenizer(args, saved, source)
     print(agreement)
     # On the CPU: one sum per weight is not worth the transfer to the device and back.
     model = load_model(source, args.dtype, torch.device("cpu"))
-    print(_check_architecture(args, config, model.config.model_type))
+    print(_check_architecture(args, saved, model.config.model_type))
     return model, tokenizer
 
 
-def _embedding_updates(args: argparse.Namespace, config, model) -> dict:
+def _embedding_updates(args: Namespace, saved, model) -> dict:
     """What training has added to the embeddings, by name; see `mica.cli.adapt.embeddings.update`."""
     from mica.cli.adapt import base, embeddings
 
-    embeddings.check_adapter(model, config, args.adapter, "--adapter", f"--to {args.to}")
-    name = config.base_model_name_or_path
+    embeddings.check_adapter(model, saved, f"--to {args.to}")
+    name = saved.config.base_model_name_or_path
     is_same = base.is_trained_on(args.adapter, name or "")
     if is_same is None:
         what = f"--adapter {args.adapter}: cannot check that its base {name} is what it was trained on"
-        print(f"mica transfer: note: {what}", file=sys.stderr, flush=True)
+        tell(f"mica transfer: note: {what}")
     elif not is_same:
         what = f"its base {name} is not what it was when training began"
         remedy = (
             "the update of its embeddings can only be computed with the base of the run: put that back there"
         )
-        raise UsageError(f"--adapter {args.adapter}: {what}; {remedy}")
+        raise saved.error(f"{what}; {remedy}")
     dtype = base.read_facts(args.adapter).get("base_dtype")
-    return embeddings.update(config, args.adapter, dtype, args.trust_remote_code)
+    return embeddings.update(saved, dtype, args.trust_remote_code)
 
 
-def _check_architecture(args: argparse.Namespace, config, theirs: str) -> str:
+def _check_architecture(args: Namespace, saved, theirs: str) -> str:
     """Compare MODEL's ``model_type`` with that of the adapter's base; a line on the outcome.
 
     The base's is in summary.json, which `mica adapt` writes, else in its configuration. Layers of the same
@@ -145,7 +144,7 @@ def _check_architecture(args: argparse.Namespace, config, theirs: str) -> str:
 
     Raises UsageError if they differ.
     """
-    ours = _architecture_of_base(args, config)
+    ours = _architecture_of_base(args, saved)
     if ours is None:
         return f"architecture  {theirs}, not compared: no base found"
     if ours != theirs:
@@ -154,14 +153,14 @@ def _check_architecture(args: argparse.Namespace, config, theirs: str) -> str:
     return f"architecture  {theirs}, as the adapter's base"
 
 
-def _architecture_of_base(args: argparse.Namespace, config) -> str | None:
+def _architecture_of_base(args: Namespace, saved) -> str | None:
     from mica.cli.adapt.base import read_facts
     from mica.cli.loading import Source, load_config
 
     model_type = read_facts(args.adapter).get("model_type")
     if model_type is not None:
         return model_type
-    base = config.base_model_name_or_path
+    base = saved.config.base_model_name_or_path
     if not base:
         return None
     source = Source(base, base, {"trust_remote_code": args.trust_remote_code})
@@ -171,7 +170,7 @@ def _architecture_of_base(args: argparse.Namespace, config) -> str | None:
         return None
 
 
-def _tokenizer(args: argparse.Namespace, source, config):
+def _tokenizer(args: Namespace, saved, source):
     """MODEL's tokenizer, and a line on how it agrees with that of the adapter.
 
     A chat model may have tokens of its own, but what the adapter was trained on must have the same ids.
@@ -180,7 +179,7 @@ def _tokenizer(args: argparse.Namespace, source, config):
 
     tokenizer = load_tokenizer(source)
     theirs = tokenizer.get_vocab()
-    ours = _vocabulary_of_adapter(args, config)
+    ours = _vocabulary_of_adapter(args, saved)
     common = ours.keys() & theirs.keys()
     moved = [token for token in common if ours[token] != theirs[token]]
     if moved or not common:
@@ -194,14 +193,14 @@ def _tokenizer(args: argparse.Namespace, source, config):
     return tokenizer, f"tokenizers    {agreement}"
 
 
-def _vocabulary_of_adapter(args: argparse.Namespace, config) -> dict[str, int]:
+def _vocabulary_of_adapter(args: Namespace, saved) -> dict[str, int]:
     """Token -> id in the tokenizer of the adapter's folder, or else of its base.
 
     Raises UsageError if neither has one.
     """
     from transformers import AutoTokenizer
 
-    base = config.base_model_name_or_path
+    base = saved.config.base_model_name_or_path
     places = [str(args.adapter)]
     if base:
         places.append(base)
@@ -209,5 +208,4 @@ def _vocabulary_of_adapter(args: argparse.Namespace, config) -> dict[str, int]:
         with suppress(OSError, ValueError):
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
             return tokenizer.get_vocab()
-    what = f"has no tokenizer, and neither has its base {base}: put the base's into the folder"
-    raise UsageError(f"--adapter {args.adapter}: {what}")
+    raise saved.error(f"has no tokenizer, and neither has its base {base}: put the base's into the folder")

@@ -8,9 +8,11 @@ import json
 import lzma
 import multiprocessing.connection
 import os
+import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Collection
@@ -25,13 +27,16 @@ import pyarrow
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from mica.cli import main
 from mica.cli.adapt import adapter, config, processes, result, training
 from mica.cli.adapt.training import Training
 from mica.errors import UsageError
+from tests.support.processes import ROOT
 from tests.support.server import SERVER
 from tests.support.tiny_cli import byte_tokenizer, tiny_llama
 
@@ -187,19 +192,20 @@ def run_signalled(args, signum: int, steps: list[int | None], delay: float = 0.0
 
 
 def run_sharded(kind: str, args) -> Training:
-    """`run` with FSDP2 as accelerate's configuration file sets it up; accelerate offers it on GPUs only.
+    """`run` with FSDP2 by the settings on the page, as ``accelerate launch --config_file`` reads them.
 
-    Here it is told that gloo on CPUs is one. ``kind``: FULL_STATE_DICT or SHARDED_STATE_DICT.
+    accelerate offers FSDP2 on GPUs only; here it is told that gloo on CPUs is one. ``kind``: FULL_STATE_DICT
+    or SHARDED_STATE_DICT.
     """
-    os.environ.update(
-        ACCELERATE_USE_FSDP="true",
-        ACCELERATE_TORCH_DEVICE="cpu",
-        FSDP_VERSION="2",
-        FSDP_STATE_DICT_TYPE=kind,
-        FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-        FSDP_TRANSFORMER_CLS_TO_WRAP="LlamaDecoderLayer",
-        FSDP_RESHARD_AFTER_FORWARD="true",
-    )
+    page = (ROOT / "mica" / "cli" / "README.md").read_text(encoding="utf-8")
+    text = re.search(r"```yaml\n(distributed_type: FSDP.*?)```", page, re.DOTALL)[1]
+    text = text.replace("processes: 16", "processes: 2").replace("machines: 2", "machines: 1")
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(text)
+        file.flush()
+        given = launch_command_parser().parse_args(["--config_file", file.name, "-m", "mica"])
+        os.environ.update(prepare_multi_gpu_env(_validate_launch_command(given)[0]))
+    os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", FSDP_STATE_DICT_TYPE=kind)
     with gloo_as_accelerator():
         return run(args)
 

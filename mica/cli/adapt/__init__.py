@@ -9,8 +9,8 @@ from mica.cli.extras import how_to_install
 from mica.errors import UsageError
 
 _DESCRIPTION = """\
-Continued pretraining with MiCA. Several processes: torchrun --nproc-per-node N -m mica adapt ..., or
-accelerate launch -m mica adapt ..."""
+Continued pretraining with MiCA. To train in several processes, start them with torchrun --nproc-per-node N -m
+mica adapt ... or with accelerate launch -m mica adapt ..."""
 _EXAMPLE = example(
     "mica adapt --model HuggingFaceTB/SmolLM2-135M --text corpus.jsonl --output run",
     "mica adapt --output run --resume",

@@ -4,8 +4,8 @@ The blocks of an epoch are dealt to the processes in batches; a last round that 
 is left out. An optimiser step takes ``accumulation`` rounds, the last step of an epoch those that remain.
 """
 
-import argparse
 import math
+from argparse import Namespace
 from dataclasses import dataclass
 
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 class Amount:
     """What the Trainer reads of ``blocks`` training blocks of ``sequence_length`` tokens.
 
-    ``batch_size``: blocks per process and forward. ``accumulation``: forwards per step. ``processes``: their
-    number.
+    ``batch_size``: the blocks of a forward in one process. ``accumulation``: the forwards of a step.
+    ``processes``: how many processes train.
     """
 
     blocks: int
@@ -24,8 +24,8 @@ class Amount:
     processes: int
 
     @classmethod
-    def of(cls, args: argparse.Namespace, blocks: int, processes: int) -> "Amount":
-        """By the options of a run."""
+    def of(cls, args: Namespace, blocks: int, processes: int) -> "Amount":
+        """The amount that a run with the options ``args`` reads."""
         accumulation = args.gradient_accumulation_steps
         return cls(blocks, args.sequence_length, args.batch_size, accumulation, processes)
 
@@ -51,7 +51,7 @@ class Amount:
         """Optimiser steps in an epoch."""
         return math.ceil(self.epoch_rounds / self.accumulation)
 
-    def steps(self, args: argparse.Namespace) -> int:
+    def steps(self, args: Namespace) -> int:
         """Optimiser steps of a run, by ``args.steps`` or ``args.epochs``, as the Trainer rounds them up."""
         if args.steps is not None:
             return args.steps
@@ -67,5 +67,5 @@ class Amount:
         return rounds * self.round_blocks * self.sequence_length
 
     def epochs(self, tokens: int) -> float:
-        """How often ``tokens`` are all training blocks, on average."""
+        """How often each training block was read, on average, in ``tokens`` tokens."""
         return tokens / (self.sequence_length * self.blocks)

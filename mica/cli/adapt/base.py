@@ -1,7 +1,7 @@
 """The frozen base model of ``mica adapt``: dense or quantised, from a checkpoint or a GGUF file."""
 
-import argparse
 import os
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mica.paths.products import has_native
 _CARD = "Converted by mica adapt from a GGUF file.\n"
 
 
-def load(args: argparse.Namespace, source: Source, device: torch.device | None = None, tokenizer=None):
+def load(args: Namespace, source: Source, device: torch.device | None = None, tokenizer=None):
     """Return the base model on ``device`` (default: this process's), and quantised by ``--quantize``.
 
     ``tokenizer``: the source's, where it is at hand: to read one from a GGUF file takes seconds.
@@ -88,7 +88,7 @@ def _quantization(kind: str, dtype: str) -> BitsAndBytesConfig:
     )
 
 
-def check(args: argparse.Namespace, source: Source) -> PreTrainedConfig | None:
+def check(args: Namespace, source: Source) -> PreTrainedConfig | None:
     """The base's configuration, None for GGUF; reads nothing else.
 
     Raises UsageError if the checkpoint is quantised and ``--quantize`` or ``--merge`` is given, or if
@@ -110,7 +110,7 @@ def check(args: argparse.Namespace, source: Source) -> PreTrainedConfig | None:
     return config
 
 
-def converted(args: argparse.Namespace) -> Source:
+def converted(args: Namespace) -> Source:
     """Where the checkpoint of a run is that was made of a GGUF file: OUTPUT/base, as an absolute path."""
     return Source(args.model, os.path.abspath(args.output / FOLDER), {"trust_remote_code": False})
 
@@ -155,7 +155,7 @@ def is_trained_on(folder: Path, location: str) -> bool | None:
     return found == expected
 
 
-def _convert(args: argparse.Namespace, source: Source, dtype: str, tokenizer) -> None:
+def _convert(args: Namespace, source: Source, dtype: str, tokenizer) -> None:
     """Write OUTPUT/base: model and tokenizer of a GGUF file, in the run's dtype."""
     folder = args.output / FOLDER
     if folder.is_dir() and args.resume and not is_unfinished(folder):

@@ -4,7 +4,6 @@ import argparse
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from mica.cli.adapt import checkpoints, processes, stopping
+from mica.cli.output import tell
 from mica.errors import UsageError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -55,9 +55,9 @@ class Request:
 
     @contextmanager
     def heeded(self) -> Iterator["Request"]:
-        """Within it both signals are noted; afterwards they do again what they did before.
+        """While this context is open, both signals are noted; afterwards they do what they did before.
 
-        One that was ignored from the start (``nohup``, a background job of a shell) stays ignored.
+        A signal that was ignored from the start (``nohup``, a background job of a shell) stays ignored.
         """
         before = {signum: signal.getsignal(signum) for signum in SIGNALS}
         ours = [signum for signum, handler in before.items() if handler not in (signal.SIG_IGN, None)]
@@ -126,7 +126,7 @@ class Hooks(TrainerCallback):
             _print_step(state, ", ".join(parts))
 
     def _seconds_left(self, state) -> float:
-        """Until the training ends, if nothing stops it: as long a step as the mean of this session's."""
+        """Seconds until the training ends, if nothing stops it and steps take this session's mean time."""
         done = state.global_step - self._first
         seconds = time.perf_counter() - self._begun
         return (state.max_steps - state.global_step) * seconds / max(1, done)
@@ -151,7 +151,7 @@ class Hooks(TrainerCallback):
 
 def _print_step(state, text: str) -> None:
     if state.is_world_process_zero:
-        print(f"step {state.global_step}/{state.max_steps}: {text}", file=sys.stderr)
+        tell(f"step {state.global_step}/{state.max_steps}: {text}")
 
 
 def _is_finite(model: torch.nn.Module) -> bool:

@@ -133,9 +133,9 @@ def check_files(checkpoint: Path) -> None:
 
 
 def rotate(output: Path, keep: int, best: int | None = None) -> None:
-    """Remove the run's checkpoints before its last ``keep``, but that of step ``best``, if not None.
+    """Remove all checkpoints of a run but the last ``keep`` and that of step ``best``, if that is not None.
 
-    Of those only what the run has written. One process only; raises nothing.
+    Files in them that the run has not written stay. Only one process may call this. Raises nothing.
 
     Not left to the Trainer: it removes the oldest by time of modification, and before the newest is known to
     be whole.

@@ -1,14 +1,14 @@
 """The settings of a run: from command line, YAML file, adapter or earlier run, and recipe."""
 
-import argparse
 import os
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
 from mica.cli.adapt import run_yaml
 from mica.cli.adapt.folder import SETTINGS as FILE
 from mica.cli.adapt.folder import check_has_run
-from mica.cli.adapt.options import OPTIONS, RECIPES
+from mica.cli.adapt.options import OPTIONS, RECIPES, check_required
 from mica.cli.output import expanded
 from mica.errors import UsageError
 
@@ -20,17 +20,21 @@ _BY_CONTENT = {"model", "text", "held_out_text", "retain"}  # may be moved: the 
 
 
 class Settings(NamedTuple):
-    """``args``: a value for every option; ``given``: those that the command line or ``--config`` has."""
+    """The settings of a run.
 
-    args: argparse.Namespace
+    ``args``: a value for every option. ``given``: names of those that stand on the command line or in
+    ``--config``.
+    """
+
+    args: Namespace
     given: frozenset[str]
 
 
-def resolve(namespace: argparse.Namespace) -> Settings:
-    """A value for every option: command line over YAML over recipe over default.
+def resolve(namespace: Namespace) -> Settings:
+    """Find a value for every option: of the command line, else of YAML, of the recipe, or the default.
 
-    ``namespace``: what the command line had (see `options.declare`). With ``--resume`` the run.yaml of the
-    output folder is read, else the folder of ``--adapter``.
+    ``namespace``: what was given on the command line (see `options.declare`). With ``--resume`` the run.yaml
+    of the output folder is read, else the folder of ``--adapter``.
 
     Raises UsageError for what `run_yaml.read` refuses, for a missing required option, for options that
     exclude each other, and for values other than those of the adapter. Those of a run that is resumed are
@@ -57,7 +61,7 @@ def resolve(namespace: argparse.Namespace) -> Settings:
     _check(values, line)
     if values["keep_best"] is None and (values["patience"] or values["max_retain_rise"]):
         values["keep_best"] = True  # who stops because it gets worse does not want the worse
-    args = argparse.Namespace(**{name: values[name] for name in OPTIONS})
+    args = Namespace(**{name: values[name] for name in OPTIONS})
     return Settings(args, frozenset(wanted))
 
 
@@ -91,10 +95,9 @@ def _recorded(output: Path) -> dict[str, object]:
 
 def _of_adapter(wanted: dict[str, object]) -> dict[str, object]:
     """What ``--adapter`` fixes. Raises UsageError if other values are ``wanted``."""
-    from mica.cli.adapt import adapter  # which needs torch
+    from mica.cli.adapt import saved_adapter  # which needs torch
 
-    folder = wanted["adapter"]
-    own = adapter.settings(adapter.read_adapter_config(folder), folder)
+    own = saved_adapter.read(wanted["adapter"]).settings()
     for name in own.keys() & wanted.keys() - {"dropout"}:  # which is not in the weights
         if wanted[name] != own[name]:
             what = f"--adapter has {own[name]}"
@@ -117,9 +120,7 @@ def _check(values: dict[str, object], line: dict[str, object]) -> None:
 
     ``line``: what the command line had.
     """
-    absent = [option.flag for option in OPTIONS.values() if option.required and values[option.name] is None]
-    if absent:
-        raise UsageError(f"the following arguments are required: {', '.join(absent)}")
+    check_required(OPTIONS.values(), values)
     if "warmup_ratio" in line and values["scheduler"] == "constant":
         hint = "use 'constant_with_warmup' instead"
         raise UsageError(f"--warmup-ratio: scheduler 'constant' has no warmup; {hint}")
@@ -137,7 +138,7 @@ def absolute(value: str | Path) -> str:
     return str(path.resolve())
 
 
-def fixed(args: argparse.Namespace) -> dict[str, object]:
+def fixed(args: Namespace) -> dict[str, object]:
     """Option -> value, as JSON has it, of those that must be the same in a run and after ``--resume``.
 
     Without those of which the contents are compared.
@@ -156,12 +157,12 @@ def values(settings: Settings) -> dict[str, object]:
         if value is None:
             continue
         if name in _PATHS:
-            value = _plain(value)
+            value = plain(value)
         found[name] = value
     return found
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """A path, or several, as YAML has them: absolute."""
     if isinstance(value, list):
         return [absolute(each) for each in value]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
+from argparse import Namespace
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from mica.cli.adapt import sources
 from mica.cli.adapt.amount import Amount
-from mica.cli.adapt.packing import Blocks, Split, split, spread, too_little
+from mica.cli.adapt.config import Settings
+from mica.cli.adapt.packing import Blocks, Split, split, spread, suit_packing, too_little
 from mica.cli.adapt.tokens import Tokens, joined, tokenize
 from mica.errors import UsageError
 
@@ -24,7 +25,8 @@ from mica.errors import UsageError
 class Part(NamedTuple):
     """What one item of ``--text`` holds.
 
-    ``skipped``: files of a folder that are not read, see `sources.Source`.
+    ``name``: the item as it was given. ``skipped``: how many files of a folder are not read, see
+    `sources.Source`.
     """
 
     name: str
@@ -35,11 +37,11 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Datasets of blocks (see `mica.cli.adapt.packing.Blocks`) and what they are made of.
+    """The blocks of a run (see `mica.cli.adapt.packing.Blocks`), and what they are made of.
 
-    ``retain``: None without ``--retain``. ``parts``: one for each ``--text``. ``dropped``: documents that
-    are left out of the training because they are held out as well. ``held_out_by``: "--held-out-text" or
-    `Split.how`. ``largest_token_id``: in any of the texts.
+    ``retain`` is None without ``--retain``. ``parts`` has one entry for each ``--text``. ``dropped``: how
+    many documents are left out of the training because they are held out as well. ``held_out_by``:
+    "--held-out-text" or `Split.how`. ``largest_token_id``: the largest one in any of the texts.
     ``fingerprint``: a hash of all tokens of all blocks of training and held-out text and of their order;
     ``retain_fingerprint``: of ``retain``, or None.
     """
@@ -55,23 +57,19 @@ class Corpus:
     retain_fingerprint: str | None
     sequence_length: int
 
-    def amount(self, args: argparse.Namespace, processes: int = 1) -> Amount:
+    def amount(self, args: Namespace, processes: int = 1) -> Amount:
         """What a run reads of the training blocks."""
         return Amount.of(args, len(self.train), processes)
 
-    def describe(self, args: argparse.Namespace, num_processes: int = 1) -> str:
+    def describe(self) -> str:
         """What the run trains on, for a terminal; more lines only for what is left out."""
-        amount = self.amount(args, num_processes)
-        epochs = amount.epochs(amount.tokens_after(amount.steps(args)))
         tokens = sum(part.tokens for part in self.parts)
         documents = sum(part.documents for part in self.parts)
-        blocks = f"blocks of {args.sequence_length}: {len(self.train):,} for training"
+        blocks = f"blocks of {self.sequence_length}: {len(self.train):,} for training"
         blocks += f", {len(self.held_out):,} held out ({self.held_out_by})"
         if self.retain is not None:
             blocks += f", {len(self.retain):,} to be retained"
         lines = [f"tokens: {tokens:,}, documents: {documents:,}", blocks]
-        lines.append(f"this run sees {epochs:.3g} epochs")
-
         if self.dropped:
             lines.append(f"left out of training, as copies of held-out documents: {self.dropped:,}")
         for part in self.parts:
@@ -80,7 +78,7 @@ class Corpus:
         return "\n".join(lines)
 
 
-def check(args: argparse.Namespace) -> list[list[sources.Source]]:
+def check(args: Namespace) -> list[list[sources.Source]]:
     """The sources of --text, --held-out-text and --retain, by their names alone: nothing is read.
 
     Files in ``args.output`` are not among them.
@@ -99,7 +97,7 @@ def check(args: argparse.Namespace) -> list[list[sources.Source]]:
     return found
 
 
-def gather(args: argparse.Namespace, tokenizer) -> Corpus:
+def gather(args: Namespace, tokenizer) -> Corpus:
     """Read, tokenise and pack all texts of a run; every process of it calls this.
 
     Held out is ``--held-out-text``, of which no document is trained on, or what `split` takes of all texts
@@ -136,6 +134,17 @@ def gather(args: argparse.Namespace, tokenizer) -> Corpus:
     )
 
 
+def suited(data: Corpus, settings: Settings, model, tokenizer) -> tuple[Corpus, str | None]:
+    """``data`` as ``model`` takes it: in stream packing, with a note, if it cannot keep documents apart.
+
+    Raises UsageError if ``--packing documents`` was given: attention across documents is another training.
+    """
+    note = suit_packing(settings, model)
+    if note is not None:
+        data = gather(settings.args, tokenizer)
+    return data, note
+
+
 def _part(source: sources.Source, tokens: Tokens) -> Part:
     return Part(
         name=source.given,
@@ -145,7 +154,7 @@ def _part(source: sources.Source, tokens: Tokens) -> Part:
     )
 
 
-def _split(text: Tokens, held_out: Tokens | None, args: argparse.Namespace) -> Split:
+def _split(text: Tokens, held_out: Tokens | None, args: Namespace) -> Split:
     """Divide the documents of ``text``; if there is ``held_out``, into those and what is no copy of them.
 
     Raises UsageError if there is too little text for one block of each.
@@ -161,11 +170,11 @@ def _split(text: Tokens, held_out: Tokens | None, args: argparse.Namespace) -> S
     return Split(train, held_out.spans, "--held-out-text", len(text.spans) - len(train))
 
 
-def _blocks(tokens: Tokens, spans: np.recarray, args: argparse.Namespace) -> Blocks:
+def _blocks(tokens: Tokens, spans: np.recarray, args: Namespace) -> Blocks:
     return Blocks(tokens.ids, spans, args.sequence_length, args.packing)
 
 
-def _measured(option: str, tokens: Tokens, args: argparse.Namespace) -> Dataset:
+def _measured(option: str, tokens: Tokens, args: Namespace) -> Dataset:
     """Blocks of a text that is only measured. Raises UsageError if it is shorter than one."""
     blocks = _blocks(tokens, tokens.spans, args)
     if not len(blocks):
@@ -175,7 +184,7 @@ def _measured(option: str, tokens: Tokens, args: argparse.Namespace) -> Dataset:
     return spread(blocks, args.eval_blocks)
 
 
-def _fingerprint(every: list[np.recarray], args: argparse.Namespace) -> str:
+def _fingerprint(every: list[np.recarray], args: Namespace) -> str:
     """A hash of the tokens in ``every`` array of spans, in order, and of how they are packed."""
     packing = json.dumps([args.sequence_length, args.packing])
     total = hashlib.blake2b(packing.encode(), digest_size=16)

@@ -1,13 +1,12 @@
 """The course of a run as ``curve.png``, drawn at its end."""
 
-import sys
 from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure  # not pyplot: Agg, whatever the display, and no global state
 from matplotlib.ticker import MaxNLocator
 
-from mica.cli.output import one_line, shown, write_file
+from mica.cli.output import one_line, shown, tell, write_file
 from mica.cli.plot import STYLE
 
 # Key in the log_history, label, and colours that differ for all common kinds of colour blindness, and in grey
@@ -21,14 +20,14 @@ _PERPLEXITIES = (
 def draw(history: list[dict], output: Path) -> None:
     """Write ``output``/curve.png; ``history`` is the Trainer's ``state.log_history``.
 
-    Whatever fails is a warning on stderr: the training is worth more than its picture.
+    If anything fails, that is a warning on stderr and no error: the training is worth more than its picture.
     """
     try:
         with rc_context(STYLE):
             drawing = figure(history, shown(output.resolve().name))
             write_file("--output", output / "curve.png", lambda path: drawing.savefig(path, format="png"))
     except Exception as error:
-        print(f"mica adapt: warning: no curve: {one_line(error)}", file=sys.stderr)
+        tell(f"mica adapt: warning: no curve: {one_line(error)}")
 
 
 def figure(history: list[dict], name: str) -> Figure:

@@ -4,17 +4,17 @@ What PEFT lacks: fp32 copies over a 16-bit base, a learning rate of their own, a
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.constants import EMBEDDING_LAYER_NAMES, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from mica.cli.adapt.saved_adapter import WEIGHTS, SavedAdapter
 from mica.cli.loading import Source, load_model
 from mica.cli.output import dtype_name, explained, size_text
 from mica.cli.targets import Targets
@@ -63,46 +63,45 @@ def check(model: nn.Module, args: argparse.Namespace, targets: Targets) -> None:
             raise UsageError(f"--train-embeddings: {name} is quantised to {dtype}")
 
 
-def check_adapter(
-    model: nn.Module, saved: LoraConfig, folder: Path, option: str, model_option: str = "--model"
-) -> None:
-    """Raise UsageError unless what the adapter in ``folder`` replaces is the embeddings of ``model``.
+def check_adapter(model: nn.Module, saved: SavedAdapter, model_option: str = "--model") -> None:
+    """Raise UsageError unless what the ``saved`` adapter replaces is the embeddings of ``model``.
 
-    In the same shapes, and tied as they are there. ``saved``: the adapter's configuration.
+    They must have the same shapes, and be tied as they are there.
     """
     found = find(model)
-    names = saved.modules_to_save
+    names = saved.config.modules_to_save
     replaced = {name for name, _ in model.named_modules() if name.endswith(tuple(names))}  # PEFT's rule
-    tied = bool(saved.ensure_weight_tying)
+    tied = bool(saved.config.ensure_weight_tying)
     if tied:
         replaced |= found.keys()
     if replaced != found.keys():
         what = f"replaces whole modules, {', '.join(names)}, which are not the embeddings"
-        raise UsageError(f"{option} {folder}: {what} of {model_option}, {' and '.join(found)}")
+        raise saved.error(f"{what} of {model_option}, {' and '.join(found)}")
     if tied != _is_tied(found):
         how = "tied" if tied else "not tied"
-        raise UsageError(f"{option} {folder}: its embeddings are {how}, unlike those of {model_option}")
-    for name, weight in _saved(folder, found, option).items():
+        raise saved.error(f"its embeddings are {how}, unlike those of {model_option}")
+    for name, weight in _trained(saved, found).items():
         own = found[name].weight
         if weight.shape != own.shape:
             trained_as = f"{name} was trained as {size_text(weight.shape)}"
             has = f"in {model_option} it has {size_text(own.shape)}"
-            raise UsageError(f"{option} {folder}: {trained_as}, but {has}")
+            raise saved.error(f"{trained_as}, but {has}")
 
 
-def _saved(folder: Path, names, option: str) -> dict[str, Tensor]:
+def _trained(saved: SavedAdapter, names: Iterable[str]) -> dict[str, Tensor]:
     """The trained embeddings in an adapter's file, of shape (vocabulary, hidden); fp32 if `mica adapt`'s."""
-    reading = explained(f"{option} {folder}: its embeddings cannot be read", (OSError, SafetensorError))
-    with reading, safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+    where = f"{saved.option} {saved.folder}"
+    reading = explained(f"{where}: its embeddings cannot be read", (OSError, SafetensorError))
+    with reading, safe_open(saved.folder / WEIGHTS, framework="pt") as file:
         return {name: file.get_tensor(f"base_model.model.{name}.weight") for name in names}
 
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Within it PEFT copies embeddings of ``model`` that are fp32, and loads trained ones without rounding.
+    """While this context is open, PEFT copies the embeddings of ``model`` in fp32, and loads them unrounded.
 
-    Then the frozen ones have their dtype again, and the copies compute in it, as the model does: an update
-    of a learning rate would mostly be lost in the rounding of a 16-bit weight.
+    Afterwards the frozen ones have their dtype again, and the copies compute in it, as the model does. The
+    copies themselves stay fp32: most of a step would be lost in the rounding of a 16-bit weight.
     """
     found = find(model)
     dtypes = [module.weight.dtype for module in found.values()]
@@ -156,26 +155,26 @@ def separate(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float, na
         raise UsageError(f"--optimizer {name}: cannot give embeddings a learning rate of their own")
 
 
-def update(saved: LoraConfig, folder: Path, dtype: str | None, trust_remote_code: bool) -> dict[str, Tensor]:
-    """What training has added to each embedding of the adapter in ``folder``, fp32 (vocabulary, hidden).
+def update(saved: SavedAdapter, dtype: str | None, trust_remote_code: bool) -> dict[str, Tensor]:
+    """What training has added to each embedding of the ``saved`` adapter, fp32 (vocabulary, hidden).
 
     ``dtype``: in which the run loaded its base, whose rounding is no update. None: not known, so the base is
     taken in the dtype of the trained ones where that is of 16 bits (PEFT copies the base's).
 
     Raises UsageError if the base of the adapter, which that needs, cannot be loaded.
     """
-    base = saved.base_model_name_or_path or "without a name"
+    base = saved.config.base_model_name_or_path or "without a name"
     source = Source(base, base, {"trust_remote_code": trust_remote_code}, option="")
     try:
         model = load_model(source, dtype or "auto", torch.device("cpu"))
     except UsageError as error:
         needs = "the update of its embeddings can only be computed with its base"
-        raise UsageError(f"--adapter {folder}: {needs}: {error}") from error
+        raise saved.error(f"{needs}: {error}") from error
 
     found = find(model)
-    check_adapter(model, saved, folder, "--adapter", f"its base {base}")
+    check_adapter(model, saved, f"its base {base}")
     updates = {}
-    for name, weight in _saved(folder, found, "--adapter").items():
+    for name, weight in _trained(saved, found).items():
         start = found[name].weight.detach()
         if dtype is None and weight.dtype != torch.float32:
             start = start.to(weight.dtype)

@@ -18,7 +18,7 @@ _SLICE = 2**25
 
 
 class Likelihood(NamedTuple):
-    """``nll``: the sum of negative log-likelihoods, in nats, of ``tokens`` predicted tokens."""
+    """How well a model predicts: ``nll`` nats are the negative log-likelihood of all ``tokens`` together."""
 
     nll: float
     tokens: int

@@ -12,6 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 from mica.cli.arguments import COUNT_LIMIT, DTYPES, a_name, a_path, a_source, count, number
+from mica.errors import UsageError
 
 # By the Trainer's names; its other schedules need parameters of their own.
 SCHEDULERS = (
@@ -253,6 +254,13 @@ TABLE = (  # a string: the title of the group that begins there
     Option("config", "YAML file with options; the command line wins", "FILE", parse=a_path, by_run=True),
 )
 OPTIONS = {row.name: row for row in TABLE if isinstance(row, Option)}
+
+
+def check_required(rows: Iterable[Option], values: dict[str, object]) -> None:
+    """Raise UsageError if one of ``rows`` is required and has no value."""
+    missing = [row.flag for row in rows if row.required and values.get(row.name) is None]
+    if missing:
+        raise UsageError(f"the following arguments are required: {', '.join(missing)}")
 
 
 def declare(

@@ -92,22 +92,11 @@ def spread(blocks: Dataset, limit: int) -> Dataset:
     return Subset(blocks, indices.tolist())
 
 
-def documents_of(blocks: Dataset) -> list[torch.Tensor]:
-    """The tokens of each span, (length,) int64, that ``blocks`` are made of: `Blocks`, or `spread`."""
-    if isinstance(blocks, Subset):
-        blocks = blocks.dataset
-    documents = []
-    for span in blocks.spans:
-        ids = blocks.ids[span.store][span.start : span.start + span.length]
-        documents.append(torch.from_numpy(ids.astype(np.int64)))
-    return documents
-
-
 class Split(NamedTuple):
-    """The spans that are trained on and those that are held out.
+    """The spans that are trained on, and those that are held out.
 
-    ``how``: the held-out spans are "documents", "ends of documents" or the "end of the text".
-    ``dropped``: documents that are in neither part, because they are copies of held-out ones.
+    ``how`` says what the held-out spans are: "documents", "ends of documents" or the "end of the text".
+    ``dropped``: how many documents are in neither part, because they are copies of held-out ones.
     """
 
     train: np.recarray
@@ -206,7 +195,7 @@ def _cut(spans: np.recarray, at: np.ndarray) -> tuple[np.recarray, np.recarray]:
 
 
 def suit_packing(settings: Settings, model: torch.nn.Module) -> str | None:
-    """The line to print where ``model`` cannot keep documents apart: the packing is "stream" then, else None.
+    """Change the packing to "stream" if ``model`` cannot keep documents apart; return a line that says so.
 
     Raises UsageError if the option was given: attention across documents is another training.
     """

@@ -1,7 +1,7 @@
 """What a run leaves behind: the adapter with its tokenizer, and the merged model."""
 
-import argparse
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 import mica.fast
 from mica.cli.adapt import checkpoints, embeddings
-from mica.cli.adapt.adapter import WEIGHTS
 from mica.cli.adapt.folder import MERGED
+from mica.cli.adapt.saved_adapter import WEIGHTS
 from mica.cli.loading import Source, load_model
 from mica.cli.output import SCRATCH, dtype_name, fill_folder, one_line, write_folder
 from mica.cli.record import Record
@@ -86,7 +86,7 @@ def _is_sharded(model: nn.Module) -> bool:
     return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
-def merge(model: PeftModel, tokenizer, args: argparse.Namespace) -> mica.fast.MergeReport:
+def merge(model: PeftModel, tokenizer, args: Namespace) -> mica.fast.MergeReport:
     """Write OUTPUT/merged: the model with the adapter merged, in the run's dtype. Changes ``model``.
 
     On the main process, after `save`. A base that is quantised (``--quantize``) or sharded is loaded again
@@ -107,7 +107,7 @@ def merge(model: PeftModel, tokenizer, args: argparse.Namespace) -> mica.fast.Me
     return report
 
 
-def _on_dense_base(model: PeftModel, args: argparse.Namespace) -> PeftModel:
+def _on_dense_base(model: PeftModel, args: Namespace) -> PeftModel:
     """The adapter in ``args.output`` on the base as it is stored, in the dtype of ``model``, on the CPU."""
     base = model.get_base_model()
     source = Source(args.model, base.name_or_path, {"trust_remote_code": args.trust_remote_code})

@@ -25,9 +25,8 @@ from mica.cli.adapt import (
     training,
 )
 from mica.cli.adapt.config import Settings
-from mica.cli.adapt.packing import suit_packing
 from mica.cli.folder import exclusive, undo_on_error
-from mica.cli.output import dtype_name, write_text, write_unless_edited
+from mica.cli.output import dtype_name, tell, write_text, write_unless_edited
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
 
@@ -44,6 +43,8 @@ class _Inputs(NamedTuple):
 def adapt(settings: Settings) -> int:
     """Train and write what the settings say; returns the exit status. Every process calls this.
 
+    What is printed on standard output is the main process's: `processes.start` silences the others.
+
     Raises UsageError for bad input, in one of the processes only.
     """
     loading.quieten_libraries()
@@ -58,13 +59,9 @@ def adapt(settings: Settings) -> int:
         processes.finish()
 
 
-def _say(text: str, stream=None) -> None:
-    if PartialState().is_main_process:
-        print(text, file=stream, flush=True)
-
-
 def _note(text: str) -> None:
-    _say(f"mica adapt: note: {text}", sys.stderr)
+    if PartialState().is_main_process:
+        tell(f"mica adapt: note: {text}")
 
 
 def _adapt(settings: Settings) -> int:
@@ -81,11 +78,14 @@ def _adapt(settings: Settings) -> int:
             model, data, facts = _loaded(settings, inputs)
             session = training.Session(model, data, args, inputs.checkpoint)
         processes.on_main(_write_settings, settings)
-        _say(summary.ahead(model, data.amount(args, PartialState().num_processes), args))
+        print(summary.ahead(model, data.amount(args, PartialState().num_processes), args), flush=True)
 
         done = session.train(inputs.tokenizer)
         if done.interrupted:
-            _say(f"Stopped at step {done.steps:,}. To continue: mica adapt --output {args.output} --resume")
+            print(
+                f"Stopped at step {done.steps:,}. To continue: mica adapt --output {args.output} --resume",
+                flush=True,
+            )
             return 128 + done.interrupted
         report = summary.of(settings, data, model, done) | facts
         processes.on_main(summary.finish, args, model, inputs.tokenizer, report, done.history)
@@ -112,7 +112,7 @@ def _read_inputs(settings: Settings) -> _Inputs:
     _check_outline(settings, source, checkpoint)
 
     data = corpus.gather(args, tokenizer)
-    _say(data.describe(args, PartialState().num_processes))
+    print(data.describe(), flush=True)
     return _Inputs(source, tokenizer, data, checkpoint)
 
 
@@ -132,11 +132,12 @@ def _loaded(settings: Settings, inputs: _Inputs) -> tuple[PeftModel, corpus.Corp
     model = base.load(args, inputs.source, PartialState().device, inputs.tokenizer)
     if args.adapter is not None and inputs.checkpoint is None:
         _note_another_base(args.adapter, args.model, model.name_or_path)
-    note = loading.suit_processor(model, args.dtype)
-    if note is not None:
-        _note(note)
+    precision = loading.suit_processor(model, args.dtype)
     loading.check_limits(inputs.source, model, args.sequence_length, inputs.data.largest_token_id)
-    data = _with_packing(settings, inputs, model)
+    data, packing = corpus.suited(inputs.data, settings, model, inputs.tokenizer)
+    for note in (precision, packing):
+        if note is not None:
+            _note(note)
     _drop_needless_experts(settings, model)
     if has_experts(model) and not args.experts:
         _note("the experts are not adapted, unless --target-modules names them; --experts adapts all")
@@ -158,18 +159,6 @@ def _note_another_base(trained: Path, model: str, location: str) -> None:
     if not base.is_trained_on(trained, location):
         what = f"is not known to be trained on the weights of --model {model}"
         _note(f"--adapter {trained}: {what}, whose minor directions its B should hold")
-
-
-def _with_packing(settings: Settings, inputs: _Inputs, model) -> corpus.Corpus:
-    """The data, in stream packing where the model cannot keep documents apart.
-
-    Raises UsageError if the option was given: attention across documents is another training.
-    """
-    note = suit_packing(settings, model)
-    if note is None:
-        return inputs.data
-    _note(note)
-    return corpus.gather(settings.args, inputs.tokenizer)
 
 
 def _drop_needless_experts(settings: Settings, model) -> None:

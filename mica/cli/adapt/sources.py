@@ -17,7 +17,6 @@ import json
 import lzma
 import os
 import re
-import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -33,7 +32,7 @@ import pyarrow
 import pyarrow.parquet
 
 from mica.cli.loading import note_hub
-from mica.cli.output import expanded, explained
+from mica.cli.output import expanded, explained, tell
 from mica.cli.record import digest
 from mica.errors import UsageError
 
@@ -44,7 +43,7 @@ _OF_TEXT = re.compile(r"[.!?]+(\s|$)|[;|\t\n]|(\S+\s+){4}|.{41}")  # what the na
 
 
 def _zstandard(path: Path, mode: str) -> BinaryIO:
-    """By pyarrow, which needs no other library, reads all frames, and refuses a file that was cut."""
+    """Open a zst file with pyarrow, which needs no other library, reads all frames and refuses a cut file."""
     return pyarrow.CompressedInputStream(path.open(mode), "zstd")
 
 
@@ -190,8 +189,8 @@ class Source:
         if _OF_TEXT.search(column) or (others and not column.isdecimal()):
             what = f"line 1 must name the columns, but has {column[:40]!r}"
             raise self.error(f"{what}: put a line above it, like 'text', or use --text-field", path)
-        note = f"{self.option} {path}: the texts are those in the column {column!r}, by its line 1"
-        print(f"mica: note: {note}", file=sys.stderr, flush=True)
+        texts = f"the texts are those in the column {column!r}, by its line 1"
+        tell(f"mica: note: {self.option} {path}: {texts}")
 
 
 def _separator(path: Path, usual: str) -> str:

@@ -4,8 +4,8 @@ transformers' ``EarlyStoppingCallback`` does not compare with the measurement be
 is kept beside the log; ``load_best_model_at_end`` wants every checkpoint measured.
 """
 
-import argparse
 import math
+from argparse import Namespace
 from pathlib import Path
 
 from mica.cli.adapt import checkpoints
@@ -13,12 +13,12 @@ from mica.errors import UsageError
 
 
 def measured(history: list[dict], text: str = "held_out") -> dict[int, float]:
-    """Step -> perplexity on ``text``, "held_out" or "retain", in order; step 0: before training."""
+    """The perplexities on ``text`` ("held_out" or "retain") by step, in order; step 0 is before training."""
     key = f"eval_{text}_perplexity"
     return {entry["step"]: entry[key] for entry in history if key in entry}
 
 
-def best(history: list[dict], args: argparse.Namespace) -> int | None:
+def best(history: list[dict], args: Namespace) -> int | None:
     """The step with the lowest held-out perplexity among those within --max-retain-rise; the first of equals.
 
     If no step is within, all count. Step 0 does not: nothing was trained there. None if nothing else was
@@ -34,12 +34,12 @@ def best(history: list[dict], args: argparse.Namespace) -> int | None:
 
 
 def _rises(history: list[dict]) -> dict[int, float]:
-    """Step -> by how many per cent the retained perplexity is above that before training."""
+    """By how many per cent the retained perplexity of each step is above that before training."""
     perplexities = measured(history, "retain")
     return {step: 100 * (now - perplexities[0]) / perplexities[0] for step, now in perplexities.items()}
 
 
-def reason(history: list[dict], args: argparse.Namespace) -> str | None:
+def reason(history: list[dict], args: Namespace) -> str | None:
     """Why to stop after the last measurement in ``history``, beginning with the option; None: go on.
 
     All processes have the same perplexities, and so the same answer.

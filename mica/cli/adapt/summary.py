@@ -1,6 +1,6 @@
 """What ``mica adapt`` reports and writes at the end: one dictionary, as ``summary.json``, text and card."""
 
-import argparse
+from argparse import Namespace
 from collections import Counter
 from importlib.metadata import version
 
@@ -70,7 +70,7 @@ def of(settings: config.Settings, corpus: Corpus, model, done: Training) -> dict
     }
 
 
-def finish(args: argparse.Namespace, model, tokenizer, report: dict, history: list[dict]) -> None:
+def finish(args: Namespace, model, tokenizer, report: dict, history: list[dict]) -> None:
     """Write summary, model card and curve; then what may fail without any loss: the merge.
 
     ``history``: the Trainer's ``log_history``.
@@ -91,18 +91,20 @@ def finish(args: argparse.Namespace, model, tokenizer, report: dict, history: li
     print(as_text(report), flush=True)
 
 
-def ahead(model: PeftModel, amount: Amount, args: argparse.Namespace) -> str:
-    """What a run is going to do, in a line: steps, tokens, trained parameters, and memory.
+def ahead(model: PeftModel, amount: Amount, args: Namespace) -> str:
+    """What a run is going to do, in a line: steps, tokens, epochs, trained parameters, and memory.
 
     The memory is that of weights, gradients and AdamW's two moments.
     """
     steps = amount.steps(args)
+    tokens = amount.tokens_after(steps)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     number = sum(parameter.numel() for parameter in trained)
     memory = sum(parameter.nbytes for parameter in model.parameters())
     memory += 3 * sum(parameter.nbytes for parameter in trained)
     return (
-        f"{steps:,} steps, {amount.tokens_after(steps):,} tokens; {number:,} trained parameters; "
+        f"{steps:,} steps, {tokens:,} tokens, {amount.epochs(tokens):.3g} epochs; "
+        f"{number:,} trained parameters; "
         f"{memory / 2**30:.2f} GiB for weights, gradients and optimiser, and more for activations"
     )
 

@@ -1,8 +1,8 @@
 """``transformers.Trainer`` as `mica adapt` uses it: its arguments, evaluation, optimiser and files."""
 
-import argparse
 import shutil
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from mica.errors import UsageError
 _NEVER = 2**31  # steps
 
 
-def training_arguments(args: argparse.Namespace, blocks: int, **more) -> TrainingArguments:
+def training_arguments(args: Namespace, blocks: int, **more) -> TrainingArguments:
     """The Trainer's arguments for a run on ``blocks`` training blocks; ``more`` are passed on as they are."""
     amount = Amount.of(args, blocks, PartialState().num_processes)
     max_steps = -1  # the epochs decide
@@ -139,7 +139,7 @@ class AdapterTrainer(Trainer):
 def build_trainer(
     model,
     corpus,
-    args: argparse.Namespace,
+    args: Namespace,
     checkpoint: Path | None,
     finish: Callable[[int], None] = lambda step: None,
 ) -> AdapterTrainer:

@@ -1,8 +1,8 @@
 """Continued pretraining of a model with an adapter: a layer over ``transformers.Trainer``."""
 
-import argparse
 import os
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +46,7 @@ class Training(NamedTuple):
     base: dict[str, Any]
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: Namespace) -> None:
     """Raise UsageError for an ``--optimizer``, ``--report-to`` or DeepSpeed that cannot be used here.
 
     Needs no model; the Trainer itself would find this out only after the model was loaded and solved.
@@ -68,7 +68,7 @@ def check(args: argparse.Namespace) -> None:
                 callback()
 
 
-def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lambda text: None) -> Path | None:
+def find_checkpoint(args: Namespace, note: Callable[[str], None] = lambda text: None) -> Path | None:
     """The checkpoint to resume from, the newest complete one.
 
     None without ``--resume``, and for a run that was killed before its first: ``note`` gets a sentence then.
@@ -90,7 +90,7 @@ def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lamb
     return checkpoint
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
+def _settings(args: Namespace) -> dict[str, Any]:
     """What the marker of a checkpoint holds of the options, by the names that `checkpoints.check` shows."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # `accelerate launch` sets it
     facts = {"processes": PartialState().num_processes, "mixed_precision": precision}
@@ -100,7 +100,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 class Session:
     """One start of a run: its loop, the checkpoints that it marks, and the adapter that it writes."""
 
-    def __init__(self, model: PeftModel, corpus, args: argparse.Namespace, checkpoint: Path | None):
+    def __init__(self, model: PeftModel, corpus, args: Namespace, checkpoint: Path | None):
         """Prepare to train ``model`` in place; nothing is written. Every process must call this.
 
         ``model``: on this process's device; with ``checkpoint`` its adapter must be that of the checkpoint.
@@ -220,15 +220,12 @@ class Session:
         return stopping.best(self._trainer.state.log_history, self._args)
 
 
-def silence(trainer: Trainer) -> None:
-    """Have it train only: nothing is logged, measured or saved."""
-    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
-        setattr(trainer.args, name, "no")
-    trainer.args.eval_on_start = False
-
-
 def enable_gradient_checkpointing(model) -> None:
-    """Not by TrainingArguments: transformers renamed argument and method, and warns about the old names."""
+    """Have ``model`` recompute its activations in the backward.
+
+    This does not go through TrainingArguments, because transformers has renamed argument and method, and
+    warns about the old names.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})  # the re-entrant kind gives frozen inputs no gradient
 
@@ -247,7 +244,7 @@ def _readable(checkpoint: Path, has_been_read: Callable[[], bool] = lambda: Fals
         raise UsageError(f"--resume: {checkpoint} cannot be read ({reason}): {checkpoints.REMEDY}") from error
 
 
-def _state_if_ended(checkpoint: Path, args: argparse.Namespace) -> TrainerState | None:
+def _state_if_ended(checkpoint: Path, args: Namespace) -> TrainerState | None:
     """The state of a run that had ended, else None. The Trainer would do a step more if the epoch has one."""
     with _readable(checkpoint):
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
@@ -256,11 +253,11 @@ def _state_if_ended(checkpoint: Path, args: argparse.Namespace) -> TrainerState 
     return None
 
 
-def _is_done(state: TrainerState, args: argparse.Namespace) -> bool:
+def _is_done(state: TrainerState, args: Namespace) -> bool:
     return state.global_step >= (args.steps or state.max_steps)
 
 
-def _stopped_by(state: TrainerState, args: argparse.Namespace) -> str | None:
+def _stopped_by(state: TrainerState, args: Namespace) -> str | None:
     """Why a run ended, or is to end, before its last step."""
     if _is_done(state, args):
         return None

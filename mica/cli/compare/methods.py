@@ -1,15 +1,16 @@
 """What ``mica compare`` compares: MiCA, LoRA, and full fine-tuning."""
 
-import argparse
+from argparse import Namespace
 from typing import NamedTuple
 
 
 class Method(NamedTuple):
-    """``title``: on the page. ``rates``: what is tried; those of the study, which enclose its best.
+    """A method that is compared.
 
-    ``init``: PEFT's ``init_lora_weights``; None: no adapter, all weights are trained. ``divisor``: of the
-    rank of MiCA, for that of this method's adapter. LoRA trains A and B, so that half the rank has about as
-    many trained parameters.
+    ``title``: its name on the page. ``rates``: the learning rates that are tried; they are those of the
+    study, and enclose the best one there. ``init``: PEFT's ``init_lora_weights``, or None if there is no
+    adapter and all weights are trained. ``divisor``: the rank of MiCA divided by it is the rank of this
+    method's adapter. LoRA trains A and B, so with half the rank it has about as many trained parameters.
     """
 
     title: str
@@ -25,12 +26,12 @@ METHODS = {
 }
 
 
-def options(method: str, args: argparse.Namespace, **more) -> argparse.Namespace:
-    """The options of `mica adapt` for a training by ``method``: ``args``, with the rank of the method.
+def options(method: str, args: Namespace, **more) -> Namespace:
+    """The options of `mica adapt` for a training by ``method``: ``args``, with its own rank and alpha.
 
-    ``init`` is beside them.
+    ``more`` replaces others of them. The result has also ``init``, that of the method.
     """
     rank = max(1, args.rank // METHODS[method].divisor)
     alpha = max(1, round(args.alpha * rank / args.rank))  # the same scaling
     own = {"rank": rank, "alpha": alpha, "init": METHODS[method].init}
-    return argparse.Namespace(**vars(args) | own | more)
+    return Namespace(**vars(args) | own | more)

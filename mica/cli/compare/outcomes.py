@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Result = dict[str, Any]  # of a training: see `mica.cli.compare.training.train`
+Result = dict[str, Any]  # of a training: see `mica.cli.compare.trainings.Trainings.make`
 
 
 class Outcome(NamedTuple):
-    """The losses at the end of a training, against those of the model before it.
+    """How the losses at the end of a training differ from those of the model before it.
 
-    ``validation``: how far the mean loss on the blocks has fallen by which learning rates are chosen.
-    ``changes``: by amount that of each block, (blocks,): "learned" is the fall of its loss on those of the
-    test, "forgotten" the rise on the retained ones.
+    ``validation``: by how much the mean loss has fallen on the blocks that decide about learning rates.
+    ``changes``: the change of each block's loss, (blocks,): under "learned" by how much it has fallen on the
+    blocks of the test, under "forgotten" by how much it has risen on the retained ones.
     """
 
     validation: float
@@ -23,7 +23,7 @@ class Outcome(NamedTuple):
 
     @property
     def means(self) -> list[float]:
-        """What was learned and forgotten, of all blocks."""
+        """The means over all blocks: what was learned, and what was forgotten."""
         return [float(blocks.mean()) for blocks in self.changes.values()]
 
 
@@ -37,10 +37,10 @@ def outcome(base: Result, run: Result) -> Outcome:
 
 
 class Found(NamedTuple):
-    """What a method has done.
+    """What the trainings of a method have shown.
 
-    ``curve``: the first seed at each learning rate, ascending. ``rate``: that at which it has learned most of
-    the validation blocks. ``seeds``: all seeds at this rate.
+    ``curve``: the outcome of the first seed at each learning rate, ascending. ``rate``: the learning rate at
+    which it learned most of the validation blocks. ``seeds``: the outcomes of all seeds at this rate.
     """
 
     curve: dict[float, Outcome]

@@ -26,7 +26,7 @@ _MARGIN = 1.2  # of a budget that is named, for the same reason
 
 
 class Planned(NamedTuple):
-    """A training to do, or for `BASE` the measurement of the model before all."""
+    """A training to do; with `BASE` as its method, the measurement of the model before any training."""
 
     phase: int
     method: str
@@ -36,18 +36,18 @@ class Planned(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name of its result."""
+        """The name under which its result is kept."""
         if self.method == BASE:
             return BASE
         return f"{self.phase}-{self.method}-{self.rate:g}-{self.steps}-{self.seed}"
 
 
 class Comparison(NamedTuple):
-    """What is to be compared and the results that there are, from which follows what is done next.
+    """What is to be compared, and the results so far; what is done next follows from both.
 
-    ``rates``: method -> learning rates, ascending. ``seeds``: of each method. ``budget``: seconds.
-    ``length``: steps of a training, or None. ``longest``: what it may have at most, by the length of the
-    text. ``blocks``: how many are measured after it.
+    ``rates``: the learning rates of each method, ascending. ``seeds``: how many each method has at its best
+    rate. ``budget``: seconds for everything. ``length``: the steps of a training, or None if the budget
+    decides. ``longest``: how many steps the text allows. ``blocks``: how many are measured after a training.
     """
 
     rates: dict[str, list[float]]
@@ -64,9 +64,10 @@ class Comparison(NamedTuple):
         return self.results[BASE]
 
     def next(self) -> Planned | None:
-        """The first of what is `left`; None if there is nothing, or it would not end within the budget.
+        """What is to be done next: the first that is `left`.
 
-        The first steps of each method are always done.
+        None if nothing is left, or if it would not end within the budget. The first steps of each method are
+        always done.
         """
         for planned in self.left():
             if planned.phase == TRIAL or self.spent() + self.seconds(planned) <= self.budget:
@@ -85,12 +86,12 @@ class Comparison(NamedTuple):
         return []
 
     def minutes_for(self, left: list[Planned]) -> int:
-        """A budget in which these can be done, too."""
+        """A budget in minutes that suffices for these trainings, too."""
         seconds = self.spent() + sum(map(self.seconds, left))
         return math.ceil(_MARGIN * seconds / 60)
 
     def whole(self) -> dict[str, list[Result]]:
-        """method -> its trainings of full length that came to their end, of those that have any."""
+        """The trainings of full length that came to their end, by method, where it has any."""
         return self._by_method(RATES, SEEDS)
 
     def found(self) -> dict[str, Found]:
@@ -139,7 +140,10 @@ class Comparison(NamedTuple):
         return planned
 
     def _costs(self) -> dict[str, tuple[float, float]]:
-        """Of each method, by its first steps: seconds of a training beside its steps, and of a step."""
+        """What a training of each method costs, by its first steps.
+
+        These are two numbers of seconds: what a training takes in addition to its steps, and a step.
+        """
         measuring = self.blocks * self.base["block_seconds"]
         trials = self._by_method(TRIAL)
         return {
@@ -148,7 +152,7 @@ class Comparison(NamedTuple):
         }
 
     def steps(self) -> int:
-        """How long trainings are: as those that there are, else what the budget allows.
+        """How many steps a training has: as many as those that were done, else what the budget allows.
 
         Raises UsageError if the budget is too short for one at each rate.
         """

@@ -2,18 +2,19 @@
 
 import argparse
 import json
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
 from mica.cli import loading
+from mica.cli.adapt.options import check_required
 from mica.cli.compare import page, schedule, settings
+from mica.cli.compare.options import OPTIONS
 from mica.cli.compare.outcomes import outcome
 from mica.cli.compare.schedule import BASE, Comparison, Planned, Results
 from mica.cli.compare.trainings import OUT_OF_MEMORY, Trainings
 from mica.cli.folder import exclusive, undo_on_error
-from mica.cli.output import explained, write_json
+from mica.cli.output import explained, tell, write_json
 from mica.cli.record import Record
 from mica.errors import UsageError
 
@@ -24,7 +25,8 @@ def compare(given: argparse.Namespace, began: float) -> int:
     Raises UsageError for bad input.
     """
     resume = getattr(given, "resume", False)
-    settings.check_required(given, resume)
+    needed = [OPTIONS["output"]] if resume else OPTIONS.values()  # its folder has the others
+    check_required(needed, vars(given))
     output = given.output
     loading.quieten_libraries()
     said = settings.given(given)
@@ -47,7 +49,7 @@ def compare(given: argparse.Namespace, began: float) -> int:
 
 
 def _note(text: str) -> None:
-    print(f"mica compare: {text}", file=sys.stderr, flush=True)
+    tell(f"mica compare: {text}")
 
 
 def _compare(ours: dict[str, object], output: Path, resume: bool, began: float) -> int:

@@ -1,7 +1,7 @@
 """The settings of a comparison, and its folder, which is that of one comparison for good."""
 
-import argparse
 import json
+from argparse import Namespace
 from pathlib import Path
 
 from mica.cli.adapt import config
@@ -19,13 +19,11 @@ PICTURE = "compare.png"
 DEFAULTS = {name: row.default for name, row in OPTIONS.items() if name not in ("output", "resume")}
 
 
-def given(namespace: argparse.Namespace) -> dict[str, object]:
+def given(namespace: Namespace) -> dict[str, object]:
     """What the command line says of the comparison, as JSON has it; paths are absolute."""
     found = {name: given for name, given in vars(namespace).items() if name in DEFAULTS}
-    for name in found.keys() & {"text", "retain"}:
-        found[name] = [config.absolute(path) for path in found[name]]
-    if "model" in found:
-        found["model"] = config.absolute(found["model"])
+    for name in found.keys() & {"model", "text", "retain"}:
+        found[name] = config.plain(found[name])
     return found
 
 
@@ -35,7 +33,7 @@ def of_mica_adapt(settings: dict[str, object], output: Path) -> config.Settings:
     Raises UsageError as `config.resolve`.
     """
     shared = {name: settings[name] for name in SHARED}
-    return config.resolve(argparse.Namespace(**shared, eval_blocks=BLOCKS, output=output))
+    return config.resolve(Namespace(**shared, eval_blocks=BLOCKS, output=output))
 
 
 def rates(settings: dict[str, object]) -> dict[str, list[float]]:
@@ -79,11 +77,3 @@ def resumed(output: Path, given: dict[str, object]) -> dict[str, object]:
 def write(output: Path, settings: dict[str, object]) -> None:
     """Make ``output`` the folder of the comparison with these settings."""
     write_json("--output", output / FILE, settings)
-
-
-def check_required(namespace: argparse.Namespace, resume: bool) -> None:
-    """Raise UsageError if an option is missing: under --resume only that of the folder is required."""
-    required = [row for row in OPTIONS.values() if row.required and (not resume or row.name == "output")]
-    missing = [row.flag for row in required if not hasattr(namespace, row.name)]
-    if missing:
-        raise UsageError(f"the following arguments are required: {', '.join(missing)}")

@@ -1,40 +1,47 @@
-"""What all trainings of a comparison have in common, and how one of them is made."""
+"""What all trainings of a comparison share, and how one is made, by the Trainer of ``mica adapt``."""
 
 import gc
 import hashlib
+import math
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
+from tqdm import tqdm
+from transformers import TrainerCallback
 
 from mica.cli import loading
-from mica.cli.adapt import adapter, corpus, processes
-from mica.cli.adapt.packing import document_of, suit_packing
+from mica.cli.adapt import adapter, corpus, evaluation, processes
+from mica.cli.adapt.packing import document_of
+from mica.cli.adapt.trainer import build_trainer
 from mica.cli.compare import methods, schedule, settings
 from mica.cli.compare.models import built
 from mica.cli.compare.schedule import BASE, Comparison, Planned, Results
-from mica.cli.compare.training import measure, train
 from mica.cli.output import dtype_name
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
 from mica.subspace.content_hash import quick_content_hash
 
 OUT_OF_MEMORY = "out of memory"
+DIVERGED = "diverged: a loss is not finite"
 _EPOCHS = 4  # of a training at most: a text that is read more often is memorised
 _TESTED = 4  # a quarter of the held-out blocks is for the choice of rates, the others for the test
 
 
 class Trainings:
-    """``args``: of `mica adapt`, as far as all trainings share them.
+    """What all trainings of a comparison share, and how each of them is made.
 
-    ``base``: the model before all; ``data``: the texts; ``sets``: what is measured, by name, ``blocks`` in
-    all; ``content``: a hash of what each option names; ``notes``: for the user.
+    ``args``: the options of `mica adapt` that they share. ``base``: the model before any training. ``data``:
+    the texts. ``sets``: the blocks that are measured, by name; ``blocks``: their number. ``content``: a hash
+    of what each option names. ``notes``: lines to show to the user.
     """
 
     def __init__(self, found: dict[str, object], output: Path):
@@ -53,10 +60,8 @@ class Trainings:
         self.base.requires_grad_(False)
         largest = self.data.largest_token_id
         loading.check_limits(source, self.base, self.args.sequence_length, largest)
-        packing = suit_packing(resolved, self.base)
+        self.data, packing = corpus.suited(self.data, resolved, self.base, tokenizer)
         notes.append(packing)
-        if packing is not None:
-            self.data = corpus.gather(self.args, tokenizer)
         self.notes = list(filter(None, notes))
         if not has_experts(self.base):
             self.args.experts = None
@@ -102,7 +107,7 @@ class Trainings:
         }
 
     def make(self, planned: Planned) -> dict:
-        """The result of a training, or of the measurement before all of them."""
+        """Do what is planned, and return its result."""
         began = time.perf_counter()
         try:
             if planned.method == BASE:
@@ -143,7 +148,7 @@ class Trainings:
 
 
 def _hash_of_weights(model: nn.Module) -> str:
-    """Of all weights, at the speed of memory: 11 GB/s by one thread."""
+    """A hash of all weights. It reads 11 GB/s with one thread, which is the speed of memory."""
     total = hashlib.blake2b(digest_size=16)
     for name, weight in model.named_parameters():
         rows = torch.atleast_2d(weight).flatten(0, -2)
@@ -156,10 +161,11 @@ def _documents(blocks) -> list[int]:
 
 
 def _for_choosing(documents: list[int]) -> list[int]:
-    """The blocks by which rates are chosen, of the blocks of these ``documents``: about a quarter.
+    """Which blocks decide about learning rates: about a quarter. ``documents``: that of each block.
 
-    Whole documents, in the order of their digests, so that none has a part in both choice and test; where
-    they are too few or too long for that, every fourth block.
+    They are all blocks of some documents, taken in the order of their digests, so that no document has a part
+    in both choice and test. If there are too few documents for that, or too long ones, it is every fourth
+    block.
     """
     distinct = sorted(set(documents))
     some = distinct[: len(distinct) // _TESTED]
@@ -172,3 +178,51 @@ def _for_choosing(documents: list[int]) -> list[int]:
 def _is_out_of_memory(error: Exception) -> bool:
     is_known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return is_known or "can't allocate memory" in str(error)  # the CPU's allocator has no class for it
+
+
+def measure(model: nn.Module, sets: dict[str, Dataset]) -> dict[str, Any]:
+    """The loss of every block of every set, in nats per token, as "losses".
+
+    "failed" is None; or it is `DIVERGED`, if a loss is not finite, and there are no losses.
+    """
+    losses = {}
+    for name, blocks in sets.items():
+        numbers = tqdm(range(len(blocks)), f"Measuring {name}", leave=False, delay=5)
+        each = (evaluation.likelihood(model, Subset(blocks, [number]), 1) for number in numbers)
+        losses[name] = [likelihood.loss for likelihood in each]
+    if all(map(math.isfinite, chain.from_iterable(losses.values()))):
+        return {"losses": losses, "failed": None}
+    return {"losses": {}, "failed": DIVERGED}
+
+
+class _Clock(TrainerCallback):
+    """Notes when the second step began; the first one fills caches."""
+
+    def __init__(self):
+        self.began = 0.0
+        self.steps = 0  # since then
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps = state.global_step - 1
+        if not self.steps:
+            self.began = time.perf_counter()
+
+
+def train(model: nn.Module, data, args: Namespace) -> dict[str, Any]:
+    """Train ``model`` in place for ``args.steps`` steps, as `mica adapt` does with the same options.
+
+    ``data``: as `mica.cli.adapt.training.Session` has it. Returns "step_seconds" (the mean) and
+    "trained_parameters".
+    """
+    model.config.use_cache = False  # a cache hides where documents begin
+    trainer = build_trainer(model, data, args, None)
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):  # it only trains
+        setattr(trainer.args, name, "no")
+    trainer.args.eval_on_start = False
+    clock = _Clock()
+    trainer.add_callback(clock)
+    trainer.train()
+    return {
+        "step_seconds": (time.perf_counter() - clock.began) / max(1, clock.steps),
+        "trained_parameters": sum(each.numel() for each in model.parameters() if each.requires_grad),
+    }

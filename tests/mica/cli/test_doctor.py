@@ -16,6 +16,7 @@ from mica.fast import patching
 from mica.kernels import runtime
 from mica.native import build
 from mica.paths import choose, tuning
+from tests.support.faults import raising
 
 ON_A_CPU = f"reference: {runtime.ON_A_CPU}"
 
@@ -90,13 +91,6 @@ def patches(monkeypatch):
     mica.fast.uninstall()
     yield lambda *table: monkeypatch.setattr(patching, "PATCHES", table)
     mica.fast.uninstall()
-
-
-def raising(error):
-    def function(*_):
-        raise error
-
-    return function
 
 
 # Devices and paths

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from mica.cli import main, spectra
 from mica.subspace import MinorSubspace
 from tests.support import models
-from tests.support.quantised_models import dequantised
+from tests.support.tables import rows
 from tests.support.tiny_cli import tiny_llama
 
 EVERY_KIND = "wte,c_attn,c_proj,c_fc"  # of GPT-2: an embedding, and Conv1D both taller and wider
@@ -79,13 +79,13 @@ def test_a_line_for_each_kind_has_its_medians_and_worst(tmp_path, run):
     for row in table["layers"]:
         by_kind.setdefault(row["name"].rpartition(".")[2], []).append(row)
     assert len({len(line) for line in (header, *lines)}) == 1
-    for line, (kind, rows) in zip(lines, by_kind.items(), strict=True):
+    for line, (kind, layers) in zip(lines, by_kind.items(), strict=True):
         name, count, shape, dtype, *numbers, proven, excess = re.split("  +", line)
         assert (name, int(count), dtype, proven) == (kind, 3, "float32", "3 of 3")
-        assert shape == f"{rows[0]['shape'][0]} x {rows[0]['shape'][1]}"
-        expected = [statistics.median(row[number] for row in rows) for number in NUMBERS]
-        expected.insert(5, min(row["gap"] for row in rows))
-        expected += [max(row[number] for row in rows) for number in ("energy_share", "energy_excess")]
+        assert shape == f"{layers[0]['shape'][0]} x {layers[0]['shape'][1]}"
+        expected = [statistics.median(row[number] for row in layers) for number in NUMBERS]
+        expected.insert(5, min(row["gap"] for row in layers))
+        expected += [max(row[number] for row in layers) for number in ("energy_share", "energy_excess")]
         shown = [float(number) for number in (*numbers, excess)]
         assert shown[:6] == pytest.approx(expected[:6], rel=1e-3)
         assert shown[6:] == pytest.approx(expected[6:], rel=0.06)
@@ -108,20 +108,6 @@ def test_layers_that_cannot_be_adapted_are_named_with_the_reason(tmp_path, run):
     infinite = "weight must be finite, but got 1 NaN or infinite of 1536 entries"
     said.append(f"MiCA cannot be initialised from this layer: {infinite} (model.layers.2.mlp.up_proj)")
     assert [second, first] == [f"cannot be adapted: {reason}" for reason in said]
-
-
-def test_nf4_checkpoint_can_be_adapted(model_dir, tmp_path, run):
-    pytest.importorskip("bitsandbytes")
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = AutoModelForCausalLM.from_pretrained(model_dir, quantization_config=nf4)
-    model.save_pretrained(tmp_path / "model")
-    status, table, captured = run(tmp_path / "model")
-    assert (status, table["layers_proven"], table["layers_unsuitable"]) == (0, 14, 0)
-    kinds = {(row["kind"], row["quantised"]) for row in table["layers"]}
-    assert kinds == {("Linear4bit", "bitsandbytes 4-bit")}
-    assert captured.out.count("  bitsandbytes 4-bit, dequantised  ") == 7
-    (row,) = [row for row in table["layers"] if row["name"] == "model.layers.1.mlp.up_proj"]
-    check_numbers(row, dequantised(model.model.layers[1].mlp.up_proj), 4, rel=1e-3)
 
 
 def test_a_model_of_which_nothing_can_be_adapted(model_dir, run, tmp_path):
@@ -167,9 +153,6 @@ def test_plot_shows_the_chosen_values_exactly(model_dir, run, tmp_path, monkeypa
         assert (values[-5], values[-4], values[-1]) == (9, row["sigma_largest"], row["sigma_smallest"])
 
 
-# The plot
-
-
 # Refusals, before the model is loaded
 
 
@@ -200,13 +183,13 @@ def test_missing_matplotlib(model_dir, run, tmp_path, monkeypatch):
 @pytest.mark.usefixtures("nothing_is_loaded")
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ("--plot folder.png", "--plot folder.png: is there already: choose another name, or remove it"),
-        ("--json folder.png", "--json folder.png: is there already: choose another name, or remove it"),
-        ("--plot nowhere/x.png", "--plot nowhere/x.png: nowhere is not a folder"),
-        ("--plot x.bmp", "--plot x.bmp: must end in .png, .pdf or .svg"),
-        ("--rank 999", "--rank 999: no layer can be adapted: the largest, model.layers.0.self_attn."),
-    ],
+    rows("""
+--plot folder.png => --plot folder.png: is there already: choose another name, or remove it
+--json folder.png => --json folder.png: is there already: choose another name, or remove it
+--plot nowhere/x.png => --plot nowhere/x.png: nowhere is not a folder
+--plot x.bmp => --plot x.bmp: must end in .png, .pdf or .svg
+--rank 999 => --rank 999: no layer can be adapted: the largest, model.layers.0.self_attn.
+"""),
 )
 def test_a_mistake_is_one_line(options, message, model_dir, capsys, tmp_path, monkeypatch):
     (tmp_path / "folder.png").mkdir()
@@ -216,8 +199,3 @@ def test_a_mistake_is_one_line(options, message, model_dir, capsys, tmp_path, mo
     assert captured.out == ""
     assert captured.err.startswith(f"mica inspect: error: {message}")
     assert captured.err.count("\n") == 1
-
-
-def test_model_not_found(run):
-    status, _, captured = run("./nowhere")
-    assert (status, captured.err) == (2, "mica inspect: error: ./nowhere: no such file or folder\n")

@@ -24,6 +24,7 @@ from mica.errors import UsageError
 from tests.support import models
 from tests.support.adapt_runs import working_in
 from tests.support.processes import ROOT
+from tests.support.tables import rows
 from tests.support.tiny_cli import tiny_llama
 
 
@@ -51,30 +52,25 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
         load_config(source)
 
 
-WRONG = "its configuration is not that of its weights: "
-NONE = "its configuration describes no model that transformers knows "
+CONFIGURATIONS = """
+{"vocab_size": 300} => WRONG lm_head.weight is 257 x 32, and 300 x 32 by the configuration
+{"intermediate_size": 20} => WRONG model.layers.0.mlp.down_proj.weight is 32 x 48, and 32 x 20 by
+{"hidden_act": "nope"} => NONE (KeyError: 'nope')
+{"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}} => NONE (KeyError: 'nope')
+{"num_attention_heads": 0} => NONE (ZeroDivisionError:
+{"num_key_value_heads": 0} => NONE (ZeroDivisionError:
+{"num_attention_heads": 3} => The hidden size (32) is not a multiple of the number of attention heads
+{"num_hidden_layers": "two"} => Field 'num_hidden_layers' expected int, got str
+"""
+CONFIGURATIONS = CONFIGURATIONS.replace("WRONG", "its configuration is not that of its weights:")
+NONE = "its configuration describes no model that transformers knows"
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"vocab_size": 300}, f"{WRONG}lm_head.weight is 257 x 32, and 300 x 32 by the configuration"),
-        ({"intermediate_size": 20}, f"{WRONG}model.layers.0.mlp.down_proj.weight is 32 x 48, and 32 x 20 by"),
-        ({"hidden_act": "nope"}, f"{NONE}(KeyError: 'nope')"),
-        ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, f"{NONE}(KeyError: 'nope')"),
-        ({"num_attention_heads": 0}, f"{NONE}(ZeroDivisionError: "),
-        ({"num_key_value_heads": 0}, f"{NONE}(ZeroDivisionError: "),
-        (
-            {"num_attention_heads": 3},
-            "The hidden size (32) is not a multiple of the number of attention heads",
-        ),
-        ({"num_hidden_layers": "two"}, "Field 'num_hidden_layers' expected int, got str"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "said"), rows(CONFIGURATIONS.replace("NONE", NONE)))
 def test_a_configuration_that_is_no_models(changes, said, tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text()) | json.loads(changes)))
     source = find_source(str(tmp_path), False)
     with pytest.raises(UsageError, match=f"^--model {tmp_path}: .*{re.escape(said)}"):
         load_model(source, "float32")

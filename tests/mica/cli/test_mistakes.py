@@ -1,43 +1,42 @@
 """Mistakes at the prompt: each gets one line that names the argument, status 2, and nothing is written."""
 
 import os
+import shlex
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from mica.cli import main
+from tests.support.tables import rows
 
-ADAPT = ("adapt", "--model", "x", "--text", "x", "--output", "out")
+ADAPT = "adapt --model x --text x --output out"
 
-# The arguments, and what the line has behind "mica COMMAND: error: "
-MISTAKES = [
-    (["adpat"], "argument COMMAND: invalid choice: 'adpat'", "; did you mean adapt?"),
-    (["--verison"], "unrecognized arguments: --verison", "; did you mean --version?"),
-    (
-        ["--rank", "4", "adapt"],
-        "unrecognized arguments: --rank; the options of a command follow its name",
-        "",
-    ),
-    (["adapt", "--sequence-lenght", "64"], "unrecognized arguments: --sequence-lenght", "--sequence-length?"),
-    ([*ADAPT, "--rnak", "4"], "unrecognized arguments: --rnak", "; did you mean --rank?"),
-    ([*ADAPT, "--lr=1"], "unrecognized arguments: --lr=1", "; mica adapt --help lists all"),
-    ([*ADAPT, "--learning-rate", "-1"], "argument --learning-rate: must be a number above 0", "not '-1'"),
-    ([*ADAPT, "--dtype", "flaot32"], "argument --dtype: invalid choice: 'flaot32'", "did you mean float32?"),
-    (["transfer", "--adaptr", "x", "--to", "y"], "unrecognized arguments: --adaptr", "mean --adapter?"),
-    (["inspect", "x", "--rank", "4", "8"], "unrecognized arguments: 8", "; mica inspect --help lists all"),
-    (["inspect", ""], "argument MODEL: must not be empty", ""),
-    (["inspect", "x", "--rank", "1" * 20], "argument --rank: must be a whole number at least 1", ""),
-    (["transfer", "--adapter=", "--to=x", "--output=y"], "argument --adapter: must not be empty", ""),
-    ([*ADAPT, "--steps", "1" * 400], "argument --steps: must be a whole number at least 1", ""),
-    ([*ADAPT, "--output", "a" * 5000], "argument --output: 'aaa", "File name too long"),
-    (["inspect", "a" * 5000], "argument MODEL: 'aaa", "File name too long"),
-]
+# The arguments, and how the line begins and ends behind "mica COMMAND: error: "
+MISTAKES = rows(f"""
+adpat => argument COMMAND: invalid choice: 'adpat' => ; did you mean adapt?
+--verison => unrecognized arguments: --verison => ; did you mean --version?
+--rank 4 adapt => unrecognized arguments: --rank; the options of a command follow its name =>
+adapt --sequence-lenght 64 => unrecognized arguments: --sequence-lenght => --sequence-length?
+{ADAPT} --rnak 4 => unrecognized arguments: --rnak => ; did you mean --rank?
+{ADAPT} --lr=1 => unrecognized arguments: --lr=1 => ; mica adapt --help lists all
+{ADAPT} --learning-rate -1 => argument --learning-rate: must be a number above 0 => not '-1'
+{ADAPT} --dtype flaot32 => argument --dtype: invalid choice: 'flaot32' => did you mean float32?
+transfer --adaptr x --to y => unrecognized arguments: --adaptr => mean --adapter?
+inspect x --rank 4 8 => unrecognized arguments: 8 => ; mica inspect --help lists all
+inspect '' => argument MODEL: must not be empty =>
+inspect x --rank {"1" * 20} => argument --rank: must be a whole number at least 1 =>
+transfer --adapter= --to=x --output=y => argument --adapter: must not be empty =>
+{ADAPT} --steps {"1" * 400} => argument --steps: must be a whole number at least 1 =>
+{ADAPT} --output {"a" * 5000} => argument --output: 'aaa => File name too long
+inspect {"a" * 5000} => argument MODEL: 'aaa => File name too long
+""")
 
 
 @pytest.mark.parametrize(("argv", "start", "end"), MISTAKES)
 def test_a_mistake_gets_one_line(argv, start, end, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    argv = shlex.split(argv)
     assert main(argv) == 2
     captured = capsys.readouterr()
     assert (captured.out, captured.err.count("\n")) == ("", 1)
@@ -77,24 +76,25 @@ def closed():
         (folder / "listed").chmod(0o700)
 
 
-PLACES = [
-    ("adapt", "--model", "PATH", "--text", "x", "--output", "y"),
-    ("adapt", "--model", "x", "--text", "PATH", "--output", "y"),
-    ("adapt", "--model", "x", "--text", "x", "--output", "PATH"),
-    ("adapt", "--adapter", "PATH", "--model", "x", "--text", "x", "--output", "y"),
-    ("adapt", "--config", "PATH", "--output", "y"),
-    ("adapt", "--output", "PATH", "--resume"),
-    ("inspect", "PATH"),
-    ("inspect", "x", "--json", "PATH"),
-    ("inspect", "x", "--plot", "PATH"),
-    ("transfer", "--adapter", "PATH", "--to", "x", "--output", "y"),
-    ("transfer", "--adapter", "x", "--to", "PATH", "--output", "y"),
-]
+PLACES = """
+adapt --model PATH --text x --output y
+adapt --model x --text PATH --output y
+adapt --model x --text x --output PATH
+adapt --adapter PATH --model x --text x --output y
+adapt --config PATH --output y
+adapt --output PATH --resume
+inspect PATH
+inspect x --json PATH
+inspect x --plot PATH
+transfer --adapter PATH --to x --output y
+transfer --adapter x --to PATH --output y
+""".strip().splitlines()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
 @pytest.mark.parametrize("argv", PLACES)
 def test_a_path_that_cannot_be_looked_at(argv, closed, capsys):
+    argv = argv.split()
     option = argv[argv.index("PATH") - 1]
     named = "MODEL" if option == "inspect" else option
     for path, reason in (

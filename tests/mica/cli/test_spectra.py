@@ -1,6 +1,7 @@
 """What ``mica inspect`` measures in a layer, and which layers it takes, against PEFT and the fp64 SVD."""
 
 import copy
+import itertools
 from dataclasses import fields, replace
 
 import pytest
@@ -10,8 +11,9 @@ from torch import nn
 
 from mica.cli import spectra
 from mica.fast.forward.eligibility import adapter_weights
-from mica.subspace import MinorSubspace, minor_subspace
+from mica.subspace import MinorSubspace, device, gram, minor_subspace
 from tests.support import moe_models, quantised_models
+from tests.support.spectra import from_values
 
 MEASURED = [field.name for field in fields(spectra.Row)[6:]]  # behind ``quantised``
 
@@ -156,3 +158,39 @@ def test_of_a_smaller_rank_the_last_columns_where_all_was_proven_and_determined(
         assert kept.certified
     assert spectra.narrow(replace(stored, certified=False), 3) is None
     assert spectra.narrow(replace(stored, null_count=2), 3) is None
+
+
+# The singular values of a weight
+
+
+@pytest.fixture(params=itertools.product([False, True], repeat=2), ids=str)
+def _either_gram_and_blocks(request, monkeypatch):
+    """The Gram matrix of the CPU, and that of accelerators; weights in one block, and row by row."""
+    on_device, row_by_row = request.param
+    if on_device:
+        monkeypatch.setattr(device, "ON_HOST", ())
+    if row_by_row:
+        monkeypatch.setattr(gram, "BLOCK_ROWS", 1)
+        monkeypatch.setattr(gram, "BLOCK_ELEMENTS", 1)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (40, 7), (7, 40), (1, 9), (9, 1)])
+@pytest.mark.usefixtures("_either_gram_and_blocks")
+def test_largest_singular_value(shape):
+    for matrix in (torch.randn(shape), torch.ones(shape), torch.zeros(shape), torch.randn(shape).bfloat16()):
+        expected = torch.linalg.svdvals(matrix.double())[0].item()
+        assert spectra.sigma_max(matrix) == pytest.approx(expected, rel=1e-7, abs=1e-12)
+        squared = matrix.double().square().sum().item()
+        assert spectra.squared_norm(matrix) == pytest.approx(squared, rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(20, 24), (100, 20)])
+@pytest.mark.usefixtures("_either_gram_and_blocks")
+def test_spectrum(shape):
+    graded = torch.logspace(0, -12, 20, dtype=torch.float64)
+    matrix = from_values(lambda count: graded)(*shape, torch.Generator().manual_seed(0))
+    expected = torch.linalg.svdvals(matrix)
+    found = spectra.spectrum(matrix)  # clipped where a Gram matrix shows nothing
+    floor = 2 * (20**0.5 * torch.finfo(torch.float64).eps) ** 0.5
+    torch.testing.assert_close(found, expected.clamp_min(floor), rtol=0.3, atol=0)
+    torch.testing.assert_close(found[:6], expected[:6], rtol=1e-6, atol=0)

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mica.cli import folder, main
 from mica.cli.output import SCRATCH, write_text
 from tests.support.adapt_runs import factors, poison_solver, working_in, write_adapter
+from tests.support.faults import FULL, raising
+from tests.support.tables import rows
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 
 CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -157,43 +159,36 @@ def test_adapters_and_models_that_are_refused(copies, tmp_path, refused):
     smaller = tmp_path / "smaller"
     byte_tokenizer().save_pretrained(smaller)
     refused(adapter, smaller, out, f"--to {smaller}: ")
-    for sizes, message in (
-        ({"num_hidden_layers": 1}, f"which --to {smaller}"),
-        ({"intermediate_size": 64}, f"as a layer of 32 x 48, but in --to {smaller}"),
-    ):
-        tiny_llama(**sizes).save_pretrained(smaller)
-        refused(adapter, smaller, out, message)
+    tiny_llama(num_hidden_layers=1).save_pretrained(smaller)
+    refused(adapter, smaller, out, f"which --to {smaller}")
     edit(adapter / "adapter_config.json", modules_to_save=["lm_head"])
     refused(adapter, chat, out, "replaces whole modules, lm_head, which are not the embeddings of --to")
     edit(chat / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     refused(adapter, chat, out, f"--to {chat}: is quantised")
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"rank_pattern": [1]}, "adapter_config.json: rank_pattern must be an object, not [1]"),
-        ({"target_modules": 3}, "adapter_config.json: target_modules must be a list of names or a pattern"),
-        ({"target_parameters": 5}, "adapter_config.json: target_parameters must be a list of names, not 5"),
-        ({"modules_to_save": 5}, "adapter_config.json: modules_to_save must be a list of names, not 5"),
-        (
-            {"base_model_name_or_path": 5},
-            "adapter_config.json: base_model_name_or_path must be a name, not 5",
-        ),
-        ({"rank_pattern": {"q_proj": "x"}}, "PEFT cannot load the adapter in "),
-        ({"target_modules": "("}, "PEFT cannot load the adapter in "),
-        ({"target_modules": ["nope"]}, "PEFT cannot load the adapter in "),
-        ({"use_dora": True}, "PEFT cannot load the adapter in "),
-        ({"bias": "nope"}, "PEFT cannot load the adapter in "),
-        ({"lora_dropout": "x"}, "PEFT cannot load the adapter in "),
-        ({"r": 3}, "PEFT cannot load the adapter in "),
-        ({"megatron_config": {"a": 1}}, "PEFT cannot load the adapter in "),
-        ({"trainable_token_indices": [1]}, "PEFT cannot load the adapter in "),
-    ],
-)
+EDITED = """
+{"rank_pattern": [1]} => adapter_config.json: rank_pattern must be an object, not [1]
+{"target_modules": 3} => adapter_config.json: target_modules must be a list of names or a pattern
+{"target_parameters": 5} => adapter_config.json: target_parameters must be a list of names, not 5
+{"modules_to_save": 5} => adapter_config.json: modules_to_save must be a list of names, not 5
+{"base_model_name_or_path": 5} => adapter_config.json: base_model_name_or_path must be a name, not 5
+{"rank_pattern": {"q_proj": "x"}} => PEFT cannot load the adapter in
+{"target_modules": "("} => PEFT cannot load the adapter in
+{"target_modules": ["nope"]} => PEFT cannot load the adapter in
+{"use_dora": true} => PEFT cannot load the adapter in
+{"bias": "nope"} => PEFT cannot load the adapter in
+{"lora_dropout": "x"} => PEFT cannot load the adapter in
+{"r": 3} => PEFT cannot load the adapter in
+{"megatron_config": {"a": 1}} => PEFT cannot load the adapter in
+{"trainable_token_indices": [1]} => PEFT cannot load the adapter in
+"""
+
+
+@pytest.mark.parametrize(("changes", "said"), rows(EDITED))
 def test_a_configuration_that_was_edited(copies, refused, changes, said):
     adapter, chat, out = copies
-    edit(adapter / "adapter_config.json", **changes)
+    edit(adapter / "adapter_config.json", **json.loads(changes))
     refused(adapter, chat, out, said, str(adapter))
 
 
@@ -234,10 +229,7 @@ def test_adapter_without_a_tokenizer(copies, refused, model_dir):
 
 
 def test_full_disk_leaves_nothing(made, tmp_path, refused, monkeypatch):
-    def full(self, folder, **_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", full)
+    monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", raising(FULL))
     parts = ("--output ", "cannot be written: No space left on device")
     refused(made[0], made[2], tmp_path / "out", *parts)
     assert not list(tmp_path.iterdir())

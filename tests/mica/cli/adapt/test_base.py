@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mica.fast
 from mica.cli import main
-from mica.cli.adapt import adapter, base, result
+from mica.cli.adapt import adapter, base
+from mica.cli.adapt.saved_adapter import WEIGHTS
 from mica.cli.loading import find_source
 from mica.errors import UsageError
 from tests.mica.cli.tiny_gguf import write_tiny_gguf
 from tests.support.adapt_runs import adapter_settings as settings
-from tests.support.adapt_runs import move, same, working_in
+from tests.support.adapt_runs import same, working_in
 from tests.support.tiny_cli import adapt, byte_tokenizer, logits, tiny_llama
 
 
@@ -98,36 +99,21 @@ def test_quantised_checkpoint_is_refused_before_its_weights_are_read(options, me
         load(tmp_path, **options)
 
 
-def test_adapter_of_a_gguf_base_finds_it_from_anywhere(gguf_file, tmp_path, monkeypatch):
-    (tmp_path / "elsewhere").mkdir()
-    with working_in(gguf_file.parent):
-        args = settings(model="tiny.gguf", output=tmp_path / "out", dtype="float32")
-        with working_in(tmp_path):  # OUTPUT as a relative path
-            args.output = (tmp_path / "out").relative_to(tmp_path)
-            model = base.load(args, find_source(str(gguf_file), False))
-        assert torch.equal(logits(model), logits(tiny_llama()))
-    tuned = adapter.start(model, args)
-    move(tuned)
-    result.save(tuned, byte_tokenizer(), tmp_path / "out")
-    expected = logits(tuned)
-    with working_in(tmp_path / "elsewhere"):
-        loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
-        torch.testing.assert_close(logits(loaded), expected)
-    ids = AutoTokenizer.from_pretrained(tmp_path / "out" / "base")("déjà vu")["input_ids"]
-    assert ids == byte_tokenizer()("déjà vu")["input_ids"]
-
-
 def test_a_run_on_a_gguf_file_goes_on_where_its_folder_was_moved(gguf_file, model_dir, tmp_path, text_file):
     """With --resume, --adapter and mica transfer; after --resume stock PEFT finds the base again."""
     out, moved = tmp_path / "out", tmp_path / "moved" / "out"
-    assert adapt(gguf_file, text_file, out, "--steps", 4, "--save-steps", 2) == 0
-    weights = (out / adapter.WEIGHTS).read_bytes()
+    with working_in(tmp_path):  # the adapter names the absolute path of its base
+        assert adapt(gguf_file, text_file, "out", "--steps", 4, "--save-steps", 2) == 0
+    ids = AutoTokenizer.from_pretrained(out / "base")("déjà vu")["input_ids"]
+    assert ids == byte_tokenizer()("déjà vu")["input_ids"]
+    assert AutoPeftModelForCausalLM.from_pretrained(out).get_base_model().name_or_path == str(out / "base")
+    weights = (out / WEIGHTS).read_bytes()
     moved.parent.mkdir()
     out.rename(moved)
     shutil.rmtree(moved / "checkpoint-4")
-    (moved / adapter.WEIGHTS).unlink()
+    (moved / WEIGHTS).unlink()
     assert main(["adapt", "--resume", "--output", str(moved)]) == 0
-    assert (moved / adapter.WEIGHTS).read_bytes() == weights
+    assert (moved / WEIGHTS).read_bytes() == weights
     with mica.fast.disabled():
         loaded = AutoPeftModelForCausalLM.from_pretrained(moved)
     assert adapt(gguf_file, text_file, tmp_path / "on", "--adapter", moved, "--steps", 2) == 0
@@ -143,10 +129,12 @@ def test_gguf_base_is_converted_in_the_dtype_of_the_run_and_once(
     gguf_file, tmp_path, monkeypatch, options, dtype
 ):
     options = {"output": tmp_path / "out", **options}
-    assert load(gguf_file, **options).dtype == dtype
+    model = load(gguf_file, **options)
+    assert model.dtype == dtype
     monkeypatch.setattr("mica.cli.adapt.base.write_folder", lambda *_, **__: pytest.fail("converted again"))
     assert load(gguf_file, **options, resume=True).dtype == dtype
     if dtype == torch.float32:
+        assert torch.equal(logits(model), logits(tiny_llama()))
         pytest.importorskip("bitsandbytes")
         quantised = load(gguf_file, **options, resume=True, quantize="nf4")
         assert type(quantised.model.layers[1].mlp.up_proj).__name__ == "Linear4bit"

@@ -3,12 +3,14 @@
 import argparse
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mica.cli.adapt import config, options, run_yaml
 from mica.cli.adapt.options import OPTIONS
 from mica.errors import UsageError
+from tests.support.tables import rows
 
 REQUIRED = ("--model", "m", "--text", "t", "--output", "o")
 YAML = "recipe: paper\nrank: 8\nseed: 1\nmerge: true\nlearning-rate: 1e-3\ntext: [a, b]\nalpha:\n"
@@ -74,27 +76,28 @@ def test_what_was_given_is_known(yaml_file, run_folder):
     assert resumed.given == {"output", "resume"}
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("rnak: 3", "there is no option 'rnak'; did you mean rank\\?$"),
-        ("rank: [3, 4]", r"rank must be one value, not \['3', '4'\]$"),
-        ("? [a]\n: b\n", "there is no option"),
-        ("rank: true", "argument --rank: must be a whole number at least 1 .*, not 'true'"),
-        ("seed: 1:30", "argument --seed: must be a whole number at least 0 .*, not '1:30'"),
-        ("save-steps: 3\nsave_steps: 4", "save_steps is set twice"),
-        ("packing: document", "argument --packing: invalid choice.*; did you mean documents\\?$"),
-        ("text: [[a]]", r"text must be one value or a list of them, not \['a'\]"),
-        ("resume: true", "--resume belongs on the command line"),
-        ("merge: 3", "merge must be true or false, not 3"),
-        ("- rank", "must be a mapping of options to values"),
-        ("a: {", "is not YAML: "),
-        ("rank: 4\a", "is not YAML: unacceptable character #x0007"),
-        (None, "cannot be read"),
-    ],
-)
+# Text, with | for the end of a line, and how the message goes on
+BAD_YAML = r"""
+rnak: 3 => there is no option 'rnak'; did you mean rank\?$
+rank: [3, 4] => rank must be one value, not \['3', '4'\]$
+? [a]|: b => there is no option
+rank: true => argument --rank: must be a whole number at least 1 .*, not 'true'
+seed: 1:30 => argument --seed: must be a whole number at least 0 .*, not '1:30'
+save-steps: 3|save_steps: 4 => save_steps is set twice
+packing: document => argument --packing: invalid choice.*; did you mean documents\?$
+text: [[a]] => text must be one value or a list of them, not \['a'\]
+resume: true => --resume belongs on the command line
+merge: 3 => merge must be true or false, not 3
+- rank => must be a mapping of options to values
+a: { => is not YAML:
+NONE => cannot be read
+"""
+
+
+@pytest.mark.parametrize(("text", "message"), [*rows(BAD_YAML), ("rank: 4\a", "is not YAML: unaccept")])
 def test_bad_yaml(text, message, yaml_file, tmp_path):
-    for path in [tmp_path, tmp_path / "none.yaml"] if text is None else [yaml_file(text)]:
+    missing = [tmp_path, tmp_path / "none.yaml"]
+    for path in missing if text == "NONE" else [yaml_file(text.replace("|", "\n"))]:
         with pytest.raises(UsageError, match=message) as refusal:
             resolve("--config", path)
         assert str(refusal.value).startswith(f"--config {path}: ")
@@ -125,17 +128,14 @@ def test_resume_needs_no_more_than_the_folder():
 
 @pytest.mark.parametrize(
     ("argv", "message"),
-    [
-        ("--steps 1 --epochs 1", "--steps and --epochs: use only one"),
-        ("--held-out 0.1 --held-out-text a", "--held-out and --held-out-text: use only one"),
-        (
-            "--scheduler constant --warmup-ratio 0.1",
-            "--warmup-ratio: scheduler 'constant' has no warmup; use",
-        ),
-        ("--keep-best", "--keep-best: needs --eval-steps"),
-        ("--max-retain-rise 5", "--max-retain-rise: needs --eval-steps and --retain"),
-        ("--max-retain-rise 5 --eval-steps 1", "--max-retain-rise: needs --retain"),
-    ],
+    rows("""
+--steps 1 --epochs 1 => --steps and --epochs: use only one
+--held-out 0.1 --held-out-text a => --held-out and --held-out-text: use only one
+--scheduler constant --warmup-ratio 0.1 => --warmup-ratio: scheduler 'constant' has no warmup; use
+--keep-best => --keep-best: needs --eval-steps
+--max-retain-rise 5 => --max-retain-rise: needs --eval-steps and --retain
+--max-retain-rise 5 --eval-steps 1 => --max-retain-rise: needs --retain
+"""),
 )
 def test_options_that_go_together(argv, message):
     with pytest.raises(UsageError, match=f"^{message}"):
@@ -144,15 +144,16 @@ def test_options_that_go_together(argv, message):
 
 @pytest.mark.parametrize(
     ("argv", "kept"),
-    [
-        ([], None),  # so run.yaml does not have it, and --config run.yaml --patience 2 keeps the best
-        (["--patience", 2], True),
-        (["--max-retain-rise", 5, "--retain", "r"], True),
-        (["--patience", 2, "--no-keep-best"], False),
-    ],
+    rows("""
+ => None
+--patience 2 => True
+--max-retain-rise 5 --retain r => True
+--patience 2 --no-keep-best => False
+"""),
 )
 def test_who_stops_early_keeps_the_best(argv, kept):
-    assert resolve("--eval-steps", 1, *argv).args.keep_best is kept
+    """None: so run.yaml does not have it, and --config run.yaml --patience 2 keeps the best."""
+    assert str(resolve("--eval-steps", 1, *argv.split()).args.keep_best) == kept
 
 
 def write(settings: config.Settings, output: Path) -> None:
@@ -208,8 +209,8 @@ def test_resume_allows_what_leaves_training_alone(run_folder, tmp_path):
 
 
 def test_the_adapter_s_values_hold(tmp_path, monkeypatch):
-    monkeypatch.setattr("mica.cli.adapt.adapter.read_adapter_config", lambda path: {})
-    monkeypatch.setattr("mica.cli.adapt.adapter.settings", lambda adapter, path: ADAPTER)
+    saved = SimpleNamespace(settings=lambda: ADAPTER)
+    monkeypatch.setattr("mica.cli.adapt.saved_adapter.read", lambda path: saved)
     args = resolve("--adapter", "a", "--recipe", "paper").args
     assert (args.rank, args.alpha, args.target_modules, args.learning_rate) == (8, 24, "q_proj", 5e-4)
     args = resolve("--adapter", "a", "--rank", 8, "--dropout", 0.1).args
@@ -220,6 +221,6 @@ def test_the_adapter_s_values_hold(tmp_path, monkeypatch):
         resolve("--adapter", "a", "--train-embeddings")
     # The run that it began is resumed without it
     write(resolve("--adapter", "a", "--output", tmp_path), tmp_path)
-    monkeypatch.setattr("mica.cli.adapt.adapter.read_adapter_config", pytest.fail)
+    monkeypatch.setattr("mica.cli.adapt.saved_adapter.read", pytest.fail)
     after = config.resolve(given("--output", tmp_path, "--resume"))
     assert (after.args.adapter, after.args.alpha) == (Path("a"), 24)

@@ -94,16 +94,14 @@ def test_what_is_left_out_is_said(tmp_path):
     (tmp_path / "texts" / "x.png").write_bytes(b"x")
     args = settings(tmp_path / "texts", held_out_text=[str(write(tmp_path / "b.jsonl", rows(*range(1, 9))))])
     corpus = gather(args, TOKENIZER)
-    blocks, amount = len(corpus.train), corpus.amount(args, 5)
-    assert corpus.describe(args, 5).splitlines() == [
+    assert corpus.describe().splitlines() == [
         f"tokens: {corpus.parts[0].tokens:,}, documents: 102",
-        f"blocks of 32: {blocks} for training, 2 held out (--held-out-text)",
-        f"this run sees {amount.tokens_after(10) / 32 / blocks:.3g} epochs",
+        f"blocks of 32: {len(corpus.train)} for training, 2 held out (--held-out-text)",
         "left out of training, as copies of held-out documents: 10",
         f"left out of {args.text[0]}, files of other kinds: 1",
     ]
     only_text = settings(write(tmp_path / "c.jsonl", rows(*range(100))))
-    assert "left out" not in gather(only_text, TOKENIZER).describe(only_text)
+    assert "left out" not in gather(only_text, TOKENIZER).describe()
 
 
 def test_too_little_text_is_refused(tmp_path):

@@ -25,6 +25,7 @@ from tests.support.adapt_runs import (
 from tests.support.adapt_runs import (
     adapter_settings as settings,
 )
+from tests.support.tables import rows
 from tests.support.tiny_cli import adapt, logits, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -105,23 +106,19 @@ def test_embeddings_that_cannot_be_trained():
 
 @pytest.mark.parametrize(
     ("changes", "model", "message"),
-    [
-        (
-            {"modules_to_save": ["lm_head"]},
-            {},
-            "replaces whole modules, lm_head, which are not the embeddings of",
-        ),
-        ({"modules_to_save": ["embed_tokens", "norm"]}, {}, "norm, which are not the embeddings of"),
-        ({}, {"tie_word_embeddings": True}, "its embeddings are not tied, unlike those of --model"),
-        ({}, {"vocab_size": 260}, "embed_tokens was trained as 257 x 32, but in --model it has 260 x 32"),
-    ],
+    rows("""
+{"modules_to_save": ["lm_head"]} => {} => replaces whole modules, lm_head, which are not the embeddings of
+{"modules_to_save": ["embed_tokens", "norm"]} => {} => norm, which are not the embeddings of
+{} => {"tie_word_embeddings": true} => its embeddings are not tied, unlike those of --model
+{} => {"vocab_size": 260} => embed_tokens was trained as 257 x 32, but in --model it has 260 x 32
+"""),
 )
 def test_adapters_of_other_modules(changes, model, message, tmp_path):
     result.save(adapter.start(tiny_llama(), settings(**DEFAULT)), None, tmp_path)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text()) | json.loads(changes)))
     with pytest.raises(UsageError, match=f"--adapter {re.escape(str(tmp_path))}: .*{message}"):
-        adapter.check(tiny_llama(**model), settings(adapter=tmp_path, **DEFAULT))
+        adapter.check(tiny_llama(**json.loads(model)), settings(adapter=tmp_path, **DEFAULT))
 
 
 def test_the_table_of_the_readme_is_the_committed_run():

@@ -3,7 +3,6 @@ content, enough, never on both sides.
 """
 
 import random
-import re
 
 import numpy as np
 import pytest
@@ -187,18 +186,6 @@ def test_little_text():
     assert parts(documents, share=0.01) == expected
     least = tuple(range(20))
     assert parts([least], share=0.01) == ([least[:10]], [least[10:]], "ends of documents", 0)
-
-
-@pytest.mark.parametrize(
-    ("documents", "message"),
-    [
-        ([list(range(19))], "19 tokens found, copies not counted, 20 needed: one training and one held-out"),
-        ([document(7, seed=0)] * 4, "--text: 7 tokens found, copies not counted, 20 needed"),
-    ],
-)
-def test_too_little_text(documents, message):
-    with pytest.raises(UsageError, match=re.escape(message)):
-        parts(documents)
 
 
 @pytest.mark.parametrize("seed", range(40))

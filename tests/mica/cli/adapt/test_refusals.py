@@ -13,6 +13,7 @@ import mica
 from mica.cli import main
 from mica.cli.adapt.options import OPTIONS
 from tests.support.adapt_runs import saved
+from tests.support.tables import rows
 from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, tiny_llama
 
 
@@ -68,22 +69,6 @@ def test_backend_that_is_not_available(backend, message, refused, monkeypatch):
     monkeypatch.setenv("MICA_BACKEND", backend)
     monkeypatch.delenv("TRITON_INTERPRET")
     refused(message)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no such file or folder"),
-        (b"", "is empty"),
-        (b" \n\t\n", "no text in it"),
-        (b"caf\xe9 au lait", "cannot be read: 'utf-8' codec can't decode byte 0xe9"),
-    ],
-)
-def test_bad_text(content, message, refused, tmp_path):
-    path = tmp_path / "corpus"
-    if content is not None:
-        path.write_bytes(content)
-    refused("--text", path, message, text=path)
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "nowhere/model.gguf", "nobody/no-such-model", "a/b/c", "~/x"])
@@ -218,40 +203,33 @@ def test_missing_bitsandbytes(refused, monkeypatch):
     refused("--quantize nf4: needs bitsandbytes", options=["--quantize", "nf4"])
 
 
-# A bad value of options that take any string, and what the message has besides the option and the value.
-BAD_STRINGS = {
-    "model": ("./nowhere", "no such file or folder"),
-    "adapter": ("nowhere", "no such folder"),
-    "text": ("./nowhere.txt", "no such file or folder"),
-    "text_field": ("body", "has no column 'body', only text: name one with"),
-    "dataset_config": ("small", "no source is a dataset on the Hub"),
-    "held_out_text": ("./nowhere.csv", "no such file or folder"),
-    "retain": ("./nowhere.parquet", "no such file or folder"),
-    "target_modules": ("nope", "no layer of the model is called 'nope'"),
-    "optimizer": ("adam_w", "adam_w"),
-    "report_to": ("tensorbord", "tensorbord"),
-    "output": (__file__, "exists and is not a folder"),
-    "config": ("nowhere.yaml", "cannot be read"),
-}
-CANNOT = "model.layers.0.input_layernorm is a LlamaRMSNorm, which cannot be adapted"
-MISSPELT = "no layer of the model is called 'v_porj'; did you mean v_proj?"
-OTHERS = [
-    ("target_modules", "q_proj,v_porj", MISSPELT),
-    ("optimizer", "adamw_apex_fused", "apex"),
-    ("target_modules", "input_layernorm", CANNOT),
-    ("target_modules", ",", ""),
-    ("rank", 17, "model.layers.0.self_attn.k_proj has 16 x 32 weights, so"),  # and v_proj
-    ("rank", 17, "at most 16"),
-    ("sequence_length", 129, "128"),
-]
+# Options that take any string, a bad value of them, and what the message has besides these two
+BAD_VALUES = """
+model => ./nowhere => no such file or folder
+adapter => nowhere => no such folder
+text => ./nowhere.txt => no such file or folder
+text_field => body => has no column 'body', only text: name one with
+dataset_config => small => no source is a dataset on the Hub
+held_out_text => ./nowhere.csv => no such file or folder
+retain => ./nowhere.parquet => no such file or folder
+target_modules => nope => no layer of the model is called 'nope'
+target_modules => q_proj,v_porj => no layer of the model is called 'v_porj'; did you mean v_proj?
+target_modules => input_layernorm => layers.0.input_layernorm is a LlamaRMSNorm, which cannot be adapted
+target_modules => , =>
+optimizer => adam_w => adam_w
+optimizer => adamw_apex_fused => apex
+report_to => tensorbord => tensorbord
+output => FILE => exists and is not a folder
+config => nowhere.yaml => cannot be read
+rank => 17 => model.layers.0.self_attn.k_proj has 16 x 32 weights, so at most 16
+sequence_length => 129 => 128
+"""
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"), [*((name, *case) for name, case in BAD_STRINGS.items()), *OTHERS]
-)
+@pytest.mark.parametrize(("name", "value", "message"), rows(BAD_VALUES))
 def test_bad_value(name, value, message, refused, tmp_path):
-    rows = tmp_path / "rows.jsonl"
+    path = tmp_path / "rows.jsonl"
     lines = (json.dumps({"text": TEXT[index:]}) for index in range(20))
-    rows.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    flag = OPTIONS[name].flag
-    refused(flag if name == "text_field" else f"{flag} {value}", message, text=rows, options=[flag, value])
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    flag, value = OPTIONS[name].flag, value.replace("FILE", __file__)
+    refused(flag if name == "text_field" else f"{flag} {value}", message, text=path, options=[flag, value])

@@ -15,6 +15,7 @@ from mica.cli.adapt import checkpoints, corpus, session
 from mica.cli.record import NAME
 from tests.mica.cli.tiny_gguf import write_tiny_gguf
 from tests.support.adapt_runs import command, resume, same, saved, summary, unfinished, weights
+from tests.support.faults import FULL, raising
 from tests.support.tiny_cli import TEXT, adapt
 
 
@@ -39,7 +40,7 @@ def paper(model_dir, rows, tmp_path_factory):
 
 def test_what_is_measured_is_written(paper):
     result = summary(paper)
-    assert result["perplexity_after"] < result["perplexity_before"]
+    assert result["perplexity_after"] < 0.9 * result["perplexity_before"]
     assert 1 < result["retain_before"] != result["retain_after"]
     history = json.loads((paper / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
     measured = {entry["step"]: entry for entry in history if "eval_held_out_perplexity" in entry}
@@ -53,12 +54,33 @@ def test_what_is_measured_is_written(paper):
     assert "\nrecipe: paper\n" in card
 
 
+def test_the_summary_counts_what_was_trained(paper, rows):
+    made = summary(paper)
+    assert made["training_tokens"] == 12 * 2 * 32
+    assert made["tokens_per_second"] == pytest.approx(768 / made["training_seconds"])
+    assert made["trained_parameters"] == 2 * 2 * 4 * 32  # in 2 layers A of q_proj and v_proj
+    assert made["total_parameters"] > made["trained_parameters"]
+    assert sum(made["paths"].values()) == 4
+    assert len(made["layers_on_peft_path"]) == made["paths"].get("peft", 0)
+    texts = [json.loads(line)["text"] for line in rows.read_text(encoding="utf-8").splitlines()]
+    source = {"name": str(rows), "documents": 300, "tokens": len("".join(texts)) + 300, "skipped": 0}
+    assert made["sources"] == [source]
+    assert made["epochs"] == 12 * 2 / made["blocks"]
+    assert made["initialisation_seconds"] > 0
+    assert (made["dtype"], made["merged"]) == ("float32", None)
+    assert not (paper / "merged").exists()
+
+
 def test_a_finished_run_replaces_what_it_wrote_last_and_nothing_else(paper, tmp_path, capsys):
     output = tmp_path / "out"
     shutil.copytree(paper, output)
     page, card = output / "README.md", (paper / "README.md").read_text(encoding="utf-8")
     assert resume(output) == 0
-    assert "it stays as it is" not in capsys.readouterr().err
+    made, said = summary(paper), capsys.readouterr()
+    assert "it stays as it is" not in said.err
+    change = f"{made['perplexity_before']:.2f} -> {made['perplexity_after']:.2f}"
+    for part in (f"{made['epochs']:.3g} epochs, 768 tokens", "512 of", change, str(output)):
+        assert part in said.out
     page.write_text("mine", encoding="utf-8")
     assert resume(output) == 0
     said = f"mica: note: {page} is not what mica has written there: it stays as it is\n"
@@ -76,10 +98,16 @@ def test_a_finished_run_replaces_what_it_wrote_last_and_nothing_else(paper, tmp_
     assert page.read_text(encoding="utf-8").startswith(card[:100])
 
 
-def test_run_yaml_repeats_the_run(paper, tmp_path, capsys):
+def test_run_yaml_repeats_the_run(paper, tmp_path, capsys, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     assert command("--config", paper / "run.yaml", "--output", tmp_path / "again") == 0
     assert same(weights(paper), weights(tmp_path / "again"))
-    assert "note: " not in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "note: " not in said.err
+    seen = f"{summary(paper)['epochs']:.3g} epochs"
+    assert f"12 steps, 768 tokens, {seen}; 512 trained parameters; 0.00 GiB for weights" in said.out
+    assert not list((tmp_path / "elsewhere").iterdir())  # nothing is written outside --output
 
 
 def edit(path: Path, *changes: tuple[str, str]) -> None:
@@ -250,17 +278,15 @@ def test_packing_where_documents_cannot_be_kept_apart(rows, tmp_path, capsys):
     opt = saved(OPTForCausalLM(config), tmp_path / "opt")
     assert adapt(opt, rows, tmp_path / "refused", "--packing", "documents") == 2
     assert "--packing documents: the attention of OPTForCausalLM does not stay" in capsys.readouterr().err
-    assert adapt(opt, rows, tmp_path / "out", "--steps", 1) == 0
+    assert adapt(opt, rows, tmp_path / "out", "--steps", 3) == 0
     assert "note: packing is stream: the attention of OPTForCausalLM" in capsys.readouterr().err
-    result = summary(tmp_path / "out")
-    assert result["settings"]["packing"] == "stream"
+    assert summary(tmp_path / "out")["settings"]["packing"] == "stream"
+    assert adapt(opt, rows, tmp_path / "given", "--steps", 3, "--packing", "stream") == 0
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "given"))
 
 
 def test_the_summary_is_written_before_the_merge(model_dir, rows, tmp_path, monkeypatch, capsys):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", raising(FULL))
     assert adapt(model_dir, rows, tmp_path / "out", "--merge", "--steps", 2) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert summary(tmp_path / "out")["steps"] == 2
@@ -276,7 +302,7 @@ def test_what_cannot_be_written_after_the_training_is_said_beside_what_is_there(
 
     def full(source, target):
         if Path(target) == output / name:
-            raise OSError(28, "No space left on device")
+            raise FULL
         replace(source, target)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,7 +1,9 @@
 """Every kind of text gives the same documents, and what is none is refused in one line."""
 
+import ast
 import bz2
 import gzip
+import json
 import lzma
 import os
 import re
@@ -15,6 +17,7 @@ import pytest
 from mica.cli.adapt.sources import find
 from mica.errors import UsageError
 from tests.support.adapt_runs import ROWS, compressed_by_zstandard, write
+from tests.support.tables import rows
 
 TEXTS = [row["text"] for row in ROWS]
 PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": compressed_by_zstandard}
@@ -116,18 +119,18 @@ def test_a_dataset_of_the_hub(monkeypatch):
 
 @pytest.mark.parametrize(
     ("row", "field", "expected"),
-    [
-        ({"a": "x", "text": "y"}, None, "y"),
-        ({"content": "y", "a": "x"}, None, "y"),
-        ({"n": 1, "only": "y"}, None, "y"),
-        ({"a": "x", "text": "y"}, "a", "x"),
-        ({"text": None, "a": "x"}, None, ""),
-        ({"text": "2020-01-01"}, None, "2020-01-01"),
-    ],
+    rows("""
+{"a": "x", "text": "y"} =>  => y
+{"content": "y", "a": "x"} =>  => y
+{"n": 1, "only": "y"} =>  => y
+{"a": "x", "text": "y"} => a => x
+{"text": null, "a": "x"} =>  =>
+{"text": "2020-01-01"} =>  => 2020-01-01
+"""),
 )
 def test_the_column(tmp_path, row, field, expected):
     for name in ("a.jsonl", "a.parquet"):
-        assert read(write(tmp_path / name, [row, row]), field) == [expected] * 2
+        assert read(write(tmp_path / name, [json.loads(row)] * 2), field or None) == [expected] * 2
 
 
 @pytest.mark.parametrize(
@@ -148,43 +151,34 @@ def test_other_columns_do_not_matter_and_csv_is_text(tmp_path, name, data, expec
     assert read(tmp_path / name) == expected
 
 
-BAD_JSON = b'{"text": "a"}\n{"text": %s}\n'
-CONTENTS = [  # name, bytes or rows, column, what the line says
-    ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', None, "cannot be read: line 2 is not JSON: Expecting"),
-    ("a.jsonl", BAD_JSON % b"3", None, "column 'text' must have strings only"),
-    ("a.jsonl", BAD_JSON % b'"\xff"', None, "cannot be read: 'utf-8' codec can't decode byte"),
-    (
-        "a.jsonl",
-        b"\n" + BAD_JSON % b'"a\\ud83d"',
-        None,
-        r"cannot be read: line 3 has half a character (\ud83d) in 'text': write the whole one, or remove it",
-    ),
-    (
-        "a.csv",
-        b"1,First text.\n2,And so on\n",
-        None,
-        "line 1 must name the columns, but has 'First text.': put a line above it, like 'text', or use",
-    ),
-    ("a.csv", b"It was a dark night\nand so on\n", None, "line 1 must name the columns, but has 'It was a"),
-    ("a.jsonl", b'["b"]\n', None, "cannot be read: every row must be an object, not str"),
-    ("a.jsonl", b'{"a": "", "b": ""}\n', None, "has no column 'text', only a, b: name one with --text-field"),
-    ("a.jsonl", b'{"title": "a"}\n', "body", "has no column 'body', only title: name one with --text-field"),
-    ("a.json", b'[{"text": "a"},\n{"text" 1}]', None, "cannot be read: Expecting ':' delimiter: line 2"),
-    ("a.csv", b'text\n"a\n', None, "cannot be read: Error tokenizing data. C error: EOF inside string"),
-    ("a.txt", b"abc" * 2**19 + b"\xc3", None, "cannot be read: 'utf-8' codec can't decode byte"),
-    ("a.txt", b"abc\0", None, "not text: it contains a NUL character"),
-    ("a.txt.gz", b"abc", None, "cannot be read: Not a gzipped file"),
-    ("a.parquet", b"abc", None, "cannot be read: Parquet file size is 3 bytes"),
-    ("a.parquet", [{"text": 1}], None, "column 'text' must have strings only"),
-]
+# Name, content as Python writes it, the column, and what the line says
+CONTENTS = r"""
+a.jsonl => {"text": "a"}\n{"text": "b"\n =>  => cannot be read: line 2 is not JSON: Expecting
+a.jsonl => {"text": "a"}\n{"text": 3}\n =>  => column 'text' must have strings only
+a.jsonl => {"text": "a"}\n{"text": "\xff"}\n =>  => cannot be read: 'utf-8' codec can't decode byte
+a.jsonl => \n{"text": "a"}\n{"text": "a\\ud83d"}\n =>  => cannot be read: line 3 has half a character (\ud83d) in 'text': write the whole one, or remove it
+a.csv => 1,First text.\n2,And so on\n =>  => line 1 must name the columns, but has 'First text.': put a line above it, like 'text', or use
+a.csv => It was a dark night\nand so on\n =>  => line 1 must name the columns, but has 'It was a
+a.jsonl => ["b"]\n =>  => cannot be read: every row must be an object, not str
+a.jsonl => {"a": "", "b": ""}\n =>  => has no column 'text', only a, b: name one with --text-field
+a.jsonl => {"title": "a"}\n => body => has no column 'body', only title: name one with --text-field
+a.json => [{"text": "a"},\n{"text" 1}] =>  => cannot be read: Expecting ':' delimiter: line 2
+a.csv => text\n"a\n =>  => cannot be read: Error tokenizing data. C error: EOF inside string
+a.txt => abc\0 =>  => not text: it contains a NUL character
+a.txt.gz => abc =>  => cannot be read: Not a gzipped file
+a.parquet => abc =>  => cannot be read: Parquet file size is 3 bytes
+"""  # noqa: E501
+CASES = [(name, ast.literal_eval(f"b'''{data}'''"), *more) for name, data, *more in rows(CONTENTS)]
+CASES.append(("a.txt", b"abc" * 2**19 + b"\xc3", "", "cannot be read: 'utf-8' codec can't decode byte"))
+CASES.append(("a.parquet", [{"text": 1}], "", "column 'text' must have strings only"))
 
 
-@pytest.mark.parametrize(("name", "data", "field", "message"), CONTENTS)
+@pytest.mark.parametrize(("name", "data", "field", "message"), CASES)
 def test_bad_contents_are_refused(tmp_path, name, data, field, message):
     path = tmp_path / name
     path.write_bytes(data) if isinstance(data, bytes) else write(path, data)
     with pytest.raises(UsageError, match=re.escape(f"--text {path}: {message}")) as caught:
-        read(path, field)
+        read(path, field or None)
     assert "\n" not in str(caught.value)
 
 

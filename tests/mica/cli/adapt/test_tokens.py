@@ -15,6 +15,7 @@ from mica.cli.adapt import tokens
 from mica.cli.adapt.sources import find
 from mica.errors import UsageError
 from tests.support.adapt_runs import ROWS, write
+from tests.support.faults import FULL, raising
 from tests.support.tiny_cli import byte_tokenizer
 
 TEXTS = [row["text"] for row in ROWS]
@@ -145,17 +146,12 @@ def test_half_a_cache_is_not_used(path, cache, monkeypatch):
     assert documents(tokenized(path)) == oracle(TEXTS)
 
 
-def _full(*_):
-    raise OSError(28, "No space left on device")
-    yield
-
-
 @pytest.mark.parametrize(
     ("rows", "replaced", "message"),
     [
         ([{"text": " "}, {"text": ""}], None, "no text in it"),
         ([{"text": "a"}, {"text": 1}], None, "column 'text' must have strings only"),
-        (ROWS, _full, "tokens cannot be cached in .*: No space left on device"),
+        (ROWS, raising(FULL), "tokens cannot be cached in .*: No space left on device"),
     ],
 )
 def test_what_fails_leaves_nothing(tmp_path, cache, monkeypatch, rows, replaced, message):

@@ -144,13 +144,6 @@ def test_a_signal_ends_the_run_with_a_checkpoint(unbroken, tmp_path, monkeypatch
     assert same(weights(tmp_path), weights(unbroken[1]))
 
 
-def test_a_second_ctrl_c_ends_it_at_once(tmp_path, monkeypatch):
-    with pytest.raises(KeyboardInterrupt):
-        disturbed(monkeypatch, _Interrupt(7, signal.SIGINT, signal.SIGINT), settings(tmp_path))
-    assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-5"
-    assert run(settings(tmp_path, resume=True)).steps == 10
-
-
 @pytest.mark.parametrize(
     "changed",
     [
@@ -219,8 +212,10 @@ def test_a_checkpoint_that_cannot_be_read_is_named(unbroken, tmp_path, file, dam
     with pytest.raises(UsageError, match=said) as refusal:
         run(settings(tmp_path, log_steps=1, resume=True))
     assert "weights_only" not in str(refusal.value)
-    if file != "trainer_state.json":
-        assert "is damaged" in str(refusal.value) or f"({file} is missing)" in str(refusal.value)
+    if damage is Path.unlink:
+        assert f"({file} is missing)" in str(refusal.value)
+    elif file != "trainer_state.json":
+        assert "is damaged" in str(refusal.value)
 
 
 def _repacked(content: bytes) -> bytes:

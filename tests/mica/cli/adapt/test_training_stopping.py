@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mica.cli.adapt import checkpoints, evaluation, stopping, training
 from mica.cli.adapt.evaluation import Likelihood
@@ -205,6 +205,8 @@ def test_summary_card_and_merged_model_are_of_the_best_step(scripted, model_dir,
     merged, base = (AutoModelForCausalLM.from_pretrained(path) for path in (output / "merged", model_dir))
     expected = logits(PeftModel.from_pretrained(base, output / "checkpoint-3"))
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (output / "merged", model_dir)]
+    assert tokenizers[0]("déjà vu").input_ids == tokenizers[1]("déjà vu").input_ids
     assert resume(output) == 0
     assert summary(output)["adapter_step"] == 3
     state = output / "checkpoint-9" / "trainer_state.json"

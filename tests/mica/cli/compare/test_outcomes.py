@@ -37,11 +37,6 @@ def test_the_first_seed_chooses_and_brings_its_others():
     assert found.each[:, 0] == pytest.approx([0.2, 0.1, 0.9])
 
 
-def test_a_method_that_has_learned_nothing_is_found_as_any_other():
-    found = find(BEFORE, [run(1e-3, 0, -0.2), run(2e-3, 0, -0.1)])
-    assert (found.rate, found.seeds[0].means[0]) == (2e-3, pytest.approx(-0.1))
-
-
 def a_method(*seeds):
     return Found({}, 1e-3, {n: Outcome(0.0, {"learned": np.array(blocks)}) for n, blocks in enumerate(seeds)})
 

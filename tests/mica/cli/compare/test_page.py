@@ -1,7 +1,6 @@
 """What the page says of planted results."""
 
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -49,14 +48,6 @@ def test_forgetting_is_a_number_and_decides_nothing(forgets):
     rows = cells(page.table(asked), "full fine-tuning")
     assert {row[5] for row in rows} == {f"{forgets:.3f}"}
     assert [row[4] for row in rows] == [row[4] for row in cells(page.table(done()), "full fine-tuning")]
-
-
-def test_nothing_is_judged():
-    text = page.markdown(OUTPUT, done(), FACTS).lower()
-    said = re.findall(
-        r"\b(take|best|better|wins?|more than|at equal|95 %|certain|undecided|recommend\w*)\b", text
-    )
-    assert said == []
 
 
 def test_how_far_seeds_and_documents_vary_is_said():

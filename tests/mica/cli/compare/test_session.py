@@ -23,6 +23,8 @@ from mica.cli.adapt.packing import document_of
 from mica.cli.compare import session, trainings
 from mica.cli.record import NAME
 from tests.mica.cli.compare.tiny_comparison import RATES, arguments, compare, results, started, untimed
+from tests.support.faults import FULL
+from tests.support.tables import rows
 from tests.support.tiny_cli import byte_tokenizer
 
 
@@ -143,16 +145,16 @@ def test_a_method_that_runs_out_of_memory_is_left_out(model_dir, tmp_path, capsy
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ("--retain nowhere.txt", "--retain nowhere.txt: no such file"),
-        ("--methods mica lore", "argument --methods: invalid choice: 'lore'"),
-        ("--rates lore=1", "argument --rates: must be METHOD=RATE,RATE,... with a method of mica"),
-        ("--rates mica=1,zero", "argument --rates: must be a number above 0, not 'zero'"),
-        ("--rates full=1e-4", "--rates full: it is not compared: name it in --methods"),
-        ("--rank 64", "--rank 64: "),
-        ("--resume", "nothing to continue"),
-        ("--sequence-length 3000", "--sequence-length 3000: the model takes at most 128 tokens"),
-    ],
+    rows("""
+--retain nowhere.txt => --retain nowhere.txt: no such file
+--methods mica lore => argument --methods: invalid choice: 'lore'
+--rates lore=1 => argument --rates: must be METHOD=RATE,RATE,... with a method of mica
+--rates mica=1,zero => argument --rates: must be a number above 0, not 'zero'
+--rates full=1e-4 => --rates full: it is not compared: name it in --methods
+--rank 64 => --rank 64:
+--resume => nothing to continue
+--sequence-length 3000 => --sequence-length 3000: the model takes at most 128 tokens
+"""),
 )
 def test_mistakes_are_one_line(model_dir, tmp_path, refused, options, message):
     refused(compare(tmp_path, model_dir, tmp_path / "out", *options.split()), message)
@@ -206,16 +208,11 @@ def test_a_budget_that_is_used_up_shows_what_there_is(model_dir, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("2-mica-0.02-8-0", '{"phase": ', "remove it, and its training is done again"),
-        ("notes", '{"mine": 1}', "remove it, and its training is done again"),
-        ("base", "[]", "remove it, and its training is done again"),
-    ],
+    ("name", "text"), [("2-mica-0.02-8-0", '{"phase": '), ("notes", '{"mine": 1}'), ("base", "[]")]
 )
-def test_a_file_that_is_no_result_is_one_line(copied, refused, name, text, message):
+def test_a_file_that_is_no_result_is_one_line(copied, refused, name, text):
     (copied / "runs" / f"{name}.json").write_text(text)
-    refused(resume(copied), f"{name}.json", message)
+    refused(resume(copied), f"{name}.json", "remove it, and its training is done again")
 
 
 @pytest.fixture
@@ -267,7 +264,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(finished, copied, refused, mo
 
     def full_disk(scratch, path):
         if path.name == name:
-            raise OSError(28, "No space left on device")
+            raise FULL
         return replace(scratch, path)
 
     monkeypatch.setattr(os, "replace", full_disk)

@@ -68,5 +68,3 @@ def test_rates_are_those_given_or_our_own():
     twice = given | {"rates": [["lora", [3e-4]], ["mica", [1e-3]], ["lora", [1e-4]]]}
     assert settings.rates(twice) == {"mica": [1e-3], "lora": [1e-4, 3e-4]}
     assert list(settings.rates(settings.DEFAULTS)) == ["mica", "lora", "full"]
-    with pytest.raises(UsageError, match="--rates full: it is not compared: name it in --methods"):
-        settings.rates(given | {"rates": [["full", [1e-5]]]})

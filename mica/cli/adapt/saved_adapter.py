@@ -1,0 +1,182 @@
+"""A MiCA adapter in a folder: what its files say of it, before PEFT loads it."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+import mica.fast  # noqa: F401 (reads the configuration of an adapter of experts as MiCA's)
+from mica.cli.output import explained, size_text
+from mica.cli.targets import features, saved_parameters
+from mica.errors import UsageError
+from mica.fast.forward.eligibility import requests_mica
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_KINDS = {  # of what is read of it before PEFT loads the adapter
+    "base_model_name_or_path": (str, "a name"),
+    "target_modules": (str | set, "a list of names or a pattern"),
+    "target_parameters": (list, "a list of names"),
+    "modules_to_save": (list, "a list of names"),
+    "rank_pattern": (dict, "an object"),
+    "alpha_pattern": (dict, "an object"),
+}
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A MiCA adapter in ``folder``, which ``option`` of the command line names; see `read`.
+
+    ``layers``: what it has weights for: name -> (out_features, rows of A, in_features). An embedding has
+    (embedding_dim, rows of A, num_embeddings). Several parameters of one module have its name, and once or
+    more ".base_layer".
+    """
+
+    folder: Path
+    option: str
+    config: LoraConfig
+    layers: dict[str, tuple[int, int, int]]
+
+    def error(self, what: str) -> UsageError:
+        """The error to raise for ``what`` is wrong with it."""
+        return UsageError(f"{self.option} {self.folder}: {what}")
+
+    @property
+    def stacks(self) -> set[str]:
+        """Those of its layers that are stacks of experts: A has the rows of all of them."""
+        return {name for name, (_, rows, _) in self.layers.items() if rows > self.config.r}
+
+    def settings(self) -> dict[str, object]:
+        """The options that the adapter fixes.
+
+        ``rank``, ``alpha``: int. ``target_modules``: names with commas; where PEFT got a pattern, the layers
+        themselves. ``experts``: True if it has stacks of experts, else None; ``train_embeddings``: likewise.
+        ``dropout``: float, a proposal.
+
+        Raises UsageError if ranks or alphas differ between layers, or alpha is no whole number: no option
+        says that.
+        """
+        config = self.config
+        if config.rank_pattern or config.alpha_pattern:
+            raise self.error("its layers have different ranks or alphas, which is not supported")
+        if config.lora_alpha % 1:
+            raise self.error(f"lora_alpha is {config.lora_alpha:g}, which must be a whole number")
+
+        layers = self.layers.keys() - self.stacks
+        parameters = []  # those that are no stacks
+        for parameter in config.target_parameters or ():
+            module = parameter.rpartition(".")[0]
+            holders = {name for name in layers if f".{name}".endswith(f".{module}")}
+            if holders:
+                parameters.append(parameter)
+                layers -= holders
+        modules = layers
+        if isinstance(config.target_modules, set):
+            modules = config.target_modules
+        return {
+            "rank": config.r,
+            "alpha": int(config.lora_alpha),
+            "target_modules": ",".join(sorted([*modules, *parameters])),
+            "experts": True if self.stacks else None,
+            "train_embeddings": True if config.modules_to_save else None,
+            "dropout": config.lora_dropout,
+        }
+
+    def check_fit(self, model: nn.Module, model_option: str = "--model") -> None:
+        """Raise UsageError unless ``model`` has, in the same shape, all that the adapter adapts."""
+        modules = dict(model.named_modules())
+        parameters = saved_parameters(model, self.config.target_parameters or ())
+        for name, (out_features, rows, in_features) in self.layers.items():
+            shape = (out_features, in_features)
+            what = "a layer"
+            if name in parameters:
+                parameter, found = parameters[name]
+                what = "a parameter"
+                experts = rows // self._rank_of(parameter)
+                if len(found) == 3 or experts > 1:
+                    shape = (experts, *shape)
+            elif name in modules:
+                found = features(modules[name])
+            else:
+                raise self.error(f"adapts {name}, which {model_option} does not have")
+            if found != shape:
+                has = f"it is a {type(modules[name]).__name__}"
+                if found:
+                    has = f"it has {size_text(found)}"
+                adapts = f"adapts {name} as {what} of {size_text(shape)}"
+                raise self.error(f"{adapts}, but in {model_option} {has}")
+
+    def _rank_of(self, parameter: str) -> int:
+        ranks = self.config.rank_pattern or {}
+        return ranks.get(get_pattern_key(ranks.keys(), parameter), self.config.r)
+
+    def load(self, model: nn.Module, is_trainable: bool = False) -> PeftModel:
+        """``model`` with the adapter.
+
+        Raises UsageError if PEFT cannot load it: its files may have been edited.
+        """
+        edited = (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError, re.error)
+        with explained(f"PEFT cannot load the adapter in {self.folder}", edited):
+            return PeftModel.from_pretrained(
+                model, self.folder, config=self.config, is_trainable=is_trainable
+            )
+
+
+def read(folder: Path, option: str = "--adapter") -> SavedAdapter:
+    """The MiCA adapter in ``folder``; of its weights only the header is read.
+
+    Raises UsageError, naming ``option``, if ``folder`` is not the folder of an adapter, the adapter not
+    MiCA's, or a file of it damaged or incomplete.
+    """
+    where = f"{option} {folder}"
+    if folder.is_file():
+        raise UsageError(f"{where}: is a file; give the folder of the adapter")
+    if not folder.is_dir():
+        raise UsageError(f"{where}: no such folder")
+    if not (folder / CONFIG).is_file():
+        raise UsageError(f"{where}: is not a PEFT adapter folder (no {CONFIG})")
+    with explained(f"{where}: {CONFIG} is not the configuration of a PEFT adapter"):
+        config = PeftConfig.from_pretrained(folder)
+        kind = config.peft_type.value
+
+    found = None
+    if kind != "LORA":
+        found = kind
+    elif not requests_mica(config):
+        found = f"LoRA with init_lora_weights={config.init_lora_weights!r}"
+    if found is not None:
+        raise UsageError(f"{where}: must be a MiCA adapter, but is {found}")
+    if not (folder / WEIGHTS).is_file():
+        raise UsageError(f"{where}: has no {WEIGHTS}")
+    for name in ("r", "lora_alpha"):
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or value <= 0:
+            raise UsageError(f"{where}: {CONFIG}: {name} must be a number above 0, not {value!r:.80}")
+    for name, (kind, what) in _KINDS.items():
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, kind):
+            raise UsageError(f"{where}: {CONFIG}: {name} must be {what}, not {value!r:.80}")
+    return SavedAdapter(folder, option, config, _layers(folder / WEIGHTS, where))
+
+
+def _layers(file: Path, where: str) -> dict[str, tuple[int, int, int]]:
+    """`SavedAdapter.layers`. Raises UsageError if the file cannot be read, or a layer lacks A or B."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # layer -> "lora_A", "lora_B" -> shape
+    reading = explained(f"{where}: {WEIGHTS} cannot be read", (OSError, SafetensorError))
+    with reading, safe_open(file, framework="pt") as weights:
+        for key in weights.keys():  # noqa: SIM118  (safe_open is no mapping)
+            layer, _, factor = key.removesuffix(".weight").rpartition(".")
+            layer = layer.removeprefix("base_model.model.")
+            factor = factor.replace("lora_embedding_", "lora_")
+            if factor in ("lora_A", "lora_B"):
+                shapes.setdefault(layer, {})[factor] = tuple(weights.get_slice(key).get_shape())
+    if not shapes:
+        raise UsageError(f"{where}: {WEIGHTS} is incomplete: it has no layer of an adapter")
+    for name in sorted(shapes):
+        if len(shapes[name]) < 2:
+            raise UsageError(f"{where}: {WEIGHTS} is incomplete: {name} has only A or only B")
+    return {name: (found["lora_B"][0], *found["lora_A"]) for name, found in shapes.items()}
