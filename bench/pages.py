@@ -23,8 +23,8 @@ from bench.results.names import (
     BOTH,
     EIGH,
     FAST,
+    FAST_ACTIVATIONS,
     FAST_LORA,
-    FAST_NORMS,
     LORA,
     MICA,
     PLAIN_LORA,
@@ -43,7 +43,7 @@ TEXT = re.compile(r"(<!-- text: ([\w-]+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 SOLVED_RANKS = (16, 64, 128)
 WITHOUT = "without adapter"
-FITS = ("PEFT's default", "PEFT's best setting", "here", "here, with norms")
+FITS = ("PEFT's default", "PEFT's best setting", "here", "here, norms saved")
 DEVICES = (24, 40, 80)  # GiB
 
 
@@ -157,7 +157,7 @@ def kept(*runs: str) -> list[Row]:
     for group in (one for run in runs for one in result(run).select(suite="kept")):
         bare = group.timings[BARE].facts["saved_mb"]
         cells = [f"{bare:.1f} MB"]
-        for name in (STOCK, best_stock(group.timings), FAST, FAST_NORMS):
+        for name in (STOCK, best_stock(group.timings), FAST, FAST_ACTIVATIONS):
             ours = group.timings[name].facts["saved_mb"]
             cells.append(f"{ours:.1f} MB, {ours / bare:.3f}")
         words = [group.axes[axis] for axis in ("model", "adapter", "dtype", "how") if axis in group.axes]

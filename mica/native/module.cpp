@@ -9,6 +9,7 @@
 #include "check.h"
 #include "layer.h"
 #include "merging.h"
+#include "norm.h"
 
 namespace py = pybind11;
 
@@ -220,6 +221,7 @@ PYBIND11_MODULE(mica_native, module) {
   module.def("key_of", mica::with_operands<py::object, mica::key_object>);
   module.def("wide_product", mica::optional_wide_product);
   module.def("weighted_sums", mica::weighted_sums, py::call_guard<py::gil_scoped_release>());
+  module.def("norm", mica::norm, py::call_guard<py::gil_scoped_release>());
   module.def("merge_bfloat16", mica::merge<uint16_t>, py::call_guard<py::gil_scoped_release>());
   module.def("merge_float32", mica::merge<uint32_t>, py::call_guard<py::gil_scoped_release>());
   module.def("unmerge_bfloat16", mica::unmerge<uint16_t>, py::call_guard<py::gil_scoped_release>());

@@ -5,8 +5,8 @@ keeps anyway for PyTorch's own backward, those are enough: the same operators gi
 
     x = act(G)·U               of a gated MLP: G and U are kept; neither x nor act(G) has to be
     x = act(G)                 of an MLP without a gate
-    x = weight·(h·rstd)        of an RMS norm in PyTorch's operators, with `recompute_norms`: h is kept in
-                               its own 16 bits, not in the 32 that two of PyTorch's nodes keep
+    x = weight·(h·rstd)        of an RMS norm, unless `recompute_norms(False)`: h is kept in its own 16 bits,
+                               not in the 32 that two of PyTorch's nodes keep
 
 Casts may stand between them. act is SiLU, GELU (also by tanh) or a square (of a ReLU), or all is one function
 of Liger's. This is done by PyTorch's documented hooks: `torch.autograd.graph.saved_tensors_hooks` around the
@@ -15,7 +15,8 @@ model is patched.
 
 Whoever sets saved-tensor hooks of their own (offloading, checkpointing) gets x. An edit in place of what x is
 computed from raises in the backward. An edit that autograd does not count (``tensor.data``, NumPy's views),
-or of a value that is no longer saved, is not seen: the backward takes what it finds.
+or of a value that is no longer saved, is not seen: the backward takes what it finds. The weight of a norm is
+copied: optimizers change it without a count, and FSDP2 and DeepSpeed ZeRO-3 take its memory away.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mica import native
 from mica.dtypes import SIXTEEN_BIT
 from mica.memory import LAYER_TYPES
 
@@ -43,7 +46,7 @@ EDITED = (
 # of a small x. An MLP then keeps x and act(G), at most 0.5 MiB in 16 bits: SmolLM2-135M 15 MiB, with 85
 # tokens. C++ reads this and `_norms` at each call.
 SMALL = 2**17
-_norms = False
+_norms = True
 
 
 def recompute_norms(on: bool) -> None:
@@ -96,12 +99,28 @@ class Computed:
         self._function = function
         self._parts = parts
         self._users = 0
-        for part in parts:
-            if isinstance(part, Computed):
-                part.add_user()
 
     def add_user(self) -> None:
+        """Of its parts it is one user, however many it has itself."""
+        if self._users == 0:
+            for part in self._parts:
+                if isinstance(part, Computed):
+                    part.add_user()
         self._users += 1
+
+    def uncast(self) -> tuple[Computed, torch.dtype | None]:
+        """What is cast to which dtype; this itself where it is no cast of something computed."""
+        if type(self._function) is _Cast and isinstance(self._parts[0], Computed):
+            return self._parts[0], self._function.dtype
+        return self, None
+
+    def factors(self) -> tuple[Part, Computed] | tuple[None, None]:
+        """Those of a product of what is kept and what is computed."""
+        if self._function is torch.mul:
+            for kept, computed in (self._parts, self._parts[::-1]):
+                if isinstance(kept, Part) and isinstance(computed, Computed):
+                    return kept, computed
+        return None, None
 
     def value(self, held: Held | None) -> Tensor:
         """The value, of parts that need no gradient; ``held`` is changed."""
@@ -167,7 +186,7 @@ def call(layer: Callable[..., Tensor], x: Tensor, *operands, dtype: torch.dtype 
 
     if dtype is not None and x.dtype is not dtype:
         x = x.to(dtype)
-        computed = Computed(lambda t: t.to(dtype), computed)
+        computed = Computed(_Cast(dtype), computed)
     computed.add_user()
     packed = {_identity(x): computed}
     with torch.no_grad():
@@ -212,6 +231,8 @@ def input_of(x: Tensor) -> Computed | None:
         computed = _described(x.grad_fn, 2 if _norms else 1)
     except RuntimeError:  # freed already, or edited since
         return None
+    if computed is not None and x.dtype is torch.bfloat16:
+        computed = _in_one_pass(computed) or computed
     _last.x = weakref.ref(x)
     _last.computed = None if computed is None else weakref.ref(computed)
     return computed
@@ -260,10 +281,17 @@ def _kept(node, name: str) -> Tensor | None:
     """A tensor that a node keeps, without its graph, if nobody packs it and it is an ordinary one."""
     if getattr(node, f"_raw_saved_{name}").unpack_hook is not None:
         return None
-    tensor = getattr(node, f"_saved_{name}")
+    return _to_keep(getattr(node, f"_saved_{name}"))
+
+
+def _to_keep(tensor: Tensor | None) -> Tensor | None:
+    """It without its graph, or a copy; None: it is no ordinary tensor, or has no memory now."""
     if type(tensor) not in LAYER_TYPES or tensor.layout is not torch.strided:
         return None
-    return tensor.detach()
+    if tensor.untyped_storage().nbytes() == 0:  # so FSDP2 and DeepSpeed ZeRO-3 leave a weight until it is due
+        return None
+    kept = tensor.detach()
+    return kept.clone() if tensor.is_leaf and tensor.dim() == 1 else kept
 
 
 def _described(node, products: int) -> Computed | None:
@@ -288,8 +316,7 @@ def _of_cast(node, products: int) -> Computed | None:
     if before is None or before.device != after.device:
         return None
     value = _described(node.next_functions[0][0], products)
-    dtype = after.dtype
-    return None if value is None else Computed(lambda t: t.to(dtype), value)
+    return None if value is None else Computed(_Cast(after.dtype), value)
 
 
 def _output_before(node, position: int):
@@ -323,7 +350,10 @@ def _of_liger(node) -> Computed | None:
         return None
     shape = node._input_metadata[0].shape
     name = f"What {node.name()} keeps"
-    parts = [Part(tensor.detach(), name) for tensor in node.saved_tensors]
+    tensors = [_to_keep(tensor) for tensor in node.saved_tensors]
+    if any(tensor is None for tensor in tensors):
+        return None
+    parts = [Part(tensor, name) for tensor in tensors]
     return Computed(lambda *tensors: function(*tensors).view(shape), *parts)
 
 
@@ -407,3 +437,40 @@ def _narrow(node, saved, position: int, wide: Tensor) -> Computed | None:
 
 
 _STEPS_TO_SQUARE = 6  # rsqrt, + eps, mean, and some to spare
+
+
+# ---------------------------------------------------------------------------------------------------
+# a norm in one pass
+# ---------------------------------------------------------------------------------------------------
+
+
+class _Cast(NamedTuple):
+    dtype: torch.dtype
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype)
+
+
+def _in_one_pass(x: Computed) -> Computed | None:
+    """weight·(h·rstd) in bfloat16, with casts between, by one loop over h; None: x is something else."""
+    product, _ = x.uncast()
+    weight, normed = product.factors()
+    if normed is None or weight.value().dtype not in (torch.bfloat16, torch.float32):
+        return None
+    normed, rounded_to = normed.uncast()
+    rstd, h = normed.factors()
+    if h is None or rounded_to not in (None, torch.bfloat16):
+        return None
+    return Computed(partial(_norm, rounds=rounded_to is not None), weight, h, rstd)
+
+
+def _norm(weight: Tensor, h: Tensor, rstd: Tensor, *, rounds: bool) -> Tensor:
+    """weight·(h·rstd) in bfloat16, by C++ where that can; ``rounds``: h·rstd as well."""
+    module = native.module_if_built()
+    x = None if module is None else module.norm(weight.float(), h, rstd, rounds)
+    if x is not None:
+        return x
+    normed = h * rstd
+    if rounds:
+        normed = normed.to(torch.bfloat16)
+    return (weight * normed).to(torch.bfloat16)
