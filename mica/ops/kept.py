@@ -161,8 +161,13 @@ def _unpack(packed: Tensor | Part | Computed) -> Tensor:
         return packed
     if isinstance(packed, Part):
         return packed.value()
+    return value_of(packed)
+
+
+def value_of(computed: Computed) -> Tensor:
+    """Its value, for the backward that runs in this thread."""
     with torch._C._DisableAutocast():
-        return packed.value(_held())
+        return computed.value(_held())
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -200,6 +205,14 @@ def call(layer: Callable[..., Tensor], x: Tensor, *operands, dtype: torch.dtype 
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
         return layer(x, *operands)
+
+
+def claim(x: Tensor) -> Computed | None:
+    """`input_of`, with one user more: a layer in C++, which asks for `value_of`."""
+    computed = input_of(x)
+    if computed is not None:
+        computed.add_user()
+    return computed
 
 
 def _identity(tensor: Tensor) -> tuple:
