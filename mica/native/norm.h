@@ -12,11 +12,11 @@ namespace mica {
 
 // Whether a number is unusual: PyTorch may round it in another way.
 MICA_VECTORS inline bool norm_row(
-    uint16_t* __restrict out, const float* h, const float* weight, int64_t columns, float rstd, bool rounds) {
+    uint16_t* __restrict out, const uint16_t* h, const float* weight, int64_t columns, float rstd, bool rounds) {
   uint32_t unusual = 0;
   MICA_LOOP
   for (int64_t i = 0; i < columns; ++i) {
-    float normed = h[i] * rstd;
+    float normed = widened(h[i]) * rstd;
     unusual |= is_unusual(normed);
     if (rounds) {
       uint16_t word;
@@ -30,13 +30,14 @@ MICA_VECTORS inline bool norm_row(
   return unusual;
 }
 
-// weight (K), h (M…×K) and rstd (M…×1) are fp32. rounds: whether h·rstd is rounded to bfloat16. Nothing where this is
-// not the case, or a number is unusual.
+// h (M…×K) is bfloat16, weight (K) and rstd (M…×1) are fp32. rounds: whether h·rstd is rounded to bfloat16. Nothing where
+// this is not the case, or a number is unusual.
 inline OptionalTensor norm(const Tensor& weight, const Tensor& h, const Tensor& rstd, bool rounds) {
-  for (const Tensor& tensor : {weight, h, rstd}) {
-    if (!tensor.is_cpu() || tensor.scalar_type() != at::kFloat || !tensor.is_contiguous() || !is_readable(tensor)) {
-      return std::nullopt;
-    }
+  const auto has = [](const Tensor& tensor, ScalarType dtype) {
+    return tensor.scalar_type() == dtype && tensor.is_cpu() && tensor.is_contiguous() && is_readable(tensor);
+  };
+  if (!has(weight, at::kFloat) || !has(h, at::kBFloat16) || !has(rstd, at::kFloat)) {
+    return std::nullopt;
   }
   const int64_t columns = weight.numel();
   const int64_t rows = rstd.numel();
@@ -44,9 +45,9 @@ inline OptionalTensor norm(const Tensor& weight, const Tensor& h, const Tensor& 
   if (!is_row_by_row || h.size(-1) != columns || h.numel() != rows * columns) {
     return std::nullopt;
   }
-  const Tensor out = at::empty(h.sizes(), h.options().dtype(at::kBFloat16));
+  const Tensor out = at::empty(h.sizes(), h.options());
   auto* words = static_cast<uint16_t*>(out.mutable_data_ptr());
-  const float* numbers = h.const_data_ptr<float>();
+  const auto* numbers = static_cast<const uint16_t*>(h.const_data_ptr());
   const float* factors = weight.const_data_ptr<float>();
   const float* of_rows = rstd.const_data_ptr<float>();
   std::atomic<bool> is_unusual = false;

@@ -93,31 +93,31 @@ class Computed:
     Held for one backward in one thread, on one stream, and at most until that backward ends.
     """
 
-    __slots__ = ("__weakref__", "_function", "_parts", "_users")
+    __slots__ = ("__weakref__", "_users", "function", "parts")
 
     def __init__(self, function: Callable[..., Tensor], *parts: Part | Computed) -> None:
-        self._function = function
-        self._parts = parts
+        self.function = function
+        self.parts = parts
         self._users = 0
 
     def add_user(self) -> None:
         """Of its parts it is one user, however many it has itself."""
         if self._users == 0:
-            for part in self._parts:
+            for part in self.parts:
                 if isinstance(part, Computed):
                     part.add_user()
         self._users += 1
 
     def uncast(self) -> tuple[Computed, torch.dtype | None]:
         """What is cast to which dtype; this itself where it is no cast of something computed."""
-        if type(self._function) is _Cast and isinstance(self._parts[0], Computed):
-            return self._parts[0], self._function.dtype
+        if type(self.function) is _Cast and isinstance(self.parts[0], Computed):
+            return self.parts[0], self.function.dtype
         return self, None
 
     def factors(self) -> tuple[Part, Computed] | tuple[None, None]:
         """Those of a product of what is kept and what is computed."""
-        if self._function is torch.mul:
-            for kept, computed in (self._parts, self._parts[::-1]):
+        if self.function is torch.mul:
+            for kept, computed in (self.parts, self.parts[::-1]):
                 if isinstance(kept, Part) and isinstance(computed, Computed):
                     return kept, computed
         return None, None
@@ -125,10 +125,10 @@ class Computed:
     def value(self, held: Held | None) -> Tensor:
         """The value, of parts that need no gradient; ``held`` is changed."""
         if held is None:
-            return self._function(*[part.value(None) for part in self._parts])
+            return self.function(*[part.value(None) for part in self.parts])
         value, left = held.pop(self, (None, self._users))
         if value is None:
-            value = self._function(*[part.value(held) for part in self._parts])
+            value = self.function(*[part.value(held) for part in self.parts])
         if left > 1:
             held[self] = value, left - 1
             if len(held) > _HELD:
@@ -472,18 +472,19 @@ def _in_one_pass(x: Computed) -> Computed | None:
         return None
     normed, rounded_to = normed.uncast()
     rstd, h = normed.factors()
-    if h is None or rounded_to not in (None, torch.bfloat16):
+    if h is None or h.function is not torch.Tensor.float or rounded_to not in (None, torch.bfloat16):
         return None
-    return Computed(partial(_norm, rounds=rounded_to is not None), weight, h, rstd)
+    (narrow,) = h.parts
+    return Computed(partial(_norm, rounds=rounded_to is not None), weight, narrow, rstd)
 
 
 def _norm(weight: Tensor, h: Tensor, rstd: Tensor, *, rounds: bool) -> Tensor:
     """weight·(h·rstd) in bfloat16, by C++ where that can; ``rounds``: h·rstd as well."""
-    module = native.module_if_built()
+    module = None if torch.compiler.is_compiling() else native.module_if_built()
     x = None if module is None else module.norm(weight.float(), h, rstd, rounds)
     if x is not None:
         return x
-    normed = h * rstd
+    normed = h.float() * rstd
     if rounds:
         normed = normed.to(torch.bfloat16)
     return (weight * normed).to(torch.bfloat16)
