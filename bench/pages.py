@@ -25,6 +25,7 @@ from bench.results.names import (
     FAST,
     FAST_ACTIVATIONS,
     FAST_LORA,
+    FAST_NORMS,
     LORA,
     MICA,
     PLAIN_LORA,
@@ -49,10 +50,17 @@ DEVICES = (24, 40, 80)  # GiB
 
 @cache
 def result(name: str) -> Result:
-    """Runs before plain LoRA was timed do not name the adapter."""
+    """With today's names.
+
+    Runs before plain LoRA was timed do not name the adapter, and those before norms were recomputed by
+    default call that by a name of its own.
+    """
     found = Result.load(RESULTS / f"{name}.json").with_both()
     for group in found.groups:
         group.axes.setdefault("adapter", MICA)
+        if FAST_NORMS in group.timings:
+            group.timings[FAST_ACTIVATIONS] = group.timings.pop(FAST)
+            group.timings[FAST] = group.timings.pop(FAST_NORMS)
     return found
 
 

@@ -304,7 +304,7 @@ def _to_keep(tensor: Tensor | None) -> Tensor | None:
     if tensor.untyped_storage().nbytes() == 0:  # so FSDP2 and DeepSpeed ZeRO-3 leave a weight until it is due
         return None
     kept = tensor.detach()
-    return kept.clone() if tensor.is_leaf and tensor.dim() == 1 else kept
+    return kept.clone() if tensor.dim() == 1 else kept
 
 
 def _described(node, products: int) -> Computed | None:
