@@ -244,7 +244,7 @@ def input_of(x: Tensor) -> Computed | None:
         computed = _described(x.grad_fn, 2 if _norms else 1)
     except RuntimeError:  # freed already, or edited since
         return None
-    if computed is not None and x.dtype is torch.bfloat16:
+    if computed is not None and x.dtype is torch.bfloat16 and x.is_cpu:
         computed = _in_one_pass(computed) or computed
     _last.x = weakref.ref(x)
     _last.computed = None if computed is None else weakref.ref(computed)
@@ -465,7 +465,9 @@ class _Cast(NamedTuple):
 
 
 def _in_one_pass(x: Computed) -> Computed | None:
-    """weight·(h·rstd) in bfloat16, with casts between, by one loop over h; None: x is something else."""
+    """weight·(h·rstd) in bfloat16, with casts between, by one loop of C++; None: x is something else."""
+    if native.module_if_built() is None:
+        return None
     product, _ = x.uncast()
     weight, normed = product.factors()
     if normed is None or weight.value().dtype not in (torch.bfloat16, torch.float32):
@@ -479,12 +481,12 @@ def _in_one_pass(x: Computed) -> Computed | None:
 
 
 def _norm(weight: Tensor, h: Tensor, rstd: Tensor, *, rounds: bool) -> Tensor:
-    """weight·(h·rstd) in bfloat16, by C++ where that can; ``rounds``: h·rstd as well."""
+    """weight·(h·rstd) in bfloat16; ``rounds``: h·rstd as well."""
     module = None if torch.compiler.is_compiling() else native.module_if_built()
     x = None if module is None else module.norm(weight.float(), h, rstd, rounds)
     if x is not None:
         return x
-    normed = h.float() * rstd
+    normed = h.float() * rstd  # of other shapes, and of numbers that PyTorch may round in another way
     if rounds:
         normed = normed.to(torch.bfloat16)
     return (weight * normed).to(torch.bfloat16)

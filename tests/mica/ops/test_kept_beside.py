@@ -210,6 +210,7 @@ def test_a_product_whose_graph_is_freed():
 SECOND = {
     "a gated MLP": gated,
     "a product of products": lambda gate, up: up * (gate.sin() * up),
+    "a norm": lambda h, weight: weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True))),
 }
 
 
