@@ -20,7 +20,7 @@ import torch
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR, ROOT
 from bench.results import throughput
-from bench.results.names import FAST_NORMS, MICA, PLAIN_LORA, WALL, in_words
+from bench.results.names import MICA, PLAIN_LORA, WALL, in_words
 from bench.suites.bench_step import AUTOCAST, DROPOUT, Cell, build, work_of
 from bench.suites.decoder import SMOLLM2
 from bench.suites.harness import each, pick
@@ -81,14 +81,13 @@ def bench_fresh(cell, tmp_path):
     axes = {**cell.axes, "suite": "fresh"}
     group = in_words(axes)
     file = prepared(group, lambda: saved_work(cell, tmp_path))
-    names = [name for name in cell.implementations if name != FAST_NORMS]
 
     def sample(once: Once, name: str) -> None:
         facts = in_a_process(file, name)
         once.work = throughput.of_axes(axes)
         once.add(facts.pop("seconds"), axes, facts, WALL)
 
-    rounds(group, names, sample, SECONDS, FEWEST)
+    rounds(group, cell.implementations, sample, SECONDS, FEWEST)
 
 
 if __name__ == "__main__":

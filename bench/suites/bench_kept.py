@@ -10,7 +10,7 @@ import functools
 import torch
 from transformers import AutoModel
 
-from bench.results.names import BARE, FAST, FAST_NORMS, MICA, PLAIN_LORA, in_words, stock
+from bench.results.names import BARE, FAST, FAST_ACTIVATIONS, MICA, PLAIN_LORA, in_words, stock
 from bench.suites.bench_step import AUTOCAST, CONFIGS, DROPOUT, Cell
 from bench.suites.decoder import SMOLLM2, config_of, under_autocast, work_on
 from bench.suites.harness import build_all, each, pick
@@ -30,7 +30,7 @@ CELLS = [
 
 
 def implementations(cell: Cell) -> list[str]:
-    return [BARE, *stock(cell.dtype, cell.how == AUTOCAST), FAST, FAST_NORMS]
+    return [BARE, *stock(cell.dtype, cell.how == AUTOCAST), FAST, FAST_ACTIVATIONS]
 
 
 def bare_of(cell: Cell) -> torch.nn.Module:

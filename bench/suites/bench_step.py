@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from bench.measure.machine import DEVICE
-from bench.results.names import BARE, FAST, FAST_NORMS, MICA, PLAIN_LORA, STOCK, stock
+from bench.results.names import BARE, FAST, FAST_ACTIVATIONS, MICA, PLAIN_LORA, STOCK, stock
 from bench.suites import harness
 from bench.suites.decoder import (
     RANK,
@@ -83,7 +83,7 @@ class Cell(harness.Cell):
 
     @property
     def implementations(self) -> list[str]:
-        ours = [FAST] if self.how or self.dtype == "float32" else [FAST, FAST_NORMS]
+        ours = [FAST] if self.how or self.dtype == "float32" else [FAST, FAST_ACTIVATIONS]
         return [BARE, *stock(self.dtype, self.how == AUTOCAST), *ours]
 
 

@@ -37,7 +37,7 @@ class Setup(NamedTuple):
     name: str
     init: bool | str | None = None
     is_here: bool = False  # on this backend, else PEFT's code
-    recompute: str | None = None
+    recompute: str = "norms"
     casts_factors: bool = True  # to fp32, which is PEFT's default
 
 
@@ -47,7 +47,7 @@ def _setups() -> Iterator[Setup]:
         yield Setup(f"{name}, PEFT's default", init)
         yield Setup(f"{name}, PEFT's best setting", init, casts_factors=False)
         yield Setup(f"{name}, here", init, is_here=True)
-        yield Setup(f"{name}, here, with norms", init, is_here=True, recompute="norms")
+        yield Setup(f"{name}, here, norms saved", init, is_here=True, recompute="activations")
 
 
 SETUPS = tuple(_setups())

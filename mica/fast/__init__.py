@@ -49,7 +49,7 @@ def enable(
     on_unsuitable: _settings.OnUnsuitable = _AS_IT_IS,
     device: str | torch.device = _AS_IT_IS,
     compile: _settings.Compile = _AS_IT_IS,
-    recompute: _settings.Recompute | None = _AS_IT_IS,
+    recompute: _settings.Recompute = _AS_IT_IS,
 ) -> None:
     """Run adapters on this backend, as the import does for MiCA. A setting that is not given stays.
 
@@ -70,10 +70,10 @@ def enable(
         compile: what `torch.compile` sees of a layer without dropout whose weight is read directly.
             "operator", at first: one operator, which runs what eager mode runs, kernels included. "plain":
             PyTorch's own three products, which the compiler may fuse and tune; dA is rounded to their dtype.
-        recompute: what the backward computes again instead of keeping it, beyond the x of a layer that is
-            act(G)·U or act(G), which it always does. None, at first: nothing. "norms": the output of an RMS
-            norm that PyTorch's operators make, once for all layers that share it, and the 32-bit copy of its
-            16-bit input. The bits of the gradients are the same.
+        recompute: what the backward computes again instead of keeping it. "activations": the x of a layer
+            that is act(G)·U or act(G). "norms", at first: also the output of an RMS norm, once for all
+            layers that share it, and the 32-bit copy of its 16-bit input. The bits of the gradients are the
+            same.
 
     Raises:
         ValueError: a value that is not one of these, or a device that this process does not have.

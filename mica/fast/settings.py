@@ -18,12 +18,12 @@ from mica.ops import kept
 
 OnUnsuitable = Literal["raise", "skip"]
 Compile = Literal["operator", "plain"]
-Recompute = Literal["norms"]
+Recompute = Literal["norms", "activations"]
 ALLOWED = {
     "compute_dtype": (None, torch.float32),
     "on_unsuitable": get_args(OnUnsuitable),
     "compile": get_args(Compile),
-    "recompute": (None, *get_args(Recompute)),
+    "recompute": get_args(Recompute),
     "lora": (False, True),
 }
 
@@ -35,7 +35,7 @@ class Settings:
     on_unsuitable: OnUnsuitable = "raise"
     device: str | torch.device = "auto"
     compile: Compile = "operator"
-    recompute: Recompute | None = None
+    recompute: Recompute = "norms"
     lora: bool = False
 
 

@@ -3,9 +3,9 @@
 Small layers and few tokens spend most of their time in the Python around PyTorch's operators. The same
 operators are called here by one node of autograd (layer.h), behind a check of the layer (check.h).
 Where PyTorch has no fast operator on a CPU there is a loop: dropout and a product of bfloat16 in fp32
-(loops.h), and merging a weight (merging.h). All of it is built at the first forward, once for
-each machine and PyTorch (`mica.native.build`). Without it everything runs from Python; only dA of
-bfloat16 operands is then summed in another order.
+(loops.h), the output of an RMS norm (norm.h), and merging a weight (merging.h). All of it is built at the
+first forward, once for each machine and PyTorch (`mica.native.build`). Without it everything runs from
+Python; only dA of bfloat16 operands is then summed in another order.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ inline int64_t tokens_per_chunk = 1;
 inline bool has_wide_sums = false; // of 16-bit products on CUDA
 inline std::string edited; // the message where what was saved has been edited in place
 inline void (*on_backward)() = nullptr; // counts
+inline Tensor (*compute_again)(const Tensor& token) = nullptr; // x, by `mica.ops.kept`
 
 // What a layer takes beside x, before autocast has cast anything: `mica.paths.operands.Operands`.
 struct Operands {
@@ -48,6 +49,7 @@ struct Operands {
   OptionalTensor seed; // int64 (1), where dropout_p > 0
   OptionalDtype autocast_dtype; // autocast's where it is on
   bool trains_B = false; // lora_B may be trained, now or later
+  Tensor token; // stands for an x that the backward computes again; undefined: x is saved
 };
 
 // The numbers among them, which a backward needs, too.
@@ -113,7 +115,7 @@ inline Tensor scaled_product(const Tensor& left, const Tensor& factor, double sc
 
 // y (M×N) and h (M×r) from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)
 inline std::pair<Tensor, Tensor> linear(const Tensor& x, const Operands& operands, const Numbers& numbers) {
-  const auto& [given_weight, lora_A, lora_B, given_scaling, given_bias, _1, _2, _3, _4, _5] = operands;
+  const auto& [given_weight, lora_A, lora_B, given_scaling, given_bias, _1, _2, _3, _4, _5, _6] = operands;
   const Tensor weight = autocast_to(given_weight, x.scalar_type());
   const ScalarType dtype = product_dtype(x, numbers.factor_dtype, lora_B.scalar_type(), numbers.compute_dtype);
   const double scaling = given_scaling / (1.0 - numbers.dropout.p);
@@ -307,6 +309,18 @@ inline Numbers saved_numbers(AutogradContext* ctx) {
   return numbers;
 }
 
+// The x of the node that runs, computed again, followed by autograd where a second derivative may need it.
+inline Tensor x_of(const Tensor& token) {
+  const Tensor x = compute_again(token);
+  const auto node = torch::autograd::get_current_node();
+  if (!at::GradMode::is_enabled() || !node) {
+    return x;
+  }
+  const Tensor followed = x.detach(); // other nodes have x, too
+  torch::autograd::impl::set_gradient_edge(followed, node->next_edge(0));
+  return followed;
+}
+
 struct Layer : torch::autograd::Function<Layer> {
   // lora_A and lora_B are the operands', given as arguments so that autograd sees them. {y}, or {y, h} where lora_B is
   // trained: an output, so that second derivatives reach x and lora_A through it.
@@ -319,6 +333,7 @@ struct Layer : torch::autograd::Function<Layer> {
       const Numbers& numbers) {
     const bool needs_x = x.requires_grad();
     const bool needs_A = lora_A.requires_grad();
+    const bool has_token = operands.token.defined();
     const auto [y, h] = forward_of(x, operands, numbers);
     ctx->set_materialize_grads(false);
     {
@@ -328,10 +343,13 @@ struct Layer : torch::autograd::Function<Layer> {
           needs_x ? kept(operands.weight) : Tensor(),
           needs_x ? kept(lora_A) : Tensor(),
           kept(lora_B),
-          needs_A ? kept(x) : Tensor(),
+          needs_A ? kept(has_token ? operands.token : x) : Tensor(),
           h,
       };
       ctx->save_for_backward(std::move(tensors));
+    }
+    if (has_token) {
+      ctx->saved_data["has_token"] = true;
     }
     save_numbers(ctx, numbers);
     return h.defined() ? variable_list{y, h} : variable_list{y};
@@ -344,10 +362,13 @@ struct Layer : torch::autograd::Function<Layer> {
     const auto of = [&](size_t position, size_t input) {
       return ctx->needs_input_grad(input) ? tensors[position] : Tensor();
     };
-    const Saved saved{of(0, 0), tensors[1], tensors[2], of(3, 1), of(4, 2)};
+    Saved saved{of(0, 0), tensors[1], tensors[2], of(3, 1), of(4, 2)};
     Tensor grad_output = grad_outputs[0];
     if (!grad_output.defined() && !grad_h.defined()) {
       return variable_list(5);
+    }
+    if (saved.x.defined() && ctx->saved_data.count("has_token")) {
+      saved.x = x_of(saved.x);
     }
     if (!grad_output.defined()) { // in a second derivative, where only h has a gradient
       auto sizes = grad_h.sizes().vec();

@@ -9,6 +9,7 @@
 #include "check.h"
 #include "layer.h"
 #include "merging.h"
+#include "norm.h"
 
 namespace py = pybind11;
 
@@ -65,9 +66,43 @@ Tensor call_here(const Tensor& x, const Operands& operands) {
   return layer(x, operands);
 }
 
+// Stands for the `Computed` of x of `mica.ops.kept`, which lives as long: a tensor is all that autograd can save.
+// Undefined: x has to be saved.
+Tensor token_or_none(PyObject* x) {
+  THPObjectPtr computed(PyObject_CallOneArg(item(shared.kept, "claim"_key), x));
+  if (!computed) {
+    throw python_error();
+  }
+  if (computed.get() == Py_None) {
+    return Tensor();
+  }
+  const auto drop = [](void* object) {
+    const py::gil_scoped_acquire gil;
+    Py_DECREF(static_cast<PyObject*>(object));
+  };
+  return at::from_blob(computed.release(), {1}, drop, at::TensorOptions(at::kByte));
+}
+
+Tensor value_of(const Tensor& token) {
+  const py::gil_scoped_acquire gil;
+  auto* computed = static_cast<PyObject*>(token.mutable_data_ptr());
+  THPObjectPtr x(PyObject_CallOneArg(item(shared.kept, "value_of"_key), computed));
+  if (!x) {
+    python_error error;
+    error.persist();
+    throw error;
+  }
+  return THPVariable_Unpack(x.get());
+}
+
+// Whether the layer casts x, which `mica.ops.kept` has to know.
+bool is_cast(const Tensor& x, const Operands& operands) {
+  return operands.autocast_dtype && *operands.autocast_dtype != x.scalar_type();
+}
+
 // `mica.ops.linear.linear_eager`
 PyObject* call_python(PyObject* x, const Operands& operands) {
-  const auto& [weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, autocast_dtype, trains_B] =
+  const auto& [weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, autocast_dtype, trains_B, _] =
       operands;
   const py::handle product = object_of(compute_dtype);
   const py::handle cast = object_of(autocast_dtype);
@@ -92,10 +127,14 @@ PyObject* fast(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
     const auto on_device = at::TensorOptions(at::kLong).device(x.device());
     operands->seed = at::randint(0, std::numeric_limits<int64_t>::max(), {1}, on_device);
   }
-  if (runs_here(x, *operands) && !may_be_computed_again(x, *operands)) {
-    return THPVariable_Wrap(call_here(x, *operands));
+  const bool asks = may_be_computed_again(x, *operands);
+  if (!runs_here(x, *operands) || (asks && is_cast(x, *operands))) {
+    return call_python(args[1], *operands);
   }
-  return call_python(args[1], *operands);
+  if (asks) {
+    operands->token = token_or_none(args[1]);
+  }
+  return THPVariable_Wrap(call_here(x, *operands));
   END_HANDLE_TH_ERRORS
 }
 
@@ -166,6 +205,7 @@ void configure_linear(
   has_wide_sums = wide_sums;
   edited = text;
   on_backward = count_backward;
+  compute_again = value_of;
   product_node = typeid(*outputs.at(0).grad_fn());
   cast_node = typeid(*outputs.at(1).grad_fn());
   for (const Tensor& output : outputs) {
@@ -220,6 +260,7 @@ PYBIND11_MODULE(mica_native, module) {
   module.def("key_of", mica::with_operands<py::object, mica::key_object>);
   module.def("wide_product", mica::optional_wide_product);
   module.def("weighted_sums", mica::weighted_sums, py::call_guard<py::gil_scoped_release>());
+  module.def("norm", mica::norm, py::call_guard<py::gil_scoped_release>());
   module.def("merge_bfloat16", mica::merge<uint16_t>, py::call_guard<py::gil_scoped_release>());
   module.def("merge_float32", mica::merge<uint32_t>, py::call_guard<py::gil_scoped_release>());
   module.def("unmerge_bfloat16", mica::unmerge<uint16_t>, py::call_guard<py::gil_scoped_release>());

@@ -5,8 +5,8 @@ keeps anyway for PyTorch's own backward, those are enough: the same operators gi
 
     x = act(G)·U               of a gated MLP: G and U are kept; neither x nor act(G) has to be
     x = act(G)                 of an MLP without a gate
-    x = weight·(h·rstd)        of an RMS norm in PyTorch's operators, with `recompute_norms`: h is kept in
-                               its own 16 bits, not in the 32 that two of PyTorch's nodes keep
+    x = weight·(h·rstd)        of an RMS norm, unless `recompute_norms(False)`: h is kept in its own 16 bits,
+                               not in the 32 that two of PyTorch's nodes keep
 
 Casts may stand between them. act is SiLU, GELU (also by tanh) or a square (of a ReLU), or all is one function
 of Liger's. This is done by PyTorch's documented hooks: `torch.autograd.graph.saved_tensors_hooks` around the
@@ -20,7 +20,8 @@ mica/fast/README.md. C++ takes the nodes from `OUTPUTS`.
 
 Whoever sets saved-tensor hooks of their own (offloading, checkpointing) gets x. An edit in place of what x is
 computed from raises in the backward. An edit that autograd does not count (``tensor.data``, NumPy's views),
-or of a value that is no longer saved, is not seen: the backward takes what it finds.
+or of a value that is no longer saved, is not seen: the backward takes what it finds. The weight of a norm is
+copied: optimizers change it without a count, and FSDP2 and DeepSpeed ZeRO-3 take its memory away.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mica import native
 from mica.dtypes import SIXTEEN_BIT
 from mica.memory import LAYER_TYPES
 
@@ -48,7 +51,7 @@ EDITED = (
 # of a small x. An MLP then keeps x and act(G), at most 0.5 MiB in 16 bits: SmolLM2-135M 15 MiB, with 85
 # tokens. C++ reads this and `_norms` at each call.
 SMALL = 2**17
-_norms = False
+_norms = True
 
 
 def recompute_norms(on: bool) -> None:
@@ -95,26 +98,42 @@ class Computed:
     Held for one backward in one thread, on one stream, and at most until that backward ends.
     """
 
-    __slots__ = ("__weakref__", "_function", "_parts", "_users")
+    __slots__ = ("__weakref__", "_users", "function", "parts")
 
     def __init__(self, function: Callable[..., Tensor], *parts: Part | Computed) -> None:
-        self._function = function
-        self._parts = parts
+        self.function = function
+        self.parts = parts
         self._users = 0
-        for part in parts:
-            if isinstance(part, Computed):
-                part.add_user()
 
     def add_user(self) -> None:
+        """Of its parts it is one user, however many it has itself."""
+        if self._users == 0:
+            for part in self.parts:
+                if isinstance(part, Computed):
+                    part.add_user()
         self._users += 1
+
+    def uncast(self) -> tuple[Computed, torch.dtype | None]:
+        """What is cast to which dtype; this itself where it is no cast of something computed."""
+        if type(self.function) is _Cast and isinstance(self.parts[0], Computed):
+            return self.parts[0], self.function.dtype
+        return self, None
+
+    def factors(self) -> tuple[Part, Computed] | tuple[None, None]:
+        """Those of a product of what is kept and what is computed."""
+        if self.function is torch.mul:
+            for kept, computed in (self.parts, self.parts[::-1]):
+                if isinstance(kept, Part) and isinstance(computed, Computed):
+                    return kept, computed
+        return None, None
 
     def value(self, held: Held | None) -> Tensor:
         """The value, of parts that need no gradient; ``held`` is changed."""
         if held is None:
-            return self._function(*[part.value(None) for part in self._parts])
+            return self.function(*[part.value(None) for part in self.parts])
         value, left = held.pop(self, (None, self._users))
         if value is None:
-            value = self._function(*[part.value(held) for part in self._parts])
+            value = self.function(*[part.value(held) for part in self.parts])
         if left > 1:
             held[self] = value, left - 1
             if len(held) > _HELD:
@@ -147,8 +166,13 @@ def _unpack(packed: Tensor | Part | Computed) -> Tensor:
         return packed
     if isinstance(packed, Part):
         return packed.value()
+    return value_of(packed)
+
+
+def value_of(computed: Computed) -> Tensor:
+    """Its value, for the backward that runs in this thread."""
     with torch._C._DisableAutocast():
-        return packed.value(_held())
+        return computed.value(_held())
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -172,7 +196,7 @@ def call(layer: Callable[..., Tensor], x: Tensor, *operands, dtype: torch.dtype 
 
     if dtype is not None and x.dtype is not dtype:
         x = x.to(dtype)
-        computed = Computed(lambda t: t.to(dtype), computed)
+        computed = Computed(_Cast(dtype), computed)
     computed.add_user()
     packed = {_identity(x): computed}
     with torch.no_grad():
@@ -186,6 +210,14 @@ def call(layer: Callable[..., Tensor], x: Tensor, *operands, dtype: torch.dtype 
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
         return layer(x, *operands)
+
+
+def claim(x: Tensor) -> Computed | None:
+    """`input_of`, with one user more: a layer in C++, which asks for `value_of`."""
+    computed = input_of(x)
+    if computed is not None:
+        computed.add_user()
+    return computed
 
 
 def _identity(tensor: Tensor) -> tuple:
@@ -217,6 +249,8 @@ def input_of(x: Tensor) -> Computed | None:
         computed = _described(x.grad_fn, 2 if _norms else 1)
     except RuntimeError:  # freed already, or edited since
         return None
+    if computed is not None and x.dtype is torch.bfloat16 and x.is_cpu:
+        computed = _in_one_pass(computed) or computed
     _last.x = weakref.ref(x)
     _last.computed = None if computed is None else weakref.ref(computed)
     return computed
@@ -266,10 +300,17 @@ def _kept(node, name: str) -> Tensor | None:
     """A tensor that a node keeps, without its graph, if nobody packs it and it is an ordinary one."""
     if getattr(node, f"_raw_saved_{name}").unpack_hook is not None:
         return None
-    tensor = getattr(node, f"_saved_{name}")
+    return _to_keep(getattr(node, f"_saved_{name}"))
+
+
+def _to_keep(tensor: Tensor | None) -> Tensor | None:
+    """It without its graph, or a copy; None: it is no ordinary tensor, or has no memory now."""
     if type(tensor) not in LAYER_TYPES or tensor.layout is not torch.strided:
         return None
-    return tensor.detach()
+    if tensor.untyped_storage().nbytes() == 0:  # so FSDP2 and DeepSpeed ZeRO-3 leave a weight until it is due
+        return None
+    kept = tensor.detach()
+    return kept.clone() if tensor.dim() == 1 else kept
 
 
 def _described(node, products: int) -> Computed | None:
@@ -294,8 +335,7 @@ def _of_cast(node, products: int) -> Computed | None:
     if before is None or before.device != after.device:
         return None
     value = _described(node.next_functions[0][0], products)
-    dtype = after.dtype
-    return None if value is None else Computed(lambda t: t.to(dtype), value)
+    return None if value is None else Computed(_Cast(after.dtype), value)
 
 
 def _output_before(node, position: int):
@@ -329,7 +369,10 @@ def _of_liger(node) -> Computed | None:
         return None
     shape = node._input_metadata[0].shape
     name = f"What {node.name()} keeps"
-    parts = [Part(tensor.detach(), name) for tensor in node.saved_tensors]
+    tensors = [_to_keep(tensor) for tensor in node.saved_tensors]
+    if any(tensor is None for tensor in tensors):
+        return None
+    parts = [Part(tensor, name) for tensor in tensors]
     return Computed(lambda *tensors: function(*tensors).view(shape), *parts)
 
 
@@ -413,3 +456,43 @@ def _narrow(node, saved, position: int, wide: Tensor) -> Computed | None:
 
 
 _STEPS_TO_SQUARE = 6  # rsqrt, + eps, mean, and some to spare
+
+
+# ---------------------------------------------------------------------------------------------------
+# a norm in one pass
+# ---------------------------------------------------------------------------------------------------
+
+
+class _Cast(NamedTuple):
+    dtype: torch.dtype
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype)
+
+
+def _in_one_pass(x: Computed) -> Computed | None:
+    """weight·(h·rstd) in bfloat16, with casts between, by one loop of C++; None: x is something else."""
+    if native.module_if_built() is None:
+        return None
+    product, _ = x.uncast()
+    weight, normed = product.factors()
+    if normed is None or weight.value().dtype not in (torch.bfloat16, torch.float32):
+        return None
+    normed, rounded_to = normed.uncast()
+    rstd, h = normed.factors()
+    if h is None or h.function is not torch.Tensor.float or rounded_to not in (None, torch.bfloat16):
+        return None
+    (narrow,) = h.parts
+    return Computed(partial(_norm, rounds=rounded_to is not None), weight, narrow, rstd)
+
+
+def _norm(weight: Tensor, h: Tensor, rstd: Tensor, *, rounds: bool) -> Tensor:
+    """weight·(h·rstd) in bfloat16; ``rounds``: h·rstd as well."""
+    module = None if torch.compiler.is_compiling() else native.module_if_built()
+    x = None if module is None else module.norm(weight.float(), h, rstd, rounds)
+    if x is not None:
+        return x
+    normed = h.float() * rstd  # of other shapes, and of numbers that PyTorch may round in another way
+    if rounds:
+        normed = normed.to(torch.bfloat16)
+    return (weight * normed).to(torch.bfloat16)

@@ -2,7 +2,7 @@
 
 from bench import pages
 from bench.results.cell import Group, Timing
-from bench.results.names import BARE, FAST, FAST_NORMS, STOCK, STOCK_16
+from bench.results.names import BARE, FAST, FAST_ACTIVATIONS, STOCK, STOCK_16
 from bench.results.schema import Result
 
 
@@ -14,10 +14,10 @@ def run(monkeypatch, suite, facts, **axes):
 
 
 def test_what_is_kept_beside_the_bare_model(monkeypatch):
-    megabytes = {BARE: 100.0, STOCK: 219.0, STOCK_16: 133.0, FAST: 97.0, FAST_NORMS: 71.0}
+    megabytes = {BARE: 100.0, STOCK: 219.0, STOCK_16: 133.0, FAST: 71.0, FAST_ACTIVATIONS: 97.0}
     facts = {name: (1.0, kept) for name, kept in megabytes.items()}
     run(monkeypatch, "kept", facts, model="a model", adapter="LoRA", dtype="bfloat16")
-    expected = ["100.0 MB", "219.0 MB, 2.190", "133.0 MB, 1.330", "97.0 MB, 0.970", "71.0 MB, 0.710"]
+    expected = ["100.0 MB", "219.0 MB, 2.190", "133.0 MB, 1.330", "71.0 MB, 0.710", "97.0 MB, 0.970"]
     assert pages.kept("")[1] == ["a model, LoRA, bf16", *expected]
 
 

@@ -126,7 +126,7 @@ class Machine(Adapters, Calls, Layers, Edits):
             self.twins.probe(True)
             mica.fast.enable()
         elif what == "norms":
-            mica.fast.enable(recompute=None if settings.recompute else "norms")
+            mica.fast.enable(recompute="activations" if settings.recompute == "norms" else "norms")
         elif what == "lora":
             mica.fast.enable(lora=not settings.lora and True in self.LORA)
         else:

@@ -3,29 +3,57 @@
 The yardstick is a layer that is called on a clone of x, which is saved as it is.
 """
 
+import os
+
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from mica.fast.forward.fast import call_cpp
 from mica.ops.linear import linear_eager
+from tests.support import models
 
 FP32, FP64 = torch.float32, torch.float64
 TOKENS, IN, OUT, RANK = 5, 64, 8, 3
 
 
 class Layer:
-    """``dtype``: of x and the weight; A is an fp32 master over 16 bits."""
+    """``dtype``: of x and the weight; A is an fp32 master over 16 bits.
+
+    Where C++ computes, it is called as PEFT's layer.
+    """
 
     def __init__(self, dtype=FP32, seed=0, dropout=False):
         generator = torch.Generator().manual_seed(seed)
         wide = FP64 if dtype == FP64 else FP32
-        self.weight = (torch.randn(OUT, IN, generator=generator) / 8).to(dtype)
-        self.lora_A = torch.randn(RANK, IN, generator=generator).to(wide).requires_grad_()
-        self.lora_B = torch.randn(OUT, RANK, generator=generator).to(wide)
+        self.weight = _frozen((torch.randn(OUT, IN, generator=generator) / 8).to(dtype))
+        self.lora_A = nn.Parameter(torch.randn(RANK, IN, generator=generator).to(wide))
+        self.lora_B = _frozen(torch.randn(OUT, RANK, generator=generator).to(wide))
         self.dropout = (0.25, torch.tensor([seed])) if dropout else (0.0, None)
 
+        module = nn.Sequential(nn.Linear(IN, OUT, bias=False, dtype=dtype))
+        self.module = models.wrap(module, RANK, ["0"], lora_alpha=RANK / 2).base_model.model[0]
+
+    def _call_cpp(self, x):
+        parts = (
+            (self.module.base_layer, self.weight),
+            (self.module.lora_A["default"], self.lora_A),
+            (self.module.lora_B["default"], self.lora_B),
+        )
+        for part, tensor in parts:
+            part.weight = tensor
+        return call_cpp(self.module, x)
+
     def __call__(self, x, autocast_dtype=None):
+        is_plain = self.dropout[1] is None and autocast_dtype is None and not self.weight.is_inference()
+        if is_plain and os.environ.get("MICA_NATIVE") == "1":
+            return self._call_cpp(x)
         operands = x, self.weight, self.lora_A, self.lora_B, 0.5, None, None
         return linear_eager(*operands, *self.dropout, autocast_dtype)
+
+
+def _frozen(tensor):
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def leaves(*dtypes):

@@ -186,7 +186,10 @@ def unit_of_the_embedding(model):
 
 
 def units_of_layers(model):
-    """Every adapted layer a unit; of the other kind, every base layer in it."""
+    """Every norm and every adapted layer a unit; of the other kind, every base layer in it."""
+    for name, module in model.named_modules():
+        if name.endswith("layernorm"):
+            fully_shard(module, mesh=mesh())
     for number, layer in enumerate(adapted_layers(model).values()):
         fully_shard(layer.base_layer if number % 2 else layer, mesh=mesh())
     return shard(model)

@@ -50,7 +50,7 @@ def backend(base: Module) -> float:
     model = get_peft_model(base, LoraConfig(init_lora_weights="mica", r=4, target_modules="all-linear"))
     device = torch.device("cpu")
     mica.fast.enable(compute_dtype=torch.float32, on_unsuitable="skip", device=device)
-    mica.fast.enable(device="cpu", compile="plain", recompute="norms")
+    mica.fast.enable(device="cpu", compile="plain", recompute="activations")
     explanation = assert_type(mica.fast.explain(model), mica.fast.Explanation)
     for row in explanation.rows:
         assert_type([row.name, row.layer, row.adapter, row.path, row.reason], list[str])

@@ -35,20 +35,20 @@ CASES = {  # what it is: (adapter, settings of the backend, autocast, checkpoint
     "bare": (None, {}, False, False),
     "stock MiCA": (MICA, None, False, False),
     "MiCA": (MICA, {}, False, False),
-    "MiCA, norms": (MICA, {"recompute": "norms"}, False, False),
+    "MiCA, norms saved": (MICA, {"recompute": "activations"}, False, False),
     "MiCA, dropout": ({**MICA, "lora_dropout": 0.1}, {}, False, False),
     "MiCA, checkpointing": (MICA, {}, False, True),
     "MiCA, autocast": (MICA, {}, True, False),
     "stock LoRA": (LORA, None, False, False),
     "LoRA": (LORA, {"lora": True}, False, False),
-    "LoRA, norms, autocast": (LORA, {"lora": True, "recompute": "norms"}, True, False),
+    "LoRA, autocast": (LORA, {"lora": True}, True, False),
 }
 
 
 @pytest.fixture(autouse=True)
 def settings():
     yield
-    mica.fast.enable(lora=False, recompute=None)
+    mica.fast.enable(lora=False, recompute="norms")
 
 
 def prepared(model, adapter, checkpointing):

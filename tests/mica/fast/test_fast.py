@@ -367,10 +367,23 @@ MADE = {
 def test_python_is_asked_only_where_x_can_be_computed_again(name, monkeypatch):
     """By C++, which looks at the graph, as by Python, which looks at what its nodes keep."""
     monkeypatch.setenv("MICA_BACKEND", "reference")
-    for recompute in (None, "norms"):
+    asked = []
+    monkeypatch.setattr(kept, "claim", asked.append)
+    for recompute in ("activations", "norms"):
         mica.fast.enable(recompute=recompute)
         x = MADE[name](X.clone().requires_grad_())
-        is_asked = type(called(layer_of(), x)) is tuple
-        assert is_asked == (kept.input_of(x) is not None), recompute
+        called(layer_of(), x)
+        is_computable = kept.input_of(x) is not None
+        assert len(asked) == is_computable, recompute
+        asked.clear()
     monkeypatch.setattr(kept, "SMALL", x.numel() + 1)
-    assert type(called(layer_of(), x)) is torch.Tensor
+    called(layer_of(), x)
+    assert not asked
+
+
+def test_python_is_called_where_autocast_casts_an_x_that_can_be_computed_again(monkeypatch):
+    monkeypatch.setenv("MICA_BACKEND", "reference")
+    for dtype, expected in ((FP32, tuple), (BF16, torch.Tensor)):
+        x = functional.silu(X.to(dtype).requires_grad_())
+        with torch.autocast("cpu", BF16):
+            assert type(called(layer_of(dtype), x)) is expected

@@ -27,13 +27,18 @@ GATED = {
     "relu squared": LlamaConfig(**SHAPE, hidden_act="relu2"),
 }
 # At most, over the bare model. Measured with PEFT's own code: 1.9 to 2.1 in bf16, 1.3 to 1.4 in fp32.
-LIMITS = {(BF16, None): 0.97, (FP32, None): 0.96, (BF16, "norms"): 0.78, (FP32, "norms"): 0.84}
+LIMITS = {
+    (BF16, "activations"): 0.97,
+    (FP32, "activations"): 0.96,
+    (BF16, "norms"): 0.78,
+    (FP32, "norms"): 0.84,
+}
 
 
 @pytest.fixture(autouse=True)
 def _settings_back():
     yield
-    mica.fast.enable()
+    mica.fast.enable(recompute="norms")
 
 
 def adapted_and_bare(config, dtype):
@@ -49,7 +54,7 @@ def kept(model, dtype, width):
 
 
 @pytest.mark.parametrize("native", ["1", "0"])
-@pytest.mark.parametrize("recompute", [None, "norms"])
+@pytest.mark.parametrize("recompute", ["activations", "norms"])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("name", GATED)
 def test_a_gated_model_keeps_less_than_without_an_adapter(name, dtype, recompute, native, monkeypatch):

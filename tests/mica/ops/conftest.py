@@ -2,8 +2,6 @@
 
 import pytest
 
-from mica.ops import kept
-
 
 @pytest.fixture(params=("C++", "Python", "kernels"))
 def way(request, monkeypatch):
@@ -15,10 +13,3 @@ def way(request, monkeypatch):
         monkeypatch.setenv("MICA_BACKEND", "reference")
         monkeypatch.setenv("MICA_NATIVE", str(int(request.param == "C++")))
     return request.param
-
-
-@pytest.fixture
-def norms():
-    kept.recompute_norms(True)
-    yield
-    kept.recompute_norms(False)

@@ -55,13 +55,43 @@ def test_an_edit_of_what_is_needed_raises(edit, message):
         edited_later(edit)
 
 
-def test_an_edit_of_a_norms_weight_raises(norms):
+def emptied(weight):
+    weight.data = torch.empty(0)
+
+
+EDITS = {  # of a norm's weight, which autograd does not count
+    "its values": lambda weight: weight.data.mul_(2),
+    "as FSDP2 reshards": lambda weight: weight.untyped_storage().resize_(0),
+    "as DeepSpeed ZeRO-3 partitions": emptied,
+}
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+@pytest.mark.parametrize("when", ["before the layer", "after it"])
+@pytest.mark.parametrize("name", EDITS)
+def test_edits_of_a_norms_weight_after_the_norm(name, when, is_trained):
+    """And where it has no memory when the layer is called, x is saved."""
+    layer, found = Layer(), []
+    for edit, change in ((EDITS[name], lambda x: x), (id, torch.clone)):
+        (h,) = leaves(FP32)
+        weight = norm_weight(FP32).requires_grad_(is_trained)
+        x = weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True)))
+        if when == "before the layer" and name != "its values":  # which x would follow
+            edit(weight)
+        y = layer(change(x))
+        edit(weight)
+        found.append(torch.autograd.grad(y.sum(), layer.lora_A))
+    assert_same(*found)
+
+
+def test_a_step_of_the_optimizer_before_the_backward():
+    """It raises, as without an adapter, because PyTorch's own nodes need the weight."""
     (h,) = leaves(FP32)
-    weight = norm_weight(FP32)
-    layer = Layer()
-    y = layer(weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True))))
-    weight.mul_(2)
-    with pytest.raises(RuntimeError, match="The first factor of a product"):
+    weight = norm_weight(FP32).requires_grad_()
+    y = Layer()(weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True))))
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
@@ -180,10 +210,10 @@ def test_a_product_whose_graph_is_freed():
 SECOND = {
     "a gated MLP": gated,
     "a product of products": lambda gate, up: up * (gate.sin() * up),
+    "a norm": lambda h, weight: weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True))),
 }
 
 
-@pytest.mark.usefixtures("norms")
 @pytest.mark.parametrize("name", SECOND)
 def test_second_derivatives(name, way):
     if way == "kernels":
@@ -201,7 +231,6 @@ def test_second_derivatives(name, way):
         assert error(ours, expected) <= RELATIVE[FP64]
 
 
-@pytest.mark.usefixtures("norms")
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing(use_reentrant):
     layer = Layer(BF16)
@@ -215,7 +244,6 @@ def test_gradient_checkpointing(use_reentrant):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("norms")
 @pytest.mark.parametrize("make", [rms_norm, gated], ids=["norm", "product"])
 @pytest.mark.parametrize("number", [1, 3])
 def test_compiled_autograd(number, make):
@@ -228,7 +256,6 @@ def test_compiled_autograd(number, make):
         assert torch.equal(layers[0].lora_A.grad, expected)
 
 
-@pytest.mark.usefixtures("norms")
 def test_a_norm_whose_32_bits_were_edited():
     """They are no 16-bit number any more, from which they could be made again."""
     (h,) = leaves(torch.bfloat16)
