@@ -27,7 +27,7 @@ from mica.fast.forward.eligibility import (
     is_mica,
     quantised_layers,
 )
-from mica.fast.frameworks import REMEDIES, REMEDIES_OF_INITIALISATION, UNDO, owner_of, replaced_by
+from mica.fast.frameworks import REMEDIES, UNDO, owner_of, replaced_by
 from mica.fast.merge.reporting import kind_merged_into
 from mica.fast.refusals import check_model
 from mica.fast.settings import settings
@@ -230,9 +230,7 @@ def _replaced_functions() -> Iterator[str]:
         if name == "forward" and isinstance(owner, type) and issubclass(owner, BaseTunerLayer):
             continue
         who = owner_of(function)
-        is_initialisation = name in ("mica_init", "update_layer")
-        remedies = REMEDIES_OF_INITIALISATION if is_initialisation else REMEDIES
-        yield f"{who} has replaced {owner.__name__}.{name}: {remedies.get(who, UNDO)}"
+        yield f"{who} has replaced {owner.__name__}.{name}: {REMEDIES.get(who, UNDO)}"
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def free_memory(device: torch.device) -> int:
     return module.mem_get_info(device)[0] + held
 
 
-def solve_batch(
+def try_batch(
     matrices: torch.Tensor, rank: int, method: str, strict: bool, seed: int
 ) -> list[MinorSubspace | None]:
     """The certified results (without ``strict``: all) for ``matrices`` (batch, out, in).

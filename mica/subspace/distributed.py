@@ -1,4 +1,4 @@
-"""The work of ``solve_many`` shared among the processes of ``torch.distributed``.
+"""The work of ``run_tasks`` shared among the processes of ``torch.distributed``.
 
 Every process solves a share of the layers, and all of them hold the same bits afterwards. Processes share
 only if all of them request the same layers within ``TIMEOUT``, and only those layers whose weights have the
@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from mica.subspace.cache import SubspaceCache
 from mica.subspace.content_hash import quick_content_hash
-from mica.subspace.many import Task, cost, solve_many
+from mica.subspace.many import Task, cost, run_tasks
 from mica.subspace.result import MinorSubspace, move
 
 _logger = logging.getLogger("mica")
@@ -149,14 +149,14 @@ def _wait(condition: Callable[[], bool], deadline: float) -> bool:
     return True
 
 
-def solve_shared(
+def run_shared(
     tasks: Sequence[Task],
     meeting: Meeting,
     *,
     device: str | torch.device = "auto",
     cache: SubspaceCache | None = None,
 ) -> Iterator[tuple[int, MinorSubspace]]:
-    """``solve_many`` of the tasks whose weights hold data, not those on the meta device.
+    """``run_tasks`` of the tasks whose weights hold data, not those on the meta device.
 
     Args:
         meeting: all its processes call this for the same tasks in the same order; a weight may be on the
@@ -170,7 +170,7 @@ def solve_shared(
         contents = meeting.exchange([_content(task) for task in tasks])
     if meeting.is_over:
         present = [index for index, task in enumerate(tasks) if not task.weight.is_meta]
-        yield from solve_many(tasks, present, device=device, cache=cache)
+        yield from run_tasks(tasks, present, device=device, cache=cache)
         return
 
     shares, private = _divide(tasks, contents)
@@ -179,7 +179,7 @@ def solve_shared(
     failure: Exception | None = None
     notice: str | None = None
     try:
-        for index, result in solve_many(tasks, mine + private, device=device, cache=cache):
+        for index, result in run_tasks(tasks, mine + private, device=device, cache=cache):
             if index in mine:
                 shared[index] = move(result, "cpu")
             yield index, result
@@ -195,7 +195,7 @@ def solve_shared(
             raise RuntimeError(message[1])
     for share, message in zip(shares, messages, strict=True):
         if message is None:
-            yield from solve_many(tasks, share, device=device, cache=cache)
+            yield from run_tasks(tasks, share, device=device, cache=cache)
         elif share is not mine:
             for index, result in message[0].items():
                 yield index, move(result, tasks[index].weight.device)

@@ -15,7 +15,7 @@ from mica.subspace.cache import SubspaceCache
 from mica.subspace.content_hash import content_hash
 from mica.subspace.device import batch_size, is_on_host
 from mica.subspace.result import MinorSubspace, move
-from mica.subspace.solver import solve_each, without_autocast
+from mica.subspace.solver import solve_stack, without_autocast
 
 _logger = logging.getLogger("mica")
 
@@ -50,7 +50,7 @@ def accelerator() -> torch.device | None:
     return device
 
 
-def solve_many(
+def run_tasks(
     tasks: Sequence[Task],
     indices: Sequence[int],
     *,
@@ -117,7 +117,7 @@ def solve_together(
             stacked = torch.stack(weights)
     del weights
     results = []
-    for task, result in zip(tasks, solve_each(stacked, tasks[0].rank), strict=True):
+    for task, result in zip(tasks, solve_stack(stacked, tasks[0].rank), strict=True):
         if cache is not None:
             cache.put(task.key, result)
         results.append(move(result, task.weight.device))

@@ -10,7 +10,7 @@ import torch
 from mica.dtypes import FLOATING
 from mica.memory import in_memory
 from mica.subspace.candidate import Problem, judge
-from mica.subspace.device import batch_size, is_on_host, solve_batch
+from mica.subspace.device import batch_size, is_on_host, try_batch
 from mica.subspace.gram import extremes
 from mica.subspace.host import HostGram
 from mica.subspace.methods import BY, METHODS, chain
@@ -62,7 +62,7 @@ def minor_subspace(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, but got {method!r}.")
     check_entries(weight)
-    result = _assemble(solve_each(weight, rank, method=method, strict=strict, seed=seed), weight)
+    result = _assemble(solve_stack(weight, rank, method=method, strict=strict, seed=seed), weight)
     for message in warnings_about(result, f"a weight of shape {tuple(weight.shape)}", strict):
         warnings.warn(message, UserWarning, stacklevel=3)  # past the frame that the no_grad decorator adds
     return result
@@ -86,7 +86,7 @@ def warnings_about(result: MinorSubspace, name: str, strict: bool = True) -> lis
 
 
 @torch.no_grad()
-def solve_each(
+def solve_stack(
     weight: torch.Tensor,
     rank: int,
     *,
@@ -104,10 +104,10 @@ def solve_each(
         if not is_on_host(matrices.device):
             results = []
             for batch in matrices.split(batch_size(*matrices.shape[-2:], matrices.device)):
-                results += solve_batch(batch, rank, method, strict, seed)
+                results += try_batch(batch, rank, method, strict, seed)
         for index, result in enumerate(results):
             if result is None:
-                results[index] = _solve_on_host(matrices[index].cpu(), rank, method, strict, seed)
+                results[index] = solve_matrix(matrices[index].cpu(), rank, method, strict, seed)
         return results
 
 
@@ -194,7 +194,7 @@ def check_entries(weight: torch.Tensor) -> None:
             )
 
 
-def _solve_on_host(weight: torch.Tensor, rank: int, method: str, strict: bool, seed: int) -> MinorSubspace:
+def solve_matrix(weight: torch.Tensor, rank: int, method: str, strict: bool, seed: int) -> MinorSubspace:
     """One matrix, on the CPU, by the first method whose result is certified, else by the last one."""
     names = chain(method, min(weight.shape), rank)
     with one_pool():

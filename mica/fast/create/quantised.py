@@ -165,7 +165,7 @@ _KINDS = {
 }
 # bitsandbytes' layers -> the attribute of the model without which PEFT takes them for a plain nn.Linear.
 _FLAGS = {"Linear4bit": "is_loaded_in_4bit", "Linear8bitLt": "is_loaded_in_8bit"}
-_ALLOWED = "bitsandbytes 4-bit and 8-bit, HQQ, torchao (other than Int4Tensor), GPTQ and AWQ"
+_ALLOWED = "bitsandbytes 4-bit and 8-bit, HQQ, torchao, GPTQ and AWQ"
 
 
 @lru_cache
@@ -195,17 +195,12 @@ def is_covered(layer_type: type) -> bool:
 def why_not(layer: nn.Module) -> str | None:
     """Why MiCA cannot start from a quantised layer, as text that follows its name; None if it can."""
     kind = _table_entry(type(layer))
-    if kind is None:
+    if kind is None or kind.dequantise is not None:
         return None
-    base = layer.get_base_layer()
-    name = kind.name
-    if name == "torchao" and type(base.weight).__name__ == "Int4Tensor":
-        name = "torchao Int4Tensor, refused by PEFT itself"
-    elif kind.dequantise is not None:
-        return None
+    base = type(layer.get_base_layer()).__name__
     return (
-        f"has a quantised base layer of type {type(base).__name__} ({name}), and among quantised layers MiCA "
-        f"supports only those of {_ALLOWED}."
+        f"has a quantised base layer of type {base} ({kind.name}), and among "
+        f"quantised layers MiCA supports only those of {_ALLOWED}."
     )
 
 

@@ -25,7 +25,7 @@ from mica.fast.forward.expert_params import as_lora_B, is_stack, is_wrapper, par
 from mica.fast.settings import settings
 from mica.memory import has_no_values
 from mica.subspace.cache import default_cache
-from mica.subspace.distributed import Meeting, solve_shared
+from mica.subspace.distributed import Meeting, run_shared
 from mica.subspace.many import Task
 from mica.subspace.solver import check_entries, warnings_about
 
@@ -134,20 +134,36 @@ def is_outline(model: nn.Module) -> bool:
     return not is_fsdp_enabled() and all(map(has_no_values, model.parameters()))
 
 
-def check(adapter: NewAdapter, needs_values: bool = True) -> Tensor:
+def check_type(adapter: NewAdapter) -> None:
+    """Raise UnsuitableLayerError if PEFT's layer is of a type for which there is no MiCA."""
+    layer = adapter.layer
+    refusal = quantised.why_not(layer)
+    if refusal is not None:
+        raise UnsuitableLayerError(f"MiCA cannot be initialised: {adapter.name} {refusal}")
+    if not (isinstance(layer, (lora.Linear, lora.Embedding)) or is_wrapper(layer) or adapter.is_quantised):
+        raise UnsuitableLayerError(
+            f"MiCA cannot be initialised: {adapter.name} is a {type(layer.get_base_layer()).__name__}, and "
+            "PEFT has MiCA for linear layers and embeddings only. Leave it out of target_modules."
+        )
+
+
+def check(adapter: NewAdapter, needs_values: bool = True) -> list[Task]:
     """The errors that need no solver, so that a hopeless configuration fails before any work.
 
-    needs_values: False in an `is_outline`.
+    Args:
+        adapter: has passed `check_type`.
+        needs_values: whether a weight without values is an error, as it is unless the model `is_outline`.
 
     Returns:
-        `NewAdapter.materialise_weight()`, which for a quantised layer takes a dequantisation.
+        `NewAdapter.materialise_tasks()`, which for a quantised layer takes a dequantisation.
 
     Raises:
         TypeError: the weight is not of a floating dtype with 16 bits or more.
         UnsuitableLayerError: MiCA cannot start from this layer's weight.
     """
     _check_is_readable(adapter)
-    weight = adapter.materialise_weight()
+    tasks = adapter.materialise_tasks()
+    weight = tasks[0].weight
     _check_dtype(adapter, weight)
     if is_wrapper(adapter.layer):
         experts.check(adapter.layer, adapter.name)
@@ -155,12 +171,13 @@ def check(adapter: NewAdapter, needs_values: bool = True) -> Tensor:
     if adapter.is_absent:
         if needs_values:
             _check_absence(adapter)
-        return weight
-    try:
-        check_entries(weight)
-    except ValueError as error:
-        raise UnsuitableLayerError(f"MiCA cannot be initialised from {adapter.name}: {error}") from error
-    return weight
+        return tasks
+    for task in tasks:
+        try:
+            check_entries(task.weight)
+        except ValueError as error:
+            raise UnsuitableLayerError(f"MiCA cannot be initialised from {task.name}: {error}") from error
+    return tasks
 
 
 def _check_is_readable(adapter: NewAdapter) -> None:
@@ -189,9 +206,8 @@ def _check_dtype(adapter: NewAdapter, weight: Tensor) -> None:
 
 
 def _check_rank(adapter: NewAdapter, weight: Tensor) -> None:
-    out_features, in_features = weight.shape[-2:]
     condition = "`r` <= min(in_features, out_features)"
-    max_rank = min(out_features, in_features)
+    max_rank = min(weight.shape)
     if isinstance(adapter.layer, lora.Embedding):
         condition = "`r` <= min(num_embeddings, embedding_dim)"
     if adapter.rank <= max_rank:
@@ -261,9 +277,9 @@ def initialise(adapters: Sequence[NewAdapter]) -> None:
                     tasks += adapter.materialise_tasks()
                     parts += [(adapter, expert) for expert in range(_count(adapter))]
                 cache = default_cache()
-                for index, subspace in solve_shared(tasks, meeting, device=settings.device, cache=cache):
+                for index, subspace in run_shared(tasks, meeting, device=settings.device, cache=cache):
                     adapter, expert = parts[index]
-                    _assign(adapter, expert, subspace.basis)
+                    assign(adapter, expert, subspace.basis)
                     for message in warnings_about(subspace, tasks[index].name):
                         warned[adapter].append((index, message))
                     bar.update()
@@ -317,7 +333,7 @@ def _count(adapter: NewAdapter) -> int:
 
 
 @torch.no_grad()
-def _assign(adapter: NewAdapter, expert: int, basis: Tensor) -> None:
+def assign(adapter: NewAdapter, expert: int, basis: Tensor) -> None:
     """The whole B, or the expert's part of an adapted parameter's B that was 0."""
     lora_B = adapter.lora_B
     is_part = is_wrapper(adapter.layer)

@@ -8,7 +8,7 @@ import torch
 
 from mica.subspace import many
 from mica.subspace.cache import SubspaceCache
-from mica.subspace.distributed import Meeting, solve_shared
+from mica.subspace.distributed import Meeting, run_shared
 from mica.subspace.many import Task
 from tests.support import gloo
 from tests.support.models import Net, bases, wrap
@@ -31,7 +31,7 @@ class Solved(NamedTuple):
 
 def watch(function, *arguments):
     with (
-        patch.object(many, "solve_each", wraps=many.solve_each) as solver,
+        patch.object(many, "solve_stack", wraps=many.solve_stack) as solver,
         patch.object(many, "content_hash", wraps=many.content_hash) as hashes,
     ):
         found = function(*arguments)
@@ -42,7 +42,7 @@ def watch(function, *arguments):
 
 def solve(folder):
     meeting = Meeting("layers")
-    subspaces = solve_shared(make_tasks(), meeting, cache=SubspaceCache(folder))
+    subspaces = run_shared(make_tasks(), meeting, cache=SubspaceCache(folder))
     return {index: result.basis for index, result in subspaces}
 
 
@@ -69,7 +69,7 @@ def played(tmp_path_factory):
 
 @pytest.mark.parametrize("case", ["cached", "cached again"])
 def test_all_hold_the_bits_of_one_process_and_solve_a_share_each(played, case):
-    expected = {index: result.basis for index, result in many.solve_many(make_tasks(), range(len(SHAPES)))}
+    expected = {index: result.basis for index, result in many.run_tasks(make_tasks(), range(len(SHAPES)))}
     for solved in played[case]:
         assert solved.bases.keys() == expected.keys()
         assert all(torch.equal(solved.bases[index], expected[index]) for index in expected)

@@ -26,7 +26,7 @@ def test_certified_results_on_the_device(shape, names, rank, monkeypatch):
     monkeypatch.setattr(solver, "_check_weight", lambda weight: None)  # it refuses this device's name
     matrices = stack(names, shape)
     with ForeignDevice():
-        results = solver.solve_each(OnDevice(matrices), rank)
+        results = solver.solve_stack(OnDevice(matrices), rank)
     for matrix, result in zip(matrices, results, strict=True):
         assert result.certified
         assert result.basis.device == result.singular_values.device == DEVICE
