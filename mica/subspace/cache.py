@@ -23,7 +23,7 @@ from mica.folders import named_folder, why_untrusted, write_whole
 from mica.subspace.result import MinorSubspace
 
 # Part of the file names. Raise it whenever the solver's results, ``content_hash`` or the files change.
-VERSION = 4
+VERSION = 5
 
 _CHECKSUM_BYTES = 20
 

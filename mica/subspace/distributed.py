@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 
 from mica.subspace.cache import SubspaceCache
-from mica.subspace.content_hash import quick_content_hash
 from mica.subspace.many import Task, cost, run_tasks
 from mica.subspace.result import MinorSubspace, move
 
@@ -221,11 +220,7 @@ def _divide(tasks: Sequence[Task], contents: list[list[str | None]]) -> tuple[li
 
 
 def _content(task: Task) -> str | None:
-    """A key that tells the processes' weights apart; None where this process does not have the weight.
-
-    Not the cache's key, which takes ten times as long and is needed only for the layers that this process
-    solves: with it, all processes would hash every weight before they share any.
-    """
+    """A key that tells the processes' weights apart; None where this process does not have the weight."""
     if task.weight.is_meta:
         return None
-    return quick_content_hash(task.weight)
+    return task.key

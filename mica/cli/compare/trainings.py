@@ -23,7 +23,7 @@ from mica.cli.compare.training import measure, train
 from mica.cli.output import dtype_name
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
-from mica.subspace.content_hash import quick_content_hash
+from mica.subspace.content_hash import content_hash
 
 OUT_OF_MEMORY = "out of memory"
 _EPOCHS = 4  # of a training at most: a text that is read more often is memorised
@@ -147,7 +147,7 @@ def _hash_of_weights(model: nn.Module) -> str:
     total = hashlib.blake2b(digest_size=16)
     for name, weight in model.named_parameters():
         rows = torch.atleast_2d(weight).flatten(0, -2)
-        total.update(f"{name} {quick_content_hash(rows)}".encode())
+        total.update(f"{name} {content_hash(rows)}".encode())
     return total.hexdigest()
 
 

@@ -226,11 +226,8 @@ def logits(model):
 
 @pytest.mark.parametrize(("build", "options"), [(Net, {}), (qwen3_moe, EXPERTS)])
 def test_a_failing_solver_leaves_the_model_as_it_was(monkeypatch, build, options):
-    def failing(weight, rank):
-        raise ArithmeticError("no luck")
-
-    monkeypatch.setattr(many, "solve_stack", failing)
-    refused(build(), "no luck", ArithmeticError, **options)
+    monkeypatch.setattr(many, "solve_stack", Mock(side_effect=ArithmeticError("no luck")))
+    refused(build(), "of layer '.*'.* could not be computed: no luck", RuntimeError, **options)
 
 
 @pytest.mark.parametrize(
@@ -247,8 +244,8 @@ def test_a_second_adapter_that_fails_leaves_the_first(build, rank, layer, output
     model = randomise(build())
     expected = output(model)
     if rank == 5:
-        monkeypatch.setattr(many, "solve_stack", Mock(side_effect=UnsuitableLayerError("no luck")))
-    with unchanged(model), pytest.raises(UnsuitableLayerError, match=layer):
+        monkeypatch.setattr(many, "solve_stack", Mock(side_effect=ArithmeticError("no luck")))
+    with unchanged(model), pytest.raises((UnsuitableLayerError, RuntimeError), match=layer):
         second(model, r=rank)
     assert list(model.peft_config) == ["default"]
     assert torch.equal(output(model), expected)
@@ -257,7 +254,7 @@ def test_a_second_adapter_that_fails_leaves_the_first(build, rank, layer, output
 def test_a_second_adapter_that_fails_on_other_layers_leaves_no_record_of_them(monkeypatch):
     model = wrap(Net(), targets=["up"])
     monkeypatch.setattr(many, "solve_stack", Mock(side_effect=ArithmeticError("no luck")))
-    with pytest.raises(ArithmeticError, match="no luck"):
+    with pytest.raises(RuntimeError, match="no luck"):
         second(model, target_modules=["conv", "down"])
     assert model.base_model.targeted_module_names == ["up"]
 

@@ -81,8 +81,6 @@ def alone(tasks):
 
 @pytest.mark.parametrize("stores", [hash_stores, prefix_stores, file_stores, tcp_stores])
 def test_each_solves_a_share_and_has_all(group, solved, monkeypatch, tmp_path, stores):
-    """Without a cache no weight is hashed for one, which takes ten times as long."""
-    monkeypatch.setattr(many, "content_hash", None)
     monkeypatch.setattr(distributed, "_PIECE", 1000)
     group.stores = stores(2, tmp_path)
     tasks = make_tasks()

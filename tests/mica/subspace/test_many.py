@@ -1,6 +1,7 @@
 """Many weights at once give what each gives alone."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -64,17 +65,26 @@ def test_batches_are_cut_to_the_memory(accelerated, calls_of, monkeypatch):
 
 
 def test_the_cpu_takes_over_where_an_accelerator_has_no_memory(tasks, accelerated, monkeypatch, caplog):
-    solve = many.solve_together
+    solve, first_calls = many.solve_stack, iter(range(4))  # of the four shapes
 
-    def solve_together(chunk, where, cache):
-        if where.type != "cpu" or len(chunk) > 1:
+    def solve_stack(weights, rank):
+        if next(first_calls, None) is not None:
             raise torch.OutOfMemoryError("no")
-        return solve(chunk, where, cache)
+        assert len(weights) == 1
+        return solve(weights, rank)
 
-    monkeypatch.setattr(many, "solve_together", solve_together)
+    monkeypatch.setattr(many, "solve_stack", solve_stack)
     results = solved_once(tasks)
     assert "out of memory" in caplog.text
     assert_as_alone(tasks, results, 1e-6)
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_an_error_names_the_layer(tasks, monkeypatch):
+    monkeypatch.setattr(many, "solve_stack", Mock(side_effect=ArithmeticError("no luck")))
+    message = r"^the minor subspace of layer 3 could not be computed: no luck$"
+    with pytest.raises(RuntimeError, match=message):
+        solved_once(tasks[3:4])
 
 
 @pytest.mark.usefixtures("anywhere")
@@ -102,8 +112,9 @@ def test_the_key_of_a_task_is_that_of_its_whole_weight():
 def test_weights_on_the_cpu_go_where_they_are_told(told, tasks, monkeypatch):
     places = []
     monkeypatch.setattr(many, "accelerator", lambda: torch.device("meta"))
+    monkeypatch.setattr(many, "move", lambda result, device: result)
     monkeypatch.setattr(
-        many, "solve_together", lambda chunk, where, cache: places.append(where.type) or [None]
+        many, "solve_stack", lambda weights, rank: places.append(weights.device.type) or [None]
     )
     solved_once(tasks[1:2], device=told)
     assert places == ["cpu" if told == "cpu" else "meta"]
