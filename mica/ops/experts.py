@@ -24,6 +24,7 @@ from mica.ops.operator import (
     without_values,
 )
 from mica.ops.routing import summed, to_experts
+from mica.paths import reference_path
 from mica.paths.operands import Operands
 
 
@@ -96,7 +97,7 @@ def _experts(x, offsets, *args):
     operands, tokens, _ = _split(args, _FORWARD)
     rows = x if tokens is None else to_experts(x, tokens)
     y, h = run_formula(
-        "experts_linear",
+        reference_path.experts_linear,
         x,
         operands.rank,
         operands.dtypes(x),
@@ -126,7 +127,7 @@ def _backward(grad_output, x, offsets, output_mask, *args, grad_h=None):
         x = to_experts(x, tokens)
     with no_autocast():
         grad_x, grad_A = run_formula(
-            "experts_linear_backward",
+            reference_path.experts_linear_backward,
             grad_output,
             operands.rank,
             operands.dtypes(grad_output),
@@ -154,7 +155,9 @@ def _backward_fake(grad_output, x, offsets, output_mask, *args):
 def _grad_b(grad_output, h, offsets, dtype):
     dtypes = (grad_output.dtype, h.dtype, dtype, dtype)
     with no_autocast():
-        return run_formula("experts_grad_b", grad_output, h.shape[1], dtypes, grad_output, h, offsets, dtype)
+        return run_formula(
+            reference_path.experts_grad_b, grad_output, h.shape[1], dtypes, grad_output, h, offsets, dtype
+        )
 
 
 def _grad_b_fake(grad_output, h, offsets, dtype):
@@ -247,7 +250,9 @@ operator(
 
 def _base(x, offsets, weight, bias, tokens=None, inverse=None):
     rows = x if tokens is None else to_experts(x, tokens)
-    return run_formula("experts_base", x, 0, (x.dtype, weight.dtype), rows, offsets, weight, bias)
+    return run_formula(
+        reference_path.experts_base, x, 0, (x.dtype, weight.dtype), rows, offsets, weight, bias
+    )
 
 
 def _base_fake(x, offsets, weight, bias, tokens=None, inverse=None):

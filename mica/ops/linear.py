@@ -97,7 +97,7 @@ def _linear(x, *args, may_settle=True):
     matrix = as_matrix(x)
     dtypes = operands.dtypes(x)
     y, h = run_formula(
-        "linear",
+        reference_path.linear,
         x,
         operands.rank,
         dtypes,
@@ -141,7 +141,7 @@ def _gradients(
     dtypes = operands.dtypes(dy)
     with no_autocast():
         dx, dA = run_formula(
-            "linear_backward",
+            reference_path.linear_backward,
             dy,
             operands.rank,
             dtypes,

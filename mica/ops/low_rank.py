@@ -27,6 +27,7 @@ from mica.ops.operator import (
     without_none,
     without_values,
 )
+from mica.paths import reference_path
 from mica.paths.tuning import Kind, rounded_up
 
 
@@ -86,7 +87,7 @@ def _down(x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
     dtype = compute_dtype or x.dtype
     operands = (as_matrix(x), lora_A, scaling, dtype, dropout_p, seed)
     rank = lora_A.shape[0]
-    h = run_formula("down_projection", x, rank, (x.dtype, dtype, lora_A.dtype), *operands)
+    h = run_formula(reference_path.down_projection, x, rank, (x.dtype, dtype, lora_A.dtype), *operands)
     return like(x.shape, h)
 
 
@@ -100,7 +101,9 @@ def _down_backward(grad_h, x, lora_A, scaling, x_dtype, output_mask, dropout_p=0
     operands = (g, as_matrix(x) if needs_A else None, lora_A, scaling, needs_x, dropout_p, seed)
     dtypes = (g.dtype, x_dtype, lora_A.dtype)
     with no_autocast():
-        grad_x, grad_A = run_formula("down_projection_backward", g, lora_A.shape[0], dtypes, *operands)
+        grad_x, grad_A = run_formula(
+            reference_path.down_projection_backward, g, lora_A.shape[0], dtypes, *operands
+        )
     if needs_x:
         grad_x = like(grad_h.shape, grad_x.to(x_dtype))
     return without_none(grad_h, grad_x, grad_A)
@@ -163,7 +166,7 @@ operator(
 
 def _up(y, h, lora_B, trains_B=False):
     out = run_formula(
-        "up_projection",
+        reference_path.up_projection,
         y,
         h.shape[-1],
         (y.dtype, h.dtype, lora_B.dtype),
@@ -184,7 +187,14 @@ def _up_backward(grad_output, lora_B, h_dtype, trains_B=False):
     dtypes = (dy.dtype, h_dtype, lora_B.dtype)
     with no_autocast():
         grad_h = run_formula(
-            "up_projection_backward", dy, lora_B.shape[1], dtypes, dy, lora_B, h_dtype, trains_B=trains_B
+            reference_path.up_projection_backward,
+            dy,
+            lora_B.shape[1],
+            dtypes,
+            dy,
+            lora_B,
+            h_dtype,
+            trains_B=trains_B,
         )
     return like(grad_output.shape, grad_h)
 
@@ -262,7 +272,9 @@ def _grad_b(grad_output, h, dtype, grad_dtype, in_features):
 
     kind = kind_of_layer if in_features else None
     with no_autocast():
-        return run_formula("grad_b", dy, h.shape[-1], dtypes, dy, as_matrix(h), dtype, grad_dtype, kind=kind)
+        return run_formula(
+            reference_path.grad_b, dy, h.shape[-1], dtypes, dy, as_matrix(h), dtype, grad_dtype, kind=kind
+        )
 
 
 def _grad_b_fake(grad_output, h, dtype, grad_dtype, in_features):

@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from mica.memory import TENSOR_TYPES, has_no_values, in_memory
 from mica.ops import kept
-from mica.paths import choose, reference_path, tuning
+from mica.paths import choose, tuning
 from mica.paths.operands import Operands
 from mica.paths.products import is_transformed
 
@@ -68,7 +68,7 @@ def in_form(form: str) -> Iterator[None]:
 
 
 def run_formula(
-    name: str,
+    formula: Callable,
     tensor: Tensor,
     rank: int,
     dtypes: tuple[torch.dtype, ...],
@@ -77,16 +77,20 @@ def run_formula(
     trains_B: bool = False,
     may_settle: bool = False,
 ):
-    """Call ``name`` of `mica.paths.triton_path` where kernels run, else of `mica.paths.reference_path`.
+    """Call a formula of `mica.paths.reference_path`, or what `mica.paths.triton_path` has for it on kernels.
 
-    tensor, rank, dtypes, kind, trains_B: what `choose.decide` needs to know. args: of the formula.
-    may_settle: whether the caller can have settled which form is the fastest.
+    Args:
+        formula: the function of the reference path; ``args`` are its arguments.
+        tensor: x or a gradient, whose device decides.
+        rank, dtypes, kind: as `choose.decide` takes them.
+        trains_B: whether lora_B may be trained, so that no copy of it may outlive the call.
+        may_settle: whether the caller can have settled which form is the fastest.
 
     Raises:
         RuntimeError: ``MICA_BACKEND=triton`` demands kernels that this call cannot have.
         UnsettledError: the form is not settled, and nothing has been computed or counted.
     """
-    formula = getattr(reference_path, name)
+    name = formula.__name__
     form = _form.get()
     # in a backward under `is_grads_batched`
     if torch._C._functorch.is_legacy_batchedtensor(tensor):
@@ -109,7 +113,8 @@ def run_formula(
     args = [_in_memory(arg) for arg in args]
     options = {} if kind is None else {"form": form}
     try:
-        result = getattr(triton_path, function)(*args, **options)
+        kernels = triton_path.KERNELS_OF_LORA if trains_B else triton_path.KERNELS
+        result = kernels[formula](*args, **options)
     except triton_path.LaunchError as error:  # before anything ran: no operand has changed
         in_capture = isinstance(error, triton_path.NotLoadedError)
         # no capture permits the formulas of experts either: they wait for the device

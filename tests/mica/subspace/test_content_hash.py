@@ -77,7 +77,7 @@ DISTINCT = {
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("chunk", [row_checksums._CHUNK_BYTES, 100])
+@pytest.mark.parametrize("chunk", [2**20, 100])
 @pytest.mark.parametrize("kind", DISTINCT)
 @on_all_dtypes
 def test_other_content_has_another_key(dtype, kind, chunk, monkeypatch):
