@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -293,31 +294,31 @@ def _bypasses(rows) -> Iterator[str]:
         yield f"{who} bypasses {count} layer{'s' if count > 1 else ''}{remedy}"
 
 
-def patterns(names: Iterable[str]) -> list[tuple[str, int]]:
+def patterns(names: Sequence[str]) -> Iterator[tuple[str, int]]:
     """Names that differ only in numbers -> patterns that match these and no others, and how many each.
 
-    "h.0.fc", "h.1.fc", "h.3.fc" -> [("h.{0-1,3}.fc", 3)]. Two numbers become one pattern only where every
-    combination exists.
+    "h.0.fc", "h.1.fc", "h.3.fc" -> ("h.{0-1,3}.fc", 3). Two numbers become one pattern only where every
+    combination exists; else there is one for each value of the first.
     """
-    split = {tuple(re.split(r"(\d+)", name)): 1 for name in names}
-    width = len(next(iter(split)))
-    for column in range(width - 2, 0, -2):  # numbers are at the odd indices
-        merged: dict[tuple, dict[str, int]] = {}
-        for parts, count in split.items():
-            merged.setdefault((parts[:column], count, parts[column + 1 :]), {})[parts[column]] = count
-        split = {
-            (*before, _spans(numbers), *after): sum(numbers.values())
-            for (before, _, after), numbers in merged.items()
-        }
-    return [("".join(parts), count) for parts, count in split.items()]
+    split = {name: re.split(r"(\d+)", name) for name in names}
+    columns = [set(parts) for parts in zip(*split.values(), strict=True)]
+    if math.prod(map(len, columns)) == len(names):
+        yield "".join(map(_spans, columns)), len(names)
+        return
+    first = next(index for index, parts in enumerate(columns) if len(parts) > 1)
+    groups = defaultdict(list)
+    for name, parts in split.items():
+        groups[parts[first]].append(name)
+    for group in groups.values():
+        yield from patterns(group)
 
 
-def _spans(numbers: Iterable[str]) -> str:
-    """Different numbers as text: "{0-29}", "{0,2-3}"; a single one unchanged."""
-    ordered = sorted(numbers, key=lambda number: (int(number), number))
-    if len(ordered) == 1:
-        return ordered[0]
-    # numbers that follow one another differ from their places by the same; "00" follows none
-    runs = groupby(enumerate(ordered), lambda item: (int(item[1]) - item[0], str(int(item[1])) == item[1]))
+def _spans(parts: set[str]) -> str:
+    """Different numbers as text: "{0-29}", "{0,2-3}"; the same of all unchanged."""
+    if len(parts) == 1:
+        return parts.pop()
+    numbers = sorted(map(int, parts))
+    # numbers that follow one another differ from their places by the same
+    runs = groupby(enumerate(numbers), lambda item: item[1] - item[0])
     spans = [[number for _, number in run] for _, run in runs]
-    return "{" + ",".join(span[0] if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans) + "}"
+    return "{" + ",".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans) + "}"

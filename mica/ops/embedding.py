@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mica.ops.checks import check_embedding
+from mica.ops.checks import EMBEDDING, check
 from mica.ops.operator import (
     below_autograd,
     call_counts,
@@ -50,9 +50,16 @@ def mica_embedding(
     Raises:
         ValueError, TypeError: as `mica_linear`, and a padding_idx out of range.
     """
-    check_embedding(indices, lora_A, lora_B, padding_idx, compute_dtype)
-    if padding_idx is not None and padding_idx < 0:
-        padding_idx += lora_A.shape[1]
+    operands = {"indices": indices, "lora_A": lora_A, "lora_B": lora_B}
+    check(EMBEDDING, frozen=("lora_B",), compute_dtype=compute_dtype, **operands)
+    if padding_idx is not None:
+        count = lora_A.shape[1]
+        if not -count <= padding_idx < count:
+            raise ValueError(
+                f"padding_idx must be at least -{count} and below {count}, the number of embeddings, but it "
+                f"is {padding_idx}."
+            )
+        padding_idx %= count
     return embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mica.ops.checks import check_experts_linear
+from mica.ops.checks import EXPERTS, check
 from mica.ops.operator import (
     below_autograd,
     no_autocast,
@@ -68,7 +68,7 @@ def mica_experts_linear(
         RuntimeError: MICA_BACKEND=triton where there are no kernels for the call.
     """
     operands = Operands(weight, lora_A, lora_B, scaling, bias, compute_dtype)
-    check_experts_linear(x, offsets, operands)
+    check(EXPERTS, x=x, offsets=offsets, **operands._asdict())
     return experts_linear(x, offsets, *operands[:_OPERANDS], None, None, lora_B.requires_grad)
 
 

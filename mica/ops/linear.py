@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mica import native
 from mica.ops import kept, trial
-from mica.ops.checks import check_linear
+from mica.ops.checks import LINEAR, check
 from mica.ops.low_rank import grad_b
 from mica.ops.operator import (
     as_matrix,
@@ -81,7 +81,7 @@ def mica_linear(
         RuntimeError: MICA_BACKEND=triton where there are no kernels for the call.
     """
     operands = Operands(weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
-    check_linear(x, operands)
+    check(LINEAR, x=x, **operands._asdict())
     return linear(x, *operands._replace(trains_B=lora_B.requires_grad))
 
 

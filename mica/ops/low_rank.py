@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mica.ops.checks import check_down_projection, check_up_projection
+from mica.ops.checks import DOWN_PROJECTION, UP_PROJECTION, check
 from mica.ops.operator import (
     as_matrix,
     autocast_to,
@@ -56,7 +56,8 @@ def mica_down_projection(
         TypeError: a compute_dtype that is not floating.
         ValueError: shapes or devices that do not fit.
     """
-    check_down_projection(x, lora_A, compute_dtype, dropout_p, seed)
+    options = {"compute_dtype": compute_dtype, "dropout_p": dropout_p, "seed": seed}
+    check(DOWN_PROJECTION, x=x, lora_A=lora_A, **options)
     return down_projection(x, lora_A, scaling, compute_dtype, dropout_p, seed)
 
 
@@ -74,7 +75,7 @@ def mica_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or devices that do not fit.
     """
-    check_up_projection(y, h, lora_B)
+    check(UP_PROJECTION, y=y, h=h, lora_B=lora_B)
     return up_projection(y, h, lora_B, lora_B.requires_grad)
 
 
