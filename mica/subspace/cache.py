@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import os
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from huggingface_hub import constants
 
 from mica.folders import named_folder, why_untrusted, write_whole
@@ -103,17 +103,16 @@ class SubspaceCache:
 
 
 def _encode(subspace: MinorSubspace) -> bytes:
-    """A safetensors file of the two tensors, with the rest as strings in its metadata, then its checksum."""
+    """A safetensors file, then its checksum."""
     tensors = {
         "basis": subspace.basis.cpu().contiguous(),
         "singular_values": subspace.singular_values.cpu().contiguous(),
+        "bounds": torch.tensor(
+            [subspace.energy_excess, subspace.resolution], dtype=torch.float64, device="cpu"
+        ),
+        "method": torch.tensor(list(subspace.method.encode()), dtype=torch.uint8, device="cpu"),
     }
-    metadata = {
-        "method": subspace.method,
-        "energy_excess": repr(subspace.energy_excess),
-        "resolution": repr(subspace.resolution),
-    }
-    content = safetensors.torch.save(tensors, metadata)
+    content = safetensors.torch.save(tensors)
     return content + _checksum(content)
 
 
@@ -123,14 +122,11 @@ def _decode(content: bytes) -> MinorSubspace:
     content = content[:-_CHECKSUM_BYTES]
     if checksum != _checksum(content):
         raise ValueError("the checksum is wrong")
-    header_end = 8 + int.from_bytes(content[:8], "little")
-    metadata = json.loads(content[8:header_end])["__metadata__"]  # which safetensors.torch.load leaves out
+    tensors = safetensors.torch.load(content)
+    energy_excess, resolution = tensors.pop("bounds").tolist()
+    method = bytes(tensors.pop("method").tolist()).decode()
     return MinorSubspace(
-        **safetensors.torch.load(content),
-        method=metadata["method"],
-        certified=True,
-        energy_excess=float(metadata["energy_excess"]),
-        resolution=float(metadata["resolution"]),
+        **tensors, method=method, certified=True, energy_excess=energy_excess, resolution=resolution
     )
 
 
