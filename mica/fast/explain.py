@@ -41,23 +41,42 @@ _LONG = 40  # characters of a reason: one that several lines share stands below 
 
 @dataclass(frozen=True)
 class Row:
+    """What `explain` says of one adapted layer.
+
+    Attributes:
+        name: The layer's name in the model; of an adapted parameter, that of the parameter.
+        layer: The name of the base layer's class.
+        adapter: The names of those of the active adapters that the layer has.
+        path: "kernel", "reference", "peft" or "error".
+        reason: Why the path is not the one before it in that list, and why the base layer is called, if it
+            is.
+        calls: How often the layer has been called since an adapter was last added; None if unknown.
+        bypassed_by: The framework or module whose code runs instead of the layer's; None if there is none.
+    """
+
     name: str
     layer: str
-    adapter: str  # those of the active ones that the layer has
-    path: str  # "kernel", "reference", "peft" or "error"
-    reason: str  # why not the path before it in that list; why the base layer is called, if it is
-    calls: int | None = None  # since an adapter was last added; None if unknown
-    bypassed_by: str | None = None  # the framework or module whose code runs instead of the layer's
+    adapter: str
+    path: str
+    reason: str
+    calls: int | None = None
+    bypassed_by: str | None = None
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The path table. ``str()`` prints it, equal rows as one; ``rows`` and ``counts()`` are for programs."""
+    """The path table: ``str()`` prints it, with equal rows as one.
+
+    Attributes:
+        rows: One `Row` for each adapted layer, in the order of the layers.
+        replaced: One sentence for each function of this backend that other code has replaced.
+    """
 
     rows: list[Row] = field(default_factory=list)
-    replaced: list[str] = field(default_factory=list)  # sentences, see `explain`
+    replaced: list[str] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
+        """How many layers take each path, for instance {"kernel": 210}."""
         return dict(Counter(row.path for row in self.rows))
 
     def __str__(self) -> str:

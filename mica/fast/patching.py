@@ -26,14 +26,23 @@ from mica.fast.merge import merging, plain_lora, reporting
 
 
 class Patch(NamedTuple):
-    """One function of PEFT, and what takes its place."""
+    """One function of PEFT, and what takes its place.
 
-    owner: str  # module, or module:Class
+    Attributes:
+        owner: Where the function is: "module" or "module:Class".
+        name: The name of the function.
+        parameters: The names with which the signature of PEFT's function must begin.
+        wrap: A function from PEFT's function to the one that takes its place.
+        required: Whether PEFT is left as it is where it has no such function.
+        part: A part in `known_peft`, which alone is left to PEFT where the function differs; None for none.
+    """
+
+    owner: str
     name: str
-    parameters: str  # what stock's signature must begin with
-    wrap: Callable  # stock function -> the function that takes its place
-    required: bool = True  # PEFT is left as it is without that function
-    part: str | None = None  # a part in `known_peft`: where the function differs, it alone is left to PEFT
+    parameters: str
+    wrap: Callable
+    required: bool = True
+    part: str | None = None
 
 
 _LAYERS = "peft.tuners.lora.layer"
@@ -202,12 +211,19 @@ def mismatch(patch: Patch) -> str | None:
 
 
 class Comparison(NamedTuple):
-    """How the installed PEFT differs from what `PATCHES` was written for."""
+    """How the installed PEFT differs from what `PATCHES` was written for.
 
-    refused: list[str]  # why PEFT is left as it is
-    left: dict[str, list[str]]  # part of the backend -> why PEFT's own code runs it
-    optional: list[str]  # why functions are not replaced that need not be
-    patches: list[Patch]  # the rest, which are made
+    Attributes:
+        refused: Why PEFT is left as it is.
+        left: Why PEFT's own code runs a part of the backend, by the name of the part.
+        optional: Why functions are not replaced that need not be.
+        patches: The other patches, which are made.
+    """
+
+    refused: list[str]
+    left: dict[str, list[str]]
+    optional: list[str]
+    patches: list[Patch]
 
 
 def compare() -> Comparison:

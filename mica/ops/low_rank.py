@@ -43,18 +43,18 @@ def mica_down_projection(
     """h = scaling·drop(x) Aᵀ.
 
     Args:
-        x: (..., in_features), fp64/fp32/bf16/fp16.
-        lora_A: (rank, in_features), trained; the dtype of x, or an fp32 master over 16-bit x.
-        scaling: lora_alpha / rank, dimensionless.
-        compute_dtype: dtype of the product and of h; default that of x, under autocast autocast's.
-        dropout_p, seed: as `mica.ops.mica_linear`.
+        x: The input, (..., in_features), in fp64, fp32, bf16 or fp16.
+        lora_A: The trained factor, (rank, in_features), in the dtype of x or as an fp32 master over 16-bit x.
+        scaling: lora_alpha / rank, a number without a unit.
+        compute_dtype: The dtype of the product and of h; None means that of x, under autocast autocast's.
+        dropout_p, seed: As `mica.ops.mica_linear` takes them.
 
     Returns:
-        (..., rank) in compute_dtype.
+        h, (..., rank), in compute_dtype.
 
     Raises:
-        TypeError: a compute_dtype that is not floating.
-        ValueError: shapes or devices that do not fit.
+        TypeError: An operand or the compute_dtype is not of a floating dtype.
+        ValueError: Shapes or devices do not fit.
     """
     options = {"compute_dtype": compute_dtype, "dropout_p": dropout_p, "seed": seed}
     check(DOWN_PROJECTION, x=x, lora_A=lora_A, **options)
@@ -65,15 +65,16 @@ def mica_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
     """y + h Bᵀ in a new tensor, summed in the wider dtype of y and h.
 
     Args:
-        y: (..., out_features), fp64/fp32/bf16/fp16.
-        h: (..., rank), leading dimensions as y.
-        lora_B: (out_features, rank), frozen in MiCA, trained in LoRA.
+        y: The output of the base layer, (..., out_features), in fp64, fp32, bf16 or fp16.
+        h: The output of `mica_down_projection`, (..., rank), with the leading dimensions of y.
+        lora_B: The factor (out_features, rank), frozen in MiCA and trained in LoRA.
 
     Returns:
         (..., out_features) in the dtype of y.
 
     Raises:
-        ValueError: shapes or devices that do not fit.
+        TypeError: An operand is not of a floating dtype.
+        ValueError: Shapes or devices do not fit.
     """
     check(UP_PROJECTION, y=y, h=h, lora_B=lora_B)
     return up_projection(y, h, lora_B, lora_B.requires_grad)
@@ -253,11 +254,19 @@ def grad_b(
     grad_dtype: torch.dtype | None = None,
     in_features: int = 0,
 ) -> Tensor:
-    """dB (out_features, rank) in ``dtype`` from dy (..., out_features) and h (..., rank), in a backward.
+    """The gradient of lora_B, computed in a backward.
 
     Args:
-        grad_dtype: to which it may be rounded first, as PyTorch does under autocast.
-        in_features: of the layer whose backward this is, which decides on its form; 0: of a factor alone.
+        grad_output: The gradient dy of the output, (..., out_features).
+        h: What the forward has multiplied by lora_B, (..., rank).
+        dtype: The dtype of the result, which is that of lora_B.
+        grad_dtype: A dtype to which the sum may be rounded first, as PyTorch does under autocast; None for
+            none.
+        in_features: The width of the layer whose backward this is, which decides on its form; 0 where it is
+            the backward of a factor alone.
+
+    Returns:
+        dB, (out_features, rank).
     """
     tensors = grad_output, h
     return run_backward(torch.ops.mica.grad_b, _grad_b, tensors, *tensors, dtype, grad_dtype, in_features)

@@ -53,9 +53,13 @@ class SubspaceCache:
         self.folder = Path(folder)
 
     def get(self, key: str, rank: int) -> MinorSubspace | None:
-        """The minor subspace of that rank for the weight with this ``content_hash``; None if not stored.
+        """The minor subspace that is stored for a weight, with the stored bits; None if there is none.
 
-        The result has the stored bits, is certified, whatever ``method`` it came from, and is on the CPU.
+        It lies on the CPU and is certified, whatever ``method`` it came from.
+
+        Args:
+            key: The ``content_hash`` of the weight.
+            rank: The number of vectors.
         """
         if not self._is_trusted():
             return None
@@ -70,10 +74,14 @@ class SubspaceCache:
             return None
 
     def put(self, key: str, subspace: MinorSubspace) -> None:
-        """Keep ``subspace``, in place of what is stored for the weight with this ``content_hash`` and rank.
+        """Store a result, in place of the one that is stored for this weight and rank.
 
         Results that are not certified are silently not kept, and neither are those with numerically null
         directions of a tall weight, which are arbitrary: the solver is to warn of them each time.
+
+        Args:
+            key: The ``content_hash`` of the weight.
+            subspace: The result of one matrix.
         """
         if subspace.certified and not subspace.null_count:
             self._write(self.path(key, subspace.basis.shape[1]), _encode(subspace))

@@ -155,14 +155,16 @@ def run_shared(
     device: str | torch.device = "auto",
     cache: SubspaceCache | None = None,
 ) -> Iterator[tuple[int, MinorSubspace]]:
-    """``run_tasks`` of the tasks whose weights hold data, not those on the meta device.
+    """``run_tasks`` of the tasks whose weights hold data, shared among the processes of a meeting.
 
     Args:
-        meeting: all its processes call this for the same tasks in the same order; a weight may be on the
+        tasks: The tasks, the same in the same order in every process of the meeting; a weight may be on the
             meta device in some of them.
+        meeting: The processes that share the work.
+        device, cache: As ``run_tasks`` takes them.
 
     Raises:
-        RuntimeError: another process has failed.
+        RuntimeError: A task could not be solved, here or in another process.
     """
     contents = []
     if not meeting.is_over:

@@ -22,7 +22,13 @@ _logger = logging.getLogger("mica")
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A weight (out_features, in_features), its ``name`` in messages, and the ``rank`` to solve for."""
+    """One weight whose minor subspace is wanted.
+
+    Attributes:
+        name: What messages call the weight, such as "layer 'up'".
+        weight: The matrix, (out_features, in_features).
+        rank: The number of vectors.
+    """
 
     name: str
     weight: torch.Tensor
@@ -63,14 +69,14 @@ def run_tasks(
     to 8 in a quarter of the memory that is free; layers that do not fit are solved on the CPU.
 
     Args:
-        tasks: finite weights with room for their rank, which may lie on different devices.
-        indices: positions in ``tasks``.
-        device: where weights that lie on the CPU are solved: "auto" (on an accelerator, if there is one),
-            or a device.
-        cache: read before a task is solved and written afterwards; None: no cache.
+        tasks: Tasks whose weights are finite and have room for the rank; they may lie on different devices.
+        indices: The positions in ``tasks`` of those to solve.
+        device: Where weights that lie on the CPU are solved: "auto" means on an accelerator, if there is one;
+            otherwise it is a device.
+        cache: The cache that is read before a task is solved and written afterwards; None for no cache.
 
     Raises:
-        RuntimeError: a task could not be solved; the message has its name.
+        RuntimeError: A task could not be solved; the message has its name.
     """
     target = accelerator() if device == "auto" else torch.device(device)
     groups: dict[tuple, list[int]] = defaultdict(list)  # what an accelerator solves together

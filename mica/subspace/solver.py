@@ -31,30 +31,36 @@ def minor_subspace(
     """The ``rank`` left singular vectors of ``weight`` with the smallest singular values (arXiv 2604.01694).
 
     The definition is ``torch.linalg.svd(weight, full_matrices=False).U[..., -rank:]``, here in fp64
-    arithmetic and, by default, from a partial eigenproblem in place of the whole SVD. For an embedding
-    pass ``weight.T``.
+    arithmetic and, by default, from a partial eigenproblem in place of the whole SVD. For an embedding pass
+    ``weight.T``.
 
     Args:
-        weight: (..., out_features, in_features), fp64, fp32, bf16 or fp16, any strides; it is not modified.
-        rank: between 1 and min(out_features, in_features).
-        method: where to start; each falls back to the next one if its result is not certified.
-            "krylov": block Krylov subspaces of the shifted inverse of the fp64 Gram matrix;
-            "gram": LAPACK's eigensolvers on that Gram matrix;
-            "svd": whole fp64 SVD, the definition;
-            "auto": the fastest for this shape, rank and device.
-        strict: prove the result by an inertia test, which costs one Cholesky factorisation. Without it
-            nothing is certified, nothing falls back, and ``energy_excess`` is an estimate.
-        seed: for the random vectors that the Krylov subspaces start from.
+        weight: The matrix, or a batch of them, (..., out_features, in_features), in fp64, fp32, bf16 or fp16
+            and with any strides. It is not modified.
+        rank: The number of vectors, between 1 and min(out_features, in_features).
+        method: The method to start with. Each falls back to the next one if its result is not certified:
+            "krylov" builds block Krylov subspaces of the shifted inverse of the fp64 Gram matrix, "gram" runs
+            LAPACK's eigensolvers on that Gram matrix, "svd" is the whole fp64 SVD, which is the definition.
+            "auto" starts with the fastest one for this shape, rank and device.
+        strict: Whether to prove the result by an inertia test, which costs one Cholesky factorisation.
+            Without it nothing is certified, nothing falls back, and ``energy_excess`` is an estimate.
+        seed: The seed of the random vectors from which the Krylov subspaces are built. Another seed gives the
+            same subspace up to rounding.
+
+    Returns:
+        The basis (..., out_features, rank), its singular values, and what is proven of them.
 
     Raises:
-        TypeError: weight is not a tensor, not dense, or not of one of the four dtypes; rank is not an int.
-        ValueError: weight has less than 2 dimensions, is empty, on the meta device or not finite, or a matrix
-            in fp64 whose largest entry is beyond 2^±200; rank is out of range; method is unknown.
+        TypeError: ``weight`` is not a tensor, not dense, or not of one of the four dtypes; or ``rank`` is not
+            an int.
+        ValueError: ``weight`` has fewer than two dimensions, is empty, is on the meta device or is not
+            finite, or the largest entry of an fp64 matrix is beyond 2^±200; ``rank`` is out of range; or
+            ``method`` is unknown.
 
     Warns:
-        UserWarning: singular values of a tall weight among the requested ones are zero; their vectors are an
-            orthonormal completion, which the weight does not determine. Or: strict, and no method's result
-            could be proven.
+        UserWarning: Singular values of a tall weight among the requested ones are zero; their vectors are an
+            orthonormal completion, which the weight does not determine. Or ``strict`` is on, and no method's
+            result could be proven.
     """
     _check_weight(weight)
     _check_rank(weight, rank)
@@ -70,7 +76,13 @@ def minor_subspace(
 
 
 def warnings_about(result: MinorSubspace, name: str, strict: bool = True) -> list[str]:
-    """The warnings that a result deserves, in sentences that call the weight ``name``."""
+    """The warnings that a result deserves, as sentences.
+
+    Args:
+        result: The result of one matrix or of a batch.
+        name: What the sentences call the weight, such as "layer 'up'".
+        strict: Whether a result that is not proven deserves one.
+    """
     rank = result.basis.shape[-1]
     messages = []
     if result.null_count:
@@ -95,9 +107,17 @@ def solve_stack(
     strict: bool = True,
     seed: int = 0,
 ) -> list[MinorSubspace]:
-    """``minor_subspace`` of each matrix of a batch, row-major, without its checks and warnings.
+    """``minor_subspace`` of each matrix of a stack, without its checks and warnings.
 
     Matrices that an accelerator cannot settle are solved on the host, and their results lie there.
+
+    Args:
+        weight: The matrices, (..., out_features, in_features), finite, on one device.
+        rank: The number of vectors, at most min(out_features, in_features).
+        method, strict, seed: As ``minor_subspace`` takes them.
+
+    Returns:
+        One result for each matrix, in row-major order.
     """
     matrices = in_memory(weight.detach()).reshape(-1, *weight.shape[-2:])
     with without_autocast(matrices.device.type):
@@ -177,7 +197,12 @@ def check_entries(matrix: torch.Tensor, name: str = "weight") -> None:
 
 
 def solve_matrix(weight: torch.Tensor, rank: int, method: str, strict: bool, seed: int) -> MinorSubspace:
-    """One matrix, on the CPU, by the first method whose result is certified, else by the last one."""
+    """Solve one matrix on the CPU by the first method whose result is certified, else by the last one.
+
+    Args:
+        weight: The matrix, (out_features, in_features), finite, on the CPU.
+        rank, method, strict, seed: As ``minor_subspace`` takes them.
+    """
     names = chain(method, min(weight.shape), rank)
     with one_pool():
         state = Problem(weight, HostGram, rank, seed)

@@ -146,10 +146,16 @@ def _outputs(layer, columns: Tensor) -> Tensor:
 
 
 class Kind(NamedTuple):
-    """Its name in messages, and PEFT's layer -> (out_features, in_features) in a floating dtype."""
+    """A kind of quantised layers.
+
+    Attributes:
+        name: Its name in messages.
+        dequantise: A function from PEFT's layer to its weight, (out_features, in_features), in a floating
+            dtype; None if that is not possible.
+    """
 
     name: str
-    dequantise: Callable[[nn.Module], Tensor] | None  # None: not possible
+    dequantise: Callable[[nn.Module], Tensor] | None
 
 
 _KINDS = {
@@ -235,10 +241,14 @@ def packed_weight(layer: nn.Module) -> Tensor:
 def dequantise(layer: nn.Module, name: str) -> Tensor:
     """The weight that a quantised layer computes with, (out_features, in_features), in a floating dtype.
 
-    Computed anew at each call, on the layer's device; the layer is unchanged.
+    It is computed anew at each call, on the layer's device; the layer is unchanged.
+
+    Args:
+        layer: PEFT's layer over the quantised one, of a kind that is covered.
+        name: What messages call the layer.
 
     Raises:
-        UnsuitableLayerError: the layer, called ``name``, is not quantised yet or cannot be dequantised.
+        UnsuitableLayerError: The layer is not quantised yet or cannot be dequantised.
     """
     kind = kind_of(layer)
     try:

@@ -43,7 +43,13 @@ _exact: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
 @dataclass(frozen=True, eq=False)
 class NewAdapter:
-    """One adapter of one layer that needs its B; ``name`` is the layer's in messages."""
+    """One adapter of one layer that needs its B.
+
+    Attributes:
+        name: What messages call the layer, such as "layer 'up'".
+        layer: PEFT's layer.
+        adapter_name: The name of the adapter.
+    """
 
     name: str
     layer: nn.Module
@@ -334,7 +340,13 @@ def _count(adapter: NewAdapter) -> int:
 
 @torch.no_grad()
 def assign(adapter: NewAdapter, expert: int, basis: Tensor) -> None:
-    """The whole B, or the expert's part of an adapted parameter's B that was 0."""
+    """Write a basis into lora_B, in the dtype that this has now.
+
+    Args:
+        adapter: The adapter.
+        expert: The expert whose part of lora_B is written; 0 for a layer without experts.
+        basis: The basis, (out_features, rank).
+    """
     lora_B = adapter.lora_B
     is_part = is_wrapper(adapter.layer)
     with torch.inference_mode(lora_B.is_inference()):  # the mode is per thread, and the solver has its own
@@ -354,7 +366,13 @@ def assign(adapter: NewAdapter, expert: int, basis: Tensor) -> None:
 
 
 def restore_exact(layer: nn.Module, adapter_name: str, lora_B: Tensor) -> None:
-    """Put the exact basis in place of its rounding, once B is in fp32."""
+    """Put the exact basis in place of its rounding, once B is in fp32.
+
+    Args:
+        layer: PEFT's layer.
+        adapter_name: The name of the adapter.
+        lora_B: The adapter's B, which is left alone if it is not the rounded basis any more.
+    """
     basis = _exact.get(layer, {}).pop(adapter_name, None)
     if basis is None or lora_B.dtype != torch.float32 or basis.shape != lora_B.shape:
         return
