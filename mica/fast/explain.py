@@ -28,7 +28,7 @@ from mica.fast.forward.eligibility import (
     is_mica,
     quantised_layers,
 )
-from mica.fast.frameworks import REMEDIES, UNDO, owner_of, replaced_by
+from mica.fast.frameworks import REMEDIES, replaced_by
 from mica.fast.merge.reporting import kind_merged_into
 from mica.fast.refusals import check_model
 from mica.fast.settings import settings
@@ -69,18 +69,16 @@ class Explanation:
 
     Attributes:
         rows: One `Row` for each adapted layer, in the order of the layers.
-        replaced: One sentence for each function of this backend that other code has replaced.
     """
 
     rows: list[Row] = field(default_factory=list)
-    replaced: list[str] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
         """How many layers take each path, for instance {"kernel": 210}."""
         return dict(Counter(row.path for row in self.rows))
 
     def __str__(self) -> str:
-        return "\n".join([_text(self.rows), *self.replaced])
+        return _text(self.rows)
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -106,9 +104,6 @@ def explain(model: nn.Module) -> Explanation:
     ``bypassed_by``: where other code runs instead of the layer, the framework's name (axolotl, unsloth) or
     that of the module with the code; ``str()`` says how to switch it off.
 
-    ``replaced``: a sentence for each other function of this backend (initialisation, merging, saving, ...)
-    that someone has replaced since.
-
     Raises:
         TypeError: ``model`` is not a `torch.nn.Module`.
     """
@@ -117,7 +112,7 @@ def explain(model: nn.Module) -> Explanation:
     layers = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
     calls = call_counts.calls_of(modules.values())
     rows = [_row(model, name, module, modules, calls) for name, module in layers.items()]
-    return Explanation(rows, list(_replaced_functions()) if rows else [])
+    return Explanation(rows)
 
 
 def _row(
@@ -242,15 +237,6 @@ def _bypassed_by(modules: Mapping[str, nn.Module], name: str, called: list[str])
         if not name or any(other.startswith(f"{name}.") for other in called):
             return None
         name = name.rpartition(".")[0]
-
-
-def _replaced_functions() -> Iterator[str]:
-    """A sentence for each function that is no longer this package's; of forwards of layers the rows tell."""
-    for owner, name, function in patching.replaced_since():
-        if name == "forward" and isinstance(owner, type) and issubclass(owner, BaseTunerLayer):
-            continue
-        who = owner_of(function)
-        yield f"{who} has replaced {owner.__name__}.{name}: {REMEDIES.get(who, UNDO)}"
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -28,8 +28,6 @@ REMEDIES = {
     "FastLanguageModel.get_peft_model",
     "liger_kernel": "apply it with fused_linear_cross_entropy=False, or leave lm_head without an adapter",
 }
-# For code that is not known.
-UNDO = "call mica.fast.uninstall() and mica.fast.enable() after that code has run"
 
 # Their forwards call the layers: hooks, offloading, gradient checkpointing, compilation.
 _ORDINARY = {"accelerate", "mica", "peft", "torch", "transformers"}

@@ -10,7 +10,7 @@ import functools
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import peft
@@ -182,7 +182,6 @@ class _Installed(NamedTuple):
     owner: object
     name: str
     before: object  # what the owner's __dict__ held
-    replacement: Callable
 
 
 _ABSENT = object()
@@ -285,27 +284,7 @@ def _replace(owner, patch: Patch) -> None:
         setattr(owner, patch.name, replacement)
     else:  # a static or class method
         setattr(owner, patch.name, type(attribute)(replacement))
-    _installed.append(_Installed(owner, patch.name, before, replacement))
-
-
-def replaced_since() -> Iterator[tuple[object, str, Callable]]:
-    """Where another function has taken the place of this package's: owner, name, and that function.
-
-    One that says what it wraps (`functools.wraps`) and wraps this package's is not among them.
-    """
-    for owner, name, _, replacement in _installed:
-        now = inspect.getattr_static(owner, name, None)
-        function = getattr(now, "__func__", now)
-        if function is not None and not _wraps(function, replacement):
-            yield owner, name, function
-
-
-def _wraps(function: Callable, inner: Callable) -> bool:
-    for _ in range(32):
-        if function is inner:
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
+    _installed.append(_Installed(owner, patch.name, before))
 
 
 def uninstall() -> None:
@@ -314,7 +293,7 @@ def uninstall() -> None:
     call_counts.clear()  # from here on nothing is counted
     merging.end_period()
     while _installed:
-        owner, name, before, _ = _installed.pop()
+        owner, name, before = _installed.pop()
         if before is _ABSENT:
             delattr(owner, name)
         else:
