@@ -18,7 +18,7 @@ _DEVICE_CHUNK_BYTES = 1 << 26
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def row_checksums(matrix: Tensor) -> Tensor:
+def row_checksums(matrix: Tensor, word: torch.dtype | None = None) -> Tensor:
     """One int64 per row: the sum of its words, each times an odd number for its position, modulo 2^64.
 
     It finds accidents, not forgeries. A change of one word is always seen, since odd numbers have an inverse;
@@ -29,9 +29,13 @@ def row_checksums(matrix: Tensor) -> Tensor:
 
     It depends on the bits alone, on no strides, offset or device. 0.1 ms for 1536 x 576 in bf16 on one core
     (the plain sum: 0.03).
+
+    Args:
+        matrix: (rows, columns), of any dtype and strides.
+        word: the integer dtype of the words, of which each row has a whole number; None: the fastest one.
     """
     matrix = matrix.detach()
-    word = _word_of(matrix)
+    word = word or _word_of(matrix)
     count = matrix.shape[1] * matrix.element_size() // word.itemsize
     odd = odd_numbers(count).to(matrix.device, non_blocking=True)
 

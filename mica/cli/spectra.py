@@ -18,7 +18,7 @@ from mica.cli.output import dtype_name, one_line
 from mica.errors import UnsuitableLayerError
 from mica.fast.create import quantised
 from mica.fast.create.solving import NewAdapter, check
-from mica.fast.forward.expert_params import is_stack, is_wrapper
+from mica.fast.forward.expert_params import is_stack
 from mica.fast.loading import without_solver
 from mica.subspace import krylov
 from mica.subspace.batched import BatchGram
@@ -165,12 +165,9 @@ def _checked_weights(layer: nn.Module) -> list[Tensor]:
     """
     adapter = NewAdapter("this layer", layer, "default")
     try:
-        weight = check(adapter)
+        return [task.weight for task in check(adapter)]
     except TypeError as error:  # its dtype
         raise UnsuitableLayerError(str(error)) from error
-    if not is_wrapper(layer):
-        return [weight]
-    return [task.weight for task in adapter.materialise_tasks()]
 
 
 def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:

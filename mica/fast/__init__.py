@@ -54,29 +54,30 @@ def enable(
     """Run adapters on this backend, as the import does for MiCA. A setting that is not given stays.
 
     Args:
-        lora: whether plain LoRA runs on this backend, and is merged by it, too: adapters of linear layers
-            without a variant of PEFT's (DoRA, aLoRA, …), which may train lora_A, lora_B or both. At first
-            False.
-        compute_dtype: dtype of the low-rank products. None, at first: that of the activations, so a bf16
-            model's adapters compute in bf16 from their fp32 master weights (a few tokens on a CPU in fp32,
-            where that is faster). ``torch.float32``: stock PEFT's arithmetic over a 16-bit base, still
-            without its fp32 copy of the activations.
-        on_unsuitable: what `get_peft_model` does with a layer that MiCA cannot start from (NaN or Inf in
-            the weight, r > min(in_features, out_features)): "raise", at first, an error that names it and
-            leave the model unchanged, or "skip" it with a warning.
-        device: where the initialisation solves weights that are on the CPU. "auto", at first: on an
-            accelerator, if there is one with enough memory, else on the CPU; or a device. Weights on an
-            accelerator are solved there.
-        compile: what `torch.compile` sees of a layer without dropout whose weight is read directly.
-            "operator", at first: one operator, which runs what eager mode runs, kernels included. "plain":
-            PyTorch's own three products, which the compiler may fuse and tune; dA is rounded to their dtype.
-        recompute: what the backward computes again instead of keeping it. "activations": the x of a layer
-            that is act(G)·U or act(G). "norms", at first: also the output of an RMS norm, once for all
-            layers that share it, and the 32-bit copy of its 16-bit input. The bits of the gradients are the
-            same.
+        lora: Whether plain LoRA runs on this backend, and is merged by it, too: adapters of linear layers
+            without a variant of PEFT's (DoRA, aLoRA, …), which may train lora_A, lora_B or both. It is False
+            at first.
+        compute_dtype: The dtype of the low-rank products. None, which it is at first, means that of the
+            activations, so a bf16 model's adapters compute in bf16 from their fp32 master weights (a few
+            tokens on a CPU in fp32, where that is faster). ``torch.float32`` gives stock PEFT's arithmetic
+            over a 16-bit base, still without its fp32 copy of the activations.
+        on_unsuitable: What `get_peft_model` does with a layer that MiCA cannot start from (NaN or infinity in
+            the weight, r > min(in_features, out_features)). "raise", which it is at first, means an error
+            that names the layer and leaves the model unchanged; "skip" leaves the layer out, with a warning.
+        device: Where the initialisation solves weights that are on the CPU. "auto", which it is at first,
+            means on an accelerator, if there is one with enough memory, else on the CPU; otherwise it is a
+            device. Weights on an accelerator are solved there.
+        compile: What `torch.compile` sees of a layer without dropout whose weight is read directly.
+            "operator", which it is at first, means one operator, which runs what eager mode runs, kernels
+            included. "plain" means PyTorch's own three products, which the compiler may fuse and tune; dA is
+            rounded to their dtype.
+        recompute: What the backward computes again instead of keeping it. "activations" means the x of a layer
+            that is act(G)·U or act(G). "norms", which it is at first, means also the output of an RMS norm,
+            once for all layers that share it, and the 32-bit copy of its 16-bit input. The bits of the
+            gradients are the same.
 
     Raises:
-        ValueError: a value that is not one of these, or a device that this process does not have.
+        ValueError: A value is not one of these, or it is a device that this process does not have.
     """
     given = {
         "lora": lora,
@@ -96,6 +97,7 @@ def disable() -> None:
 
 
 def is_enabled() -> bool:
+    """Whether the backend is on at this moment, in this process."""
     return _settings.settings.enabled
 
 

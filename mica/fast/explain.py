@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -27,7 +28,7 @@ from mica.fast.forward.eligibility import (
     is_mica,
     quantised_layers,
 )
-from mica.fast.frameworks import REMEDIES, REMEDIES_OF_INITIALISATION, UNDO, owner_of, replaced_by
+from mica.fast.frameworks import REMEDIES, replaced_by
 from mica.fast.merge.reporting import kind_merged_into
 from mica.fast.refusals import check_model
 from mica.fast.settings import settings
@@ -40,27 +41,44 @@ _LONG = 40  # characters of a reason: one that several lines share stands below 
 
 @dataclass(frozen=True)
 class Row:
+    """What `explain` says of one adapted layer.
+
+    Attributes:
+        name: The layer's name in the model; of an adapted parameter, that of the parameter.
+        layer: The name of the base layer's class.
+        adapter: The names of those of the active adapters that the layer has.
+        path: "kernel", "reference", "peft" or "error".
+        reason: Why the path is not the one before it in that list, and why the base layer is called, if it
+            is.
+        calls: How often the layer has been called since an adapter was last added; None if unknown.
+        bypassed_by: The framework or module whose code runs instead of the layer's; None if there is none.
+    """
+
     name: str
     layer: str
-    adapter: str  # those of the active ones that the layer has
-    path: str  # "kernel", "reference", "peft" or "error"
-    reason: str  # why not the path before it in that list; why the base layer is called, if it is
-    calls: int | None = None  # since an adapter was last added; None if unknown
-    bypassed_by: str | None = None  # the framework or module whose code runs instead of the layer's
+    adapter: str
+    path: str
+    reason: str
+    calls: int | None = None
+    bypassed_by: str | None = None
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The path table. ``str()`` prints it, equal rows as one; ``rows`` and ``counts()`` are for programs."""
+    """The path table: ``str()`` prints it, with equal rows as one.
+
+    Attributes:
+        rows: One `Row` for each adapted layer, in the order of the layers.
+    """
 
     rows: list[Row] = field(default_factory=list)
-    replaced: list[str] = field(default_factory=list)  # sentences, see `explain`
 
     def counts(self) -> dict[str, int]:
+        """How many layers take each path, for instance {"kernel": 210}."""
         return dict(Counter(row.path for row in self.rows))
 
     def __str__(self) -> str:
-        return "\n".join([_text(self.rows), *self.replaced])
+        return _text(self.rows)
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -86,9 +104,6 @@ def explain(model: nn.Module) -> Explanation:
     ``bypassed_by``: where other code runs instead of the layer, the framework's name (axolotl, unsloth) or
     that of the module with the code; ``str()`` says how to switch it off.
 
-    ``replaced``: a sentence for each other function of this backend (initialisation, merging, saving, ...)
-    that someone has replaced since.
-
     Raises:
         TypeError: ``model`` is not a `torch.nn.Module`.
     """
@@ -97,7 +112,7 @@ def explain(model: nn.Module) -> Explanation:
     layers = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
     calls = call_counts.calls_of(modules.values())
     rows = [_row(model, name, module, modules, calls) for name, module in layers.items()]
-    return Explanation(rows, list(_replaced_functions()) if rows else [])
+    return Explanation(rows)
 
 
 def _row(
@@ -224,17 +239,6 @@ def _bypassed_by(modules: Mapping[str, nn.Module], name: str, called: list[str])
         name = name.rpartition(".")[0]
 
 
-def _replaced_functions() -> Iterator[str]:
-    """A sentence for each function that is no longer this package's; of forwards of layers the rows tell."""
-    for owner, name, function in patching.replaced_since():
-        if name == "forward" and isinstance(owner, type) and issubclass(owner, BaseTunerLayer):
-            continue
-        who = owner_of(function)
-        is_initialisation = name in ("mica_init", "update_layer")
-        remedies = REMEDIES_OF_INITIALISATION if is_initialisation else REMEDIES
-        yield f"{who} has replaced {owner.__name__}.{name}: {remedies.get(who, UNDO)}"
-
-
 # ---------------------------------------------------------------------------------------------------
 # the table as text
 # ---------------------------------------------------------------------------------------------------
@@ -295,31 +299,31 @@ def _bypasses(rows) -> Iterator[str]:
         yield f"{who} bypasses {count} layer{'s' if count > 1 else ''}{remedy}"
 
 
-def patterns(names: Iterable[str]) -> list[tuple[str, int]]:
+def patterns(names: Sequence[str]) -> Iterator[tuple[str, int]]:
     """Names that differ only in numbers -> patterns that match these and no others, and how many each.
 
-    "h.0.fc", "h.1.fc", "h.3.fc" -> [("h.{0-1,3}.fc", 3)]. Two numbers become one pattern only where every
-    combination exists.
+    "h.0.fc", "h.1.fc", "h.3.fc" -> ("h.{0-1,3}.fc", 3). Two numbers become one pattern only where every
+    combination exists; else there is one for each value of the first.
     """
-    split = {tuple(re.split(r"(\d+)", name)): 1 for name in names}
-    width = len(next(iter(split)))
-    for column in range(width - 2, 0, -2):  # numbers are at the odd indices
-        merged: dict[tuple, dict[str, int]] = {}
-        for parts, count in split.items():
-            merged.setdefault((parts[:column], count, parts[column + 1 :]), {})[parts[column]] = count
-        split = {
-            (*before, _spans(numbers), *after): sum(numbers.values())
-            for (before, _, after), numbers in merged.items()
-        }
-    return [("".join(parts), count) for parts, count in split.items()]
+    split = {name: re.split(r"(\d+)", name) for name in names}
+    columns = [set(parts) for parts in zip(*split.values(), strict=True)]
+    if math.prod(map(len, columns)) == len(names):
+        yield "".join(map(_spans, columns)), len(names)
+        return
+    first = next(index for index, parts in enumerate(columns) if len(parts) > 1)
+    groups = defaultdict(list)
+    for name, parts in split.items():
+        groups[parts[first]].append(name)
+    for group in groups.values():
+        yield from patterns(group)
 
 
-def _spans(numbers: Iterable[str]) -> str:
-    """Different numbers as text: "{0-29}", "{0,2-3}"; a single one unchanged."""
-    ordered = sorted(numbers, key=lambda number: (int(number), number))
-    if len(ordered) == 1:
-        return ordered[0]
-    # numbers that follow one another differ from their places by the same; "00" follows none
-    runs = groupby(enumerate(ordered), lambda item: (int(item[1]) - item[0], str(int(item[1])) == item[1]))
+def _spans(parts: set[str]) -> str:
+    """Different numbers as text: "{0-29}", "{0,2-3}"; the same of all unchanged."""
+    if len(parts) == 1:
+        return parts.pop()
+    numbers = sorted(map(int, parts))
+    # numbers that follow one another differ from their places by the same
+    runs = groupby(enumerate(numbers), lambda item: item[1] - item[0])
     spans = [[number for _, number in run] for _, run in runs]
-    return "{" + ",".join(span[0] if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans) + "}"
+    return "{" + ",".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans) + "}"

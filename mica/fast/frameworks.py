@@ -2,8 +2,8 @@
 
 Frameworks fuse LoRA layers by replacing a forward: that of the attention or MLP around them (on the instance
 or on its class), functions that it calls (``self_attn.apply_qkv``), or the layer's own. The replacement reads
-the adapter's weights, PEFT's layer is never called, and the backend has no part in it. Others replace the
-function that initialises an adapter. Nothing here raises: what cannot be read is no finding.
+the adapter's weights, PEFT's layer is never called, and the backend has no part in it. Nothing here raises:
+what cannot be read is no finding.
 """
 
 from __future__ import annotations
@@ -28,14 +28,6 @@ REMEDIES = {
     "FastLanguageModel.get_peft_model",
     "liger_kernel": "apply it with fused_linear_cross_entropy=False, or leave lm_head without an adapter",
 }
-# Framework -> how its initialisation is switched off. unsloth 2026.10.9 (models/lora_init.py) replaces PEFT's
-# within its own get_peft_model, unless that variable is set.
-REMEDIES_OF_INITIALISATION = {
-    "unsloth": "set UNSLOTH_FAST_LORA_INIT=0 or make the adapter by peft.get_peft_model, instead of "
-    "FastLanguageModel.get_peft_model",
-}
-# For code that is not known.
-UNDO = "call mica.fast.uninstall() and mica.fast.enable() after that code has run"
 
 # Their forwards call the layers: hooks, offloading, gradient checkpointing, compilation.
 _ORDINARY = {"accelerate", "mica", "peft", "torch", "transformers"}

@@ -10,7 +10,7 @@ import functools
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import peft
@@ -20,33 +20,41 @@ from mica.fast.caches import clear_caches
 from mica.fast.create import initialisation, quantised
 from mica.fast.forward import call_counts, decide, experts
 from mica.fast.forward.eligibility import quantised_layers
-from mica.fast.known_peft import EMBEDDING, EXPERTS, INITIALISATION, LINEAR, MERGING
+from mica.fast.known_peft import EMBEDDING, EXPERTS, LINEAR, MERGING
 from mica.fast.merge import experts as merging_of_experts
 from mica.fast.merge import merging, plain_lora, reporting
 
 
 class Patch(NamedTuple):
-    """One function of PEFT, and what takes its place."""
+    """One function of PEFT, and what takes its place.
 
-    owner: str  # module, or module:Class
+    Attributes:
+        owner: Where the function is: "module" or "module:Class".
+        name: The name of the function.
+        parameters: The names with which the signature of PEFT's function must begin.
+        wrap: A function from PEFT's function to the one that takes its place.
+        required: Whether PEFT is left as it is where it has no such function.
+        part: A part in `known_peft`, which alone is left to PEFT where the function differs; None for none.
+    """
+
+    owner: str
     name: str
-    parameters: str  # what stock's signature must begin with; "a|b": either name
-    wrap: Callable  # stock function -> the function that takes its place
-    required: bool = True  # PEFT is left as it is without that function
-    part: str | None = None  # a part in `known_peft`: where the function differs, it alone is left to PEFT
+    parameters: str
+    wrap: Callable
+    required: bool = True
+    part: str | None = None
 
 
 _LAYERS = "peft.tuners.lora.layer"
-_LAYER = f"{_LAYERS}:LoraLayer"
 _LINEAR = f"{_LAYERS}:Linear"
 _EMBEDDING = f"{_LAYERS}:Embedding"
 _MODEL = "peft.tuners.lora.model:LoraModel"
+_MIXED = "peft.tuners.mixed.model:MixedModel"
 _PEFT_MODEL = "peft.peft_model:PeftModel"
 _CONFIG = "peft.config:PeftConfigMixin"
 _HUGGING_FACE = "transformers.integrations.peft:PeftAdapterMixin"
 
 _FORWARD = "self x *args **kwargs"
-_UPDATE = "self adapter_name r lora_alpha config **kwargs"
 _WHOLE = ("forward", "self *args **kwargs", call_counts.whole_forward)
 _CAST = ("cast_adapter_dtype", "model adapter_name autocast_adapter_dtype", initialisation.cast_adapter_dtype)
 _UNLOAD = (
@@ -54,7 +62,11 @@ _UNLOAD = (
     "self merge progressbar safe_merge adapter_names",
     reporting.unload_and_optionally_merge,
 )
-_INIT = ("mica_init", "self adapter_name", initialisation.mica_init)
+_INJECT = (
+    "inject_adapter",
+    "self model adapter_name",
+    lambda stock: _cover_classes_after(initialisation.inject_adapter(stock)),
+)
 _LORAFA = ("create_lorafa_optimizer", "model r lora_alpha lr", refusals.create_lorafa_optimizer, False)
 _SET = (
     "set_peft_model_state_dict",
@@ -79,27 +91,10 @@ PATCHES = (
     Patch(_PEFT_MODEL, *_WHOLE),
     Patch(_LINEAR, "merge", "self safe_merge adapter_names", plain_lora.merge, part=MERGING),
     Patch(_LINEAR, "unmerge", "self", plain_lora.unmerge, part=MERGING),
-    Patch(_LAYER, *_INIT, part=INITIALISATION),
-    Patch(_EMBEDDING, *_INIT, part=INITIALISATION),
-    Patch(
-        _LAYER,
-        "update_layer",
-        _UPDATE,
-        lambda stock: _cover_class_after(initialisation.update_layer(stock)),
-        part=INITIALISATION,
-    ),
-    _optional_part("update_layer", _UPDATE, initialisation.update_layer, INITIALISATION),
     _optional_part("merge", "self safe_merge adapter_names", merging_of_experts.merge, MERGING),
     _optional_part("unmerge", "self", merging_of_experts.unmerge, MERGING),
-    Patch(_LAYER, "resolve_lora_variant", "self config **kwargs", initialisation.resolve_lora_variant),
-    Patch(
-        _MODEL,
-        "_create_and_replace",
-        # the other name is that of axolotl's wrapper for Gemma 4, which may be there first
-        "self lora_config|peft_config adapter_name target target_name parent current_key",
-        initialisation.create_and_replace,
-    ),
-    Patch(_MODEL, "inject_adapter", "self model adapter_name", initialisation.inject_adapter),
+    Patch(_MODEL, *_INJECT),
+    Patch(_MIXED, *_INJECT),
     Patch("peft.tuners.tuners_utils", *_CAST),
     Patch("peft.functional", *_CAST),
     Patch(_PEFT_MODEL, "from_pretrained", "cls model model_id", loading.load),
@@ -123,16 +118,9 @@ PATCHES = (
         "model state_dict adapter_name config",
         loading.hotswap_adapter_from_state_dict,
     ),
-    Patch(  # a PEFT without it ties no adapters
-        _MODEL,
-        "_add_targets_to_tie",
-        "self peft_config tied_weight_keys",
-        refusals.add_targets_to_tie,
-        required=False,
-    ),
     Patch(_MODEL, "merge_adapter", "self adapter_names", refusals.merge_adapter),
     Patch(_MODEL, *_UNLOAD),
-    Patch("peft.tuners.mixed.model:MixedModel", *_UNLOAD),
+    Patch(_MIXED, *_UNLOAD),
     # a script that imported the function before this package keeps stock's
     Patch("peft.optimizers.lorafa", *_LORAFA),
     Patch("peft.optimizers", *_LORAFA),
@@ -151,32 +139,35 @@ PATCHES = (
 )
 
 
-def _cover_class_after(update_layer):
-    """Replace the forward of a class over quantised weights when it gets its first adapter.
+def _cover_classes_after(inject_adapter):
+    """Replace the forward of each class over quantised weights that gets its first adapter.
 
     Not at import: PEFT's modules of these classes would import the quantisation libraries.
     """
 
-    def update_and_cover(self, *args, **kwargs) -> None:
-        update_layer(self, *args, **kwargs)
-        cls = type(self)
-        if not _installed or cls in quantised_layers or not quantised.is_covered(cls):
-            return
-        has_own_forward = "forward" in vars(cls)  # torchao's inherits that of lora.Linear
-        if not has_own_forward and LINEAR in known_peft.left:
-            return
-        patch = Patch(f"{cls.__module__}:{cls.__name__}", "forward", "self x", decide.linear_forward)
-        why_not = mismatch(patch)
-        if why_not is None and has_own_forward:
-            why_not = _other_body(patch)
-        if why_not is not None:
-            warnings.warn(f"{cls.__name__} runs PEFT's own forward: {why_not}.", stacklevel=3)
-            return
-        if has_own_forward:
-            _replace(cls, patch)
-        quantised_layers.add(cls)
+    def inject_and_cover(self, model, *args, **kwargs) -> None:
+        inject_adapter(self, model, *args, **kwargs)
+        for cls in {type(module) for module in model.modules()}:
+            if _installed and cls not in quantised_layers and quantised.is_covered(cls):
+                _cover(cls)
 
-    return update_and_cover
+    return inject_and_cover
+
+
+def _cover(cls: type) -> None:
+    has_own_forward = "forward" in vars(cls)  # torchao's inherits that of lora.Linear
+    if not has_own_forward and LINEAR in known_peft.left:
+        return
+    patch = Patch(f"{cls.__module__}:{cls.__name__}", "forward", "self x", decide.linear_forward)
+    why_not = mismatch(patch)
+    if why_not is None and has_own_forward:
+        why_not = _other_body(patch)
+    if why_not is not None:
+        warnings.warn(f"{cls.__name__} runs PEFT's own forward: {why_not}.", stacklevel=4)
+        return
+    if has_own_forward:
+        _replace(cls, patch)
+    quantised_layers.add(cls)
 
 
 def _other_body(patch: Patch) -> str | None:
@@ -191,7 +182,6 @@ class _Installed(NamedTuple):
     owner: object
     name: str
     before: object  # what the owner's __dict__ held
-    replacement: Callable
 
 
 _ABSENT = object()
@@ -213,20 +203,26 @@ def mismatch(patch: Patch) -> str | None:
         return f"{patch.owner}.{patch.name} is not there"
     signature = inspect.signature(getattr(attribute, "__func__", attribute))
     parameters = [re.match(r"\**\w+", str(parameter))[0] for parameter in signature.parameters.values()]
-    expected = [names.split("|") for names in patch.parameters.split()]
-    begins_so = all(name in names for name, names in zip(parameters, expected, strict=False))
-    if begins_so and len(parameters) >= len(expected):
+    expected = patch.parameters.split()
+    if parameters[: len(expected)] == expected:
         return None
     return f"{patch.owner}.{patch.name} takes ({' '.join(parameters)})"
 
 
 class Comparison(NamedTuple):
-    """How the installed PEFT differs from what `PATCHES` was written for."""
+    """How the installed PEFT differs from what `PATCHES` was written for.
 
-    refused: list[str]  # why PEFT is left as it is
-    left: dict[str, list[str]]  # part of the backend -> why PEFT's own code runs it
-    optional: list[str]  # why functions are not replaced that need not be
-    patches: list[Patch]  # the rest, which are made
+    Attributes:
+        refused: Why PEFT is left as it is.
+        left: Why PEFT's own code runs a part of the backend, by the name of the part.
+        optional: Why functions are not replaced that need not be.
+        patches: The other patches, which are made.
+    """
+
+    refused: list[str]
+    left: dict[str, list[str]]
+    optional: list[str]
+    patches: list[Patch]
 
 
 def compare() -> Comparison:
@@ -288,27 +284,7 @@ def _replace(owner, patch: Patch) -> None:
         setattr(owner, patch.name, replacement)
     else:  # a static or class method
         setattr(owner, patch.name, type(attribute)(replacement))
-    _installed.append(_Installed(owner, patch.name, before, replacement))
-
-
-def replaced_since() -> Iterator[tuple[object, str, Callable]]:
-    """Where another function has taken the place of this package's: owner, name, and that function.
-
-    One that says what it wraps (`functools.wraps`) and wraps this package's is not among them.
-    """
-    for owner, name, _, replacement in _installed:
-        now = inspect.getattr_static(owner, name, None)
-        function = getattr(now, "__func__", now)
-        if function is not None and not _wraps(function, replacement):
-            yield owner, name, function
-
-
-def _wraps(function: Callable, inner: Callable) -> bool:
-    for _ in range(32):
-        if function is inner:
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
+    _installed.append(_Installed(owner, patch.name, before))
 
 
 def uninstall() -> None:
@@ -317,7 +293,7 @@ def uninstall() -> None:
     call_counts.clear()  # from here on nothing is counted
     merging.end_period()
     while _installed:
-        owner, name, before, _ = _installed.pop()
+        owner, name, before = _installed.pop()
         if before is _ABSENT:
             delattr(owner, name)
         else:

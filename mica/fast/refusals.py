@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 
 from peft.tuners import lora
 from torch import nn
 from torch.nn.utils import parametrize
 
-from mica.fast import loading
 from mica.fast.forward import tensor_parallel
-from mica.fast.forward.eligibility import is_mica, requests_mica
+from mica.fast.forward.eligibility import is_mica
 from mica.fast.forward.expert_params import weight_name
 from mica.fast.merge.unloading import lora_layers, requested
 from mica.fast.settings import while_enabled
@@ -33,42 +31,6 @@ def check_model(model, call: str) -> None:
             f"mica.fast.{call}(model) needs a torch.nn.Module, for instance what get_peft_model returned, "
             f"but model is a {type(model).__name__}."
         )
-
-
-# ---------------------------------------------------------------------------------------------------
-# tied embeddings
-# ---------------------------------------------------------------------------------------------------
-
-
-@while_enabled
-def add_targets_to_tie(stock, self, peft_config, tied_weight_keys) -> None:
-    """PEFT requests tied adapters on tied embeddings. MiCA has none, and refuses.
-
-    One update of the shared weight E (num_embeddings x embedding_dim) is s·AᵀBᵀ, with the embedding's A
-    and frozen B. At the head, whose update is s·B'·A', that requires B' = Aᵀ and A' = Bᵀ: B' trained and A'
-    frozen, whereas MiCA freezes B' and takes it from the other side of E. Nor would PEFT keep the tie: it
-    creates two parameters on one memory, each with its own gradient and optimiser state, and plain LoRA's
-    (0.21.2) separate at the fp32 cast over a 16-bit base, or at `model.to(dtype)`.
-    """
-    if not requests_mica(peft_config):
-        return stock(self, peft_config, tied_weight_keys)
-    source = self.model.get_input_embeddings()
-    embedding = next(name for name, module in self.model.named_modules() if module is source)
-    tied = " and ".join(map(repr, [embedding, *tied_weight_keys]))
-    if loading.uninitialised.get() is None:
-        raise ValueError(
-            f"MiCA adapters of {tied} cannot be tied (ensure_weight_tying=True), because each freezes the "
-            "minor vectors of its own side of the shared weight: leave ensure_weight_tying off for "
-            f"independent adapters, or name {embedding!r} in modules_to_save, and neither in "
-            "target_modules, to train the shared weight itself."
-        )
-    # A file from stock: its adapters are independent of each other, and compute what they did there.
-    warnings.warn(
-        f"the adapter was saved with ensure_weight_tying=True, but its MiCA adapters of {tied} are "
-        "independent of each other, and are loaded as such.",
-        stacklevel=3,
-    )
-    return stock(self, peft_config, tied_weight_keys)
 
 
 # ---------------------------------------------------------------------------------------------------

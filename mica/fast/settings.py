@@ -47,7 +47,12 @@ _blocks = 0  # how many `mica.fast.disabled` are entered, in all threads
 
 
 def switch(on: bool | None = None, *, blocks: int = 0) -> None:
-    """Turn the backend on or off. ``blocks``: 1 or -1 where a block is entered or left in which it is off."""
+    """Turn the backend on or off.
+
+    Args:
+        on: Whether it is on outside of such blocks; None leaves that as it is.
+        blocks: 1 where a block is entered in which it is off, -1 where one is left.
+    """
     global _switched_on, _blocks
     with _lock:
         if on is not None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mica.ops.checks import check_embedding
+from mica.ops.checks import EMBEDDING, check
 from mica.ops.operator import (
     below_autograd,
     call_counts,
@@ -37,22 +37,31 @@ def mica_embedding(
     """The MiCA term of an embedding, to be added to the base embedding: scaling·A[:, indices]ᵀ Bᵀ.
 
     Args:
-        indices: (...), int32 or int64, below num_embeddings.
-        lora_A: (rank, num_embeddings), trained.
-        lora_B: (embedding_dim, rank), frozen.
-        padding_idx: the column of lora_A that gets no gradient, as in `torch.nn.functional.embedding`: one
+        indices: The indices, of any shape, int32 or int64, below num_embeddings.
+        lora_A: The trained factor, (rank, num_embeddings).
+        lora_B: The frozen factor, (embedding_dim, rank).
+        scaling: lora_alpha / rank, a number without a unit.
+        padding_idx: The column of lora_A that gets no gradient, as in `torch.nn.functional.embedding`: one
             below 0 counts from the end.
-        compute_dtype: dtype of the product; default lora_A's, under autocast autocast's.
+        compute_dtype: The dtype of the product; None means that of lora_A, under autocast autocast's.
 
     Returns:
-        (..., embedding_dim) in compute_dtype.
+        (*indices.shape, embedding_dim) in compute_dtype.
 
     Raises:
-        ValueError, TypeError: as `mica_linear`, and a padding_idx out of range.
+        ValueError: Shapes or devices do not fit, lora_B requires a gradient, or padding_idx is out of range.
+        TypeError: A factor or the compute_dtype is not of a floating dtype, or the indices are no integers.
     """
-    check_embedding(indices, lora_A, lora_B, padding_idx, compute_dtype)
-    if padding_idx is not None and padding_idx < 0:
-        padding_idx += lora_A.shape[1]
+    operands = {"indices": indices, "lora_A": lora_A, "lora_B": lora_B}
+    check(EMBEDDING, frozen=("lora_B",), compute_dtype=compute_dtype, **operands)
+    if padding_idx is not None:
+        count = lora_A.shape[1]
+        if not -count <= padding_idx < count:
+            raise ValueError(
+                f"padding_idx must be at least -{count} and below {count}, the number of embeddings, but it "
+                f"is {padding_idx}."
+            )
+        padding_idx %= count
     return embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
 
 

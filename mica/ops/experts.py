@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mica.ops.checks import check_experts_linear
+from mica.ops.checks import EXPERTS, check
 from mica.ops.operator import (
     below_autograd,
     no_autocast,
@@ -24,6 +24,7 @@ from mica.ops.operator import (
     without_values,
 )
 from mica.ops.routing import summed, to_experts
+from mica.paths import reference_path
 from mica.paths.operands import Operands
 
 
@@ -41,38 +42,48 @@ def mica_experts_linear(
     """The frozen linear layers of several experts with MiCA or LoRA adapters, each on its own rows of x.
 
     Args:
-        x: (rows, in_features), fp64/fp32/bf16/fp16, sorted by expert; a token of k experts has k rows.
-        offsets: (num_experts) int32 or int64, the end of each expert's rows, not decreasing. Rows after the
+        x: The rows, (rows, in_features), in fp64, fp32, bf16 or fp16, sorted by expert. A token of k experts
+            has k rows.
+        offsets: The end of each expert's rows, (num_experts), int32 or int64, not decreasing. Rows after the
             last one belong to no expert: their y and dx are 0.
-        weight: (num_experts, out_features, in_features), frozen, in the dtype of x, of any strides.
-        lora_A: (num_experts, rank, in_features), trained; the dtype of x, or an fp32 master over 16-bit x.
-        lora_B: (num_experts, out_features, rank), frozen in MiCA, trained in LoRA, any strides; dtypes as for
-            lora_A.
-        scaling: lora_alpha / rank, dimensionless.
-        bias: (num_experts, out_features), frozen, in the dtype of x.
-        compute_dtype: dtype of the low-rank products; default the dtype of x. Under autocast x is cast to
+        weight: The frozen weights, (num_experts, out_features, in_features), in the dtype of x and of any
+            strides.
+        lora_A: The trained factors, (num_experts, rank, in_features), in the dtype of x or as fp32 masters
+            over 16-bit x.
+        lora_B: The other factors, (num_experts, out_features, rank), of any strides, frozen in MiCA and
+            trained in LoRA; dtypes as for lora_A.
+        scaling: lora_alpha / rank, a number without a unit.
+        bias: The frozen biases, (num_experts, out_features), in the dtype of x; None for none.
+        compute_dtype: The dtype of the low-rank products; None means that of x. Under autocast x is cast to
             the dtype of the weight and the products run in it, as transformers' grouped experts do.
 
     Returns:
         (rows, out_features) in the dtype of x (of the weight under autocast).
 
-    Gradients: of lora_A and lora_B in their own dtype, accumulated in fp32, 0 for experts without rows; of x
-    where x needs it. Saved for the backward: references to the operands, x as it came where lora_A is
-    trained, and h (rows, rank) where lora_B is. Nothing of the weight's size is formed.
+    Gradients: lora_A and lora_B get theirs in their own dtype, accumulated in fp32, 0 for experts without
+    rows; x gets one where it needs it. Saved for the backward are references to the operands, x as it came
+    where lora_A is trained, and h (rows, rank) where lora_B is. Nothing of the weight's size is formed.
     Definition: arXiv 2604.01694, 2106.09685; tests/support/definition.py.
 
     Raises:
-        TypeError: a compute_dtype that is not floating.
-        ValueError: shapes or devices that do not fit, or a frozen operand that requires a gradient.
-        RuntimeError: MICA_BACKEND=triton where there are no kernels for the call.
+        TypeError: An operand or the compute_dtype is not of a floating dtype, the offsets are no integers, or
+            the weight or bias is not of the dtype of x outside autocast.
+        ValueError: Shapes or devices do not fit, or a frozen operand requires a gradient.
+        RuntimeError: MICA_BACKEND=triton is set, and there are no kernels for the call.
     """
     operands = Operands(weight, lora_A, lora_B, scaling, bias, compute_dtype)
-    check_experts_linear(x, offsets, operands)
+    check(EXPERTS, x=x, offsets=offsets, **operands._asdict())
     return experts_linear(x, offsets, *operands[:_OPERANDS], None, None, lora_B.requires_grad)
 
 
 def experts_linear(x: Tensor, offsets: Tensor, *args) -> Tensor:
-    """`mica_experts_linear` without its checks; ``args``: those of the operator."""
+    """`mica_experts_linear` without its checks.
+
+    Args:
+        x: The rows (rows, in_features); with a routing among ``args`` the tokens (num_tokens, in_features).
+        offsets: The end of each expert's rows, (num_experts).
+        args: The other arguments of the operator ``torch.ops.mica.experts_linear``, in their order.
+    """
     y, _ = _experts_and_h(x, offsets, *args)
     return y
 
@@ -96,7 +107,7 @@ def _experts(x, offsets, *args):
     operands, tokens, _ = _split(args, _FORWARD)
     rows = x if tokens is None else to_experts(x, tokens)
     y, h = run_formula(
-        "experts_linear",
+        reference_path.experts_linear,
         x,
         operands.rank,
         operands.dtypes(x),
@@ -126,7 +137,7 @@ def _backward(grad_output, x, offsets, output_mask, *args, grad_h=None):
         x = to_experts(x, tokens)
     with no_autocast():
         grad_x, grad_A = run_formula(
-            "experts_linear_backward",
+            reference_path.experts_linear_backward,
             grad_output,
             operands.rank,
             operands.dtypes(grad_output),
@@ -154,7 +165,9 @@ def _backward_fake(grad_output, x, offsets, output_mask, *args):
 def _grad_b(grad_output, h, offsets, dtype):
     dtypes = (grad_output.dtype, h.dtype, dtype, dtype)
     with no_autocast():
-        return run_formula("experts_grad_b", grad_output, h.shape[1], dtypes, grad_output, h, offsets, dtype)
+        return run_formula(
+            reference_path.experts_grad_b, grad_output, h.shape[1], dtypes, grad_output, h, offsets, dtype
+        )
 
 
 def _grad_b_fake(grad_output, h, offsets, dtype):
@@ -247,7 +260,9 @@ operator(
 
 def _base(x, offsets, weight, bias, tokens=None, inverse=None):
     rows = x if tokens is None else to_experts(x, tokens)
-    return run_formula("experts_base", x, 0, (x.dtype, weight.dtype), rows, offsets, weight, bias)
+    return run_formula(
+        reference_path.experts_base, x, 0, (x.dtype, weight.dtype), rows, offsets, weight, bias
+    )
 
 
 def _base_fake(x, offsets, weight, bias, tokens=None, inverse=None):

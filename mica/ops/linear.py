@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mica import native
 from mica.ops import kept, trial
-from mica.ops.checks import check_linear
+from mica.ops.checks import LINEAR, check
 from mica.ops.low_rank import grad_b
 from mica.ops.operator import (
     as_matrix,
@@ -55,38 +55,45 @@ def mica_linear(
     """A frozen linear layer with its MiCA or LoRA adapter: x Wᵀ + bias + scaling·(drop(x) Aᵀ) Bᵀ.
 
     Args:
-        x: (..., in_features), fp64/fp32/bf16/fp16.
-        weight: (out_features, in_features), frozen, in the dtype of x. A transposed view is fine.
-        lora_A: (rank, in_features), trained; the dtype of x, or an fp32 master over 16-bit x.
-        lora_B: (out_features, rank), frozen in MiCA, trained in LoRA; dtypes as for lora_A.
-        scaling: lora_alpha / rank, dimensionless.
-        bias: (out_features), frozen, in the dtype of x.
-        compute_dtype: dtype of the low-rank products; default the dtype of x. Under autocast everything
+        x: The input, (..., in_features), in fp64, fp32, bf16 or fp16.
+        weight: The frozen weight, (out_features, in_features), in the dtype of x. A transposed view is fine.
+        lora_A: The trained factor, (rank, in_features), in the dtype of x or as an fp32 master over 16-bit x.
+        lora_B: The other factor, (out_features, rank), frozen in MiCA and trained in LoRA; dtypes as for
+            lora_A.
+        scaling: lora_alpha / rank, a number without a unit.
+        bias: The frozen bias, (out_features), in the dtype of x; None for none.
+        compute_dtype: The dtype of the low-rank products; None means that of x. Under autocast everything
             runs in autocast's dtype, as PEFT's layer does.
-        dropout_p: probability in [0, 1) with which an element of x is dropped before lora_A.
-        seed: int64 (1), where dropout_p > 0. It determines the mask, which is never stored: drawn with
-            torch's generator, gradient checkpointing recomputes the same mask.
+        dropout_p: The probability in [0, 1) with which an element of x is dropped before lora_A.
+        seed: An int64 tensor of shape (1,), needed where dropout_p > 0. It determines the mask, which is
+            never stored: drawn with torch's generator, gradient checkpointing recomputes the same mask.
 
     Returns:
         (..., out_features) in the dtype of x (of autocast where it is on).
 
-    Gradients: of lora_A and lora_B in their own dtype, accumulated in fp32 (under autocast perhaps rounded to
-    its dtype, as PyTorch does); of x where x needs it. Saved for the backward: references to the operands, x
-    as it came where lora_A is trained, and h = scaling·drop(x) Aᵀ where lora_B is.
-    Definition: arXiv 2604.01694, 2106.09685; tests/support/definition.py.
+    Gradients: lora_A and lora_B get theirs in their own dtype, accumulated in fp32 (under autocast perhaps
+    rounded to its dtype, as PyTorch does); x gets one where it needs it. Saved for the backward are
+    references to the operands, x as it came where lora_A is trained, and h = scaling·drop(x) Aᵀ where lora_B
+    is. Definition: arXiv 2604.01694, 2106.09685; tests/support/definition.py.
 
     Raises:
-        TypeError: a compute_dtype that is not floating.
-        ValueError: shapes or devices that do not fit, or a frozen operand that requires a gradient.
-        RuntimeError: MICA_BACKEND=triton where there are no kernels for the call.
+        TypeError: An operand or the compute_dtype is not of a floating dtype, or the weight or bias is not of
+            the dtype of x outside autocast.
+        ValueError: Shapes or devices do not fit, or a frozen operand requires a gradient.
+        RuntimeError: MICA_BACKEND=triton is set, and there are no kernels for the call.
     """
     operands = Operands(weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
-    check_linear(x, operands)
+    check(LINEAR, x=x, **operands._asdict())
     return linear(x, *operands._replace(trains_B=lora_B.requires_grad))
 
 
 def linear(x, *args) -> Tensor:
-    """`mica_linear` without its checks; ``args``: the fields of `Operands`."""
+    """`mica_linear` without its checks.
+
+    Args:
+        x: The input, (..., in_features).
+        args: The fields of `Operands`, in their order.
+    """
     y, _ = _linear_and_h(x, *args)
     return y
 
@@ -97,7 +104,7 @@ def _linear(x, *args, may_settle=True):
     matrix = as_matrix(x)
     dtypes = operands.dtypes(x)
     y, h = run_formula(
-        "linear",
+        reference_path.linear,
         x,
         operands.rank,
         dtypes,
@@ -141,7 +148,7 @@ def _gradients(
     dtypes = operands.dtypes(dy)
     with no_autocast():
         dx, dA = run_formula(
-            "linear_backward",
+            reference_path.linear_backward,
             dy,
             operands.rank,
             dtypes,
@@ -241,12 +248,16 @@ def _cast(kind, x, *args):
 
 
 def linear_eager(x, *args) -> Tensor:
-    """`linear` for callers that know that `is_eager` holds; ``args``: the fields of `Operands`.
+    """`linear` for callers that know that `is_eager` holds.
 
     x is cast here, or in C++, as autocast does, where autograd follows.
 
+    Args:
+        x: The input, (..., in_features).
+        args: The fields of `Operands`, in their order.
+
     Raises:
-        ValueError: an x without dimensions.
+        ValueError: x has no dimensions.
     """
     if x.dim() == 0:
         as_matrix(x)  # raises
@@ -342,7 +353,12 @@ operator(
 
 
 def traced(x: Tensor, operands: Operands) -> Tensor:
-    """`linear` as PyTorch's own operations, for a compiler: autocast reaches each, and autograd follows."""
+    """`linear` as PyTorch's own operations, for a compiler: autocast reaches each, and autograd follows.
+
+    Args:
+        x: The input, (..., in_features).
+        operands: The layer's operands, without dropout.
+    """
     dtype = operands.dtype(x)
     y = F.linear(x, operands.weight, operands.bias)
     h = F.linear(x.to(dtype), (operands.lora_A * operands.scaling).to(dtype))

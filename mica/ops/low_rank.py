@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mica.ops.checks import check_down_projection, check_up_projection
+from mica.ops.checks import DOWN_PROJECTION, UP_PROJECTION, check
 from mica.ops.operator import (
     as_matrix,
     autocast_to,
@@ -27,6 +27,7 @@ from mica.ops.operator import (
     without_none,
     without_values,
 )
+from mica.paths import reference_path
 from mica.paths.tuning import Kind, rounded_up
 
 
@@ -42,20 +43,21 @@ def mica_down_projection(
     """h = scaling·drop(x) Aᵀ.
 
     Args:
-        x: (..., in_features), fp64/fp32/bf16/fp16.
-        lora_A: (rank, in_features), trained; the dtype of x, or an fp32 master over 16-bit x.
-        scaling: lora_alpha / rank, dimensionless.
-        compute_dtype: dtype of the product and of h; default that of x, under autocast autocast's.
-        dropout_p, seed: as `mica.ops.mica_linear`.
+        x: The input, (..., in_features), in fp64, fp32, bf16 or fp16.
+        lora_A: The trained factor, (rank, in_features), in the dtype of x or as an fp32 master over 16-bit x.
+        scaling: lora_alpha / rank, a number without a unit.
+        compute_dtype: The dtype of the product and of h; None means that of x, under autocast autocast's.
+        dropout_p, seed: As `mica.ops.mica_linear` takes them.
 
     Returns:
-        (..., rank) in compute_dtype.
+        h, (..., rank), in compute_dtype.
 
     Raises:
-        TypeError: a compute_dtype that is not floating.
-        ValueError: shapes or devices that do not fit.
+        TypeError: An operand or the compute_dtype is not of a floating dtype.
+        ValueError: Shapes or devices do not fit.
     """
-    check_down_projection(x, lora_A, compute_dtype, dropout_p, seed)
+    options = {"compute_dtype": compute_dtype, "dropout_p": dropout_p, "seed": seed}
+    check(DOWN_PROJECTION, x=x, lora_A=lora_A, **options)
     return down_projection(x, lora_A, scaling, compute_dtype, dropout_p, seed)
 
 
@@ -63,17 +65,18 @@ def mica_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
     """y + h Bᵀ in a new tensor, summed in the wider dtype of y and h.
 
     Args:
-        y: (..., out_features), fp64/fp32/bf16/fp16.
-        h: (..., rank), leading dimensions as y.
-        lora_B: (out_features, rank), frozen in MiCA, trained in LoRA.
+        y: The output of the base layer, (..., out_features), in fp64, fp32, bf16 or fp16.
+        h: The output of `mica_down_projection`, (..., rank), with the leading dimensions of y.
+        lora_B: The factor (out_features, rank), frozen in MiCA and trained in LoRA.
 
     Returns:
         (..., out_features) in the dtype of y.
 
     Raises:
-        ValueError: shapes or devices that do not fit.
+        TypeError: An operand is not of a floating dtype.
+        ValueError: Shapes or devices do not fit.
     """
-    check_up_projection(y, h, lora_B)
+    check(UP_PROJECTION, y=y, h=h, lora_B=lora_B)
     return up_projection(y, h, lora_B, lora_B.requires_grad)
 
 
@@ -86,7 +89,7 @@ def _down(x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
     dtype = compute_dtype or x.dtype
     operands = (as_matrix(x), lora_A, scaling, dtype, dropout_p, seed)
     rank = lora_A.shape[0]
-    h = run_formula("down_projection", x, rank, (x.dtype, dtype, lora_A.dtype), *operands)
+    h = run_formula(reference_path.down_projection, x, rank, (x.dtype, dtype, lora_A.dtype), *operands)
     return like(x.shape, h)
 
 
@@ -100,7 +103,9 @@ def _down_backward(grad_h, x, lora_A, scaling, x_dtype, output_mask, dropout_p=0
     operands = (g, as_matrix(x) if needs_A else None, lora_A, scaling, needs_x, dropout_p, seed)
     dtypes = (g.dtype, x_dtype, lora_A.dtype)
     with no_autocast():
-        grad_x, grad_A = run_formula("down_projection_backward", g, lora_A.shape[0], dtypes, *operands)
+        grad_x, grad_A = run_formula(
+            reference_path.down_projection_backward, g, lora_A.shape[0], dtypes, *operands
+        )
     if needs_x:
         grad_x = like(grad_h.shape, grad_x.to(x_dtype))
     return without_none(grad_h, grad_x, grad_A)
@@ -163,7 +168,7 @@ operator(
 
 def _up(y, h, lora_B, trains_B=False):
     out = run_formula(
-        "up_projection",
+        reference_path.up_projection,
         y,
         h.shape[-1],
         (y.dtype, h.dtype, lora_B.dtype),
@@ -184,7 +189,14 @@ def _up_backward(grad_output, lora_B, h_dtype, trains_B=False):
     dtypes = (dy.dtype, h_dtype, lora_B.dtype)
     with no_autocast():
         grad_h = run_formula(
-            "up_projection_backward", dy, lora_B.shape[1], dtypes, dy, lora_B, h_dtype, trains_B=trains_B
+            reference_path.up_projection_backward,
+            dy,
+            lora_B.shape[1],
+            dtypes,
+            dy,
+            lora_B,
+            h_dtype,
+            trains_B=trains_B,
         )
     return like(grad_output.shape, grad_h)
 
@@ -242,11 +254,19 @@ def grad_b(
     grad_dtype: torch.dtype | None = None,
     in_features: int = 0,
 ) -> Tensor:
-    """dB (out_features, rank) in ``dtype`` from dy (..., out_features) and h (..., rank), in a backward.
+    """The gradient of lora_B, computed in a backward.
 
     Args:
-        grad_dtype: to which it may be rounded first, as PyTorch does under autocast.
-        in_features: of the layer whose backward this is, which decides on its form; 0: of a factor alone.
+        grad_output: The gradient dy of the output, (..., out_features).
+        h: What the forward has multiplied by lora_B, (..., rank).
+        dtype: The dtype of the result, which is that of lora_B.
+        grad_dtype: A dtype to which the sum may be rounded first, as PyTorch does under autocast; None for
+            none.
+        in_features: The width of the layer whose backward this is, which decides on its form; 0 where it is
+            the backward of a factor alone.
+
+    Returns:
+        dB, (out_features, rank).
     """
     tensors = grad_output, h
     return run_backward(torch.ops.mica.grad_b, _grad_b, tensors, *tensors, dtype, grad_dtype, in_features)
@@ -262,7 +282,9 @@ def _grad_b(grad_output, h, dtype, grad_dtype, in_features):
 
     kind = kind_of_layer if in_features else None
     with no_autocast():
-        return run_formula("grad_b", dy, h.shape[-1], dtypes, dy, as_matrix(h), dtype, grad_dtype, kind=kind)
+        return run_formula(
+            reference_path.grad_b, dy, h.shape[-1], dtypes, dy, as_matrix(h), dtype, grad_dtype, kind=kind
+        )
 
 
 def _grad_b_fake(grad_output, h, dtype, grad_dtype, in_features):

@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from mica.memory import TENSOR_TYPES, has_no_values, in_memory
 from mica.ops import kept
-from mica.paths import choose, reference_path, tuning
+from mica.paths import choose, tuning
 from mica.paths.operands import Operands
 from mica.paths.products import is_transformed
 
@@ -50,7 +50,7 @@ AUTOCAST = ("cpu", "cuda")  # kinds of devices with autocast rules: others would
 
 
 def is_autocast(device_type: str) -> bool:
-    """Whether autocast is on for this kind of device; PyTorch cannot be asked about "meta"."""
+    """Whether autocast is on for a kind of device, such as "cpu"; PyTorch cannot be asked about "meta"."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
@@ -59,7 +59,11 @@ _form = contextvars.ContextVar[str | None]("mica_form", default=None)
 
 @contextmanager
 def in_form(form: str) -> Iterator[None]:
-    """Formulas take this form inside, whatever is known of it."""
+    """Within it every formula runs in this form, whatever is known of it.
+
+    Args:
+        form: `choose.REFERENCE`, or a form of kernels: one of `mica.kernels.configs.FORM_NAMES`.
+    """
     token = _form.set(form)
     try:
         yield
@@ -68,7 +72,7 @@ def in_form(form: str) -> Iterator[None]:
 
 
 def run_formula(
-    name: str,
+    formula: Callable,
     tensor: Tensor,
     rank: int,
     dtypes: tuple[torch.dtype, ...],
@@ -77,16 +81,20 @@ def run_formula(
     trains_B: bool = False,
     may_settle: bool = False,
 ):
-    """Call ``name`` of `mica.paths.triton_path` where kernels run, else of `mica.paths.reference_path`.
+    """Call a formula of `mica.paths.reference_path`, or what `mica.paths.triton_path` has for it on kernels.
 
-    tensor, rank, dtypes, kind, trains_B: what `choose.decide` needs to know. args: of the formula.
-    may_settle: whether the caller can have settled which form is the fastest.
+    Args:
+        formula: the function of the reference path; ``args`` are its arguments.
+        tensor: x or a gradient, whose device decides.
+        rank, dtypes, kind: as `choose.decide` takes them.
+        trains_B: whether lora_B may be trained, so that no copy of it may outlive the call.
+        may_settle: whether the caller can have settled which form is the fastest.
 
     Raises:
         RuntimeError: ``MICA_BACKEND=triton`` demands kernels that this call cannot have.
         UnsettledError: the form is not settled, and nothing has been computed or counted.
     """
-    formula = getattr(reference_path, name)
+    name = formula.__name__
     form = _form.get()
     # in a backward under `is_grads_batched`
     if torch._C._functorch.is_legacy_batchedtensor(tensor):
@@ -109,7 +117,8 @@ def run_formula(
     args = [_in_memory(arg) for arg in args]
     options = {} if kind is None else {"form": form}
     try:
-        result = getattr(triton_path, function)(*args, **options)
+        kernels = triton_path.KERNELS_OF_LORA if trains_B else triton_path.KERNELS
+        result = kernels[formula](*args, **options)
     except triton_path.LaunchError as error:  # before anything ran: no operand has changed
         in_capture = isinstance(error, triton_path.NotLoadedError)
         # no capture permits the formulas of experts either: they wait for the device
@@ -218,8 +227,15 @@ def run_backward(
 ):
     """Run a backward; with ``create_graph=True``, for higher derivatives, by plain formulas.
 
-    So also with a ``grad_h``, the gradient of the h that a forward returned, which second derivatives have.
     The body runs below autograd although gradients are disabled there: PyTorch's calls take 1 µs less each.
+
+    Args:
+        operator: The registered operator, for calls that are traced or watched.
+        body: The function behind it.
+        tensors: The tensors among the arguments, which decide between the two.
+        args: The arguments of both.
+        grad_h: The gradient of the h that a forward returned, which second derivatives have. Only the plain
+            formulas take it.
     """
     if grad_h is not None:
         return on_reference(partial(body, grad_h=grad_h))(*args)
@@ -232,7 +248,13 @@ def run_backward(
 
 
 def without_gradient(grad_h: Tensor, weight: Tensor | None, lora_B: Tensor) -> Tensor:
-    """dy where only h has a gradient: in second derivatives."""
+    """A gradient dy of zeros for a backward in which only h has a gradient: in second derivatives.
+
+    Args:
+        grad_h: The gradient of h, (..., rank).
+        weight: The base weight, whose dtype dy gets; None where x needs no gradient.
+        lora_B: The factor (..., out_features, rank).
+    """
     dtype = grad_h.dtype if weight is None else weight.dtype
     return grad_h.new_zeros(*grad_h.shape[:-1], lora_B.shape[-2], dtype=dtype)
 
@@ -299,17 +321,20 @@ def operator(
 ) -> Callable:
     """Register ``torch.ops.mica.<name>``; returns a function that bypasses the dispatcher where `is_eager`.
 
-    Args:
-        schema: arguments and results, as `torch.library` spells them.
-        body: for every device. fake: for tracing.
-        apply: ``apply(run, *args)``, of an autograd.Function whose forward is ``run`` below autograd. Without
-            one (a backward) the operator itself is returned: it has neither autograd nor autocast.
-        cast: ``cast(device_type, *args)`` are the arguments under autocast.
-        transformed: what function transforms differentiate; default ``body``.
-        eager: the whole call, autograd and all, where `is_eager`; by default ``apply(body, *args)``.
-
     The returned function takes and gives what the operator does. Without a gradient there is no
     autograd.Function either.
+
+    Args:
+        name: The operator's name.
+        schema: Its arguments and results, as `torch.library` spells them.
+        body: The function that computes it on every device.
+        fake: The function that gives results without values, for tracing.
+        apply: ``apply(run, *args)`` of an autograd.Function whose forward calls ``run`` below autograd.
+            Without one, as for a backward, the operator itself is returned: it has neither autograd nor
+            autocast.
+        cast: ``cast(device_type, *args)`` gives the arguments under autocast.
+        transformed: The function that function transforms differentiate; None means ``body``.
+        eager: The whole call, autograd and all, where `is_eager`; None means ``apply(body, *args)``.
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, body, "CompositeExplicitAutograd")

@@ -15,47 +15,64 @@ from mica.ops.operator import save
 
 
 class Routing(NamedTuple):
-    """The order of the rows of S = num_tokens·top_k (token, expert) pairs."""
+    """The order of the rows of S = num_tokens·top_k pairs of a token and an expert.
 
-    order: Tensor  # (S) int64: which pair a row is, token·top_k + its place among the token's experts
-    inverse: Tensor  # (S) int64: in which row a pair is
-    tokens: Tensor  # (S) int64: the token of a row
-    offsets: Tensor  # (num_experts) int32: the end of each expert's rows
+    Attributes:
+        order: Which pair each row is, (S) int64: token·top_k + the expert's place among those of the token.
+        inverse: The row in which each pair is, (S) int64.
+        tokens: The token of each row, (S) int64.
+        offsets: The end of each expert's rows, (num_experts) int32.
+        top_k: The number of experts of a token.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    tokens: Tensor
+    offsets: Tensor
     top_k: int
 
 
 def route(top_k_index: Tensor, num_experts: int) -> Routing:
-    """top_k_index: (num_tokens, top_k) integers; num_experts is no expert, and sorted to the end.
+    """The order in which the rows of each expert follow one another.
+
+    Args:
+        top_k_index: The experts of each token, (num_tokens, top_k) integers. The number ``num_experts``
+            stands for no expert, and its pairs are sorted to the end.
+        num_experts: The number of experts.
 
     Raises:
-        IndexError: another index. On a GPU, where nothing waits for the indices, a device-side assertion.
+        RuntimeError: There is another index. On a GPU, where nothing waits for the indices, it is a
+            device-side assertion.
     """
     experts = top_k_index.reshape(-1).long()
     order = torch.argsort(experts, stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.shape[0], device=order.device)
     counts = experts.new_zeros(num_experts + 1)
-    try:
-        counts.scatter_add_(0, experts, torch.ones_like(experts))
-    except RuntimeError as error:
-        if "out of bounds" not in str(error):
-            raise
-        raise IndexError(
-            f"top_k_index must hold experts from 0 to {num_experts - 1}, or {num_experts} for none, but it "
-            f"holds {experts.min().item()} to {experts.max().item()}."
-        ) from error
+    counts.scatter_add_(0, experts, torch.ones_like(experts))
     offsets = torch.cumsum(counts[:-1], dim=0, dtype=torch.int32)
     top_k = top_k_index.shape[-1]
     return Routing(order, inverse, order // top_k, offsets, top_k)
 
 
 def to_experts(x: Tensor, tokens: Tensor) -> Tensor:
-    """The rows (S, features), sorted by expert, of x (num_tokens, features); tokens: `Routing.tokens`."""
+    """The rows (S, features), sorted by expert, of the tokens.
+
+    Args:
+        x: The tokens, (num_tokens, features).
+        tokens: The token of each row, which is `Routing.tokens`.
+    """
     return x.index_select(0, tokens)
 
 
 def summed(grad_rows: Tensor, inverse: Tensor, num_tokens: int) -> Tensor:
-    """The gradient of `to_experts`, (num_tokens, features), from that of the rows (S, features)."""
+    """The gradient of `to_experts`, (num_tokens, features).
+
+    Args:
+        grad_rows: The gradient of the rows, (S, features).
+        inverse: The row of each pair, which is `Routing.inverse`.
+        num_tokens: The number of tokens.
+    """
     if not num_tokens:
         return grad_rows.new_empty(0, grad_rows.shape[1])
     pairs = grad_rows.index_select(0, inverse)
@@ -65,7 +82,10 @@ def summed(grad_rows: Tensor, inverse: Tensor, num_tokens: int) -> Tensor:
 def from_experts(y: Tensor, weights: Tensor, routing: Routing) -> Tensor:
     """Σ over a token's experts of weight·y: (num_tokens, features) in the wider dtype of y and weights.
 
-    y: (S, features) sorted by expert; weights: (num_tokens, top_k).
+    Args:
+        y: The experts' outputs, (S, features), sorted by expert.
+        weights: The router's weights, (num_tokens, top_k).
+        routing: The order of the rows of y.
     """
     return _FromExperts.apply(y, weights, *routing[:3], routing.top_k)
 

@@ -32,8 +32,10 @@ def settle(kind: Kind, x: Tensor, operands: Operands, from_python: Call, from_cp
     """Settle how calls of this kind run, from what is known or by measuring; False: not at this moment.
 
     Args:
-        x, operands: of the call that asks. Their shapes, dtypes and frozen tensors are used.
-        from_python: the layer in the form of `in_form`. from_cpp: on the reference path, if C++ has that.
+        kind: The kind of the call that asks.
+        x, operands: Those of that call. Their shapes, dtypes and frozen tensors are used.
+        from_python: The function that computes the layer in the form of `in_form`.
+        from_cpp: The function that computes it on the reference path in C++; None if C++ does not.
     """
     table = tuning.table(x.device)
     if not table.measuring.acquire(blocking=False):  # another thread measures, and nobody waits

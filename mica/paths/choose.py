@@ -34,26 +34,31 @@ LORA = "lora_"  # begins the name of a function whose lora_B may be trained
 
 
 class Choice(NamedTuple):
-    """The form in which a call runs, and why it is not on kernels.
+    """The form in which a call runs, and why.
 
-    What was measured is a reason, too, and of kernels it is ``measured``: str() says it.
+    Attributes:
+        form: "reference", "error", "kernels", or of a layer one of `configs.FORM_NAMES`.
+        reason: Why it is not on kernels, as text or as the measurement that says so; None if it is.
+        measured: The measurement, where it speaks for kernels.
+        unsettled: The kind of layer, where nothing is known of that yet.
     """
 
     form: str
     reason: str | Part | None = None
     measured: Part | None = None
-    unsettled: Kind | None = None  # a kind of layer of which nothing is known yet
+    unsettled: Kind | None = None
 
 
 def kind_of(
     operands: Operands, dtypes: tuple[torch.dtype, ...], rows: Tensor, x: Tensor | None = None
 ) -> Kind:
-    """That of a layer.
+    """The kind of a layer's call, by which measurements are found.
 
     Args:
-        dtypes: as `decide` takes them.
-        rows: x (tokens, in_features) of its forward, grad_output (tokens, out_features) of its backward.
-        x: that of a backward, where it needs one.
+        operands: The layer's operands.
+        dtypes: As `decide` takes them.
+        rows: x (tokens, in_features) in the forward, grad_output (tokens, out_features) in the backward.
+        x: The x of a backward that needs it; else None.
     """
     sizes = operands.rank, operands.lora_A.shape[1], operands.out_features, tuning.rounded_up(len(rows))
     is_aligned = all(t is None or t.data_ptr() % 16 == 0 for t in (rows, x))
@@ -61,7 +66,14 @@ def kind_of(
 
 
 class Refused(NamedTuple):
-    """What runs on the reference from some call on: a function of `mica.paths.triton_path`, its operands."""
+    """A call that runs on the reference path from some moment on.
+
+    Attributes:
+        device: The device.
+        function: The name of the formula, with `LORA` in front where lora_B may be trained.
+        rank: The rank of the adapter.
+        dtypes: Those of the operands, as `decide` takes them.
+    """
 
     device: torch.device
     function: str
@@ -94,11 +106,16 @@ def decide(
     dtypes: tuple[torch.dtype, ...],
     kind: Callable[[], Kind] | None = None,
 ) -> Choice:
-    """How a call of this function of `mica.paths.triton_path` runs.
+    """How a call of a formula of `mica.paths.reference_path` runs.
 
     Args:
-        dtypes: those of the operands and products; for a layer those of x (or dy), products, lora_A, lora_B.
-        kind: that of a layer. Called only where kernels could run: on a CPU nothing is looked at.
+        function: The name of the formula, with `LORA` in front where lora_B may be trained.
+        device: The device of the operands.
+        rank: The rank of the adapter.
+        dtypes: Those of the operands and products; for a layer those of x (or dy), of the products, of lora_A
+            and of lora_B.
+        kind: A function that gives the kind of a layer; None for other formulas. It is called only where
+            kernels could run: on a CPU nothing is looked at.
 
     Raises:
         ValueError: ``MICA_BACKEND`` has a value that is not allowed.
@@ -125,7 +142,12 @@ def _choose(function: str, device: torch.device, rank: int, dtypes: tuple[torch.
 
 
 def why_not_cpp(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
-    """Why C++ calls no layer on this device; ``dtypes``: those in which x and the products are multiplied."""
+    """Why C++ calls no layer on this device; None if it may.
+
+    Args:
+        device: The device of the layer.
+        dtypes: The dtypes in which x and the low-rank products are multiplied.
+    """
     reason = native.why_not()
     if reason is not None:
         return reason
@@ -158,7 +180,7 @@ def _choice_of_layer(function: str, device: torch.device, kind: Kind) -> Choice:
 
 
 def forms_of(kind: Kind) -> list[str]:
-    """Those in which kernels may run a layer of this kind."""
+    """The forms in which kernels may run a layer of this kind."""
     row_dtype, product_dtype, *_ = kind.dtypes
     forms = ["split"]
     # the vendor's fp32 products use no tensor cores, and a mask, of x or of the update, would be stored
@@ -241,7 +263,11 @@ def why_not_kernels(
 ) -> str | None:
     """None if a call with such operands runs on Triton kernels, else the reason in words.
 
-    ``function``: of `mica.paths.triton_path`, which may have been given up; None: any.
+    Args:
+        device: The device of the operands.
+        rank: The rank of the adapter.
+        dtypes: The dtypes of the operands and products.
+        function: The name of a formula, which may have been given up; None for any.
     """
     backend = requested()
     if backend == "reference":

@@ -22,10 +22,16 @@ _BLOCK = 2**17
 
 
 def dropout_keep(seed: Tensor, rows: int, columns: int, dropout_p: float, first_row: int = 0) -> Tensor:
-    """Which elements dropout keeps: bool (rows×columns), from ``first_row`` on, on the device of the seed.
+    """Which elements dropout keeps: bool (rows×columns), on the device of the seed.
 
-    seed: int64 (1). Each element is hashed from the two halves of the seed, its row and its column, modulo
-    2^32, and kept where the upper 24 bits of the hash are at least p·2^24.
+    Each element is hashed from the two halves of the seed, its row and its column, modulo 2^32, and kept
+    where the upper 24 bits of the hash are at least p·2^24.
+
+    Args:
+        seed: An int64 tensor of shape (1,).
+        rows, columns: The shape of the mask.
+        dropout_p: The probability p, in [0, 1), with which an element is dropped.
+        first_row: The row of the whole mask with which this part of it begins.
     """
     threshold = round(dropout_p * 2**24)
     step = max(1, _BLOCK // max(1, columns))
@@ -40,7 +46,14 @@ def dropout_keep(seed: Tensor, rows: int, columns: int, dropout_p: float, first_
 
 
 def keep_rows(seed: Tensor, first_row: int, rows: int, columns: int, threshold: int) -> Tensor:
-    """In int32, whose products wrap."""
+    """`dropout_keep` of a block of rows, in int32, whose products wrap.
+
+    Args:
+        seed: An int64 tensor of shape (1,).
+        first_row: The first row of the block.
+        rows, columns: The shape of the block.
+        threshold: p·2^24, rounded: hashes below it are dropped.
+    """
     low, high = (_int32(half) for half in (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
     row = torch.arange(first_row, first_row + rows, dtype=torch.int32, device=seed.device)
     column = torch.arange(columns, dtype=torch.int32, device=seed.device)

@@ -9,21 +9,34 @@ from torch import Tensor
 
 
 class Operands(NamedTuple):
-    """Shapes are those of a layer; of a stack (E experts) all but the seed have one dimension more in front.
+    """What a linear layer, or a stack of experts, is computed with beside its x.
 
-    In a backward ``weight`` is None where x needs no gradient.
+    In a stack of E experts, all tensors but the seed have one dimension more in front.
+
+    Attributes:
+        weight: The frozen weight, (out_features, in_features); under autocast perhaps wider than x. In a
+            backward it is None where x needs no gradient.
+        lora_A: The trained factor, (rank, in_features).
+        lora_B: The factor (out_features, rank), frozen in MiCA and trained in LoRA.
+        scaling: lora_alpha / rank.
+        bias: The frozen bias, (out_features); None for none.
+        compute_dtype: The dtype of the low-rank products; None means that of x.
+        dropout_p: The probability, in [0, 1), with which an element of x is dropped.
+        seed: An int64 tensor of shape (1,), which determines the mask; None where dropout_p is 0.
+        autocast_dtype: The dtype of autocast, where that is on; dA and dB may be rounded to it first.
+        trains_B: Whether lora_B may be trained, now or later, so that no copy of it may outlive a call.
     """
 
-    weight: Tensor | None  # (out_features, in_features), frozen; under autocast perhaps wider than x
-    lora_A: Tensor  # (rank, in_features), trained
-    lora_B: Tensor  # (out_features, rank): frozen in MiCA, trained in LoRA
+    weight: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
     scaling: float = 1.0
-    bias: Tensor | None = None  # (out_features), frozen
-    compute_dtype: torch.dtype | None = None  # of the low-rank products; None: that of x
-    dropout_p: float = 0.0  # in [0, 1)
-    seed: Tensor | None = None  # int64 (1), where dropout_p > 0
-    autocast_dtype: torch.dtype | None = None  # where autocast is on; dA and dB may be rounded to it first
-    trains_B: bool = False  # lora_B may be trained, now or later: no copy of it outlives a call
+    bias: Tensor | None = None
+    compute_dtype: torch.dtype | None = None
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+    autocast_dtype: torch.dtype | None = None
+    trains_B: bool = False
 
     @property
     def rank(self) -> int:

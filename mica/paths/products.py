@@ -43,7 +43,9 @@ def is_transformed() -> bool:
 def addmm(addend: Tensor | None, *pairs: tuple[Tensor, Tensor]) -> Tensor:
     """addend + Σ left @ right, a new tensor (M×N) in the dtype of the first left.
 
-    pairs: (left (M×K_i), right (K_i×N)), each in one dtype. addend: (M×N), (N) or None, in the dtype of y.
+    Args:
+        addend: (M×N) or (N), in the dtype of the result; None for none.
+        pairs: Pairs of left (M×K_i) and right (K_i×N), each pair in one dtype.
     """
     (left, right), *others = pairs
     if _through_fp32(left, right):
@@ -79,10 +81,15 @@ def unrounded(left: Tensor, right: Tensor) -> Tensor | None:
 
 
 def product_dtype(left: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which to multiply ``left`` by ``factors``: ``dtype``, or fp32 instead of a 16-bit one.
+    """The dtype in which to multiply x by the factors: ``dtype``, or fp32 instead of a 16-bit one.
 
-    fp32 for few rows on a CPU where all factors are fp32: nothing is rounded, and it is faster. Not where
-    there are no 16-bit instructions: there `addmm` rounds whole sums once.
+    It is fp32 for few rows on a CPU where all factors are fp32: nothing is rounded, and it is faster. It is
+    not where there are no 16-bit instructions: there `addmm` rounds whole sums once.
+
+    Args:
+        left: The matrix x, (tokens, in_features), whose rows and device decide.
+        factors: The factors of the adapter.
+        dtype: The dtype that was requested.
     """
     if dtype not in QUERIES or left.shape[0] > FEW_TO_ROUND or not left.is_cpu or not has_native(dtype):
         return dtype

@@ -34,9 +34,14 @@ TOKENS_PER_CHUNK = 1024
 
 
 def linear(x: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
-    """(y (M×N) in the dtype of x, h (M×r)).
+    """The layer: y = x Wᵀ + bias + h Bᵀ with h = s·drop(x) Aᵀ.
 
-    From x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N).
+    Args:
+        x: The input, (M×K).
+        operands: The layer's weight (N×K), lora_A (r×K), lora_B (N×r), bias (N) and numbers.
+
+    Returns:
+        y (M×N) in the dtype of x, and h (M×r).
     """
     weight, lora_A, lora_B, scaling, bias, _, dropout_p, seed, *_ = operands
     dtype = product_dtype(x, (lora_A, lora_B), operands.dtype(x))
@@ -127,10 +132,16 @@ def grad_a(g: Tensor, x: Tensor, grad_dtype: torch.dtype = torch.float32) -> Ten
 def grad_b(
     grad_output: Tensor, h: Tensor, dtype: torch.dtype, grad_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """dB (N×r) in ``dtype`` from dy (M×N) and h (M×r), summed as `grad_a` sums.
+    """dB (N×r), summed as `grad_a` sums.
 
-    grad_dtype: to which it may be rounded first, as PyTorch does under autocast. Time of dyᵀ h in fp32
-    relative to that of (hᵀ dy)ᵀ: 0.4 to 0.5 up to 16 tokens, 1.8 at 512.
+    Time of dyᵀ h in fp32 relative to that of (hᵀ dy)ᵀ: 0.4 to 0.5 up to 16 tokens, 1.8 at 512.
+
+    Args:
+        grad_output: The gradient dy, (M×N).
+        h: (M×r).
+        dtype: The dtype of the result.
+        grad_dtype: A dtype to which the sum may be rounded first, as PyTorch does under autocast; None for
+            none.
     """
     if grad_output.shape[0] > FEW_TO_ROUND:
         return _cast(grad_a(h, grad_output, grad_dtype or dtype).t(), dtype).contiguous()
@@ -149,9 +160,14 @@ def _by_native(g: Tensor, x: Tensor) -> Tensor | None:
 def grad_x(
     grad_output: Tensor, weight: Tensor, g: Tensor, lora_A: Tensor, keep: Tensor | None = None
 ) -> Tensor:
-    """dx (M×K) in the dtype of grad_output, from dy (M×N), weight (N×K), g (M×r) and lora_A (r×K).
+    """dx (M×K) in the dtype of grad_output.
 
-    keep: bool (M×K), of dropout, whose 1 / (1 − p) is in g.
+    Args:
+        grad_output: The gradient dy, (M×N).
+        weight: (N×K).
+        g: The gradient of h, (M×r), in which the 1 / (1 − p) of dropout is.
+        lora_A: (r×K).
+        keep: What dropout has kept of x, bool (M×K); None without dropout.
     """
     if grad_output.dtype == g.dtype and keep is None:
         return addmm(None, (grad_output, weight), (g, _cast(lora_A, g.dtype)))
@@ -172,9 +188,14 @@ def embedding(
     scaling: float = 1.0,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The low-rank term of an embedding: s·A[:, indices]ᵀ Bᵀ (M×N), in compute_dtype (default A's).
+    """The low-rank term of an embedding: s·A[:, indices]ᵀ Bᵀ, (M×N) with N = embedding_dim.
 
-    indices (M) integers below num_embeddings, lora_A (r×num_embeddings), lora_B (N×r), N = embedding_dim.
+    Args:
+        indices: (M) integers below num_embeddings.
+        lora_A: (r×num_embeddings).
+        lora_B: (N×r).
+        scaling: The number s.
+        compute_dtype: The dtype of the product; None means that of lora_A.
     """
     columns = lora_A.index_select(1, indices).t()
     return _scaled_product(columns, lora_B.t(), scaling, compute_dtype or lora_A.dtype)
@@ -183,9 +204,16 @@ def embedding(
 def linear_backward(
     grad_output: Tensor, x: Tensor | None, operands: Operands, of_h: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dA in the dtype of lora_A) of `linear`; None where the weight or x is None.
+    """The gradients of `linear`.
 
-    of_h: the gradient (M×r) of the h that `linear` returned, where a second derivative has one.
+    Args:
+        grad_output: The gradient dy, (M×N).
+        x: The input, (M×K); None where lora_A needs no gradient.
+        operands: Those of the forward, with None as the weight where x needs no gradient.
+        of_h: The gradient (M×r) of the h that `linear` returned, where a second derivative has one.
+
+    Returns:
+        dx (M×K), or None without a weight; and dA (r×K) in the dtype of lora_A, or None without x.
     """
     weight, lora_A, lora_B, scaling, _, _, dropout_p, seed, autocast_dtype, _ = operands
     dtype = product_dtype(grad_output, (lora_A, lora_B), operands.dtype(grad_output))
@@ -263,11 +291,17 @@ def delta_factors(lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tenso
 
 
 def experts_linear(x: Tensor, offsets: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
-    """(y (S×N) in the dtype of x, h (S×r) in that of the products).
+    """The layers of a stack of experts, each on its own rows of x.
 
-    From x (S×K), weight (E×N×K), lora_A (E×r×K), lora_B (E×N×r), bias (E×N). Rows after the last offset,
-    which belong to no expert, are 0. A weight or bias of another dtype (under autocast) is cast to that of x,
-    expert by expert.
+    A weight or bias of another dtype than x (under autocast) is cast to that, expert by expert.
+
+    Args:
+        x: The rows, (S×K), sorted by expert.
+        offsets: The end of each expert's rows, (E). Rows after the last one belong to no expert: theirs is 0.
+        operands: The stack's weight (E×N×K), lora_A (E×r×K), lora_B (E×N×r), bias (E×N) and numbers.
+
+    Returns:
+        y (S×N) in the dtype of x, and h (S×r) in that of the products.
     """
     hidden = []
 
@@ -306,9 +340,17 @@ def _by_expert(product: Callable[..., Tensor], x, offsets, weight, bias) -> Tens
 def experts_linear_backward(
     grad_output: Tensor, x: Tensor | None, offsets: Tensor, operands: Operands, of_h: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx (S×K), dA (E×r×K) in the dtype of lora_A); None where the weight or x is None.
+    """The gradients of `experts_linear`.
 
-    of_h: as in `linear_backward`.
+    Args:
+        grad_output: The gradient dy, (S×N).
+        x: The rows, (S×K); None where lora_A needs no gradient.
+        offsets: The end of each expert's rows, (E).
+        operands: Those of the forward, with None as the weight where x needs no gradient.
+        of_h: As in `linear_backward`, (S×r).
+
+    Returns:
+        dx (S×K), or None without a weight; and dA (E×r×K) in the dtype of lora_A, or None without x.
     """
     lora_A = operands.lora_A
     dx, end = [], 0

@@ -2,7 +2,7 @@
 
     h  = down(x, A); y = x Wᵀ + bias by the vendor's library; y += h Bᵀ in place
     g  = down(dy, Bᵀ); dA = grad_a(g, x); dx = dy W by the vendor's library; dx += g A in place
-    dB = grad_a(h, dy)ᵀ where B is trained: the functions whose names begin with "lora_", and `grad_b`
+    dB = grad_a(h, dy)ᵀ where B is trained
 
 In other forms (`mica.kernels.configs.FORM_NAMES`) base product and update are one kernel, or the update is
 written first and the base product is added to it, or the vendor's library computes h, g and dA too. Which
@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mica.kernels.common import LaunchError, NotLoadedError, fp32_setting
+from mica.kernels.common import LaunchError as LaunchError
+from mica.kernels.common import NotLoadedError as NotLoadedError
+from mica.kernels.common import fp32_setting
 from mica.kernels.down_projection import down_projection as down
 from mica.kernels.fused_linear import fused_linear
 from mica.kernels.grad_a import grad_a
@@ -30,28 +32,6 @@ from mica.kernels.prepared_b import prepare, prepare_experts
 from mica.kernels.up_projection import up_projection_
 from mica.paths import reference_path
 from mica.paths.operands import Operands
-
-__all__ = [
-    "LaunchError",
-    "NotLoadedError",
-    "down_projection",
-    "down_projection_backward",
-    "experts_base",
-    "experts_grad_b",
-    "experts_linear",
-    "experts_linear_backward",
-    "grad_b",
-    "linear",
-    "linear_backward",
-    "lora_experts_linear",
-    "lora_experts_linear_backward",
-    "lora_linear",
-    "lora_linear_backward",
-    "lora_up_projection",
-    "lora_up_projection_backward",
-    "up_projection",
-    "up_projection_backward",
-]
 
 # Dense and of experts: the layouts of the operands tell them apart.
 recorded_forward = RecordedLaunches(down, up_projection_)
@@ -146,9 +126,6 @@ def linear_backward(
     return grad_x, grad_A
 
 
-lora_linear, lora_linear_backward = linear, linear_backward
-
-
 def grad_b(
     grad_output: Tensor, h: Tensor, dtype: torch.dtype, grad_dtype: torch.dtype | None, *, form: str = "split"
 ) -> Tensor:
@@ -191,10 +168,6 @@ def up_projection_backward(
     """As `mica.paths.reference_path.up_projection_backward`."""
     g = down(grad_output, prepare(lora_B, compute_dtype, is_frozen), compute_dtype=compute_dtype)
     return g[:, : lora_B.shape[1]].contiguous()
-
-
-lora_up_projection = functools.partial(up_projection, is_frozen=False)
-lora_up_projection_backward = functools.partial(up_projection_backward, is_frozen=False)
 
 
 def down_projection_backward(
@@ -283,9 +256,6 @@ def experts_linear_backward(
     return grad_x, grad_A
 
 
-lora_experts_linear, lora_experts_linear_backward = experts_linear, experts_linear_backward
-
-
 def experts_grad_b(grad_output: Tensor, h: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     """As `mica.paths.reference_path.experts_grad_b`."""
     transposed = grad_a(h, grad_output, None, offsets.contiguous(), rank=h.shape[1], out_dtype=dtype)
@@ -338,3 +308,24 @@ def _is_aligned(tensor: Tensor) -> bool:
         and not tensor.data_ptr() % 16
         and not any(size % numbers for size in sizes)
     )
+
+
+# A formula -> the same on kernels
+KERNELS = {
+    reference_path.linear: linear,
+    reference_path.linear_backward: linear_backward,
+    reference_path.grad_b: grad_b,
+    reference_path.down_projection: down_projection,
+    reference_path.down_projection_backward: down_projection_backward,
+    reference_path.up_projection: up_projection,
+    reference_path.up_projection_backward: up_projection_backward,
+    reference_path.experts_linear: experts_linear,
+    reference_path.experts_linear_backward: experts_linear_backward,
+    reference_path.experts_base: experts_base,
+    reference_path.experts_grad_b: experts_grad_b,
+}
+# And where lora_B may be trained
+KERNELS_OF_LORA = KERNELS | {
+    reference_path.up_projection: functools.partial(up_projection, is_frozen=False),
+    reference_path.up_projection_backward: functools.partial(up_projection_backward, is_frozen=False),
+}

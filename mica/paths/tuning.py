@@ -52,16 +52,25 @@ clock = time.perf_counter
 
 
 class Kind(NamedTuple):
-    """Calls of a layer that run in the same form."""
+    """What calls of a layer have in common that run in the same form.
+
+    Attributes:
+        trains_B: Whether lora_B may be trained.
+        dtypes: Those of x, of the low-rank products, of lora_A and of lora_B.
+        rank, in_features, out_features: The sizes of the layer.
+        tokens: The number of tokens, rounded up to a power of two.
+        has_dropout: Whether elements of x are dropped.
+        is_aligned: Whether 16 divides the addresses of x and of the gradient.
+    """
 
     trains_B: bool
-    dtypes: tuple[torch.dtype, ...]  # of x, the low-rank products, lora_A and lora_B
+    dtypes: tuple[torch.dtype, ...]
     rank: int
     in_features: int
     out_features: int
-    tokens: int  # rounded up to a power of two
+    tokens: int
     has_dropout: bool
-    is_aligned: bool  # 16 divides the addresses
+    is_aligned: bool
 
     def __str__(self) -> str:
         adapter = "LoRA" if self.trains_B else "MiCA"
@@ -74,7 +83,12 @@ class Kind(NamedTuple):
 
 
 class Part(NamedTuple):
-    """How a layer's forward, or its backward, runs: the form, and the time that each form took."""
+    """How a layer's forward, or its backward, runs.
+
+    Attributes:
+        form: The form.
+        microseconds: The time that each form took for a call, in µs; empty where nothing was measured.
+    """
 
     form: str
     microseconds: Mapping[str, float] = {}
@@ -98,8 +112,11 @@ class Part(NamedTuple):
 class Layer(NamedTuple):
     """What is known of a kind.
 
-    day: when it was measured; "": no file keeps it. is_settled: whether calls of this process run so;
-    otherwise it is what a file says, and the next call settles it.
+    Attributes:
+        forward, backward: How each of the two passes runs.
+        day: The day of the measurement, as ISO 8601 has it; "" if no file keeps it.
+        is_settled: Whether calls of this process run so. Otherwise it is what a file says, and the next call
+            settles it.
     """
 
     forward: Part
@@ -182,7 +199,7 @@ def clear() -> None:
 
 @functools.cache
 def device_name(device: torch.device) -> str:
-    """Of a GPU its name; those of one name are taken to be equally fast."""
+    """The name of a GPU, or the type of another device; GPUs of one name are taken to be equally fast."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -277,10 +294,14 @@ def timed(
     """The time of a call in each form; a form that raises, or gives another result, is left out.
 
     Args:
-        calls: REFERENCE is one of them, to whose results those of the others are compared.
-        tolerance: see `TOLERANCES`.
-        synchronize: waits for the device.
-        leave_out: is told the form and why. What the reference itself raises is raised.
+        calls: A function for each form. `REFERENCE` is one of them, to whose results those of the others are
+            compared; what it raises is raised.
+        tolerance: The largest difference from it that is accepted, see `TOLERANCES`.
+        synchronize: A function that waits for the device.
+        leave_out: A function that is told the form that is left out, and why.
+
+    Returns:
+        The seconds of a call in each round, by form.
     """
     expected = calls[REFERENCE]()
     rounds: Rounds = {}

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import os
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from huggingface_hub import constants
 
 from mica.folders import named_folder, why_untrusted, write_whole
 from mica.subspace.result import MinorSubspace
 
 # Part of the file names. Raise it whenever the solver's results, ``content_hash`` or the files change.
-VERSION = 4
+VERSION = 5
 
 _CHECKSUM_BYTES = 20
 
@@ -53,9 +53,13 @@ class SubspaceCache:
         self.folder = Path(folder)
 
     def get(self, key: str, rank: int) -> MinorSubspace | None:
-        """The minor subspace of that rank for the weight with this ``content_hash``; None if not stored.
+        """The minor subspace that is stored for a weight, with the stored bits; None if there is none.
 
-        The result has the stored bits, is certified, whatever ``method`` it came from, and is on the CPU.
+        It lies on the CPU and is certified, whatever ``method`` it came from.
+
+        Args:
+            key: The ``content_hash`` of the weight.
+            rank: The number of vectors.
         """
         if not self._is_trusted():
             return None
@@ -70,10 +74,14 @@ class SubspaceCache:
             return None
 
     def put(self, key: str, subspace: MinorSubspace) -> None:
-        """Keep ``subspace``, in place of what is stored for the weight with this ``content_hash`` and rank.
+        """Store a result, in place of the one that is stored for this weight and rank.
 
         Results that are not certified are silently not kept, and neither are those with numerically null
         directions of a tall weight, which are arbitrary: the solver is to warn of them each time.
+
+        Args:
+            key: The ``content_hash`` of the weight.
+            subspace: The result of one matrix.
         """
         if subspace.certified and not subspace.null_count:
             self._write(self.path(key, subspace.basis.shape[1]), _encode(subspace))
@@ -103,17 +111,16 @@ class SubspaceCache:
 
 
 def _encode(subspace: MinorSubspace) -> bytes:
-    """A safetensors file of the two tensors, with the rest as strings in its metadata, then its checksum."""
+    """A safetensors file, then its checksum."""
     tensors = {
         "basis": subspace.basis.cpu().contiguous(),
         "singular_values": subspace.singular_values.cpu().contiguous(),
+        "bounds": torch.tensor(
+            [subspace.energy_excess, subspace.resolution], dtype=torch.float64, device="cpu"
+        ),
+        "method": torch.tensor(list(subspace.method.encode()), dtype=torch.uint8, device="cpu"),
     }
-    metadata = {
-        "method": subspace.method,
-        "energy_excess": repr(subspace.energy_excess),
-        "resolution": repr(subspace.resolution),
-    }
-    content = safetensors.torch.save(tensors, metadata)
+    content = safetensors.torch.save(tensors)
     return content + _checksum(content)
 
 
@@ -123,14 +130,11 @@ def _decode(content: bytes) -> MinorSubspace:
     content = content[:-_CHECKSUM_BYTES]
     if checksum != _checksum(content):
         raise ValueError("the checksum is wrong")
-    header_end = 8 + int.from_bytes(content[:8], "little")
-    metadata = json.loads(content[8:header_end])["__metadata__"]  # which safetensors.torch.load leaves out
+    tensors = safetensors.torch.load(content)
+    energy_excess, resolution = tensors.pop("bounds").tolist()
+    method = bytes(tensors.pop("method").tolist()).decode()
     return MinorSubspace(
-        **safetensors.torch.load(content),
-        method=metadata["method"],
-        certified=True,
-        energy_excess=float(metadata["energy_excess"]),
-        resolution=float(metadata["resolution"]),
+        **tensors, method=method, certified=True, energy_excess=energy_excess, resolution=resolution
     )
 
 

@@ -17,13 +17,14 @@ from mica.subspace.result import NULL_RESOLUTIONS, MinorSubspace, is_certified
 
 
 class Problem:
-    """Weights as their tall (batch, long, short) view, and the Gram of the short side.
+    """One weight, or a batch of them, as the methods see it: its tall view and the Gram matrix of that.
 
     Args:
-        weight: one matrix (out, in), or (batch, out, in).
-        gram_of: makes the ``HostGram`` or ``BatchGram`` of the tall view.
-        rank: how many vectors are requested.
-        seed: for random starts.
+        weight: One matrix (out_features, in_features), or a batch (batch, out_features, in_features).
+        gram_of: The class of the Gram matrix, ``HostGram`` for one matrix or ``BatchGram`` for a batch. It is
+            called with the tall view (..., long, short).
+        rank: The number of vectors that are requested.
+        seed: The seed of the random vectors from which Krylov subspaces are built.
     """
 
     def __init__(self, weight: torch.Tensor, gram_of: Callable[[torch.Tensor], object], rank: int, seed: int):
@@ -36,14 +37,15 @@ class Problem:
 
 
 class Candidate(NamedTuple):
-    """Singular triplets, in fp64.
+    """Singular triplets in fp64, as a method has found them.
 
-    basis: the requested vectors, (batch, out_features, rank).
-    short_vectors: the same triplets' vectors on the short side, (batch, short, rank).
-    singular_values: (batch, rank).
-    norm: ‖C‖ of the Gram C, or up to a quarter less, (batch) on the host.
-    resolved: whether the Gram alone shows energies as precisely as the result's dtype does.
-    null_count: as in MinorSubspace.
+    Attributes:
+        basis: The requested vectors, (batch, out_features, rank); one matrix has no batch dimension.
+        short_vectors: The same triplets' vectors on the short side of the weight, (batch, short, rank).
+        singular_values: Their singular values in descending order, (batch, rank).
+        norm: The norm ‖C‖ of the Gram matrix C, or up to a quarter less, (batch) on the host.
+        resolved: Whether the Gram matrix alone shows energies as precisely as the result's dtype does.
+        null_count: How many of the vectors the weight does not determine, as in ``MinorSubspace``.
     """
 
     basis: torch.Tensor
@@ -55,7 +57,14 @@ class Candidate(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """The basis in its dtype, with its signs fixed; the rest, each (batch), as in MinorSubspace."""
+    """A basis as it is returned, and what is proven of it.
+
+    Attributes:
+        basis: The vectors, (batch, out_features, rank), in the result's dtype and with their signs fixed.
+        singular_values, certified, energy_excess, resolution: As in ``MinorSubspace``, each with the batch
+            dimension in front.
+        null_count: As in ``MinorSubspace``, the same for the whole batch.
+    """
 
     basis: torch.Tensor
     singular_values: torch.Tensor
@@ -116,7 +125,13 @@ def candidate(
 
 
 def judge(problem: Problem, triplets: Candidate, strict: bool) -> Judged:
-    """Cast, fix the signs, and judge the basis as it is returned, which includes rounding to its dtype."""
+    """Cast a candidate, fix its signs, and judge it as it will be returned, rounded to its dtype.
+
+    Args:
+        problem: The problem that the candidate solves; its Gram matrix's factor is overwritten.
+        triplets: The candidate.
+        strict: Whether to prove it; else nothing is certified.
+    """
     rounded = triplets.basis.to(problem.dtype)
     signs = signs_of(rounded)
     basis = (rounded * signs).contiguous()

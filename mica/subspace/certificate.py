@@ -16,12 +16,13 @@ ROUNDING = 0.25
 
 
 class Certificate(NamedTuple):
-    """The outcome of `certify`, on the host; each (batch).
+    """The outcome of `certify`: tensors (batch) on the host.
 
-    passed: bool, whether the inertia test held.
-    deficit: fp64; where the test held, Σθ − Σλ is at most this.
-    ritz_sum: fp64, Σθ, the energy of the subspace as the Gram sees it.
-    read: the other tensors that were read at the same time.
+    Attributes:
+        passed: Whether the inertia test held, as booleans.
+        deficit: In fp64; where the test held, Σθ − Σλ is at most this.
+        ritz_sum: In fp64, Σθ: the energy of the subspace as the Gram matrix sees it.
+        read: The other tensors that were read from the device at the same time.
     """
 
     passed: torch.Tensor

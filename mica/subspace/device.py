@@ -38,7 +38,12 @@ def is_on_host(device: torch.device) -> bool:
 
 
 def batch_size(out_features: int, in_features: int, device: torch.device) -> int:
-    """How many weights of that shape are solved at once on ``device``; at least one."""
+    """How many weights of one shape are solved at once; at least one.
+
+    Args:
+        out_features, in_features: The shape of each weight.
+        device: The device on which they are solved, whose free memory is looked at.
+    """
     if min(out_features, in_features) >= ALONE_FROM:
         return 1
     weights = 2 * 4 * out_features * in_features  # one by one, and stacked
@@ -56,13 +61,18 @@ def free_memory(device: torch.device) -> int:
     return module.mem_get_info(device)[0] + held
 
 
-def solve_batch(
+def try_batch(
     matrices: torch.Tensor, rank: int, method: str, strict: bool, seed: int
 ) -> list[MinorSubspace | None]:
-    """The certified results (without ``strict``: all) for ``matrices`` (batch, out, in).
+    """The results of a batch on its device, without those that have to be left to the host.
 
-    None in place of those of ill-conditioned weights and of numerically null tall ones: they are left to the
-    host.
+    Args:
+        matrices: The weights, (batch, out_features, in_features), on one accelerator.
+        rank, method, strict, seed: As ``minor_subspace`` takes them.
+
+    Returns:
+        One result for each matrix; None in place of those that are not certified (if ``strict``), and of tall
+        ones that are numerically null.
     """
     name = _batch_method(min(matrices.shape[-2:]), rank, method)
     if name is None:

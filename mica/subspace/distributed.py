@@ -1,8 +1,8 @@
-"""The work of ``solve_many`` shared among the processes of ``torch.distributed``.
+"""The work of ``run_tasks`` shared among the processes of ``torch.distributed``.
 
 Every process solves a share of the layers, and all of them hold the same bits afterwards. Processes share
-only if all of them request the same layers within ``TIMEOUT``, and only those layers whose weights have the
-same content everywhere (the ranks of an expert-parallel model have different weights under one name).
+only if all of them request the same layers within ``TIMEOUT``. A result that was made of another weight than
+this process has is not taken (the ranks of an expert-parallel model have different weights under one name).
 
 They meet in the store of the process group, and send their results through it: a collective would wait 10 to
 30 minutes for a process that does not come, and NCCL ends the others then. Through a TCP store on one machine
@@ -21,8 +21,7 @@ import torch
 import torch.distributed as dist
 
 from mica.subspace.cache import SubspaceCache
-from mica.subspace.content_hash import quick_content_hash
-from mica.subspace.many import Task, cost, solve_many
+from mica.subspace.many import Task, cost, run_tasks
 from mica.subspace.result import MinorSubspace, move
 
 _logger = logging.getLogger("mica")
@@ -38,6 +37,7 @@ class Meeting:
     """The processes that solve the same layers together, and the messages between them.
 
     Attributes:
+        rank, size: the number of this process, and how many there are.
         is_over: whether this process works alone: there is no other, not all have requested the same layers
             within ``TIMEOUT``, or a message has not come. A line in the log says so if there are others.
     """
@@ -48,7 +48,8 @@ class Meeting:
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
         self.rank = dist.get_rank()
-        self._processes = range(dist.get_world_size())
+        self.size = dist.get_world_size()
+        self._processes = range(self.size)
         self._store = dist.group.WORLD.get_group_store()
         self._exchanges = 0
         if self._store is None:
@@ -149,83 +150,63 @@ def _wait(condition: Callable[[], bool], deadline: float) -> bool:
     return True
 
 
-def solve_shared(
+def run_shared(
     tasks: Sequence[Task],
     meeting: Meeting,
     *,
     device: str | torch.device = "auto",
     cache: SubspaceCache | None = None,
 ) -> Iterator[tuple[int, MinorSubspace]]:
-    """``solve_many`` of the tasks whose weights hold data, not those on the meta device.
+    """``run_tasks`` of the tasks whose weights hold data, shared among the processes of a meeting.
 
     Args:
-        meeting: all its processes call this for the same tasks in the same order; a weight may be on the
+        tasks: The tasks, the same in the same order in every process of the meeting; a weight may be on the
             meta device in some of them.
+        meeting: The processes that share the work.
+        device, cache: As ``run_tasks`` takes them.
 
     Raises:
-        RuntimeError: another process has failed.
+        RuntimeError: A task could not be solved, here or in another process.
     """
-    contents = []
-    if not meeting.is_over:
-        contents = meeting.exchange([_content(task) for task in tasks])
+    present = [index for index, task in enumerate(tasks) if not task.weight.is_meta]
     if meeting.is_over:
-        present = [index for index, task in enumerate(tasks) if not task.weight.is_meta]
-        yield from solve_many(tasks, present, device=device, cache=cache)
+        yield from run_tasks(tasks, present, device=device, cache=cache)
         return
 
-    shares, private = _divide(tasks, contents)
-    mine = shares[meeting.rank]
-    shared: dict[int, MinorSubspace] = {}
+    mine = [index for index in share_of(tasks, meeting.rank, meeting.size) if index in present]
+    solved: dict[int, tuple[str, MinorSubspace]] = {}
     failure: Exception | None = None
     notice: str | None = None
     try:
-        for index, result in solve_many(tasks, mine + private, device=device, cache=cache):
-            if index in mine:
-                shared[index] = move(result, "cpu")
+        for index, result in run_tasks(tasks, mine, device=device, cache=cache):
+            solved[index] = tasks[index].key, move(result, "cpu")
             yield index, result
     except Exception as error:  # out of memory, for example: the others wait to hear of it
         failure = error
         notice = f"{error} (in process {meeting.rank})"
 
-    messages = meeting.exchange((shared, notice))
+    messages = meeting.exchange((solved, notice))
     if failure:
         raise failure
-    for message in messages:
-        if message is not None and message[1] is not None:
-            raise RuntimeError(message[1])
-    for share, message in zip(shares, messages, strict=True):
-        if message is None:
-            yield from solve_many(tasks, share, device=device, cache=cache)
-        elif share is not mine:
-            for index, result in message[0].items():
-                yield index, move(result, tasks[index].weight.device)
+    received = {}
+    for results, notice in filter(None, messages):
+        if notice is not None:
+            raise RuntimeError(notice)
+        received |= results
+    rest = []
+    for index in present:
+        key, result = received.get(index, (None, None))
+        if key != tasks[index].key:
+            rest.append(index)
+        elif index not in solved:
+            yield index, move(result, tasks[index].weight.device)
+    yield from run_tasks(tasks, rest, device=device, cache=cache)
 
 
-def _divide(tasks: Sequence[Task], contents: list[list[str | None]]) -> tuple[list[list[int]], list[int]]:
-    """The indices of the tasks that each process solves for all, and of those only for itself.
+def share_of(tasks: Sequence[Task], rank: int, size: int) -> list[int]:
+    """The indices of the tasks that the process of this rank solves for all ``size`` processes.
 
-    Args:
-        contents: of each process, by rank: the `_content` of each task.
+    They are dealt out from the largest on: no two shares differ by more than one layer.
     """
-    common = []
-    private = []
-    for index, (first, *others) in enumerate(zip(*contents, strict=True)):
-        if first is not None and all(other == first for other in others):
-            common.append(index)
-        elif not tasks[index].weight.is_meta:
-            private.append(index)
-    # Dealt out from the largest on: no two shares differ by more than one layer
-    common.sort(key=lambda index: -cost(tasks[index]))
-    processes = len(contents)
-    return [common[rank::processes] for rank in range(processes)], private
-
-
-def _content(task: Task) -> str | None:
-    """A key that tells the processes' weights apart; None where this process does not have the weight.
-
-    Not the cache's key, which takes ten times as long and is needed only for the layers that this process
-    solves: with it, all processes would hash every weight before they share any.
-    """
-    if task.weight.is_meta:
-        return None
-    return quick_content_hash(task.weight)
+    order = sorted(range(len(tasks)), key=lambda index: -cost(tasks[index]))
+    return order[rank::size]

@@ -27,10 +27,11 @@ MOST_STEPS = 24
 
 
 class Bounds(NamedTuple):
-    """What is known of C's spectrum.
+    """What is known of the spectrum of a Gram matrix C.
 
-    norm: (batch), a lower estimate of ‖C‖.
-    shifts: from the first guess to the last, each (batch).
+    Attributes:
+        norm: A lower estimate of ‖C‖, (batch).
+        shifts: Shifts to try one after the other, from the best guess to one that is sure, each (batch).
     """
 
     norm: torch.Tensor
@@ -57,6 +58,11 @@ def norm(gram, seed: int, steps: int = NORM_STEPS) -> torch.Tensor:
     The start is random, so some miss by more. With one eigenvalue above a dense rest, the worst spectrum
     tried, it is 1 in 2000 of them for n from 64 to 1000. With half as many steps 2 to 8 in 100 miss, and some
     find half of ‖C‖.
+
+    Args:
+        gram: The Gram matrix C, a ``HostGram`` or a ``BatchGram``.
+        seed: The seed of the random first vector.
+        steps: The number of Lanczos steps, each of which multiplies C by one vector.
     """
     (projected,) = _tridiagonal(gram, seed, {min(steps, gram.size)})
     return torch.linalg.eigvalsh(projected)[..., -1].clamp_min(0)
@@ -83,7 +89,13 @@ def _tridiagonal(gram, seed: int, counts: set[int]) -> Iterator[torch.Tensor]:
 
 
 def bounds(gram, seed: int, steps: int = LANCZOS_STEPS) -> Bounds:
-    """‖C‖ and shifts just below the smallest eigenvalue, from two lengths of one Lanczos run."""
+    """‖C‖ and shifts just below the smallest eigenvalue, from two lengths of one Lanczos run.
+
+    Args:
+        gram: The Gram matrix C, a ``HostGram`` or a ``BatchGram``.
+        seed: The seed of the random first vector.
+        steps: The number of Lanczos steps at most.
+    """
     steps = min(steps, gram.size)
     for projected in _tridiagonal(gram, seed, {min(NORM_STEPS, steps), steps}):
         values = torch.linalg.eigvalsh(projected)
@@ -114,12 +126,18 @@ def resolution(size: int, norm):
 def smallest_eigenpairs(
     gram, rank: int, limits: Bounds, eps: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The ``rank`` smallest eigenvalues of C and their vectors, or None if there is no convergence.
+    """The smallest eigenvalues of C and their vectors, or None if there is no convergence.
 
-    The values (batch, rank), on the host, ascend; the vectors are (batch, n, rank), orthonormal.
+    Args:
+        gram: The Gram matrix C, a ``HostGram`` or a ``BatchGram``; its factor is overwritten.
+        rank: The number of eigenvalues.
+        limits: What `bounds` has found of C.
+        eps: The unit round-off of the caller's result. Vectors converge to what an SVD in that precision can
+            tell of them (backward error eps ‖W‖), or to what fp64 resolves.
+        seed: The seed of the random first block.
 
-    ``eps`` is the unit round-off of the caller's result: vectors converge to what an SVD in that precision
-    can tell of them (backward error eps ‖W‖), or to what fp64 resolves.
+    Returns:
+        The values (batch, rank), ascending, on the host; and the vectors (batch, n, rank), orthonormal.
     """
     if not _factorise(gram, limits.shifts):
         return None

@@ -15,14 +15,20 @@ from mica.subspace.cache import SubspaceCache
 from mica.subspace.content_hash import content_hash
 from mica.subspace.device import batch_size, is_on_host
 from mica.subspace.result import MinorSubspace, move
-from mica.subspace.solver import solve_each, without_autocast
+from mica.subspace.solver import solve_stack, without_autocast
 
 _logger = logging.getLogger("mica")
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A weight (out_features, in_features), its ``name`` in messages, and the ``rank`` to solve for."""
+    """One weight whose minor subspace is wanted.
+
+    Attributes:
+        name: What messages call the weight, such as "layer 'up'".
+        weight: The matrix, (out_features, in_features).
+        rank: The number of vectors.
+    """
 
     name: str
     weight: torch.Tensor
@@ -50,7 +56,7 @@ def accelerator() -> torch.device | None:
     return device
 
 
-def solve_many(
+def run_tasks(
     tasks: Sequence[Task],
     indices: Sequence[int],
     *,
@@ -63,11 +69,14 @@ def solve_many(
     to 8 in a quarter of the memory that is free; layers that do not fit are solved on the CPU.
 
     Args:
-        tasks: finite weights with room for their rank, which may lie on different devices.
-        indices: positions in ``tasks``.
-        device: where weights that lie on the CPU are solved: "auto" (on an accelerator, if there is one),
-            or a device.
-        cache: read before a task is solved and written afterwards; None: no cache.
+        tasks: Tasks whose weights are finite and have room for the rank; they may lie on different devices.
+        indices: The positions in ``tasks`` of those to solve.
+        device: Where weights that lie on the CPU are solved: "auto" means on an accelerator, if there is one;
+            otherwise it is a device.
+        cache: The cache that is read before a task is solved and written afterwards; None for no cache.
+
+    Raises:
+        RuntimeError: A task could not be solved; the message has its name.
     """
     target = accelerator() if device == "auto" else torch.device(device)
     groups: dict[tuple, list[int]] = defaultdict(list)  # what an accelerator solves together
@@ -87,12 +96,33 @@ def solve_many(
         else:
             groups[where, task.weight.shape, task.weight.dtype, task.rank].append(index)
 
+    def solve(chunk: Sequence[int], where: torch.device) -> list[MinorSubspace]:
+        """Solve tasks of one shape, dtype and rank on a device, and store the results."""
+        first = tasks[chunk[0]]
+        try:
+            with without_autocast(where.type):  # whose torch.stack refuses 16-bit tensors, see `extremes`
+                weights = [tasks[index].weight.to(where) for index in chunk]
+                stacked = weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
+            del weights
+            results = solve_stack(stacked, first.rank)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            names = ", ".join(tasks[index].name for index in chunk)
+            raise RuntimeError(f"the minor subspace of {names} could not be computed: {error}") from error
+        moved = []
+        for index, result in zip(chunk, results, strict=True):
+            if cache is not None:
+                cache.put(tasks[index].key, result)
+            moved.append(move(result, tasks[index].weight.device))
+        return moved
+
     for (where, shape, *_), group in groups.items():
         size = batch_size(*shape, where)
         for start in range(0, len(group), size):
             chunk = group[start : start + size]
             try:
-                results = solve_together([tasks[index] for index in chunk], where, cache)
+                results = solve(chunk, where)
             except torch.OutOfMemoryError:
                 _logger.warning("%s is out of memory: %d layers are solved on the CPU.", where, len(chunk))
                 on_host.extend(chunk)
@@ -100,25 +130,6 @@ def solve_many(
                 yield from zip(chunk, results, strict=True)
 
     def solve_on_host(index: int) -> MinorSubspace:
-        return solve_together([tasks[index]], torch.device("cpu"), cache)[0]
+        return solve([index], torch.device("cpu"))[0]
 
     yield from threads.run(solve_on_host, on_host, lambda index: threads.is_small(tasks[index].weight))
-
-
-def solve_together(
-    tasks: Sequence[Task], device: torch.device, cache: SubspaceCache | None
-) -> list[MinorSubspace]:
-    """The minor subspaces of tasks of one shape, dtype and rank, solved on ``device`` and stored."""
-    weights = [task.weight.to(device) for task in tasks]
-    if len(weights) == 1:
-        stacked = weights[0].unsqueeze(0)  # no copy
-    else:
-        with without_autocast(device.type):  # autocast's torch.stack refuses 16-bit tensors, see `extremes`
-            stacked = torch.stack(weights)
-    del weights
-    results = []
-    for task, result in zip(tasks, solve_each(stacked, tasks[0].rank), strict=True):
-        if cache is not None:
-            cache.put(task.key, result)
-        results.append(move(result, task.weight.device))
-    return results

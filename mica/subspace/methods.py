@@ -66,14 +66,25 @@ METHODS = ("auto", *BY)
 
 
 def route(size: int, rank: int) -> str:
-    """What "auto" means on the host for a Gram matrix (size, size)."""
+    """The method that "auto" starts with on the host.
+
+    Args:
+        size: The side of the Gram matrix, min(out_features, in_features).
+        rank: The number of vectors.
+    """
     if size > max(SMALL, BLOCKS * krylov.block_size(rank)):
         return "krylov"
     return "gram"
 
 
 def chain(method: str, size: int, rank: int) -> list[str]:
-    """``method`` and what it falls back to."""
+    """The names of the methods to try, the first one first.
+
+    Args:
+        method: The requested method, or "auto".
+        size: The side of the Gram matrix, min(out_features, in_features).
+        rank: The number of vectors.
+    """
     first = method
     if method == "auto":
         first = route(size, rank)

@@ -18,22 +18,25 @@ NULL_RESOLUTIONS = 16
 class MinorSubspace:
     """The minor singular subspace of a weight (out_features, in_features).
 
-    basis: (out_features, rank), orthonormal columns, by descending singular value, the entry of largest
-        magnitude in each column positive; fp64 for an fp64 weight, else fp32; on the weight's device.
-    singular_values: (rank,), descending, those of the columns of ``basis``; dtype and device as basis.
-    method: what produced the result after fall-backs: "krylov", "gram" or "svd".
-    certified: whether it is proven, up to fp64 rounding, that the energy ‖weightᵀ basis‖² of the basis as
-        returned exceeds the smallest possible one, Σσ², by at most 1e-5 Σσ² + rank · resolution.
-    energy_excess: an upper bound on (‖weightᵀ basis‖² − Σσ²) / max(Σσ², rank · resolution); proven where
-        ``certified``.
-    resolution: 4 √min(out_features, in_features) · ε₆₄ · ‖weight‖², the difference of two squared singular
-        values below which fp64 cannot tell them apart.
-    null_count: the number of columns of the basis that a tall weight does not determine, because their
-        singular values are numerically null; they are an arbitrary orthonormal completion.
-
     For a batch (..., out_features, in_features), ``basis`` is (..., out_features, rank), ``singular_values``
-    (..., rank), and the others describe the worst matrix: ``method`` is the last resort that was needed,
+    is (..., rank), and the others describe the worst matrix: ``method`` is the last resort that was needed,
     ``certified`` holds for all, ``energy_excess``, ``resolution`` and ``null_count`` are the largest.
+
+    Attributes:
+        basis: The vectors, (out_features, rank), as orthonormal columns by descending singular value. The
+            entry of largest magnitude in each column is positive. The dtype is fp64 for an fp64 weight, else
+            fp32, the device that of the weight.
+        singular_values: The singular values of the columns, (rank,), descending; dtype and device as
+            ``basis``.
+        method: The method that produced the result after all fall-backs: "krylov", "gram" or "svd".
+        certified: Whether it is proven, up to fp64 rounding, that the energy ‖weightᵀ basis‖² of the basis as
+            returned exceeds the smallest possible one, Σσ², by at most 1e-5 Σσ² + rank · resolution.
+        energy_excess: An upper bound on (‖weightᵀ basis‖² − Σσ²) / max(Σσ², rank · resolution), which is
+            proven where ``certified`` holds.
+        resolution: The difference of two squared singular values below which fp64 cannot tell them apart, 4
+            √min(out_features, in_features) · ε₆₄ · ‖weight‖².
+        null_count: The number of columns of the basis that a tall weight does not determine, because their
+            singular values are numerically null. They are an arbitrary orthonormal completion.
     """
 
     basis: torch.Tensor
@@ -56,5 +59,12 @@ def move(result: MinorSubspace, device: str | torch.device) -> MinorSubspace:
 
 
 def is_certified(excess, energy, rank: int, resolution):
-    """Whether a proven, absolute energy excess is small enough; ``energy`` is Σσ². Numbers or tensors."""
+    """Whether a proven energy excess is small enough. All arguments are numbers or tensors of one shape.
+
+    Args:
+        excess: The proven, absolute excess of the energy.
+        energy: The smallest possible energy, Σσ².
+        rank: The number of vectors.
+        resolution: As in ``MinorSubspace``.
+    """
     return excess <= CERTIFIED_EXCESS * energy + rank * resolution

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,7 +11,7 @@ import torch
 from mica.dtypes import FLOATING
 from mica.memory import in_memory
 from mica.subspace.candidate import Problem, judge
-from mica.subspace.device import batch_size, is_on_host, solve_batch
+from mica.subspace.device import batch_size, is_on_host, try_batch
 from mica.subspace.gram import extremes
 from mica.subspace.host import HostGram
 from mica.subspace.methods import BY, METHODS, chain
@@ -30,46 +31,58 @@ def minor_subspace(
     """The ``rank`` left singular vectors of ``weight`` with the smallest singular values (arXiv 2604.01694).
 
     The definition is ``torch.linalg.svd(weight, full_matrices=False).U[..., -rank:]``, here in fp64
-    arithmetic and, by default, from a partial eigenproblem in place of the whole SVD. For an embedding
-    pass ``weight.T``.
+    arithmetic and, by default, from a partial eigenproblem in place of the whole SVD. For an embedding pass
+    ``weight.T``.
 
     Args:
-        weight: (..., out_features, in_features), fp64, fp32, bf16 or fp16, any strides; it is not modified.
-        rank: between 1 and min(out_features, in_features).
-        method: where to start; each falls back to the next one if its result is not certified.
-            "krylov": block Krylov subspaces of the shifted inverse of the fp64 Gram matrix;
-            "gram": LAPACK's eigensolvers on that Gram matrix;
-            "svd": whole fp64 SVD, the definition;
-            "auto": the fastest for this shape, rank and device.
-        strict: prove the result by an inertia test, which costs one Cholesky factorisation. Without it
-            nothing is certified, nothing falls back, and ``energy_excess`` is an estimate.
-        seed: for the random vectors that the Krylov subspaces start from.
+        weight: The matrix, or a batch of them, (..., out_features, in_features), in fp64, fp32, bf16 or fp16
+            and with any strides. It is not modified.
+        rank: The number of vectors, between 1 and min(out_features, in_features).
+        method: The method to start with. Each falls back to the next one if its result is not certified:
+            "krylov" builds block Krylov subspaces of the shifted inverse of the fp64 Gram matrix, "gram" runs
+            LAPACK's eigensolvers on that Gram matrix, "svd" is the whole fp64 SVD, which is the definition.
+            "auto" starts with the fastest one for this shape, rank and device.
+        strict: Whether to prove the result by an inertia test, which costs one Cholesky factorisation.
+            Without it nothing is certified, nothing falls back, and ``energy_excess`` is an estimate.
+        seed: The seed of the random vectors from which the Krylov subspaces are built. Another seed gives the
+            same subspace up to rounding.
+
+    Returns:
+        The basis (..., out_features, rank), its singular values, and what is proven of them.
 
     Raises:
-        TypeError: weight is not a tensor, not dense, or not of one of the four dtypes; rank or seed is not
+        TypeError: ``weight`` is not a tensor, not dense, or not of one of the four dtypes; or ``rank`` is not
             an int.
-        ValueError: weight has less than 2 dimensions, is empty, on the meta device or not finite, or a matrix
-            in fp64 whose largest entry is beyond 2^±200; rank or seed is out of range; method is unknown.
+        ValueError: ``weight`` has fewer than two dimensions, is empty, is on the meta device or is not
+            finite, or the largest entry of an fp64 matrix is beyond 2^±200; ``rank`` is out of range; or
+            ``method`` is unknown.
 
     Warns:
-        UserWarning: singular values of a tall weight among the requested ones are zero; their vectors are an
-            orthonormal completion, which the weight does not determine. Or: strict, and no method's result
-            could be proven.
+        UserWarning: Singular values of a tall weight among the requested ones are zero; their vectors are an
+            orthonormal completion, which the weight does not determine. Or ``strict`` is on, and no method's
+            result could be proven.
     """
     _check_weight(weight)
     _check_rank(weight, rank)
-    _check_seed(seed)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, but got {method!r}.")
-    check_entries(weight)
-    result = _assemble(solve_each(weight, rank, method=method, strict=strict, seed=seed), weight)
+    matrices = weight.reshape(-1, *weight.shape[-2:])
+    for index, matrix in enumerate(matrices):
+        check_entries(matrix, "weight" if len(matrices) == 1 else f"matrix {index} of weight")
+    result = _assemble(solve_stack(weight, rank, method=method, strict=strict, seed=seed), weight)
     for message in warnings_about(result, f"a weight of shape {tuple(weight.shape)}", strict):
         warnings.warn(message, UserWarning, stacklevel=3)  # past the frame that the no_grad decorator adds
     return result
 
 
 def warnings_about(result: MinorSubspace, name: str, strict: bool = True) -> list[str]:
-    """The warnings that a result deserves, in sentences that call the weight ``name``."""
+    """The warnings that a result deserves, as sentences.
+
+    Args:
+        result: The result of one matrix or of a batch.
+        name: What the sentences call the weight, such as "layer 'up'".
+        strict: Whether a result that is not proven deserves one.
+    """
     rank = result.basis.shape[-1]
     messages = []
     if result.null_count:
@@ -86,7 +99,7 @@ def warnings_about(result: MinorSubspace, name: str, strict: bool = True) -> lis
 
 
 @torch.no_grad()
-def solve_each(
+def solve_stack(
     weight: torch.Tensor,
     rank: int,
     *,
@@ -94,9 +107,17 @@ def solve_each(
     strict: bool = True,
     seed: int = 0,
 ) -> list[MinorSubspace]:
-    """``minor_subspace`` of each matrix of a batch, row-major, without its checks and warnings.
+    """``minor_subspace`` of each matrix of a stack, without its checks and warnings.
 
     Matrices that an accelerator cannot settle are solved on the host, and their results lie there.
+
+    Args:
+        weight: The matrices, (..., out_features, in_features), finite, on one device.
+        rank: The number of vectors, at most min(out_features, in_features).
+        method, strict, seed: As ``minor_subspace`` takes them.
+
+    Returns:
+        One result for each matrix, in row-major order.
     """
     matrices = in_memory(weight.detach()).reshape(-1, *weight.shape[-2:])
     with without_autocast(matrices.device.type):
@@ -104,10 +125,10 @@ def solve_each(
         if not is_on_host(matrices.device):
             results = []
             for batch in matrices.split(batch_size(*matrices.shape[-2:], matrices.device)):
-                results += solve_batch(batch, rank, method, strict, seed)
+                results += try_batch(batch, rank, method, strict, seed)
         for index, result in enumerate(results):
             if result is None:
-                results[index] = _solve_on_host(matrices[index].cpu(), rank, method, strict, seed)
+                results[index] = solve_matrix(matrices[index].cpu(), rank, method, strict, seed)
         return results
 
 
@@ -141,7 +162,8 @@ def _check_weight(weight: torch.Tensor) -> None:
 
 
 def _check_rank(weight: torch.Tensor, rank: int) -> None:
-    _check_int("rank", rank)
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank must be an int, but got {rank!r} of type {type(rank).__name__}.")
     limit = min(weight.shape[-2:])
     if not 1 <= rank <= limit:
         raise ValueError(
@@ -150,52 +172,37 @@ def _check_rank(weight: torch.Tensor, rank: int) -> None:
         )
 
 
-def _check_int(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, but got {value!r} of type {type(value).__name__}.")
-
-
-def _check_seed(seed: int) -> None:
-    """A seed must be what PyTorch's generator takes."""
-    _check_int("seed", seed)
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must be at least -2**63 and below 2**64, but got {seed}.")
-
-
 @one_pool()
-def check_entries(weight: torch.Tensor) -> None:
-    """Raise ValueError unless a weight is finite and its fourth powers are within fp64's range.
+def check_entries(matrix: torch.Tensor, name: str = "weight") -> None:
+    """Raise ValueError unless a matrix is finite and its fourth powers are within fp64's range.
 
     By one thread: after a look by two, PyTorch's threads spin while BLAS computes the Gram (of 576 x 576 in
     10 instead of 3 ms on two cores).
 
     Args:
-        weight: (..., out_features, in_features), of one of the four dtypes.
+        matrix: (out_features, in_features), of one of the four dtypes.
+        name: what the error calls it.
     """
-    matrices = weight.reshape(-1, *weight.shape[-2:])
-    with without_autocast(weight.device.type):  # its torch.stack refuses 16-bit tensors, see `extremes`
-        largest = torch.stack([extremes(matrix) for matrix in matrices]).cpu().double().abs().amax(-1)
-    broken = (~torch.isfinite(largest)).nonzero().flatten().tolist()
-    if broken:
-        count = sum(int((~torch.isfinite(matrices[index])).sum()) for index in broken)
-        where = ""
-        if len(matrices) > 1:
-            where = f", in matrix {', '.join(map(str, broken[:5]))}"
-        if len(broken) > 5:
-            where += f" and {len(broken) - 5} more"
+    magnitude = extremes(matrix).double().abs().max().item()  # NaN if any entry is
+    if not math.isfinite(magnitude):
+        count = int((~torch.isfinite(matrix)).sum())
         raise ValueError(
-            f"weight must be finite, but got {count} NaN or infinite of {weight.numel()} entries{where}."
+            f"{name} must be finite, but got {count} NaN or infinite of {matrix.numel()} entries."
         )
-    for magnitude in largest.tolist():
-        if magnitude and not SMALLEST <= magnitude <= LARGEST:
-            raise ValueError(
-                "the largest entry of a weight must be between 2**-200 and 2**200 in magnitude, or 0, but it "
-                f"is {magnitude:.1e}: scale the weight, which changes no singular vector."
-            )
+    if magnitude and not SMALLEST <= magnitude <= LARGEST:
+        raise ValueError(
+            f"the largest entry of {name} must be between 2**-200 and 2**200 in magnitude, or 0, but it is "
+            f"{magnitude:.1e}: scale the weight, which changes no singular vector."
+        )
 
 
-def _solve_on_host(weight: torch.Tensor, rank: int, method: str, strict: bool, seed: int) -> MinorSubspace:
-    """One matrix, on the CPU, by the first method whose result is certified, else by the last one."""
+def solve_matrix(weight: torch.Tensor, rank: int, method: str, strict: bool, seed: int) -> MinorSubspace:
+    """Solve one matrix on the CPU by the first method whose result is certified, else by the last one.
+
+    Args:
+        weight: The matrix, (out_features, in_features), finite, on the CPU.
+        rank, method, strict, seed: As ``minor_subspace`` takes them.
+    """
     names = chain(method, min(weight.shape), rank)
     with one_pool():
         state = Problem(weight, HostGram, rank, seed)

@@ -141,6 +141,11 @@ def run(
 
     The first exception ends it: calls that have not begun are cancelled, and running ones waited for.
     Afterwards the caller has its own numbers of threads again.
+
+    Args:
+        function: The function that is called once with each item.
+        items: The items, in any order.
+        small: Whether an item is solved by one thread beside others, instead of by all threads alone.
     """
     parallel = [item for item in items if small(item)]
     rest = [item for item in items if not small(item)]

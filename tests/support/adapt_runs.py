@@ -394,5 +394,5 @@ def poison_solver(monkeypatch) -> None:
         assert not tasks, "the solver ran"
         return iter(())
 
-    monkeypatch.setattr("mica.fast.create.solving.solve_shared", solve)
+    monkeypatch.setattr("mica.fast.create.solving.run_shared", solve)
     monkeypatch.setattr("torch.linalg.svd", lambda *_, **__: pytest.fail("PEFT's solver ran"))

@@ -5,6 +5,7 @@ import time
 from functools import partial
 
 from mica.ops import linear
+from mica.paths import reference_path
 
 
 def slow(function, *args, **options):
@@ -12,9 +13,9 @@ def slow(function, *args, **options):
     return function(*args, **options)
 
 
-def wrong(function, name, *args, **options):
-    result = function(name, *args, **options)
-    if name != "linear":
+def wrong(function, formula, *args, **options):
+    result = function(formula, *args, **options)
+    if formula is not reference_path.linear:
         return result
     y, h = result
     return y * 1.1, h

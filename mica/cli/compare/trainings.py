@@ -28,7 +28,7 @@ from mica.cli.compare.schedule import BASE, Comparison, Planned, Results
 from mica.cli.output import dtype_name
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
-from mica.subspace.content_hash import quick_content_hash
+from mica.subspace.content_hash import content_hash
 
 OUT_OF_MEMORY = "out of memory"
 DIVERGED = "diverged: a loss is not finite"
@@ -152,7 +152,7 @@ def _hash_of_weights(model: nn.Module) -> str:
     total = hashlib.blake2b(digest_size=16)
     for name, weight in model.named_parameters():
         rows = torch.atleast_2d(weight).flatten(0, -2)
-        total.update(f"{name} {quick_content_hash(rows)}".encode())
+        total.update(f"{name} {content_hash(rows)}".encode())
     return total.hexdigest()
 
 

@@ -7,7 +7,12 @@ from mica.fast.forward.expert_params import is_stack, parameter_of
 
 
 def check(layer, name: str) -> None:
-    """Raise UnsuitableLayerError for a parameter that is stored in a way that MiCA cannot start from."""
+    """Raise UnsuitableLayerError for a parameter that is stored in a way that MiCA cannot start from.
+
+    Args:
+        layer: PEFT's wrapper of the parameter.
+        name: What messages call the parameter.
+    """
     if _is_mislabelled(layer):
         raise UnsuitableLayerError(
             f"MiCA cannot start from {name}, because its experts are stored as (in_features, out_features) "

@@ -155,10 +155,16 @@ def _outputs(layer, columns: Tensor) -> Tensor:
 
 
 class Kind(NamedTuple):
-    """Its name in messages, and PEFT's layer -> (out_features, in_features) in a floating dtype."""
+    """A kind of quantised layers.
+
+    Attributes:
+        name: Its name in messages.
+        dequantise: A function from PEFT's layer to its weight, (out_features, in_features), in a floating
+            dtype; None if that is not possible.
+    """
 
     name: str
-    dequantise: Callable[[nn.Module], Tensor] | None  # None: not possible
+    dequantise: Callable[[nn.Module], Tensor] | None
 
 
 _KINDS = {
@@ -174,7 +180,7 @@ _KINDS = {
 }
 # bitsandbytes' layers -> the attribute of the model without which PEFT takes them for a plain nn.Linear.
 _FLAGS = {"Linear4bit": "is_loaded_in_4bit", "Linear8bitLt": "is_loaded_in_8bit"}
-_ALLOWED = "bitsandbytes 4-bit and 8-bit, HQQ, torchao (other than Int4Tensor), GPTQ and AWQ"
+_ALLOWED = "bitsandbytes 4-bit and 8-bit, HQQ, torchao, GPTQ and AWQ"
 
 
 @lru_cache
@@ -204,17 +210,12 @@ def is_covered(layer_type: type) -> bool:
 def why_not(layer: nn.Module) -> str | None:
     """Why MiCA cannot start from a quantised layer, as text that follows its name; None if it can."""
     kind = _table_entry(type(layer))
-    if kind is None:
+    if kind is None or kind.dequantise is not None:
         return None
-    base = layer.get_base_layer()
-    name = kind.name
-    if name == "torchao" and type(base.weight).__name__ == "Int4Tensor":
-        name = "torchao Int4Tensor, refused by PEFT itself"
-    elif kind.dequantise is not None:
-        return None
+    base = type(layer.get_base_layer()).__name__
     return (
-        f"has a quantised base layer of type {type(base).__name__} ({name}), and among quantised layers MiCA "
-        f"supports only those of {_ALLOWED}."
+        f"has a quantised base layer of type {base} ({kind.name}), and among "
+        f"quantised layers MiCA supports only those of {_ALLOWED}."
     )
 
 
@@ -249,10 +250,14 @@ def packed_weight(layer: nn.Module) -> Tensor:
 def dequantise(layer: nn.Module, name: str) -> Tensor:
     """The weight that a quantised layer computes with, (out_features, in_features), in a floating dtype.
 
-    Computed anew at each call, on the layer's device; the layer is unchanged.
+    It is computed anew at each call, on the layer's device; the layer is unchanged.
+
+    Args:
+        layer: PEFT's layer over the quantised one, of a kind that is covered.
+        name: What messages call the layer.
 
     Raises:
-        UnsuitableLayerError: the layer, called ``name``, is not quantised yet or cannot be dequantised.
+        UnsuitableLayerError: The layer is not quantised yet or cannot be dequantised.
     """
     kind = kind_of(layer)
     try:

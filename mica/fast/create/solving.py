@@ -25,7 +25,7 @@ from mica.fast.forward.expert_params import as_lora_B, is_stack, is_wrapper, par
 from mica.fast.settings import settings
 from mica.memory import has_no_values
 from mica.subspace.cache import default_cache
-from mica.subspace.distributed import Meeting, solve_shared
+from mica.subspace.distributed import Meeting, run_shared
 from mica.subspace.many import Task
 from mica.subspace.solver import check_entries, warnings_about
 
@@ -43,7 +43,13 @@ _exact: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
 @dataclass(frozen=True, eq=False)
 class NewAdapter:
-    """One adapter of one layer that needs its B; ``name`` is the layer's in messages."""
+    """One adapter of one layer that needs its B.
+
+    Attributes:
+        name: What messages call the layer, such as "layer 'up'".
+        layer: PEFT's layer.
+        adapter_name: The name of the adapter.
+    """
 
     name: str
     layer: nn.Module
@@ -134,20 +140,36 @@ def is_outline(model: nn.Module) -> bool:
     return not is_fsdp_enabled() and all(map(has_no_values, model.parameters()))
 
 
-def check(adapter: NewAdapter, needs_values: bool = True) -> Tensor:
+def check_type(adapter: NewAdapter) -> None:
+    """Raise UnsuitableLayerError if PEFT's layer is of a type for which there is no MiCA."""
+    layer = adapter.layer
+    refusal = quantised.why_not(layer)
+    if refusal is not None:
+        raise UnsuitableLayerError(f"MiCA cannot be initialised: {adapter.name} {refusal}")
+    if not (isinstance(layer, (lora.Linear, lora.Embedding)) or is_wrapper(layer) or adapter.is_quantised):
+        raise UnsuitableLayerError(
+            f"MiCA cannot be initialised: {adapter.name} is a {type(layer.get_base_layer()).__name__}, and "
+            "PEFT has MiCA for linear layers and embeddings only. Leave it out of target_modules."
+        )
+
+
+def check(adapter: NewAdapter, needs_values: bool = True) -> list[Task]:
     """The errors that need no solver, so that a hopeless configuration fails before any work.
 
-    needs_values: False in an `is_outline`.
+    Args:
+        adapter: has passed `check_type`.
+        needs_values: whether a weight without values is an error, as it is unless the model `is_outline`.
 
     Returns:
-        `NewAdapter.materialise_weight()`, which for a quantised layer takes a dequantisation.
+        `NewAdapter.materialise_tasks()`, which for a quantised layer takes a dequantisation.
 
     Raises:
         TypeError: the weight is not of a floating dtype with 16 bits or more.
         UnsuitableLayerError: MiCA cannot start from this layer's weight.
     """
     _check_is_readable(adapter)
-    weight = adapter.materialise_weight()
+    tasks = adapter.materialise_tasks()
+    weight = tasks[0].weight
     _check_dtype(adapter, weight)
     if is_wrapper(adapter.layer):
         experts.check(adapter.layer, adapter.name)
@@ -155,12 +177,13 @@ def check(adapter: NewAdapter, needs_values: bool = True) -> Tensor:
     if adapter.is_absent:
         if needs_values:
             _check_absence(adapter)
-        return weight
-    try:
-        check_entries(weight)
-    except ValueError as error:
-        raise UnsuitableLayerError(f"MiCA cannot be initialised from {adapter.name}: {error}") from error
-    return weight
+        return tasks
+    for task in tasks:
+        try:
+            check_entries(task.weight)
+        except ValueError as error:
+            raise UnsuitableLayerError(f"MiCA cannot be initialised from {task.name}: {error}") from error
+    return tasks
 
 
 def _check_is_readable(adapter: NewAdapter) -> None:
@@ -189,9 +212,8 @@ def _check_dtype(adapter: NewAdapter, weight: Tensor) -> None:
 
 
 def _check_rank(adapter: NewAdapter, weight: Tensor) -> None:
-    out_features, in_features = weight.shape[-2:]
     condition = "`r` <= min(in_features, out_features)"
-    max_rank = min(out_features, in_features)
+    max_rank = min(weight.shape)
     if isinstance(adapter.layer, lora.Embedding):
         condition = "`r` <= min(num_embeddings, embedding_dim)"
     if adapter.rank <= max_rank:
@@ -261,9 +283,9 @@ def initialise(adapters: Sequence[NewAdapter]) -> None:
                     tasks += adapter.materialise_tasks()
                     parts += [(adapter, expert) for expert in range(_count(adapter))]
                 cache = default_cache()
-                for index, subspace in solve_shared(tasks, meeting, device=settings.device, cache=cache):
+                for index, subspace in run_shared(tasks, meeting, device=settings.device, cache=cache):
                     adapter, expert = parts[index]
-                    _assign(adapter, expert, subspace.basis)
+                    assign(adapter, expert, subspace.basis)
                     for message in warnings_about(subspace, tasks[index].name):
                         warned[adapter].append((index, message))
                     bar.update()
@@ -317,8 +339,14 @@ def _count(adapter: NewAdapter) -> int:
 
 
 @torch.no_grad()
-def _assign(adapter: NewAdapter, expert: int, basis: Tensor) -> None:
-    """The whole B, or the expert's part of an adapted parameter's B that was 0."""
+def assign(adapter: NewAdapter, expert: int, basis: Tensor) -> None:
+    """Write a basis into lora_B, in the dtype that this has now.
+
+    Args:
+        adapter: The adapter.
+        expert: The expert whose part of lora_B is written; 0 for a layer without experts.
+        basis: The basis, (out_features, rank).
+    """
     lora_B = adapter.lora_B
     is_part = is_wrapper(adapter.layer)
     with torch.inference_mode(lora_B.is_inference()):  # the mode is per thread, and the solver has its own
@@ -338,7 +366,13 @@ def _assign(adapter: NewAdapter, expert: int, basis: Tensor) -> None:
 
 
 def restore_exact(layer: nn.Module, adapter_name: str, lora_B: Tensor) -> None:
-    """Put the exact basis in place of its rounding, once B is in fp32."""
+    """Put the exact basis in place of its rounding, once B is in fp32.
+
+    Args:
+        layer: PEFT's layer.
+        adapter_name: The name of the adapter.
+        lora_B: The adapter's B, which is left alone if it is not the rounded basis any more.
+    """
     basis = _exact.get(layer, {}).pop(adapter_name, None)
     if basis is None or lora_B.dtype != torch.float32 or basis.shape != lora_B.shape:
         return

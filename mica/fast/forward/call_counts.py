@@ -18,12 +18,17 @@ from mica.ops.operator import as_matrix, is_autocast
 
 
 class Input(NamedTuple):
-    """What is known about the x of a call."""
+    """What is known about the x of a call.
+
+    Attributes:
+        dtype, shape, strides: Those of x.
+        autocast_dtype: The dtype of autocast, where that was on; else None.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    autocast_dtype: torch.dtype | None  # where autocast was on
+    autocast_dtype: torch.dtype | None
 
     def as_matrix(self) -> Tensor:
         """(tokens, in_features) without memory, with the strides and the dtype in which it is multiplied."""
@@ -32,11 +37,17 @@ class Input(NamedTuple):
 
 
 class Calls(NamedTuple):
-    """Those of a layer, or of a whole model."""
+    """The calls of a layer, or of a whole model.
+
+    Attributes:
+        count: How often it was called.
+        why_peft: Why PEFT's code ran the layer's adapter in the last call; None if it did not.
+        x: The x of the last call in which operators ran; None if that is not known.
+    """
 
     count: int = 0
-    why_peft: str | None = None  # why PEFT's code ran the layer's adapter in the last call, if it did
-    x: Input | None = None  # that of the last call, if operators ran in it
+    why_peft: str | None = None
+    x: Input | None = None
 
 
 # A layer -> the fields of its Calls, with those of the Input. C++ writes here, too: `note` in
@@ -46,12 +57,12 @@ _is_traced = False
 
 
 def note(layer: nn.Module, reason: str | None = None, x: Tensor | None = None) -> None:
-    """At the beginning of a layer's forward.
+    """Note a call, at the beginning of a layer's forward.
 
     Args:
-        layer: is about to run.
-        reason: why PEFT's code runs its adapter although the backend is on, if it does.
-        x: the layer's input where operators run.
+        layer: The layer that is about to run.
+        reason: Why PEFT's code runs its adapter although the backend is on; None if it does not.
+        x: The layer's input where operators run; else None.
     """
     if torch.compiler.is_compiling():
         _note_trace()

@@ -41,8 +41,12 @@ def decided(
 ) -> Callable:
     """A patch of a layer's forward: what ``decide(layer, x, *args, **kwargs)`` returns computes.
 
-    Called with the layer alone, ``decide`` leaves out what only a call shows. It is asked where
-    ``call_cpp(layer, x)`` returns no output, and ``why_small(x)`` no reason for PEFT's code.
+    Args:
+        decide: The function that decides about a call. Called with the layer alone, it leaves out what only a
+            call shows.
+        call_cpp: A function that is tried first: ``call_cpp(layer, x)`` returns the output of a common call,
+            and None for any other.
+        why_small: A function that is asked next: ``why_small(x)`` returns a reason for PEFT's code, or None.
     """
 
     def patch(stock):
@@ -70,7 +74,12 @@ def decided(
 
 
 def drawn_seed(p: float, device: torch.device) -> Tensor | None:
-    """For dropout, from torch's generator: checkpointing restores that, and so the mask."""
+    """A seed for dropout from torch's generator, whose state checkpointing restores, and so the mask.
+
+    Args:
+        p: The probability of dropout; where it is 0 nothing is drawn, and None returned.
+        device: The device of the activations.
+    """
     if p == 0.0:
         return None
     return torch.randint(0, 2**63 - 1, (1,), device=device)
@@ -78,9 +87,13 @@ def drawn_seed(p: float, device: torch.device) -> Tensor | None:
 
 @dataclass
 class Fused(OnOperators):
-    """Base product and one adapter in one operator."""
+    """Base product and one adapter in one operator.
 
-    operands: Operands  # without a seed
+    Attributes:
+        operands: The layer's operands, without a seed.
+    """
+
+    operands: Operands
 
     def __call__(self, x: Tensor) -> Tensor:
         operands = self.operands
@@ -118,7 +131,14 @@ class Fused(OnOperators):
 
 @dataclass
 class Added(OnOperators):
-    """Two products of each adapter, added to what ``base`` computes: the base layer, or `Fused`."""
+    """Two products of each adapter, added to what the base computes.
+
+    Attributes:
+        base: The base layer, or `Fused` with the first adapter.
+        adapters: The adapters that are added.
+        dtype: The dtype of their products; None means that of x.
+        why_called: Why the base layer is called; None if it is not.
+    """
 
     base: nn.Module | Fused
     adapters: list[Adapter]
@@ -150,7 +170,13 @@ class Added(OnOperators):
 
 
 def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnPeft:
-    """How a linear layer runs, with all of its active adapters."""
+    """How a linear layer runs, with all of its active adapters.
+
+    Args:
+        layer: PEFT's layer.
+        x: The input of a call, (..., in_features); None where no call is looked at.
+        args, kwargs: The other arguments of the call.
+    """
     if args or kwargs:
         return OnPeft(_why_not_arguments(kwargs))
     adapters = read_adapters(layer)
@@ -226,7 +252,12 @@ def _why_not_call(layer, x: Tensor, adapters: list[Adapter]) -> str | None:
 
 @dataclass
 class Embedded(OnOperators):
-    """The base layer is called, and the adapter's rows, one operator, are added to its output."""
+    """The base layer is called, and the adapter's rows, one operator, are added to its output.
+
+    Attributes:
+        layer: PEFT's layer.
+        adapter: Its active adapter.
+    """
 
     layer: nn.Module
     adapter: Adapter
@@ -247,7 +278,7 @@ class Embedded(OnOperators):
 
 
 def decide_embedding(layer, x: Tensor | None = None, *args, **kwargs) -> Embedded | OnPeft:
-    """How an embedding runs, with its active adapter."""
+    """How an embedding runs, with its active adapter; the arguments are those of `decide`, x the indices."""
     if args or kwargs:
         return OnPeft(_why_not_arguments(kwargs))
     adapters = read_adapters(layer)

@@ -44,7 +44,11 @@ REFERENCE, ERROR = choose.REFERENCE, choose.ERROR
 
 
 class OnPeft(NamedTuple):
-    """PEFT's own code runs, for this reason."""
+    """PEFT's own code runs.
+
+    Attributes:
+        reason: Why, in words.
+    """
 
     reason: str
 
@@ -89,7 +93,12 @@ class OnOperators:
 
 
 def product_dtypes(x: Input | None, default: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes in which x and the low-rank products are multiplied; ``default``: that of an unknown x."""
+    """The dtypes in which x and the low-rank products are multiplied.
+
+    Args:
+        x: What is known of x; None if nothing is.
+        default: The dtype of an x of which nothing is known.
+    """
     if x is not None and x.autocast_dtype is not None:
         return x.autocast_dtype, x.autocast_dtype
     dtype = default if x is None else x.dtype
@@ -170,13 +179,21 @@ def is_stored_transposed(layer) -> bool:
 
 
 class Adapter(NamedTuple):
-    """One adapter of a layer in its present state."""
+    """One adapter of a layer in its present state.
 
-    lora_A: Tensor  # (rank, in_features); of an embedding (rank, num_embeddings)
-    lora_B: Tensor  # (out_features, rank)
+    Attributes:
+        lora_A: (rank, in_features); of an embedding (rank, num_embeddings).
+        lora_B: (out_features, rank).
+        scaling: lora_alpha / rank.
+        dropout_p: The probability with which an element of x is dropped; 0 in eval mode.
+        trains_B: Whether lora_B may be trained, now or later, as in plain LoRA.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
     scaling: float
-    dropout_p: float  # 0 in eval mode
-    trains_B: bool = False  # plain LoRA: lora_B may be trained, now or later
+    dropout_p: float
+    trains_B: bool = False
 
 
 def _adapter(

@@ -46,13 +46,21 @@ from mica.paths.products import is_transformed
 
 @dataclass
 class Projection(OnOperators):
-    """One projection of all experts."""
+    """One projection of all experts.
 
-    name: str  # of the module's parameter
-    weight: Tensor  # (E, out_features, in_features)
-    bias: Tensor | None  # (E, out_features)
-    adapter: Adapter | None  # lora_A (E, rank, in_features), lora_B (E, out_features, rank)
-    dtype: torch.dtype  # in which transformers multiplies x by the weight
+    Attributes:
+        name: The name of the module's parameter.
+        weight: The parameter as (E, out_features, in_features).
+        bias: (E, out_features), or None.
+        adapter: The adapter, with lora_A (E, rank, in_features) and lora_B (E, out_features, rank), or None.
+        dtype: The dtype in which transformers multiplies x by the weight.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    adapter: Adapter | None
+    dtype: torch.dtype
 
     def __call__(self, x: Tensor, offsets: Tensor, *tokens_and_inverse: Tensor) -> Tensor:
         x = x.to(self.dtype)
@@ -77,12 +85,19 @@ class Projection(OnOperators):
 
 @dataclass
 class Experts(OnOperators):
-    """A module of experts: transformers' grouped_mm_experts_forward."""
+    """A module of experts: transformers' grouped_mm_experts_forward.
+
+    Attributes:
+        module: The module.
+        wrappers: PEFT's wrappers around the module, from the outermost on.
+        projections: The one into the experts' hidden features, and the one out of them.
+        routing: top_k_index and top_k_weights, each (num_tokens, top_k).
+    """
 
     module: nn.Module
-    wrappers: list[nn.Module]  # around the module, from the outermost on
-    projections: list[Projection]  # into the experts' hidden features, and out of them
-    routing: tuple[Tensor, ...]  # top_k_index and top_k_weights, (num_tokens, top_k)
+    wrappers: list[nn.Module]
+    projections: list[Projection]
+    routing: tuple[Tensor, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (num_tokens, hidden) -> (num_tokens, hidden)."""

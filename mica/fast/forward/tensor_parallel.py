@@ -72,7 +72,7 @@ def widen(layer: nn.Module, adapter_name: str) -> None:
     PEFT 0.21.2 creates it as wide as this process's part; transformers 5.24 takes that for the whole
     width, and a rowwise layer's first forward in training raises "shape is invalid".
     """
-    base_layer = layer.base_layer if hasattr(layer, "base_layer") else layer
+    base_layer = layer.base_layer
     plan = plan_of(base_layer) if type(base_layer) is nn.Linear else None
     if plan == "colwise":
         layer.lora_B[adapter_name].out_features = base_layer.out_features

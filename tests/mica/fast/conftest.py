@@ -8,13 +8,13 @@ from tests.support.quantised_models import stub_gptqmodel
 def solved(monkeypatch):
     """Counts the solver's calls."""
     shapes = []
-    solver = many.solve_each
+    solver = many.solve_stack
 
     def counting(weight, rank, **kwargs):
         shapes.append(tuple(weight.shape))
         return solver(weight, rank, **kwargs)
 
-    monkeypatch.setattr(many, "solve_each", counting)
+    monkeypatch.setattr(many, "solve_stack", counting)
     return shapes
 
 

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import peft
 import pytest
 import torch
-from peft.tuners.lora import LoraModel
 from torch.utils.checkpoint import checkpoint
 
 import mica.fast
@@ -180,7 +179,7 @@ def test_settings_are_checked_before_any_changes():
 def test_another_peft_is_left_alone_with_a_warning(monkeypatch, change, message):
     mica.fast.uninstall()
     stock = attributes()
-    (patched,) = (patch for patch in patching.PATCHES if patch.name == "inject_adapter")
+    patched, _ = (patch for patch in patching.PATCHES if patch.name == "inject_adapter")
     others = [patch for patch in patching.PATCHES if patch is not patched]
     with monkeypatch.context() as patch:
         patch.setattr(patching, "PATCHES", (*others, patched._replace(**change)))
@@ -189,27 +188,6 @@ def test_another_peft_is_left_alone_with_a_warning(monkeypatch, change, message)
     assert not mica.fast.is_enabled()
     assert all(a is b for a, b in zip(attributes(), stock, strict=True))
     bases(wrap(Net()))  # and PEFT works
-
-
-def test_a_wrapper_of_another_name_that_was_there_first(monkeypatch):
-    """As axolotl puts one around PEFT's own, which calls it with the first five by position."""
-    mica.fast.uninstall()
-    stock = LoraModel._create_and_replace
-
-    def wrapper(self, peft_config, adapter_name, target, target_name, parent, current_key=None, **kw):
-        return stock(
-            self, peft_config, adapter_name, target, target_name, parent, current_key=current_key, **kw
-        )
-
-    monkeypatch.setattr(LoraModel, "_create_and_replace", wrapper)
-    try:
-        mica.fast.enable()
-        assert mica.fast.is_enabled()
-        assert mica.fast.explain(net()).counts() == {"reference": 4}
-        mica.fast.uninstall()
-        assert LoraModel._create_and_replace is wrapper
-    finally:
-        mica.fast.uninstall()  # before the wrapper goes
 
 
 def test_optional_functions_may_be_missing(monkeypatch):

@@ -51,7 +51,6 @@ CASES = {
             ),
             ({"lora_A": randn(2, 5)}, ValueError, r"lora_A must be \(rank, in_features\)"),
             ({"lora_A": randn(())}, ValueError, r"lora_A must be .*, but it is \(\)"),
-            ({"lora_A": randn(0, 4), "lora_B": randn(5, 0)}, ValueError, "rank must be at least 1"),
             ({"lora_B": randn(5, 3)}, ValueError, r"where rank is 2, but it is \(5, 3\)"),
             (
                 {"bias": randn(4)},
@@ -75,7 +74,6 @@ CASES = {
                 ValueError,
                 r"\(embedding_dim, rank\), where rank is 2",
             ),
-            ({"lora_A": randn(0, 5), "lora_B": randn(4, 0)}, ValueError, "rank must be at least 1"),
             ({"padding_idx": 5}, ValueError, "padding_idx must be at least -5 and below 5"),
             ({"padding_idx": -6}, ValueError, "padding_idx must be at least -5 and below 5"),
         ],
@@ -84,7 +82,6 @@ CASES = {
         lambda: {"x": randn(3, 4), "lora_A": randn(2, 4)},
         [
             ({"x": randn(3, 5)}, ValueError, r"where in_features is 4, but it is \(3, 5\)"),
-            ({"lora_A": randn(0, 4)}, ValueError, "rank must be at least 1"),
             ({"dropout_p": 0.5}, ValueError, "seed must be an int64 tensor"),
         ],
     ),
@@ -94,7 +91,6 @@ CASES = {
             ({"y": randn(3, 6)}, ValueError, r"y must be .*, where out_features is 5, but it is \(3, 6\)"),
             ({"h": randn(4, 2)}, ValueError, r"where \.\.\. is \(3,\), where rank is 2, but it is \(4, 2\)"),
             ({"y": randn(5), "h": randn(())}, ValueError, r"h must be .*, but it is \(\)"),
-            ({"h": randn(3, 0), "lora_B": randn(5, 0)}, ValueError, "rank must be at least 1"),
         ],
     ),
     mica_experts_linear: (
@@ -112,7 +108,6 @@ CASES = {
             ({"lora_A": randn(3, 2, 5)}, ValueError, r"lora_A must be .*, but it is \(3, 2, 5\)"),
             ({"lora_A": randn(8, 5)}, ValueError, r"lora_A must be .*, but it is \(8, 5\)"),
             ({"lora_B": randn(4, 2, 4)}, ValueError, r"lora_B must be .*, but it is \(4, 2, 4\)"),
-            ({"lora_A": randn(4, 0, 5), "lora_B": randn(4, 4, 0)}, ValueError, "rank must be at least 1"),
             (
                 {"bias": randn(4)},
                 ValueError,

@@ -10,7 +10,7 @@ import triton
 from mica import ops
 from mica.kernels import launching, prepared_b
 from mica.ops import mica_down_projection, mica_experts_linear, mica_linear
-from mica.paths import choose, triton_path
+from mica.paths import choose, reference_path, triton_path
 from mica.paths.operands import Operands
 from tests.support import expert_cases
 from tests.support.kernel_cases import BF16, FP16, FP32, LAYER_DTYPES, seed_of
@@ -110,12 +110,13 @@ def test_no_copy_of_b_is_kept_of_layers_and_experts_that_may_train_it():
     p, stack = dense((6,), 16, 32, 3), on_device(expert_cases.problem("tiles", 33, 22, 5, BF16, FP32))
     layer, experts = (Operands(q.weight, q.lora_A, q.lora_B, q.scaling, trains_B=True) for q in (p, stack))
     prepared_b.clear()
-    _, h = triton_path.lora_linear(p.x, layer)
-    triton_path.lora_linear_backward(p.grad_output, p.x, layer)
-    triton_path.lora_up_projection(p.grad_output, h, p.lora_B)
-    triton_path.lora_up_projection_backward(p.grad_output, p.lora_B, BF16)
-    triton_path.lora_experts_linear(stack.x, stack.offsets, experts)
-    triton_path.lora_experts_linear_backward(stack.grad_output, stack.x, stack.offsets, experts)
+    of_lora = triton_path.KERNELS_OF_LORA
+    _, h = of_lora[reference_path.linear](p.x, layer)
+    of_lora[reference_path.linear_backward](p.grad_output, p.x, layer)
+    of_lora[reference_path.up_projection](p.grad_output, h, p.lora_B)
+    of_lora[reference_path.up_projection_backward](p.grad_output, p.lora_B, BF16)
+    of_lora[reference_path.experts_linear](stack.x, stack.offsets, experts)
+    of_lora[reference_path.experts_linear_backward](stack.grad_output, stack.x, stack.offsets, experts)
     assert not prepared_b.entries
     triton_path.linear(p.x, layer._replace(trains_B=False))
     assert prepared_b.entries

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mica.subspace import batched, device, krylov, minor_subspace, solver
-from mica.subspace.device import batch_size, solve_batch
+from mica.subspace.device import batch_size, try_batch
 from tests.mica.subspace.subspaces import quietly_solved
 from tests.support.judging import judge
 from tests.support.spectra import NULL, RANK, SPECTRA, stack
@@ -17,7 +17,7 @@ EASY = ["gaussian", "hard edge", "times 1e4", "row scales"]
 
 def solved(matrices: torch.Tensor, method: str = "auto", strict: bool = True, rank: int = RANK) -> dict:
     """Each judged, by index: certified where ``strict``."""
-    results = solve_batch(matrices, rank, method, strict, 0)
+    results = try_batch(matrices, rank, method, strict, 0)
     assert len(results) == len(matrices)
     found = {index: result for index, result in enumerate(results) if result is not None}
     for index, result in found.items():
@@ -115,7 +115,7 @@ def test_minor_subspace_takes_batches_for_an_accelerator(leading, shape, at_a_ti
     """With what the batches leave out from the host, everything where it belongs."""
     count = math.prod(leading)
     names = ["gaussian", "rank 5", "row scales", "times 1e4", "zero", "times 1e-4"][:count]
-    matrices, batches = stack(names, shape), calls_of(solver, "solve_batch")
+    matrices, batches = stack(names, shape), calls_of(solver, "try_batch")
     with monkeypatch.context() as patch:
         patch.setattr(device, "ON_HOST", ())
         patch.setattr(solver, "batch_size", lambda *arguments: at_a_time)

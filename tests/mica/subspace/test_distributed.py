@@ -8,7 +8,7 @@ import torch
 
 from mica.subspace import many
 from mica.subspace.cache import SubspaceCache
-from mica.subspace.distributed import Meeting, solve_shared
+from mica.subspace.distributed import Meeting, run_shared
 from mica.subspace.many import Task
 from tests.support import gloo
 from tests.support.models import Net, bases, wrap
@@ -26,23 +26,18 @@ def make_tasks():
 class Solved(NamedTuple):
     bases: dict[object, torch.Tensor]
     own: list[tuple[int, int]]  # shapes that this process solved itself
-    hashed: list[tuple[int, int]]  # and those of which it made the cache's key
 
 
 def watch(function, *arguments):
-    with (
-        patch.object(many, "solve_each", wraps=many.solve_each) as solver,
-        patch.object(many, "content_hash", wraps=many.content_hash) as hashes,
-    ):
+    with patch.object(many, "solve_stack", wraps=many.solve_stack) as solver:
         found = function(*arguments)
     own = [tuple(call.args[0].shape[-2:]) for call in solver.call_args_list]
-    hashed = [tuple(call.args[0].shape) for call in hashes.call_args_list]
-    return Solved(found, own, hashed)
+    return Solved(found, own)
 
 
 def solve(folder):
     meeting = Meeting("layers")
-    subspaces = solve_shared(make_tasks(), meeting, cache=SubspaceCache(folder))
+    subspaces = run_shared(make_tasks(), meeting, cache=SubspaceCache(folder))
     return {index: result.basis for index, result in subspaces}
 
 
@@ -69,18 +64,12 @@ def played(tmp_path_factory):
 
 @pytest.mark.parametrize("case", ["cached", "cached again"])
 def test_all_hold_the_bits_of_one_process_and_solve_a_share_each(played, case):
-    expected = {index: result.basis for index, result in many.solve_many(make_tasks(), range(len(SHAPES)))}
+    expected = {index: result.basis for index, result in many.run_tasks(make_tasks(), range(len(SHAPES)))}
     for solved in played[case]:
         assert solved.bases.keys() == expected.keys()
         assert all(torch.equal(solved.bases[index], expected[index]) for index in expected)
     own = [shape for solved in played[case] for shape in solved.own]
     assert sorted(own) == ([] if case == "cached again" else sorted(SHAPES))
-
-
-def test_each_process_asks_the_cache_for_its_share(played):
-    for solved, later in zip(played["cached"], played["cached again"], strict=True):
-        assert solved.own
-        assert sorted(solved.hashed) == sorted(later.hashed) == sorted(solved.own)
 
 
 def test_get_peft_model(played):

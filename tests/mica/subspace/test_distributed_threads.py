@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mica.subspace import distributed, many
-from mica.subspace.distributed import Meeting, solve_shared
+from mica.subspace.distributed import Meeting, run_shared
 from mica.subspace.many import Task
 from tests.support.threads import Group
 
@@ -60,29 +60,27 @@ def solved(group, monkeypatch):
     """Of each process, the layers that it has solved itself."""
     solved = [[], [], []]
 
-    def solve_many(tasks, indices, **options):
+    def run_tasks(tasks, indices, **options):
         solved[group.rank] += [tasks[index].name for index in indices]
-        return many.solve_many(tasks, indices, **options)
+        return many.run_tasks(tasks, indices, **options)
 
-    monkeypatch.setattr(distributed, "solve_many", solve_many)
+    monkeypatch.setattr(distributed, "run_tasks", run_tasks)
     return solved
 
 
 def bases(tasks):
     meeting = Meeting([task.name for task in tasks])
-    found = [(index, result.basis.tolist()) for index, result in solve_shared(tasks, meeting)]
+    found = [(index, result.basis.tolist()) for index, result in run_shared(tasks, meeting)]
     assert len(found) == len(dict(found))
     return dict(found)
 
 
 def alone(tasks):
-    return {index: result.basis.tolist() for index, result in many.solve_many(tasks, range(len(tasks)))}
+    return {index: result.basis.tolist() for index, result in many.run_tasks(tasks, range(len(tasks)))}
 
 
 @pytest.mark.parametrize("stores", [hash_stores, prefix_stores, file_stores, tcp_stores])
 def test_each_solves_a_share_and_has_all(group, solved, monkeypatch, tmp_path, stores):
-    """Without a cache no weight is hashed for one, which takes ten times as long."""
-    monkeypatch.setattr(many, "content_hash", None)
     monkeypatch.setattr(distributed, "_PIECE", 1000)
     group.stores = stores(2, tmp_path)
     tasks = make_tasks()
@@ -110,12 +108,12 @@ def test_other_content_or_order_in_memory_under_one_name_is_not_shared(group, so
 
 
 def test_an_error_in_one_is_one_in_all(group, monkeypatch):
-    def solve_many(tasks, indices, **options):
+    def run_tasks(tasks, indices, **options):
         if group.rank == 1:
             raise MemoryError("too large")
-        return many.solve_many(tasks, indices, **options)
+        return many.run_tasks(tasks, indices, **options)
 
-    monkeypatch.setattr(distributed, "solve_many", solve_many)
+    monkeypatch.setattr(distributed, "run_tasks", run_tasks)
     found = [repr(error) for error in group.run(lambda: bases(make_tasks()))]
     assert found == ["RuntimeError('too large (in process 1)')", "MemoryError('too large')"]
 
@@ -126,7 +124,7 @@ def test_one_without_weights_takes_no_part_but_is_waited_for(group, solved):
     first, second = group.run(lambda: bases(tasks[group.rank]))
     assert first == alone(make_tasks())
     assert second == {2: first[2]}
-    assert solved[:2] == [["layer 2", "layer 0", "layer 1"], []]
+    assert [sorted(own) for own in solved[:2]] == [["layer 0", "layer 1", "layer 2"], []]
 
 
 def test_shares_are_nearly_equal_and_complete(monkeypatch):
@@ -134,8 +132,7 @@ def test_shares_are_nearly_equal_and_complete(monkeypatch):
     monkeypatch.setattr(distributed, "cost", lambda task: costs[task.rank])
     tasks = [replace(make_tasks(1)[0], rank=position) for position in range(len(costs))]
     for count in (2, 3):
-        shares, private = distributed._divide(tasks, [["content"] * len(tasks)] * count)
-        assert not private
+        shares = [distributed.share_of(tasks, rank, count) for rank in range(count)]
         assert sorted(index for share in shares for index in share) == list(range(len(costs)))
         loads = [sum(costs[index] for index in share) for share in shares]
         assert max(loads) - min(loads) <= max(costs)
@@ -190,7 +187,7 @@ def test_one_that_is_interrupted_while_it_waits_is_not_waited_for(group, solved,
     assert [len(own) for own in solved] == [2, 1, 0]
 
 
-@pytest.mark.parametrize("step", ["_content", "solve_many"])
+@pytest.mark.parametrize("step", ["share_of", "run_tasks"])
 def test_one_that_dies_is_waited_for_only_so_long(group, monkeypatch, caplog, step):
     monkeypatch.setattr(Meeting, "_agree", lambda *_: True)
     monkeypatch.setattr(Meeting, "_key", "mica/0", raising=False)
@@ -208,7 +205,7 @@ def test_one_that_dies_is_waited_for_only_so_long(group, monkeypatch, caplog, st
     def twice():
         """The chunks of a model: after the first nobody waits again."""
         meeting = Meeting("layers")
-        chunks = [dict(solve_shared(make_tasks(), meeting)) for _ in range(2)]
+        chunks = [dict(run_shared(make_tasks(), meeting)) for _ in range(2)]
         assert meeting.is_over
         return [{index: result.basis.tolist() for index, result in chunk.items()} for chunk in chunks]
 

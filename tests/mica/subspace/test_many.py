@@ -1,6 +1,7 @@
 """Many weights at once give what each gives alone."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from mica import minor_subspace
 from mica.subspace import device, many, threads
 from mica.subspace.cache import SubspaceCache
 from mica.subspace.content_hash import content_hash
-from mica.subspace.many import Task, solve_many
+from mica.subspace.many import Task, run_tasks
 
 SHAPES = [(40, 30), (30, 40), (40, 30), (64, 64), (200, 20), (40, 30)]
 
@@ -25,7 +26,7 @@ def anywhere(request, monkeypatch):
 
 
 def solved_once(tasks, **kwargs):
-    pairs = list(solve_many(tasks, range(len(tasks)), **kwargs))
+    pairs = list(run_tasks(tasks, range(len(tasks)), **kwargs))
     assert sorted(index for index, _ in pairs) == list(range(len(tasks)))
     return dict(pairs)
 
@@ -42,12 +43,12 @@ def test_each_as_alone_and_without_a_cache_nothing_is_hashed(tasks, monkeypatch,
     monkeypatch.setattr(threads, "SMALL", largest_small)
     monkeypatch.setattr(many, "content_hash", None)
     assert_as_alone(tasks, solved_once(tasks))
-    assert list(solve_many(tasks, [])) == []
-    assert [index for index, _ in solve_many(tasks, [2])] == [2]
+    assert list(run_tasks(tasks, [])) == []
+    assert [index for index, _ in run_tasks(tasks, [2])] == [2]
 
 
 def test_batches_by_shape_and_rank_on_an_accelerator(tasks, accelerated, calls_of):
-    solved = calls_of(many, "solve_each")
+    solved = calls_of(many, "solve_stack")
     results = solved_once(tasks)
     shapes = sorted(tuple(weights.shape) for weights, _ in solved)
     assert shapes == [(1, 30, 40), (1, 40, 30), (1, 64, 64), (1, 200, 20), (2, 40, 30)]
@@ -56,7 +57,7 @@ def test_batches_by_shape_and_rank_on_an_accelerator(tasks, accelerated, calls_o
 
 
 def test_batches_are_cut_to_the_memory(accelerated, calls_of, monkeypatch):
-    solved = calls_of(many, "solve_each")
+    solved = calls_of(many, "solve_stack")
     # of a quarter, four (30, 30) fp64 matrices and two fp32 copies of (30, 40) take more than a half
     monkeypatch.setattr(device, "free_memory", lambda where: 4 * 70_000)
     solved_once([Task(f"layer {i}", torch.randn(30, 40), 3) for i in range(3)])
@@ -64,22 +65,31 @@ def test_batches_are_cut_to_the_memory(accelerated, calls_of, monkeypatch):
 
 
 def test_the_cpu_takes_over_where_an_accelerator_has_no_memory(tasks, accelerated, monkeypatch, caplog):
-    solve = many.solve_together
+    solve, first_calls = many.solve_stack, iter(range(4))  # of the four shapes
 
-    def solve_together(chunk, where, cache):
-        if where.type != "cpu" or len(chunk) > 1:
+    def solve_stack(weights, rank):
+        if next(first_calls, None) is not None:
             raise torch.OutOfMemoryError("no")
-        return solve(chunk, where, cache)
+        assert len(weights) == 1
+        return solve(weights, rank)
 
-    monkeypatch.setattr(many, "solve_together", solve_together)
+    monkeypatch.setattr(many, "solve_stack", solve_stack)
     results = solved_once(tasks)
     assert "out of memory" in caplog.text
     assert_as_alone(tasks, results, 1e-6)
 
 
 @pytest.mark.usefixtures("anywhere")
+def test_an_error_names_the_layer(tasks, monkeypatch):
+    monkeypatch.setattr(many, "solve_stack", Mock(side_effect=ArithmeticError("no luck")))
+    message = r"^the minor subspace of layer 3 could not be computed: no luck$"
+    with pytest.raises(RuntimeError, match=message):
+        solved_once(tasks[3:4])
+
+
+@pytest.mark.usefixtures("anywhere")
 def test_the_cache_is_read_and_written(tasks, tmp_path, calls_of):
-    solved, hashed = calls_of(many, "solve_each"), calls_of(many, "content_hash")
+    solved, hashed = calls_of(many, "solve_stack"), calls_of(many, "content_hash")
     cache = SubspaceCache(tmp_path)
     first = solved_once(tasks, cache=cache)
     assert len(list(tmp_path.iterdir())) == len(tasks)
@@ -102,8 +112,9 @@ def test_the_key_of_a_task_is_that_of_its_whole_weight():
 def test_weights_on_the_cpu_go_where_they_are_told(told, tasks, monkeypatch):
     places = []
     monkeypatch.setattr(many, "accelerator", lambda: torch.device("meta"))
+    monkeypatch.setattr(many, "move", lambda result, device: result)
     monkeypatch.setattr(
-        many, "solve_together", lambda chunk, where, cache: places.append(where.type) or [None]
+        many, "solve_stack", lambda weights, rank: places.append(weights.device.type) or [None]
     )
     solved_once(tasks[1:2], device=told)
     assert places == ["cpu" if told == "cpu" else "meta"]

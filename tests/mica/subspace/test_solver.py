@@ -122,7 +122,9 @@ def test_fp64_weights_whose_squares_leave_the_range_are_refused(exponent, sign, 
     matrix = weight("flat", *shape).double()
     beyond = matrix * (sign * 2.0**exponent / matrix.max())
     for refused in (beyond, torch.stack([matrix, beyond])):
-        with pytest.raises(ValueError, match=r"largest entry of a weight must be between 2\*\*-200 and"):
+        with pytest.raises(
+            ValueError, match=r"largest entry of (matrix 1 of )?weight must be between 2\*\*-200 and"
+        ):
             minor_subspace(refused, RANK)
     assert quietly_solved(0 * matrix, RANK).resolution == 0  # a zero weight resolves everything
 
@@ -301,11 +303,12 @@ def test_rank_of_another_type(rank):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_non_finite_weights(dtype, bad, transposed):
-    for shape, count in (((8, 5), 2), ((2, 4, 5), 4)):
+    for shape, entries in (((8, 5), 40), ((2, 4, 5), 20)):
         matrix = torch.ones(shape, dtype=dtype)
-        matrix[..., 2, 3] = matrix[..., 3, 0] = bad
-        where = ", in matrix 0, 1" if len(shape) == 3 else ""
-        message = rf"^weight must be finite, but got {count} NaN or infinite of 40 entries{where}\.$"
+        last = matrix[-1] if len(shape) == 3 else matrix
+        last[2, 3] = last[3, 0] = bad
+        name = "matrix 1 of weight" if len(shape) == 3 else "weight"
+        message = rf"^{name} must be finite, but got 2 NaN or infinite of {entries} entries\.$"
         with pytest.raises(ValueError, match=message):
             minor_subspace(matrix.mT if transposed else matrix, 2)
 
@@ -328,19 +331,6 @@ def test_non_finite_weights(dtype, bad, transposed):
 def test_unusable_weights(matrix, error, text):
     with pytest.raises(error, match=f"^weight must .*{text}"):
         minor_subspace(matrix, 1)
-
-
-@pytest.mark.parametrize(
-    ("seed", "error", "text"),
-    [
-        ("a", TypeError, "an int, but got 'a' of type str"),
-        (1.0, TypeError, "an int, but got 1.0 of type float"),
-        (2**64, ValueError, "at least -2\\*\\*63 and below 2\\*\\*64"),
-    ],
-)
-def test_unusable_seeds(seed, error, text):
-    with pytest.raises(error, match=f"^seed must be {text}"):
-        minor_subspace(torch.eye(4), 1, seed=seed)
 
 
 def test_unknown_method():
