@@ -71,9 +71,9 @@ def enable(
             "operator", which it is at first, means one operator, which runs what eager mode runs, kernels
             included. "plain" means PyTorch's own three products, which the compiler may fuse and tune; dA is
             rounded to their dtype.
-        recompute: What the backward computes again instead of keeping it. "activations" means the x of a layer
-            that is act(G)·U or act(G). "norms", which it is at first, means also the output of an RMS norm,
-            once for all layers that share it, and the 32-bit copy of its 16-bit input. The bits of the
+        recompute: What the backward computes again instead of keeping it. "activations" means the x of a
+            layer that is act(G)·U or act(G). "norms", which it is at first, means also the output of an RMS
+            norm, once for all layers that share it, and the 32-bit copy of its 16-bit input. The bits of the
             gradients are the same.
 
     Raises:

@@ -89,10 +89,10 @@ def gated(gate, up):
     return F.silu(gate) * up
 
 
-def rms_norm(h, _=None):
+def rms_norm(h, _=None, eps=1e-6):
     """As models have it that are written in PyTorch's operators."""
     wide = h.to(FP32)
-    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return norm_weight(h.dtype) * (wide * rstd).to(h.dtype)
 
 
