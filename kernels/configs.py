@@ -7,7 +7,7 @@ of each product and from what compiles without spills, not from timings. The blo
 A new configuration is an entry in a table: `make static` compiles it, `make emulate ARGS=--all` runs it. One
 that is no shape's default is passed over by `make static ARGS=--quick` and by `make emulate` without
 ``--all``. To run it alone:
-``python -m tests.emulator --all --drawn 0 --target sm_80 --only "rank=16 config=Config(block_m=64"``.
+``python -m tests.emulator --all --target sm_80 --only "rank=16 config=Config(block_m=64"``.
 """
 
 from __future__ import annotations

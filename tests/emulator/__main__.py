@@ -3,9 +3,6 @@
 Each case calls a kernel as the product does, three times: planned and launched through Triton's front end,
 launched by the kept plan with the CTAs in another order, and with several CTAs in turns. The results must
 have the same bits and be near the one in fp64; whatever the emulator refuses is a fault.
-
-Beside a fixed list, some cases are drawn at random. The seed is printed: ``--seed 7 --only "drawn 3 of"``
-repeats the fourth case of seed 7.
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import random
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,8 +23,6 @@ import triton
 from tests.emulator.cases import TARGETS
 from tests.emulator.shares import run
 
-DRAWN = 8  # of each target
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.emulator", description=__doc__.split("\n\n")[0])
@@ -38,19 +32,9 @@ def main() -> int:
     )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth case")
     parser.add_argument("--only", default="", metavar="WORDS", help="cases whose labels have them")
-    parser.add_argument(
-        "--drawn", type=int, default=DRAWN, metavar="N", help=f"draw N cases (default {DRAWN})"
-    )
-    parser.add_argument(
-        "--seed", type=int, metavar="N", help="of the drawn cases; default: another each time"
-    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--verbose", action="store_true", help="a line for every case")
     args = parser.parse_args()
-    if args.seed is None:
-        args.seed = random.randrange(10**6)
-    if args.drawn:
-        print(f"drawn from seed {args.seed}: {args.drawn} cases of each target", flush=True)
     start, targets = time.monotonic(), args.target or list(TARGETS)
     parts = max(2, args.processes)  # shorter jobs, so that the processes end together
     # Triton keeps what it compiled for a target in the process: each job has its own

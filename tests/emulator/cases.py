@@ -45,13 +45,11 @@ class Case:
     options: dict
     is_quick: bool
     is_foreign: bool = False  # a configuration of another target: it may ask for too much shared memory
-    name: str = ""  # of a drawn case
-    seed: int | None = None  # of its operands; default: its place among those that are run
 
     @property
     def label(self) -> str:
         shown = [f"{name}={value}" for name, value in self.options.items()]
-        return f"{self.name} {self.kernel} {self.dtypes}: {' '.join(shown)}".strip()
+        return f"{self.kernel} {self.dtypes}: {' '.join(shown)}"
 
     def run(self) -> float:
         """The largest error in units of what is allowed."""

@@ -1,4 +1,4 @@
-"""The emulator on small kernels: results that are known, and faulty launches that it must refuse.
+"""The emulator on small kernels: faulty launches that it must refuse. Results are those of `make emulate`.
 
 ``python -m tests.emulator.self_checks 90`` prints {check: what is wrong, or ""} as JSON.
 """
@@ -18,11 +18,10 @@ from tests.emulator.driver import given, installed, settings
 from tests.emulator.program import FaultError, Program
 
 OUTPUTS = ("out_ptr", "partial_ptr", "counter_ptr")
-ORDERS = ("forward", "backward", "random", "interleaved")
-I32, BF16, F16, F32 = torch.int32, torch.bfloat16, torch.float16, torch.float32
+I32, BF16 = torch.int32, torch.bfloat16
 
 
-# -- kernels whose results are known --------------------------------------------------------------------
+# -- kernels --------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -47,24 +46,6 @@ def dot(
         b = tl.load(b_ptr + of_b * sbk + n * sbn, mask=(of_b < K) & (n < N), other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     tl.store(out_ptr + m * N + n, acc, mask=(m < M) & (n < N))
-
-
-@triton.jit
-def rounding(x_ptr, out_ptr, B: tl.constexpr):
-    i = tl.arange(0, B)
-    tl.store(out_ptr + i, tl.load(x_ptr + i).to(out_ptr.dtype.element_ty))
-
-
-@triton.jit
-def branch(x_ptr, out_ptr, n, B: tl.constexpr):
-    more, place, total = True, 0, 0
-    while more:
-        x = tl.load(x_ptr + place + tl.arange(0, B))
-        total += tl.sum(x)
-        place += B
-        more = (tl.max(x) < 90) & (place < n)
-    tl.store(out_ptr, total)
-    tl.store(out_ptr + 1, place)
 
 
 @triton.jit
@@ -105,76 +86,23 @@ def without(program: Program, op: str):
 # -- checks ---------------------------------------------------------------------------------------------
 
 
-def expect(actual, wanted, tolerance=0.0):
-    error = (actual.double() - wanted.double()).abs().max().item()
-    assert error <= tolerance, f"error {error}"
-
-
 def refuses(pattern, function):
     with pytest.raises(FaultError, match=pattern):
         function()
 
 
-def additions(capability):
-    for n, offset in ((1000, 0), (1000, 1), (5, 3)):
-        x, y, out = torch.randn(n + offset)[offset:], torch.randn(n), torch.zeros(n)
-        add[(triton.cdiv(n, 256),)](x, y, out, n, B=256)
-        expect(out, x + y)
-
-
-def product(a, b, block_m=64, precision="ieee", stages=3):
+def product(a, b):
+    """As compiled, pipelined in three stages."""
     (m, k), n = a.shape, b.shape[1]
-    out, grid = torch.full((m, n), float("nan")), (triton.cdiv(m, block_m), triton.cdiv(n, 64))
-    strides = *a.stride(), *b.stride()
-    compiled = dot[grid](a, b, out, m, n, k, *strides, block_m, 64, 32, precision, stages)
-    return out, compiled
-
-
-def products(capability):
-    """mma.sync and wgmma, operands from registers and from shared memory, both ways round."""
-    kinds = [(BF16, "ieee", 2e-5), (F16, "ieee", 2e-5), (F32, "tf32", 5e-2), (F32, "tf32x3", 3e-5)]
-    for dtype, precision, tolerance in kinds:
-        m, n, k = (64, 64, 96) if dtype is BF16 else (33, 50, 77)
-        for transposed in (0, 1, 2, 3) if dtype is not F16 else (0,):
-            a = torch.randn(k, m).t() if transposed & 1 else torch.randn(m, k)
-            b = torch.randn(n, k).t() if transposed & 2 else torch.randn(k, n)
-            a, b = a.to(dtype), b.to(dtype)
-            for block_m, stages in ((32, 3), (64, 1), (64, 3)):
-                out, _ = product(a, b, block_m, precision, stages)
-                expect(out, a.double() @ b.double(), tolerance)
-
-
-def roundings(capability):
-    special = [0.0, -0.0, 1e-40, 3e38, 3.4e38, float("inf"), float("nan"), 65519.0, 65520.0, 1e-7, 6e-8]
-    rest = 256 - len(special)
-    x = torch.cat([torch.tensor(special), torch.randn(rest) * torch.logspace(-9, 9, rest)])
-    for dtype in (BF16, F16):
-        out = torch.zeros(256, dtype=dtype)
-        rounding[(1,)](x, out, B=256)
-        assert torch.equal(out.isnan(), x.isnan())
-        expect(out.nan_to_num(), x.to(dtype).nan_to_num())
-
-
-def branches(capability):
-    x = torch.randint(0, 50, (512,), dtype=I32)
-    for place in (5, 200, 511):
-        y, out, end = x.clone(), torch.zeros(2, dtype=I32), (place // 128 + 1) * 128
-        y[place] = 99
-        branch[(1,)](y, out, 512, B=128)
-        expect(out, torch.stack([y[:end].sum(), torch.tensor(end)]))
+    out, grid = torch.full((m, n), float("nan")), (triton.cdiv(m, 64), triton.cdiv(n, 64))
+    return dot[grid](a, b, out, m, n, k, *a.stride(), *b.stride(), 64, 64, 32, "ieee", 3)
 
 
 def split_sum(sem="acq_rel", barrier=True):
     out, partial, counter = torch.zeros(256), torch.full((5, 256), float("nan")), torch.zeros(1, dtype=I32)
     compiled = parts[(5,)](out, partial, counter, 5, 256, barrier, sem)
-    expect(out, 5 * torch.arange(256) + 10)
+    assert torch.equal(out, 5.0 * torch.arange(256) + 10)
     return compiled
-
-
-def split_sums(capability):
-    for settings.order in ORDERS:
-        for settings.seed in range(3):
-            split_sum()
 
 
 def refused_accesses(capability):
@@ -209,7 +137,7 @@ def refused_protocols(capability):
 def refused_products(capability):
     """A pipelined product with one synchronisation taken out."""
     a, b = torch.randn(33, 96).bfloat16(), torch.randn(96, 50).bfloat16()
-    _, compiled = product(a, b)
+    compiled = product(a, b)
     taken = {"cp.async.wait_group": "being copied to", "bar.sync": "race"}
     if capability >= 90:
         taken |= {"wgmma.wait_group": "unwritten|read by a product", "wgmma.fence": "no wgmma.fence"}
@@ -220,8 +148,10 @@ def refused_products(capability):
 
 
 CHECKS = (
-    *(additions, products, roundings, branches, split_sums),
-    *(refused_accesses, refused_instructions, refused_protocols, refused_products),
+    refused_accesses,
+    refused_instructions,
+    refused_protocols,
+    refused_products,
 )
 
 

@@ -14,7 +14,6 @@ import triton
 
 from tests.emulator import planned
 from tests.emulator.cases import cases
-from tests.emulator.drawn import drawn
 from tests.emulator.driver import programs, statistics
 from tests.emulator.judging import WrongError
 from tests.emulator.program import FaultError
@@ -63,11 +62,10 @@ def run(target: str, part: int, parts: int, args: argparse.Namespace) -> Result:
     torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
     result = Result(target)
     chosen = [case for case in cases(target) if case.is_quick or args.all]
-    chosen += drawn(target, args.seed, args.drawn)
     chosen = [case for case in chosen if args.only in case.label][:: args.every]
     with planned.emulated(target):
         for number, case in enumerate(chosen):
-            torch.manual_seed(number if case.seed is None else case.seed)
+            torch.manual_seed(number)
             if number % parts == part:
                 result.add(case.kernel, case.label, case.run, case.is_foreign, args.verbose)
         if not args.all:

@@ -5,8 +5,7 @@ import re
 import pytest
 
 from tests.emulator import training_steps
-from tests.emulator.cases import KERNELS, TARGETS, cases
-from tests.emulator.drawn import drawn
+from tests.emulator.cases import TARGETS, cases
 from tests.support import static_cases
 
 
@@ -29,14 +28,3 @@ def test_models_of_training_steps_are_built(name):
 def _configuration(label: str) -> tuple[int, ...] | None:
     found = re.search(r"\(([\d, ]+)\)", label)
     return found and tuple(map(int, found[1].split(",")))
-
-
-def test_everything_is_drawn():
-    found = list(drawn("sm_90", 0, 400))
-    options = [case.options for case in found]
-    assert {case.kernel for case in found} == set(KERNELS)
-    assert {bool(own.get("dropout")) for own in options} == {False, True}
-    assert {own["config"] is None for own in options} == {False, True}
-    assert any(own["rank"] > 128 for own in options)
-    assert any(own.get("tokens", 0) > 300 for own in options)
-    assert any(0 in own["route"][1] for own in options if "route" in own)  # the first expert has no rows
