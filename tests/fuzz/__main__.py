@@ -5,19 +5,15 @@ with stock PEFT), the same on interpreted kernels, quantised models, and ``mica 
 """
 
 import argparse
-import json
 import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,7 +24,6 @@ from hypothesis import seed
 from hypothesis.stateful import run_state_machine_as_test
 
 from mica.ops import kept
-from tests.fuzz.actions import SEQUENCES, TALLY
 from tests.fuzz.machine import Machine, OnKernels, options, tally
 from tests.fuzz.models import KINDS
 from tests.fuzz.quantised import Quantised
@@ -51,28 +46,7 @@ PARTS = {
 }
 
 
-@dataclass
-class Totals:
-    """What a process has done, besides the counts of `TALLY` and `SEQUENCES`."""
-
-    rounds: int = 0
-    failed: list[str] = field(default_factory=list)  # the commands that run the failures again
-
-    def write(self, file: Path) -> None:
-        counts = {"tally": TALLY, "sequences": SEQUENCES, "rounds": self.rounds, "failed": self.failed}
-        file.write_text(json.dumps(counts), encoding="utf-8")
-
-    def add(self, file: Path) -> None:
-        """Those of another process, to these and to the counts of this one."""
-        counts = json.loads(file.read_text(encoding="utf-8"))
-        self.rounds += counts["rounds"]
-        self.failed += counts["failed"]
-        SEQUENCES.update(counts["sequences"])
-        for name, count in counts["tally"].items():
-            TALLY.setdefault(name, Counter()).update(count)
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     limit = "no round begins later [10]"
     parser.add_argument("--minutes", type=float, default=10, help=limit)
@@ -85,8 +59,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--examples", type=int, help="sequences a round")
     parser.add_argument("--steps", type=int, help="actions a sequence")
     parser.add_argument("--no-shrink", action="store_true")
-    parser.add_argument("--totals", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def seeds(args: argparse.Namespace) -> Iterator[int]:
@@ -127,57 +100,29 @@ def play(args: argparse.Namespace, name: str, number: int) -> str | None:
     return command
 
 
-def in_this_process(args: argparse.Namespace) -> Totals:
+def in_this_process(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # with it, NaN in every torch.empty
     warnings.simplefilter("ignore")
     kept.SMALL = 0  # the models are
-    totals, spent = Totals(), Counter()
+    failed, spent, start = [], Counter(), time.monotonic()
     for number in seeds(args):
-        name, start = next_part(args, spent), time.monotonic()
+        name, began = next_part(args, spent), time.monotonic()
         command = play(args, name, number)
-        totals.rounds += 1
-        totals.failed += [command] if command else []
-        spent[name] += time.monotonic() - start
-    return totals
-
-
-def side_by_side(args: argparse.Namespace, argv: list[str]) -> Totals:
-    """Each process with its seeds; what they print is printed as it comes."""
-    totals = Totals()
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, f"{index}.json") for index in range(args.processes)]
-        started = []
-        for index, file in enumerate(files):
-            own = [*argv, "--processes", "1", "--totals", str(file)]
-            if args.seed is not None:
-                given = args.seed[index :: args.processes]
-                if not given:
-                    continue
-                own += ["--seed", *map(str, given)]
-            started.append((file, subprocess.Popen([sys.executable, "-m", "tests.fuzz", *own])))
-        for file, process in started:
-            process.wait()
-            if file.exists():
-                totals.add(file)
-            else:
-                totals.failed.append(f"a process that ended with {process.returncode}")
-    return totals
-
-
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args, start = arguments(argv), time.monotonic()
-    totals = side_by_side(args, argv) if args.processes > 1 else in_this_process(args)
-    if args.totals:
-        totals.write(args.totals)
-        return 1 if totals.failed else 0
+        failed += [command] if command else []
+        spent[name] += time.monotonic() - began
     minutes = (time.monotonic() - start) / 60
-    print(tally())
-    print(f"{totals.rounds} rounds in {minutes:.1f} minutes, {len(totals.failed)} failed")
-    for command in totals.failed:
-        print(f"again: {command}")
-    return 1 if totals.failed else 0
+    print("\n".join([tally(), f"in {minutes:.1f} minutes, {len(failed)} rounds failed", *failed]), flush=True)
+    return 1 if failed else 0
+
+
+def main() -> int:
+    args = arguments()
+    if args.processes == 1 or args.seed is not None:
+        return in_this_process(args)
+    one = [sys.executable, "-m", "tests.fuzz", *sys.argv[1:], "--processes", "1"]
+    started = [subprocess.Popen(one) for _ in range(args.processes)]
+    return max(abs(process.wait()) for process in started)
 
 
 if __name__ == "__main__":

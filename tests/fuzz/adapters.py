@@ -2,23 +2,17 @@
 
 import copy
 import io
-import warnings
-from pathlib import Path
 
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-import mica.fast
-from mica.fast.forward.expert_params import weight_name
 from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of, configs
-from tests.fuzz.compare import attempt
-from tests.fuzz.models import KINDS, build, targeting
+from tests.fuzz.models import build
 from tests.fuzz.twins import factors, layers
 from tests.support.peft_versions import is_at_least
 
@@ -40,20 +34,6 @@ class Adapters(Base):
         name = self.free_name()
         self.create(name, data.draw(configs(self.twins.kind, self.saves)), seed, cast)
         self.activate(name, activate)
-
-    @precondition(lambda self: len(self.twins.adapters) < 3)
-    @action(kind=any_of("rank", "nan"))
-    def add_refused(self, kind):
-        """With a rank that no layer has: the backend leaves its model as it was (stock, half wrapped)."""
-        targets = KINDS[self.twins.kind].targets[0]
-        config = LoraConfig(r=999, **targeting(targets), init_lora_weights="mica")
-        before = self.twins.fingerprint()
-        if not mica.fast.is_enabled():
-            return False
-        error = attempt(lambda model: model.add_adapter(self.free_name(), config), self.twins.ours).error
-        assert isinstance(error, ValueError), "rank 999 was not refused"
-        assert self.twins.fingerprint() == before, "a refused adapter has changed the model"
-        return True
 
     @precondition(lambda self: len(self.twins.adapters) > 1)
     @action(index=INDEX)
@@ -160,54 +140,6 @@ class Adapters(Base):
             self.twins.remember_biases()
         else:
             self.refused()
-
-    @precondition(lambda self: len(self.twins.adapters) < 3 and not self.twins.is_merged)
-    @action(index=INDEX, lean=FLAG, activate=FLAG)
-    def load_without_lora_b(self, index, lean, activate):
-        """A checkpoint without the frozen factors: B is computed anew, and a warning says so.
-
-        Stock leaves B on the meta device where ``lean``, so the twin loads without that.
-        """
-        source, name = self.pick(index), self.free_name()
-        is_mica = self.twins.ours.peft_config[source].init_lora_weights == "mica"
-        if not is_mica or not mica.fast.is_enabled() or self.is_double or self.twins.is_mixture:
-            return False
-        folder = self.written_without_b(source)
-        texts: dict[bool, list[str]] = {}
-
-        def loaded(model):
-            is_ours = model is self.twins.ours
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                model.load_adapter(folder, name, low_cpu_mem_usage=lean and is_ours)
-            texts[is_ours] = [str(warning.message) for warning in caught]
-
-        if self.twins.each(loaded).error is not None:
-            self.refused()
-            return False
-        lost = [key for key, parameter in self.twins.ours.named_parameters() if parameter.is_meta]
-        assert not lost, f"{lost} have no values"
-        assert any("B was computed anew" in text for text in texts[True]), "no warning that B is another one"
-        for layer in layers(self.twins.ours).values():
-            pair, original = factors(layer, name), factors(layer, source)
-            if pair is None:
-                continue
-            lora_A = original[0]
-            if lean:  # as stock's, it goes through the dtype of the base
-                lora_A = lora_A.to(getattr(layer.get_base_layer(), weight_name(layer)).dtype)
-            assert torch.equal(pair[0], lora_A.to(pair[0])), f"A of {name} is not that of the file"
-        self.twins.adopt(name, True, 0)
-        self.activate(name, activate)
-        return True
-
-    def written_without_b(self, source):
-        """The folder of this adapter's file, as a filter by ``requires_grad`` leaves it."""
-        root = Path(self.folder.name) / f"without-B-{self.twins.seed}"
-        self.twins.ours.save_pretrained(root, selected_adapters=[source], save_embedding_layers=False)
-        file = next(root.rglob("adapter_model.safetensors"))
-        kept = {key: tensor for key, tensor in load_file(file).items() if "_B" not in key}
-        save_file(kept, file, {"format": "pt"})
-        return str(file.parent)
 
     def _compare_factors(self, name):
         """Before the twin takes over what was loaded."""

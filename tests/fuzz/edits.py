@@ -1,16 +1,14 @@
 """Rules of `machine`: values written past PyTorch's count of writes, between calls and within a step."""
 
 import torch
-from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 
 import mica.fast
 from mica.fast.forward.expert_params import weight_name
 from mica.paths import choose
 from tests.fuzz.actions import FLAG, INDEX, Base, action, any_of
-from tests.fuzz.compare import attempt, distance, energy, factors, gradients
-from tests.fuzz.models import tokens
-from tests.fuzz.twins import GRADIENTS, layers
+from tests.fuzz.compare import factors
+from tests.fuzz.twins import layers
 
 WHAT = any_of("lora_A", "lora_B", "lora_B", "weight", "bias")
 WAYS = ("data =", "data.copy_", "data[...] =", "numpy", "copy_")
@@ -75,65 +73,3 @@ class Edits(Base):
             self.edited()
         else:
             self.base_edited()
-
-    @action(what=WHAT, way=any_of("data =", "data =", "data.copy_"), layer=INDEX, index=INDEX)
-    def edit_before_the_backward(self, what, way, layer, index):
-        """The gradient is that of the values that the forward has used.
-
-        Where they were overwritten, which nothing can see, it may be that of the new ones, as stock's is.
-        """
-        name, adapter, ids = self.pick_layer(layer), self.pick(index), tokens(2, 5, self.twins.seed)
-        if (
-            parameter_of(self.twins.ours.get_submodule(name), what, adapter) is None
-            or self.twins.of_inference
-        ):
-            return False
-        if way == "data.copy_" and self.twins.tolerance > 1e-4:
-            return False  # fp64 cannot judge between the two
-        if way == "data.copy_" and isinstance(self.twins.ours.get_submodule(name), ParamWrapper):
-            return False  # stock's is of both: x's comes from W + B A as it was, A's from B as it is
-
-        def step(model, edits=True):
-            parameter = parameter_of(model.get_submodule(name), what, adapter)
-            model.zero_grad(set_to_none=True)
-            memory, values = parameter.data, parameter.detach().clone()
-            try:
-                out = self.twins.call(model, ids)
-                if not out.requires_grad:
-                    return out.detach(), {}
-                if edits:
-                    write(parameter, other_values(parameter), way)
-                energy(out).backward()
-                return out.detach(), gradients(model)
-            finally:
-                parameter.data = memory
-                parameter.data.copy_(values)
-                if choose.requested() == "triton":
-                    mica.fast.clear_caches()
-                model.zero_grad(set_to_none=True)
-
-        compare = self.twins.compare_steps if way == "data =" else self._is_one_of_two
-        return compare(step)
-
-    def _is_one_of_two(self, step) -> bool:
-        if self.twins.has_dropout:
-            return False
-        ours = attempt(step, self.twins.ours)
-        with mica.fast.disabled():
-            edited = attempt(step, self.twins.stock)
-            unedited = attempt(lambda model: step(model, edits=False), self.twins.stock)
-        both = edited, unedited
-        errors = {type(outcome.error) for outcome in (ours, *both)}
-        assert len(errors) == 1, f"ours: {ours.error!r}, stock: {both[0].error!r}"
-        if ours.error is not None:
-            return False
-        (_, found), (_, new), (_, old) = ours.value, both[0].value, both[1].value
-        assert found.keys() == new.keys() == old.keys()
-        largest = max((grad.norm().item() for grad in (*new.values(), *old.values())), default=0.0)
-        limit = GRADIENTS * self.twins.tolerance
-        for key, grad in found.items():
-            error = min(distance(grad, other[key], 0.1 * largest) for other in (new, old))
-            assert error <= limit, (
-                f"{key}: {error:.1e} from the gradients of the old values and of the new ones"
-            )
-        return True

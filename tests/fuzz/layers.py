@@ -1,16 +1,13 @@
-"""Rules of `machine` for what callers do with a layer's output: edits, hooks, complex numbers, vmap."""
+"""Rules of `machine` for what callers do with a layer's output: edits, hooks, complex numbers."""
 
 import torch
 from hypothesis import assume
 from torch import Tensor, nn
-from torch.func import functional_call, grad
 
-import mica.fast
 from mica.fast.forward.expert_params import is_wrapper
 from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of
 from tests.fuzz.compare import dtype_of_base, energy, factors, gradients
 from tests.fuzz.models import tokens
-from tests.support.counts import whatever_language
 from tests.support.linear_calls import Marked
 
 SHAPES = any_of((), (3,), (2, 3), (2, 3), (2, 1, 3), (2, 0))  # before the features
@@ -215,53 +212,3 @@ class Layers(Base):
                 model.zero_grad(set_to_none=True)
 
         return self.twins.compare_steps(step)
-
-    @action(layer=INDEX, rows=any_of(3, 200), way=any_of("vmap", "per sample"), seed=SEEDS)
-    def vmapped(self, layer, rows, way, seed):
-        """Without a rule for it, vmap calls an operator once for each row: PyTorch's own are batched."""
-        name = self.pick_layer(layer)
-        values, adapter = self.input_of(name, (rows,), seed), self.pick(layer)
-        pair = factors(self.twins.ours.get_submodule(name), adapter)
-        if values is None or not values.is_floating_point() or pair is None:
-            return False
-        counts: list[int] = []
-
-        def step(model):
-            module = model.get_submodule(name)
-            module.zero_grad(set_to_none=True)
-            x = values.to(dtype_of_base(model))
-            before = mica.fast.call_counts.copy()
-            try:
-                with self.twins.casting():
-                    return per_sample(module, adapter, x) if way == "per sample" else batched(module, x)
-            finally:
-                if model is self.twins.ours:
-                    ran = whatever_language(mica.fast.call_counts - before)
-                    counts.append(sum(ran.values()))
-                module.zero_grad(set_to_none=True)
-
-        worked = self.twins.compare_steps(step)
-        # a layer that is not fused has an operator for each factor of each adapter
-        most = 2 * len(self.twins.adapters)
-        assert all(count <= most for count in counts), f"operators in one call: {counts}"
-        return worked
-
-
-def batched(layer: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """vmap inside, and ordinary autograd outside."""
-    x = x.clone().requires_grad_()
-    y = torch.vmap(layer)(x)
-    energy(y).backward()
-    return y.detach(), {"x": x.grad, **gradients(layer)}
-
-
-def per_sample(layer: nn.Module, adapter: str, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The gradient of the adapter's A for each row."""
-    values = {name: p.detach() for name, p in layer.named_parameters()}
-    key = f"lora_A.{adapter}.weight"
-
-    def loss(lora_A, row):
-        return energy(functional_call(layer, {**values, key: lora_A}, (row,)))
-
-    grads = torch.vmap(grad(loss), (None, 0))(values[key], x)
-    return grads.sum(0), {"A": grads}

@@ -1,6 +1,7 @@
 """Every way in which PEFT users train, in one process or two: by the operators, with a plain run's losses."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from trl import SFTConfig, SFTTrainer
 
 import mica.fast
+from mica.subspace import many
 from tests.support import gloo, setups, tiny_cli
 from tests.support.models import bases, net, tiny_llama, wrap
 from tests.support.moe_models import BUILDERS, wrap_experts
@@ -250,8 +252,11 @@ def with_fsdp1(rank, folder):
 
 
 def bases_of_both(rank, folder):
-    models = [net(), wrap_experts(BUILDERS["qwen3_moe"]())]  # layers, and stacks of experts
-    return {name: basis.detach() for model in models for name, basis in bases(model).items()}
+    """Those of layers and of stacks of experts, and how many this process has solved itself."""
+    with patch.object(many, "solve_stack", wraps=many.solve_stack) as solver:
+        models = [net(), wrap_experts(BUILDERS["qwen3_moe"]())]
+    found = {name: basis.detach() for model in models for name, basis in bases(model).items()}
+    return found, solver.call_count
 
 
 OTHERS = {
@@ -319,10 +324,13 @@ def test_fsdp1_trains_on_pefts_path_and_explain_says_why(of):
 
 
 @pytest.mark.slow
-def test_two_processes_hold_the_same_bits(of):
-    alone = bases_of_both(0, None)
-    for done in of("bases"):
-        assert_same(done, alone, 0.0)
+def test_two_processes_hold_the_same_bits_and_solve_a_share_each(of):
+    expected, solved_alone = bases_of_both(0, None)
+    found, solved = zip(*of("bases"), strict=True)
+    for done in found:
+        assert_same(done, expected, 0.0)
+    assert sum(solved) == solved_alone
+    assert min(solved) > 0
 
 
 # -- refused ------------------------------------------------------------------------------------------

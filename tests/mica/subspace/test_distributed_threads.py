@@ -1,4 +1,4 @@
-"""What is shared among processes, with threads in their place; test_distributed.py has processes."""
+"""What is shared among processes, with threads in their place; tests/mica/fast/test_setups.py has processes."""
 
 import logging
 import time
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mica.subspace import distributed, many
+from mica.subspace.cache import SubspaceCache
 from mica.subspace.distributed import Meeting, run_shared
 from mica.subspace.many import Task
 from tests.support.threads import Group
@@ -68,9 +69,9 @@ def solved(group, monkeypatch):
     return solved
 
 
-def bases(tasks):
+def bases(tasks, **options):
     meeting = Meeting([task.name for task in tasks])
-    found = [(index, result.basis.tolist()) for index, result in run_shared(tasks, meeting)]
+    found = [(index, result.basis.tolist()) for index, result in run_shared(tasks, meeting, **options)]
     assert len(found) == len(dict(found))
     return dict(found)
 
@@ -86,6 +87,13 @@ def test_each_solves_a_share_and_has_all(group, solved, monkeypatch, tmp_path, s
     tasks = make_tasks()
     assert group.run(lambda: bases(tasks)) == [alone(tasks)] * 2
     assert solved[:2] == [["layer 2", "layer 1"], ["layer 0"]]
+
+
+def test_what_one_has_cached_nobody_solves_again(group, calls_of, tmp_path):
+    expected, calls = alone(make_tasks()), calls_of(many, "solve_stack")
+    for _ in range(2):
+        assert group.run(lambda: bases(make_tasks(), cache=SubspaceCache(tmp_path))) == [expected] * 2
+    assert len(calls) == len(SHAPES)
 
 
 def test_a_message_of_any_size_arrives_and_does_not_stay_in_the_store(group, monkeypatch):
