@@ -29,7 +29,6 @@ WRONG = {
 }
 
 
-# Appended to a copy of mica.fast, and its name to __all__: nothing says what `value` is
 def _mypy(folder: Path) -> list[str]:
     # silent: of the package itself its signatures count, as if it were installed
     options = ["--strict", "--follow-imports=silent", "--no-error-summary", "--cache-dir", folder / "cache"]
@@ -40,22 +39,16 @@ def _mypy(folder: Path) -> list[str]:
     return [line for line in done.stdout.splitlines() if ": error: " in line]
 
 
-def _run_pyright(folder: Path, *options: str, path: Path = ROOT) -> dict:
-    """Its report, with the packages in ``path`` before those of this environment."""
-    command = [sys.executable, "-m", "basedpyright", "--outputjson", "--pythonpath", sys.executable, *options]
-    environment = {**os.environ, "PYTHONPATH": str(path)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode < 2, done.stdout + done.stderr
-    return json.loads(done.stdout)
-
-
 def _pyright(folder: Path) -> list[str]:
     settings = {"include": ["."], "typeCheckingMode": "strict"}
     (folder / "pyrightconfig.json").write_text(json.dumps(settings))
-    found = _run_pyright(folder)["generalDiagnostics"]
+    command = [sys.executable, "-m", "basedpyright", "--outputjson", "--pythonpath", sys.executable]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode < 2, done.stdout + done.stderr
     return [
         f"{Path(one['file']).name}:{one['range']['start']['line'] + 1}: {one['message']} ({one.get('rule')})"
-        for one in found
+        for one in json.loads(done.stdout)["generalDiagnostics"]
     ]
 
 

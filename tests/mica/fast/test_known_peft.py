@@ -1,12 +1,8 @@
 """A release of PEFT that this package does not know: what runs, what PEFT runs, and one sentence about it."""
 
-import os
-import shutil
-import subprocess
-import sys
 import types
 import warnings
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 
 import peft
@@ -219,81 +215,3 @@ def test_a_class_over_quantised_weights_with_another_body(unknown, monkeypatch):
         model = adapted("nf4")
     assert set(mica.fast.explain(model).counts()) == {"peft"}
     assert vars(Linear4bit)["forward"].__globals__["__name__"] == "peft.tuners.lora.bnb"
-
-
-# -- a copy of PEFT, as a user would get it -----------------------------------------------------------
-
-SCRIPT = """
-import sys, warnings
-import peft, torch, transformers
-from peft import LoraConfig, get_peft_model
-assert peft.__version__ == "0.22.0" and peft.__file__.startswith(sys.argv[1])
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    import mica.fast
-    mica.fast.enable()
-print(*[warning.message for warning in caught if "mica.fast" in str(warning.message)], sep="\\n")
-
-config = transformers.LlamaConfig(
-    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
-)
-torch.manual_seed(0)
-model = transformers.LlamaForCausalLM(config)
-targets = ["q_proj", "down_proj", "embed_tokens"]
-adapter = LoraConfig(r=4, init_lora_weights="mica", target_modules=targets)
-if sys.argv[2] == "add_adapter":
-    model.add_adapter(adapter)
-else:
-    model = get_peft_model(model, adapter)
-for name, parameter in model.named_parameters():
-    if "lora_A" in name or "lora_embedding_A" in name:
-        parameter.data.normal_()
-
-def results():
-    model.zero_grad()
-    loss = model(input_ids=torch.arange(12).view(3, 4), labels=torch.arange(12).view(3, 4)).loss
-    loss.backward()
-    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-ours = results()
-print(sorted(mica.fast.explain(model).counts().items()))
-with mica.fast.disabled():
-    switched_off = results()
-mica.fast.uninstall()
-for a, b, c in zip(ours, results(), switched_off, strict=True):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert torch.equal(b, c)
-print(len(ours))
-"""
-
-
-def run_with(folder, how="get_peft_model") -> list[str]:
-    """What the script prints with the PEFT in this folder."""
-    paths = os.pathsep.join([str(folder), *filter(None, sys.path)])
-    command = [sys.executable, "-c", SCRIPT, str(folder), how]
-    environment = os.environ | {"PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-@pytest.fixture
-def copied(tmp_path):
-    """A folder with PEFT as 0.22.0, before any edit."""
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(Path(peft.__file__).parent, tmp_path / "peft", ignore=ignored)
-    installed = metadata.version("peft")
-    information = tmp_path / f"peft-{UNKNOWN}.dist-info"
-    found = metadata.distribution("peft").locate_file(f"peft-{installed}.dist-info")
-    shutil.copytree(found, information)
-    for file in (information / "METADATA", tmp_path / "peft" / "__init__.py"):
-        text = file.read_text(encoding="utf-8")
-        assert installed in text
-        file.write_text(text.replace(installed, UNKNOWN), encoding="utf-8")
-    return tmp_path
-
-
-@pytest.mark.slow
-def test_a_copy_in_which_nothing_differs(copied):
-    """transformers 5.24 has `add_adapter` from this release on."""
-    assert run_with(copied, "add_adapter") == [ALL, "[('reference', 3)]", "4"]

@@ -1,4 +1,4 @@
-"""What is shared among processes, with threads in their place; tests/mica/fast/test_setups.py has processes."""
+"""What is shared among processes, with threads in their place; processes are in test_setups.py."""
 
 import logging
 import time
