@@ -77,7 +77,7 @@ static: $(READY)
 	$(RUN) -m tests.static_gate $(ARGS)
 
 # Runs the kernels as compiled for sm_80 and sm_90 on numpy (5 minutes);
-# ARGS=--all: all configurations and layouts, and training steps
+# ARGS=--all: all configurations and layouts
 emulate: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m tests.emulator $(ARGS)
 

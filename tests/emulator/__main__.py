@@ -27,9 +27,7 @@ from tests.emulator.shares import run
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.emulator", description=__doc__.split("\n\n")[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this one (may be repeated)")
-    parser.add_argument(
-        "--all", action="store_true", help="every configuration and layout, and training steps"
-    )
+    parser.add_argument("--all", action="store_true", help="every configuration and layout")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth case")
     parser.add_argument("--only", default="", metavar="WORDS", help="cases whose labels have them")
     parser.add_argument("--processes", type=int, default=2)

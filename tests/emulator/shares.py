@@ -7,7 +7,6 @@ import time
 import traceback
 import warnings
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import triton
@@ -68,12 +67,4 @@ def run(target: str, part: int, parts: int, args: argparse.Namespace) -> Result:
             torch.manual_seed(number)
             if number % parts == part:
                 result.add(case.kernel, case.label, case.run, case.is_foreign, args.verbose)
-        if not args.all:
-            return result.finished()
-        from tests.emulator import training_steps  # transformers and PEFT take seconds to import
-
-        steps = [name for name in training_steps.CASES if args.only in f"training {name}"]
-        for name in steps[part::parts]:
-            once = partial(training_steps.run, name)
-            result.add("training", f"training {name}", once, False, args.verbose)
     return result.finished()

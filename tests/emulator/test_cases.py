@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from tests.emulator import training_steps
 from tests.emulator.cases import TARGETS, cases
 from tests.support import static_cases
 
@@ -16,13 +15,6 @@ def test_every_kernel_and_configuration_of_the_static_gate_is_run(target):
     run = {(case.kernel, tuple(case.options.get("config", ())) or None) for case in every}
     assert not compiled - run
     assert {case.kernel for case in every} == {case.kernel for case in every if case.is_quick}
-
-
-@pytest.mark.parametrize("name", training_steps.CASES)
-def test_models_of_training_steps_are_built(name):
-    """Their steps are run by `make emulate` with ``--all`` only."""
-    _, step = training_steps.built(name)
-    assert step()[0].isfinite().all()
 
 
 def _configuration(label: str) -> tuple[int, ...] | None:

@@ -30,35 +30,21 @@ def _init(self, model, config, *args, **kwargs):
             factor.forward = MethodType(_on_its_device, factor)
 
 
-def _create_and_replace(self, peft_config, adapter_name, target, *args, **kwargs):
-    return self._create_and_replace_origin(peft_config, adapter_name, target, *args, **kwargs)
-
-
-def _cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype=True):
-    return self._cast_adapter_dtype_origin(adapter_name, autocast_adapter_dtype)
-
-
 def _load_adapter(self, model_id, *args, **kwargs):
     return self.load_adapter_origin(model_id, *args, **kwargs)
 
 
-def _wrapped(owner: type, **functions):
-    """Within it these are the owner's; its own are there under the names that swift gives them."""
-    names = {name: f"{name}_origin" for name in functions} | {"__init__": "__init_origin__"}
-    origins = {names[name]: getattr(owner, name) for name in functions}
-    return patch.multiple(owner, create=True, **origins, **functions)
-
-
 @contextmanager
 def swift_imported():
-    """Within it PEFT's functions are wrapped, by signatures of swift's own."""
+    """Within it functions of PEFT are wrapped, one of them with a signature that is not PEFT's.
+
+    Their own are there under the names that swift gives them.
+    """
+    init, load_adapter = LoraModel.__init__, PeftModel.load_adapter
+    of_model, of_peft = {"__init__": _init, "__init_origin__": init}, {"load_adapter": _load_adapter}
+    of_peft["load_adapter_origin"] = load_adapter
     with (
-        _wrapped(
-            LoraModel,
-            __init__=_init,
-            _create_and_replace=_create_and_replace,
-            _cast_adapter_dtype=_cast_adapter_dtype,
-        ),
-        _wrapped(PeftModel, load_adapter=_load_adapter),
+        patch.multiple(LoraModel, create=True, **of_model),
+        patch.multiple(PeftModel, create=True, **of_peft),
     ):
         yield

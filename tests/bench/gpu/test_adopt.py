@@ -10,21 +10,11 @@ from bench.gpu import __main__ as gpu
 from bench.gpu.adopt import RefusedError, adopt, load
 from bench.results.names import STOCK, STOCK_16
 from bench.results.schema import Result
-from tests.support.gpu_results import (
-    both_passes,
-    initialisation,
-    kernel,
-    layers,
-    result,
-    step,
-    subspace,
-)
+from tests.support.gpu_results import FORMS, OTHERS, layers, result
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NOTHING = "has been measured on a GPU yet"
-FORMS = both_passes(8192, {"split": 3.0, "fused": 2.0})
-ALL = [*FORMS, *layers(1.25e-3), step(), kernel()]
-ALL += [subspace(), initialisation()]
+ALL = [*FORMS, *layers(1.25e-3), *OTHERS]
 
 
 @pytest.fixture
