@@ -24,9 +24,6 @@ def _through_a_file(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-COMBINATIONS = ["linear", "cat", "svd", "ties", "dare_linear", "magnitude_prune", "ties_svd"]
-
-
 class Adapters(Base):
     @precondition(lambda self: len(self.twins.adapters) < 3)
     @action(data=st.data(), seed=SEEDS, cast=FLAG, activate=FLAG)
@@ -185,30 +182,6 @@ class Adapters(Base):
         self._compare_factors(name)
         self.twins.remember_bases(name)
         self.twins.remember_biases()
-        return outcome.error is None
-
-    @precondition(lambda self: 1 < len(self.twins.adapters) < 3)
-    @action(combination=st.sampled_from(COMBINATIONS), weights=any_of((0.7, 0.5), (1.0, -0.4)), activate=FLAG)
-    def add_weighted_adapter(self, combination, weights, activate):
-        sources = self.twins.adapters
-        assume(not self.is_double)
-        own = layers(self.twins.ours).values()
-        ranks = [max(layer.r.get(source, 0) for layer in own) for source in sources]
-        # stock cannot load what has a rank above the weight's
-        assume(sum(ranks) <= 8 or combination != "cat")
-        name = self.free_name()
-        density = {} if combination in ("linear", "cat", "svd") else {"density": 0.6}
-        outcome = self.twins.each(
-            lambda model: model.add_weighted_adapter(sources, list(weights), name, combination, **density)
-        )
-        if outcome.error is None:
-            self._compare_factors(name)
-            self.twins.adopt(name, False, 0, randomise=False)
-            self.activate(name, activate)
-        else:
-            for model in self.twins.both:
-                if name in model.peft_config:  # refused after it was created
-                    model.delete_adapter(name)
         return outcome.error is None
 
     @action(way=any_of("deepcopy", "pickle", "state_dict"))

@@ -10,7 +10,7 @@ from mica.paths import choose
 from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of
 from tests.fuzz.compare import dtype_of_base, energy
 from tests.fuzz.models import tokens
-from tests.fuzz.twins import factors, is_base
+from tests.fuzz.twins import is_base
 
 
 class RaisedInForwardError(Exception):
@@ -196,22 +196,6 @@ class Calls(Base):
                 return self.twins.call(model.eval(), ids), dict(model.state_dict())
 
         return self.twins.each(unloaded).error is None
-
-    @action(index=INDEX, factor=any_of("A", "B"))
-    def merge_that_is_refused(self, index, factor):
-        """NaN in an adapter: safe_merge raises on both, and both go on."""
-        name, key = self.pick_layer(index), self.pick(index)
-        pairs = [factors(model.get_submodule(name), key) for model in self.twins.both]
-        if None in pairs or self.twins.is_merged or self.twins.of_inference:
-            return False
-        kept = [(A, A.detach().clone()) for A, _ in pairs]
-        for A, _ in kept:
-            A.data[0, 0] = float("nan")
-        outcome = self.twins.each(lambda model: model.merge_adapter(adapter_names=[key], safe_merge=True))
-        for A, before in kept:
-            A.data.copy_(before)
-        self.merged()
-        return outcome.error is not None
 
     @action(context=FLAG, on=FLAG)
     def disable_adapters(self, context, on):

@@ -1,8 +1,7 @@
 """Rules of `machine` for what callers do with a layer's output: edits, hooks, complex numbers."""
 
 import torch
-from hypothesis import assume
-from torch import Tensor, nn
+from torch import Tensor
 
 from mica.fast.forward.expert_params import is_wrapper
 from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of
@@ -13,7 +12,6 @@ from tests.support.linear_calls import Marked
 SHAPES = any_of((), (3,), (2, 3), (2, 3), (2, 1, 3), (2, 0))  # before the features
 EDITS = any_of(None, "add_", "mul_", "tanh_", "a column", "two outputs")
 TENSOR_HOOKS = ("gradient", "several gradients", "before the node", "after the node", "retained")
-MODULE_HOOKS = ("input", "output", "gradient of the output", "gradient of the input")
 
 
 def edited(y: Tensor, edit: str | None) -> Tensor:
@@ -65,31 +63,9 @@ class Probe:
         elif kind == "retained":
             y.retain_grad()
 
-    def on_module(self, module: nn.Module, kind: str | None) -> None:
-        if kind == "input":
-            handle = module.register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
-        elif kind == "output":
-            handle = module.register_forward_hook(lambda _, args, y: y * 2)
-        elif kind == "gradient of the output":
-            handle = module.register_full_backward_pre_hook(lambda _, gradients: self.doubled(gradients))
-        elif kind == "gradient of the input":
-            handle = module.register_full_backward_hook(lambda _, gradients, __: self.doubled(gradients))
-        else:
-            return
-        self.handles.append(handle)
-
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-
-
-def part(layer: nn.Module, where: str) -> nn.Module:
-    """The layer, its base layer, or a module of its first adapter."""
-    if where == "layer":
-        return layer
-    if where == "base":
-        return layer.get_base_layer()
-    return next(iter(getattr(layer, where).values()), layer)
 
 
 def negated_by_a_bit(x: Tensor) -> Tensor:
@@ -175,40 +151,5 @@ class Layers(Base):
                     lora_A.data.copy_(before)
                 probe.remove()
                 module.zero_grad(set_to_none=True)
-
-        return self.twins.compare_steps(step)
-
-    @action(
-        layer=INDEX,
-        where=any_of("layer", "layer", "base", "lora_A", "lora_B", "lora_dropout"),
-        on_module=any_of(None, *MODULE_HOOKS),
-        on_output=any_of(None, *TENSOR_HOOKS),
-        edit=EDITS,
-    )
-    def hooks_in_a_step(self, layer, where, on_module, on_output, edit):
-        """Hooks on a module, and one of it that puts a hook on its output and then edits that in place."""
-        name, ids = self.pick_layer(layer), tokens(2, 5, self.twins.seed)
-        assume(on_module or on_output or edit)
-        if is_wrapper(self.twins.ours.get_submodule(name)):
-            return False
-
-        def step(model):
-            module, probe = part(model.get_submodule(name), where), Probe()
-            model.zero_grad(set_to_none=True)
-
-            def on_its_output(_, args, y):
-                probe.on_tensor(y, on_output)
-                return edited(y, edit)
-
-            try:
-                probe.on_module(module, on_module)
-                probe.handles.append(module.register_forward_hook(on_its_output))
-                out = self.twins.call(model, ids)
-                if out.requires_grad:
-                    energy(out).backward()
-                return (out.detach(), probe.seen), gradients(model)
-            finally:
-                probe.remove()
-                model.zero_grad(set_to_none=True)
 
         return self.twins.compare_steps(step)

@@ -8,7 +8,18 @@ import torch
 from torch import nn
 
 import mica.fast
-from tests.support.layer_changes import CALLED, CHANGES_OF, FUSED, PEFT, X, layer_of, rounded
+from tests.support.layer_changes import (
+    CALLED,
+    CHANGES_OF,
+    FUSED,
+    PEFT,
+    TWICE_BACK,
+    TWICE_BEFORE,
+    TWICE_BEFORE_BACK,
+    X,
+    layer_of,
+    rounded,
+)
 from tests.support.stock import assert_same, both, counted
 from tests.support.tolerances import RELATIVE, error
 
@@ -63,6 +74,15 @@ def test_the_next_call_sees_it_and_explain_says_it(adapter, name, dtype):
     finally:
         undo()
     assert_runs(layer, FUSED, x, 3 * RELATIVE[dtype])
+
+
+@pytest.mark.parametrize("hook", [TWICE_BEFORE, TWICE_BACK, TWICE_BEFORE_BACK], ids=lambda hook: hook["kind"])
+def test_hooks_on_the_layer_itself_run(layer, hook):
+    register = getattr(layer, f"register_{hook['kind']}_hook")
+    handle = register(hook["function"])
+    assert_runs(layer, FUSED)
+    handle.remove()
+    assert_runs(layer, FUSED)
 
 
 @pytest.mark.parametrize("part", ["base_layer.weight", "lora_A.default.weight", "lora_B.default.weight"])

@@ -1,6 +1,5 @@
 """Thread counts are as before, however many threads solve at a time; small items have one each, the first."""
 
-import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -125,35 +124,6 @@ def test_the_smallest_request_holds_and_the_last_to_leave_restores(before, reque
             pool.submit(section.__exit__, None, None, None).result(60)
             assert set(pools().values()) == remaining
     assert pools() == before[2]
-
-
-@pytest.mark.parametrize("round_", range(3))
-def test_solving_in_several_threads_at_once(before, round_):
-    """Single matrices, small ones in workers, and some that raise."""
-    weights = [torch.randn(60 + 10 * i, 50) for i in range(4)]
-    broken = torch.full((20, 20), torch.nan)
-    expected = [minor_subspace(weight, 4).basis for weight in weights]
-    inside = []
-
-    def solve(seed):
-        order = random.Random(seed)
-        inside.append(torch.get_num_threads())
-        for _ in range(6):
-            kind, index = order.randrange(3), order.randrange(4)
-            if kind == 0:
-                basis = minor_subspace(weights[index], 4).basis
-                torch.testing.assert_close(basis, expected[index], rtol=0, atol=1e-6)
-            elif kind == 1:
-                in_parallel(lambda i: minor_subspace(weights[i], 4), range(4))
-            else:
-                with pytest.raises(ValueError, match="finite"):
-                    minor_subspace(broken, 2)
-        inside.append(torch.get_num_threads())
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(solve, range(10 * round_, 10 * round_ + 12)))
-    assert set(inside) == {2}
-    assert counts() == before
 
 
 # Small ones at once
