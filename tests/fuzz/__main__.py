@@ -1,7 +1,7 @@
 """The tester for any length of time (``make fuzz``): random sequences of actions, a new seed each round.
 
 Rounds of several parts take turns, by the time that each has had: models (with the backend, and their twins
-with stock PEFT), the same on interpreted kernels, quantised models, and ``mica adapt``.
+with stock PEFT), the same on interpreted kernels, and ``mica adapt``.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from hypothesis.stateful import run_state_machine_as_test
 from mica.ops import kept
 from tests.fuzz.machine import Machine, OnKernels, options, tally
 from tests.fuzz.models import KINDS
-from tests.fuzz.quantised import Quantised
 from tests.fuzz.runs import Runs
 
 
@@ -39,10 +38,9 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "models": Part(Machine, 0.5, 20, 25),
+    "models": Part(Machine, 0.6, 20, 25),
     "adapt": Part(Runs, 0.3, 4, 4, shrinks=False),
     "kernels": Part(OnKernels, 0.1, 3, 8),
-    "quantised": Part(Quantised, 0.1, 10, 15),
 }
 
 

@@ -7,7 +7,6 @@ from hypothesis.stateful import run_state_machine_as_test
 from tests.fuzz.actions import TALLY
 from tests.fuzz.machine import Machine, OnKernels, options, tally
 from tests.fuzz.models import MIXTURES
-from tests.fuzz.quantised import Quantised
 from tests.fuzz.runs import Runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -36,11 +35,6 @@ def test_the_backend_does_what_peft_does(name):
 
 def test_interpreted_kernels_do_what_peft_does():
     drive(type("Kernels", (OnKernels,), {"DTYPES": [torch.float32]}), 3, 8)
-
-
-def test_a_quantised_merge_is_off_by_one_quantisation():
-    pytest.importorskip("bitsandbytes")
-    drive(Quantised, 10, 15)
 
 
 def test_a_run_of_mica_adapt_that_is_broken_off_ends_as_the_unbroken_one():

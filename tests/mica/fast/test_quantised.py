@@ -168,6 +168,42 @@ def test_a_merge_into_a_weight_that_was_repacked(kind, safe_merge):
     assert error(dequantised(unloaded[1]), dequantised(unloaded[0])) < 1e-6
 
 
+@pytest.mark.parametrize(("kind", "rounding"), [*((kind, 0.16) for kind in REPACKED), ("int8", 0.02)])
+def test_evaluations_copies_and_switches_around_a_merge(kind, rounding):
+    """In an evaluation bitsandbytes may repack a weight, and without the adapter PEFT unmerges it.
+
+    A merge and an unmerge round it to its few bits, relative to its own size; nothing else changes it.
+    """
+    model = randomise(second(wrap(four_bits(kind), targets=["0"]), r=2), scale=0.05)
+    layer, x = model.base_model.model[0], torch.randn(3, 128)
+
+    def weight():
+        return quantised.dequantise(layer, "it").double()
+
+    def evaluate(model):
+        with torch.no_grad():
+            model.eval()(x)
+        if not quantised.is_packed_for_cpu(model.base_model.model[0].get_base_layer().weight):
+            repack(model)
+
+    before = weight()
+    for adapter in ("default", "second"):
+        model.set_adapter(adapter)
+        evaluate(model)
+        assert error(weight(), before) <= 0.01
+        update = layer.get_delta_weight(adapter).double()
+        model.merge_adapter()
+        model = copy.deepcopy(model)
+        layer = model.base_model.model[0]
+        evaluate(model)
+        assert error(weight(), before + update) <= rounding
+        with model.disable_adapter():
+            evaluate(model)
+        assert not layer.merged
+        assert error(weight(), before) <= 2 * rounding
+        before = weight()
+
+
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("kind", REPACKED)
 def test_what_is_trained_is_not_repacked(kind, before):
