@@ -15,16 +15,12 @@ def outside() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
 
 
-def start(
-    *arguments: object, plugin: str = "", path: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess:
+def start(*arguments: object, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
     """``python -m`` with these arguments in the checkout's root, and to its end.
 
-    ``plugin``: for every pytest that it starts; ``path``: a folder of further modules.
+    ``path``: a folder of further modules.
     """
     own = {"PYTHONPATH": os.pathsep.join(map(str, filter(None, (ROOT, path))))}
-    if plugin:
-        own["PYTEST_ADDOPTS"] = f"-p {plugin}"
     command = [sys.executable, "-m", *map(str, arguments)]
     return subprocess.run(
         command, cwd=ROOT, env=outside() | own | environment, capture_output=True, text=True

@@ -1,7 +1,6 @@
-"""`make gpu` rehearsed without a GPU: every stage runs, and a fault in one leaves the others' results."""
+"""`make gpu` rehearsed without a GPU: every stage runs, and has results."""
 
 import json
-import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ import torch
 
 from bench.gpu import __main__ as gpu
 from bench.gpu.stages import STAGES, job
-from bench.results.names import BARE, COPY, EIGH, STOCK, STOCK_16, SVD, of_form
+from bench.results.names import BARE, COPY, EIGH, FAST, STOCK, STOCK_16, SVD, of_form
 from bench.results.schema import Result
 from bench.run import CUT_OFF
 from tests.support.processes import start
@@ -63,19 +62,8 @@ def test_a_machine_without_pandas_is_told_how_to_make_the_report(monkeypatch):
     assert text == "pandas is not installed here: python -m bench.report run.json makes the report"
 
 
-SILENCE = 25  # seconds, after which a process that has begun is taken to hang
-FAULTS = {  # and what is said of them
-    "raise": "injected",
-    "wrong": "",
-    "memory": "out of memory, injected",
-    "kill": "the process died",
-    "hang": f"nothing was heard for {SILENCE} s",
-}
-# In five runs every stage meets every fault: the tests make one, MICA_TEST_ROTATION=1 to 4 the others.
-ROTATION = int(os.environ.get("MICA_TEST_ROTATION", "0"))
-FAULT_OF = {stage.name: [*FAULTS][(number + ROTATION) % len(FAULTS)] for number, stage in enumerate(STAGES)}
 BASELINES = {BARE, STOCK, STOCK_16, COPY, SVD, EIGH}
-OURS = {of_form("split"), "minor_subspace, auto, r = 16"}
+OURS = {of_form("split"), "minor_subspace, auto, r = 16", FAST}
 SUITES = {  # of a stage in which something is timed
     "bandwidth": "kernels",
     "layers": "layer",
@@ -85,58 +73,38 @@ SUITES = {  # of a stage in which something is timed
 }
 
 
-def timed(result, stage):
-    """Names of the implementations that have a number in a stage."""
-    return {name for group in result.select(suite=SUITES.get(stage, "")) for name in group.timings}
-
-
 @pytest.fixture(scope="module")
-def with_faults(tmp_path_factory):
-    """One run with a fault in every stage: its result, and what was printed."""
-    folder = tmp_path_factory.mktemp("faults")
-    settings = {"OUT": str(folder), "OMP_NUM_THREADS": "1", "plugin": "tests.support.broken_stage"}
-    settings["MICA_TEST_FAULTS"] = ",".join(f"{stage}:{fault}" for stage, fault in FAULT_OF.items())
-    options = ["--dry-run", "--name", "run", "--silence", SILENCE, "--budget", 3000]
-    done = start("bench.gpu", *options, **settings)
-    assert done.returncode == 1, done.stdout + done.stderr
+def rehearsed(tmp_path_factory):
+    """A run of all stages: its result, and what was printed. `tests/bench/test_run.py` has what ends one."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    options = ["--dry-run", "--name", "run", "--budget", 3000]
+    done = start("bench.gpu", *options, OUT=str(folder), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
     return Result.load(folder / "run.json"), done.stdout
 
 
 @pytest.mark.slow
-def test_every_stage_is_reported_and_has_results_of_complete_rounds(with_faults):
-    result, output = with_faults
+def test_every_stage_is_reported_and_has_results_of_complete_rounds(rehearsed):
+    result, output = rehearsed
     assert [one["stage"] for one in result.stages] == [stage.name for stage in STAGES]
-    for one in result.stages:  # where every launch raises or is wrong, no test of kernels passes
+    for one in result.stages:
         assert f"STAGE {json.dumps(one)}\n" in output
-        assert one["passed"] or (FAULT_OF[one["stage"]] in ("raise", "wrong") and one["failed"]), one
-        assert one["state"] in ("passed", "failed"), one
-    assert all(timed(result, stage) & BASELINES for stage in SUITES)
+        assert one["passed"], one
+        assert one["state"] == "passed", one
+    assert not result.refused
+    for stage, suite in SUITES.items():
+        timed = {name for group in result.select(suite=suite) for name in group.timings}
+        assert timed & BASELINES, stage
+        assert stage == "bandwidth" or timed & OURS, stage
     for group in result.groups:
         assert len({len(timing.seconds) for timing in group.timings.values()}) == 1, group.name
     assert "Its times are not measurements" in output
 
 
 @pytest.mark.slow
-def test_a_model_has_predicted_rows_by_their_names(with_faults):
-    result, _ = with_faults
+def test_a_model_has_predicted_rows_by_their_names(rehearsed):
+    result, _ = rehearsed
     suites = {group.name: group.axes["suite"] for group in result.groups}
     predicted = {one["group"] for one in result.predictions}
-    assert predicted - suites.keys() <= {one["group"] for one in result.refused}
-    assert {suites[name] for name in predicted & suites.keys()} == {"kernels", "layer", "forms"}
-
-
-@pytest.mark.slow
-def test_what_is_wrong_has_no_number_and_what_stops_a_process_is_named(with_faults):
-    result, _ = with_faults
-    states = {one["stage"]: one["state"] for one in result.stages}
-    whys = [one.get("why", "") for one in (*result.refused, *result.checks)]
-    for stage, fault in FAULT_OF.items():
-        if fault == "raise" or (fault == "wrong" and stage != "streams"):  # it compares a layer with itself
-            assert states[stage] == "failed"
-            assert not timed(result, stage) & OURS, stage
-        elif stage in ("layers", "forms"):  # in the other cells
-            assert of_form("split") in timed(result, stage)
-        assert any(FAULTS[fault] in why for why in whys) or (stage, fault) == ("tests", "kill")
-    for fault in ("kill", "hang"):
-        stages = [stage for stage, one in FAULT_OF.items() if one == fault]
-        assert whys.count(FAULTS[fault]) == len(stages) - (fault == "kill" and "tests" in stages)
+    assert predicted <= suites.keys()
+    assert {suites[name] for name in predicted} == {"kernels", "layer", "forms"}

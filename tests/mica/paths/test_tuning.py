@@ -2,10 +2,7 @@
 
 import itertools
 import json
-import os
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -236,25 +233,6 @@ def test_of_two_processes_the_first_to_write_stays(home):
     third = other_process()
     assert third.find(KIND).forward.form == "split"
     assert third.find(OTHER) is not None
-
-
-def _settle(number, folder):
-    os.environ["MICA_TUNE"] = folder
-    table = tuning.table(CPU)
-    for tokens in range(20):
-        table.settle(KIND._replace(rank=number + 1, tokens=tokens), LAYER)
-    return len(other_process().stored)
-
-
-def test_processes_that_write_at_once_leave_a_whole_file(home):
-    """Whose write is lost is measured again by somebody."""
-    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
-        found = [*pool.map(_settle, range(2), [str(home)] * 2)]
-    assert min(found) >= 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert other_process().stored
-    assert len([*home.iterdir()]) == 1
 
 
 def test_a_home_that_cannot_be_written_to_costs_a_warning(home):
