@@ -1,6 +1,6 @@
 """``python -m bench.gpu``: on a machine with a CUDA GPU, is it correct there, and how fast?
 
-Eight stages (`bench.gpu.stages`), the most telling first, each in a separate process under a watchdog, with a
+Seven stages (`bench.gpu.stages`), the most telling first, each in a separate process under a watchdog, with a
 summary line of JSON after each. Results are written as they come: whatever ends the run, what was measured
 before is kept. Exit status: 0 all stages passed, 1 some did not, 2 there is nothing to run on.
 

@@ -36,9 +36,7 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    # is each kernel right, and reproducible? Some 25 compilations, and a first import of all libraries
-    Stage("kernels", 120, ("device/test_kernels.py",)),
-    # do the kernels' tests pass, compiled?
+    # is each kernel right, and reproducible?
     Stage("tests", 160, TESTS, parallel=True),
     # how close to a copy and to cuBLAS is each kernel, and in which configuration?
     Stage("bandwidth", 120, ("bench_kernels.py",)),

@@ -1,6 +1,6 @@
 """For tests of a device: kernels or an error, and a stream on which work can be captured.
 
-They run on what there is: interpreted kernels on a CPU, and a GPU in two stages of ``python -m bench.gpu``.
+They run on what there is: interpreted kernels on a CPU, and a GPU in a stage of ``python -m bench.gpu``.
 """
 
 from contextlib import nullcontext
