@@ -6,7 +6,6 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
@@ -23,7 +22,7 @@ from tests.support import gloo, setups, tiny_cli
 from tests.support.models import bases, net, tiny_llama, wrap
 from tests.support.moe_models import BUILDERS, wrap_experts
 from tests.support.peft_versions import is_at_least
-from tests.support.stock import assert_same, both, counted
+from tests.support.stock import assert_same
 from tests.support.training import (
     Run,
     batches,
@@ -33,7 +32,6 @@ from tests.support.training import (
     optimizer_of,
     report,
     train,
-    trainable,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,61 +149,6 @@ def test_sft_trainer_with_peft_config(tmp_path, bf16):
     reentrant = False if ours.args.gradient_checkpointing else None
     dtype = torch.bfloat16 if bf16 else torch.float32
     check(done, expected, Run(use_reentrant=reentrant, dtype=dtype), steps=4)
-
-
-# -- a hundred steps of plain LoRA ----------------------------------------------------------------------
-
-HUNDRED = {**OPTIONS, "max_steps": 100, "learning_rate": 1e-3}
-
-
-def by_trainer(folder, optim):
-    rows = [{"input_ids": ids, "labels": ids} for ids in batches(1)[0]]
-    arguments = TrainingArguments(folder, optim=optim, **HUNDRED)
-    return losses_of(Trainer(model=llama(init_lora_weights=True), args=arguments, train_dataset=rows))
-
-
-def by_sft_trainer(folder, optim):
-    torch.manual_seed(0)
-    rows = Dataset.from_dict({"text": [tiny_cli.TEXT[start : start + 40] for start in (0, 40, 80, 120)]})
-    arguments = SFTConfig(folder, optim=optim, **HUNDRED, max_length=32, bf16=False)
-    model, tokenizer = tiny_cli.tiny_llama(initializer_range=0.3), tiny_cli.byte_tokenizer()
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    return losses_of(
-        SFTTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=rows,
-            peft_config=config,
-            processing_class=tokenizer,
-        )
-    )
-
-
-def by_accelerate(folder, optim):
-    model = llama(init_lora_weights=True)
-    parameters = list(trainable(model).values())
-    if optim == "adamw_8bit":  # with 8 bits of these small tensors, too
-        optimizer = pytest.importorskip("bitsandbytes").optim.AdamW8bit(parameters, 1e-3, min_8bit_size=16)
-    else:
-        optimizer = torch.optim.AdamW(parameters, 1e-3, fused=True)
-    accelerator = Accelerator(cpu=True)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    return train(
-        prepared, batches(100), lambda loss, _: (accelerator.backward(loss), optimizer.step()), optimizer
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_8bit"])
-@pytest.mark.parametrize("by", [by_trainer, by_sft_trainer, by_accelerate])
-def test_a_hundred_steps_of_plain_lora(tmp_path, by, optim):
-    """By optimizers that do not count their edits of B."""
-    mica.fast.enable(lora=True)
-    (ours, stock), counts = counted(lambda: both(lambda: torch.as_tensor(by(str(tmp_path), optim))))
-    assert len(ours) == 100
-    assert counts["linear_backward"] == 1400
-    assert ours[-1] < 0.6 * ours[0]
-    assert ((ours - stock).abs() / stock).max() <= 1e-5
 
 
 # -- two processes ------------------------------------------------------------------------------------
