@@ -19,7 +19,6 @@ from tests.support.models import net, randomise
 from tests.support.quantised_models import adapted
 from tests.support.stock import as_stock
 
-README = Path(mica.fast.__file__).with_name("README.md")
 INDICES = torch.tensor([[1, 2, 3, 28]])
 UNKNOWN = "0.22.0"
 BEGIN = "mica.fast with PEFT 0.22.0, which it does not know (it was written for 0.20.0 to 0.21.2)"
