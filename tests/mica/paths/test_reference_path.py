@@ -155,7 +155,8 @@ def _hash(seed, row, column):
     return mix(column * dropout.COLUMN_FACTOR + first & 0xFFFFFFFF, second) >> 8
 
 
-def test_dropout_under_a_function_transform_with_a_seed_for_each():
+def test_dropout_under_a_function_transform_with_a_seed_for_each(monkeypatch):
+    monkeypatch.setattr(dropout, "_BLOCK", 8)  # elements: a row
     x, lora_A, lora_B, weight = (torch.randn(shape) for shape in ((3, 8), (2, 8), (4, 2), (4, 8)))
 
     def linear(seed):
