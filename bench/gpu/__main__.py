@@ -132,7 +132,7 @@ def adopt(file: Path) -> int:
     return 0
 
 
-def chosen(folder: Path) -> Iterator[str]:
+def chosen_forms(folder: Path) -> Iterator[str]:
     """A line for each layer whose form the device has chosen in this run, and by how much it is faster."""
     import torch
 
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     states = run_stages(run, [known[number] for number in chosen], args.dry_run, budget, args.silence)
     run.journal.unlink()  # the result file has all of it
     print(report(run.file))
-    for line in chosen(run.file.parent):
+    for line in chosen_forms(run.file.parent):
         print(line)
     if not args.dry_run:
         print(f"to make this part of the checkout: python -m bench.gpu --adopt {run.file}")

@@ -1,6 +1,7 @@
 """`make gpu` rehearsed without a GPU: every stage runs, and has results."""
 
 import json
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,6 +100,9 @@ def test_every_stage_is_reported_and_has_results_of_complete_rounds(rehearsed):
     for group in result.groups:
         assert len({len(timing.seconds) for timing in group.timings.values()}) == 1, group.name
     assert "Its times are not measurements" in output
+    assert re.search(
+        r": forward reference, \d.*; backward reference, \d", output
+    )  # what the device has chosen
 
 
 @pytest.mark.slow

@@ -89,6 +89,19 @@ def test_each_solves_a_share_and_has_all(group, solved, monkeypatch, tmp_path, s
     assert solved[:2] == [["layer 2", "layer 1"], ["layer 0"]]
 
 
+def test_each_chunk_of_a_model_is_shared(group, solved):
+    chunks = [make_tasks(), [replace(task, weight=task.weight + 1) for task in make_tasks()]]
+
+    def share():
+        meeting = Meeting("layers")
+        return [
+            {index: result.basis.tolist() for index, result in run_shared(tasks, meeting)} for tasks in chunks
+        ]
+
+    assert group.run(share) == [[alone(tasks) for tasks in chunks]] * 2
+    assert [len(own) for own in solved] == [4, 2, 0]
+
+
 def test_what_one_has_cached_nobody_solves_again(group, calls_of, tmp_path):
     expected, calls = alone(make_tasks()), calls_of(many, "solve_stack")
     for _ in range(2):
