@@ -89,8 +89,15 @@ def test_each_solves_a_share_and_has_all(group, solved, monkeypatch, tmp_path, s
     assert solved[:2] == [["layer 2", "layer 1"], ["layer 0"]]
 
 
-def test_each_chunk_of_a_model_is_shared(group, solved):
+def test_each_chunk_of_a_model_is_shared_also_with_one_that_reads_late(group, solved, monkeypatch):
     chunks = [make_tasks(), [replace(task, weight=task.weight + 1) for task in make_tasks()]]
+    receive = Meeting._receive
+
+    def late(meeting, *arguments):
+        time.sleep(0.2 * group.rank)
+        return receive(meeting, *arguments)
+
+    monkeypatch.setattr(Meeting, "_receive", late)
 
     def share():
         meeting = Meeting("layers")
