@@ -85,6 +85,7 @@ def rehearsed(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # five minutes, if nothing else runs
 def test_every_stage_is_reported_and_has_results_of_complete_rounds(rehearsed):
     result, output = rehearsed
     assert [one["stage"] for one in result.stages] == [stage.name for stage in STAGES]
@@ -106,6 +107,7 @@ def test_every_stage_is_reported_and_has_results_of_complete_rounds(rehearsed):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_model_has_predicted_rows_by_their_names(rehearsed):
     result, _ = rehearsed
     suites = {group.name: group.axes["suite"] for group in result.groups}
