@@ -38,12 +38,14 @@ def unready(tags: set[str], root: Path = ROOT) -> list[str]:
     return found
 
 
-def test_a_tag_has_its_version_and_no_placeholder(tmp_path):
+def test_a_tag_has_its_version_and_no_placeholder(tmp_path, monkeypatch):
     assert not unready(tags())
+    monkeypatch.setenv("GITHUB_REF_TYPE", "tag")
+    monkeypatch.setenv("GITHUB_REF_NAME", "v1.3")
     (tmp_path / "examples").mkdir()
     for name in FILLED:
         (tmp_path / name).write_text('version = "1.2"\n## 1.2 (2026-01-01)\nhttps://x/mica\n')
-    assert unready({"v1.3"}, tmp_path) == ["v1.3: the version is 1.2"]
+    assert unready(tags(), tmp_path) == ["v1.3: the version is 1.2"]
     (tmp_path / "README.md").write_text("git+ADDRESS\nx/OWNER/m\n(unreleased)\n")
     assert len(unready({"v1.2"}, tmp_path)) == 3
 

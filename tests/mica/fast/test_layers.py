@@ -187,3 +187,17 @@ def test_the_compiler_sees_plain_products_where_it_is_asked_to(dtype, autocast):
     model = randomise(net(dtype, lora_dropout=0.5)).train()
     compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
     assert counted(lambda: step(compiled, INDICES))[1]["linear"] == 3
+
+
+@pytest.mark.slow
+def test_dropout_under_compile():
+    """One layer, as C++ for a whole net takes half a minute."""
+    torch.compiler.reset()
+    layer, x = randomise(net(targets=["up"], lora_dropout=0.5)).base_model.model.up, torch.randn(5, 12)
+    compiled = torch.compile(layer, fullgraph=True, backend="inductor")
+    first, second = compiled(x), compiled(x)
+    assert not torch.equal(first, second)
+    second.sum().backward()
+    assert layer.lora_A["default"].weight.grad.isfinite().all()
+    layer.eval()
+    assert error(compiled(x), layer(x)) <= 3 * RELATIVE[torch.float32]
