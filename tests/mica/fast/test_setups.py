@@ -203,7 +203,9 @@ def test_a_hundred_steps_of_plain_lora(tmp_path, by, optim):
     assert len(ours) == 100
     assert counts["linear_backward"] == 1400
     assert ours[-1] < 0.6 * ours[0]
-    assert ((ours - stock).abs() / stock).max() <= 1e-5
+    # States of 8 bits make 1e-3 of a number out of its last bit, where they round to another step
+    has_small_states = by is by_accelerate and optim == "adamw_8bit"
+    assert ((ours - stock).abs() / stock).max() <= (1e-3 if has_small_states else 1e-5)
 
 
 # -- two processes ------------------------------------------------------------------------------------
