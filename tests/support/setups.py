@@ -304,5 +304,4 @@ TWO_PROCESSES |= {
     f"{LORA}DDP, FSDP2": [
         of_lora(run) for name in ("DDP", "FSDP2", "FSDP2, mixed precision") for run in TWO_PROCESSES[name]
     ],
-    f"{LORA}tensor parallelism": list(map(of_lora, (TP, replace(TP, use_reentrant=False)))),
 }
