@@ -8,13 +8,13 @@ from tests.support.quantised_models import stub_gptqmodel
 def solved(monkeypatch):
     """Counts the solver's calls."""
     shapes = []
-    solver = many.solve_stack
+    solver = many.solve
 
-    def counting(weight, rank, **kwargs):
+    def counting(weight, rank):
         shapes.append(tuple(weight.shape))
-        return solver(weight, rank, **kwargs)
+        return solver(weight, rank)
 
-    monkeypatch.setattr(many, "solve_stack", counting)
+    monkeypatch.setattr(many, "solve", counting)
     return shapes
 
 
