@@ -19,7 +19,6 @@ import copy
 import dataclasses
 import re
 import warnings
-from numbers import Integral
 
 import torch
 from peft.tuners import lora
@@ -57,7 +56,7 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
 
     Raises:
         ValueError: another variant of LoRA is requested as well, or tied adapters.
-        TypeError: a rank is not an int, or a weight not of a floating dtype with 16 bits or more.
+        TypeError: a weight is not of a floating dtype with 16 bits or more.
         UnsuitableLayerError: MiCA cannot start from a layer, and ``on_unsuitable`` is "raise"; or from none.
     """
     call_counts.clear()  # new layers have been in no forward yet
@@ -102,12 +101,6 @@ def _check_config(config) -> None:
             "MiCA cannot be combined with another variant of LoRA, but the configuration asks for "
             f"{', '.join(others)}."
         )
-    ranks = {"r": config.r}
-    for pattern, rank in (config.rank_pattern or {}).items():
-        ranks[f"rank_pattern[{pattern!r}]"] = rank
-    for name, rank in ranks.items():
-        if isinstance(rank, bool) or not isinstance(rank, Integral):
-            raise TypeError(f"{name} must be an int, but got {rank!r} of type {type(rank).__name__}.")
 
 
 class _Before:
