@@ -61,7 +61,7 @@ def why_small(x: Tensor) -> str | None:
 
 def configure(module: ModuleType) -> None:
     """Tell the C++ what the classes are, and the functions that they had before anybody replaced them."""
-    module.configure_check(
+    module.tell(
         lora_linear=lora.Linear,
         variant=MiCALinearVariant,
         linear=nn.Linear,
