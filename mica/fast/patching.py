@@ -80,7 +80,7 @@ _MERGES = {"merge_safe": merging.merge_safe, "merge_unsafe": merging.merge_unsaf
 
 def _optional_part(name: str, parameters: str, wrap: Callable, part: str) -> Patch:
     """For `target_parameters`, on which a PEFT without this class has no MiCA."""
-    return Patch(f"{_LAYERS}:ParamWrapper", name, parameters, wrap, False, part)
+    return Patch(f"{_LAYERS}:ParamWrapper", name, parameters, wrap, required=False, part=part)
 
 
 PATCHES = (
@@ -130,8 +130,7 @@ PATCHES = (
             name,
             "module active_adapter orig_weight",
             wrap,
-            True,
-            MERGING,
+            part=MERGING,
         )
         for variant in ("MiCALinearVariant", "MiCAEmbeddingVariant")
         for name, wrap in _MERGES.items()

@@ -36,6 +36,7 @@ from mica.fast.forward.eligibility import (
     why_not_frozen,
     why_not_trained,
 )
+from mica.fast.frameworks import home_of
 from mica.fast.settings import compute_dtype
 from mica.ops.experts import experts_base, experts_linear
 from mica.ops.operator import AUTOCAST, is_autocast
@@ -260,17 +261,12 @@ def _implementation(module: nn.Module) -> Callable | str | None:
     if chosen is not None or name not in (None, "eager"):
         return f"experts_implementation={name!r}"
     own = cells["original_forward"].cell_contents
-    if not _home(own).startswith("transformers.models."):
+    if not home_of(own).startswith("transformers.models."):
         return f"{type(module).__name__}, none of transformers' classes, has a forward of its own"
     if _has_gate(module) and "_apply_gate" not in own.__code__.co_names:
-        is_known = _home(module._apply_gate).startswith("transformers.")
+        is_known = home_of(module._apply_gate).startswith("transformers.")
         return None if is_known else f"an _apply_gate that {type(module).__name__}'s forward does not call"
     return None
-
-
-def _home(function: Callable) -> str:
-    """The name of the module in which a function or a method was defined."""
-    return getattr(function, "__globals__", {}).get("__name__", "")
 
 
 def _why_not_call(

@@ -101,13 +101,6 @@ class Kept(NamedTuple):
     def of(cls, *tensors: Tensor) -> Kept:
         return cls(*tensors, torch.get_num_threads())
 
-    @classmethod
-    def empty(cls, weight: Tensor) -> Kept:
-        rows = len(weight)
-        checksums = torch.zeros(rows, 2, dtype=torch.int64)
-        counts = torch.zeros(rows, dtype=torch.int32)
-        return cls.of(checksums, counts, torch.empty(0, dtype=torch.uint16), weight[:0])
-
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self[:4]
@@ -368,10 +361,9 @@ def _unmerge_update(update: Update, weight: Tensor, kept: Kept | None) -> bool:
     left = slice(None)
     is_exact = kept is not None
     unmerge = native_function("unmerge", update, weight)
-    if unmerge is not None:
-        fields = (kept or Kept.empty(weight)).tensors
-        left, is_rest_exact = unmerge(weight, *update, _rows_at_a_time(weight), _factors(weight), fields)
-        is_exact = is_exact and is_rest_exact
+    if unmerge is not None and kept is not None:
+        step = _rows_at_a_time(weight)
+        left, is_exact = unmerge(weight, *update, step, _factors(weight), kept.tensors)
         if not len(left):
             return is_exact
 
