@@ -172,6 +172,7 @@ struct Part {
     const size_t count = columns.size();
     for (size_t start = 0; start < is_lost.size(); start += 64) {
       uint64_t flags = 0; // a bit for each byte: one loop over what is lost mispredicts less than eight
+      // the product has the lowest bit of byte i in bit 56 + i
       for (int shift = 0; shift < 64; shift += 8) {
         uint64_t bytes;
         std::memcpy(&bytes, is_lost.data() + start + shift, sizeof bytes);

@@ -36,7 +36,7 @@ void count_backward() {
   count("linear_backward"_key, "linear_backward_native"_key);
 }
 
-// As `mica.fast.forward.call_counts.note` where operators run.
+// As `mica.fast.forward.layer_calls.note` where operators run.
 void note(PyObject* layer, const Tensor& x, const OptionalDtype& autocast_dtype) {
   if (torch::autograd::get_current_graph_task_id() != -1) { // a backward computes the layer again
     return;
@@ -102,14 +102,20 @@ bool is_cast(const Tensor& x, const Operands& operands) {
 
 // `mica.ops.linear.linear_eager`
 PyObject* call_python(PyObject* x, const Operands& operands) {
-  const auto& [weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, autocast_dtype, trains_B, _] =
-      operands;
-  const py::handle product = object_of(compute_dtype);
-  const py::handle cast = object_of(autocast_dtype);
   const py::handle eager = told("eager"_key);
-  return eager(py::handle(x), weight, lora_A, lora_B, scaling, bias, product, dropout_p, seed, cast, trains_B)
-      .release()
-      .ptr();
+  py::object y = eager(
+      py::handle(x),
+      operands.weight,
+      operands.lora_A,
+      operands.lora_B,
+      operands.scaling,
+      operands.bias,
+      py::handle(object_of(operands.compute_dtype)),
+      operands.dropout_p,
+      operands.seed,
+      py::handle(object_of(operands.autocast_dtype)),
+      operands.trains_B);
+  return y.release().ptr();
 }
 
 // fast(layer, x): y, or None where anything is unusual. `mica.fast.forward.fast`
@@ -152,9 +158,18 @@ auto with_operands(
     const OptionalTensor& seed,
     const py::object& autocast_dtype,
     bool trains_B) {
-  const OptionalDtype product = dtype_or_none(compute_dtype.ptr());
-  const OptionalDtype cast = dtype_or_none(autocast_dtype.ptr());
-  return function(x, {weight, lora_A, lora_B, scaling, bias, product, dropout_p, seed, cast, trains_B});
+  return function(
+      x,
+      {.weight = weight,
+       .lora_A = lora_A,
+       .lora_B = lora_B,
+       .scaling = scaling,
+       .bias = bias,
+       .compute_dtype = dtype_or_none(compute_dtype.ptr()),
+       .dropout_p = dropout_p,
+       .seed = seed,
+       .autocast_dtype = dtype_or_none(autocast_dtype.ptr()),
+       .trains_B = trains_B});
 }
 
 // y, or undefined, which is None in Python, where kernels may run

@@ -171,6 +171,9 @@ def _linear_backward_fake(grad_output, x, output_mask, weight, lora_A, *args):
     return without_none(grad_output, grad_x, grad_A)
 
 
+_NO_GRADIENTS = Operands(*[None] * len(Operands._fields))
+
+
 class _LoraLinear(torch.autograd.Function):
     """``run`` computes (y, h or None): `_linear`, or the operator (`mica.ops.operator.operator`).
 
@@ -202,7 +205,7 @@ class _LoraLinear(torch.autograd.Function):
         x, weight, lora_A, lora_B, seed, h = saved(ctx)
         operands = ctx.operands._replace(weight=weight, lora_A=lora_A, lora_B=lora_B, seed=seed)
         if grad_output is None and grad_h is None:
-            return (None,) * 12
+            return None, None, *_NO_GRADIENTS
         if grad_output is None:
             grad_output = without_gradient(grad_h, weight, lora_B)
         grad_x = grad_A = grad_B = None
@@ -217,7 +220,7 @@ class _LoraLinear(torch.autograd.Function):
         if h is not None:
             in_features = lora_A.shape[1]
             grad_B = grad_b(grad_output, h, lora_B.dtype, operands.autocast_dtype, in_features)
-        return None, grad_x, None, grad_A, grad_B, *[None] * 7
+        return None, grad_x, *_NO_GRADIENTS._replace(lora_A=grad_A, lora_B=grad_B)
 
 
 def _cast(kind, x, *args):

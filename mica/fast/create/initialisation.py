@@ -29,7 +29,7 @@ from mica.errors import UnsuitableLayerError
 from mica.fast import known_peft
 from mica.fast.create import quantised
 from mica.fast.create.solving import NewAdapter, check, check_type, initialise, is_outline, restore_exact
-from mica.fast.forward import call_counts
+from mica.fast.forward import layer_calls
 from mica.fast.forward.eligibility import (
     MiCAEmbeddingVariant,
     MiCALinearVariant,
@@ -59,7 +59,7 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
         TypeError: a weight is not of a floating dtype with 16 bits or more.
         UnsuitableLayerError: MiCA cannot start from a layer, and ``on_unsuitable`` is "raise"; or from none.
     """
-    call_counts.clear()  # new layers have been in no forward yet
+    layer_calls.clear()  # new layers have been in no forward yet
     config = self.peft_config[adapter_name]
     if not settings.enabled or not requests_mica(config):
         return stock(self, model, adapter_name, *args, **kwargs)

@@ -18,8 +18,7 @@ from torch._C import _get_tracing_state
 from transformers.integrations import moe
 
 from mica.dtypes import FLOATING, SIXTEEN_BIT
-from mica.fast.forward import call_counts, expert_params
-from mica.fast.forward.call_counts import Input
+from mica.fast.forward import expert_params, layer_calls
 from mica.fast.forward.decide import decided, is_dense
 from mica.fast.forward.eligibility import (
     Adapter,
@@ -37,6 +36,7 @@ from mica.fast.forward.eligibility import (
     why_not_frozen,
     why_not_trained,
 )
+from mica.fast.forward.layer_calls import Input
 from mica.fast.frameworks import home_of
 from mica.fast.settings import compute_dtype
 from mica.ops.experts import experts_base, experts_linear
@@ -104,7 +104,7 @@ class Experts(OnOperators):
     def __call__(self, x: Tensor) -> Tensor:
         """x (num_tokens, hidden) -> (num_tokens, hidden)."""
         for wrapper in self.wrappers[1:]:
-            call_counts.note(wrapper)
+            layer_calls.note(wrapper)
         module = self.module
         first, down = self.projections
         top_k_index, top_k_weights = self.routing
