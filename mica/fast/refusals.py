@@ -8,7 +8,8 @@ from peft.tuners import lora
 from torch import nn
 from torch.nn.utils import parametrize
 
-from mica.fast.forward.eligibility import is_mica, is_split
+from mica.fast.forward import tensor_parallel
+from mica.fast.forward.eligibility import is_mica
 from mica.fast.forward.expert_params import weight_name
 from mica.fast.merge.unloading import lora_layers, requested
 from mica.fast.settings import while_enabled
@@ -30,7 +31,7 @@ def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged 
     called = f"this {type(base_layer).__name__} layer"
     if name:
         called = f"layer {name!r}"
-    if is_split(base_layer):
+    if tensor_parallel.plan_of(base_layer) is not None:
         raise ValueError(
             f"MiCA cannot be {verb} {called} under tensor parallelism: save the adapter, and merge it in a "
             "process that holds the whole model."

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.support import tp_models
 from tests.support.models import adapted_layers, tiny_llama, wrap
 from tests.support.moe_models import BUILDERS, STACKS, wrap_experts
 from tests.support.training import FACTOR_A, STEPS, Run, batches, of_lora, optimizer_of, train
@@ -235,8 +236,13 @@ def moe(kind):
     return wrap_experts(BUILDERS[kind](), **targets).train()
 
 
+def tensor_parallel(dtype=torch.float32, targets="all-linear", **config):
+    return wrap(tp_models.made(dtype=dtype), targets=targets, **config).train()
+
+
 DDP = Run(around=DistributedDataParallel)
 FSDP = Run(around=shard)
+TP = Run(make=tensor_parallel, is_stock=False, is_shared=False)
 BASE_CALLED = ("linear", "down_projection", "up_projection")
 EXPERTS = {f"{name}{way}": 4 for name in ("linear", "experts_linear") for way in ("", "_backward")}
 
@@ -287,9 +293,16 @@ TWO_PROCESSES: dict[str, list[Run]] = {
             counts={**EXPERTS, "linear": 8, "experts_linear": 8},
         ),
     ],
+    "tensor parallelism of transformers, with autocast, checkpointing or a bf16 base": [
+        TP,
+        replace(TP, train=AUTOCAST, dtype=BF16),
+        replace(TP, config={"dtype": BF16}, dtype=BF16),
+        replace(TP, use_reentrant=False),
+    ],
 }
 TWO_PROCESSES |= {
     f"{LORA}DDP, FSDP2": [
         of_lora(run) for name in ("DDP", "FSDP2", "FSDP2, mixed precision") for run in TWO_PROCESSES[name]
     ],
+    f"{LORA}tensor parallelism": list(map(of_lora, (TP, replace(TP, use_reentrant=False)))),
 }

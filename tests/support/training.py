@@ -76,6 +76,7 @@ class Run:
     train: Callable[..., torch.Tensor] = train
     reference: Callable[..., torch.Tensor] | None = None  # on the bare model; None: ``train``
     is_stock: bool = True  # the reference is stock PEFT's, otherwise this backend's in one process
+    is_shared: bool = True  # of two processes each has half of the batch, otherwise the whole one
     dtype: torch.dtype = torch.float32  # the losses' rounding
     counts: dict[str, int] | None = None  # operators a step; None: each layer's forward and backward, fused
     adapter_dtype: torch.dtype = torch.float32
@@ -97,7 +98,7 @@ class Run:
         if self.use_reentrant is not None:
             checkpointed(model, self.use_reentrant)
         called, share = self.around(model), {}
-        if dist.is_initialized():
+        if dist.is_initialized() and self.is_shared:
             share = {"data": batches()[:, 2 * rank : 2 * rank + 2]}
 
         def losses():

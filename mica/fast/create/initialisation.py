@@ -29,7 +29,7 @@ from mica.errors import UnsuitableLayerError
 from mica.fast import known_peft
 from mica.fast.create import quantised
 from mica.fast.create.solving import NewAdapter, check, check_type, initialise, is_outline, restore_exact
-from mica.fast.forward import layer_calls
+from mica.fast.forward import layer_calls, tensor_parallel
 from mica.fast.forward.eligibility import (
     MiCAEmbeddingVariant,
     MiCALinearVariant,
@@ -214,6 +214,7 @@ def _make_mica(adapter: NewAdapter, config) -> None:
     with torch.no_grad():
         adapter.lora_A.zero_()
         adapter.lora_B.zero_()
+    tensor_parallel.widen(layer, adapter.adapter_name)
 
 
 def _gets_basis(adapter: NewAdapter) -> bool:

@@ -19,17 +19,19 @@ from transformers.integrations import is_fsdp_enabled
 from mica.dtypes import FLOATING, SIXTEEN_BIT
 from mica.errors import UnsuitableLayerError
 from mica.fast.create import experts, quantised
-from mica.fast.forward.eligibility import adapter_weights, is_split, is_stored_transposed
+from mica.fast.forward import tensor_parallel
+from mica.fast.forward.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.forward.expert_params import as_lora_B, is_stack, is_wrapper, parameter_of, weight_of_stack
 from mica.fast.settings import settings
-from mica.memory import TENSOR_TYPES, has_no_values
+from mica.memory import has_no_values
 from mica.subspace.cache import default_cache
 from mica.subspace.distributed import Meeting, run_shared
 from mica.subspace.many import Task
 from mica.subspace.solver import check_entries, warnings_about
 
-# Dequantised weights are solved this many elements at a time, 1 GiB in fp32, so that there is never a second
-# copy of a 4-bit model in 16 or 32 bits. 16 layers of 4096 x 4096: enough for every thread.
+# Dequantised and gathered weights are solved this many elements at a time, 1 GiB in fp32, so that there is
+# never a second copy of a 4-bit model in 16 or 32 bits, nor the whole of a sharded one. 16 layers of
+# 4096 x 4096: enough for every thread.
 _DEQUANTISED_ELEMENTS = 2**28
 
 # The fp32 basis of adapters that PEFT has cast to a 16-bit base dtype and may yet cast back to fp32. Keyed by
@@ -57,7 +59,8 @@ class NewAdapter:
         """(out_features, in_features); (embedding_dim, num_embeddings) for an embedding; (E, out_features,
         in_features) for an adapted parameter. On the meta device if the weight `is_absent`.
 
-        A quantised layer's is dequantised by each call: do not keep it longer than needed.
+        A quantised layer's is dequantised by each call, one under tensor parallelism is gathered, which all
+        processes must do together: do not keep it longer than needed.
         """
         if is_wrapper(self.layer):
             return weight_of_stack(self.layer).detach()
@@ -65,7 +68,7 @@ class NewAdapter:
             if self.is_absent:
                 return torch.empty(self.layer.out_features, self.layer.in_features, device="meta")
             return quantised.dequantise(self.layer, self.name)
-        weight = self.layer.get_base_layer().weight.data  # ``detach`` of some inference tensors has no views
+        weight = tensor_parallel.gathered(self.layer.get_base_layer())
         if is_stored_transposed(self.layer):
             return weight.t()
         return weight
@@ -93,6 +96,11 @@ class NewAdapter:
     @property
     def is_quantised(self) -> bool:
         return quantised.kind_of(self.layer) is not None
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether `materialise_weight` makes a copy."""
+        return self.is_quantised or tensor_parallel.is_gathered(self.layer.get_base_layer())
 
     @property
     def is_absent(self) -> bool:
@@ -179,7 +187,7 @@ def check(adapter: NewAdapter, needs_values: bool = True) -> list[Task]:
 def _check_is_readable(adapter: NewAdapter) -> None:
     base_layer = adapter.layer.get_base_layer()
     why = _why_not_whole(base_layer, adapter.stored)
-    if why is not None:
+    if why is not None and not tensor_parallel.is_gathered(base_layer):
         raise UnsuitableLayerError(
             f"MiCA needs the whole weight, but {adapter.name} {why}. Create the adapter before the model is "
             "sharded, or load an adapter that was created before."
@@ -234,7 +242,7 @@ def _why_not_whole(module: nn.Module, weight: Tensor | None) -> str | None:
     """Why the weight is only a part of it, as text that follows the layer's name; None if it is whole."""
     if getattr(module, "_is_expert_parallel", False):
         return "holds the experts of one process only (expert parallelism)"
-    if hasattr(weight, "device_mesh") or is_split(module):
+    if hasattr(weight, "device_mesh") or getattr(module, "_hf_tp_plan", None) is not None:
         return "holds one shard of it (tensor parallelism or FSDP)"
     return None
 
@@ -291,20 +299,20 @@ def initialise(adapters: Sequence[NewAdapter]) -> None:
 
 
 def _chunks(adapters: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
-    """All whose weights exist anyway, then those that are dequantised, by `_DEQUANTISED_ELEMENTS`, then one
-    by one those whose weight ZeRO-3 has partitioned, which all processes gather.
+    """All whose weights exist anyway, then those that are dequantised or gathered by `_DEQUANTISED_ELEMENTS`,
+    then one by one those whose weight ZeRO-3 has partitioned, which all processes gather.
 
     The same in every process: they share the work chunk by chunk.
     """
     partitioned = [adapter for adapter in adapters if hasattr(adapter.stored, "ds_id")]
     others = [adapter for adapter in adapters if adapter not in partitioned]
-    yield [adapter for adapter in others if not adapter.is_quantised]
+    yield [adapter for adapter in others if not adapter.is_temporary]
     chunk = []
     elements = 0
     for adapter in others:
-        if not adapter.is_quantised:
+        if not adapter.is_temporary:
             continue
-        size = adapter.layer.out_features * adapter.layer.in_features
+        size = _elements(adapter)
         if chunk and elements + size > _DEQUANTISED_ELEMENTS:
             yield chunk
             chunk = []
@@ -314,6 +322,14 @@ def _chunks(adapters: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
     yield chunk
     for adapter in partitioned:
         yield [adapter]
+
+
+def _elements(adapter: NewAdapter) -> int:
+    """How many elements the weight has, without a copy of it."""
+    if adapter.is_quantised:
+        return adapter.layer.out_features * adapter.layer.in_features
+    # Under tensor parallelism PEFT's sizes are those of this process's part.
+    return adapter.layer.get_base_layer().weight.numel()
 
 
 def _count(adapter: NewAdapter) -> int:
@@ -338,7 +354,7 @@ def assign(adapter: NewAdapter, expert: int, basis: Tensor) -> None:
         if is_part:
             as_lora_B(lora_B.data, adapter.layer.num_experts)[expert] = basis
         else:
-            lora_B.data.copy_(basis)
+            tensor_parallel.write(lora_B, basis)
     if lora_B.dtype not in SIXTEEN_BIT:
         return
     exact = _exact.setdefault(adapter.layer, {})
@@ -359,11 +375,12 @@ def restore_exact(layer: nn.Module, adapter_name: str, lora_B: Tensor) -> None:
         lora_B: The adapter's B, which is left alone if it is not the rounded basis any more.
     """
     basis = _exact.get(layer, {}).pop(adapter_name, None)
-    is_whole = type(lora_B) in TENSOR_TYPES  # and no shard of FSDP
-    if basis is None or not is_whole or lora_B.dtype != torch.float32 or basis.shape != lora_B.shape:
+    if basis is None or lora_B.dtype != torch.float32 or basis.shape != lora_B.shape:
         return
     basis = basis.to(lora_B.device)
+    shard = tensor_parallel.local_shard(lora_B)
     for dtype in SIXTEEN_BIT:
-        if torch.equal(lora_B, basis.to(dtype).float()):  # else another B has been set
-            lora_B.data.copy_(basis)
+        rounded = tensor_parallel.part_of(basis.to(dtype).float(), lora_B)
+        if torch.equal(shard, rounded):  # else another B has been set
+            tensor_parallel.write(lora_B, basis)
             return

@@ -26,6 +26,7 @@ from torch.nn import functional
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
+from mica.fast.forward import tensor_parallel
 from mica.fast.forward.layer_calls import Input
 from mica.fast.settings import compute_dtype, settings
 from mica.memory import LAYER_TYPES
@@ -151,11 +152,6 @@ def class_of(layer: nn.Module) -> type[nn.Module]:
     return kind
 
 
-def is_split(base_layer: nn.Module) -> bool:
-    """Whether every process has a part of it: under transformers' tensor parallelism, as PEFT marks it."""
-    return base_layer.__dict__.get("_hf_tp_plan") is not None
-
-
 def adapters_of(layer) -> list[str]:
     """The active adapters that this layer has, in their active order."""
     modules = layer._modules
@@ -270,8 +266,8 @@ def _why_not_state(layer) -> str | None:
         return "the adapter is merged into the weight"
     if _get_tracing_state() is not None:  # a traced graph, say for ONNX, must run without this package
         return "torch.jit is tracing the model"
-    was_split = layer.__dict__.get("_tp_info") is not None  # before transformers 5.17
-    if was_split or is_split(layer._modules["base_layer"]):
+    is_split = tensor_parallel.plan_of(layer._modules["base_layer"]) is not None
+    if is_split or layer.__dict__.get("_tp_info") is not None:  # the second before transformers 5.17
         return "tensor parallelism"
     return None
 

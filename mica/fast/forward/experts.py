@@ -30,7 +30,6 @@ from mica.fast.forward.eligibility import (
     has_global_hooks,
     is_lora,
     is_mica,
-    is_split,
     why_not_active,
     why_not_covered,
     why_not_frozen,
@@ -227,7 +226,7 @@ def _why_not_module(module: nn.Module, adapters: dict[str, Adapter]) -> str | No
     function = type(module).forward
     if getattr(function, "__code__", None) is not _DISPATCHING:
         return f"{type(module).__name__} does not use transformers' experts interface"
-    if is_split(module):
+    if module.__dict__.get("_hf_tp_plan") is not None:
         return "tensor parallelism"
     if getattr(module, "_is_expert_parallel", False):
         return "expert parallelism"
