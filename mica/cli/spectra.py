@@ -21,7 +21,8 @@ from mica.fast.create.solving import NewAdapter, check
 from mica.fast.forward.expert_params import is_stack
 from mica.fast.loading import without_solver
 from mica.subspace import krylov
-from mica.subspace.device import DeviceGram, is_on_host
+from mica.subspace.batched import BatchGram
+from mica.subspace.device import is_on_host
 from mica.subspace.gram import row_blocks
 from mica.subspace.host import HostGram
 from mica.subspace.result import is_certified
@@ -255,17 +256,17 @@ def _tall(weight: Tensor) -> Tensor:
     return weight.T
 
 
-def _gram(weight: Tensor) -> HostGram | DeviceGram:
+def _gram(weight: Tensor) -> HostGram | BatchGram:
     tall = _tall(weight)
     if is_on_host(tall.device):
         return HostGram(tall)
-    return DeviceGram(tall)
+    return BatchGram(tall.unsqueeze(0))
 
 
 def sigma_max(weight: Tensor) -> float:
     """σ_max of a finite (out_features, in_features) weight, to about 1e-9, from below."""
     with one_pool():
-        return krylov.norm(_gram(weight), _STEPS).sqrt().item()
+        return krylov.norm(_gram(weight), 0, _STEPS).sqrt().item()
 
 
 def squared_norm(weight: Tensor) -> float:
@@ -280,6 +281,6 @@ def spectrum(weight: Tensor) -> Tensor:
     ones are raised to that resolution, √(4 √n ε₆₄) σ_max with n = min(out_features, in_features).
     """
     with one_pool():
-        eigenvalues = _gram(weight).eigenvalues().flip(0).cpu()
+        eigenvalues = _gram(weight).eigenvalues().flatten().flip(0).cpu()
     floor = krylov.resolution(len(eigenvalues), eigenvalues[0].item())
     return eigenvalues.clamp_min(floor).sqrt()

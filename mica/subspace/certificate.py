@@ -16,10 +16,10 @@ ROUNDING = 0.25
 
 
 class Certificate(NamedTuple):
-    """The outcome of `certify`: tensors on the host.
+    """The outcome of `certify`: tensors (batch) on the host.
 
     Attributes:
-        passed: Whether the inertia test held, as a boolean.
+        passed: Whether the inertia test held, as booleans.
         deficit: In fp64; where the test held, Σθ − Σλ is at most this.
         ritz_sum: In fp64, Σθ: the energy of the subspace as the Gram matrix sees it.
         read: The other tensors that were read from the device at the same time.
@@ -31,11 +31,13 @@ class Certificate(NamedTuple):
     read: tuple[torch.Tensor, ...] = ()
 
 
-def certify(gram, vectors: torch.Tensor, norm: torch.Tensor, *along: torch.Tensor) -> Certificate:
-    """Bound how far ``vectors`` (n, r), orthonormal, are from the r smallest eigenpairs of ``gram``.
+def certify(
+    gram, vectors: torch.Tensor, norm: torch.Tensor, strict: bool = True, *along: torch.Tensor
+) -> Certificate:
+    """Bound how far ``vectors`` (batch, n, r), orthonormal, are from the r smallest eigenpairs of ``gram``.
 
-    ``gram`` is a ``HostGram`` or a ``DeviceGram``, whose factor is overwritten; ``norm`` is ‖C‖, or up to a
-    quarter less, on the host. ``along`` are other fp64 tensors to be read there at the same time.
+    ``gram`` is a ``HostGram`` or a ``BatchGram``, whose factor is overwritten; ``norm`` (batch) is ‖C‖, or
+    up to a quarter less, on the host. ``along`` are other fp64 tensors to be read there at the same time.
 
     With C the Gram, X the vectors, H = Xᵀ C X with eigenvalues (Ritz values) θ₁ ≤ … ≤ θ_r and
     R = C X − X H: if C + 2 ‖C‖ X Xᵀ − μ I has a Cholesky factor, C restricted to the complement of X has no
@@ -47,6 +49,8 @@ def certify(gram, vectors: torch.Tensor, norm: torch.Tensor, *along: torch.Tenso
     with floor = ``resolution``. The last term stands for the backward error of Cholesky and of the products;
     up to it the bound is rigorous.
     No gap is assumed: inside a cluster any basis of the right energy passes.
+
+    Without ``strict`` the test is left out: nothing passes, and ``deficit`` is what it would be if it held.
     """
     n, rank = vectors.shape[-2:]
     floor = resolution(n, norm)
@@ -56,9 +60,12 @@ def certify(gram, vectors: torch.Tensor, norm: torch.Tensor, *along: torch.Tenso
     bound = ritz_values[..., -1] - SLACK * floor
     above = (ritz_values - bound.unsqueeze(-1)).clamp_min(0).sum(-1)
     deficit = above + rank**0.5 * residual + rank * ROUNDING * floor
+    if not strict:
+        return Certificate(torch.zeros_like(norm, dtype=torch.bool), deficit, ritz_sum, tuple(along))
+
     passed = norm == 0  # every subspace of a zero matrix is minor
     if rank == n:  # nothing outside the subspace, nothing to test
         passed = torch.ones_like(passed)
-    if not passed:
+    if not passed.all():
         passed = passed | gram.exceeds(vectors, 2 * norm, bound)
     return Certificate(passed, torch.where(passed, deficit, torch.inf), ritz_sum, tuple(along))

@@ -26,7 +26,7 @@ SAFE_PIVOTS = 1e-6
 
 
 class HostGram:
-    """C = tallᵀ tall of one weight, (n, n) fp64; see ``DeviceGram`` for the same on a device.
+    """C = tallᵀ tall of one weight, (n, n) fp64; see ``BatchGram`` for the same on a device.
 
     One column-major buffer holds C below the diagonal, and above it the Cholesky factor of C − shift·I (or of
     the certificate's matrix). Both diagonals are kept apart, and ``_show`` puts in place the one that the
@@ -35,6 +35,7 @@ class HostGram:
 
     def __init__(self, tall: torch.Tensor):
         self.size = tall.shape[1]
+        self.batch_shape = torch.Size()
         self.device = tall.device
         _raise_what_malloc_keeps(self.size)
         buffer = np.zeros((self.size, self.size), order="F")
@@ -60,10 +61,10 @@ class HostGram:
         self._show(self._diagonal)
         return torch.from_numpy(lapack.symm(self._buffer, vectors.numpy()))
 
-    def factor(self, shift: torch.Tensor) -> bool:
-        """Factorise C − shift·I; returns whether it is positive definite."""
+    def factor(self, shift: torch.Tensor) -> torch.Tensor:
+        """Factorise C − shift·I; returns whether it is positive definite, as a tensor () on the host."""
         self._mirror(shift.item())
-        return self._factorise()
+        return torch.tensor(self._factorise(), device="cpu")
 
     def solve(self, vectors: torch.Tensor) -> torch.Tensor:
         """(C − shift·I)⁻¹ @ vectors, by the last ``factor``."""
@@ -72,11 +73,11 @@ class HostGram:
         lapack.trsm(self._buffer, solution, transposed=True)
         return torch.from_numpy(lapack.trsm(self._buffer, solution))
 
-    def exceeds(self, vectors: torch.Tensor, weight: torch.Tensor, bound: torch.Tensor) -> bool:
+    def exceeds(self, vectors: torch.Tensor, weight: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
         """Whether C + weight·vectors vectorsᵀ − bound·I is positive definite; overwrites the factor."""
         self._mirror(bound.item())
         lapack.syrk(vectors.numpy(), alpha=weight.item(), into=self._buffer)
-        return self._factorise()
+        return torch.tensor(self._factorise(), device="cpu")
 
     def smallest(self, count: int) -> tuple[torch.Tensor, ...]:
         """C's smallest eigenvalues (count), ascending, their vectors (n, count), and ‖C‖.

@@ -9,7 +9,7 @@ times as accurate as C⁻¹ alone does (Gaussian 4096 × 11008, 16 vectors, bloc
   just below. A Cholesky factor of C − σI proves that σ was not too high; if there is none, σ is lowered;
 - Rayleigh-Ritz over all blocks so far (block Lanczos with full reorthogonalisation), never restarted.
 
-``gram`` is a ``HostGram`` or a ``DeviceGram``.
+``gram`` is a ``HostGram`` or a ``BatchGram``, whose batch gives the leading dimensions of every tensor.
 """
 
 import math
@@ -24,15 +24,14 @@ LANCZOS_STEPS = 40
 NORM_STEPS = 12  # enough for ‖C‖ alone
 FIRST_CHECK = 7
 MOST_STEPS = 24
-SEED = 0  # of the random vectors from which the subspaces are built
 
 
 class Bounds(NamedTuple):
     """What is known of the spectrum of a Gram matrix C.
 
     Attributes:
-        norm: A lower estimate of ‖C‖.
-        shifts: Shifts to try one after the other, from the best guess to one that is sure.
+        norm: A lower estimate of ‖C‖, (batch).
+        shifts: Shifts to try one after the other, from the best guess to one that is sure, each (batch).
     """
 
     norm: torch.Tensor
@@ -51,8 +50,8 @@ def fits(size: int, rank: int) -> bool:
     return 2 * block_size(rank) * (FIRST_CHECK + 3) <= size
 
 
-def norm(gram, steps: int = NORM_STEPS) -> torch.Tensor:
-    """‖C‖, or up to a quarter less, on the host: by plain Lanczos, without any reorthogonalisation.
+def norm(gram, seed: int, steps: int = NORM_STEPS) -> torch.Tensor:
+    """‖C‖, or up to a quarter less, (batch) on the host: by plain Lanczos, without any reorthogonalisation.
 
     Rounding makes copies of Ritz values that have converged, but none above the spectrum (Paige 1980).
 
@@ -61,16 +60,17 @@ def norm(gram, steps: int = NORM_STEPS) -> torch.Tensor:
     find half of ‖C‖.
 
     Args:
-        gram: The Gram matrix C, a ``HostGram`` or a ``DeviceGram``.
+        gram: The Gram matrix C, a ``HostGram`` or a ``BatchGram``.
+        seed: The seed of the random first vector.
         steps: The number of Lanczos steps, each of which multiplies C by one vector.
     """
-    (projected,) = _tridiagonal(gram, {min(steps, gram.size)})
+    (projected,) = _tridiagonal(gram, seed, {min(steps, gram.size)})
     return torch.linalg.eigvalsh(projected)[..., -1].clamp_min(0)
 
 
-def _tridiagonal(gram, counts: set[int]) -> Iterator[torch.Tensor]:
-    """The projected matrix of plain Lanczos, (steps, steps) on the host, after each count of steps."""
-    vector = previous = random_block(gram, 1)
+def _tridiagonal(gram, seed: int, counts: set[int]) -> Iterator[torch.Tensor]:
+    """The projected matrix of plain Lanczos, (batch, steps, steps) on the host, after each count of steps."""
+    vector = previous = random_block(gram, 1, seed)
     diagonal: list[torch.Tensor] = []
     below: list[torch.Tensor] = []
     for step in range(max(counts)):
@@ -88,15 +88,16 @@ def _tridiagonal(gram, counts: set[int]) -> Iterator[torch.Tensor]:
             yield torch.diag_embed(alpha) + torch.diag_embed(beta[..., :-1], offset=-1)
 
 
-def bounds(gram, steps: int = LANCZOS_STEPS) -> Bounds:
+def bounds(gram, seed: int, steps: int = LANCZOS_STEPS) -> Bounds:
     """‖C‖ and shifts just below the smallest eigenvalue, from two lengths of one Lanczos run.
 
     Args:
-        gram: The Gram matrix C, a ``HostGram`` or a ``DeviceGram``.
+        gram: The Gram matrix C, a ``HostGram`` or a ``BatchGram``.
+        seed: The seed of the random first vector.
         steps: The number of Lanczos steps at most.
     """
     steps = min(steps, gram.size)
-    for projected in _tridiagonal(gram, {min(NORM_STEPS, steps), steps}):
+    for projected in _tridiagonal(gram, seed, {min(NORM_STEPS, steps), steps}):
         values = torch.linalg.eigvalsh(projected)
         least = values[..., 0]
         largest = values[..., -1].clamp_min(0)
@@ -123,21 +124,22 @@ def resolution(size: int, norm):
 
 
 def smallest_eigenpairs(
-    gram, rank: int, limits: Bounds, eps: float
+    gram, rank: int, limits: Bounds, eps: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The smallest eigenvalues of C and their vectors, or None if there is no convergence.
 
     Args:
-        gram: The Gram matrix C, a ``HostGram`` or a ``DeviceGram``; its factor is overwritten.
+        gram: The Gram matrix C, a ``HostGram`` or a ``BatchGram``; its factor is overwritten.
         rank: The number of eigenvalues.
         limits: What `bounds` has found of C.
         eps: The unit round-off of the caller's result. Vectors converge to what an SVD in that precision can
             tell of them (backward error eps ‖W‖), or to what fp64 resolves.
+        seed: The seed of the random first block.
 
     Returns:
-        The values (rank), ascending, on the host; and the vectors (n, rank), orthonormal.
+        The values (batch, rank), ascending, on the host; and the vectors (batch, n, rank), orthonormal.
     """
-    if not any(map(gram.factor, limits.shifts)):
+    if not _factorise(gram, limits.shifts):
         return None
 
     width = block_size(rank)
@@ -149,8 +151,7 @@ def smallest_eigenpairs(
     def judge(basis: torch.Tensor, projected: torch.Tensor) -> int:
         """Rayleigh-Ritz; the number of further steps that seem to be needed, 0 to stop."""
         nonlocal pairs
-        (on_host,) = gram.read(projected)  # its lower triangle, which alone is read
-        _, coefficients, _ = map(torch.from_numpy, lapack.smallest_eigenpairs(-on_host.numpy(), rank))
+        coefficients = _largest_eigenvectors(*gram.read(projected), rank)
         vectors = gram.combine(basis, coefficients.to(gram.device))
         vectors, _, _ = gram.orthonormal(vectors)
         excess, values, rotation = relative_residual(gram, vectors, limits.norm, eps)
@@ -166,12 +167,27 @@ def smallest_eigenpairs(
         likely = math.ceil(math.log(excess, 8))  # a step gains a factor of 8 on Gaussian spectra
         return max(1, min(4, likely))
 
-    block_lanczos(gram, gram.solve, random_block(gram, width), most, first, judge)
+    block_lanczos(gram, gram.solve, random_block(gram, width, seed), most, first, judge)
     return pairs
 
 
+def _factorise(gram, shifts: tuple[torch.Tensor, ...]) -> bool:
+    """Factorise C minus the first of the shifts, for each matrix, that leaves it positive definite.
+
+    Returns False if none does.
+    """
+    shift = shifts[0]
+    definite = gram.factor(shift)
+    for lower in shifts[1:]:
+        if definite.all():
+            break
+        shift = torch.where(definite, shift, lower)
+        definite = gram.factor(shift)
+    return bool(definite.all())
+
+
 def residual_of(gram, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """‖C X − X H‖ and H = Xᵀ C X (rank, rank) of orthonormal ``vectors`` X."""
+    """‖C X − X H‖ (batch) and H = Xᵀ C X (batch, rank, rank) of orthonormal ``vectors`` X."""
     products = gram.apply(vectors)
     small = gram.inner(vectors, products)
     return torch.linalg.matrix_norm(products - gram.combine(vectors, small)), small
@@ -180,7 +196,10 @@ def residual_of(gram, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 def relative_residual(
     gram, vectors: torch.Tensor, norm: torch.Tensor, eps: float
 ) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """The ratio of ``residual_of`` to what is small enough, and H's eigenpairs; all on the host."""
+    """The largest ratio in the batch of ``residual_of`` to what is small enough; and H's eigenpairs.
+
+    All on the host.
+    """
     rank = vectors.shape[-1]
     residual, small = gram.read(*residual_of(gram, vectors))
     values, rotation = torch.linalg.eigh((small + small.mT) / 2)
@@ -189,12 +208,12 @@ def relative_residual(
     # The certificate allows 1e-5 Σθ for √r ‖R‖; an SVD's own error allows eps ‖W‖ σ_r.
     allowed = torch.minimum(1e-6 * energies.sum(-1) / rank**0.5, 0.5 * eps * (norm * largest).sqrt())
     allowed = torch.maximum(allowed, resolution(gram.size, norm))
-    return torch.where(residual == 0, 0.0, residual / allowed).item(), values, rotation
+    return torch.where(residual == 0, 0.0, residual / allowed).max().item(), values, rotation
 
 
-def random_block(gram, count: int) -> torch.Tensor:
-    """Random orthonormal vectors (n, count), the same on every device."""
-    generator = torch.Generator(device="cpu").manual_seed(SEED)
+def random_block(gram, count: int, seed: int) -> torch.Tensor:
+    """Random orthonormal vectors (batch, n, count), the same for every matrix of a batch and every device."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     start = torch.randn(count, gram.size, dtype=torch.float64, generator=generator, device="cpu")
     block = gram.empty(count)
     block.copy_(start.to(gram.device).mT)
@@ -217,7 +236,8 @@ def block_lanczos(
     """
     width = block.shape[-1]
     basis = gram.empty(width * steps)
-    projected = torch.zeros(width * steps, width * steps, dtype=torch.float64, device=gram.device)
+    shape = (*gram.batch_shape, width * steps, width * steps)
+    projected = torch.zeros(shape, dtype=torch.float64, device=gram.device)
     for step in range(steps):
         start = width * step
         end = start + width
@@ -254,3 +274,16 @@ def _orthogonalise(gram, block: torch.Tensor, basis: torch.Tensor) -> tuple[torc
         if safe and has_kept_length:
             break
     return block, coefficients
+
+
+def _largest_eigenvectors(matrices: torch.Tensor, count: int) -> torch.Tensor:
+    """Eigenvectors (batch, m, count) of symmetric matrices, by descending eigenvalue.
+
+    Only the lower triangle is read.
+    """
+    size = matrices.shape[-1]
+    found = []
+    for matrix in matrices.reshape(-1, size, size):
+        _, vectors, _ = lapack.smallest_eigenpairs(-matrix.numpy(), count)
+        found.append(torch.from_numpy(vectors))
+    return torch.stack(found).reshape(*matrices.shape[:-2], size, count)

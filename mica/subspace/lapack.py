@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 
 import numpy as np
 from scipy.linalg import LinAlgError, cython_blas, cython_lapack
 
 # SciPy's integers have 32 bits, or 64 if it was built so (1.18 on). Small numbers at the beginning of 64 bits
-# are both, on the little-endian machines that PyTorch is built for.
-_Integer = ctypes.c_int64
+# are both, on little-endian machines.
+_Integer = ctypes.c_int64 if sys.byteorder == "little" else ctypes.c_int32
 _NUMPY_INTEGER = np.dtype(_Integer)
 
 _PANEL = 128  # rows of a Cholesky factor made at a time
@@ -57,7 +58,9 @@ _POINTER_TO = {int: _int, float: _double, bytes: bytes}
 
 def _success(info) -> int:
     """The value of LAPACK's ``info``, of which only the first 32 bits are sure to have been written."""
-    code = ctypes.c_int32.from_buffer(info).value
+    code = info.value
+    if sys.byteorder == "little":
+        code = ctypes.c_int32.from_buffer(info).value
     if code < 0:
         raise ValueError(f"LAPACK's argument {-code} had an illegal value")
     return code

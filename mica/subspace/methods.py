@@ -25,9 +25,9 @@ def by_krylov(problem: Problem) -> Candidate | None:
     """By block Krylov subspaces; None where they are too large for the matrix or do not converge."""
     if not krylov.fits(problem.gram.size, problem.rank):
         return None
-    limits = krylov.bounds(problem.gram)
+    limits = krylov.bounds(problem.gram, problem.seed)
     eps = torch.finfo(problem.dtype).eps
-    pairs = krylov.smallest_eigenpairs(problem.gram, problem.rank, limits, eps)
+    pairs = krylov.smallest_eigenpairs(problem.gram, problem.rank, limits, eps, problem.seed)
     if pairs is None:
         return None
     return candidate(problem, *pairs, limits.norm)

@@ -32,15 +32,16 @@ def gram_of(tall: torch.Tensor) -> torch.Tensor:
 
 
 def dense(gram) -> torch.Tensor:
-    """What ``apply`` of a ``HostGram`` or a ``DeviceGram`` multiplies with."""
-    return gram.apply(columns(torch.eye(gram.size, dtype=torch.float64)))
+    """What ``apply`` of a ``HostGram`` or a ``BatchGram`` multiplies with."""
+    unit = torch.eye(gram.size, dtype=torch.float64)
+    return gram.apply(columns(unit.expand(*gram.batch_shape, gram.size, gram.size)))
 
 
 def assert_orthonormal(basis: torch.Tensor, tolerance: float = 1e-13) -> None:
-    """By the relative Frobenius error."""
-    basis = basis.double()
-    unit = torch.eye(basis.shape[1], dtype=torch.float64)
-    assert error(basis.T @ basis, unit) <= tolerance
+    """By the relative Frobenius error of each matrix of a batch."""
+    unit = torch.eye(basis.shape[-1], dtype=torch.float64)
+    for each in basis.double().reshape(-1, *basis.shape[-2:]):
+        assert error(each.T @ each, unit) <= tolerance
 
 
 def truth(matrix: torch.Tensor) -> Truth:

@@ -121,3 +121,7 @@ def weight(name: str, out_features: int, in_features: int) -> torch.Tensor:
     """The (out_features, in_features) fp32 weight of that name, the same on every call."""
     seed = 1000 * out_features + in_features
     return SPECTRA[name](out_features, in_features, torch.Generator().manual_seed(seed)).float()
+
+
+def stack(names, shape: tuple[int, int]) -> torch.Tensor:
+    return torch.stack([weight(name, *shape) for name in names])

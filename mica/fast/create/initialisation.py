@@ -5,7 +5,7 @@ The way of a weight to its lora_B:
     inject_adapter        has PEFT make plain LoRA layers, makes them MiCA's, and has `solving.check` look at
                           each, so that a hopeless configuration fails before any work
     solving.initialise    reads the weights, a chunk at a time
-    distributed.run_shared, many.run_tasks, solver.solve
+    distributed.run_shared, many.run_tasks, solver.solve_stack, solver.solve_matrix
                           who solves it: which process, device or thread; then by which method
     solving.assign        writes the basis into lora_B
 

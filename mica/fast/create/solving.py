@@ -31,7 +31,7 @@ from mica.subspace.solver import check_entries, warnings_about
 
 # Dequantised and gathered weights are solved this many elements at a time, 1 GiB in fp32, so that there is
 # never a second copy of a 4-bit model in 16 or 32 bits, nor the whole of a sharded one. 16 layers of
-# 4096 x 4096: enough for every thread.
+# 4096 x 4096: enough for every thread and every batch.
 _DEQUANTISED_ELEMENTS = 2**28
 
 # The fp32 basis of adapters that PEFT has cast to a 16-bit base dtype and may yet cast back to fp32. Keyed by

@@ -8,13 +8,13 @@ from tests.support.quantised_models import stub_gptqmodel
 def solved(monkeypatch):
     """Counts the solver's calls."""
     shapes = []
-    solver = many.solve
+    solver = many.solve_stack
 
-    def counting(weight, rank):
+    def counting(weight, rank, **kwargs):
         shapes.append(tuple(weight.shape))
-        return solver(weight, rank)
+        return solver(weight, rank, **kwargs)
 
-    monkeypatch.setattr(many, "solve", counting)
+    monkeypatch.setattr(many, "solve_stack", counting)
     return shapes
 
 

@@ -51,12 +51,12 @@ def test_progress_bar_counts_layers_and_experts_and_follows_the_hub_s_switch(bar
 
 
 def test_an_unproven_basis_is_said(monkeypatch):
-    solver = many.solve
+    solver = many.solve_stack
 
-    def unproven(weight, rank):
-        return replace(solver(weight, rank), certified=False, energy_excess=0.5)
+    def unproven(weight, rank, **kwargs):
+        return [replace(solver(weight, rank)[0], certified=False, energy_excess=0.5)]
 
-    monkeypatch.setattr(many, "solve", unproven)
+    monkeypatch.setattr(many, "solve_stack", unproven)
     with pytest.warns(UserWarning, match=r"layer 'up' is not proven .*at most 5.0e-01 above"):
         wrap(Net(), targets=["up"])
 
@@ -84,7 +84,7 @@ def test_a_second_initialisation_comes_from_the_cache(build, count, monkeypatch,
     monkeypatch.setenv("MICA_CACHE", str(tmp_path))
     first = build()
     assert len(list(tmp_path.iterdir())) == count
-    monkeypatch.setattr(many, "solve", None)
+    monkeypatch.setattr(many, "solve_stack", None)
     assert_same_bases(build(), first)
 
 
@@ -158,18 +158,18 @@ def test_the_process_without_weights_requests_the_same_and_solves_nothing(monkey
     """FSDP with cpu_ram_efficient_loading: the first process, which has them, compares both requests."""
     monkeypatch.setattr(module, "is_fsdp_enabled", lambda: True)
     requests, solved = [], []
-    request, solve = module.Meeting, many.solve
+    request, solve = module.Meeting, many.solve_stack
 
     def requesting(layers):
         requests.append(layers)
         return request(layers)
 
-    def solving(weight, rank):
+    def solving(weight, rank, **options):
         solved.append(weight.shape)
-        return solve(weight, rank)
+        return solve(weight, rank, **options)
 
     monkeypatch.setattr(module, "Meeting", requesting)
-    monkeypatch.setattr(many, "solve", solving)
+    monkeypatch.setattr(many, "solve_stack", solving)
     with torch.device("meta"):
         absent = stack()
     (layer,) = wrappers(wrap_holder(absent)).values()

@@ -217,7 +217,7 @@ def logits(model):
 
 @pytest.mark.parametrize(("build", "options"), [(Net, {}), (qwen3_moe, EXPERTS)])
 def test_a_failing_solver_leaves_the_model_as_it_was(monkeypatch, build, options):
-    monkeypatch.setattr(many, "solve", Mock(side_effect=ArithmeticError("no luck")))
+    monkeypatch.setattr(many, "solve_stack", Mock(side_effect=ArithmeticError("no luck")))
     refused(build(), "of layer '.*'.* could not be computed: no luck", RuntimeError, **options)
 
 
@@ -235,7 +235,7 @@ def test_a_second_adapter_that_fails_leaves_the_first(build, rank, layer, output
     model = randomise(build())
     expected = output(model)
     if rank == 5:
-        monkeypatch.setattr(many, "solve", Mock(side_effect=ArithmeticError("no luck")))
+        monkeypatch.setattr(many, "solve_stack", Mock(side_effect=ArithmeticError("no luck")))
     with unchanged(model), pytest.raises((UnsuitableLayerError, RuntimeError), match=layer):
         second(model, r=rank)
     assert list(model.peft_config) == ["default"]
@@ -244,7 +244,7 @@ def test_a_second_adapter_that_fails_leaves_the_first(build, rank, layer, output
 
 def test_a_second_adapter_that_fails_on_other_layers_leaves_no_record_of_them(monkeypatch):
     model = wrap(Net(), targets=["up"])
-    monkeypatch.setattr(many, "solve", Mock(side_effect=ArithmeticError("no luck")))
+    monkeypatch.setattr(many, "solve_stack", Mock(side_effect=ArithmeticError("no luck")))
     with pytest.raises(RuntimeError, match="no luck"):
         second(model, target_modules=["conv", "down"])
     assert model.base_model.targeted_module_names == ["up"]

@@ -24,7 +24,7 @@ def cache(tmp_path):
 
 @pytest.fixture
 def accelerated(monkeypatch):
-    """Weights on the CPU are taken for an accelerator's."""
+    """Weights on the CPU are taken for an accelerator's: batched by shape."""
     monkeypatch.setattr(device, "ON_HOST", ())
 
 

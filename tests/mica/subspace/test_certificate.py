@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from mica.subspace.batched import BatchGram
 from mica.subspace.certificate import Certificate, certify
-from mica.subspace.device import DeviceGram
 from mica.subspace.host import HostGram
 from mica.subspace.krylov import resolution
 from mica.subspace.result import is_certified
@@ -24,16 +24,21 @@ def eigenpairs(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tall, *torch.linalg.eigh(gram_of(tall))
 
 
-def certificate(matrix: torch.Tensor, vectors: torch.Tensor, norm_share: float = 1.0) -> Certificate:
-    """That of a ``HostGram``; a ``DeviceGram`` gives the same."""
+def certificate(
+    matrix: torch.Tensor, vectors: torch.Tensor, strict: bool = True, norm_share: float = 1.0
+) -> Certificate:
+    """That of a ``HostGram``; a ``BatchGram`` gives the same, whatever else is in its batch."""
     norm = norm_share * torch.linalg.matrix_norm(gram_of(matrix), 2)
-    on_host = certify(HostGram(matrix), columns(vectors), norm)
-    on_device = certify(DeviceGram(matrix), vectors, norm)
-    assert on_device.passed == on_host.passed
+    single = certify(HostGram(matrix), columns(vectors), norm, strict)
+    other = torch.linalg.qr(vectors.flip(0)).Q
+    batch = BatchGram(torch.stack([matrix, matrix.flip(1) * 2]))
+    pair = certify(batch, torch.stack([vectors, other]), torch.stack([norm, 4 * norm]), strict)
+    assert pair.passed.tolist() == [single.passed.item()] * 2
     floor = vectors.shape[1] * resolution(len(vectors), norm).item()
-    for mine, its in zip(on_host[1:3], on_device[1:3], strict=True):
-        assert its.item() == pytest.approx(mine.item(), rel=1e-9, abs=4 * floor)
-    return on_host
+    for mine, its in zip(single[1:3], pair[1:3], strict=True):
+        for value, factor in zip(its.tolist(), (1, 4), strict=True):
+            assert value == pytest.approx(factor * mine.item(), rel=1e-9, abs=4 * floor)
+    return single
 
 
 def in_two_bases(vectors: torch.Tensor):
@@ -97,15 +102,35 @@ def test_the_deficit_bounds_the_true_one_of_a_tilted_subspace(name, towards, ang
         tilted[:, index] = math.cos(angle) * vectors[:, index] + math.sin(angle) * vectors[:, towards]
         energy = (tilted.T @ gram_of(tall) @ tilted).trace().item()
         true_deficit = math.sin(angle) ** 2 * (values[towards] - values[index]).item()
-        proof = certificate(tall, tilted)
-        assert proof.deficit >= true_deficit - 0.05 * floor
-        assert proof.ritz_sum == pytest.approx(energy, rel=1e-12, abs=floor)
+        for strict in (True, False):  # without proof the figure is the same, not infinite
+            proof = certificate(tall, tilted, strict)
+            assert proof.deficit >= true_deficit - 0.05 * floor
+            assert proof.ritz_sum == pytest.approx(energy, rel=1e-12, abs=floor)
+        assert math.isfinite(proof.deficit)
 
 
-def test_everything_is_minor_of_a_zero_matrix():
+@pytest.mark.parametrize("name", SPECTRA)
+def test_without_strict_nothing_passes_and_nothing_is_factorised(name, monkeypatch):
+    tall, _, vectors = eigenpairs(name)
+    proven = certificate(tall, vectors[:, :RANK])
+    for kind in (HostGram, BatchGram):
+        monkeypatch.setattr(kind, "exceeds", None)
+    estimated = certificate(tall, vectors[:, :RANK], strict=False)
+    assert not estimated.passed
+    assert estimated[1:] == proven[1:]
+
+
+def test_everything_is_minor_of_a_zero_matrix_which_vouches_for_no_other_of_its_batch():
     proof = certificate(torch.zeros(12, 9), torch.eye(9, 3, dtype=torch.float64))
     assert proof.passed
     assert proof.deficit == proof.ritz_sum == 0
+
+    tall, _, right = eigenpairs("gaussian")
+    matrices = torch.stack([torch.zeros(SIZE + 20, SIZE), tall, tall])
+    vectors = torch.stack([right[:, :RANK], right[:, :RANK], right[:, 1 : RANK + 1]])
+    proof = certify(BatchGram(matrices), vectors, torch.linalg.matrix_norm(gram_of(matrices), 2))
+    assert proof.passed.tolist() == [True, True, False]
+    assert proof.deficit.isinf().tolist() == [False, False, True]
 
 
 # Results

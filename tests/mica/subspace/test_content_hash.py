@@ -138,3 +138,18 @@ def test_on_cuda(cache, dtype):
     subspace = solved(weight, 4)
     cache.put(content_hash(weight.cuda()), subspace)
     assert same(get(cache, weight, 4), subspace)
+
+
+NO_WEIGHTS = {
+    "stack": torch.randn(2, 5, 6),
+    "vector": torch.randn(6),
+    "empty": torch.zeros(0, 4),
+    "int8": torch.ones(4, 4, dtype=torch.int8),
+    "meta": torch.empty(4, 4, device="meta"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_what_is_no_weight_has_no_key(kind):
+    with pytest.raises(ValueError, match="2-D"):
+        content_hash(NO_WEIGHTS[kind])

@@ -1,107 +1,132 @@
-"""Matrices as an accelerator solves them, here on the CPU: certified there, or left to the host."""
+"""Batches as an accelerator solves them, here on the CPU: judged one by one, none drags others down."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
-from mica.subspace import device, krylov, minor_subspace
-from mica.subspace.device import DeviceGram, solve_on_device
+from mica.subspace import batched, device, krylov, minor_subspace, solver
+from mica.subspace.device import batch_size, try_batch
 from tests.mica.subspace.subspaces import quietly_solved
-from tests.support.judging import assert_orthonormal, gram_of, judge, random
-from tests.support.spectra import NULL, RANK, SPECTRA, weight
-from tests.support.tolerances import error
+from tests.support.judging import judge
+from tests.support.spectra import NULL, RANK, SPECTRA, stack
 
 SHAPES = [(200, 140), (140, 200), (150, 150), (60, 40), (40, 60)]
 EASY = ["gaussian", "hard edge", "times 1e4", "row scales"]
 
 
-def solved(matrix: torch.Tensor, method: str = "auto", rank: int = RANK):
-    """The certified result, judged, or None."""
-    result = solve_on_device(matrix, rank, method)
-    if result is not None:
-        judge(matrix, result)
-        assert result.certified
-        assert result.null_count == 0
-    return result
+def solved(matrices: torch.Tensor, method: str = "auto", strict: bool = True, rank: int = RANK) -> dict:
+    """Each judged, by index: certified where ``strict``."""
+    results = try_batch(matrices, rank, method, strict, 0)
+    assert len(results) == len(matrices)
+    found = {index: result for index, result in enumerate(results) if result is not None}
+    for index, result in found.items():
+        judge(matrices[index], result)
+        assert result.certified == strict
+    return found
+
+
+@pytest.fixture
+def made(calls_of):
+    """The matrices of every ``BatchGram`` that is made, as one-tuples."""
+    return calls_of(device, "BatchGram")
 
 
 @pytest.mark.parametrize("method", ["krylov", "gram"])
 @pytest.mark.parametrize("shape", [*SHAPES, (300, 140)], ids=str)
 @pytest.mark.parametrize("name", SPECTRA)
-def test_every_spectrum(name, shape, method):
-    result = solved(weight(name, *shape), method)
+def test_every_spectrum_leaves_the_others_alone(name, shape, method):
+    results = solved(stack(["gaussian", name, "row scales"], shape), method)
     tall, room = shape[0] > shape[1], krylov.fits(min(shape), RANK)
     if method == "krylov" and not room:
-        assert result is None
+        assert not results
         return
-    if result is not None:
+    assert results.keys() >= {0, 2}
+    for result in results.values():
+        assert result.null_count == 0
         assert result.method == method
-    if name in ("gaussian", "row scales"):
-        assert result is not None
     if tall and name in NULL:
-        assert result is None
+        assert 1 not in results
     if method == "gram" and not (tall and (name in NULL or name.startswith("graded"))):
-        assert result is not None
+        assert 1 in results
 
 
 @pytest.mark.parametrize("shape", [(200, 140), (140, 200)], ids=str)
-def test_what_is_not_certified_is_the_host_s(shape, monkeypatch, accelerated):
+def test_what_is_not_certified_is_tried_alone_and_then_left_out(shape, made, monkeypatch):
     judged = device.judge
-    monkeypatch.setattr(device, "judge", lambda *them: replace(judged(*them), certified=False))
-    matrix = weight("gaussian", *shape)
-    assert solve_on_device(matrix, RANK, "auto") is None
-    assert minor_subspace(matrix, RANK).certified
+
+    def refusing(problem, triplets, strict):
+        """The matrix of small numbers is never certified."""
+        judgement = judged(problem, triplets, strict)
+        small = judgement.singular_values[..., 0] < 1e-1
+        return judgement._replace(certified=judgement.certified & ~small)
+
+    monkeypatch.setattr(device, "judge", refusing)
+    assert solved(stack(["gaussian", "times 1e-4", "times 1e4"], shape)).keys() == {0, 2}
+    assert [len(tall) for (tall,) in made] == [3, 1]
 
 
 @pytest.mark.parametrize("shape", [(60, 40), (140, 200)], ids=str)
-def test_what_is_the_host_s_from_the_start(shape, calls_of):
-    made, size = calls_of(device, "DeviceGram"), min(shape)
-    for name in EASY:
-        matrix = weight(name, *shape)
-        for method, rank in (("svd", RANK), ("auto", 3 * size // 4 + 1), ("krylov", 3 * size // 4)):
-            assert solved(matrix, method, rank) is None
-        assert not made
-        assert solved(matrix, "auto", 3 * size // 4) is not None
-        made.clear()
+def test_what_is_the_host_s_from_the_start(shape, made):
+    matrices, size = stack(EASY, shape), min(shape)
+    for method, rank in (("svd", RANK), ("auto", 3 * size // 4 + 1), ("krylov", 3 * size // 4)):
+        assert not solved(matrices, method, rank=rank)
+    assert not made
+    assert solved(matrices, "auto", rank=3 * size // 4).keys() == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("method", ["auto", "gram"])
+@pytest.mark.parametrize("shape", [(200, 140), (140, 200)], ids=str)
+def test_without_strict_all_but_the_null_are_returned(shape, method, monkeypatch):
+    monkeypatch.setattr(batched.BatchGram, "exceeds", None)  # no factorisation for a proof
+    results = solved(stack([*EASY, "rank 5"], shape), method, strict=False)
+    assert results.keys() == set(range(4 if shape[0] > shape[1] else 5))
+    assert all(0 <= result.energy_excess <= 1 + 1e-5 for result in results.values())
+
+
+# Shapes, GiB of free memory, and how many at once: a quarter of it for four fp64 matrices of the short side
+# and two fp32 weights each.
+BATCH_SIZES = {
+    ((576, 576), 1): 8, ((576, 1536), 0.5): 7, ((1024, 4096), 0.5): 2, ((1024, 4096), 1): 4,
+    ((4096, 1024), 2): 8, ((1024, 128256), 20): 4, ((128256, 1024), 10): 2, ((4096, 4096), 70): 1,
+    ((100, 300), 0): 1,
+    # large ones are solved one by one
+    ((1535, 9000), 1024): 8, ((9000, 1535), 1024): 8, ((1536, 9000), 1024): 1, ((9000, 1536), 1024): 1,
+}  # fmt: skip
+
+
+def test_batch_sizes(monkeypatch):
+    for (shape, free), expected in BATCH_SIZES.items():
+        monkeypatch.setattr(device, "free_memory", lambda where, free=free: int(free * 2**30))
+        assert batch_size(*shape, torch.device("cuda")) == expected
+
+
+def test_free_memory_is_the_device_s_and_what_pytorch_holds_unused(monkeypatch):
+    for name, value in (("mem_get_info", (1000, 9000)), ("memory_reserved", 70), ("memory_allocated", 30)):
+        monkeypatch.setattr(torch.cuda, name, lambda where, value=value: value)
+    assert device.free_memory(torch.device("cuda")) == 1040
+    assert batch_size(576, 576, torch.device("meta")) == 8  # whatever does not tell
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3)], ids=str)
 @pytest.mark.parametrize("shape", [(200, 140), (40, 60)], ids=str)
-def test_minor_subspace_on_an_accelerator(shape, accelerated):
-    """With what that leaves out from the host."""
-    for name in ("gaussian", "rank 5", "row scales", "times 1e4", "zero", "times 1e-4"):
-        matrix = weight(name, *shape)
-        result = quietly_solved(matrix, RANK)
-        judge(matrix, result, name not in NULL)
-        assert result.certified
-        on_device = "krylov" if krylov.fits(min(shape), RANK) else "gram"
-        assert result.method == ("svd" if shape[0] > shape[1] and name in NULL else on_device)
-
-
-# The Gram matrix
-
-
-def test_a_factor_and_a_proof_say_whether_there_is_one():
-    tall = weight("gaussian", 70, 30)
-    gram, (values, vectors) = DeviceGram(tall), torch.linalg.eigh(gram_of(tall))
-    for share, is_there in ((0.9, True), (1.1, False), (0.9, True)):
-        assert gram.factor(values[0] * share) == is_there
-        assert gram.exceeds(vectors[:, :3], 2 * values[-1], values[3] * share) == is_there
-
-
-@pytest.mark.parametrize("least", [1, 1e-5, 1e-9, 0])
-def test_the_svd_of_thin_matrices(least):
-    left, right = torch.linalg.qr(random(70, 5)).Q, torch.linalg.qr(random(5, 5)).Q
-    values = torch.logspace(0, math.log10(least) if least else -3, 5, dtype=torch.float64)
-    values[-1] *= least > 0
-    basis, found, rotation = DeviceGram(weight("gaussian", 70, 30)).svd(left * values @ right)
-    assert error(found, values) <= 1e-14
-    assert_orthonormal(basis)
-    assert error(basis * found @ rotation, left * values @ right) <= 1e-14
-
-
-def test_the_gram_in_panels():
-    """Of 300 columns there are three, of which the last is narrower."""
-    tall = random(320, 300)
-    assert error(DeviceGram(tall).apply(torch.eye(300, dtype=torch.float64)), gram_of(tall)) <= 1e-13
+@pytest.mark.parametrize("at_a_time", [1, 2, 10])
+def test_minor_subspace_takes_batches_for_an_accelerator(leading, shape, at_a_time, monkeypatch, calls_of):
+    """With what the batches leave out from the host, everything where it belongs."""
+    count = math.prod(leading)
+    names = ["gaussian", "rank 5", "row scales", "times 1e4", "zero", "times 1e-4"][:count]
+    matrices, batches = stack(names, shape), calls_of(solver, "try_batch")
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "ON_HOST", ())
+        patch.setattr(solver, "batch_size", lambda *arguments: at_a_time)
+        result = quietly_solved(matrices.reshape(*leading, *shape), RANK)
+    sizes = [len(matrices) for matrices, *_ in batches]
+    assert sizes == [min(at_a_time, count - start) for start in range(0, count, at_a_time)]
+    assert result.certified
+    in_batches = "krylov" if krylov.fits(min(shape), RANK) else "gram"
+    assert result.method == ("svd" if shape[0] > shape[1] and count > 1 else in_batches)
+    bases, values = result.basis.reshape(-1, shape[0], RANK), result.singular_values.reshape(-1, RANK)
+    for index in (index for index, name in enumerate(names) if name not in NULL):
+        single = minor_subspace(matrices[index], RANK)
+        torch.testing.assert_close(bases[index], single.basis, rtol=0, atol=2e-6)
+        torch.testing.assert_close(values[index], single.singular_values)

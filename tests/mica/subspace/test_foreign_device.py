@@ -8,34 +8,34 @@ import torch
 from mica.subspace import content_hash, krylov, solver
 from tests.mica.subspace.foreign_device import DEVICE, ForeignDevice, OnDevice
 from tests.support.judging import judge
-from tests.support.spectra import weight as spectrum
+from tests.support.spectra import stack
 
 
 @pytest.mark.parametrize(
-    ("shape", "name"),
+    ("shape", "names", "rank"),
     [
-        ((256, 256), "gaussian"),
-        ((256, 256), "row scales"),
-        ((300, 256), "gaussian"),
-        ((300, 256), "tail x 1e-6"),
-        ((256, 300), "gaussian"),
-        ((256, 300), "rank deficient by most"),
-        ((128, 160), "gaussian"),  # where no subspaces fit
+        ((256, 256), ["gaussian", "row scales"], 16),
+        ((300, 256), ["gaussian", "tail x 1e-6"], 16),
+        ((256, 300), ["gaussian", "rank deficient by most"], 16),
+        ((128, 160), ["gaussian"], 16),  # where no subspaces fit
     ],
     ids=str,
 )
-def test_certified_results_on_the_device(shape, name, monkeypatch):
+def test_certified_results_on_the_device(shape, names, rank, monkeypatch):
     monkeypatch.setattr(krylov, "FIRST_CHECK", 3)
-    matrix = spectrum(name, *shape)
+    monkeypatch.setattr(solver, "_check_weight", lambda weight: None)  # it refuses this device's name
+    matrices = stack(names, shape)
     with ForeignDevice():
-        result = solver.solve(OnDevice(matrix), 16)
-    assert result.certified
-    assert result.basis.device == result.singular_values.device == DEVICE
-    judge(matrix, replace(result, basis=result.basis.host, singular_values=result.singular_values.host))
+        results = solver.solve_stack(OnDevice(matrices), rank)
+    for matrix, result in zip(matrices, results, strict=True):
+        assert result.certified
+        assert result.basis.device == result.singular_values.device == DEVICE
+        judge(matrix, replace(result, basis=result.basis.host, singular_values=result.singular_values.host))
 
 
-def test_content_hashes_of_a_device():
+def test_content_hashes_of_a_device(monkeypatch):
     weight = torch.randn(300, 70)
+    monkeypatch.setattr(content_hash, "is_weight", lambda weight: True)
     with ForeignDevice():
         key = content_hash.content_hash(OnDevice(weight))
     assert key == content_hash.content_hash(weight)

@@ -8,13 +8,13 @@ import torch
 from mica.dtypes import FLOATING
 from mica.subspace import gram as products
 from mica.subspace import host
-from mica.subspace.device import DeviceGram
+from mica.subspace.batched import BatchGram
 from mica.subspace.host import HostGram
 from tests.support.judging import assert_orthonormal, columns, dense, gram_of, random
 from tests.support.spectra import weight
 from tests.support.tolerances import RELATIVE, error
 
-of_each_kind = pytest.mark.parametrize("kind", [HostGram, DeviceGram])
+of_each_kind = pytest.mark.parametrize("kind", [HostGram, BatchGram])
 LAYOUTS = ["rows", "columns", "strided"]
 
 
@@ -70,15 +70,17 @@ def test_blocks_bound_the_copy(shape):
 
 
 class Checked:
-    """A Gram matrix, and the dense one; each method makes one call and compares."""
+    """A Gram matrix, or those of a batch, and the dense ones; each method makes one call and compares."""
 
     def __init__(self, tall: torch.Tensor, kind: type = HostGram):
+        if kind is BatchGram:
+            tall = torch.stack([tall, 2 * tall.flip(0), 3 * tall.flip(1)])
         self.gram = kind(tall)
         self.dense = gram_of(tall)
         self.values, self.vectors = torch.linalg.eigh(self.dense)
         self.norm = self.values[..., -1]
         self.unit = torch.eye(self.gram.size, dtype=torch.float64)
-        self.right = random(self.gram.size, 3)
+        self.right = random(*self.gram.batch_shape, self.gram.size, 3)
         self.shift: torch.Tensor | None = None  # of the factor that there is
 
     def one_column(self):
@@ -91,21 +93,21 @@ class Checked:
         assert error(dense(self.gram), self.dense) <= 1e-14
 
     def factor(self, share=-0.3):
-        self.shift = self.values[0] + share * self.norm
-        assert self.gram.factor(self.shift)
+        self.shift = self.values[..., 0] + share * self.norm
+        assert self.gram.factor(self.shift).all()
         self.solve()
 
     def other_factor(self):
         self.factor(-2)
 
     def refused_factor(self):
-        assert not self.gram.factor(self.values[0] + 0.1 * self.norm)
+        assert not self.gram.factor(self.values[..., 0] + 0.1 * self.norm).any()
         self.shift = None
 
     def solve(self):
         if self.shift is not None:
             before = self.right.clone()
-            expected = torch.linalg.solve(self.dense - self.shift * self.unit, before)
+            expected = torch.linalg.solve(self.dense - self.shift[..., None, None] * self.unit, before)
             assert error(self.gram.solve(self.right), expected) <= 1e-12
             assert error(self.gram.solve(self.right[..., 2:]), expected[..., 2:]) <= 1e-12
             assert torch.equal(self.right, before)
@@ -116,9 +118,9 @@ class Checked:
         count = min(2, self.gram.size - 1)
         minor, others = columns(self.vectors[..., :count]), self.vectors[..., 1 : count + 1]
         edge, margin = self.values[..., count], 1e-3 * self.norm
-        assert self.gram.exceeds(minor, 2 * self.norm, edge - margin)
-        assert not self.gram.exceeds(minor, 2 * self.norm, edge + margin)
-        assert not self.gram.exceeds(others, 2 * self.norm, self.values[0] + margin)
+        assert self.gram.exceeds(minor, 2 * self.norm, edge - margin).all()
+        assert not self.gram.exceeds(minor, 2 * self.norm, edge + margin).any()
+        assert not self.gram.exceeds(others, 2 * self.norm, self.values[..., 0] + margin).any()
 
     def smallest(self):
         for count in {1, self.gram.size}:
@@ -168,9 +170,10 @@ def test_all_sizes_around_the_mirrored_blocks(size, layout, kind, monkeypatch):
 def test_the_gram_of_any_dtype_and_layout_in_blocks(dtype, layout, rows, kind, blocks_of):
     blocks_of(rows)
     tall = laid_out(weight("gaussian", 23, 6).to(dtype), layout)
+    tall = tall if kind is HostGram else tall.expand(3, 23, 6)
     gram = kind(tall)
     assert error(dense(gram), gram_of(tall)) <= 1e-14
-    assert (gram.size, gram.device) == (6, torch.device("cpu"))
+    assert (gram.size, gram.batch_shape, gram.device) == (6, tall.shape[:-2], torch.device("cpu"))
 
 
 @pytest.mark.whole
@@ -179,12 +182,14 @@ def test_the_gram_of_any_dtype_and_layout_in_blocks(dtype, layout, rows, kind, b
 @pytest.mark.parametrize("count", [1, 6])
 @of_each_kind
 def test_orthonormal_vectors_however_dependent(trouble, scale, count, kind):
+    """In a batch all are safe or none."""
     gram = Checked(weight("gaussian", 50, 40), kind).gram
-    vectors = random(40, count)
-    vectors[:, -1] = {
-        "independent": vectors[:, -1],
-        "dependent": vectors[:, 0] - 2 * vectors[:, count // 2],
-        "nearly dependent": vectors[:, 0] + 1e-9 * vectors[:, -1],
+    vectors = random(*gram.batch_shape, 40, count)
+    one = vectors if kind is HostGram else vectors[1]
+    one[:, -1] = {
+        "independent": one[:, -1],
+        "dependent": one[:, 0] - 2 * one[:, count // 2],
+        "nearly dependent": one[:, 0] + 1e-9 * one[:, -1],
         "zero": torch.zeros(40, dtype=torch.float64),
     }[trouble]
     vectors *= scale

@@ -47,21 +47,33 @@ def test_each_as_alone_and_without_a_cache_nothing_is_hashed(tasks, monkeypatch,
     assert [index for index, _ in run_tasks(tasks, [2])] == [2]
 
 
-def test_one_after_the_other_on_an_accelerator(tasks, accelerated):
+def test_batches_by_shape_and_rank_on_an_accelerator(tasks, accelerated, calls_of):
+    solved = calls_of(many, "solve_stack")
     results = solved_once(tasks)
+    shapes = sorted(tuple(weights.shape) for weights, _ in solved)
+    assert shapes == [(1, 30, 40), (1, 40, 30), (1, 64, 64), (1, 200, 20), (2, 40, 30)]
     assert_as_alone(tasks, results, 1e-6)
     assert all(result.certified for result in results.values())
 
 
-def test_the_cpu_takes_over_where_an_accelerator_has_no_memory(tasks, accelerated, monkeypatch, caplog):
-    solve, first_calls = many.solve, iter(range(4))
+def test_batches_are_cut_to_the_memory(accelerated, calls_of, monkeypatch):
+    solved = calls_of(many, "solve_stack")
+    # of a quarter, four (30, 30) fp64 matrices and two fp32 copies of (30, 40) take more than a half
+    monkeypatch.setattr(device, "free_memory", lambda where: 4 * 70_000)
+    solved_once([Task(f"layer {i}", torch.randn(30, 40), 3) for i in range(3)])
+    assert [weights.shape for weights, _ in solved] == [(1, 30, 40)] * 3
 
-    def solve_or_fail(weight, rank):
+
+def test_the_cpu_takes_over_where_an_accelerator_has_no_memory(tasks, accelerated, monkeypatch, caplog):
+    solve, first_calls = many.solve_stack, iter(range(4))  # of the four shapes
+
+    def solve_stack(weights, rank):
         if next(first_calls, None) is not None:
             raise torch.OutOfMemoryError("no")
-        return solve(weight, rank)
+        assert len(weights) == 1
+        return solve(weights, rank)
 
-    monkeypatch.setattr(many, "solve", solve_or_fail)
+    monkeypatch.setattr(many, "solve_stack", solve_stack)
     results = solved_once(tasks)
     assert "out of memory" in caplog.text
     assert_as_alone(tasks, results, 1e-6)
@@ -69,7 +81,7 @@ def test_the_cpu_takes_over_where_an_accelerator_has_no_memory(tasks, accelerate
 
 @pytest.mark.usefixtures("anywhere")
 def test_an_error_names_the_layer(tasks, monkeypatch):
-    monkeypatch.setattr(many, "solve", Mock(side_effect=ArithmeticError("no luck")))
+    monkeypatch.setattr(many, "solve_stack", Mock(side_effect=ArithmeticError("no luck")))
     message = r"^the minor subspace of layer 3 could not be computed: no luck$"
     with pytest.raises(RuntimeError, match=message):
         solved_once(tasks[3:4])
@@ -77,7 +89,7 @@ def test_an_error_names_the_layer(tasks, monkeypatch):
 
 @pytest.mark.usefixtures("anywhere")
 def test_the_cache_is_read_and_written(tasks, tmp_path, calls_of):
-    solved, hashed = calls_of(many, "solve"), calls_of(many, "content_hash")
+    solved, hashed = calls_of(many, "solve_stack"), calls_of(many, "content_hash")
     cache = SubspaceCache(tmp_path)
     first = solved_once(tasks, cache=cache)
     assert len(list(tmp_path.iterdir())) == len(tasks)
@@ -101,7 +113,9 @@ def test_weights_on_the_cpu_go_where_they_are_told(told, tasks, monkeypatch):
     places = []
     monkeypatch.setattr(many, "accelerator", lambda: torch.device("meta"))
     monkeypatch.setattr(many, "move", lambda result, device: result)
-    monkeypatch.setattr(many, "solve", lambda weight, rank: places.append(weight.device.type))
+    monkeypatch.setattr(
+        many, "solve_stack", lambda weights, rank: places.append(weights.device.type) or [None]
+    )
     solved_once(tasks[1:2], device=told)
     assert places == ["cpu" if told == "cpu" else "meta"]
 
