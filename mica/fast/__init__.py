@@ -66,7 +66,7 @@ def enable(
             that names the layer and leaves the model unchanged; "skip" leaves the layer out, with a warning.
         device: Where the initialisation solves weights that are on the CPU. "auto", which it is at first,
             means on an accelerator, if there is one with enough memory, else on the CPU; otherwise it is a
-            device, which is looked for once it is needed. Weights on an accelerator are solved there.
+            device. Weights on an accelerator are solved there.
         compile: What `torch.compile` sees of a layer without dropout whose weight is read directly.
             "operator", which it is at first, means one operator, which runs what eager mode runs, kernels
             included. "plain" means PyTorch's own three products, which the compiler may fuse and tune; dA is
@@ -77,7 +77,7 @@ def enable(
             gradients are the same.
 
     Raises:
-        ValueError: A value is not one of these.
+        ValueError: A value is not one of these, or it is a device that this process does not have.
     """
     given = {
         "lora": lora,

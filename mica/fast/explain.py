@@ -30,6 +30,7 @@ from mica.fast.forward.eligibility import (
 from mica.fast.forward.layer_calls import Calls
 from mica.fast.frameworks import REMEDIES, replaced_by
 from mica.fast.merge.reporting import kind_merged_into
+from mica.fast.refusals import check_model
 from mica.fast.settings import settings
 from mica.kernels.runtime import ON_A_CPU
 
@@ -102,7 +103,11 @@ def explain(model: nn.Module) -> Explanation:
 
     ``bypassed_by``: where other code runs instead of the layer, the framework's name (axolotl, unsloth) or
     that of the module with the code; ``str()`` says how to switch it off.
+
+    Raises:
+        TypeError: ``model`` is not a `torch.nn.Module`.
     """
+    check_model(model, "explain")
     modules = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
     calls = layer_calls.calls_of(modules.values())

@@ -15,6 +15,16 @@ from mica.fast.merge.unloading import lora_layers, requested
 from mica.fast.settings import while_enabled
 from mica.memory import TENSOR_TYPES
 
+
+def check_model(model, call: str) -> None:
+    """Raise TypeError if the argument of this public call is not a model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"mica.fast.{call}(model) needs a torch.nn.Module, for instance what get_peft_model returned, "
+            f"but model is a {type(model).__name__}."
+        )
+
+
 # ---------------------------------------------------------------------------------------------------
 # merging into a weight that is computed
 # ---------------------------------------------------------------------------------------------------

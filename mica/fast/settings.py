@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -70,10 +71,30 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype | None:
 def change(**values) -> None:
     """Change these settings, or none and raise a ValueError."""
     for name, value in values.items():
-        if name in ALLOWED and value not in ALLOWED[name]:
+        if name == "device":
+            _check_device(value)
+        elif value not in ALLOWED[name]:
             raise ValueError(f"{name} must be one of {ALLOWED[name]}, but it is {value!r}.")
     vars(settings).update(values)
     kept.recompute_norms(settings.recompute == "norms")
+
+
+def _check_device(requested: str | torch.device) -> None:
+    """Raise ValueError if PyTorch cannot compute on this device here."""
+    if requested == "auto":
+        return
+    try:
+        device = torch.device(requested)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be 'auto' or a torch device, but it is {requested!r}.") from error
+    count = 0
+    with suppress(RuntimeError):  # this build of PyTorch has no module for the type
+        count = torch.get_device_module(device).device_count()  # initialises none: the process may still fork
+    if (device.index or 0) >= count:
+        raise ValueError(
+            f"device must be 'auto' or one that this process can use, but it is {str(device)!r}, and PyTorch "
+            f"sees {count} devices of type {device.type!r}."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------

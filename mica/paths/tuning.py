@@ -7,8 +7,8 @@ time counts as it does in training. `Table` keeps the answers, in memory and in 
 versions: all calls of a kind run one form, in this process and in those to come.
 
 ``MICA_TUNE`` decides: "0", "off", "false" or "no": nothing is measured, and layers take the reference path.
-Unset, or "1", "on", "true", "yes": the files are in ``mica/tuning`` of the Hugging Face cache (HF_HOME), and
-may be deleted to measure anew. Anything else is another folder.
+"again": what is known of a device is forgotten and measured anew. Unset, or "1", "on", "true", "yes": the
+files are in ``mica/tuning`` of the Hugging Face cache (HF_HOME). Anything else is another folder.
 """
 
 from __future__ import annotations
@@ -155,13 +155,17 @@ class Table:
 
     def __init__(self, device: torch.device) -> None:
         setting = os.environ.get("MICA_TUNE", "").strip()
+        is_again = setting.lower() == "again"
         default = Path(constants.HF_HOME) / "mica" / "tuning"
-        folder = named_folder(setting or "on", default)
+        folder = named_folder("on" if is_again or not setting else setting, default)
         self.is_on = folder is not None
         self.path = (folder or default) / _file_name(device_name(device))
         self.measuring = threading.Lock()
         self.settled: dict[Kind, Layer] = {}
-        self.stored = _read(self.path) if self.is_on else {}
+        if is_again:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+        self.stored = _read(self.path) if self.is_on and not is_again else {}
 
     def find(self, kind: Kind) -> Layer | None:
         found = self.settled.get(kind)

@@ -16,7 +16,7 @@ from mica.fast.forward.expert_params import weight_name
 from mica.fast.merge.merging import stats_of_merged
 from mica.fast.merge.report import MergeReport, MergeStats
 from mica.fast.merge.unloading import lora_layers, merging_and_unloading
-from mica.fast.refusals import check_weights
+from mica.fast.refusals import check_model, check_weights
 from mica.fast.settings import while_enabled
 
 
@@ -34,7 +34,12 @@ _unloaded: WeakKeyDictionary[nn.Module, list[_Merged]] = WeakKeyDictionary()
 
 
 def merge_report(model: nn.Module) -> MergeReport:
-    """What rounding did to the adapters now merged into the model (also after ``merge_and_unload``)."""
+    """What rounding did to the adapters now merged into the model (also after ``merge_and_unload``).
+
+    Raises:
+        TypeError: ``model`` is not a `torch.nn.Module`.
+    """
+    check_model(model, "merge_report")
     report = MergeReport()
     wrapped = set()  # base layers inside of PEFT's, which report for them
     for name, module in model.named_modules():

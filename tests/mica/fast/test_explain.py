@@ -53,6 +53,16 @@ def test_on_a_cpu_the_table_shows_what_needs_no_reason(monkeypatch):
     choose.clear()
 
 
+@pytest.mark.parametrize("call", ["explain", "merge_report"])
+@pytest.mark.parametrize("model", ["tiny", None, torch.zeros(2)])
+def test_what_is_no_model_is_named(call, model):
+    kind = type(model).__name__
+    with pytest.raises(
+        TypeError, match=rf"^mica\.fast\.{call}\(model\) needs a .*Module, .* model is a {kind}\.$"
+    ):
+        getattr(mica.fast, call)(model)
+
+
 INTERPRETED = "TRITON_INTERPRET=1, and interpreted kernels run only with MICA_BACKEND=triton"
 
 

@@ -153,6 +153,14 @@ def test_settings_are_checked_before_any_changes():
     ):
         with pytest.raises(ValueError, match=rf"^{name} must be one of \(.*\), but it is '?{wrong}"):
             mica.fast.enable(**{name: wrong})
+    for wrong in ("tpu?", 1.5, None):
+        with pytest.raises(ValueError, match=r"^device must be 'auto' or a torch device, but it is"):
+            mica.fast.enable(device=wrong)
+    for absent in ("cuda:7", torch.device("cuda", 99), "cpu:1", "xla", "meta"):
+        with pytest.raises(
+            ValueError, match=rf"^device must be .*, but it is '{absent}', and PyTorch sees \d"
+        ):
+            mica.fast.enable(device=absent)
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'compute'"):
         mica.fast.enable(compute=None)
     assert (settings.compute_dtype, settings.on_unsuitable) == (torch.float32, "skip")

@@ -266,6 +266,22 @@ def test_a_home_that_cannot_be_written_to_costs_a_warning(home):
     assert other_process().find(KIND) is None
 
 
+@pytest.mark.parametrize("value", ["again", " AGAIN "])
+def test_again_forgets(monkeypatch, tmp_path, value):
+    monkeypatch.setattr(tuning.constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setenv("MICA_TUNE", "1")
+    other_process().settle(KIND, LAYER)
+    assert other_process().find(KIND) is not None
+    (file,) = (tmp_path / "mica" / "tuning").iterdir()
+    monkeypatch.setenv("MICA_TUNE", value)
+    table = other_process()
+    assert table.find(KIND) is None
+    assert not file.exists()
+    table.settle(OTHER, LAYER)
+    monkeypatch.delenv("MICA_TUNE")
+    assert [*other_process().stored] == [str(OTHER)]
+
+
 @pytest.mark.parametrize("value", ["0", "off", "no"])
 def test_switched_off_it_knows_nothing(monkeypatch, tmp_path, value):
     monkeypatch.setattr(tuning.constants, "HF_HOME", str(tmp_path))
