@@ -96,7 +96,7 @@ def test_wheel_holds_one_package_and_needs_no_compiler(wheel):
     suffixes = (".py", ".cpp", ".h", ".typed")
     sources = {str(path.relative_to(ROOT)) for path in files_in(ROOT / "mica") if path.suffix in suffixes}
     sources |= kernels_of(ROOT / "kernels")
-    assert {"mica/py.typed", "mica/native/module.cpp"} <= sources <= names
+    assert {"mica/py.typed", "mica/native/mica_native.cpp"} <= sources <= names
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in names if name.endswith((".so", ".o"))]
 

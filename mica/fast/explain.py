@@ -15,8 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from mica.fast import known_peft, patching
-from mica.fast.forward import call_counts, decide, expert_params, experts
-from mica.fast.forward.call_counts import Calls
+from mica.fast.forward import decide, expert_params, experts, layer_calls
 from mica.fast.forward.eligibility import (
     KERNEL,
     PEFT,
@@ -28,6 +27,7 @@ from mica.fast.forward.eligibility import (
     is_mica,
     quantised_layers,
 )
+from mica.fast.forward.layer_calls import Calls
 from mica.fast.frameworks import REMEDIES, replaced_by
 from mica.fast.merge.reporting import kind_merged_into
 from mica.fast.refusals import check_model
@@ -110,7 +110,7 @@ def explain(model: nn.Module) -> Explanation:
     check_model(model, "explain")
     modules = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
-    calls = call_counts.calls_of(modules.values())
+    calls = layer_calls.calls_of(modules.values())
     rows = [_row(model, name, module, modules, calls) for name, module in layers.items()]
     return Explanation(rows)
 

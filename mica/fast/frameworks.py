@@ -44,7 +44,7 @@ def replaced_by(module: nn.Module) -> str | None:
         calls = [value for name, value in attributes.items() if name.startswith("apply_") and callable(value)]
         for call in [attributes.get("forward", type(module).forward), *calls]:
             function = _innermost(call)
-            if _home(function).partition(".")[0] not in own:
+            if home_of(function).partition(".")[0] not in own:
                 return owner_of(function)
     return None
 
@@ -54,7 +54,7 @@ def owner_of(function: Callable) -> str:
     home = "other code"
     with suppress(Exception):
         function = _innermost(function)
-        home = _home(function)
+        home = home_of(function)
         package = home.partition(".")[0]
         # unsloth_zoo compiles PEFT's forwards into modules named after the layer, "Linear_peft_forward"
         if package.startswith("unsloth") or getattr(function, "__name__", "") == "unsloth_forward":
@@ -70,7 +70,7 @@ def _innermost(call):
     What this package's function wraps may itself be a framework's, which then no longer decides.
     """
     for _ in range(32):
-        if hasattr(call, "__globals__") and _home(call).startswith("mica."):
+        if hasattr(call, "__globals__") and home_of(call).startswith("mica."):
             return call
         if hasattr(call, "__wrapped__"):
             call = call.__wrapped__
@@ -83,7 +83,7 @@ def _innermost(call):
     return call
 
 
-def _home(function) -> str:
+def home_of(function: Callable) -> str:
     """The name of the module that the function was defined or compiled in."""
     scope = getattr(function, "__globals__", None)
     if scope is None:  # a callable object, or a function in C

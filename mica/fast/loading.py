@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from mica.fast.caches import clear_caches
 from mica.fast.create.solving import NewAdapter, check, initialise
 from mica.fast.forward.eligibility import is_mica
-from mica.fast.saving import warn_of_a_lost_mark
 from mica.fast.settings import around, settings, while_enabled
 
 # Beside an adapter on a GGUF file: the folder of the checkpoint that `mica adapt` has made of that file.
@@ -61,8 +60,6 @@ def load(stock, *args, **kwargs):
         for adapter in adapters:  # transformers' loader makes parameters that require a gradient
             adapter.lora_B.requires_grad_(False)
     adapters.clear()
-    if isinstance(model, nn.Module):
-        warn_of_a_lost_mark(model, name)
     return result
 
 

@@ -18,7 +18,7 @@ import peft
 from mica.fast import known_peft, loading, refusals, saving
 from mica.fast.caches import clear_caches
 from mica.fast.create import initialisation, quantised
-from mica.fast.forward import call_counts, decide, experts
+from mica.fast.forward import decide, experts, layer_calls
 from mica.fast.forward.eligibility import quantised_layers
 from mica.fast.known_peft import EMBEDDING, EXPERTS, LINEAR, MERGING
 from mica.fast.merge import experts as merging_of_experts
@@ -55,7 +55,7 @@ _CONFIG = "peft.config:PeftConfigMixin"
 _HUGGING_FACE = "transformers.integrations.peft:PeftAdapterMixin"
 
 _FORWARD = "self x *args **kwargs"
-_WHOLE = ("forward", "self *args **kwargs", call_counts.whole_forward)
+_WHOLE = ("forward", "self *args **kwargs", layer_calls.whole_forward)
 _CAST = ("cast_adapter_dtype", "model adapter_name autocast_adapter_dtype", initialisation.cast_adapter_dtype)
 _UNLOAD = (
     "_unload_and_optionally_merge",
@@ -80,7 +80,7 @@ _MERGES = {"merge_safe": merging.merge_safe, "merge_unsafe": merging.merge_unsaf
 
 def _optional_part(name: str, parameters: str, wrap: Callable, part: str) -> Patch:
     """For `target_parameters`, on which a PEFT without this class has no MiCA."""
-    return Patch(f"{_LAYERS}:ParamWrapper", name, parameters, wrap, False, part)
+    return Patch(f"{_LAYERS}:ParamWrapper", name, parameters, wrap, required=False, part=part)
 
 
 PATCHES = (
@@ -130,8 +130,7 @@ PATCHES = (
             name,
             "module active_adapter orig_weight",
             wrap,
-            True,
-            MERGING,
+            part=MERGING,
         )
         for variant in ("MiCALinearVariant", "MiCAEmbeddingVariant")
         for name, wrap in _MERGES.items()
@@ -290,7 +289,7 @@ def _replace(owner, patch: Patch) -> None:
 def uninstall() -> None:
     """Stock PEFT again: every replaced attribute is the very object that was there."""
     quantised_layers.clear()
-    call_counts.clear()  # from here on nothing is counted
+    layer_calls.clear()  # from here on nothing is counted
     merging.end_period()
     while _installed:
         owner, name, before = _installed.pop()

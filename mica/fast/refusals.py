@@ -15,14 +15,6 @@ from mica.fast.merge.unloading import lora_layers, requested
 from mica.fast.settings import while_enabled
 from mica.memory import TENSOR_TYPES
 
-# Forward pre-hooks of torch.nn.utils that recompute the weight before every forward: the attribute with its
-# name, and the call that removes them. By name, because torch has deprecated two of the three.
-_WEIGHT_HOOKS = {
-    "weight_norm.WeightNorm": ("name", "torch.nn.utils.remove_weight_norm(layer.base_layer)"),
-    "spectral_norm.SpectralNorm": ("name", "torch.nn.utils.remove_spectral_norm(layer.base_layer)"),
-    "prune.BasePruningMethod": ("_tensor_name", "torch.nn.utils.prune.remove(layer.base_layer, 'weight')"),
-}
-
 
 def check_model(model, call: str) -> None:
     """Raise TypeError if the argument of this public call is not a model."""
@@ -36,19 +28,6 @@ def check_model(model, call: str) -> None:
 # ---------------------------------------------------------------------------------------------------
 # merging into a weight that is computed
 # ---------------------------------------------------------------------------------------------------
-
-
-def _how_to_keep(base_layer: nn.Module, weight: str) -> str | None:
-    """None if the weight of this name is stored as such; else the call that stops its recomputation."""
-    if parametrize.is_parametrized(base_layer, weight):
-        return f"torch.nn.utils.parametrize.remove_parametrizations(layer.base_layer, {weight!r})"
-    for hook in base_layer._forward_pre_hooks.values():
-        for cls in type(hook).__mro__:
-            kind = f"{cls.__module__}.{cls.__name__}".removeprefix("torch.nn.utils.")
-            attribute, remover = _WEIGHT_HOOKS.get(kind, (None, None))
-            if attribute is not None and getattr(hook, attribute) == weight:
-                return remover
-    return None
 
 
 def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged into") -> None:
@@ -67,11 +46,13 @@ def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged 
             f"MiCA cannot be {verb} {called} under tensor parallelism: save the adapter, and merge it in a "
             "process that holds the whole model."
         )
-    remover = _how_to_keep(base_layer, weight_name(layer))
-    if remover is not None:
+    weight = weight_name(layer)
+    is_set_by_hook = weight in vars(base_layer) and base_layer._forward_pre_hooks  # before every forward
+    if parametrize.is_parametrized(base_layer, weight) or is_set_by_hook:
         raise ValueError(
             f"MiCA cannot be {verb} {called}, because its weight is computed from other parameters "
-            f"(weight_norm, parametrization, pruning) and the change would be lost: call {remover} first."
+            "(weight_norm, parametrization, pruning) and the change would be lost: make it a parameter "
+            "first, by remove_parametrizations, remove_weight_norm or prune.remove of torch.nn.utils."
         )
 
 

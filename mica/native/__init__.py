@@ -89,7 +89,7 @@ def _load() -> ModuleType | str:
     if folder is None:
         return f"MICA_NATIVE={os.environ['MICA_NATIVE']}"
     try:
-        loaded = import_extension(folder, build.EXTENSION)
+        loaded = import_extension(folder, build.SOURCE)
     except build.BuildError as error:
         return str(error)
     except ImportError as error:
@@ -106,15 +106,15 @@ def _folder() -> Path | None:
     return named_folder(value if value.strip() else "on", build.default_folder())
 
 
-def import_extension(folder: Path, extension: build.Extension) -> ModuleType:
-    """The module that is compiled from this extension's sources and kept in ``folder``.
+def import_extension(folder: Path, source: Path) -> ModuleType:
+    """The module of the source's name, which is compiled from that and kept in ``folder``.
 
     Raises:
         BuildError: see `mica.native.build.ensure_built`.
         ImportError: what was compiled cannot be loaded.
     """
-    name = extension.name
-    path = str(build.ensure_built(folder, extension))
+    name = source.stem
+    path = str(build.ensure_built(folder, source))
     spec = spec_from_file_location(name, path, loader=ExtensionFileLoader(name, path))
     loaded = module_from_spec(spec)
     spec.loader.exec_module(loaded)

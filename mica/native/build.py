@@ -23,7 +23,6 @@ import sysconfig
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import filelock
 import torch
@@ -45,14 +44,8 @@ class BuildError(Exception):
     """Why there is no compiled module, in words for the user."""
 
 
-class Extension(NamedTuple):
-    """A Python module in C++, whose initialisation is PyInit_name."""
-
-    name: str
-    source: Path  # includes what else it needs of the .h and .cpp files beside it
-
-
-EXTENSION = Extension("mica_native", Path(__file__).with_name("module.cpp"))
+# A Python module, whose initialisation is PyInit_mica_native. It includes the other files that it needs.
+SOURCE = Path(__file__).with_name("mica_native.cpp")
 
 
 def default_folder() -> Path:
@@ -60,7 +53,7 @@ def default_folder() -> Path:
     return Path(constants.HF_HOME) / "mica" / "native"
 
 
-def ensure_built(folder: Path, extension: Extension = EXTENSION) -> Path:
+def ensure_built(folder: Path, source: Path = SOURCE) -> Path:
     """The compiled module in this folder; where there is none, it is compiled first, as stderr then says.
 
     Raises:
@@ -75,9 +68,9 @@ def ensure_built(folder: Path, extension: Extension = EXTENSION) -> Path:
         reason = why_untrusted(folder)
         if reason is not None:  # code that another user could have written is not run
             raise BuildError(f"{folder} {reason}, so MICA_NATIVE has to name another folder")
-        path = _path(folder, extension)
+        path = _path(folder, source)
         if not _is_usable(path):
-            _build(path, extension)
+            _build(path, source)
     except (OSError, NotImplementedError) as error:  # the second where a disk has no locks; also a timeout
         raise BuildError(
             f"{folder} cannot be used, so MICA_NATIVE has to name another folder: {error}"
@@ -88,12 +81,12 @@ def ensure_built(folder: Path, extension: Extension = EXTENSION) -> Path:
 def is_built(folder: Path) -> bool:
     """Whether `ensure_built` would compile nothing."""
     try:
-        return _is_usable(_path(folder, EXTENSION))
+        return _is_usable(_path(folder, SOURCE))
     except OSError:
         return False
 
 
-def _path(folder: Path, extension: Extension) -> Path:
+def _path(folder: Path, source: Path) -> Path:
     """The name of the module's file holds a hash of everything that the compiled code depends on."""
     facts = (
         torch.__version__,
@@ -104,10 +97,9 @@ def _path(folder: Path, extension: Extension) -> Path:
         FLAGS,
     )
     digest = hashlib.sha256(repr(facts).encode())
-    sources = extension.source.parent
-    for source in sorted([*sources.glob("*.cpp"), *sources.glob("*.h")]):
-        digest.update(source.read_bytes())
-    return folder / f"{extension.name}-{digest.hexdigest()[:24]}.so"
+    for file in sorted([*source.parent.glob("*.cpp"), *source.parent.glob("*.h")]):
+        digest.update(file.read_bytes())
+    return folder / f"{source.stem}-{digest.hexdigest()[:24]}.so"
 
 
 def _is_usable(path: Path) -> bool:
@@ -124,7 +116,7 @@ def _sealed(code: bytes) -> bytes:
     return code + hashlib.sha256(code).digest()
 
 
-def _build(path: Path, extension: Extension) -> None:
+def _build(path: Path, source: Path) -> None:
     """Compile it, if no other process does so meanwhile."""
     compiler = _compiler()
     # That one fails says nothing of another, nor of another program behind the same name.
@@ -143,8 +135,9 @@ def _build(path: Path, extension: Extension) -> None:
                 "to try again now"
             )
         output = Path(scratch) / path.name
-        command = [*compiler, *_arguments(extension.source, output)]
-        say(f"compiling C++ for PyTorch {torch.__version__}, once on this machine: 15 seconds to a minute")
+        command = [*compiler, *_arguments(source, output)]
+        takes = "about 15 seconds of one core, longer on a busy machine"
+        say(f"compiling C++ for PyTorch {torch.__version__}, once on this machine: {takes}")
         start = time.monotonic()
         problem = _problem_of(command)
         if problem is None and not output.exists():

@@ -115,13 +115,13 @@ inline Tensor scaled_product(const Tensor& left, const Tensor& factor, double sc
 
 // y (M×N) and h (M×r) from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)
 inline std::pair<Tensor, Tensor> linear(const Tensor& x, const Operands& operands, const Numbers& numbers) {
-  const auto& [given_weight, lora_A, lora_B, given_scaling, given_bias, _1, _2, _3, _4, _5, _6] = operands;
-  const Tensor weight = autocast_to(given_weight, x.scalar_type());
+  const Tensor& lora_B = operands.lora_B;
+  const Tensor weight = autocast_to(operands.weight, x.scalar_type());
   const ScalarType dtype = product_dtype(x, numbers.factor_dtype, lora_B.scalar_type(), numbers.compute_dtype);
-  const double scaling = given_scaling / (1.0 - numbers.dropout.p);
-  const Tensor h = scaled_product(masked(x, numbers.dropout), lora_A.t(), scaling, dtype);
-  const Tensor y =
-      given_bias ? at::addmm(autocast_to(*given_bias, x.scalar_type()), x, weight.t()) : at::mm(x, weight.t());
+  const double scaling = operands.scaling / (1.0 - numbers.dropout.p);
+  const Tensor h = scaled_product(masked(x, numbers.dropout), operands.lora_A.t(), scaling, dtype);
+  const Tensor y = operands.bias ? at::addmm(autocast_to(*operands.bias, x.scalar_type()), x, weight.t())
+                                 : at::mm(x, weight.t());
   if (dtype == y.scalar_type()) {
     return {added(y, h, cast(lora_B, dtype).t()), h};
   }
@@ -263,7 +263,7 @@ inline variable_list backward_of(
 
 // As `mica.ops.operator.save`: an alias keeps the memory that ``tensor.data = other`` replaces, shares the version,
 // and is followed by autograd where a second derivative may need it.
-inline Tensor kept(const Tensor& tensor) {
+inline Tensor alias_of(const Tensor& tensor) {
   return tensor.requires_grad() ? tensor.view_as(tensor) : tensor.detach();
 }
 
@@ -340,10 +340,10 @@ struct Layer : torch::autograd::Function<Layer> {
       const at::AutoGradMode with_grad(true);
       // no fp32 copy, no mask, and nothing that no gradient needs; perhaps no x: `mica.ops.kept`
       variable_list tensors{
-          needs_x ? kept(operands.weight) : Tensor(),
-          needs_x ? kept(lora_A) : Tensor(),
-          kept(lora_B),
-          needs_A ? kept(has_token ? operands.token : x) : Tensor(),
+          needs_x ? alias_of(operands.weight) : Tensor(),
+          needs_x ? alias_of(lora_A) : Tensor(),
+          alias_of(lora_B),
+          needs_A ? alias_of(has_token ? operands.token : x) : Tensor(),
           h,
       };
       ctx->save_for_backward(std::move(tensors));

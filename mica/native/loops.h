@@ -57,6 +57,17 @@ void in_parallel(int64_t count, int64_t grain, const Work& work) {
       grain);
 }
 
+// work(row) for rows of so many numbers
+template <typename Work>
+void for_each_row(int64_t rows, int64_t columns, const Work& work) {
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns));
+  in_parallel(rows, grain, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      work(row);
+    }
+  });
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // dropout
 // ---------------------------------------------------------------------------------------------------------
@@ -116,12 +127,9 @@ void keep_rows(const Tensor& out, const Tensor& in, const Dropout& dropout) {
   const int64_t stride = in.stride(0);
   const auto* from = static_cast<const Word*>(in.const_data_ptr());
   auto* to = static_cast<Word*>(out.mutable_data_ptr());
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns));
-  in_parallel(in.size(0), grain, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      const RowHash hash(dropout.seed, row);
-      keep_row(to + row * columns, from + row * stride, columns, hash, dropout.threshold());
-    }
+  for_each_row(in.size(0), columns, [&](int64_t row) {
+    const RowHash hash(dropout.seed, row);
+    keep_row(to + row * columns, from + row * stride, columns, hash, dropout.threshold());
   });
 }
 

@@ -143,11 +143,8 @@ inline Tensor weighted_sums(const Tensor& given_words, const Tensor& factors) {
   const Tensor sums = at::empty({words.size(0)}, at::kLong);
   const auto* from = words.const_data_ptr<int64_t>();
   auto* to = sums.mutable_data_ptr<int64_t>();
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, columns));
-  in_parallel(words.size(0), grain, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      to[row] = weighted_sum(from + row * columns, factors.const_data_ptr(), columns);
-    }
+  for_each_row(words.size(0), columns, [&](int64_t row) {
+    to[row] = weighted_sum(from + row * columns, factors.const_data_ptr(), columns);
   });
   return sums;
 }
@@ -175,6 +172,7 @@ struct Part {
     const size_t count = columns.size();
     for (size_t start = 0; start < is_lost.size(); start += 64) {
       uint64_t flags = 0; // a bit for each byte: one loop over what is lost mispredicts less than eight
+      // the product has the lowest bit of byte i in bit 56 + i
       for (int shift = 0; shift < 64; shift += 8) {
         uint64_t bytes;
         std::memcpy(&bytes, is_lost.data() + start + shift, sizeof bytes);

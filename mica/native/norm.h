@@ -51,12 +51,10 @@ inline OptionalTensor norm(const Tensor& weight, const Tensor& h, const Tensor& 
   const float* factors = weight.const_data_ptr<float>();
   const float* of_rows = rstd.const_data_ptr<float>();
   std::atomic<bool> is_unusual = false;
-  in_parallel(rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns)), [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      const int64_t start = row * columns;
-      if (norm_row(words + start, numbers + start, factors, columns, of_rows[row], rounds)) {
-        is_unusual = true;
-      }
+  for_each_row(rows, columns, [&](int64_t row) {
+    const int64_t start = row * columns;
+    if (norm_row(words + start, numbers + start, factors, columns, of_rows[row], rounds)) {
+      is_unusual = true;
     }
   });
   return is_unusual ? std::nullopt : OptionalTensor(out);

@@ -210,9 +210,8 @@ class _ExpertsLinear(torch.autograd.Function):
         tensors = grad_output, x, offsets, weight, lora_A, lora_B
         operands = weight, lora_A, lora_B, ctx.scaling, None, ctx.compute_dtype
         args = grad_output, x, offsets, mask, *operands, tokens, inverse, ctx.num_tokens, ctx.trains_B
-        operator = torch.ops.mica.experts_linear_backward
-        grads = run_backward(operator, _backward, tensors, *args, grad_h=grad_h)
-        grad_x, grad_A = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
+        backward = torch.ops.mica.experts_linear_backward
+        grad_x, grad_A = run_backward(backward, _backward, tensors, *args, mask=mask, grad_h=grad_h)
         grad_B = None
         if h is not None:
             tensors = grad_output, h, offsets

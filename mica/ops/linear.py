@@ -23,7 +23,6 @@ from mica.ops.operator import (
     below_autograd,
     call_counts,
     in_form,
-    is_eager,
     like,
     no_autocast,
     operator,
@@ -129,22 +128,11 @@ def _with_dtype_of(x: Tensor, operands: Operands) -> Operands:
 
 def _linear_backward(grad_output, x, output_mask, *args, grad_h=None):
     needs_x, needs_A = output_mask
-    operands = Operands(*args)
+    operands = _with_dtype_of(grad_output, Operands(*args))
     if not needs_x:
         operands = operands._replace(weight=None)
-    return without_none(grad_output, *_gradients(grad_output, x if needs_A else None, operands, grad_h))
-
-
-def _gradients(
-    grad_output, x: Tensor | None, operands: Operands, grad_h: Tensor | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dA); None where no gradient is needed, and so x or the weight is None.
-
-    grad_h: as for `run_backward`; no kernel takes it.
-    """
-    operands = _with_dtype_of(grad_output, operands)
     dy = as_matrix(grad_output)
-    matrix = None if x is None else as_matrix(x)
+    matrix = as_matrix(x) if needs_A else None
     dtypes = operands.dtypes(dy)
     with no_autocast():
         dx, dA = run_formula(
@@ -155,11 +143,11 @@ def _gradients(
             dy,
             matrix,
             operands,
-            *([] if grad_h is None else [as_matrix(grad_h)]),
+            *([] if grad_h is None else [as_matrix(grad_h)]),  # no kernel takes it
             kind=partial(kind_of, operands, dtypes, dy, matrix),
             trains_B=operands.trains_B,
         )
-    return None if dx is None else like(grad_output.shape, dx), dA
+    return without_none(grad_output, None if dx is None else like(grad_output.shape, dx), dA)
 
 
 def _linear_operator(x, *args):
@@ -181,6 +169,9 @@ def _linear_backward_fake(grad_output, x, output_mask, weight, lora_A, *args):
     grad_x = grad_output.new_empty(*grad_output.shape[:-1], lora_A.shape[1]) if needs_x else None
     grad_A = lora_A.new_empty(lora_A.shape) if needs_A else None
     return without_none(grad_output, grad_x, grad_A)
+
+
+_NO_GRADIENTS = Operands(*[None] * len(Operands._fields))
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -214,32 +205,22 @@ class _LoraLinear(torch.autograd.Function):
         x, weight, lora_A, lora_B, seed, h = saved(ctx)
         operands = ctx.operands._replace(weight=weight, lora_A=lora_A, lora_B=lora_B, seed=seed)
         if grad_output is None and grad_h is None:
-            return (None,) * 12
+            return None, None, *_NO_GRADIENTS
         if grad_output is None:
             grad_output = without_gradient(grad_h, weight, lora_B)
         grad_x = grad_A = grad_B = None
         if weight is not None or x is not None:
-            grad_x, grad_A = _run_backward(grad_output, grad_h, x, operands)
+            mask = [weight is not None, x is not None]
+            tensors = grad_output, x, weight, lora_A, lora_B
+            args = grad_output, x, mask, *operands
+            backward = torch.ops.mica.linear_backward
+            grad_x, grad_A = run_backward(
+                backward, _linear_backward, tensors, *args, mask=mask, grad_h=grad_h
+            )
         if h is not None:
             in_features = lora_A.shape[1]
             grad_B = grad_b(grad_output, h, lora_B.dtype, operands.autocast_dtype, in_features)
-        return None, grad_x, None, grad_A, grad_B, *[None] * 7
-
-
-def _run_backward(
-    grad_output, grad_h, x: Tensor | None, operands: Operands
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dA) by the body, by plain formulas or by the operator, as `run_backward`."""
-    if grad_h is None and not torch.is_grad_enabled() and is_eager(grad_output, x):
-        with below_autograd():
-            return _gradients(grad_output, x, operands)
-    mask = [operands.weight is not None, x is not None]
-    tensors = grad_output, x, operands.weight, operands.lora_A, operands.lora_B
-    args = grad_output, x, mask, *operands
-    operator = torch.ops.mica.linear_backward
-    grads = run_backward(operator, _linear_backward, tensors, *args, grad_h=grad_h)
-    grad_x, grad_A = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
-    return grad_x, grad_A
+        return None, grad_x, *_NO_GRADIENTS._replace(lora_A=grad_A, lora_B=grad_B)
 
 
 def _cast(kind, x, *args):

@@ -134,8 +134,8 @@ class _DownProjection(torch.autograd.Function):
         mask = list(ctx.needs_input_grad[1:3])
         tensors = grad_h, x, lora_A
         args = *tensors, ctx.scaling, ctx.x_dtype, mask, ctx.dropout_p, seed
-        grads = run_backward(torch.ops.mica.down_projection_backward, _down_backward, tensors, *args)
-        grad_x, grad_A = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
+        backward = torch.ops.mica.down_projection_backward
+        grad_x, grad_A = run_backward(backward, _down_backward, tensors, *args, mask=mask)
         return None, grad_x, grad_A, *[None] * 4
 
 

@@ -223,6 +223,7 @@ def run_backward(
     body: Callable,
     tensors: Sequence[Tensor | None],
     *args,
+    mask: Sequence[bool] | None = None,
     grad_h: Tensor | None = None,
 ):
     """Run a backward; with ``create_graph=True``, for higher derivatives, by plain formulas.
@@ -234,17 +235,22 @@ def run_backward(
         body: The function behind it.
         tensors: The tensors among the arguments, which decide between the two.
         args: The arguments of both.
+        mask: Which of several gradients are needed; the others are None. Without one it is a single gradient.
         grad_h: The gradient of the h that a forward returned, which second derivatives have. Only the plain
             formulas take it.
     """
     if grad_h is not None:
-        return on_reference(partial(body, grad_h=grad_h))(*args)
-    if torch.is_grad_enabled():
-        return on_reference(body)(*args)
-    if not is_eager(*tensors):
-        return operator(*args)
-    with below_autograd():
-        return body(*args)
+        grads = on_reference(partial(body, grad_h=grad_h))(*args)
+    elif torch.is_grad_enabled():
+        grads = on_reference(body)(*args)
+    elif not is_eager(*tensors):
+        grads = operator(*args)
+    else:
+        with below_autograd():
+            grads = body(*args)
+    if mask is None:
+        return grads
+    return [grad if is_needed else None for grad, is_needed in zip(grads, mask, strict=True)]
 
 
 def without_gradient(grad_h: Tensor, weight: Tensor | None, lora_B: Tensor) -> Tensor:

@@ -65,22 +65,9 @@ def kind_of(
     return Kind(operands.trains_B, dtypes, *sizes, operands.dropout_p > 0.0, is_aligned)
 
 
-class Refused(NamedTuple):
-    """A call that runs on the reference path from some moment on.
-
-    Attributes:
-        device: The device.
-        function: The name of the formula, with `LORA` in front where lora_B may be trained.
-        rank: The rank of the adapter.
-        dtypes: Those of the operands, as `decide` takes them.
-    """
-
-    device: torch.device
-    function: str
-    rank: int
-    dtypes: tuple[torch.dtype, ...]
-
-
+# Calls that run on the reference path from some moment on: device, function, rank and dtypes, as `decide`
+# takes them.
+Refused = tuple[torch.device, str, int, tuple[torch.dtype, ...]]
 _given_up: dict[Refused, str] = {}
 _missed: set[Refused] = set()
 
@@ -206,7 +193,7 @@ def give_up(
     """Use no kernels for this function with such operands from now on; a warning names it and the reason."""
     text = (str(error).strip() or type(error).__name__).partition("\n")[0]
     what = f"{function} at rank {rank} ({names_of(dtypes)})"
-    _given_up[Refused(device, function, rank, dtypes)] = f"{what} was given up: {text}"
+    _given_up[device, function, rank, dtypes] = f"{what} was given up: {text}"
     _choices.clear()
     failed = f"the Triton kernel for {what} failed on {device}"
     warnings.warn(f"{failed}; PyTorch computes it from now on: {text}", stacklevel=2)
@@ -216,7 +203,7 @@ def note_missed(
     device: torch.device, function: str, rank: int, dtypes: tuple[torch.dtype, ...], error: Exception
 ) -> None:
     """Warn, once, that this function with such operands runs without kernels in a CUDA graph."""
-    missed = Refused(device, function, rank, dtypes)
+    missed = device, function, rank, dtypes
     if missed not in _missed:
         _missed.add(missed)
         what = f"{function} at rank {rank} ({names_of(dtypes)})"
@@ -284,4 +271,4 @@ def why_not_kernels(
         return f"no Triton kernels for ranks above {MAX_RANK}"
     if function is None:
         return None
-    return _given_up.get(Refused(device, function, rank, dtypes))
+    return _given_up.get((device, function, rank, dtypes))

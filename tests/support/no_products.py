@@ -13,8 +13,7 @@ from mica.native import build, import_extension
 
 @cache
 def _module() -> ModuleType:
-    extension = build.Extension("no_products", Path(__file__).with_suffix(".cpp"))
-    return import_extension(build.default_folder(), extension)
+    return import_extension(build.default_folder(), Path(__file__).with_suffix(".cpp"))
 
 
 @contextmanager

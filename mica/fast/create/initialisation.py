@@ -19,7 +19,6 @@ import copy
 import dataclasses
 import re
 import warnings
-from numbers import Integral
 
 import torch
 from peft.tuners import lora
@@ -30,7 +29,7 @@ from mica.errors import UnsuitableLayerError
 from mica.fast import known_peft
 from mica.fast.create import quantised
 from mica.fast.create.solving import NewAdapter, check, check_type, initialise, is_outline, restore_exact
-from mica.fast.forward import call_counts, tensor_parallel
+from mica.fast.forward import layer_calls, tensor_parallel
 from mica.fast.forward.eligibility import (
     MiCAEmbeddingVariant,
     MiCALinearVariant,
@@ -57,10 +56,10 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
 
     Raises:
         ValueError: another variant of LoRA is requested as well, or tied adapters.
-        TypeError: a rank is not an int, or a weight not of a floating dtype with 16 bits or more.
+        TypeError: a weight is not of a floating dtype with 16 bits or more.
         UnsuitableLayerError: MiCA cannot start from a layer, and ``on_unsuitable`` is "raise"; or from none.
     """
-    call_counts.clear()  # new layers have been in no forward yet
+    layer_calls.clear()  # new layers have been in no forward yet
     config = self.peft_config[adapter_name]
     if not settings.enabled or not requests_mica(config):
         return stock(self, model, adapter_name, *args, **kwargs)
@@ -102,12 +101,6 @@ def _check_config(config) -> None:
             "MiCA cannot be combined with another variant of LoRA, but the configuration asks for "
             f"{', '.join(others)}."
         )
-    ranks = {"r": config.r}
-    for pattern, rank in (config.rank_pattern or {}).items():
-        ranks[f"rank_pattern[{pattern!r}]"] = rank
-    for name, rank in ranks.items():
-        if isinstance(rank, bool) or not isinstance(rank, Integral):
-            raise TypeError(f"{name} must be an int, but got {rank!r} of type {type(rank).__name__}.")
 
 
 class _Before:
@@ -165,15 +158,14 @@ class _Before:
 
 def _initialise(adapters: dict[str, NewAdapter], before: _Before, config) -> dict[str, NewAdapter]:
     """A = 0 and B = the minor subspaces, or B = 0 where it comes from a file; returns the skipped ones."""
+    _refuse_ties(before, config)
     loaded = uninitialised.get()
     if loaded is not None:
         for adapter in adapters.values():
             _make_mica(adapter, config)
-        _untie(adapters, before, config)
         loaded.extend(adapters.values())
         return {}
 
-    _refuse_ties(before, config)
     skipped = {}
     for name, adapter in adapters.items():
         try:
@@ -238,18 +230,8 @@ def _gets_basis(adapter: NewAdapter) -> bool:
 # ---------------------------------------------------------------------------------------------------
 
 
-def _tied(before: _Before, config) -> list[str]:
-    """The embedding, and the layers whose adapters PEFT has tied to its adapter (``ensure_weight_tying``)."""
-    tied = getattr(config, "target_modules_to_tie", None)
-    if not tied:
-        return []
-    source = before.model.get_input_embeddings()
-    embedding = next(name for name, module in before.model.named_modules() if module is source)
-    return [embedding, *sorted(tied)]
-
-
 def _refuse_ties(before: _Before, config) -> None:
-    """PEFT has tied adapters on tied embeddings. MiCA has none.
+    """PEFT has tied adapters on tied embeddings (``ensure_weight_tying``). MiCA has none.
 
     One update of the shared weight E (num_embeddings x embedding_dim) is s·AᵀBᵀ, with the embedding's A
     and frozen B. At the head, whose update is s·B'·A', that requires B' = Aᵀ and A' = Bᵀ: B' trained and A'
@@ -257,29 +239,17 @@ def _refuse_ties(before: _Before, config) -> None:
     creates two parameters on one memory, each with its own gradient and optimiser state, and plain LoRA's
     (0.21.2) separate at the fp32 cast over a 16-bit base, or at `model.to(dtype)`.
     """
-    tied = _tied(before, config)
+    tied = getattr(config, "target_modules_to_tie", None)
     if not tied:
         return
+    source = before.model.get_input_embeddings()
+    embedding = next(name for name, module in before.model.named_modules() if module is source)
+    names = " and ".join(map(repr, [embedding, *sorted(tied)]))
     raise ValueError(
-        f"MiCA adapters of {' and '.join(map(repr, tied))} cannot be tied (ensure_weight_tying=True), "
-        "because each freezes the minor vectors of its own side of the shared weight: leave "
-        f"ensure_weight_tying off for independent adapters, or name {tied[0]!r} in modules_to_save, and "
-        "neither in target_modules, to train the shared weight itself."
-    )
-
-
-def _untie(adapters: dict[str, NewAdapter], before: _Before, config) -> None:
-    """A file from stock: its adapters are independent of each other, and compute what they did there."""
-    tied = _tied(before, config)
-    if not tied:
-        return
-    for adapter in adapters.values():
-        for factor in (adapter.lora_A, adapter.lora_B):
-            factor.data = factor.data.clone()
-    warnings.warn(
-        "the adapter was saved with ensure_weight_tying=True, but its MiCA adapters of "
-        f"{' and '.join(map(repr, tied))} are independent of each other, and are loaded as such.",
-        stacklevel=4,
+        f"MiCA adapters of {names} cannot be tied (ensure_weight_tying=True), because each freezes the minor "
+        "vectors of its own side of the shared weight: leave ensure_weight_tying off for independent "
+        f"adapters, or name {embedding!r} in modules_to_save, and neither in target_modules, to train the "
+        "shared weight itself."
     )
 
 

@@ -6,7 +6,7 @@ subspaces of W and of nf4(W) share 83 % on average, 19 % in the worst of 210 lay
 recognised by name: no quantisation library is imported here, installed or not.
 
 A new library, whose layers PEFT can wrap, needs a function that dequantises, a row in `_KINDS`, its name in
-`_ALLOWED`, and in `packed_weight` the attribute that holds the packed weight. Then add
+`COVERED`, and in `packed_weight` the attribute that holds the packed weight. Then add
 
 - the hash of the forward of PEFT's class, if it has its own, to `QUANTISED` in mica/fast/known_peft.py:
   without it another release of PEFT is not compared, and no test notices;
@@ -38,10 +38,10 @@ def _bitsandbytes():
     return sys.modules["bitsandbytes"]
 
 
-def _bitsandbytes_4bit(layer) -> Tensor:
+def _bitsandbytes_4bit(layer) -> Tensor | None:
     base = layer.get_base_layer()
     if getattr(base.weight, "quant_state", None) is None:
-        raise UnsuitableLayerError("is not quantised yet (move the model to its device first)")
+        return None
     codes, state = _unpacked_codes(base.weight)
     return _bitsandbytes().functional.dequantize_4bit(codes, state)
 
@@ -105,12 +105,10 @@ def mergeable(layer: nn.Module, dequantised: Tensor) -> Tensor:
     return kind_of(layer).dequantise(layer).detach()
 
 
-def _bitsandbytes_8bit(layer) -> Tensor:
+def _bitsandbytes_8bit(layer) -> Tensor | None:
     base = layer.get_base_layer()
     if base.weight.is_floating_point():
-        if base.state.has_fp16_weights:
-            return base.weight
-        raise UnsuitableLayerError("is not quantised yet (move the model to its device first)")
+        return base.weight if base.state.has_fp16_weights else None
     # Not `dequantize_module_weight`: on the CPU it replaces the parameter by a copy without its scales, and
     # the layer's next call fails if it has been called before (PEFT 0.21.2, bitsandbytes 0.50).
     return dequantize_bnb_weight(base.weight, state=base.state)
@@ -160,11 +158,11 @@ class Kind(NamedTuple):
     Attributes:
         name: Its name in messages.
         dequantise: A function from PEFT's layer to its weight, (out_features, in_features), in a floating
-            dtype; None if that is not possible.
+            dtype; it returns None where the library has yet to quantise the weight.
     """
 
     name: str
-    dequantise: Callable[[nn.Module], Tensor] | None
+    dequantise: Callable[[nn.Module], Tensor | None]
 
 
 _KINDS = {
@@ -174,18 +172,13 @@ _KINDS = {
     "peft.tuners.lora.torchao.TorchaoLoraLinear": Kind("torchao", _own_call),
     "peft.tuners.lora.gptq.GPTQLoraLinear": Kind("GPTQ", _by_calls),
     "peft.tuners.lora.awq.AwqLoraLinear": Kind("AWQ", _by_calls),
-    "peft.tuners.lora.aqlm.AqlmLoraLinear": Kind("AQLM", None),
-    "peft.tuners.lora.eetq.EetqLoraLinear": Kind("EETQ", None),
-    "peft.tuners.lora.inc.IncLoraLinear": Kind("Intel Neural Compressor", None),
 }
-# bitsandbytes' layers -> the attribute of the model without which PEFT takes them for a plain nn.Linear.
-_FLAGS = {"Linear4bit": "is_loaded_in_4bit", "Linear8bitLt": "is_loaded_in_8bit"}
-_ALLOWED = "bitsandbytes 4-bit and 8-bit, HQQ, torchao, GPTQ and AWQ"
+COVERED = "bitsandbytes 4-bit and 8-bit, HQQ, torchao, GPTQ and AWQ"
 
 
 @lru_cache
-def _table_entry(layer_type: type) -> Kind | None:
-    """The table's entry for a PEFT class or one derived from it; cached by class, not by name."""
+def _kind_of_class(layer_type: type) -> Kind | None:
+    """That of a PEFT class or one derived from it; cached by class, not by name."""
     for cls in layer_type.__mro__:
         name = f"{cls.__module__}.{cls.__qualname__}"
         if name in _KINDS:
@@ -195,48 +188,22 @@ def _table_entry(layer_type: type) -> Kind | None:
 
 def kind_of(layer: nn.Module) -> Kind | None:
     """The kind of quantised layer that PEFT's ``layer`` wraps; None if it is not covered here."""
-    kind = _table_entry(type(layer))
-    if kind is None or kind.dequantise is None:
-        return None
-    return kind
+    return _kind_of_class(type(layer))
 
 
 def is_covered(layer_type: type) -> bool:
     """Whether this exact class, not one derived from it, is covered."""
-    kind = _KINDS.get(f"{layer_type.__module__}.{layer_type.__qualname__}")
-    return kind is not None and kind.dequantise is not None
+    return f"{layer_type.__module__}.{layer_type.__qualname__}" in _KINDS
 
 
-def why_not(layer: nn.Module) -> str | None:
-    """Why MiCA cannot start from a quantised layer, as text that follows its name; None if it can."""
-    kind = _table_entry(type(layer))
-    if kind is None or kind.dequantise is not None:
-        return None
-    base = type(layer.get_base_layer()).__name__
-    return (
-        f"has a quantised base layer of type {base} ({kind.name}), and among "
-        f"quantised layers MiCA supports only those of {_ALLOWED}."
-    )
-
-
-def why_not_read(layer: nn.Module) -> str | None:
-    """Why the weight of a layer that PEFT takes for a plain one is no matrix, as text that follows its name.
+def is_unknown_to_peft(layer: nn.Module) -> bool:
+    """Whether bitsandbytes has quantised the weight of a layer that PEFT takes for a plain one.
 
     An adapter with a B of its own, from a file, runs there all the same.
     """
-    base = layer.get_base_layer()
-    flag = None
-    for cls in type(base).__mro__:
-        if cls.__module__.startswith("bitsandbytes.") and cls.__name__ in _FLAGS:
-            flag = _FLAGS[cls.__name__]
-    if flag is None or kind_of(layer) is not None:
-        return None
-    if getattr(getattr(base, "state", None), "has_fp16_weights", False):  # an 8-bit layer that holds floats
-        return None
-    return (
-        f"is a {type(base).__name__} of bitsandbytes in a model without `{flag}`, from which PEFT knows that "
-        f"the weight is quantised: set model.{flag} = True before the adapter is created."
-    )
+    base = type(layer.get_base_layer())
+    is_quantised = issubclass(base, nn.Linear) and base.__module__.startswith("bitsandbytes.")
+    return is_quantised and kind_of(layer) is None
 
 
 def packed_weight(layer: nn.Module) -> Tensor:
@@ -257,17 +224,13 @@ def dequantise(layer: nn.Module, name: str) -> Tensor:
         name: What messages call the layer.
 
     Raises:
-        UnsuitableLayerError: The layer is not quantised yet or cannot be dequantised.
+        UnsuitableLayerError: The layer is not quantised yet.
     """
     kind = kind_of(layer)
-    try:
-        return kind.dequantise(layer).detach()
-    except UnsuitableLayerError as error:
+    weight = kind.dequantise(layer)
+    if weight is None:
         raise UnsuitableLayerError(
-            f"MiCA needs the weight that the layer computes with, but {name} ({kind.name}) {error}."
-        ) from None
-    except NotImplementedError as error:
-        raise UnsuitableLayerError(
-            f"MiCA needs the dequantised weight, but the {kind.name} weight of {name}, a "
-            f"{type(packed_weight(layer)).__name__}, does not support dequantize()."
-        ) from error
+            f"MiCA needs the weight that the layer computes with, but {name} ({kind.name}) is not quantised "
+            "yet: move the model to its device first."
+        )
+    return weight.detach()

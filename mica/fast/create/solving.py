@@ -143,13 +143,11 @@ def is_outline(model: nn.Module) -> bool:
 def check_type(adapter: NewAdapter) -> None:
     """Raise UnsuitableLayerError if PEFT's layer is of a type for which there is no MiCA."""
     layer = adapter.layer
-    refusal = quantised.why_not(layer)
-    if refusal is not None:
-        raise UnsuitableLayerError(f"MiCA cannot be initialised: {adapter.name} {refusal}")
     if not (isinstance(layer, (lora.Linear, lora.Embedding)) or is_wrapper(layer) or adapter.is_quantised):
         raise UnsuitableLayerError(
             f"MiCA cannot be initialised: {adapter.name} is a {type(layer.get_base_layer()).__name__}, and "
-            "PEFT has MiCA for linear layers and embeddings only. Leave it out of target_modules."
+            "MiCA is for embeddings and linear layers only, among quantised ones for those of "
+            f"{quantised.COVERED}. Leave it out of target_modules."
         )
 
 
@@ -194,9 +192,12 @@ def _check_is_readable(adapter: NewAdapter) -> None:
             f"MiCA needs the whole weight, but {adapter.name} {why}. Create the adapter before the model is "
             "sharded, or load an adapter that was created before."
         )
-    why = quantised.why_not_read(adapter.layer)
-    if why is not None:
-        raise UnsuitableLayerError(f"MiCA cannot be initialised: {adapter.name} {why}")
+    if quantised.is_unknown_to_peft(adapter.layer):
+        raise UnsuitableLayerError(
+            f"MiCA cannot be initialised: {adapter.name} is a {type(base_layer).__name__} of bitsandbytes, "
+            "which PEFT does not know to be quantised: set model.is_loaded_in_4bit = True (or _8bit) before "
+            "the adapter is created."
+        )
 
 
 def _check_dtype(adapter: NewAdapter, weight: Tensor) -> None:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mica.dtypes import SIXTEEN_BIT
-from mica.fast.forward import call_counts, fast
-from mica.fast.forward.call_counts import Input
+from mica.fast.forward import fast, layer_calls
 from mica.fast.forward.eligibility import (
     REFERENCE,
     Adapter,
@@ -26,6 +25,7 @@ from mica.fast.forward.eligibility import (
     runs_adapter,
     why_not_dense,
 )
+from mica.fast.forward.layer_calls import Input
 from mica.fast.settings import compute_dtype, settings
 from mica.memory import LAYER_TYPES
 from mica.ops.embedding import embedding
@@ -62,10 +62,10 @@ def decided(
             if reason is None:
                 how = decide(self, x, *args, **kwargs)
                 if type(how) is not OnPeft:
-                    call_counts.note(self, x=x)
+                    layer_calls.note(self, x=x)
                     return how(x)
                 reason = how.reason if runs_adapter(self) else None
-            call_counts.note(self, reason)
+            layer_calls.note(self, reason)
             return stock(self, x, *args, **kwargs)
 
         return forward

@@ -27,7 +27,7 @@ from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 from mica.fast.forward import tensor_parallel
-from mica.fast.forward.call_counts import Input
+from mica.fast.forward.layer_calls import Input
 from mica.fast.settings import compute_dtype, settings
 from mica.memory import LAYER_TYPES
 from mica.paths import choose

@@ -18,8 +18,7 @@ from torch._C import _get_tracing_state
 from transformers.integrations import moe
 
 from mica.dtypes import FLOATING, SIXTEEN_BIT
-from mica.fast.forward import call_counts, expert_params
-from mica.fast.forward.call_counts import Input
+from mica.fast.forward import expert_params, layer_calls
 from mica.fast.forward.decide import decided, is_dense
 from mica.fast.forward.eligibility import (
     Adapter,
@@ -36,6 +35,8 @@ from mica.fast.forward.eligibility import (
     why_not_frozen,
     why_not_trained,
 )
+from mica.fast.forward.layer_calls import Input
+from mica.fast.frameworks import home_of
 from mica.fast.settings import compute_dtype
 from mica.ops.experts import experts_base, experts_linear
 from mica.ops.operator import AUTOCAST, is_autocast
@@ -102,7 +103,7 @@ class Experts(OnOperators):
     def __call__(self, x: Tensor) -> Tensor:
         """x (num_tokens, hidden) -> (num_tokens, hidden)."""
         for wrapper in self.wrappers[1:]:
-            call_counts.note(wrapper)
+            layer_calls.note(wrapper)
         module = self.module
         first, down = self.projections
         top_k_index, top_k_weights = self.routing
@@ -260,17 +261,12 @@ def _implementation(module: nn.Module) -> Callable | str | None:
     if chosen is not None or name not in (None, "eager"):
         return f"experts_implementation={name!r}"
     own = cells["original_forward"].cell_contents
-    if not _home(own).startswith("transformers.models."):
+    if not home_of(own).startswith("transformers.models."):
         return f"{type(module).__name__}, none of transformers' classes, has a forward of its own"
     if _has_gate(module) and "_apply_gate" not in own.__code__.co_names:
-        is_known = _home(module._apply_gate).startswith("transformers.")
+        is_known = home_of(module._apply_gate).startswith("transformers.")
         return None if is_known else f"an _apply_gate that {type(module).__name__}'s forward does not call"
     return None
-
-
-def _home(function: Callable) -> str:
-    """The name of the module in which a function or a method was defined."""
-    return getattr(function, "__globals__", {}).get("__name__", "")
 
 
 def _why_not_call(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mica import native
-from mica.fast.forward import call_counts
+from mica.fast.forward import layer_calls
 from mica.fast.forward.eligibility import CALL, FORWARDS, GLOBAL_HOOKS, LINEAR, MiCALinearVariant
 from mica.fast.settings import settings
 from mica.memory import TENSOR_TYPES
@@ -28,7 +28,7 @@ _function: Callable[[nn.Module, Tensor], Tensor | None] | None = None  # of the 
 
 
 def call_cpp(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """The output of a layer for x (..., in_features), counted by `call_counts`; None if anything is unusual.
+    """The output of a layer for x (..., in_features), counted by `layer_calls`; None if anything is unusual.
 
     The first call in a process may compile the C++, once on a machine.
     """
@@ -61,7 +61,7 @@ def why_small(x: Tensor) -> str | None:
 
 def configure(module: ModuleType) -> None:
     """Tell the C++ what the classes are, and the functions that they had before anybody replaced them."""
-    module.configure_check(
+    module.tell(
         lora_linear=lora.Linear,
         variant=MiCALinearVariant,
         linear=nn.Linear,
@@ -75,5 +75,5 @@ def configure(module: ModuleType) -> None:
         functional_linear=LINEAR,
         global_hooks=GLOBAL_HOOKS,
         settings=vars(settings),
-        noted=call_counts.noted,
+        noted=layer_calls.noted,
     )

@@ -13,8 +13,9 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -100,13 +101,6 @@ class Kept(NamedTuple):
     @classmethod
     def of(cls, *tensors: Tensor) -> Kept:
         return cls(*tensors, torch.get_num_threads())
-
-    @classmethod
-    def empty(cls, weight: Tensor) -> Kept:
-        rows = len(weight)
-        checksums = torch.zeros(rows, 2, dtype=torch.int64)
-        counts = torch.zeros(rows, dtype=torch.int32)
-        return cls.of(checksums, counts, torch.empty(0, dtype=torch.uint16), weight[:0])
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -245,8 +239,9 @@ def merge_update(update: Update, weight: Tensor, out: Tensor, keeps: bool) -> tu
     measured = 1 if keeps else MEASURED_ROWS
     left = slice(None)
     parts = []
-    merge = native_function("merge", update, weight)
-    if merge is not None:
+    module = native_module(update, weight)
+    if module is not None:
+        merge = module.merge_bfloat16 if weight.dtype == torch.bfloat16 else module.merge_float32
         rows_at_a_time = _rows_at_a_time(weight)
         left, sums, fields = merge(weight, out, *update, rows_at_a_time, _factors(weight), keeps, measured)
         stats = MergeStats(weight.dtype, weight[::measured].numel(), int(sums[0]), *sums[1:])
@@ -260,7 +255,7 @@ def merge_update(update: Update, weight: Tensor, out: Tensor, keeps: bool) -> tu
         old = weight[rows]
         wide = old.to(delta.dtype)
         new = (wide + delta).to(old.dtype)
-        if merge is None:
+        if module is None:
             recovered = new.to(delta.dtype) - delta
             some = slice(-rows.start % measured, None, measured)
             stats.add(_stats(old[some], new[some], delta[some], (recovered - wide)[some]))
@@ -270,13 +265,13 @@ def merge_update(update: Update, weight: Tensor, out: Tensor, keeps: bool) -> tu
     if not keeps:
         return stats, None
     kept = Kept.of(*map(torch.cat, zip(*parts, strict=True)))
-    if merge is not None:
+    if module is not None:
         kept.checksums[left, 1] = row_checksums(out[left])
     return stats, kept
 
 
-def native_function(name: str, update: Update, weight: Tensor) -> Callable | None:
-    """This function of `mica.native`, if it takes the weight."""
+def native_module(update: Update, weight: Tensor) -> ModuleType | None:
+    """`mica.native`'s, if its functions take the weight."""
     module = native.module_if_built()
     row_bytes = weight.shape[1] * weight.element_size()
     is_taken = (
@@ -289,9 +284,7 @@ def native_function(name: str, update: Update, weight: Tensor) -> Callable | Non
         and weight.shape[1] <= 2**16  # what `Kept.columns` can hold in 16 bits
         and row_bytes % 8 == weight.data_ptr() % 8 == 0  # its checksums are of words of 8 bytes
     )
-    if not is_taken:
-        return None
-    return getattr(module, f"{name}_{str(weight.dtype).removeprefix('torch.')}")
+    return module if is_taken else None
 
 
 def _factors(weight: Tensor) -> Tensor:
@@ -367,11 +360,11 @@ def unmerge_update(update: Update, weight: Tensor, kept: Kept | None) -> bool:
 def _unmerge_update(update: Update, weight: Tensor, kept: Kept | None) -> bool:
     left = slice(None)
     is_exact = kept is not None
-    unmerge = native_function("unmerge", update, weight)
-    if unmerge is not None:
-        fields = (kept or Kept.empty(weight)).tensors
-        left, is_rest_exact = unmerge(weight, *update, _rows_at_a_time(weight), _factors(weight), fields)
-        is_exact = is_exact and is_rest_exact
+    module = native_module(update, weight)
+    if module is not None and kept is not None:
+        unmerge = module.unmerge_bfloat16 if weight.dtype == torch.bfloat16 else module.unmerge_float32
+        step = _rows_at_a_time(weight)
+        left, is_exact = unmerge(weight, *update, step, _factors(weight), kept.tensors)
         if not len(left):
             return is_exact
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mica.fast
-from mica.fast.forward import call_counts
+from mica.fast.forward import layer_calls
 from tests.support.models import net, wrap
 
 INDICES = torch.tensor([[1, 5]])
@@ -105,7 +105,7 @@ def test_the_last_call_s_x_is_known(model, any_language):
     inner.forward = lambda x: inner.up(inner.up(x)[:1])
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.ones(2, 8))
-    (calls,) = call_counts.calls_of([inner.up]).values()
+    (calls,) = layer_calls.calls_of([inner.up]).values()
     assert calls == (2, None, (torch.bfloat16, (1, 8), (8, 1), torch.bfloat16))
 
 

@@ -137,20 +137,6 @@ def test_the_mark_survives_a_disabled_backend(tmp_path, task_type):
     assert {n.split(".")[-3] for n, p in loaded.named_parameters() if p.requires_grad} == {"lora_A"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_lost_mark_is_noticed(tmp_path, dtype):
-    model = trained(base=qwen3_moe().to(dtype), autocast_adapter_dtype=False)  # in bf16, B is rounded to it
-    model.save_pretrained(tmp_path)
-    text = (tmp_path / CONFIG).read_text()
-    (tmp_path / CONFIG).write_text(text.replace("+mica", ""))
-    with pytest.warns(UserWarning, match=r"adapter 'default' was loaded as LoRA, .*append '\+mica' to the"):
-        loaded = PeftModel.from_pretrained(qwen3_moe().to(dtype), tmp_path)
-    with pytest.warns(UserWarning, match=r"adapter 'second' was loaded as LoRA"):
-        loaded.load_adapter(tmp_path, "second")
-    with pytest.warns(UserWarning, match=r"adapter 'default' was loaded as LoRA"):
-        qwen3_moe().to(dtype).load_adapter(str(tmp_path))
-
-
 # -- loading: the bits that stock gives, without the solver ------------------------------------------
 
 
@@ -244,7 +230,7 @@ def test_what_is_missing_in_the_checkpoint_and_nothing_else_is_solved(gap, tmp_p
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="missing adapter keys"):
         loaded = peft.get_peft_model_state_dict(PeftModel.from_pretrained(base(), tmp_path))
-    assert [shape[1:] for shape in solved] == shapes
+    assert solved == shapes
     for key, value in peft.get_peft_model_state_dict(model).items():
         if key in kept:
             assert torch.equal(loaded[key], -value), key

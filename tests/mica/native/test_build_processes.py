@@ -61,7 +61,7 @@ def test_a_build_that_was_killed_is_done_by_the_next(
 
 def test_a_process_that_holds_the_lock_for_long(folder, compiler, assert_layer_works, monkeypatch):
     monkeypatch.setattr(build, "TIME_LIMIT", 0.3)
-    lock = folder / f"{build._path(folder, build.EXTENSION).stem}.lock"
+    lock = folder / f"{build._path(folder, build.SOURCE).stem}.lock"
     folder.mkdir()
     with filelock.FileLock(lock):
         assert_layer_works()

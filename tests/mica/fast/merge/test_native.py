@@ -73,7 +73,7 @@ def check_same(weight, update, keeps, monkeypatch):
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1e-3, 1.0, 1e4])
 def test_merging(dtype, rows, columns, scale, keeps, monkeypatch):
     weight, update = weight_and_update(dtype, rows, columns, scale)
-    assert merging.native_function("merge", update, weight) is not None
+    assert merging.native_module(update, weight) is not None
     check_same(weight, update, keeps, monkeypatch)
 
 
@@ -82,7 +82,7 @@ def test_merging(dtype, rows, columns, scale, keeps, monkeypatch):
 def test_experts_in_several_chunks(dtype, transposed, monkeypatch):
     monkeypatch.setattr(merging, "CHUNK", 1000)
     weight, update = weight_and_update(dtype, 120, 52, 0.1, experts=4, transposed=transposed)
-    assert merging.native_function("merge", update, weight) is not None
+    assert merging.native_module(update, weight) is not None
     check_same(weight, update, True, monkeypatch)
 
 
@@ -106,7 +106,8 @@ def test_extremes(dtype, seed, monkeypatch):
 def test_only_rows_with_such_numbers_are_left_and_kept_whole(dtype):
     weight, update = weight_and_update(dtype, 70, 1000, 1e-3)
     weight[5, 7] = math.nan
-    merge = merging.native_function("merge", update, weight)
+    module = merging.native_module(update, weight)
+    merge = module.merge_bfloat16 if dtype is torch.bfloat16 else module.merge_float32
     factors = odd_numbers(1000 * weight.element_size() // 8)
     left, _, fields = merge(weight, weight, *update, 70, factors, True, 1)
     assert left.tolist() == [5]
@@ -191,7 +192,7 @@ def test_an_unmerge_by_other_threads_is_exact(dtype, language, threads, monkeypa
 def test_odd_layouts(dtype, columns, monkeypatch):
     """Rows without whole words of 8 bytes, or with more columns than 16 bits count."""
     weight, update = weight_and_update(dtype, 3, columns, 0.1)
-    assert merging.native_function("merge", update, weight) is None
+    assert merging.native_module(update, weight) is None
     check_same(weight, update, True, monkeypatch)
 
 

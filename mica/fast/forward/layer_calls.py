@@ -51,7 +51,7 @@ class Calls(NamedTuple):
 
 
 # A layer -> the fields of its Calls, with those of the Input. C++ writes here, too: `note` in
-# mica/native/module.cpp. No WeakKeyDictionary, in which that takes three times as long.
+# mica/native/mica_native.cpp. No WeakKeyDictionary, in which that takes three times as long.
 noted: dict[ReferenceType[nn.Module], tuple[int, str | None, tuple | None]] = {}
 _is_traced = False
 

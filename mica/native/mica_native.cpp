@@ -23,9 +23,9 @@ namespace {
 // In `mica.ops.call_counts` one call more of this function, and one more of it from C++. Under the GIL.
 void count(PyObject* name, PyObject* name_from_cpp) {
   for (PyObject* key : {name, name_from_cpp}) {
-    PyObject* before = PyDict_GetItemWithError(shared.call_counts, key);
+    PyObject* before = PyDict_GetItemWithError(told("call_counts"_key), key);
     THPObjectPtr after(PyLong_FromLongLong(1 + (before ? PyLong_AsLongLong(before) : 0)));
-    if (!after || PyDict_SetItem(shared.call_counts, key, after.get()) < 0) {
+    if (!after || PyDict_SetItem(told("call_counts"_key), key, after.get()) < 0) {
       throw python_error();
     }
   }
@@ -36,13 +36,13 @@ void count_backward() {
   count("linear_backward"_key, "linear_backward_native"_key);
 }
 
-// As `mica.fast.forward.call_counts.note` where operators run.
+// As `mica.fast.forward.layer_calls.note` where operators run.
 void note(PyObject* layer, const Tensor& x, const OptionalDtype& autocast_dtype) {
   if (torch::autograd::get_current_graph_task_id() != -1) { // a backward computes the layer again
     return;
   }
   THPObjectPtr reference(PyWeakref_NewRef(layer, nullptr));
-  PyObject* before = reference ? PyDict_GetItemWithError(known.noted, reference.get()) : nullptr;
+  PyObject* before = reference ? PyDict_GetItemWithError(told("noted"_key), reference.get()) : nullptr;
   THPObjectPtr entry(Py_BuildValue(
       "(nO(ONNO))",
       1 + (before ? PyLong_AsSsize_t(PyTuple_GET_ITEM(before, 0)) : 0),
@@ -51,7 +51,7 @@ void note(PyObject* layer, const Tensor& x, const OptionalDtype& autocast_dtype)
       py::cast(x.sizes()).release().ptr(),
       py::cast(x.strides()).release().ptr(),
       object_of(autocast_dtype)));
-  if (!reference || !entry || PyDict_SetItem(known.noted, reference.get(), entry.get()) < 0) {
+  if (!reference || !entry || PyDict_SetItem(told("noted"_key), reference.get(), entry.get()) < 0) {
     throw python_error();
   }
 }
@@ -69,7 +69,7 @@ Tensor call_here(const Tensor& x, const Operands& operands) {
 // Stands for the `Computed` of x of `mica.ops.kept`, which lives as long: a tensor is all that autograd can save.
 // Undefined: x has to be saved.
 Tensor token_or_none(PyObject* x) {
-  THPObjectPtr computed(PyObject_CallOneArg(item(shared.kept, "claim"_key), x));
+  THPObjectPtr computed(PyObject_CallOneArg(item(told("kept"_key), "claim"_key), x));
   if (!computed) {
     throw python_error();
   }
@@ -86,7 +86,7 @@ Tensor token_or_none(PyObject* x) {
 Tensor value_of(const Tensor& token) {
   const py::gil_scoped_acquire gil;
   auto* computed = static_cast<PyObject*>(token.mutable_data_ptr());
-  THPObjectPtr x(PyObject_CallOneArg(item(shared.kept, "value_of"_key), computed));
+  THPObjectPtr x(PyObject_CallOneArg(item(told("kept"_key), "value_of"_key), computed));
   if (!x) {
     python_error error;
     error.persist();
@@ -102,14 +102,20 @@ bool is_cast(const Tensor& x, const Operands& operands) {
 
 // `mica.ops.linear.linear_eager`
 PyObject* call_python(PyObject* x, const Operands& operands) {
-  const auto& [weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, autocast_dtype, trains_B, _] =
-      operands;
-  const py::handle product = object_of(compute_dtype);
-  const py::handle cast = object_of(autocast_dtype);
-  const py::handle eager = shared.eager;
-  return eager(py::handle(x), weight, lora_A, lora_B, scaling, bias, product, dropout_p, seed, cast, trains_B)
-      .release()
-      .ptr();
+  const py::handle eager = told("eager"_key);
+  py::object y = eager(
+      py::handle(x),
+      operands.weight,
+      operands.lora_A,
+      operands.lora_B,
+      operands.scaling,
+      operands.bias,
+      py::handle(object_of(operands.compute_dtype)),
+      operands.dropout_p,
+      operands.seed,
+      py::handle(object_of(operands.autocast_dtype)),
+      operands.trains_B);
+  return y.release().ptr();
 }
 
 // fast(layer, x): y, or None where anything is unusual. `mica.fast.forward.fast`
@@ -139,8 +145,8 @@ PyObject* fast(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
 }
 
 // What `mica.ops.linear` calls with x and the fields of `mica.paths.operands.Operands`.
-template <typename Result, Result (*function)(const Tensor&, const Operands&)>
-Result with_operands(
+template <auto function>
+auto with_operands(
     const Tensor& x,
     const Tensor& weight,
     const Tensor& lora_A,
@@ -152,14 +158,23 @@ Result with_operands(
     const OptionalTensor& seed,
     const py::object& autocast_dtype,
     bool trains_B) {
-  const OptionalDtype product = dtype_or_none(compute_dtype.ptr());
-  const OptionalDtype cast = dtype_or_none(autocast_dtype.ptr());
-  return function(x, {weight, lora_A, lora_B, scaling, bias, product, dropout_p, seed, cast, trains_B});
+  return function(
+      x,
+      {.weight = weight,
+       .lora_A = lora_A,
+       .lora_B = lora_B,
+       .scaling = scaling,
+       .bias = bias,
+       .compute_dtype = dtype_or_none(compute_dtype.ptr()),
+       .dropout_p = dropout_p,
+       .seed = seed,
+       .autocast_dtype = dtype_or_none(autocast_dtype.ptr()),
+       .trains_B = trains_B});
 }
 
-// y, or None where kernels may run
-OptionalTensor call_here_or_none(const Tensor& x, const Operands& operands) {
-  return runs_here(x, operands) ? OptionalTensor(call_here(x, operands)) : std::nullopt;
+// y, or undefined, which is None in Python, where kernels may run
+Tensor call_here_or_none(const Tensor& x, const Operands& operands) {
+  return runs_here(x, operands) ? call_here(x, operands) : Tensor();
 }
 
 py::object key_object(const Tensor& x, const Operands& operands) {
@@ -167,29 +182,12 @@ py::object key_object(const Tensor& x, const Operands& operands) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// loops
-// ---------------------------------------------------------------------------------------------------------
-
-OptionalTensor optional_wide_product(const Tensor& left, const Tensor& right) {
-  const py::gil_scoped_release no_gil;
-  const Tensor product = wide_product_or_none(left, right);
-  return product.defined() ? OptionalTensor(product) : std::nullopt;
-}
-
-// ---------------------------------------------------------------------------------------------------------
 // what Python tells
 // ---------------------------------------------------------------------------------------------------------
 
-// Objects into the fields of their names, for as long as the process lives. A name that is missing is a KeyError.
-template <typename Fields>
-void fill(
-    Fields& fields,
-    const py::kwargs& objects,
-    std::initializer_list<std::pair<const char*, PyObject * Fields::*>> names) {
-  TORCH_CHECK(objects.size() == names.size(), "not so many fields: ", objects.size());
-  for (const auto& [name, field] : names) {
-    fields.*field = py::object(objects[name]).release().ptr();
-  }
+// By their names what is looked at later, for as long as the process lives.
+void tell(const py::kwargs& objects) {
+  PyDict_Update(told_by_name, objects.ptr());
 }
 
 // outputs: those of the operators after which `mica.ops.kept` may compute x again; first a product and a cast
@@ -212,37 +210,7 @@ void configure_linear(
     const torch::autograd::Node& node = *output.grad_fn();
     computed_again.emplace(typeid(node));
   }
-  fill(
-      shared,
-      objects,
-      {{"call_counts", &Shared::call_counts},
-       {"os", &Shared::os},
-       {"modules", &Shared::modules},
-       {"instructions", &Shared::instructions},
-       {"devices_without_kernels", &Shared::devices_without_kernels},
-       {"on_reference", &Shared::on_reference},
-       {"kept", &Shared::kept},
-       {"eager", &Shared::eager}});
-}
-
-void configure_check(const py::kwargs& objects) {
-  fill(
-      known,
-      objects,
-      {{"lora_linear", &Known::lora_linear},
-       {"variant", &Known::variant},
-       {"linear", &Known::linear},
-       {"identity", &Known::identity},
-       {"dropout", &Known::dropout},
-       {"linear_forward", &Known::linear_forward},
-       {"identity_forward", &Known::identity_forward},
-       {"dropout_forward", &Known::dropout_forward},
-       {"call", &Known::call},
-       {"functional", &Known::functional},
-       {"functional_linear", &Known::functional_linear},
-       {"global_hooks", &Known::global_hooks},
-       {"settings", &Known::settings},
-       {"noted", &Known::noted}});
+  tell(objects);
 }
 
 PyMethodDef quickly_called[] = {
@@ -255,10 +223,10 @@ PyMethodDef quickly_called[] = {
 
 PYBIND11_MODULE(mica_native, module) {
   PyModule_AddFunctions(module.ptr(), mica::quickly_called);
-  module.def("linear", mica::with_operands<mica::OptionalTensor, mica::call_here_or_none>);
-  module.def("linear_on_reference", mica::with_operands<mica::Tensor, mica::call_here>);
-  module.def("key_of", mica::with_operands<py::object, mica::key_object>);
-  module.def("wide_product", mica::optional_wide_product);
+  module.def("linear", mica::with_operands<mica::call_here_or_none>);
+  module.def("linear_on_reference", mica::with_operands<mica::call_here>);
+  module.def("key_of", mica::with_operands<mica::key_object>);
+  module.def("wide_product", mica::wide_product_or_none, py::call_guard<py::gil_scoped_release>());
   module.def("weighted_sums", mica::weighted_sums, py::call_guard<py::gil_scoped_release>());
   module.def("norm", mica::norm, py::call_guard<py::gil_scoped_release>());
   module.def("merge_bfloat16", mica::merge<uint16_t>, py::call_guard<py::gil_scoped_release>());
@@ -266,5 +234,5 @@ PYBIND11_MODULE(mica_native, module) {
   module.def("unmerge_bfloat16", mica::unmerge<uint16_t>, py::call_guard<py::gil_scoped_release>());
   module.def("unmerge_float32", mica::unmerge<uint32_t>, py::call_guard<py::gil_scoped_release>());
   module.def("configure_linear", mica::configure_linear);
-  module.def("configure_check", mica::configure_check);
+  module.def("tell", mica::tell);
 }
