@@ -47,7 +47,7 @@ def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged 
             "process that holds the whole model."
         )
     weight = weight_name(layer)
-    is_set_by_hook = weight in vars(base_layer) and base_layer._forward_pre_hooks  # before every forward
+    is_set_by_hook = weight in vars(base_layer)  # before every forward, where it was a parameter
     if parametrize.is_parametrized(base_layer, weight) or is_set_by_hook:
         raise ValueError(
             f"MiCA cannot be {verb} {called}, because its weight is computed from other parameters "
