@@ -96,6 +96,13 @@ REFUSED = {  # what it is: (configuration, options, message)
 }
 
 
+def test_a_gguf_file_is_refused_early(capsys, monkeypatch):
+    monkeypatch.setattr("mica.cli.loading.find_source", pytest.fail)
+    assert main(["fits", "some/model.Q4_K_M.GGUF", "--tokens", "8"]) == 2
+    said = "is a GGUF file: give the Hub id or the folder (with config.json) of the model it was made from"
+    assert capsys.readouterr().err == f"mica fits: error: some/model.Q4_K_M.GGUF: {said}\n"
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_counted_is_refused_in_one_line(case, run):
     config, options, message = REFUSED[case]

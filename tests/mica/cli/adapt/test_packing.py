@@ -181,9 +181,10 @@ def test_the_end_of_long_documents():
 
 
 def test_little_text():
-    first, second, third = documents = [document(7, seed=n) for n in range(3)]
-    expected = [first, second[:4]], [second[4:], third], "end of the text", 0
-    assert parts(documents, share=0.01) == expected
+    with pytest.raises(
+        UsageError, match=r"19 tokens found, copies not counted, 20 needed: .* a smaller --seq"
+    ):
+        parts([tuple(range(19))])
     least = tuple(range(20))
     assert parts([least], share=0.01) == ([least[:10]], [least[10:]], "ends of documents", 0)
 

@@ -84,12 +84,9 @@ def test_the_page_and_what_was_measured(finished):
     assert f"| MiCA | {sizes['mica']:,} | {chosen(finished, 'mica')[1]['rate']:g} | mean |" in text
 
 
-def block(output, language):
-    return (output / "README.md").read_text().split(f"```{language}\n")[1].split("```")[0]
-
-
 def test_the_command_on_the_page_trains_mica_again(finished, tmp_path):
-    _, *words = shlex.split(block(finished, "sh"))
+    command = (finished / "README.md").read_text().split("```sh\n")[1].split("```")[0]
+    _, *words = shlex.split(command)
     assert main([*words[:-1], str(tmp_path / "run")]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     losses = chosen(finished, "mica")[0]["losses"]
@@ -97,18 +94,6 @@ def test_the_command_on_the_page_trains_mica_again(finished, tmp_path):
     # `mica adapt` weighs blocks by the tokens that are predicted; another seed changes 1e-2
     assert summary["perplexity_after"] == pytest.approx(math.exp(mean(held_out)), rel=1e-3)
     assert summary["retain_after"] == pytest.approx(math.exp(mean(losses["retained"])), rel=1e-3)
-
-
-def test_the_lines_of_python_on_the_page_train_each_method_again(finished, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    done = {}
-    lines = block(finished, "python").replace(
-        "    model.save", "    done[len(done)] = measured\n    model.save"
-    )
-    exec(lines, {"done": done})
-    for method, measured in zip(("mica", "lora", "full"), done.values(), strict=True):
-        assert measured["losses"] == chosen(finished, method)[0]["losses"]
-        assert any((tmp_path / method).glob("*.safetensors"))
 
 
 def test_a_rate_that_diverges_is_named_and_the_rest_goes_on(model_dir, tmp_path, capsys):
@@ -159,6 +144,13 @@ def test_a_method_that_runs_out_of_memory_is_left_out(model_dir, tmp_path, capsy
 def test_mistakes_are_one_line(model_dir, tmp_path, refused, options, message):
     refused(compare(tmp_path, model_dir, tmp_path / "out", *options.split()), message)
     assert not (tmp_path / "out").exists()  # so that the same command, corrected, is not refused
+
+
+@pytest.mark.parametrize(("letters", "what"), [(40, "64 needed: one training and one"), (300, "3 needed")])
+def test_of_a_short_text_a_smaller_sequence_length_is_named(model_dir, tmp_path, refused, letters, what):
+    argv = arguments(tmp_path, model_dir, tmp_path / "out")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "x" * letters}))
+    refused(main(argv), "--text: ", what, "more text or a smaller --sequence-length helps")
 
 
 def test_what_was_measured_is_kept_where_the_budget_does_not_suffice(
