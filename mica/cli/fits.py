@@ -165,11 +165,8 @@ def _outline(args: argparse.Namespace):
 
     quieten_libraries()
     options = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
-    try:
-        source = find_source(args.model, args.trust_remote_code)
-        base = skeleton(source, attn_implementation=ATTENTION, **options)
-    except UsageError as error:  # which names an option that is an argument here
-        raise UsageError(str(error).removeprefix("--model ")) from error
+    source = find_source(args.model, args.trust_remote_code, option="")  # it is an argument here
+    base = skeleton(source, attn_implementation=ATTENTION, **options)
     if base is None:
         raise UsageError(f"{args.model}: cannot be built without its weights, so nothing can be counted")
     if getattr(base.config, "quantization_config", None) is not None:

@@ -62,7 +62,7 @@ def kinds_table(kinds: list[Kind], rank: int) -> str:
 
     Below it stand which layers are not proven, and which cannot be adapted.
     """
-    sigmas = [f"sigma_{which}" for which in ("max", rank + 1, rank, 1)]
+    sigmas = [f"sigma_{which}" for which in (rank + 1, rank, 1)]
     header = ["kind", "layers", "out x in", "dtype", *sigmas, "gap", "min gap", "energy", "max energy"]
     suitable = [kind for kind in kinds if not kind.rows[0].reason]
     lines = aligned([[*header, "proven", "max excess"], *map(_cells, suitable)])
@@ -83,7 +83,7 @@ def _cells(kind: Kind) -> list[str]:
     if first.quantised:
         dtype = f"{first.quantised}, dequantised"
     values = kind.values
-    sigmas = ("sigma_max", "sigma_above", "sigma_largest", "sigma_smallest")
+    sigmas = ("sigma_above", "sigma_largest", "sigma_smallest")
     proven = [row.energy_excess for row in kind.rows if row.proven]
     return [
         kind.name,
