@@ -31,8 +31,6 @@ def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
     their index counted from the smallest, 1, on a logarithmic axis that runs to it from the left: MiCA's
     ``rank`` values of a few thousand would be a hair's breadth on a linear one. That part is shaded
     and its lines are thicker. Values below ε₆₄ times the largest are drawn there: they are rounding noise.
-
-    Axes of panels are labelled "panel", lines have the gid "spectrum" or "adapted", the shading "adapted".
     """
     kinds = by_kind(list(spectra))
     columns = min(4, len(kinds))
@@ -42,13 +40,13 @@ def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
 
     look = {"color": _LINE, "alpha": 0.6}
     for axes, (kind, names) in zip(grid, kinds.items(), strict=False):
-        axes.set(label="panel", title=kind, xscale="log", yscale="log")
-        axes.axvspan(1, rank, color=_MARK, alpha=0.15, linewidth=0, gid="adapted")
+        axes.set(title=kind, xscale="log", yscale="log")
+        axes.axvspan(1, rank, color=_MARK, alpha=0.15, linewidth=0)
         for name in names:
             heights = spectra[name].clamp_min(torch.finfo(torch.float64).eps * spectra[name][0])
             indices = torch.arange(len(heights), 0, -1)
-            axes.plot(indices, heights, linewidth=0.6, gid="spectrum", **look)
-            axes.plot(indices[-rank:], heights[-rank:], linewidth=1.5, gid="adapted", **look)
+            axes.plot(indices, heights, linewidth=0.6, **look)
+            axes.plot(indices[-rank:], heights[-rank:], linewidth=1.5, **look)
         axes.set_xlim(max(2, *(len(spectra[name]) for name in names)), 1)
     for axes in grid[len(kinds) :]:
         axes.set_axis_off()
