@@ -59,7 +59,7 @@ class Corpus:
 
     def amount(self, args: Namespace, processes: int = 1) -> Amount:
         """What a run reads of the training blocks."""
-        return Amount.of(args, len(self.train), processes)
+        return Amount(args, len(self.train), processes)
 
     def describe(self) -> str:
         """What the run trains on, for a terminal; more lines only for what is left out."""
