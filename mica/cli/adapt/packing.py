@@ -123,8 +123,12 @@ def split(documents: np.recarray, share: float, sequence_length: int, limit: int
             return result
 
     _, first = np.unique(documents.digest, return_index=True)
-    what = f"{documents.length[first].sum():,} tokens found, copies not counted"
-    raise too_little(option, what, sequence_length, 2, "one training and one held-out block")
+    found = documents.length[first].sum()
+    blocks = 2
+    if found >= 2 * sequence_length:  # what is held out may be longer by a document
+        blocks = 3
+    what = f"{found:,} tokens found, copies not counted"
+    raise too_little(option, what, sequence_length, blocks, "one training and one held-out block")
 
 
 def too_little(option: str, what: str, sequence_length: int, number: int, blocks: str) -> UsageError:

@@ -181,10 +181,13 @@ def test_the_end_of_long_documents():
 
 
 def test_little_text():
-    with pytest.raises(
-        UsageError, match=r"19 tokens found, copies not counted, 20 needed: .* a smaller --seq"
-    ):
-        parts([tuple(range(19))])
+    for documents, found, needed in (([19], 19, 20), ([7, 7, 7], 21, 30)):
+        what = (
+            rf"^--text: {found} tokens found, copies not counted, {needed} needed: .* a smaller --sequence-l"
+        )
+        with pytest.raises(UsageError, match=what):
+            parts([document(length, seed=n) for n, length in enumerate(documents)])
+    assert parts([document(7, seed=n) for n in range(5)])[2] == "documents"
     least = tuple(range(20))
     assert parts([least], share=0.01) == ([least[:10]], [least[10:]], "ends of documents", 0)
 
