@@ -123,18 +123,15 @@ def split(documents: np.recarray, share: float, sequence_length: int, limit: int
             return result
 
     _, first = np.unique(documents.digest, return_index=True)
-    found = documents.length[first].sum()
-    blocks = 2
-    if found >= 2 * sequence_length:  # what is held out may be longer by a document
-        blocks = 3
-    what = f"{found:,} tokens found, copies not counted"
-    raise too_little(option, what, sequence_length, blocks, "one training and one held-out block")
+    what = f"{documents.length[first].sum():,} tokens found, copies not counted"
+    raise too_little(option, what, "one training and one held-out block", sequence_length)
 
 
-def too_little(option: str, what: str, sequence_length: int, number: int, blocks: str) -> UsageError:
-    """The error for a text that is too short for a ``number`` of ``blocks``."""
-    needed = f"{number * sequence_length:,} needed: {blocks} of --sequence-length {sequence_length}"
-    return UsageError(f"{option}: {what}, {needed}; more text or a smaller --sequence-length helps")
+def too_little(option: str, what: str, blocks: str, sequence_length: int) -> UsageError:
+    """The error for a text that is too short for these ``blocks``."""
+    wanted = f"{blocks} of --sequence-length {sequence_length}"
+    remedy = "more text or a smaller --sequence-length helps"
+    return UsageError(f"{option}: {what}, too little for {wanted}; {remedy}")
 
 
 def _by_documents(documents: np.recarray, share: float, sequence_length: int, limit: int) -> Split | None:

@@ -261,7 +261,7 @@ _SUPPORTED = f"supported: {' '.join(KINDS)}, each also with {' '.join(_OPENERS)}
 
 
 def _kind(values: pandas.Series) -> str:
-    """ "string" if all values are, those that are missing left out; "empty" if all are missing."""
+    """What values are, those that are missing left out: "string", "empty" if all are missing, ..."""
     return pandas.api.types.infer_dtype(values.astype(object))
 
 

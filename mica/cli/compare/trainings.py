@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from mica.cli import loading
 from mica.cli.adapt import adapter, corpus, evaluation, processes
-from mica.cli.adapt.packing import document_of
+from mica.cli.adapt.packing import document_of, too_little
 from mica.cli.adapt.trainer import build_trainer
 from mica.cli.compare import methods, schedule, settings
 from mica.cli.compare.models import built
@@ -75,8 +75,8 @@ class Trainings:
     def _sets(self) -> dict:
         held_out = self.data.held_out
         if len(held_out) < 3:
-            what = f"{len(held_out)} blocks of {self.args.sequence_length} tokens are held out, 3 needed"
-            raise UsageError(f"--text: {what}: more text or a smaller --sequence-length helps")
+            what = f"held-out blocks: {len(held_out)}"
+            raise too_little("--text", what, "three of them", self.args.sequence_length)
         choosing = _for_choosing(_documents(held_out))
         return {
             "validation": Subset(held_out, choosing),
