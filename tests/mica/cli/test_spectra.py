@@ -121,6 +121,13 @@ def test_the_certificate_is_that_of_an_adapter(solver):
     assert (row.proven, row.energy_excess, row.sigma_above) == (True, 2e-9, 2.0)
 
 
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9)])
+def test_where_all_are_chosen_none_is_above(shape):
+    row, values = spectra.measure("layer", linear(torch.randn(shape)), 4)
+    assert (row.reason, row.proven, row.sigma_above, row.gap) == (None, True, None, None)
+    assert len(values) == 4
+
+
 def test_null_singular_values_are_shown_and_not_warned_about(recwarn):
     row, values = spectra.measure("layer", linear(torch.ones(9, 8)), 4)
     assert row.sigma_largest == pytest.approx(0, abs=1e-6)
