@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLE,
     )
     parser.add_argument("--version", action="version", version=f"mica {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command in _COMMANDS:
         command.add_parser(commands)
     return parser
@@ -127,7 +127,10 @@ def _output_is_lost() -> bool:
 
 def _run(argv: list[str] | None) -> int:
     try:
-        args = parser().parse_args(argv)
+        prompt = parser()
+        args = prompt.parse_args(argv)
+        if args.command is None:
+            prompt.error("no command is given; mica --help lists them")
     except SystemExit as stop:  # argparse: --help (0) or an error (2)
         return stop.code
     for name in NOISY:

@@ -6,7 +6,6 @@ is an instruct model, with weights of 4 bits (Q4_1; 8 in the embedding): the GGU
 """
 
 import argparse
-import json
 import shlex
 import shutil
 import sys
@@ -41,47 +40,25 @@ def python_reference_topics() -> dict[str, str]:
     return {name: topics[name].strip() for name in sorted(topics)}
 
 
-def _ending(folder: Path, more: list[str]) -> str:
-    """What the run in ``folder`` has changed, where it is, and the commands that come next.
-
-    ``more``: the command of the run, as arguments, without that folder.
-    """
-    measured = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    perplexities = "{perplexity_before:.2f} before, {perplexity_after:.2f} after".format(**measured)
-    if shutil.which("mica"):
-        mica = "mica"
-    else:
+def _ending(folder: Path) -> str:
+    """Where the run in ``folder`` is, and the command that comes next."""
+    mica = "mica"
+    if not shutil.which(mica):
         mica = f"{shlex.quote(sys.executable)} -m mica"
-    at = shlex.quote(str(folder))
-    merged = shlex.quote(str(folder.with_name("merged")))
-    more = shlex.join([*more, f"--adapter={folder}", f"--output={folder.with_name('more')}"])
+    words = ["--adapter", folder, "--to", folder / "base", "--output", folder.with_name("merged")]
     return f"""
-What the model has learned of Python's reference, on text that it was not trained on:
+The held-out perplexity is that of topics that the model was not trained on. The adapter is in {folder};
+its README.md is the model card. Next, merge it:
 
-perplexity      {perplexities}
-
-The adapter is in {folder}; its README.md is the model card. Next:
-
-{mica} transfer --adapter {at} --to {at}/base --output {merged}  # merge it
-{mica} {more}  # as many steps again"""
-
-
-def _write_topics(folder: Path) -> Path:
-    """The JSONL file of the topics in ``folder``, which is made if needed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for name, text in python_reference_topics().items():
-        lines.append(json.dumps({"topic": name, "text": text}) + "\n")
-    file = folder / "python-reference.jsonl"
-    file.write_text("".join(lines), encoding="utf-8")
-    return file
+{mica} transfer {shlex.join(map(str, words))}"""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the topics to OUTPUT as JSONL, run ``mica adapt`` on them and show what it has changed.
+    """Write the topics to OUTPUT as JSONL, run ``mica adapt`` on them and say what comes next.
 
     Returns the exit status.
     """
+    import pandas
     import torch
 
     from mica.cli import main as mica
@@ -90,35 +67,34 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mica.cli.demo",
         description=__doc__.partition("\n")[0],
-        epilog="All other options go to mica adapt, like --learning-rate 2e-3 or --dtype float32.",
+        epilog="All other options go to mica adapt, like --steps 100 or --dtype float32.",
         allow_abbrev=False,
     )
     parser.add_argument("--output", type=a_path, default=Path("build/demo"), metavar="DIR")
-    parser.add_argument("--steps", default="30")
     args, options = parser.parse_known_args(argv)
     try:
         model = smollm2_gguf()
     except UsageError as error:
         tell(f"mica demo: error: {error}")
         return 2
-    text = _write_topics(args.output)
+    args.output.mkdir(parents=True, exist_ok=True)
+    text = args.output / "python-reference.jsonl"
+    topics = pandas.Series(python_reference_topics(), name="text").rename_axis("topic").reset_index()
+    topics.to_json(text, orient="records", lines=True)
+    dtype = "float32"
     if torch.accelerator.is_available() or has_native(torch.bfloat16):
         dtype = "bfloat16"
-    else:
-        dtype = "float32"
-        tell("mica demo: in float32, because this processor has no bfloat16 instructions")
-    command = ["adapt", f"--model={model}", f"--text={text}", f"--steps={args.steps}", f"--dtype={dtype}"]
-    command += ["--learning-rate=3e-3", *options]  # better here than 1e-3 and 1e-2
     folder = args.output / "adapter"
     if folder.exists() and "--resume" not in options:
         shutil.rmtree(folder)  # of the demo that was run before
-    run = [*command, f"--output={folder}"]
-    print(f"{_MODEL}, is to learn Python's language reference:\nmica {shlex.join(run)}", flush=True)
-    status = mica(run)
-    if status:
-        return status
-    print(_ending(folder, [word for word in command if word != "--resume"]), flush=True)
-    return 0
+
+    command = ["adapt", f"--model={model}", f"--text={text}", f"--output={folder}", f"--dtype={dtype}"]
+    command += ["--steps=30", "--learning-rate=3e-3", *options]  # better here than 1e-3 and 1e-2
+    print(f"{_MODEL}, is to learn Python's language reference:\nmica {shlex.join(command)}", flush=True)
+    status = mica(command)
+    if not status:
+        print(_ending(folder), flush=True)
+    return status
 
 
 if __name__ == "__main__":

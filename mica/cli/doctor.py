@@ -13,6 +13,8 @@ from mica.cli.arguments import add_command, example
 from mica.cli.extras import DISTRIBUTION
 from mica.cli.output import dtype_name, one_line
 
+OPTIONAL = ("accelerate", "datasets", "gguf", "trl", "bitsandbytes")  # what extras and recipes use
+_VARIABLES = ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "TRITON_INTERPRET")  # beside MICA_...
 # How the reasons of `mica.kernels.runtime` begin where kernels should run on a device and do not
 _FAILED = "a trial kernel"
 
@@ -62,7 +64,7 @@ def _noted(problems: list[str], what: str) -> Iterator[None]:
 
 
 def _versions(problems: list[str]) -> Iterator[tuple[str, str]]:
-    """MiCA, Python, what MiCA requires on this system, and the environment variables that are set."""
+    """MiCA, Python, what MiCA requires on this system or can use, and what the environment sets."""
     from packaging.requirements import Requirement
 
     yield "mica", __version__
@@ -75,9 +77,8 @@ def _versions(problems: list[str]) -> Iterator[tuple[str, str]]:
     for need in needs:
         if need.marker is not None and not need.marker.evaluate({"extra": ""}):  # of another system
             continue
-        try:
-            installed = version(need.name)
-        except PackageNotFoundError:
+        installed = _installed(need.name)
+        if installed is None:
             problems.append(f"{need.name} is not installed, and MiCA needs {need.specifier}")
             continue
         yield need.name, installed
@@ -85,9 +86,19 @@ def _versions(problems: list[str]) -> Iterator[tuple[str, str]]:
             supported = f"is not among the supported versions, {need.specifier}"
             problems.append(f"{need.name} {installed} {supported}")
 
+    for name in OPTIONAL:
+        yield name, _installed(name) or "not installed"
     for name, value in sorted(os.environ.items()):
-        if value and (name.startswith("MICA_") or name == "TRITON_INTERPRET"):
+        if value and (name.startswith("MICA_") or name in _VARIABLES):
             yield name, value
+
+
+def _installed(name: str) -> str | None:
+    """The version of a package, None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
@@ -156,17 +167,11 @@ def _description(device) -> str:
 
 
 def _threads(number: int) -> str:
-    """PyTorch's number of threads, and what has set it if the machine has more processors."""
+    """PyTorch's number of threads, and how many processors this process may use."""
     said = f"{number} {'thread' if number == 1 else 'threads'}"
-    processors = os.cpu_count() or 1
-    if number >= processors:
-        return said
-    said += f" of {processors} processors"
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        if os.environ.get(name):
-            return f"{said}, as {name}={os.environ[name]} says"
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else processors
-    return f"{said}, as this process may use {allowed}" if allowed < processors else said
+    if hasattr(os, "sched_getaffinity"):
+        return f"{said}, may use {len(os.sched_getaffinity(0))} of {os.cpu_count()} processors"
+    return f"{said}, {os.cpu_count()} processors"
 
 
 def _cpp(problems: list[str]) -> Iterator[tuple[str, str]]:

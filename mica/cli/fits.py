@@ -16,7 +16,7 @@ from mica.cli.arguments import (
     example,
     number,
 )
-from mica.cli.output import check_file, explained, json_text, write_new
+from mica.cli.output import aligned, check_file, explained, json_text, write_new
 from mica.errors import UsageError
 
 GIB = 2**30
@@ -151,6 +151,12 @@ def _outline(args: argparse.Namespace):
 
     Raises UsageError where what a step takes is not known without values.
     """
+    if args.model.lower().endswith(".gguf"):
+        what = (
+            "is a GGUF file: give the Hub id or the folder (with config.json) of the model it was made from"
+        )
+        raise UsageError(f"{args.model}: {what}")
+
     import torch
 
     from mica.cli.loading import find_source, quieten_libraries, skeleton
@@ -159,11 +165,8 @@ def _outline(args: argparse.Namespace):
 
     quieten_libraries()
     options = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
-    try:
-        source = find_source(args.model, args.trust_remote_code)
-        base = skeleton(source, attn_implementation=ATTENTION, **options)
-    except UsageError as error:  # which names an option that is an argument here
-        raise UsageError(str(error).removeprefix("--model ")) from error
+    source = find_source(args.model, args.trust_remote_code, option="")  # it is an argument here
+    base = skeleton(source, attn_implementation=ATTENTION, **options)
     if base is None:
         raise UsageError(f"{args.model}: cannot be built without its weights, so nothing can be counted")
     if getattr(base.config, "quantization_config", None) is not None:
@@ -223,12 +226,7 @@ def _table(rows: list[dict], memory: float | None) -> str:
         lines[-1] += [_gib(row[f"{which}_bytes"]) for which in ("kept", "peak", "total")]
         if memory:
             lines[-1].append(f"{row['tokens_that_fit']:,}")
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = []
-    for name, *cells in lines:
-        aligned = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-        shown.append("  ".join([f"{name:{widths[0]}}", *aligned]))
-    return "\n".join(shown)
+    return "\n".join(aligned(lines))
 
 
 def _gib(size: int) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
 
-from mica.cli.output import size_text
+from mica.cli.output import aligned, size_text
 
 # What must be equal for layers to share a line, besides the kind
 _IN_COMMON = ("shape", "dtype", "quantised", "reason")
@@ -62,15 +62,10 @@ def kinds_table(kinds: list[Kind], rank: int) -> str:
 
     Below it stand which layers are not proven, and which cannot be adapted.
     """
-    sigmas = [f"sigma_{which}" for which in ("max", rank + 1, rank, 1)]
+    sigmas = [f"sigma_{which}" for which in (rank + 1, rank, 1)]
     header = ["kind", "layers", "out x in", "dtype", *sigmas, "gap", "min gap", "energy", "max energy"]
     suitable = [kind for kind in kinds if not kind.rows[0].reason]
-    table = [[*header, "proven", "max excess"], *map(_cells, suitable)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for name, *cells in table:
-        aligned = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([f"{name:{widths[0]}}", *aligned]))
+    lines = aligned([[*header, "proven", "max excess"], *map(_cells, suitable)])
 
     unproven = [row for kind in suitable for row in kind.rows if not row.proven]
     if unproven:
@@ -88,7 +83,7 @@ def _cells(kind: Kind) -> list[str]:
     if first.quantised:
         dtype = f"{first.quantised}, dequantised"
     values = kind.values
-    sigmas = ("sigma_max", "sigma_above", "sigma_largest", "sigma_smallest")
+    sigmas = ("sigma_above", "sigma_largest", "sigma_smallest")
     proven = [row.energy_excess for row in kind.rows if row.proven]
     return [
         kind.name,

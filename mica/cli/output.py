@@ -243,6 +243,16 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The rows of a table as lines for a terminal: the first column flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for name, *cells in table:
+        right = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([f"{name:{widths[0]}}", *right]))
+    return lines
+
+
 def one_line(error: Exception | str) -> str:
     """A message on one line: those of libraries may span several. From a system error, only the reason."""
     return " ".join(_message(error).split())

@@ -31,8 +31,6 @@ def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
     their index counted from the smallest, 1, on a logarithmic axis that runs to it from the left: MiCA's
     ``rank`` values of a few thousand would be a hair's breadth on a linear one. That part is shaded
     and its lines are thicker. Values below ε₆₄ times the largest are drawn there: they are rounding noise.
-
-    Axes of panels are labelled "panel", lines have the gid "spectrum" or "adapted", the shading "adapted".
     """
     kinds = by_kind(list(spectra))
     columns = min(4, len(kinds))
@@ -40,24 +38,20 @@ def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
     drawing = Figure(figsize=(2.5 + 2.9 * columns, 1.5 + 2.5 * rows), dpi=150, layout="constrained")
     grid = drawing.subplots(rows, columns, sharey=True, squeeze=False).flatten()
 
+    look = {"color": _LINE, "alpha": 0.6}
     for axes, (kind, names) in zip(grid, kinds.items(), strict=False):
-        axes.set(label="panel", title=kind, xscale="log", yscale="log")
-        shading = f"adapted: the {rank} smallest"
-        axes.axvspan(1, rank, color=_MARK, alpha=0.15, linewidth=0, gid="adapted", label=shading)
-        axes.axvline(rank, color=_MARK, linewidth=0.8)
+        axes.set(title=kind, xscale="log", yscale="log")
+        axes.axvspan(1, rank, color=_MARK, alpha=0.15, linewidth=0)
         for name in names:
             heights = spectra[name].clamp_min(torch.finfo(torch.float64).eps * spectra[name][0])
             indices = torch.arange(len(heights), 0, -1)
-            look = {"color": _LINE, "alpha": 0.6}
-            axes.plot(indices, heights, linewidth=0.6, gid="spectrum", label="one layer", **look)
-            axes.plot(indices[-rank:], heights[-rank:], linewidth=1.5, gid="adapted", **look)
+            axes.plot(indices, heights, linewidth=0.6, **look)
+            axes.plot(indices[-rank:], heights[-rank:], linewidth=1.5, **look)
         axes.set_xlim(max(2, *(len(spectra[name]) for name in names)), 1)
     for axes in grid[len(kinds) :]:
         axes.set_axis_off()
     drawing.supxlabel("index, from the smallest (log)", fontsize=9)
     drawing.supylabel("singular value", fontsize=9)
-    title = f"{model}: singular values of the layers that MiCA adapts, r = {rank}"
+    title = f"{model}: singular values of each layer; shaded: the {rank} smallest, which MiCA adapts"
     drawing.suptitle(textwrap.fill(title, 16 + 24 * columns))
-    handles, labels = grid[0].get_legend_handles_labels()
-    drawing.legend(handles[:2], labels[:2], loc="outside right upper")
     return drawing

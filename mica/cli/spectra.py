@@ -7,13 +7,13 @@ The backend decides: each layer is wrapped as PEFT would wrap it, and goes throu
 import math
 import re
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from mica import MinorSubspace, minor_subspace
+from mica import minor_subspace
 from mica.cli.output import dtype_name, one_line
 from mica.errors import UnsuitableLayerError
 from mica.fast.create import quantised
@@ -25,12 +25,7 @@ from mica.subspace.batched import BatchGram
 from mica.subspace.device import is_on_host
 from mica.subspace.gram import row_blocks
 from mica.subspace.host import HostGram
-from mica.subspace.result import is_certified
 from mica.subspace.threads import one_pool
-
-# Lanczos steps for σ_max. Random matrices, whose largest singular values crowd, need most: with 60 steps a
-# 2048 x 2048 one is 3e-10 short.
-_STEPS = 60
 
 
 @dataclass(frozen=True)
@@ -42,8 +37,8 @@ class Row:
     dtype: of the weight, like "float32", None without one.
     quantised: the kind of quantised layer, like "bitsandbytes 4-bit", else None. Then all numbers are of the
         dequantised weight, which MiCA starts from, and dtype is that weight's.
-    sigma_max, sigma_above, sigma_largest, sigma_smallest: the largest singular value; the one just above
-        the chosen r (None where all are chosen); the largest and the smallest of the chosen r.
+    sigma_above, sigma_largest, sigma_smallest: the singular value just above the chosen r (None where all
+        are chosen); the largest and the smallest of the chosen r.
     gap: sigma_above / sigma_largest. energy_share: Σσ² of the chosen r over ‖weight‖_F². None where the
         denominator is zero.
     method, proven, energy_excess: how the solver found the subspace, whether it is proven to be the minor
@@ -58,7 +53,6 @@ class Row:
     dtype: str | None = None
     reason: str | None = None
     quantised: str | None = None
-    sigma_max: float | None = None
     sigma_above: float | None = None
     sigma_largest: float | None = None
     sigma_smallest: float | None = None
@@ -77,8 +71,7 @@ def measure(name: str, module: nn.Module, rank: int, parameter: str | None = Non
     ``parameter``: measure this one of ``module``, like a stack of experts, and not its weight as a layer.
     ``whole``: return all singular values, (min(out_features, in_features),); the chosen are as exact as ever.
 
-    Where there is a singular value above the cut, the solver runs once, with rank + 1: the last ``rank`` of
-    its columns are the result for ``rank``.
+    The solver runs with ``rank``, as for an adapter, and once more for the singular value above the cut.
     """
     weight = getattr(module, parameter or "weight", None)
     values = None
@@ -148,7 +141,7 @@ def _adapted(module: nn.Module, rank: int, parameter: str | None) -> nn.Module:
         targets = {"target_modules": ["layer"]}
     config = LoraConfig(init_lora_weights="mica", r=rank, **targets)
     try:
-        with without_solver(), warnings.catch_warnings():  # the solver is run later, with rank + 1
+        with without_solver(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about merging, which is not done here
             inject_adapter_in_model(config, model)
     except UnsuitableLayerError as error:
@@ -172,18 +165,11 @@ def _checked_weights(layer: nn.Module) -> list[Tensor]:
 
 def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:
     """The chosen singular values of one matrix, (rank,) fp64 on the CPU, and its numbers in a `Row`."""
-    subspace = minor_subspace(weight, min(rank + 1, *weight.shape))
-    singular_values = subspace.singular_values.double().cpu()
-    if len(singular_values) > rank:
-        above = singular_values[0].item()
-        # Where the rank + 1 smallest are not proven, the chosen may be, if the value above the cut is much
-        # larger.
-        chosen = narrow(subspace, rank) or minor_subspace(weight, rank)
-    else:
-        above = None
-        chosen = subspace
-
+    chosen = minor_subspace(weight, rank)
     values = chosen.singular_values.double().cpu()
+    above = None
+    if rank < min(weight.shape):
+        above = minor_subspace(weight, rank + 1).singular_values[0].item()
     largest = values[0].item()
     gap = None
     if above is not None and largest:
@@ -196,54 +182,15 @@ def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:
     if math.isfinite(chosen.energy_excess):
         energy_excess = chosen.energy_excess
     return values, {
-        "sigma_max": sigma_max(weight),
         "sigma_above": above,
         "sigma_largest": largest,
         "sigma_smallest": values[-1].item(),
         "gap": gap,
         "energy_share": energy_share,
-        "method": subspace.method,
+        "method": chosen.method,
         "proven": chosen.certified,
         "energy_excess": energy_excess,
     }
-
-
-def narrow(stored: MinorSubspace, rank: int) -> MinorSubspace | None:
-    """The last ``rank`` columns of a result, or None where what is known of all does not certify them.
-
-    With E the energy of a column as stored, θ its squared singular value and λ the true one, θ >= λ for
-    each, so that what the kept columns exceed Σλ by is at most
-
-        Σ_all (E − λ) − Σ_dropped (E − θ),    with E − θ = θ (‖column‖² − 1) up to second order:
-
-    because columns rounded to fp32 do not quite have norm 1. That term counts: where 16 columns of a square
-    Gaussian matrix are cut to 1, it can be as large as the excess that is allowed. With 40 matrices of
-    96 x 96, 15 are therefore not certified at rank 1, 2 at rank 2, none at 4 or 8; with 15 of 256 x 256 none.
-    """
-    dropped = stored.basis.shape[1] - rank
-    if dropped == 0:
-        return stored
-    if not stored.certified or stored.null_count:
-        return None
-
-    energies = stored.singular_values.double().square()
-    stretch = stored.basis[:, :dropped].double().square().sum(0) - 1
-    excess = stored.energy_excess * max(energies.sum().item(), (rank + dropped) * stored.resolution)
-    excess = max(0.0, excess - (energies[:dropped] * stretch).sum().item())
-    least = max(0.0, energies[dropped:].sum().item() - excess)  # Σλ of the kept is at least this
-    if not is_certified(excess, least, rank, stored.resolution):
-        return None
-
-    reference = max(least, rank * stored.resolution)
-    relative_excess = 0.0
-    if reference:
-        relative_excess = excess / reference
-    return replace(
-        stored,
-        basis=stored.basis[:, dropped:].contiguous(),
-        singular_values=stored.singular_values[dropped:].clone(),
-        energy_excess=relative_excess,
-    )
 
 
 def _tall(weight: Tensor) -> Tensor:
@@ -261,12 +208,6 @@ def _gram(weight: Tensor) -> HostGram | BatchGram:
     if is_on_host(tall.device):
         return HostGram(tall)
     return BatchGram(tall.unsqueeze(0))
-
-
-def sigma_max(weight: Tensor) -> float:
-    """σ_max of a finite (out_features, in_features) weight, to about 1e-9, from below."""
-    with one_pool():
-        return krylov.norm(_gram(weight), 0, _STEPS).sqrt().item()
 
 
 def squared_norm(weight: Tensor) -> float:

@@ -59,7 +59,7 @@ class Corpus:
 
     def amount(self, args: Namespace, processes: int = 1) -> Amount:
         """What a run reads of the training blocks."""
-        return Amount.of(args, len(self.train), processes)
+        return Amount(args, len(self.train), processes)
 
     def describe(self) -> str:
         """What the run trains on, for a terminal; more lines only for what is left out."""
@@ -164,9 +164,8 @@ def _split(text: Tokens, held_out: Tokens | None, args: Namespace) -> Split:
     train = text.spans[~np.isin(text.spans.digest, held_out.spans.digest)]
     tokens = train.length.sum()
     if tokens < args.sequence_length:
-        raise too_little(
-            "--text", f"{tokens:,} tokens are not held out", args.sequence_length, 1, "one training block"
-        )
+        what = f"{tokens:,} tokens are not held out"
+        raise too_little("--text", what, "one training block", args.sequence_length)
     return Split(train, held_out.spans, "--held-out-text", len(text.spans) - len(train))
 
 
@@ -178,9 +177,8 @@ def _measured(option: str, tokens: Tokens, args: Namespace) -> Dataset:
     """Blocks of a text that is only measured. Raises UsageError if it is shorter than one."""
     blocks = _blocks(tokens, tokens.spans, args)
     if not len(blocks):
-        raise too_little(
-            option, f"{tokens.spans.length.sum():,} tokens found", args.sequence_length, 1, "one block"
-        )
+        what = f"{tokens.spans.length.sum():,} tokens found"
+        raise too_little(option, what, "one block", args.sequence_length)
     return spread(blocks, args.eval_blocks)
 
 

@@ -95,7 +95,7 @@ def spread(blocks: Dataset, limit: int) -> Dataset:
 class Split(NamedTuple):
     """The spans that are trained on, and those that are held out.
 
-    ``how`` says what the held-out spans are: "documents", "ends of documents" or the "end of the text".
+    ``how`` says what the held-out spans are: "documents" or "ends of documents".
     ``dropped``: how many documents are in neither part, because they are copies of held-out ones.
     """
 
@@ -109,12 +109,12 @@ def split(documents: np.recarray, share: float, sequence_length: int, limit: int
     """Hold out ``share`` of the tokens, in (0, 1), but at most ``limit`` blocks and at least one.
 
     More than is measured is not held out, but trained on. Whole documents are held out if there are enough
-    of them; else the end of each; else, where every one is shorter than a block, the end of all joined.
-    What is held out of a document is left out of its copies too, so that it is never trained on.
+    of them; else the end of each that has a whole block. What is held out of a document is left out of its
+    copies too, so that it is never trained on.
 
     Raises UsageError, naming ``option``, if there are not one training and one held-out block.
     """
-    for method in (_by_documents, _by_ends, _by_end):
+    for method in (_by_documents, _by_ends):
         result = method(documents, share, sequence_length, limit)
         if result is None:
             continue
@@ -124,13 +124,14 @@ def split(documents: np.recarray, share: float, sequence_length: int, limit: int
 
     _, first = np.unique(documents.digest, return_index=True)
     what = f"{documents.length[first].sum():,} tokens found, copies not counted"
-    raise too_little(option, what, sequence_length, 2, "one training and one held-out block")
+    raise too_little(option, what, "one training and one held-out block", sequence_length)
 
 
-def too_little(option: str, what: str, sequence_length: int, number: int, blocks: str) -> UsageError:
-    """The error for a text that is too short for a ``number`` of ``blocks``."""
-    needed = f"{number * sequence_length:,} needed: {blocks} of --sequence-length {sequence_length}"
-    return UsageError(f"{option}: {what}, {needed}")
+def too_little(option: str, what: str, blocks: str, sequence_length: int) -> UsageError:
+    """The error for a text that is too short for these ``blocks``."""
+    wanted = f"{blocks} of --sequence-length {sequence_length}"
+    remedy = "more text or a smaller --sequence-length helps"
+    return UsageError(f"{option}: {what}, too little for {wanted}; {remedy}")
 
 
 def _by_documents(documents: np.recarray, share: float, sequence_length: int, limit: int) -> Split | None:
@@ -169,19 +170,6 @@ def _by_ends(documents: np.recarray, share: float, sequence_length: int, limit: 
     train, held_out = _cut(documents, at)
     is_held_out = is_first & (held_out.length > 0)
     return Split(train[at > 0], held_out[is_held_out], "ends of documents")
-
-
-def _by_end(documents: np.recarray, share: float, sequence_length: int, limit: int) -> Split | None:
-    """Hold out the last block of all documents joined; each of them is shorter than a block."""
-    ends = documents.length.cumsum()
-    at = np.clip(documents.length - sequence_length + ends[-1] - ends, 0, documents.length)
-    train, held_out = _cut(documents, at)
-    held_out = held_out[held_out.length > 0]
-
-    is_whole = (at == documents.length) & (at > 0)
-    is_copy = is_whole & np.isin(documents.digest, held_out.digest)
-    train = train[(at > 0) & ~is_copy]
-    return Split(train, held_out, "end of the text", int(is_copy.sum()))
 
 
 def _cut(spans: np.recarray, at: np.ndarray) -> tuple[np.recarray, np.recarray]:

@@ -30,7 +30,9 @@ def read(path: Path, option: str = "--config") -> dict[str, object]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     declare(parser)
     try:
-        arguments = _arguments(_pairs(path.read_text(encoding="utf-8")))
+        arguments = []
+        for key, value in _mapping(path.read_text(encoding="utf-8")).items():
+            arguments += _entry(str(key).replace("-", "_"), value)
         return vars(parser.parse_args(arguments))
     except OSError as error:
         raise UsageError(f"{option} {path}: cannot be read: {one_line(error)}") from error
@@ -38,31 +40,17 @@ def read(path: Path, option: str = "--config") -> dict[str, object]:
         raise UsageError(f"{option} {path}: {with_suggestion(one_line(error))}") from error
 
 
-def _pairs(text: str) -> list[tuple[object, object]]:
-    """The keys and values of a mapping in YAML: strings, or lists and mappings of them."""
+def _mapping(text: str) -> dict[object, object]:
+    """A mapping in YAML: keys and values are strings, or lists and mappings of them."""
     import yaml
 
     try:
-        loader = yaml.BaseLoader(text)
-        root = loader.get_single_node()
-        if not isinstance(root, yaml.MappingNode):
-            raise UsageError("must be a mapping of options to values, like 'rank: 16'")
-        return loader.construct_pairs(root, deep=True)
+        found = yaml.load(text, yaml.BaseLoader)
     except yaml.YAMLError as error:
         raise UsageError(f"is not YAML: {error}") from error
-
-
-def _arguments(pairs: list[tuple[object, object]]) -> list[str]:
-    """The entries of a YAML file as arguments of the command line."""
-    arguments = []
-    names = set()
-    for key, value in pairs:
-        name = str(key).replace("-", "_")
-        if name in names:
-            raise UsageError(f"{name} is set twice")
-        names.add(name)
-        arguments += _entry(name, value)
-    return arguments
+    if not isinstance(found, dict):
+        raise UsageError("must be a mapping of options to values, like 'rank: 16'")
+    return found
 
 
 def _entry(name: str, value: object) -> list[str]:

@@ -17,14 +17,6 @@ from mica.fast.forward.eligibility import requests_mica
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-_KINDS = {  # of what is read of it before PEFT loads the adapter
-    "base_model_name_or_path": (str, "a name"),
-    "target_modules": (str | set, "a list of names or a pattern"),
-    "target_parameters": (list, "a list of names"),
-    "modules_to_save": (list, "a list of names"),
-    "rank_pattern": (dict, "an object"),
-    "alpha_pattern": (dict, "an object"),
-}
 
 
 @dataclass(frozen=True)
@@ -156,10 +148,6 @@ def read(folder: Path, option: str = "--adapter") -> SavedAdapter:
         value = getattr(config, name)
         if not isinstance(value, int | float) or value <= 0:
             raise UsageError(f"{where}: {CONFIG}: {name} must be a number above 0, not {value!r:.80}")
-    for name, (kind, what) in _KINDS.items():
-        value = getattr(config, name)
-        if value is not None and not isinstance(value, kind):
-            raise UsageError(f"{where}: {CONFIG}: {name} must be {what}, not {value!r:.80}")
     return SavedAdapter(folder, option, config, _layers(folder / WEIGHTS, where))
 
 

@@ -78,7 +78,7 @@ def _adapt(settings: Settings) -> int:
             model, data, facts = _loaded(settings, inputs)
             session = training.Session(model, data, args, inputs.checkpoint)
         processes.on_main(_write_settings, settings)
-        print(summary.ahead(model, data.amount(args, PartialState().num_processes), args), flush=True)
+        print(summary.ahead(model, data.amount(args, PartialState().num_processes)), flush=True)
 
         done = session.train(inputs.tokenizer)
         if done.interrupted:

@@ -1,9 +1,9 @@
 """Where text comes from: files, folders, datasets saved by `datasets`, datasets of the Hub.
 
-`find` looks at names only, and is quick. `Source.documents` reads: CSV and Parquet by pandas and pyarrow, as
-`datasets` does, but from opened files, as it takes "a::b.csv" for a file within another, and "[a].csv" for
-a.csv. JSON is read by the standard library: `datasets` refuses a file in which another column than the text's
-comes or changes its type after the first 10 MB.
+`find` looks at names only, and is quick. `Source.documents` reads tables in parts, as frames of pandas: CSV
+and Parquet by pandas and pyarrow, as `datasets` does, but from opened files, as it takes "a::b.csv" for a
+file within another, and "[a].csv" for a.csv. JSON is read by the standard library: `datasets` refuses a file
+in which another column than the text's comes or changes its type after the first 10 MB.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -129,14 +129,15 @@ class Source:
         Raises UsageError, naming the file, for all that is not text.
         """
         if not self.files:
-            yield from self._texts(self.dataset.with_format("arrow").iter(_ROWS), field, None)
+            tables = self.dataset.with_format("arrow").iter(_ROWS)
+            yield from self._texts(map(_frame, tables), field, None)
         for path in self.files:
-            tables = KINDS.get(_suffix(path))
-            if tables is None:
+            frames = KINDS.get(_suffix(path))
+            if frames is None:
                 yield self._chunks(path)
                 continue
             with self._reading(path):
-                yield from self._texts(tables(path), field, path)
+                yield from self._texts(frames(path), field, path)
 
     def _chunks(self, path: Path) -> Iterator[str]:
         """A text in pieces."""
@@ -147,40 +148,40 @@ class Source:
                 yield chunk
 
     def _texts(
-        self, tables: Iterator[pyarrow.Table | pyarrow.RecordBatch], field: str | None, path: Path | None
+        self, frames: Iterator[pandas.DataFrame], field: str | None, path: Path | None
     ) -> Iterator[list[str]]:
         """The documents in rows, of which only the first need to have the column."""
         # pandas says by a warning alone that it drops a field without a name.
         warnings.simplefilter("error", pandas.errors.ParserWarning)
         column = None
-        for table in tables:
+        for frame in frames:
             if column is None:
-                column = self._column(table.schema, field, path)
-            if column not in table.schema.names:
-                yield from [[""]] * len(table)
+                column = self._column(frame, field, path)
+            if column not in frame:
+                yield from [[""]] * len(frame)
                 continue
-            kind = table.schema.field(column).type
-            if not _is_string(kind) and not pyarrow.types.is_null(kind):
+            if _kind(frame[column]) not in ("string", "empty"):
                 raise self.error(f"column '{column}' must have strings only", path)
-            for text in table[column].to_pylist():
-                yield [text or ""]
+            for text in frame[column].astype(object).fillna(""):
+                text.encode()  # raises UnicodeEncodeError for half a character, which JSON can express
+                yield [text]
 
-    def _column(self, schema: pyarrow.Schema, field: str | None, path: Path | None) -> str:
+    def _column(self, frame: pandas.DataFrame, field: str | None, path: Path | None) -> str:
         """The column to read: ``field``, else "text", "content", or the only one with strings.
 
         Raises UsageError if there is no such column.
         """
         wanted = [field] if field is not None else ["text", "content"]
         for name in wanted:
-            if name in schema.names:
+            if name in frame:
                 return name
-        with_strings = [column.name for column in schema if _is_string(column.type)]
+        with_strings = [name for name in frame if _kind(frame[name]) == "string"]
         if field is None and len(with_strings) == 1:
             if path is not None and _suffix(path) in (".csv", ".tsv"):
-                self._check_header(schema.names, with_strings[0], path)
+                self._check_header([*frame], with_strings[0], path)
             return with_strings[0]
 
-        names = ", ".join(schema.names)
+        names = ", ".join(frame)
         raise self.error(f"has no column '{wanted[0]}', only {names}: name one with --text-field", path)
 
     def _check_header(self, names: list[str], column: str, path: Path) -> None:
@@ -203,84 +204,65 @@ def _separator(path: Path, usual: str) -> str:
     return usual
 
 
-def _csv_tables(path: Path, usual: str = ",") -> Iterator[pyarrow.Table]:
+def _csv_frames(path: Path, usual: str = ",") -> Iterator[pandas.DataFrame]:
     # By default pandas takes a first row with one field too many for a sign of an index column, and "NA" for
     # nothing.
     as_text = {"index_col": False, "keep_default_na": False, "na_values": ""}
     separator = _separator(path, usual)
     with _opened(path) as file:
-        for frame in pandas.read_csv(file, sep=separator, chunksize=10 * _ROWS, **as_text):
-            yield pyarrow.Table.from_pandas(frame, preserve_index=False)
+        yield from pandas.read_csv(file, sep=separator, chunksize=10 * _ROWS, **as_text)
 
 
-def _parquet_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
+def _frame(table: pyarrow.Table | pyarrow.RecordBatch) -> pandas.DataFrame:
+    return table.to_pandas(ignore_metadata=True)  # which may make an index of a column
+
+
+def _parquet_frames(path: Path) -> Iterator[pandas.DataFrame]:
     with _opened(path) as file:
-        yield from pyarrow.parquet.ParquetFile(file).iter_batches(_ROWS)
+        yield from map(_frame, pyarrow.parquet.ParquetFile(file).iter_batches(_ROWS))
 
 
-def _json_tables(path: Path) -> Iterator[pyarrow.Table]:
-    """The rows of JSON Lines, or of an array; columns that are not of strings have their name only."""
+def _json_frames(path: Path) -> Iterator[pandas.DataFrame]:
+    """The rows of JSON Lines, or of an array."""
     rows = _json_rows(path)
     while some := list(islice(rows, _ROWS)):
-        columns = {}
-        for name in dict.fromkeys(chain.from_iterable(row for _, row in some)):
-            values = [row.get(name) for _, row in some]
-            if all(isinstance(value, str | None) for value in values):
-                columns[name] = _strings(name, values, [place for place, _ in some])
-            else:
-                columns[name] = pyarrow.nulls(len(values), pyarrow.binary())
-        yield pyarrow.table(columns)
+        yield pandas.DataFrame(some, dtype=object)
 
 
-def _strings(name: str, values: list[str | None], places: list[str]) -> pyarrow.Array:
-    try:
-        return pyarrow.array(values)
-    except UnicodeEncodeError as error:
-        place = places[values.index(error.object)]
-        what = f"{place} has half a character (\\u{ord(error.object[error.start]):x}) in '{name}'"
-        raise ValueError(f"{what}: write the whole one, or remove it") from error
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Each row with its place, like "line 3". ValueError for no JSON, and for a row that is no object."""
+def _json_rows(path: Path) -> Iterator[dict]:
+    """ValueError for no JSON, and for a row that is no object."""
     with _read(path) as text:
         begin = text.read(CHUNK).lstrip()
     with _read(path) as text:
-        if begin.startswith("["):
-            rows = ((f"row {number}", row) for number, row in enumerate(json.load(text), 1))
-        else:
-            rows = _json_lines(text)
-        for place, row in rows:
+        for row in json.load(text) if begin.startswith("[") else _json_lines(text):
             if not isinstance(row, dict):
                 raise ValueError(f"every row must be an object, not {type(row).__name__}")
-            yield place, row
+            yield row
 
 
-def _json_lines(text: Iterable[str]) -> Iterator[tuple[str, object]]:
+def _json_lines(text: Iterable[str]) -> Iterator[object]:
     for number, line in enumerate(text, 1):
         if not line.strip():
             continue
         try:
-            yield f"line {number}", json.loads(line)
+            yield json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number} is not JSON: {error.msg}") from error
 
 
-KINDS = {  # suffix -> what reads tables; None: a text
+KINDS = {  # suffix -> what reads frames; None: a text
     **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst", ".tex")),
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), _json_tables),
-    ".csv": _csv_tables,
-    ".tsv": partial(_csv_tables, usual="\t"),
-    ".parquet": _parquet_batches,
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), _json_frames),
+    ".csv": _csv_frames,
+    ".tsv": partial(_csv_frames, usual="\t"),
+    ".parquet": _parquet_frames,
 }
 _SUPPORTED = f"supported: {' '.join(KINDS)}, each also with {' '.join(_OPENERS)}"
 
 
-def _is_string(kind: pyarrow.DataType) -> bool:
-    types = pyarrow.types
-    if types.is_dictionary(kind):  # as of pandas' categories
-        kind = kind.value_type
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+def _kind(values: pandas.Series) -> str:
+    """What values are, those that are missing left out: "string", "empty" if all are missing, ..."""
+    return pandas.api.types.infer_dtype(values.astype(object))
 
 
 def find(

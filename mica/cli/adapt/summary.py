@@ -91,12 +91,12 @@ def finish(args: Namespace, model, tokenizer, report: dict, history: list[dict])
     print(as_text(report), flush=True)
 
 
-def ahead(model: PeftModel, amount: Amount, args: Namespace) -> str:
+def ahead(model: PeftModel, amount: Amount) -> str:
     """What a run is going to do, in a line: steps, tokens, epochs, trained parameters, and memory.
 
     The memory is that of weights, gradients and AdamW's two moments.
     """
-    steps = amount.steps(args)
+    steps = amount.steps
     tokens = amount.tokens_after(steps)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     number = sum(parameter.numel() for parameter in trained)

@@ -22,7 +22,7 @@ _NEVER = 2**31  # steps
 
 def training_arguments(args: Namespace, blocks: int, **more) -> TrainingArguments:
     """The Trainer's arguments for a run on ``blocks`` training blocks; ``more`` are passed on as they are."""
-    amount = Amount.of(args, blocks, PartialState().num_processes)
+    amount = Amount(args, blocks, PartialState().num_processes)
     max_steps = -1  # the epochs decide
     if args.steps is not None:
         max_steps = args.steps

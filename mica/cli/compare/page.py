@@ -45,23 +45,9 @@ schedule, warm-up {warmup_ratio:g}, weight decay {weight_decay:g}, gradients cli
 All of it took {minutes:.1f} minutes.
 
 {tried}
-
-To train them again, by Python:
-
-```python
-import json
-from pathlib import Path
-
-from mica.cli.compare.schedule import RATES, Planned
-from mica.cli.compare.trainings import Trainings
-
-folder = Path({output!r})
-trainings = Trainings(json.loads((folder / "settings.json").read_text()), folder)
-{python}
-```
 """
 _COMMAND = """
-MiCA by the command line:
+To train MiCA again:
 
 ```sh
 mica adapt --model {model} --text {text} --retain {retain} --sequence-length {sequence_length} --rank {rank} \
@@ -72,9 +58,6 @@ _HOW = (
     "`r={rank}, lora_alpha={alpha}, lora_dropout={dropout:g}, init_lora_weights={init!r}, "
     "target_modules={target_modules!r}`"
 )
-_PYTHON = """\
-with trainings.trained(Planned(RATES, "{method}", rate={rate:g}, steps={steps}, seed=0)) as (model, measured):
-    model.save_pretrained("{method}")"""
 
 
 def write(output: Path, comparison: Comparison, facts: dict[str, Any]) -> None:
@@ -83,15 +66,14 @@ def write(output: Path, comparison: Comparison, facts: dict[str, Any]) -> None:
 
     found = comparison.found()
     write_file("--output", output / settings.PICTURE, lambda path: picture.trade_off(found, path))
-    write_unless_edited("--output", output / settings.PAGE, markdown(output, comparison, facts))
+    write_unless_edited("--output", output / settings.PAGE, markdown(comparison, facts))
 
 
-def markdown(output: Path, comparison: Comparison, facts: dict[str, Any]) -> str:
-    """The page of the comparison in ``output``. ``facts``: see `Trainings.facts`."""
+def markdown(comparison: Comparison, facts: dict[str, Any]) -> str:
+    """The page of a comparison. ``facts``: see `Trainings.facts`."""
     found = comparison.found()
     steps = comparison.steps()
     tried = []
-    python = []
     for method, one in found.items():
         how = _HOW.format(**vars(methods.options(method, argparse.Namespace(**facts))))
         if METHODS[method].init is None:
@@ -99,7 +81,6 @@ def markdown(output: Path, comparison: Comparison, facts: dict[str, Any]) -> str
         rates = ", ".join(f"{rate:g}" for rate in one.curve)
         number = f"{len(one.curve)} of {len(comparison.rates[method])} learning rates"
         tried.append(f"- {METHODS[method].title}: {how}; {number}: {rates}")
-        python.append(_PYTHON.format(method=method, rate=one.rate, steps=steps))
     values = facts | {
         "model_name": shown(Path(facts["model"]).name),
         "text_names": _names(facts["text"]),
@@ -110,8 +91,6 @@ def markdown(output: Path, comparison: Comparison, facts: dict[str, Any]) -> str
         "step_tokens": facts["batch_size"] * facts["sequence_length"],
         "minutes": comparison.spent() / 60,
         "tried": "\n".join(tried),
-        "output": str(output),
-        "python": "\n".join(python),
     }
     page = _PAGE.format(**values)
     if "mica" in found:

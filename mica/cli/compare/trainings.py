@@ -5,8 +5,6 @@ import hashlib
 import math
 import time
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from transformers import TrainerCallback
 
 from mica.cli import loading
 from mica.cli.adapt import adapter, corpus, evaluation, processes
-from mica.cli.adapt.packing import document_of
+from mica.cli.adapt.packing import document_of, too_little
 from mica.cli.adapt.trainer import build_trainer
 from mica.cli.compare import methods, schedule, settings
 from mica.cli.compare.models import built
@@ -77,8 +75,8 @@ class Trainings:
     def _sets(self) -> dict:
         held_out = self.data.held_out
         if len(held_out) < 3:
-            what = f"{len(held_out)} blocks of {self.args.sequence_length} tokens are held out, 3 needed"
-            raise UsageError(f"--text: {what}: a longer text")
+            what = f"held-out blocks: {len(held_out)}"
+            raise too_little("--text", what, "three of them", self.args.sequence_length)
         choosing = _for_choosing(_documents(held_out))
         return {
             "validation": Subset(held_out, choosing),
@@ -113,8 +111,7 @@ class Trainings:
             if planned.method == BASE:
                 done = self._of_base()
             else:
-                with self.trained(planned) as (_, done):
-                    pass
+                done = self._trained(planned)
         except (MemoryError, RuntimeError) as error:
             if planned.method == BASE or not _is_out_of_memory(error):
                 raise
@@ -125,9 +122,8 @@ class Trainings:
                 torch.cuda.empty_cache()
         return planned._asdict() | done | {"seconds": time.perf_counter() - began, "content": self.content}
 
-    @contextmanager
-    def trained(self, planned: Planned) -> Iterator[tuple[nn.Module, dict]]:
-        """The model after a training, until the context is left, and what was measured of it."""
+    def _trained(self, planned: Planned) -> dict:
+        """What was measured of a model after its training."""
         began = time.perf_counter()
         own = {"learning_rate": planned.rate, "steps": planned.steps, "seed": planned.seed}
         args = methods.options(planned.method, self.args, **own)
@@ -135,7 +131,7 @@ class Trainings:
         with built(self.base, args) as model:
             start_seconds = time.perf_counter() - began
             done = train(model, self.data, args)
-            yield model, done | measure(model, measured) | {"start_seconds": start_seconds}
+            return done | measure(model, measured) | {"start_seconds": start_seconds}
 
     def _of_base(self) -> dict:
         began = time.perf_counter()

@@ -39,9 +39,9 @@ def sum_stats(parts: list[MergeStats]) -> MergeStats:
     return total
 
 
-@dataclass
+@dataclass(repr=False)
 class MergeReport:
-    """The share of the update that rounding swallowed, per merged layer and over all of them.
+    """The share of the update that rounding swallowed, per merged layer and over all of them: shown in words.
 
     ``unmeasured``: layers that were merged into a quantised weight, and its kind. Their library has rounded
     the sum to its 4 or 8 bits, and what that lost is not known.
@@ -63,9 +63,9 @@ class MergeReport:
             return math.nan
         return self.total.swallowed
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         if not self.layers and not self.unmeasured:
-            return "no adapter was merged by mica.fast"
+            return "nothing was merged by mica.fast"
         parts = []
         if self.layers:
             parts.append(self._sentence_on_measured())

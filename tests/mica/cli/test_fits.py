@@ -6,14 +6,14 @@ from dataclasses import asdict
 import pytest
 from transformers import BitsAndBytesConfig, LlamaConfig, MixtralConfig
 
-from mica.cli import main
-from mica.cli.fits import GIB, SETUPS
+from mica.cli import fits, main
+from mica.cli.fits import GIB, SETUPS, tokens_that_fit
 from mica.fast.settings import settings
 
 LLAMA = {
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 256,
@@ -51,7 +51,7 @@ def test_rows(run):
         assert len(set(kept)) == len(kept)
     bare, ours = (rows[name, False] for name in ("without adapter", "MiCA, here"))
     assert bare["weights_bytes"] + bare["peak_bytes"] == bare["total_bytes"]
-    layers = 8 * 16 * (64 * 6 + 96)  # numbers of A: seven layers a block, of these one of 96 columns
+    layers = 4 * 16 * (64 * 6 + 96)  # numbers of A: seven layers a block, of these one of 96 columns
     adam = 2 * 4 * layers
     assert ours["weights_bytes"] + ours["peak_bytes"] + adam == ours["total_bytes"]
     assert rows["MiCA, here", True]["kept_bytes"] < ours["kept_bytes"] / 2
@@ -60,24 +60,25 @@ def test_rows(run):
 
 
 @pytest.mark.parametrize("vocabulary", [256, 32768])
-def test_the_logits_are_named_where_they_decide(vocabulary, run):
+def test_the_logits_are_named_where_they_decide(vocabulary, run, monkeypatch):
+    monkeypatch.setattr(fits, "SETUPS", SETUPS[:2])
     _, _, captured = run(LlamaConfig(**{**LLAMA, "vocab_size": vocabulary}))
     assert ("linear_cross_entropy" in captured.out) == (vocabulary == 32768)
 
 
-def test_the_tokens_that_fit_a_device_do(run):
+def test_the_tokens_that_fit_a_device_do(run, monkeypatch):
+    name = "MiCA, here"
+    monkeypatch.setattr(fits, "SETUPS", [setup for setup in SETUPS if setup.name == name])
     config = LlamaConfig(**{**LLAMA, "max_position_embeddings": 2**20})
     _, report, captured = run(config, "--memory", "0.25")
     assert "tokens in 0.25" in captured.out
-    name = "MiCA, here"
-    tokens = next(row["tokens_that_fit"] for row in report["rows"] if row["name"] == name)
+    tokens = report["rows"][0]["tokens_that_fit"]
     totals = []
     for number in (tokens, tokens * 101 // 100):
         _, report, _ = run(config, tokens=number)
-        totals.append(next(row["total_bytes"] for row in report["rows"] if row["name"] == name))
+        totals.append(report["rows"][0]["total_bytes"])
     assert totals[0] <= 0.25 * GIB < totals[1]
-    _, report, _ = run(config, "--memory", "1e-6")
-    assert {row["tokens_that_fit"] for row in report["rows"]} == {0}
+    assert tokens_that_fit(report["rows"][0], TOKENS, memory=1e-6) == 0
 
 
 REFUSED = {  # what it is: (configuration, options, message)
@@ -94,6 +95,13 @@ REFUSED = {  # what it is: (configuration, options, message)
     "another name": (LlamaConfig(**LLAMA), ("--target-modules", "q_prj"), "did you mean q_proj?"),
     "a rank": (LlamaConfig(**LLAMA), ("--rank", "0"), "argument --rank: must be a whole number at least 1"),
 }
+
+
+def test_a_gguf_file_is_refused_early(capsys, monkeypatch):
+    monkeypatch.setattr("mica.cli.loading.find_source", pytest.fail)
+    assert main(["fits", "some/model.Q4_K_M.GGUF", "--tokens", "8"]) == 2
+    said = "is a GGUF file: give the Hub id or the folder (with config.json) of the model it was made from"
+    assert capsys.readouterr().err == f"mica fits: error: some/model.Q4_K_M.GGUF: {said}\n"
 
 
 @pytest.mark.parametrize("case", REFUSED)

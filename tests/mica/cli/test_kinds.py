@@ -2,7 +2,7 @@
 
 import pytest
 
-from mica.cli.kinds import Kind, by_kind, grouped
+from mica.cli.kinds import Kind, by_kind, grouped, kinds_table
 from mica.cli.spectra import Row
 
 
@@ -29,6 +29,15 @@ def row(name, shape=(8, 4), dtype="float32", **facts):
 def test_layers_that_differ_are_apart(different):
     first, second, third = row("h.0.q"), row("h.1.q", **different), row("h.2.q")
     assert grouped([first, second, third]) == [Kind("q", [first, third]), Kind("q", [second])]
+
+
+def test_what_was_dequantised_is_said():
+    table = kinds_table(grouped([row("a"), row("b", quantised="bitsandbytes 4-bit")]), rank=1)
+    assert [" bitsandbytes 4-bit, dequantised " in line for line in table.splitlines()[:3]] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_numbers_that_are_not_there_do_not_count():

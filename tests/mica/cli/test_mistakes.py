@@ -14,6 +14,7 @@ ADAPT = "adapt --model x --text x --output out"
 
 # The arguments, and how the line begins and ends behind "mica COMMAND: error: "
 MISTAKES = rows(f"""
+ => no command is given; mica --help lists them =>
 adpat => argument COMMAND: invalid choice: 'adpat' => ; did you mean adapt?
 --verison => unrecognized arguments: --verison => ; did you mean --version?
 --rank 4 adapt => unrecognized arguments: --rank; the options of a command follow its name =>
@@ -41,7 +42,7 @@ def test_a_mistake_gets_one_line(argv, start, end, capsys, tmp_path, monkeypatch
     captured = capsys.readouterr()
     assert (captured.out, captured.err.count("\n")) == ("", 1)
     program, _, message = captured.err.rstrip("\n").partition(": error: ")
-    assert program in ("mica", f"mica {argv[0]}")
+    assert program in ("mica", f"mica {argv[0] if argv else ''}")
     assert message.startswith(start)
     assert message.endswith(end)
     assert not [*tmp_path.iterdir()]

@@ -35,21 +35,12 @@ def test_files_get_the_mode_of_any_file(tmp_path):
     assert (tmp_path / "model" / "model").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
-def test_only_what_commands_have_written_is_replaced(tmp_path, capsys):
-    page, table = tmp_path / "README.md", tmp_path / "spectra.json"
-    for text in ("first", "second"):
-        output.write_unless_edited("--output", page, text)
-        assert (page.read_text(), capsys.readouterr().err) == (text, "")
-    page.write_text("mine")
-    output.write_unless_edited("--output", page, "third")
-    said = f"mica: note: {page} is not what mica has written there: it stays as it is\n"
-    assert (page.read_text(), capsys.readouterr().err) == ("mine", said)
-    with pytest.raises(NotOwnError, match=f"^{page} is not what mica has written there: move it away$"):
-        output.write_text("--output", page, "third")
+def test_a_table_replaces_nothing(tmp_path):
+    table = tmp_path / "spectra.json"
     output.write_new("--json", table, Path.touch)
     with pytest.raises(UsageError, match=f"^--json {table}: is there already: choose another name"):
         output.write_new("--json", table, Path.touch)
-    assert sorted(os.listdir(tmp_path)) == [NAME, page.name, table.name]
+    assert os.listdir(tmp_path) == [table.name]
 
 
 def part(name, error=None):

@@ -1,6 +1,5 @@
 """The callback alone, with made-up states of a Trainer, and signals that this process sends to itself."""
 
-import os
 import signal
 from types import SimpleNamespace
 
@@ -8,16 +7,15 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from mica.cli.adapt.callbacks import SIGNALS, Hooks, Request
+from mica.cli.adapt.callbacks import Hooks, Request
 from tests.support.adapt_runs import fresh_state  # noqa: F401 (a fixture)
 
 ARGS = SimpleNamespace(
     learning_rate=3e-3, output_dir="nowhere", logging_steps=5, eval_steps=None, save_steps=5
 )
-INT, TERM = SIGNALS
 
 
-def state(step=10, main=True):
+def state(step, main=True):
     return TrainerState(global_step=step, max_steps=40, is_world_process_zero=main, log_history=["a"])
 
 
@@ -27,12 +25,6 @@ def begun(main=True):
     hooks = Hooks(Request(alone=True, speaks=False), options)
     hooks.on_train_begin(ARGS, state(0, main), None)
     return hooks
-
-
-def at_step(hooks, step=10, model=None, **control):
-    made = TrainerControl(**control)
-    hooks.on_step_end(ARGS, state(step), made, model=model or torch.nn.Linear(2, 2))
-    return made
 
 
 @pytest.mark.parametrize("main", [True, False])
@@ -55,21 +47,18 @@ def test_progress(monkeypatch, main, capsys):
     assert capsys.readouterr().err.splitlines() == (expected if main else [])
 
 
-def test_the_last_step_is_evaluated():
-    assert not at_step(begun(), 39).should_evaluate
-    assert at_step(begun(), 40).should_evaluate
-
-
-def send(*signums):
-    for signum in signums:
-        os.kill(os.getpid(), signum)  # Python runs the handler before the call returns to bytecode
+@pytest.mark.parametrize(("step", "is_last"), [(39, False), (40, True)])
+def test_the_last_step_is_evaluated(step, is_last):
+    control = TrainerControl()
+    begun().on_step_end(ARGS, state(step), control, model=torch.nn.Linear(2, 2))
+    assert control.should_evaluate == is_last
 
 
 def test_a_signal_that_was_ignored_stays_ignored():
-    before = signal.signal(INT, signal.SIG_IGN)  # nohup does so
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # nohup does so
     try:
         with Request(alone=True, speaks=True).heeded() as request:
-            send(INT)
+            signal.raise_signal(signal.SIGINT)
         assert request.signum == 0
     finally:
-        signal.signal(INT, before)
+        signal.signal(signal.SIGINT, before)

@@ -80,10 +80,9 @@ def test_what_was_given_is_known(yaml_file, run_folder):
 BAD_YAML = r"""
 rnak: 3 => there is no option 'rnak'; did you mean rank\?$
 rank: [3, 4] => rank must be one value, not \['3', '4'\]$
-? [a]|: b => there is no option
+? [a]|: b => is not YAML: .* unhashable key
 rank: true => argument --rank: must be a whole number at least 1 .*, not 'true'
 seed: 1:30 => argument --seed: must be a whole number at least 0 .*, not '1:30'
-save-steps: 3|save_steps: 4 => save_steps is set twice
 packing: document => argument --packing: invalid choice.*; did you mean documents\?$
 text: [[a]] => text must be one value or a list of them, not \['a'\]
 resume: true => --resume belongs on the command line

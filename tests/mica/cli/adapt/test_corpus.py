@@ -110,10 +110,13 @@ def test_too_little_text_is_refused(tmp_path):
     for changes, message in [
         (
             {"text": [str(short)]},
-            "--text: 10 tokens found, copies not counted, 64 needed: one training and one held-out block",
+            "--text: 10 tokens found, copies not counted, too little for one training and one held-out",
         ),
-        ({"held_out_text": [str(short)]}, "--held-out-text: 10 tokens found, 32 needed: one block of"),
-        ({"held_out_text": [str(text)]}, "--text: 10 tokens are not held out, 32 needed: one training block"),
+        ({"held_out_text": [str(short)]}, "--held-out-text: 10 tokens found, too little for one block of"),
+        (
+            {"held_out_text": [str(text)]},
+            "--text: 10 tokens are not held out, too little for one training block",
+        ),
     ]:
         with pytest.raises(UsageError, match=re.escape(message)):
             gather(settings(**{"text": [text, short], **changes}), TOKENIZER)

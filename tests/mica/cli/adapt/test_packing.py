@@ -181,9 +181,11 @@ def test_the_end_of_long_documents():
 
 
 def test_little_text():
-    first, second, third = documents = [document(7, seed=n) for n in range(3)]
-    expected = [first, second[:4]], [second[4:], third], "end of the text", 0
-    assert parts(documents, share=0.01) == expected
+    for documents, found in (([19], 19), ([7, 7, 7], 21)):
+        what = f"^--text: {found} tokens found, copies not counted, too little for one training and one held-"
+        with pytest.raises(UsageError, match=what):
+            parts([document(length, seed=n) for n, length in enumerate(documents)])
+    assert parts([document(7, seed=n) for n in range(5)])[2] == "documents"
     least = tuple(range(20))
     assert parts([least], share=0.01) == ([least[:10]], [least[10:]], "ends of documents", 0)
 

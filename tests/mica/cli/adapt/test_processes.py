@@ -124,14 +124,22 @@ def test_what_one_process_cannot_write_stops_both(tmp_path):
     assert [path.name for path in checkpoints.folders(args.output)] == ["checkpoint-5"]
 
 
-def test_a_lost_process_is_one_line(tmp_path):
-    args = settings(tmp_path / "out", batch_size=2)
+def test_a_lost_process_is_one_line_and_costs_nothing_but_time(tmp_path):
+    options = {"batch_size": 2, "dropout": 0.1, "eval_steps": 4, "keep_best": True}
+    args = settings(tmp_path / "out", **options)
     errors = two(run_signalled, args, signal.SIGKILL, [None, 8], folder=tmp_path, statuses=(2, -9)).errors()
     assert errors.splitlines()[-1] == (
         f"error: another process died; the last complete checkpoint is {args.output}/checkpoint-5 "
         "(--resume continues from it)"
     )
     assert "Traceback" not in errors
+    args.resume = True
+    resumed = two(run, args, folder=tmp_path).results()[0]
+    whole = two(run, settings(tmp_path / "whole", **options), folder=tmp_path).results()[0]
+    assert dict(losses(resumed)) == pytest.approx(dict(losses(whole)), rel=1e-6)
+    assert (resumed.tokens, resumed.adapter_step) == (whole.tokens, whole.adapter_step)
+    for name, weight in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(args.output)[name], weight, rtol=0, atol=1e-6)
 
 
 def test_all_stop_at_the_same_step_and_the_best_is_written(tmp_path):

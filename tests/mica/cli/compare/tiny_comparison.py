@@ -1,9 +1,6 @@
 """`mica compare` with settings that suit the tiny model of `tests.support.tiny_cli`."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from mica.cli import main
@@ -28,14 +25,6 @@ def arguments(folder: Path, model, output, *options) -> list[str]:
 def compare(folder: Path, model, output, *options) -> int:
     """Run it here; returns the exit status."""
     return main(arguments(folder, model, output, *options))
-
-
-def started(argv: list[str]) -> subprocess.Popen:
-    """The same as a process, of one thread."""
-    command = [sys.executable, "-m", "mica", *argv]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
 
 
 def results(output: Path) -> dict[str, dict]:
