@@ -98,7 +98,7 @@ def test_weights_on_the_cpu_go_to_an_accelerator_and_back(dtype, monkeypatch, so
     mica.fast.enable(device="cpu")
     solved.clear()
     model = net(dtype)
-    assert len(solved) == 4
+    assert all(len(shape) == 3 for shape in solved)
     for name, basis in bases(model).items():
         assert basis.device.type == "cpu"
         torch.testing.assert_close(basis, bases(expected)[name], rtol=0, atol=1e-6)

@@ -135,7 +135,7 @@ def test_rank_and_alpha_patterns(solved):
     layer = net(rank_pattern={"up": 2}, alpha_pattern={"up": 6}, use_rslora=True).base_model.model.up
     assert layer.lora_B["default"].weight.shape == (20, 2)
     assert layer.scaling["default"] == pytest.approx(6 / 2**0.5)
-    assert sorted(solved) == [(10, 16), (12, 29), (16, 20), (20, 12)]
+    assert sorted(solved) == [(1, 10, 16), (1, 12, 29), (1, 16, 20), (1, 20, 12)]
     model = wrap_experts(qwen3_moe(), rank_pattern={"down_proj": 2}, alpha_pattern={"down_proj": 6})
     for layer in wrappers(model).values():
         is_down = layer.parameter_name == "down_proj"
