@@ -23,20 +23,22 @@ def compiled():
 
 
 @pytest.fixture
-def forget(monkeypatch):
-    """Forgets what this process has found out about the module, as a new process; also after the test."""
-    monkeypatch.setattr(native, "modules", {})
+def forget():
+    """Forgets what this process has found out about the module, as a new process; also after the test.
+
+    In the dictionary that C++ reads: with another one, all layers would be called from Python ever after.
+    """
+    before = dict(native.modules)
 
     def forget():
         native.modules.clear()
         native._is_built.cache_clear()
         choose.clear()
 
-    native._is_built.cache_clear()
-    choose.clear()
+    forget()
     yield forget
-    native._is_built.cache_clear()
-    choose.clear()
+    forget()
+    native.modules.update(before)
 
 
 @pytest.fixture

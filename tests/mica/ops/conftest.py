@@ -14,6 +14,6 @@ def way(request, monkeypatch):
     else:
         monkeypatch.setenv("MICA_BACKEND", "reference")
         monkeypatch.setenv("MICA_NATIVE", str(int(request.param == "C++")))
-    if request.param == "C++" and native.module() is None:  # compiled here: `call_cpp` does not
+    if request.param == "C++" and native.module() is None:
         pytest.skip(native.why_not())
     return request.param
