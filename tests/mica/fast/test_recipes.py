@@ -148,7 +148,7 @@ def test_fsdp2_has_the_losses_of_one_process(launcher, request, given):
         assert process["calls"] == {"linear": 14 * STEPS, "linear_backward": 14 * STEPS}
         assert process["sharded"]
     printed = "".join(process["printed"] for process in launched.processes)
-    assert printed.count("14 layers: 14 reference") == 1
+    assert printed.count("14 layers: 14 operators (CPU)") == 1
 
 
 SMALL = {
@@ -315,7 +315,7 @@ def test_axolotl_itself(given, tmp_path):
     silent = {"AXOLOTL_DO_NOT_TRACK": "1", "WANDB_MODE": "disabled"}
     done = start("axolotl.cli.train", tmp_path / "axolotl.yaml", path=RECIPES, **silent)
     assert done.returncode == 0, done.stderr
-    assert "14 layers: 14 reference" in done.stdout
+    assert "14 layers: 14 operators (CPU)" in done.stdout
     assert "not called" not in done.stdout
     learned([float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", done.stdout + done.stderr)])
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(given.model), tmp_path / "adapter")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import mica.fast
 from mica.errors import UnsuitableLayerError
 from tests.support import gloo
-from tests.support.models import ADAPTERS, adapted_layers, bases, randomise, wrap
+from tests.support.models import adapted_layers, bases, randomise, wrap
 from tests.support.peft_versions import needs_peft
 from tests.support.stock import assert_same, counted
 from tests.support.tolerances import RELATIVE
@@ -56,13 +56,12 @@ def bases_of(base, **config):
     return {name: part(tensor) for name, tensor in B.items()}, gathered(B), str(mica.fast.explain(model))
 
 
-def stepped(base, hooked=False, twice=False, stock=False, adapter="MiCA"):
-    """Loss, gradients of A (of LoRA's B, too) and, without gradients, logits, on PEFT's code if ``stock``.
+def stepped(base, hooked=False, twice=False, stock=False):
+    """Loss, gradients of A and, without gradients, logits, on PEFT's code if ``stock``.
 
     hooked: every base layer; twice: with two active adapters.
     """
-    mica.fast.enable(lora=adapter == "LoRA")
-    model = randomise(adapted(base, **ADAPTERS[adapter]))
+    model = randomise(adapted(base))
     if twice:
         model.add_adapter("other", model.peft_config["default"])
         model.base_model.set_adapter(["default", "other"])
@@ -81,8 +80,6 @@ STEPPED = {  # name: options of `stepped`
     "a step with hooks": {"hooked": True},
     "a step with two adapters": {"twice": True},
     "a step on PEFT's code": {"stock": True},
-    "a step of LoRA": {"adapter": "LoRA"},
-    "a step of LoRA, uneven": {"adapter": "LoRA"},
 }
 BASES = {  # name: options of the adapter
     "B": {},
