@@ -32,6 +32,7 @@ RECIPES = Path(__file__).parents[3] / "recipes"
 PAGE = RECIPES / "README.md"
 STEPS = 4
 KEYS = "gate_up_proj", "down_proj"
+FUSED = r"14 layers: 14 (reference|operators \(CPU\))"  # the former with TRITON_INTERPRET, as here
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -148,7 +149,7 @@ def test_fsdp2_has_the_losses_of_one_process(launcher, request, given):
         assert process["calls"] == {"linear": 14 * STEPS, "linear_backward": 14 * STEPS}
         assert process["sharded"]
     printed = "".join(process["printed"] for process in launched.processes)
-    assert printed.count("14 layers: 14 operators (CPU)") == 1
+    assert len(re.findall(FUSED, printed)) == 1
 
 
 SMALL = {
@@ -315,7 +316,7 @@ def test_axolotl_itself(given, tmp_path):
     silent = {"AXOLOTL_DO_NOT_TRACK": "1", "WANDB_MODE": "disabled"}
     done = start("axolotl.cli.train", tmp_path / "axolotl.yaml", path=RECIPES, **silent)
     assert done.returncode == 0, done.stderr
-    assert "14 layers: 14 operators (CPU)" in done.stdout
+    assert re.search(FUSED, done.stdout)
     assert "not called" not in done.stdout
     learned([float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", done.stdout + done.stderr)])
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(given.model), tmp_path / "adapter")
