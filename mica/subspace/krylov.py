@@ -216,7 +216,7 @@ def random_block(gram, count: int, seed: int) -> torch.Tensor:
     generator = torch.Generator(device="cpu").manual_seed(seed)
     start = torch.randn(count, gram.size, dtype=torch.float64, generator=generator, device="cpu")
     block = gram.empty(count)
-    block.copy_(start.to(gram.device).mT)
+    block.copy_(start.mT)
     return gram.orthonormal(block)[0]
 
 

@@ -214,6 +214,15 @@ def test_b_stays_frozen_whatever_peft_does():
     assert_exact(model, "second")
 
 
+def test_low_level_injection_into_further_layers_leaves_the_first_ones_alone():
+    model = Net()
+    for target in ("up", "down"):
+        inject_adapter_in_model(LoraConfig(r=4, init_lora_weights="mica", target_modules=[target]), model)
+        if target == "up":
+            expected = randomise(model).up.lora_A["default"].weight.clone()
+    assert torch.equal(model.up.lora_A["default"].weight, expected)
+
+
 @pytest.mark.parametrize("edited", [False, True])
 @pytest.mark.parametrize(("build", "targets"), [(Net, LAYER), (qwen3_moe, EXPERTS)])
 def test_low_level_injection_keeps_the_exact_basis_for_a_later_cast(build, targets, edited):

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import mica.fast
+from mica.fast.create.solving import NewAdapter
 from tests.support import quantised_models
 from tests.support.models import (
     Net,
@@ -200,6 +201,15 @@ def test_loading_runs_no_solver_and_gives_what_stock_gives(
     loaded.set_adapter("second")
     trained = {key for key, parameter in loaded.named_parameters() if parameter.requires_grad}
     assert trained == {key for key in theirs if "_A" in key and ".second" in key}
+
+
+def test_a_factor_that_has_nothing_stays_frozen():
+    layer = net().base_model.model.up
+    lora_A = layer.lora_A["default"]
+    lora_A.weight = nn.Parameter(lora_A.weight.to("meta"), requires_grad=False)
+    NewAdapter("layer 'up'", layer, "default").leave_meta_device()
+    assert not lora_A.weight.requires_grad
+    assert not lora_A.weight.any()
 
 
 def nested():

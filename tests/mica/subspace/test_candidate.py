@@ -11,7 +11,7 @@ from mica.subspace.batched import BatchGram
 from mica.subspace.candidate import Problem, candidate, judge
 from mica.subspace.certificate import ROUNDING
 from mica.subspace.host import HostGram
-from tests.support.judging import columns, energy, resolution, truth
+from tests.support.judging import columns, energy, random, resolution, truth
 from tests.support.spectra import RANK, weight
 from tests.support.tolerances import error
 
@@ -116,6 +116,15 @@ def test_the_judgement_on_right_and_wrong_vectors(shape, name, batch, strict, ex
             assert excess - 1e-9 <= reported <= 1 + 1e-5
         elif strict:  # nothing is proven of it
             assert reported == math.inf or reported >= excess
+
+
+def test_no_triplets_of_a_vector_that_the_gram_does_not_show():
+    values = torch.ones(40, dtype=torch.float64)
+    values[-1] = 1e-10  # its square is below the rounding of the Gram
+    long, short = (torch.linalg.qr(random(rows, 40).double()).Q for rows in (60, 40))
+    state = stated(long * values @ short.T)
+    assert exact_candidate(state) is None
+    assert exact_candidate(state, extra=1) is not None
 
 
 def test_what_the_gram_does_not_see_counts_as_energy():
