@@ -15,6 +15,11 @@ def talls() -> torch.Tensor:
     return stack(["gaussian", "row scales", "times 1e-4"], (70, 30))
 
 
+def test_a_gram_of_several_panels():
+    tall, vectors = random(2, 310, 300), random(2, 300, 3)
+    assert error(BatchGram(tall).apply(vectors), gram_of(tall) @ vectors) <= 1e-14
+
+
 def test_a_factor_and_a_proof_say_which_matrix_failed():
     tall = talls()
     gram, (values, vectors) = BatchGram(tall), torch.linalg.eigh(gram_of(tall))
