@@ -199,3 +199,8 @@ def test_a_mistake_is_one_line(options, message, model_dir, capsys, tmp_path, mo
     assert captured.out == ""
     assert captured.err.startswith(f"mica inspect: error: {message}")
     assert captured.err.count("\n") == 1
+
+
+def test_a_model_that_is_not_there_is_named_without_an_option(capsys, tmp_path):
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 2
+    assert error_of(capsys.readouterr()) == f"mica inspect: error: {tmp_path}/nowhere: no such file or folder"
