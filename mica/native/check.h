@@ -46,6 +46,7 @@ PyObject* operator""_key() {
 
 // By their names what Python has told: `configure` of `mica.ops.linear` and of `mica.fast.forward.fast`.
 inline PyObject* const told_by_name = PyDict_New();
+inline int64_t times_told = 0;
 inline std::set<std::type_index> computed_again; // nodes after which `mica.ops.kept` may compute x again
 inline std::type_index product_node = typeid(void); // and two of them
 inline std::type_index cast_node = typeid(void);
@@ -113,8 +114,17 @@ inline bool has_attribute(PyObject* type, PyObject* name, PyObject* expected) {
   return found.get() == expected;
 }
 
-inline PyObject* told(PyObject* name) {
-  return item(told_by_name, name);
+// What Python has told by this name. It is looked up once after each telling: a call asks for twenty of them, and to
+// look up all would be 4 % of its time.
+template <Text text>
+PyObject* told() {
+  static PyObject* object = nullptr;
+  static int64_t looked_up = 0;
+  if (looked_up != times_told) {
+    object = item(told_by_name, operator""_key<text>());
+    looked_up = times_told;
+  }
+  return object;
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -123,19 +133,19 @@ inline PyObject* told(PyObject* name) {
 
 // Whether modules of these classes compute what they did when they were defined, and nothing watches all modules.
 inline bool are_classes_plain(PyObject* dropout) {
-  PyObject* global_hooks = told("global_hooks"_key); // a tuple of dictionaries
+  PyObject* global_hooks = told<"global_hooks">(); // a tuple of dictionaries
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(global_hooks); ++i) {
     if (!is_empty_dict(PyTuple_GET_ITEM(global_hooks, i))) {
       return false;
     }
   }
-  PyObject* linear = told("linear"_key);
-  PyObject* call = told("call"_key);
-  PyObject* dropout_forward = told(dropout == told("dropout"_key) ? "dropout_forward"_key : "identity_forward"_key);
-  return has_attribute(linear, "forward"_key, told("linear_forward"_key)) &&
+  PyObject* linear = told<"linear">();
+  PyObject* call = told<"call">();
+  PyObject* dropout_forward = dropout == told<"dropout">() ? told<"dropout_forward">() : told<"identity_forward">();
+  return has_attribute(linear, "forward"_key, told<"linear_forward">()) &&
       has_attribute(linear, "__call__"_key, call) && has_attribute(dropout, "forward"_key, dropout_forward) &&
       has_attribute(dropout, "__call__"_key, call) &&
-      item(told("functional"_key), "linear"_key) == told("functional_linear"_key);
+      item(told<"functional">(), "linear"_key) == told<"functional_linear">();
 }
 
 // Whether a call of the module does no more than its class's forward.
@@ -163,13 +173,13 @@ inline bool is_state_plain(PyObject* layer_dict, PyObject* base) {
 }
 
 inline bool is_mica(PyObject* layer_dict, PyObject* name) {
-  return is_of(item(item(layer_dict, "lora_variant"_key), name), told("variant"_key));
+  return is_of(item(item(layer_dict, "lora_variant"_key), name), told<"variant">());
 }
 
 // As `mica.fast.forward.eligibility.is_lora`.
 inline bool is_lora(PyObject* layer_dict, PyObject* name) {
   PyObject* variants = item(layer_dict, "lora_variant"_key);
-  return variants && !item(variants, name) && item(told("settings"_key), "lora"_key) == Py_True;
+  return variants && !item(variants, name) && item(told<"settings">(), "lora"_key) == Py_True;
 }
 
 // A tensor in memory that is nobody's partition.
@@ -220,7 +230,7 @@ inline bool are_multiplied(
 
 // The probability with which a layer drops now; nothing where that is no number of [0, 1).
 inline std::optional<double> dropout_p(PyObject* dropout) {
-  if (!is_of(dropout, told("dropout"_key))) {
+  if (!is_of(dropout, told<"dropout">())) {
     return 0.0; // nn.Identity
   }
   PyObject* p = item(own(dropout), "p"_key);
@@ -248,7 +258,7 @@ struct Parts {
     PyObject* modules = item(layer_dict, "_modules"_key);
     PyObject* name = active_adapter(layer_dict);
     base = item(modules, "base_layer"_key);
-    if (!name || !is_of(base, told("linear"_key)) || !is_state_plain(layer_dict, base)) {
+    if (!name || !is_of(base, told<"linear">()) || !is_state_plain(layer_dict, base)) {
       return;
     }
     trains_B = is_lora(layer_dict, name);
@@ -262,8 +272,8 @@ struct Parts {
   }
 
   bool are_plain() const {
-    const bool is_dropout = is_of(dropout, told("dropout"_key)) || is_of(dropout, told("identity"_key));
-    return is_of(lora_A, told("linear"_key)) && is_of(lora_B, told("linear"_key)) && is_dropout && scaling &&
+    const bool is_dropout = is_of(dropout, told<"dropout">()) || is_of(dropout, told<"identity">());
+    return is_of(lora_A, told<"linear">()) && is_of(lora_B, told<"linear">()) && is_dropout && scaling &&
         PyFloat_CheckExact(scaling) && are_classes_plain(reinterpret_cast<PyObject*>(Py_TYPE(dropout))) &&
         is_module_plain(base) && is_module_plain(lora_A) && is_module_plain(lora_B) && is_module_plain(dropout);
   }
@@ -271,7 +281,7 @@ struct Parts {
 
 // What a common case is called with.
 inline std::optional<Operands> operands_of(PyObject* layer, PyObject* given_x) {
-  if (!is_of(layer, told("lora_linear"_key)) || !THPVariable_CheckExact(given_x) || !is_eager()) {
+  if (!is_of(layer, told<"lora_linear">()) || !THPVariable_CheckExact(given_x) || !is_eager()) {
     return std::nullopt;
   }
   const Tensor& x = THPVariable_Unpack(given_x);
@@ -319,7 +329,7 @@ inline std::optional<Operands> operands_of(PyObject* layer, PyObject* given_x) {
   if (!are_multiplied(x, operands.weight, operands.lora_A, operands.lora_B, casts_input)) {
     return std::nullopt;
   }
-  if (const OptionalDtype wide = dtype_or_none(item(told("settings"_key), "compute_dtype"_key))) {
+  if (const OptionalDtype wide = dtype_or_none(item(told<"settings">(), "compute_dtype"_key))) {
     operands.compute_dtype = c10::promoteTypes(*wide, x.scalar_type());
   }
   return operands;
@@ -331,19 +341,19 @@ inline std::optional<Operands> operands_of(PyObject* layer, PyObject* given_x) {
 
 // The environment, where it is now: `datasets` replaces os.environ.
 inline PyObject* environment() {
-  return item(own(item(told("os"_key), "environ"_key)), "_data"_key);
+  return item(own(item(told<"os">(), "environ"_key)), "_data"_key);
 }
 
 // Whether MICA_NATIVE, as it is now, has led to a module.
 inline bool is_switched_on() {
   static PyObject* const name = PyBytes_FromString("MICA_NATIVE"); // keys and values of the environment are bytes
   PyObject* setting = item(environment(), name);
-  PyObject* found = item(told("modules"_key), setting ? setting : Py_None);
+  PyObject* found = item(told<"modules">(), setting ? setting : Py_None);
   return found && !PyUnicode_Check(found);
 }
 
 inline bool has_instructions(ScalarType dtype) {
-  PyObject* answer = item(told("instructions"_key), object_of(OptionalDtype(dtype)));
+  PyObject* answer = item(told<"instructions">(), object_of(OptionalDtype(dtype)));
   return !answer || answer == Py_True;
 }
 
@@ -383,7 +393,7 @@ inline bool runs_here(const Tensor& x, const Operands& operands) {
     return false;
   }
   THPObjectPtr index(PyLong_FromLong(x.get_device()));
-  const bool has_kernels = !is_reference && PySet_Contains(told("devices_without_kernels"_key), index.get()) == 0;
+  const bool has_kernels = !is_reference && PySet_Contains(told<"devices_without_kernels">(), index.get()) == 0;
   if (operands.dropout_p > 0.0 && (has_kernels || !x.is_cpu())) { // the loop over a mask is for CPUs
     return false;
   }
@@ -391,7 +401,7 @@ inline bool runs_here(const Tensor& x, const Operands& operands) {
     return true;
   }
   THPObjectPtr key(key_of(x, operands));
-  return key && PySet_Contains(told("on_reference"_key), key.get()) == 1;
+  return key && PySet_Contains(told<"on_reference">(), key.get()) == 1;
 }
 
 // Whether what a node of autograd gives can be computed by so many products at most of what autograd keeps: a look at
@@ -418,10 +428,10 @@ inline bool may_be_computed_again(const Tensor& x, const Operands& operands) {
   if (!at::GradMode::is_enabled() || !operands.lora_A.requires_grad() || !x.grad_fn()) {
     return false;
   }
-  if (x.numel() < PyLong_AsLongLong(item(told("kept"_key), "SMALL"_key))) {
+  if (x.numel() < PyLong_AsLongLong(item(told<"kept">(), "SMALL"_key))) {
     return false;
   }
-  return is_computable(x.grad_fn().get(), item(told("kept"_key), "_norms"_key) == Py_True ? 2 : 1);
+  return is_computable(x.grad_fn().get(), item(told<"kept">(), "_norms"_key) == Py_True ? 2 : 1);
 }
 
 } // namespace mica

@@ -23,9 +23,9 @@ namespace {
 // In `mica.ops.call_counts` one call more of this function, and one more of it from C++. Under the GIL.
 void count(PyObject* name, PyObject* name_from_cpp) {
   for (PyObject* key : {name, name_from_cpp}) {
-    PyObject* before = PyDict_GetItemWithError(told("call_counts"_key), key);
+    PyObject* before = PyDict_GetItemWithError(told<"call_counts">(), key);
     THPObjectPtr after(PyLong_FromLongLong(1 + (before ? PyLong_AsLongLong(before) : 0)));
-    if (!after || PyDict_SetItem(told("call_counts"_key), key, after.get()) < 0) {
+    if (!after || PyDict_SetItem(told<"call_counts">(), key, after.get()) < 0) {
       throw python_error();
     }
   }
@@ -42,7 +42,7 @@ void note(PyObject* layer, const Tensor& x, const OptionalDtype& autocast_dtype)
     return;
   }
   THPObjectPtr reference(PyWeakref_NewRef(layer, nullptr));
-  PyObject* before = reference ? PyDict_GetItemWithError(told("noted"_key), reference.get()) : nullptr;
+  PyObject* before = reference ? PyDict_GetItemWithError(told<"noted">(), reference.get()) : nullptr;
   THPObjectPtr entry(Py_BuildValue(
       "(nO(ONNO))",
       1 + (before ? PyLong_AsSsize_t(PyTuple_GET_ITEM(before, 0)) : 0),
@@ -51,7 +51,7 @@ void note(PyObject* layer, const Tensor& x, const OptionalDtype& autocast_dtype)
       py::cast(x.sizes()).release().ptr(),
       py::cast(x.strides()).release().ptr(),
       object_of(autocast_dtype)));
-  if (!reference || !entry || PyDict_SetItem(told("noted"_key), reference.get(), entry.get()) < 0) {
+  if (!reference || !entry || PyDict_SetItem(told<"noted">(), reference.get(), entry.get()) < 0) {
     throw python_error();
   }
 }
@@ -69,7 +69,7 @@ Tensor call_here(const Tensor& x, const Operands& operands) {
 // Stands for the `Computed` of x of `mica.ops.kept`, which lives as long: a tensor is all that autograd can save.
 // Undefined: x has to be saved.
 Tensor token_or_none(PyObject* x) {
-  THPObjectPtr computed(PyObject_CallOneArg(item(told("kept"_key), "claim"_key), x));
+  THPObjectPtr computed(PyObject_CallOneArg(item(told<"kept">(), "claim"_key), x));
   if (!computed) {
     throw python_error();
   }
@@ -86,7 +86,7 @@ Tensor token_or_none(PyObject* x) {
 Tensor value_of(const Tensor& token) {
   const py::gil_scoped_acquire gil;
   auto* computed = static_cast<PyObject*>(token.mutable_data_ptr());
-  THPObjectPtr x(PyObject_CallOneArg(item(told("kept"_key), "value_of"_key), computed));
+  THPObjectPtr x(PyObject_CallOneArg(item(told<"kept">(), "value_of"_key), computed));
   if (!x) {
     python_error error;
     error.persist();
@@ -102,7 +102,7 @@ bool is_cast(const Tensor& x, const Operands& operands) {
 
 // `mica.ops.linear.linear_eager`
 PyObject* call_python(PyObject* x, const Operands& operands) {
-  const py::handle eager = told("eager"_key);
+  const py::handle eager = told<"eager">();
   py::object y = eager(
       py::handle(x),
       operands.weight,
@@ -188,6 +188,7 @@ py::object key_object(const Tensor& x, const Operands& operands) {
 // By their names what is looked at later, for as long as the process lives.
 void tell(const py::kwargs& objects) {
   PyDict_Update(told_by_name, objects.ptr());
+  ++times_told;
 }
 
 // outputs: those of the operators after which `mica.ops.kept` may compute x again; first a product and a cast

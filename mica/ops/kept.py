@@ -392,10 +392,7 @@ def _liger_norm(node) -> Callable[..., Tensor] | None:
     offset = node.offset
 
     def function(h, weight, rstd):
-        normed = h.float() * rstd[:, None]
-        if is_llama:
-            normed = normed.to(h.dtype).float()
-        return (normed * (offset + weight.float())).to(h.dtype)
+        return _norm(offset + weight.float(), h, rstd[:, None], rounds=is_llama)
 
     return function
 
@@ -487,12 +484,13 @@ def _in_one_pass(x: Computed) -> Computed | None:
 
 
 def _norm(weight: Tensor, h: Tensor, rstd: Tensor, *, rounds: bool) -> Tensor:
-    """weight·(h·rstd) in bfloat16; ``rounds``: h·rstd as well."""
+    """weight·(h·rstd) in the dtype of h; ``rounds``: h·rstd is rounded to it as well."""
     module = None if torch.compiler.is_compiling() else native.module_if_built()
     x = None if module is None else module.norm(weight.float(), h, rstd, rounds)
     if x is not None:
         return x
-    normed = h.float() * rstd  # of other shapes, and of numbers that PyTorch may round in another way
+    # of other shapes and dtypes, and of numbers that PyTorch may round in another way
+    normed = h.float() * rstd
     if rounds:
-        normed = normed.to(torch.bfloat16)
-    return (weight * normed).to(torch.bfloat16)
+        normed = normed.to(h.dtype)
+    return (weight * normed).to(h.dtype)

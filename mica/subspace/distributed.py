@@ -173,7 +173,8 @@ def run_shared(
         yield from run_tasks(tasks, present, device=device, cache=cache)
         return
 
-    mine = [index for index in share_of(tasks, meeting.rank, meeting.size) if index in present]
+    share = share_of(tasks, meeting.rank, meeting.size)
+    mine = [index for index in share if not tasks[index].weight.is_meta]
     solved: dict[int, tuple[str, MinorSubspace]] = {}
     failure: Exception | None = None
     notice: str | None = None
