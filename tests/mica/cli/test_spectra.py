@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from mica.cli import spectra
 from mica.fast.forward.eligibility import adapter_weights
-from mica.subspace import MinorSubspace, device, gram
+from mica.subspace import MinorSubspace, device, gram, minor_subspace
 from tests.support import moe_models, quantised_models
 from tests.support.spectra import from_values
 
@@ -114,18 +114,16 @@ def solver(monkeypatch):
     return replace
 
 
-def test_the_certificate_is_that_of_an_adapter(solver):
-    calls = solver(lambda weight, rank: (rank == 2, rank * 1e-9))
-    row, _ = spectra.measure("layer", linear(diagonal(9.0, 9.0, 9.0, 2.0, 1.0, 1.0)), 2)
-    assert [rank for _, rank in calls] == [2, 3]
-    assert (row.proven, row.energy_excess, row.sigma_above) == (True, 2e-9, 2.0)
-
-
-@pytest.mark.parametrize("shape", [(9, 4), (4, 9)])
-def test_where_all_are_chosen_none_is_above(shape):
-    row, values = spectra.measure("layer", linear(torch.randn(shape)), 4)
-    assert (row.reason, row.proven, row.sigma_above, row.gap) == (None, True, None, None)
-    assert len(values) == 4
+@pytest.mark.parametrize(
+    ("above", "ranks", "reported"), [(2.0, [3], 3e-9), (1e3, [3, 2], 7e-9)], ids=["near", "far"]
+)
+def test_the_bound_is_for_the_chosen_rank(above, ranks, reported, solver):
+    """An excess of the three vectors may be one of the chosen two: more of their smaller energy."""
+    calls = solver(lambda weight, rank: (True, 1e-9 if rank == 3 else 7e-9))
+    row, _ = spectra.measure("layer", linear(diagonal(1e4, 1e4, 1e4, above, 1.0, 1.0)), 2)
+    assert [rank for _, rank in calls] == ranks
+    assert (row.proven, row.sigma_above) == (True, above)
+    assert row.energy_excess == pytest.approx(reported)
 
 
 def test_null_singular_values_are_shown_and_not_warned_about(recwarn):
@@ -136,10 +134,11 @@ def test_null_singular_values_are_shown_and_not_warned_about(recwarn):
     assert not [warning for warning in recwarn if "null" in str(warning.message)]
 
 
-def test_a_stack_has_the_numbers_of_its_worst_expert(solver):
+def test_a_stack_has_the_numbers_of_its_worst_expert(solver, monkeypatch):
     """The expert with the smallest gap is shown; proven and the bound hold for all of them."""
     certificates = {8.0: (True, 1e-9), 2.0: (True, 2e-9), 4.0: (False, 3e-9)}  # by the value above the cut
     solver(lambda weight, rank: certificates[weight[3, 3].item()])
+    monkeypatch.setattr(spectra, "narrow", lambda *_: None)
     experts = [diagonal(9.0, 9.0, 9.0, above, 1.0, 1.0) for above in certificates]
     stack = moe_models.holder(torch.stack(experts))["experts"]
     before = copy.deepcopy(stack.state_dict())
@@ -148,6 +147,17 @@ def test_a_stack_has_the_numbers_of_its_worst_expert(solver):
     assert values.tolist() == [1.0, 1.0]
     assert (row.proven, row.energy_excess) == (False, 3e-9)
     assert all(torch.equal(value, before[name]) for name, value in stack.state_dict().items())
+
+
+def test_of_a_smaller_rank_the_last_columns_where_all_was_proven_and_determined():
+    stored = minor_subspace(torch.randn(60, 40), 8)
+    for rank in (3, 8):
+        kept = spectra.narrow(stored, rank)
+        assert torch.equal(kept.basis, stored.basis[:, -rank:])
+        assert torch.equal(kept.singular_values, stored.singular_values[-rank:])
+        assert kept.certified
+    assert spectra.narrow(replace(stored, certified=False), 3) is None
+    assert spectra.narrow(replace(stored, null_count=2), 3) is None
 
 
 # The singular values of a weight
