@@ -187,6 +187,18 @@ def test_a_norm_by_a_part_or_a_view_of_its_input(name):
     check([Layer(BF16)], make, inputs)
 
 
+@pytest.mark.parametrize("rounded_to", [FP32, FP16])
+def test_a_norm_that_is_rounded_to_another_dtype_than_that_of_x(rounded_to):
+    inputs = leaves(BF16)
+
+    def make():
+        wide = inputs[0].float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return (norm_weight(BF16) * normed.to(rounded_to)).to(BF16)
+
+    check([Layer(BF16)], make, inputs)
+
+
 @pytest.mark.parametrize("make", [rms_norm, offset_norm])
 def test_a_norm_of_subnormal_numbers(make):
     (h,) = leaves(FP32)
