@@ -5,10 +5,9 @@ ran first. Here a test is a cell, whose implementations take turns (`bench.suite
 `bench.measure.table` hands its results to pytest-benchmark.
 """
 
-import ctypes
 import gc
 import os
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 
 import pytest
 
@@ -22,12 +21,15 @@ from transformers.utils import logging
 
 import mica.fast
 from bench.measure.machine import DEVICE
+from bench.measure.memory import give_back
 from bench.suites.rounds import Once
+from mica.cli.adapt.processes import keep_freed_memory
 
 pytest_plugins = ["bench.measure.watching", "bench.measure.table"]
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 mica.fast.enable(lora=True)
+keep_freed_memory()  # for all implementations alike: METHOD.md
 
 gc.freeze()  # what is imported by now: a capture collects garbage, and would traverse it each time
 STREAM = torch.cuda.Stream() if DEVICE == "cuda" else None
@@ -49,5 +51,4 @@ def released(request):
         if hasattr(value, "cache_clear"):
             value.cache_clear()
     gc.collect()
-    with suppress(OSError, AttributeError):  # glibc's: freed memory goes back to the system
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back()

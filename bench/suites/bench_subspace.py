@@ -123,13 +123,14 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
 def bench_subspace(cell):
     calls, count = prepared(cell.name, lambda: setting(cell))
     elements = cell.out * cell.inner
+    is_large = elements >= 2**22
 
     def sample(once: Once, name: str) -> None:
         if name == SVD and ON_ACCELERATOR:
             once(calls[name], cell.axes, work=cell.work, warm_up=small_svd)
         else:
-            once(calls[name], cell.axes, count, work=cell.work)
-        if elements >= 2**22:
+            once(calls[name], cell.axes, count, work=cell.work, peak=is_large)
+        if is_large:
             once.note_growth(peak_extra=4 * elements)
 
     rounds(cell.name, cell.implementations, sample, SECONDS, FEWEST)

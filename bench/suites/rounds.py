@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from itertools import count
 
@@ -34,6 +35,7 @@ class Once:
     ``work``: how much of it one call does (`bench.results.throughput`); by default the tokens of ``axes``.
     ``make``: makes what a call uses up, one for each call, not timed.
     ``warm_up``: instead of the untimed call, where one takes too long.
+    ``peak``: whether to measure by how much memory grows, for `note_growth`; on a CPU that costs time.
     ``all_clocks``: on an accelerator also its device time and a replay of its graph, each a separate cell.
     """
 
@@ -57,11 +59,12 @@ class Once:
         all_clocks=False,
         work=None,
         warm_up=None,
+        peak=ON_ACCELERATOR,
         **facts,
     ):
         self.work = throughput.of_axes(axes) if work is None else work
         call = self._warmed_up(function, make, warm_up)
-        with peak_growth() as growth:
+        with peak_growth() if peak else nullcontext(lambda: None) as growth:
             timed = clocks.sample(call, iterations)
         self.grown = growth()
         if timed.wall > LONG:
