@@ -129,14 +129,17 @@ OPTIONS = {
 }
 
 
+def frozen_in(operator):
+    return FROZEN | {"lora_B"} if operator is mica_embedding else FROZEN
+
+
 def bad_input():
     """(operator, what is changed, the error, what it says)"""
     for operator, (operands, cases) in CASES.items():
         yield from ((operator, *case) for case in cases)
-        frozen = FROZEN | {"lora_B"} if operator is mica_embedding else FROZEN
         for name in operands():
             for wrong, (make, kind, message) in OPERANDS.items():
-                if wrong != "trained" or name in frozen:
+                if wrong != "trained" or name in frozen_in(operator):
                     yield operator, {name: make(operands()[name])}, kind, message.format(name)
         for name, (value, kind, message) in OPTIONS.items():
             if name in inspect.signature(operator).parameters:
@@ -150,3 +153,12 @@ def test_bad_input_is_named(monkeypatch, backend, operator, change, kind, messag
     operands, _ = CASES[operator]
     with pytest.raises(kind, match=message):
         operator(**{**operands(), **change})
+
+
+@pytest.mark.parametrize("operator", CASES)
+def test_all_other_operands_may_be_trained(operator):
+    operands = CASES[operator][0]()
+    for name, operand in operands.items():
+        operand.requires_grad_(operand.is_floating_point() and name not in frozen_in(operator))
+    result = operator(**operands)
+    assert result.requires_grad
