@@ -62,6 +62,17 @@ def test_numbers_below_the_normal_ones_of_float16_are_scaled_before_they_are_rou
     agree({result: compute(p)[result]}, solve(p), torch.float16)
 
 
+def test_of_many_tokens_grad_b_is_a_transpose_of_grad_a():
+    """Rounded as grad_a is, and in memory as lora_B, which optimizers and DDP expect of a gradient."""
+    dy = torch.randn(MANY, 23, dtype=torch.bfloat16)
+    h = torch.randn(MANY, 5, dtype=torch.bfloat16)
+    grad = reference_path.grad_b(dy, h, torch.float32, torch.bfloat16)
+    assert grad.is_contiguous()
+    assert torch.equal(grad, reference_path.grad_a(h, dy, torch.bfloat16).t().float())
+    few = reference_path.grad_b(dy[:-1], h[:-1], torch.float32, torch.bfloat16)
+    assert not torch.equal(few, few.bfloat16().float())
+
+
 @in_half
 def test_few_tokens_are_nearer_to_the_oracle_than_with_rounded_masters(monkeypatch, dtype):
     monkeypatch.setattr(products, "has_native", lambda dtype: True)
