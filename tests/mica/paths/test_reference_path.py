@@ -62,6 +62,18 @@ def test_numbers_below_the_normal_ones_of_float16_are_scaled_before_they_are_rou
     agree({result: compute(p)[result]}, solve(p), torch.float16)
 
 
+def test_a_gradient_of_h_is_scaled_as_h_is():
+    """The h that `linear` returns has scaling in it; a second derivative asks for its gradient."""
+    p = problem((MANY,), 31, 23, 5, torch.float32, scaling=3.0)
+    of_h = torch.randn(MANY, 5)
+    alone = reference_path.linear_backward(p.grad_output, p.x, operands(p))
+    together = reference_path.linear_backward(p.grad_output, p.x, operands(p), of_h)
+    x, lora_A, of_wide = (tensor.double() for tensor in (p.x, p.lora_A, 3.0 * of_h))
+    updates = of_wide @ lora_A, of_wide.t() @ x
+    for before, after, update in zip(alone, together, updates, strict=True):
+        assert error(after, before.double() + update) <= RELATIVE[torch.float32]
+
+
 def test_of_many_tokens_grad_b_is_a_transpose_of_grad_a():
     """Rounded as grad_a is, and in memory as lora_B, which optimizers and DDP expect of a gradient."""
     dy = torch.randn(MANY, 23, dtype=torch.bfloat16)
