@@ -10,8 +10,7 @@ A new library, whose layers PEFT can wrap, needs a function that dequantises, a 
 
 - the hash of the forward of PEFT's class, if it has its own, to `QUANTISED` in mica/fast/known_peft.py:
   without it another release of PEFT is not compared, and no test notices;
-- a model to `KINDS` in tests/support/quantised_models.py, which many tests run over; a stub where the library
-  cannot be installed;
+- a model to `KINDS` in tests/support/quantised_models.py, which many tests run over;
 - a line to mica/fast/README.md and mica/fast/SETUPS.md, which list what is covered and what is refused.
 """
 
@@ -28,9 +27,6 @@ from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_wei
 from torch import Tensor, nn
 
 from mica.errors import UnsuitableLayerError
-
-# Rows of the identity matrix that a layer is applied to at a time.
-_ROWS = 1024
 
 
 def _bitsandbytes():
@@ -118,40 +114,6 @@ def _own_call(layer) -> Tensor:
     return dequantize_module_weight(layer.get_base_layer())
 
 
-def _by_calls(layer) -> Tensor:
-    """The layer applied to the rows of an identity matrix: exact, each output is one weight and zeros.
-
-    Not gptqmodel's `dequantize_weight`: not all of its kernels have one, and a class that inherits it and has
-    repacked the weight for its kernel may return anything.
-    """
-    parts = []
-    for start in range(0, layer.in_features, _ROWS):
-        columns = torch.arange(start, min(start + _ROWS, layer.in_features))
-        parts.append(_outputs(layer, columns))
-    return torch.cat(parts, dim=1)
-
-
-def _outputs(layer, columns: Tensor) -> Tensor:
-    """Columns of the weight, (out_features, len(columns)), as the layer computes with them."""
-    base = layer.get_base_layer()
-    scales = getattr(base, "scales", None)
-    dtype = torch.bfloat16
-    if isinstance(scales, Tensor):
-        dtype = scales.dtype
-    x = torch.zeros(len(columns), layer.in_features, dtype=dtype, device=packed_weight(layer).device)
-    x[torch.arange(len(columns)), columns.to(x.device)] = 1
-    bias = getattr(base, "bias", None)
-    if bias is None:
-        return base(x).t()
-    # Not subtracted from the outputs: in fp16 a bias of 8 swallows weights below 0.004, and gptqmodel's
-    # Marlin layers keep theirs permuted. All of its layers run without one.
-    base.bias = None
-    try:
-        return base(x).t()
-    finally:
-        base.bias = bias
-
-
 class Kind(NamedTuple):
     """A kind of quantised layers.
 
@@ -170,10 +132,8 @@ _KINDS = {
     "peft.tuners.lora.bnb.Linear8bitLt": Kind("bitsandbytes 8-bit", _bitsandbytes_8bit),
     "peft.tuners.lora.hqq.HqqLoraLinear": Kind("HQQ", _own_call),
     "peft.tuners.lora.torchao.TorchaoLoraLinear": Kind("torchao", _own_call),
-    "peft.tuners.lora.gptq.GPTQLoraLinear": Kind("GPTQ", _by_calls),
-    "peft.tuners.lora.awq.AwqLoraLinear": Kind("AWQ", _by_calls),
 }
-COVERED = "bitsandbytes 4-bit and 8-bit, HQQ, torchao, GPTQ and AWQ"
+COVERED = "bitsandbytes 4-bit and 8-bit, HQQ and torchao"
 
 
 @lru_cache
@@ -209,7 +169,7 @@ def is_unknown_to_peft(layer: nn.Module) -> bool:
 def packed_weight(layer: nn.Module) -> Tensor:
     """The tensor that holds the packed weight, wherever the library stores it: only for its device."""
     base = layer.get_base_layer()
-    tensors = [getattr(base, name, None) for name in ("qweight", "W_q", "weight")]
+    tensors = [getattr(base, name, None) for name in ("W_q", "weight")]
     return next(tensor for tensor in tensors if isinstance(tensor, Tensor))
 
 

@@ -71,10 +71,8 @@ def test_unsuitable_layer_gives_a_reason(name):
 
 
 @pytest.mark.parametrize("kind", quantised_models.KINDS)
-def test_quantised_layers_are_those_of_the_backend(kind, monkeypatch):
+def test_quantised_layers_are_those_of_the_backend(kind):
     """By what it starts from."""
-    if "stub" in kind:
-        quantised_models.stub_gptqmodel(monkeypatch)
     layer = quantised_models.llama(kind).model.layers[0].mlp.up_proj
     row, values = spectra.measure("layer", layer, 4)
     assert (row.reason, row.shape, row.kind) == (None, (48, 32), type(layer).__name__)

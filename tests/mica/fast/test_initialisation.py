@@ -39,7 +39,7 @@ from tests.support.moe_models import (
 from tests.support.peft_versions import is_at_least
 from tests.support.quantised_models import KINDS as QUANTISED
 
-pytestmark = pytest.mark.usefixtures("one_thread", "gptqmodel")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["layers", *BUILDERS]

@@ -1,6 +1,5 @@
 """Layers, experts and quantised layers that MiCA cannot start from: said clearly, and nothing has changed."""
 
-import copy
 from functools import partial
 from unittest.mock import Mock
 
@@ -9,6 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora.aqlm import AqlmLoraLinear
+from peft.tuners.lora.awq import AwqLoraLinear
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import nn
 
 import mica.fast
@@ -18,10 +19,11 @@ from tests.support import quantised_models
 from tests.support.models import Net, adapted_layers, net, randomise, stock_load, tiny_llama, wrap
 from tests.support.moe_models import holder, qwen3_moe, second, tokens, wrap_experts, wrappers
 from tests.support.quantised_models import bnb_4bit, bnb_8bit
+from tests.support.stock import counted
 from tests.support.tolerances import RELATIVE, error
 from tests.support.unchanged import unchanged
 
-pytestmark = pytest.mark.usefixtures("one_thread", "gptqmodel")
+pytestmark = pytest.mark.usefixtures("one_thread")
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 DOWN = {"wrap": wrap_experts, "target_parameters": ["experts.down_proj"], "rank": 2}
 BOTH = {**DOWN, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
@@ -124,7 +126,7 @@ CASES = {  # what it is: (what builds the model, options, message, other error)
     "4 bits later": (lambda: bnb_later(4), FIRST, LATER),
     "8 bits later": (lambda: bnb_later(8, has_fp16_weights=False), FIRST, LATER),
 }
-for _kind in ("nf4 double, bf16 storage", "int8", "hqq", "torchao int8", "gptq stub"):
+for _kind in ("nf4 double, bf16 storage", "int8", "hqq", "torchao int8"):
     _message = r"r=17 for layer '.*k_proj' with weight shape \(16, 32\)"
     CASES[f"rank, {_kind}"] = partial(quantised_models.llama, _kind), {**QUANTISED, "rank": 17}, _message
 for _dtype in (torch.float8_e4m3fn, torch.uint8):  # of experts
@@ -178,7 +180,7 @@ def test_a_model_that_does_not_say_that_it_is_quantised(make, flag, tmp_path):
 
 
 class QuantizedLinear(nn.Module):
-    """As AQLM's: no weight, codes instead."""
+    """As AQLM's and gptqmodel's: no weight, codes instead."""
 
     in_features, out_features = 32, 16
 
@@ -187,18 +189,22 @@ class QuantizedLinear(nn.Module):
         self.codes = nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)
         self.codebooks = nn.Parameter(torch.zeros(4))
 
+    def forward(self, x):
+        return x.new_ones(*x.shape[:-1], 16)
+
+
+def config_of(wrapper, init):
+    """PEFT wraps the layer without its library."""
+    config = LoraConfig(r=4, init_lora_weights=init, target_modules=["0"])
+    config._register_custom_module({QuantizedLinear: wrapper})
+    return config
+
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_library_that_is_not_covered_is_named(existing):
+@pytest.mark.parametrize("wrapper", [AqlmLoraLinear, GPTQLoraLinear, AwqLoraLinear])
+def test_a_library_that_is_not_covered_is_named(wrapper, existing):
     model = nn.Sequential(QuantizedLinear())
-
-    def config(init):
-        config = LoraConfig(r=4, init_lora_weights=init, target_modules=["0"])
-        config._register_custom_module({QuantizedLinear: AqlmLoraLinear})
-        return config
-
-    with mica.fast.disabled(), pytest.raises(ValueError, match="Invalid or unsupported variant combination"):
-        get_peft_model(copy.deepcopy(model), config("mica"))
+    config = partial(config_of, wrapper)
     attempt = partial(get_peft_model, model)
     if existing:
         model = get_peft_model(model, config(True))
@@ -206,6 +212,20 @@ def test_a_library_that_is_not_covered_is_named(existing):
     message = r"'0' is a QuantizedLinear, and .* among quantised ones for those of bitsandbytes"
     with unchanged(model), pytest.raises(UnsuitableLayerError, match=message):
         attempt(config("mica"))
+
+
+@pytest.mark.parametrize("wrapper", [GPTQLoraLinear, AwqLoraLinear])
+def test_plain_lora_over_a_library_that_is_not_covered_is_peft_s(wrapper):
+    mica.fast.enable(lora=True)
+    model = randomise(get_peft_model(nn.Sequential(QuantizedLinear()), config_of(wrapper, True)))
+    x = torch.randn(3, 32)
+    out, counts = counted(lambda: model(x))
+    with mica.fast.disabled():
+        assert torch.equal(out, model(x))
+    assert not counts
+    (row,) = mica.fast.explain(model).rows
+    assert (row.path, row.calls) == ("peft", None)
+    assert row.reason == f"layers of type {wrapper.__module__}.{wrapper.__name__} are not covered"
 
 
 def logits(model):
