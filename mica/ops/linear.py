@@ -10,7 +10,6 @@ from functools import partial
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mica import native
@@ -331,16 +330,3 @@ operator(
     _linear_backward,
     _linear_backward_fake,
 )
-
-
-def traced(x: Tensor, operands: Operands) -> Tensor:
-    """`linear` as PyTorch's own operations, for a compiler: autocast reaches each, and autograd follows.
-
-    Args:
-        x: The input, (..., in_features).
-        operands: The layer's operands, without dropout.
-    """
-    dtype = operands.dtype(x)
-    y = F.linear(x, operands.weight, operands.bias)
-    h = F.linear(x.to(dtype), (operands.lora_A * operands.scaling).to(dtype))
-    return (y + F.linear(h, operands.lora_B.to(h.dtype))).to(y.dtype)

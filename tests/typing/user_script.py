@@ -49,8 +49,8 @@ def operators(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tens
 def backend(base: Module) -> float:
     model = get_peft_model(base, LoraConfig(init_lora_weights="mica", r=4, target_modules="all-linear"))
     device = torch.device("cpu")
-    mica.fast.enable(compute_dtype=torch.float32, on_unsuitable="skip", device=device)
-    mica.fast.enable(device="cpu", compile="plain", recompute="activations")
+    mica.fast.enable(compute_dtype=torch.float32, device=device)
+    mica.fast.enable(device="cpu", recompute="activations")
     explanation = assert_type(mica.fast.explain(model), mica.fast.Explanation)
     for row in explanation.rows:
         assert_type([row.name, row.layer, row.adapter, row.path, row.reason], list[str])

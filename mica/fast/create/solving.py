@@ -147,7 +147,7 @@ def check_type(adapter: NewAdapter) -> None:
         raise UnsuitableLayerError(
             f"MiCA cannot be initialised: {adapter.name} is a {type(layer.get_base_layer()).__name__}, and "
             "MiCA is for embeddings and linear layers only, among quantised ones for those of "
-            f"{quantised.COVERED}. Leave it out of target_modules."
+            f"{quantised.COVERED}."
         )
 
 

@@ -29,7 +29,7 @@ from mica.fast.forward.layer_calls import Input
 from mica.fast.settings import compute_dtype, settings
 from mica.memory import LAYER_TYPES
 from mica.ops.embedding import embedding
-from mica.ops.linear import linear, traced
+from mica.ops.linear import linear
 from mica.ops.low_rank import down_projection, up_projection
 from mica.ops.operator import AUTOCAST, is_autocast
 from mica.paths import choose
@@ -96,11 +96,8 @@ class Fused(OnOperators):
     operands: Operands
 
     def __call__(self, x: Tensor) -> Tensor:
-        operands = self.operands
-        p = operands.dropout_p
-        if settings.compile == "plain" and not p and torch.compiler.is_compiling():
-            return traced(x, operands)
-        return linear(x, *operands._replace(seed=drawn_seed(p, x.device)))
+        seed = drawn_seed(self.operands.dropout_p, x.device)
+        return linear(x, *self.operands._replace(seed=seed))
 
     def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
         operands = self.operands

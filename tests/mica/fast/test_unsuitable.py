@@ -1,5 +1,6 @@
 """Layers, experts and quantised layers that MiCA cannot start from: said clearly, and nothing has changed."""
 
+import re
 from functools import partial
 from unittest.mock import Mock
 
@@ -16,7 +17,7 @@ import mica.fast
 from mica.errors import UnsuitableLayerError
 from mica.subspace import many
 from tests.support import quantised_models
-from tests.support.models import Net, adapted_layers, net, randomise, stock_load, tiny_llama, wrap
+from tests.support.models import Net, adapted_layers, net, randomise, tiny_llama, wrap
 from tests.support.moe_models import holder, qwen3_moe, second, tokens, wrap_experts, wrappers
 from tests.support.quantised_models import bnb_4bit, bnb_8bit
 from tests.support.stock import counted
@@ -112,7 +113,7 @@ CASES = {  # what it is: (what builds the model, options, message, other error)
     "NaN, expert": (
         poisoned_experts,
         EXPERTS,
-        rf"from layer '{MOE_DOWN % 1}' expert 3: .* got 2 NaN or infinite of 768 entries\.$",
+        rf"from layer '{MOE_DOWN % 1}' expert 3: .* got 2 NaN or infinite of 768 entries\. ",
     ),
     "NaN, HQQ": (poisoned_hqq, QUANTISED, r"layer '.*mlp.up_proj': .* got 8 NaN or infinite of 1536"),
     "rank": (Net, {"rank": 11}, r"MiCA requires `r` <= min.*r=11 for layer 'down'.*\(10, 16\)", ValueError),
@@ -270,79 +271,7 @@ def test_a_second_adapter_that_fails_on_other_layers_leaves_no_record_of_them(mo
     assert model.base_model.targeted_module_names == ["up"]
 
 
-# -- skipped -----------------------------------------------------------------------------------------
-
-
-def names_of(layers):
-    return [name.rsplit(".", 1)[1] for name in layers]
-
-
-def test_skip_leaves_the_layer_out_and_says_so(tmp_path):
-    mica.fast.enable(on_unsuitable="skip")
-    with pytest.warns(UserWarning, match=r"layer 'conv'.* 2 NaN.*left without an adapter"):
-        model = wrap(poisoned_net())
-    assert names_of(adapted_layers(model)) == ["embed", "up", "down"]
-    assert not any("conv" in name for name in model.base_model.targeted_module_names)
-    assert not any(p.requires_grad for p in model.base_model.model.conv.parameters())
-    assert model.peft_config["default"].exclude_modules == {"conv"}
-    # what was saved loads again, with the backend and without
-    randomise(model).save_pretrained(tmp_path)
-    for load in (PeftModel.from_pretrained, stock_load):
-        assert len(adapted_layers(load(poisoned_net(), tmp_path))) == 3
-
-
-@pytest.mark.parametrize("exclude", [["up"], "u.*p"])
-def test_skip_keeps_the_user_s_exclusions(exclude):
-    mica.fast.enable(on_unsuitable="skip")
-    with pytest.warns(UserWarning, match="layer 'conv'"):
-        model = wrap(poisoned_net(), exclude_modules=exclude)
-    assert names_of(adapted_layers(model)) == ["embed", "down"]
-    again = wrap(poisoned_net(), exclude_modules=model.peft_config["default"].exclude_modules)
-    assert names_of(adapted_layers(again)) == ["embed", "down"]
-
-
-def test_skip_of_a_second_adapter_and_of_a_quantised_layer():
-    mica.fast.enable(on_unsuitable="skip")
-    with pytest.warns(UserWarning, match="layer 'down'"):
-        model = second(net(), r=11)
-    assert set(model.base_model.model.down.lora_A) == {"default"}
-    assert set(model.base_model.model.up.lora_A) == {"default", "second"}
-    with pytest.warns(UserWarning, match="up_proj.*left without an adapter"):
-        model = wrap(poisoned_hqq(), **QUANTISED)
-    assert len(adapted_layers(model)) == 6
-
-
-def test_skip_leaves_a_parameter_out_and_says_so():
-    mica.fast.enable(on_unsuitable="skip")
-    with pytest.warns(UserWarning, match=r"experts.down_proj' expert 3: .* 2 NaN .* left without an adapter"):
-        model = wrap_experts(poisoned_experts())
-    prefix = "base_model.model.model.layers"
-    assert {name: layer.parameter_name for name, layer in wrappers(model).items()} == {
-        f"{prefix}.0.mlp.experts": "down_proj",
-        f"{prefix}.0.mlp.experts.base_layer": "gate_up_proj",
-        f"{prefix}.1.mlp.experts": "gate_up_proj",
-    }
-    targeted = sorted(model.peft_config["default"].target_parameters)
-    assert targeted == sorted(model.base_model.targeted_parameter_names)
-    assert len(targeted) == 3
-    # what is saved names exactly these, for stock PEFT too
-    again = wrap_experts(poisoned_experts(), stock=True, target_parameters=targeted)
-    assert wrappers(again).keys() == wrappers(model).keys()
-    with pytest.raises(UnsuitableLayerError, match=r"r=25 .*A further adapter cannot skip it"):
-        second(model, r=25)
-    assert list(model.peft_config) == ["default"]
-
-
-@pytest.mark.parametrize(
-    ("build", "options", "what"), [(Net, {}, "modules"), (qwen3_moe, EXPERTS, "parameters")]
-)
-def test_nothing_suitable_is_an_error(build, options, what):
-    mica.fast.enable(on_unsuitable="skip")
-    with pytest.warns(UserWarning, match="left without an adapter"):
-        refused(build(), f"none of the 4 target {what}", rank=64, **options)
-
-
-# -- layers and variants for which PEFT has no MiCA -------------------------------------------------
+# -- what the error says to leave out -----------------------------------------------------------------
 
 
 class WithConv(nn.Module):
@@ -355,15 +284,44 @@ class WithConv(nn.Module):
         return self.head(self.patches(x).mean((-1, -2)))
 
 
-def test_a_convolution_is_named_and_can_be_skipped():
+@pytest.mark.parametrize(
+    ("build", "options", "unsuitable"),
+    [
+        (poisoned_net, {"rank": 11}, ["conv", "down"]),  # for two reasons
+        (WithConv, {"targets": ["patches", "head"]}, ["patches"]),
+        (poisoned_hqq, QUANTISED, ["model.layers.0.mlp.up_proj"]),
+    ],
+)
+def test_exclude_modules_leaves_out_what_the_error_names(build, options, unsuitable, tmp_path):
+    advice = re.escape(f" To adapt all other layers, add {unsuitable} to exclude_modules of the LoraConfig.")
+    refused(build(), rf"layer '{unsuitable[0]}'.*\.{advice}$", **options)
+    model = wrap(build(), exclude_modules=unsuitable, **options)
+    assert not {f"base_model.model.{name}" for name in unsuitable} & adapted_layers(model).keys()
+    randomise(model).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+    assert adapted_layers(loaded).keys() == adapted_layers(model).keys() != set()
+
+
+def test_target_parameters_leave_out_what_the_error_names():
+    unsuitable = MOE_DOWN % 1
+    advice = re.escape(f" To adapt all others, leave {[unsuitable]} out of target_parameters.")
+    refused(poisoned_experts(), rf"{unsuitable}' expert 3: .* 2 NaN .*\.{advice}$", **EXPERTS)
+    names = [MOE_DOWN % 0, *(f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in range(2))]
+    assert len(wrappers(wrap_experts(poisoned_experts(), target_parameters=names))) == 3
+
+
+@pytest.mark.parametrize(("build", "options"), [(Net, {}), (qwen3_moe, EXPERTS)])
+def test_nothing_is_left_out_where_nothing_is_suitable(build, options):
+    refused(build(), r"max usable r is \d+\)\.$", rank=64, **options)
+
+
+# -- layers and variants for which PEFT has no MiCA -------------------------------------------------
+
+
+def test_a_convolution_is_named():
     """Stock: "Invalid or unsupported variant combination: ('mica',)"."""
     message = "layer 'patches' is a Conv2d, and MiCA is for embeddings and linear layers only"
     refused(WithConv(), message, targets=["patches", "head"])
-    mica.fast.enable(on_unsuitable="skip")
-    with pytest.warns(UserWarning, match=message):
-        model = wrap(WithConv(), targets=["patches", "head"])
-    assert list(adapted_layers(model)) == ["base_model.model.head"]
-    model(torch.randn(2, 3, 4, 4))
 
 
 @pytest.mark.parametrize(
