@@ -25,9 +25,9 @@ def by_krylov(problem: Problem) -> Candidate | None:
     """By block Krylov subspaces; None where they are too large for the matrix or do not converge."""
     if not krylov.fits(problem.gram.size, problem.rank):
         return None
-    limits = krylov.bounds(problem.gram, problem.seed)
+    limits = krylov.bounds(problem.gram)
     eps = torch.finfo(problem.dtype).eps
-    pairs = krylov.smallest_eigenpairs(problem.gram, problem.rank, limits, eps, problem.seed)
+    pairs = krylov.smallest_eigenpairs(problem.gram, problem.rank, limits, eps)
     if pairs is None:
         return None
     return candidate(problem, *pairs, limits.norm)

@@ -294,7 +294,7 @@ class WithConv(nn.Module):
 )
 def test_exclude_modules_leaves_out_what_the_error_names(build, options, unsuitable, tmp_path):
     advice = re.escape(f" To adapt all other layers, add {unsuitable} to exclude_modules of the LoraConfig.")
-    refused(build(), rf"layer '{unsuitable[0]}'.*\.{advice}$", **options)
+    refused(build(), rf"layer '{unsuitable[0]}'[^\[]*\.{advice}$", **options)
     model = wrap(build(), exclude_modules=unsuitable, **options)
     assert not {f"base_model.model.{name}" for name in unsuitable} & adapted_layers(model).keys()
     randomise(model).save_pretrained(tmp_path)
@@ -305,7 +305,11 @@ def test_exclude_modules_leaves_out_what_the_error_names(build, options, unsuita
 def test_target_parameters_leave_out_what_the_error_names():
     unsuitable = MOE_DOWN % 1
     advice = re.escape(f" To adapt all others, leave {[unsuitable]} out of target_parameters.")
-    refused(poisoned_experts(), rf"{unsuitable}' expert 3: .* 2 NaN .*\.{advice}$", **EXPERTS)
+    refused(
+        poisoned_experts(),
+        rf"{unsuitable}' expert 3: .* 2 NaN or infinite of 768 entries\.{advice}$",
+        **EXPERTS,
+    )
     names = [MOE_DOWN % 0, *(f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in range(2))]
     assert len(wrappers(wrap_experts(poisoned_experts(), target_parameters=names))) == 3
 

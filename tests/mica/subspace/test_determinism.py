@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
+from mica.subspace import krylov
 from mica.subspace.methods import METHODS
 from tests.mica.subspace.subspaces import quietly_solved, same
-from tests.support.spectra import RANK, stack, weight
+from tests.support.spectra import RANK, weight
 
 SHAPES = [(120, 40), (40, 120), (60, 60), (200, 140), (140, 200), (150, 150)]
 
@@ -27,11 +28,12 @@ def test_same_call_same_bits(shape, method, name, threads):
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((200, 140), torch.float32), ((150, 150), torch.float64)])
-def test_seeds_start_elsewhere_and_end_at_the_same_subspace(shape, dtype):
+def test_seeds_start_elsewhere_and_end_at_the_same_subspace(shape, dtype, monkeypatch):
     matrix = weight("gaussian", *shape).to(dtype)
-    first, again, other = (quietly_solved(matrix, RANK, method="krylov", seed=seed) for seed in (1, 1, 2))
+    first = quietly_solved(matrix, RANK, method="krylov")
+    monkeypatch.setattr(krylov, "SEED", 1)
+    other = quietly_solved(matrix, RANK, method="krylov")
     assert (first.method, other.method) == ("krylov", "krylov")
-    assert same(first, again)
     assert not torch.equal(first.basis, other.basis)
     torch.testing.assert_close(first.basis, other.basis, rtol=0, atol=1e-6)
 
@@ -108,7 +110,6 @@ def foreign_default(request, path):
 WEIGHTS = {
     **{str(shape): weight("gaussian", *shape) for shape in ((140, 200), (200, 140), (60, 40), (150, 300))},
     "null directions": weight("zero rows and columns", 60, 40),
-    "a batch": stack(["gaussian", "times 1e4"], (140, 200)),
     "large numbers": weight("gaussian", 140, 200).double() * 1e50,
     "zero": torch.zeros(30, 20),
 }
