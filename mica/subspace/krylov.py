@@ -152,7 +152,7 @@ def smallest_eigenpairs(
         likely = math.ceil(math.log(excess, 8))  # a step gains a factor of 8 on Gaussian spectra
         return max(1, min(4, likely))
 
-    block_lanczos(gram, gram.solve, random_block(gram, width), most, first, judge)
+    block_lanczos(gram, random_block(gram, width), most, first, judge)
     return pairs
 
 
@@ -207,7 +207,6 @@ def random_block(gram, count: int) -> torch.Tensor:
 
 def block_lanczos(
     gram,
-    operation: Callable[[torch.Tensor], torch.Tensor],
     block: torch.Tensor,
     steps: int,
     first_check: int,
@@ -215,7 +214,7 @@ def block_lanczos(
 ) -> None:
     """Block Lanczos: an orthonormal basis Q of span{S, F S, …, F^(steps−1) S}, and Qᵀ F Q, for ``judge``.
 
-    ``block`` is S, ``operation`` the symmetric F. Only the lower triangle of Qᵀ F Q is filled in. From
+    ``block`` is S, F what ``gram.solve`` applies. Only the lower triangle of Qᵀ F Q is filled in. From
     ``first_check`` steps on, ``judge`` gets both, as far as they are, and returns after how many further
     steps it wants to see them again, 0 to end the iteration.
     """
@@ -227,7 +226,7 @@ def block_lanczos(
         start = width * step
         end = start + width
         basis[..., start:end] = block
-        block, coefficients = _orthogonalise(gram, operation(block), basis[..., :end])
+        block, coefficients = _orthogonalise(gram, gram.solve(block), basis[..., :end])
         projected[..., start:end, :end] = coefficients.mT
         if step + 1 >= first_check:
             further = judge(basis[..., :end], projected[..., :end, :end])

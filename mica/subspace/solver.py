@@ -57,7 +57,7 @@ def minor_subspace(weight: torch.Tensor, rank: int, *, method: str = "auto") -> 
             proven.
     """
     _check_weight(weight)
-    _check_rank(weight, rank)
+    check_rank(weight, rank)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, but got {method!r}.")
     check_entries(weight)
@@ -137,7 +137,8 @@ def _check_weight(weight: torch.Tensor) -> None:
         raise ValueError(f"weight must not be empty, but got shape {tuple(weight.shape)}.")
 
 
-def _check_rank(weight: torch.Tensor, rank: int) -> None:
+def check_rank(weight: torch.Tensor, rank: int) -> None:
+    """Raise TypeError or ValueError unless a weight, which may be on the meta device, has so many vectors."""
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"rank must be an int, but got {rank!r} of type {type(rank).__name__}.")
     limit = min(weight.shape)

@@ -27,7 +27,7 @@ from mica.memory import has_no_values
 from mica.subspace.cache import default_cache
 from mica.subspace.distributed import Meeting, run_shared
 from mica.subspace.many import Task
-from mica.subspace.solver import check_entries, warnings_about
+from mica.subspace.solver import check_entries, check_rank, warnings_about
 
 # Dequantised and gathered weights are solved this many elements at a time, 1 GiB in fp32, so that there is
 # never a second copy of a 4-bit model in 16 or 32 bits, nor the whole of a sharded one. 16 layers of
@@ -171,16 +171,15 @@ def check(adapter: NewAdapter, needs_values: bool = True) -> list[Task]:
     _check_dtype(adapter, weight)
     if is_wrapper(adapter.layer):
         experts.check(adapter.layer, adapter.name)
-    _check_rank(adapter, weight)
-    if adapter.is_absent:
-        if needs_values:
-            _check_absence(adapter)
-        return tasks
     for task in tasks:
         try:
-            check_entries(task.weight)
+            check_rank(task.weight, task.rank)
+            if not adapter.is_absent:
+                check_entries(task.weight)
         except ValueError as error:
             raise UnsuitableLayerError(f"MiCA cannot be initialised from {task.name}: {error}") from error
+    if adapter.is_absent and needs_values:
+        _check_absence(adapter)
     return tasks
 
 
@@ -209,23 +208,6 @@ def _check_dtype(adapter: NewAdapter, weight: Tensor) -> None:
     raise TypeError(
         f"Please initialize MiCA under float32, float16, bfloat16 or float64: {adapter.name} has a weight of "
         f"dtype {weight.dtype}.{hint}"
-    )
-
-
-def _check_rank(adapter: NewAdapter, weight: Tensor) -> None:
-    condition = "`r` <= min(in_features, out_features)"
-    max_rank = min(weight.shape)
-    if isinstance(adapter.layer, lora.Embedding):
-        condition = "`r` <= min(num_embeddings, embedding_dim)"
-    if adapter.rank <= max_rank:
-        return
-    if adapter.is_quantised:  # what is stored is packed
-        shape = tuple(weight.shape)
-    else:
-        shape = tuple(adapter.stored.shape)
-    raise UnsuitableLayerError(
-        f"MiCA requires {condition} but got r={adapter.rank} for {adapter.name} with weight shape "
-        f"{shape} (max usable r is {max_rank})."
     )
 
 

@@ -103,7 +103,7 @@ def bnb_later(bits, **options):
 
 
 MOE_DOWN = "model.layers.%d.mlp.experts.down_proj"
-MOE_RANK = rf"r=25 for layer '{MOE_DOWN % 0}' .*\(6, 32, 24\) \(max usable r is 24\)"
+MOE_RANK = rf"layer '{MOE_DOWN % 0}' expert 0: rank must be .* = 24 for .* \(32, 24\), but got 25\."
 PACKED = "'experts.down_proj' has a weight of dtype {}. Experts in 8 or 4 bits .* dequantised"
 DOWNS, GATES = "'experts.down_proj'", "layer 'experts.gate_up_proj'"
 NO_FLAG = r"'experts.\w+', because .* their Stack has no attribute `is_transposed`"
@@ -116,7 +116,12 @@ CASES = {  # what it is: (what builds the model, options, message, other error)
         rf"from layer '{MOE_DOWN % 1}' expert 3: .* got 2 NaN or infinite of 768 entries\. ",
     ),
     "NaN, HQQ": (poisoned_hqq, QUANTISED, r"layer '.*mlp.up_proj': .* got 8 NaN or infinite of 1536"),
-    "rank": (Net, {"rank": 11}, r"MiCA requires `r` <= min.*r=11 for layer 'down'.*\(10, 16\)", ValueError),
+    "rank": (
+        Net,
+        {"rank": 11},
+        r"from layer 'down': rank must be between 1 and .* \(10, 16\), but got 11",
+        ValueError,
+    ),
     "rank, experts": (qwen3_moe, {**EXPERTS, "rank": 25}, MOE_RANK),
     "ep": (lambda: stack(_is_expert_parallel=True), DOWN, f"{DOWNS} holds the experts of one process only"),
     "tp": (lambda: stack(_hf_tp_plan="grouped_gemm"), DOWN, f"{DOWNS} holds one shard of it"),
@@ -128,7 +133,7 @@ CASES = {  # what it is: (what builds the model, options, message, other error)
     "8 bits later": (lambda: bnb_later(8, has_fp16_weights=False), FIRST, LATER),
 }
 for _kind in ("nf4 double, bf16 storage", "int8", "hqq", "torchao int8"):
-    _message = r"r=17 for layer '.*k_proj' with weight shape \(16, 32\)"
+    _message = r"layer '.*k_proj': rank must be .* of shape \(16, 32\), but got 17"
     CASES[f"rank, {_kind}"] = partial(quantised_models.llama, _kind), {**QUANTISED, "rank": 17}, _message
 for _dtype in (torch.float8_e4m3fn, torch.uint8):  # of experts
     CASES[f"{_dtype}"] = partial(stack, dtype=_dtype), DOWN, PACKED.format(_dtype), TypeError
@@ -248,7 +253,7 @@ def test_a_failing_solver_leaves_the_model_as_it_was(monkeypatch, build, options
         (net, 11, "layer 'down'", lambda model: model(INDICES)),
         (lambda: wrap_experts(qwen3_moe()), 25, "layer 'model.layers.0.mlp.experts", logits),
         (lambda: wrap_experts(qwen3_moe()), 5, "no luck", logits),
-        (partial(quantised_models.adapted, "nf4"), 17, "r=17", quantised_models.logits),
+        (partial(quantised_models.adapted, "nf4"), 17, "but got 17", quantised_models.logits),
     ],
 )
 def test_a_second_adapter_that_fails_leaves_the_first(build, rank, layer, output, monkeypatch):
@@ -316,7 +321,7 @@ def test_target_parameters_leave_out_what_the_error_names():
 
 @pytest.mark.parametrize(("build", "options"), [(Net, {}), (qwen3_moe, EXPERTS)])
 def test_nothing_is_left_out_where_nothing_is_suitable(build, options):
-    refused(build(), r"max usable r is \d+\)\.$", rank=64, **options)
+    refused(build(), r"but got 64\.$", rank=64, **options)
 
 
 # -- layers and variants for which PEFT has no MiCA -------------------------------------------------
