@@ -87,13 +87,9 @@ def _batch_method(size: int, rank: int, method: str) -> str | None:
     """How a batch of Gram matrices (size, size) is solved; None: not here."""
     if method == "svd" or 4 * rank > 3 * size:
         return None
-    if method == "gram":
-        return "gram"
-    if krylov.fits(size, rank):
+    if method != "gram" and krylov.fits(size, rank):
         return "krylov"
-    if method == "auto":
-        return "gram"
-    return None
+    return None if method == "krylov" else "gram"
 
 
 def _attempt(matrices: torch.Tensor, rank: int, name: str) -> list[MinorSubspace | None]:

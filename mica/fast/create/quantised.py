@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_wei
 from torch import Tensor, nn
 
 from mica.errors import UnsuitableLayerError
+from mica.fast.forward.eligibility import class_of
 
 
 def _bitsandbytes():
@@ -136,24 +136,18 @@ _KINDS = {
 COVERED = "bitsandbytes 4-bit and 8-bit, HQQ and torchao"
 
 
-@lru_cache
-def _kind_of_class(layer_type: type) -> Kind | None:
-    """That of a PEFT class or one derived from it; cached by class, not by name."""
-    for cls in layer_type.__mro__:
-        name = f"{cls.__module__}.{cls.__qualname__}"
-        if name in _KINDS:
-            return _KINDS[name]
-    return None
+def _name_of(layer_type: type) -> str:
+    return f"{layer_type.__module__}.{layer_type.__qualname__}"
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
     """The kind of quantised layer that PEFT's ``layer`` wraps; None if it is not covered here."""
-    return _kind_of_class(type(layer))
+    return _KINDS.get(_name_of(class_of(layer)))
 
 
 def is_covered(layer_type: type) -> bool:
-    """Whether this exact class, not one derived from it, is covered."""
-    return f"{layer_type.__module__}.{layer_type.__qualname__}" in _KINDS
+    """Whether this class of PEFT's is covered."""
+    return _name_of(layer_type) in _KINDS
 
 
 def is_unknown_to_peft(layer: nn.Module) -> bool:
