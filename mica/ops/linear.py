@@ -80,6 +80,7 @@ def mica_linear(
         ValueError: Shapes or devices do not fit, or a frozen operand requires a gradient.
         RuntimeError: MICA_BACKEND=triton is set, and there are no kernels for the call.
     """
+    seed = seed if dropout_p else None
     operands = Operands(weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
     check(LINEAR, x=x, **operands._asdict())
     return linear(x, *operands._replace(trains_B=lora_B.requires_grad))

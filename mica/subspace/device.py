@@ -61,20 +61,21 @@ def free_memory(device: torch.device) -> int:
     return module.mem_get_info(device)[0] + held
 
 
-def try_batch(matrices: torch.Tensor, rank: int, method: str) -> list[MinorSubspace | None]:
+def try_batch(matrices: torch.Tensor, rank: int) -> list[MinorSubspace | None]:
     """The results of a batch on its device, without those that have to be left to the host.
 
     Args:
         matrices: The weights, (batch, out_features, in_features), on one accelerator.
-        rank, method: As ``minor_subspace`` takes them.
+        rank: The number of vectors.
 
     Returns:
         One result for each matrix; None in place of those that are not certified, and of tall ones that are
         numerically null.
     """
-    name = _batch_method(min(matrices.shape[-2:]), rank, method)
-    if name is None:
+    size = min(matrices.shape[-2:])
+    if 4 * rank > 3 * size:
         return [None] * len(matrices)
+    name = batch_method(size, rank)
     results = _attempt(matrices, rank, name)
     if len(matrices) > 1:
         for index, result in enumerate(results):
@@ -83,13 +84,9 @@ def try_batch(matrices: torch.Tensor, rank: int, method: str) -> list[MinorSubsp
     return results
 
 
-def _batch_method(size: int, rank: int, method: str) -> str | None:
-    """How a batch of Gram matrices (size, size) is solved; None: not here."""
-    if method == "svd" or 4 * rank > 3 * size:
-        return None
-    if method != "gram" and krylov.fits(size, rank):
-        return "krylov"
-    return None if method == "krylov" else "gram"
+def batch_method(size: int, rank: int) -> str:
+    """How a batch of Gram matrices (size, size) is solved."""
+    return "krylov" if krylov.fits(size, rank) else "gram"
 
 
 def _attempt(matrices: torch.Tensor, rank: int, name: str) -> list[MinorSubspace | None]:

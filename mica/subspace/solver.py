@@ -13,7 +13,7 @@ from mica.subspace.candidate import Problem, judge
 from mica.subspace.device import batch_size, is_on_host, try_batch
 from mica.subspace.gram import extremes
 from mica.subspace.host import HostGram
-from mica.subspace.methods import BY, METHODS, chain
+from mica.subspace.methods import BY, chain
 from mica.subspace.result import MinorSubspace, move
 from mica.subspace.threads import one_pool
 
@@ -27,21 +27,18 @@ no_autocast = torch._C._DisableAutocast
 
 
 @torch.no_grad()
-def minor_subspace(weight: torch.Tensor, rank: int, *, method: str = "auto") -> MinorSubspace:
+def minor_subspace(weight: torch.Tensor, rank: int) -> MinorSubspace:
     """The ``rank`` left singular vectors of ``weight`` with the smallest singular values (arXiv 2604.01694).
 
     The definition is ``torch.linalg.svd(weight, full_matrices=False).U[..., -rank:]``, here in fp64
-    arithmetic and, by default, from a partial eigenproblem in place of the whole SVD. For an embedding pass
-    ``weight.T``.
+    arithmetic and from a partial eigenproblem in place of the whole SVD. For an embedding pass ``weight.T``.
+    Of the ways to it (``methods``) the fastest one for this shape, rank and device is tried first, and the
+    next one if its result is not certified.
 
     Args:
         weight: The matrix, (out_features, in_features), in fp64, fp32, bf16 or fp16 and with any strides. It
             is not modified.
         rank: The number of vectors, between 1 and min(out_features, in_features).
-        method: The method to start with. Each falls back to the next one if its result is not certified:
-            "krylov" builds block Krylov subspaces of the shifted inverse of the fp64 Gram matrix, "gram" runs
-            LAPACK's eigensolvers on that Gram matrix, "svd" is the whole fp64 SVD, which is the definition.
-            "auto" starts with the fastest one for this shape, rank and device.
 
     Returns:
         The basis (out_features, rank), its singular values, and what is proven of them.
@@ -49,9 +46,8 @@ def minor_subspace(weight: torch.Tensor, rank: int, *, method: str = "auto") -> 
     Raises:
         TypeError: ``weight`` is not a tensor, not dense, or not of one of the four dtypes; or ``rank`` is not
             an int.
-        ValueError: ``weight`` has not two dimensions, is empty, is on the meta device or is not
-            finite, or the largest entry of an fp64 matrix is beyond 2^±200; ``rank`` is out of range; or
-            ``method`` is unknown.
+        ValueError: ``weight`` has not two dimensions, is empty, is on the meta device or is not finite, or
+            the largest entry of an fp64 matrix is beyond 2^±200; or ``rank`` is out of range.
 
     Warns:
         UserWarning: Singular values of a tall weight among the requested ones are zero; their vectors are an
@@ -60,10 +56,8 @@ def minor_subspace(weight: torch.Tensor, rank: int, *, method: str = "auto") -> 
     """
     _check_weight(weight)
     check_rank(weight, rank)
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, but got {method!r}.")
     check_entries(weight)
-    (result,) = solve_stack(weight.unsqueeze(0), rank, method)
+    (result,) = solve_stack(weight.unsqueeze(0), rank)
     for message in warnings_about(result, f"a weight of shape {tuple(weight.shape)}"):
         warnings.warn(message, UserWarning, stacklevel=3)  # past the frame that the no_grad decorator adds
     return move(result, weight.device)
@@ -87,7 +81,7 @@ def warnings_about(result: MinorSubspace, name: str) -> list[str]:
 
 
 @torch.no_grad()
-def solve_stack(weights: torch.Tensor, rank: int, method: str = "auto") -> list[MinorSubspace]:
+def solve_stack(weights: torch.Tensor, rank: int) -> list[MinorSubspace]:
     """``minor_subspace`` of each matrix of a stack, without its checks and warnings.
 
     Matrices that an accelerator cannot settle are solved on the host, and their results lie there.
@@ -95,7 +89,6 @@ def solve_stack(weights: torch.Tensor, rank: int, method: str = "auto") -> list[
     Args:
         weights: The matrices, (count, out_features, in_features), finite, on one device.
         rank: The number of vectors, at most min(out_features, in_features).
-        method: As ``minor_subspace`` takes it.
     """
     matrices = in_memory(weights.detach())
     with no_autocast():
@@ -103,10 +96,10 @@ def solve_stack(weights: torch.Tensor, rank: int, method: str = "auto") -> list[
         if not is_on_host(matrices.device):
             results = []
             for batch in matrices.split(batch_size(*matrices.shape[-2:], matrices.device)):
-                results += try_batch(batch, rank, method)
+                results += try_batch(batch, rank)
         for index, result in enumerate(results):
             if result is None:
-                results[index] = solve_matrix(matrices[index].cpu(), rank, method)
+                results[index] = solve_matrix(matrices[index].cpu(), rank)
         return results
 
 
@@ -167,14 +160,14 @@ def check_entries(weight: torch.Tensor) -> None:
         )
 
 
-def solve_matrix(weight: torch.Tensor, rank: int, method: str) -> MinorSubspace:
+def solve_matrix(weight: torch.Tensor, rank: int) -> MinorSubspace:
     """Solve one matrix on the CPU by the first method whose result is certified, else by the last one.
 
     Args:
         weight: The matrix, (out_features, in_features), finite, on the CPU.
-        rank, method: As ``minor_subspace`` takes them.
+        rank: The number of vectors.
     """
-    names = chain(method, min(weight.shape), rank)
+    names = chain(min(weight.shape), rank)
     with one_pool():
         state = Problem(weight, HostGram, rank)
 

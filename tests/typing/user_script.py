@@ -19,7 +19,7 @@ from mica.ops import (
 
 
 def subspace(weight: Tensor) -> MinorSubspace:
-    result = assert_type(minor_subspace(weight, 4, method="auto"), MinorSubspace)
+    result = assert_type(minor_subspace(weight, 4), MinorSubspace)
     same = assert_type(mica.minor_subspace(weight, rank=4), mica.MinorSubspace)
     assert_type(result.basis, Tensor)
     assert_type(same.singular_values, Tensor)

@@ -178,8 +178,12 @@ def check(adapter: NewAdapter, needs_values: bool = True) -> list[Task]:
                 check_entries(task.weight)
         except ValueError as error:
             raise UnsuitableLayerError(f"MiCA cannot be initialised from {task.name}: {error}") from error
-    if adapter.is_absent and needs_values:
-        _check_absence(adapter)
+    # under FSDP the first process has the weight, and will provide B
+    if adapter.is_absent and needs_values and not is_fsdp_enabled():
+        raise UnsuitableLayerError(
+            f"MiCA needs the weight, but that of {adapter.name} is on the meta device: it is offloaded or "
+            "not loaded yet."
+        )
     return tasks
 
 
@@ -211,15 +215,6 @@ def _check_dtype(adapter: NewAdapter, weight: Tensor) -> None:
     )
 
 
-def _check_absence(adapter: NewAdapter) -> None:
-    """Without a weight: under FSDP the first process has it, and will provide B."""
-    if not is_fsdp_enabled():
-        raise UnsuitableLayerError(
-            f"MiCA needs the weight, but that of {adapter.name} is on the meta device: it is offloaded or "
-            "not loaded yet."
-        )
-
-
 def _why_not_whole(module: nn.Module, weight: Tensor | None) -> str | None:
     """Why the weight is only a part of it, as text that follows the layer's name; None if it is whole."""
     if getattr(module, "_is_expert_parallel", False):
@@ -245,13 +240,10 @@ def initialise(adapters: Sequence[NewAdapter]) -> None:
     if not adapters:
         return
     meeting = Meeting([(adapter.name, adapter.rank, _count(adapter)) for adapter in adapters])
-    unit = "layer"
-    if any(is_wrapper(adapter.layer) for adapter in adapters):
-        unit = "expert"
     bar = tqdm(
         total=sum(_count(adapter) for adapter in adapters if not adapter.is_absent),
         desc="MiCA initialisation",
-        unit=unit,
+        unit="weight",
         delay=2,
         leave=False,
         disable=are_progress_bars_disabled() or None,

@@ -27,6 +27,7 @@ from mica.fast.forward.eligibility import (
 )
 from mica.fast.forward.layer_calls import Input
 from mica.fast.settings import compute_dtype, settings
+from mica.kernels import runtime
 from mica.memory import LAYER_TYPES
 from mica.ops.embedding import embedding
 from mica.ops.linear import linear
@@ -269,9 +270,8 @@ class Embedded(OnOperators):
         return (result + update).to(result.dtype)
 
     def explained(self, x: Input | None = None) -> tuple[str, str]:
-        lora_A, lora_B, *_ = self.adapter
-        refused = choose.why_not_kernels(lora_A.device, lora_A.shape[0], lora_A.dtype, lora_B.dtype)
-        return REFERENCE, refused or "embeddings have no kernels"
+        why = runtime.why_unavailable(self.adapter.lora_A.device)
+        return REFERENCE, why or "embeddings have no kernels"
 
 
 def decide_embedding(layer, x: Tensor | None = None, *args, **kwargs) -> Embedded | OnPeft:

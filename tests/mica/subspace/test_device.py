@@ -13,9 +13,9 @@ SHAPES = [(200, 140), (140, 200), (150, 150), (60, 40), (40, 60)]
 EASY = ["gaussian", "hard edge", "times 1e4", "row scales"]
 
 
-def solved(matrices: torch.Tensor, method: str = "auto", rank: int = RANK) -> dict:
+def solved(matrices: torch.Tensor, rank: int = RANK) -> dict:
     """Each judged, by index."""
-    results = try_batch(matrices, rank, method)
+    results = try_batch(matrices, rank)
     assert len(results) == len(matrices)
     found = {index: result for index, result in enumerate(results) if result is not None}
     for index, result in found.items():
@@ -33,8 +33,9 @@ def made(calls_of):
 @pytest.mark.parametrize("method", ["krylov", "gram"])
 @pytest.mark.parametrize("shape", [*SHAPES, (300, 140)], ids=str)
 @pytest.mark.parametrize("name", SPECTRA)
-def test_every_spectrum_leaves_the_others_alone(name, shape, method):
-    results = solved(stack(["gaussian", name, "row scales"], shape), method)
+def test_every_spectrum_leaves_the_others_alone(name, shape, method, monkeypatch):
+    monkeypatch.setattr(device, "batch_method", lambda size, rank: method)
+    results = solved(stack(["gaussian", name, "row scales"], shape))
     tall, room = shape[0] > shape[1], krylov.fits(min(shape), RANK)
     if method == "krylov" and not room:
         assert not results
@@ -67,10 +68,9 @@ def test_what_is_not_certified_is_tried_alone_and_then_left_out(shape, made, mon
 @pytest.mark.parametrize("shape", [(60, 40), (140, 200)], ids=str)
 def test_what_is_the_host_s_from_the_start(shape, made):
     matrices, size = stack(EASY, shape), min(shape)
-    for method, rank in (("svd", RANK), ("auto", 3 * size // 4 + 1), ("krylov", 3 * size // 4)):
-        assert not solved(matrices, method, rank=rank)
+    assert not solved(matrices, 3 * size // 4 + 1)
     assert not made
-    assert solved(matrices, "auto", rank=3 * size // 4).keys() == {0, 1, 2, 3}
+    assert solved(matrices, 3 * size // 4).keys() == {0, 1, 2, 3}
 
 
 # Shapes, GiB of free memory, and how many at once: a quarter of it for four fp64 matrices of the short side
