@@ -7,8 +7,6 @@ import functools
 import torch
 from torch import Tensor
 
-from mica import native
-
 # Size of the rows that are summed at a time. A copy of them that a CPU needs stays in its cache; on a device
 # the number of launches matters.
 _CHUNK_BYTES = 1 << 20
@@ -46,13 +44,9 @@ def row_checksums(matrix: Tensor, word: torch.dtype | None = None) -> Tensor:
 
 
 def _weighted_sums(words: Tensor, factors: Tensor) -> Tensor:
-    """words @ factors, which PyTorch computes by one thread."""
     if words.device.type != "cpu":  # where integers have no matrix product
         return (words * factors).sum(dim=1)
-    module = native.module_if_built()
-    if module is None:
-        return words @ factors  # five times as fast as a product and a sum
-    return module.weighted_sums(words, factors)
+    return words @ factors  # by one thread, and twice as fast as a product and a sum
 
 
 @functools.lru_cache(maxsize=8)

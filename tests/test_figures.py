@@ -55,8 +55,8 @@ def words():
     yield bench, text.format(*figures)
     shape = {"tokens": 1024, "out": 2048, "rank": 16}
     (layer,) = (one for one in pages.layers(run, dtype="bfloat16") if shape.items() <= one.axes.items())
-    ways = (names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN)
-    text = "{} of the time with stock PEFT compiled, {} with the operator and {} with the plain products"
+    ways = (names.COMPILED, names.COMPILED_FAST)
+    text = "{} of the time with stock PEFT compiled, and {} with this operator"
     yield "mica/fast/README.md", text.format(*(shown(layer.ratio(way, STOCK)) for way in ways))
     rounds = pages.raw("2026-12-01-checkpointing/rounds")["seconds"]
     ratios = [one["mica.fast"] / one["PEFT, gradient checkpointing"] for one in rounds]

@@ -19,11 +19,8 @@ PUBLIC = {
     mica.subspace: ["MinorSubspace", "minor_subspace"],
     mica.ops: [
         "call_counts",
-        "mica_down_projection",
-        "mica_embedding",
         "mica_experts_linear",
         "mica_linear",
-        "mica_up_projection",
     ],
     mica.fast: [
         "Explanation",

@@ -22,7 +22,7 @@ WRONG = {
     "import torch": None,
     'mica.minor_subspace(torch.eye(3), rank="1")': "argument",
     "mica.minor_subspaces": "attribute",
-    'mica.fast.enable(on_unsuitable="ignore")': "argument",
+    'mica.fast.enable(recompute="ignore")': "argument",
     "mica.fast.enable(compute=torch.float32)": "compute",
     "mica.fast.explain(model=torch.nn.ReLU()).counted": "attribute",
     "1 + mica.fast.merge_report(torch.nn.ReLU())": "operator",

@@ -15,7 +15,6 @@ FAST_LORA = "mica.fast, LoRA"
 # Stock's adapters are in the base dtype here, because its default ones are slower.
 COMPILED = "stock PEFT, torch.compile"
 COMPILED_FAST = "mica.fast, torch.compile"
-COMPILED_PLAIN = "mica.fast, torch.compile, plain"
 
 # The axis "adapter" of a cell; results before plain LoRA ran here do not have it
 MICA = "MiCA"

@@ -52,7 +52,6 @@ from bench.suites.layer import (
     make_layer,
 )
 from bench.suites.rounds import Once, prepared, rounds
-from mica.fast.settings import settings
 from mica.kernels import configs
 from mica.ops.linear import linear_eager
 from mica.paths import choose, tuning
@@ -118,7 +117,7 @@ class Cell(harness.Cell):
             return []
         chosen = [BARE, *names.stock(self.dtype), FAST]
         if self.compiled and part != NO_GRADIENT:
-            chosen += [names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN]
+            chosen += [names.COMPILED, names.COMPILED_FAST]
         return chosen
 
 
@@ -216,10 +215,6 @@ def under_compiler(module):
     return torch.compile(module, dynamic=False, **pick(default={}, dry={"backend": "aot_eager"}))
 
 
-def plain():
-    return patch.object(settings, "compile", "plain")
-
-
 def builds(cell: Cell, layer: Layer) -> dict[str, Callable[[], Form]]:
     """implementation -> what makes its `Form`."""
     x = layer.x
@@ -243,7 +238,6 @@ def builds(cell: Cell, layer: Layer) -> dict[str, Callable[[], Form]]:
         FAST: lambda: adapted(torch.float32, nullcontext),
         names.COMPILED: lambda: adapted(x.dtype, stock, under_compiler),
         names.COMPILED_FAST: lambda: adapted(torch.float32, nullcontext, under_compiler),
-        names.COMPILED_PLAIN: lambda: adapted(torch.float32, plain, under_compiler),
     }
     if cell.forms:
         makes |= {name: functools.partial(forced, word) for name, word in FORMS.items()}
@@ -277,7 +271,7 @@ def checked(cell: Cell, layer: Layer, name: str, truth: dict) -> tuple[Form, dic
         form.module.train()
     facts = check_errors(name, errors, RELATIVE[layer.x.dtype] if cell.forms else GATES[cell.dtype])
     expected = 0
-    if name.startswith(FAST) and name != names.COMPILED_PLAIN:
+    if name.startswith(FAST):
         expected = 2 if is_timed_alone else 1
     assert ran == expected, f"{ran} calls of our operator"
     if cell.forms:

@@ -146,7 +146,7 @@ def _measured(name: str, device) -> Iterator[tuple[str, str]]:
 
     table = tuning.table(device)
     if not table.is_on:
-        yield f"{name}: measured", f"nothing, because {tuning.why_off()}"
+        yield f"{name}: measured", f"nothing, because {tuning.why_not_now(device)}"
         return
     yield f"{name}: measured", f"kinds of layers: {len(table.stored)}, in {table.path}"
     for number, (kind, layer) in enumerate(table.stored.items(), 1):

@@ -46,9 +46,7 @@ def enable(
     *,
     lora: bool = _AS_IT_IS,
     compute_dtype: torch.dtype | None = _AS_IT_IS,
-    on_unsuitable: _settings.OnUnsuitable = _AS_IT_IS,
     device: str | torch.device = _AS_IT_IS,
-    compile: _settings.Compile = _AS_IT_IS,
     recompute: _settings.Recompute = _AS_IT_IS,
 ) -> None:
     """Run adapters on this backend, as the import does for MiCA. A setting that is not given stays.
@@ -61,16 +59,9 @@ def enable(
             activations, so a bf16 model's adapters compute in bf16 from their fp32 master weights (a few
             tokens on a CPU in fp32, where that is faster). ``torch.float32`` gives stock PEFT's arithmetic
             over a 16-bit base, still without its fp32 copy of the activations.
-        on_unsuitable: What `get_peft_model` does with a layer that MiCA cannot start from (NaN or infinity in
-            the weight, r > min(in_features, out_features)). "raise", which it is at first, means an error
-            that names the layer and leaves the model unchanged; "skip" leaves the layer out, with a warning.
         device: Where the initialisation solves weights that are on the CPU. "auto", which it is at first,
             means on an accelerator, if there is one with enough memory, else on the CPU; otherwise it is a
             device. Weights on an accelerator are solved there.
-        compile: What `torch.compile` sees of a layer without dropout whose weight is read directly.
-            "operator", which it is at first, means one operator, which runs what eager mode runs, kernels
-            included. "plain" means PyTorch's own three products, which the compiler may fuse and tune; dA is
-            rounded to their dtype.
         recompute: What the backward computes again instead of keeping it. "activations" means the x of a
             layer that is act(G)·U or act(G). "norms", which it is at first, means also the output of an RMS
             norm, once for all layers that share it, and the 32-bit copy of its 16-bit input. The bits of the
@@ -82,9 +73,7 @@ def enable(
     given = {
         "lora": lora,
         "compute_dtype": compute_dtype,
-        "on_unsuitable": on_unsuitable,
         "device": device,
-        "compile": compile,
         "recompute": recompute,
     }
     _settings.change(**{name: value for name, value in given.items() if value is not _AS_IT_IS})

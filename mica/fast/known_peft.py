@@ -83,8 +83,6 @@ QUANTISED = {
     "peft.tuners.lora.bnb:Linear4bit.forward": "e2fdca4a0ad0",
     "peft.tuners.lora.bnb:Linear8bitLt.forward": "4c5827e76d76",
     "peft.tuners.lora.hqq:HqqLoraLinear.forward": "b7d0bfd3b904",
-    "peft.tuners.lora.gptq:GPTQLoraLinear.forward": "c7b08d8a2a5d",
-    "peft.tuners.lora.awq:AwqLoraLinear.forward": "bb381600b35d",
 }
 # What `merge.unloading` rests on: PEFT takes each layer out of the model right after its merge.
 UNLOADING = {

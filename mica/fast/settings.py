@@ -16,13 +16,9 @@ import torch
 
 from mica.ops import kept
 
-OnUnsuitable = Literal["raise", "skip"]
-Compile = Literal["operator", "plain"]
 Recompute = Literal["norms", "activations"]
 ALLOWED = {
     "compute_dtype": (None, torch.float32),
-    "on_unsuitable": get_args(OnUnsuitable),
-    "compile": get_args(Compile),
     "recompute": get_args(Recompute),
     "lora": (False, True),
 }
@@ -32,9 +28,7 @@ ALLOWED = {
 class Settings:
     enabled: bool = False  # written only by `switch`
     compute_dtype: torch.dtype | None = None
-    on_unsuitable: OnUnsuitable = "raise"
     device: str | torch.device = "auto"
-    compile: Compile = "operator"
     recompute: Recompute = "norms"
     lora: bool = False
 

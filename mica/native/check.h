@@ -16,8 +16,8 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
+#include <torch/csrc/utils/pybind.h>
 
-#include <algorithm>
 #include <array>
 #include <bit>
 #include <set>
@@ -51,9 +51,7 @@ inline std::set<std::type_index> computed_again; // nodes after which `mica.ops.
 inline std::type_index product_node = typeid(void); // and two of them
 inline std::type_index cast_node = typeid(void);
 
-// ---------------------------------------------------------------------------------------------------------
-// dictionaries: all references are borrowed, and nullptr stands for what is not there
-// ---------------------------------------------------------------------------------------------------------
+// -- dictionaries: all references are borrowed, and nullptr stands for what is not there -----------------
 
 inline PyObject* item(PyObject* dict, PyObject* key) {
   if (!dict || !PyDict_CheckExact(dict)) {
@@ -82,12 +80,10 @@ inline PyObject* child(PyObject* module, PyObject* name) {
   return item(item(own(module), "_modules"_key), name);
 }
 
-inline bool is_empty_dict(PyObject* object) {
-  return object && PyDict_Check(object) && PyDict_GET_SIZE(object) == 0;
-}
-
-inline bool is_empty_list(PyObject* object) {
-  return object && PyList_Check(object) && PyList_GET_SIZE(object) == 0;
+// Of a dict, or of a list.
+inline bool is_empty(PyObject* object) {
+  const bool is_empty_dict = object && PyDict_Check(object) && PyDict_GET_SIZE(object) == 0;
+  return is_empty_dict || (object && PyList_Check(object) && PyList_GET_SIZE(object) == 0);
 }
 
 inline bool is_of(PyObject* object, PyObject* type) {
@@ -127,15 +123,13 @@ PyObject* told() {
   return object;
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// facts
-// ---------------------------------------------------------------------------------------------------------
+// -- facts -----------------------------------------------------------------------------------------------
 
 // Whether modules of these classes compute what they did when they were defined, and nothing watches all modules.
 inline bool are_classes_plain(PyObject* dropout) {
   PyObject* global_hooks = told<"global_hooks">(); // a tuple of dictionaries
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(global_hooks); ++i) {
-    if (!is_empty_dict(PyTuple_GET_ITEM(global_hooks, i))) {
+    if (!is_empty(PyTuple_GET_ITEM(global_hooks, i))) {
       return false;
     }
   }
@@ -151,9 +145,9 @@ inline bool are_classes_plain(PyObject* dropout) {
 // Whether a call of the module does no more than its class's forward.
 inline bool is_module_plain(PyObject* module) {
   PyObject* dict = own(module);
-  return !item(dict, "forward"_key) && is_empty_dict(item(dict, "_forward_hooks"_key)) &&
-      is_empty_dict(item(dict, "_forward_pre_hooks"_key)) && is_empty_dict(item(dict, "_backward_hooks"_key)) &&
-      is_empty_dict(item(dict, "_backward_pre_hooks"_key));
+  return !item(dict, "forward"_key) && is_empty(item(dict, "_forward_hooks"_key)) &&
+      is_empty(item(dict, "_forward_pre_hooks"_key)) && is_empty(item(dict, "_backward_hooks"_key)) &&
+      is_empty(item(dict, "_backward_pre_hooks"_key));
 }
 
 // The name of the one active adapter.
@@ -168,7 +162,7 @@ inline PyObject* active_adapter(PyObject* layer_dict) {
 // Whether nothing but the layer's one adapter counts.
 inline bool is_state_plain(PyObject* layer_dict, PyObject* base) {
   return item(layer_dict, "_disable_adapters"_key) == Py_False &&
-      is_empty_list(item(layer_dict, "merged_adapters"_key)) && !item(layer_dict, "_tp_info"_key) &&
+      is_empty(item(layer_dict, "merged_adapters"_key)) && !item(layer_dict, "_tp_info"_key) &&
       !item(own(base), "_hf_tp_plan"_key);
 }
 
@@ -209,24 +203,18 @@ inline bool is_cast_by_autocast(const Tensor& tensor) {
 }
 
 // Whether a layer without autocast takes these dtypes: one for all, or fp32 masters over 16 bits.
-inline bool are_multiplied(
-    const Tensor& x,
-    const Tensor& weight,
-    const Tensor& lora_A,
-    const Tensor& lora_B,
-    PyObject* casts_input) {
+inline bool are_multiplied(const Tensor& x, const Operands& operands, PyObject* casts_input) {
   const ScalarType dtype = x.scalar_type();
+  const ScalarType factor_dtype = operands.lora_A.scalar_type();
   const bool is_floating = dtype == at::kDouble || dtype == at::kFloat || is_sixteen_bit(dtype);
-  if (!is_floating || weight.scalar_type() != dtype || lora_A.scalar_type() != lora_B.scalar_type()) {
+  if (!is_floating || operands.weight.scalar_type() != dtype || operands.lora_B.scalar_type() != factor_dtype) {
     return false;
   }
-  const bool is_master = lora_A.scalar_type() == at::kFloat && is_sixteen_bit(dtype);
-  return lora_A.scalar_type() == dtype || (is_master && casts_input == Py_True);
+  const bool is_master = factor_dtype == at::kFloat && is_sixteen_bit(dtype);
+  return factor_dtype == dtype || (is_master && casts_input == Py_True);
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// the check
-// ---------------------------------------------------------------------------------------------------------
+// -- the check -------------------------------------------------------------------------------------------
 
 // The probability with which a layer drops now; nothing where that is no number of [0, 1).
 inline std::optional<double> dropout_p(PyObject* dropout) {
@@ -326,7 +314,7 @@ inline std::optional<Operands> operands_of(PyObject* layer, PyObject* given_x) {
     return are_cast ? std::optional(operands) : std::nullopt;
   }
   PyObject* casts_input = item(layer_dict, "cast_input_dtype_enabled"_key);
-  if (!are_multiplied(x, operands.weight, operands.lora_A, operands.lora_B, casts_input)) {
+  if (!are_multiplied(x, operands, casts_input)) {
     return std::nullopt;
   }
   if (const OptionalDtype wide = dtype_or_none(item(told<"settings">(), "compute_dtype"_key))) {
@@ -335,9 +323,7 @@ inline std::optional<Operands> operands_of(PyObject* layer, PyObject* given_x) {
   return operands;
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// who computes
-// ---------------------------------------------------------------------------------------------------------
+// -- who computes ----------------------------------------------------------------------------------------
 
 // The environment, where it is now: `datasets` replaces os.environ.
 inline PyObject* environment() {
@@ -358,25 +344,18 @@ inline bool has_instructions(ScalarType dtype) {
 }
 
 // What `mica.paths.tuning.Kind` says of a call, and its device: calls with the same key run in the same form.
-inline PyObject* key_of(const Tensor& x, const Operands& operands) {
+inline pybind11::bytes key_of(const Tensor& x, const Operands& operands) {
   const int64_t in_features = operands.weight.size(1);
   const int64_t tokens = in_features ? x.numel() / in_features : 0;
   const ScalarType dtype = operands.autocast_dtype.value_or(x.scalar_type());
   const bool is_aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  const auto number = [](auto fact) { return static_cast<int64_t>(fact); };
   const std::array<int64_t, 11> facts{
-      x.get_device(),
-      operands.trains_B || operands.lora_B.requires_grad(),
-      static_cast<int64_t>(dtype),
-      static_cast<int64_t>(operands.compute_dtype.value_or(dtype)),
-      static_cast<int64_t>(operands.lora_A.scalar_type()),
-      static_cast<int64_t>(operands.lora_B.scalar_type()),
-      operands.lora_A.size(0),
-      in_features,
-      operands.weight.size(0),
-      static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(tokens))),
-      is_aligned,
-  };
-  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(facts.data()), sizeof(facts));
+      x.get_device(), operands.trains_B || operands.lora_B.requires_grad(), number(dtype),
+      number(operands.compute_dtype.value_or(dtype)), number(operands.lora_A.scalar_type()),
+      number(operands.lora_B.scalar_type()), operands.lora_A.size(0), in_features, operands.weight.size(0),
+      number(std::bit_ceil(static_cast<uint64_t>(tokens))), is_aligned};
+  return {reinterpret_cast<const char*>(facts.data()), sizeof(facts)};
 }
 
 // Whether a call is computed here, by PyTorch's operators. `mica.paths.choose` decides about all others.
@@ -400,8 +379,7 @@ inline bool runs_here(const Tensor& x, const Operands& operands) {
   if (!has_kernels || x.numel() == 0) {
     return true;
   }
-  THPObjectPtr key(key_of(x, operands));
-  return key && PySet_Contains(told<"on_reference">(), key.get()) == 1;
+  return PySet_Contains(told<"on_reference">(), key_of(x, operands).ptr()) == 1;
 }
 
 // Whether what a node of autograd gives can be computed by so many products at most of what autograd keeps: a look at

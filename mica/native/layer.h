@@ -7,7 +7,6 @@
 
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -15,7 +14,6 @@
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
-#include <cmath>
 #include <cstring>
 
 #include "loops.h"
@@ -34,8 +32,9 @@ inline int64_t few_to_round = 0;
 inline int64_t tokens_per_chunk = 1;
 inline bool has_wide_sums = false; // of 16-bit products on CUDA
 inline std::string edited; // the message where what was saved has been edited in place
-inline void (*on_backward)() = nullptr; // counts
-inline Tensor (*compute_again)(const Tensor& token) = nullptr; // x, by `mica.ops.kept`
+
+void count_backward();
+Tensor value_of(const Tensor& token); // x, computed again by `mica.ops.kept`
 
 // What a layer takes beside x, before autocast has cast anything: `mica.paths.operands.Operands`.
 struct Operands {
@@ -61,9 +60,7 @@ struct Numbers {
   Dropout dropout;
 };
 
-// ---------------------------------------------------------------------------------------------------------
-// the formula
-// ---------------------------------------------------------------------------------------------------------
+// -- the formula -----------------------------------------------------------------------------------------
 
 inline bool is_sixteen_bit(ScalarType dtype) {
   return dtype == at::kBFloat16 || dtype == at::kHalf;
@@ -175,11 +172,7 @@ inline Tensor grad_b(const Tensor& grad_output, const Tensor& h, ScalarType grad
 
 // dx (M×K) from dy (M×N), weight (N×K), g (M×r) and lora_A (r×K)
 inline Tensor grad_x(
-    const Tensor& grad_output,
-    const Tensor& weight,
-    const Tensor& g,
-    const Tensor& lora_A,
-    const Dropout& dropout) {
+    const Tensor& grad_output, const Tensor& weight, const Tensor& g, const Tensor& lora_A, const Dropout& dropout) {
   const Tensor dx = at::mm(grad_output, autocast_to(weight, grad_output.scalar_type()));
   const Tensor factor = cast(lora_A, g.scalar_type());
   if (g.scalar_type() == dx.scalar_type() && !dropout) {
@@ -188,9 +181,7 @@ inline Tensor grad_x(
   return dx.add_(masked_(at::mm(g, factor), dropout).to(dx.scalar_type()));
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// shapes
-// ---------------------------------------------------------------------------------------------------------
+// -- shapes ----------------------------------------------------------------------------------------------
 
 // (..., n) as a matrix (tokens, n)
 inline Tensor as_matrix(const Tensor& tensor) {
@@ -211,9 +202,7 @@ inline Tensor like(at::IntArrayRef shape, const Tensor& matrix) {
   return at::_unsafe_view(matrix, sizes);
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// autograd
-// ---------------------------------------------------------------------------------------------------------
+// -- autograd --------------------------------------------------------------------------------------------
 
 // Autocast's casts have been made before: within a formula it would cast each product's operands.
 using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
@@ -287,13 +276,10 @@ inline bool is_eager() {
 // What a node keeps beside the tensors that autograd keeps for it is in types that compiled autograd can compare: a
 // compiled backward serves every call whose "numbers" are the same, and has "seed" as an input.
 inline void save_numbers(AutogradContext* ctx, const Numbers& numbers) {
-  ctx->saved_data["numbers"] = c10::List<double>({
-      numbers.scaling,
-      static_cast<double>(numbers.compute_dtype),
-      static_cast<double>(numbers.factor_dtype),
-      static_cast<double>(numbers.grad_dtype),
-      numbers.dropout.p,
-  });
+  const auto number = [](ScalarType dtype) { return static_cast<double>(dtype); };
+  ctx->saved_data["numbers"] = c10::List<double>(
+      {numbers.scaling, number(numbers.compute_dtype), number(numbers.factor_dtype), number(numbers.grad_dtype),
+       numbers.dropout.p});
   if (numbers.dropout) {
     ctx->saved_data["seed"] = static_cast<int64_t>(numbers.dropout.seed);
   }
@@ -311,7 +297,7 @@ inline Numbers saved_numbers(AutogradContext* ctx) {
 
 // The x of the node that runs, computed again, followed by autograd where a second derivative may need it.
 inline Tensor x_of(const Tensor& token) {
-  const Tensor x = compute_again(token);
+  const Tensor x = value_of(token);
   const auto node = torch::autograd::get_current_node();
   if (!at::GradMode::is_enabled() || !node) {
     return x;
@@ -325,11 +311,7 @@ struct Layer : torch::autograd::Function<Layer> {
   // lora_A and lora_B are the operands', given as arguments so that autograd sees them. {y}, or {y, h} where lora_B is
   // trained: an output, so that second derivatives reach x and lora_A through it.
   static variable_list forward(
-      AutogradContext* ctx,
-      const Tensor& x,
-      const Tensor& lora_A,
-      const Tensor& lora_B,
-      const Operands& operands,
+      AutogradContext* ctx, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Operands& operands,
       const Numbers& numbers) {
     const bool needs_x = x.requires_grad();
     const bool needs_A = lora_A.requires_grad();
@@ -339,14 +321,9 @@ struct Layer : torch::autograd::Function<Layer> {
     {
       const at::AutoGradMode with_grad(true);
       // no fp32 copy, no mask, and nothing that no gradient needs; perhaps no x: `mica.ops.kept`
-      variable_list tensors{
-          needs_x ? alias_of(operands.weight) : Tensor(),
-          needs_x ? alias_of(lora_A) : Tensor(),
-          alias_of(lora_B),
-          needs_A ? alias_of(has_token ? operands.token : x) : Tensor(),
-          h,
-      };
-      ctx->save_for_backward(std::move(tensors));
+      ctx->save_for_backward(
+          {needs_x ? alias_of(operands.weight) : Tensor(), needs_x ? alias_of(lora_A) : Tensor(), alias_of(lora_B),
+           needs_A ? alias_of(has_token ? operands.token : x) : Tensor(), h});
     }
     if (has_token) {
       ctx->saved_data["has_token"] = true;
@@ -356,7 +333,7 @@ struct Layer : torch::autograd::Function<Layer> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    on_backward();
+    count_backward();
     const variable_list tensors = saved(ctx);
     const Tensor grad_h = grad_outputs.size() > 1 ? grad_outputs[1] : Tensor();
     const auto of = [&](size_t position, size_t input) {

@@ -34,9 +34,7 @@ namespace mica {
 
 using at::Tensor;
 
-// ---------------------------------------------------------------------------------------------------------
-// threads
-// ---------------------------------------------------------------------------------------------------------
+// -- threads ---------------------------------------------------------------------------------------------
 
 // work(first, last) for parts of 0 … count, each of ``grain`` at least, on PyTorch's threads. Its own `at::parallel_for`
 // is a template, which would bring a second OpenMP with threads of its own: PyTorch's loop over a tensor is compiled.
@@ -68,9 +66,7 @@ void for_each_row(int64_t rows, int64_t columns, const Work& work) {
   });
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// dropout
-// ---------------------------------------------------------------------------------------------------------
+// -- dropout ---------------------------------------------------------------------------------------------
 
 struct Dropout {
   double p = 0.0;
@@ -115,7 +111,6 @@ inline bool keeps(RowHash row, uint32_t column, uint32_t threshold) {
       out[i] = in[i] & static_cast<Word>(-static_cast<Word>(keeps(row, i, threshold)));             \
     }                                                                                                \
   }
-MICA_KEEP_ROW(uint8_t)
 MICA_KEEP_ROW(uint16_t)
 MICA_KEEP_ROW(uint32_t)
 MICA_KEEP_ROW(uint64_t)
@@ -136,8 +131,6 @@ void keep_rows(const Tensor& out, const Tensor& in, const Dropout& dropout) {
 // keep⊙x into ``out``, which is contiguous and may be x itself
 inline void keep_into(const Tensor& out, const Tensor& x, const Dropout& dropout) {
   switch (x.element_size()) {
-    case 1:
-      return keep_rows<uint8_t>(out, x, dropout);
     case 2:
       return keep_rows<uint16_t>(out, x, dropout);
     case 4:
@@ -163,7 +156,7 @@ inline Tensor masked(const Tensor& x, const Dropout& dropout) {
     keep_into(out, rows, dropout);
     return out;
   }
-  const Tensor keep = at::ones(x.sizes(), at::TensorOptions(at::kByte));
+  const Tensor keep = at::ones(x.sizes(), at::TensorOptions(at::kInt));
   keep_into(keep, keep, dropout);
   return at::where(keep.to(at::kBool), x, at::zeros({}, x.options()));
 }
@@ -177,11 +170,7 @@ inline Tensor masked_(const Tensor& x, const Dropout& dropout) {
   return x;
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// bfloat16 products in fp32
-// ---------------------------------------------------------------------------------------------------------
-
-#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+// -- bfloat16 products in fp32 ---------------------------------------------------------------------------
 
 // Tokens and columns of a block of x, which is packed in 64 KB of the cache.
 constexpr int64_t block_tokens = 128;
@@ -195,13 +184,6 @@ MICA_VECTORS inline void pack_pair(uint32_t* out, const uint16_t* even, const ui
   }
 }
 
-MICA_VECTORS inline void pack_last(uint32_t* out, const uint16_t* even, int64_t columns) {
-  MICA_LOOP
-  for (int64_t i = 0; i < columns; ++i) {
-    out[i] = even[i];
-  }
-}
-
 // Columns ``first`` … ``last`` of gᵀ x: g_t (r×M', M' even, 0 where there is no token), x (M×K), out (r×K)
 inline void wide_columns(const Tensor& out, const Tensor& g_t, const Tensor& x, int64_t first, int64_t last) {
   const int64_t tokens = x.size(0);
@@ -211,16 +193,13 @@ inline void wide_columns(const Tensor& out, const Tensor& g_t, const Tensor& x, 
   const auto* left = static_cast<const at::BFloat16*>(g_t.const_data_ptr());
   auto* sums = static_cast<float*>(out.mutable_data_ptr()) + first;
   std::vector<uint32_t> packed(block_tokens / 2 * columns);
+  const std::vector<uint16_t> no_token(columns);
   for (int64_t start = 0; start < tokens; start += block_tokens) {
     const int64_t size = std::min(block_tokens, tokens - start);
     for (int64_t i = 0; i < size; i += 2) {
-      uint32_t* pair = packed.data() + i / 2 * columns;
       const uint16_t* even = numbers + (start + i) * stride;
-      if (i + 1 < size) {
-        pack_pair(pair, even, even + stride, columns);
-      } else {
-        pack_last(pair, even, columns);
-      }
+      const uint16_t* odd = i + 1 < size ? even + stride : no_token.data();
+      pack_pair(packed.data() + i / 2 * columns, even, odd, columns);
     }
     const int64_t even_size = size + size % 2;
     const auto* right = reinterpret_cast<const at::BFloat16*>(packed.data());
@@ -265,18 +244,6 @@ inline bool multiplies_wide() {
   }();
   return does;
 }
-
-#else
-
-inline Tensor wide_product(const Tensor&, const Tensor&) {
-  TORCH_CHECK(false, "this PyTorch has no such product");
-}
-
-inline bool multiplies_wide() {
-  return false;
-}
-
-#endif
 
 // `wide_product` where this processor has it and nothing but its value is wanted, else undefined.
 inline Tensor wide_product_or_none(const Tensor& g, const Tensor& x) {

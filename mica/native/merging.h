@@ -3,14 +3,9 @@
 
 #pragma once
 
-#include <ATen/ATen.h>
-
-#include <algorithm>
 #include <bit>
-#include <cstdint>
 #include <cstring>
 #include <tuple>
-#include <vector>
 
 #include "loops.h"
 
@@ -43,82 +38,69 @@ inline uint32_t is_unusual(float number) {
 // What is summed over a merge: how many weights have not moved, ‖update‖² and ‖error‖²
 using Sums = std::array<double, 3>;
 
-constexpr int64_t lanes = 16; // with sums of their own, so that the loop over them has vectors
-
-#define MICA_ROWS(Word)                                                                                          \
-  /* fresh = round(old + update); whether a sum is unusual */                                                    \
-  MICA_VECTORS inline bool merge_row(                                                                            \
-      Word* __restrict fresh, const Word* __restrict old, const float* __restrict update, int64_t size, Sums& sums) { \
-    uint32_t unusual[lanes] = {};                                                                                \
-    uint32_t unchanged[lanes] = {};                                                                              \
-    float updates[lanes] = {};                                                                                   \
-    float errors[lanes] = {};                                                                                    \
-    const auto merge_word = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {                        \
-      const float before = widened(old[i]);                                                                      \
-      const float sum = before + update[i];                                                                      \
-      narrowed(sum, fresh[i]);                                                                                   \
-      const float after = widened(fresh[i]);                                                                     \
-      const float error = (after - update[i]) - before;                                                          \
-      unusual[lane] |= is_unusual(sum);                                                                          \
-      unchanged[lane] += after == before;                                                                        \
-      updates[lane] += update[i] * update[i];                                                                    \
-      errors[lane] += error * error;                                                                             \
-    };                                                                                                           \
-    const int64_t whole = size / lanes * lanes;                                                                  \
-    for (int64_t start = 0; start < whole; start += lanes) {                                                     \
-      for (int64_t lane = 0; lane < lanes; ++lane) {                                                             \
-        merge_word(start + lane, lane);                                                                          \
-      }                                                                                                          \
-    }                                                                                                            \
-    for (int64_t i = whole; i < size; ++i) {                                                                     \
-      merge_word(i, i - whole);                                                                                  \
-    }                                                                                                            \
-    for (int64_t lane = 0; lane < lanes; ++lane) {                                                               \
-      unusual[0] |= unusual[lane];                                                                               \
-      sums[0] += unchanged[lane];                                                                                \
-      sums[1] += updates[lane];                                                                                  \
-      sums[2] += errors[lane];                                                                                   \
-    }                                                                                                            \
-    return unusual[0];                                                                                           \
-  }                                                                                                              \
-  /* the same without sums, which take as long again */                                                          \
-  MICA_VECTORS inline bool merge_row(                                                                            \
-      Word* __restrict fresh, const Word* __restrict old, const float* __restrict update, int64_t size) {        \
-    uint32_t unusual = 0;                                                                                        \
-    MICA_LOOP                                                                                                    \
-    for (int64_t i = 0; i < size; ++i) {                                                                         \
-      const float sum = widened(old[i]) + update[i];                                                             \
-      narrowed(sum, fresh[i]);                                                                                   \
-      unusual |= is_unusual(sum);                                                                                \
-    }                                                                                                            \
-    return unusual;                                                                                              \
-  }                                                                                                              \
-  /* fresh = round(merged - update); whether a difference is unusual */                                          \
-  MICA_VECTORS inline bool unmerge_row(                                                                          \
-      Word* __restrict fresh, const Word* __restrict merged, const float* __restrict update, int64_t size) {     \
-    uint32_t unusual = 0;                                                                                        \
-    MICA_LOOP                                                                                                    \
-    for (int64_t i = 0; i < size; ++i) {                                                                         \
-      const float difference = widened(merged[i]) - update[i];                                                   \
-      narrowed(difference, fresh[i]);                                                                            \
-      unusual |= is_unusual(difference);                                                                         \
-    }                                                                                                            \
-    return unusual;                                                                                              \
-  }                                                                                                              \
-  /* is_lost: where round(merged - update) is not old; whether a difference is unusual */                         \
-  MICA_VECTORS inline bool find_lost(                                                                            \
-      uint8_t* __restrict is_lost, const Word* __restrict old, const Word* __restrict merged,                    \
-      const float* __restrict update, int64_t size) {                                                            \
-    uint32_t unusual = 0;                                                                                        \
-    MICA_LOOP                                                                                                    \
-    for (int64_t i = 0; i < size; ++i) {                                                                         \
-      const float difference = widened(merged[i]) - update[i];                                                   \
-      Word back;                                                                                                 \
-      narrowed(difference, back);                                                                                \
-      is_lost[i] = back != old[i];                                                                               \
-      unusual |= is_unusual(difference);                                                                         \
-    }                                                                                                            \
-    return unusual;                                                                                              \
+#define MICA_ROWS(Word)                                                                                                \
+  /* fresh = round(old + update); whether a sum is unusual */                                                          \
+  MICA_VECTORS inline bool merge_row(                                                                                  \
+      Word* __restrict fresh, const Word* __restrict old, const float* __restrict update, int64_t size) {              \
+    uint32_t unusual = 0;                                                                                              \
+    MICA_LOOP                                                                                                          \
+    for (int64_t i = 0; i < size; ++i) {                                                                               \
+      const float sum = widened(old[i]) + update[i];                                                                   \
+      narrowed(sum, fresh[i]);                                                                                         \
+      unusual |= is_unusual(sum);                                                                                      \
+    }                                                                                                                  \
+    return unusual;                                                                                                    \
+  }                                                                                                                    \
+  /* fresh = round(merged - update); whether a difference is unusual */                                                \
+  MICA_VECTORS inline bool unmerge_row(                                                                                \
+      Word* __restrict fresh, const Word* __restrict merged, const float* __restrict update, int64_t size) {           \
+    uint32_t unusual = 0;                                                                                              \
+    MICA_LOOP                                                                                                          \
+    for (int64_t i = 0; i < size; ++i) {                                                                               \
+      const float difference = widened(merged[i]) - update[i];                                                         \
+      narrowed(difference, fresh[i]);                                                                                  \
+      unusual |= is_unusual(difference);                                                                               \
+    }                                                                                                                  \
+    return unusual;                                                                                                    \
+  }                                                                                                                    \
+  /* fresh = round(old + update), and the sums, which take as long again; whether a sum is unusual */                  \
+  MICA_VECTORS inline bool measure_row(                                                                                \
+      Word* __restrict fresh, const Word* __restrict old, const float* __restrict update, int64_t size, Sums& sums) {  \
+    uint32_t unusual = 0;                                                                                              \
+    uint32_t unchanged = 0;                                                                                            \
+    float updates = 0;                                                                                                 \
+    float errors = 0;                                                                                                  \
+    _Pragma("omp simd reduction(| : unusual) reduction(+ : unchanged, updates, errors)")                               \
+    for (int64_t i = 0; i < size; ++i) {                                                                               \
+      const float before = widened(old[i]);                                                                            \
+      const float sum = before + update[i];                                                                            \
+      narrowed(sum, fresh[i]);                                                                                         \
+      const float after = widened(fresh[i]);                                                                           \
+      const float error = (after - update[i]) - before;                                                                \
+      unusual |= is_unusual(sum);                                                                                      \
+      unchanged += after == before;                                                                                    \
+      updates += update[i] * update[i];                                                                                \
+      errors += error * error;                                                                                         \
+    }                                                                                                                  \
+    sums[0] += unchanged;                                                                                              \
+    sums[1] += updates;                                                                                                \
+    sums[2] += errors;                                                                                                 \
+    return unusual;                                                                                                    \
+  }                                                                                                                    \
+  /* is_lost: where round(merged - update) is not old; whether a difference is unusual */                              \
+  MICA_VECTORS inline bool find_lost(                                                                                  \
+      uint8_t* __restrict is_lost, const Word* __restrict old, const Word* __restrict merged,                          \
+      const float* __restrict update, int64_t size) {                                                                  \
+    uint32_t unusual = 0;                                                                                              \
+    MICA_LOOP                                                                                                          \
+    for (int64_t i = 0; i < size; ++i) {                                                                               \
+      const float difference = widened(merged[i]) - update[i];                                                         \
+      Word back;                                                                                                       \
+      narrowed(difference, back);                                                                                      \
+      is_lost[i] = back != old[i];                                                                                     \
+      unusual |= is_unusual(difference);                                                                               \
+    }                                                                                                                  \
+    return unusual;                                                                                                    \
   }
 MICA_ROWS(uint16_t)
 MICA_ROWS(uint32_t)
@@ -134,19 +116,6 @@ MICA_VECTORS inline uint64_t weighted_sum(const void* row, const void* given_fac
     sum += words[i] * factors[i];
   }
   return sum;
-}
-
-// words (rows×columns) and factors (columns, contiguous) int64
-inline Tensor weighted_sums(const Tensor& given_words, const Tensor& factors) {
-  const Tensor words = given_words.contiguous();
-  const int64_t columns = words.size(1);
-  const Tensor sums = at::empty({words.size(0)}, at::kLong);
-  const auto* from = words.const_data_ptr<int64_t>();
-  auto* to = sums.mutable_data_ptr<int64_t>();
-  for_each_row(words.size(0), columns, [&](int64_t row) {
-    to[row] = weighted_sum(from + row * columns, factors.const_data_ptr(), columns);
-  });
-  return sums;
 }
 
 // Memory that begins with a line of the cache: loops take up to a tenth longer over vectors that lie in two.
@@ -257,7 +226,7 @@ std::tuple<Tensor, Sums, std::vector<Tensor>> merge(
     auto* fresh = reinterpret_cast<Word*>(part.fresh.data());
     const bool is_measured = row % measured == 0;
     bool is_left =
-        is_measured ? merge_row(fresh, old, product, size, part.sums) : merge_row(fresh, old, product, size);
+        is_measured ? measure_row(fresh, old, product, size, part.sums) : merge_row(fresh, old, product, size);
     if (keeps) {
       is_left |= find_lost(part.is_lost.data(), old, fresh, product, size);
       if (is_left) { // PyTorch may round it in another way

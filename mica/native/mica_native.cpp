@@ -4,24 +4,17 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <limits>
-
 #include "check.h"
-#include "layer.h"
-#include "merging.h"
 #include "norm.h"
 
 namespace py = pybind11;
 
 namespace mica {
-namespace {
 
-// ---------------------------------------------------------------------------------------------------------
-// what is counted
-// ---------------------------------------------------------------------------------------------------------
+// -- what is counted -------------------------------------------------------------------------------------
 
 // In `mica.ops.call_counts` one call more of this function, and one more of it from C++. Under the GIL.
-void count(PyObject* name, PyObject* name_from_cpp) {
+static void count(PyObject* name, PyObject* name_from_cpp) {
   for (PyObject* key : {name, name_from_cpp}) {
     PyObject* before = PyDict_GetItemWithError(told<"call_counts">(), key);
     THPObjectPtr after(PyLong_FromLongLong(1 + (before ? PyLong_AsLongLong(before) : 0)));
@@ -36,6 +29,20 @@ void count_backward() {
   count("linear_backward"_key, "linear_backward_native"_key);
 }
 
+Tensor value_of(const Tensor& token) {
+  const py::gil_scoped_acquire gil;
+  auto* computed = static_cast<PyObject*>(token.mutable_data_ptr());
+  THPObjectPtr x(PyObject_CallOneArg(item(told<"kept">(), "value_of"_key), computed));
+  if (!x) {
+    python_error error;
+    error.persist();
+    throw error;
+  }
+  return THPVariable_Unpack(x.get());
+}
+
+namespace {
+
 // As `mica.fast.forward.layer_calls.note` where operators run.
 void note(PyObject* layer, const Tensor& x, const OptionalDtype& autocast_dtype) {
   if (torch::autograd::get_current_graph_task_id() != -1) { // a backward computes the layer again
@@ -43,22 +50,17 @@ void note(PyObject* layer, const Tensor& x, const OptionalDtype& autocast_dtype)
   }
   THPObjectPtr reference(PyWeakref_NewRef(layer, nullptr));
   PyObject* before = reference ? PyDict_GetItemWithError(told<"noted">(), reference.get()) : nullptr;
+  const Py_ssize_t count = 1 + (before ? PyLong_AsSsize_t(PyTuple_GET_ITEM(before, 0)) : 0);
+  PyObject* sizes = py::cast(x.sizes()).release().ptr();
+  PyObject* strides = py::cast(x.strides()).release().ptr();
   THPObjectPtr entry(Py_BuildValue(
-      "(nO(ONNO))",
-      1 + (before ? PyLong_AsSsize_t(PyTuple_GET_ITEM(before, 0)) : 0),
-      Py_None,
-      object_of(x.scalar_type()),
-      py::cast(x.sizes()).release().ptr(),
-      py::cast(x.strides()).release().ptr(),
-      object_of(autocast_dtype)));
+      "(nO(ONNO))", count, Py_None, object_of(x.scalar_type()), sizes, strides, object_of(autocast_dtype)));
   if (!reference || !entry || PyDict_SetItem(told<"noted">(), reference.get(), entry.get()) < 0) {
     throw python_error();
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// a layer
-// ---------------------------------------------------------------------------------------------------------
+// -- a layer ---------------------------------------------------------------------------------------------
 
 Tensor call_here(const Tensor& x, const Operands& operands) {
   count("linear"_key, "linear_native"_key);
@@ -83,38 +85,14 @@ Tensor token_or_none(PyObject* x) {
   return at::from_blob(computed.release(), {1}, drop, at::TensorOptions(at::kByte));
 }
 
-Tensor value_of(const Tensor& token) {
-  const py::gil_scoped_acquire gil;
-  auto* computed = static_cast<PyObject*>(token.mutable_data_ptr());
-  THPObjectPtr x(PyObject_CallOneArg(item(told<"kept">(), "value_of"_key), computed));
-  if (!x) {
-    python_error error;
-    error.persist();
-    throw error;
-  }
-  return THPVariable_Unpack(x.get());
-}
-
-// Whether the layer casts x, which `mica.ops.kept` has to know.
-bool is_cast(const Tensor& x, const Operands& operands) {
-  return operands.autocast_dtype && *operands.autocast_dtype != x.scalar_type();
-}
-
 // `mica.ops.linear.linear_eager`
 PyObject* call_python(PyObject* x, const Operands& operands) {
   const py::handle eager = told<"eager">();
+  const py::handle compute_dtype = object_of(operands.compute_dtype);
+  const py::handle autocast_dtype = object_of(operands.autocast_dtype);
   py::object y = eager(
-      py::handle(x),
-      operands.weight,
-      operands.lora_A,
-      operands.lora_B,
-      operands.scaling,
-      operands.bias,
-      py::handle(object_of(operands.compute_dtype)),
-      operands.dropout_p,
-      operands.seed,
-      py::handle(object_of(operands.autocast_dtype)),
-      operands.trains_B);
+      py::handle(x), operands.weight, operands.lora_A, operands.lora_B, operands.scaling, operands.bias, compute_dtype,
+      operands.dropout_p, operands.seed, autocast_dtype, operands.trains_B);
   return y.release().ptr();
 }
 
@@ -131,10 +109,11 @@ PyObject* fast(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
   if (operands->dropout_p > 0.0) {
     // by torch's generator: checkpointing restores that, and so the mask
     const auto on_device = at::TensorOptions(at::kLong).device(x.device());
-    operands->seed = at::randint(0, std::numeric_limits<int64_t>::max(), {1}, on_device);
+    operands->seed = at::randint(0, INT64_MAX, {1}, on_device);
   }
   const bool asks = may_be_computed_again(x, *operands);
-  if (!runs_here(x, *operands) || (asks && is_cast(x, *operands))) {
+  const bool is_cast = operands->autocast_dtype.value_or(x.scalar_type()) != x.scalar_type();
+  if (!runs_here(x, *operands) || (asks && is_cast)) { // Python tells `mica.ops.kept` of the cast
     return call_python(args[1], *operands);
   }
   if (asks) {
@@ -147,29 +126,12 @@ PyObject* fast(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
 // What `mica.ops.linear` calls with x and the fields of `mica.paths.operands.Operands`.
 template <auto function>
 auto with_operands(
-    const Tensor& x,
-    const Tensor& weight,
-    const Tensor& lora_A,
-    const Tensor& lora_B,
-    double scaling,
-    const OptionalTensor& bias,
-    const py::object& compute_dtype,
-    double dropout_p,
-    const OptionalTensor& seed,
-    const py::object& autocast_dtype,
-    bool trains_B) {
-  return function(
-      x,
-      {.weight = weight,
-       .lora_A = lora_A,
-       .lora_B = lora_B,
-       .scaling = scaling,
-       .bias = bias,
-       .compute_dtype = dtype_or_none(compute_dtype.ptr()),
-       .dropout_p = dropout_p,
-       .seed = seed,
-       .autocast_dtype = dtype_or_none(autocast_dtype.ptr()),
-       .trains_B = trains_B});
+    const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+    const OptionalTensor& bias, const py::object& compute_dtype, double dropout_p, const OptionalTensor& seed,
+    const py::object& autocast_dtype, bool trains_B) {
+  const OptionalDtype compute = dtype_or_none(compute_dtype.ptr());
+  const OptionalDtype autocast = dtype_or_none(autocast_dtype.ptr());
+  return function(x, {weight, lora_A, lora_B, scaling, bias, compute, dropout_p, seed, autocast, trains_B});
 }
 
 // y, or undefined, which is None in Python, where kernels may run
@@ -177,13 +139,7 @@ Tensor call_here_or_none(const Tensor& x, const Operands& operands) {
   return runs_here(x, operands) ? call_here(x, operands) : Tensor();
 }
 
-py::object key_object(const Tensor& x, const Operands& operands) {
-  return py::reinterpret_steal<py::object>(key_of(x, operands));
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// what Python tells
-// ---------------------------------------------------------------------------------------------------------
+// -- what Python tells -----------------------------------------------------------------------------------
 
 // By their names what is looked at later, for as long as the process lives.
 void tell(const py::kwargs& objects) {
@@ -193,23 +149,16 @@ void tell(const py::kwargs& objects) {
 
 // outputs: those of the operators after which `mica.ops.kept` may compute x again; first a product and a cast
 void configure_linear(
-    int64_t few_rows,
-    int64_t chunk,
-    bool wide_sums,
-    const std::string& text,
-    const std::vector<Tensor>& outputs,
+    int64_t few_rows, int64_t chunk, bool wide_sums, const std::string& text, const std::vector<Tensor>& outputs,
     const py::kwargs& objects) {
   few_to_round = few_rows;
   tokens_per_chunk = chunk;
   has_wide_sums = wide_sums;
   edited = text;
-  on_backward = count_backward;
-  compute_again = value_of;
   product_node = typeid(*outputs.at(0).grad_fn());
   cast_node = typeid(*outputs.at(1).grad_fn());
   for (const Tensor& output : outputs) {
-    const torch::autograd::Node& node = *output.grad_fn();
-    computed_again.emplace(typeid(node));
+    computed_again.emplace(typeid(*output.grad_fn()));
   }
   tell(objects);
 }
@@ -226,9 +175,8 @@ PYBIND11_MODULE(mica_native, module) {
   PyModule_AddFunctions(module.ptr(), mica::quickly_called);
   module.def("linear", mica::with_operands<mica::call_here_or_none>);
   module.def("linear_on_reference", mica::with_operands<mica::call_here>);
-  module.def("key_of", mica::with_operands<mica::key_object>);
+  module.def("key_of", mica::with_operands<mica::key_of>);
   module.def("wide_product", mica::wide_product_or_none, py::call_guard<py::gil_scoped_release>());
-  module.def("weighted_sums", mica::weighted_sums, py::call_guard<py::gil_scoped_release>());
   module.def("norm", mica::norm, py::call_guard<py::gil_scoped_release>());
   module.def("merge_bfloat16", mica::merge<uint16_t>, py::call_guard<py::gil_scoped_release>());
   module.def("merge_float32", mica::merge<uint32_t>, py::call_guard<py::gil_scoped_release>());

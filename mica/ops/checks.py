@@ -29,17 +29,11 @@ EXPERTS = {
     "lora_B": "num_experts out_features rank",
     "bias": "num_experts out_features",
 }
-DOWN_PROJECTION = {"lora_A": "rank in_features", "x": "... in_features"}
-UP_PROJECTION = {"lora_B": "out_features rank", "y": "... out_features", "h": "... rank"}
-EMBEDDING = {"indices": "...", "lora_A": "rank num_embeddings", "lora_B": "embedding_dim rank"}
-
-_INTEGERS = ("offsets", "indices")
 
 
 def check(
     dimensions: dict[str, str],
     *,
-    frozen: tuple[str, ...] = ("weight", "bias"),
     compute_dtype: torch.dtype | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -49,7 +43,6 @@ def check(
 
     Args:
         dimensions: one of the tables above, for the operator.
-        frozen: the operands that must not require a gradient.
         compute_dtype, dropout_p, seed: as the operators take them.
         operands: by their names in the table; those that are not in it are not looked at.
 
@@ -62,10 +55,10 @@ def check(
     sizes: dict[str, object] = {}
     for name, tensor in given.items():
         _check_shape(name, tuple(tensor.shape), dimensions[name].split(), sizes)
-        allowed = (torch.int32, torch.int64) if name in _INTEGERS else FLOATING
+        allowed = (torch.int32, torch.int64) if name == "offsets" else FLOATING
         if tensor.dtype not in allowed:
             raise TypeError(f"{name} must be of dtype {limits.names_of(allowed)}, but it is {tensor.dtype}.")
-        if name in frozen and tensor.requires_grad and torch.is_grad_enabled():
+        if name in ("weight", "bias") and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must be frozen (requires_grad=False), but it requires a gradient.")
     limits.same_device(**given, seed=seed)
     _check_dtypes(given)

@@ -1,4 +1,4 @@
-"""The low-rank term of an embedding: `mica_embedding`, and what `mica.fast` calls without its checks.
+"""The low-rank term of an embedding, to be added to the base embedding: scaling·A[:, indices]ᵀ Bᵀ.
 
 It takes the reference path on every device: it gathers a few columns of A, and there is no base product to
 fuse it with.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from mica.ops.checks import EMBEDDING, check
 from mica.ops.operator import (
     below_autograd,
     call_counts,
@@ -23,46 +21,6 @@ from mica.ops.operator import (
     without_values,
 )
 from mica.paths import reference_path
-
-
-def mica_embedding(
-    indices: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float = 1.0,
-    *,
-    padding_idx: int | None = None,
-    compute_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The MiCA term of an embedding, to be added to the base embedding: scaling·A[:, indices]ᵀ Bᵀ.
-
-    Args:
-        indices: The indices, of any shape, int32 or int64, below num_embeddings.
-        lora_A: The trained factor, (rank, num_embeddings).
-        lora_B: The frozen factor, (embedding_dim, rank).
-        scaling: lora_alpha / rank, a number without a unit.
-        padding_idx: The column of lora_A that gets no gradient, as in `torch.nn.functional.embedding`: one
-            below 0 counts from the end.
-        compute_dtype: The dtype of the product; None means that of lora_A, under autocast autocast's.
-
-    Returns:
-        (*indices.shape, embedding_dim) in compute_dtype.
-
-    Raises:
-        ValueError: Shapes or devices do not fit, lora_B requires a gradient, or padding_idx is out of range.
-        TypeError: A factor or the compute_dtype is not of a floating dtype, or the indices are no integers.
-    """
-    operands = {"indices": indices, "lora_A": lora_A, "lora_B": lora_B}
-    check(EMBEDDING, frozen=("lora_B",), compute_dtype=compute_dtype, **operands)
-    if padding_idx is not None:
-        count = lora_A.shape[1]
-        if not -count <= padding_idx < count:
-            raise ValueError(
-                f"padding_idx must be at least -{count} and below {count}, the number of embeddings, but it "
-                f"is {padding_idx}."
-            )
-        padding_idx %= count
-    return embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
 
 
 def _embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
@@ -116,6 +74,10 @@ def _cast(device_type, indices, lora_A, lora_B, scaling, padding_idx, compute_dt
     return indices, lora_A, lora_B, scaling, padding_idx, compute_dtype
 
 
+# indices: of any shape, int32 or int64, below num_embeddings. lora_A (rank, num_embeddings) is trained, and
+# lora_B (embedding_dim, rank) frozen. padding_idx: the column of lora_A that gets no gradient, not below 0.
+# compute_dtype: that of the product and of the result (*indices.shape, embedding_dim); None: that of lora_A,
+# under autocast autocast's.
 embedding = operator(
     "embedding",
     "(Tensor indices, Tensor lora_A, Tensor lora_B, float scaling, int? padding_idx,"

@@ -10,7 +10,6 @@ from functools import partial
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mica import native
@@ -81,6 +80,7 @@ def mica_linear(
         ValueError: Shapes or devices do not fit, or a frozen operand requires a gradient.
         RuntimeError: MICA_BACKEND=triton is set, and there are no kernels for the call.
     """
+    seed = seed if dropout_p else None
     operands = Operands(weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
     check(LINEAR, x=x, **operands._asdict())
     return linear(x, *operands._replace(trains_B=lora_B.requires_grad))
@@ -331,16 +331,3 @@ operator(
     _linear_backward,
     _linear_backward_fake,
 )
-
-
-def traced(x: Tensor, operands: Operands) -> Tensor:
-    """`linear` as PyTorch's own operations, for a compiler: autocast reaches each, and autograd follows.
-
-    Args:
-        x: The input, (..., in_features).
-        operands: The layer's operands, without dropout.
-    """
-    dtype = operands.dtype(x)
-    y = F.linear(x, operands.weight, operands.bias)
-    h = F.linear(x.to(dtype), (operands.lora_A * operands.scaling).to(dtype))
-    return (y + F.linear(h, operands.lora_B.to(h.dtype))).to(y.dtype)

@@ -1,7 +1,8 @@
 """The two factors as separate operators, for base layers that have to be called (quantised, hooked).
 
-    h  = scaling·drop(x) Aᵀ     mica_down_projection
-    y' = y + h Bᵀ               mica_up_projection, with y = base_layer(x)
+    h  = scaling·drop(x) Aᵀ     down_projection: h (..., rank) in compute_dtype; None: in that of x
+    y' = y + h Bᵀ               up_projection, with y = base_layer(x): summed in the wider dtype of y and h,
+                                a new tensor in the dtype of y
 
 Definition: arXiv 2604.01694; tests/support/definition.py. Saved for the backward: x as it came where lora_A
 is trained, h where lora_B is, and no mask.
@@ -12,7 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mica.ops.checks import DOWN_PROJECTION, UP_PROJECTION, check
 from mica.ops.operator import (
     as_matrix,
     autocast_to,
@@ -29,56 +29,6 @@ from mica.ops.operator import (
 )
 from mica.paths import reference_path
 from mica.paths.tuning import Kind, rounded_up
-
-
-def mica_down_projection(
-    x: Tensor,
-    lora_A: Tensor,
-    scaling: float = 1.0,
-    *,
-    compute_dtype: torch.dtype | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """h = scaling·drop(x) Aᵀ.
-
-    Args:
-        x: The input, (..., in_features), in fp64, fp32, bf16 or fp16.
-        lora_A: The trained factor, (rank, in_features), in the dtype of x or as an fp32 master over 16-bit x.
-        scaling: lora_alpha / rank, a number without a unit.
-        compute_dtype: The dtype of the product and of h; None means that of x, under autocast autocast's.
-        dropout_p, seed: As `mica.ops.mica_linear` takes them.
-
-    Returns:
-        h, (..., rank), in compute_dtype.
-
-    Raises:
-        TypeError: An operand or the compute_dtype is not of a floating dtype.
-        ValueError: Shapes or devices do not fit.
-    """
-    options = {"compute_dtype": compute_dtype, "dropout_p": dropout_p, "seed": seed}
-    check(DOWN_PROJECTION, x=x, lora_A=lora_A, **options)
-    return down_projection(x, lora_A, scaling, compute_dtype, dropout_p, seed)
-
-
-def mica_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
-    """y + h Bᵀ in a new tensor, summed in the wider dtype of y and h.
-
-    Args:
-        y: The output of the base layer, (..., out_features), in fp64, fp32, bf16 or fp16.
-        h: The output of `mica_down_projection`, (..., rank), with the leading dimensions of y.
-        lora_B: The factor (out_features, rank), frozen in MiCA and trained in LoRA.
-
-    Returns:
-        (..., out_features) in the dtype of y.
-
-    Raises:
-        TypeError: An operand is not of a floating dtype.
-        ValueError: Shapes or devices do not fit.
-    """
-    check(UP_PROJECTION, y=y, h=h, lora_B=lora_B)
-    return up_projection(y, h, lora_B, lora_B.requires_grad)
-
 
 # ---------------------------------------------------------------------------------------------------
 # down-projection

@@ -311,10 +311,6 @@ def without_none(like: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _device_type(args: tuple) -> str:
-    return next(arg for arg in args if isinstance(arg, Tensor)).device.type
-
-
 def operator(
     name: str,
     schema: str,
@@ -353,7 +349,7 @@ def operator(
 
     def batched(*args):
         """Above autocast, which has to cast here: within the body it would cast each product's operands."""
-        device_type = _device_type(args)
+        device_type = next(arg for arg in args if isinstance(arg, Tensor)).device.type
         if device_type not in AUTOCAST or not torch.is_autocast_enabled(device_type):
             return followed(*args)
         args = cast(device_type, *args)

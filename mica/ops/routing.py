@@ -98,7 +98,7 @@ class _FromExperts(torch.autograd.Function):
         save(ctx, y if ctx.needs_input_grad[1] else None, weights, order, inverse, tokens)
         ctx.top_k = top_k
         pairs = y.index_select(0, inverse).view(-1, top_k, y.shape[1])
-        return _weighted(pairs, weights).sum(dim=1)
+        return (pairs * weights.unsqueeze(-1)).sum(dim=1)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -106,12 +106,8 @@ class _FromExperts(torch.autograd.Function):
         grad_y = grad_weights = None
         if ctx.needs_input_grad[0]:
             rows = grad_output.index_select(0, tokens)
-            grad_y = _weighted(rows, weights.reshape(-1).index_select(0, order))
+            grad_y = rows * weights.reshape(-1).index_select(0, order).unsqueeze(-1)
         if y is not None:
             pairs = y.index_select(0, inverse).view(-1, ctx.top_k, y.shape[1])
             grad_weights = (pairs * grad_output.unsqueeze(1)).sum(dim=-1).to(weights.dtype)
         return grad_y, grad_weights, *[None] * 4
-
-
-def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
-    return rows * weights.unsqueeze(-1)

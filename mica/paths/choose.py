@@ -110,7 +110,10 @@ def decide(
     key = (setting(), _interpreting(), device, rank, dtypes, function)
     choice = _choices.get(key)
     if choice is None:
-        choice = _choose(function, device, rank, dtypes)
+        reason = why_not_kernels(device, rank, *dtypes, function=function)
+        choice = _ON_KERNELS
+        if reason is not None:
+            choice = Choice(ERROR if requested() == "triton" else REFERENCE, reason)
         if runtime.is_settled(device):
             _choices[key] = choice
             if device.type == "cuda" and runtime.why_unavailable(device) is not None:
@@ -118,14 +121,6 @@ def decide(
     if choice is _ON_KERNELS and kind is not None:
         return _choice_of_layer(function, device, kind())
     return choice
-
-
-def _choose(function: str, device: torch.device, rank: int, dtypes: tuple[torch.dtype, ...]) -> Choice:
-    """What can be said without a layer's kind."""
-    reason = why_not_kernels(device, rank, *dtypes, function=function)
-    if reason is None:
-        return _ON_KERNELS
-    return Choice(ERROR if requested() == "triton" else REFERENCE, reason)
 
 
 def why_not_cpp(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
@@ -245,16 +240,14 @@ def requested() -> str:
     return value
 
 
-def why_not_kernels(
-    device: torch.device, rank: int, *dtypes: torch.dtype, function: str | None = None
-) -> str | None:
+def why_not_kernels(device: torch.device, rank: int, *dtypes: torch.dtype, function: str) -> str | None:
     """None if a call with such operands runs on Triton kernels, else the reason in words.
 
     Args:
         device: The device of the operands.
         rank: The rank of the adapter.
         dtypes: The dtypes of the operands and products.
-        function: The name of a formula, which may have been given up; None for any.
+        function: The name of a formula, which may have been given up.
     """
     backend = requested()
     if backend == "reference":
@@ -269,6 +262,4 @@ def why_not_kernels(
             return f"no Triton kernels for {names_of([dtype])}"
     if rank > MAX_RANK:
         return f"no Triton kernels for ranks above {MAX_RANK}"
-    if function is None:
-        return None
     return _given_up.get((device, function, rank, dtypes))

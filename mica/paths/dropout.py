@@ -21,7 +21,7 @@ FIRST_FACTOR, SECOND_FACTOR, COLUMN_FACTOR = 0x21F0AAAD, 0xD35A2D97, 0x9E3779B9
 _BLOCK = 2**17
 
 
-def dropout_keep(seed: Tensor, rows: int, columns: int, dropout_p: float, first_row: int = 0) -> Tensor:
+def dropout_keep(seed: Tensor, rows: int, columns: int, dropout_p: float) -> Tensor:
     """Which elements dropout keeps: bool (rows×columns), on the device of the seed.
 
     Each element is hashed from the two halves of the seed, its row and its column, modulo 2^32, and kept
@@ -31,17 +31,16 @@ def dropout_keep(seed: Tensor, rows: int, columns: int, dropout_p: float, first_
         seed: An int64 tensor of shape (1,).
         rows, columns: The shape of the mask.
         dropout_p: The probability p, in [0, 1), with which an element is dropped.
-        first_row: The row of the whole mask with which this part of it begins.
     """
     threshold = round(dropout_p * 2**24)
     step = max(1, _BLOCK // max(1, columns))
     is_plain = type(seed) in TENSOR_TYPES and seed.is_cpu and not _are_functorch_transforms_active()
     if not is_plain or rows <= step:
-        return keep_rows(seed, first_row, rows, columns, threshold)
+        return keep_rows(seed, 0, rows, columns, threshold)
     keep = torch.empty(rows, columns, dtype=torch.bool)
     for start in range(0, rows, step):
         block = keep[start : start + step]
-        block.copy_(keep_rows(seed, first_row + start, len(block), columns, threshold))
+        block.copy_(keep_rows(seed, start, len(block), columns, threshold))
     return keep
 
 

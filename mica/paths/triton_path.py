@@ -65,14 +65,9 @@ def linear(x: Tensor, operands: Operands, *, form: str = "split") -> tuple[Tenso
     """
     weight, lora_A, lora_B, scaling, bias, _, dropout_p, seed, *_ = operands
     dtype = operands.dtype(x)
-    if not dropout_p:
-        seed = None
     key = layout(x), layout(lora_A), lora_B.shape[0], scaling, dtype, dropout_p, fp32_setting()
-    steps = recorded_forward.get(key)
-    if steps is None:
-        numbers = {"scale": scaling, "compute_dtype": dtype, "dropout_p": dropout_p}
-        steps = recorded_forward.record(key, numbers, {})
-    down, update = steps
+    numbers = {"scale": scaling, "compute_dtype": dtype, "dropout_p": dropout_p}
+    down, update = recorded_forward.get(key) or recorded_forward.record(key, numbers, {})
     if form == "mixed":
         h = reference_path.down_projection(x, lora_A, scaling, dtype)
     else:
@@ -97,8 +92,6 @@ def linear_backward(
     """
     weight, lora_A, lora_B, scaling, _, _, dropout_p, seed, *_ = operands
     compute_dtype = operands.dtype(grad_output)
-    if not dropout_p:
-        seed = None
     key = layout(grad_output), layout(x), layout(lora_A), scaling, compute_dtype, dropout_p, fp32_setting()
     steps = recorded_backward.get(key)
     if steps is None:
@@ -151,7 +144,7 @@ def down_projection(
     """As `mica.paths.reference_path.down_projection`."""
     numbers = {"scale": scaling, "compute_dtype": compute_dtype, "dropout_p": dropout_p}
     operand = as_operand(lora_A, x.shape[0], compute_dtype)
-    h = down(x, operand, seed if dropout_p else None, **numbers)
+    h = down(x, operand, seed, **numbers)
     return h[:, : lora_A.shape[0]].contiguous()
 
 
@@ -181,7 +174,6 @@ def down_projection_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `mica.paths.reference_path.down_projection_backward`."""
     grad_x = grad_A = None
-    seed = seed if dropout_p else None
     if x is not None:
         # scaled before it is rounded to the dtype of A
         grad_A = (grad_a(grad_h, x, seed, rank=lora_A.shape[0], dropout_p=dropout_p) * scaling).to(

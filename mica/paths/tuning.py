@@ -203,14 +203,10 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def why_off() -> str:
-    return f"MICA_TUNE={os.environ.get('MICA_TUNE')}"
-
-
 def why_not_now(device: torch.device) -> str | None:
     """Why nothing can be measured at this moment; what is known counts nevertheless."""
     if not table(device).is_on:
-        return why_off()
+        return f"MICA_TUNE={os.environ.get('MICA_TUNE')}"
     if torch.are_deterministic_algorithms_enabled():
         return "nothing is measured in a deterministic run"
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -24,15 +24,13 @@ class Problem:
         gram_of: The class of the Gram matrix, ``HostGram`` for one matrix or ``BatchGram`` for a batch. It is
             called with the tall view (..., long, short).
         rank: The number of vectors that are requested.
-        seed: The seed of the random vectors from which Krylov subspaces are built.
     """
 
-    def __init__(self, weight: torch.Tensor, gram_of: Callable[[torch.Tensor], object], rank: int, seed: int):
+    def __init__(self, weight: torch.Tensor, gram_of: Callable[[torch.Tensor], object], rank: int):
         self.basis_is_long = weight.shape[-2] > weight.shape[-1]  # the requested vectors are on the long side
         self.tall = weight if self.basis_is_long else weight.mT
         self.gram = gram_of(self.tall)
         self.rank = rank
-        self.seed = seed
         self.dtype = torch.promote_types(weight.dtype, torch.float32)  # the result's
 
 
@@ -124,13 +122,12 @@ def candidate(
     return Candidate(basis, short_vectors, singular_values, norm)
 
 
-def judge(problem: Problem, triplets: Candidate, strict: bool) -> Judged:
+def judge(problem: Problem, triplets: Candidate) -> Judged:
     """Cast a candidate, fix its signs, and judge it as it will be returned, rounded to its dtype.
 
     Args:
         problem: The problem that the candidate solves; its Gram matrix's factor is overwritten.
         triplets: The candidate.
-        strict: Whether to prove it; else nothing is certified.
     """
     rounded = triplets.basis.to(problem.dtype)
     signs = signs_of(rounded)
@@ -139,7 +136,7 @@ def judge(problem: Problem, triplets: Candidate, strict: bool) -> Judged:
     rank = problem.rank
     floor = krylov.resolution(problem.gram.size, triplets.norm)
     energy = energy_of(problem, triplets, basis, signs)
-    certificate = certify(problem.gram, triplets.short_vectors, triplets.norm, strict, energy)
+    certificate = certify(problem.gram, triplets.short_vectors, triplets.norm, energy)
     (energy,) = certificate.read
     least = (certificate.ritz_sum - certificate.deficit).clamp_min(0)  # proven: Σσ² is at least this
     excess = (energy - least).clamp_min(0)

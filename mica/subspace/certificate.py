@@ -31,9 +31,7 @@ class Certificate(NamedTuple):
     read: tuple[torch.Tensor, ...] = ()
 
 
-def certify(
-    gram, vectors: torch.Tensor, norm: torch.Tensor, strict: bool = True, *along: torch.Tensor
-) -> Certificate:
+def certify(gram, vectors: torch.Tensor, norm: torch.Tensor, *along: torch.Tensor) -> Certificate:
     """Bound how far ``vectors`` (batch, n, r), orthonormal, are from the r smallest eigenpairs of ``gram``.
 
     ``gram`` is a ``HostGram`` or a ``BatchGram``, whose factor is overwritten; ``norm`` (batch) is ‖C‖, or
@@ -49,8 +47,6 @@ def certify(
     with floor = ``resolution``. The last term stands for the backward error of Cholesky and of the products;
     up to it the bound is rigorous.
     No gap is assumed: inside a cluster any basis of the right energy passes.
-
-    Without ``strict`` the test is left out: nothing passes, and ``deficit`` is what it would be if it held.
     """
     n, rank = vectors.shape[-2:]
     floor = resolution(n, norm)
@@ -60,9 +56,6 @@ def certify(
     bound = ritz_values[..., -1] - SLACK * floor
     above = (ritz_values - bound.unsqueeze(-1)).clamp_min(0).sum(-1)
     deficit = above + rank**0.5 * residual + rank * ROUNDING * floor
-    if not strict:
-        return Certificate(torch.zeros_like(norm, dtype=torch.bool), deficit, ritz_sum, tuple(along))
-
     passed = norm == 0  # every subspace of a zero matrix is minor
     if rank == n:  # nothing outside the subspace, nothing to test
         passed = torch.ones_like(passed)

@@ -6,14 +6,8 @@ import hashlib
 
 import torch
 
-from mica.dtypes import FLOATING
 from mica.memory import in_memory
 from mica.row_checksums import WORDS, row_checksums
-
-
-def is_weight(weight: torch.Tensor) -> bool:
-    """Whether ``weight`` can have a key: a non-empty matrix of fp64, fp32, bf16 or fp16 that holds data."""
-    return weight.ndim == 2 and weight.numel() > 0 and weight.dtype in FLOATING and not weight.is_meta
 
 
 @torch.no_grad()
@@ -30,16 +24,8 @@ def content_hash(weight: torch.Tensor) -> str:
     and -0.0 differ, and so do NaNs with different payloads.
 
     Args:
-        weight: (out_features, in_features), of any strides.
-
-    Raises:
-        ValueError: weight is not a non-empty 2-D tensor of fp64, fp32, bf16 or fp16 that holds data.
+        weight: (out_features, in_features), not empty, of any strides.
     """
-    if not is_weight(weight):
-        raise ValueError(
-            "weight must be a non-empty 2-D tensor of dtype float64, float32, bfloat16 or float16, but got "
-            f"{weight.dtype} of shape {tuple(weight.shape)} on {weight.device}."
-        )
     rows = in_memory(weight.detach()).view(WORDS[weight.itemsize])
     order = "rows"
     if not weight.is_contiguous() and weight.stride(0) < weight.stride(1):

@@ -61,54 +61,43 @@ def free_memory(device: torch.device) -> int:
     return module.mem_get_info(device)[0] + held
 
 
-def try_batch(
-    matrices: torch.Tensor, rank: int, method: str, strict: bool, seed: int
-) -> list[MinorSubspace | None]:
+def try_batch(matrices: torch.Tensor, rank: int) -> list[MinorSubspace | None]:
     """The results of a batch on its device, without those that have to be left to the host.
 
     Args:
         matrices: The weights, (batch, out_features, in_features), on one accelerator.
-        rank, method, strict, seed: As ``minor_subspace`` takes them.
+        rank: The number of vectors.
 
     Returns:
-        One result for each matrix; None in place of those that are not certified (if ``strict``), and of tall
-        ones that are numerically null.
+        One result for each matrix; None in place of those that are not certified, and of tall ones that are
+        numerically null.
     """
-    name = _batch_method(min(matrices.shape[-2:]), rank, method)
-    if name is None:
+    size = min(matrices.shape[-2:])
+    if 4 * rank > 3 * size:
         return [None] * len(matrices)
-    results = _attempt(matrices, rank, name, strict, seed)
+    name = batch_method(size, rank)
+    results = _attempt(matrices, rank, name)
     if len(matrices) > 1:
         for index, result in enumerate(results):
             if result is None:  # another one of the batch may have made it fail
-                results[index] = _attempt(matrices[index : index + 1], rank, name, strict, seed)[0]
+                results[index] = _attempt(matrices[index : index + 1], rank, name)[0]
     return results
 
 
-def _batch_method(size: int, rank: int, method: str) -> str | None:
-    """How a batch of Gram matrices (size, size) is solved; None: not here."""
-    if method == "svd" or 4 * rank > 3 * size:
-        return None
-    if method == "gram":
-        return "gram"
-    if krylov.fits(size, rank):
-        return "krylov"
-    if method == "auto":
-        return "gram"
-    return None
+def batch_method(size: int, rank: int) -> str:
+    """How a batch of Gram matrices (size, size) is solved."""
+    return "krylov" if krylov.fits(size, rank) else "gram"
 
 
-def _attempt(
-    matrices: torch.Tensor, rank: int, name: str, strict: bool, seed: int
-) -> list[MinorSubspace | None]:
-    """The result of each matrix by that method; None where it fails or, if ``strict``, is not certified."""
-    state = Problem(matrices, BatchGram, rank, seed)
+def _attempt(matrices: torch.Tensor, rank: int, name: str) -> list[MinorSubspace | None]:
+    """The result of each matrix by that method; None where it fails or is not certified."""
+    state = Problem(matrices, BatchGram, rank)
     triplets = BY[name](state)
     if triplets is None:
         return [None] * len(matrices)
-    judgement = judge(state, triplets, strict)
+    judgement = judge(state, triplets)
     results: list[MinorSubspace | None] = [None] * len(matrices)
     for index, is_certified in enumerate(judgement.certified.tolist()):
-        if is_certified or not strict:
+        if is_certified:
             results[index] = judgement.result(name, index)
     return results

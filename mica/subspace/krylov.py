@@ -21,9 +21,10 @@ import torch
 from mica.subspace import lapack
 
 LANCZOS_STEPS = 40
-NORM_STEPS = 12  # enough for ‖C‖ alone
+NORM_STEPS = 12  # enough for ‖C‖ alone, see `bounds`
 FIRST_CHECK = 7
 MOST_STEPS = 24
+SEED = 0  # of the random vectors from which subspaces are built
 
 
 class Bounds(NamedTuple):
@@ -50,27 +51,9 @@ def fits(size: int, rank: int) -> bool:
     return 2 * block_size(rank) * (FIRST_CHECK + 3) <= size
 
 
-def norm(gram, seed: int, steps: int = NORM_STEPS) -> torch.Tensor:
-    """‖C‖, or up to a quarter less, (batch) on the host: by plain Lanczos, without any reorthogonalisation.
-
-    Rounding makes copies of Ritz values that have converged, but none above the spectrum (Paige 1980).
-
-    The start is random, so some miss by more. With one eigenvalue above a dense rest, the worst spectrum
-    tried, it is 1 in 2000 of them for n from 64 to 1000. With half as many steps 2 to 8 in 100 miss, and some
-    find half of ‖C‖.
-
-    Args:
-        gram: The Gram matrix C, a ``HostGram`` or a ``BatchGram``.
-        seed: The seed of the random first vector.
-        steps: The number of Lanczos steps, each of which multiplies C by one vector.
-    """
-    (projected,) = _tridiagonal(gram, seed, {min(steps, gram.size)})
-    return torch.linalg.eigvalsh(projected)[..., -1].clamp_min(0)
-
-
-def _tridiagonal(gram, seed: int, counts: set[int]) -> Iterator[torch.Tensor]:
+def _tridiagonal(gram, counts: set[int]) -> Iterator[torch.Tensor]:
     """The projected matrix of plain Lanczos, (batch, steps, steps) on the host, after each count of steps."""
-    vector = previous = random_block(gram, 1, seed)
+    vector = previous = random_block(gram, 1)
     diagonal: list[torch.Tensor] = []
     below: list[torch.Tensor] = []
     for step in range(max(counts)):
@@ -88,16 +71,19 @@ def _tridiagonal(gram, seed: int, counts: set[int]) -> Iterator[torch.Tensor]:
             yield torch.diag_embed(alpha) + torch.diag_embed(beta[..., :-1], offset=-1)
 
 
-def bounds(gram, seed: int, steps: int = LANCZOS_STEPS) -> Bounds:
+def bounds(gram) -> Bounds:
     """‖C‖ and shifts just below the smallest eigenvalue, from two lengths of one Lanczos run.
+
+    It is plain Lanczos, without any reorthogonalisation. Rounding makes copies of Ritz values that have
+    converged, but none above the spectrum (Paige 1980). ‖C‖ is up to a quarter too small. The start is
+    random, so some miss by more. With one eigenvalue above a dense rest, the worst spectrum tried, it is 1 in
+    2000 of them for n from 64 to 1000. With half as many steps as ``NORM_STEPS`` 2 to 8 in 100 miss, and some
+    find half of ‖C‖.
 
     Args:
         gram: The Gram matrix C, a ``HostGram`` or a ``BatchGram``.
-        seed: The seed of the random first vector.
-        steps: The number of Lanczos steps at most.
     """
-    steps = min(steps, gram.size)
-    for projected in _tridiagonal(gram, seed, {min(NORM_STEPS, steps), steps}):
+    for projected in _tridiagonal(gram, {min(NORM_STEPS, gram.size), min(LANCZOS_STEPS, gram.size)}):
         values = torch.linalg.eigvalsh(projected)
         least = values[..., 0]
         largest = values[..., -1].clamp_min(0)
@@ -124,7 +110,7 @@ def resolution(size: int, norm):
 
 
 def smallest_eigenpairs(
-    gram, rank: int, limits: Bounds, eps: float, seed: int
+    gram, rank: int, limits: Bounds, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The smallest eigenvalues of C and their vectors, or None if there is no convergence.
 
@@ -134,7 +120,6 @@ def smallest_eigenpairs(
         limits: What `bounds` has found of C.
         eps: The unit round-off of the caller's result. Vectors converge to what an SVD in that precision can
             tell of them (backward error eps ‖W‖), or to what fp64 resolves.
-        seed: The seed of the random first block.
 
     Returns:
         The values (batch, rank), ascending, on the host; and the vectors (batch, n, rank), orthonormal.
@@ -167,7 +152,7 @@ def smallest_eigenpairs(
         likely = math.ceil(math.log(excess, 8))  # a step gains a factor of 8 on Gaussian spectra
         return max(1, min(4, likely))
 
-    block_lanczos(gram, gram.solve, random_block(gram, width, seed), most, first, judge)
+    block_lanczos(gram, random_block(gram, width), most, first, judge)
     return pairs
 
 
@@ -211,9 +196,9 @@ def relative_residual(
     return torch.where(residual == 0, 0.0, residual / allowed).max().item(), values, rotation
 
 
-def random_block(gram, count: int, seed: int) -> torch.Tensor:
+def random_block(gram, count: int) -> torch.Tensor:
     """Random orthonormal vectors (batch, n, count), the same for every matrix of a batch and every device."""
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(SEED)
     start = torch.randn(count, gram.size, dtype=torch.float64, generator=generator, device="cpu")
     block = gram.empty(count)
     block.copy_(start.mT)
@@ -222,7 +207,6 @@ def random_block(gram, count: int, seed: int) -> torch.Tensor:
 
 def block_lanczos(
     gram,
-    operation: Callable[[torch.Tensor], torch.Tensor],
     block: torch.Tensor,
     steps: int,
     first_check: int,
@@ -230,7 +214,7 @@ def block_lanczos(
 ) -> None:
     """Block Lanczos: an orthonormal basis Q of span{S, F S, …, F^(steps−1) S}, and Qᵀ F Q, for ``judge``.
 
-    ``block`` is S, ``operation`` the symmetric F. Only the lower triangle of Qᵀ F Q is filled in. From
+    ``block`` is S, F what ``gram.solve`` applies. Only the lower triangle of Qᵀ F Q is filled in. From
     ``first_check`` steps on, ``judge`` gets both, as far as they are, and returns after how many further
     steps it wants to see them again, 0 to end the iteration.
     """
@@ -242,7 +226,7 @@ def block_lanczos(
         start = width * step
         end = start + width
         basis[..., start:end] = block
-        block, coefficients = _orthogonalise(gram, operation(block), basis[..., :end])
+        block, coefficients = _orthogonalise(gram, gram.solve(block), basis[..., :end])
         projected[..., start:end, :end] = coefficients.mT
         if step + 1 >= first_check:
             further = judge(basis[..., :end], projected[..., :end, :end])

@@ -15,7 +15,7 @@ from mica.subspace.cache import SubspaceCache
 from mica.subspace.content_hash import content_hash
 from mica.subspace.device import batch_size, is_on_host
 from mica.subspace.result import MinorSubspace, move
-from mica.subspace.solver import solve_stack, without_autocast
+from mica.subspace.solver import no_autocast, solve_stack
 
 _logger = logging.getLogger("mica")
 
@@ -100,7 +100,7 @@ def run_tasks(
         """Solve tasks of one shape, dtype and rank on a device, and store the results."""
         first = tasks[chunk[0]]
         try:
-            with without_autocast(where.type):  # whose torch.stack refuses 16-bit tensors, see `extremes`
+            with no_autocast():  # under which torch.stack refuses 16-bit tensors, see `extremes`
                 weights = [tasks[index].weight.to(where) for index in chunk]
                 stacked = weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
             del weights

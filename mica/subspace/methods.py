@@ -25,9 +25,9 @@ def by_krylov(problem: Problem) -> Candidate | None:
     """By block Krylov subspaces; None where they are too large for the matrix or do not converge."""
     if not krylov.fits(problem.gram.size, problem.rank):
         return None
-    limits = krylov.bounds(problem.gram, problem.seed)
+    limits = krylov.bounds(problem.gram)
     eps = torch.finfo(problem.dtype).eps
-    pairs = krylov.smallest_eigenpairs(problem.gram, problem.rank, limits, eps, problem.seed)
+    pairs = krylov.smallest_eigenpairs(problem.gram, problem.rank, limits, eps)
     if pairs is None:
         return None
     return candidate(problem, *pairs, limits.norm)
@@ -62,31 +62,16 @@ BY: dict[str, Callable[[Problem], Candidate | None]] = {
     "gram": by_gram,
     "svd": by_svd,
 }
-METHODS = ("auto", *BY)
 
 
-def route(size: int, rank: int) -> str:
-    """The method that "auto" starts with on the host.
+def chain(size: int, rank: int) -> list[str]:
+    """The names of the methods to try on the host, the fastest one for this size and rank first.
 
     Args:
         size: The side of the Gram matrix, min(out_features, in_features).
         rank: The number of vectors.
     """
-    if size > max(SMALL, BLOCKS * krylov.block_size(rank)):
-        return "krylov"
-    return "gram"
-
-
-def chain(method: str, size: int, rank: int) -> list[str]:
-    """The names of the methods to try, the first one first.
-
-    Args:
-        method: The requested method, or "auto".
-        size: The side of the Gram matrix, min(out_features, in_features).
-        rank: The number of vectors.
-    """
-    first = method
-    if method == "auto":
-        first = route(size, rank)
     names = list(BY)
-    return names[names.index(first) :]
+    if size > max(SMALL, BLOCKS * krylov.block_size(rank)):
+        return names
+    return names[names.index("gram") :]

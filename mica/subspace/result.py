@@ -18,10 +18,6 @@ NULL_RESOLUTIONS = 16
 class MinorSubspace:
     """The minor singular subspace of a weight (out_features, in_features).
 
-    For a batch (..., out_features, in_features), ``basis`` is (..., out_features, rank), ``singular_values``
-    is (..., rank), and the others describe the worst matrix: ``method`` is the last resort that was needed,
-    ``certified`` holds for all, ``energy_excess``, ``resolution`` and ``null_count`` are the largest.
-
     Attributes:
         basis: The vectors, (out_features, rank), as orthonormal columns by descending singular value. The
             entry of largest magnitude in each column is positive. The dtype is fp64 for an fp64 weight, else

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -14,8 +13,8 @@ from mica.subspace.candidate import Problem, judge
 from mica.subspace.device import batch_size, is_on_host, try_batch
 from mica.subspace.gram import extremes
 from mica.subspace.host import HostGram
-from mica.subspace.methods import BY, METHODS, chain
-from mica.subspace.result import MinorSubspace
+from mica.subspace.methods import BY, chain
+from mica.subspace.result import MinorSubspace, move
 from mica.subspace.threads import one_pool
 
 # Sums of fourth powers of entries between 2^-200 and 2^200 stay within fp64's range. All entries in fp32 are
@@ -23,66 +22,49 @@ from mica.subspace.threads import one_pool
 SMALLEST = 2.0**-200
 LARGEST = 2.0**200
 
+# A context without autocast, under which fp32 products would have 16 bits: C off by 2e-3, not 1e-7.
+no_autocast = torch._C._DisableAutocast
+
 
 @torch.no_grad()
-def minor_subspace(
-    weight: torch.Tensor, rank: int, *, method: str = "auto", strict: bool = True, seed: int = 0
-) -> MinorSubspace:
+def minor_subspace(weight: torch.Tensor, rank: int) -> MinorSubspace:
     """The ``rank`` left singular vectors of ``weight`` with the smallest singular values (arXiv 2604.01694).
 
     The definition is ``torch.linalg.svd(weight, full_matrices=False).U[..., -rank:]``, here in fp64
-    arithmetic and, by default, from a partial eigenproblem in place of the whole SVD. For an embedding pass
-    ``weight.T``.
+    arithmetic and from a partial eigenproblem in place of the whole SVD. For an embedding pass ``weight.T``.
+    Of the ways to it (``methods``) the fastest one for this shape, rank and device is tried first, and the
+    next one if its result is not certified.
 
     Args:
-        weight: The matrix, or a batch of them, (..., out_features, in_features), in fp64, fp32, bf16 or fp16
-            and with any strides. It is not modified.
+        weight: The matrix, (out_features, in_features), in fp64, fp32, bf16 or fp16 and with any strides. It
+            is not modified.
         rank: The number of vectors, between 1 and min(out_features, in_features).
-        method: The method to start with. Each falls back to the next one if its result is not certified:
-            "krylov" builds block Krylov subspaces of the shifted inverse of the fp64 Gram matrix, "gram" runs
-            LAPACK's eigensolvers on that Gram matrix, "svd" is the whole fp64 SVD, which is the definition.
-            "auto" starts with the fastest one for this shape, rank and device.
-        strict: Whether to prove the result by an inertia test, which costs one Cholesky factorisation.
-            Without it nothing is certified, nothing falls back, and ``energy_excess`` is an estimate.
-        seed: The seed of the random vectors from which the Krylov subspaces are built. Another seed gives the
-            same subspace up to rounding.
 
     Returns:
-        The basis (..., out_features, rank), its singular values, and what is proven of them.
+        The basis (out_features, rank), its singular values, and what is proven of them.
 
     Raises:
         TypeError: ``weight`` is not a tensor, not dense, or not of one of the four dtypes; or ``rank`` is not
             an int.
-        ValueError: ``weight`` has fewer than two dimensions, is empty, is on the meta device or is not
-            finite, or the largest entry of an fp64 matrix is beyond 2^±200; ``rank`` is out of range; or
-            ``method`` is unknown.
+        ValueError: ``weight`` has not two dimensions, is empty, is on the meta device or is not finite, or
+            the largest entry of an fp64 matrix is beyond 2^±200; or ``rank`` is out of range.
 
     Warns:
         UserWarning: Singular values of a tall weight among the requested ones are zero; their vectors are an
-            orthonormal completion, which the weight does not determine. Or ``strict`` is on, and no method's
-            result could be proven.
+            orthonormal completion, which the weight does not determine. Or no method's result could be
+            proven.
     """
     _check_weight(weight)
-    _check_rank(weight, rank)
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, but got {method!r}.")
-    matrices = weight.reshape(-1, *weight.shape[-2:])
-    for index, matrix in enumerate(matrices):
-        check_entries(matrix, "weight" if len(matrices) == 1 else f"matrix {index} of weight")
-    result = _assemble(solve_stack(weight, rank, method=method, strict=strict, seed=seed), weight)
-    for message in warnings_about(result, f"a weight of shape {tuple(weight.shape)}", strict):
+    check_rank(weight, rank)
+    check_entries(weight)
+    (result,) = solve_stack(weight.unsqueeze(0), rank)
+    for message in warnings_about(result, f"a weight of shape {tuple(weight.shape)}"):
         warnings.warn(message, UserWarning, stacklevel=3)  # past the frame that the no_grad decorator adds
-    return result
+    return move(result, weight.device)
 
 
-def warnings_about(result: MinorSubspace, name: str, strict: bool = True) -> list[str]:
-    """The warnings that a result deserves, as sentences.
-
-    Args:
-        result: The result of one matrix or of a batch.
-        name: What the sentences call the weight, such as "layer 'up'".
-        strict: Whether a result that is not proven deserves one.
-    """
+def warnings_about(result: MinorSubspace, name: str) -> list[str]:
+    """The warnings that a result deserves, as sentences, which call the weight so, such as "layer 'up'"."""
     rank = result.basis.shape[-1]
     messages = []
     if result.null_count:
@@ -90,7 +72,7 @@ def warnings_about(result: MinorSubspace, name: str, strict: bool = True) -> lis
             f"{result.null_count} of the {rank} smallest singular values of {name} are numerically null; "
             "their left singular vectors are an arbitrary orthonormal completion."
         )
-    if strict and not result.certified:
+    if not result.certified:
         messages.append(
             f"the minor subspace of {name} is not proven to be minor (method {result.method!r}, "
             f"energy at most {result.energy_excess:.1e} above the smallest possible)."
@@ -99,44 +81,26 @@ def warnings_about(result: MinorSubspace, name: str, strict: bool = True) -> lis
 
 
 @torch.no_grad()
-def solve_stack(
-    weight: torch.Tensor,
-    rank: int,
-    *,
-    method: str = "auto",
-    strict: bool = True,
-    seed: int = 0,
-) -> list[MinorSubspace]:
+def solve_stack(weights: torch.Tensor, rank: int) -> list[MinorSubspace]:
     """``minor_subspace`` of each matrix of a stack, without its checks and warnings.
 
     Matrices that an accelerator cannot settle are solved on the host, and their results lie there.
 
     Args:
-        weight: The matrices, (..., out_features, in_features), finite, on one device.
+        weights: The matrices, (count, out_features, in_features), finite, on one device.
         rank: The number of vectors, at most min(out_features, in_features).
-        method, strict, seed: As ``minor_subspace`` takes them.
-
-    Returns:
-        One result for each matrix, in row-major order.
     """
-    matrices = in_memory(weight.detach()).reshape(-1, *weight.shape[-2:])
-    with without_autocast(matrices.device.type):
+    matrices = in_memory(weights.detach())
+    with no_autocast():
         results: list[MinorSubspace | None] = [None] * len(matrices)
         if not is_on_host(matrices.device):
             results = []
             for batch in matrices.split(batch_size(*matrices.shape[-2:], matrices.device)):
-                results += try_batch(batch, rank, method, strict, seed)
+                results += try_batch(batch, rank)
         for index, result in enumerate(results):
             if result is None:
-                results[index] = solve_matrix(matrices[index].cpu(), rank, method, strict, seed)
+                results[index] = solve_matrix(matrices[index].cpu(), rank)
         return results
-
-
-def without_autocast(device_type: str) -> AbstractContextManager:
-    """A context without autocast, under which fp32 products would have 16 bits: C off by 2e-3, not 1e-7."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _check_weight(weight: torch.Tensor) -> None:
@@ -151,9 +115,9 @@ def _check_weight(weight: torch.Tensor) -> None:
         raise TypeError(
             f"weight must be of dtype float64, float32, bfloat16 or float16, but got {weight.dtype}."
         )
-    if weight.ndim < 2:
+    if weight.ndim != 2:
         raise ValueError(
-            f"weight must have the shape (..., out_features, in_features), but got {tuple(weight.shape)}."
+            f"weight must have the shape (out_features, in_features), but got {tuple(weight.shape)}."
         )
     if weight.device.type == "meta":
         raise ValueError("weight must hold data, but got a tensor on the meta device; load the weight first.")
@@ -161,10 +125,11 @@ def _check_weight(weight: torch.Tensor) -> None:
         raise ValueError(f"weight must not be empty, but got shape {tuple(weight.shape)}.")
 
 
-def _check_rank(weight: torch.Tensor, rank: int) -> None:
+def check_rank(weight: torch.Tensor, rank: int) -> None:
+    """Raise TypeError or ValueError unless a weight, which may be on the meta device, has so many vectors."""
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"rank must be an int, but got {rank!r} of type {type(rank).__name__}.")
-    limit = min(weight.shape[-2:])
+    limit = min(weight.shape)
     if not 1 <= rank <= limit:
         raise ValueError(
             f"rank must be between 1 and min(out_features, in_features) = {limit} for a weight of shape "
@@ -173,63 +138,46 @@ def _check_rank(weight: torch.Tensor, rank: int) -> None:
 
 
 @one_pool()
-def check_entries(matrix: torch.Tensor, name: str = "weight") -> None:
-    """Raise ValueError unless a matrix is finite and its fourth powers are within fp64's range.
+def check_entries(weight: torch.Tensor) -> None:
+    """Raise ValueError unless a weight is finite and its fourth powers are within fp64's range.
 
     By one thread: after a look by two, PyTorch's threads spin while BLAS computes the Gram (of 576 x 576 in
     10 instead of 3 ms on two cores).
 
     Args:
-        matrix: (out_features, in_features), of one of the four dtypes.
-        name: what the error calls it.
+        weight: (out_features, in_features), of one of the four dtypes.
     """
-    magnitude = extremes(matrix).double().abs().max().item()  # NaN if any entry is
+    magnitude = extremes(weight).double().abs().max().item()  # NaN if any entry is
     if not math.isfinite(magnitude):
-        count = int((~torch.isfinite(matrix)).sum())
+        count = int((~torch.isfinite(weight)).sum())
         raise ValueError(
-            f"{name} must be finite, but got {count} NaN or infinite of {matrix.numel()} entries."
+            f"weight must be finite, but got {count} NaN or infinite of {weight.numel()} entries."
         )
     if magnitude and not SMALLEST <= magnitude <= LARGEST:
         raise ValueError(
-            f"the largest entry of {name} must be between 2**-200 and 2**200 in magnitude, or 0, but it is "
+            f"the largest entry of weight must be between 2**-200 and 2**200 in magnitude, or 0, but it is "
             f"{magnitude:.1e}: scale the weight, which changes no singular vector."
         )
 
 
-def solve_matrix(weight: torch.Tensor, rank: int, method: str, strict: bool, seed: int) -> MinorSubspace:
+def solve_matrix(weight: torch.Tensor, rank: int) -> MinorSubspace:
     """Solve one matrix on the CPU by the first method whose result is certified, else by the last one.
 
     Args:
         weight: The matrix, (out_features, in_features), finite, on the CPU.
-        rank, method, strict, seed: As ``minor_subspace`` takes them.
+        rank: The number of vectors.
     """
-    names = chain(method, min(weight.shape), rank)
+    names = chain(min(weight.shape), rank)
     with one_pool():
-        state = Problem(weight, HostGram, rank, seed)
+        state = Problem(weight, HostGram, rank)
 
     for name in names:
         triplets = BY[name](state)
         if triplets is None:
             continue
         with one_pool():
-            judgement = judge(state, triplets, strict)
-        if judgement.certified or not strict:
+            judgement = judge(state, triplets)
+        if judgement.certified:
             break
 
     return judgement.result(name)
-
-
-def _assemble(results: list[MinorSubspace], weight: torch.Tensor) -> MinorSubspace:
-    """The results of a weight's matrices as one, in the weight's shape and on its device."""
-    basis = torch.stack([result.basis.to(weight.device) for result in results])
-    singular_values = torch.stack([result.singular_values.to(weight.device) for result in results])
-    names = list(BY)
-    return MinorSubspace(
-        basis=basis.reshape(*weight.shape[:-1], -1),
-        singular_values=singular_values.reshape(*weight.shape[:-2], -1),
-        method=max((result.method for result in results), key=names.index),
-        certified=all(result.certified for result in results),
-        energy_excess=max(result.energy_excess for result in results),
-        resolution=max(result.resolution for result in results),
-        null_count=max(result.null_count for result in results),
-    )

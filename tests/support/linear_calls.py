@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mica.ops import mica_down_projection, mica_experts_linear, mica_linear, mica_up_projection
+from mica.ops import embedding as embeddings
+from mica.ops import low_rank, mica_experts_linear, mica_linear
 from tests.support.kernel_cases import DEVICE
 from tests.support.oracle import Problem
 from tests.support.tolerances import RELATIVE, error
@@ -26,10 +27,22 @@ def tensors_of(p: Problem) -> list[torch.Tensor]:
     return [value for value in vars(p).values() if isinstance(value, torch.Tensor)]
 
 
+def down_projection(x, lora_A, scaling=1.0, *, compute_dtype=None, dropout_p=0.0, seed=None):
+    return low_rank.down_projection(x, lora_A, scaling, compute_dtype, dropout_p, seed)
+
+
+def up_projection(y, h, lora_B):
+    return low_rank.up_projection(y, h, lora_B, lora_B.requires_grad)
+
+
+def embedding(indices, lora_A, lora_B, scaling=1.0, *, padding_idx=None):
+    return embeddings.embedding(indices, lora_A, lora_B, scaling, padding_idx, None)
+
+
 def by_factors(x, weight, lora_A, lora_B, scaling, bias=None, *, compute_dtype=None, **dropout):
     """What `mica_linear` computes, by the factors next to a called base layer."""
-    h = mica_down_projection(x, lora_A, scaling, compute_dtype=compute_dtype, **dropout)
-    return mica_up_projection(F.linear(x, weight, bias), h, lora_B)
+    h = down_projection(x, lora_A, scaling, compute_dtype=compute_dtype, **dropout)
+    return up_projection(F.linear(x, weight, bias), h, lora_B)
 
 
 def leaves(p: Problem, needs=(True, True, True)) -> tuple[torch.Tensor, ...]:

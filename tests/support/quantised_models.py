@@ -1,11 +1,7 @@
 """Quantised models without a hub: a small model whose `nn.Linear`s are replaced, each library its own way."""
 
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
-import peft.tuners.lora.awq
-import peft.tuners.lora.gptq
-import peft.utils.other
 import pytest
 import torch
 from torch import nn
@@ -52,53 +48,6 @@ def torchao_int8(linear):
     return linear
 
 
-class StubBaseQuantLinear(nn.Module):
-    """A STUB of gptqmodel's layers, which cannot be installed here: their names and orientation, no packing.
-
-    As there, the codes and their scales are (in_features, out_features), the bias is a buffer, and there is
-    no ``weight``.
-    """
-
-    SUPPORTS_METHODS = (SimpleNamespace(value="gptq"),)
-
-    def __init__(self, linear, dtype=torch.float16):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach().t()
-        scales = weight.abs().amax(0, keepdim=True) / 127
-        self.register_buffer("qweight", (weight / scales).round().to(torch.int32))
-        self.register_buffer("scales", scales.to(dtype))
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(dtype))
-
-    def _weight(self):
-        return self.scales * self.qweight
-
-    def forward(self, x):
-        out = x @ self._weight().to(x.dtype)
-        return out if self.bias is None else out + self.bias.to(x.dtype)
-
-
-class StubGPTQLinear(StubBaseQuantLinear):
-    """STUB of a GPTQ layer."""
-
-
-class StubAWQLinear(StubBaseQuantLinear):
-    """STUB of an AWQ layer."""
-
-    SUPPORTS_METHODS = (SimpleNamespace(value="awq"),)
-
-
-def stub_gptqmodel(monkeypatch):
-    """What PEFT looks up in gptqmodel, on the stub."""
-    names = ("gptqmodel", "gptqmodel.nn_modules", "gptqmodel.nn_modules.qlinear")
-    modules = {name: ModuleType(name) for name in names}
-    modules[names[-1]].BaseQuantLinear = StubBaseQuantLinear
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    for module in (peft.tuners.lora.gptq, peft.tuners.lora.awq, peft.utils.other):
-        monkeypatch.setattr(module, "is_gptqmodel_available", lambda: True)
-
-
 def _torchao_model(model):
     """What transformers leaves on a model that it has quantised; PEFT merges by it."""
     from torchao.quantization import Int8WeightOnlyConfig
@@ -124,8 +73,6 @@ KINDS = {
     "hqq": (hqq, {}),
     "hqq, bf16 compute": (lambda linear: hqq(linear, torch.bfloat16), {}),
     "torchao int8": (torchao_int8, {"then": _torchao_model}),
-    "gptq stub": (StubGPTQLinear, {}),
-    "awq stub": (StubAWQLinear, {}),
 }
 
 
@@ -145,8 +92,6 @@ def quantise(model, kind):
 
 def dequantised(base):
     """The weight (out_features, in_features) in fp64, by each library's arithmetic written out or called."""
-    if isinstance(base, StubBaseQuantLinear):
-        return (base.scales * base.qweight).t().double()
     if hasattr(base, "W_q"):
         return base.dequantize().double()
     weight = base.weight

@@ -15,10 +15,8 @@ model is restored: no layer stays half adapted.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
-import warnings
 
 import torch
 from peft.tuners import lora
@@ -50,14 +48,14 @@ _TARGETED = ("targeted_module_names", "targeted_parameter_names")
 def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
     """In place of the tuner's function: where the configuration requests MiCA, in any spelling, it gets it.
 
-    Stock initialises for "MICA" too, but then silently trains B. PEFT makes the layers with a copy of the
-    configuration that requests plain LoRA without an initialisation: it has no MiCA on quantised layers and
-    on parameters, and would solve each layer alone. What it refuses for plain LoRA stays refused.
+    Stock initialises for "MICA" too, but then silently trains B. PEFT makes the layers while the
+    configuration requests plain LoRA without an initialisation: it has no MiCA on quantised layers and on
+    parameters, and would solve each layer alone. What it refuses for plain LoRA stays refused.
 
     Raises:
         ValueError: another variant of LoRA is requested as well, or tied adapters.
         TypeError: a weight is not of a floating dtype with 16 bits or more.
-        UnsuitableLayerError: MiCA cannot start from a layer, and ``on_unsuitable`` is "raise"; or from none.
+        UnsuitableLayerError: MiCA cannot start from a layer.
     """
     layer_calls.clear()  # new layers have been in no forward yet
     config = self.peft_config[adapter_name]
@@ -69,26 +67,18 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
 
     _check_config(config)
     before = _Before(self, model)
-    plain = copy.copy(config)
-    plain.init_lora_weights = False
-    self.peft_config[adapter_name] = plain
+    config.init_lora_weights = False
     try:
         stock(self, model, adapter_name, *args, **kwargs)
-        adapters = before.new_adapters(adapter_name)
-        skipped = _initialise(adapters, before, plain)
+        _initialise(before.new_adapters(adapter_name), before, config)
     except BaseException:
         before.restore(adapter_name)
         raise
     finally:
-        self.peft_config[adapter_name] = config
+        config.init_lora_weights = "mica"  # in the saved configuration too, for whatever loads it
 
-    plain.init_lora_weights = "mica"  # in the saved configuration too, for whatever loads it
-    vars(config).update(vars(plain))  # with what PEFT has found out
     if not config.inference_mode:
         quantised.keep_unpacked(model)
-    if skipped:
-        _forget(self, skipped)
-        _exclude(config, skipped, adapters)
     return None
 
 
@@ -114,10 +104,6 @@ class _Before:
         self._requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
         self._targeted = {name: list(getattr(tuner, name)) for name in _TARGETED if hasattr(tuner, name)}
 
-    def has(self, adapter: NewAdapter) -> bool:
-        """Whether PEFT has added the adapter to a layer that was there; else it has wrapped a module."""
-        return adapter.layer in self._children
-
     def new_adapters(self, adapter_name: str) -> dict[str, NewAdapter]:
         """What PEFT has made since, by the name of the layer or of the parameter."""
         found = {}
@@ -133,21 +119,11 @@ class _Before:
             found[name] = NewAdapter(f"layer {name!r}", layer, adapter_name)
         return found
 
-    def remove(self, adapter: NewAdapter) -> None:
-        """Take one new adapter out of the model."""
-        if self.has(adapter):
-            adapter.layer.delete_adapter(adapter.adapter_name)
-            return
-        for parent in self.model.modules():
-            for name, child in parent._modules.items():
-                if child is adapter.layer:
-                    setattr(parent, name, adapter.layer.base_layer)
-
     def restore(self, adapter_name: str) -> None:
         """Make the model and the tuner what they were."""
         for adapter in self.new_adapters(adapter_name).values():
-            if self.has(adapter):
-                self.remove(adapter)
+            if adapter.layer in self._children:  # else PEFT has wrapped a module
+                adapter.layer.delete_adapter(adapter_name)
         for module, children in self._children.items():
             module._modules.update(children)
         for parameter, requires_grad in self._requires_grad.items():
@@ -156,17 +132,17 @@ class _Before:
             setattr(self._tuner, name, names)
 
 
-def _initialise(adapters: dict[str, NewAdapter], before: _Before, config) -> dict[str, NewAdapter]:
-    """A = 0 and B = the minor subspaces, or B = 0 where it comes from a file; returns the skipped ones."""
+def _initialise(adapters: dict[str, NewAdapter], before: _Before, config) -> None:
+    """A = 0 and B = the minor subspaces, or B = 0 where it comes from a file."""
     _refuse_ties(before, config)
     loaded = uninitialised.get()
     if loaded is not None:
         for adapter in adapters.values():
             _make_mica(adapter, config)
         loaded.extend(adapters.values())
-        return {}
+        return
 
-    skipped = {}
+    errors: dict[str, UnsuitableLayerError] = {}
     for name, adapter in adapters.items():
         try:
             _make_mica(adapter, config)
@@ -174,28 +150,24 @@ def _initialise(adapters: dict[str, NewAdapter], before: _Before, config) -> dic
                 with gather_params_ctx(adapter.stored):
                     check(adapter, needs_values=not before.is_outline)
         except UnsuitableLayerError as error:
-            if settings.on_unsuitable != "skip":
-                raise
-            if is_wrapper(adapter.layer) and before.has(adapter):
-                raise UnsuitableLayerError(
-                    f"{error} A further adapter cannot skip it (on_unsuitable='skip'): PEFT finds the "
-                    "adapters of nested parameters by their depth, so each must have all of them."
-                ) from error
-            before.remove(adapter)
-            skipped[name] = adapter
-            warnings.warn(
-                f"{error} The layer is left without an adapter (on_unsuitable='skip').", stacklevel=4
-            )
-    kept = [adapter for name, adapter in adapters.items() if name not in skipped]
-    if skipped and not kept:
-        kind = "parameters" if all(is_wrapper(adapter.layer) for adapter in skipped.values()) else "modules"
-        raise UnsuitableLayerError(
-            f"none of the {len(skipped)} target {kind} is suitable for MiCA with r={config.r}; the warnings "
-            "above name them."
-        )
+            errors[name] = error
+    if errors:
+        _refuse(errors, adapters)
     if not before.is_outline:
-        initialise([adapter for adapter in kept if _gets_basis(adapter)])
-    return skipped
+        initialise([adapter for adapter in adapters.values() if _gets_basis(adapter)])
+
+
+def _refuse(errors: dict[str, UnsuitableLayerError], adapters: dict[str, NewAdapter]) -> None:
+    """Raise the first error, with the names of all layers from which MiCA cannot start."""
+    first, *_ = errors.values()
+    message = str(first)
+    parameters = [name for name in errors if is_wrapper(adapters[name].layer)]
+    modules = [name for name in errors if name not in parameters]
+    if modules and len(errors) < len(adapters):
+        message += f" To adapt all other layers, add {modules} to exclude_modules of the LoraConfig."
+    if parameters and len(errors) < len(adapters):
+        message += f" To adapt all others, leave {parameters} out of target_parameters."
+    raise UnsuitableLayerError(message) from first
 
 
 def _make_mica(adapter: NewAdapter, config) -> None:
@@ -254,30 +226,8 @@ def _refuse_ties(before: _Before, config) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# records of skipped layers, and the cast to fp32
+# the cast to fp32
 # ---------------------------------------------------------------------------------------------------
-
-
-def _forget(tuner, skipped: dict[str, NewAdapter]) -> None:
-    """Take the skipped targets out of the tuner's records of what it has adapted."""
-    for name in _TARGETED:
-        if hasattr(tuner, name):
-            setattr(tuner, name, [key for key in getattr(tuner, name) if key not in skipped])
-
-
-def _exclude(config, skipped: dict[str, NewAdapter], adapters: dict[str, NewAdapter]) -> None:
-    """Make the saved configuration match the layers that have an adapter, for stock PEFT too."""
-    if any(is_wrapper(adapter.layer) for adapter in skipped.values()):  # PEFT excludes modules only
-        parameters = [name for name, adapter in adapters.items() if is_wrapper(adapter.layer)]
-        config.target_parameters = [name for name in parameters if name not in skipped]
-    names = [name for name, adapter in skipped.items() if not is_wrapper(adapter.layer)]
-    if not names:
-        return
-    if isinstance(config.exclude_modules, str):
-        alternatives = [f"({config.exclude_modules})", *map(re.escape, names)]
-        config.exclude_modules = "|".join(alternatives)
-    else:
-        config.exclude_modules = {*(config.exclude_modules or ()), *names}
 
 
 @while_enabled

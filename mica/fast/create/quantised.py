@@ -10,8 +10,7 @@ A new library, whose layers PEFT can wrap, needs a function that dequantises, a 
 
 - the hash of the forward of PEFT's class, if it has its own, to `QUANTISED` in mica/fast/known_peft.py:
   without it another release of PEFT is not compared, and no test notices;
-- a model to `KINDS` in tests/support/quantised_models.py, which many tests run over; a stub where the library
-  cannot be installed;
+- a model to `KINDS` in tests/support/quantised_models.py, which many tests run over;
 - a line to mica/fast/README.md and mica/fast/SETUPS.md, which list what is covered and what is refused.
 """
 
@@ -20,7 +19,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -28,9 +26,7 @@ from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_wei
 from torch import Tensor, nn
 
 from mica.errors import UnsuitableLayerError
-
-# Rows of the identity matrix that a layer is applied to at a time.
-_ROWS = 1024
+from mica.fast.forward.eligibility import class_of
 
 
 def _bitsandbytes():
@@ -118,40 +114,6 @@ def _own_call(layer) -> Tensor:
     return dequantize_module_weight(layer.get_base_layer())
 
 
-def _by_calls(layer) -> Tensor:
-    """The layer applied to the rows of an identity matrix: exact, each output is one weight and zeros.
-
-    Not gptqmodel's `dequantize_weight`: not all of its kernels have one, and a class that inherits it and has
-    repacked the weight for its kernel may return anything.
-    """
-    parts = []
-    for start in range(0, layer.in_features, _ROWS):
-        columns = torch.arange(start, min(start + _ROWS, layer.in_features))
-        parts.append(_outputs(layer, columns))
-    return torch.cat(parts, dim=1)
-
-
-def _outputs(layer, columns: Tensor) -> Tensor:
-    """Columns of the weight, (out_features, len(columns)), as the layer computes with them."""
-    base = layer.get_base_layer()
-    scales = getattr(base, "scales", None)
-    dtype = torch.bfloat16
-    if isinstance(scales, Tensor):
-        dtype = scales.dtype
-    x = torch.zeros(len(columns), layer.in_features, dtype=dtype, device=packed_weight(layer).device)
-    x[torch.arange(len(columns)), columns.to(x.device)] = 1
-    bias = getattr(base, "bias", None)
-    if bias is None:
-        return base(x).t()
-    # Not subtracted from the outputs: in fp16 a bias of 8 swallows weights below 0.004, and gptqmodel's
-    # Marlin layers keep theirs permuted. All of its layers run without one.
-    base.bias = None
-    try:
-        return base(x).t()
-    finally:
-        base.bias = bias
-
-
 class Kind(NamedTuple):
     """A kind of quantised layers.
 
@@ -170,30 +132,22 @@ _KINDS = {
     "peft.tuners.lora.bnb.Linear8bitLt": Kind("bitsandbytes 8-bit", _bitsandbytes_8bit),
     "peft.tuners.lora.hqq.HqqLoraLinear": Kind("HQQ", _own_call),
     "peft.tuners.lora.torchao.TorchaoLoraLinear": Kind("torchao", _own_call),
-    "peft.tuners.lora.gptq.GPTQLoraLinear": Kind("GPTQ", _by_calls),
-    "peft.tuners.lora.awq.AwqLoraLinear": Kind("AWQ", _by_calls),
 }
-COVERED = "bitsandbytes 4-bit and 8-bit, HQQ, torchao, GPTQ and AWQ"
+COVERED = "bitsandbytes 4-bit and 8-bit, HQQ and torchao"
 
 
-@lru_cache
-def _kind_of_class(layer_type: type) -> Kind | None:
-    """That of a PEFT class or one derived from it; cached by class, not by name."""
-    for cls in layer_type.__mro__:
-        name = f"{cls.__module__}.{cls.__qualname__}"
-        if name in _KINDS:
-            return _KINDS[name]
-    return None
+def _name_of(layer_type: type) -> str:
+    return f"{layer_type.__module__}.{layer_type.__qualname__}"
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
     """The kind of quantised layer that PEFT's ``layer`` wraps; None if it is not covered here."""
-    return _kind_of_class(type(layer))
+    return _KINDS.get(_name_of(class_of(layer)))
 
 
 def is_covered(layer_type: type) -> bool:
-    """Whether this exact class, not one derived from it, is covered."""
-    return f"{layer_type.__module__}.{layer_type.__qualname__}" in _KINDS
+    """Whether this class of PEFT's is covered."""
+    return _name_of(layer_type) in _KINDS
 
 
 def is_unknown_to_peft(layer: nn.Module) -> bool:
@@ -209,7 +163,7 @@ def is_unknown_to_peft(layer: nn.Module) -> bool:
 def packed_weight(layer: nn.Module) -> Tensor:
     """The tensor that holds the packed weight, wherever the library stores it: only for its device."""
     base = layer.get_base_layer()
-    tensors = [getattr(base, name, None) for name in ("qweight", "W_q", "weight")]
+    tensors = [getattr(base, name, None) for name in ("W_q", "weight")]
     return next(tensor for tensor in tensors if isinstance(tensor, Tensor))
 
 

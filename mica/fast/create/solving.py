@@ -27,7 +27,7 @@ from mica.memory import has_no_values
 from mica.subspace.cache import default_cache
 from mica.subspace.distributed import Meeting, run_shared
 from mica.subspace.many import Task
-from mica.subspace.solver import check_entries, warnings_about
+from mica.subspace.solver import check_entries, check_rank, warnings_about
 
 # Dequantised and gathered weights are solved this many elements at a time, 1 GiB in fp32, so that there is
 # never a second copy of a 4-bit model in 16 or 32 bits, nor the whole of a sharded one. 16 layers of
@@ -147,7 +147,7 @@ def check_type(adapter: NewAdapter) -> None:
         raise UnsuitableLayerError(
             f"MiCA cannot be initialised: {adapter.name} is a {type(layer.get_base_layer()).__name__}, and "
             "MiCA is for embeddings and linear layers only, among quantised ones for those of "
-            f"{quantised.COVERED}. Leave it out of target_modules."
+            f"{quantised.COVERED}."
         )
 
 
@@ -171,16 +171,19 @@ def check(adapter: NewAdapter, needs_values: bool = True) -> list[Task]:
     _check_dtype(adapter, weight)
     if is_wrapper(adapter.layer):
         experts.check(adapter.layer, adapter.name)
-    _check_rank(adapter, weight)
-    if adapter.is_absent:
-        if needs_values:
-            _check_absence(adapter)
-        return tasks
     for task in tasks:
         try:
-            check_entries(task.weight)
+            check_rank(task.weight, task.rank)
+            if not adapter.is_absent:
+                check_entries(task.weight)
         except ValueError as error:
             raise UnsuitableLayerError(f"MiCA cannot be initialised from {task.name}: {error}") from error
+    # under FSDP the first process has the weight, and will provide B
+    if adapter.is_absent and needs_values and not is_fsdp_enabled():
+        raise UnsuitableLayerError(
+            f"MiCA needs the weight, but that of {adapter.name} is on the meta device: it is offloaded or "
+            "not loaded yet."
+        )
     return tasks
 
 
@@ -212,32 +215,6 @@ def _check_dtype(adapter: NewAdapter, weight: Tensor) -> None:
     )
 
 
-def _check_rank(adapter: NewAdapter, weight: Tensor) -> None:
-    condition = "`r` <= min(in_features, out_features)"
-    max_rank = min(weight.shape)
-    if isinstance(adapter.layer, lora.Embedding):
-        condition = "`r` <= min(num_embeddings, embedding_dim)"
-    if adapter.rank <= max_rank:
-        return
-    if adapter.is_quantised:  # what is stored is packed
-        shape = tuple(weight.shape)
-    else:
-        shape = tuple(adapter.stored.shape)
-    raise UnsuitableLayerError(
-        f"MiCA requires {condition} but got r={adapter.rank} for {adapter.name} with weight shape "
-        f"{shape} (max usable r is {max_rank})."
-    )
-
-
-def _check_absence(adapter: NewAdapter) -> None:
-    """Without a weight: under FSDP the first process has it, and will provide B."""
-    if not is_fsdp_enabled():
-        raise UnsuitableLayerError(
-            f"MiCA needs the weight, but that of {adapter.name} is on the meta device: it is offloaded or "
-            "not loaded yet."
-        )
-
-
 def _why_not_whole(module: nn.Module, weight: Tensor | None) -> str | None:
     """Why the weight is only a part of it, as text that follows the layer's name; None if it is whole."""
     if getattr(module, "_is_expert_parallel", False):
@@ -263,13 +240,10 @@ def initialise(adapters: Sequence[NewAdapter]) -> None:
     if not adapters:
         return
     meeting = Meeting([(adapter.name, adapter.rank, _count(adapter)) for adapter in adapters])
-    unit = "layer"
-    if any(is_wrapper(adapter.layer) for adapter in adapters):
-        unit = "expert"
     bar = tqdm(
         total=sum(_count(adapter) for adapter in adapters if not adapter.is_absent),
         desc="MiCA initialisation",
-        unit=unit,
+        unit="weight",
         delay=2,
         leave=False,
         disable=are_progress_bars_disabled() or None,

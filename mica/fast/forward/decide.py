@@ -27,9 +27,10 @@ from mica.fast.forward.eligibility import (
 )
 from mica.fast.forward.layer_calls import Input
 from mica.fast.settings import compute_dtype, settings
+from mica.kernels import runtime
 from mica.memory import LAYER_TYPES
 from mica.ops.embedding import embedding
-from mica.ops.linear import linear, traced
+from mica.ops.linear import linear
 from mica.ops.low_rank import down_projection, up_projection
 from mica.ops.operator import AUTOCAST, is_autocast
 from mica.paths import choose
@@ -96,11 +97,8 @@ class Fused(OnOperators):
     operands: Operands
 
     def __call__(self, x: Tensor) -> Tensor:
-        operands = self.operands
-        p = operands.dropout_p
-        if settings.compile == "plain" and not p and torch.compiler.is_compiling():
-            return traced(x, operands)
-        return linear(x, *operands._replace(seed=drawn_seed(p, x.device)))
+        seed = drawn_seed(self.operands.dropout_p, x.device)
+        return linear(x, *self.operands._replace(seed=seed))
 
     def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
         operands = self.operands
@@ -272,9 +270,8 @@ class Embedded(OnOperators):
         return (result + update).to(result.dtype)
 
     def explained(self, x: Input | None = None) -> tuple[str, str]:
-        lora_A, lora_B, *_ = self.adapter
-        refused = choose.why_not_kernels(lora_A.device, lora_A.shape[0], lora_A.dtype, lora_B.dtype)
-        return REFERENCE, refused or "embeddings have no kernels"
+        why = runtime.why_unavailable(self.adapter.lora_A.device)
+        return REFERENCE, why or "embeddings have no kernels"
 
 
 def decide_embedding(layer, x: Tensor | None = None, *args, **kwargs) -> Embedded | OnPeft:

@@ -225,7 +225,7 @@ def read_adapters(layer) -> list[Adapter] | str:
         read = _read_embedding
     else:
         return f"layers of type {kind.__module__}.{kind.__name__} are not covered"
-    reason = _why_not_state(layer)
+    reason = why_not_state(layer)
     if reason is not None:
         return reason
     names = adapters_of(layer)
@@ -258,7 +258,7 @@ def why_not_covered(layer, name: str) -> str:
     return f"adapter {name!r} is LoRA, which mica.fast.enable(lora=True) includes"
 
 
-def _why_not_state(layer) -> str | None:
+def why_not_state(layer) -> str | None:
     """Why no adapter of the layer runs on this backend now, whichever are active."""
     if layer.disable_adapters:
         return "adapters are disabled"

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._C import _get_tracing_state
 from transformers.integrations import moe
 
 from mica.dtypes import FLOATING, SIXTEEN_BIT
@@ -33,6 +32,7 @@ from mica.fast.forward.eligibility import (
     why_not_active,
     why_not_covered,
     why_not_frozen,
+    why_not_state,
     why_not_trained,
 )
 from mica.fast.forward.layer_calls import Input
@@ -143,8 +143,6 @@ def _names(module: nn.Module) -> tuple[str, str]:
 
 def decide(outermost, x: Tensor | None = None, *args, **kwargs) -> Experts | OnPeft:
     """How the experts inside nested wrappers run; read anew at every call, as `eligibility.read_adapters`."""
-    if _get_tracing_state() is not None:
-        return OnPeft("torch.jit is tracing the model")
     if has_global_hooks():
         return OnPeft("hooks on all modules")
     module, wrappers, adapters = outermost, [], {}
@@ -193,10 +191,9 @@ def _projection(module: nn.Module, name: str, adapter: Adapter | None, implement
 
 def _read_wrapper(wrapper) -> Adapter | str | None:
     """The wrapper's one active adapter, None if it has none, or why it cannot run."""
-    if wrapper.disable_adapters:
-        return "adapters are disabled"
-    if wrapper.merged:
-        return "the adapter is merged into the weight"
+    reason = why_not_state(wrapper)
+    if reason is not None:
+        return reason
     names = adapters_of(wrapper)
     if not names:
         return None
@@ -226,8 +223,6 @@ def _why_not_module(module: nn.Module, adapters: dict[str, Adapter]) -> str | No
     function = type(module).forward
     if getattr(function, "__code__", None) is not _DISPATCHING:
         return f"{type(module).__name__} does not use transformers' experts interface"
-    if module.__dict__.get("_hf_tp_plan") is not None:
-        return "tensor parallelism"
     if getattr(module, "_is_expert_parallel", False):
         return "expert parallelism"
     for name in adapters.keys() - set(_names(module)):

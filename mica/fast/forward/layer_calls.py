@@ -13,7 +13,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from mica.fast.settings import settings
+from mica.fast.settings import while_enabled
 from mica.ops.operator import as_matrix, is_autocast
 
 
@@ -94,15 +94,11 @@ def clear() -> None:
     noted.clear()
 
 
-def whole_forward(stock):
+@while_enabled
+def whole_forward(stock, self, *args, **kwargs):
     """For PEFT's model and its tuner: it shows that a model was called all of whose layers are bypassed."""
-
-    def forward(self, *args, **kwargs):
-        if settings.enabled:
-            note(self)
-        return stock(self, *args, **kwargs)
-
-    return forward
+    note(self)
+    return stock(self, *args, **kwargs)
 
 
 def calls_of(modules: Iterable[nn.Module]) -> dict[nn.Module, Calls]:

@@ -1,7 +1,6 @@
 import pytest
 
 from mica.subspace import many
-from tests.support.quantised_models import stub_gptqmodel
 
 
 @pytest.fixture
@@ -16,9 +15,3 @@ def solved(monkeypatch):
 
     monkeypatch.setattr(many, "solve_stack", counting)
     return shapes
-
-
-@pytest.fixture
-def gptqmodel(monkeypatch):
-    """PEFT finds gptqmodel, a stub of it."""
-    stub_gptqmodel(monkeypatch)

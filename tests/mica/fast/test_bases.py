@@ -46,7 +46,7 @@ def test_progress_bar_counts_layers_and_experts_and_follows_the_hub_s_switch(bar
         enable_progress_bars()
     (shown, updates), (experts, moved), (hidden, _) = bars
     assert (shown["desc"], shown["delay"], shown["total"], updates) == ("MiCA initialisation", 2, 4, 4)
-    assert (experts["total"], experts["unit"], moved) == (24, "expert", 24)
+    assert (experts["total"], experts["unit"], moved) == (24, "weight", 24)
     assert (shown["disable"], hidden["disable"]) == (None, True)
 
 

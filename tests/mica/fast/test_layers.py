@@ -165,30 +165,6 @@ def test_dropout_is_drawn_from_torch_s_generator(dtype, called):
     as_stock(lambda: layer(x), 3 * RELATIVE[dtype])
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_compiler_sees_plain_products_where_it_is_asked_to(dtype, autocast):
-    """One graph for all steps, without an operator of ours; a layer with dropout stays one."""
-    torch.compiler.reset()
-    mica.fast.enable(compile="plain")
-    model = randomise(net(dtype))
-    compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
-    once = torch._dynamo.config.patch(error_on_recompile=True)
-    with once, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        done, counts = counted(lambda: step(compiled, INDICES))
-        again, _ = counted(lambda: step(compiled, INDICES))
-        (out, grads), eager = counted(lambda: step(model.base_model.model, INDICES))
-    assert "linear" not in counts
-    assert eager["linear"] == 3
-    grads = {f"_orig_mod.{name}": grad for name, grad in grads.items()}
-    limit = 3 * RELATIVE[torch.bfloat16 if autocast else dtype]
-    assert_same(done, (out, grads), limit)
-    assert_same(again, (out, grads), limit)
-    model = randomise(net(dtype, lora_dropout=0.5)).train()
-    compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
-    assert counted(lambda: step(compiled, INDICES))[1]["linear"] == 3
-
-
 @pytest.mark.slow
 def test_dropout_under_compile():
     """One layer, as C++ for a whole net takes half a minute."""

@@ -144,12 +144,12 @@ def test_disabled_holds_for_the_recomputation_in_another_thread():
 
 
 def test_settings_are_checked_before_any_changes():
-    mica.fast.enable(compute_dtype=torch.float32, on_unsuitable="skip")
+    mica.fast.enable(compute_dtype=torch.float32, recompute="activations")
     for name, wrong in (
         ("compute_dtype", torch.int8),
         ("compute_dtype", "float32"),
-        ("on_unsuitable", "ignore"),
-        ("compile", 1),
+        ("recompute", "ignore"),
+        ("lora", 2),
     ):
         with pytest.raises(ValueError, match=rf"^{name} must be one of \(.*\), but it is '?{wrong}"):
             mica.fast.enable(**{name: wrong})
@@ -163,9 +163,9 @@ def test_settings_are_checked_before_any_changes():
             mica.fast.enable(device=absent)
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'compute'"):
         mica.fast.enable(compute=None)
-    assert (settings.compute_dtype, settings.on_unsuitable) == (torch.float32, "skip")
-    mica.fast.enable(on_unsuitable="raise")  # changes nothing else
-    assert (settings.compute_dtype, settings.on_unsuitable) == (torch.float32, "raise")
+    assert (settings.compute_dtype, settings.recompute) == (torch.float32, "activations")
+    mica.fast.enable(recompute="norms")  # changes nothing else
+    assert (settings.compute_dtype, settings.recompute) == (torch.float32, "norms")
 
 
 @pytest.mark.parametrize(

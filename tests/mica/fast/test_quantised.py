@@ -22,9 +22,8 @@ from tests.support.quantised_models import KINDS, TARGETS, adapted, assert_spans
 from tests.support.stock import as_stock, assert_same, counted, step, uninstalled
 from tests.support.tolerances import RELATIVE, error
 
-MERGEABLE = [kind for kind in KINDS if "stub" not in kind]
 pytestmark = [
-    pytest.mark.usefixtures("one_thread", "gptqmodel"),
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*may get different"),
 ]
 
@@ -46,7 +45,7 @@ def test_rank_one_does_not_start_from_packed_bytes():
     assert_spans(layer.lora_B["default"].weight, dequantised(layer.get_base_layer()))
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "hqq", "gptq stub"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "hqq"])
 def test_a_second_adapter(kind):
     model = adapted(kind)
     second(model, r=2, lora_dropout=0.1)
@@ -239,26 +238,6 @@ def test_an_adapter_for_inference_leaves_the_kernel_for_single_tokens():
     assert model.base_model.model[0].base_layer.support_avx512bf16_for_cpu
 
 
-# -- gptqmodel's `dequantize_weight` ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [quantised_models.StubGPTQLinear, quantised_models.StubAWQLinear])
-@pytest.mark.parametrize("repacked", [False, True])
-def test_a_large_bias_and_a_dequantize_weight_that_lies(kind, repacked, monkeypatch):
-    linear = nn.Linear(24, 20)
-    linear.bias.data.fill_(1000.0)  # fp16 has no digit left for the weights added to it
-    base = kind(linear)
-    if repacked:  # as in a kernel that has rearranged what it inherits `dequantize_weight` for
-        base.dequantize_weight = lambda: base._weight().flip(0)
-    elif kind is quantised_models.StubGPTQLinear:
-        monkeypatch.delattr(quantised, "_by_calls")  # not needed: it costs in_features rows
-    bias = base.bias
-    layer = wrap(nn.Sequential(base, nn.LayerNorm(20)), targets=["0"]).base_model.model[0]
-    assert torch.equal(quantised.dequantise(layer, "it").double(), dequantised(base))
-    assert base.bias is bias
-    assert_spans(layer.lora_B["default"].weight, dequantised(base))
-
-
 # -- forward and backward ---------------------------------------------------------------------------
 
 
@@ -369,7 +348,7 @@ def base_weights(model):
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
-@pytest.mark.parametrize("kind", MERGEABLE)
+@pytest.mark.parametrize("kind", KINDS)
 def test_merging_is_that_of_plain_lora(kind, safe_merge):
     model, plain = adapted_and_plain(kind)
     original = base_weights(model)
@@ -388,7 +367,7 @@ def test_merging_is_that_of_plain_lora(kind, safe_merge):
 
 
 @pytest.mark.filterwarnings("ignore:All adapters are already merged")
-@pytest.mark.parametrize("kind", MERGEABLE)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_merge_into_quantised_weights_is_reported_as_not_measured(kind):
     model = randomise(adapted(kind), scale=0.3)
     assert str(mica.fast.merge_report(model)) == "nothing was merged by mica.fast"

@@ -34,7 +34,7 @@ from tests.support.training import llama, train
 from tests.support.without_mica import logits_without_mica
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread", "gptqmodel"),
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*may get different"),
 ]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -142,7 +142,7 @@ def test_the_mark_survives_a_disabled_backend(tmp_path, task_type):
 
 
 BF16 = torch.bfloat16
-QUANTISED = ["nf4", "nf4 double, bf16 storage", "int8", "hqq", "torchao int8", "awq stub"]
+QUANTISED = ["nf4", "nf4 double, bf16 storage", "int8", "hqq", "torchao int8"]
 
 
 def quantised(kind):

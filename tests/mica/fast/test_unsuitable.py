@@ -1,6 +1,6 @@
 """Layers, experts and quantised layers that MiCA cannot start from: said clearly, and nothing has changed."""
 
-import copy
+import re
 from functools import partial
 from unittest.mock import Mock
 
@@ -9,19 +9,22 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora.aqlm import AqlmLoraLinear
+from peft.tuners.lora.awq import AwqLoraLinear
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import nn
 
 import mica.fast
 from mica.errors import UnsuitableLayerError
 from mica.subspace import many
 from tests.support import quantised_models
-from tests.support.models import Net, adapted_layers, net, randomise, stock_load, tiny_llama, wrap
+from tests.support.models import Net, adapted_layers, net, randomise, tiny_llama, wrap
 from tests.support.moe_models import holder, qwen3_moe, second, tokens, wrap_experts, wrappers
 from tests.support.quantised_models import bnb_4bit, bnb_8bit
+from tests.support.stock import counted
 from tests.support.tolerances import RELATIVE, error
 from tests.support.unchanged import unchanged
 
-pytestmark = pytest.mark.usefixtures("one_thread", "gptqmodel")
+pytestmark = pytest.mark.usefixtures("one_thread")
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 DOWN = {"wrap": wrap_experts, "target_parameters": ["experts.down_proj"], "rank": 2}
 BOTH = {**DOWN, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
@@ -100,7 +103,7 @@ def bnb_later(bits, **options):
 
 
 MOE_DOWN = "model.layers.%d.mlp.experts.down_proj"
-MOE_RANK = rf"r=25 for layer '{MOE_DOWN % 0}' .*\(6, 32, 24\) \(max usable r is 24\)"
+MOE_RANK = rf"layer '{MOE_DOWN % 0}' expert 0: rank must be .* = 24 for .* \(32, 24\), but got 25\."
 PACKED = "'experts.down_proj' has a weight of dtype {}. Experts in 8 or 4 bits .* dequantised"
 DOWNS, GATES = "'experts.down_proj'", "layer 'experts.gate_up_proj'"
 NO_FLAG = r"'experts.\w+', because .* their Stack has no attribute `is_transposed`"
@@ -110,10 +113,15 @@ CASES = {  # what it is: (what builds the model, options, message, other error)
     "NaN, expert": (
         poisoned_experts,
         EXPERTS,
-        rf"from layer '{MOE_DOWN % 1}' expert 3: .* got 2 NaN or infinite of 768 entries\.$",
+        rf"from layer '{MOE_DOWN % 1}' expert 3: .* got 2 NaN or infinite of 768 entries\. ",
     ),
     "NaN, HQQ": (poisoned_hqq, QUANTISED, r"layer '.*mlp.up_proj': .* got 8 NaN or infinite of 1536"),
-    "rank": (Net, {"rank": 11}, r"MiCA requires `r` <= min.*r=11 for layer 'down'.*\(10, 16\)", ValueError),
+    "rank": (
+        Net,
+        {"rank": 11},
+        r"from layer 'down': rank must be between 1 and .* \(10, 16\), but got 11",
+        ValueError,
+    ),
     "rank, experts": (qwen3_moe, {**EXPERTS, "rank": 25}, MOE_RANK),
     "ep": (lambda: stack(_is_expert_parallel=True), DOWN, f"{DOWNS} holds the experts of one process only"),
     "tp": (lambda: stack(_hf_tp_plan="grouped_gemm"), DOWN, f"{DOWNS} holds one shard of it"),
@@ -124,8 +132,8 @@ CASES = {  # what it is: (what builds the model, options, message, other error)
     "4 bits later": (lambda: bnb_later(4), FIRST, LATER),
     "8 bits later": (lambda: bnb_later(8, has_fp16_weights=False), FIRST, LATER),
 }
-for _kind in ("nf4 double, bf16 storage", "int8", "hqq", "torchao int8", "gptq stub"):
-    _message = r"r=17 for layer '.*k_proj' with weight shape \(16, 32\)"
+for _kind in ("nf4 double, bf16 storage", "int8", "hqq", "torchao int8"):
+    _message = r"layer '.*k_proj': rank must be .* of shape \(16, 32\), but got 17"
     CASES[f"rank, {_kind}"] = partial(quantised_models.llama, _kind), {**QUANTISED, "rank": 17}, _message
 for _dtype in (torch.float8_e4m3fn, torch.uint8):  # of experts
     CASES[f"{_dtype}"] = partial(stack, dtype=_dtype), DOWN, PACKED.format(_dtype), TypeError
@@ -178,7 +186,7 @@ def test_a_model_that_does_not_say_that_it_is_quantised(make, flag, tmp_path):
 
 
 class QuantizedLinear(nn.Module):
-    """As AQLM's: no weight, codes instead."""
+    """As AQLM's and gptqmodel's: no weight, codes instead."""
 
     in_features, out_features = 32, 16
 
@@ -187,18 +195,22 @@ class QuantizedLinear(nn.Module):
         self.codes = nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)
         self.codebooks = nn.Parameter(torch.zeros(4))
 
+    def forward(self, x):
+        return x.new_ones(*x.shape[:-1], 16)
+
+
+def config_of(wrapper, init):
+    """PEFT wraps the layer without its library."""
+    config = LoraConfig(r=4, init_lora_weights=init, target_modules=["0"])
+    config._register_custom_module({QuantizedLinear: wrapper})
+    return config
+
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_library_that_is_not_covered_is_named(existing):
+@pytest.mark.parametrize("wrapper", [AqlmLoraLinear, GPTQLoraLinear, AwqLoraLinear])
+def test_a_library_that_is_not_covered_is_named(wrapper, existing):
     model = nn.Sequential(QuantizedLinear())
-
-    def config(init):
-        config = LoraConfig(r=4, init_lora_weights=init, target_modules=["0"])
-        config._register_custom_module({QuantizedLinear: AqlmLoraLinear})
-        return config
-
-    with mica.fast.disabled(), pytest.raises(ValueError, match="Invalid or unsupported variant combination"):
-        get_peft_model(copy.deepcopy(model), config("mica"))
+    config = partial(config_of, wrapper)
     attempt = partial(get_peft_model, model)
     if existing:
         model = get_peft_model(model, config(True))
@@ -206,6 +218,20 @@ def test_a_library_that_is_not_covered_is_named(existing):
     message = r"'0' is a QuantizedLinear, and .* among quantised ones for those of bitsandbytes"
     with unchanged(model), pytest.raises(UnsuitableLayerError, match=message):
         attempt(config("mica"))
+
+
+@pytest.mark.parametrize("wrapper", [GPTQLoraLinear, AwqLoraLinear])
+def test_plain_lora_over_a_library_that_is_not_covered_is_peft_s(wrapper):
+    mica.fast.enable(lora=True)
+    model = randomise(get_peft_model(nn.Sequential(QuantizedLinear()), config_of(wrapper, True)))
+    x = torch.randn(3, 32)
+    out, counts = counted(lambda: model(x))
+    with mica.fast.disabled():
+        assert torch.equal(out, model(x))
+    assert not counts
+    (row,) = mica.fast.explain(model).rows
+    assert (row.path, row.calls) == ("peft", None)
+    assert row.reason == f"layers of type {wrapper.__module__}.{wrapper.__name__} are not covered"
 
 
 def logits(model):
@@ -227,7 +253,7 @@ def test_a_failing_solver_leaves_the_model_as_it_was(monkeypatch, build, options
         (net, 11, "layer 'down'", lambda model: model(INDICES)),
         (lambda: wrap_experts(qwen3_moe()), 25, "layer 'model.layers.0.mlp.experts", logits),
         (lambda: wrap_experts(qwen3_moe()), 5, "no luck", logits),
-        (partial(quantised_models.adapted, "nf4"), 17, "r=17", quantised_models.logits),
+        (partial(quantised_models.adapted, "nf4"), 17, "but got 17", quantised_models.logits),
     ],
 )
 def test_a_second_adapter_that_fails_leaves_the_first(build, rank, layer, output, monkeypatch):
@@ -250,79 +276,7 @@ def test_a_second_adapter_that_fails_on_other_layers_leaves_no_record_of_them(mo
     assert model.base_model.targeted_module_names == ["up"]
 
 
-# -- skipped -----------------------------------------------------------------------------------------
-
-
-def names_of(layers):
-    return [name.rsplit(".", 1)[1] for name in layers]
-
-
-def test_skip_leaves_the_layer_out_and_says_so(tmp_path):
-    mica.fast.enable(on_unsuitable="skip")
-    with pytest.warns(UserWarning, match=r"layer 'conv'.* 2 NaN.*left without an adapter"):
-        model = wrap(poisoned_net())
-    assert names_of(adapted_layers(model)) == ["embed", "up", "down"]
-    assert not any("conv" in name for name in model.base_model.targeted_module_names)
-    assert not any(p.requires_grad for p in model.base_model.model.conv.parameters())
-    assert model.peft_config["default"].exclude_modules == {"conv"}
-    # what was saved loads again, with the backend and without
-    randomise(model).save_pretrained(tmp_path)
-    for load in (PeftModel.from_pretrained, stock_load):
-        assert len(adapted_layers(load(poisoned_net(), tmp_path))) == 3
-
-
-@pytest.mark.parametrize("exclude", [["up"], "u.*p"])
-def test_skip_keeps_the_user_s_exclusions(exclude):
-    mica.fast.enable(on_unsuitable="skip")
-    with pytest.warns(UserWarning, match="layer 'conv'"):
-        model = wrap(poisoned_net(), exclude_modules=exclude)
-    assert names_of(adapted_layers(model)) == ["embed", "down"]
-    again = wrap(poisoned_net(), exclude_modules=model.peft_config["default"].exclude_modules)
-    assert names_of(adapted_layers(again)) == ["embed", "down"]
-
-
-def test_skip_of_a_second_adapter_and_of_a_quantised_layer():
-    mica.fast.enable(on_unsuitable="skip")
-    with pytest.warns(UserWarning, match="layer 'down'"):
-        model = second(net(), r=11)
-    assert set(model.base_model.model.down.lora_A) == {"default"}
-    assert set(model.base_model.model.up.lora_A) == {"default", "second"}
-    with pytest.warns(UserWarning, match="up_proj.*left without an adapter"):
-        model = wrap(poisoned_hqq(), **QUANTISED)
-    assert len(adapted_layers(model)) == 6
-
-
-def test_skip_leaves_a_parameter_out_and_says_so():
-    mica.fast.enable(on_unsuitable="skip")
-    with pytest.warns(UserWarning, match=r"experts.down_proj' expert 3: .* 2 NaN .* left without an adapter"):
-        model = wrap_experts(poisoned_experts())
-    prefix = "base_model.model.model.layers"
-    assert {name: layer.parameter_name for name, layer in wrappers(model).items()} == {
-        f"{prefix}.0.mlp.experts": "down_proj",
-        f"{prefix}.0.mlp.experts.base_layer": "gate_up_proj",
-        f"{prefix}.1.mlp.experts": "gate_up_proj",
-    }
-    targeted = sorted(model.peft_config["default"].target_parameters)
-    assert targeted == sorted(model.base_model.targeted_parameter_names)
-    assert len(targeted) == 3
-    # what is saved names exactly these, for stock PEFT too
-    again = wrap_experts(poisoned_experts(), stock=True, target_parameters=targeted)
-    assert wrappers(again).keys() == wrappers(model).keys()
-    with pytest.raises(UnsuitableLayerError, match=r"r=25 .*A further adapter cannot skip it"):
-        second(model, r=25)
-    assert list(model.peft_config) == ["default"]
-
-
-@pytest.mark.parametrize(
-    ("build", "options", "what"), [(Net, {}, "modules"), (qwen3_moe, EXPERTS, "parameters")]
-)
-def test_nothing_suitable_is_an_error(build, options, what):
-    mica.fast.enable(on_unsuitable="skip")
-    with pytest.warns(UserWarning, match="left without an adapter"):
-        refused(build(), f"none of the 4 target {what}", rank=64, **options)
-
-
-# -- layers and variants for which PEFT has no MiCA -------------------------------------------------
+# -- what the error says to leave out -----------------------------------------------------------------
 
 
 class WithConv(nn.Module):
@@ -335,15 +289,48 @@ class WithConv(nn.Module):
         return self.head(self.patches(x).mean((-1, -2)))
 
 
-def test_a_convolution_is_named_and_can_be_skipped():
+@pytest.mark.parametrize(
+    ("build", "options", "unsuitable"),
+    [
+        (poisoned_net, {"rank": 11}, ["conv", "down"]),  # for two reasons
+        (WithConv, {"targets": ["patches", "head"]}, ["patches"]),
+        (poisoned_hqq, QUANTISED, ["model.layers.0.mlp.up_proj"]),
+    ],
+)
+def test_exclude_modules_leaves_out_what_the_error_names(build, options, unsuitable, tmp_path):
+    advice = re.escape(f" To adapt all other layers, add {unsuitable} to exclude_modules of the LoraConfig.")
+    refused(build(), rf"layer '{unsuitable[0]}'[^\[]*\.{advice}$", **options)
+    model = wrap(build(), exclude_modules=unsuitable, **options)
+    assert not {f"base_model.model.{name}" for name in unsuitable} & adapted_layers(model).keys()
+    randomise(model).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+    assert adapted_layers(loaded).keys() == adapted_layers(model).keys() != set()
+
+
+def test_target_parameters_leave_out_what_the_error_names():
+    unsuitable = MOE_DOWN % 1
+    advice = re.escape(f" To adapt all others, leave {[unsuitable]} out of target_parameters.")
+    refused(
+        poisoned_experts(),
+        rf"{unsuitable}' expert 3: .* 2 NaN or infinite of 768 entries\.{advice}$",
+        **EXPERTS,
+    )
+    names = [MOE_DOWN % 0, *(f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in range(2))]
+    assert len(wrappers(wrap_experts(poisoned_experts(), target_parameters=names))) == 3
+
+
+@pytest.mark.parametrize(("build", "options"), [(Net, {}), (qwen3_moe, EXPERTS)])
+def test_nothing_is_left_out_where_nothing_is_suitable(build, options):
+    refused(build(), r"but got 64\.$", rank=64, **options)
+
+
+# -- layers and variants for which PEFT has no MiCA -------------------------------------------------
+
+
+def test_a_convolution_is_named():
     """Stock: "Invalid or unsupported variant combination: ('mica',)"."""
     message = "layer 'patches' is a Conv2d, and MiCA is for embeddings and linear layers only"
     refused(WithConv(), message, targets=["patches", "head"])
-    mica.fast.enable(on_unsuitable="skip")
-    with pytest.warns(UserWarning, match=message):
-        model = wrap(WithConv(), targets=["patches", "head"])
-    assert list(adapted_layers(model)) == ["base_model.model.head"]
-    model(torch.randn(2, 3, 4, 4))
 
 
 @pytest.mark.parametrize(

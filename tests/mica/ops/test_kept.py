@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.measure.memory import alive_bytes
-from mica.ops import kept, mica_down_projection, mica_experts_linear
+from mica.ops import kept, mica_experts_linear
 from tests.support.kept_layers import (
     IN,
     TOKENS,
@@ -23,6 +23,7 @@ from tests.support.kept_layers import (
     of_shared,
     rms_norm,
 )
+from tests.support.linear_calls import down_projection
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -279,7 +280,7 @@ def test_the_factors_beside_a_called_base_layer_and_experts(way):
     stack = [t.detach().expand(2, *t.shape).contiguous() for t in (layer.weight, layer.lora_A, layer.lora_B)]
     stack[1].requires_grad_()
     calls = {
-        layer.lora_A: lambda x: mica_down_projection(x, layer.lora_A, 0.5),
+        layer.lora_A: lambda x: down_projection(x, layer.lora_A, 0.5),
         stack[1]: lambda x: mica_experts_linear(x, offsets, *stack, 0.5),
     }
     for lora_A, call in calls.items():

@@ -8,17 +8,14 @@ import torch
 from torch.autograd import forward_ad
 
 from mica.ops import (
-    mica_down_projection,
-    mica_embedding,
     mica_experts_linear,
     mica_linear,
-    mica_up_projection,
 )
 from mica.ops.experts import experts_base, experts_linear
 from mica.ops.linear import linear_eager
 from mica.ops.routing import from_experts, route
 from tests.support.expert_cases import problem as problem_of_experts
-from tests.support.linear_calls import Marked, arguments
+from tests.support.linear_calls import Marked, arguments, down_projection, embedding, up_projection
 from tests.support.oracle import problem
 
 pytestmark = pytest.mark.usefixtures("language")
@@ -131,8 +128,8 @@ def dropped(x, weight, lora_A, lora_B, seed):
 
 
 def factors(x, weight, lora_A, lora_B):
-    h = mica_down_projection(x, lora_A, 0.75)
-    return mica_up_projection(torch.nn.functional.linear(x[...], weight), h, lora_B)
+    h = down_projection(x, lora_A, 0.75)
+    return up_projection(torch.nn.functional.linear(x[...], weight), h, lora_B)
 
 
 def experts_of_tokens(x, offsets, weight, lora_A, lora_B, tokens, inverse):
@@ -148,7 +145,7 @@ FORMS = {
     "linear": Form(eager, of_layer()),
     "linear of a matrix": Form(eager, of_layer(6)),
     "factors": Form(factors, of_layer()),
-    "embedding": Form(mica_embedding, of_embedding, needs_x=False),
+    "embedding": Form(embedding, of_embedding, needs_x=False),
     "experts": Form(mica_experts_linear, of_experts),
     "experts of tokens": Form(experts_of_tokens, of_tokens),
     "experts without an adapter": Form(experts_alone, without_adapter),
@@ -241,11 +238,11 @@ def by_dual_level():
 OUTPUTS = {
     "linear": lambda x, p, A: mica_linear(x, p.weight, A, p.lora_B, 0.75),
     "linear, past every check": lambda x, p, A: linear_eager(x, p.weight, A, p.lora_B, 0.75, None, None),
-    "down_projection": lambda x, p, A: mica_down_projection(x, A, 0.75),
-    "up_projection": lambda x, p, A: mica_up_projection(
-        torch.zeros(*x.shape[:-1], 6, dtype=x.dtype), mica_down_projection(x, A), p.lora_B
+    "down_projection": lambda x, p, A: down_projection(x, A, 0.75),
+    "up_projection": lambda x, p, A: up_projection(
+        torch.zeros(*x.shape[:-1], 6, dtype=x.dtype), down_projection(x, A), p.lora_B
     ),
-    "embedding": lambda x, p, A: mica_embedding(torch.zeros(x.shape[:-1]).long(), A, p.lora_B),
+    "embedding": lambda x, p, A: embedding(torch.zeros(x.shape[:-1]).long(), A, p.lora_B),
 }
 
 

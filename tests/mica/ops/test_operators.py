@@ -11,9 +11,20 @@ from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from mica import ops
-from mica.ops import mica_down_projection, mica_experts_linear, mica_linear, mica_up_projection
+from mica.ops import mica_experts_linear, mica_linear
 from tests.support import expert_cases, linear_calls, oracle
-from tests.support.linear_calls import addresses, agree, by_factors, call, leaves, run, same_bits, saved_by
+from tests.support.linear_calls import (
+    addresses,
+    agree,
+    by_factors,
+    call,
+    down_projection,
+    leaves,
+    run,
+    same_bits,
+    saved_by,
+    up_projection,
+)
 from tests.support.oracle import solve
 from tests.support.tolerances import RELATIVE, error
 
@@ -103,7 +114,7 @@ def test_computes_and_saves_only_what_a_gradient_needs(backend, kind, needs):
 def test_y_keeps_its_dtype_and_its_precision(backend):
     """A base layer may return fp32 next to 16-bit products: the sum is not rounded to theirs."""
     y, h, lora_B = torch.randn(6, 20), torch.randn(6, 4).bfloat16(), torch.randn(20, 4)
-    out = mica_up_projection(y, h, lora_B)
+    out = up_projection(y, h, lora_B)
     assert out.dtype == FP32
     assert error(out, y.double() + h.double() @ lora_B.double().t()) <= RELATIVE[FP32]
 
@@ -282,10 +293,10 @@ def test_autocast(path, autocast_dtype, backward_inside, name):
 def test_autocast_of_h_and_of_a_wider_y(autocast_dtype):
     p = oracle.problem((16,), 12, 10, 3, FP32)
     with torch.autocast("cpu", autocast_dtype):
-        h = mica_down_projection(p.x, p.lora_A, p.scaling)
+        h = down_projection(p.x, p.lora_A, p.scaling)
         assert h.dtype == autocast_dtype
-        assert mica_up_projection(torch.zeros(16, 10), h, p.lora_B).dtype == FP32
-        dropped = mica_down_projection(p.x, p.lora_A, p.scaling, **DROPOUT)
+        assert up_projection(torch.zeros(16, 10), h, p.lora_B).dtype == FP32
+        dropped = down_projection(p.x, p.lora_A, p.scaling, **DROPOUT)
     assert error(dropped, h) > 0.1
 
 

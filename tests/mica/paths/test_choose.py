@@ -53,7 +53,7 @@ def test_the_device_its_operands_and_the_setting_decide(a_gpu, setting, operands
     a_gpu.setenv("MICA_BACKEND", setting)
     assert choose.requested() == (setting or "auto")
     assert decided(GPU, 16, BF16) == (choose.REFERENCE if setting == "reference" else choose.KERNELS)
-    assert choose.why_not_kernels(*operands) == reason
+    assert choose.why_not_kernels(*operands, function="linear") == reason
     device, rank, *dtypes = operands
     unseen = None if reason is None else lambda: pytest.fail("rows do not matter")
     choice = choose.decide("linear", device, rank, tuple(dtypes), unseen)

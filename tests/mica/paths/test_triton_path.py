@@ -9,12 +9,21 @@ import triton
 
 from mica import ops
 from mica.kernels import launching, prepared_b
-from mica.ops import mica_down_projection, mica_experts_linear, mica_linear
+from mica.ops import mica_experts_linear, mica_linear
 from mica.paths import choose, reference_path, triton_path
 from mica.paths.operands import Operands
 from tests.support import expert_cases
 from tests.support.kernel_cases import BF16, FP16, FP32, LAYER_DTYPES, seed_of
-from tests.support.linear_calls import agree, by_factors, call, leaves, on_device, run, tensors_of
+from tests.support.linear_calls import (
+    agree,
+    by_factors,
+    call,
+    down_projection,
+    leaves,
+    on_device,
+    run,
+    tensors_of,
+)
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
 
@@ -131,7 +140,7 @@ def of_linear(p, **dropout):
 
 def of_factor(p):
     x, lora_A = leaves(p)
-    h = mica_down_projection(x, lora_A, p.scaling, dropout_p=0.4, seed=seed_of(5))
+    h = down_projection(x, lora_A, p.scaling, dropout_p=0.4, seed=seed_of(5))
     h.backward(torch.ones_like(h))
     return h.detach(), x.grad, lora_A.grad
 

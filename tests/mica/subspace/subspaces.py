@@ -3,10 +3,12 @@
 import dataclasses
 import math
 import warnings
+from contextlib import contextmanager
 
+import pytest
 import torch
 
-from mica.subspace import MinorSubspace, minor_subspace
+from mica.subspace import MinorSubspace, methods, minor_subspace, solver
 from mica.subspace.content_hash import content_hash
 
 
@@ -25,11 +27,26 @@ def solved(weight, rank, **changes):
     return dataclasses.replace(result, **changes)
 
 
-def quietly_solved(weight, rank, **options):
+@contextmanager
+def beginning_with(method):
+    """On the host the solver tries this method first; "auto": as it does."""
+    names = list(methods.BY)
+    with pytest.MonkeyPatch.context() as patch:
+        if method != "auto":
+            patch.setattr(solver, "chain", lambda size, rank: names[names.index(method) :])
+        yield
+
+
+def solved_by(method, weight, rank):
+    with beginning_with(method):
+        return minor_subspace(weight, rank)
+
+
+def quietly_solved(weight, rank, method="auto"):
     """The solver's result, without its warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return minor_subspace(weight, rank, **options)
+        return solved_by(method, weight, rank)
 
 
 def put(cache, weight, rank=4, **changes):

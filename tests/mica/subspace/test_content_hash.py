@@ -106,18 +106,3 @@ def test_the_key_is_the_same_in_every_process_and_release():
         "60f25d77fab8a3cfe9d6aa6507ee5fbb006092978a20b876b4e9455ed41d549c",
         "76f5d57872bf9a0af0472163d3c8a9c8df7811ab5a33d32f48737f5a7e8d890c",
     ]
-
-
-NO_WEIGHTS = {
-    "stack": torch.randn(2, 5, 6),
-    "vector": torch.randn(6),
-    "empty": torch.zeros(0, 4),
-    "int8": torch.ones(4, 4, dtype=torch.int8),
-    "meta": torch.empty(4, 4, device="meta"),
-}
-
-
-@pytest.mark.parametrize("kind", NO_WEIGHTS)
-def test_what_is_no_weight_has_no_key(kind):
-    with pytest.raises(ValueError, match="2-D"):
-        content_hash(NO_WEIGHTS[kind])

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from mica.subspace.methods import METHODS
+from mica.subspace import krylov
 from tests.mica.subspace.subspaces import quietly_solved, same
-from tests.support.spectra import RANK, stack, weight
+from tests.support.spectra import RANK, weight
 
 SHAPES = [(120, 40), (40, 120), (60, 60), (200, 140), (140, 200), (150, 150)]
 
@@ -27,11 +27,12 @@ def test_same_call_same_bits(shape, method, name, threads):
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((200, 140), torch.float32), ((150, 150), torch.float64)])
-def test_seeds_start_elsewhere_and_end_at_the_same_subspace(shape, dtype):
+def test_seeds_start_elsewhere_and_end_at_the_same_subspace(shape, dtype, monkeypatch):
     matrix = weight("gaussian", *shape).to(dtype)
-    first, again, other = (quietly_solved(matrix, RANK, method="krylov", seed=seed) for seed in (1, 1, 2))
+    first = quietly_solved(matrix, RANK, method="krylov")
+    monkeypatch.setattr(krylov, "SEED", 1)
+    other = quietly_solved(matrix, RANK, method="krylov")
     assert (first.method, other.method) == ("krylov", "krylov")
-    assert same(first, again)
     assert not torch.equal(first.basis, other.basis)
     torch.testing.assert_close(first.basis, other.basis, rtol=0, atol=1e-6)
 
@@ -43,12 +44,13 @@ CASES = [((140, 200), "krylov"), ((300, 140), "krylov"), ((120, 40), "gram"), ((
 PROGRAM = """
 import sys
 import torch
-from mica.subspace import krylov, minor_subspace
+from mica.subspace import krylov
+from tests.mica.subspace.subspaces import solved_by
 
 krylov.FIRST_CHECK = 1
 torch.set_num_threads(1)
 cases = torch.load(sys.argv[1])
-torch.save([minor_subspace(matrix, rank, method=method) for matrix, rank, method in cases], sys.argv[2])
+torch.save([solved_by(method, matrix, rank) for matrix, rank, method in cases], sys.argv[2])
 """
 
 
@@ -108,10 +110,10 @@ def foreign_default(request, path):
 WEIGHTS = {
     **{str(shape): weight("gaussian", *shape) for shape in ((140, 200), (200, 140), (60, 40), (150, 300))},
     "null directions": weight("zero rows and columns", 60, 40),
-    "a batch": stack(["gaussian", "times 1e4"], (140, 200)),
     "large numbers": weight("gaussian", 140, 200).double() * 1e50,
     "zero": torch.zeros(30, 20),
 }
+METHODS = ["auto", "krylov", "gram", "svd"]
 DEFAULTS = [(name, method) for name in WEIGHTS for method in (METHODS if name[0] == "(" else ["auto"])]
 
 

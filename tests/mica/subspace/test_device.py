@@ -1,13 +1,11 @@
 """Batches as an accelerator solves them, here on the CPU: judged one by one, none drags others down."""
 
-import math
-
 import pytest
 import torch
 
-from mica.subspace import batched, device, krylov, minor_subspace, solver
+from mica.subspace import device, krylov, minor_subspace, solver
 from mica.subspace.device import batch_size, try_batch
-from tests.mica.subspace.subspaces import quietly_solved
+from mica.subspace.solver import solve_stack
 from tests.support.judging import judge
 from tests.support.spectra import NULL, RANK, SPECTRA, stack
 
@@ -15,14 +13,14 @@ SHAPES = [(200, 140), (140, 200), (150, 150), (60, 40), (40, 60)]
 EASY = ["gaussian", "hard edge", "times 1e4", "row scales"]
 
 
-def solved(matrices: torch.Tensor, method: str = "auto", strict: bool = True, rank: int = RANK) -> dict:
-    """Each judged, by index: certified where ``strict``."""
-    results = try_batch(matrices, rank, method, strict, 0)
+def solved(matrices: torch.Tensor, rank: int = RANK) -> dict:
+    """Each judged, by index."""
+    results = try_batch(matrices, rank)
     assert len(results) == len(matrices)
     found = {index: result for index, result in enumerate(results) if result is not None}
     for index, result in found.items():
         judge(matrices[index], result)
-        assert result.certified == strict
+        assert result.certified
     return found
 
 
@@ -35,8 +33,9 @@ def made(calls_of):
 @pytest.mark.parametrize("method", ["krylov", "gram"])
 @pytest.mark.parametrize("shape", [*SHAPES, (300, 140)], ids=str)
 @pytest.mark.parametrize("name", SPECTRA)
-def test_every_spectrum_leaves_the_others_alone(name, shape, method):
-    results = solved(stack(["gaussian", name, "row scales"], shape), method)
+def test_every_spectrum_leaves_the_others_alone(name, shape, method, monkeypatch):
+    monkeypatch.setattr(device, "batch_method", lambda size, rank: method)
+    results = solved(stack(["gaussian", name, "row scales"], shape))
     tall, room = shape[0] > shape[1], krylov.fits(min(shape), RANK)
     if method == "krylov" and not room:
         assert not results
@@ -55,9 +54,9 @@ def test_every_spectrum_leaves_the_others_alone(name, shape, method):
 def test_what_is_not_certified_is_tried_alone_and_then_left_out(shape, made, monkeypatch):
     judged = device.judge
 
-    def refusing(problem, triplets, strict):
+    def refusing(problem, triplets):
         """The matrix of small numbers is never certified."""
-        judgement = judged(problem, triplets, strict)
+        judgement = judged(problem, triplets)
         small = judgement.singular_values[..., 0] < 1e-1
         return judgement._replace(certified=judgement.certified & ~small)
 
@@ -69,19 +68,9 @@ def test_what_is_not_certified_is_tried_alone_and_then_left_out(shape, made, mon
 @pytest.mark.parametrize("shape", [(60, 40), (140, 200)], ids=str)
 def test_what_is_the_host_s_from_the_start(shape, made):
     matrices, size = stack(EASY, shape), min(shape)
-    for method, rank in (("svd", RANK), ("auto", 3 * size // 4 + 1), ("krylov", 3 * size // 4)):
-        assert not solved(matrices, method, rank=rank)
+    assert not solved(matrices, 3 * size // 4 + 1)
     assert not made
-    assert solved(matrices, "auto", rank=3 * size // 4).keys() == {0, 1, 2, 3}
-
-
-@pytest.mark.parametrize("method", ["auto", "gram"])
-@pytest.mark.parametrize("shape", [(200, 140), (140, 200)], ids=str)
-def test_without_strict_all_but_the_null_are_returned(shape, method, monkeypatch):
-    monkeypatch.setattr(batched.BatchGram, "exceeds", None)  # no factorisation for a proof
-    results = solved(stack([*EASY, "rank 5"], shape), method, strict=False)
-    assert results.keys() == set(range(4 if shape[0] > shape[1] else 5))
-    assert all(0 <= result.energy_excess <= 1 + 1e-5 for result in results.values())
+    assert solved(matrices, 3 * size // 4).keys() == {0, 1, 2, 3}
 
 
 # Shapes, GiB of free memory, and how many at once: a quarter of it for four fp64 matrices of the short side
@@ -108,25 +97,24 @@ def test_free_memory_is_the_device_s_and_what_pytorch_holds_unused(monkeypatch):
     assert batch_size(576, 576, torch.device("meta")) == 8  # whatever does not tell
 
 
-@pytest.mark.parametrize("leading", [(), (5,), (2, 3)], ids=str)
+@pytest.mark.parametrize("count", [1, 5, 6])
 @pytest.mark.parametrize("shape", [(200, 140), (40, 60)], ids=str)
 @pytest.mark.parametrize("at_a_time", [1, 2, 10])
-def test_minor_subspace_takes_batches_for_an_accelerator(leading, shape, at_a_time, monkeypatch, calls_of):
-    """With what the batches leave out from the host, everything where it belongs."""
-    count = math.prod(leading)
+def test_a_stack_is_solved_in_batches_on_an_accelerator(count, shape, at_a_time, monkeypatch, calls_of):
+    """With what the batches leave out from the host."""
     names = ["gaussian", "rank 5", "row scales", "times 1e4", "zero", "times 1e-4"][:count]
     matrices, batches = stack(names, shape), calls_of(solver, "try_batch")
     with monkeypatch.context() as patch:
         patch.setattr(device, "ON_HOST", ())
         patch.setattr(solver, "batch_size", lambda *arguments: at_a_time)
-        result = quietly_solved(matrices.reshape(*leading, *shape), RANK)
+        results = solve_stack(matrices, RANK)
     sizes = [len(matrices) for matrices, *_ in batches]
     assert sizes == [min(at_a_time, count - start) for start in range(0, count, at_a_time)]
-    assert result.certified
     in_batches = "krylov" if krylov.fits(min(shape), RANK) else "gram"
-    assert result.method == ("svd" if shape[0] > shape[1] and count > 1 else in_batches)
-    bases, values = result.basis.reshape(-1, shape[0], RANK), result.singular_values.reshape(-1, RANK)
-    for index in (index for index, name in enumerate(names) if name not in NULL):
-        single = minor_subspace(matrices[index], RANK)
-        torch.testing.assert_close(bases[index], single.basis, rtol=0, atol=2e-6)
-        torch.testing.assert_close(values[index], single.singular_values)
+    for name, matrix, result in zip(names, matrices, results, strict=True):
+        assert result.certified
+        assert result.method == ("svd" if shape[0] > shape[1] and name in NULL else in_batches)
+        if name not in NULL:
+            single = minor_subspace(matrix, RANK)
+            torch.testing.assert_close(result.basis, single.basis, rtol=0, atol=2e-6)
+            torch.testing.assert_close(result.singular_values, single.singular_values)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mica.subspace import krylov, minor_subspace
+from mica.subspace import krylov
+from tests.mica.subspace.subspaces import solved_by
 from tests.support.judging import Truth, judge, resolution
 from tests.support.models import smollm2
 
@@ -47,7 +48,7 @@ def test_every_weight_is_certified_and_right(weights, truths, rank, method, monk
     monkeypatch.setattr(krylov, "FIRST_CHECK", 4)  # room for 32 vectors of 576
     methods = []
     for name in weights if method == "auto" else truths:
-        result = minor_subspace(weights[name], rank, method=method)
+        result = solved_by(method, weights[name], rank)
         assert result.certified, name
         methods.append(result.method)
         if name in truths:

@@ -14,6 +14,7 @@ from mica import minor_subspace
 from mica.subspace import threads
 from mica.subspace.gram import extremes
 from mica.subspace.threads import blas_threads, one_pool, run, set_torch_threads
+from tests.mica.subspace.subspaces import solved_by
 
 scipy.linalg.eigh(torch.eye(4).numpy())  # its library is loaded
 
@@ -75,12 +76,12 @@ def test_one_pool_holds_all_threads_and_gives_them_back(count):
 def test_so_does_the_solver_even_when_it_raises(count, method, monkeypatch):
     torch.set_num_threads(count)
     before, weight = counts(), torch.randn(140, 200)
-    minor_subspace(weight, 8, method=method)
+    solved_by(method, weight, 8)
     assert counts() == before
     for name in ("mica.subspace.candidate.certify", "mica.subspace.host.HostGram.apply"):
         monkeypatch.setattr(name, Mock(side_effect=RuntimeError("broken")))
         with pytest.raises(RuntimeError, match="broken"):
-            minor_subspace(weight, 8, method=method)
+            solved_by(method, weight, 8)
         assert counts() == before
 
 
