@@ -326,7 +326,6 @@ def unfinished(run: Path, output: Path, last: int = 8) -> Path:
     shutil.copytree(run, output)
     for name in ("adapter_model.safetensors", "adapter_config.json", "summary.json", "README.md"):
         (output / name).unlink()
-    shutil.rmtree(output / "merged", ignore_errors=True)
     if last == 8:
         shutil.rmtree(output / "checkpoint-12")
     return output

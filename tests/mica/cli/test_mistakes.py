@@ -15,14 +15,14 @@ ADAPT = "adapt --model x --text x --output out"
 # The arguments, and how the line begins and ends behind "mica COMMAND: error: "
 MISTAKES = rows(f"""
  => no command is given; mica --help lists them =>
-adpat => argument COMMAND: invalid choice: 'adpat' => ; did you mean adapt?
+adpat => argument COMMAND: invalid choice: 'adpat' (choose from =>
 --verison => unrecognized arguments: --verison => ; did you mean --version?
---rank 4 adapt => unrecognized arguments: --rank; the options of a command follow its name =>
+--rank 4 adapt => unrecognized arguments: --rank => ; mica --help lists all
 adapt --sequence-lenght 64 => unrecognized arguments: --sequence-lenght => --sequence-length?
 {ADAPT} --rnak 4 => unrecognized arguments: --rnak => ; did you mean --rank?
 {ADAPT} --lr=1 => unrecognized arguments: --lr=1 => ; mica adapt --help lists all
 {ADAPT} --learning-rate -1 => argument --learning-rate: must be a number above 0 => not '-1'
-{ADAPT} --dtype flaot32 => argument --dtype: invalid choice: 'flaot32' => did you mean float32?
+{ADAPT} --dtype flaot32 => argument --dtype: invalid choice: 'flaot32' (choose from =>
 transfer --adaptr x --to y => unrecognized arguments: --adaptr => mean --adapter?
 inspect x --rank 4 8 => unrecognized arguments: 8 => ; mica inspect --help lists all
 inspect '' => argument MODEL: must not be empty =>
@@ -86,7 +86,6 @@ adapt --config PATH --output y
 adapt --output PATH --resume
 inspect PATH
 inspect x --json PATH
-inspect x --plot PATH
 transfer --adapter PATH --to x --output y
 transfer --adapter x --to PATH --output y
 """.strip().splitlines()

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -202,6 +202,13 @@ def test_model_of_another_architecture(copies, tmp_path, capsys, refused, known_
     if known_by != "nothing":
         told = "its model type is mistral, that of the adapter's base is llama"
         refused(adapter, chat, out, f"--to {chat}: {told}")
+
+
+def test_an_adapter_that_is_not_finite(copies, refused):
+    adapter, chat, out = copies
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: weight * torch.nan for name, weight in load_file(path).items()}, path)
+    refused(adapter, chat, out, f"--adapter {adapter}: NaNs detected in the merged weights")
 
 
 def test_tokenizer_of_another_model(copies, refused):

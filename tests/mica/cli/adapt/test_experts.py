@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-import torch
 
 from mica.cli import main
 from tests.support.adapt_runs import (
@@ -26,10 +25,9 @@ def base(tmp_path):
 def test_over_a_quantised_base(base, text_file, tmp_path):
     """Quantised are the layers; stacks of experts and routers stay as they are."""
     output = tmp_path / "out"
-    assert adapt(base, text_file, output, "--quantize", "nf4", "--dtype", "float32", "--merge") == 0
+    assert adapt(base, text_file, output, "--quantize", "nf4", "--dtype", "float32") == 0
     assert summary(output)["perplexity_after"] < summary(output)["perplexity_before"]
-    before, after = (weights(folder, "model") for folder in (base, output / "merged"))
-    assert not [name for name in before if ".gate." in name and not torch.equal(before[name], after[name])]
+    assert not [name for name in weights(output) if ".gate." in name]
 
 
 def test_inspect_lists_stacks_and_no_router(base, tmp_path):

@@ -54,19 +54,21 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=MODELS)
 def made(request, text, tmp_path_factory):
-    """The kind, the model's folder and that of its run: 12 steps, a checkpoint every 4, the merged model."""
+    """The kind; the folders of the model, of its run (12 steps, a checkpoint every 4), of PEFT's merge."""
     folder, kind = tmp_path_factory.mktemp("made"), request.param
     base = saved(MODELS[kind](), folder / "base")
-    options = ["--dtype", "bfloat16" if kind == "bfloat16" else "float32", "--save-steps", 4, "--merge"]
+    options = ["--dtype", "bfloat16" if kind == "bfloat16" else "float32", "--save-steps", 4]
     if kind != "gpt_oss":
         options.append("--train-embeddings")
     assert adapt(base, text, folder / "run", *options) == 0
-    return kind, base, folder / "run"
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "run")
+    tuned.merge_and_unload().save_pretrained(folder / "merged")
+    return kind, base, folder / "run", folder / "merged"
 
 
 @with_embeddings
 def test_embeddings_that_are_written(made):
-    kind, base, run = made
+    kind, base, run, _ = made
     before, after = AutoModelForCausalLM.from_pretrained(base), whole_embeddings(run)
     found = embeddings.find(before)
     assert after.keys() == found.keys()
@@ -91,9 +93,9 @@ def test_embeddings_that_are_written(made):
 @pytest.mark.slow
 @with_embeddings
 def test_plain_peft_and_the_merged_model_give_its_logits(made, tmp_path):
-    kind, base, run = made
+    kind, base, run, merged_by_peft = made
     dtype = AutoModelForCausalLM.from_pretrained(base).dtype
-    merged = AutoModelForCausalLM.from_pretrained(run / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(merged_by_peft)
     both = {name: module.weight for name, module in embeddings.find(merged).items()}
     assert (len({id(weight) for weight in both.values()}) == 1) == (kind != "qwen3_moe")
     for name, trained in whole_embeddings(run).items():
@@ -113,14 +115,14 @@ def routers(folder):
 
 @pytest.mark.parametrize("made", EXPERTS, indirect=True)
 def test_experts_are_adapted_and_the_router_is_not(made):
-    _, base, run = made
+    _, base, run, merged_by_peft = made
     adapted = weights(run)
     assert sum("experts" in name for name in adapted) == 2 * 2 * 2  # layers, stacks, factors
     assert not any("router" in name or ".gate." in name for name in adapted)
     before = routers(base)
     assert len(before) >= 2
-    assert same(before, routers(run / "merged"))
-    stacks = [weights(folder, "model") for folder in (base, run / "merged")]
+    assert same(before, routers(merged_by_peft))
+    stacks = [weights(folder, "model") for folder in (base, merged_by_peft)]
     moved = {name for name in stacks[0] if "experts" in name and not torch.equal(*(s[name] for s in stacks))}
     assert moved == {name for name in stacks[0] if "experts" in name and "bias" not in name}
     assert summary(run)["layers_on_peft_path"] == []
@@ -128,7 +130,7 @@ def test_experts_are_adapted_and_the_router_is_not(made):
 
 
 def test_killed_and_resumed_to_the_bit(made, tmp_path, monkeypatch):
-    _, _, run = made
+    _, _, run, _ = made
     output = unfinished(run, tmp_path / "killed")
     poison_solver(monkeypatch)
     assert resume(output) == 0
@@ -137,7 +139,7 @@ def test_killed_and_resumed_to_the_bit(made, tmp_path, monkeypatch):
 
 
 def test_an_adapter_goes_on(made, text, tmp_path, monkeypatch):
-    kind, base, run = made
+    kind, base, run, _ = made
     poison_solver(monkeypatch)
     argv = ["--model", base, "--text", text, "--output", tmp_path / "on", "--adapter", run]
     argv += ["--sequence-length", 32, "--steps", 1, "--dtype", "auto"]
@@ -154,7 +156,7 @@ def test_an_adapter_goes_on(made, text, tmp_path, monkeypatch):
 
 
 def test_transfer_adds_what_training_added(made, tmp_path):
-    kind, base, run = made
+    kind, base, run, merged_by_peft = made
     sibling = MODELS[kind]()
     torch.manual_seed(5)
     for weight in sibling.parameters():
@@ -163,7 +165,7 @@ def test_transfer_adds_what_training_added(made, tmp_path):
     assert main(["transfer", "--adapter", str(run), "--to", str(chat), "--output", str(out)]) == 0
     says_so = "added to the embeddings is added here too" in (out / "README.md").read_text()
     assert says_so == (kind != "gpt_oss")
-    merged, there, trained, here = (weights(folder, "model") for folder in (out, chat, run / "merged", base))
+    merged, there, trained, here = (weights(folder, "model") for folder in (out, chat, merged_by_peft, base))
     assert merged.keys() == there.keys()
     tolerance = 2e-3 if kind == "bfloat16" else 1e-6
     for name, weight in merged.items():  # the same update, up to the rounding of the sums
