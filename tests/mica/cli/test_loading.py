@@ -22,7 +22,7 @@ from mica.cli.loading import (
 )
 from mica.errors import UsageError
 from tests.support import models
-from tests.support.adapt_runs import working_in
+from tests.support.adapt_runs import edit_json, working_in
 from tests.support.processes import ROOT
 from tests.support.tables import rows
 from tests.support.tiny_cli import tiny_llama
@@ -69,8 +69,7 @@ NONE = "its configuration describes no model that transformers knows"
 @pytest.mark.parametrize(("changes", "said"), rows(CONFIGURATIONS.replace("NONE", NONE)))
 def test_a_configuration_that_is_no_models(changes, said, tmp_path):
     tiny_llama().save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | json.loads(changes)))
+    edit_json(tmp_path / "config.json", **json.loads(changes))
     source = find_source(str(tmp_path), False)
     with pytest.raises(UsageError, match=f"^--model {tmp_path}: .*{re.escape(said)}"):
         load_model(source, "float32")

@@ -13,6 +13,7 @@ from mica.cli.adapt import adapter, embeddings, result
 from mica.errors import UsageError
 from tests.support.adapt_runs import (
     Process,
+    edit_json,
     fresh_state,  # noqa: F401 (a fixture)
     run,
     run_sharded,
@@ -114,8 +115,7 @@ def test_embeddings_that_cannot_be_trained():
 )
 def test_adapters_of_other_modules(changes, model, message, tmp_path):
     result.save(adapter.start(tiny_llama(), settings(**DEFAULT)), None, tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | json.loads(changes)))
+    edit_json(tmp_path / "adapter_config.json", **json.loads(changes))
     with pytest.raises(UsageError, match=f"--adapter {re.escape(str(tmp_path))}: .*{message}"):
         adapter.check(tiny_llama(**json.loads(model)), settings(adapter=tmp_path, **DEFAULT))
 

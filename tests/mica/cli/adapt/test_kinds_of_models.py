@@ -6,7 +6,6 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from mica.cli import main
 from mica.cli.adapt import embeddings
 from tests.support.adapt_runs import (
     command,
@@ -15,7 +14,9 @@ from tests.support.adapt_runs import (
     resume,
     same,
     saved,
+    sibling,
     summary,
+    transfer,
     unfinished,
     weights,
     whole_embeddings,
@@ -157,12 +158,8 @@ def test_an_adapter_goes_on(made, text, tmp_path, monkeypatch):
 
 def test_transfer_adds_what_training_added(made, tmp_path):
     kind, base, run, merged_by_peft = made
-    sibling = MODELS[kind]()
-    torch.manual_seed(5)
-    for weight in sibling.parameters():
-        weight.data += 0.02 * torch.randn_like(weight)
-    chat, out = saved(sibling, tmp_path / "chat"), tmp_path / "out"
-    assert main(["transfer", "--adapter", str(run), "--to", str(chat), "--output", str(out)]) == 0
+    chat, out = saved(sibling(MODELS[kind]()), tmp_path / "chat"), tmp_path / "out"
+    assert transfer(run, chat, out) == 0
     says_so = "added to the embeddings is added here too" in (out / "README.md").read_text()
     assert says_so == (kind != "gpt_oss")
     merged, there, trained, here = (weights(folder, "model") for folder in (out, chat, merged_by_peft, base))

@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
-from mica.cli.adapt import checkpoints, corpus, session
+from mica.cli.adapt import checkpoints, session
 from mica.cli.record import NAME
-from tests.mica.cli.tiny_gguf import write_tiny_gguf
 from tests.support.adapt_runs import command, resume, same, saved, summary, unfinished, weights
 from tests.support.faults import FULL
 from tests.support.tiny_cli import TEXT, adapt
@@ -222,32 +221,14 @@ def test_an_output_folder_in_the_text_is_no_text(model_dir, tmp_path, capsys):
     assert same(before, weights(output))
 
 
-def test_a_run_that_begins_while_another_reads_its_texts_is_refused(
-    model_dir, rows, tmp_path, monkeypatch, capsys
-):
-    output = tmp_path / "out"
-    gather, others = corpus.gather, []
-
-    def meanwhile(*args):
-        if not others:
-            others.append(None)
-            others[:] = [adapt(model_dir, rows, output, "--steps", 1)]
-        return gather(*args)
-
-    monkeypatch.setattr(corpus, "gather", meanwhile)
-    assert adapt(model_dir, rows, output, "--steps", 1) == 0
-    assert others == [2]
-    assert "another command writes to it" in capsys.readouterr().err
-    assert adapt(model_dir, rows, output, "--steps", 1) == 2  # it has ended, and is not replaced
-    said = f"--output {output}: is not empty: choose another folder, or use --resume to continue the run"
-    assert said in capsys.readouterr().err
-
-
-def test_a_folder_that_another_run_has_filled_since_the_first_look_is_refused(
+def test_a_folder_where_another_run_writes_or_has_written_since_the_first_look_is_refused(
     model_dir, rows, tmp_path, monkeypatch, capsys
 ):
     output = tmp_path / "out"
     exclusive = session.exclusive
+    with exclusive(output):
+        assert adapt(model_dir, rows, output) == 2
+    assert "another command writes to it" in capsys.readouterr().err
 
     def later(output):
         output.mkdir()
@@ -258,14 +239,6 @@ def test_a_folder_that_another_run_has_filled_since_the_first_look_is_refused(
     assert adapt(model_dir, rows, output) == 2
     assert "is not empty: choose another folder, or use --resume" in capsys.readouterr().err
     assert (output / "run.yaml").read_text() == "another run's"
-
-
-def test_a_refused_run_leaves_no_converted_base(rows, tmp_path, capsys):
-    pytest.importorskip("gguf")
-    write_tiny_gguf(tmp_path / "tiny.gguf")
-    output = tmp_path / "out"
-    assert adapt(tmp_path / "tiny.gguf", rows, output, "--rank", 33) == 2
-    assert not output.exists()
 
 
 def test_packing_where_documents_cannot_be_kept_apart(rows, tmp_path, capsys):
