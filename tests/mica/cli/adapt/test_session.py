@@ -13,7 +13,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from mica.cli.adapt import checkpoints, session
 from mica.cli.record import NAME
-from tests.support.adapt_runs import command, resume, same, saved, summary, unfinished, weights
+from tests.support.adapt_runs import command, log_of, resume, same, saved, summary, unfinished, weights
 from tests.support.faults import FULL
 from tests.support.tiny_cli import TEXT, adapt
 
@@ -41,11 +41,7 @@ def test_what_is_measured_is_written(paper):
     result = summary(paper)
     assert result["perplexity_after"] < 0.9 * result["perplexity_before"]
     assert 1 < result["retain_before"] != result["retain_after"]
-    history = json.loads((paper / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
-    measured = {entry["step"]: entry for entry in history if "eval_held_out_perplexity" in entry}
-    assert list(measured) == [0, 6, 12]
-    assert measured[12]["eval_retain_perplexity"] == pytest.approx(result["retain_after"])
-    assert [entry["step"] for entry in history if "loss" in entry] == [3, 4, 6, 8, 9, 12]
+    assert log_of(paper)[-1]["eval_retain_perplexity"] == pytest.approx(result["retain_after"])
     assert [path.name for path in paper.glob(".*")] == [NAME]
     card = (paper / "README.md").read_text(encoding="utf-8")
     assert f"{result['perplexity_after']:.2f}" in card
