@@ -38,20 +38,6 @@ def test_a_skeleton_has_the_modules_of_the_model_and_no_weights(make, tmp_path):
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_what_is_wrong_with_a_folder_is_said(tmp_path):
-    source = find_source(str(tmp_path), False)
-    tiny_llama().save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(UsageError, match=f"^--model {tmp_path}: its weights cannot be read: "):
-        load_model(source, "float32")
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(UsageError, match=f"^--model {tmp_path}: is not a checkpoint: it has no config.json$"):
-        load_config(source)
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}', encoding="utf-8")
-    with pytest.raises(UsageError, match=f"^--model {tmp_path}: is an adapter for base, not a model: "):
-        load_config(source)
-
-
 CONFIGURATIONS = """
 {"vocab_size": 300} => WRONG lm_head.weight is 257 x 32, and 300 x 32 by the configuration
 {"intermediate_size": 20} => WRONG model.layers.0.mlp.down_proj.weight is 32 x 48, and 32 x 20 by

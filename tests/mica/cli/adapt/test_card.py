@@ -75,7 +75,6 @@ def test_names_of_the_hub(name, is_on_hub):
 def test_an_existing_folder_is_not_on_the_hub(tmp_path):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     with working_in(tmp_path):
-        assert hub_name("owner/name") is None
         assert card(SUMMARY | {"model": "owner/name"}).data.base_model is None
 
 

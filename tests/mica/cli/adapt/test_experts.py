@@ -44,7 +44,6 @@ def test_inspect_lists_stacks_and_no_router(base, tmp_path):
     [
         ("--dropout 0.1", "--dropout 0.1: PEFT has no dropout for parameters such as model.layers.0.mlp.e"),
         ("--target-modules q_proj,gate --rank 7", "--rank 7: .*gate.weight has 6 x 32 weights, so at most 6"),
-        ("--target-modules q_proj,experts.up_proj", "no layer of the model is called 'experts.up_proj'"),
     ],
 )
 def test_refused_before_training(options, message, base, text_file, tmp_path, capsys):

@@ -167,10 +167,8 @@ def test_the_end_of_long_documents():
 
 
 def test_little_text():
-    for documents, found in (([19], 19), ([7, 7, 7], 21)):
-        what = f"^--text: {found} tokens found, copies not counted, too little for one training and one held-"
-        with pytest.raises(UsageError, match=what):
-            parts([document(length, seed=n) for n, length in enumerate(documents)])
+    with pytest.raises(UsageError, match="--text: 19 tokens found, copies not counted, too little for one"):
+        parts([document(19, seed=0)])
     assert parts([document(7, seed=n) for n in range(5)])[2] == "documents"
     least = tuple(range(20))
     assert parts([least], share=0.01) == ([least[:10]], [least[10:]], "ends of documents", 0)

@@ -118,9 +118,9 @@ NOT_CAUSAL = "not a causal language model"
     ("name", "make", "message", "quiet"),
     [
         ("fake.gguf", lambda path: path.write_bytes(b"not a GGUF file" * 100), "", True),
-        ("empty", Path.mkdir, "", True),
+        ("empty", Path.mkdir, "is not a checkpoint: it has no config.json", True),
         ("some.txt", lambda path: path.write_text(TEXT), "", True),
-        ("broken", broken_weights, "", False),
+        ("broken", broken_weights, "its weights cannot be read: ", False),
         ("pickled", pickled_weights, "", False),
         ("t5", tiny_t5, NOT_CAUSAL, True),
         ("bert", tiny_bert, NOT_CAUSAL, True),
