@@ -87,6 +87,7 @@ def test_how_a_text_comes_in_chunks_is_no_matter(monkeypatch, chunk):
     assert max(map(len, pieces)) <= 20
     assert pieces == list(tokens.cut([text]))
     assert next(tokens.cut(["eins\n zwei drei vier fünf"])) == "eins\n"
+    assert next(tokens.cut(["eins\nzwei\n drei vier fünf"])) == "eins\n"  # before what begins with a word
     assert pieces[:5] == ["eins\n  zwei\n", "drei vier\n", "漢" * 20, "漢" * 20, "漢" * 5 + " fünf sechs"]
 
 
