@@ -8,7 +8,7 @@ from matplotlib.figure import Figure  # not pyplot: Agg, whatever the display, a
 from mica.cli.compare.methods import METHODS
 from mica.cli.compare.outcomes import Found
 
-_STYLES = ("seaborn-v0_8-whitegrid", "seaborn-v0_8-colorblind")
+_STYLES = ("seaborn-v0_8-whitegrid", "seaborn-v0_8-colorblind", {"axes.titlesize": "medium"})
 _LOOKS = {  # by method: also distinct in grey
     method: {"color": f"C{number}", "marker": marker}
     for number, (method, marker) in enumerate(zip(METHODS, "os^", strict=True))
