@@ -40,15 +40,15 @@ OPTIONS = {
     "adapt": "--model --adapter --dtype --quantize --trust-remote-code "
     "--text --text-field --dataset-config --held-out --held-out-text --retain "
     "--sequence-length --packing --recipe --rank --alpha --target-modules --experts "
-    "--dropout --train-embeddings --embedding-learning-rate --keep-best --patience --max-retain-rise "
+    "--dropout --train-embeddings --embedding-learning-rate --keep-best --patience "
     "--steps --epochs --batch-size --gradient-accumulation-steps --learning-rate --scheduler --warmup-ratio "
     "--weight-decay --max-grad-norm --optimizer --gradient-checkpointing --seed "
     "--eval-steps --eval-blocks --log-steps --report-to "
-    "--output --save-steps --resume --merge --config",
+    "--output --save-steps --resume --config",
     "compare": "--model --text --retain --sequence-length --rank --batch-size "
     "--methods --rates --budget --steps --seeds --output --resume",
     "transfer": "--adapter --to --output --dtype --trust-remote-code",
-    "inspect": "model --rank --target-modules --dtype --plot --json --trust-remote-code",
+    "inspect": "model --rank --target-modules --dtype --json --trust-remote-code",
     "fits": "model --tokens --batch-size --rank --target-modules --dtype --memory --json --trust-remote-code",
     "doctor": "",
 }

@@ -72,7 +72,6 @@ IN_MESSAGES = [
 ]
 
 
-# `how_to_install("cli")` in a message
 @pytest.mark.parametrize(("name", "command"), ON_PAGES + IN_MESSAGES)
 def test_a_command_names_what_can_be_found(name, command):
     """From a clone, or one step above it, and without an index that has this package."""

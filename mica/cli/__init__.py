@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from mica import __version__
 from mica.cli import adapt, compare, doctor, fits, inspect, transfer
-from mica.cli.arguments import HelpFormatter, example, similar, with_suggestion
+from mica.cli.arguments import HelpFormatter, example, similar
 from mica.cli.output import one_line, tell
 from mica.errors import UnsuitableLayerError, UsageError
 
@@ -39,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse, but an error is one line on stderr: no usage text in front of it."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {with_suggestion(message)}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_known_args(self, args=None, namespace=None):
         """Refuse unknown arguments here, where the parser that lacks them can suggest its own.
@@ -53,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
         self._refuse_unknown(given)  # first: otherwise a misspelt required option is reported as missing
         found, unknown = super().parse_known_args(given, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._where_all_are_listed()}")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._help}")
         return found, unknown
 
     def _refuse_unknown(self, given: list[str]) -> None:
@@ -69,13 +69,12 @@ class _Parser(argparse.ArgumentParser):
             option = token.partition("=")[0]
             if option not in known:
                 names = [name.strip("-") for name in known]  # with the dashes all names are similar
-                hint = similar(option.strip("-"), names, "--") or self._where_all_are_listed()
+                hint = similar(option.strip("-"), names, "--") or self._help
                 self.error(f"unrecognized arguments: {token}{hint}")
 
-    def _where_all_are_listed(self) -> str:
+    @property
+    def _help(self) -> str:
         """The end of a message about an argument that is like none of this parser."""
-        if self._subparsers is not None:
-            return f"; the options of a command follow its name: {self.prog} COMMAND [options]"
         return f"; {self.prog} --help lists all"
 
 

@@ -5,7 +5,6 @@ import difflib
 import errno
 import math
 import os
-import re
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -85,15 +84,6 @@ def similar(name: str, known: Iterable[str], prefix: str = "") -> str:
     if not near:
         return ""
     return f"; did you mean {prefix}{near[0]}?"
-
-
-def with_suggestion(message: str) -> str:
-    """argparse's ``message``; where it lists the allowed choices, with the one that was perhaps meant."""
-    found = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message, re.DOTALL)
-    if found is None:
-        return message
-    choices = [choice.strip(" '") for choice in found[2].split(",")]
-    return message + similar(found[1], choices)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -16,7 +16,7 @@ from mica.cli.arguments import (
     example,
     number,
 )
-from mica.cli.output import aligned, check_file, explained, json_text, write_new
+from mica.cli.output import aligned, check_table, explained, write_table
 from mica.errors import UsageError
 
 GIB = 2**30
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     Raises UsageError; also for quantised models and mixtures of experts, whose memory depends on values.
     """
     if args.json:
-        check_file("--json", args.json)
+        check_table(args.json)
     rows = measured(args)
     print(_table(rows, args.memory))
     print(_NOTES)
@@ -93,8 +93,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         names = ("model", "tokens", "batch_size", "rank", "target_modules", "dtype", "memory")
         report = {name: getattr(args, name) for name in names} | {"rows": rows}
-        text = json_text(report)
-        write_new("--json", args.json, lambda path: path.write_text(text, encoding="utf-8"))
+        write_table(args.json, report)
     return 0
 
 

@@ -29,6 +29,12 @@ def is_unfinished(folder: Path) -> bool:
     return (folder / SCRATCH).is_dir()
 
 
+def check_begun(output: Path, name: str) -> None:
+    """Raise UsageError if there is nothing in ``output`` that could be resumed: no file of this name."""
+    if not (output / name).is_file():
+        raise UsageError(f"--resume: nothing to continue in {output}: there is no {name}")
+
+
 def check_new(option: str, folder: Path, remedy: str = "choose another folder") -> None:
     """Raise UsageError if ``folder`` holds anything but half of what a killed command has written."""
     found = entries(folder)

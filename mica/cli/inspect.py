@@ -3,12 +3,10 @@
 import time
 from argparse import Namespace
 from dataclasses import asdict
-from pathlib import Path
 
 from mica.cli.arguments import a_name, a_path, a_source, add_command, add_dtype_options, count, example
-from mica.cli.extras import how_to_install
 from mica.cli.kinds import grouped, kinds_table
-from mica.cli.output import check_file, dtype_name, json_text, size_text, write_new
+from mica.cli.output import check_table, dtype_name, write_table
 from mica.errors import UsageError
 
 _LAST_LINE = (
@@ -19,7 +17,6 @@ _MEANING = (
     "energy: the share of the weights' squares in the directions that MiCA adapts; small: they add little to "
     "the layer's output today. gap near 1: others would do as well"
 )
-PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
 def add_parser(commands) -> None:
@@ -31,9 +28,9 @@ def add_parser(commands) -> None:
         "share of the weight's energy in the chosen subspace, and how many layers have the certificate of "
         "the solver. Trains nothing and does not change the model.",
         epilog=example(
-            "mica inspect HuggingFaceTB/SmolLM2-135M --plot spectra.png --json spectra.json",
-            says="This prints a line for each kind of layer (q_proj, k_proj, ...), draws all singular "
-            "values, and writes what was measured in each layer as JSON.",
+            "mica inspect HuggingFaceTB/SmolLM2-135M --json spectra.json",
+            says="This prints a line for each kind of layer (q_proj, k_proj, ...), and writes what was "
+            "measured in each layer as JSON.",
         ),
     )
     add = parser.add_argument
@@ -48,7 +45,6 @@ def add_parser(commands) -> None:
         "q_proj,embed_tokens",
     )
     add_dtype_options(parser, "dtype of the weights; auto: that of the checkpoint, float32 for GGUF")
-    add("--plot", type=a_path, metavar="FILE", help="also draw the whole spectra: .png, .pdf or .svg")
     add("--json", type=a_path, metavar="FILE", help="also write the numbers of all layers as JSON")
 
 
@@ -59,10 +55,10 @@ def run(args: Namespace) -> int:
     and layers, a list of objects with the fields of `mica.cli.spectra.Row`, in the model's order.
     Unknown values are null.
 
-    Raises UsageError; also where no layer can be adapted: before the weights are read where the rank alone
-    forbids it, else after everything else.
+    Raises UsageError; also, after everything else, where no layer can be adapted.
     """
-    _check_files(args)
+    if args.json:
+        check_table(args.json)
     model = _load(args)
     targets = _targets(model, args)
 
@@ -70,7 +66,7 @@ def run(args: Namespace) -> int:
     gap = f"gap = sigma_{args.rank + 1} / sigma_{args.rank}"
     print(f"{args.model}, r = {args.rank}: chosen are sigma_{args.rank} to sigma_1, {gap}")
     print("medians of each kind of layer, and its worst gap, energy and excess", flush=True)
-    rows, spectra = _measure(args, targets)
+    rows = _measure(args, targets)
     result = summary(rows, seconds=time.perf_counter() - start)
     print(kinds_table(grouped(rows), args.rank))
     print(_MEANING)
@@ -86,29 +82,14 @@ def run(args: Namespace) -> int:
             **result,
             "layers": [asdict(row) for row in rows],
         }
-        text = json_text(report)
-        write_new("--json", args.json, lambda path: path.write_text(text, encoding="utf-8"))
+        write_table(args.json, report)
     if result["layers_found"] == result["layers_unsuitable"]:
         raise UsageError(f"no layer can be adapted: {rows[0].name}: {rows[0].reason}")
-    if args.plot:
-        _draw(args, spectra)
     return 0
 
 
-def _check_files(args: Namespace) -> None:
-    """Raise UsageError if what --json and --plot ask for cannot be written."""
-    if args.json:
-        check_file("--json", args.json)
-    if args.plot:
-        check_file("--plot", args.plot, PLOT_SUFFIXES)
-        try:
-            import mica.cli.plot  # noqa: F401
-        except ImportError as error:
-            raise UsageError(f"--plot needs matplotlib: {how_to_install('plot')}") from error
-
-
 def _load(args: Namespace):
-    """The model, once its skeleton has shown that something in it can be adapted."""
+    """The model, once its skeleton has shown that it has layers of the names."""
     from mica.cli.loading import find_source, load_model, quieten_libraries, skeleton
 
     quieten_libraries()
@@ -122,51 +103,28 @@ def _load(args: Namespace):
 def _targets(model, args: Namespace):
     """The `mica.cli.targets.Targets` of the options; ``model`` may be a `loading.skeleton`.
 
-    Raises UsageError if a name matches nothing, or if all layers are too small for the rank.
+    Raises UsageError if a name matches nothing.
     """
     from mica.cli.targets import ALL_LINEAR, find_targets
 
     with_experts = True if args.target_modules == ALL_LINEAR else None
-    found = find_targets(model, args.target_modules, with_experts)
-    sizes = {name: size for name, size in found.sizes(model).items() if size is not None}
-    largest = max(sizes, key=lambda name: min(sizes[name]), default=None)
-    if largest is not None and min(sizes[largest]) < args.rank:
-        has = f"the largest, {largest}, has {size_text(sizes[largest])} weights"
-        what = f"{has}, so at most {min(sizes[largest])} fits"
-        raise UsageError(f"--rank {args.rank}: no layer can be adapted: {what}")
-    return found
+    return find_targets(model, args.target_modules, with_experts)
 
 
-def _measure(args: Namespace, targets) -> tuple[list, dict]:
-    """Measure the `mica.cli.targets.Targets`; stderr shows how many are done.
-
-    Returns:
-        A `mica.cli.spectra.Row` for each, and singular values by name: with --plot all of them.
-    """
+def _measure(args: Namespace, targets) -> list:
+    """A `mica.cli.spectra.Row` for each of the `mica.cli.targets.Targets`; stderr shows how many are done."""
     from tqdm import tqdm
 
     from mica.cli.spectra import measure
 
     rows = []
-    spectra = {}
     found = targets.modules | targets.parameters
     for name, module in tqdm(found.items(), desc="Measuring", unit=" layers", delay=2, leave=False):
         parameter = None
         if name in targets.parameters:
             parameter = name.rpartition(".")[2]
-        row, values = measure(name, module, args.rank, parameter, whole=bool(args.plot))
-        rows.append(row)
-        if values is not None:
-            spectra[name] = values
-    return rows, spectra
-
-
-def _draw(args: Namespace, spectra: dict) -> None:
-    from mica.cli.plot import figure
-
-    drawn = figure(spectra, args.rank, Path(args.model).name)
-    kind = args.plot.suffix[1:].lower()
-    write_new("--plot", args.plot, lambda path: drawn.savefig(path, format=kind))
+        rows.append(measure(name, module, args.rank, parameter))
+    return rows
 
 
 def summary(rows: list, seconds: float) -> dict:

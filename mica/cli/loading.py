@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import find_adapter_config_file
 
-from mica.cli.extras import how_to_install
+from mica.cli.extras import HOW_TO_INSTALL
 from mica.cli.output import dtype_name, expanded, first_sentences, one_line, size_text, tell
 from mica.errors import UsageError
 from mica.paths import choose
@@ -97,7 +97,7 @@ def find_source(model: str, trust_remote_code: bool, option: str = "--model ") -
         if path.suffix.lower() != ".gguf":
             raise UsageError(f"{option}{model}: a file must end in .gguf; otherwise give the folder")
         if importlib.util.find_spec("gguf") is None:
-            raise UsageError(f"{option}{model}: GGUF files need gguf: {how_to_install('cli')}")
+            raise UsageError(f"{option}{model}: GGUF files need gguf: {HOW_TO_INSTALL}")
         options["gguf_file"] = path.name
         return Source(model, str(path.parent.absolute()), options, option)
     if path.is_dir():

@@ -18,8 +18,8 @@ SCRATCH = ".partial"  # what has yet to be renamed
 
 
 @contextmanager
-def explained(what: str, kinds=Exception, kept: str = "") -> Iterator[None]:
-    """Raise UsageError for an error of ``kinds`` within: ``what``, the reason and ``kept``."""
+def explained(what: str, kinds=Exception) -> Iterator[None]:
+    """Raise UsageError for an error of ``kinds`` within: ``what`` and the reason."""
     try:
         yield
     except UsageError:
@@ -28,7 +28,7 @@ def explained(what: str, kinds=Exception, kept: str = "") -> Iterator[None]:
         reason = first_sentences(_message(error))
         if not reason:
             reason = type(error).__name__
-        usage_error = UsageError(f"{what}: {reason}{kept}")
+        usage_error = UsageError(f"{what}: {reason}")
         usage_error.is_known = getattr(error, "is_known", False)  # to all processes: see `processes.agreed`
         raise usage_error from error
 
@@ -38,13 +38,11 @@ def _message(error: Exception | str) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def check_file(option: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
-    """Raise UsageError if no new file can be written at ``path``, or its suffix is not in ``suffixes``."""
-    if suffixes and path.suffix.lower() not in suffixes:
-        raise UsageError(f"{option} {path}: must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
+def check_table(path: Path) -> None:
+    """Raise UsageError if no new file can be written at ``path``, which ``--json`` names."""
     if os.path.lexists(path):
-        raise UsageError(f"{option} {path}: is there already: choose another name, or remove it")
-    _check_writable(option, path, path.parent)
+        raise UsageError(f"--json {path}: is there already: choose another name, or remove it")
+    _check_writable("--json", path, path.parent)
 
 
 def check_folder(option: str, path: Path) -> None:
@@ -83,14 +81,18 @@ def write_file(option: str, path: Path, write: Callable[[Path], None], record: R
     _write_whole(option, path, write, lambda scratch: record.place({path: scratch}))
 
 
-def write_new(option: str, path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file outside of output folders, as `write_file` does: not recorded, and replacing nothing."""
+def write_table(path: Path, report: dict) -> None:
+    """Write what ``--json`` asks for, outside of output folders: not recorded, and replacing nothing.
+
+    Raises UsageError as `write_file`.
+    """
 
     def place(scratch: Path) -> None:
-        check_file(option, path)
+        check_table(path)
         os.replace(scratch, path)
 
-    _write_whole(option, path, write, place)
+    text = json_text(report)
+    _write_whole("--json", path, lambda scratch: scratch.write_text(text, encoding="utf-8"), place)
 
 
 def _write_whole(
@@ -133,19 +135,14 @@ def expanded(name: str | Path) -> Path:
 
 
 def write_folder(
-    option: str,
-    folder: Path,
-    *parts: Callable[[Path], object],
-    record: Record,
-    card: str | None = None,
-    kept: str = "",
+    folder: Path, *parts: Callable[[Path], object], record: Record, card: str | None = None
 ) -> None:
-    """Write a folder as `fill_folder` does. ``kept`` ends the message of an error: it says what is not lost.
+    """Write a folder, in or below ``--output``, as `fill_folder` does.
 
     Raises UsageError if that fails (the disk is full, the folder has gone).
     """
     disk_errors = (OSError, SafetensorError)  # the latter: safetensors' own for a full disk
-    with explained(f"{option} {folder}: cannot be written", disk_errors, kept):
+    with explained(f"--output {folder}: cannot be written", disk_errors):
         fill_folder(folder, *parts, record=record, card=card)
 
 

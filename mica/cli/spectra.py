@@ -20,13 +20,9 @@ from mica.fast.create import quantised
 from mica.fast.create.solving import NewAdapter, check
 from mica.fast.forward.expert_params import is_stack
 from mica.fast.loading import without_solver
-from mica.subspace import krylov
-from mica.subspace.batched import BatchGram
 from mica.subspace.device import is_on_host
 from mica.subspace.gram import row_blocks
-from mica.subspace.host import HostGram
 from mica.subspace.result import is_certified
-from mica.subspace.threads import one_pool
 
 
 @dataclass(frozen=True)
@@ -66,17 +62,15 @@ class Row:
 
 
 @torch.no_grad()
-def measure(name: str, module: nn.Module, rank: int, parameter: str | None = None, whole: bool = False):
-    """The `Row` of one layer, and its chosen singular values: (rank,) fp64 on the CPU, descending, or None.
+def measure(name: str, module: nn.Module, rank: int, parameter: str | None = None) -> Row:
+    """The `Row` of one layer.
 
     ``parameter``: measure this one of ``module``, like a stack of experts, and not its weight as a layer.
-    ``whole``: return all singular values, (min(out_features, in_features),); the chosen are as exact as ever.
 
     Where there is a singular value above the cut, the solver runs once, with rank + 1: the last ``rank`` of
     its columns are the result for ``rank``.
     """
     weight = getattr(module, parameter or "weight", None)
-    values = None
     facts = {}
     try:
         layer = _adapted(module, rank, parameter)
@@ -89,40 +83,34 @@ def measure(name: str, module: nn.Module, rank: int, parameter: str | None = Non
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # null singular values: sigma_smallest shows them
             measured = [_measured(each, rank) for each in weights]
-        values, numbers = measured[0]
+        numbers = measured[0]
         if is_stack(layer):
             facts["shape"] = (len(weights), *facts["shape"])
-            values, numbers = _worst_expert(measured)
-            weight = weights[numbers["expert"]]
+            numbers = _worst_expert(measured)
         facts |= numbers
     except (ValueError, torch.linalg.LinAlgError) as error:  # UnsuitableLayerError; an SVD that fails
         facts["reason"] = one_line(error).rstrip(".")
 
     if isinstance(weight, Tensor):
         facts["dtype"] = dtype_name(weight.dtype)
-    row = Row(name, type(module).__name__, **facts)
-    if whole and values is not None:
-        chosen = values
-        values = spectrum(weight)
-        values[-rank:] = chosen  # exact where the Gram matrix is not
-    return row, values
+    return Row(name, type(module).__name__, **facts)
 
 
-def _worst_expert(measured: list[tuple[Tensor, dict]]) -> tuple[Tensor, dict]:
+def _worst_expert(measured: list[dict]) -> dict:
     """What `_measured` returned for the expert with the smallest gap, with the worst certificate of all."""
 
     def gap(expert: int) -> float:
-        return measured[expert][1]["gap"] or math.inf
+        return measured[expert]["gap"] or math.inf
 
     expert = min(range(len(measured)), key=gap)
-    values, numbers = measured[expert]
-    excesses = [each["energy_excess"] for _, each in measured]
+    numbers = measured[expert]
+    excesses = [each["energy_excess"] for each in measured]
     numbers["expert"] = expert
-    numbers["proven"] = all(each["proven"] for _, each in measured)
+    numbers["proven"] = all(each["proven"] for each in measured)
     numbers["energy_excess"] = None
     if None not in excesses:
         numbers["energy_excess"] = max(excesses)
-    return values, numbers
+    return numbers
 
 
 def _adapted(module: nn.Module, rank: int, parameter: str | None) -> nn.Module:
@@ -165,8 +153,8 @@ def _checked_weights(layer: nn.Module) -> list[Tensor]:
         raise UnsuitableLayerError(str(error)) from error
 
 
-def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:
-    """The chosen singular values of one matrix, (rank,) fp64 on the CPU, and its numbers in a `Row`."""
+def _measured(weight: Tensor, rank: int) -> dict:
+    """The numbers of one matrix in a `Row`."""
     subspace = minor_subspace(weight, min(rank + 1, *weight.shape))
     singular_values = subspace.singular_values.double().cpu()
     if len(singular_values) > rank:
@@ -190,7 +178,7 @@ def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:
     energy_excess = None
     if math.isfinite(chosen.energy_excess):
         energy_excess = chosen.energy_excess
-    return values, {
+    return {
         "sigma_above": above,
         "sigma_largest": largest,
         "sigma_smallest": values[-1].item(),
@@ -240,35 +228,8 @@ def narrow(stored: MinorSubspace, rank: int) -> MinorSubspace | None:
     )
 
 
-def _tall(weight: Tensor) -> Tensor:
-    """The weight as (long, short), a view, on a device with fp64."""
-    weight = weight.detach()
-    if is_on_host(weight.device):
-        weight = weight.cpu()
-    if weight.shape[0] >= weight.shape[1]:
-        return weight
-    return weight.T
-
-
-def _gram(weight: Tensor) -> HostGram | BatchGram:
-    tall = _tall(weight)
-    if is_on_host(tall.device):
-        return HostGram(tall)
-    return BatchGram(tall.unsqueeze(0))
-
-
 def squared_norm(weight: Tensor) -> float:
     """‖weight‖_F² of a (out_features, in_features) weight, summed in fp64."""
-    return sum(block.square().sum().item() for _, block in row_blocks(_tall(weight)))
-
-
-def spectrum(weight: Tensor) -> Tensor:
-    """All singular values of a finite (out_features, in_features) weight: descending, fp64 on the CPU.
-
-    They are roots of the eigenvalues of the Gram matrix, which shows σ only down to about 1e-7 σ_max: smaller
-    ones are raised to that resolution, √(4 √n ε₆₄) σ_max with n = min(out_features, in_features).
-    """
-    with one_pool():
-        eigenvalues = _gram(weight).eigenvalues().flatten().flip(0).cpu()
-    floor = krylov.resolution(len(eigenvalues), eigenvalues[0].item())
-    return eigenvalues.clamp_min(floor).sqrt()
+    if is_on_host(weight.device):  # which may have no fp64
+        weight = weight.cpu()
+    return sum(block.square().sum().item() for _, block in row_blocks(weight))

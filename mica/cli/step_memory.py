@@ -1,9 +1,8 @@
 """The memory of a training step, counted with a model without values: nothing of it is allocated.
 
-What a step allocates follows from shapes and dtypes alone. On the meta device, or under FakeTensorMode,
-PyTorch's operators and this package's give shapes, and a mode adds up the storages that are alive.
-PyTorch's own `torch.distributed._tools.mem_tracker.MemTracker` raises where a parameter is frozen. What is
-temporary within an operator of this package is not seen: under autocast, the copy of one weight.
+What a step allocates follows from shapes and dtypes alone. On the meta device PyTorch's operators and this
+package's give shapes, and a mode adds up the storages that are alive; there is no autocast on that device.
+PyTorch's own `torch.distributed._tools.mem_tracker.MemTracker` raises where a parameter is frozen.
 """
 
 from __future__ import annotations
@@ -23,11 +22,7 @@ ATTENTION = "counted"  # a name with "flash" in it would be looked for on the Hu
 
 
 def _flash_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """For the backward it keeps q, k, v, the output and a number for each row; no mask.
-
-    Under autocast a rotary embedding gives q and k in fp32, which PyTorch casts.
-    """
-    query, key = query.to(value.dtype), key.to(value.dtype)
+    """For the backward it keeps q, k, v, the output and a number for each row; no mask."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     output, *_ = flash(query, key, value, dropout, is_causal=True, scale=scaling)
     return output.transpose(1, 2).contiguous(), None

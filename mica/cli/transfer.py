@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from mica.cli.arguments import a_path, a_source, add_command, add_dtype_options, example
 from mica.cli.folder import check_new, exclusive, undo_on_error
-from mica.cli.output import check_folder, dtype_name, tell, write_folder
+from mica.cli.output import check_folder, dtype_name, explained, tell, write_folder
 from mica.cli.record import Record
 from mica.errors import UsageError
 
@@ -63,7 +63,8 @@ def run(args: Namespace) -> int:
 
 def _transfer(args: Namespace, saved, source) -> int:
     """Merge and write, once the output is ours."""
-    from mica.cli.adapt import card, embeddings, result
+    import mica.fast
+    from mica.cli.adapt import card, embeddings
 
     config = saved.config
     model, tokenizer = _load(args, saved, source)
@@ -74,7 +75,9 @@ def _transfer(args: Namespace, saved, source) -> int:
 
     peft_model = saved.load(model)
     embeddings.add(peft_model, updates)
-    merged, report = result.merged_model(peft_model, f"--adapter {args.adapter}")
+    with explained(f"--adapter {args.adapter}", ValueError):  # a merged weight that is not finite
+        merged = peft_model.merge_and_unload(safe_merge=True)
+    report = str(mica.fast.merge_report(merged))
     facts = {
         "name": args.output.resolve().name,
         "model": args.to,
@@ -85,13 +88,13 @@ def _transfer(args: Namespace, saved, source) -> int:
         "rank": config.r,
         "alpha": config.lora_alpha,
         "dtype": dtype_name(merged.dtype),
-        "merge_report": str(report),
+        "merge_report": report,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
 
     parts = [merged.save_pretrained, tokenizer.save_pretrained]
     record = Record(args.output)
-    write_folder("--output", args.output, *parts, record=record, card=str(card.transfer_card(facts)))
+    write_folder(args.output, *parts, record=record, card=str(card.transfer_card(facts)))
     record.forget()  # nothing goes on in this folder
     print(f"merged model  {args.output}\n              {report}")
     return 0

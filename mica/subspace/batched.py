@@ -73,9 +73,6 @@ class BatchGram:
         values, vectors, norm = map(torch.stack, zip(*found, strict=True))
         return values, vectors.to(self.device), norm
 
-    def eigenvalues(self) -> torch.Tensor:
-        return torch.linalg.eigvalsh(self._gram)
-
     def inner(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return torch.bmm(left.mT, right)
 

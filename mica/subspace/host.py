@@ -87,11 +87,6 @@ class HostGram:
         self._show(self._diagonal)
         return tuple(map(torch.from_numpy, lapack.smallest_eigenpairs(self._buffer, count)))
 
-    def eigenvalues(self) -> torch.Tensor:
-        """All eigenvalues of C, (n), ascending."""
-        self._show(self._diagonal)
-        return torch.linalg.eigvalsh(torch.from_numpy(self._buffer))  # which reads the lower triangle
-
     def inner(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """leftᵀ @ right."""
         return torch.from_numpy(lapack.gemm(left.numpy(), right.numpy(), transposed=True))

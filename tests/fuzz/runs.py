@@ -7,7 +7,7 @@ the sum of the losses up to a step is compared then.
 | --- | --- |
 | a signal, at a step or at a write | 130 or 143, from the first step on with a checkpoint of it |
 | SIGKILL | no checkpoint is lost |
-| a full disk | one line, or only the curve is missing; no checkpoint is lost |
+| a full disk | one line; no checkpoint is lost |
 | another option, run.yaml or base | one line, nothing has changed |
 """
 

@@ -317,8 +317,17 @@ def command(*argv: object) -> int:
     return main(["adapt", *map(str, argv)])
 
 
+def transfer(adapter: Path, to: Path, output: Path, *options: object) -> int:
+    return main(["transfer", *map(str, ("--adapter", adapter, "--to", to, "--output", output, *options))])
+
+
 def resume(output: Path) -> int:
     return command("--output", output, "--resume")
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Give the object in a file other values, too."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def unfinished(run: Path, output: Path, last: int = 8) -> Path:
@@ -326,7 +335,6 @@ def unfinished(run: Path, output: Path, last: int = 8) -> Path:
     shutil.copytree(run, output)
     for name in ("adapter_model.safetensors", "adapter_config.json", "summary.json", "README.md"):
         (output / name).unlink()
-    shutil.rmtree(output / "merged", ignore_errors=True)
     if last == 8:
         shutil.rmtree(output / "checkpoint-12")
     return output
@@ -385,6 +393,14 @@ def working_in(folder: Path):
         yield
     finally:
         os.chdir(before)
+
+
+def sibling(model, seed: int = 5):
+    """``model`` with weights that are a little different, as if trained on."""
+    torch.manual_seed(seed)
+    for weight in model.parameters():
+        weight.data += 0.02 * torch.randn_like(weight)
+    return model
 
 
 def poison_solver(monkeypatch) -> None:

@@ -13,7 +13,6 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import datasets.config
@@ -21,7 +20,7 @@ import torch
 from transformers import Trainer
 
 from mica.cli import main, transfer  # noqa: F401 (imported before the fork)
-from mica.cli.adapt import curve, session  # noqa: F401 (the same)
+from mica.cli.adapt import session  # noqa: F401 (the same)
 from tests.support.server import SERVER
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "shutil.rmtree")
@@ -80,7 +79,6 @@ def be_quick(cache: Path) -> None:
     """What takes most of a tiny run's time and is not tested here is left out, in this process."""
     torch.set_num_threads(1)
     gc.freeze()  # or Trainer's collection looks through all that is imported
-    curve.figure = lambda *_: SimpleNamespace(savefig=lambda path, **_: path.write_bytes(b"a picture"))
     datasets.config.HF_DATASETS_CACHE = cache
 
 

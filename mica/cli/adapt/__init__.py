@@ -5,7 +5,7 @@ import importlib.util
 
 from mica.cli.adapt import config, folder, options
 from mica.cli.arguments import add_command, example
-from mica.cli.extras import how_to_install
+from mica.cli.extras import HOW_TO_INSTALL
 from mica.errors import UsageError
 
 _DESCRIPTION = """\
@@ -45,4 +45,4 @@ def check_libraries() -> None:
     """Raise UsageError if a library is not installed that training needs; none is imported."""
     missing = [module for module in NEEDED if importlib.util.find_spec(module) is None]
     if missing:
-        raise UsageError(f"training needs {', '.join(missing)}: {how_to_install('cli')}")
+        raise UsageError(f"training needs {', '.join(missing)}: {HOW_TO_INSTALL}")

@@ -91,22 +91,20 @@ def _quantization(kind: str, dtype: str) -> BitsAndBytesConfig:
 def check(args: Namespace, source: Source) -> PreTrainedConfig | None:
     """The base's configuration, None for GGUF; reads nothing else.
 
-    Raises UsageError if the checkpoint is quantised and ``--quantize`` or ``--merge`` is given, or if
-    bitsandbytes is missing.
+    Raises UsageError if ``--quantize`` is given and the checkpoint is quantised, or bitsandbytes missing.
     """
     config = None
     if not source.is_gguf:
         config = load_config(source)
+    if args.quantize is None:
+        return config
+    what = None
     if getattr(config, "quantization_config", None) is not None:
-        given = f"--model {source.given} is quantised"
-        if args.quantize is not None:
-            raise UsageError(f"--quantize {args.quantize}: {given} already: leave --quantize out")
-        if args.merge:
-            instead = "leave --merge out, or train on the checkpoint it was made from, with --quantize"
-            raise UsageError(f"--merge: {given}, and a merged weight cannot be re-quantised: {instead}")
-    if args.quantize is not None and not is_bitsandbytes_available():
-        needs = "needs bitsandbytes and accelerate: pip install bitsandbytes"
-        raise UsageError(f"--quantize {args.quantize}: {needs}")
+        what = f"--model {source.given} is quantised already: leave --quantize out"
+    elif not is_bitsandbytes_available():
+        what = "needs bitsandbytes and accelerate: pip install bitsandbytes"
+    if what is not None:
+        raise UsageError(f"--quantize {args.quantize}: {what}")
     return config
 
 
@@ -166,4 +164,4 @@ def _convert(args: Namespace, source: Source, dtype: str, tokenizer) -> None:
     if tokenizer is None:
         tokenizer = load_tokenizer(source)
     parts = (model.save_pretrained, tokenizer.save_pretrained)
-    write_folder("--output", folder, *parts, record=record, card=_CARD)
+    write_folder(folder, *parts, record=record, card=_CARD)

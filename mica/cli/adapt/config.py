@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from mica.cli.adapt import run_yaml
 from mica.cli.adapt.folder import SETTINGS as FILE
-from mica.cli.adapt.folder import check_has_run
 from mica.cli.adapt.options import OPTIONS, RECIPES, check_required
+from mica.cli.folder import check_begun
 from mica.cli.output import expanded
 from mica.errors import UsageError
 
@@ -59,7 +59,7 @@ def resolve(namespace: Namespace) -> Settings:
     values = _merged(RECIPES[recipe], earlier, file, line)
     _derive(values)
     _check(values, line)
-    if values["keep_best"] is None and (values["patience"] or values["max_retain_rise"]):
+    if values["keep_best"] is None and values["patience"]:
         values["keep_best"] = True  # who stops because it gets worse does not want the worse
     args = Namespace(**{name: values[name] for name in OPTIONS})
     return Settings(args, frozenset(wanted))
@@ -88,7 +88,7 @@ def _recorded(output: Path) -> dict[str, object]:
 
     What an adapter said when the run began is among them: its folder need not exist any more.
     """
-    check_has_run(output)
+    check_begun(output, FILE)
     # A run without experts has no such entry, and the recipe must not add one.
     return {"experts": None} | run_yaml.read(output / FILE, "--resume")
 

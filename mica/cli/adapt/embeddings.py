@@ -129,12 +129,6 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return list(dict.fromkeys(found))
 
 
-def round_to_base(model: PeftModel) -> None:
-    """Give trained embeddings the dtype of the base's, in place: what follows is the merge."""
-    for wrapper in _wrappers(model):
-        wrapper.modules_to_save.to(wrapper.original_module.weight.dtype)
-
-
 def separate(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float, name: str) -> None:
     """Move the embeddings in ``optimizer`` to groups of their own, with learning rate ``rate``.
 

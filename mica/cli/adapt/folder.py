@@ -6,16 +6,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mica.cli.folder import check_new, entries
+from mica.cli.folder import check_begun, entries
 from mica.cli.output import SCRATCH, check_folder, explained
-from mica.cli.record import Record
 from mica.errors import UsageError
 
 SETTINGS = "run.yaml"  # the settings of the run
 HEADER = "# mica adapt"  # with which they begin
 SUMMARY = "summary.json"  # and what was measured, once it has ended
 BASE = "base"
-MERGED = "merged"
 MARKER = "complete.json"  # in a checkpoint: see `mica.cli.adapt.checkpoints`
 
 
@@ -38,21 +36,12 @@ def check(args: argparse.Namespace) -> None:
     check_folder("--output", output)
     found = entries(output)
     if args.resume:
-        check_has_run(output)
+        check_begun(output, SETTINGS)
     elif found and not _holds_nothing_of_value(output, found):
         what = "is not empty: choose another folder"
         if (output / SETTINGS).is_file():
             what += ", or use --resume to continue the run there"
         raise UsageError(f"--output {output}: {what}")
-    has_merged = Record(output).below(output / MERGED)  # which may be written anew
-    if args.merge and not has_merged:
-        check_new("--merge", output / MERGED, "move it away")
-
-
-def check_has_run(output: Path) -> None:
-    """Raise UsageError if there is no run in ``output`` that could be resumed."""
-    if not (output / SETTINGS).is_file():
-        raise UsageError(f"--resume: nothing to continue in {output}: there is no {SETTINGS}")
 
 
 def _holds_nothing_of_value(output: Path, names: list[str]) -> bool:

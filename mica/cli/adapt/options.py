@@ -216,14 +216,6 @@ TABLE = (  # a string: the title of the group that begins there
         may_change=True,
         needs=("eval_steps",),
     ),
-    Option(
-        "max_retain_rise",
-        "stop if perplexity on --retain rises by more; keeps the best",
-        "PERCENT",
-        parse=_POSITIVE,
-        may_change=True,
-        needs=("eval_steps", "retain"),
-    ),
     Option("log_steps", "log the loss every N steps", "N", 10, _COUNT, may_change=True),
     Option(
         "report_to",
@@ -250,7 +242,6 @@ TABLE = (  # a string: the title of the group that begins there
         may_change=True,
     ),
     _switch("resume", "continue from the last checkpoint in DIR, with its run.yaml", by_run=True),
-    _switch("merge", "also write the merged model to DIR/merged", may_change=True),
     Option("config", "YAML file with options; the command line wins", "FILE", parse=a_path, by_run=True),
 )
 OPTIONS = {row.name: row for row in TABLE if isinstance(row, Option)}

@@ -10,13 +10,12 @@ from pathlib import Path
 from mica import __version__
 from mica.cli.adapt.folder import HEADER
 from mica.cli.adapt.options import OPTIONS, declare
-from mica.cli.arguments import similar, with_suggestion
+from mica.cli.arguments import similar
 from mica.cli.output import one_line
 from mica.errors import UsageError
 
 _NULLS = ("", "~", "null")
-# The booleans of YAML 1.2, and the words of YAML 1.1 that many are used to
-_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_BOOLEANS = {"true": True, "false": False}
 
 
 def read(path: Path, option: str = "--config") -> dict[str, object]:
@@ -37,7 +36,7 @@ def read(path: Path, option: str = "--config") -> dict[str, object]:
     except OSError as error:
         raise UsageError(f"{option} {path}: cannot be read: {one_line(error)}") from error
     except (ValueError, UsageError, argparse.ArgumentError) as error:
-        raise UsageError(f"{option} {path}: {with_suggestion(one_line(error))}") from error
+        raise UsageError(f"{option} {path}: {one_line(error)}") from error
 
 
 def _mapping(text: str) -> dict[object, object]:

@@ -88,7 +88,7 @@ def _adapt(settings: Settings) -> int:
             )
             return 128 + done.interrupted
         report = summary.of(settings, data, model, done) | facts
-        processes.on_main(summary.finish, args, model, inputs.tokenizer, report, done.history)
+        processes.on_main(summary.finish, args, report)
     return 0
 
 

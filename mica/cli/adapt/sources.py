@@ -16,7 +16,6 @@ import io
 import json
 import lzma
 import os
-import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -32,14 +31,13 @@ import pyarrow
 import pyarrow.parquet
 
 from mica.cli.loading import note_hub
-from mica.cli.output import expanded, explained, tell
+from mica.cli.output import expanded, explained
 from mica.cli.record import digest
 from mica.errors import UsageError
 
 CHUNK = 2**20  # characters read at once
 _ROWS = 1000  # read at once; the column is looked for in the first of them
 _SEPARATORS = ",;\t|"  # of CSV: Excel writes semicolons where the decimal point is a comma
-_OF_TEXT = re.compile(r"[.!?]+(\s|$)|[;|\t\n]|(\S+\s+){4}|.{41}")  # what the name of a column has not
 
 
 def _zstandard(path: Path, mode: str) -> BinaryIO:
@@ -124,7 +122,7 @@ class Source:
         """Every document as an iterable of strings, which joined are its text; rows without text are empty.
 
         A text file is one document, a row of any other one. ``field`` names the column; None: "text", else
-        "content", else the only column of strings.
+        "content", else the only column of strings; of CSV not that, as line 1 may be no header.
 
         Raises UsageError, naming the file, for all that is not text.
         """
@@ -167,7 +165,7 @@ class Source:
                 yield [text]
 
     def _column(self, frame: pandas.DataFrame, field: str | None, path: Path | None) -> str:
-        """The column to read: ``field``, else "text", "content", or the only one with strings.
+        """The column to read: ``field``, else "text", "content", or, but in CSV, the only one with strings.
 
         Raises UsageError if there is no such column.
         """
@@ -175,23 +173,14 @@ class Source:
         for name in wanted:
             if name in frame:
                 return name
-        with_strings = [name for name in frame if _kind(frame[name]) == "string"]
-        if field is None and len(with_strings) == 1:
-            if path is not None and _suffix(path) in (".csv", ".tsv"):
-                self._check_header([*frame], with_strings[0], path)
-            return with_strings[0]
-
-        names = ", ".join(frame)
+        names = f"{', '.join(frame):.200}"
+        if path is not None and _suffix(path) in (".csv", ".tsv"):
+            names += " (by its line 1)"  # which may be a document, and no header
+        elif field is None:
+            with_strings = [name for name in frame if _kind(frame[name]) == "string"]
+            if len(with_strings) == 1:
+                return with_strings[0]
         raise self.error(f"has no column '{wanted[0]}', only {names}: name one with --text-field", path)
-
-    def _check_header(self, names: list[str], column: str, path: Path) -> None:
-        """Say which ``column`` of a CSV file is read. UsageError if line 1 looks like that of a document."""
-        others = [name for name in names if name.isdecimal()]  # pandas may have numbered all of them
-        if _OF_TEXT.search(column) or (others and not column.isdecimal()):
-            what = f"line 1 must name the columns, but has {column[:40]!r}"
-            raise self.error(f"{what}: put a line above it, like 'text', or use --text-field", path)
-        texts = f"the texts are those in the column {column!r}, by its line 1"
-        tell(f"mica: note: {self.option} {path}: {texts}")
 
 
 def _separator(path: Path, usual: str) -> str:

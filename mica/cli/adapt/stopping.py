@@ -4,7 +4,6 @@ transformers' ``EarlyStoppingCallback`` does not compare with the measurement be
 is kept beside the log; ``load_best_model_at_end`` wants every checkpoint measured.
 """
 
-import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -19,24 +18,15 @@ def measured(history: list[dict], text: str = "held_out") -> dict[int, float]:
 
 
 def best(history: list[dict], args: Namespace) -> int | None:
-    """The step with the lowest held-out perplexity among those within --max-retain-rise; the first of equals.
+    """The step with the lowest held-out perplexity; the first of equals.
 
-    If no step is within, all count. Step 0 does not: nothing was trained there. None if nothing else was
-    measured, and without ``--keep-best``.
+    Step 0 does not count: nothing was trained there. None if nothing else was measured, and without
+    ``--keep-best``.
     """
     if not args.keep_best:
         return None
     trained = {step: perplexity for step, perplexity in measured(history).items() if step}
-    rises = _rises(history)
-    limit = args.max_retain_rise or math.inf
-    within = [step for step in trained if rises.get(step, 0.0) <= limit]
-    return min(within or trained, key=trained.get, default=None)
-
-
-def _rises(history: list[dict]) -> dict[int, float]:
-    """By how many per cent the retained perplexity of each step is above that before training."""
-    perplexities = measured(history, "retain")
-    return {step: 100 * (now - perplexities[0]) / perplexities[0] for step, now in perplexities.items()}
+    return min(trained, key=trained.get, default=None)
 
 
 def reason(history: list[dict], args: Namespace) -> str | None:
@@ -45,22 +35,15 @@ def reason(history: list[dict], args: Namespace) -> str | None:
     All processes have the same perplexities, and so the same answer.
     """
     perplexities = measured(history)
-    if not perplexities:
+    if not args.patience or not perplexities:
         return None
-
     steps = list(perplexities)
     lowest = min(perplexities, key=perplexities.get)
     waited = len(steps) - 1 - steps.index(lowest)
-    if args.patience and waited >= args.patience:
-        than = f"{perplexities[lowest]:.2f} of step {lowest}"
-        return f"--patience {args.patience}: no lower held-out perplexity than the {than}"
-
-    if args.max_retain_rise:
-        rise = _rises(history)[steps[-1]]
-        if rise > args.max_retain_rise:
-            what = f"the retained perplexity is {rise:.3g} % above that before training"
-            return f"--max-retain-rise {args.max_retain_rise:g}: {what}"
-    return None
+    if waited < args.patience:
+        return None
+    than = f"{perplexities[lowest]:.2f} of step {lowest}"
+    return f"--patience {args.patience}: no lower held-out perplexity than the {than}"
 
 
 def to_load(checkpoint: Path) -> Path:

@@ -9,11 +9,10 @@ from accelerate import PartialState
 from peft import PeftModel
 
 import mica.fast
-from mica.cli.adapt import checkpoints, config, embeddings, result, stopping
+from mica.cli.adapt import checkpoints, config, embeddings, stopping
 from mica.cli.adapt.amount import Amount
 from mica.cli.adapt.card import card, step_of
 from mica.cli.adapt.corpus import Corpus
-from mica.cli.adapt.curve import draw
 from mica.cli.adapt.folder import SUMMARY
 from mica.cli.adapt.training import Training
 from mica.cli.output import write_json, write_unless_edited
@@ -39,7 +38,6 @@ def of(settings: config.Settings, corpus: Corpus, model, done: Training) -> dict
     on_peft = [row for row in explanation.rows if row.path == "peft"]
     return {
         "model": args.model,
-        "recipe": args.recipe,
         "settings": config.values(settings),
         "sources": [part._asdict() for part in corpus.parts],
         "blocks": len(corpus.train),
@@ -64,16 +62,12 @@ def of(settings: config.Settings, corpus: Corpus, model, done: Training) -> dict
         "paths": dict(explanation.counts()),
         "layers_on_peft_path": [{"name": row.name, "reason": row.reason} for row in on_peft],
         "adapter": str(args.output),
-        "merged": None,
-        "merge_report": None,
         "versions": {name: version(name) for name in _LIBRARIES},
     }
 
 
-def finish(args: Namespace, model, tokenizer, report: dict, history: list[dict]) -> None:
-    """Write summary, model card and curve; then what may fail without any loss: the merge.
-
-    ``history``: the Trainer's ``log_history``.
+def finish(args: Namespace, report: dict) -> None:
+    """Write summary and model card.
 
     Raises UsageError if something cannot be written; its message also says what is there.
     """
@@ -82,12 +76,6 @@ def finish(args: Namespace, model, tokenizer, report: dict, history: list[dict])
         write_unless_edited("--output", args.output / "README.md", str(card(report)))
     except UsageError as error:
         raise UsageError(f"{error}; {checkpoints.saved(args.output)}") from error
-    draw(history, args.output)
-    if args.merge:
-        merged = result.merge(model, tokenizer, args)
-        report["merged"] = str(args.output / result.MERGED)
-        report["merge_report"] = str(merged)
-        write_json("--output", args.output / SUMMARY, report)
     print(as_text(report), flush=True)
 
 
@@ -131,7 +119,5 @@ def as_text(summary: dict) -> str:
     rows += [
         ("adapter", summary["adapter"]),
         ("", step_of(summary)),
-        ("merged model", summary["merged"]),
-        ("", summary["merge_report"]),
     ]
     return "\n".join(f"{label:19}  {value}" for label, value in rows if value)

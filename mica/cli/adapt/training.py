@@ -14,7 +14,6 @@ from peft import PeftModel
 from transformers import Trainer, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.training_args import OptimizerNames
 
 from mica.cli.adapt import base, checkpoints, config, fingerprint, processes, result, stopping
 from mica.cli.adapt.callbacks import Hooks, Request
@@ -52,11 +51,6 @@ def check(args: Namespace) -> None:
     Needs no model; the Trainer itself would find this out only after the model was loaded and solved.
     """
     unusable = (ValueError, ImportError, RuntimeError)
-    names = [each.value for each in OptimizerNames]
-    if args.optimizer not in names:
-        near = [name for name in names if args.optimizer in name] or names
-        what = f"the Trainer has none of this name, but {', '.join(near[:3])} and others"
-        raise UsageError(f"--optimizer {args.optimizer}: {what}")
     with explained(f"--optimizer {args.optimizer}", unusable):
         arguments = training_arguments(args, blocks=1)
         Trainer.get_optimizer_cls_and_kwargs(arguments)

@@ -2,21 +2,22 @@
 
 from pathlib import Path
 
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.figure import Figure  # not pyplot: Agg, whatever the display, and no global state
 
 from mica.cli.compare.methods import METHODS
 from mica.cli.compare.outcomes import Found
-from mica.cli.plot import STYLE
 
-# Distinct from each other for all common kinds of colour blindness, and in grey.
-_COLOURS = dict(zip(METHODS, ("#D55E00", "#0072B2", "#009E73"), strict=True))
-_MARKERS = dict(zip(METHODS, "os^", strict=True))
+_STYLES = ("seaborn-v0_8-whitegrid", "seaborn-v0_8-colorblind", {"axes.titlesize": "medium"})
+_LOOKS = {  # by method: also distinct in grey
+    method: {"color": f"C{number}", "marker": marker}
+    for number, (method, marker) in enumerate(zip(METHODS, "os^", strict=True))
+}
 
 
 def trade_off(found: dict[str, Found], path: Path) -> None:
     """Write a PNG of the curve of each method, and each seed at the learning rate that was chosen."""
-    with rc_context({**STYLE, "lines.linewidth": 1.0, "lines.markersize": 4}):
+    with style.context(_STYLES):
         figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
         axes = figure.add_subplot(
             title="Beside a point: its learning rate. Large: all seeds at the one that was chosen",
@@ -25,7 +26,7 @@ def trade_off(found: dict[str, Found], path: Path) -> None:
         )
         axes.margins(0.12)
         for method, one in found.items():
-            look = {"color": _COLOURS[method], "marker": _MARKERS[method]}
+            look = _LOOKS[method]
             for rate, end in one.curve.items():
                 learned, forgotten = end.means
                 at = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8}

@@ -7,7 +7,7 @@ from pathlib import Path
 from mica.cli.adapt import config
 from mica.cli.compare.methods import METHODS
 from mica.cli.compare.options import BLOCKS, OPTIONS, SHARED
-from mica.cli.folder import check_new
+from mica.cli.folder import check_begun, check_new
 from mica.cli.output import check_folder, write_json
 from mica.cli.record import Record
 from mica.errors import UsageError
@@ -59,8 +59,7 @@ def resumed(output: Path, given: dict[str, object]) -> dict[str, object]:
     Raises UsageError if there is no comparison, or these must not change.
     """
     path = output / FILE
-    if not path.is_file():
-        raise UsageError(f"--resume: nothing to continue in {output}: it has no {FILE}")
+    check_begun(output, FILE)
     if not Record(output).has(path):
         what = "is not what mica compare has written: put that back, or name another folder"
         raise UsageError(f"--resume: {path} {what}")

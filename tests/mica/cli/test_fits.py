@@ -93,7 +93,6 @@ REFUSED = {  # what it is: (configuration, options, message)
         "has experts, and how many tokens each gets is not known",
     ),
     "another name": (LlamaConfig(**LLAMA), ("--target-modules", "q_prj"), "did you mean q_proj?"),
-    "a rank": (LlamaConfig(**LLAMA), ("--rank", "0"), "argument --rank: must be a whole number at least 1"),
 }
 
 

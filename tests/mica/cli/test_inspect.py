@@ -3,8 +3,6 @@
 import json
 import re
 import statistics
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,16 +108,14 @@ def test_layers_that_cannot_be_adapted_are_named_with_the_reason(tmp_path, run):
     assert [second, first] == [f"cannot be adapted: {reason}" for reason in said]
 
 
-def test_a_model_of_which_nothing_can_be_adapted(model_dir, run, tmp_path):
-    plot = ["--plot", tmp_path / "plot.png"]
-    status, table, captured = run(model_dir, "--target-modules", "input_layernorm", *plot)
+def test_a_model_of_which_nothing_can_be_adapted(model_dir, run):
+    status, table, captured = run(model_dir, "--target-modules", "input_layernorm")
     assert table["layers_unsuitable"] == table["layers_found"] == 2
     assert table["worst_energy_excess"] is None
     assert captured.out.count("cannot be adapted: ") == 1
     assert status == 2
     reason = "no layer can be adapted: model.layers.0.input_layernorm: a layer of type LlamaRMSNorm"
     assert error_of(captured) == f"mica inspect: error: {reason}"
-    assert not (tmp_path / "plot.png").exists()
 
 
 def test_what_is_not_proven_is_said(model_dir, run, monkeypatch):
@@ -134,23 +130,6 @@ def test_what_is_not_proven_is_said(model_dir, run, monkeypatch):
     assert "\nnot proven: model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj\n" in captured.out
     assert captured.out.endswith(": 0 proven, 2 not proven, 0 cannot be adapted\n")
     assert [(row["proven"], row["energy_excess"]) for row in table["layers"]] == [(False, None)] * 2
-
-
-def test_plot_shows_the_chosen_values_exactly(model_dir, run, tmp_path, monkeypatch):
-    """Also where the rest comes from a Gram matrix, which resolves less."""
-    shown = {}
-
-    def figure(values, rank, model):
-        shown.update(values)
-        return SimpleNamespace(savefig=lambda path, format: path.write_bytes(b""))
-
-    nines = torch.full((999,), 9.0).double()
-    monkeypatch.setattr("mica.cli.plot.figure", figure)
-    monkeypatch.setattr(spectra, "spectrum", lambda weight: nines[: min(weight.shape)].clone())
-    _, table, _ = run(model_dir, "--plot", tmp_path / "plot.svg")
-    for row in table["layers"]:
-        values = shown[row["name"]]
-        assert (values[-5], values[-4], values[-1]) == (9, row["sigma_largest"], row["sigma_smallest"])
 
 
 # Refusals, before the model is loaded
@@ -169,30 +148,16 @@ def error_of(captured) -> str:
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
-def test_missing_matplotlib(model_dir, run, tmp_path, monkeypatch):
-    for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "mica.cli.plot", raising=False)
-    monkeypatch.delattr("mica.cli.plot", raising=False)
-    status, _, captured = run(model_dir, "--plot", tmp_path / "plot.png")
-    assert status == 2
-    assert 'pip install "mica-fast[plot]"' in error_of(captured)
-    assert captured.err.count("\n") == 1
-
-
-@pytest.mark.usefixtures("nothing_is_loaded")
 @pytest.mark.parametrize(
     ("options", "message"),
     rows("""
---plot folder.png => --plot folder.png: is there already: choose another name, or remove it
---json folder.png => --json folder.png: is there already: choose another name, or remove it
---plot nowhere/x.png => --plot nowhere/x.png: nowhere is not a folder
---plot x.bmp => --plot x.bmp: must end in .png, .pdf or .svg
---rank 999 => --rank 999: no layer can be adapted: the largest, model.layers.0.self_attn.
+--json folder => --json folder: is there already: choose another name, or remove it
+--json nowhere/x.json => --json nowhere/x.json: nowhere is not a folder
+--target-modules q_prj => --target-modules q_prj: no layer of the model is called 'q_prj'; did you mean
 """),
 )
 def test_a_mistake_is_one_line(options, message, model_dir, capsys, tmp_path, monkeypatch):
-    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     assert main(["inspect", str(model_dir), *options.split()]) == 2
     captured = capsys.readouterr()

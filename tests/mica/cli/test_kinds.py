@@ -33,11 +33,7 @@ def test_layers_that_differ_are_apart(different):
 
 def test_what_was_dequantised_is_said():
     table = kinds_table(grouped([row("a"), row("b", quantised="bitsandbytes 4-bit")]), rank=1)
-    assert [" bitsandbytes 4-bit, dequantised " in line for line in table.splitlines()[:3]] == [
-        False,
-        False,
-        True,
-    ]
+    assert " bitsandbytes 4-bit, dequantised " in table.splitlines()[2]
 
 
 def test_numbers_that_are_not_there_do_not_count():

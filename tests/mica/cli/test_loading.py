@@ -22,7 +22,7 @@ from mica.cli.loading import (
 )
 from mica.errors import UsageError
 from tests.support import models
-from tests.support.adapt_runs import working_in
+from tests.support.adapt_runs import edit_json, working_in
 from tests.support.processes import ROOT
 from tests.support.tables import rows
 from tests.support.tiny_cli import tiny_llama
@@ -36,20 +36,6 @@ def test_a_skeleton_has_the_modules_of_the_model_and_no_weights(make, tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
     assert str(model) == str(make())
     assert all(parameter.is_meta for parameter in model.parameters())
-
-
-def test_what_is_wrong_with_a_folder_is_said(tmp_path):
-    source = find_source(str(tmp_path), False)
-    tiny_llama().save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(UsageError, match=f"^--model {tmp_path}: its weights cannot be read: "):
-        load_model(source, "float32")
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(UsageError, match=f"^--model {tmp_path}: is not a checkpoint: it has no config.json$"):
-        load_config(source)
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}', encoding="utf-8")
-    with pytest.raises(UsageError, match=f"^--model {tmp_path}: is an adapter for base, not a model: "):
-        load_config(source)
 
 
 CONFIGURATIONS = """
@@ -69,8 +55,7 @@ NONE = "its configuration describes no model that transformers knows"
 @pytest.mark.parametrize(("changes", "said"), rows(CONFIGURATIONS.replace("NONE", NONE)))
 def test_a_configuration_that_is_no_models(changes, said, tmp_path):
     tiny_llama().save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | json.loads(changes)))
+    edit_json(tmp_path / "config.json", **json.loads(changes))
     source = find_source(str(tmp_path), False)
     with pytest.raises(UsageError, match=f"^--model {tmp_path}: .*{re.escape(said)}"):
         load_model(source, "float32")

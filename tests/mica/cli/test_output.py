@@ -1,7 +1,6 @@
 """Files that are written whole; what else the commands print is tested with them."""
 
 import os
-from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -30,16 +29,16 @@ def test_files_get_the_mode_of_any_file(tmp_path):
         (folder / "model").write_text("weights")
         (folder / "model").chmod(0o600)  # as safetensors leaves it
 
-    output.write_folder("--output", tmp_path / "model", save_pretrained, record=Record(tmp_path))
+    output.write_folder(tmp_path / "model", save_pretrained, record=Record(tmp_path))
     (tmp_path / "any").touch()
     assert (tmp_path / "model" / "model").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
 def test_a_table_replaces_nothing(tmp_path):
     table = tmp_path / "spectra.json"
-    output.write_new("--json", table, Path.touch)
+    output.write_table(table, {})
     with pytest.raises(UsageError, match=f"^--json {table}: is there already: choose another name"):
-        output.write_new("--json", table, Path.touch)
+        output.write_table(table, {})
     assert os.listdir(tmp_path) == [table.name]
 
 
@@ -60,8 +59,8 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     full = SafetensorError("I/O error: No space left on device (os error 28)")
     for others in ([], ["mine"]):
         parts = part("new"), part("half", full)
-        with pytest.raises(UsageError, match=r"merged: cannot be written: I/O .*; the rest is there$"):
-            output.write_folder("--merge", path, *parts, record=record, kept="; the rest is there")
+        with pytest.raises(UsageError, match=r"merged: cannot be written: I/O .*"):
+            output.write_folder(path, *parts, record=record)
         assert path.exists() == bool(others)
         if not others:
             path.mkdir()
@@ -69,10 +68,10 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
         assert os.listdir(path) == ["mine"]
     (path / output.SCRATCH).mkdir()  # of a command that was killed
     (path / output.SCRATCH / "half").touch()
-    output.write_folder("--merge", path, part("new"), part("newer"), card="a card", record=record)
+    output.write_folder(path, part("new"), part("newer"), card="a card", record=record)
     assert sorted(os.listdir(path)) == ["README.md", "mine", "new", "newer"]
     with pytest.raises(NotOwnError, match=f"^{path}/mine is not what mica has written there"):
-        output.write_folder("--merge", path, part("other"), part("mine"), record=record)
+        output.write_folder(path, part("other"), part("mine"), record=record)
     assert sorted(os.listdir(path)) == ["README.md", "mine", "new", "newer"]
 
 

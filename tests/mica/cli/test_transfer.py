@@ -7,27 +7,26 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mica.cli import folder, main
+from mica.cli import folder
 from mica.cli.output import SCRATCH, write_text
-from tests.support.adapt_runs import factors, poison_solver, working_in, write_adapter
+from tests.support.adapt_runs import (
+    edit_json,
+    factors,
+    poison_solver,
+    sibling,
+    transfer,
+    working_in,
+    write_adapter,
+)
 from tests.support.faults import FULL, raising
 from tests.support.tables import rows
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 
 CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
-
-
-def sibling_model(**options):
-    """A model with the shapes of the tiny Llama and other weights."""
-    model = tiny_llama(**options)
-    torch.manual_seed(5)
-    for weight in model.parameters():
-        weight.data += 0.02 * torch.randn_like(weight)
-    return model
 
 
 def chat_tokenizer():
@@ -43,7 +42,7 @@ def made(tmp_path_factory):
     """An adapter of rank 4 and alpha 8, the model with it, and the folder of a sibling."""
     folder = tmp_path_factory.mktemp("made")
     tuned = write_adapter(folder / "adapter")
-    sibling_model(vocab_size=258).save_pretrained(folder / "chat")
+    sibling(tiny_llama(vocab_size=258)).save_pretrained(folder / "chat")
     chat_tokenizer().save_pretrained(folder / "chat")
     return folder / "adapter", tuned, folder / "chat"
 
@@ -69,15 +68,6 @@ def refused(capsys):
         assert not output.exists()
 
     return refused
-
-
-def transfer(adapter, to, output, *options) -> int:
-    argv = ["transfer", "--adapter", adapter, "--to", to, "--output", output, *options]
-    return main([str(word) for word in argv])
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_the_same_update_is_in_the_sibling(made, tmp_path, monkeypatch, capsys):
@@ -161,9 +151,9 @@ def test_adapters_and_models_that_are_refused(copies, tmp_path, refused):
     refused(adapter, smaller, out, f"--to {smaller}: ")
     tiny_llama(num_hidden_layers=1).save_pretrained(smaller)
     refused(adapter, smaller, out, f"which --to {smaller}")
-    edit(adapter / "adapter_config.json", modules_to_save=["lm_head"])
+    edit_json(adapter / "adapter_config.json", modules_to_save=["lm_head"])
     refused(adapter, chat, out, "replaces whole modules, lm_head, which are not the embeddings of --to")
-    edit(chat / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    edit_json(chat / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     refused(adapter, chat, out, f"--to {chat}: is quantised")
 
 
@@ -183,7 +173,7 @@ EDITED = """
 @pytest.mark.parametrize(("changes", "said"), rows(EDITED))
 def test_a_configuration_that_was_edited(copies, refused, changes, said):
     adapter, chat, out = copies
-    edit(adapter / "adapter_config.json", **json.loads(changes))
+    edit_json(adapter / "adapter_config.json", **json.loads(changes))
     refused(adapter, chat, out, said, str(adapter))
 
 
@@ -194,14 +184,21 @@ def test_model_of_another_architecture(copies, tmp_path, capsys, refused, known_
     if known_by == "summary":
         (adapter / "summary.json").write_text('{"model_type": "llama"}')
     elif known_by == "base":
-        edit(adapter / "adapter_config.json", base_model_name_or_path=str(model_dir))
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(model_dir))
     assert transfer(adapter, chat, tmp_path / "sibling") == 0
     told = "not compared: no base found" if known_by == "nothing" else "as the adapter's base"
     assert f"architecture  llama, {told}" in capsys.readouterr().out
-    edit(chat / "config.json", model_type="mistral", architectures=["MistralForCausalLM"])
+    edit_json(chat / "config.json", model_type="mistral", architectures=["MistralForCausalLM"])
     if known_by != "nothing":
         told = "its model type is mistral, that of the adapter's base is llama"
         refused(adapter, chat, out, f"--to {chat}: {told}")
+
+
+def test_an_adapter_that_is_not_finite(copies, refused):
+    adapter, chat, out = copies
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: weight * torch.nan for name, weight in load_file(path).items()}, path)
+    refused(adapter, chat, out, f"--adapter {adapter}: NaNs detected in the merged weights")
 
 
 def test_tokenizer_of_another_model(copies, refused):
@@ -209,7 +206,7 @@ def test_tokenizer_of_another_model(copies, refused):
     path = chat / "tokenizer.json"
     model = json.loads(path.read_text())["model"]
     vocabulary = model["vocab"]
-    edit(path, model=model | {"vocab": vocabulary | {"a": vocabulary["b"], "b": vocabulary["a"]}})
+    edit_json(path, model=model | {"vocab": vocabulary | {"a": vocabulary["b"], "b": vocabulary["a"]}})
     others = ("2 of 257 common", "'a' is")
     refused(adapter, chat, out, f"--to {chat}: its tokenizer is not that", *others)
 
@@ -219,7 +216,7 @@ def test_adapter_without_a_tokenizer(copies, refused, model_dir):
     for file in adapter.glob("tokenizer*"):
         file.unlink()
     refused(adapter, chat, out, "has no tokenizer, and neither has its base")
-    edit(adapter / "adapter_config.json", base_model_name_or_path=str(model_dir))  # whose counts then
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(model_dir))  # whose counts then
     assert transfer(adapter, chat, out) == 0
 
 

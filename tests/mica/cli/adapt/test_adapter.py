@@ -52,9 +52,7 @@ def test_options_that_the_adapter_contradicts(changes, message, made):
         adapter.start(tiny_llama(), settings(**changes), made[0])
 
 
-def test_model_without_these_layers_or_with_other_shapes(made, tmp_path):
-    with pytest.raises(UsageError, match=r"model\.layers\.1\.\S*, which --model does not have$"):
-        adapter.start(tiny_llama(num_hidden_layers=1), settings(adapter=made[0]))
+def test_a_model_whose_layers_have_other_shapes(made):
     wide = tiny_llama(intermediate_size=64)
     with pytest.raises(UsageError, match=r"down_proj as a layer of 32 x 48, but in --model it has 32 x 64$"):
         adapter.start(wide, settings(adapter=made[0]))

@@ -1,6 +1,5 @@
 """The base model: quantised as it is read, or converted from a GGUF file."""
 
-import json
 import shutil
 
 import pytest
@@ -9,14 +8,13 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mica.fast
-from mica.cli import main
 from mica.cli.adapt import adapter, base
 from mica.cli.adapt.saved_adapter import WEIGHTS
 from mica.cli.loading import find_source
 from mica.errors import UsageError
 from tests.mica.cli.tiny_gguf import write_tiny_gguf
 from tests.support.adapt_runs import adapter_settings as settings
-from tests.support.adapt_runs import same, working_in
+from tests.support.adapt_runs import edit_json, resume, same, transfer, working_in
 from tests.support.tiny_cli import adapt, byte_tokenizer, logits, tiny_llama
 
 
@@ -86,17 +84,11 @@ def test_bitsandbytes_does_not_run_on_the_device(model_dir, monkeypatch):
         load(model_dir, quantize="nf4")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"quantize": "nf4"}, "^--quantize nf4: .* is quantised al"), ({"merge": True}, "^--merge: .* is quan")],
-)
-def test_quantised_checkpoint_is_refused_before_its_weights_are_read(options, message, tmp_path):
+def test_quantised_checkpoint_is_refused_before_its_weights_are_read(tmp_path):
     tiny_llama().config.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match=message):
-        load(tmp_path, **options)
+    edit_json(tmp_path / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UsageError, match=r"^--quantize nf4: .* is quantised already"):
+        load(tmp_path, quantize="nf4")
 
 
 def test_a_run_on_a_gguf_file_goes_on_where_its_folder_was_moved(gguf_file, model_dir, tmp_path, text_file):
@@ -112,13 +104,12 @@ def test_a_run_on_a_gguf_file_goes_on_where_its_folder_was_moved(gguf_file, mode
     out.rename(moved)
     shutil.rmtree(moved / "checkpoint-4")
     (moved / WEIGHTS).unlink()
-    assert main(["adapt", "--resume", "--output", str(moved)]) == 0
+    assert resume(moved) == 0
     assert (moved / WEIGHTS).read_bytes() == weights
     with mica.fast.disabled():
         loaded = AutoPeftModelForCausalLM.from_pretrained(moved)
     assert adapt(gguf_file, text_file, tmp_path / "on", "--adapter", moved, "--steps", 2) == 0
-    argv = ["transfer", "--adapter", moved, "--to", model_dir, "--output", tmp_path / "chat"]
-    assert main([str(word) for word in argv]) == 0
+    assert transfer(moved, model_dir, tmp_path / "chat") == 0
     chat = AutoModelForCausalLM.from_pretrained(tmp_path / "chat")
     vocabulary = chat.config.vocab_size  # the file has two tokens more
     torch.testing.assert_close(logits(chat), logits(loaded)[..., :vocabulary])

@@ -1,6 +1,5 @@
 """What a run records of its base, and what is compared with it."""
 
-import json
 import shutil
 
 import pytest
@@ -8,22 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from mica.cli import main
 from mica.cli.adapt import base, embeddings
-from tests.support.adapt_runs import command, saved, summary, weights
+from tests.support.adapt_runs import command, edit_json, saved, sibling, summary, transfer, weights
 from tests.support.tiny_cli import TEXT, adapt, tiny_llama
 
 EMBEDDED = ("model.embed_tokens", "lm_head")
 NOTE = "cannot check that its base"
-
-
-def other_llama(seed: int):
-    """In the shapes of the tiny Llama, with weights of its own."""
-    model = tiny_llama()
-    torch.manual_seed(seed)
-    for weight in model.parameters():
-        weight.data += 0.02 * torch.randn_like(weight)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +21,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     (folder / "text.txt").write_text(TEXT)
     saved(tiny_llama(), folder / "base")
-    saved(other_llama(5), folder / "chat")
+    saved(sibling(tiny_llama()), folder / "chat")
     options = ["--dtype", "bfloat16", "--train-embeddings", "--save-steps", 8]
     assert adapt(folder / "base", folder / "text.txt", folder / "run", *options) == 0
     return folder
@@ -44,17 +33,12 @@ def copied(made, tmp_path):
     folder = tmp_path / "copied"
     shutil.copytree(made, folder)
     for path in folder.glob("run/**/adapter_config.json"):
-        rename_base(path, folder / "base")
+        edit_json(path, base_model_name_or_path=str(folder / "base"))
     return folder
 
 
-def rename_base(path, base) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))
-
-
-def transfer(folder, adapter="run") -> int:
-    argv = ["transfer", "--adapter", folder / adapter, "--to", folder / "chat", "--output", folder / "out"]
-    return main([str(word) for word in argv])
+def to_chat(folder, adapter="run") -> int:
+    return transfer(folder / adapter, folder / "chat", folder / "out")
 
 
 def weight_of(folder, name: str) -> torch.Tensor:
@@ -82,15 +66,15 @@ def check_transferred(folder, adapter="run", untrained_tokens=200) -> None:
 
 
 def test_the_rounding_of_the_base_is_no_update(copied, capsys):
-    assert transfer(copied) == 0
+    assert to_chat(copied) == 0
     assert NOTE not in capsys.readouterr().err
     check_transferred(copied)
 
 
 @pytest.mark.parametrize("adapter", ["run", "run/checkpoint-8"])
 def test_another_base_under_the_same_name_is_refused(copied, adapter, capsys):
-    saved(other_llama(7), copied / "base")
-    assert transfer(copied, adapter) == 2
+    saved(sibling(tiny_llama(), seed=7), copied / "base")
+    assert to_chat(copied, adapter) == 2
     said = capsys.readouterr().err
     assert f"--adapter {copied / adapter}: its base {copied / 'base'} is not what it was" in said
     assert "computed with the base of the run: put that back there" in said
@@ -100,7 +84,7 @@ def test_another_base_under_the_same_name_is_refused(copied, adapter, capsys):
 def test_what_is_not_recorded_is_noted(copied, capsys):
     (copied / "run" / "summary.json").unlink()
     assert base.read_facts(copied / "run") == {}
-    assert transfer(copied) == 0
+    assert to_chat(copied) == 0
     said = capsys.readouterr().err
     assert f"mica transfer: note: --adapter {copied / 'run'}: {NOTE} {copied / 'base'} is what it was" in said
 
@@ -113,8 +97,8 @@ def test_an_adapter_of_peft_is_noted_and_its_dtype_counts(copied, capsys):
     for weight in embeddings.trained(tuned):
         weight.data[:128] += 0.01
     tuned.save_pretrained(copied / "theirs")
-    rename_base(copied / "theirs" / "adapter_config.json", copied / "base")
-    assert transfer(copied, "theirs") == 0
+    edit_json(copied / "theirs" / "adapter_config.json", base_model_name_or_path=str(copied / "base"))
+    assert to_chat(copied, "theirs") == 0
     assert NOTE in capsys.readouterr().err
     check_transferred(copied, "theirs", untrained_tokens=128)  # the first 128 of 257 are trained
 
@@ -128,7 +112,7 @@ def test_it_is_kept_by_whoever_goes_on(copied, capsys):
     first, second = summary(copied / "run"), summary(on)
     assert first["base_dtype"] == second["base_dtype"] == "bfloat16"
     assert second["base_weights"] == first["base_weights"] is not None
-    assert transfer(copied, "on") == 0
+    assert to_chat(copied, "on") == 0
     check_transferred(copied, "on")
 
     note = f"--adapter {copied / 'run'}: is not known to be trained on the weights of --model"

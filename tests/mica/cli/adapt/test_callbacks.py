@@ -21,7 +21,7 @@ def state(step, main=True):
 
 def begun(main=True):
     """Hooks of a run that has begun."""
-    options = SimpleNamespace(keep_best=False, patience=None, max_retain_rise=None)
+    options = SimpleNamespace(keep_best=False, patience=None)
     hooks = Hooks(Request(alone=True, speaks=False), options)
     hooks.on_train_begin(ARGS, state(0, main), None)
     return hooks

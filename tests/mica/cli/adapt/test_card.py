@@ -11,7 +11,7 @@ from tests.support.adapt_runs import working_in, write_adapter
 from tests.support.tiny_cli import logits, tiny_llama
 
 SUMMARY = {
-    **{"model": "owner/base-1B", "adapter": "/home/someone/runs/out", "merged": None, "dtype": "float32"},
+    **{"model": "owner/base-1B", "adapter": "/home/someone/runs/out", "dtype": "float32"},
     **{"device": "cpu", "processes": 2, "steps": 200, "training_tokens": 12345, "training_seconds": 3600.4},
     **{"adapter_step": 200, "stopped_by": None, "trained_embeddings": 0},
     **{"trained_parameters": 1000, "total_parameters": 2000000},
@@ -75,7 +75,6 @@ def test_names_of_the_hub(name, is_on_hub):
 def test_an_existing_folder_is_not_on_the_hub(tmp_path):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     with working_in(tmp_path):
-        assert hub_name("owner/name") is None
         assert card(SUMMARY | {"model": "owner/name"}).data.base_model is None
 
 

@@ -13,7 +13,7 @@ from mica.errors import UsageError
 from tests.support.tables import rows
 
 REQUIRED = ("--model", "m", "--text", "t", "--output", "o")
-YAML = "recipe: paper\nrank: 8\nseed: 1\nmerge: true\nlearning-rate: 1e-3\ntext: [a, b]\nalpha:\n"
+YAML = "recipe: paper\nrank: 8\nseed: 1\nexperts: true\nlearning-rate: 1e-3\ntext: [a, b]\nalpha:\n"
 ADAPTER = {"rank": 8, "alpha": 24, "target_modules": "q_proj", "dropout": 0.0, "train_embeddings": None}
 
 
@@ -42,7 +42,14 @@ def yaml_file(tmp_path):
         pytest.param(
             [],
             "",
-            {"steps": 100, "epochs": None, "alpha": 16, "learning_rate": 1e-3, "text": ["t"], "merge": False},
+            {
+                "steps": 100,
+                "epochs": None,
+                "alpha": 16,
+                "learning_rate": 1e-3,
+                "text": ["t"],
+                "experts": True,
+            },
             id="default",
         ),
         pytest.param(
@@ -53,9 +60,10 @@ def yaml_file(tmp_path):
             id="paper",
         ),
         pytest.param(
-            ["--seed", 2, "--no-merge"],
+            ["--seed", 2, "--no-experts"],
             YAML,
-            {"rank": 8, "seed": 2, "merge": False, "text": ["t"], "learning_rate": 1e-3, "dropout": 0.05},
+            {"rank": 8, "seed": 2, "experts": False, "text": ["t"]}
+            | {"learning_rate": 1e-3, "dropout": 0.05},
             id="yaml",
         ),
         pytest.param(["--steps", 7], "epochs: 3", {"steps": 7, "epochs": None}, id="steps"),
@@ -83,10 +91,10 @@ rank: [3, 4] => rank must be one value, not \['3', '4'\]$
 ? [a]|: b => is not YAML: .* unhashable key
 rank: true => argument --rank: must be a whole number at least 1 .*, not 'true'
 seed: 1:30 => argument --seed: must be a whole number at least 0 .*, not '1:30'
-packing: document => argument --packing: invalid choice.*; did you mean documents\?$
+packing: document => argument --packing: invalid choice: 'document' \(choose from
 text: [[a]] => text must be one value or a list of them, not \['a'\]
 resume: true => --resume belongs on the command line
-merge: 3 => merge must be true or false, not 3
+experts: yes => experts must be true or false, not yes
 - rank => must be a mapping of options to values
 a: { => is not YAML:
 NONE => cannot be read
@@ -103,10 +111,10 @@ def test_bad_yaml(text, message, yaml_file, tmp_path):
 
 
 def test_yaml_is_read_as_the_command_line_is(yaml_file):
-    lines = "rank: 010\nalpha: 1_000\nmerge: yes\nexperts: off\ntext_field: no\ntext: [a, -b]\npatience: ~\n"
+    lines = "rank: 010\nalpha: 1_000\nexperts: False\ntext_field: no\ntext: [a, -b]\npatience: ~\n"
     lines += 'dataset_config: 2026-01-01\noptimizer: &x "\\ud83d"\nseed: !!int 3\nsteps: null\n'
     args = config.resolve(given("--model", "m", "--output", "o", "--config", yaml_file(lines))).args
-    assert (args.rank, args.alpha, args.merge, args.experts) == (10, 1000, True, False)
+    assert (args.rank, args.alpha, args.experts) == (10, 1000, False)
     assert (args.text_field, args.text, args.patience) == ("no", ["a", "-b"], None)
     assert (args.dataset_config, args.optimizer, args.seed, args.steps) == ("2026-01-01", "\ud83d", 3, 100)
 
@@ -132,8 +140,7 @@ def test_resume_needs_no_more_than_the_folder():
 --held-out 0.1 --held-out-text a => --held-out and --held-out-text: use only one
 --scheduler constant --warmup-ratio 0.1 => --warmup-ratio: scheduler 'constant' has no warmup; use
 --keep-best => --keep-best: needs --eval-steps
---max-retain-rise 5 => --max-retain-rise: needs --eval-steps and --retain
---max-retain-rise 5 --eval-steps 1 => --max-retain-rise: needs --retain
+--patience 5 => --patience: needs --eval-steps
 """),
 )
 def test_options_that_go_together(argv, message):
@@ -146,7 +153,6 @@ def test_options_that_go_together(argv, message):
     rows("""
  => None
 --patience 2 => True
---max-retain-rise 5 --retain r => True
 --patience 2 --no-keep-best => False
 """),
 )
@@ -168,7 +174,7 @@ def run_folder(tmp_path):
     output = tmp_path / "out"
     output.mkdir()
     arguments = ["--model", "m", "--text", tmp_path / "corpus.txt", "--output", output, "--recipe", "paper"]
-    settings = config.resolve(given(*arguments, "--learning-rate", "1e-5", "--seed", 5, "--merge"))
+    settings = config.resolve(given(*arguments, "--learning-rate", "1e-5", "--seed", 5, "--experts"))
     write(settings, output)
     return output, settings
 
@@ -202,9 +208,9 @@ def test_any_name_is_in_run_yaml_what_it_was(tmp_path, name):
 
 def test_resume_allows_what_leaves_training_alone(run_folder, tmp_path):
     moved = run_folder[0].rename(tmp_path / "moved")
-    argv = ["--save-steps", 3, "--no-merge", "--eval-steps", 2, "--patience", 3]
+    argv = ["--save-steps", 3, "--eval-steps", 2, "--patience", 3]
     args = config.resolve(given("--output", moved, "--resume", *argv)).args
-    assert (args.save_steps, args.merge, args.seed, args.patience) == (3, False, 5, 3)
+    assert (args.save_steps, args.seed, args.patience) == (3, 5, 3)
 
 
 def test_the_adapter_s_values_hold(tmp_path, monkeypatch):

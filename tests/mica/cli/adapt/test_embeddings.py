@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,14 @@ from transformers import AutoModelForCausalLM
 from mica.cli.adapt import adapter, embeddings, result
 from mica.errors import UsageError
 from tests.support.adapt_runs import (
-    Process,
-    fresh_state,  # noqa: F401 (a fixture)
-    run,
-    run_sharded,
-    same,
+    adapter_settings as settings,
+)
+from tests.support.adapt_runs import (
+    edit_json,
     saved,
     summary,
     weights,
     whole_embeddings,
-)
-from tests.support.adapt_runs import (
-    adapter_settings as settings,
 )
 from tests.support.tables import rows
 from tests.support.tiny_cli import adapt, logits, tiny_llama
@@ -49,39 +44,14 @@ def test_the_trainer_takes_both_rates(text_file, tmp_path):
         embeddings.separate(without, model, 0.1, "some")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_ddp_and_fsdp2_learn_as_one_and_resume_to_the_bit(kind, tmp_path):
-    """The last checkpoint follows an evaluation, which leaves the output layer unsharded."""
-    options = {"dtype": "float32", "steps": 4, "save_steps": 2, "eval_steps": 2, "batch_size": 2, **DEFAULT}
-    run(settings(output=tmp_path / "alone", **options | {"batch_size": 4}))
-    started = Process(run, settings(output=tmp_path / "ddp", **options), count=2, folder=tmp_path)
-    assert started.join() == [0, 0], started.errors()
-    for output, resumed in (("one", False), ("two", True)):
-        args = settings(output=tmp_path / output, resume=resumed, **options)
-        started = Process(run_sharded, kind, args, count=2, folder=tmp_path)
-        assert started.join() == [0, 0], started.errors()
-        if not resumed:
-            shutil.copytree(tmp_path / "one", tmp_path / "two")
-            shutil.rmtree(tmp_path / "two" / "checkpoint-4")
-            (tmp_path / "two" / "adapter_model.safetensors").unlink()
-    assert same(weights(tmp_path / "one"), weights(tmp_path / "two"))
-    alone = whole_embeddings(tmp_path / "alone")
-    for name, module in embeddings.find(tiny_llama()).items():
-        moved = (alone[name] - module.weight).abs().mean()
-        for other in ("ddp", "one"):
-            assert (alone[name] - whole_embeddings(tmp_path / other)[name]).abs().mean() < 1e-3 * moved
-
-
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_over_a_quantised_base(kind, text_file, tmp_path):
     pytest.importorskip("bitsandbytes")
     base = saved(tiny_llama(), tmp_path / "base")
-    options = ["--train-embeddings", "--quantize", kind, "--dtype", "float32", "--merge"]
+    options = ["--train-embeddings", "--quantize", kind, "--dtype", "float32"]
     assert adapt(base, text_file, tmp_path / "out", *options) == 0
-    merged, trained = weights(tmp_path / "out" / "merged", "model"), whole_embeddings(tmp_path / "out")
+    trained = whole_embeddings(tmp_path / "out")
     for name, module in embeddings.find(tiny_llama()).items():
-        assert torch.equal(merged[f"{name}.weight"], trained[name])
         assert not torch.equal(trained[name], module.weight)
 
 
@@ -115,8 +85,7 @@ def test_embeddings_that_cannot_be_trained():
 )
 def test_adapters_of_other_modules(changes, model, message, tmp_path):
     result.save(adapter.start(tiny_llama(), settings(**DEFAULT)), None, tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | json.loads(changes)))
+    edit_json(tmp_path / "adapter_config.json", **json.loads(changes))
     with pytest.raises(UsageError, match=f"--adapter {re.escape(str(tmp_path))}: .*{message}"):
         adapter.check(tiny_llama(**json.loads(model)), settings(adapter=tmp_path, **DEFAULT))
 

@@ -29,29 +29,22 @@ def by_hand(model, documents):
     return total, count
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_perplexity_by_hand(batch_size, monkeypatch):
+@pytest.mark.parametrize(("batch_size", "documents"), [(1, False), (2, False), (5, False), (3, True)])
+def test_perplexity_by_hand(batch_size, documents, monkeypatch):
+    """With ``documents`` there are two in a block, and the first token of neither is predicted."""
     monkeypatch.setattr(evaluation, "_SLICE", 257 * 7)  # 7 rows of logits at a time, and a rest
     model = tiny_llama()
-    data = blocks(3, 0, documents=False, length=16)
-    total, count = by_hand(model, [block["input_ids"] for block in data])
+    data = blocks(4, 0, documents=documents, length=16)
+    texts = []
+    for block in data:
+        cut = int((block["labels"] == -100).nonzero()[-1]) if documents else 16
+        texts += [part for part in (block["input_ids"][:cut], block["input_ids"][cut:]) if len(part)]
+    total, count = by_hand(model, texts)  # with position_ids attention stays within a document
     model.train()
     score = likelihood(model, data, batch_size)
     assert score.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
-    assert score.tokens == count == 45
+    assert score.tokens == count == 4 * (14 if documents else 15)
     assert model.training
-
-
-def test_the_first_token_of_a_document_is_not_predicted():
-    model = tiny_llama()
-    data = blocks(4, 0, documents=True, length=16)
-    cuts = [int((block["labels"] == -100).nonzero()[-1]) for block in data]
-    ids = [block["input_ids"] for block in data]
-    documents = [part for row, cut in zip(ids, cuts, strict=True) for part in (row[:cut], row[cut:])]
-    total, count = by_hand(model, documents)  # with position_ids attention stays within a document
-    score = likelihood(model, data, 3)
-    assert score.tokens == count == 4 * 14
-    assert score.nll == pytest.approx(total, rel=1e-6)
 
 
 def test_perplexity_takes_the_loss_in_fp32():

@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-import torch
 
 from mica.cli import main
 from tests.support.adapt_runs import (
@@ -26,10 +25,9 @@ def base(tmp_path):
 def test_over_a_quantised_base(base, text_file, tmp_path):
     """Quantised are the layers; stacks of experts and routers stay as they are."""
     output = tmp_path / "out"
-    assert adapt(base, text_file, output, "--quantize", "nf4", "--dtype", "float32", "--merge") == 0
+    assert adapt(base, text_file, output, "--quantize", "nf4", "--dtype", "float32") == 0
     assert summary(output)["perplexity_after"] < summary(output)["perplexity_before"]
-    before, after = (weights(folder, "model") for folder in (base, output / "merged"))
-    assert not [name for name in before if ".gate." in name and not torch.equal(before[name], after[name])]
+    assert not [name for name in weights(output) if ".gate." in name]
 
 
 def test_inspect_lists_stacks_and_no_router(base, tmp_path):
@@ -46,7 +44,6 @@ def test_inspect_lists_stacks_and_no_router(base, tmp_path):
     [
         ("--dropout 0.1", "--dropout 0.1: PEFT has no dropout for parameters such as model.layers.0.mlp.e"),
         ("--target-modules q_proj,gate --rank 7", "--rank 7: .*gate.weight has 6 x 32 weights, so at most 6"),
-        ("--target-modules q_proj,experts.up_proj", "no layer of the model is called 'experts.up_proj'"),
     ],
 )
 def test_refused_before_training(options, message, base, text_file, tmp_path, capsys):

@@ -1,22 +1,17 @@
 """The same model has the same fingerprint wherever it lies, another one does not, and little is read."""
 
-import json
 import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from mica.cli.adapt import fingerprint
+from tests.support.adapt_runs import edit_json
 from tests.support.tiny_cli import tiny_llama
 
 
 def of(folder) -> str | None:
     return fingerprint.of(str(folder))
-
-
-def change_config(folder, **values) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def change_weight(path, name: str) -> None:
@@ -28,13 +23,13 @@ def test_a_copy_is_the_same_and_every_change_another(model_dir, tmp_path):
     copy = shutil.copytree(model_dir, tmp_path / "copy")
     (copy / "model.safetensors").touch()
     (copy / "adapter_model.safetensors").write_bytes(b"no part of the model")
-    change_config(copy, transformers_version="4.0", _name_or_path="x")
+    edit_json(copy / "config.json", transformers_version="4.0", _name_or_path="x")
     assert of(copy) == of(model_dir)
     found, names = {of(copy)}, load_file(copy / "model.safetensors")
     for name in names:
         change_weight(copy / "model.safetensors", name)
         found.add(of(copy))
-    change_config(copy, rms_norm_eps=0.1)
+    edit_json(copy / "config.json", rms_norm_eps=0.1)
     assert len(found | {of(copy)}) == 1 + len(names) + 1
 
 

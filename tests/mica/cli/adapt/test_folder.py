@@ -4,17 +4,15 @@ import argparse
 
 import pytest
 
-from mica.cli import output
 from mica.cli.adapt import folder
-from mica.cli.output import SCRATCH
-from mica.cli.record import NAME, Record
+from mica.cli.record import NAME
 from mica.errors import UsageError
 
 NOT_EMPTY = "is not empty: choose another folder"
 
 
-def check(path, resume=False, merge=False):
-    folder.check(argparse.Namespace(output=path, resume=resume, merge=merge))
+def check(path, resume=False):
+    folder.check(argparse.Namespace(output=path, resume=resume))
 
 
 def put(path, content=""):
@@ -58,16 +56,3 @@ def test_resume_of_nothing(tmp_path):
     for path in (tmp_path / "no", tmp_path):
         with pytest.raises(UsageError, match=f"^--resume: nothing to continue in {path}: there is no run"):
             check(path, resume=True)
-
-
-def test_a_merged_model_is_replaced_by_its_own_run_only(tmp_path):
-    put(tmp_path / "run.yaml", folder.HEADER)
-    put(tmp_path / "merged" / "model.safetensors")
-    check(tmp_path, resume=True)
-    with pytest.raises(UsageError, match=f"^--merge {tmp_path}/merged: is not empty: move it away"):
-        check(tmp_path, resume=True, merge=True)
-    (tmp_path / "merged" / SCRATCH).mkdir()  # half of it
-    check(tmp_path, resume=True, merge=True)
-    (tmp_path / "merged" / SCRATCH).rmdir()
-    output.write_text("--merge", tmp_path / "merged" / "config.json", "{}", Record(tmp_path))  # the run's
-    check(tmp_path, resume=True, merge=True)

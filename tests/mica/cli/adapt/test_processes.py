@@ -154,19 +154,21 @@ def test_all_stop_at_the_same_step_and_the_best_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_fsdp2(tmp_path, kind):
-    args = settings(tmp_path / "out", batch_size=2, dropout=0.0)
+@pytest.mark.parametrize("more", [{}, {"train_embeddings": True, "embedding_learning_rate": 1e-3}])
+def test_fsdp2(tmp_path, kind, more):
+    """The last checkpoint follows an evaluation, which leaves the output layer unsharded."""
+    args = settings(tmp_path / "out", batch_size=2, dropout=0.0, eval_steps=5, **more)
     whole = two(run_sharded, kind, args, folder=tmp_path).results()[0]
     assert checkpoints.facts(args.output / "checkpoint-10")["engine"] == "FSDP"
-    alone = run(settings(tmp_path / "one", dropout=0.0))
-    assert dict(losses(whole)) == pytest.approx(dict(losses(alone)), rel=1e-6)
+    alone = run(settings(tmp_path / "one", dropout=0.0, eval_steps=5, **more))
+    assert dict(losses(whole)) == pytest.approx(dict(losses(alone)), rel=1e-4 if more else 1e-6)
     adapter = weights(args.output)
     shapes = [{name: w.shape for name, w in found.items()} for found in (adapter, weights(tmp_path / "one"))]
     assert shapes[0] == shapes[1]
     loaded, expected = (
         logits(PeftModel.from_pretrained(tiny_llama(), folder)) for folder in (args.output, tmp_path / "one")
     )
-    torch.testing.assert_close(loaded, expected)
+    torch.testing.assert_close(loaded, expected, **({"rtol": 1e-3, "atol": 1e-3} if more else {}))
 
     shutil.rmtree(args.output / "checkpoint-10")  # as if the run had been killed before it
     args.resume = True

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 import mica
 from mica.cli import main
 from mica.cli.adapt.options import OPTIONS
-from tests.support.adapt_runs import saved
+from tests.support.adapt_runs import edit_json, saved
 from tests.support.tables import rows
 from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, tiny_llama
 
@@ -118,9 +118,9 @@ NOT_CAUSAL = "not a causal language model"
     ("name", "make", "message", "quiet"),
     [
         ("fake.gguf", lambda path: path.write_bytes(b"not a GGUF file" * 100), "", True),
-        ("empty", Path.mkdir, "", True),
+        ("empty", Path.mkdir, "is not a checkpoint: it has no config.json", True),
         ("some.txt", lambda path: path.write_text(TEXT), "", True),
-        ("broken", broken_weights, "", False),
+        ("broken", broken_weights, "its weights cannot be read: ", False),
         ("pickled", pickled_weights, "", False),
         ("t5", tiny_t5, NOT_CAUSAL, True),
         ("bert", tiny_bert, NOT_CAUSAL, True),
@@ -161,8 +161,7 @@ def remote_code(tmp_path, monkeypatch):
     """A checkpoint whose classes are Python files in its folder; importing them leaves a mark."""
     folder = saved(tiny_llama(), tmp_path / "remote")
     own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own-llama", "auto_map": own}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_json(folder / "config.json", model_type="own-llama", auto_map=own)
     (folder / "own.py").write_text(
         "from pathlib import Path\n"
         "from transformers import LlamaConfig, LlamaForCausalLM\n"

@@ -1,14 +1,12 @@
 """What the files of an adapter say, and which of them are refused, in one line."""
 
-import json
-
 import pytest
 from safetensors.torch import load_file, save_file
 
 from mica.cli.adapt import saved_adapter
 from mica.cli.adapt.saved_adapter import CONFIG, WEIGHTS
 from mica.errors import UsageError
-from tests.support.adapt_runs import write_adapter
+from tests.support.adapt_runs import edit_json, write_adapter
 from tests.support.tables import rows
 
 
@@ -19,19 +17,14 @@ def folder(tmp_path):
     return tmp_path / "adapter"
 
 
-def change(folder, **values):
-    path = folder / CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 def test_settings_of_an_adapter(folder):
     expected = {"rank": 4, "alpha": 8, "target_modules": "down_proj,q_proj", "experts": None, "dropout": 0.0}
     expected["train_embeddings"] = None
     assert saved_adapter.read(folder).settings() == expected
-    change(folder, target_modules=r".*layers\.1.*(q_proj|down_proj)")
+    edit_json(folder / CONFIG, target_modules=r".*layers\.1.*(q_proj|down_proj)")
     names = saved_adapter.read(folder).settings()["target_modules"]
     assert names.split(",")[0] == "model.layers.0.mlp.down_proj"  # what has weights, whatever the pattern
-    change(folder, rank_pattern={"q_proj": 4})
+    edit_json(folder / CONFIG, rank_pattern={"q_proj": 4})
     with pytest.raises(UsageError, match=r"^--adapter .*different ranks"):
         saved_adapter.read(folder).settings()
 
@@ -60,7 +53,7 @@ def test_no_mica_adapter(content, message, folder):
 @pytest.mark.parametrize("name", ["r", "lora_alpha"])
 @pytest.mark.parametrize("value", ["x", None, 0, [4]])
 def test_a_value_that_is_no_number(name, value, folder):
-    change(folder, **{name: value})
+    edit_json(folder / CONFIG, **{name: value})
     with pytest.raises(
         UsageError, match=f"^--adapter {folder}: adapter_config.json: {name} must be a number"
     ):

@@ -146,7 +146,7 @@ def test_the_column(tmp_path, row, field, expected):
         ("a.csv", "n,text\n1,a\n2\n", ["a", ""]),
         ("a.csv", 'id;text\n1;"a;b"\n2;c, d\n', ["a;b", "c, d"]),
         ("a.csv", '"id"\t"text"\n1\ta,b\n', ["a,b"]),
-        ("a.csv", ",0\n0,a b\n1,c\n", ["a b", "c"]),  # pandas writes a series so
+        ("a.csv", ",text\n0,a b\n1,c\n", ["a b", "c"]),  # pandas writes a series so
         ("a.jsonl", '{}\n{"id": "x"}\n{"id": "y", "text": "a"}\n', ["", "", "a"]),
         ("a.jsonl", '{"text": "a"}\n' * 1000 + '{"new": 1}\n', ["a"] * 1000 + [""]),
         ("a.jsonl", '{"text": "a", "m": null}\n\n{"m": {"x": [1]}, "text": "b"}\n{"n": 1}\n', ["a", "b", ""]),
@@ -163,8 +163,7 @@ a.jsonl => {"text": "a"}\n{"text": "b"\n =>  => cannot be read: line 2 is not JS
 a.jsonl => {"text": "a"}\n{"text": 3}\n =>  => column 'text' must have strings only
 a.jsonl => {"text": "a"}\n{"text": "\xff"}\n =>  => cannot be read: 'utf-8' codec can't decode byte
 a.jsonl => \n{"text": "a"}\n{"text": "a\\ud83d"}\n =>  => cannot be read: 'utf-8' codec can't encode character '\ud83d' in position 1
-a.csv => 1,First text.\n2,And so on\n =>  => line 1 must name the columns, but has 'First text.': put a line above it, like 'text', or use
-a.csv => It was a dark night\nand so on\n =>  => line 1 must name the columns, but has 'It was a
+a.csv => 1,First text.\n2,And so on\n =>  => has no column 'text', only 1, First text. (by its line 1): name one with --text-field
 a.jsonl => ["b"]\n =>  => cannot be read: every row must be an object, not str
 a.jsonl => {"a": "", "b": ""}\n =>  => has no column 'text', only a, b: name one with --text-field
 a.jsonl => {"title": "a"}\n => body => has no column 'body', only title: name one with --text-field

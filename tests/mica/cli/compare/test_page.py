@@ -2,8 +2,6 @@
 
 import math
 
-import pytest
-
 from mica.cli.compare import page, picture
 from tests.mica.cli.compare.comparisons import LOSS, WORLD, World, comparison, simulate
 
@@ -39,15 +37,6 @@ def test_each_method_has_a_row_of_means_and_one_a_seed():
     assert f"test perplexity (before: {math.exp(LOSS):.2f})" in page.table(asked)
 
 
-@pytest.mark.parametrize("forgets", [-0.1, 0.0, 5.0])
-def test_forgetting_is_a_number_and_decides_nothing(forgets):
-    """Learned is the same however much was forgotten."""
-    asked = done(World(forgets=lambda *at: forgets))
-    rows = cells(page.table(asked), "full fine-tuning")
-    assert {row[5] for row in rows} == {f"{forgets:.3f}"}
-    assert [row[4] for row in rows] == [row[4] for row in cells(page.table(done()), "full fine-tuning")]
-
-
 def test_how_far_seeds_and_documents_vary_is_said():
     learned, forgotten, caution = page.spread(done(World(between_seeds=0.02)))
     seeds = [found.each[:, 0] for found in done(World(between_seeds=0.02)).found().values()]
@@ -79,8 +68,7 @@ def test_how_the_trainings_were_is_on_the_page():
     assert "mica adapt" not in page.markdown(done(names=("lora",)), FACTS)
 
 
-@pytest.mark.parametrize("planted", [{}, {"seeds": 1, "rates": (1e-3,)}])
-def test_the_picture_labels_methods_and_rates(tmp_path, planted, monkeypatch):
+def test_the_picture_labels_methods_and_rates(tmp_path, monkeypatch):
     drawn = []
     savefig = picture.Figure.savefig
 
@@ -89,7 +77,7 @@ def test_the_picture_labels_methods_and_rates(tmp_path, planted, monkeypatch):
         return savefig(figure, *args, **more)
 
     monkeypatch.setattr(picture.Figure, "savefig", saved)
-    asked = done(**planted)
+    asked = done()
     picture.trade_off(asked.found(), tmp_path / "x.png")
     (axes,) = drawn[0].axes
     rates = [f"{rate:g}" for rates in asked.rates.values() for rate in rates]
