@@ -20,8 +20,8 @@ import datasets.config
 import torch
 from transformers import Trainer
 
-from mica.cli import main, transfer  # noqa: F401 (imported before the fork)
-from mica.cli.adapt import curve, session  # noqa: F401 (the same)
+from mica.cli import main
+from mica.cli.adapt import curve, session  # noqa: F401 (imported before the fork)
 from tests.support.server import SERVER
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "shutil.rmtree")
