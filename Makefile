@@ -7,7 +7,7 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 PYTEST := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-full test-other-cpu test-slow test-smoke test-all test-frameworks test-deepspeed nightly weekly lint dist static emulate mutants fuzz kills conformance bench gpu gpu-dry-run clean
+.PHONY: demo test test-full test-other-cpu test-slow test-smoke test-all test-frameworks test-deepspeed nightly weekly lint dist static emulate mutants fuzz conformance bench gpu gpu-dry-run clean
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -88,10 +88,6 @@ mutants: $(READY)
 # Random sequences of actions, with the backend and with stock PEFT; ARGS='--minutes 60 --processes 2'
 fuzz: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m tests.fuzz $(ARGS)
-
-# Kills runs, two in one folder among them, and transfers, 100 times at random: is anything lost?
-kills: $(READY)
-	OMP_WAIT_POLICY=passive $(RUN) -m tests.kills $(ARGS)
 
 # PEFT's own tests with and without the backend, for the installed PEFT and the oldest supported one
 conformance: $(READY)

@@ -63,7 +63,6 @@ def cases(target: str) -> Iterator[Case]:
     yield from _routes()
     yield from _splits()
     yield from _of_lora_b()
-    yield from _far()
     yield from _x_first()
     yield from _configurations(target)
 
@@ -133,16 +132,6 @@ def _of_lora_b() -> Iterator[Case]:
             own = {"side": "B", "rank": rank, "width": width}
             yield Case("grad_a", name, own | {"tokens": tokens}, name == "bf16")
             yield Case("grad_a of experts", name, own, name == "bf16" and rank == 5)
-
-
-def _far() -> Iterator[Case]:
-    """Offsets beyond 32 bits."""
-    for width in (64, 70):
-        own = {"tokens": 3, "width": width, "rank": 5, "layout": "far"}
-        for kernel in DENSE:
-            side = {"side": "B"} if kernel != "grad_a" else {}
-            yield Case(kernel, "bf16", own | side, width == 70)
-        yield Case("fused_linear", "bf16", own | {"out_features": 3}, width == 70)
 
 
 def _x_first() -> Iterator[Case]:

@@ -24,7 +24,6 @@ from tests.emulator.memory import Buffer, Memory
 from tests.emulator.program import FaultError, Program, parse
 from tests.support.no_launch import NoLaunchDriver
 
-FAR = 2**28  # bytes of a storage from which on only its rows are mapped
 settings = SimpleNamespace(order="forward", seed=0)
 statistics = SimpleNamespace(launches=0, by_kept_plans=0, instructions=0)
 programs: dict[bytes, Program] = {}  # by their PTX
@@ -36,15 +35,6 @@ def memory_of(named: dict[str, torch.Tensor], outputs: Sequence[str]) -> Memory:
     memory, buffers = Memory(), {}
     for name, tensor in named.items():
         storage, size = tensor.untyped_storage(), tensor.element_size()
-        if storage.nbytes() > FAR and tensor.dim() > 1:
-            for row in tensor if tensor.stride(-1) == 1 else tensor.transpose(-1, -2):
-                place = row.data_ptr()
-                if place not in buffers:
-                    buffers[place] = Buffer(name, place, row.numel() * size)
-                    buffers[place].readable[:] = True
-                assert row.is_contiguous()
-                buffers[place].writable |= name in outputs
-            continue
         if storage.data_ptr() not in buffers:
             buffers[storage.data_ptr()] = Buffer(name, storage.data_ptr(), storage.nbytes())
         if not tensor.numel():

@@ -6,7 +6,7 @@ import torch
 
 from tests.emulator.driver import settings
 from tests.support import expert_cases
-from tests.support.kernel_cases import far_apart, operand
+from tests.support.kernel_cases import operand
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ROUNDOFF = {F32: 2.0**-24, BF16: 2.0**-8, F16: 2.0**-11}
@@ -23,11 +23,8 @@ def matrix(rows, columns, dtype, layout="contiguous", scale=1.0):
     """A random one.
 
     layout: "contiguous"; "columns", the transpose of one; "odd", rows apart by an odd number and the first
-    one not aligned; "wide", rows apart and aligned; "shifted", contiguous, its address not aligned; "far",
-    more than 2^31 numbers from the first row to the third.
+    one not aligned; "wide", rows apart and aligned; "shifted", contiguous, its address not aligned.
     """
-    if layout == "far":
-        return far_apart(rows, columns, dtype)
     if layout in ("contiguous", "columns"):
         return operand(rows, columns, dtype, layout, scale)
     if layout == "odd":

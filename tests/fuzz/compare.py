@@ -76,10 +76,6 @@ def energy(out: torch.Tensor) -> torch.Tensor:
     return out.float().square().sum()
 
 
-def gradients(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-
-
 def furthest(results, exact) -> float:
     """The largest of the errors of all tensors in a result; gradients count together."""
     if isinstance(results, Tensor):

@@ -14,11 +14,10 @@ from tests.fuzz.actions import FLAG, INDEX, SEQUENCES, TALLY, action, any_of, pa
 from tests.fuzz.adapters import Adapters
 from tests.fuzz.calls import Calls
 from tests.fuzz.edits import Edits
-from tests.fuzz.layers import Layers
 from tests.fuzz.twins import factors, layers
 
 
-class Machine(Adapters, Calls, Layers, Edits):
+class Machine(Adapters, Calls, Edits):
     """All rules: those of the others, and the modes."""
 
     @precondition(lambda self: self.twins.is_mixture)

@@ -38,13 +38,12 @@ def test_interpreted_kernels_do_what_peft_does():
 
 
 def test_a_run_of_mica_adapt_that_is_broken_off_ends_as_the_unbroken_one():
-    drive(Runs, 2, 4)
+    drive(Runs, 4, 4)
 
 
 def test_no_action_is_dead():
     """Each of them did something in the sequences above."""
     if sum(count["tried"] for count in TALLY.values()) < 1000:
         pytest.skip("this test counts what those before it in this file did")
-    # whether a run has a checkpoint to be damaged is a matter of moments: `make fuzz` counts these
-    dead = {name for name, count in TALLY.items() if not count["effective"]} - {"damaged", "refused"}
+    dead = {name for name, count in TALLY.items() if not count["effective"]}
     assert not dead, f"{dead} never did anything:\n{tally()}"
