@@ -36,7 +36,8 @@ _ORDINARY = {"accelerate", "mica", "peft", "torch", "transformers"}
 def replaced_by(module: nn.Module) -> str | None:
     """Whose function is the module's forward, or one that its forward is to call; None if its own.
 
-    Wrapped in a decorator of anybody's, a module's own forward remains its own.
+    A known framework's name, else that of the function's module. Wrapped in a decorator of anybody's, a
+    module's own forward remains its own.
     """
     with suppress(Exception):  # attributes of foreign objects can do anything
         own = {cls.__module__.partition(".")[0] for cls in type(module).__mro__} | _ORDINARY
@@ -44,24 +45,15 @@ def replaced_by(module: nn.Module) -> str | None:
         calls = [value for name, value in attributes.items() if name.startswith("apply_") and callable(value)]
         for call in [attributes.get("forward", type(module).forward), *calls]:
             function = _innermost(call)
-            if home_of(function).partition(".")[0] not in own:
-                return owner_of(function)
+            home = home_of(function)
+            package = home.partition(".")[0]
+            if package in own:
+                continue
+            # unsloth_zoo compiles PEFT's forwards into modules named after the layer, "Linear_peft_forward"
+            if package.startswith("unsloth") or getattr(function, "__name__", "") == "unsloth_forward":
+                return "unsloth"
+            return package if package in REMEDIES else home
     return None
-
-
-def owner_of(function: Callable) -> str:
-    """The framework that the function belongs to, if it is a known one, else the name of its module."""
-    home = "other code"
-    with suppress(Exception):
-        function = _innermost(function)
-        home = home_of(function)
-        package = home.partition(".")[0]
-        # unsloth_zoo compiles PEFT's forwards into modules named after the layer, "Linear_peft_forward"
-        if package.startswith("unsloth") or getattr(function, "__name__", "") == "unsloth_forward":
-            return "unsloth"
-        if package in REMEDIES:
-            return package
-    return home
 
 
 def _innermost(call):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,12 +107,7 @@ def _unseen() -> Iterator[None]:
         call_counts.update(counts)
 
 
-class _Scratch(NamedTuple):
-    x: Tensor
-    operands: Operands
-
-
-def _scratch(kind: Kind, x: Tensor, operands: Operands) -> _Scratch:
+def _scratch(kind: Kind, x: Tensor, operands: Operands) -> tuple[Tensor, Operands]:
     """Random x, A and B, of which none is 0 as new factors are: a wrong update would not be seen."""
     generator = torch.Generator(x.device).manual_seed(0)
 
@@ -124,14 +118,17 @@ def _scratch(kind: Kind, x: Tensor, operands: Operands) -> _Scratch:
     lora_A = normal(operands.lora_A, kind.in_features**-0.5).requires_grad_()
     lora_B = normal(operands.lora_B, kind.rank**-0.5).requires_grad_(kind.trains_B)
     own_x = normal(x, 1.0, offset=0 if kind.is_aligned else 1).requires_grad_()
-    return _Scratch(own_x, operands._replace(lora_A=lora_A, lora_B=lora_B, scaling=1.0))
+    return own_x, operands._replace(lora_A=lora_A, lora_B=lora_B, scaling=1.0)
 
 
 def _rounds(
-    kind: Kind, scratch: _Scratch, calls: dict[str, Call], leave_out: Callable[[str, Exception], None]
+    kind: Kind,
+    scratch: tuple[Tensor, Operands],
+    calls: dict[str, Call],
+    leave_out: Callable[[str, Exception], None],
 ) -> tuple[Rounds, Rounds]:
     """Those of the forward and of the backward."""
-    device = scratch.x.device
+    device = scratch[0].device
     synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     tolerance = max(tuning.TOLERANCES[dtype] for dtype in kind.dtypes[:2])
 

@@ -67,9 +67,7 @@ def kind_of(
 
 # Calls that run on the reference path from some moment on: device, function, rank and dtypes, as `decide`
 # takes them.
-Refused = tuple[torch.device, str, int, tuple[torch.dtype, ...]]
-_given_up: dict[Refused, str] = {}
-_missed: set[Refused] = set()
+_given_up: dict[tuple[torch.device, str, int, tuple[torch.dtype, ...]], str] = {}
 
 # The raw value of ``MICA_BACKEND``, None where it is unset, in 0.1 µs; only for comparisons.
 setting = runtime.raw_variable("MICA_BACKEND")
@@ -197,14 +195,11 @@ def give_up(
 def note_missed(
     device: torch.device, function: str, rank: int, dtypes: tuple[torch.dtype, ...], error: Exception
 ) -> None:
-    """Warn, once, that this function with such operands runs without kernels in a CUDA graph."""
-    missed = device, function, rank, dtypes
-    if missed not in _missed:
-        _missed.add(missed)
-        what = f"{function} at rank {rank} ({names_of(dtypes)})"
-        warnings.warn(
-            f"MiCA runs {what} on the reference path in a CUDA graph on {device}: {error}", stacklevel=2
-        )
+    """Warn that this function with such operands runs without kernels in a CUDA graph."""
+    what = f"{function} at rank {rank} ({names_of(dtypes)})"
+    warnings.warn(
+        f"MiCA runs {what} on the reference path in a CUDA graph on {device}: {error}", stacklevel=2
+    )
 
 
 def clear() -> None:
@@ -213,7 +208,6 @@ def clear() -> None:
     What was measured is read again from its file.
     """
     _given_up.clear()
-    _missed.clear()
     _choices.clear()
     tuning.clear()
     devices_without_kernels.clear()

@@ -75,13 +75,6 @@ def _unpacked_codes(weight: Tensor) -> tuple[Tensor, object]:
     return codes, state
 
 
-def _unpack(base: nn.Module) -> None:
-    """Undo the repacking in place, if there is any."""
-    if is_packed_for_cpu(base.weight):
-        base.weight.data, base.weight.quant_state = _unpacked_codes(base.weight)
-        base.quant_state = base.weight.quant_state
-
-
 def keep_unpacked(model: nn.Module) -> None:
     """Unpack all 4-bit layers of a model that is to be trained, and have bitsandbytes repack none of them.
 
@@ -89,16 +82,12 @@ def keep_unpacked(model: nn.Module) -> None:
     core 256 tokens take 1/5 to 1/13 of the time of repacked layers, a single token 4 to 6 times as long.
     """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            _unpack(module)
-            module.support_avx512bf16_for_cpu = False
-
-
-def mergeable(layer: nn.Module, dequantised: Tensor) -> Tensor:
-    """The weight to merge into: as PEFT has ``dequantised`` it, but for a repacked one, which it misreads."""
-    if not is_packed_for_cpu(getattr(layer.get_base_layer(), "weight", None)):
-        return dequantised
-    return kind_of(layer).dequantise(layer).detach()
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        if is_packed_for_cpu(module.weight):
+            module.weight.data, module.weight.quant_state = _unpacked_codes(module.weight)
+            module.quant_state = module.weight.quant_state
 
 
 def _bitsandbytes_8bit(layer) -> Tensor | None:

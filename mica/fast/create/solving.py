@@ -85,10 +85,8 @@ class NewAdapter:
     def materialise_tasks(self) -> list[Task]:
         """The matrices to solve: one for the whole B, or one for each expert of a stack, in their order."""
         weight = self.materialise_weight()
-        if not is_wrapper(self.layer):
-            return [Task(self.name, weight, self.rank)]
         if not is_stack(self.layer):
-            return [Task(self.name, weight[0], self.rank)]
+            return [Task(self.name, weight[0] if is_wrapper(self.layer) else weight, self.rank)]
         return [
             Task(f"{self.name} expert {expert}", matrix, self.rank) for expert, matrix in enumerate(weight)
         ]

@@ -151,9 +151,7 @@ def stats_of_merged(layer: lora.LoraLayer) -> MergeStats | None:
     records = vars(layer).get(RECORDS, {})
     undos = [records[adapter] for adapter in layer.merged_adapters if adapter in records]
     stats = [undo.stats for undo in undos if undo.period == _period]
-    if not stats:
-        return None
-    return sum_stats(stats)
+    return sum_stats(stats) if stats else None
 
 
 def pop_undo(layer, adapter: str) -> Undo | None:
@@ -330,8 +328,10 @@ def unmerge_from(layer, adapter: str, weight: Tensor, undo: Undo | None) -> None
     kept = None
     if undo is not None and undo.kept is not None and undo.kept.values.dtype == weight.dtype:
         kept = undo.kept.to(weight.device)
-    if undo is not None and undo.period != _period and not _is_as_merged(weight, kept):
-        undo = kept = None  # stock PEFT may have unmerged and merged it since
+    if undo is not None and undo.period != _period:
+        is_as_merged = kept is not None and torch.equal(row_checksums(weight), kept.checksums[:, 1])
+        if not is_as_merged:
+            undo = kept = None  # stock PEFT may have unmerged and merged it since
 
     if undo is None:
         update = _update_of(layer, adapter)
@@ -339,10 +339,6 @@ def unmerge_from(layer, adapter: str, weight: Tensor, undo: Undo | None) -> None
         update = undo.update
     if not unmerge_update(update.to(weight.device), weight, kept):
         _warn_of_inexact_unmerge(adapter, undo)
-
-
-def _is_as_merged(weight: Tensor, kept: Kept | None) -> bool:
-    return kept is not None and torch.equal(row_checksums(weight), kept.checksums[:, 1])
 
 
 def unmerge_update(update: Update, weight: Tensor, kept: Kept | None) -> bool:
@@ -408,7 +404,8 @@ def _add_to_dequantised(layer, adapter: str, weight: Tensor, sign: int) -> Tenso
 
     Stock's MiCA variant would round s·B·A to the dtype of W before that.
     """
-    weight = quantised.mergeable(layer, weight)
+    if quantised.is_packed_for_cpu(getattr(layer.get_base_layer(), "weight", None)):
+        weight = quantised.dequantise(layer, "the layer")  # which PEFT misreads
     return weight + sign * layer.get_delta_weight(adapter).to(weight.device)
 
 

@@ -51,15 +51,11 @@ def merge_report(model: nn.Module) -> MergeReport:
             if kind is not None:
                 report.unmeasured[name] = kind
             if stats is not None:
-                report.layers[_reported_name(name, weight)] = stats
+                shown = name
+                if weight != "weight":  # of several that may be adapted
+                    shown = f"{name.replace('.base_layer', '')}.{weight}"
+                report.layers[shown] = stats
     return report
-
-
-def _reported_name(layer: str, weight: str) -> str:
-    """The layer's name, with that of the weight where it may have several that are adapted."""
-    if weight == "weight":
-        return layer
-    return f"{layer.replace('.base_layer', '')}.{weight}"
 
 
 def kind_merged_into(module: nn.Module) -> str | None:

@@ -19,6 +19,12 @@ def test_without_gradients_no_operand_must_be_frozen():
         mica_linear(*operands, 1.0, p.bias.requires_grad_())
 
 
+def test_x_and_the_factors_may_be_trained():
+    p = problem((3,), 4, 5, 2, torch.float32)
+    x, lora_A, lora_B = (t.requires_grad_() for t in (p.x, p.lora_A, p.lora_B))
+    assert mica_linear(x, p.weight, lora_A, lora_B).requires_grad
+
+
 def operands_of_experts():
     operands = vars(expert_cases.problem("one each", 5, 4, 2, torch.float32))
     return {name: operands[name] for name in ("x", "offsets", "weight", "lora_A", "lora_B", "bias")}

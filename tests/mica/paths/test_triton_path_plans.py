@@ -127,7 +127,7 @@ def test_a_kernel_that_a_capture_cannot_load_is_missed_once(
     choose_form("split")
     ops.call_counts.clear()
     with monkeypatch.context() as capture, warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
+        warnings.simplefilter("default")
         capture.setattr(launching, "is_capturing", lambda device: True)
         capture.setattr(launching.Launch, "_is_loaded", lambda launch: launch.kernel.__name__ != kernel)
         for _ in range(2):
