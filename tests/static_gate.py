@@ -9,14 +9,13 @@ Where `grad_a` multiplies x first, its main loop has products of four warps and 
 AMD's targets, with 16-bit products: it compiles; no scratch memory; matrix instructions are there; shared
 memory under the limit. These kernels are never launched.
 
-One table has a line a kernel and target, another one the default configurations of a layer. The launches are
-those that the launchers plan, on tensors without memory. Compiled kernels are kept in Triton's own cache,
+The table has a line a kernel and target. The launches are those that the launchers plan, on tensors without
+memory. Compiled kernels are kept in Triton's own cache,
 findings beside them: only a first run is slow.
 """
 
 import argparse
 import json
-import math
 import os
 import re
 import subprocess
@@ -24,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,7 +36,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mica.kernels import configs
-from tests.support.occupancy import DEVICES, programs_at_once, waves
 from tests.support.static_cases import AMD, TARGETS, Case, cases
 
 VERSION = 6  # of what is looked for: raise it, and kept findings are made anew
@@ -67,9 +64,6 @@ class Examined:
     target: str
     kernel: str
     label: str
-    place: tuple[str, int] | None
-    programs: int
-    num_warps: int
     key: str  # of the finding, "" for one that is not kept
     finding: Finding
 
@@ -217,32 +211,9 @@ def examine_part(target: str, start: int, step: int, is_quick: bool, kept: dict)
     """Every ``step``-th case of one target."""
     found = []
     for case in [case for case in cases(target) if case.is_quick or not is_quick][start::step]:
-        programs, num_warps = math.prod(case.launch.grid), case.launch.num_warps
         key, finding = examine(target, case, kept)
-        one = Examined(target, case.kernel, case.label, case.place, programs, num_warps, key, finding)
-        found.append(one)
+        found.append(Examined(target, case.kernel, case.label, key, finding))
     return found
-
-
-def default_configurations(target: str, found: list[Examined]) -> Iterator[str]:
-    """The lines of a table: a layer's kernels by rank."""
-    device = DEVICES[target]
-    cells = {}
-    for one in found:
-        if one.place and not one.finding.faults:
-            registers, shared = one.finding.registers, one.finding.shared
-            at_once = programs_at_once(device, registers, shared, one.num_warps)
-            number = waves(device, one.programs, at_once)
-            cells[one.place] = f"{registers:>3} {shared / 1024:>3.0f} {at_once:>2} {number:>5.2f}"
-    if not cells:
-        return
-    ranks = sorted({rank for _, rank in cells})
-    yield ""
-    yield f"default configurations of a bf16 layer with fp32 adapters, 8192 x 4096, {target} ({device.name}):"
-    yield "registers, shared KiB, and modelled: programs per multiprocessor, waves"
-    yield " ".join([" " * 17, *(f"{f'rank {rank}':>18}" for rank in ranks)])
-    for name in sorted({name for name, _ in cells}):
-        yield " ".join([f"{name:17}", *(f"{cells.get((name, rank), '-'):>18}" for rank in ranks)])
 
 
 def main() -> int:
@@ -288,9 +259,6 @@ def main() -> int:
     print(f"{len(found)} compilations, {len(bad)} at fault, {seconds:.0f} s, triton {triton.__version__}")
     for one in bad:
         print(f"{one.target} {one.kernel} {one.label}: {'; '.join(one.finding.faults)}")
-    for target in DEVICES:
-        for line in default_configurations(target, [one for one in found if one.target == target]):
-            print(line)
     return 1 if bad or not found else 0
 
 

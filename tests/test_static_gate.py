@@ -7,7 +7,6 @@ import sys
 
 import pytest
 
-from tests.support.occupancy import DEVICES, programs_at_once
 from tests.support.processes import ROOT, outside, start
 
 SCRIPT = """
@@ -93,25 +92,11 @@ def test_a_good_launch_passes(faults, case):
 
 
 def test_the_page_shows_the_latest_table():
-    """Registers and waves in kernels/README.md are lines of the committed result."""
+    """Registers and shared memory in kernels/README.md are lines of the committed result."""
     page = (ROOT / "kernels/README.md").read_text()
     (shown,) = re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
     (path,) = re.findall(r"\(\.\./(bench/results/static/triton-[\d.]+txt)\)", page)
-    assert shown in (ROOT / path).read_text()
-
-
-@pytest.mark.parametrize(
-    ("registers", "shared_kib", "num_warps", "expected"),
-    [
-        (128, 0, 8, 2),  # registers
-        (57, 0, 4, 8),  # registers, which a warp gets 256 at a time
-        (32, 96, 4, 2),  # shared memory
-        (16, 0, 8, 8),  # threads
-        (16, 0, 1, 32),  # programs
-    ],
-)
-def test_programs_at_once_are_limited_by_what_is_scarcest(registers, shared_kib, num_warps, expected):
-    assert programs_at_once(DEVICES["sm_90"], registers, shared_kib * 1024, num_warps) == expected
+    assert set(shown.splitlines()) <= set((ROOT / path).read_text().splitlines())
 
 
 def test_it_does_not_pretend_to_compile_interpreted_kernels():

@@ -11,7 +11,6 @@ from mica.kernels.fused_linear import fused_linear
 from mica.kernels.grad_a import grad_a
 from mica.kernels.launching import Launch, PlannedCall
 from mica.kernels.up_projection import up_projection_
-from mica.paths.triton_path import WIDE_RANK
 
 TARGETS = tuple(configs.SHARED_MEMORY)
 AMD = tuple(target for target in TARGETS if target.startswith("gfx"))  # 16-bit products only
@@ -40,7 +39,6 @@ class Case:
     few_loads: int = 4  # how many loads of any width a kernel without a main loop may have (seed, h)
     # Whether it was chosen for products of four warps, whose operands are loaded asynchronously
     is_asynchronous: bool = False
-    place: tuple[str, int] | None = None  # in the table of a layer's default configurations: its row, rank
     is_quick: bool = True
 
 
@@ -66,8 +64,6 @@ def cases(target: str) -> list[Case]:
                     # of the product: eight times two numbers
                     case.few_loads = 12 if kernel == "up of experts" else 4
                     case.is_asynchronous = case.launch.meta.get("X_FIRST", False)
-                    if config == call.configs[0]:
-                        case.place = _place(kernel, part, name, rank)
                     case.is_quick = config == call.configs[0] and _is_quick(target, name, rank)
                     found.append(case)
                 # what is fused gets aligned operands only
@@ -87,20 +83,6 @@ def _is_wanted(target: str, kernel: str, part: str, name: str, rank: int) -> boo
     if rank in (32, 128):
         return kernel == "down_projection" or (not is_fused and part in ("A", "B", ""))
     return not is_fused or name in ("bf16", "fp32")
-
-
-def _place(kernel: str, part: str, name: str, rank: int) -> tuple[str, int] | None:
-    """Its row and rank in the table of the default configurations of a bf16 layer with fp32 adapters.
-
-    A wide A is rounded to 16 bits before the launches.
-    """
-    is_dense = kernel in ("down_projection", "up_projection", "grad_a")
-    if not is_dense or rank > 128 or part not in ("A", "B", ""):
-        return None
-    is_rounded = part == "A" and rank >= WIDE_RANK
-    if name != ("bf16 A" if is_rounded else "bf16"):
-        return None
-    return f"{kernel} {part}".strip(), rank
 
 
 def _is_quick(target: str, name: str, rank: int) -> bool:
