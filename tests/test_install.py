@@ -1,7 +1,6 @@
-"""Every install line of the pages, the notebook and the messages can be followed, and help names no page."""
+"""Every install line of the pages and the messages can be followed, and help names no page."""
 
 import ast
-import json
 import re
 import shlex
 from pathlib import Path
@@ -37,17 +36,6 @@ def requirements(command: str) -> list[str]:
     return [word for word in words if not word.startswith("-")]
 
 
-def notebook_text(path: Path) -> str:
-    """As a page has it: code in blocks."""
-    texts = []
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        text = "".join(cell["source"])
-        if cell["cell_type"] == "code":
-            text = f"```python\n{text}\n```"
-        texts.append(text)
-    return "\n".join(texts)
-
-
 def strings(path: Path) -> list[str]:
     """The texts in a module that can be printed: string constants, without docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -61,7 +49,6 @@ def strings(path: Path) -> list[str]:
 
 MODULES = sorted((ROOT / "mica").rglob("*.py"))
 TEXTS = {page: read(page) for page in pages()}
-TEXTS |= {str(path.relative_to(ROOT)): notebook_text(path) for path in (ROOT / "examples").glob("*.ipynb")}
 ON_PAGES = [(name, command) for name, text in TEXTS.items() for command in commands(text)]
 IN_MESSAGES = [
     (str(path.relative_to(ROOT)), command)

@@ -2,45 +2,13 @@
 
 from types import SimpleNamespace
 
-import pytest
-
 from bench.gpu import __main__ as gpu
-from bench.gpu import prediction, roofline
-from bench.gpu.roofline import Layer
-from bench.measure.peaks import PEAKS
-from bench.results import names
-from bench.results.names import BACKWARD, BARE, DEVICE_TIME, FAST, FORWARD
+from bench.gpu import prediction
+from bench.results.names import DEVICE_TIME
 from bench.suites import bench_kernels
-from mica.kernels import configs
 from mica.paths import choose
 
 DEVICE = "NVIDIA H100 80GB HBM3"
-PEAK = PEAKS[DEVICE]
-AXES = {"suite": "layer", "tokens": 8192, "out": 4096, "in": 4096, "rank": 16, "dtype": "bfloat16"}
-LAYER = Layer(8192, 4096, 4096, 16, PEAK.cache)
-
-
-def predicted(implementation, part=FORWARD, **axes):
-    return prediction.of_layer({**AXES, "pass": part, **axes}, implementation, DEVICE)
-
-
-@pytest.mark.parametrize("adapter", [names.MICA, names.PLAIN_LORA])
-@pytest.mark.parametrize("part", [FORWARD, BACKWARD])
-def test_each_implementation_of_a_layer_is_that_of_the_model(part, adapter):
-    layer = LAYER._replace(trains_B=adapter == names.PLAIN_LORA)
-    launches = {
-        BARE: roofline.bare(layer, part),
-        names.STOCK: roofline.stock(layer, part),
-        names.STOCK_16: roofline.stock(layer._replace(has_masters=False), part),
-    }
-    launches |= {names.of_form(word): roofline.of_form(word, layer, part) for word in configs.FORM_NAMES}
-    for name, expected in launches.items():
-        assert predicted(name, part, suite="forms", adapter=adapter) == roofline.predict(expected, PEAK)
-
-
-def test_mica_fast_is_predicted_in_the_form_that_it_takes():
-    """Kernels are demanded, and nothing is known of the device."""
-    assert predicted(FAST) == roofline.predict(roofline.of_form("split", LAYER, FORWARD), PEAK)
 
 
 def test_cells_of_the_suites_are_predicted(monkeypatch):

@@ -7,9 +7,8 @@ import pytest
 from bench.gpu import roofline
 from bench.gpu.roofline import COPY, GAP, PRODUCT, Launch, Layer
 from bench.measure.peaks import Peak
-from bench.results.names import BACKWARD, FORWARD, NO_GRADIENT
+from bench.results.names import BACKWARD, FORWARD
 from mica.kernels.configs import FORM_NAMES
-from mica.paths.triton_path import MANY_TOKENS, WIDE_RANK
 
 CACHE = 1e6
 PEAK = Peak("sm_90", bandwidth=1e12, flop_16_bit=1e15, flop_fp32=1e14, cache=CACHE)
@@ -44,33 +43,6 @@ def test_which_matrices_a_form_moves_more_than_the_bare_layer(part):
     for form, times in more.items():
         got = (moved(roofline.of_form(form, layer, part)) - bare) / matrix
         assert got == pytest.approx(own + times, rel=0.01), form
-
-
-def test_launches_of_a_form():
-    """As `bench.suites.bench_layer.LAUNCHED` counts kernels, with the vendor's product and casts."""
-
-    def counts(form, layer):
-        return [len(roofline.of_form(form, layer, part)) for part in (FORWARD, BACKWARD, NO_GRADIENT)]
-
-    assert {form: counts(form, LAYER) for form in FORM_NAMES} == {
-        "split": [3, 4, 3],
-        "fused": [2, 3, 2],
-        "mixed": [4, 5, 4],
-        "reference": [5, 6, 5],
-        "first": [3, 5, 3],
-    }
-    # of a trained B: it is rounded in each pass, and its gradient is two launches
-    trained = LAYER._replace(trains_B=True)
-    assert {form: counts(form, trained) for form in FORM_NAMES} == {
-        "split": [4, 7, 4],
-        "fused": [3, 6, 3],
-        "mixed": [5, 7, 5],
-        "reference": [5, 8, 5],
-        "first": [4, 8, 4],
-    }
-    # A is rounded before
-    wide = LAYER._replace(rank=WIDE_RANK, tokens=MANY_TOKENS)
-    assert counts("split", wide) == [4, 5, 4]
 
 
 def test_stock_with_masters_casts_and_moves_twice_the_bytes():

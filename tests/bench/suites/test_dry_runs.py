@@ -70,8 +70,7 @@ def test_a_wrong_operator_gets_no_number_and_the_others_do(tmp_path):
     """Nor has it a row in the table."""
     injected = "from tests.support import broken_operator"
     selection = f"{CELL} and backward"
-    settings = {**ON_A_CPU, "MICA_TEST_OPERATOR": "wrong"}
-    done = dry_run(tmp_path, "bench_layer.py", "-k", selection, injected=injected, **settings)
+    done = dry_run(tmp_path, "bench_layer.py", "-k", selection, injected=injected, **ON_A_CPU)
     assert done.code == 1, done.text
     (layer,) = done.result.groups
     assert {BARE, STOCK} <= layer.timings.keys()

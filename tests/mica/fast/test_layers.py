@@ -189,15 +189,8 @@ def test_the_compiler_sees_plain_products_where_it_is_asked_to(dtype, autocast):
     assert counted(lambda: step(compiled, INDICES))[1]["linear"] == 3
 
 
-@pytest.mark.slow
-def test_dropout_under_compile():
-    """One layer, as C++ for a whole net takes half a minute."""
+def test_each_compiled_call_draws_another_mask():
     torch.compiler.reset()
     layer, x = randomise(net(targets=["up"], lora_dropout=0.5)).base_model.model.up, torch.randn(5, 12)
-    compiled = torch.compile(layer, fullgraph=True, backend="inductor")
-    first, second = compiled(x), compiled(x)
-    assert not torch.equal(first, second)
-    second.sum().backward()
-    assert layer.lora_A["default"].weight.grad.isfinite().all()
-    layer.eval()
-    assert error(compiled(x), layer(x)) <= 3 * RELATIVE[torch.float32]
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert not torch.equal(compiled(x), compiled(x))
