@@ -1,15 +1,12 @@
-"""The table's word is what ran: random layers and calls on interpreted kernels, as if on a device."""
+"""The table's word is what ran: layers and calls on interpreted kernels, as if on a device."""
 
 from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import Phase, example, given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import mica.fast
-from mica.kernels import configs
 from mica.ops import trial
 from mica.paths import choose, tuning
 from tests.support.models import wrap
@@ -18,7 +15,7 @@ FORWARDS = {"linear", "down_projection", "up_projection"}
 LARGE = (32, 48)
 
 
-class Drawn(NamedTuple):
+class Call(NamedTuple):
     """A layer, a call of it, and what is demanded; by default a call on kernels."""
 
     features: tuple[int, int] = LARGE  # in, out
@@ -35,27 +32,7 @@ class Drawn(NamedTuple):
     has_cpp: bool = True
 
 
-# Shrinking takes minutes, and a call has few parts.
-PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
-FORMS = st.sampled_from(configs.FORM_NAMES)
-DRAWN = st.builds(
-    Drawn,
-    features=st.tuples(st.sampled_from([32, 48, 24]), st.sampled_from([32, 48, 40])),
-    rank=st.sampled_from([4, 16]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    has_masters=st.booleans(),
-    dropout_p=st.sampled_from([0.0, 0.5]),
-    is_called=st.booleans(),
-    tokens=st.sampled_from([(1,), (6,), (7,), (2, 3), (2, 2, 2)]),
-    gap=st.sampled_from([0, 8, 16]),
-    autocast=st.booleans(),
-    forms=st.tuples(FORMS, FORMS),
-    backend=st.sampled_from(["auto", "auto", "triton", "reference"]),
-    has_cpp=st.booleans(),
-)
-
-
-def layer_of(call: Drawn):
+def layer_of(call: Call):
     """One layer in a model."""
     torch.manual_seed(0)
     model = wrap(
@@ -70,7 +47,7 @@ def layer_of(call: Drawn):
     return model.train()
 
 
-def input_of(call: Drawn) -> torch.Tensor:
+def input_of(call: Call) -> torch.Tensor:
     in_features = call.features[0]
     buffer = torch.randn(*call.tokens, in_features + call.gap).to(call.dtype)
     return buffer[..., :in_features].requires_grad_()
@@ -82,7 +59,7 @@ def measured(forms: tuple[str, str], kind: tuning.Kind) -> tuning.Layer:
     return tuning.Layer(*(tuning.Part(form if form in possible else "split") for form in forms))
 
 
-def run(model, call: Drawn) -> dict[str, str]:
+def run(model, call: Call) -> dict[str, str]:
     """Each function of `mica.paths` that ran in a forward and backward -> "kernels", "C++" or "Python"."""
     mica.fast.call_counts.clear()
     with torch.autocast("cpu", torch.bfloat16, enabled=call.autocast):
@@ -101,25 +78,35 @@ def run(model, call: Drawn) -> dict[str, str]:
     return how
 
 
-@settings(max_examples=15, deadline=None, phases=PHASES)
-@given(DRAWN)
-@example(Drawn())
-@example(Drawn(forms=("split", "reference")))
-@example(Drawn(forms=("reference", "split"), dropout_p=0.5))
-@example(Drawn(forms=("reference", "reference")))
-@example(Drawn(gap=8))
-@example(Drawn(gap=8, tokens=(1,)))
-@example(Drawn(gap=8, dtype=torch.float32, autocast=True))
-@example(Drawn(dtype=torch.float32, autocast=True, forms=("reference", "reference")))
-@example(Drawn(forms=("reference", "reference"), dropout_p=0.5))
-@example(Drawn(forms=("reference", "reference"), has_cpp=False))
-@example(Drawn(features=(24, 40)))
-@example(Drawn(gap=8, dtype=torch.float32, autocast=True, has_cpp=False))
-def test_the_tables_word_is_what_ran_in_a_few_calls(call):
-    check(call)
+FP32, REFERENCE = torch.float32, ("reference", "reference")
 
 
-def check(call: Drawn) -> None:
+@pytest.mark.parametrize(
+    "call",
+    [
+        Call(),
+        Call(forms=("split", "reference")),
+        Call(forms=("reference", "split"), dropout_p=0.5),
+        Call(forms=("fused", "first")),
+        Call(forms=REFERENCE),
+        Call(forms=REFERENCE, dropout_p=0.5),
+        Call(forms=REFERENCE, has_cpp=False),
+        Call(forms=REFERENCE, backend="triton"),
+        Call(backend="reference"),
+        Call(gap=8),
+        Call(gap=8, tokens=(1,)),
+        Call(gap=16, tokens=(2, 3)),
+        Call(gap=8, dtype=FP32, autocast=True),
+        Call(gap=8, dtype=FP32, autocast=True, has_cpp=False),
+        Call(dtype=FP32, autocast=True, forms=REFERENCE),
+        Call(features=(24, 40)),
+        Call(rank=4, tokens=(7,), has_masters=True),
+        Call(is_called=True),
+        Call(is_called=True, dropout_p=0.5, has_masters=True, forms=REFERENCE),
+    ],
+    ids=str,
+)
+def test_the_tables_word_is_what_ran(call):
     with pytest.MonkeyPatch.context() as patch:
         # as if the CPU, on which kernels are interpreted, were a device that has them
         patch.setenv("MICA_BACKEND", call.backend)
