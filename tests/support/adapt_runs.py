@@ -6,7 +6,6 @@ import gc
 import gzip
 import json
 import lzma
-import multiprocessing.connection
 import os
 import re
 import shutil
@@ -243,10 +242,6 @@ class Process:
         for process in self.processes if rank is None else [self.processes[rank]]:
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signum)
-
-    def wait_for_one(self) -> None:
-        """Until one of the processes has ended."""
-        multiprocessing.connection.wait([process.sentinel for process in self.processes])
 
     def join(self, timeout: float = 120) -> list[int]:
         """The exit statuses; processes that do not end are killed."""

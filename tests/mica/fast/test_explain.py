@@ -14,7 +14,7 @@ from torch import nn
 import mica.fast
 from mica.fast.explain import patterns
 from mica.fast.frameworks import REMEDIES, replaced_by
-from mica.paths import choose, tuning
+from mica.paths import choose
 from tests.support.counts import whatever_language
 from tests.support.models import TARGETS, net, tiny_llama, wrap
 from tests.support.stock import uninstalled
@@ -72,31 +72,14 @@ INTERPRETED = "TRITON_INTERPRET=1, and interpreted kernels run only with MICA_BA
         ("triton", "kernel", ""),
         ("reference", "reference", "MICA_BACKEND=reference"),
         ("auto", "reference", INTERPRETED),
-        ("", "reference", "not measured: MICA_TUNE=0"),
     ],
 )
 def test_the_backend_is_said_and_taken(monkeypatch, backend, path, reason):
     monkeypatch.setenv("MICA_BACKEND", backend)
-    if not backend:  # as on a GPU
-        monkeypatch.setattr(choose, "why_not_kernels", lambda *args, **kwargs: None)
-        monkeypatch.setattr(choose, "_choices", {})
-        even = wrap(nn.Sequential(nn.Linear(32, 48)), targets=["0"])
-        (row,) = mica.fast.explain(even).rows
-        assert (row.path, row.reason) == ("reference", "not measured: MICA_TUNE=0")
-        even(torch.ones(7, 32))
-        (row,) = mica.fast.explain(even).rows
-        assert (row.path, row.reason) == ("reference", "not measured: MICA_TUNE=0")
-        times = {"reference": 121.0, "split": 100.0}
-        known = tuning.Layer(tuning.Part("split", times), tuning.Part("split", times))
-        with monkeypatch.context() as patch:
-            patch.setattr(tuning.Table, "find", lambda table, kind: known)
-            (row,) = mica.fast.explain(even).rows
-        measured = "measured here: split, 1.21 times as fast as the reference path"
-        assert (row.path, row.reason) == ("kernel", f"{measured}; in the backward: {measured}")
     model = net()
     embedding, *others = mica.fast.explain(model).rows
     assert {(row.path, row.reason) for row in others} == {(path, reason)}
-    of_embedding = (backend and reason) or "embeddings have no kernels"
+    of_embedding = reason or "embeddings have no kernels"
     assert (embedding.path, embedding.reason) == ("reference", of_embedding)
     mica.fast.call_counts.clear()
     model(torch.tensor([[1, 5]])).square().sum().backward()  # no expanded dy

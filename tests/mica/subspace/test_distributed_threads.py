@@ -25,19 +25,11 @@ def make_tasks(count=3):
     return [Task(f"layer {i}", torch.randn(SHAPES[i], generator=generator), 2) for i in range(count)]
 
 
-def hash_stores(count, folder):
+def hash_stores(count):
     return [dist.HashStore()] * count
 
 
-def prefix_stores(count, folder):
-    return [dist.PrefixStore("prefix", store) for store in hash_stores(count, folder)]
-
-
-def file_stores(count, folder):
-    return [dist.FileStore(str(folder / "store"), count) for _ in range(count)]
-
-
-def tcp_stores(count, folder):
+def tcp_stores(count):
     first = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     return [first] + [dist.TCPStore("127.0.0.1", first.port) for _ in range(1, count)]
 
@@ -46,7 +38,7 @@ def tcp_stores(count, folder):
 def group(monkeypatch):
     """Two processes; ``stores`` of a group has the store of each."""
     group = Group()
-    group.stores = hash_stores(3, None)
+    group.stores = hash_stores(3)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: group.count)
     monkeypatch.setattr(dist, "get_rank", lambda: group.rank)
@@ -80,10 +72,10 @@ def alone(tasks):
     return {index: result.basis.tolist() for index, result in many.run_tasks(tasks, range(len(tasks)))}
 
 
-@pytest.mark.parametrize("stores", [hash_stores, prefix_stores, file_stores, tcp_stores])
-def test_each_solves_a_share_and_has_all(group, solved, monkeypatch, tmp_path, stores):
+@pytest.mark.parametrize("stores", [hash_stores, tcp_stores])
+def test_each_solves_a_share_and_has_all(group, solved, monkeypatch, stores):
     monkeypatch.setattr(distributed, "_PIECE", 1000)
-    group.stores = stores(2, tmp_path)
+    group.stores = stores(2)
     tasks = make_tasks()
     assert group.run(lambda: bases(tasks)) == [alone(tasks)] * 2
     assert solved[:2] == [["layer 2", "layer 1"], ["layer 0"]]
@@ -120,7 +112,7 @@ def test_a_message_of_any_size_arrives_and_does_not_stay_in_the_store(group, mon
     kept = set()
     for piece in (2**22, 100):
         monkeypatch.setattr(distributed, "_PIECE", piece)
-        group.stores = hash_stores(2, None)
+        group.stores = hash_stores(2)
         assert group.run(lambda: bases(make_tasks())) == [alone(make_tasks())] * 2
         kept.add(group.stores[0].num_keys())
     assert len(kept) == 1
@@ -264,7 +256,7 @@ class BreakingStore:
 def test_a_store_that_fails_at_any_time_leaves_every_process_with_all(group, monkeypatch, calls):
     monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=0.2))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # which would make the number of calls vary
-    group.stores = [hash_stores(1, None)[0]] * 2
+    group.stores = [hash_stores(1)[0]] * 2
     group.stores[1] = BreakingStore(group.stores[1], calls)
     assert group.run(lambda: bases(make_tasks())) == [alone(make_tasks())] * 2
 
