@@ -122,19 +122,6 @@ def test_tokens_without_an_expert_and_no_tokens():
     assert layer(x[:0], index[:0], weights[:0]).shape == (0, 32)
 
 
-@pytest.mark.parametrize("index", [-1, 5])
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_an_index_of_no_expert_is_refused(implementation, index):
-    """Stock's eager raises too. Its grouped products would shift every row and compute something."""
-    layer = use(outermost(adapted()), implementation)
-    call = torch.randn(3, 32), torch.tensor([[0, 1], [2, index], [3, 0]]), torch.rand(3, 2)
-    with pytest.raises(RuntimeError, match=f"index {index} is out of bounds"):
-        layer(*call)
-    if implementation == "eager":
-        with mica.fast.disabled(), pytest.raises(RuntimeError, match="Class values"):
-            layer(*call)
-
-
 def test_what_is_saved_for_the_backward_does_not_grow_with_the_experts():
     """Nothing of the stacks' size: PEFT's path keeps W + s·B·A of all experts."""
 
