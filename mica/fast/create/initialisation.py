@@ -50,8 +50,8 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
     """In place of the tuner's function: where the configuration requests MiCA, in any spelling, it gets it.
 
     Stock initialises for "MICA" too, but then silently trains B. PEFT makes the layers with a copy of the
-    configuration that requests plain LoRA without an initialisation: it has no MiCA on quantised layers and on
-    parameters, and would solve each layer alone. What it refuses for plain LoRA stays refused.
+    configuration that requests plain LoRA without an initialisation: it has no MiCA on quantised layers and
+    on parameters, and would solve each layer alone. What it refuses for plain LoRA stays refused.
 
     Raises:
         ValueError: another variant of LoRA is requested as well, or tied adapters.
