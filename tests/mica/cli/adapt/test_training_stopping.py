@@ -154,8 +154,10 @@ def test_a_run_that_had_ended_is_not_trained_on(scripted, tmp_path, capsys):
     assert run(args)._replace(seconds=0) == ended._replace(seconds=0)
     assert same(weights(args.output), before)
 
-    args.patience = 3
-    assert (run(args).steps, run(settings(tmp_path / "full", **options)).steps) == (10, 10)
+    args.patience, args.eval_steps = 3, 5  # what --resume may change counts from here on
+    gone_on = run(args)
+    assert [*stopping.measured(gone_on.history)] == [0, 2, 4, 6, 10]
+    assert (gone_on.steps, run(settings(tmp_path / "full", **options)).steps) == (10, 10)
     assert same(weights(args.output), weights(tmp_path / "full"))
 
 
