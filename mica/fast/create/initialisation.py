@@ -67,16 +67,17 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
 
     _check_config(config)
     before = _Before(self, model)
+    requested = dict(vars(config))
     config.init_lora_weights = False
     try:
         stock(self, model, adapter_name, *args, **kwargs)
         _initialise(before.new_adapters(adapter_name), before, config)
     except BaseException:
         before.restore(adapter_name)
+        vars(config).update(requested)
         raise
-    finally:
-        config.init_lora_weights = "mica"  # in the saved configuration too, for whatever loads it
 
+    config.init_lora_weights = "mica"  # in the saved configuration too, for whatever loads it
     if not config.inference_mode:
         quantised.keep_unpacked(model)
     return None
