@@ -95,10 +95,6 @@ UNLOADING = {
 left: dict[str, list[str]] = {}
 
 
-def is_known(version: str) -> bool:
-    return version in KNOWN
-
-
 def find(name: str):
     """What "module:Class.function", or "module:Class", names.
 
@@ -147,7 +143,7 @@ def sentence(version: str) -> str | None:
 
     About the parts that are now in `left`.
     """
-    known = is_known(version)
+    known = version in KNOWN
     if known and not left:
         return None
     begin = f"mica.fast with PEFT {version}"

@@ -172,7 +172,7 @@ def _cover(cls: type) -> None:
 def _other_body(patch: Patch) -> str | None:
     """How the forward of a quantised class differs in a PEFT that is not known; None if it does not."""
     name = f"{patch.owner}.{patch.name}"
-    if known_peft.is_known(peft.__version__) or name not in known_peft.QUANTISED:
+    if peft.__version__ in known_peft.KNOWN or name not in known_peft.QUANTISED:
         return None
     return known_peft.difference(name, known_peft.QUANTISED[name])
 
@@ -229,7 +229,7 @@ def compare() -> Comparison:
     optional = []
     matching = []
     left = {}
-    if not known_peft.is_known(peft.__version__):
+    if peft.__version__ not in known_peft.KNOWN:
         left = known_peft.differences()
     for patch in PATCHES:
         text = mismatch(patch)

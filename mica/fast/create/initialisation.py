@@ -15,7 +15,6 @@ model is restored: no layer stays half adapted.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 
@@ -49,9 +48,9 @@ _TARGETED = ("targeted_module_names", "targeted_parameter_names")
 def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
     """In place of the tuner's function: where the configuration requests MiCA, in any spelling, it gets it.
 
-    Stock initialises for "MICA" too, but then silently trains B. PEFT makes the layers with a copy of the
-    configuration that requests plain LoRA without an initialisation: it has no MiCA on quantised layers and
-    on parameters, and would solve each layer alone. What it refuses for plain LoRA stays refused.
+    Stock initialises for "MICA" too, but then silently trains B. PEFT makes the layers while the
+    configuration requests plain LoRA without an initialisation: it has no MiCA on quantised layers and on
+    parameters, and would solve each layer alone. What it refuses for plain LoRA stays refused.
 
     Raises:
         ValueError: another variant of LoRA is requested as well, or tied adapters.
@@ -68,20 +67,17 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
 
     _check_config(config)
     before = _Before(self, model)
-    plain = copy.copy(config)
-    plain.init_lora_weights = False
-    self.peft_config[adapter_name] = plain
+    requested = dict(vars(config))
+    config.init_lora_weights = False
     try:
         stock(self, model, adapter_name, *args, **kwargs)
-        _initialise(before.new_adapters(adapter_name), before, plain)
+        _initialise(before.new_adapters(adapter_name), before, config)
     except BaseException:
         before.restore(adapter_name)
+        vars(config).update(requested)
         raise
-    finally:
-        self.peft_config[adapter_name] = config
 
-    plain.init_lora_weights = "mica"  # in the saved configuration too, for whatever loads it
-    vars(config).update(vars(plain))  # with what PEFT has found out
+    config.init_lora_weights = "mica"  # in the saved configuration too, for whatever loads it
     if not config.inference_mode:
         quantised.keep_unpacked(model)
     return None
