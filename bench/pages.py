@@ -25,7 +25,6 @@ from bench.results.names import (
     FAST,
     FAST_ACTIVATIONS,
     FAST_LORA,
-    FAST_NORMS,
     LORA,
     MICA,
     PLAIN_LORA,
@@ -50,17 +49,10 @@ DEVICES = (24, 40, 80)  # GiB
 
 @cache
 def result(name: str) -> Result:
-    """With today's names.
-
-    Runs before plain LoRA was timed do not name the adapter, and those before norms were recomputed by
-    default call that by a name of its own.
-    """
+    """Runs before plain LoRA was timed do not name the adapter."""
     found = Result.load(RESULTS / f"{name}.json").with_both()
     for group in found.groups:
         group.axes.setdefault("adapter", MICA)
-        if FAST_NORMS in group.timings:
-            group.timings[FAST_ACTIVATIONS] = group.timings.pop(FAST)
-            group.timings[FAST] = group.timings.pop(FAST_NORMS)
     return found
 
 
@@ -197,18 +189,22 @@ def peers(run: str) -> list[Row]:
 
 
 def experts(run: str) -> list[Row]:
-    rows = [["", "PEFT LoRA", "mica.fast", "ratio"]]
+    """Seconds, and what they are of PEFT's; megabytes."""
+    ways = (LORA, FAST_LORA, FAST)
+    rows = [["", "LoRA, PEFT", "LoRA, here", "MiCA, here"]]
     for group in sorted(result(run).select(suite="experts"), key=lambda one: -one.axes["out"]):
         sizes = f"{group.axes['out']} and {group.axes['in']}"
-        times = [f"{group.timings[name].median:.2f} s" for name in (LORA, FAST)]
+        theirs, *ours = (f"{group.timings[way].median:.2f} s" for way in ways)
+        ratios = [shown(group.ratio(way, LORA)) for way in ways[1:]]
+        times = [f"{time}, {ratio}" for time, ratio in zip(ours, ratios, strict=True)]
         label = f"step, experts of {sizes} (bare: {group.timings[BARE].median:.2f} s)"
-        rows.append([label, *times, shown(group.ratio(FAST, LORA))])
+        rows.append([label, theirs, *times])
         for fact, label in (
             ("peak_mb", "memory it adds at its peak"),
             ("saved_mb", "saved for its backward pass"),
         ):
-            theirs, ours = (group.timings[name].facts[fact] for name in (LORA, FAST))
-            rows.append([f"{label}, {sizes}", f"{theirs:.0f} MB", f"{ours:.0f} MB", f"{ours / theirs:.2f}"])
+            cells = [f"{group.timings[way].facts[fact]:.0f} MB" for way in ways]
+            rows.append([f"{label}, {sizes}", *cells])
     return rows
 
 
@@ -236,9 +232,11 @@ def fits(run: str) -> list[Row]:
         for which, label in (("kept", "kept for the backward"), ("total", "weights, step and Adam")):
             cells = [f"{step[f'{which}_bytes'] / GIB:.2f} GiB" for step in steps]
             rows.append([f"{model}: {label}", *cells])
-        for memory in DEVICES:
-            cells = [f"{tokens_that_fit(step, found['tokens'], memory):,}" for step in steps]
-            rows.append([f"{model}: tokens that fit {memory} GiB", *cells])
+        fitting = [
+            " / ".join(f"{tokens_that_fit(step, found['tokens'], memory):,}" for memory in DEVICES)
+            for step in steps
+        ]
+        rows.append([f"{model}: tokens that fit {' / '.join(map(str, DEVICES))} GiB", *fitting])
     return rows
 
 

@@ -7,7 +7,6 @@ STOCK = "stock PEFT"
 STOCK_16 = "stock PEFT, adapters in the base dtype"  # `autocast_adapter_dtype=False`
 STOCK_UNCAST = "stock PEFT, inputs not cast"  # `peft.helpers.disable_input_dtype_casting`, under autocast
 FAST = "mica.fast"
-FAST_NORMS = "mica.fast, norms recomputed"  # FAST, in results from before that was its default
 FAST_ACTIVATIONS = "mica.fast, norms saved"  # by `recompute="activations"`
 LORA = "PEFT LoRA"
 FAST_LORA = "mica.fast, LoRA"
