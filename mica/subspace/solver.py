@@ -55,7 +55,7 @@ def minor_subspace(weight: torch.Tensor, rank: int) -> MinorSubspace:
             proven.
     """
     _check_weight(weight)
-    check_rank(weight, rank)
+    _check_rank(weight, rank)
     check_entries(weight)
     (result,) = solve_stack(weight.unsqueeze(0), rank)
     for message in warnings_about(result, f"a weight of shape {tuple(weight.shape)}"):
@@ -125,7 +125,7 @@ def _check_weight(weight: torch.Tensor) -> None:
         raise ValueError(f"weight must not be empty, but got shape {tuple(weight.shape)}.")
 
 
-def check_rank(weight: torch.Tensor, rank: int) -> None:
+def _check_rank(weight: torch.Tensor, rank: int) -> None:
     """Raise TypeError or ValueError unless a weight, which may be on the meta device, has so many vectors."""
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"rank must be an int, but got {rank!r} of type {type(rank).__name__}.")

@@ -27,7 +27,7 @@ from mica.memory import has_no_values
 from mica.subspace.cache import default_cache
 from mica.subspace.distributed import Meeting, run_shared
 from mica.subspace.many import Task
-from mica.subspace.solver import check_entries, check_rank, warnings_about
+from mica.subspace.solver import check_entries, warnings_about
 
 # Dequantised and gathered weights are solved this many elements at a time, 1 GiB in fp32, so that there is
 # never a second copy of a 4-bit model in 16 or 32 bits, nor the whole of a sharded one. 16 layers of
@@ -170,8 +170,13 @@ def check(adapter: NewAdapter, needs_values: bool = True) -> list[Task]:
     if is_wrapper(adapter.layer):
         experts.check(adapter.layer, adapter.name)
     for task in tasks:
+        limit = min(task.weight.shape)
+        if task.rank > limit:  # in the words of PEFT, whose tests look for them
+            raise UnsuitableLayerError(
+                f"MiCA requires `r` <= min(in_features, out_features) but got r={task.rank} for {task.name} "
+                f"with weight shape {tuple(task.weight.shape)} (max usable r is {limit})."
+            )
         try:
-            check_rank(task.weight, task.rank)
             if not adapter.is_absent:
                 check_entries(task.weight)
         except ValueError as error:

@@ -171,7 +171,7 @@ def test_a_model_without_values_gets_factors_without_a_solution(build, targets, 
     adapted = get_peft_model(model, LoraConfig(r=4, init_lora_weights="mica", **targets))
     assert not solved
     assert all(B.is_meta and not B.requires_grad for B in bases(adapted).values())
-    with pytest.raises(UnsuitableLayerError, match="but got 64"):
+    with pytest.raises(UnsuitableLayerError, match="but got r=64"):
         get_peft_model(too_narrow, LoraConfig(r=64, init_lora_weights="mica", **targets))
 
 

@@ -136,7 +136,7 @@ def plain_lora(folder):
 
 
 REFUSED = {
-    "too large a rank": {"match": r"(?s)rank must be .*\(16, 16\), but got 17", "rank": 17},
+    "too large a rank": {"match": r"(?s)got r=17 .*\(16, 16\)", "rank": 17},
     "the head": {"match": "'lm_head' holds one shard of it", "targets": ["lm_head"]},
     "a merge": {
         "match": r"into layer 'model.layers.0.self_attn.q_proj' under tensor parallelism.*save the adapter",

@@ -103,7 +103,7 @@ def bnb_later(bits, **options):
 
 
 MOE_DOWN = "model.layers.%d.mlp.experts.down_proj"
-MOE_RANK = rf"layer '{MOE_DOWN % 0}' expert 0: rank must be .* = 24 for .* \(32, 24\), but got 25\."
+MOE_RANK = rf"r=25 for layer '{MOE_DOWN % 0}' expert 0 .*\(32, 24\) \(max usable r is 24\)\."
 PACKED = "'experts.down_proj' has a weight of dtype {}. Experts in 8 or 4 bits .* dequantised"
 DOWNS, GATES = "'experts.down_proj'", "layer 'experts.gate_up_proj'"
 NO_FLAG = r"'experts.\w+', because .* their Stack has no attribute `is_transposed`"
@@ -119,7 +119,7 @@ CASES = {  # what it is: (what builds the model, options, message, other error)
     "rank": (
         Net,
         {"rank": 11},
-        r"from layer 'down': rank must be between 1 and .* \(10, 16\), but got 11",
+        r"MiCA requires `r` <= .* r=11 for layer 'down' .* \(10, 16\) \(max usable r is 10\)",
         ValueError,
     ),
     "rank, experts": (qwen3_moe, {**EXPERTS, "rank": 25}, MOE_RANK),
@@ -133,7 +133,7 @@ CASES = {  # what it is: (what builds the model, options, message, other error)
     "8 bits later": (lambda: bnb_later(8, has_fp16_weights=False), FIRST, LATER),
 }
 for _kind in ("nf4 double, bf16 storage", "int8", "hqq", "torchao int8"):
-    _message = r"layer '.*k_proj': rank must be .* of shape \(16, 32\), but got 17"
+    _message = r"r=17 for layer '.*k_proj' .*\(16, 32\) \(max usable r is 16\)"
     CASES[f"rank, {_kind}"] = partial(quantised_models.llama, _kind), {**QUANTISED, "rank": 17}, _message
 for _dtype in (torch.float8_e4m3fn, torch.uint8):  # of experts
     CASES[f"{_dtype}"] = partial(stack, dtype=_dtype), DOWN, PACKED.format(_dtype), TypeError
@@ -253,7 +253,7 @@ def test_a_failing_solver_leaves_the_model_as_it_was(monkeypatch, build, options
         (net, 11, "layer 'down'", lambda model: model(INDICES)),
         (lambda: wrap_experts(qwen3_moe()), 25, "layer 'model.layers.0.mlp.experts", logits),
         (lambda: wrap_experts(qwen3_moe()), 5, "no luck", logits),
-        (partial(quantised_models.adapted, "nf4"), 17, "but got 17", quantised_models.logits),
+        (partial(quantised_models.adapted, "nf4"), 17, "but got r=17", quantised_models.logits),
     ],
 )
 def test_a_second_adapter_that_fails_leaves_the_first(build, rank, layer, output, monkeypatch):
@@ -321,7 +321,7 @@ def test_target_parameters_leave_out_what_the_error_names():
 
 @pytest.mark.parametrize(("build", "options"), [(Net, {}), (qwen3_moe, EXPERTS)])
 def test_nothing_is_left_out_where_nothing_is_suitable(build, options):
-    refused(build(), r"but got 64\.$", rank=64, **options)
+    refused(build(), r"but got r=64 .*\)\.$", rank=64, **options)
 
 
 # -- layers and variants for which PEFT has no MiCA -------------------------------------------------
