@@ -7,6 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
+from mica import native
+
 # Size of the rows that are summed at a time. A copy of them that a CPU needs stays in its cache; on a device
 # the number of launches matters.
 _CHUNK_BYTES = 1 << 20
@@ -44,9 +46,13 @@ def row_checksums(matrix: Tensor, word: torch.dtype | None = None) -> Tensor:
 
 
 def _weighted_sums(words: Tensor, factors: Tensor) -> Tensor:
+    """words @ factors, which PyTorch computes by one thread."""
     if words.device.type != "cpu":  # where integers have no matrix product
         return (words * factors).sum(dim=1)
-    return words @ factors  # by one thread, and twice as fast as a product and a sum
+    module = native.module_if_built()
+    if module is None:
+        return words @ factors  # twice as fast as a product and a sum
+    return module.weighted_sums(words, factors)
 
 
 @functools.lru_cache(maxsize=8)

@@ -39,27 +39,15 @@ inline uint32_t is_unusual(float number) {
 using Sums = std::array<double, 3>;
 
 #define MICA_ROWS(Word)                                                                                                \
-  /* fresh = round(old + update); whether a sum is unusual */                                                          \
-  MICA_VECTORS inline bool merge_row(                                                                                  \
-      Word* __restrict fresh, const Word* __restrict old, const float* __restrict update, int64_t size) {              \
+  /* fresh = round(old + sign·update), sign 1 to merge and -1 to unmerge; whether a sum is unusual */                  \
+  MICA_VECTORS inline bool add_row(                                                                                    \
+      Word* __restrict fresh, const Word* __restrict old, const float* __restrict update, float sign, int64_t size) {  \
     uint32_t unusual = 0;                                                                                              \
     MICA_LOOP                                                                                                          \
     for (int64_t i = 0; i < size; ++i) {                                                                               \
-      const float sum = widened(old[i]) + update[i];                                                                   \
+      const float sum = widened(old[i]) + sign * update[i];                                                            \
       narrowed(sum, fresh[i]);                                                                                         \
       unusual |= is_unusual(sum);                                                                                      \
-    }                                                                                                                  \
-    return unusual;                                                                                                    \
-  }                                                                                                                    \
-  /* fresh = round(merged - update); whether a difference is unusual */                                                \
-  MICA_VECTORS inline bool unmerge_row(                                                                                \
-      Word* __restrict fresh, const Word* __restrict merged, const float* __restrict update, int64_t size) {           \
-    uint32_t unusual = 0;                                                                                              \
-    MICA_LOOP                                                                                                          \
-    for (int64_t i = 0; i < size; ++i) {                                                                               \
-      const float difference = widened(merged[i]) - update[i];                                                         \
-      narrowed(difference, fresh[i]);                                                                                  \
-      unusual |= is_unusual(difference);                                                                               \
     }                                                                                                                  \
     return unusual;                                                                                                    \
   }                                                                                                                    \
@@ -116,6 +104,18 @@ MICA_VECTORS inline uint64_t weighted_sum(const void* row, const void* given_fac
     sum += words[i] * factors[i];
   }
   return sum;
+}
+
+// words (rows×columns) and factors (columns, contiguous) int64
+inline Tensor weighted_sums(const Tensor& given_words, const Tensor& factors) {
+  const Tensor words = given_words.contiguous();
+  const int64_t columns = words.size(1);
+  const Tensor sums = at::empty({words.size(0)}, at::kLong);
+  for_each_row(words.size(0), columns, [&](int64_t row) {
+    const int64_t* from = words.const_data_ptr<int64_t>() + row * columns;
+    sums.mutable_data_ptr<int64_t>()[row] = weighted_sum(from, factors.const_data_ptr(), columns);
+  });
+  return sums;
 }
 
 // Memory that begins with a line of the cache: loops take up to a tenth longer over vectors that lie in two.
@@ -224,9 +224,8 @@ std::tuple<Tensor, Sums, std::vector<Tensor>> merge(
   const auto work = [&](Part<Word>& part, int64_t row, const float* product) {
     const Word* old = from + row * size;
     auto* fresh = reinterpret_cast<Word*>(part.fresh.data());
-    const bool is_measured = row % measured == 0;
-    bool is_left =
-        is_measured ? measure_row(fresh, old, product, size, part.sums) : merge_row(fresh, old, product, size);
+    bool is_left = row % measured == 0 ? measure_row(fresh, old, product, size, part.sums)
+                                       : add_row(fresh, old, product, 1, size);
     if (keeps) {
       is_left |= find_lost(part.is_lost.data(), old, fresh, product, size);
       if (is_left) { // PyTorch may round it in another way
@@ -271,7 +270,7 @@ std::tuple<Tensor, bool> unmerge(
   const auto work = [&](Part<Word>& part, int64_t row, const float* product) {
     auto* fresh = reinterpret_cast<Word*>(part.fresh.data());
     Word* merged = words + row * size;
-    if (unmerge_row(fresh, merged, product, size)) {
+    if (add_row(fresh, merged, product, -1, size)) {
       part.left.push_back(row);
       return;
     }

@@ -177,6 +177,7 @@ PYBIND11_MODULE(mica_native, module) {
   module.def("linear_on_reference", mica::with_operands<mica::call_here>);
   module.def("key_of", mica::with_operands<mica::key_of>);
   module.def("wide_product", mica::wide_product_or_none, py::call_guard<py::gil_scoped_release>());
+  module.def("weighted_sums", mica::weighted_sums, py::call_guard<py::gil_scoped_release>());
   module.def("norm", mica::norm, py::call_guard<py::gil_scoped_release>());
   module.def("merge_bfloat16", mica::merge<uint16_t>, py::call_guard<py::gil_scoped_release>());
   module.def("merge_float32", mica::merge<uint32_t>, py::call_guard<py::gil_scoped_release>());

@@ -66,8 +66,11 @@ def linear(x: Tensor, operands: Operands, *, form: str = "split") -> tuple[Tenso
     weight, lora_A, lora_B, scaling, bias, _, dropout_p, seed, *_ = operands
     dtype = operands.dtype(x)
     key = layout(x), layout(lora_A), lora_B.shape[0], scaling, dtype, dropout_p, fp32_setting()
-    numbers = {"scale": scaling, "compute_dtype": dtype, "dropout_p": dropout_p}
-    down, update = recorded_forward.get(key) or recorded_forward.record(key, numbers, {})
+    steps = recorded_forward.get(key)
+    if steps is None:
+        numbers = {"scale": scaling, "compute_dtype": dtype, "dropout_p": dropout_p}
+        steps = recorded_forward.record(key, numbers, {})
+    down, update = steps
     if form == "mixed":
         h = reference_path.down_projection(x, lora_A, scaling, dtype)
     else:

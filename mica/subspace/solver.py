@@ -126,7 +126,6 @@ def _check_weight(weight: torch.Tensor) -> None:
 
 
 def _check_rank(weight: torch.Tensor, rank: int) -> None:
-    """Raise TypeError or ValueError unless a weight, which may be on the meta device, has so many vectors."""
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"rank must be an int, but got {rank!r} of type {type(rank).__name__}.")
     limit = min(weight.shape)

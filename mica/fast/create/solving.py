@@ -176,9 +176,10 @@ def check(adapter: NewAdapter, needs_values: bool = True) -> list[Task]:
                 f"MiCA requires `r` <= min(in_features, out_features) but got r={task.rank} for {task.name} "
                 f"with weight shape {tuple(task.weight.shape)} (max usable r is {limit})."
             )
+        if adapter.is_absent:
+            continue
         try:
-            if not adapter.is_absent:
-                check_entries(task.weight)
+            check_entries(task.weight)
         except ValueError as error:
             raise UnsuitableLayerError(f"MiCA cannot be initialised from {task.name}: {error}") from error
     # under FSDP the first process has the weight, and will provide B
