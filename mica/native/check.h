@@ -1,10 +1,9 @@
 // The common case of an adapted linear layer, recognised in a microsecond: `mica.fast.forward.eligibility` takes 13 for
 // the same answer. It knows all cases and every reason, and decides wherever this returns nothing.
 //
-// One active MiCA adapter on an nn.Linear, with autocast or without, with dropout or without; no hooks, patches, modes
-// or tracing; ordinary operands. Nothing is kept between calls: every fact is read again, from the dictionaries of
-// the modules. They are no subclasses and their keys are strings, so that no lookup would run Python code, and what
-// they hold stays alive.
+// One active adapter, MiCA or plain LoRA, on an nn.Linear, whatever its dropout and autocast; no hooks, patches, modes
+// or tracing; ordinary operands. Nothing is kept between calls: every fact is read again, from the modules' dictionaries.
+// These are no subclasses and have strings as keys, so no lookup runs Python code, and what they hold stays alive.
 
 #pragma once
 
@@ -376,10 +375,8 @@ inline bool runs_here(const Tensor& x, const Operands& operands) {
   if (operands.dropout_p > 0.0 && (has_kernels || !x.is_cpu())) { // the loop over a mask is for CPUs
     return false;
   }
-  if (!has_kernels || x.numel() == 0) {
-    return true;
-  }
-  return PySet_Contains(told<"on_reference">(), key_of(x, operands).ptr()) == 1;
+  return !has_kernels || x.numel() == 0 ||
+      PySet_Contains(told<"on_reference">(), key_of(x, operands).ptr()) == 1;
 }
 
 // Whether what a node of autograd gives can be computed by so many products at most of what autograd keeps: a look at

@@ -21,7 +21,6 @@
 namespace mica {
 
 using at::ScalarType;
-using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using OptionalTensor = std::optional<Tensor>;

@@ -38,19 +38,23 @@ inline uint32_t is_unusual(float number) {
 // What is summed over a merge: how many weights have not moved, ‖update‖² and ‖error‖²
 using Sums = std::array<double, 3>;
 
-#define MICA_ROWS(Word)                                                                                                \
-  /* fresh = round(old + sign·update), sign 1 to merge and -1 to unmerge; whether a sum is unusual */                  \
-  MICA_VECTORS inline bool add_row(                                                                                    \
-      Word* __restrict fresh, const Word* __restrict old, const float* __restrict update, float sign, int64_t size) {  \
+// fresh = round(old + update), or round(old - update); whether a result is unusual
+#define MICA_ROUND_ROW(name, Word, sign)                                                                               \
+  MICA_VECTORS inline bool name(                                                                                       \
+      Word* __restrict fresh, const Word* __restrict old, const float* __restrict update, int64_t size) {              \
     uint32_t unusual = 0;                                                                                              \
     MICA_LOOP                                                                                                          \
     for (int64_t i = 0; i < size; ++i) {                                                                               \
-      const float sum = widened(old[i]) + sign * update[i];                                                            \
-      narrowed(sum, fresh[i]);                                                                                         \
-      unusual |= is_unusual(sum);                                                                                      \
+      const float result = widened(old[i]) sign update[i];                                                             \
+      narrowed(result, fresh[i]);                                                                                      \
+      unusual |= is_unusual(result);                                                                                   \
     }                                                                                                                  \
     return unusual;                                                                                                    \
-  }                                                                                                                    \
+  }
+
+#define MICA_ROWS(Word)                                                                                                \
+  MICA_ROUND_ROW(merge_row, Word, +)                                                                                   \
+  MICA_ROUND_ROW(unmerge_row, Word, -)                                                                                 \
   /* fresh = round(old + update), and the sums, which take as long again; whether a sum is unusual */                  \
   MICA_VECTORS inline bool measure_row(                                                                                \
       Word* __restrict fresh, const Word* __restrict old, const float* __restrict update, int64_t size, Sums& sums) {  \
@@ -93,15 +97,17 @@ using Sums = std::array<double, 3>;
 MICA_ROWS(uint16_t)
 MICA_ROWS(uint32_t)
 #undef MICA_ROWS
+#undef MICA_ROUND_ROW
 
 // The sum of words, each times the factor of its column, modulo 2^64: `mica.row_checksums`
-MICA_VECTORS inline uint64_t weighted_sum(const void* row, const void* given_factors, int64_t columns) {
+MICA_VECTORS inline uint64_t weighted_sum(const void* row, const Tensor& factors) {
   const auto* words = static_cast<const uint64_t*>(row);
-  const auto* factors = static_cast<const uint64_t*>(given_factors);
+  const auto* weights = static_cast<const uint64_t*>(factors.const_data_ptr());
+  const int64_t columns = factors.numel();
   uint64_t sum = 0;
   MICA_LOOP
   for (int64_t i = 0; i < columns; ++i) {
-    sum += words[i] * factors[i];
+    sum += words[i] * weights[i];
   }
   return sum;
 }
@@ -109,11 +115,10 @@ MICA_VECTORS inline uint64_t weighted_sum(const void* row, const void* given_fac
 // words (rows×columns) and factors (columns, contiguous) int64
 inline Tensor weighted_sums(const Tensor& given_words, const Tensor& factors) {
   const Tensor words = given_words.contiguous();
-  const int64_t columns = words.size(1);
   const Tensor sums = at::empty({words.size(0)}, at::kLong);
-  for_each_row(words.size(0), columns, [&](int64_t row) {
-    const int64_t* from = words.const_data_ptr<int64_t>() + row * columns;
-    sums.mutable_data_ptr<int64_t>()[row] = weighted_sum(from, factors.const_data_ptr(), columns);
+  for_each_row(words.size(0), words.size(1), [&](int64_t row) {
+    const int64_t* from = words.const_data_ptr<int64_t>() + row * words.size(1);
+    sums.mutable_data_ptr<int64_t>()[row] = weighted_sum(from, factors);
   });
   return sums;
 }
@@ -225,7 +230,7 @@ std::tuple<Tensor, Sums, std::vector<Tensor>> merge(
     const Word* old = from + row * size;
     auto* fresh = reinterpret_cast<Word*>(part.fresh.data());
     bool is_left = row % measured == 0 ? measure_row(fresh, old, product, size, part.sums)
-                                       : add_row(fresh, old, product, 1, size);
+                                       : merge_row(fresh, old, product, size);
     if (keeps) {
       is_left |= find_lost(part.is_lost.data(), old, fresh, product, size);
       if (is_left) { // PyTorch may round it in another way
@@ -233,8 +238,8 @@ std::tuple<Tensor, Sums, std::vector<Tensor>> merge(
       }
       counts.mutable_data_ptr<int32_t>()[row] = part.keep(old);
       int64_t* sums = checksums.mutable_data_ptr<int64_t>() + 2 * row;
-      sums[0] = weighted_sum(old, factors.const_data_ptr(), factors.size(0));
-      sums[1] = weighted_sum(fresh, factors.const_data_ptr(), factors.size(0));
+      sums[0] = weighted_sum(old, factors);
+      sums[1] = weighted_sum(fresh, factors);
     }
     if (is_left) {
       part.left.push_back(row);
@@ -270,18 +275,18 @@ std::tuple<Tensor, bool> unmerge(
   const auto work = [&](Part<Word>& part, int64_t row, const float* product) {
     auto* fresh = reinterpret_cast<Word*>(part.fresh.data());
     Word* merged = words + row * size;
-    if (add_row(fresh, merged, product, -1, size)) {
+    if (unmerge_row(fresh, merged, product, size)) {
       part.left.push_back(row);
       return;
     }
     const auto* sums = checksums.template const_data_ptr<int64_t>() + 2 * row;
-    const bool is_as_merged = weighted_sum(merged, factors.const_data_ptr(), factors.size(0)) == sums[1];
+    const bool is_as_merged = weighted_sum(merged, factors) == sums[1];
     const int64_t end = ends.const_data_ptr<int64_t>()[row];
     const int64_t count = is_as_merged ? counts.template const_data_ptr<int32_t>()[row] : 0;
     for (int64_t i = end - count; i < end; ++i) {
       fresh[column[i]] = value[i];
     }
-    part.is_exact &= is_as_merged && weighted_sum(fresh, factors.const_data_ptr(), factors.size(0)) == sums[0];
+    part.is_exact &= is_as_merged && weighted_sum(fresh, factors) == sums[0];
     std::copy_n(fresh, size, merged);
   };
   const auto parts = for_rows<Word>(weight, up, down, transposed, step, work);

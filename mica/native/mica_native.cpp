@@ -51,10 +51,9 @@ void note(PyObject* layer, const Tensor& x, const OptionalDtype& autocast_dtype)
   THPObjectPtr reference(PyWeakref_NewRef(layer, nullptr));
   PyObject* before = reference ? PyDict_GetItemWithError(told<"noted">(), reference.get()) : nullptr;
   const Py_ssize_t count = 1 + (before ? PyLong_AsSsize_t(PyTuple_GET_ITEM(before, 0)) : 0);
-  PyObject* sizes = py::cast(x.sizes()).release().ptr();
-  PyObject* strides = py::cast(x.strides()).release().ptr();
   THPObjectPtr entry(Py_BuildValue(
-      "(nO(ONNO))", count, Py_None, object_of(x.scalar_type()), sizes, strides, object_of(autocast_dtype)));
+      "(nO(ONNO))", count, Py_None, object_of(x.scalar_type()), py::cast(x.sizes()).release().ptr(),
+      py::cast(x.strides()).release().ptr(), object_of(autocast_dtype)));
   if (!reference || !entry || PyDict_SetItem(told<"noted">(), reference.get(), entry.get()) < 0) {
     throw python_error();
   }
@@ -88,11 +87,10 @@ Tensor token_or_none(PyObject* x) {
 // `mica.ops.linear.linear_eager`
 PyObject* call_python(PyObject* x, const Operands& operands) {
   const py::handle eager = told<"eager">();
-  const py::handle compute_dtype = object_of(operands.compute_dtype);
-  const py::handle autocast_dtype = object_of(operands.autocast_dtype);
   py::object y = eager(
-      py::handle(x), operands.weight, operands.lora_A, operands.lora_B, operands.scaling, operands.bias, compute_dtype,
-      operands.dropout_p, operands.seed, autocast_dtype, operands.trains_B);
+      py::handle(x), operands.weight, operands.lora_A, operands.lora_B, operands.scaling, operands.bias,
+      py::handle(object_of(operands.compute_dtype)), operands.dropout_p, operands.seed,
+      py::handle(object_of(operands.autocast_dtype)), operands.trains_B);
   return y.release().ptr();
 }
 
