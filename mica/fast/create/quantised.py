@@ -10,7 +10,10 @@ A new library, whose layers PEFT can wrap, needs a function that dequantises, a 
 
 - the hash of the forward of PEFT's class, if it has its own, to `QUANTISED` in mica/fast/known_peft.py:
   without it another release of PEFT is not compared, and no test notices;
-- a model to `KINDS` in tests/support/quantised_models.py, which many tests run over;
+- a model to `KINDS` in tests/support/quantised_models.py, which many tests run over, and its
+  arithmetic to `dequantised` there; its name to the lists in tests/mica/fast/test_saving.py and
+  test_unsuitable.py;
+- the library to the extra `quantised` of pyproject.toml: without it these tests are skipped;
 - a line to mica/fast/README.md and mica/fast/SETUPS.md, which list what is covered and what is refused.
 """
 

@@ -6,7 +6,9 @@ read directly (`read_base`). The checks are cheap (see bench), free of side effe
 torch.compile.
 
 In mica/native/check.h C++ recognises a layer to which no reason applies: a new reason goes there too, and
-its case into `CHANGES` of tests/support/layer_changes.py.
+its case into `CHANGES` of tests/support/layer_changes.py, whose layers are linear. One of embeddings gets a
+test in tests/mica/fast/test_eligibility.py. Experts have reasons of their own, in experts.py, with cases in
+tests/mica/fast/test_experts_eligibility.py. The list for users is under Limits in mica/fast/README.md.
 """
 
 from __future__ import annotations
