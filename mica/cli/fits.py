@@ -25,7 +25,7 @@ _ALIKE = 1.05  # peaks that differ by less
 _NOTES = """\
 GiB. A peak is in addition to the weights, a total is both with Adam's state. Attention is flash attention.
 Not counted: CUDA's context, workspaces, what the allocator rounds, flash attention's fp32 gradient of q,
-prepared copies of B, padding masks."""
+prepared copies of B, padding masks. All weights but the adapter's are frozen, without adapter too."""
 _LOGITS = """\
 With gradient checkpointing all peaks are alike, because the logits of the loss decide. What helps is a loss
 without them: Liger's fused one, or PyTorch's linear_cross_entropy."""
@@ -160,18 +160,20 @@ def _outline(args: argparse.Namespace):
 
     from mica.cli.loading import find_source, quieten_libraries, skeleton
     from mica.cli.step_memory import ATTENTION
-    from mica.cli.targets import stacks_of
+    from mica.cli.targets import find_targets, stacks_of
 
     quieten_libraries()
     options = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
     source = find_source(args.model, args.trust_remote_code, option="")  # it is an argument here
     base = skeleton(source, attn_implementation=ATTENTION, **options)
     if base is None:
-        raise UsageError(f"{args.model}: cannot be built without its weights, so nothing can be counted")
+        what = "is no causal language model, or cannot be built without its weights"
+        raise UsageError(f"{args.model}: {what}, so nothing can be counted")
     if getattr(base.config, "quantization_config", None) is not None:
         raise UsageError(f"{args.model}: is quantised: what its library allocates is not counted")
     if stacks_of(base):
         raise UsageError(f"{args.model}: has experts, and how many tokens each gets is not known")
+    find_targets(base, args.target_modules).check_rank(base, args.target_modules, args.rank)
     base.requires_grad_(False)
     base.enable_input_require_grads()
     return base.train()

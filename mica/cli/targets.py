@@ -15,6 +15,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 
 from mica.cli.arguments import similar
+from mica.cli.output import size_text
 from mica.errors import UsageError
 
 ALL_LINEAR = "all-linear"
@@ -38,6 +39,19 @@ class Targets(NamedTuple):
         for name, shape in saved_parameters(model, self.parameters).values():
             found[name] = shape[-2:]
         return found
+
+    def check_rank(self, model: nn.Module, names: str, rank: int) -> None:
+        """Raise UsageError if a target of ``names`` is no matrix, or too small for the rank."""
+        sizes = self.sizes(model)
+        for name, size in sizes.items():
+            if size is None:  # a norm, an activation
+                what = f"{name} is a {type(self.modules[name]).__name__}, which cannot be adapted"
+                raise UsageError(f"--target-modules {names}: {what}")
+        smallest = min(sizes, key=lambda name: min(sizes[name]))
+        largest_rank = min(sizes[smallest])
+        if rank > largest_rank:
+            has = f"{smallest} has {size_text(sizes[smallest])} weights, so at most {largest_rank} fits"
+            raise UsageError(f"--rank {rank}: {has}; --target-modules can leave it out")
 
 
 def find_targets(model: nn.Module, names: str, experts: bool | None = None) -> Targets:

@@ -9,7 +9,6 @@ from torch import nn
 
 from mica.cli.adapt import embeddings, saved_adapter
 from mica.cli.adapt.saved_adapter import SavedAdapter
-from mica.cli.output import size_text
 from mica.cli.targets import Targets, find_targets, saved_parameters
 from mica.errors import UsageError
 
@@ -78,7 +77,7 @@ def check(model: nn.Module, args: Namespace, checkpoint: Path | None = None) -> 
             f"--dropout {args.dropout:g}: PEFT has no dropout for parameters such as "
             f"{min(targets.parameters)}: use --dropout 0 or --no-experts"
         )
-    _check_rank(model, args, targets)
+    targets.check_rank(model, args.target_modules, args.rank)
     if args.train_embeddings:
         embeddings.check(model, args, targets)
     if checkpoint is not None:
@@ -86,20 +85,6 @@ def check(model: nn.Module, args: Namespace, checkpoint: Path | None = None) -> 
     elif args.adapter is not None:
         _check_saved(model, args, targets, saved_adapter.read(args.adapter))
     return targets
-
-
-def _check_rank(model: nn.Module, args: Namespace, targets: Targets) -> None:
-    """Raise UsageError if a target is no matrix, or too small for the rank."""
-    sizes = targets.sizes(model)
-    for name, size in sizes.items():
-        if size is None:  # a norm, an activation
-            what = f"{name} is a {type(targets.modules[name]).__name__}, which cannot be adapted"
-            raise UsageError(f"--target-modules {args.target_modules}: {what}")
-    smallest = min(sizes, key=lambda name: min(sizes[name]))
-    largest_rank = min(sizes[smallest])
-    if args.rank > largest_rank:
-        has = f"{smallest} has {size_text(sizes[smallest])} weights, so at most {largest_rank} fits"
-        raise UsageError(f"--rank {args.rank}: {has}; --target-modules can leave it out")
 
 
 def _check_saved(model: nn.Module, args: Namespace, targets: Targets, saved: SavedAdapter) -> None:

@@ -89,7 +89,7 @@ def _do(planned: Planned, comparison: Comparison, trainings: Trainings, output: 
     """
     duration = ""
     if planned.phase > schedule.TRIAL:
-        duration = f", about {comparison.seconds(planned):.2g} s"
+        duration = f", about {comparison.seconds(planned):.0f} s"
     _note(f"{_name(planned)} ({len(comparison.left())} of this kind left{duration}) ...")
     result = trainings.make(planned)
     clock = time.time() - zero
@@ -134,6 +134,6 @@ def _said(comparison: Comparison, run: dict) -> str:
     if run["failed"]:
         return run["failed"]
     if run["phase"] == schedule.TRIAL:
-        return f"took {run['seconds']:.2g} s"
+        return f"took {run['seconds']:.1f} s"
     end = outcome(comparison.base, run)
     return f"learned {end.validation:.3f}, forgot {end.means[1]:.3f} nats per token"

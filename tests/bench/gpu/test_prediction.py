@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from bench.gpu import __main__ as gpu
 from bench.gpu import prediction
 from bench.results.names import DEVICE_TIME
-from bench.suites import bench_kernels
+from bench.suites import bench_kernels, bench_layer
 from mica.paths import choose
 
 DEVICE = "NVIDIA H100 80GB HBM3"
@@ -16,6 +16,7 @@ def test_cells_of_the_suites_are_predicted(monkeypatch):
     cells = [bench_kernels.Cell(kernel, 40, 64, 16) for kernel in bench_kernels.NAMES]
     monkeypatch.setattr(bench_kernels, "CELLS", cells)
     monkeypatch.setattr(choose.products, "has_native", lambda dtype: True)  # GPUs have 16-bit instructions
+    monkeypatch.setattr(bench_layer, "CELLS", [bench_layer.Cell(), bench_layer.Cell(dropout=0.5)])
     choose.clear()
     rows = [(one["group"], one["implementation"]) for one in prediction.records(DEVICE)]
     for cell in cells:

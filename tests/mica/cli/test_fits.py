@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 
 import pytest
-from transformers import BitsAndBytesConfig, LlamaConfig, MixtralConfig
+from transformers import BitsAndBytesConfig, LlamaConfig, MixtralConfig, T5Config
 
 from mica.cli import fits, main
 from mica.cli.fits import GIB, SETUPS, tokens_that_fit
@@ -93,6 +93,8 @@ REFUSED = {  # what it is: (configuration, options, message)
         "has experts, and how many tokens each gets is not known",
     ),
     "another name": (LlamaConfig(**LLAMA), ("--target-modules", "q_prj"), "did you mean q_proj?"),
+    "too large a rank": (LlamaConfig(**LLAMA), ("--rank", "33"), "k_proj has 32 x 64 weights, so at most 32"),
+    "no causal model": (T5Config(), (), "is no causal language model, or cannot be built"),
 }
 
 
@@ -108,6 +110,6 @@ def test_what_is_not_counted_is_refused_in_one_line(case, run):
     config, options, message = REFUSED[case]
     status, report, captured = run(config, *options)
     assert (status, report, captured.out) == (2, None, "")
-    line = captured.err.splitlines()[-1]
+    [line] = captured.err.splitlines()  # before anything is counted
     assert line.startswith("mica fits: error: ")
     assert message in line

@@ -10,6 +10,7 @@ import mica.fast
 from mica.ops import trial
 from mica.paths import choose, tuning
 from tests.support.models import wrap
+from tests.support.processor import has_instructions
 
 FORWARDS = {"linear", "down_projection", "up_projection"}
 LARGE = (32, 48)
@@ -112,6 +113,7 @@ def test_the_tables_word_is_what_ran(call):
         patch.setenv("MICA_BACKEND", call.backend)
         if not call.has_cpp:
             patch.setenv("MICA_NATIVE", "0")
+        has_instructions(True, patch)
         patch.setattr(choose.runtime, "is_interpreting", lambda: False)
         patch.setattr(choose.runtime, "why_unavailable", lambda device: None)
         patch.setattr(trial, "_measured", lambda kind, *_: measured(call.forms, kind))

@@ -32,6 +32,7 @@ from tests.support.layer_changes import (
     changed,
     layer_of,
 )
+from tests.support.processor import has_instructions
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.why_not()))
 
@@ -383,6 +384,7 @@ def test_python_is_asked_only_where_x_can_be_computed_again(name, monkeypatch):
 
 def test_python_is_called_where_autocast_casts_an_x_that_can_be_computed_again(monkeypatch):
     monkeypatch.setenv("MICA_BACKEND", "reference")
+    has_instructions(True, monkeypatch)
     for dtype, expected in ((FP32, tuple), (BF16, torch.Tensor)):
         x = functional.silu(X.to(dtype).requires_grad_())
         with torch.autocast("cpu", BF16):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
 from mica.cli.adapt import checkpoints, session
+from mica.cli.adapt.summary import as_text
 from mica.cli.record import NAME
 from tests.support.adapt_runs import command, log_of, resume, same, saved, summary, unfinished, weights
 from tests.support.faults import FULL
@@ -56,6 +57,9 @@ def test_the_summary_counts_what_was_trained(paper, rows):
     assert made["total_parameters"] > made["trained_parameters"]
     assert sum(made["paths"].values()) == 4
     assert len(made["layers_on_peft_path"]) == made["paths"].get("peft", 0)
+    for device, path in (("cpu", "operators (CPU)"), ("cuda", "reference")):
+        printed = as_text({**made, "device": device, "paths": {"reference": 3, "peft": 1}})
+        assert f"layers by path       3 {path}, 1 peft\n" in printed
     texts = [json.loads(line)["text"] for line in rows.read_text(encoding="utf-8").splitlines()]
     source = {"name": str(rows), "documents": 300, "tokens": len("".join(texts)) + 300, "skipped": 0}
     assert made["sources"] == [source]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mica.cli import main
-from mica.cli.compare import session, trainings
+from mica.cli.compare import schedule, session, trainings
 from mica.cli.record import NAME
 from tests.mica.cli.compare.tiny_comparison import RATES, arguments, compare, results, untimed
 from tests.support.faults import FULL
@@ -192,6 +192,11 @@ def test_a_budget_that_is_used_up_shows_what_there_is(model_dir, tmp_path, capsy
     monkeypatch.undo()
     assert resume(output, "--budget", rest.split()[0]) == 0
     assert sum(run["phase"] == 2 for run in results(output).values()) == 4
+
+
+def test_minutes_are_said_in_seconds():
+    run = {"failed": None, "phase": schedule.TRIAL, "seconds": 124.61}
+    assert session._said(None, run) == "took 124.6 s"
 
 
 @pytest.mark.parametrize(
