@@ -50,8 +50,8 @@ class Targets(NamedTuple):
         smallest = min(sizes, key=lambda name: min(sizes[name]))
         largest_rank = min(sizes[smallest])
         if rank > largest_rank:
-            has = f"{smallest} has {size_text(sizes[smallest])} weights, so at most {largest_rank} fits"
-            raise UsageError(f"--rank {rank}: {has}; --target-modules can leave it out")
+            size = size_text(sizes[smallest])
+            raise UsageError(f"--rank {rank}: {smallest} has {size} weights, so at most {largest_rank} fits")
 
 
 def find_targets(model: nn.Module, names: str, experts: bool | None = None) -> Targets:
