@@ -76,7 +76,7 @@ DTYPES_ON = [
 
 
 @pytest.mark.parametrize(("path", "dtype", "adapter_dtype", "compute_dtype"), DTYPES_ON, indirect=["path"])
-@pytest.mark.parametrize(("kind", "sizes", "bias", "options"), map(marked, CASES), ids=str)
+@pytest.mark.parametrize(("kind", "sizes", "bias", "options"), [*map(marked, CASES)], ids=str)
 def test_agrees_with_the_oracle(path, kind, sizes, bias, options, dtype, adapter_dtype, compute_dtype):
     function, counted = KINDS[kind]
     is_lora = "LoRA" in kind

@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -69,7 +70,8 @@ def _pattern(old: str) -> re.Pattern:
     return re.compile(rf"(?<!\w){text}" if parts[0][0].isidentifier() else text)
 
 
-def _definitions(source: str) -> Iterator[tuple[str, int, int]]:
+@lru_cache(maxsize=1)  # one file has many edits
+def _definitions(source: str) -> list[tuple[str, int, int]]:
     """(qualified name, start, end) of all functions, classes and constants; offsets in characters."""
     starts = [0]
     for line in source.splitlines(keepends=True):
@@ -87,7 +89,7 @@ def _definitions(source: str) -> Iterator[tuple[str, int, int]]:
             yield prefix + name, starts[first - 1], starts[child.end_lineno]
             yield from below(child, f"{prefix}{name}.")
 
-    return below(ast.parse(source), "")
+    return list(below(ast.parse(source), ""))
 
 
 def _assigned(node: ast.AST) -> str | None:
