@@ -101,7 +101,7 @@ class Calls(Base):
         twice = twice and self.checkpointing is None and self.twins.tolerance < 1e-4
 
         def step(model):
-            leaf = x.clone().requires_grad_()
+            leaf = x.to(dtype_of_base(model), copy=True).requires_grad_()  # a judge is in fp64
             out = self.twins.call(model, None, inputs_embeds=leaf)
             (grad,) = torch.autograd.grad(energy(out), leaf, create_graph=twice)
             trained = {n: p for n, p in model.named_parameters() if p.requires_grad}

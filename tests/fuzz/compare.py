@@ -67,7 +67,7 @@ def rounded_otherwise(model: nn.Module) -> nn.Module:
     """The model with weights that are as good, within the rounding of their dtype."""
     with torch.no_grad():
         for parameter in model.parameters():
-            noise = torch.randn(parameter.shape) * (torch.finfo(parameter.dtype).eps / 2)
+            noise = torch.randn(parameter.shape, dtype=torch.float64) * (torch.finfo(parameter.dtype).eps / 2)
             parameter.data = (parameter.data.double() * (1 + noise)).to(parameter.dtype)
     return model
 
