@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from mica.native.build import say
 from mica.ops.operator import call_counts, in_form
@@ -139,15 +139,16 @@ def _rounds(
     forwards = {form: partial(forward, form) for form in calls}
     of_forward = tuning.timed(forwards, tolerance, synchronize, leave_out)
 
-    nodes = {form: forward(form)[0].grad_fn for form in of_forward}
+    # an edge owns what its node has saved: with PyTorch 2.11 a node in Python alone loses that with y
+    edges = {form: get_gradient_edge(forward(form)[0]) for form in of_forward}
     (y,) = forward(REFERENCE)
     grad_output = y.detach()
 
     def backward(form: str) -> Sequence[Tensor]:
         with in_form(form), torch.no_grad():
-            return _gradients(nodes[form], grad_output, kind.trains_B)
+            return _gradients(edges[form].node, grad_output, kind.trains_B)
 
-    backwards = {form: partial(backward, form) for form in nodes}
+    backwards = {form: partial(backward, form) for form in edges}
     of_backward = tuning.timed(backwards, tolerance, synchronize, leave_out)
     return of_forward, of_backward
 

@@ -144,3 +144,8 @@ def arguments() -> dict[str, tuple]:
         "experts_grad_b": (dy, h, offsets, fp32),
         "experts_linear_backward": (dy, x, offsets, both, *experts[:3], 0.5, None, fp32),
     }
+
+
+def of_users(warned) -> list[str]:
+    """The messages of recorded warnings, without the deprecations of NumPy in Triton 3.6's interpreter."""
+    return [str(each.message) for each in warned if each.category is UserWarning]

@@ -20,6 +20,7 @@ from tests.support.linear_calls import (
     call,
     down_projection,
     leaves,
+    of_users,
     on_device,
     run,
     tensors_of,
@@ -260,7 +261,7 @@ def test_a_kernel_that_cannot_be_launched(monkeypatch, by_default, choose_form, 
         with pytest.warns(UserWarning, match="from now on: out of resource") as warned:
             result = run(p)
     agree(result, {name: value.double() for name, value in expected.items()}, BF16)
-    assert len(warned) == len(PARTS[part])
+    assert len(of_users(warned)) == len(PARTS[part])
     ops.call_counts.clear()
     run(p)
     kernels = {f"{name}_kernels" for name in {"linear", "linear_backward"} - PARTS[part]}

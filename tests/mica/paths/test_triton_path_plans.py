@@ -11,7 +11,7 @@ from mica.kernels import launching
 from mica.paths import choose, triton_path
 from tests.support import expert_cases
 from tests.support.kernel_cases import seed_of
-from tests.support.linear_calls import agree, on_device, run, same_bits
+from tests.support.linear_calls import agree, of_users, on_device, run, same_bits
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
 
@@ -134,7 +134,7 @@ def test_a_kernel_that_a_capture_cannot_load_is_missed_once(
             for name, value in run(p).items():
                 assert error(value, expected[name].double()) <= RELATIVE[BF16], name
     functions = {name: name if name == "grad_b" else PREFIX[trains_B] + name for name in formulas}
-    messages = [str(each.message) for each in warned]
+    messages = of_users(warned)
     assert all("in a CUDA graph on cpu: a kernel for this kind" in message for message in messages)
     assert {message.split()[2] for message in messages} == {functions[name] for name in missed}
     assert len(messages) == len(missed)
