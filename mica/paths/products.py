@@ -32,7 +32,7 @@ SHORTEST = 64  # smallest side of a chunk, however long the sum
 QUERIES = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
 # cuBLAS writes the fp32 sums of 16-bit numbers; PyTorch offers no such thing on ROCm.
-HAS_WIDE_SUMS = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
+HAS_WIDE_SUMS = torch.version.hip is None
 
 
 def is_transformed() -> bool:

@@ -195,9 +195,8 @@ def down_projection_backward(
 # a stack of experts
 # ---------------------------------------------------------------------------------------------------
 
-# Public from PyTorch 2.10 on. It takes bf16 from sm_80 on, where before sm_90 it waits for the device itself,
-# and any dtype on a CPU.
-_grouped_mm = getattr(F, "grouped_mm", None)
+# PyTorch's grouped product takes bf16 from sm_80 on, where before sm_90 it waits for the device itself, and
+# any dtype on a CPU.
 _MOST_GROUPS = 1023  # of its CUDA kernel
 _MOST_ELEMENTS = 2**31 - 1  # of x, and of y: with more, an illegal access was reported (torchtitan#1932)
 
@@ -269,7 +268,7 @@ def base_product(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     if groups and _is_aligned(weight := weight.to(x.dtype)):
         if not _is_aligned(x):
             x = x.clone(memory_format=torch.contiguous_format)
-        return _grouped_mm(x, weight, offs=offsets.to(torch.int32))
+        return F.grouped_mm(x, weight, offs=offsets.to(torch.int32))
     y = x.new_empty(count, weight.shape[2])
     for expert, rows in reference_path.hit(offsets):
         torch.mm(x[rows], weight[expert].to(x.dtype), out=y[rows])
@@ -279,7 +278,7 @@ def base_product(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
 @functools.cache
 def _is_grouped(device: torch.device, dtype: torch.dtype, num_experts: int) -> bool:
     """Whether `grouped_mm` takes this dtype and number of experts on this device."""
-    if _grouped_mm is None or num_experts > _MOST_GROUPS:
+    if num_experts > _MOST_GROUPS:
         return False
     if device.type == "cpu":
         return True
