@@ -84,7 +84,8 @@ def check_weights(layers: dict[lora.LoraLayer, list[str]], adapter_names) -> Non
 
 
 def _address_of_weight(layer: lora.LoraLayer) -> int:
-    weight = getattr(layer.get_base_layer(), weight_name(layer), None)
+    # not its attribute: transformers 5.20 gives HQQ's layers a property, which makes a tensor at each look
+    weight = layer.get_base_layer()._parameters.get(weight_name(layer))
     if type(weight) in TENSOR_TYPES and weight.data_ptr():
         return weight.data_ptr()
     return id(layer) if weight is None else id(weight)  # offloaded, quantised or sharded

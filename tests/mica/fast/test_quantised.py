@@ -349,7 +349,11 @@ def base_weights(model):
 
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_merging_is_that_of_plain_lora(kind, safe_merge):
+def test_merging_is_that_of_plain_lora(kind, safe_merge, monkeypatch):
+    if kind.startswith("hqq"):  # as transformers 5.20 does, which makes a tensor at each look
+        layer_class = pytest.importorskip("hqq.core.quantize").HQQLinear
+        weight = property(lambda layer: torch.empty(0))
+        monkeypatch.setattr(layer_class, "weight", weight, raising=False)
     model, plain = adapted_and_plain(kind)
     original = base_weights(model)
     for call in ("merge_adapter", "unmerge_adapter"):

@@ -144,7 +144,7 @@ def test_a_full_disk_leaves_nothing_behind(cache, weight, monkeypatch, failing):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(*{"write": (Path, "write_bytes"), "replace": (os, "replace")}[failing], fail)
+        patch.setattr(*{"write": (Path, "write_bytes"), "replace": (Path, "replace")}[failing], fail)
         put(cache, weight)
     only_file(cache.folder)
     assert same(get(cache, weight), old)
