@@ -7,7 +7,7 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 PYTEST := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-full test-other-cpu test-slow test-smoke test-all test-frameworks test-deepspeed nightly weekly lint dist static emulate mutants fuzz conformance bench gpu gpu-dry-run clean
+.PHONY: demo test test-full test-other-cpu test-versions test-slow test-smoke test-all test-frameworks test-deepspeed nightly weekly lint dist static emulate mutants fuzz conformance bench gpu gpu-dry-run clean
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -37,6 +37,14 @@ BEYOND_AVX2 := import numpy; found = numpy.show_config("dicts")["SIMD Extensions
 test-other-cpu: $(READY)
 	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/other-cpu ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 \
 	OPENBLAS_CORETYPE=Haswell NPY_DISABLE_CPU_FEATURES="$$($(RUN) -c '$(BEYOND_AVX2)')" $(PYTEST) -m "not slow and not weekly"
+
+# The fast tests in an environment of their own, with the oldest PyTorch and PEFT; VERSIONS=torch: the newest.
+# With NumPy 2.4 Triton 3.6 does not interpret
+VERSIONS ?= "torch==2.11.*" "peft==0.20.*" "numpy<2.4"
+test-versions: $(READY)
+	rm -rf build/versions && $(PYTHON) -m venv build/versions
+	build/versions/bin/python -m pip install -q -e ".[dev]" $(VERSIONS)
+	$(MAKE) test RUN=build/versions/bin/python READY=
 
 # What starts several processes, uses real weights or needs compilers
 test-slow: $(READY)
