@@ -19,6 +19,7 @@ from mica.subspace import many
 from tests.support import quantised_models
 from tests.support.models import Net, adapted_layers, net, randomise, tiny_llama, wrap
 from tests.support.moe_models import holder, qwen3_moe, second, tokens, wrap_experts, wrappers
+from tests.support.peft_versions import needs_peft
 from tests.support.quantised_models import bnb_4bit, bnb_8bit
 from tests.support.stock import counted
 from tests.support.tolerances import RELATIVE, error
@@ -145,7 +146,12 @@ CASES["int8"] = (  # as in stock
 )
 
 
-@pytest.mark.parametrize("case", CASES)
+PARALLEL = needs_peft("0.21", "it imports for split layers what transformers 5.20 and later do not have")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=PARALLEL if case in ("tp", "shard") else ()) for case in CASES]
+)
 def test_a_model_is_refused_before_any_work(case, solved):
     build, options, message, *other = CASES[case]
     refused(build(), message, *other, **options)
