@@ -40,7 +40,7 @@ test-other-cpu: $(READY)
 
 # The fast tests in an environment of their own, with the oldest PyTorch and PEFT; VERSIONS=torch: the newest.
 # With NumPy 2.4 Triton 3.6 does not interpret
-VERSIONS ?= "torch==2.11.*" "peft==0.20.*" "numpy<2.4"
+VERSIONS ?= "torch==2.11.*" "peft==0.20.*" "transformers==5.20.*" "numpy<2.4"
 test-versions: $(READY)
 	rm -rf build/versions && $(PYTHON) -m venv build/versions
 	build/versions/bin/python -m pip install -q -e ".[dev]" $(VERSIONS)
