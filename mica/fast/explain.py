@@ -77,8 +77,17 @@ class Explanation:
         """How many layers take each path, for instance {"kernel": 210}."""
         return dict(Counter(row.path for row in self.rows))
 
+    def totals(self) -> str:
+        """How many layers there are, and how many take each path: the line below the table."""
+        paths = Counter(map(_shown_path, self.rows))
+        parts = [", ".join(f"{count} {path}" for path, count in paths.items())]
+        uncalled = sum(row.calls == 0 for row in self.rows)
+        if uncalled:
+            parts.append(f"{uncalled} not called")
+        return f"{len(self.rows)} layer{'s' if len(self.rows) > 1 else ''}: {'; '.join(parts)}"
+
     def __str__(self) -> str:
-        return _text(self.rows)
+        return _text(self)
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -244,8 +253,9 @@ def _bypassed_by(modules: Mapping[str, nn.Module], name: str, called: list[str])
 # ---------------------------------------------------------------------------------------------------
 
 
-def _text(rows: list[Row]) -> str:
+def _text(explanation: Explanation) -> str:
     """Aligned lines in the order of the layers, one for all equal rows; the long reasons, and the totals."""
+    rows = explanation.rows
     if not rows:
         return "no adapted layers"
     equal: dict[Row, list[str]] = {}
@@ -271,7 +281,7 @@ def _text(rows: list[Row]) -> str:
         for line in lines
     ]
     printed += [f"[{number}] {reason}" for number, reason in enumerate(notes, 1)]
-    return "\n".join([*printed, _totals(rows), *_bypasses(rows)])
+    return "\n".join([*printed, explanation.totals(), *_bypasses(rows)])
 
 
 def _shown_path(row: Row) -> str:
@@ -281,15 +291,6 @@ def _shown_path(row: Row) -> str:
 
 def _shown_reason(row: Row) -> str:
     return "" if row.reason == ON_A_CPU else row.reason
-
-
-def _totals(rows) -> str:
-    paths = Counter(map(_shown_path, rows))
-    parts = [", ".join(f"{count} {path}" for path, count in paths.items())]
-    uncalled = sum(row.calls == 0 for row in rows)
-    if uncalled:
-        parts.append(f"{uncalled} not called")
-    return f"{len(rows)} layer{'s' if len(rows) > 1 else ''}: {'; '.join(parts)}"
 
 
 def _bypasses(rows) -> Iterator[str]:

@@ -59,6 +59,7 @@ def of(settings: config.Settings, corpus: Corpus, model, done: Training) -> dict
         "held_out_blocks": len(corpus.held_out),
         "retain_before": retain_before,
         "retain_after": retain_after,
+        "layers": explanation.totals(),
         "paths": dict(explanation.counts()),
         "layers_on_peft_path": [{"name": row.name, "reason": row.reason} for row in on_peft],
         "adapter": str(args.output),
@@ -105,9 +106,6 @@ def as_text(summary: dict) -> str:
     retained = None
     if summary["retain_before"] is not None:
         retained = f"{summary['retain_before']:.2f} -> {summary['retain_after']:.2f}"
-    paths = summary["paths"]
-    if summary["device"] == "cpu":  # as `explain` prints it
-        paths = {"operators (CPU)" if path == "reference" else path: paths[path] for path in paths}
     rows = [
         ("model", f"{summary['model']} ({summary['dtype']}, {summary['device']})"),
         ("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"),
@@ -115,7 +113,7 @@ def as_text(summary: dict) -> str:
         ("training", f"{summary['training_seconds']:.1f} s, {summary['epochs']:.3g} epochs, {tokens}"),
         ("held-out perplexity", f"{summary['perplexity_before']:.2f} -> {summary['perplexity_after']:.2f}"),
         ("retained perplexity", retained),
-        ("layers by path", ", ".join(f"{count} {path}" for path, count in paths.items())),
+        ("layers by path", summary["layers"]),
     ]
     reasons = Counter(row["reason"] for row in summary["layers_on_peft_path"])
     rows += [("", f"on PEFT's path, {count}: {reason}") for reason, count in reasons.items()]
