@@ -57,6 +57,7 @@ class Adapted(NamedTuple):
 def counted():
     """Every test runs kernels, and whatever algorithms PyTorch would choose."""
     torch.use_deterministic_algorithms(False)
+    mica.fast.enable(lora=True)
     before = mica.fast.call_counts["linear_kernels"]
     yield
     assert mica.fast.call_counts["linear_kernels"] > before, "no kernels ran"

@@ -20,7 +20,8 @@ def left_out(items: list[pytest.Item]) -> set[pytest.Item]:
     """The cases that need not run."""
     tests = defaultdict(list)
     for item in items:
-        if hasattr(item, "callspec") and not item.get_closest_marker("whole"):
+        is_skipped = any(mark.args[0] for mark in item.iter_markers("skipif"))  # then it stands for nothing
+        if hasattr(item, "callspec") and not item.get_closest_marker("whole") and not is_skipped:
             tests[item.nodeid.partition("[")[0]].append(item)
     found = set()
     for cases in tests.values():
