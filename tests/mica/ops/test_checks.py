@@ -25,6 +25,16 @@ def test_x_and_the_factors_may_be_trained():
     assert mica_linear(x, p.weight, lora_A, lora_B).requires_grad
 
 
+def test_autocast_takes_a_weight_and_a_bias_of_another_dtype_than_x():
+    """As the output of a layer before it: 16-bit activations over a 32-bit model."""
+    p = problem((3,), 4, 5, 2, torch.float32)
+    x = p.x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mica_linear(x, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias)
+        as_cast = (p.weight.bfloat16(), p.lora_A, p.lora_B, p.scaling, p.bias.bfloat16())
+        assert torch.equal(y, mica_linear(x, *as_cast))
+
+
 def operands_of_experts():
     operands = vars(expert_cases.problem("one each", 5, 4, 2, torch.float32))
     return {name: operands[name] for name in ("x", "offsets", "weight", "lora_A", "lora_B", "bias")}
