@@ -12,7 +12,7 @@ from bench.results import names
 from bench.results.names import FAST, LORA, STOCK, best_stock
 
 EPYC = "amd-epyc-avx512-bf16-2-threads"
-TWO_THREADS = f"{EPYC}/2026-11-30-clock"
+TWO_THREADS = "intel-xeon-processor-amx-2-threads/2026-12-01-clock"
 
 
 @pytest.mark.parametrize("page", pages.PAGES)
@@ -77,16 +77,15 @@ def raw(name):
 def of_single_results():
     """Figures of suites that were measured once."""
     page = "bench/README.md"
-    smollm2, tiny = pages.result("intel-xeon-processor-amx-2-threads/2026-11-29-generate").groups
-    said = f"{speedup(tiny.ratio(FAST, STOCK))} faster than stock PEFT, of SmolLM2-135M"
-    yield page, f"{said} {speedup(smollm2.ratio(FAST, STOCK))}, within its noise"
-    shapes = pages.result("amd-epyc-as-avx2-2-threads/2026-11-26-dtype").groups
+    measured = raw("2026-12-01-avx2/rounds")
+    products = [one["seconds"] for one in measured["products"]]
+    ratios = [one[dtype] / one["float32"] for one in products for dtype in ("bfloat16", "float16")]
+    yield page, f"bf16 and fp16 products take {min(ratios):.0f} to {max(ratios):.0f} times as long as fp32's"
     for dtype in ("bfloat16", "float16"):
-        ratios = [one.ratio(f"{FAST}, {dtype}", f"{FAST}, float32").median for one in shapes]
+        ratios = [
+            median(one[dtype] / one["float32"] for one in layer["seconds"]) for layer in measured["layers"]
+        ]
         yield page, f"{min(ratios):.2f} to {max(ratios):.2f} times as long in {dtype}"
-    experts = pages.only(f"{EPYC}/2026-11-26-experts", suite="experts init").timings
-    ours, loop = (experts[name].median for name in (FAST, names.SVD))
-    yield page, f"took {ours:.1f} s, a loop of `torch.linalg.svd` over them {loop:.1f} s"
     corpus, page = raw(f"{EPYC}/2026-11-30-corpus"), "mica/cli/README.md"
     size = f"({corpus['documents']:,} documents, {corpus['tokens'] / 1e6:.0f} M tokens of SmolLM2)"
     yield page, f"read 500 MB of JSONL {size} in {corpus['cpu_seconds']:.0f} s of CPU time"
