@@ -275,7 +275,7 @@ def suit_processor(model, dtype: str) -> str | None:
     if model.device.type != "cpu" or has_native(model.dtype):
         return None
     name = dtype_name(model.dtype)
-    cost = f"this processor has no {name} instructions, so matrix products take about ten times as long"
+    cost = f"this processor has no {name} instructions, so matrix products take 10 to 400 times as long"
 
     if dtype != "auto":
         return f"--dtype {dtype}: {cost} (adapted layers compute in float32); --dtype float32 is faster"
