@@ -1,9 +1,10 @@
 // The common case of an adapted linear layer, recognised in a microsecond: `mica.fast.forward.eligibility` takes 13 for
 // the same answer. It knows all cases and every reason, and decides wherever this returns nothing.
 //
-// One active adapter, MiCA or plain LoRA, on an nn.Linear, whatever its dropout and autocast; no hooks, patches, modes
-// or tracing; ordinary operands. Nothing is kept between calls: every fact is read again, from the modules' dictionaries.
-// These are no subclasses and have strings as keys, so no lookup runs Python code, and what they hold stays alive.
+// Active adapters, MiCA or plain LoRA, of a linear layer, whatever their dropout and autocast; no patches, modes or tracing,
+// no hooks on the adapters; ordinary operands. Where the base is no ordinary frozen nn.Linear, it is called.
+// Nothing is kept between calls: every fact is read again, from the modules' dictionaries. These are no subclasses and
+// have strings as keys, so no lookup runs Python code, and what they hold stays alive.
 
 #pragma once
 
@@ -149,16 +150,20 @@ inline bool is_module_plain(PyObject* module) {
       is_empty(item(dict, "_backward_pre_hooks"_key));
 }
 
-// The name of the one active adapter.
-inline PyObject* active_adapter(PyObject* layer_dict) {
-  PyObject* name = item(layer_dict, "_active_adapter"_key);
-  if (name && PyList_Check(name) && PyList_GET_SIZE(name) == 1) {
-    name = PyList_GET_ITEM(name, 0);
+// The names of the active adapters: a list, or one of them.
+inline std::vector<PyObject*> active_adapters(PyObject* layer_dict) {
+  PyObject* active = item(layer_dict, "_active_adapter"_key);
+  if (!active || !PyList_CheckExact(active)) {
+    return {active};
   }
-  return name && PyUnicode_CheckExact(name) ? name : nullptr;
+  std::vector<PyObject*> names(PyList_GET_SIZE(active));
+  for (size_t i = 0; i < names.size(); ++i) {
+    names[i] = PyList_GET_ITEM(active, i);
+  }
+  return names;
 }
 
-// Whether nothing but the layer's one adapter counts.
+// Whether the layer's adapters count, and all of them.
 inline bool is_state_plain(PyObject* layer_dict, PyObject* base) {
   return item(layer_dict, "_disable_adapters"_key) == Py_False &&
       is_empty(item(layer_dict, "merged_adapters"_key)) && !item(layer_dict, "_tp_info"_key) &&
@@ -201,12 +206,15 @@ inline bool is_cast_by_autocast(const Tensor& tensor) {
   return tensor.scalar_type() == at::kFloat || is_sixteen_bit(tensor.scalar_type());
 }
 
-// Whether a layer without autocast takes these dtypes: one for all, or fp32 masters over 16 bits.
+// Whether adapters take these dtypes: autocast's, or one for all, or fp32 masters over 16 bits.
 inline bool are_multiplied(const Tensor& x, const Operands& operands, PyObject* casts_input) {
+  if (operands.autocast_dtype) {
+    return is_cast_by_autocast(x) && is_cast_by_autocast(operands.lora_A) && is_cast_by_autocast(operands.lora_B);
+  }
   const ScalarType dtype = x.scalar_type();
   const ScalarType factor_dtype = operands.lora_A.scalar_type();
   const bool is_floating = dtype == at::kDouble || dtype == at::kFloat || is_sixteen_bit(dtype);
-  if (!is_floating || operands.weight.scalar_type() != dtype || operands.lora_B.scalar_type() != factor_dtype) {
+  if (!is_floating || operands.lora_B.scalar_type() != factor_dtype) {
     return false;
   }
   const bool is_master = factor_dtype == at::kFloat && is_sixteen_bit(dtype);
@@ -232,94 +240,114 @@ inline std::optional<double> dropout_p(PyObject* dropout) {
   return training == Py_True ? probability : 0.0;
 }
 
-// The adapter's modules and the base layer of a layer that may be called so.
-struct Parts {
-  PyObject* base = nullptr;
-  PyObject* lora_A = nullptr;
-  PyObject* lora_B = nullptr;
-  PyObject* dropout = nullptr;
-  PyObject* scaling = nullptr;
-  bool trains_B = false;
+// The weight of an nn.Linear without a bias; nullptr where there is one.
+inline PyObject* factor_of(PyObject* module) {
+  PyObject* parameters = item(own(module), "_parameters"_key);
+  return item(parameters, "bias"_key) == Py_None ? item(parameters, "weight"_key) : nullptr;
+}
 
-  explicit Parts(PyObject* layer_dict) {
-    PyObject* modules = item(layer_dict, "_modules"_key);
-    PyObject* name = active_adapter(layer_dict);
-    base = item(modules, "base_layer"_key);
-    if (!name || !is_of(base, told<"linear">()) || !is_state_plain(layer_dict, base)) {
-      return;
-    }
-    trains_B = is_lora(layer_dict, name);
-    if (!trains_B && !is_mica(layer_dict, name)) {
-      return;
-    }
-    lora_A = child(item(modules, "lora_A"_key), name);
-    lora_B = child(item(modules, "lora_B"_key), name);
-    dropout = child(item(modules, "lora_dropout"_key), name);
-    scaling = item(item(layer_dict, "scaling"_key), name);
+// What an adapter is called with, but for the base; nothing where it is not an ordinary MiCA or LoRA adapter.
+inline std::optional<Operands> operands_of(PyObject* layer_dict, PyObject* name, const Tensor& x) {
+  const bool trains_B = is_lora(layer_dict, name);
+  if (!trains_B && !is_mica(layer_dict, name)) {
+    return std::nullopt;
   }
+  PyObject* modules = item(layer_dict, "_modules"_key);
+  PyObject* lora_A = child(item(modules, "lora_A"_key), name);
+  PyObject* lora_B = child(item(modules, "lora_B"_key), name);
+  PyObject* dropout = child(item(modules, "lora_dropout"_key), name);
+  PyObject* scaling = item(item(layer_dict, "scaling"_key), name);
+  const bool is_dropout = is_of(dropout, told<"dropout">()) || is_of(dropout, told<"identity">());
+  const bool is_plain = is_of(lora_A, told<"linear">()) && is_of(lora_B, told<"linear">()) && is_dropout && scaling &&
+      PyFloat_CheckExact(scaling) && are_classes_plain(reinterpret_cast<PyObject*>(Py_TYPE(dropout))) &&
+      is_module_plain(lora_A) && is_module_plain(lora_B) && is_module_plain(dropout);
+  const std::optional<double> p = is_plain ? dropout_p(dropout) : std::nullopt;
+  if (!p) {
+    return std::nullopt;
+  }
+  PyObject* A = factor_of(lora_A);
+  PyObject* B = factor_of(lora_B);
+  if (!is_trained(A) || !(trains_B ? is_trained(B) : is_frozen(B))) {
+    return std::nullopt;
+  }
+  Operands operands{Tensor(), THPVariable_Unpack(A), THPVariable_Unpack(B), PyFloat_AS_DOUBLE(scaling)};
+  operands.dropout_p = *p;
+  operands.trains_B = trains_B;
+  if (at::autocast::is_autocast_enabled(x.device().type())) {
+    operands.autocast_dtype = at::autocast::get_autocast_dtype(x.device().type());
+  } else if (const OptionalDtype wide = dtype_or_none(item(told<"settings">(), "compute_dtype"_key))) {
+    operands.compute_dtype = c10::promoteTypes(*wide, x.scalar_type());
+  }
+  const bool fits = are_multiplied(x, operands, item(layer_dict, "cast_input_dtype_enabled"_key));
+  return fits ? std::optional(operands) : std::nullopt;
+}
 
-  bool are_plain() const {
-    const bool is_dropout = is_of(dropout, told<"dropout">()) || is_of(dropout, told<"identity">());
-    return is_of(lora_A, told<"linear">()) && is_of(lora_B, told<"linear">()) && is_dropout && scaling &&
-        PyFloat_CheckExact(scaling) && are_classes_plain(reinterpret_cast<PyObject*>(Py_TYPE(dropout))) &&
-        is_module_plain(base) && is_module_plain(lora_A) && is_module_plain(lora_B) && is_module_plain(dropout);
+// Give an adapter the base weight, which its operator multiplies; without it the base layer is called.
+inline void read_base(PyObject* layer, PyObject* base, const Tensor& x, Operands& operands) {
+  if (!is_of(layer, told<"lora_linear">()) || !is_of(base, told<"linear">()) || !is_module_plain(base)) {
+    return;
   }
+  PyObject* parameters = item(own(base), "_parameters"_key);
+  PyObject* weight = item(parameters, "weight"_key);
+  PyObject* bias = item(parameters, "bias"_key);
+  const bool has_bias = bias && bias != Py_None;
+  if (!is_frozen(weight) || (has_bias && !is_frozen(bias))) {
+    return;
+  }
+  const auto fits = [&](PyObject* tensor) {
+    const Tensor& own = THPVariable_Unpack(tensor);
+    return operands.autocast_dtype ? is_cast_by_autocast(own) : own.scalar_type() == x.scalar_type();
+  };
+  if (!fits(weight) || (has_bias && !fits(bias))) {
+    return;
+  }
+  operands.weight = THPVariable_Unpack(weight);
+  if (has_bias) {
+    operands.bias = THPVariable_Unpack(bias);
+  }
+}
+
+// A layer that C++ calls: its base, and what its adapters are called with, in their order.
+struct Common {
+  PyObject* base; // borrowed
+  std::vector<Operands> adapters; // none: anything is unusual
 };
 
-// What a common case is called with.
-inline std::optional<Operands> operands_of(PyObject* layer, PyObject* given_x) {
-  if (!is_of(layer, told<"lora_linear">()) || !THPVariable_CheckExact(given_x) || !is_eager()) {
-    return std::nullopt;
+inline Common common_case(PyObject* layer, PyObject* given_x) {
+  PyObject* kind = reinterpret_cast<PyObject*>(Py_TYPE(layer));
+  const bool is_linear = kind == told<"lora_linear">() || PySet_Contains(told<"quantised_layers">(), kind) == 1;
+  if (!is_linear || !THPVariable_CheckExact(given_x) || !is_eager()) {
+    return {};
   }
   const Tensor& x = THPVariable_Unpack(given_x);
   const bool is_ordinary = x.layout() == at::kStrided && !x.is_nested() && x.dim() > 0;
   if (!is_ordinary || !(x.is_cpu() || x.is_cuda())) {
-    return std::nullopt;
+    return {};
   }
   PyObject* layer_dict = own(layer);
-  const Parts parts(layer_dict);
-  if (!parts.are_plain()) {
-    return std::nullopt;
+  PyObject* modules = item(layer_dict, "_modules"_key);
+  PyObject* base = item(modules, "base_layer"_key);
+  if (!base || !is_state_plain(layer_dict, base)) {
+    return {};
   }
-  const std::optional<double> p = dropout_p(parts.dropout);
-  PyObject* base_parameters = item(own(parts.base), "_parameters"_key);
-  PyObject* A_parameters = item(own(parts.lora_A), "_parameters"_key);
-  PyObject* B_parameters = item(own(parts.lora_B), "_parameters"_key);
-  PyObject* weight = item(base_parameters, "weight"_key);
-  PyObject* bias = item(base_parameters, "bias"_key);
-  PyObject* A = item(A_parameters, "weight"_key);
-  PyObject* B = item(B_parameters, "weight"_key);
-  const bool has_bias = bias && bias != Py_None;
-  const bool has_factor_bias =
-      item(A_parameters, "bias"_key) != Py_None || item(B_parameters, "bias"_key) != Py_None;
-  const bool is_B_as_expected = parts.trains_B ? is_trained(B) : is_frozen(B);
-  if (!p || has_factor_bias || !is_frozen(weight) || !is_trained(A) || !is_B_as_expected ||
-      (has_bias && !is_frozen(bias))) {
-    return std::nullopt;
+  Common common{base, {}};
+  for (PyObject* name : active_adapters(layer_dict)) {
+    if (!name || !PyUnicode_CheckExact(name)) {
+      return {};
+    }
+    if (!child(item(modules, "lora_A"_key), name)) {
+      continue; // an adapter of other layers
+    }
+    std::optional<Operands> operands = operands_of(layer_dict, name, x);
+    if (!operands) {
+      return {};
+    }
+    common.adapters.push_back(*std::move(operands));
   }
-
-  Operands operands{THPVariable_Unpack(weight), THPVariable_Unpack(A), THPVariable_Unpack(B)};
-  operands.scaling = PyFloat_AS_DOUBLE(parts.scaling);
-  operands.dropout_p = *p;
-  operands.trains_B = parts.trains_B;
-  if (has_bias) {
-    operands.bias = THPVariable_Unpack(bias);
+  if (!common.adapters.empty()) {
+    read_base(layer, base, x, common.adapters.front());
   }
-  if (at::autocast::is_autocast_enabled(x.device().type())) {
-    operands.autocast_dtype = at::autocast::get_autocast_dtype(x.device().type());
-    const bool are_cast = is_cast_by_autocast(x) && is_cast_by_autocast(operands.weight) &&
-        is_cast_by_autocast(operands.lora_A) && is_cast_by_autocast(operands.lora_B) &&
-        (!has_bias || is_cast_by_autocast(*operands.bias));
-    return are_cast ? std::optional(operands) : std::nullopt;
-  }
-  PyObject* casts_input = item(layer_dict, "cast_input_dtype_enabled"_key);
-  if (!are_multiplied(x, operands, casts_input)) {
-    return std::nullopt;
-  }
-  if (const OptionalDtype wide = dtype_or_none(item(told<"settings">(), "compute_dtype"_key))) {
-    operands.compute_dtype = c10::promoteTypes(*wide, x.scalar_type());
-  }
-  return operands;
+  return common;
 }
 
 // -- who computes ----------------------------------------------------------------------------------------
@@ -357,8 +385,25 @@ inline pybind11::bytes key_of(const Tensor& x, const Operands& operands) {
   return {reinterpret_cast<const char*>(facts.data()), sizeof(facts)};
 }
 
+// Whether this processor multiplies the layer's 16-bit numbers fast, or all products are in fp32 as there are few tokens.
+// Then dy W is too, for which the weight is cast: of one that is larger, Python casts chunks.
+inline bool has_products(const Tensor& x, Operands& operands) {
+  const ScalarType dtype = operands.autocast_dtype.value_or(x.scalar_type());
+  const ScalarType compute_dtype = operands.compute_dtype.value_or(dtype);
+  if (!x.is_cpu() || (has_instructions(dtype) && has_instructions(compute_dtype))) {
+    return true;
+  }
+  const int64_t tokens = x.size(-1) ? x.numel() / x.size(-1) : 0;
+  const bool are_masters = operands.lora_A.scalar_type() == at::kFloat && operands.lora_B.scalar_type() == at::kFloat;
+  if (!are_masters || tokens > (operands.weight.defined() ? few_rows : few_to_round)) {
+    return false;
+  }
+  operands.is_widened = true;
+  return !operands.weight.defined() || (operands.weight.numel() <= chunk && operands.weight.stride(1) == 1);
+}
+
 // Whether a call is computed here, by PyTorch's operators. `mica.paths.choose` decides about all others.
-inline bool runs_here(const Tensor& x, const Operands& operands) {
+inline bool runs_here(const Tensor& x, Operands& operands) {
   static PyObject* const name = PyBytes_FromString("MICA_BACKEND");
   PyObject* setting = item(environment(), name);
   const std::string_view backend = setting && PyBytes_Check(setting) ? PyBytes_AS_STRING(setting) : "";
@@ -366,8 +411,7 @@ inline bool runs_here(const Tensor& x, const Operands& operands) {
     return false;
   }
   const bool is_reference = backend == "reference";
-  const ScalarType dtype = operands.autocast_dtype.value_or(x.scalar_type());
-  if (x.is_cpu() && !(has_instructions(dtype) && has_instructions(operands.compute_dtype.value_or(dtype)))) {
+  if (!has_products(x, operands)) {
     return false;
   }
   THPObjectPtr index(PyLong_FromLong(x.get_device()));
@@ -375,8 +419,30 @@ inline bool runs_here(const Tensor& x, const Operands& operands) {
   if (operands.dropout_p > 0.0 && (has_kernels || !x.is_cpu())) { // the loop over a mask is for CPUs
     return false;
   }
-  return !has_kernels || x.numel() == 0 ||
-      PySet_Contains(told<"on_reference">(), key_of(x, operands).ptr()) == 1;
+  if (!has_kernels || x.numel() == 0) {
+    return true;
+  }
+  return operands.weight.defined() && PySet_Contains(told<"on_reference">(), key_of(x, operands).ptr()) == 1;
+}
+
+// Whether it is what a base layer usually returns for x.
+inline bool is_output_of(PyObject* object, const Tensor& x, const Operands& operands) {
+  if (!THPVariable_CheckExact(object)) {
+    return false;
+  }
+  const Tensor& y = THPVariable_Unpack(object);
+  const auto is_floating = y.scalar_type() == at::kDouble || y.scalar_type() == at::kFloat || is_sixteen_bit(y.scalar_type());
+  return is_floating && y.layout() == at::kStrided && !y.is_nested() && y.device() == x.device() && y.dim() == x.dim() &&
+      y.size(-1) == operands.lora_B.size(0) && y.sizes().slice(0, y.dim() - 1) == x.sizes().slice(0, x.dim() - 1);
+}
+
+// Whether nobody else has this tensor or its memory, or watches it: what adds to it may write into it.
+inline bool is_ours(PyObject* object) {
+  const Tensor& y = THPVariable_Unpack(object);
+  const auto* autograd = torch::autograd::impl::get_autograd_meta(y);
+  const bool is_watched = autograd && (!autograd->hooks_.empty() || autograd->retains_grad_);
+  return Py_REFCNT(object) == 1 && y.use_count() == 1 && y.storage().use_count() == 1 && y.is_contiguous() &&
+      !y.is_inference() && !is_watched;
 }
 
 // Whether what a node of autograd gives can be computed by so many products at most of what autograd keeps: a look at

@@ -28,6 +28,8 @@ using OptionalDtype = std::optional<ScalarType>;
 
 // Set once by `configure_linear`, from the constants of mica.paths.
 inline int64_t few_to_round = 0;
+inline int64_t few_rows = 0;
+inline int64_t chunk = 0;
 inline int64_t tokens_per_chunk = 1;
 inline bool has_wide_sums = false; // of 16-bit products on CUDA
 inline std::string edited; // the message where what was saved has been edited in place
@@ -37,7 +39,7 @@ Tensor value_of(const Tensor& token); // x, computed again by `mica.ops.kept`
 
 // What a layer takes beside x, before autocast has cast anything: `mica.paths.operands.Operands`.
 struct Operands {
-  Tensor weight; // (out_features, in_features)
+  Tensor weight; // (out_features, in_features); undefined where the base layer was called
   Tensor lora_A; // (rank, in_features)
   Tensor lora_B; // (out_features, rank)
   double scaling = 1.0;
@@ -47,6 +49,9 @@ struct Operands {
   OptionalTensor seed; // int64 (1), where dropout_p > 0
   OptionalDtype autocast_dtype; // autocast's where it is on
   bool trains_B = false; // lora_B may be trained, now or later
+  OptionalTensor base_output; // (..., out_features), of a base layer that was called: weight is undefined
+  bool is_ours = false; // nobody else has base_output, so that y may be written into it
+  bool is_widened = false; // dy W is multiplied in fp32, as the processor has no instructions for its dtype
   Tensor token; // stands for an x that the backward computes again; undefined: x is saved
 };
 
@@ -56,8 +61,31 @@ struct Numbers {
   ScalarType compute_dtype;
   ScalarType factor_dtype; // of lora_A
   ScalarType grad_dtype; // to which dA and dB may be rounded first, as PyTorch does under autocast
+  bool is_called; // the base layer: there is a base_output
+  bool is_widened;
   Dropout dropout;
 };
+
+// -- shapes ----------------------------------------------------------------------------------------------
+
+// (..., n) as a matrix (tokens, n)
+inline Tensor as_matrix(const Tensor& tensor) {
+  if (tensor.dim() == 2) {
+    return tensor;
+  }
+  const int64_t columns = tensor.size(-1);
+  return columns && tensor.is_contiguous() ? tensor.view({-1, columns}) : tensor.reshape({-1, columns});
+}
+
+// (tokens, n) with all but the last dimension of shape, and nobody's view
+inline Tensor like(at::IntArrayRef shape, const Tensor& matrix) {
+  if (shape.size() == 2) {
+    return matrix;
+  }
+  auto sizes = shape.vec();
+  sizes.back() = matrix.size(1);
+  return at::_unsafe_view(matrix, sizes);
+}
 
 // -- the formula -----------------------------------------------------------------------------------------
 
@@ -109,24 +137,34 @@ inline Tensor scaled_product(const Tensor& left, const Tensor& factor, double sc
   return at::mm(cast(left, dtype), cast(factor * scaling, dtype));
 }
 
-// y (M×N) and h (M×r) from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)
+// y + h Bᵀ (M×N) in the dtype of y: in y if that is ours, else a new tensor
+inline Tensor updated(const Tensor& y, const Tensor& h, const Tensor& lora_B, bool is_ours) {
+  const ScalarType wide = c10::promoteTypes(y.scalar_type(), h.scalar_type());
+  const Tensor left = cast(h, wide);
+  const Tensor factor = cast(lora_B, wide).t();
+  if (wide != y.scalar_type()) {
+    return added(y.to(wide), left, factor).to(y.scalar_type());
+  }
+  return is_ours ? added(y, left, factor) : at::addmm(y, left, factor);
+}
+
+// y (M×N) and h (M×r) from x (M×K), weight (N×K) and bias (N) or base_output (M×N), lora_A (r×K) and lora_B (N×r)
 inline std::pair<Tensor, Tensor> linear(const Tensor& x, const Operands& operands, const Numbers& numbers) {
   const Tensor& lora_B = operands.lora_B;
-  const Tensor weight = autocast_to(operands.weight, x.scalar_type());
   const ScalarType dtype = product_dtype(x, numbers.factor_dtype, lora_B.scalar_type(), numbers.compute_dtype);
   const double scaling = operands.scaling / (1.0 - numbers.dropout.p);
   const Tensor h = scaled_product(masked(x, numbers.dropout), operands.lora_A.t(), scaling, dtype);
-  const Tensor y = operands.bias ? at::addmm(autocast_to(*operands.bias, x.scalar_type()), x, weight.t())
-                                 : at::mm(x, weight.t());
-  if (dtype == y.scalar_type()) {
-    return {added(y, h, cast(lora_B, dtype).t()), h};
+  if (operands.base_output) {
+    return {updated(as_matrix(*operands.base_output), h, lora_B, operands.is_ours), h};
   }
-  const ScalarType wide = c10::promoteTypes(y.scalar_type(), dtype);
+  const ScalarType wide = c10::promoteTypes(x.scalar_type(), dtype);
+  const Tensor left = cast(h, wide);
   const Tensor factor = cast(lora_B, wide).t();
-  if (wide == y.scalar_type()) {
-    return {at::addmm(y, h.to(wide), factor), h};
-  }
-  return {added(y.to(wide), cast(h, wide), factor).to(y.scalar_type()), h};
+  const Tensor update = operands.bias
+      ? at::addmm(cast(autocast_to(*operands.bias, x.scalar_type()), wide), left, factor)
+      : at::mm(left, factor);
+  const Tensor weight = autocast_to(operands.weight, x.scalar_type());
+  return {added(cast(update, x.scalar_type()), x, weight.t()), h};
 }
 
 // dA (r×K) from g (M×r) and x (M×K), summed in fp32 at least
@@ -169,36 +207,21 @@ inline Tensor grad_b(const Tensor& grad_output, const Tensor& h, ScalarType grad
   return at::mm(cast(grad_output, wide).t(), cast(h, wide));
 }
 
+// The adapter's part of dx (M×K), in the dtype of g (M×r)
+inline Tensor grad_x_update(const Tensor& g, const Tensor& lora_A, const Dropout& dropout) {
+  return masked_(at::mm(g, cast(lora_A, g.scalar_type())), dropout);
+}
+
 // dx (M×K) from dy (M×N), weight (N×K), g (M×r) and lora_A (r×K)
 inline Tensor grad_x(
-    const Tensor& grad_output, const Tensor& weight, const Tensor& g, const Tensor& lora_A, const Dropout& dropout) {
-  const Tensor dx = at::mm(grad_output, autocast_to(weight, grad_output.scalar_type()));
-  const Tensor factor = cast(lora_A, g.scalar_type());
-  if (g.scalar_type() == dx.scalar_type() && !dropout) {
-    return added(dx, g, factor);
+    const Tensor& grad_output, const Tensor& weight, const Tensor& g, const Tensor& lora_A, const Numbers& numbers) {
+  const ScalarType dtype = grad_output.scalar_type();
+  const ScalarType product = numbers.is_widened ? at::kFloat : dtype;
+  const Tensor dx = at::mm(cast(grad_output, product), cast(autocast_to(weight, dtype), product)).to(dtype);
+  if (g.scalar_type() == dtype && !numbers.dropout) {
+    return added(dx, g, cast(lora_A, dtype));
   }
-  return dx.add_(masked_(at::mm(g, factor), dropout).to(dx.scalar_type()));
-}
-
-// -- shapes ----------------------------------------------------------------------------------------------
-
-// (..., n) as a matrix (tokens, n)
-inline Tensor as_matrix(const Tensor& tensor) {
-  if (tensor.dim() == 2) {
-    return tensor;
-  }
-  const int64_t columns = tensor.size(-1);
-  return columns && tensor.is_contiguous() ? tensor.view({-1, columns}) : tensor.reshape({-1, columns});
-}
-
-// (tokens, n) with all but the last dimension of shape, and nobody's view
-inline Tensor like(at::IntArrayRef shape, const Tensor& matrix) {
-  if (shape.size() == 2) {
-    return matrix;
-  }
-  auto sizes = shape.vec();
-  sizes.back() = matrix.size(1);
-  return at::_unsafe_view(matrix, sizes);
+  return dx.add_(grad_x_update(g, lora_A, numbers.dropout).to(dtype));
 }
 
 // -- autograd --------------------------------------------------------------------------------------------
@@ -216,6 +239,7 @@ inline std::pair<Tensor, Tensor> forward_of(const Tensor& x, const Operands& ope
 
 // What a node has saved; undefined what no gradient needs.
 struct Saved {
+  bool needs_x;
   Tensor weight;
   Tensor lora_A;
   Tensor lora_B;
@@ -223,21 +247,23 @@ struct Saved {
   Tensor h;
 };
 
-// {dx, dA, dB}; undefined where weight, x or h is. grad_h: of the h that the forward returned, in second derivatives.
+// {dx, dA, dB}; undefined unless needs_x, and where x or h is. grad_h: of the h that the forward returned, in second derivatives.
 inline variable_list backward_of(
     const Tensor& grad_output, const Tensor& grad_h, const Saved& saved, const Numbers& numbers) {
   const Tensor dy = as_matrix(grad_output);
   const double scaling = numbers.scaling / (1.0 - numbers.dropout.p);
   Tensor dx, dA, dB;
-  if (saved.weight.defined() || saved.x.defined()) {
+  if (saved.needs_x || saved.x.defined()) {
     const ScalarType dtype =
         product_dtype(dy, numbers.factor_dtype, saved.lora_B.scalar_type(), numbers.compute_dtype);
     Tensor g = scaled_product(dy, saved.lora_B, scaling, dtype);
     if (grad_h.defined()) {
       g = g + cast(as_matrix(grad_h) * scaling, dtype);
     }
-    if (saved.weight.defined()) {
-      dx = like(grad_output.sizes(), grad_x(dy, saved.weight, g, saved.lora_A, numbers.dropout));
+    if (saved.needs_x) {
+      const Tensor rows = numbers.is_called ? grad_x_update(g, saved.lora_A, numbers.dropout)
+                                            : grad_x(dy, saved.weight, g, saved.lora_A, numbers);
+      dx = like(grad_output.sizes(), rows);
     }
     if (saved.x.defined()) {
       dA = cast(grad_a(g, masked(as_matrix(saved.x), numbers.dropout), numbers.grad_dtype), numbers.factor_dtype);
@@ -278,7 +304,7 @@ inline void save_numbers(AutogradContext* ctx, const Numbers& numbers) {
   const auto number = [](ScalarType dtype) { return static_cast<double>(dtype); };
   ctx->saved_data["numbers"] = c10::List<double>(
       {numbers.scaling, number(numbers.compute_dtype), number(numbers.factor_dtype), number(numbers.grad_dtype),
-       numbers.dropout.p});
+       static_cast<double>(numbers.is_called), static_cast<double>(numbers.is_widened), numbers.dropout.p});
   if (numbers.dropout) {
     ctx->saved_data["seed"] = static_cast<int64_t>(numbers.dropout.seed);
   }
@@ -287,7 +313,7 @@ inline void save_numbers(AutogradContext* ctx, const Numbers& numbers) {
 inline Numbers saved_numbers(AutogradContext* ctx) {
   const auto saved = ctx->saved_data["numbers"].toDoubleVector();
   const auto dtype = [&](size_t i) { return static_cast<ScalarType>(saved[i]); };
-  Numbers numbers{saved[0], dtype(1), dtype(2), dtype(3), Dropout{saved[4]}};
+  Numbers numbers{saved[0], dtype(1), dtype(2), dtype(3), saved[4] != 0.0, saved[5] != 0.0, Dropout{saved[6]}};
   if (numbers.dropout) {
     numbers.dropout.seed = static_cast<uint64_t>(ctx->saved_data["seed"].toInt());
   }
@@ -307,21 +333,25 @@ inline Tensor x_of(const Tensor& token) {
 }
 
 struct Layer : torch::autograd::Function<Layer> {
-  // lora_A and lora_B are the operands', given as arguments so that autograd sees them. {y}, or {y, h} where lora_B is
-  // trained: an output, so that second derivatives reach x and lora_A through it.
+  // lora_A, lora_B and base_output are the operands', given as arguments so that autograd sees them. {y}, or {y, h} where
+  // lora_B is trained: an output, so that second derivatives reach x and lora_A through it.
   static variable_list forward(
-      AutogradContext* ctx, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Operands& operands,
-      const Numbers& numbers) {
+      AutogradContext* ctx, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+      const OptionalTensor& base_output, const Operands& operands, const Numbers& numbers) {
     const bool needs_x = x.requires_grad();
     const bool needs_A = lora_A.requires_grad();
     const bool has_token = operands.token.defined();
-    const auto [y, h] = forward_of(x, operands, numbers);
+    auto [y, h] = forward_of(x, operands, numbers);
     ctx->set_materialize_grads(false);
+    if (base_output && y.is_alias_of(*base_output)) {
+      y = *base_output;
+      ctx->mark_dirty({y});
+    }
     {
       const at::AutoGradMode with_grad(true);
       // no fp32 copy, no mask, and nothing that no gradient needs; perhaps no x: `mica.ops.kept`
       ctx->save_for_backward(
-          {needs_x ? alias_of(operands.weight) : Tensor(), needs_x ? alias_of(lora_A) : Tensor(), alias_of(lora_B),
+          {needs_x && !numbers.is_called ? alias_of(operands.weight) : Tensor(), needs_x ? alias_of(lora_A) : Tensor(), alias_of(lora_B),
            needs_A ? alias_of(has_token ? operands.token : x) : Tensor(), h});
     }
     if (has_token) {
@@ -338,11 +368,13 @@ struct Layer : torch::autograd::Function<Layer> {
     const auto of = [&](size_t position, size_t input) {
       return ctx->needs_input_grad(input) ? tensors[position] : Tensor();
     };
-    Saved saved{of(0, 0), tensors[1], tensors[2], of(3, 1), of(4, 2)};
+    Saved saved{ctx->needs_input_grad(0), of(0, 0), tensors[1], tensors[2], of(3, 1), of(4, 2)};
     Tensor grad_output = grad_outputs[0];
     if (!grad_output.defined() && !grad_h.defined()) {
-      return variable_list(5);
+      return variable_list(6);
     }
+    const Numbers numbers = saved_numbers(ctx);
+    const Tensor grad_base = numbers.is_called ? grad_output : Tensor();
     if (saved.x.defined() && ctx->saved_data.count("has_token")) {
       saved.x = x_of(saved.x);
     }
@@ -357,8 +389,8 @@ struct Layer : torch::autograd::Function<Layer> {
     if (!at::GradMode::is_enabled() && is_eager()) { // neither second derivatives nor tangents are wanted
       below_autograd.emplace(); // PyTorch's calls take less time there
     }
-    const variable_list grads = backward_of(grad_output, grad_h, saved, saved_numbers(ctx));
-    return {grads[0], grads[1], grads[2], Tensor(), Tensor()};
+    const variable_list grads = backward_of(grad_output, grad_h, saved, numbers);
+    return {grads[0], grads[1], grads[2], grad_base, Tensor(), Tensor()};
   }
 };
 
@@ -372,11 +404,13 @@ inline Tensor layer(const Tensor& given_x, const Operands& operands) {
   if (dropout) {
     dropout.seed = static_cast<uint64_t>(*operands.seed->const_data_ptr<int64_t>());
   }
-  const Numbers numbers{
-      operands.scaling, compute_dtype, factor_dtype, autocast_dtype.value_or(factor_dtype), dropout};
-  const bool needs_grad = x.requires_grad() || operands.lora_A.requires_grad() || operands.lora_B.requires_grad();
+  const OptionalTensor& base_output = operands.base_output;
+  const Numbers numbers{operands.scaling, compute_dtype, factor_dtype, autocast_dtype.value_or(factor_dtype),
+                        base_output.has_value(), operands.is_widened, dropout};
+  const bool needs_grad = x.requires_grad() || operands.lora_A.requires_grad() || operands.lora_B.requires_grad() ||
+      (base_output && base_output->requires_grad());
   if (at::GradMode::is_enabled() && needs_grad) {
-    return Layer::apply(x, operands.lora_A, operands.lora_B, operands, numbers)[0];
+    return Layer::apply(x, operands.lora_A, operands.lora_B, base_output, operands, numbers)[0];
   }
   return forward_of(x, operands, numbers).first;
 }

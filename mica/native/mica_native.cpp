@@ -84,56 +84,80 @@ Tensor token_or_none(PyObject* x) {
   return at::from_blob(computed.release(), {1}, drop, at::TensorOptions(at::kByte));
 }
 
-// `mica.ops.linear.linear_eager`
-PyObject* call_python(PyObject* x, const Operands& operands) {
-  const py::handle eager = told<"eager">();
-  py::object y = eager(
-      py::handle(x), operands.weight, operands.lora_A, operands.lora_B, operands.scaling, operands.bias,
-      py::handle(object_of(operands.compute_dtype)), operands.dropout_p, operands.seed,
-      py::handle(object_of(operands.autocast_dtype)), operands.trains_B);
+// `mica.ops.linear.linear`
+PyObject* call_python(PyObject* x, PyObject* base_output, const Operands& operands) {
+  const py::handle linear = told<"python_linear">();
+  py::object y = linear(
+      py::handle(x), operands.weight.defined() ? OptionalTensor(operands.weight) : std::nullopt, operands.lora_A,
+      operands.lora_B, operands.scaling, operands.bias, py::handle(object_of(operands.compute_dtype)),
+      operands.dropout_p, operands.seed, py::handle(object_of(operands.autocast_dtype)), operands.trains_B,
+      py::handle(base_output ? base_output : Py_None));
   return y.release().ptr();
+}
+
+// y of one adapter: with the base product, or with what the base layer, or the adapter before, has returned.
+PyObject* call_adapter(PyObject* given_x, PyObject* base_output, Operands& operands) {
+  const Tensor& x = THPVariable_Unpack(given_x);
+  if (operands.dropout_p > 0.0) {
+    // by torch's generator: checkpointing restores that, and so the mask
+    const auto on_device = at::TensorOptions(at::kLong).device(x.device());
+    operands.seed = at::randint(0, INT64_MAX, {1}, on_device);
+  }
+  const bool asks = may_be_computed_again(x, operands);
+  const bool is_cast = operands.autocast_dtype.value_or(x.scalar_type()) != x.scalar_type();
+  const bool is_usual = !base_output || is_output_of(base_output, x, operands);
+  if (!is_usual || !runs_here(x, operands) || (asks && is_cast)) { // Python tells `mica.ops.kept` of the cast
+    return call_python(given_x, base_output, operands);
+  }
+  if (base_output) {
+    operands.is_ours = is_ours(base_output);
+    operands.base_output = THPVariable_Unpack(base_output);
+  }
+  if (asks) {
+    operands.token = token_or_none(given_x);
+  }
+  return THPVariable_Wrap(call_here(x, operands));
 }
 
 // fast(layer, x): y, or None where anything is unusual. `mica.fast.forward.fast`
 PyObject* fast(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(num_args == 2, "fast takes 2 arguments, not ", num_args);
-  std::optional<Operands> operands = is_switched_on() ? operands_of(args[0], args[1]) : std::nullopt;
-  if (!operands) {
+  Common common = is_switched_on() ? common_case(args[0], args[1]) : Common();
+  if (common.adapters.empty()) {
     Py_RETURN_NONE;
   }
-  const Tensor& x = THPVariable_Unpack(args[1]);
-  note(args[0], x, operands->autocast_dtype);
-  if (operands->dropout_p > 0.0) {
-    // by torch's generator: checkpointing restores that, and so the mask
-    const auto on_device = at::TensorOptions(at::kLong).device(x.device());
-    operands->seed = at::randint(0, INT64_MAX, {1}, on_device);
+  const Operands& first = common.adapters.front();
+  note(args[0], THPVariable_Unpack(args[1]), first.autocast_dtype);
+  THPObjectPtr y;
+  if (!first.weight.defined()) {
+    y = PyObject_CallOneArg(common.base, args[1]);
+    if (!y) {
+      throw python_error();
+    }
   }
-  const bool asks = may_be_computed_again(x, *operands);
-  const bool is_cast = operands->autocast_dtype.value_or(x.scalar_type()) != x.scalar_type();
-  if (!runs_here(x, *operands) || (asks && is_cast)) { // Python tells `mica.ops.kept` of the cast
-    return call_python(args[1], *operands);
+  for (Operands& operands : common.adapters) {
+    y = call_adapter(args[1], y.get(), operands);
   }
-  if (asks) {
-    operands->token = token_or_none(args[1]);
-  }
-  return THPVariable_Wrap(call_here(x, *operands));
+  return y.release();
   END_HANDLE_TH_ERRORS
 }
 
 // What `mica.ops.linear` calls with x and the fields of `mica.paths.operands.Operands`.
 template <auto function>
 auto with_operands(
-    const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+    const Tensor& x, const OptionalTensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
     const OptionalTensor& bias, const py::object& compute_dtype, double dropout_p, const OptionalTensor& seed,
-    const py::object& autocast_dtype, bool trains_B) {
+    const py::object& autocast_dtype, bool trains_B, const OptionalTensor& base_output) {
   const OptionalDtype compute = dtype_or_none(compute_dtype.ptr());
   const OptionalDtype autocast = dtype_or_none(autocast_dtype.ptr());
-  return function(x, {weight, lora_A, lora_B, scaling, bias, compute, dropout_p, seed, autocast, trains_B});
+  Operands operands{weight.value_or(Tensor()), lora_A, lora_B, scaling, bias, compute, dropout_p, seed, autocast, trains_B,
+                    base_output};
+  return function(x, operands);
 }
 
 // y, or undefined, which is None in Python, where kernels may run
-Tensor call_here_or_none(const Tensor& x, const Operands& operands) {
+Tensor call_here_or_none(const Tensor& x, Operands& operands) {
   return runs_here(x, operands) ? call_here(x, operands) : Tensor();
 }
 
@@ -147,10 +171,9 @@ void tell(const py::kwargs& objects) {
 
 // outputs: those of the operators after which `mica.ops.kept` may compute x again; first a product and a cast
 void configure_linear(
-    int64_t few_rows, int64_t chunk, bool wide_sums, const std::string& text, const std::vector<Tensor>& outputs,
+    const std::tuple<int64_t, int64_t, int64_t, int64_t>& limits, bool wide_sums, const std::string& text, const std::vector<Tensor>& outputs,
     const py::kwargs& objects) {
-  few_to_round = few_rows;
-  tokens_per_chunk = chunk;
+  std::tie(few_to_round, few_rows, chunk, tokens_per_chunk) = limits;
   has_wide_sums = wide_sums;
   edited = text;
   product_node = typeid(*outputs.at(0).grad_fn());

@@ -129,8 +129,6 @@ def _experts_fake(x, offsets, *args):
 def _backward(grad_output, x, offsets, output_mask, *args, grad_h=None):
     operands, tokens, inverse, num_tokens = _split(args, _BACKWARD)
     needs_x, needs_A = output_mask
-    if not needs_x:
-        operands = operands._replace(weight=None)
     if not needs_A:
         x = None
     elif tokens is not None:
@@ -145,7 +143,8 @@ def _backward(grad_output, x, offsets, output_mask, *args, grad_h=None):
             x,
             offsets,
             operands,
-            *([] if grad_h is None else [grad_h]),  # no kernel takes it
+            needs_x,
+            *([] if grad_h is None else [grad_h]),  # only in second derivatives, on the reference path
             trains_B=operands.trains_B,
         )
     if needs_x and inverse is not None:

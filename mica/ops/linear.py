@@ -1,5 +1,8 @@
 """The linear layer: `mica_linear`, and what `mica.fast` calls without its checks.
 
+Where the base layer has to be called (quantised, hooked, trained), its output is an operand, `base_output`,
+and the adapter alone is the same node of autograd: y = base_output + scaling·(drop(x) Aᵀ) Bᵀ.
+
 The maths is in `mica.paths`; the operators state none of it.
 """
 
@@ -15,13 +18,14 @@ from torch import Tensor
 from mica import native
 from mica.ops import kept, trial
 from mica.ops.checks import LINEAR, check
-from mica.ops.low_rank import grad_b
 from mica.ops.operator import (
+    AUTOCAST,
     as_matrix,
     autocast_to,
     below_autograd,
     call_counts,
     in_form,
+    is_eager,
     like,
     no_autocast,
     operator,
@@ -86,30 +90,51 @@ def mica_linear(
     return linear(x, *operands._replace(trains_B=lora_B.requires_grad))
 
 
-def linear(x, *args) -> Tensor:
-    """`mica_linear` without its checks.
+def linear(x: Tensor, *args) -> Tensor:
+    """`mica_linear` without its checks, or without its base product where there is a base_output.
 
     Args:
         x: The input, (..., in_features).
         args: The fields of `Operands`, in their order.
+
+    Returns:
+        (..., out_features), a new tensor in the dtype of x, or of the base_output.
     """
-    y, _ = _linear_and_h(x, *args)
-    return y
+    operands = Operands(*args)
+    device_type = x.device.type
+    tensors = x, operands.weight, operands.lora_A, operands.lora_B, operands.bias, operands.base_output
+    if device_type not in AUTOCAST or not is_eager(*tensors):
+        y, _ = _linear_and_h(x, *args)
+        return y
+    if torch.is_autocast_enabled(device_type):
+        operands = _under_autocast(x, operands)
+    return linear_eager(x, *operands)
+
+
+def _under_autocast(x: Tensor, operands: Operands) -> Operands:
+    """As PEFT's layer runs there: all products in autocast's dtype, but for fp64, which stays as it is."""
+    dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
+    return operands._replace(compute_dtype=None, autocast_dtype=dtype)
 
 
 def _linear(x, *args, may_settle=True):
     """(y, h), or (y, None) where lora_B is frozen; ``may_settle``: as `run_formula`."""
-    operands = _with_dtype_of(x, Operands(*args))
+    operands = Operands(*args)
+    kind = None
     matrix = as_matrix(x)
-    dtypes = operands.dtypes(x)
+    if operands.base_output is None:
+        operands = _with_dtype_of(x, operands)
+        kind = partial(kind_of, operands, operands.dtypes(x), matrix)
+    else:
+        operands = operands._replace(base_output=as_matrix(operands.base_output))
     y, h = run_formula(
         reference_path.linear,
         x,
         operands.rank,
-        dtypes,
+        operands.dtypes(x),
         matrix,
         operands,
-        kind=partial(kind_of, operands, dtypes, matrix),
+        kind=kind,
         trains_B=operands.trains_B,
         may_settle=may_settle,
     )
@@ -126,14 +151,14 @@ def _with_dtype_of(x: Tensor, operands: Operands) -> Operands:
     return operands._replace(weight=weight, bias=autocast_to(operands.bias, x.dtype))
 
 
-def _linear_backward(grad_output, x, output_mask, *args, grad_h=None):
+def _linear_backward(grad_output, x, output_mask, *args, is_called=False, grad_h=None):
+    """``is_called``: whether the forward had a base_output; then there is no weight."""
     needs_x, needs_A = output_mask
     operands = _with_dtype_of(grad_output, Operands(*args))
-    if not needs_x:
-        operands = operands._replace(weight=None)
     dy = as_matrix(grad_output)
     matrix = as_matrix(x) if needs_A else None
     dtypes = operands.dtypes(dy)
+    kind = None if is_called else partial(kind_of, operands, dtypes, dy, matrix)
     with no_autocast():
         dx, dA = run_formula(
             reference_path.linear_backward,
@@ -143,8 +168,9 @@ def _linear_backward(grad_output, x, output_mask, *args, grad_h=None):
             dy,
             matrix,
             operands,
-            *([] if grad_h is None else [as_matrix(grad_h)]),  # no kernel takes it
-            kind=partial(kind_of, operands, dtypes, dy, matrix),
+            needs_x,
+            *([] if grad_h is None else [as_matrix(grad_h)]),  # only in second derivatives: no kernel
+            kind=kind,
             trains_B=operands.trains_B,
         )
     return without_none(grad_output, None if dx is None else like(grad_output.shape, dx), dA)
@@ -156,25 +182,34 @@ def _linear_operator(x, *args):
 
 def _linear_fake(x, *args):
     operands = Operands(*args)
-    y = x.new_empty(*x.shape[:-1], operands.out_features)
+    like_y = x if operands.base_output is None else operands.base_output
+    y = like_y.new_empty(*x.shape[:-1], operands.out_features)
     if not operands.trains_B:
         return without_none(x, y, None)
-    tokens = x.new_empty(x.shape[:-1].numel(), 0)
-    dtype = products.product_dtype(tokens, (operands.lora_A, operands.lora_B), operands.dtype(x))
-    return y, x.new_empty(*x.shape[:-1], operands.rank, dtype=dtype)
+    return y, x.new_empty(*x.shape[:-1], operands.rank, dtype=_product_dtype(x, operands))
 
 
-def _linear_backward_fake(grad_output, x, output_mask, weight, lora_A, *args):
+def _product_dtype(rows: Tensor, operands: Operands) -> torch.dtype:
+    """That of the low-rank products, of which a trace knows the shapes alone."""
+    tokens = rows.new_empty(rows.shape[:-1].numel(), 0)
+    return products.product_dtype(tokens, (operands.lora_A, operands.lora_B), operands.dtype(rows))
+
+
+def _linear_backward_fake(grad_output, x, output_mask, *args, is_called=False):
     needs_x, needs_A = output_mask
-    grad_x = grad_output.new_empty(*grad_output.shape[:-1], lora_A.shape[1]) if needs_x else None
-    grad_A = lora_A.new_empty(lora_A.shape) if needs_A else None
-    return without_none(grad_output, grad_x, grad_A)
+    operands = Operands(*args)
+    lora_A = operands.lora_A
+    grad_x = None
+    if needs_x:
+        dtype = _product_dtype(grad_output, operands) if is_called else grad_output.dtype
+        grad_x = grad_output.new_empty(*grad_output.shape[:-1], lora_A.shape[1], dtype=dtype)
+    return without_none(grad_output, grad_x, lora_A.new_empty(lora_A.shape) if needs_A else None)
 
 
 _NO_GRADIENTS = Operands(*[None] * len(Operands._fields))
 
 
-class _LoraLinear(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     """``run`` computes (y, h or None): `_linear`, or the operator (`mica.ops.operator.operator`).
 
     h is an output, so that second derivatives reach x and lora_A through it.
@@ -196,8 +231,9 @@ class _LoraLinear(torch.autograd.Function):
         kept_A = operands.lora_A if needs_x else without_values(operands.lora_A)
         kept_h = h if needs_B else None
         save(ctx, kept_x, kept_weight, kept_A, operands.lora_B, operands.seed, outputs=[kept_h])
-        nothing = {"weight": None, "lora_A": None, "lora_B": None, "bias": None, "seed": None}
-        ctx.operands = operands._replace(compute_dtype=operands.dtype(x), **nothing)
+        ctx.is_called = operands.base_output is not None
+        tensors = ("weight", "lora_A", "lora_B", "bias", "seed", "base_output")
+        ctx.operands = operands._replace(compute_dtype=operands.dtype(x), **dict.fromkeys(tensors))
         return y, h
 
     @staticmethod
@@ -206,26 +242,29 @@ class _LoraLinear(torch.autograd.Function):
         operands = ctx.operands._replace(weight=weight, lora_A=lora_A, lora_B=lora_B, seed=seed)
         if grad_output is None and grad_h is None:
             return None, None, *_NO_GRADIENTS
+        grad_base = grad_output if ctx.is_called else None
         if grad_output is None:
             grad_output = without_gradient(grad_h, weight, lora_B)
         grad_x = grad_A = grad_B = None
-        if weight is not None or x is not None:
-            mask = [weight is not None, x is not None]
+        mask = [ctx.needs_input_grad[1], x is not None]
+        if any(mask):
             tensors = grad_output, x, weight, lora_A, lora_B
             args = grad_output, x, mask, *operands
-            backward = torch.ops.mica.linear_backward
-            grad_x, grad_A = run_backward(
-                backward, _linear_backward, tensors, *args, mask=mask, grad_h=grad_h
+            backward, body = (
+                partial(function, is_called=ctx.is_called)
+                for function in (torch.ops.mica.linear_backward, _linear_backward)
             )
+            grad_x, grad_A = run_backward(backward, body, tensors, *args, mask=mask, grad_h=grad_h)
         if h is not None:
-            in_features = lora_A.shape[1]
+            in_features = 0 if ctx.is_called else lora_A.shape[1]
             grad_B = grad_b(grad_output, h, lora_B.dtype, operands.autocast_dtype, in_features)
-        return None, grad_x, *_NO_GRADIENTS._replace(lora_A=grad_A, lora_B=grad_B)
+        gradients = _NO_GRADIENTS._replace(lora_A=grad_A, lora_B=grad_B, base_output=grad_base)
+        return None, grad_x, *gradients
 
 
-def _cast(kind, x, *args):
-    x = autocast_to(x, torch.get_autocast_dtype(kind))
-    return x, *Operands(*args)._replace(compute_dtype=None, autocast_dtype=x.dtype)
+def _cast(device_type, x, *args):
+    operands = _under_autocast(x, Operands(*args))
+    return autocast_to(x, operands.autocast_dtype), *operands
 
 
 def linear_eager(x, *args) -> Tensor:
@@ -284,7 +323,7 @@ def _from_python(x, operands: Operands) -> Tensor:
     needs_grad = x.requires_grad or operands.lora_A.requires_grad or operands.lora_B.requires_grad
     if torch.is_grad_enabled() and needs_grad:
         with no_autocast():
-            y, _ = _LoraLinear.apply(_linear, x, *operands)
+            y, _ = _Linear.apply(_linear, x, *operands)
         return y
     with below_autograd(), no_autocast():
         y, _ = _linear(x, *operands)
@@ -293,9 +332,10 @@ def _from_python(x, operands: Operands) -> Tensor:
 
 def configure(module: ModuleType) -> None:
     """Tell the C++ what it shares with Python."""
-    numbers = products.FEW_TO_ROUND, reference_path.TOKENS_PER_CHUNK, products.HAS_WIDE_SUMS
+    limits = products.FEW_TO_ROUND, products.FEW_ROWS, products.CHUNK, reference_path.TOKENS_PER_CHUNK
     module.configure_linear(
-        *numbers,
+        limits,
+        products.HAS_WIDE_SUMS,
         kept.EDITED,
         kept.OUTPUTS,
         call_counts=call_counts,
@@ -305,7 +345,7 @@ def configure(module: ModuleType) -> None:
         devices_without_kernels=choose.devices_without_kernels,
         on_reference=choose.on_reference,
         kept=vars(kept),
-        eager=linear_eager,
+        python_linear=linear,
     )
 
 
@@ -314,20 +354,78 @@ native.when_loaded(configure)
 # The names stay from release to release: graphs in Inductor's cache, which outlives one, call by them.
 _FACTORS = (
     "Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, ScalarType? compute_dtype,"
-    " float dropout_p=0.0, Tensor? seed=None, ScalarType? grad_dtype=None, bool trains_B=False"
+    " float dropout_p=0.0, Tensor? seed=None, ScalarType? grad_dtype=None, bool trains_B=False,"
+    " Tensor? base_output=None"
 )
 _linear_and_h = operator(
     "linear",
-    f"(Tensor x, Tensor weight, {_FACTORS}) -> (Tensor, Tensor)",
+    f"(Tensor x, Tensor? weight, {_FACTORS}) -> (Tensor, Tensor)",
     _linear_operator,
     _linear_fake,
-    _LoraLinear.apply,
+    _Linear.apply,
     _cast,
-    eager=lambda *args: (linear_eager(*args), None),
 )
 operator(
     "linear_backward",
-    f"(Tensor grad_output, Tensor? x, bool[2] output_mask, Tensor? weight, {_FACTORS}) -> (Tensor, Tensor)",
+    f"(Tensor grad_output, Tensor? x, bool[2] output_mask, Tensor? weight, {_FACTORS}, *,"
+    " bool is_called=False) -> (Tensor, Tensor)",
     _linear_backward,
     _linear_backward_fake,
+)
+
+
+# ---------------------------------------------------------------------------------------------------
+# the gradient of a trained lora_B
+# ---------------------------------------------------------------------------------------------------
+
+
+def grad_b(
+    grad_output: Tensor,
+    h: Tensor,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype | None = None,
+    in_features: int = 0,
+) -> Tensor:
+    """The gradient of lora_B, computed in a backward.
+
+    Args:
+        grad_output: The gradient dy of the output, (..., out_features).
+        h: What the forward has multiplied by lora_B, (..., rank).
+        dtype: The dtype of the result, which is that of lora_B.
+        grad_dtype: A dtype to which the sum may be rounded first, as PyTorch does under autocast; None for
+            none.
+        in_features: The width of the layer whose backward this is, which decides on its form; 0 where the
+            base layer was called.
+
+    Returns:
+        dB, (out_features, rank).
+    """
+    tensors = grad_output, h
+    return run_backward(torch.ops.mica.grad_b, _grad_b, tensors, *tensors, dtype, grad_dtype, in_features)
+
+
+def _grad_b(grad_output, h, dtype, grad_dtype, in_features):
+    dy = as_matrix(grad_output)
+    dtypes = (dy.dtype, h.dtype, dtype, dtype)
+
+    def kind_of_layer() -> tuning.Kind:
+        sizes = h.shape[-1], in_features, dy.shape[1], tuning.rounded_up(len(dy))
+        return tuning.Kind(True, dtypes, *sizes, has_dropout=False, is_aligned=dy.data_ptr() % 16 == 0)
+
+    kind = kind_of_layer if in_features else None
+    with no_autocast():
+        return run_formula(
+            reference_path.grad_b, dy, h.shape[-1], dtypes, dy, as_matrix(h), dtype, grad_dtype, kind=kind
+        )
+
+
+def _grad_b_fake(grad_output, h, dtype, grad_dtype, in_features):
+    return h.new_empty(grad_output.shape[-1], h.shape[-1], dtype=dtype)
+
+
+operator(
+    "grad_b",
+    "(Tensor grad_output, Tensor h, ScalarType dtype, ScalarType? grad_dtype, SymInt in_features) -> Tensor",
+    _grad_b,
+    _grad_b_fake,
 )

@@ -117,8 +117,7 @@ def run_formula(
     args = [_in_memory(arg) for arg in args]
     options = {} if kind is None else {"form": form}
     try:
-        kernels = triton_path.KERNELS_OF_LORA if trains_B else triton_path.KERNELS
-        result = kernels[formula](*args, **options)
+        result = triton_path.KERNELS[formula](*args, **options)
     except triton_path.LaunchError as error:  # before anything ran: no operand has changed
         in_capture = isinstance(error, triton_path.NotLoadedError)
         # no capture permits the formulas of experts either: they wait for the device
@@ -141,9 +140,9 @@ def _in_memory(arg):
 def on_reference(body: Callable) -> Callable:
     """The body on the reference path only, which autograd and every function transform can follow."""
 
-    def run(*args):
+    def run(*args, **options):
         with in_form(choose.REFERENCE):
-            return body(*args)
+            return body(*args, **options)
 
     return run
 
@@ -319,7 +318,6 @@ def operator(
     apply: Callable | None = None,
     cast: Callable | None = None,
     transformed: Callable | None = None,
-    eager: Callable | None = None,
 ) -> Callable:
     """Register ``torch.ops.mica.<name>``; returns a function that bypasses the dispatcher where `is_eager`.
 
@@ -336,7 +334,6 @@ def operator(
             autocast.
         cast: ``cast(device_type, *args)`` gives the arguments under autocast.
         transformed: The function that function transforms differentiate; None means ``body``.
-        eager: The whole call, autograd and all, where `is_eager`; None means ``apply(body, *args)``.
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, body, "CompositeExplicitAutograd")
@@ -384,8 +381,6 @@ def operator(
             args = cast(device_type, *args)
             with no_autocast():
                 return call(*args)
-        if eager is not None:
-            return eager(*args)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return kept.call(applied, *args)
         with below_autograd():

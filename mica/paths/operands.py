@@ -14,8 +14,8 @@ class Operands(NamedTuple):
     In a stack of E experts, all tensors but the seed have one dimension more in front.
 
     Attributes:
-        weight: The frozen weight, (out_features, in_features); under autocast perhaps wider than x. In a
-            backward it is None where x needs no gradient.
+        weight: The frozen weight, (out_features, in_features); under autocast perhaps wider than x. None
+            where the base layer has been called instead, and in a backward that does not need it.
         lora_A: The trained factor, (rank, in_features).
         lora_B: The factor (out_features, rank), frozen in MiCA and trained in LoRA.
         scaling: lora_alpha / rank.
@@ -25,6 +25,8 @@ class Operands(NamedTuple):
         seed: An int64 tensor of shape (1,), which determines the mask; None where dropout_p is 0.
         autocast_dtype: The dtype of autocast, where that is on; dA and dB may be rounded to it first.
         trains_B: Whether lora_B may be trained, now or later, so that no copy of it may outlive a call.
+        base_output: What a base layer that had to be called has returned, (..., out_features), in the dtype of
+            x or another; None where the weight is multiplied, and in a backward.
     """
 
     weight: Tensor | None
@@ -37,6 +39,7 @@ class Operands(NamedTuple):
     seed: Tensor | None = None
     autocast_dtype: torch.dtype | None = None
     trains_B: bool = False
+    base_output: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -51,5 +54,6 @@ class Operands(NamedTuple):
         return self.compute_dtype or x.dtype
 
     def dtypes(self, x: Tensor) -> tuple[torch.dtype, ...]:
-        """What `mica.paths.choose` decides by: those of x, of the products, of lora_A and lora_B."""
-        return x.dtype, self.dtype(x), self.lora_A.dtype, self.lora_B.dtype
+        """What `mica.paths.choose` decides by: those of y (and x), of the products, of lora_A and lora_B."""
+        y = x if self.base_output is None else self.base_output
+        return y.dtype, self.dtype(x), self.lora_A.dtype, self.lora_B.dtype

@@ -57,10 +57,12 @@ def addmm(addend: Tensor | None, *pairs: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def added(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """y + left @ right, all of one dtype that is multiplied without a cast: in place, in y.
+    """y + left @ right (M×N), all of one dtype: in place, in y, where that is multiplied without a cast.
 
     Under a function transform in a new tensor: vmap cannot write batched values into an unbatched y.
     """
+    if _through_fp32(left, right):
+        return _in_chunks(y, [(left, right)])
     if torch._C._are_functorch_transforms_active():
         return torch.addmm(y, left, right)
     return y.addmm_(left, right)
@@ -83,20 +85,17 @@ def unrounded(left: Tensor, right: Tensor) -> Tensor | None:
 def product_dtype(left: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
     """The dtype in which to multiply x by the factors: ``dtype``, or fp32 instead of a 16-bit one.
 
-    It is fp32 for few rows on a CPU where all factors are fp32: nothing is rounded, and it is faster. It is
-    not where there are no 16-bit instructions: there `addmm` rounds whole sums once.
+    It is fp32 for few rows on a CPU where all factors are fp32: nothing is rounded, and it is faster.
 
     Args:
         left: The matrix x, (tokens, in_features), whose rows and device decide.
         factors: The factors of the adapter.
         dtype: The dtype that was requested.
     """
-    if dtype not in QUERIES or left.shape[0] > FEW_TO_ROUND or not left.is_cpu or not has_native(dtype):
+    if dtype not in QUERIES or left.shape[0] > FEW_TO_ROUND or not left.is_cpu:
         return dtype
-    for factor in factors:
-        if factor.dtype != torch.float32:
-            return dtype
-    return torch.float32
+    are_masters = all(factor.dtype == torch.float32 for factor in factors)
+    return torch.float32 if are_masters else dtype
 
 
 def multiplies_itself(left: Tensor) -> bool:

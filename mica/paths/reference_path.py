@@ -5,7 +5,7 @@ dropped follows from (seed, row, column) alone (`mica.paths.dropout`), so no mas
 
 The low-rank products run in ``compute_dtype`` (default: the dtype of x), so A and B may be fp32 masters
 over a bf16/fp16 base. With such masters and few tokens on a CPU they run in fp32, whatever the compute_dtype
-(`product_dtype`): only y and dx are rounded. Products and their sums are those of `mica.paths.products` (one
+(`product_dtype`): only the update, y and dx are rounded. Products and their sums are those of `mica.paths.products` (one
 rounding where the processor has no 16-bit instructions). dA is accumulated in fp32. The scaling is folded
 into A (forward) or B (backward) *before* that cast: one rounding instead of two, on r·K or N·r numbers
 instead of M·r; a scaling that rounds nothing (1, a power of two) is applied where there is least to multiply.
@@ -34,21 +34,33 @@ TOKENS_PER_CHUNK = 1024
 
 
 def linear(x: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
-    """The layer: y = x Wᵀ + bias + h Bᵀ with h = s·drop(x) Aᵀ.
+    """The layer: y = h Bᵀ + (x Wᵀ + bias) with h = s·drop(x) Aᵀ, in this order.
+
+    Written first, the update is rounded at its own size, and y once: of an update of 0.03 % of W all arrives
+    in a bfloat16 y, with an error of 1.7e-3. Added to a y that is rounded already, 18 % do, with 2.3e-3. This
+    is the case where the base layer had to be called: y is then its output and h Bᵀ.
 
     Args:
         x: The input, (M×K).
-        operands: The layer's weight (N×K), lora_A (r×K), lora_B (N×r), bias (N) and numbers.
+        operands: The layer's weight (N×K), lora_A (r×K), lora_B (N×r), bias (N) and numbers. Without a
+            weight the base_output (M×N) stands for x Wᵀ + bias.
 
     Returns:
-        y (M×N) in the dtype of x, and h (M×r).
+        y (M×N), new, in the dtype of x, or of the base_output; and h (M×r).
     """
-    weight, lora_A, lora_B, scaling, bias, _, dropout_p, seed, *_ = operands
+    lora_A, lora_B = operands.lora_A, operands.lora_B
     dtype = product_dtype(x, (lora_A, lora_B), operands.dtype(x))
-    h = down_projection(x, lora_A, scaling, dtype, dropout_p, seed)
-    if h.dtype == x.dtype:
-        return addmm(bias, (x, weight.t()), (h, _cast(lora_B, h.dtype).t())), h
-    return up_projection(addmm(bias, (x, weight.t())), h, lora_B), h
+    h = down_projection(x, lora_A, operands.scaling, dtype, operands.dropout_p, operands.seed)
+    y = operands.base_output
+    if y is not None:
+        return up_projection(y, h, lora_B), h
+    wide = torch.promote_types(x.dtype, h.dtype)
+    bias = None if operands.bias is None else _cast(operands.bias, wide)
+    update = _cast(h, wide), _cast(lora_B, wide).t()
+    base = x, operands.weight.t()
+    if wide == x.dtype:
+        return addmm(bias, update, base), h
+    return added(addmm(bias, update).to(x.dtype), *base), h
 
 
 def down_projection(
@@ -202,32 +214,36 @@ def embedding(
 
 
 def linear_backward(
-    grad_output: Tensor, x: Tensor | None, operands: Operands, of_h: Tensor | None = None
+    grad_output: Tensor, x: Tensor | None, operands: Operands, needs_x: bool, of_h: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of `linear`.
+    """The gradients of `linear`; that of a base_output is grad_output.
 
     Args:
         grad_output: The gradient dy, (M×N).
         x: The input, (M×K); None where lora_A needs no gradient.
-        operands: Those of the forward, with None as the weight where x needs no gradient.
+        operands: Those of the forward, without the base_output.
+        needs_x: Whether x needs a gradient.
         of_h: The gradient (M×r) of the h that `linear` returned, where a second derivative has one.
 
     Returns:
-        dx (M×K), or None without a weight; and dA (r×K) in the dtype of lora_A, or None without x.
+        dx (M×K) in the dtype of grad_output, or without a weight the adapter's part of it in that of the
+        products, or None; and dA (r×K) in the dtype of lora_A, or None without x.
     """
-    weight, lora_A, lora_B, scaling, _, _, dropout_p, seed, autocast_dtype, _ = operands
+    lora_A, lora_B = operands.lora_A, operands.lora_B
     dtype = product_dtype(grad_output, (lora_A, lora_B), operands.dtype(grad_output))
-    scaling = scaling / (1.0 - dropout_p)
+    scaling = operands.scaling / (1.0 - operands.dropout_p)
     g = grad_h(grad_output, lora_B, scaling, dtype)
     if of_h is not None:
         g = g + _cast(of_h * scaling, dtype)
-    keep = _keep(grad_output, lora_A, dropout_p, seed)
+    keep = _keep(grad_output, lora_A, operands.dropout_p, operands.seed)
     dx = dA = None
-    if weight is not None:
-        dx = grad_x(grad_output, weight, g, lora_A, keep)
+    if needs_x and operands.weight is None:
+        dx = grad_x_update(g, lora_A, keep)
+    elif needs_x:
+        dx = grad_x(grad_output, operands.weight, g, lora_A, keep)
     if x is not None:
         kept = dropout.applied(keep, x)
-        dA = _cast(grad_a(g, kept, autocast_dtype or lora_A.dtype), lora_A.dtype)
+        dA = _cast(grad_a(g, kept, operands.autocast_dtype or lora_A.dtype), lora_A.dtype)
     return dx, dA
 
 
@@ -236,31 +252,6 @@ def _keep(rows: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) -
     if dropout_p == 0.0:
         return None
     return dropout.dropout_keep(seed, rows.shape[0], lora_A.shape[1], dropout_p)
-
-
-def down_projection_backward(
-    grad_h: Tensor,
-    x: Tensor | None,
-    lora_A: Tensor,
-    scaling: float,
-    needs_x: bool,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dx in the dtype of grad_h, dA in that of lora_A) of `down_projection`, from the gradient of h (M×r).
-
-    dA is None where x is None; dx is None unless ``needs_x``.
-    """
-    scaling = scaling / (1.0 - dropout_p)
-    keep = _keep(grad_h, lora_A, dropout_p, seed)
-    dx = grad_x_update(grad_h, lora_A * scaling, keep) if needs_x else None
-    dA = None if x is None else (grad_a(grad_h, dropout.applied(keep, x)) * scaling).to(lora_A.dtype)
-    return dx, dA
-
-
-def up_projection_backward(grad_output: Tensor, lora_B: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """The gradient of h (M×r) of `up_projection` in ``compute_dtype``, from dy (M×N); that of y is dy."""
-    return grad_h(grad_output, lora_B, 1.0, compute_dtype)
 
 
 def embedding_backward(
@@ -338,7 +329,12 @@ def _by_expert(product: Callable[..., Tensor], x, offsets, weight, bias) -> Tens
 
 
 def experts_linear_backward(
-    grad_output: Tensor, x: Tensor | None, offsets: Tensor, operands: Operands, of_h: Tensor | None = None
+    grad_output: Tensor,
+    x: Tensor | None,
+    offsets: Tensor,
+    operands: Operands,
+    needs_x: bool,
+    of_h: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of `experts_linear`.
 
@@ -346,28 +342,27 @@ def experts_linear_backward(
         grad_output: The gradient dy, (S×N).
         x: The rows, (S×K); None where lora_A needs no gradient.
         offsets: The end of each expert's rows, (E).
-        operands: Those of the forward, with None as the weight where x needs no gradient.
+        operands: Those of the forward; without a weight where x needs no gradient.
+        needs_x: Whether x needs a gradient.
         of_h: As in `linear_backward`, (S×r).
 
     Returns:
-        dx (S×K), or None without a weight; and dA (E×r×K) in the dtype of lora_A, or None without x.
+        dx (S×K), or None; and dA (E×r×K) in the dtype of lora_A, or None without x.
     """
     lora_A = operands.lora_A
     dx, end = [], 0
     dA = [lora_A.new_zeros(lora_A.shape[1:])] * lora_A.shape[0]
     for expert, rows in hit(offsets):
         own_x = None if x is None else x[rows]
-        weight = None
-        if operands.weight is not None:
-            weight = _cast(operands.weight[expert], grad_output.dtype)
+        weight = _cast(operands.weight[expert], grad_output.dtype) if needs_x else None
         own_of_h = None if of_h is None else of_h[rows]
         own = _of_expert(operands, expert, weight)
-        part, dA[expert] = linear_backward(grad_output[rows], own_x, own, own_of_h)
+        part, dA[expert] = linear_backward(grad_output[rows], own_x, own, needs_x, own_of_h)
         dx.append(part)
         end = rows.stop
     dx.append(grad_output.new_zeros(grad_output.shape[0] - end, lora_A.shape[2]))
     return (
-        None if operands.weight is None else torch.cat(dx),
+        torch.cat(dx) if needs_x else None,
         None if x is None else torch.stack(dA),
     )
 

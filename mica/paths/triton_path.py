@@ -6,7 +6,7 @@
 
 In other forms (`mica.kernels.configs.FORM_NAMES`) base product and update are one kernel, or the update is
 written first and the base product is added to it, or the vendor's library computes h, g and dA too. Which
-form runs is measured (`mica.paths.tuning`).
+form runs is measured (`mica.paths.tuning`). Where the base layer was called y and dx are updates alone.
 
 On a stack of experts the same, expert by expert: the kernels read the ends of the experts' rows on the
 device. So does PyTorch's grouped product where there is a kernel for it (bf16 on sm_90 and sm_100).
@@ -63,7 +63,8 @@ def linear(x: Tensor, operands: Operands, *, form: str = "split") -> tuple[Tenso
 
     h is None where no backward needs it: where lora_B is frozen for good.
     """
-    weight, lora_A, lora_B, scaling, bias, _, dropout_p, seed, *_ = operands
+    weight, lora_A, lora_B = operands.weight, operands.lora_A, operands.lora_B
+    scaling, dropout_p, bias = operands.scaling, operands.dropout_p, operands.bias
     dtype = operands.dtype(x)
     key = layout(x), layout(lora_A), lora_B.shape[0], scaling, dtype, dropout_p, fp32_setting()
     steps = recorded_forward.get(key)
@@ -74,7 +75,14 @@ def linear(x: Tensor, operands: Operands, *, form: str = "split") -> tuple[Tenso
     if form == "mixed":
         h = reference_path.down_projection(x, lora_A, scaling, dtype)
     else:
-        h = down(x, as_operand(lora_A, x.shape[0], dtype), seed)
+        h = down(x, as_operand(lora_A, x.shape[0], dtype), operands.seed)
+    base_output = operands.base_output
+    if base_output is not None:
+        wide = torch.promote_types(base_output.dtype, dtype)
+        factor = prepare(lora_B, wide, not operands.trains_B)
+        out = base_output.new_empty(base_output.shape)  # contiguous, as torch.compile is told
+        y = up_projection_(base_output, h, factor, None, out, compute_dtype=wide)
+        return y, h[:, : operands.rank].contiguous() if operands.trains_B else None
     factor = prepare(lora_B, dtype, not operands.trains_B)
     if form == "first":
         update_alone = torch.mm(h, factor) if bias is None else torch.addmm(bias, h, factor)
@@ -87,13 +95,14 @@ def linear(x: Tensor, operands: Operands, *, form: str = "split") -> tuple[Tenso
 
 
 def linear_backward(
-    grad_output: Tensor, x: Tensor | None, operands: Operands, *, form: str = "split"
+    grad_output: Tensor, x: Tensor | None, operands: Operands, needs_x: bool, *, form: str = "split"
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dA) as `mica.paths.reference_path.linear_backward`.
 
     Kernels sum dA in fp32 and write it in the dtype of lora_A, whatever the dtype of autocast.
     """
-    weight, lora_A, lora_B, scaling, _, _, dropout_p, seed, *_ = operands
+    weight, lora_A, lora_B = operands.weight, operands.lora_A, operands.lora_B
+    scaling, dropout_p, seed = operands.scaling, operands.dropout_p, operands.seed
     compute_dtype = operands.dtype(grad_output)
     key = layout(grad_output), layout(x), layout(lora_A), scaling, compute_dtype, dropout_p, fp32_setting()
     steps = recorded_backward.get(key)
@@ -110,9 +119,14 @@ def linear_backward(
     else:
         g = down(grad_output, prepare(lora_B, compute_dtype, not operands.trains_B))
         grad_A = None if x is None else grad(g, x, seed)
-    if weight is not None:
+    if needs_x:
         operand = as_operand(lora_A, g.shape[0], compute_dtype)
-        if form == "first":
+        if weight is None and not dropout_p:  # nothing to add to: the vendor's product writes it
+            grad_x = reference_path.grad_x_update(g[:, : lora_A.shape[0]], operand)
+        elif weight is None:
+            nothing = g.new_zeros(g.shape[0], lora_A.shape[1])
+            grad_x = up_projection_(nothing, g, operand, seed, dropout_p=dropout_p)
+        elif form == "first":
             update_alone = torch.mm(g[:, : lora_A.shape[0]], operand.to(compute_dtype))
             grad_x = update_alone.addmm_(grad_output, weight)
         elif form in ("split", "mixed"):
@@ -132,66 +146,6 @@ def grad_b(
 
 
 # ---------------------------------------------------------------------------------------------------
-# the two factors alone, next to a base layer that is called
-# ---------------------------------------------------------------------------------------------------
-
-
-def down_projection(
-    x: Tensor,
-    lora_A: Tensor,
-    scaling: float,
-    compute_dtype: torch.dtype,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """As `mica.paths.reference_path.down_projection`."""
-    numbers = {"scale": scaling, "compute_dtype": compute_dtype, "dropout_p": dropout_p}
-    operand = as_operand(lora_A, x.shape[0], compute_dtype)
-    h = down(x, operand, seed, **numbers)
-    return h[:, : lora_A.shape[0]].contiguous()
-
-
-def up_projection(y: Tensor, h: Tensor, lora_B: Tensor, is_frozen: bool = True) -> Tensor:
-    """As `mica.paths.reference_path.up_projection`."""
-    dtype = torch.promote_types(y.dtype, h.dtype)
-    out = y.new_empty(y.shape)  # contiguous, as torch.compile is told; empty_like would keep y's strides
-    return up_projection_(y, h, prepare(lora_B, dtype, is_frozen), None, out, compute_dtype=dtype)
-
-
-def up_projection_backward(
-    grad_output: Tensor, lora_B: Tensor, compute_dtype: torch.dtype, is_frozen: bool = True
-) -> Tensor:
-    """As `mica.paths.reference_path.up_projection_backward`."""
-    g = down(grad_output, prepare(lora_B, compute_dtype, is_frozen), compute_dtype=compute_dtype)
-    return g[:, : lora_B.shape[1]].contiguous()
-
-
-def down_projection_backward(
-    grad_h: Tensor,
-    x: Tensor | None,
-    lora_A: Tensor,
-    scaling: float,
-    needs_x: bool,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """As `mica.paths.reference_path.down_projection_backward`."""
-    grad_x = grad_A = None
-    if x is not None:
-        # scaled before it is rounded to the dtype of A
-        grad_A = (grad_a(grad_h, x, seed, rank=lora_A.shape[0], dropout_p=dropout_p) * scaling).to(
-            lora_A.dtype
-        )
-    if needs_x and dropout_p:
-        grad_x = grad_h.new_zeros(len(grad_h), lora_A.shape[1])
-        operand = as_operand(lora_A, grad_h.shape[0], grad_h.dtype)
-        up_projection_(grad_x, grad_h, operand, seed, scale=scaling, dropout_p=dropout_p)
-    elif needs_x:  # nothing to add to: the vendor's product writes what the kernel would
-        grad_x = reference_path.grad_x_update(grad_h, lora_A * scaling)
-    return grad_x, grad_A
-
-
-# ---------------------------------------------------------------------------------------------------
 # a stack of experts
 # ---------------------------------------------------------------------------------------------------
 
@@ -203,7 +157,8 @@ _MOST_ELEMENTS = 2**31 - 1  # of x, and of y: with more, an illegal access was r
 
 def experts_linear(x: Tensor, offsets: Tensor, operands: Operands) -> tuple[Tensor, Tensor | None]:
     """As `mica.paths.reference_path.experts_linear`; h as in `linear`."""
-    weight, lora_A, lora_B, scaling, bias, *_ = operands
+    weight, lora_A, lora_B = operands.weight, operands.lora_A, operands.lora_B
+    scaling, bias = operands.scaling, operands.bias
     dtype = operands.dtype(x)
     offsets = offsets.contiguous()
     bias = None if bias is None else bias.to(x.dtype)
@@ -229,10 +184,10 @@ def experts_base(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def experts_linear_backward(
-    grad_output: Tensor, x: Tensor | None, offsets: Tensor, operands: Operands
+    grad_output: Tensor, x: Tensor | None, offsets: Tensor, operands: Operands, needs_x: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `mica.paths.reference_path.experts_linear_backward`."""
-    weight, lora_A, lora_B, scaling, *_ = operands
+    lora_A, lora_B, scaling = operands.lora_A, operands.lora_B, operands.scaling
     compute_dtype = operands.dtype(grad_output)
     grad_x = grad_A = None
     offsets = offsets.contiguous()
@@ -245,8 +200,10 @@ def experts_linear_backward(
     g = down(grad_output, factor, None, offsets)
     if x is not None:
         grad_A = grad(g, x, None, offsets)
-    if weight is not None:
-        grad_x = update(base_product(grad_output, offsets, weight), g, lora_A, None, None, None, offsets)
+    if needs_x:
+        grad_x = update(
+            base_product(grad_output, offsets, operands.weight), g, lora_A, None, None, None, offsets
+        )
     return grad_x, grad_A
 
 
@@ -309,17 +266,8 @@ KERNELS = {
     reference_path.linear: linear,
     reference_path.linear_backward: linear_backward,
     reference_path.grad_b: grad_b,
-    reference_path.down_projection: down_projection,
-    reference_path.down_projection_backward: down_projection_backward,
-    reference_path.up_projection: up_projection,
-    reference_path.up_projection_backward: up_projection_backward,
     reference_path.experts_linear: experts_linear,
     reference_path.experts_linear_backward: experts_linear_backward,
     reference_path.experts_base: experts_base,
     reference_path.experts_grad_b: experts_grad_b,
-}
-# And where lora_B may be trained
-KERNELS_OF_LORA = KERNELS | {
-    reference_path.up_projection: functools.partial(up_projection, is_frozen=False),
-    reference_path.up_projection_backward: functools.partial(up_projection_backward, is_frozen=False),
 }

@@ -1,13 +1,14 @@
 """The forwards of PEFT's LoRA layers over linear layers and embeddings: first decide, then compute.
 
-For a linear layer, base product and adapter are one operator on the base weight itself (`Fused`), or the base
-layer is called and the adapter's two products are added (`Added`), or PEFT's own code runs.
+For a linear layer an adapter is one operator (`Adapted`), which multiplies the base weight itself, too, or gets
+what the base layer has returned; or PEFT's own code runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +32,10 @@ from mica.kernels import runtime
 from mica.memory import LAYER_TYPES
 from mica.ops.embedding import embedding
 from mica.ops.linear import linear
-from mica.ops.low_rank import down_projection, up_projection
 from mica.ops.operator import AUTOCAST, is_autocast
 from mica.paths import choose
 from mica.paths.operands import Operands
+from mica.paths.tuning import Kind
 
 
 def decided(
@@ -87,84 +88,60 @@ def drawn_seed(p: float, device: torch.device) -> Tensor | None:
 
 
 @dataclass
-class Fused(OnOperators):
-    """Base product and one adapter in one operator.
+class Adapted(OnOperators):
+    """A linear layer with its active adapters, each of which is one operator, and one node of autograd.
 
     Attributes:
-        operands: The layer's operands, without a seed.
-    """
-
-    operands: Operands
-
-    def __call__(self, x: Tensor) -> Tensor:
-        seed = drawn_seed(self.operands.dropout_p, x.device)
-        return linear(x, *self.operands._replace(seed=seed))
-
-    def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
-        operands = self.operands
-        out_features, in_features = operands.weight.shape
-        if x is not None and not self._fits(x):  # the layer has changed since
-            x = None
-        matrix = torch.empty(0, in_features, device="meta") if x is None else x.as_matrix()
-        grad_output = matrix.new_empty(len(matrix), out_features)  # contiguous, as PyTorch returns it
-        dtypes = (*product_dtypes(x, operands.weight.dtype), operands.lora_A.dtype, operands.lora_B.dtype)
-        kinds = {
-            "linear": choose.kind_of(operands, dtypes, matrix),
-            "linear_backward": choose.kind_of(operands, dtypes, grad_output, matrix),
-        }
-        for function, kind in kinds.items():
-            device = operands.lora_A.device
-            known = choose.LORA + function if operands.trains_B else function
-            yield function, choose.decide(known, device, operands.rank, dtypes, lambda kind=kind: kind)
-
-    def why_python(self, x: Input | None) -> str | None:
-        weight = self.operands.weight
-        return choose.why_not_cpp(weight.device, product_dtypes(x, weight.dtype))
-
-    def _fits(self, x: Input) -> bool:
-        weight = self.operands.weight
-        has_dtype = x.autocast_dtype is not None or x.dtype is weight.dtype
-        return has_dtype and x.shape[-1] == weight.shape[1]
-
-
-@dataclass
-class Added(OnOperators):
-    """Two products of each adapter, added to what the base computes.
-
-    Attributes:
-        base: The base layer, or `Fused` with the first adapter.
-        adapters: The adapters that are added.
-        dtype: The dtype of their products; None means that of x.
+        base: The base layer.
+        operands: Those of each adapter, without a seed. The first has the base weight and multiplies it; or
+            none has, and the base layer is called.
         why_called: Why the base layer is called; None if it is not.
     """
 
-    base: nn.Module | Fused
-    adapters: list[Adapter]
-    dtype: torch.dtype | None
+    base: nn.Module
+    operands: list[Operands]
     why_called: str | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        for lora_A, lora_B, scaling, dropout_p, trains_B in self.adapters:
-            seed = drawn_seed(dropout_p, x.device)
-            h = down_projection(x, lora_A, scaling, self.dtype, dropout_p, seed)
-            y = up_projection(y, h, lora_B, trains_B)
+        y = self.base(x) if self.why_called else None
+        for operands in self.operands:
+            seed = drawn_seed(operands.dropout_p, x.device)
+            y = linear(x, *operands._replace(seed=seed, base_output=y))
         return y
 
     def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
-        if self.why_called is None:
-            yield from self.base.choices(x)
-        for lora_A, lora_B, _, _, trains_B in self.adapters:
-            dtype, product_dtype = product_dtypes(x, lora_A.dtype)
-            up = f"{choose.LORA}up_projection" if trains_B else "up_projection"
-            dtypes_of = {
-                "down_projection": (dtype, product_dtype, lora_A.dtype),
-                up: (dtype, product_dtype, lora_B.dtype),
-                "down_projection_backward": (product_dtype, dtype, lora_A.dtype),
-                f"{up}_backward": (dtype, product_dtype, lora_B.dtype),
-            }
-            for function, dtypes in dtypes_of.items():
-                yield function, choose.decide(function, lora_A.device, lora_A.shape[0], dtypes)
+        for operands in self.operands:
+            dtypes = (*self._dtypes(x), operands.lora_A.dtype, operands.lora_B.dtype)
+            kinds = dict.fromkeys(("linear", "linear_backward"))
+            if operands.weight is not None:
+                kinds = _kinds_of(operands, dtypes, x)
+            for function, kind in kinds.items():
+                known = choose.LORA + function if operands.trains_B else function
+                device = operands.lora_A.device
+                yield function, choose.decide(known, device, operands.rank, dtypes, kind)
+
+    def why_python(self, x: Input | None) -> str | None:
+        return choose.why_not_cpp(self.operands[0].lora_A.device, self._dtypes(x))
+
+    def _dtypes(self, x: Input | None) -> tuple[torch.dtype, torch.dtype]:
+        first = self.operands[0]
+        like_x = first.lora_A if first.weight is None else first.weight
+        return product_dtypes(x, like_x.dtype)
+
+
+def _kinds_of(operands: Operands, dtypes: tuple, x: Input | None) -> dict[str, Callable[[], Kind]]:
+    """Functions that give the kinds of a layer's passes; of a call with x, where that fits the layer still."""
+    out_features, in_features = operands.weight.shape
+    has_dtype = x is not None and (x.autocast_dtype is not None or x.dtype is operands.weight.dtype)
+    if has_dtype and x.shape[-1] == in_features:
+        matrix = x.as_matrix()
+    else:
+        matrix = torch.empty(0, in_features, device="meta")
+    grad_output = matrix.new_empty(len(matrix), out_features)  # contiguous, as PyTorch returns it
+    return {
+        "linear": partial(choose.kind_of, operands, dtypes, matrix),
+        "linear_backward": partial(choose.kind_of, operands, dtypes, grad_output, matrix),
+    }
 
 
 def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnPeft:
@@ -184,21 +161,20 @@ def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnP
     if reason is not None:
         return OnPeft(reason)
 
-    base = layer._modules["base_layer"]
+    weight = bias = why_called = None
+    base = read_base(layer)
+    if type(base) is str:
+        why_called = base
+    elif x is not None and not _multiplies(x, base[0]):
+        why_called = f"an input of {x.dtype} with a base weight of {base[0].dtype}"
+    else:
+        weight, bias = base
     dtype = None if x is None else compute_dtype(x.dtype)
-    weight_and_bias = read_base(layer)
-    if type(weight_and_bias) is str:
-        return Added(base, adapters, dtype, weight_and_bias)
-    weight, bias = weight_and_bias
-    if x is not None and not _multiplies(x, weight):
-        why_called = f"an input of {x.dtype} with a base weight of {weight.dtype}"
-        return Added(base, adapters, dtype, why_called)
-    (lora_A, lora_B, scaling, dropout_p, trains_B), *others = adapters
-    operands = Operands(weight, lora_A, lora_B, scaling, bias, dtype, dropout_p, trains_B=trains_B)
-    fused = Fused(operands)
-    if not others:
-        return fused
-    return Added(fused, others, dtype, None)
+    operands = []
+    for lora_A, lora_B, scaling, dropout_p, trains_B in adapters:
+        operands.append(Operands(weight, lora_A, lora_B, scaling, bias, dtype, dropout_p, trains_B=trains_B))
+        weight = bias = None
+    return Adapted(layer._modules["base_layer"], operands, why_called)
 
 
 def _why_not_arguments(kwargs: dict) -> str:

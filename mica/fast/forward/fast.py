@@ -1,8 +1,9 @@
 """The common case of a linear layer, checked and called in one function of C++.
 
-One active MiCA adapter on an nn.Linear, with autocast or without, with dropout or without; no hooks, patches,
-modes or tracing; ordinary operands. It is recognised in 1 µs, for which `eligibility` takes 13. Anything else
-gives None, and then `eligibility` decides, with a reason. Where there is no C++ it decides on every layer: a
+Active MiCA and LoRA adapters of a linear layer, with autocast or without, with dropout or without; no patches,
+modes or tracing; ordinary operands. The base layer is called where its weight cannot be read: quantised, with
+hooks, trained. It is recognised in 1 µs, for which `eligibility` takes 13. Anything else gives None, and then
+`eligibility` decides, with a reason. Where there is no C++ it decides on every layer: a
 training step of SmolLM2 takes 1 to 2 % longer. Calls with little work are then left to PEFT. Nothing is kept
 between calls: what could change is read again at each. The C++ is mica/native/check.h.
 """
@@ -18,7 +19,14 @@ from torch.nn import functional
 
 from mica import native
 from mica.fast.forward import layer_calls
-from mica.fast.forward.eligibility import CALL, FORWARDS, GLOBAL_HOOKS, LINEAR, MiCALinearVariant
+from mica.fast.forward.eligibility import (
+    CALL,
+    FORWARDS,
+    GLOBAL_HOOKS,
+    LINEAR,
+    MiCALinearVariant,
+    quantised_layers,
+)
 from mica.fast.settings import settings
 from mica.memory import TENSOR_TYPES
 from mica.ops import kept
@@ -63,6 +71,7 @@ def configure(module: ModuleType) -> None:
     """Tell the C++ what the classes are, and the functions that they had before anybody replaced them."""
     module.tell(
         lora_linear=lora.Linear,
+        quantised_layers=quantised_layers,
         variant=MiCALinearVariant,
         linear=nn.Linear,
         identity=nn.Identity,
