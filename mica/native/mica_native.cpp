@@ -13,9 +13,9 @@ namespace mica {
 
 // -- what is counted -------------------------------------------------------------------------------------
 
-// In `mica.ops.call_counts` one call more of this function, and one more of it from C++. Under the GIL.
-static void count(PyObject* name, PyObject* name_from_cpp) {
-  for (PyObject* key : {name, name_from_cpp}) {
+// In `mica.ops.call_counts` one more of each. Under the GIL.
+static void count(std::initializer_list<PyObject*> names) {
+  for (PyObject* key : names) {
     PyObject* before = PyDict_GetItemWithError(told<"call_counts">(), key);
     THPObjectPtr after(PyLong_FromLongLong(1 + (before ? PyLong_AsLongLong(before) : 0)));
     if (!after || PyDict_SetItem(told<"call_counts">(), key, after.get()) < 0) {
@@ -26,7 +26,7 @@ static void count(PyObject* name, PyObject* name_from_cpp) {
 
 void count_backward() {
   const py::gil_scoped_acquire gil;
-  count("linear_backward"_key, "linear_backward_native"_key);
+  count({"linear_backward"_key, "linear_backward_native"_key});
 }
 
 Tensor value_of(const Tensor& token) {
@@ -62,7 +62,10 @@ void note(PyObject* layer, const Tensor& x, const OptionalDtype& autocast_dtype)
 // -- a layer ---------------------------------------------------------------------------------------------
 
 Tensor call_here(const Tensor& x, const Operands& operands) {
-  count("linear"_key, "linear_native"_key);
+  count({"linear"_key, "linear_native"_key});
+  if (operands.base_output) {
+    count({"linear_added"_key});
+  }
   const py::gil_scoped_release no_gil;
   return layer(x, operands);
 }

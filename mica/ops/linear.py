@@ -127,6 +127,7 @@ def _linear(x, *args, may_settle=True):
         kind = partial(kind_of, operands, operands.dtypes(x), matrix)
     else:
         operands = operands._replace(base_output=as_matrix(operands.base_output))
+        call_counts["linear_added"] += 1
     y, h = run_formula(
         reference_path.linear,
         x,

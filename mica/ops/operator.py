@@ -32,8 +32,9 @@ from mica.paths.operands import Operands
 from mica.paths.products import is_transformed
 
 # How often each operator's body ran, eager or compiled, which shows that a path was taken. Counted in the
-# bodies, which torch.compile never traces. "linear" counts every call, "linear_kernels" those on Triton, and
-# "linear_native" those from C++.
+# bodies, which torch.compile never traces. "linear" counts every call, "linear_kernels" those on Triton,
+# "linear_native" those from C++, and "linear_added" those that add to the output of a
+# base layer that was called, or of another adapter.
 call_counts: Counter[str] = Counter()
 
 LIBRARY = torch.library.Library("mica", "DEF")

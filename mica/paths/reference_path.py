@@ -54,13 +54,13 @@ def linear(x: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
     y = operands.base_output
     if y is not None:
         return up_projection(y, h, lora_B), h
+    base, bias = (x, operands.weight.t()), operands.bias
+    if h.dtype == x.dtype:
+        return addmm(bias, (h, _cast(lora_B, h.dtype).t()), base), h
     wide = torch.promote_types(x.dtype, h.dtype)
-    bias = None if operands.bias is None else _cast(operands.bias, wide)
-    update = _cast(h, wide), _cast(lora_B, wide).t()
-    base = x, operands.weight.t()
-    if wide == x.dtype:
-        return addmm(bias, update, base), h
-    return added(addmm(bias, update).to(x.dtype), *base), h
+    bias = None if bias is None else _cast(bias, wide)
+    update = addmm(bias, (_cast(h, wide), _cast(lora_B, wide).t()))
+    return added(_cast(update, x.dtype), *base), h
 
 
 def down_projection(

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 import mica.fast
 from tests.support.models import ADAPTERS, net, randomise
 
-FUSED, CALLED, PEFT = {"linear": 1}, {"down_projection": 1, "up_projection": 1}, {}
+FUSED, CALLED, PEFT = {"linear": 1}, {"linear": 1, "linear_added": 1}, {}
 X = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(0))
 INPUTS = {  # that are no plain tensors, of a matrix
     "nested": lambda x: torch.nested.nested_tensor([x, x[:2]]),

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mica.ops import embedding as embeddings
-from mica.ops import low_rank, mica_experts_linear, mica_linear
+from mica.ops import mica_experts_linear, mica_linear
+from mica.ops.linear import linear
 from tests.support.kernel_cases import DEVICE
 from tests.support.oracle import Problem
 from tests.support.tolerances import RELATIVE, error
@@ -28,22 +29,19 @@ def tensors_of(p: Problem) -> list[torch.Tensor]:
     return [value for value in vars(p).values() if isinstance(value, torch.Tensor)]
 
 
-def down_projection(x, lora_A, scaling=1.0, *, compute_dtype=None, dropout_p=0.0, seed=None):
-    return low_rank.down_projection(x, lora_A, scaling, compute_dtype, dropout_p, seed)
-
-
-def up_projection(y, h, lora_B):
-    return low_rank.up_projection(y, h, lora_B, lora_B.requires_grad)
+def adapted(y, x, lora_A, lora_B, scaling=1.0, *, compute_dtype=None, dropout_p=0.0, seed=None):
+    """y + s·(drop(x) Aᵀ) Bᵀ, where y is what the base layer has returned."""
+    numbers = scaling, None, compute_dtype, dropout_p, seed, None, lora_B.requires_grad
+    return linear(x, None, lora_A, lora_B, *numbers, y)
 
 
 def embedding(indices, lora_A, lora_B, scaling=1.0, *, padding_idx=None):
     return embeddings.embedding(indices, lora_A, lora_B, scaling, padding_idx, None)
 
 
-def by_factors(x, weight, lora_A, lora_B, scaling, bias=None, *, compute_dtype=None, **dropout):
-    """What `mica_linear` computes, by the factors next to a called base layer."""
-    h = down_projection(x, lora_A, scaling, compute_dtype=compute_dtype, **dropout)
-    return up_projection(F.linear(x, weight, bias), h, lora_B)
+def by_call(x, weight, lora_A, lora_B, scaling=1.0, bias=None, **options):
+    """What `mica_linear` computes, where the base layer is called."""
+    return adapted(F.linear(x, weight, bias), x, lora_A, lora_B, scaling, **options)
 
 
 def leaves(p: Problem, needs=(True, True, True)) -> tuple[torch.Tensor, ...]:
@@ -135,10 +133,6 @@ def arguments() -> dict[str, tuple]:
         "linear": (x, W, A, B, 0.5, b, None),
         "grad_b": (dy, h, fp32, None, 16),
         "linear_backward": (dy, x, both, W, A, B, 0.5, None, fp32),
-        "down_projection": (x, A, 0.5, None),
-        "down_projection_backward": (h, x, A, 0.5, fp32, both),
-        "up_projection": (dy, h, B),
-        "up_projection_backward": (dy, B, fp32),
         "embedding": (indices, A, B, 0.5, None, None),
         "embedding_backward": (dy, indices, A, B, 0.5, 3),
         "experts_linear": (x, offsets, *experts[:3], 0.5, experts[3], None),

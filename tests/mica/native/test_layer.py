@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mica import native, ops
 from mica.ops.linear import linear_eager
-from mica.paths import reference_path
+from mica.paths import products, reference_path
 from tests.support.processor import has_instructions
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -32,7 +32,7 @@ def every_dtype(monkeypatch):
 class Layer:
     """Operands, and a call of them."""
 
-    def __init__(self, rows=(5,), dtype=FP32, adapter_dtype=None, scaling=0.75, bias=True):
+    def __init__(self, rows=(5,), dtype=FP32, adapter_dtype=None, scaling=0.75, bias=True, is_called=False):
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape, dtype=dtype):
@@ -43,6 +43,7 @@ class Layer:
         self.lora_A = random(RANK, IN, dtype=adapter_dtype or dtype)
         self.lora_B = random(OUT, RANK, dtype=adapter_dtype or dtype)
         self.bias = random(OUT) if bias else None
+        self.base_output = random(*rows, OUT) if is_called else None
         self.grad_output = random(*rows, OUT)
         self.scaling = scaling
         self.compute_dtype = None
@@ -50,8 +51,10 @@ class Layer:
         self.dropout = 0.0, None
 
     def __call__(self, x, lora_A):
-        operands = x, self.weight, lora_A, self.lora_B, self.scaling, self.bias
-        return linear_eager(*operands, self.compute_dtype, *self.dropout, self.autocast_dtype)
+        is_called = self.base_output is not None
+        weight, bias = (None, None) if is_called else (self.weight, self.bias)
+        numbers = self.compute_dtype, *self.dropout, self.autocast_dtype, False
+        return linear_eager(x, weight, lora_A, self.lora_B, self.scaling, bias, *numbers, self.base_output)
 
     def leaves(self, needs=(True, True)):
         """x, in the strides that it has, and lora_A."""
@@ -83,8 +86,8 @@ def check_same_bits(layer, monkeypatch, needs=(True, True)):
     ops.call_counts.clear()
     ours = results(layer, needs)
     backwards = 1 if any(needs) else 0
-    for name in ("linear", "linear_native"):
-        assert ops.call_counts[name] == 2
+    for name in ("linear", "linear_native", "linear_added"):
+        assert ops.call_counts[name] == 2 * (name != "linear_added" or layer.base_output is not None)
     for name in ("linear_backward", "linear_backward_native"):
         assert ops.call_counts[name] == backwards
     with monkeypatch.context() as patch:
@@ -102,6 +105,7 @@ def check_same_bits(layer, monkeypatch, needs=(True, True)):
 
 
 ROWS = [(), (1,), (5,), (16,), (17,), (2, 3), (2, 1, 9), (1, 1024), (1030,), (0,)]
+base_is_called = pytest.mark.parametrize("is_called", [False, True])
 DTYPES = [  # x, adapter, compute_dtype
     (FP64, FP64, None),
     (FP32, FP32, None),
@@ -118,8 +122,9 @@ DTYPES = [  # x, adapter, compute_dtype
 @pytest.mark.parametrize("scaling", [1.0, 2.0, -0.25, 0.75, 2.0**40])
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
 @pytest.mark.parametrize("rows", ROWS, ids=str)
-def test_the_bits_are_python_s(monkeypatch, rows, dtype, adapter_dtype, compute_dtype, scaling):
-    layer = Layer(rows, dtype, adapter_dtype, scaling, bias=len(rows) != 1)
+@base_is_called
+def test_the_bits_are_python_s(monkeypatch, is_called, rows, dtype, adapter_dtype, compute_dtype, scaling):
+    layer = Layer(rows, dtype, adapter_dtype, scaling, bias=len(rows) != 1, is_called=is_called)
     layer.compute_dtype = compute_dtype
     check_same_bits(layer, monkeypatch)
 
@@ -127,8 +132,9 @@ def test_the_bits_are_python_s(monkeypatch, rows, dtype, adapter_dtype, compute_
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.999, 1e-9])
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
 @pytest.mark.parametrize("rows", ROWS, ids=str)
-def test_the_bits_with_dropout(monkeypatch, rows, dtype, adapter_dtype, compute_dtype, p):
-    layer = Layer(rows, dtype, adapter_dtype)
+@base_is_called
+def test_the_bits_with_dropout(monkeypatch, is_called, rows, dtype, adapter_dtype, compute_dtype, p):
+    layer = Layer(rows, dtype, adapter_dtype, is_called=is_called)
     layer.compute_dtype = compute_dtype
     layer.dropout = p, torch.tensor([0x1234_5678_9ABC_DEF0])
     layer.x.view(-1)[:1] = math.nan  # dropped or not
@@ -153,8 +159,9 @@ def test_the_bits_of_scalings_that_no_factor_can_take_exactly(monkeypatch, dtype
 @pytest.mark.parametrize("autocast_dtype", [BF16, FP16])
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP32)])
 @pytest.mark.parametrize("rows", [(5,), (2, 9), (1100,)], ids=str)
-def test_the_bits_under_autocast(monkeypatch, rows, dtype, adapter_dtype, autocast_dtype):
-    layer = Layer(rows, dtype, adapter_dtype)
+@base_is_called
+def test_the_bits_under_autocast(monkeypatch, is_called, rows, dtype, adapter_dtype, autocast_dtype):
+    layer = Layer(rows, dtype, adapter_dtype, is_called=is_called)
     layer.autocast_dtype = autocast_dtype
     with torch.autocast("cpu", autocast_dtype):
         check_same_bits(layer, monkeypatch)
@@ -185,25 +192,23 @@ def test_the_bits_of_other_layouts(monkeypatch, change, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "compute_dtype", "autocast_dtype", "is_native"),
-    [
-        (FP32, None, None, True),
-        (BF16, None, None, False),
-        (FP32, BF16, None, False),
-        (FP32, None, FP16, False),
-    ],
+    ("dtype", "compute_dtype", "autocast_dtype"), [(BF16, None, None), (FP32, BF16, None), (FP32, None, FP16)]
 )
-def test_products_without_instructions_are_python_s(
-    monkeypatch, dtype, compute_dtype, autocast_dtype, is_native
-):
+@base_is_called
+def test_products_without_instructions(monkeypatch, is_called, dtype, compute_dtype, autocast_dtype):
+    """They are Python's, but those of few tokens with fp32 factors: all but x Wᵀ are in fp32 there."""
     has_instructions(False, monkeypatch)
-    layer = Layer(dtype=dtype)
-    layer.compute_dtype, layer.autocast_dtype = compute_dtype, autocast_dtype
-    ops.call_counts.clear()
-    with torch.autocast("cpu", autocast_dtype or BF16, enabled=autocast_dtype is not None):
-        layer(*layer.leaves())
-    assert ops.call_counts["linear"] == 1
-    assert ops.call_counts["linear_native"] == is_native
+    few = products.FEW_TO_ROUND if is_called else products.FEW_ROWS
+    for rows, adapter_dtype, is_native in ((few, FP32, True), (few + 1, FP32, False), (few, FP16, False)):
+        layer = Layer((rows,), dtype, adapter_dtype, is_called=is_called)
+        layer.compute_dtype, layer.autocast_dtype = compute_dtype, autocast_dtype
+        with torch.autocast("cpu", autocast_dtype or BF16, enabled=autocast_dtype is not None):
+            if is_native:
+                check_same_bits(layer, monkeypatch)
+                continue
+            ops.call_counts.clear()
+            layer(*layer.leaves())
+        assert (ops.call_counts["linear"], ops.call_counts["linear_native"]) == (1, 0)
 
 
 # -- autograd ----------------------------------------------------------------------------------------

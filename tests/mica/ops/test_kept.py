@@ -23,7 +23,7 @@ from tests.support.kept_layers import (
     of_shared,
     rms_norm,
 )
-from tests.support.linear_calls import down_projection
+from tests.support.linear_calls import adapted
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -272,7 +272,7 @@ def test_dropout():
     check([Layer(BF16, dropout=True)], lambda: F.silu(inputs[0]) * inputs[1], inputs)
 
 
-def test_the_factors_beside_a_called_base_layer_and_experts(way):
+def test_beside_a_called_base_layer_and_experts(way):
     """Their x is that of the same MLPs."""
     gate, up = leaves(FP32, FP32)
     layer = Layer()
@@ -280,7 +280,7 @@ def test_the_factors_beside_a_called_base_layer_and_experts(way):
     stack = [t.detach().expand(2, *t.shape).contiguous() for t in (layer.weight, layer.lora_A, layer.lora_B)]
     stack[1].requires_grad_()
     calls = {
-        layer.lora_A: lambda x: down_projection(x, layer.lora_A, 0.5),
+        layer.lora_A: lambda x: adapted(x.new_zeros(TOKENS, len(layer.lora_B)), x, layer.lora_A, layer.lora_B),
         stack[1]: lambda x: mica_experts_linear(x, offsets, *stack, 0.5),
     }
     for lora_A, call in calls.items():

@@ -15,7 +15,7 @@ from mica.ops.experts import experts_base, experts_linear
 from mica.ops.linear import linear_eager
 from mica.ops.routing import from_experts, route
 from tests.support.expert_cases import problem as problem_of_experts
-from tests.support.linear_calls import Marked, arguments, down_projection, embedding, up_projection
+from tests.support.linear_calls import Marked, arguments, by_call, embedding
 from tests.support.oracle import problem
 
 pytestmark = pytest.mark.usefixtures("language")
@@ -127,9 +127,8 @@ def dropped(x, weight, lora_A, lora_B, seed):
     return mica_linear(x, weight, lora_A, lora_B, 0.75, dropout_p=0.5, seed=seed)
 
 
-def factors(x, weight, lora_A, lora_B):
-    h = down_projection(x, lora_A, 0.75)
-    return up_projection(torch.nn.functional.linear(x[...], weight), h, lora_B)
+def base_called(x, weight, lora_A, lora_B):
+    return by_call(x[...], weight, lora_A, lora_B, 0.75)
 
 
 def experts_of_tokens(x, offsets, weight, lora_A, lora_B, tokens, inverse):
@@ -238,10 +237,7 @@ def by_dual_level():
 OUTPUTS = {
     "linear": lambda x, p, A: mica_linear(x, p.weight, A, p.lora_B, 0.75),
     "linear, past every check": lambda x, p, A: linear_eager(x, p.weight, A, p.lora_B, 0.75, None, None),
-    "down_projection": lambda x, p, A: down_projection(x, A, 0.75),
-    "up_projection": lambda x, p, A: up_projection(
-        torch.zeros(*x.shape[:-1], 6, dtype=x.dtype), down_projection(x, A), p.lora_B
-    ),
+    "base called": lambda x, p, A: by_call(x, p.weight, A, p.lora_B, 0.75),
     "embedding": lambda x, p, A: embedding(torch.zeros(x.shape[:-1]).long(), A, p.lora_B),
 }
 

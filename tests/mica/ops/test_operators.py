@@ -16,14 +16,13 @@ from tests.support import expert_cases, linear_calls, oracle
 from tests.support.linear_calls import (
     addresses,
     agree,
-    by_factors,
+    adapted,
+    by_call,
     call,
-    down_projection,
     leaves,
     run,
     same_bits,
     saved_by,
-    up_projection,
 )
 from tests.support.oracle import solve
 from tests.support.tolerances import RELATIVE, error
@@ -42,12 +41,11 @@ class Kind(NamedTuple):
     counted: tuple[str, ...]
 
 
-FACTORS = ("down_projection", "up_projection")
 KINDS = {
     "linear": Kind(mica_linear, oracle.problem, (2, 3), (300,), ("linear",)),
     "LoRA": Kind(mica_linear, partial(oracle.problem, trains_B=True), (2, 3), (300,), ("linear",)),
-    "factors": Kind(by_factors, oracle.problem, (2, 3), (300,), FACTORS),
-    "LoRA, factors": Kind(by_factors, partial(oracle.problem, trains_B=True), (2, 3), (300,), FACTORS),
+    "base called": Kind(by_call, oracle.problem, (2, 3), (300,), ("linear",)),
+    "LoRA, base called": Kind(by_call, partial(oracle.problem, trains_B=True), (2, 3), (300,), ("linear",)),
     "experts": Kind(
         mica_experts_linear, expert_cases.problem, "rows of none", "all to the second", ("experts_linear",)
     ),
@@ -113,10 +111,11 @@ def test_computes_and_saves_only_what_a_gradient_needs(backend, kind, needs):
 
 def test_y_keeps_its_dtype_and_its_precision(backend):
     """A base layer may return fp32 next to 16-bit products: the sum is not rounded to theirs."""
-    y, h, lora_B = torch.randn(6, 20), torch.randn(6, 4).bfloat16(), torch.randn(20, 4)
-    out = up_projection(y, h, lora_B)
+    y, x = torch.randn(20, 20), torch.randn(20, 8).bfloat16()
+    lora_A, lora_B = torch.randn(4, 8), 1e-3 * torch.randn(20, 4)
+    out = adapted(y, x, lora_A, lora_B)
     assert out.dtype == FP32
-    assert error(out, y.double() + h.double() @ lora_B.double().t()) <= RELATIVE[FP32]
+    assert error(out, y.double() + x.double() @ (lora_B.double() @ lora_A.double()).t()) <= 1e-4
 
 
 @pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
@@ -185,7 +184,7 @@ def test_vmap_within_ordinary_autograd(kind, through_dispatcher, autocast):
     each = [call(p, kind.function, x, lora_A) for x in xs]
     expected = torch.autograd.grad(sum(y.sum() for y in each), (xs, lora_A))
     limit = RELATIVE[BF16 if autocast else FP32]
-    if kind.function is not by_factors:  # whose base layer's bias PyTorch adds in fp32, under vmap
+    if kind.function is not by_call:  # whose base layer's bias PyTorch adds in fp32, under vmap
         assert ys.dtype == (BF16 if autocast and kind.function is mica_linear else FP32)
     assert error(ys, torch.stack(each)) <= limit
     for ours, exact in zip(grads, expected, strict=True):
@@ -259,7 +258,7 @@ def test_an_edit_of_x_in_place_is_reported(kind):
 
 @pytest.mark.parametrize("autocast_dtype", [BF16, torch.float16])
 @pytest.mark.parametrize("backward_inside", [False, True])
-@pytest.mark.parametrize("name", ["linear", "LoRA", "factors", "LoRA, factors"])
+@pytest.mark.parametrize("name", ["linear", "LoRA", "base called", "LoRA, base called"])
 def test_autocast(path, autocast_dtype, backward_inside, name):
     """As PEFT's layer: out in autocast's dtype. On kernels the fp32 master's gradient stays unrounded.
 
@@ -282,7 +281,7 @@ def test_autocast(path, autocast_dtype, backward_inside, name):
     assert y.dtype == autocast_dtype
     grads = [tensor.grad for tensor in tensors]
     assert {grad.dtype for grad in grads} == {FP32}
-    rounds = kind.function is mica_linear and path in (linear_calls.OWN, linear_calls.NATIVE)
+    rounds = path in (linear_calls.OWN, linear_calls.NATIVE)
     for grad in grads[1:]:
         assert torch.equal(grad, grad.to(autocast_dtype).float()) == rounds
     agree({"y": y, **dict(zip(NAMES, grads, strict=False))}, solve(p), autocast_dtype)
@@ -290,14 +289,16 @@ def test_autocast(path, autocast_dtype, backward_inside, name):
 
 
 @pytest.mark.parametrize("autocast_dtype", [BF16, torch.float16])
-def test_autocast_of_h_and_of_a_wider_y(autocast_dtype):
+def test_autocast_of_x_and_of_a_wider_y(autocast_dtype):
     p = oracle.problem((16,), 12, 10, 3, FP32)
     with torch.autocast("cpu", autocast_dtype):
-        h = down_projection(p.x, p.lora_A, p.scaling)
-        assert h.dtype == autocast_dtype
-        assert up_projection(torch.zeros(16, 10), h, p.lora_B).dtype == FP32
-        dropped = down_projection(p.x, p.lora_A, p.scaling, **DROPOUT)
-    assert error(dropped, h) > 0.1
+        y = torch.zeros(16, 10)
+        update = adapted(y, p.x, p.lora_A, p.lora_B, p.scaling)
+        dropped = adapted(y, p.x, p.lora_A, p.lora_B, p.scaling, **DROPOUT)
+        same = adapted(y, p.x.to(autocast_dtype), p.lora_A, p.lora_B, p.scaling)
+    assert update.dtype == FP32
+    assert torch.equal(update, same)
+    assert error(dropped, update) > 0.1
 
 
 @pytest.mark.slow
@@ -310,7 +311,7 @@ def test_compiles_into_one_graph_whose_calls_are_counted(backend, compiler, kind
     compiled = torch.compile(kind.function, fullgraph=True, backend=compiler)
     expected = run(p, function=kind.function, **options)
     ops.call_counts.clear()
-    is_compiled_too = kind.function is by_factors and compiler != "eager"  # the base layer, PyTorch's own
+    is_compiled_too = kind.function is by_call and compiler != "eager"  # the base layer, PyTorch's own
     for calls in (1, 2):
         result = run(p, function=compiled, **options)
         if is_compiled_too:  # on some processors with products in another order
@@ -356,15 +357,16 @@ def test_opcheck(backend, kind, dtype, adapter_dtype, compute_dtype, bias):
 
 
 @pytest.mark.parametrize("compute_dtype", [None, FP32])
-def test_opcheck_of_the_factors(compute_dtype):
+def test_opcheck_where_the_base_was_called(compute_dtype):
     p = oracle.problem((2, 3), 5, 7, 2, *FP32_MASTER)
-    opcheck(torch.ops.mica.down_projection.default, (*leaves(p), 0.5, compute_dtype, 0.3, SEED))
-    h, y = (torch.randn(2, 3, columns).bfloat16().requires_grad_() for columns in (2, 7))
+    y, x = p.grad_output.clone().requires_grad_(), p.x.clone().requires_grad_()
+    numbers = 0.5, None, compute_dtype, 0.3, SEED, None
     for lora_B in (p.lora_B, p.lora_B.detach().clone().requires_grad_()):
-        opcheck(torch.ops.mica.up_projection.default, (y, h, lora_B, lora_B.requires_grad))
-    opcheck(torch.ops.mica.grad_b.default, (y.detach(), h.detach(), FP32, compute_dtype, 0))
-    opcheck(torch.ops.mica.up_projection_backward.default, (y.detach(), p.lora_B, BF16))
+        lora_A = p.lora_A.clone().requires_grad_()
+        opcheck(torch.ops.mica.linear.default, (x, None, lora_A, lora_B, *numbers, lora_B.requires_grad, y))
+    h = torch.randn(2, 3, 2).bfloat16()
+    opcheck(torch.ops.mica.grad_b.default, (y.detach(), h, FP32, compute_dtype, 0))
     for mask in ([True, True], [True, False], [False, True]):
-        grad_h = torch.randn(2, 3, 2).to(compute_dtype or BF16)
-        arguments = (grad_h, p.x, p.lora_A, 0.5, BF16, mask, 0.3, SEED)
-        opcheck(torch.ops.mica.down_projection_backward.default, arguments)
+        operands = None, p.lora_A, p.lora_B, 0.5, None, compute_dtype or BF16, 0.3, SEED
+        arguments = y.detach(), p.x, mask, *operands
+        opcheck(torch.ops.mica.linear_backward.default, arguments, {"is_called": True})

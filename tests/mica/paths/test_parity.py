@@ -15,7 +15,7 @@ from tests.support.linear_calls import (
     OWN,
     PATHS,
     agree,
-    by_factors,
+    by_call,
     on_device,
     run,
     same_bits,
@@ -27,8 +27,8 @@ from tests.support.oracle import DTYPES, solve
 KINDS = {
     "linear": (mica_linear, ("linear",)),
     "LoRA": (mica_linear, ("linear",)),
-    "factors": (by_factors, ("down_projection", "up_projection")),
-    "LoRA, factors": (by_factors, ("down_projection", "up_projection")),
+    "base called": (by_call, ("linear",)),
+    "LoRA, base called": (by_call, ("linear",)),
     "experts": (mica_experts_linear, ("experts_linear",)),
     "LoRA, experts": (mica_experts_linear, ("experts_linear",)),
 }
@@ -50,9 +50,9 @@ DROPOUT = {"dropout_p": 0.4}
 CASES = [
     *(("linear", sizes, bias, {}) for sizes in SIZES for bias in (True, False)),
     *(("linear", sizes, True, DROPOUT) for sizes in SIZES),
-    *(("factors", sizes, True, options) for sizes in SIZES[::2] for options in ({}, DROPOUT)),
+    *(("base called", sizes, True, options) for sizes in SIZES[::2] for options in ({}, DROPOUT)),
     *(("LoRA", sizes, True, options) for sizes in SIZES for options in ({}, DROPOUT)),
-    *(("LoRA, factors", sizes, True, {}) for sizes in SIZES[::2]),
+    *(("LoRA, base called", sizes, True, {}) for sizes in SIZES[::2]),
     *((kind, (route, 9, 14, 3), True, {}) for kind in ("experts", "LoRA, experts") for route in EVERY_ROUTE),
     # with the weight transposed
     *(("experts", (route, 33, 22, 5), False, {}) for route in ("first and last idle", "rows of none")),

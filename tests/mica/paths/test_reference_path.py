@@ -21,7 +21,7 @@ def compute(p, compute_dtype=None):
     """By `linear` and `linear_backward`."""
     of_p = operands(p, p.bias, compute_dtype)
     y, _ = reference_path.linear(p.x, of_p)
-    grad_x, grad_A = reference_path.linear_backward(p.grad_output, p.x, of_p)
+    grad_x, grad_A = reference_path.linear_backward(p.grad_output, p.x, of_p, True)
     return {"y": y, "grad_x": grad_x, "grad_A": grad_A}
 
 
@@ -66,8 +66,8 @@ def test_a_gradient_of_h_is_scaled_as_h_is():
     """The h that `linear` returns has scaling in it; a second derivative asks for its gradient."""
     p = problem((MANY,), 31, 23, 5, torch.float32, scaling=3.0)
     of_h = torch.randn(MANY, 5)
-    alone = reference_path.linear_backward(p.grad_output, p.x, operands(p))
-    together = reference_path.linear_backward(p.grad_output, p.x, operands(p), of_h)
+    alone = reference_path.linear_backward(p.grad_output, p.x, operands(p), True)
+    together = reference_path.linear_backward(p.grad_output, p.x, operands(p), True, of_h)
     x, lora_A, of_wide = (tensor.double() for tensor in (p.x, p.lora_A, 3.0 * of_h))
     updates = of_wide @ lora_A, of_wide.t() @ x
     for before, after, update in zip(alone, together, updates, strict=True):
@@ -113,7 +113,7 @@ def test_few_tokens_take_three_products_and_nothing_else(scaling, forward_scale,
     with Seen() as forward:
         reference_path.linear(p.x, operands(p))
     with Seen() as backward:
-        reference_path.linear_backward(p.grad_output, p.x, operands(p))
+        reference_path.linear_backward(p.grad_output, p.x, operands(p), True)
     needed = ["aten::addmm_", "aten::mm", "aten::mm"]
     assert sorted(forward.names) == sorted([*needed, *forward_scale])
     assert sorted(backward.names) == sorted([*needed, "aten::mm", *backward_scale])

@@ -16,9 +16,9 @@ from tests.support import expert_cases
 from tests.support.kernel_cases import BF16, FP16, FP32, LAYER_DTYPES, seed_of
 from tests.support.linear_calls import (
     agree,
-    by_factors,
+    adapted,
+    by_call,
     call,
-    down_projection,
     leaves,
     of_users,
     on_device,
@@ -96,7 +96,7 @@ def test_which_form_is_taken(choose_form, launched, forms, operands, kernels):
     assert {name for name, _ in launched} == {name for form in kernels.split() for name in FORMS[form]}
 
 
-@pytest.mark.parametrize("function", [mica_linear, by_factors, mica_experts_linear])
+@pytest.mark.parametrize("function", [mica_linear, by_call, mica_experts_linear])
 def test_no_copy_of_a_trained_b_is_used_again(function):
     """Fused optimizers do not count their edits: ``_version`` stays. In evaluation, too."""
     p = dense((6,), 16, 32, 3)
@@ -120,13 +120,11 @@ def test_no_copy_of_b_is_kept_of_layers_and_experts_that_may_train_it():
     p, stack = dense((6,), 16, 32, 3), on_device(expert_cases.problem("tiles", 33, 22, 5, BF16, FP32))
     layer, experts = (Operands(q.weight, q.lora_A, q.lora_B, q.scaling, trains_B=True) for q in (p, stack))
     prepared_b.clear()
-    of_lora = triton_path.KERNELS_OF_LORA
-    _, h = of_lora[reference_path.linear](p.x, layer)
-    of_lora[reference_path.linear_backward](p.grad_output, p.x, layer)
-    of_lora[reference_path.up_projection](p.grad_output, h, p.lora_B)
-    of_lora[reference_path.up_projection_backward](p.grad_output, p.lora_B, BF16)
-    of_lora[reference_path.experts_linear](stack.x, stack.offsets, experts)
-    of_lora[reference_path.experts_linear_backward](stack.grad_output, stack.x, stack.offsets, experts)
+    triton_path.linear(p.x, layer)
+    triton_path.linear_backward(p.grad_output, p.x, layer, True)
+    triton_path.linear(p.x, layer._replace(weight=None, base_output=p.grad_output))
+    triton_path.experts_linear(stack.x, stack.offsets, experts)
+    triton_path.experts_linear_backward(stack.grad_output, stack.x, stack.offsets, experts, True)
     assert not prepared_b.entries
     triton_path.linear(p.x, layer._replace(trains_B=False))
     assert prepared_b.entries
@@ -139,17 +137,18 @@ def of_linear(p, **dropout):
     return tuple(run(p, **dropout).values())
 
 
-def of_factor(p):
+def of_called(p):
     x, lora_A = leaves(p)
-    h = down_projection(x, lora_A, p.scaling, dropout_p=0.4, seed=seed_of(5))
-    h.backward(torch.ones_like(h))
-    return h.detach(), x.grad, lora_A.grad
+    y = torch.zeros_like(p.grad_output)
+    y = adapted(y, x, lora_A, p.lora_B, p.scaling, dropout_p=0.4, seed=seed_of(5))
+    y.backward(p.grad_output)
+    return y.detach(), x.grad, lora_A.grad
 
 
 CALLS = {
     "linear": of_linear,
     "linear with dropout": lambda p: of_linear(p, dropout_p=0.4, seed=seed_of(5)),
-    "factor": of_factor,
+    "base called": of_called,
 }
 
 
