@@ -25,8 +25,8 @@ class Operands(NamedTuple):
         seed: An int64 tensor of shape (1,), which determines the mask; None where dropout_p is 0.
         autocast_dtype: The dtype of autocast, where that is on; dA and dB may be rounded to it first.
         trains_B: Whether lora_B may be trained, now or later, so that no copy of it may outlive a call.
-        base_output: What a base layer that had to be called has returned, (..., out_features), in the dtype of
-            x or another; None where the weight is multiplied, and in a backward.
+        base_output: What a base layer that had to be called has returned, (..., out_features), in the dtype
+            of x or another; None where the weight is multiplied, and in a backward.
     """
 
     weight: Tensor | None

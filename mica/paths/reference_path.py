@@ -5,10 +5,11 @@ dropped follows from (seed, row, column) alone (`mica.paths.dropout`), so no mas
 
 The low-rank products run in ``compute_dtype`` (default: the dtype of x), so A and B may be fp32 masters
 over a bf16/fp16 base. With such masters and few tokens on a CPU they run in fp32, whatever the compute_dtype
-(`product_dtype`): only the update, y and dx are rounded. Products and their sums are those of `mica.paths.products` (one
-rounding where the processor has no 16-bit instructions). dA is accumulated in fp32. The scaling is folded
-into A (forward) or B (backward) *before* that cast: one rounding instead of two, on r·K or N·r numbers
-instead of M·r; a scaling that rounds nothing (1, a power of two) is applied where there is least to multiply.
+(`product_dtype`): only the update, y and dx are rounded. Products and their sums are those of
+`mica.paths.products` (one rounding where the processor has no 16-bit instructions). dA is accumulated in
+fp32. The scaling is folded into A (forward) or B (backward) *before* that cast: one rounding instead of two,
+on r·K or N·r numbers instead of M·r; a scaling that rounds nothing (1, a power of two) is applied where there
+is least to multiply.
 Everything here is differentiable by autograd and runs on any device.
 
 On a stack of experts neither W + s·B·A nor its gradient (both E×N×K) is formed, which is what PEFT's path

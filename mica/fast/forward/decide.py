@@ -1,7 +1,7 @@
 """The forwards of PEFT's LoRA layers over linear layers and embeddings: first decide, then compute.
 
-For a linear layer an adapter is one operator (`Adapted`), which multiplies the base weight itself, too, or gets
-what the base layer has returned; or PEFT's own code runs.
+An adapter of a linear layer is one operator (`Adapted`), which also multiplies the base weight, or is given what
+the base layer has returned; or PEFT's own code runs.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Adapted(OnOperators):
 
 
 def _kinds_of(operands: Operands, dtypes: tuple, x: Input | None) -> dict[str, Callable[[], Kind]]:
-    """Functions that give the kinds of a layer's passes; of a call with x, where that fits the layer still."""
+    """Functions that give the kinds of a layer's passes, in a call with x where that still fits the layer."""
     out_features, in_features = operands.weight.shape
     has_dtype = x is not None and (x.autocast_dtype is not None or x.dtype is operands.weight.dtype)
     if has_dtype and x.shape[-1] == in_features:

@@ -1,9 +1,9 @@
 """The common case of a linear layer, checked and called in one function of C++.
 
-Active MiCA and LoRA adapters of a linear layer, with autocast or without, with dropout or without; no patches,
-modes or tracing; ordinary operands. The base layer is called where its weight cannot be read: quantised, with
-hooks, trained. It is recognised in 1 µs, for which `eligibility` takes 13. Anything else gives None, and then
-`eligibility` decides, with a reason. Where there is no C++ it decides on every layer: a
+Active MiCA and LoRA adapters of a linear layer, with autocast or without, with dropout or without; no
+patches, modes or tracing; ordinary operands. The base layer is called where its weight cannot be read:
+quantised, with hooks, trained. It is recognised in 1 µs, for which `eligibility` takes 13. Anything else
+gives None, and then `eligibility` decides, with a reason. Where there is no C++ it decides on every layer: a
 training step of SmolLM2 takes 1 to 2 % longer. Calls with little work are then left to PEFT. Nothing is kept
 between calls: what could change is read again at each. The C++ is mica/native/check.h.
 """

@@ -280,7 +280,9 @@ def test_beside_a_called_base_layer_and_experts(way):
     stack = [t.detach().expand(2, *t.shape).contiguous() for t in (layer.weight, layer.lora_A, layer.lora_B)]
     stack[1].requires_grad_()
     calls = {
-        layer.lora_A: lambda x: adapted(x.new_zeros(TOKENS, len(layer.lora_B)), x, layer.lora_A, layer.lora_B),
+        layer.lora_A: lambda x: adapted(
+            x.new_zeros(len(x), len(layer.lora_B)), x, layer.lora_A, layer.lora_B
+        ),
         stack[1]: lambda x: mica_experts_linear(x, offsets, *stack, 0.5),
     }
     for lora_A, call in calls.items():

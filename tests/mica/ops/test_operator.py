@@ -218,7 +218,8 @@ def test_the_strides_of_results_are_those_that_a_compiler_is_told(monkeypatch, b
     [
         (
             "linear",
-            "x weight lora_A lora_B scaling bias compute_dtype dropout_p seed grad_dtype trains_B base_output",
+            "x weight lora_A lora_B scaling bias compute_dtype dropout_p seed grad_dtype trains_B"
+            " base_output",
         ),
         (
             "experts_linear",

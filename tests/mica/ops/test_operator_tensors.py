@@ -143,7 +143,7 @@ FORMS = {
     "linear, dropout": Form(dropped, with_seed),
     "linear": Form(eager, of_layer()),
     "linear of a matrix": Form(eager, of_layer(6)),
-    "factors": Form(factors, of_layer()),
+    "base called": Form(base_called, of_layer()),
     "embedding": Form(embedding, of_embedding, needs_x=False),
     "experts": Form(mica_experts_linear, of_experts),
     "experts of tokens": Form(experts_of_tokens, of_tokens),
@@ -200,7 +200,7 @@ def test_other_memory_after_the_forward_changes_no_derivative(form, replaced, th
 
 @pytest.mark.parametrize(
     "form",
-    ["linear, dropout", "linear", "factors", "embedding", "experts", "experts of tokens"],
+    ["linear, dropout", "linear", "base called", "embedding", "experts", "experts of tokens"],
     indirect=True,
 )
 def test_an_edit_of_lora_a_matters_to_the_gradient_of_x_alone(form):

@@ -14,9 +14,9 @@ from mica import ops
 from mica.ops import mica_experts_linear, mica_linear
 from tests.support import expert_cases, linear_calls, oracle
 from tests.support.linear_calls import (
+    adapted,
     addresses,
     agree,
-    adapted,
     by_call,
     call,
     leaves,

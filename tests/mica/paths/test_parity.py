@@ -14,6 +14,7 @@ from tests.support.linear_calls import (
     NATIVE,
     OWN,
     PATHS,
+    WAYS,
     agree,
     by_call,
     on_device,
@@ -121,6 +122,22 @@ def test_fp32_products_over_16_bit_round_no_gradient_of_a_factor(path, kind):
     result = run(on_device(p), torch.float32, function)
     factors = {name: result[name] for name in ("grad_A", "grad_B") if name in result}
     agree(factors, solve(p), torch.float32)
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+@pytest.mark.parametrize("path", [NATIVE, *WAYS], indirect=True)
+def test_all_of_an_update_arrives_that_is_smaller_than_what_y_is_rounded_to(path, rows):
+    """The share of it in y, by regression; a y that is rounded before it is added has 0.2 of it."""
+    p = oracle.problem((rows,), 32, 60_000 // rows, 8, torch.bfloat16, torch.float32)
+    p.bias.mul_(0.05)
+    p.lora_A.mul_(3e-4 * p.weight.float().norm() / (p.scaling * p.lora_B @ p.lora_A).norm())
+    expected = solve(p)["y"]
+    p.lora_A, lora_A = torch.zeros_like(p.lora_A), p.lora_A
+    base = solve(p)["y"]
+    p.lora_A = lora_A
+    update, arrived = expected - base, run(p)["y"].detach().double() - base
+    share = (arrived * update).sum() / update.square().sum()
+    assert abs(share - 1.0) <= 0.15
 
 
 def test_only_experts_with_rows_are_read(path):

@@ -10,13 +10,13 @@ import triton
 from mica import ops
 from mica.kernels import launching, prepared_b
 from mica.ops import mica_experts_linear, mica_linear
-from mica.paths import choose, reference_path, triton_path
+from mica.paths import choose, triton_path
 from mica.paths.operands import Operands
 from tests.support import expert_cases
 from tests.support.kernel_cases import BF16, FP16, FP32, LAYER_DTYPES, seed_of
 from tests.support.linear_calls import (
-    agree,
     adapted,
+    agree,
     by_call,
     call,
     leaves,
