@@ -213,6 +213,15 @@ inline bool are_multiplied(const Tensor& x, const Operands& operands, PyObject* 
   return factor_dtype == dtype || (is_master && casts_input == Py_True);
 }
 
+// As `mica.fast.settings.compute_dtype`.
+inline OptionalDtype compute_dtype(ScalarType dtype, ScalarType factor_dtype) {
+  if (dtype == at::kHalf && factor_dtype == at::kFloat) {
+    return at::kFloat;
+  }
+  const OptionalDtype wide = dtype_or_none(item(told<"settings">(), "compute_dtype"_key));
+  return wide ? c10::promoteTypes(*wide, dtype) : wide;
+}
+
 // -- the check -------------------------------------------------------------------------------------------
 
 // The probability with which a layer drops now; nothing where that is no number of [0, 1).
@@ -316,9 +325,7 @@ inline std::optional<Operands> operands_of(PyObject* layer, PyObject* given_x) {
   if (!are_multiplied(x, operands, casts_input)) {
     return std::nullopt;
   }
-  if (const OptionalDtype wide = dtype_or_none(item(told<"settings">(), "compute_dtype"_key))) {
-    operands.compute_dtype = c10::promoteTypes(*wide, x.scalar_type());
-  }
+  operands.compute_dtype = compute_dtype(x.scalar_type(), operands.lora_A.scalar_type());
   return operands;
 }
 

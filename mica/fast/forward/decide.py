@@ -107,7 +107,7 @@ class Fused(OnOperators):
             x = None
         matrix = torch.empty(0, in_features, device="meta") if x is None else x.as_matrix()
         grad_output = matrix.new_empty(len(matrix), out_features)  # contiguous, as PyTorch returns it
-        dtypes = (*product_dtypes(x, operands.weight.dtype), operands.lora_A.dtype, operands.lora_B.dtype)
+        dtypes = (*self._product_dtypes(x), operands.lora_A.dtype, operands.lora_B.dtype)
         kinds = {
             "linear": choose.kind_of(operands, dtypes, matrix),
             "linear_backward": choose.kind_of(operands, dtypes, grad_output, matrix),
@@ -118,8 +118,10 @@ class Fused(OnOperators):
             yield function, choose.decide(known, device, operands.rank, dtypes, lambda kind=kind: kind)
 
     def why_python(self, x: Input | None) -> str | None:
-        weight = self.operands.weight
-        return choose.why_not_cpp(weight.device, product_dtypes(x, weight.dtype))
+        return choose.why_not_cpp(self.operands.weight.device, self._product_dtypes(x))
+
+    def _product_dtypes(self, x: Input | None) -> tuple[torch.dtype, torch.dtype]:
+        return product_dtypes(x, self.operands.weight.dtype, self.operands.lora_A.dtype)
 
     def _fits(self, x: Input) -> bool:
         weight = self.operands.weight
@@ -134,20 +136,19 @@ class Added(OnOperators):
     Attributes:
         base: The base layer, or `Fused` with the first adapter.
         adapters: The adapters that are added.
-        dtype: The dtype of their products; None means that of x.
         why_called: Why the base layer is called; None if it is not.
     """
 
     base: nn.Module | Fused
     adapters: list[Adapter]
-    dtype: torch.dtype | None
     why_called: str | None
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.base(x)
         for lora_A, lora_B, scaling, dropout_p, trains_B in self.adapters:
             seed = drawn_seed(dropout_p, x.device)
-            h = down_projection(x, lora_A, scaling, self.dtype, dropout_p, seed)
+            dtype = compute_dtype(x.dtype, lora_A.dtype)
+            h = down_projection(x, lora_A, scaling, dtype, dropout_p, seed)
             y = up_projection(y, h, lora_B, trains_B)
         return y
 
@@ -155,7 +156,7 @@ class Added(OnOperators):
         if self.why_called is None:
             yield from self.base.choices(x)
         for lora_A, lora_B, _, _, trains_B in self.adapters:
-            dtype, product_dtype = product_dtypes(x, lora_A.dtype)
+            dtype, product_dtype = product_dtypes(x, lora_A.dtype, lora_A.dtype)
             up = f"{choose.LORA}up_projection" if trains_B else "up_projection"
             dtypes_of = {
                 "down_projection": (dtype, product_dtype, lora_A.dtype),
@@ -185,20 +186,20 @@ def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnP
         return OnPeft(reason)
 
     base = layer._modules["base_layer"]
-    dtype = None if x is None else compute_dtype(x.dtype)
     weight_and_bias = read_base(layer)
     if type(weight_and_bias) is str:
-        return Added(base, adapters, dtype, weight_and_bias)
+        return Added(base, adapters, weight_and_bias)
     weight, bias = weight_and_bias
     if x is not None and not _multiplies(x, weight):
         why_called = f"an input of {x.dtype} with a base weight of {weight.dtype}"
-        return Added(base, adapters, dtype, why_called)
+        return Added(base, adapters, why_called)
     (lora_A, lora_B, scaling, dropout_p, trains_B), *others = adapters
+    dtype = None if x is None else compute_dtype(x.dtype, lora_A.dtype)
     operands = Operands(weight, lora_A, lora_B, scaling, bias, dtype, dropout_p, trains_B=trains_B)
     fused = Fused(operands)
     if not others:
         return fused
-    return Added(fused, others, dtype, None)
+    return Added(fused, others, None)
 
 
 def _why_not_arguments(kwargs: dict) -> str:
