@@ -63,7 +63,8 @@ def linear(x: Tensor, operands: Operands, *, form: str = "split") -> tuple[Tenso
 
     h is None where no backward needs it: where lora_B is frozen for good.
     """
-    weight, lora_A, lora_B, scaling, bias, _, dropout_p, seed, *_ = operands
+    weight, lora_A, lora_B, bias = operands.weight, operands.lora_A, operands.lora_B, operands.bias
+    scaling, dropout_p, seed = operands.scaling, operands.dropout_p, operands.seed
     dtype = operands.dtype(x)
     key = layout(x), layout(lora_A), lora_B.shape[0], scaling, dtype, dropout_p, fp32_setting()
     steps = recorded_forward.get(key)
@@ -93,7 +94,8 @@ def linear_backward(
 
     Kernels sum dA in fp32 and write it in the dtype of lora_A, whatever the dtype of autocast.
     """
-    weight, lora_A, lora_B, scaling, _, _, dropout_p, seed, *_ = operands
+    weight, lora_A, lora_B = operands.weight, operands.lora_A, operands.lora_B
+    scaling, dropout_p, seed = operands.scaling, operands.dropout_p, operands.seed
     compute_dtype = operands.dtype(grad_output)
     key = layout(grad_output), layout(x), layout(lora_A), scaling, compute_dtype, dropout_p, fp32_setting()
     steps = recorded_backward.get(key)
@@ -203,16 +205,16 @@ _MOST_ELEMENTS = 2**31 - 1  # of x, and of y: with more, an illegal access was r
 
 def experts_linear(x: Tensor, offsets: Tensor, operands: Operands) -> tuple[Tensor, Tensor | None]:
     """As `mica.paths.reference_path.experts_linear`; h as in `linear`."""
-    weight, lora_A, lora_B, scaling, bias, *_ = operands
+    lora_A, lora_B, scaling = operands.lora_A, operands.lora_B, operands.scaling
     dtype = operands.dtype(x)
     offsets = offsets.contiguous()
-    bias = None if bias is None else bias.to(x.dtype)
+    bias = None if operands.bias is None else operands.bias.to(x.dtype)
     tensors = layout(x), layout(offsets), layout(lora_A), layout(bias), lora_B.shape[1]
     key = *tensors, scaling, dtype, fp32_setting()
     numbers = {"scale": scaling, "compute_dtype": dtype}
     down, update = recorded_forward.get(key) or recorded_forward.record(key, numbers, {})
     h = down(x, lora_A, None, offsets)
-    y = base_product(x, offsets, weight.transpose(1, 2))
+    y = base_product(x, offsets, operands.weight.transpose(1, 2))
     factor = prepare_experts(lora_B, dtype, not operands.trains_B)
     y = update(y, h, factor, None, None, bias, offsets)
     return y, h[:, : operands.rank].contiguous() if operands.trains_B else None
@@ -232,7 +234,7 @@ def experts_linear_backward(
     grad_output: Tensor, x: Tensor | None, offsets: Tensor, operands: Operands
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `mica.paths.reference_path.experts_linear_backward`."""
-    weight, lora_A, lora_B, scaling, *_ = operands
+    weight, lora_A, lora_B, scaling = operands.weight, operands.lora_A, operands.lora_B, operands.scaling
     compute_dtype = operands.dtype(grad_output)
     grad_x = grad_A = None
     offsets = offsets.contiguous()

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mica.fast
 from mica import native
+from mica.fast import settings
 from mica.fast.forward import fast
 from mica.ops import kept, linear
 from tests.support.layer_changes import (
@@ -63,7 +64,7 @@ def replaced(part, make):
     return changed(part, lambda weight: nn.Parameter(make(weight.detach()), weight.requires_grad))
 
 
-def check_common(layer, x=X, dropout_p=0.0, autocast_dtype=None, name="default"):
+def check_common(layer, x=X, dropout_p=0.0, autocast_dtype=None, name="default", product_dtype=None):
     """It is recognised, with these operands, which are nobody's copies."""
     weight, lora_A, lora_B, scaling, bias, compute_dtype, p, seed, autocast, trains_B = called(layer, x)
     assert weight is layer.base_layer.weight
@@ -71,7 +72,7 @@ def check_common(layer, x=X, dropout_p=0.0, autocast_dtype=None, name="default")
     assert lora_A is layer.lora_A[name].weight
     assert lora_B is layer.lora_B[name].weight
     assert scaling == layer.scaling[name]
-    assert (compute_dtype, p, autocast) == (None, dropout_p, autocast_dtype)
+    assert (compute_dtype, p, autocast) == (product_dtype, dropout_p, autocast_dtype)
     assert (seed is None) == (dropout_p == 0.0)
     assert trains_B == (name not in layer.lora_variant)
 
@@ -121,9 +122,14 @@ def test_a_change_is_seen_and_so_is_its_undoing(adapter, name):
 def test_dtypes(adapter, dtype, adapter_dtype, is_common):
     layer = layer_of(dtype, adapter)
     layer.lora_A.to(adapter_dtype), layer.lora_B.to(adapter_dtype)
+    product_dtype = FP32 if (dtype, adapter_dtype) == (FP16, FP32) else None
+    assert settings.compute_dtype(dtype, adapter_dtype) is product_dtype
     for around in (nullcontext, torch.no_grad):
         with around():
-            (check_common if is_common else check_uncommon)(layer, X.to(dtype))
+            if is_common:
+                check_common(layer, X.to(dtype), product_dtype=product_dtype)
+            else:
+                check_uncommon(layer, X.to(dtype))
 
 
 @pytest.mark.parametrize("autocast_dtype", [BF16, FP16])
