@@ -64,7 +64,7 @@ def replaced(part, make):
     return changed(part, lambda weight: nn.Parameter(make(weight.detach()), weight.requires_grad))
 
 
-def check_common(layer, x=X, dropout_p=0.0, autocast_dtype=None, name="default", product_dtype=None):
+def check_common(layer, x=X, dropout_p=0.0, autocast_dtype=None, name="default"):
     """It is recognised, with these operands, which are nobody's copies."""
     weight, lora_A, lora_B, scaling, bias, compute_dtype, p, seed, autocast, trains_B = called(layer, x)
     assert weight is layer.base_layer.weight
@@ -72,6 +72,7 @@ def check_common(layer, x=X, dropout_p=0.0, autocast_dtype=None, name="default",
     assert lora_A is layer.lora_A[name].weight
     assert lora_B is layer.lora_B[name].weight
     assert scaling == layer.scaling[name]
+    product_dtype = None if autocast_dtype else settings.compute_dtype(x.dtype, lora_A.dtype)
     assert (compute_dtype, p, autocast) == (product_dtype, dropout_p, autocast_dtype)
     assert (seed is None) == (dropout_p == 0.0)
     assert trains_B == (name not in layer.lora_variant)
@@ -122,14 +123,9 @@ def test_a_change_is_seen_and_so_is_its_undoing(adapter, name):
 def test_dtypes(adapter, dtype, adapter_dtype, is_common):
     layer = layer_of(dtype, adapter)
     layer.lora_A.to(adapter_dtype), layer.lora_B.to(adapter_dtype)
-    product_dtype = FP32 if (dtype, adapter_dtype) == (FP16, FP32) else None
-    assert settings.compute_dtype(dtype, adapter_dtype) is product_dtype
     for around in (nullcontext, torch.no_grad):
         with around():
-            if is_common:
-                check_common(layer, X.to(dtype), product_dtype=product_dtype)
-            else:
-                check_uncommon(layer, X.to(dtype))
+            (check_common if is_common else check_uncommon)(layer, X.to(dtype))
 
 
 @pytest.mark.parametrize("autocast_dtype", [BF16, FP16])

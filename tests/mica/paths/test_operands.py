@@ -1,4 +1,4 @@
-"""Every operand changes the results of every path; a new one is red until paths take it or it is named here."""
+"""Every operand changes the results of every path; a new one is red until all take it, or a list names it."""
 
 import pytest
 import torch
