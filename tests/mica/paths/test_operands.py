@@ -61,7 +61,7 @@ def test_a_path_takes_every_field(monkeypatch, path, field):
         pytest.skip(native.why_not())
     has_instructions(True, monkeypatch)
     if "experts" in path:
-        p, dropout = expert_cases.problem("tiles", 24, 16, 4, BF16, FP32), {}
+        p, dropout = expert_cases.problem("all to the second", 24, 16, 4, BF16, FP32), {}
     else:
         p, dropout = problem((40,), 24, 16, 4, BF16, FP32), {"dropout_p": 0.5, "seed": seed_of(1)}
     p, (results, _) = on_device(p), PATHS[path]
