@@ -55,8 +55,14 @@ def switch(on: bool | None = None, *, blocks: int = 0) -> None:
         settings.enabled = _switched_on and not _blocks
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype | None:
-    """Dtype of the low-rank products for activations of this dtype; None: the same."""
+def compute_dtype(dtype: torch.dtype, factor_dtype: torch.dtype) -> torch.dtype | None:
+    """Dtype of the low-rank products for activations and factors of these dtypes; None: the activations'.
+
+    In fp16 h and its gradient overflow beyond 65504, where stock PEFT, which multiplies by fp32 masters in
+    fp32, has finite numbers; a loss scale multiplies dy.
+    """
+    if dtype == torch.float16 and factor_dtype == torch.float32:
+        return torch.float32
     if settings.compute_dtype is None:
         return None
     return torch.promote_types(settings.compute_dtype, dtype)

@@ -221,6 +221,15 @@ inline bool are_multiplied(const Tensor& x, const Operands& operands, PyObject* 
   return factor_dtype == dtype || (is_master && casts_input == Py_True);
 }
 
+// As `mica.fast.settings.compute_dtype`.
+inline OptionalDtype compute_dtype(ScalarType dtype, ScalarType factor_dtype) {
+  if (dtype == at::kHalf && factor_dtype == at::kFloat) {
+    return at::kFloat;
+  }
+  const OptionalDtype wide = dtype_or_none(item(told<"settings">(), "compute_dtype"_key));
+  return wide ? c10::promoteTypes(*wide, dtype) : wide;
+}
+
 // -- the check -------------------------------------------------------------------------------------------
 
 // The probability with which a layer drops now; nothing where that is no number of [0, 1).
@@ -275,8 +284,8 @@ inline std::optional<Operands> operands_of(PyObject* layer_dict, PyObject* name,
   operands.trains_B = trains_B;
   if (at::autocast::is_autocast_enabled(x.device().type())) {
     operands.autocast_dtype = at::autocast::get_autocast_dtype(x.device().type());
-  } else if (const OptionalDtype wide = dtype_or_none(item(told<"settings">(), "compute_dtype"_key))) {
-    operands.compute_dtype = c10::promoteTypes(*wide, x.scalar_type());
+  } else {
+    operands.compute_dtype = compute_dtype(x.scalar_type(), operands.lora_A.scalar_type());
   }
   const bool fits = are_multiplied(x, operands, item(layer_dict, "cast_input_dtype_enabled"_key));
   return fits ? std::optional(operands) : std::nullopt;

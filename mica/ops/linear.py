@@ -64,8 +64,9 @@ def mica_linear(
             lora_A.
         scaling: lora_alpha / rank, a number without a unit.
         bias: The frozen bias, (out_features), in the dtype of x; None for none.
-        compute_dtype: The dtype of the low-rank products; None means that of x. Under autocast everything
-            runs in autocast's dtype, as PEFT's layer does.
+        compute_dtype: The dtype of the low-rank products; None means that of x. In fp16 x·Aᵀ and dy·B
+            overflow beyond 65504: `mica.fast` passes fp32 over fp32 masters, as stock PEFT computes. Under
+            autocast everything runs in autocast's dtype, as PEFT's layer does.
         dropout_p: The probability in [0, 1) with which an element of x is dropped before lora_A.
         seed: An int64 tensor of shape (1,), needed where dropout_p > 0. It determines the mask, which is
             never stored: drawn with torch's generator, gradient checkpointing recomputes the same mask.

@@ -157,17 +157,16 @@ _MOST_ELEMENTS = 2**31 - 1  # of x, and of y: with more, an illegal access was r
 
 def experts_linear(x: Tensor, offsets: Tensor, operands: Operands) -> tuple[Tensor, Tensor | None]:
     """As `mica.paths.reference_path.experts_linear`; h as in `linear`."""
-    weight, lora_A, lora_B = operands.weight, operands.lora_A, operands.lora_B
-    scaling, bias = operands.scaling, operands.bias
+    lora_A, lora_B, scaling = operands.lora_A, operands.lora_B, operands.scaling
     dtype = operands.dtype(x)
     offsets = offsets.contiguous()
-    bias = None if bias is None else bias.to(x.dtype)
+    bias = None if operands.bias is None else operands.bias.to(x.dtype)
     tensors = layout(x), layout(offsets), layout(lora_A), layout(bias), lora_B.shape[1]
     key = *tensors, scaling, dtype, fp32_setting()
     numbers = {"scale": scaling, "compute_dtype": dtype}
     down, update = recorded_forward.get(key) or recorded_forward.record(key, numbers, {})
     h = down(x, lora_A, None, offsets)
-    y = base_product(x, offsets, weight.transpose(1, 2))
+    y = base_product(x, offsets, operands.weight.transpose(1, 2))
     factor = prepare_experts(lora_B, dtype, not operands.trains_B)
     y = update(y, h, factor, None, None, bias, offsets)
     return y, h[:, : operands.rank].contiguous() if operands.trains_B else None

@@ -111,7 +111,7 @@ class Adapted(OnOperators):
 
     def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
         for operands in self.operands:
-            dtypes = (*self._dtypes(x), operands.lora_A.dtype, operands.lora_B.dtype)
+            dtypes = (*_dtypes(x, operands), operands.lora_A.dtype, operands.lora_B.dtype)
             kinds = dict.fromkeys(("linear", "linear_backward"))
             if operands.weight is not None:
                 kinds = _kinds_of(operands, dtypes, x)
@@ -121,12 +121,14 @@ class Adapted(OnOperators):
                 yield function, choose.decide(known, device, operands.rank, dtypes, kind)
 
     def why_python(self, x: Input | None) -> str | None:
-        return choose.why_not_cpp(self.operands[0].lora_A.device, self._dtypes(x))
+        first, *_ = self.operands
+        return choose.why_not_cpp(first.lora_A.device, _dtypes(x, first))
 
-    def _dtypes(self, x: Input | None) -> tuple[torch.dtype, torch.dtype]:
-        first = self.operands[0]
-        like_x = first.lora_A if first.weight is None else first.weight
-        return product_dtypes(x, like_x.dtype)
+
+def _dtypes(x: Input | None, operands: Operands) -> tuple[torch.dtype, torch.dtype]:
+    """Those in which x and the low-rank products are multiplied."""
+    like_x = operands.lora_A if operands.weight is None else operands.weight
+    return product_dtypes(x, like_x.dtype, operands.lora_A.dtype)
 
 
 def _kinds_of(operands: Operands, dtypes: tuple, x: Input | None) -> dict[str, Callable[[], Kind]]:
@@ -169,9 +171,9 @@ def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnP
         why_called = f"an input of {x.dtype} with a base weight of {base[0].dtype}"
     else:
         weight, bias = base
-    dtype = None if x is None else compute_dtype(x.dtype)
     operands = []
     for lora_A, lora_B, scaling, dropout_p, trains_B in adapters:
+        dtype = None if x is None else compute_dtype(x.dtype, lora_A.dtype)
         operands.append(Operands(weight, lora_A, lora_B, scaling, bias, dtype, dropout_p, trains_B=trains_B))
         weight = bias = None
     return Adapted(layer._modules["base_layer"], operands, why_called)

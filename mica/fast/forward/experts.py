@@ -70,14 +70,14 @@ class Projection(OnOperators):
             if self.adapter is None:
                 return experts_base(x, offsets, self.weight, self.bias, *tokens_and_inverse)
             lora_A, lora_B, scaling, _, trains_B = self.adapter
-            dtype = compute_dtype(self.dtype) if follows else None
+            dtype = compute_dtype(self.dtype, lora_A.dtype) if follows else None
             operands = self.weight, lora_A, lora_B, scaling, self.bias, dtype
             return experts_linear(x, offsets, *operands, *(tokens_and_inverse or (None, None)), trains_B)
 
     def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
         lora_A, lora_B, *_ = self.adapter
         follows = self.dtype is self.weight.dtype
-        product_dtype = (compute_dtype(self.dtype) if follows else None) or self.dtype
+        product_dtype = (compute_dtype(self.dtype, lora_A.dtype) if follows else None) or self.dtype
         dtypes = (self.dtype, product_dtype, lora_A.dtype, lora_B.dtype)
         lora = choose.LORA if self.adapter.trains_B else ""
         for function in (f"{lora}experts_linear", f"{lora}experts_linear_backward"):

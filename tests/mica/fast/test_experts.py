@@ -144,6 +144,22 @@ def test_what_is_saved_for_the_backward_does_not_grow_with_the_experts():
     assert saved(32) - saved(4) == 28 * 4  # the offsets, one tensor for both stacks
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_fp16_overflows_nowhere_where_stock_does_not(monkeypatch, backend):
+    """The gradient of h is beyond 65504, over fp32 masters."""
+    monkeypatch.setenv("MICA_BACKEND", backend)
+    layer = outermost(randomise(adapted(dtype=torch.float16, lora_alpha=1 << 16), scale=1e-5))
+    trained = [weight for weight in layer.parameters() if weight.requires_grad]
+    x, index = 0.03 * torch.randn(5, 32).half(), torch.arange(10).view(5, 2) % 4
+
+    def grads():
+        y = layer(x, index, torch.ones(5, 2).half())
+        return torch.autograd.grad(y, trained, torch.full_like(y, 100.0))
+
+    _, counts = ran(lambda: as_stock(grads, RELATIVE[torch.bfloat16]))
+    assert counts == (2, 2)
+
+
 @pytest.mark.parametrize("kind", BUILDERS)
 @pytest.mark.parametrize("init", ["mica", True])
 def test_on_kernels(monkeypatch, kind, init):

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mica.fast
 from mica import native
+from mica.fast import settings
 from mica.fast.forward import fast
 from mica.ops import kept, linear
 from tests.support.layer_changes import (
@@ -71,7 +72,8 @@ def check_common(layer, x=X, dropout_p=0.0, autocast_dtype=None, name="default")
     assert lora_A is layer.lora_A[name].weight
     assert lora_B is layer.lora_B[name].weight
     assert scaling == layer.scaling[name]
-    assert (compute_dtype, p, autocast) == (None, dropout_p, autocast_dtype)
+    product_dtype = None if autocast_dtype else settings.compute_dtype(x.dtype, lora_A.dtype)
+    assert (compute_dtype, p, autocast) == (product_dtype, dropout_p, autocast_dtype)
     assert (seed is None) == (dropout_p == 0.0)
     assert trains_B == (name not in layer.lora_variant)
 

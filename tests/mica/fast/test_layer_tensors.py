@@ -4,12 +4,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import nn
 
-import mica.fast
-from tests.support.models import net, randomise, wrap
-from tests.support.stock import both, counted
-from tests.support.tolerances import RELATIVE, error
+from tests.support.models import ADAPTERS, net, randomise
+from tests.support.processor import has_instructions
+from tests.support.stock import as_stock, counted
+from tests.support.tolerances import RELATIVE
 
 pytestmark = pytest.mark.usefixtures("language")
 
@@ -66,20 +65,29 @@ def test_a_scaling_that_is_a_tensor_is_not_rounded(dtype):
     assert abs(((y - update) * update).sum() / update.square().sum()) <= 1e-3
 
 
-def test_fp16_products_overflow_where_stock_s_do_not_unless_they_run_in_fp32(monkeypatch):
-    """As the page says, with the cure that it names."""
-    monkeypatch.setattr("mica.paths.products.FEW_TO_ROUND", 0)
-    model = wrap(nn.Sequential(nn.Linear(16, 24)).half(), targets=["0"], lora_alpha=1024)
-    layer = randomise(model, scale=1.0).base_model.model[0]
-    x = torch.zeros(20, 16, dtype=torch.float16)
-    x[:, 7] = 1000.0  # times the scaling of 256 beyond 65504, without it below
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("is_called", [False, True], ids=["fused", "called"])
+def test_fp16_overflows_nowhere_where_stock_does_not(monkeypatch, adapter, backend, is_called):
+    """h and its gradient are beyond 65504, over fp32 masters; second derivatives have them, too."""
+    has_instructions(True, monkeypatch)  # or no fp16 is multiplied by C++
+    monkeypatch.setenv("MICA_BACKEND", backend)
+    layer = layer_of(dtype=torch.float16, lora_alpha=1024, **ADAPTERS[adapter])
+    if is_called:
+        layer.base_layer.register_forward_hook(lambda *_: None)
     with torch.no_grad():
-        layer.lora_B["default"].weight.mul_(1e-3)
-        ours, stock = both(lambda: layer(x))
-        assert stock.isfinite().all()
-        assert not ours.isfinite().all()
-        mica.fast.enable(compute_dtype=torch.float32)
-        assert error(layer(x), stock) <= RELATIVE[torch.float16]
+        for factor in (layer.lora_A, layer.lora_B):
+            factor["default"].weight.normal_(0, 0.01)
+    x, dy = (30000 * torch.eye(20, 12)).half().requires_grad_(), 10000 * torch.randn(20, 20).half()
+    inputs = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+
+    def derivatives():
+        y = layer(x)
+        first = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+        _, grad_A, *_ = torch.autograd.grad(y, inputs, dy, create_graph=True)
+        return y, *first, *torch.autograd.grad(grad_A.sum(), x, 1e-6 * torch.ones([]))
+
+    _, counts = counted(lambda: as_stock(derivatives, RELATIVE[torch.float16]))
+    assert ("linear_backward_kernels" in counts) == (backend == "triton")
 
 
 @pytest.mark.parametrize("around", [nullcontext, torch.no_grad])

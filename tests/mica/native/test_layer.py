@@ -112,7 +112,7 @@ DTYPES = [  # x, adapter, compute_dtype
     (BF16, BF16, None),
     (FP16, FP16, None),
     (BF16, FP32, None),
-    (FP16, FP32, None),
+    (FP16, FP32, FP32),
     (BF16, FP32, FP32),
     (BF16, BF16, FP32),
     (FP32, FP32, FP64),
