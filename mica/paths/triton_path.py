@@ -77,14 +77,12 @@ def linear(x: Tensor, operands: Operands, *, form: str = "split") -> tuple[Tenso
     else:
         h = down(x, as_operand(lora_A, x.shape[0], dtype), operands.seed)
     base_output = operands.base_output
+    wide = dtype if base_output is None else torch.promote_types(base_output.dtype, dtype)
+    factor = prepare(lora_B, wide, not operands.trains_B)
     if base_output is not None:
-        wide = torch.promote_types(base_output.dtype, dtype)
-        factor = prepare(lora_B, wide, not operands.trains_B)
         out = base_output.new_empty(base_output.shape)  # contiguous, as torch.compile is told
         y = up_projection_(base_output, h, factor, None, out, compute_dtype=wide)
-        return y, h[:, : operands.rank].contiguous() if operands.trains_B else None
-    factor = prepare(lora_B, dtype, not operands.trains_B)
-    if form == "first":
+    elif form == "first":
         update_alone = torch.mm(h, factor) if bias is None else torch.addmm(bias, h, factor)
         y = update_alone.addmm_(x, weight.t())
     elif form in ("split", "mixed"):
