@@ -115,7 +115,7 @@ def note_hub(location: str) -> None:
 
 
 def _note_gguf(source: Source) -> None:
-    """Say that a GGUF file is read: that of SmolLM2-135M takes 18 s, most of it without any output."""
+    """Say that a GGUF file is read: until its weights are, transformers prints nothing, for seconds."""
     if source.is_gguf:
         tell_once(f"mica: reading {source.given}, whose tokenizer and weights are converted ...")
 
