@@ -11,10 +11,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from mica.cli import loading
+from mica.cli.adapt import saved_adapter
+
 adapter, output = map(Path, sys.argv[1:])
+saved = saved_adapter.read(adapter)
+base = loading.find_source(saved.config.base_model_name_or_path, trust_remote_code=False)
+saved.check_fit(loading.skeleton(base), "its base")  # no layer or expert is missing, none too many
+rank = saved.settings()["rank"]  # that of all layers
 shutil.copytree(adapter, output, ignore=shutil.ignore_patterns("checkpoint-*", "base", "merged"))
 config = json.loads((adapter / "adapter_config.json").read_text())
-rank = config["r"]
 tensors = {}
 for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
     layer, is_stack, factor = name.rpartition(".experts.")

@@ -63,9 +63,12 @@ class _Parser(argparse.ArgumentParser):
             if token == "--":
                 return
             if not _LIKE_AN_OPTION.match(token):
-                if self._subparsers is not None:  # a command: what follows is for its parser
-                    return
-                continue
+                if self._subparsers is None:
+                    continue
+                commands = self._subparsers._group_actions[0].choices
+                if token not in commands:
+                    self.error(f"no command is called '{token}'{similar(token, commands) or self._help}")
+                return  # what follows is for the parser of the command
             option = token.partition("=")[0]
             if option not in known:
                 names = [name.strip("-") for name in known]  # with the dashes all names are similar

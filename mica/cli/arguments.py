@@ -5,6 +5,7 @@ import difflib
 import errno
 import math
 import os
+import re
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,7 +81,12 @@ def _look_at(path: str) -> None:
 
 def similar(name: str, known: Iterable[str], prefix: str = "") -> str:
     """The end of a message: "; did you mean ``prefix``NAME?" with the most similar name, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    known = list(known)
+    initials = {"".join(part[:1] for part in re.split("[-_]", each)): each for each in known}
+    if len(name) > 1 and name in initials:  # --lr
+        near = [initials[name]]
+    else:
+        near = difflib.get_close_matches(name, known, n=1)
     if not near:
         return ""
     return f"; did you mean {prefix}{near[0]}?"

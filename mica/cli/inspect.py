@@ -89,7 +89,7 @@ def run(args: Namespace) -> int:
 
 
 def _load(args: Namespace):
-    """The model, once its skeleton has shown that it has layers of the names."""
+    """The model, once its skeleton has shown that it has layers of the names, large enough for the rank."""
     from mica.cli.loading import find_source, load_model, quieten_libraries, skeleton
 
     quieten_libraries()
@@ -103,12 +103,16 @@ def _load(args: Namespace):
 def _targets(model, args: Namespace):
     """The `mica.cli.targets.Targets` of the options; ``model`` may be a `loading.skeleton`.
 
-    Raises UsageError if a name matches nothing.
+    Raises UsageError if a name matches nothing, or the rank is too large for all that they match.
     """
     from mica.cli.targets import ALL_LINEAR, find_targets
 
     with_experts = True if args.target_modules == ALL_LINEAR else None
-    return find_targets(model, args.target_modules, with_experts)
+    targets = find_targets(model, args.target_modules, with_experts)
+    sizes = [min(size) for size in targets.sizes(model).values() if size is not None]
+    if sizes and args.rank > max(sizes):
+        raise UsageError(f"--rank {args.rank}: too large for every layer: at most {max(sizes)} fits")
+    return targets
 
 
 def _measure(args: Namespace, targets) -> list:

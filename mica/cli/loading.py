@@ -1,6 +1,5 @@
 """Loading of tokenizer and model from a Hub id, a folder or a GGUF file, with one-line errors."""
 
-import functools
 import importlib.util
 import json
 import os
@@ -21,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import find_adapter_config_file
 
 from mica.cli.extras import HOW_TO_INSTALL
-from mica.cli.output import dtype_name, expanded, first_sentences, one_line, size_text, tell
+from mica.cli.output import dtype_name, expanded, first_sentences, one_line, size_text, tell_once
 from mica.errors import UsageError
 from mica.paths import choose
 from mica.paths.products import has_native
@@ -109,12 +108,16 @@ def find_source(model: str, trust_remote_code: bool, option: str = "--model ") -
     return Source(model, model, options, option)
 
 
-@functools.cache
 def note_hub(location: str) -> None:
-    """Say, once, that the Hub is asked: where it cannot be reached, that takes most of a minute."""
-    is_first = os.environ.get("RANK", "0") == "0"
-    if is_first and not os.path.isdir(location) and not huggingface_hub.constants.HF_HUB_OFFLINE:
-        tell(f"mica: asking the Hugging Face Hub for {location}: there is no such folder")
+    """Say that the Hub is asked: where it cannot be reached, that takes most of a minute."""
+    if not os.path.isdir(location) and not huggingface_hub.constants.HF_HUB_OFFLINE:
+        tell_once(f"mica: asking the Hugging Face Hub for {location}: there is no such folder")
+
+
+def _note_gguf(source: Source) -> None:
+    """Say that a GGUF file is read: until its weights are, transformers prints nothing, for seconds."""
+    if source.is_gguf:
+        tell_once(f"mica: reading {source.given}, whose tokenizer and weights are converted ...")
 
 
 def _refuse_adapter(source: Source) -> None:
@@ -149,6 +152,7 @@ def load_tokenizer(source: Source):
         is_masked = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
         if is_masked or not is_causal:
             raise source.error(f"model type '{config.model_type}' is not a causal language model")
+    _note_gguf(source)
     try:
         return AutoTokenizer.from_pretrained(source.location, **source.options)
     except _BAD_SOURCE as error:
@@ -180,6 +184,7 @@ def load_model(source: Source, dtype: str, device: torch.device | None = None, q
     Raises UsageError if weights are missing, unreadable or those of another kind of model or of an adapter.
     """
     _refuse_adapter(source)
+    _note_gguf(source)
     device = device or find_device()
     options = _loading_options(source, dtype, device, quantization)
     try:

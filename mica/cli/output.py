@@ -1,5 +1,6 @@
 """What the commands print and write."""
 
+import functools
 import json
 import os
 import shutil
@@ -119,6 +120,13 @@ def write_text(option: str, path: Path, text: str, record: Record | None = None)
 def tell(text: str) -> None:
     """Print a line on standard error, where it is not mixed with a command's output."""
     print(text, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def tell_once(text: str) -> None:
+    """`tell`, the first time only, and of several processes in the first one only."""
+    if os.environ.get("RANK", "0") == "0":
+        tell(text)
 
 
 def write_unless_edited(option: str, path: Path, text: str) -> None:

@@ -45,7 +45,7 @@ def run(args: Namespace) -> int:
 
     Raises UsageError if --adapter is no MiCA adapter, or replaces other modules than embeddings; if it has
     trained embeddings, and its base cannot be loaded or has changed; if MODEL is quantised, has another
-    architecture than the base, lacks an adapted layer or has it in another shape, or gives a common token
+    architecture than the base, does not fit the adapter (`SavedAdapter.check_fit`), or gives a common token
     another id; and if the output is not new or empty, or cannot be written.
     """
     from mica.cli.adapt import saved_adapter

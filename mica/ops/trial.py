@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from mica.native.build import say
 from mica.ops.operator import call_counts, in_form
-from mica.paths import choose, tuning
+from mica.paths import tuning
 from mica.paths.operands import Operands
 from mica.paths.tuning import NATIVE, REFERENCE, Kind, Layer, Rounds
 
@@ -61,7 +61,7 @@ def _measured(
     calls = {REFERENCE: from_python}
     if from_cpp is not None:
         calls[NATIVE] = from_cpp
-    calls |= dict.fromkeys(choose.forms_of(kind), from_python)
+    calls |= dict.fromkeys(tuning.forms_of(kind), from_python)
 
     start = tuning.clock()
     has_memory = True

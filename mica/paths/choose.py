@@ -159,20 +159,6 @@ def _choice_of_layer(function: str, device: torch.device, kind: Kind) -> Choice:
     return Choice(part.form, measured=part, unsettled=unsettled)
 
 
-def forms_of(kind: Kind) -> list[str]:
-    """The forms in which kernels may run a layer of this kind."""
-    row_dtype, product_dtype, *_ = kind.dtypes
-    forms = ["split"]
-    # the vendor's fp32 products use no tensor cores, and a mask, of x or of the update, would be stored
-    if product_dtype is row_dtype and product_dtype.itemsize == 2 and not kind.has_dropout:
-        forms.append("first")
-        if kind.rank % 16 == 0:  # h and g as the kernels write them, without padding
-            forms.append("mixed")
-    if kind.is_aligned:  # or the fused kernels take all 255 registers of sm_80
-        forms.append("fused")
-    return forms
-
-
 def demand_error(choice: Choice) -> RuntimeError:
     """What a call with the form "error" raises."""
     return RuntimeError(

@@ -16,16 +16,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import re
 import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import filelock
 import torch
 from huggingface_hub import constants
 from torch import Tensor
@@ -33,7 +36,6 @@ from torch import Tensor
 from mica import __version__
 from mica.folders import named_folder, write_whole
 from mica.kernels import runtime
-from mica.kernels.configs import FORM_NAMES
 from mica.kernels.limits import names_of
 
 REFERENCE = "reference"
@@ -43,6 +45,8 @@ UNTIMED = 3  # calls: kernels are compiled, and the allocator finds its blocks
 ROUNDS = 5  # in which each form has its turn, so that a slow moment of the machine does not hit one alone
 CALLS = 3  # that are timed in a round, back to back, after one that is not
 MARGIN = 0.02  # of the reference's time: what another form gains at least, beyond the noise
+
+WAITED = 10.0  # seconds for other processes that write a measurement
 
 # The largest difference from the reference's result, relative to it (Frobenius norms): both are rounded, and
 # fp32 products may be of TF32.
@@ -141,6 +145,20 @@ def rounded_up(tokens: int) -> int:
     return 1 << (tokens - 1).bit_length() if tokens else 0
 
 
+def forms_of(kind: Kind) -> list[str]:
+    """The forms in which kernels may run a layer of this kind."""
+    row_dtype, product_dtype, *_ = kind.dtypes
+    forms = ["split"]
+    # the vendor's fp32 products use no tensor cores, and a mask, of x or of the update, would be stored
+    if product_dtype is row_dtype and product_dtype.itemsize == 2 and not kind.has_dropout:
+        forms.append("first")
+        if kind.rank % 16 == 0:  # h and g as the kernels write them, without padding
+            forms.append("mixed")
+    if kind.is_aligned:  # or the fused kernels take all 255 registers of sm_80
+        forms.append("fused")
+    return forms
+
+
 # ---------------------------------------------------------------------------------------------------
 # what is known
 # ---------------------------------------------------------------------------------------------------
@@ -168,17 +186,30 @@ class Table:
         self.stored = _read(self.path) if self.is_on and not is_again else {}
 
     def find(self, kind: Kind) -> Layer | None:
-        found = self.settled.get(kind)
-        if found is None and self.stored:
-            found = self.stored.get(str(kind))
-        return found
+        return self.settled.get(kind) or self._said(kind)
+
+    def _said(self, kind: Kind) -> Layer | None:
+        """What the file says, if calls of this kind can run so."""
+        layer = self.stored.get(str(kind))
+        if layer is None or not {layer.forward.form, layer.backward.form} <= {REFERENCE, *forms_of(kind)}:
+            return None
+        return layer
 
     def settle(self, kind: Kind, layer: Layer) -> None:
         """Run every call of this kind so from now on, in the processes to come too if it was measured."""
         self.settled[kind] = layer._replace(is_settled=True)
-        if layer.day and str(kind) not in self.stored:
-            self.stored = {str(kind): layer, **_read(self.path)}
-            _write(self.path, self.stored)
+        if not layer.day or self._said(kind) is not None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(self.path.with_suffix(".lock"), timeout=WAITED):
+                self.stored = _read(self.path)
+                if self._said(kind) is None:
+                    self.stored[str(kind)] = layer
+                    write_whole(self.path, _content(self.stored))
+        except (OSError, NotImplementedError) as error:  # no locks there, by older releases of filelock
+            what = f"MiCA cannot keep in {self.path.parent} which form of a layer is the fastest"
+            warnings.warn(f"{what}, so the next process measures it again: {error}", stacklevel=2)
 
 
 _tables: dict[torch.device, Table] = {}
@@ -211,6 +242,8 @@ def why_not_now(device: torch.device) -> str | None:
         return "nothing is measured in a deterministic run"
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "nothing is measured while a CUDA graph is captured"
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # a trial has hooks of its own
+        return "nothing is measured while saved-tensor hooks are disabled"
     if torch._C._current_graph_task_id() != -1:
         return "nothing is measured within a backward"
     return None
@@ -238,39 +271,44 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", f"{name}-{versions}.json")
 
 
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError)
+
+
 def _read(path: Path) -> dict[str, Layer]:
-    """By the words for kinds. Nothing where there is no file, or one that is damaged or of other versions."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["versions"] != _versions():
-            return {}
-        return {kind: _layer(**layer) for kind, layer in content["layers"].items()}
-    except OSError:
-        return {}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        warnings.warn(f"MiCA measures anew what {path} does not say: it is damaged.", stacklevel=2)
-        return {}
+    """By the words for kinds, without damaged records.
+
+    Nothing where there is no file, or one that is damaged as a whole or of other versions.
+    """
+    layers = {}
+    with contextlib.suppress(OSError):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["versions"] == _versions():
+                for kind, record in content["layers"].items():
+                    with contextlib.suppress(*_DAMAGE):
+                        layers[kind] = _layer(**record)
+        except _DAMAGE:
+            warnings.warn(f"MiCA measures anew what {path} does not say: it is damaged.", stacklevel=2)
+    return layers
 
 
 def _layer(forward: dict, backward: dict, day: str) -> Layer:
+    """A record of the file. Raises one of ``_DAMAGE`` unless it is as `_content` writes them."""
     parts = Part(**forward), Part(**backward)
-    if not {part.form for part in parts} <= {*FORM_NAMES}:
-        raise ValueError(f"a form must be one of {', '.join(FORM_NAMES)}")
+    for form, times in parts:
+        are_positive = all(0 < time < math.inf for time in times.values())
+        if not are_positive or not times.keys() >= {REFERENCE, form}:
+            raise ValueError("the form of a pass, and the reference, must have a time")
+    date.fromisoformat(day)
     return Layer(*parts, day, is_settled=False)
 
 
-def _write(path: Path, layers: dict[str, Layer]) -> None:
-    """A warning where it cannot be written."""
+def _content(layers: dict[str, Layer]) -> bytes:
     entries = {}
     for kind, (forward, backward, day, _) in layers.items():
         entries[kind] = {"forward": forward._asdict(), "backward": backward._asdict(), "day": day}
     text = json.dumps({"versions": _versions(), "layers": entries}, indent=1)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, f"{text}\n".encode())
-    except OSError as error:
-        what = f"MiCA cannot keep in {path.parent} which form of a layer is the fastest"
-        warnings.warn(f"{what}, so the next process measures it again: {error}", stacklevel=2)
+    return f"{text}\n".encode()
 
 
 # ---------------------------------------------------------------------------------------------------

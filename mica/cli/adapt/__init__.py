@@ -6,6 +6,7 @@ import importlib.util
 from mica.cli.adapt import config, folder, options
 from mica.cli.arguments import add_command, example
 from mica.cli.extras import HOW_TO_INSTALL
+from mica.cli.output import tell_once
 from mica.errors import UsageError
 
 _DESCRIPTION = """\
@@ -35,6 +36,7 @@ def run(given: argparse.Namespace) -> int:
     check_libraries()
     settings = config.resolve(given)
     folder.check(settings.args)
+    tell_once(config.STARTING)
 
     from mica.cli.adapt.session import adapt
 

@@ -9,9 +9,10 @@ from mica.cli.adapt import run_yaml
 from mica.cli.adapt.folder import SETTINGS as FILE
 from mica.cli.adapt.options import OPTIONS, RECIPES, check_required
 from mica.cli.folder import check_begun
-from mica.cli.output import expanded
+from mica.cli.output import expanded, tell_once
 from mica.errors import UsageError
 
+STARTING = "mica adapt: loading libraries, model and texts ..."  # before the first slow import
 _LENGTHS = {"steps", "epochs"}  # the first layer with one of them decides
 _PATHS = {name for name, option in OPTIONS.items() if option.is_path}
 _OF_THE_RUN = [name for name, option in OPTIONS.items() if not option.by_run]
@@ -95,6 +96,7 @@ def _recorded(output: Path) -> dict[str, object]:
 
 def _of_adapter(wanted: dict[str, object]) -> dict[str, object]:
     """What ``--adapter`` fixes. Raises UsageError if other values are ``wanted``."""
+    tell_once(STARTING)
     from mica.cli.adapt import saved_adapter  # which needs torch
 
     own = saved_adapter.read(wanted["adapter"]).settings()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mica.cli.adapt.saved_adapter import WEIGHTS, SavedAdapter
 from mica.cli.loading import Source, load_model
-from mica.cli.output import dtype_name, explained, size_text
+from mica.cli.output import dtype_name, explained
 from mica.cli.targets import Targets
 from mica.errors import UsageError
 
@@ -66,7 +66,7 @@ def check(model: nn.Module, args: argparse.Namespace, targets: Targets) -> None:
 def check_adapter(model: nn.Module, saved: SavedAdapter, model_option: str = "--model") -> None:
     """Raise UsageError unless what the ``saved`` adapter replaces is the embeddings of ``model``.
 
-    They must have the same shapes, and be tied as they are there.
+    They must be tied as they are there. Their shapes are compared by `SavedAdapter.check_fit`.
     """
     found = find(model)
     names = saved.config.modules_to_save
@@ -80,12 +80,6 @@ def check_adapter(model: nn.Module, saved: SavedAdapter, model_option: str = "--
     if tied != _is_tied(found):
         how = "tied" if tied else "not tied"
         raise saved.error(f"its embeddings are {how}, unlike those of {model_option}")
-    for name, weight in _trained(saved, found).items():
-        own = found[name].weight
-        if weight.shape != own.shape:
-            trained_as = f"{name} was trained as {size_text(weight.shape)}"
-            has = f"in {model_option} it has {size_text(own.shape)}"
-            raise saved.error(f"{trained_as}, but {has}")
 
 
 def _trained(saved: SavedAdapter, names: Iterable[str]) -> dict[str, Tensor]:
@@ -166,6 +160,7 @@ def update(saved: SavedAdapter, dtype: str | None, trust_remote_code: bool) -> d
         raise saved.error(f"{needs}: {error}") from error
 
     found = find(model)
+    saved.check_fit(model, f"its base {base}")
     check_adapter(model, saved, f"its base {base}")
     updates = {}
     for name, weight in _trained(saved, found).items():

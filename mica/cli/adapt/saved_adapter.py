@@ -1,10 +1,12 @@
 """A MiCA adapter in a folder: what its files say of it, before PEFT loads it."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -17,6 +19,13 @@ from mica.fast.forward.eligibility import requests_mica
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+# Weights beside A and B that PEFT makes for a setting: what is in their names -> the setting
+_MADE_FOR = {
+    ".lora_magnitude_vector": "use_dora",
+    ".lora_B.bias": "lora_bias",
+    ".token_adapter.": "trainable_token_indices",
+}
+_EDITED = (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError, re.error)
 
 
 @dataclass(frozen=True)
@@ -25,13 +34,14 @@ class SavedAdapter:
 
     ``layers``: what it has weights for: name -> (out_features, rows of A, in_features). An embedding has
     (embedding_dim, rows of A, num_embeddings). Several parameters of one module have its name, and once or
-    more ".base_layer".
+    more ".base_layer". ``others``: its other weights, name -> shape, like those of modules saved whole.
     """
 
     folder: Path
     option: str
     config: LoraConfig
     layers: dict[str, tuple[int, int, int]]
+    others: dict[str, tuple[int, ...]]
 
     def error(self, what: str) -> UsageError:
         """The error to raise for ``what`` is wrong with it."""
@@ -79,7 +89,19 @@ class SavedAdapter:
         }
 
     def check_fit(self, model: nn.Module, model_option: str = "--model") -> None:
-        """Raise UsageError unless ``model`` has, in the same shape, all that the adapter adapts."""
+        """Raise UsageError unless the adapter and ``model`` belong together; needs no weights of either.
+
+        All that the adapter has must be in the model, in the same shape and with as many experts, and all
+        that its configuration adapts there must be in the adapter: PEFT ignores the one, and leaves the
+        other without an update. The message names the first difference and counts them.
+        """
+        differences = [*self._misfits(model, model_option), *self._lacking(model, model_option)]
+        if differences:
+            count = f" ({len(differences)} such differences)" if len(differences) > 1 else ""
+            raise self.error(f"{differences[0]}{count}")
+
+    def _misfits(self, model: nn.Module, model_option: str) -> Iterator[str]:
+        """What the adapter has and ``model`` lacks, or has in another shape: a phrase for each."""
         modules = dict(model.named_modules())
         parameters = saved_parameters(model, self.config.target_parameters or ())
         for name, (out_features, rows, in_features) in self.layers.items():
@@ -94,13 +116,36 @@ class SavedAdapter:
             elif name in modules:
                 found = features(modules[name])
             else:
-                raise self.error(f"adapts {name}, which {model_option} does not have")
+                yield f"adapts {name}, which {model_option} does not have"
+                continue
             if found != shape:
-                has = f"it is a {type(modules[name]).__name__}"
-                if found:
+                if found is None:
+                    has = f"it is a {type(modules[name]).__name__}"
+                else:
                     has = f"it has {size_text(found)}"
-                adapts = f"adapts {name} as {what} of {size_text(shape)}"
-                raise self.error(f"{adapts}, but in {model_option} {has}")
+                yield f"adapts {name} as {what} of {size_text(shape)}, but in {model_option} {has}"
+
+        weights = model.state_dict()
+        for name, shape in self.others.items():
+            if any(part in name and getattr(self.config, setting) for part, setting in _MADE_FOR.items()):
+                continue
+            weight = weights.get(name.replace(".base_layer.", "."))
+            if weight is None:
+                yield f"has {name}, which {model_option} does not have"
+            elif weight.shape != shape:
+                has = f"in {model_option} it has {size_text(weight.shape)}"
+                yield f"has {name} of {size_text(shape)}, but {has}"
+
+    def _lacking(self, model: nn.Module, model_option: str) -> Iterator[str]:
+        """What the configuration adapts in ``model`` and the adapter lacks: a phrase for each."""
+        expected = [*saved_parameters(model, self.config.target_parameters or ())]
+        with explained(f"PEFT cannot load the adapter in {self.folder}", _EDITED):
+            for name, _ in model.named_modules():
+                if name and check_target_module_exists(self.config, name):
+                    expected.append(name)
+        for name in expected:
+            if name not in self.layers:
+                yield f"has no weights for {name}, which {CONFIG} adapts in {model_option}"
 
     def _rank_of(self, parameter: str) -> int:
         ranks = self.config.rank_pattern or {}
@@ -111,8 +156,7 @@ class SavedAdapter:
 
         Raises UsageError if PEFT cannot load it: its files may have been edited.
         """
-        edited = (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError, re.error)
-        with explained(f"PEFT cannot load the adapter in {self.folder}", edited):
+        with explained(f"PEFT cannot load the adapter in {self.folder}", _EDITED):
             return PeftModel.from_pretrained(
                 model, self.folder, config=self.config, is_trainable=is_trainable
             )
@@ -148,23 +192,31 @@ def read(folder: Path, option: str = "--adapter") -> SavedAdapter:
         value = getattr(config, name)
         if not isinstance(value, int | float) or value <= 0:
             raise UsageError(f"{where}: {CONFIG}: {name} must be a number above 0, not {value!r:.80}")
-    return SavedAdapter(folder, option, config, _layers(folder / WEIGHTS, where))
+    return SavedAdapter(folder, option, config, *_shapes(folder / WEIGHTS, where))
 
 
-def _layers(file: Path, where: str) -> dict[str, tuple[int, int, int]]:
-    """`SavedAdapter.layers`. Raises UsageError if the file cannot be read, or a layer lacks A or B."""
+def _shapes(file: Path, where: str) -> tuple[dict[str, tuple[int, int, int]], dict[str, tuple[int, ...]]]:
+    """`SavedAdapter.layers` and ``others``.
+
+    Raises UsageError if the file cannot be read, or a layer lacks A or B.
+    """
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # layer -> "lora_A", "lora_B" -> shape
+    others = {}
     reading = explained(f"{where}: {WEIGHTS} cannot be read", (OSError, SafetensorError))
     with reading, safe_open(file, framework="pt") as weights:
         for key in weights.keys():  # noqa: SIM118  (safe_open is no mapping)
-            layer, _, factor = key.removesuffix(".weight").rpartition(".")
-            layer = layer.removeprefix("base_model.model.")
+            shape = tuple(weights.get_slice(key).get_shape())
+            name = key.removeprefix("base_model.model.")
+            layer, _, factor = name.removesuffix(".weight").rpartition(".")
             factor = factor.replace("lora_embedding_", "lora_")
             if factor in ("lora_A", "lora_B"):
-                shapes.setdefault(layer, {})[factor] = tuple(weights.get_slice(key).get_shape())
+                shapes.setdefault(layer, {})[factor] = shape
+            else:
+                others[name] = shape
     if not shapes:
         raise UsageError(f"{where}: {WEIGHTS} is incomplete: it has no layer of an adapter")
     for name in sorted(shapes):
         if len(shapes[name]) < 2:
             raise UsageError(f"{where}: {WEIGHTS} is incomplete: {name} has only A or only B")
-    return {name: (found["lora_B"][0], *found["lora_A"]) for name, found in shapes.items()}
+    layers = {name: (found["lora_B"][0], *found["lora_A"]) for name, found in shapes.items()}
+    return layers, others

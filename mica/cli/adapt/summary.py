@@ -121,4 +121,7 @@ def as_text(summary: dict) -> str:
         ("adapter", summary["adapter"]),
         ("", step_of(summary)),
     ]
+    if summary["perplexity_after"] > summary["perplexity_before"]:
+        rate = summary["settings"]["learning_rate"]
+        rows.append(("", f"held-out perplexity has risen: try a lower --learning-rate (now {rate:g})"))
     return "\n".join(f"{label:19}  {value}" for label, value in rows if value)

@@ -75,8 +75,8 @@ class Trainings:
     def _sets(self) -> dict:
         held_out = self.data.held_out
         if len(held_out) < 3:
-            what = f"held-out blocks: {len(held_out)}"
-            raise too_little("--text", what, "three of them", self.args.sequence_length)
+            what = f"{len(held_out) * self.args.sequence_length:,} tokens can be held out"
+            raise too_little("--text", what, "three blocks", self.args.sequence_length)
         choosing = _for_choosing(_documents(held_out))
         return {
             "validation": Subset(held_out, choosing),

@@ -61,10 +61,15 @@ def test_output_that_cannot_be_written_is_one_line(unbuffered):
     assert (result.returncode, result.stderr) == (2, said)
 
 
-def test_help_needs_no_torch():
+@pytest.mark.parametrize("options", [[], ["--adapter", "x"]])
+def test_neither_help_nor_the_first_line_of_a_run_needs_torch(options):
+    argv = ["adapt", "--model", "x", "--text", "x", "--output", "x", *options]
     code = (
         f"import sys; from mica.cli import main; [main([c, '--help']) for c in {list(OPTIONS)}]; "
-        "print([n for n in ('torch', 'transformers', 'packaging', 'matplotlib') if n in sys.modules])"
+        "print([n for n in ('torch', 'transformers', 'packaging', 'matplotlib') if n in sys.modules]); "
+        f"sys.modules['torch'] = None; main({argv})"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.endswith("[]\n")
+    assert result.stderr.startswith("mica adapt: loading libraries, model and texts ...\n")
+    assert result.stderr.endswith("import of torch halted; None in sys.modules\n")

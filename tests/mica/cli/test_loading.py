@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mica.cli import loading
+from mica.cli import loading, output
 from mica.cli.loading import (
     find_device,
     find_source,
@@ -76,7 +76,7 @@ def test_it_is_said_once_before_the_hub_is_asked(monkeypatch, capsys, load):
     for kind in (loading.AutoConfig, loading.AutoModelForCausalLM):
         monkeypatch.setattr(kind, "from_pretrained", unreachable)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    loading.note_hub.cache_clear()
+    output.tell_once.cache_clear()
     with pytest.raises(UsageError):
         load(loading.Source("someone/model", "someone/model", {}))
     assert heard == ["mica: asking the Hugging Face Hub for someone/model: there is no such folder\n", ""]

@@ -13,12 +13,14 @@ ADAPT = "adapt --model x --text x --output out"
 # The arguments, and how the line begins and ends behind "mica COMMAND: error: "
 MISTAKES = rows(f"""
  => no command is given; mica --help lists them =>
-adpat => argument COMMAND: invalid choice: 'adpat' (choose from =>
+adpat => no command is called 'adpat'; did you mean adapt? =>
+nothing => no command is called 'nothing'; mica --help lists all =>
 --verison => unrecognized arguments: --verison => ; did you mean --version?
 --rank 4 adapt => unrecognized arguments: --rank => ; mica --help lists all
 adapt --sequence-lenght 64 => unrecognized arguments: --sequence-lenght => --sequence-length?
 {ADAPT} --rnak 4 => unrecognized arguments: --rnak => ; did you mean --rank?
-{ADAPT} --lr=1 => unrecognized arguments: --lr=1 => ; mica adapt --help lists all
+{ADAPT} --lr=1 => unrecognized arguments: --lr=1 => ; did you mean --learning-rate?
+{ADAPT} --xyz=1 => unrecognized arguments: --xyz=1 => ; mica adapt --help lists all
 {ADAPT} --learning-rate -1 => argument --learning-rate: must be a number above 0 => not '-1'
 {ADAPT} --dtype flaot32 => argument --dtype: invalid choice: 'flaot32' (choose from =>
 transfer --adaptr x --to y => unrecognized arguments: --adaptr => mean --adapter?

@@ -97,8 +97,6 @@ def test_targets_in_a_mixture(kind, names, experts, modules, parameters):
 
 
 def test_names_that_match_nothing():
-    with pytest.raises(UsageError, match=r"no layer of the model is called 'qproj'; did you mean q_proj\?$"):
-        find_targets(models.tiny_llama(), "v_proj,qproj")
     with pytest.raises(UsageError, match=r"no layer of the model is called 'experts\.w1'"):
         find_targets(mixture("mixtral"), "experts.w1")
 

@@ -151,6 +151,8 @@ def test_adapters_and_models_that_are_refused(copies, tmp_path, refused):
     refused(adapter, smaller, out, f"--to {smaller}: ")
     tiny_llama(num_hidden_layers=1).save_pretrained(smaller)
     refused(adapter, smaller, out, f"which --to {smaller}")
+    tiny_llama(num_hidden_layers=4).save_pretrained(smaller)
+    refused(adapter, smaller, out, "no weights for model.layers.2.", f"{smaller} (4 such differences)")
     edit_json(adapter / "adapter_config.json", modules_to_save=["lm_head"])
     refused(adapter, chat, out, "replaces whole modules, lm_head, which are not the embeddings of --to")
     edit_json(chat / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})

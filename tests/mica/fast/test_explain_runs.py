@@ -55,7 +55,7 @@ def input_of(call: Call) -> torch.Tensor:
 
 def measured(forms: tuple[str, str], kind: tuning.Kind) -> tuning.Layer:
     """These, where the kind can have them."""
-    possible = ["reference", *choose.forms_of(kind)]
+    possible = ["reference", *tuning.forms_of(kind)]
     return tuning.Layer(*(tuning.Part(form if form in possible else "split") for form in forms))
 
 

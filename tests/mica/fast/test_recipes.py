@@ -17,6 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM
 
 import mica.fast
+from mica.errors import UsageError
 from tests.mica.fast import on_gloo
 from tests.support.counts import whatever_language
 from tests.support.gloo import METHOD
@@ -262,11 +263,17 @@ def test_an_adapter_of_experts_split_for_servers(tmp_path, monkeypatch):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(torch.randn_like(parameter))
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter")
     before = {name: value.clone() for name, value in qwen3_moe().state_dict().items()}
     after = model.merge_and_unload().state_dict()
 
     monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "adapter"), str(tmp_path / "split")])
+    qwen3_moe(experts=5).save_pretrained(tmp_path / "base")
+    with pytest.raises(UsageError, match="but in its base it has 5 x "):
+        runpy.run_path(str(RECIPES / "per_expert.py"))
+    assert not (tmp_path / "split").exists()
+    qwen3_moe().save_pretrained(tmp_path / "base")
     runpy.run_path(str(RECIPES / "per_expert.py"))
     config = json.loads((tmp_path / "split" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["target_parameters"] is None

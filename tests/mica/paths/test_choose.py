@@ -68,25 +68,8 @@ def test_the_device_its_operands_and_the_setting_decide(a_gpu, setting, operands
         assert choice.form == choose.REFERENCE
 
 
-ONE_DTYPE, MASTERS = (BF16,) * 4, (BF16, BF16, torch.float32, torch.float32)
+MASTERS = (BF16, BF16, torch.float32, torch.float32)
 KIND = Kind(False, MASTERS, 16, 32, 48, 64, has_dropout=False, is_aligned=True)
-
-
-@pytest.mark.parametrize(
-    ("changes", "forms"),
-    [
-        ({}, "split first mixed fused"),
-        ({"is_aligned": False}, "split first mixed"),
-        ({"has_dropout": True}, "split fused"),
-        ({"rank": 24}, "split first fused"),  # which is padded
-        ({"dtypes": ONE_DTYPE}, "split first mixed fused"),
-        ({"dtypes": (torch.float32,) * 4}, "split fused"),
-        ({"dtypes": (BF16, *(torch.float32,) * 3)}, "split fused"),
-        ({"dtypes": (torch.float16, BF16, torch.float32, torch.float32)}, "split fused"),
-    ],
-)
-def test_the_forms_that_a_kind_of_layer_can_have(changes, forms):
-    assert choose.forms_of(KIND._replace(**changes)) == forms.split()
 
 
 TIMES = {"C++": 90.0, "reference": 120.0, "split": 60.0, "fused": 180.0}

@@ -67,7 +67,7 @@ def test_every_form_agrees_with_the_dense_oracle(
 ):
     # the vendor's fp32 products are slower than kernels, and a mask would be stored
     if form in ("first", "mixed") and (dropout_p or FP32 in (dtype, compute_dtype)):
-        pytest.skip("no layer has this form: `choose.forms_of`")
+        pytest.skip("no layer has this form: `tuning.forms_of`")
     choose_form(form)
     if form == "reference":  # demanded kernels run whatever the table says
         by_default()

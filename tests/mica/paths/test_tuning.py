@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 import warnings
 
 import pytest
@@ -168,6 +169,23 @@ def test_a_call_is_timed_back_to_back_with_one_wait_at_the_end(clock):
     assert rounds == {REFERENCE: [0.0] * ROUNDS}
 
 
+@pytest.mark.parametrize(
+    ("changes", "forms"),
+    [
+        ({}, "split first mixed fused"),
+        ({"is_aligned": False}, "split first mixed"),
+        ({"has_dropout": True}, "split fused"),
+        ({"rank": 24}, "split first fused"),  # which is padded
+        ({"dtypes": (BF16,) * 4}, "split first mixed fused"),
+        ({"dtypes": (FP32,) * 4}, "split fused"),
+        ({"dtypes": (BF16, *(FP32,) * 3)}, "split fused"),
+        ({"dtypes": (torch.float16, BF16, FP32, FP32)}, "split fused"),
+    ],
+)
+def test_the_forms_that_a_kind_of_layer_can_have(changes, forms):
+    assert tuning.forms_of(KIND._replace(**changes)) == forms.split()
+
+
 # -- what is known -----------------------------------------------------------------------------------
 
 
@@ -177,7 +195,7 @@ def other_process():
     return tuning.table(CPU)
 
 
-def test_what_was_settled_is_known_to_the_next_process(home):
+def test_what_was_settled_is_known_to_the_next_process(home, monkeypatch):
     table = tuning.table(CPU)
     assert table.find(KIND) is None
     table.settle(KIND, LAYER)
@@ -185,11 +203,12 @@ def test_what_was_settled_is_known_to_the_next_process(home):
     assert table.find(KIND) == table.find(OTHER)._replace(day=LAYER.day) == LAYER
     stored = other_process()
     assert stored.stored == {str(KIND): LAYER._replace(is_settled=False)}
-    (file,) = home.iterdir()  # and nothing temporary
-    written = file.stat().st_ino
-    stored.settle(KIND, stored.find(KIND))
+    (file,) = home.glob("*.json")
+    assert {path.suffix for path in home.iterdir()} <= {".json", ".lock"}  # and nothing temporary
+    with monkeypatch.context() as patch:  # its folder may be read-only
+        patch.setattr(tuning.filelock, "FileLock", pytest.fail)
+        stored.settle(KIND, stored.find(KIND))
     assert stored.find(KIND) == LAYER
-    assert file.stat().st_ino == written
     with file.open(encoding="utf-8") as opened:  # by who reads at this moment
         stored.settle(KIND._replace(rank=8), LAYER)
         assert [*json.load(opened)["layers"]] == [str(KIND)]
@@ -199,15 +218,14 @@ def test_what_was_settled_is_known_to_the_next_process(home):
     assert f'"{KIND}"' in text
 
 
-@pytest.mark.parametrize("damage", ["half", "other", "form", "list", "binary"])
+@pytest.mark.parametrize("damage", ["half", "other", "list", "binary"])
 def test_a_file_that_cannot_be_believed_is_measured_anew(home, damage):
     tuning.table(CPU).settle(KIND, LAYER)
-    (file,) = home.iterdir()
+    (file,) = home.glob("*.json")
     content = file.read_text(encoding="utf-8")
     damaged = {
         "half": content[: len(content) // 2],
         "other": content.replace(torch.__version__, "0.1"),
-        "form": content.replace('"form": "split"', '"form": "magic"'),
         "list": "[]",
         "binary": "\udcff",
     }[damage]
@@ -221,6 +239,58 @@ def test_a_file_that_cannot_be_believed_is_measured_anew(home, damage):
         warnings.simplefilter("ignore")
         table.settle(OTHER, LAYER)
     assert [*other_process().stored] == [str(OTHER)]
+
+
+# What the record of an unaligned layer has instead, in its forward or itself
+DAMAGE = """
+{"form": ["split"]}
+{"form": "first"}
+{"form": "fused", "microseconds": {"reference": 2.0, "fused": 1.0}}
+{"form": "C++", "microseconds": {"reference": 2.0, "C++": 1.0}}
+{"microseconds": {"split": 60.0}}
+{"microseconds": [120.0, 60.0]}
+{"microseconds": {"reference": 0.0, "split": 60.0}}
+{"microseconds": {"reference": NaN, "split": 60.0}}
+{"microseconds": {"reference": 120.0, "split": Infinity}}
+{"microseconds": {"reference": 120.0, "split": "60"}}
+{"more": 1}
+{"day": 1}
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("changes", DAMAGE)
+def test_a_record_is_whole_or_ignored_and_replaced(home, changes):
+    kind = KIND._replace(is_aligned=False)
+    for each in (kind, OTHER):
+        tuning.table(CPU).settle(each, LAYER)
+    (file,) = home.glob("*.json")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    record = content["layers"][str(kind)]
+    changed = record if "day" in changes else record["forward"]
+    changed |= json.loads(changes)
+    file.write_text(json.dumps(content), encoding="utf-8")
+    table = other_process()
+    assert (table.find(kind), table.find(OTHER).forward) == (None, FORWARD)
+    table.settle(kind, LAYER)
+    assert other_process().find(kind).forward == FORWARD
+
+
+def test_of_two_processes_that_write_at_once_neither_loses(monkeypatch):
+    """The second settles after the first has read the file, and before it writes."""
+    first, second = other_process(), other_process()
+    other = threading.Thread(target=second.settle, args=(OTHER, LAYER))
+    content = tuning._content
+
+    def beside(layers):
+        if other.ident is None:
+            other.start()
+            other.join(timeout=0.2)  # it waits for the lock
+        return content(layers)
+
+    monkeypatch.setattr(tuning, "_content", beside)
+    first.settle(KIND, LAYER)
+    other.join()
+    assert other_process().stored.keys() == {str(KIND), str(OTHER)}
 
 
 def test_of_two_processes_the_first_to_write_stays(home):
@@ -250,7 +320,7 @@ def test_again_forgets(monkeypatch, tmp_path, value):
     monkeypatch.setenv("MICA_TUNE", "1")
     other_process().settle(KIND, LAYER)
     assert other_process().find(KIND) is not None
-    (file,) = (tmp_path / "mica" / "tuning").iterdir()
+    (file,) = (tmp_path / "mica" / "tuning").glob("*.json")
     monkeypatch.setenv("MICA_TUNE", value)
     table = other_process()
     assert table.find(KIND) is None
@@ -281,6 +351,8 @@ def test_when_nothing_is_measured(monkeypatch):
     y.register_hook(lambda _: within.append(tuning.why_not_now(CPU)))
     y.backward()
     assert within == ["nothing is measured within a backward"]
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        assert tuning.why_not_now(CPU) == "nothing is measured while saved-tensor hooks are disabled"
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(tuning, "device_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -289,7 +361,7 @@ def test_when_nothing_is_measured(monkeypatch):
 
 def test_choose_forgets_with_the_rest(home):
     tuning.table(CPU).settle(KIND, LAYER)
-    (file,) = home.iterdir()
+    (file,) = home.glob("*.json")
     content = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**content, "layers": {}}), encoding="utf-8")
     choose.clear()

@@ -91,11 +91,14 @@ def test_quantised_checkpoint_is_refused_before_its_weights_are_read(tmp_path):
         load(tmp_path, quantize="nf4")
 
 
-def test_a_run_on_a_gguf_file_goes_on_where_its_folder_was_moved(gguf_file, model_dir, tmp_path, text_file):
+def test_a_run_on_a_gguf_file_goes_on_where_its_folder_was_moved(
+    gguf_file, model_dir, tmp_path, text_file, capsys
+):
     """With --resume, --adapter and mica transfer; after --resume stock PEFT finds the base again."""
     out, moved = tmp_path / "out", tmp_path / "moved" / "out"
     with working_in(tmp_path):  # the adapter names the absolute path of its base
         assert adapt(gguf_file, text_file, "out", "--steps", 4, "--save-steps", 2) == 0
+    assert capsys.readouterr().err.count(f"mica: reading {gguf_file}, whose tokenizer and weights are") == 1
     ids = AutoTokenizer.from_pretrained(out / "base")("déjà vu")["input_ids"]
     assert ids == byte_tokenizer()("déjà vu")["input_ids"]
     assert AutoPeftModelForCausalLM.from_pretrained(out).get_base_model().name_or_path == str(out / "base")

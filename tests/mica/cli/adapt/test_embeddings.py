@@ -80,7 +80,7 @@ def test_embeddings_that_cannot_be_trained():
 {"modules_to_save": ["lm_head"]} => {} => replaces whole modules, lm_head, which are not the embeddings of
 {"modules_to_save": ["embed_tokens", "norm"]} => {} => norm, which are not the embeddings of
 {} => {"tie_word_embeddings": true} => its embeddings are not tied, unlike those of --model
-{} => {"vocab_size": 260} => embed_tokens was trained as 257 x 32, but in --model it has 260 x 32
+{} => {"vocab_size": 260} => lm_head.weight of 257 x 32, but in --model it has 260 x 32
 """),
 )
 def test_adapters_of_other_modules(changes, model, message, tmp_path):

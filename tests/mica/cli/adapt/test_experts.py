@@ -27,6 +27,8 @@ def test_over_a_quantised_base(base, text_file, tmp_path):
     output = tmp_path / "out"
     assert adapt(base, text_file, output, "--quantize", "nf4", "--dtype", "float32") == 0
     assert summary(output)["perplexity_after"] < summary(output)["perplexity_before"]
+    assert summary(output)["settings"]["experts"] is True
+    assert sum("experts" in name for name in weights(output)) == 2 * 2 * 2  # layers, stacks, factors
     assert not [name for name in weights(output) if ".gate." in name]
 
 

@@ -49,11 +49,9 @@ def test_schedulers_are_the_trainers():
     assert set(SCHEDULERS) <= {kind.value for kind in SchedulerType}
 
 
-def test_help_has_every_option(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "112")
+def test_help_has_every_option(capsys):
     assert main(["adapt", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 110
     titles = [row for row in TABLE if isinstance(row, str)]
     assert [line[:-1] for line in lines if line[:-1] in titles] == titles
     text = " ".join(" ".join(lines).split())

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 
 import mica
 from mica.cli import main
+from mica.cli.adapt.config import STARTING
 from mica.cli.adapt.options import OPTIONS
 from tests.support.adapt_runs import edit_json, saved
 from tests.support.tables import rows
@@ -33,7 +34,7 @@ def refused(capsys, out, text_file, model_dir):
         capsys.readouterr()
         assert run(model, text, output, *options) == 2
         captured = capsys.readouterr()
-        lines = captured.err.replace("\r", "\n").splitlines()
+        lines = captured.err.replace("\r", "\n").removeprefix(f"{STARTING}\n").splitlines()
         errors = [line for line in lines if "error: " in line]
         assert len(errors) == 1, captured.err
         assert errors == lines[-1:]
@@ -117,7 +118,7 @@ NOT_CAUSAL = "not a causal language model"
 @pytest.mark.parametrize(
     ("name", "make", "message", "quiet"),
     [
-        ("fake.gguf", lambda path: path.write_bytes(b"not a GGUF file" * 100), "", True),
+        ("fake.gguf", lambda path: path.write_bytes(b"not a GGUF file" * 100), "", False),
         ("empty", Path.mkdir, "is not a checkpoint: it has no config.json", True),
         ("some.txt", lambda path: path.write_text(TEXT), "", True),
         ("broken", broken_weights, "its weights cannot be read: ", False),

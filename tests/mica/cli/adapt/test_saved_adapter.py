@@ -1,13 +1,18 @@
 """What the files of an adapter say, and which of them are refused, in one line."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from mica.cli.adapt import saved_adapter
 from mica.cli.adapt.saved_adapter import CONFIG, WEIGHTS
 from mica.errors import UsageError
 from tests.support.adapt_runs import edit_json, write_adapter
+from tests.support.moe_models import qwen3_moe
 from tests.support.tables import rows
+from tests.support.tiny_cli import tiny_llama
 
 
 @pytest.fixture
@@ -78,3 +83,45 @@ def test_weights_that_are_broken_or_lack_a_factor(folder):
     (folder / WEIGHTS).write_bytes(b"half a file")
     with pytest.raises(UsageError, match="cannot be read"):
         saved_adapter.read(folder)
+
+
+def add(folder, name: str, *shape: int) -> None:
+    save_file(load_file(folder / WEIGHTS) | {f"base_model.model.{name}": torch.ones(shape)}, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("size", "value", "message"),
+    rows("""
+num_hidden_layers => 3 => has no weights for model.layers.2.self_attn.q_proj, which .* adapts in --to
+num_hidden_layers => 1 => adapts model.layers.1.mlp.down_proj, which --to does not have
+intermediate_size => 64 => down_proj as a layer of 32 x 48, but in --to it has 32 x 64
+"""),
+)
+def test_another_model(size, value, message, folder):
+    """Of each of these layers there are two."""
+    model = tiny_llama(**{size: int(value)}).to("meta")
+    with pytest.raises(UsageError, match=rf"^--adapter {folder}: .*{message} \(2 such differences\)$"):
+        saved_adapter.read(folder).check_fit(model, "--to")
+
+
+def test_weights_that_are_no_factors(folder):
+    """PEFT writes the weights of adapted embeddings too, and ignores what it does not know."""
+    add(folder, "model.embed_tokens.base_layer.weight", 257, 32)
+    saved_adapter.read(folder).check_fit(tiny_llama())
+    add(folder, "model.q_proj.lora_magnitude_vector", 32)
+    with pytest.raises(UsageError, match=r"has model.q_proj.lora_magnitude_vector, which --model does not"):
+        saved_adapter.read(folder).check_fit(tiny_llama())
+    edit_json(folder / CONFIG, use_dora=True)
+    saved_adapter.read(folder).check_fit(tiny_llama())
+
+
+def test_a_model_with_other_experts(tmp_path):
+    write_adapter(tmp_path, qwen3_moe(), experts=True)
+    saved = saved_adapter.read(tmp_path)
+    saved.check_fit(qwen3_moe())
+    what = r"experts(.base_layer)? as a parameter of 6 x \d+ x \d+, but in --model it has 5 x \d+ x \d+"
+    with pytest.raises(UsageError, match=rf"{what} \(4 such differences\)$"):
+        saved.check_fit(qwen3_moe(experts=5))
+    kept = {name: found for name, found in saved.layers.items() if name not in saved.stacks}
+    with pytest.raises(UsageError, match=r"has no weights for model.layers.0.mlp.experts, .*\(4 such diff"):
+        replace(saved, layers=kept).check_fit(qwen3_moe())

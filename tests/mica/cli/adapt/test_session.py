@@ -59,6 +59,9 @@ def test_the_summary_counts_what_was_trained(paper, rows):
     assert len(made["layers_on_peft_path"]) == made["paths"].get("peft", 0)
     assert made["layers"] == "4 layers: 4 reference"  # where kernels are interpreted
     assert f"layers by path       {made['layers']}\n" in as_text(made)
+    risen = "held-out perplexity has risen: try a lower --learning-rate (now 0.02)"
+    assert risen not in as_text(made)
+    assert as_text(made | {"perplexity_after": 1e9}).endswith(risen)
     texts = [json.loads(line)["text"] for line in rows.read_text(encoding="utf-8").splitlines()]
     source = {"name": str(rows), "documents": 300, "tokens": len("".join(texts)) + 300, "skipped": 0}
     assert made["sources"] == [source]

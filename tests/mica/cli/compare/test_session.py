@@ -140,7 +140,10 @@ def test_mistakes_are_one_line(model_dir, tmp_path, refused, options, message):
 
 @pytest.mark.parametrize(
     ("letters", "what"),
-    [(40, "one training and one held-out block"), (300, "held-out blocks: 1, too little for three")],
+    [
+        (40, "one training and one held-out block"),
+        (300, "32 tokens can be held out, too little for three"),
+    ],
 )
 def test_of_a_short_text_a_smaller_sequence_length_is_named(model_dir, tmp_path, refused, letters, what):
     argv = arguments(tmp_path, model_dir, tmp_path / "out")
