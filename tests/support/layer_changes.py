@@ -204,7 +204,7 @@ CHANGES = {
     "merged": (_merged, PEFT, "the adapter is merged into the weight"),
     "disabled": (_disabled, PEFT, "adapters are disabled"),
     "another adapter": (_activated("second", adds=True), FUSED, ""),
-    "two adapters": (_activated(["default", "second"], adds=True), {"linear": 1, **CALLED}, ""),
+    "two adapters": (_activated(["default", "second"], adds=True), {"linear": 2, "linear_added": 1}, ""),
     "a list of one adapter": (_activated(["default"]), FUSED, ""),
     "no adapter": (_activated("absent"), PEFT, "none of the active adapters ['absent'] is on this layer"),
     "another scaling": (_entry("scaling", 0.25), FUSED, ""),

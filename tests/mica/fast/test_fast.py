@@ -4,7 +4,7 @@ What it overlooks would run wrongly. What it refuses needlessly runs slowly, whi
 """
 
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -25,8 +25,8 @@ from tests.support.layer_changes import (
     A_WEIGHT,
     B_WEIGHT,
     BASE_WEIGHT,
+    CALLED,
     CHANGES_OF,
-    FUSED,
     INPUTS,
     X,
     add,
@@ -43,7 +43,7 @@ def calls_return_their_operands(monkeypatch):
     """As with kernels, which are called from Python."""
     monkeypatch.setenv("MICA_BACKEND", "triton")
     with monkeypatch.context() as patch:
-        patch.setattr(linear, "linear_eager", lambda x, *operands: operands)
+        patch.setattr(linear, "linear", lambda x, *operands: operands)
         linear.configure(native.module())
         yield
     linear.configure(native.module())
@@ -66,9 +66,10 @@ def replaced(part, make):
 
 def check_common(layer, x=X, dropout_p=0.0, autocast_dtype=None, name="default"):
     """It is recognised, with these operands, which are nobody's copies."""
-    weight, lora_A, lora_B, scaling, bias, compute_dtype, p, seed, autocast, trains_B = called(layer, x)
+    weight, lora_A, lora_B, scaling, bias, compute_dtype, p, seed, autocast, trains_B, y = called(layer, x)
     assert weight is layer.base_layer.weight
     assert bias is layer.base_layer.bias
+    assert y is None
     assert lora_A is layer.lora_A[name].weight
     assert lora_B is layer.lora_B[name].weight
     assert scaling == layer.scaling[name]
@@ -76,6 +77,17 @@ def check_common(layer, x=X, dropout_p=0.0, autocast_dtype=None, name="default")
     assert (compute_dtype, p, autocast) == (product_dtype, dropout_p, autocast_dtype)
     assert (seed is None) == (dropout_p == 0.0)
     assert trains_B == (name not in layer.lora_variant)
+
+
+def check_base_called(layer, x=X):
+    """Its output, or its error, instead of its weight."""
+    expected = base_output = None
+    with suppress(RuntimeError):
+        expected = layer.base_layer(x)
+    with nullcontext() if expected is not None else pytest.raises(RuntimeError):
+        weight, *_, base_output = called(layer, x)
+        assert weight is None
+        assert torch.equal(base_output, expected)
 
 
 def check_uncommon(layer, x=X):
@@ -93,8 +105,13 @@ def test_a_change_is_seen_and_so_is_its_undoing(adapter, name):
     check_common(layer)
     undo = change(layer)
     try:
-        if operators != FUSED or name.startswith("a scaling that is"):
+        if not operators or name.startswith("a scaling that is"):
             check_uncommon(layer)
+        elif operators == CALLED:
+            check_base_called(layer)
+        elif name == "two adapters":
+            weight, *_, (first, *_) = called(layer, X)
+            assert (weight, first) == (None, layer.base_layer.weight)
         elif name == "dropout":
             check_common(layer, dropout_p=0.5)
         else:
@@ -168,7 +185,13 @@ def test_active_adapters(names):
     layer = layer_of()
     add(layer, "second")
     layer._active_adapter = names
-    (check_common if names in ("default", ["default"]) else check_uncommon)(layer)
+    if not names:
+        check_uncommon(layer)
+        return
+    weight, lora_A, *_, before = called(layer, X)
+    last = names if type(names) is str else names[-1]
+    assert lora_A is layer.lora_A[last].weight
+    assert (weight is None) == (before is not None) == (len(names) == 2)
 
 
 # -- who else would have to see the call ---------------------------------------------------------------
@@ -305,7 +328,7 @@ ON_PARTS = {
 def test_a_part_that_is_no_plain_one(name):
     layer = layer_of()
     undo = ON_PARTS[name](layer)
-    check_uncommon(layer)
+    (check_base_called if name.startswith("base_layer") else check_uncommon)(layer)
     undo()
     check_common(layer)
 

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from mica import native
 from tests.support.models import ADAPTERS, net, randomise
 from tests.support.processor import has_instructions
 from tests.support.stock import as_stock, counted
@@ -97,3 +98,34 @@ def test_an_input_without_dimensions_is_named(around):
         pytest.raises(ValueError, match=r"must be \(\.\.\., in_features\), but it has no dimensions"),
     ):
         layer_of()(torch.tensor(1.0))
+
+
+HELD = []
+WATCHED = {
+    "nobody": lambda out: None,
+    "who keeps it": HELD.append,
+    "who keeps a view": lambda out: HELD.append(out[0]),
+    "who keeps its memory": lambda out: HELD.append(out.detach()),
+    "who wants its gradient": lambda out: out.retain_grad(),
+    "who hooks its gradient": lambda out: out.register_hook(lambda grad: None) and None,
+}
+
+
+@pytest.mark.parametrize("who", WATCHED)
+def test_the_output_of_a_called_base_is_written_into_where_nobody_else_sees_it(who):
+    layer, x, seen = layer_of(), torch.randn(5, 12, requires_grad=True), []
+
+    def hook(module, args, out):
+        seen.extend([out.data_ptr(), out.detach().clone()])
+        WATCHED[who](out)
+
+    layer.base_layer.register_forward_hook(hook)
+    as_stock(lambda: (y := layer(x), *torch.autograd.grad(y.square().sum(), x)), RELATIVE[torch.float32])
+    HELD.clear()
+    seen.clear()
+    y = layer(x)
+    place, before = seen
+    assert (y.data_ptr() == place) == (who == "nobody" and native.module() is not None)
+    for held in HELD:
+        assert torch.equal(held, before if held.shape == before.shape else before[0])
+    HELD.clear()
