@@ -431,7 +431,7 @@ inline bool runs_here(const Tensor& x, Operands& operands) {
   if (!has_kernels || x.numel() == 0) {
     return true;
   }
-  return operands.weight.defined() && PySet_Contains(told<"on_reference">(), key_of(x, operands).ptr()) == 1;
+  return operands.weight.defined() && PySet_Contains(told<"cpp_keys">(), key_of(x, operands).ptr()) == 1;
 }
 
 // Whether it is what a base layer usually returns for x.

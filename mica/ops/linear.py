@@ -314,7 +314,7 @@ def _settled(kind: tuning.Kind, module: ModuleType | None, x, operands: Operands
             return _from_python(x, operands)
     forward, backward, *_ = tuning.table(x.device).find(kind)
     if from_cpp is not None and forward.form == backward.form == choose.REFERENCE:
-        choose.on_reference.add(module.key_of(x, *operands))
+        choose.cpp_keys.add(module.key_of(x, *operands))
         return from_cpp(x, operands)
     return _from_python(x, operands)
 
@@ -345,7 +345,7 @@ def configure(module: ModuleType) -> None:
         modules=native.modules,
         instructions=products.ANSWERS,
         devices_without_kernels=choose.devices_without_kernels,
-        on_reference=choose.on_reference,
+        cpp_keys=choose.cpp_keys,
         kept=vars(kept),
         python_linear=linear,
     )

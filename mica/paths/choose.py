@@ -3,7 +3,7 @@
 `decide` is the one decision. The operators follow it, and `mica.fast.explain` and the benchmarks report it.
 ``MICA_BACKEND`` demands a path; by default the operands and what was measured on the device decide
 (`mica.paths.tuning`). C++ computes all layers on the `devices_without_kernels`, and elsewhere those whose
-keys are in `on_reference`.
+keys are in `cpp_keys`.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def kind_of(
     return Kind(operands.trains_B, dtypes, *sizes, operands.dropout_p > 0.0, is_aligned)
 
 
-# Calls that run on the reference path from some moment on: device, function, rank and dtypes, as `decide`
-# takes them.
+# Kernels that failed to launch, by device, function, rank and dtypes as `decide` takes them, and the message.
+# PyTorch computes these calls from then on.
 _given_up: dict[tuple[torch.device, str, int, tuple[torch.dtype, ...]], str] = {}
 
 # The raw value of ``MICA_BACKEND``, None where it is unset, in 0.1 µs; only for comparisons.
@@ -79,8 +79,8 @@ _choices: dict[tuple, Choice] = {}
 # The indices of devices (-1: a CPU) on which C++ computes every layer, as there is no other way.
 _CPU = -1
 devices_without_kernels = {_CPU}
-# What C++ calls a layer on another device that it computes, too: both of its passes take the reference path.
-on_reference: set[bytes] = set()
+# Keys of GPU layers that were measured to be fastest on PyTorch in both passes: C++ runs them.
+cpp_keys: set[bytes] = set()
 _ON_KERNELS = Choice(KERNELS)
 
 
@@ -198,7 +198,7 @@ def clear() -> None:
     tuning.clear()
     devices_without_kernels.clear()
     devices_without_kernels.add(_CPU)
-    on_reference.clear()
+    cpp_keys.clear()
 
 
 def clear_prepared() -> None:

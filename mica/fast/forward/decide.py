@@ -1,7 +1,7 @@
 """The forwards of PEFT's LoRA layers over linear layers and embeddings: first decide, then compute.
 
-An adapter of a linear layer is one operator (`Adapted`), which also multiplies the base weight, or is given what
-the base layer has returned; or PEFT's own code runs.
+An adapter of a linear layer is one operator (`Adapted`), which also multiplies the base weight, or is given
+what the base layer has returned; or PEFT's own code runs.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from mica.paths.tuning import Kind
 def decided(
     decide: Callable, call_cpp: Callable | None = None, why_small: Callable | None = None
 ) -> Callable:
-    """A patch of a layer's forward: what ``decide(layer, x, *args, **kwargs)`` returns computes.
+    """A patch that replaces a layer's forward: ``decide`` returns an object, and calling that with x gives y.
 
     Args:
-        decide: The function that decides about a call. Called with the layer alone, it leaves out what only a
-            call shows.
+        decide: ``decide(layer, x, *args, **kwargs)`` decides how a call runs. Called with the layer alone, it
+            leaves out what only a call shows.
         call_cpp: A function that is tried first: ``call_cpp(layer, x)`` returns the output of a common call,
             and None for any other.
         why_small: A function that is asked next: ``why_small(x)`` returns a reason for PEFT's code, or None.

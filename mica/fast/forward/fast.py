@@ -50,7 +50,7 @@ def call_cpp(layer: nn.Module, x: Tensor) -> Tensor | None:
     return _function(layer, x)
 
 
-SMALL = "a small input, which PEFT's code computes faster than this backend does without C++"
+WHY_SMALL = "a small input, which PEFT's code computes faster than this backend does without C++"
 _ANY_PATH = None, "", b"", "auto", b"auto"  # what MICA_BACKEND is where no path is demanded
 
 
@@ -58,13 +58,13 @@ def why_small(x: Tensor) -> str | None:
     """Why a call for which there is no C++ is left to PEFT; None if it is not.
 
     With a small x this backend's Python takes longer than it gains: a layer of 64 × 64 took 1.4 to 1.6 times
-    as long as with stock PEFT, now 1.02 to 1.05. Nothing counts that may differ when a checkpoint computes
-    the call again, such as gradients: the same code has to draw the same dropout mask.
+    as long as with stock PEFT, now 1.02 to 1.05. The answer must not depend on grad mode: a checkpoint's
+    second forward must run the same code, or its dropout mask differs.
     """
     if type(x) not in TENSOR_TYPES or x.numel() >= kept.SMALL or not x.is_cpu:
         return None
     is_free = settings.compute_dtype is None and choose.setting() in _ANY_PATH
-    return SMALL if is_free and native.module() is None else None
+    return WHY_SMALL if is_free and native.module() is None else None
 
 
 def configure(module: ModuleType) -> None:

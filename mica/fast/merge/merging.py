@@ -41,7 +41,7 @@ from mica.row_checksums import WORDS, odd_numbers, row_checksums
 # their last bits: with another chunk a merged weight has other bits.
 CHUNK = 2**18
 DEVICE_CHUNK = 2**24
-# Where nothing is kept, every how many rows are measured: sums take as long as the merge of a row itself.
+# Without an undo record, statistics use every 8th row: sums take as long as the merge of a row itself.
 MEASURED_ROWS = 8
 
 

@@ -42,7 +42,7 @@ def test_explain_says_what_is_left_to_peft(change, is_left, monkeypatch):
     model(torch.arange(6).view(2, 3))
     (row,) = mica.fast.explain(model).rows
     assert row.path == ("peft" if is_left else "reference")
-    assert (row.reason == f"in its last call: {fast.SMALL}") == is_left
+    assert (row.reason == f"in its last call: {fast.WHY_SMALL}") == is_left
     assert mica.fast.call_counts["linear"] - before == (not is_left)
 
 

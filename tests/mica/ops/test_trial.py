@@ -268,7 +268,7 @@ def test_when_nothing_can_be_measured_the_reference_runs_what_is_not_known(
     assert capfd.readouterr().err == ""
     assert launched == []
     assert tuning.table(CPU).settled == {}
-    assert choose.on_reference == set()
+    assert choose.cpp_keys == set()
 
 
 def test_what_is_known_counts_in_a_deterministic_run_too(costs, launched):
