@@ -38,9 +38,9 @@ test-other-cpu: $(READY)
 	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/other-cpu ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 \
 	OPENBLAS_CORETYPE=Haswell NPY_DISABLE_CPU_FEATURES="$$($(RUN) -c '$(BEYOND_AVX2)')" $(PYTEST) -m "not slow and not weekly"
 
-# The fast tests in an environment of their own, with the oldest PyTorch and PEFT; VERSIONS=torch: the newest.
+# The fast tests in an environment of their own, with the oldest PyTorch, PEFT and transformers; VERSIONS=torch: the newest.
 # With NumPy 2.4 Triton 3.6 does not interpret
-VERSIONS ?= "torch==2.11.*" "peft==0.20.*" "transformers==5.20.*" "numpy<2.4"
+VERSIONS ?= "torch==2.11.*" "peft==0.20.*" "transformers==5.16.*" "numpy<2.4"
 test-versions: $(READY)
 	rm -rf build/versions && $(PYTHON) -m venv build/versions
 	build/versions/bin/python -m pip install -q -e ".[dev]" $(VERSIONS)

@@ -6,6 +6,7 @@ import mica.fast
 import torch
 from datasets import load_dataset
 from peft import LoraConfig
+from torch.profiler import ProfilerActivity, profile
 from transformers import BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -22,7 +23,10 @@ trainer = SFTTrainer(
     ),
     args=SFTConfig(
         output,
-        model_init_kwargs={"dtype": "auto"},
+        # Norms in bfloat16, which PEFT's prepare_model_for_kbit_training would make float32
+        model_init_kwargs={"dtype": "bfloat16"},
+        bf16=False,  # no autocast: all but the 4 bits is bf16 as it is
+        gradient_checkpointing=False,  # True, trl's default, recomputes layers, and PEFT keeps as little
         max_length=512,
         packing=True,
         packing_strategy="wrapped",
@@ -39,3 +43,9 @@ trainer = SFTTrainer(
 trainer.train()
 print(mica.fast.explain(trainer.model))  # path kernel or reference, "base layer called": this backend
 trainer.save_model()
+
+batch = next(iter(trainer.get_train_dataloader()))
+with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as memory:
+    loss = trainer.model(**batch).loss
+kept = sum(event.self_cpu_memory_usage + event.self_device_memory_usage for event in memory.events())
+print(f"{batch['input_ids'].numel()} tokens: {kept / 1e6:.1f} MB kept for the backward")

@@ -14,6 +14,7 @@ trainer = SFTTrainer(
         output,
         model_init_kwargs={"dtype": "auto"},  # a bf16 checkpoint stays bf16; trl's default is float32
         bf16=False,  # no autocast: the adapter is fp32 over a bf16 base as it is
+        gradient_checkpointing=False,  # True, trl's default, recomputes layers, and PEFT keeps as little
         max_length=512,
         packing=True,
         packing_strategy="wrapped",  # blocks of max_length tokens, for any attention implementation

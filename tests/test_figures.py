@@ -65,6 +65,8 @@ def words():
     checkpointed = [row for row in pages.raw("fits")["models"]["Llama-3.1-8B"] if row["checkpointing"]]
     (peak,) = {f"{row['peak_bytes'] / pages.GIB:.2f}" for row in checkpointed}
     yield bench, f"peak, {peak} GiB of Llama-3.1-8B for all"
+    prepared, in_bf16 = pages.raw("2026-12-01-kbit/kept")["kept_bytes"].values()
+    yield "recipes/README.md", f"keeps [{prepared[FAST] / in_bf16[FAST]:.2f} times as much]"
     ratio = pages.only(*pages.sources("experts"), suite="experts", out=2048).ratio(FAST, LORA).median
     yield main, f"[{ratio:.2f}× as long](bench/README.md#experts)"
 

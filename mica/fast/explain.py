@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -13,6 +13,7 @@ from itertools import groupby
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mica.fast import known_peft, patching
 from mica.fast.forward import decide, expert_params, experts, layer_calls
@@ -69,9 +70,11 @@ class Explanation:
 
     Attributes:
         rows: One `Row` for each adapted layer, in the order of the layers.
+        checkpointed: How many modules around adapted layers have gradient checkpointing on.
     """
 
     rows: list[Row] = field(default_factory=list)
+    checkpointed: int = 0
 
     def counts(self) -> dict[str, int]:
         """How many layers take each path, for instance {"kernel": 210}."""
@@ -113,6 +116,10 @@ def explain(model: nn.Module) -> Explanation:
     ``bypassed_by``: where other code runs instead of the layer, the framework's name (axolotl, unsloth) or
     that of the module with the code; ``str()`` says how to switch it off.
 
+    ``checkpointed``: how many modules with adapted layers transformers or torch's ``CheckpointWrapper``
+    checkpoints, whose activations are discarded on any path; ``str()`` says so in its last line. A function
+    that calls `torch.utils.checkpoint` itself is not seen.
+
     Raises:
         TypeError: ``model`` is not a `torch.nn.Module`.
     """
@@ -121,7 +128,7 @@ def explain(model: nn.Module) -> Explanation:
     layers = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
     calls = layer_calls.calls_of(modules.values())
     rows = [_row(model, name, module, modules, calls) for name, module in layers.items()]
-    return Explanation(rows)
+    return Explanation(rows, _checkpointed(modules, layers))
 
 
 def _row(
@@ -248,6 +255,17 @@ def _bypassed_by(modules: Mapping[str, nn.Module], name: str, called: list[str])
         name = name.rpartition(".")[0]
 
 
+def _checkpointed(modules: Mapping[str, nn.Module], layers: Collection[str]) -> int:
+    """How many of the modules that hold adapted layers are checkpointed."""
+    count = 0
+    for name, module in modules.items():
+        is_wrapper = "checkpoint_fn" in vars(module)  # torch's CheckpointWrapper
+        is_flagged = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+        if is_wrapper or is_flagged:
+            count += any(layer.startswith(f"{name}.") for layer in layers)
+    return count
+
+
 # ---------------------------------------------------------------------------------------------------
 # the table as text
 # ---------------------------------------------------------------------------------------------------
@@ -281,7 +299,14 @@ def _text(explanation: Explanation) -> str:
         for line in lines
     ]
     printed += [f"[{number}] {reason}" for number, reason in enumerate(notes, 1)]
-    return "\n".join([*printed, explanation.totals(), *_bypasses(rows)])
+    printed += [explanation.totals(), *_bypasses(rows)]
+    if count := explanation.checkpointed:
+        where = f"in {count} layer{'s' if count > 1 else ''}"
+        advice = "gradient_checkpointing=False is faster, where a step fits without"
+        printed.append(
+            f"gradient checkpointing is on {where}: what this backend saves is discarded there; {advice}"
+        )
+    return "\n".join(printed)
 
 
 def _shown_path(row: Row) -> str:

@@ -27,11 +27,12 @@ def write_tiny_gguf(path: Path) -> None:
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    # An empty list of merges cannot be written: one of two bytes that no text has.
+    # An empty list of merges cannot be written: one of two bytes that no text has. It stands twice, because
+    # transformers 5.16 reads a list of one as a string.
     first, second = sorted(pre_tokenizers.ByteLevel.alphabet())[-2:]
     writer.add_token_list([*(token for token, _ in vocabulary), first + second])
     writer.add_token_types([*(3 if token == "<eos>" else 1 for token, _ in vocabulary), 1])
-    writer.add_token_merges([f"{first} {second}"])
+    writer.add_token_merges([f"{first} {second}"] * 2)
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(256)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)

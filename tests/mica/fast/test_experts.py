@@ -117,8 +117,11 @@ def test_tokens_without_an_expert_and_no_tokens():
     x, weights = torch.randn(7, 32), torch.rand(7, 2)
     index = torch.stack([torch.randperm(4)[:2] for _ in range(7)])
     index[::2, 1] = 4
-    _, counts = ran(lambda: as_stock(lambda: layer(x, index, weights), RELATIVE[torch.float32]))
+    y, counts = ran(lambda: layer(x, index, weights))
     assert counts[0] == 2
+    weights[::2, 1] = 0
+    with mica.fast.disabled():  # another index, as eager experts of transformers 5.16 refuse this one
+        assert error(y, layer(x, index % 4, weights)) <= RELATIVE[torch.float32]
     assert layer(x[:0], index[:0], weights[:0]).shape == (0, 32)
 
 

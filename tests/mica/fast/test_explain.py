@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import mica.fast
 from mica.fast.explain import patterns
@@ -279,6 +280,19 @@ def test_ordinary_models_hooks_and_compilation_are_not_reported():
         assert replaced_by(module) is None
     rows = mica.fast.explain(torch.compile(model, backend="eager")).rows
     assert {row.bypassed_by for row in rows} == {None}
+
+
+def test_layers_that_are_checkpointed_are_counted():
+    """By a flag or by torch's wrapper; not those without an adapter, nor the model, which has a flag, too."""
+    model = wrap(tiny_llama(num_hidden_layers=4), targets=["q_proj"], layers_to_transform=[0, 1, 2])
+    assert mica.fast.explain(model).checkpointed == 0
+    model.gradient_checkpointing_enable()
+    assert mica.fast.explain(model).checkpointed == 3
+    blocks(model)[0].gradient_checkpointing = blocks(model)[1].gradient_checkpointing = False
+    blocks(model)[0] = checkpoint_wrapper(blocks(model)[0])
+    *_, totals, line = str(mica.fast.explain(model)).splitlines()
+    assert totals == "3 layers: 3 reference"
+    assert line.startswith("gradient checkpointing is on in 2 layers: what this backend saves is discarded")
 
 
 def test_foreign_objects_do_no_harm():
