@@ -15,11 +15,11 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedModel
@@ -108,17 +108,25 @@ class Step(NamedTuple):
         return StepMemory(kept, peak)
 
 
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return torch.native_dropout(input, p, training)[0] if p and training else input
+@contextmanager
+def dropout_of_devices() -> Iterator[None]:
+    """Dropout inside keeps a mask of bytes, as on a GPU; elsewhere PyTorch's keeps one in the dtype of x.
+
+    No mode of PyTorch would do: within `backward` none sees what checkpointed layers compute again.
+    """
+    functional = nn.functional
+    own = functional.dropout
+    functional.dropout = _native_dropout
+    try:
+        yield
+    finally:
+        functional.dropout = own
 
 
-class DeviceDropout(TorchFunctionMode):
-    """Dropout as on a GPU, which keeps a mask of bytes; elsewhere PyTorch keeps one in the dtype of x."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is nn.functional.dropout:
-            func = _dropout
-        return func(*args, **(kwargs or {}))
+def _native_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not training or p == 0:
+        return input
+    return torch.native_dropout(input, p, training)[0]
 
 
 class _Alive(TorchDispatchMode):
@@ -195,7 +203,7 @@ def _trained(module: nn.Module) -> int:
 def record(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
     """What ``loss()`` of the model and its backward allocate. The gradients are cleared again."""
     _, layers = decoder_layers(model)
-    with DeviceDropout(), _Alive() as alive:
+    with dropout_of_devices(), _Alive() as alive:
         weights = [alive.weights_of(layer) for layer in layers]
         other_weights = alive.weights_of(model)
         result = _run_in_parts(layers, loss, alive)
