@@ -127,10 +127,7 @@ class Counted(NamedTuple):
 
     def figures(self, checkpointed: int) -> dict[str, int]:
         """What the step takes with so many layers checkpointed, the first."""
-        step = self.plain
-        if checkpointed:
-            layers = [*self.checkpointed.layers[:checkpointed], *self.plain.layers[checkpointed:]]
-            step = self.checkpointed._replace(layers=layers)
+        step = self.plain.checkpointed_first(checkpointed, self.checkpointed)
         memory = step.memory()
         total = step.weights + _ADAM * step.trained + memory.peak
         sizes = {"weights": step.weights, "kept": memory.kept, "peak": memory.peak, "total": total}
@@ -198,8 +195,7 @@ def _count(model: _Model, setup: Setup, args: argparse.Namespace) -> Counted:
     steps = []
     for number in (0, len(model.kinds)):
         checkpoint_first(adapted, number)
-        step = record(adapted, loss)
-        steps.append(step._replace(layers=[step.layers[kind] for kind in model.kinds]))
+        steps.append(record(adapted, loss).of_layers(model.kinds))
     return Counted(setup.name, args.batch_size * args.tokens, *steps)
 
 

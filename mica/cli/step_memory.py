@@ -95,6 +95,16 @@ class Step(NamedTuple):
         """Bytes of all that is trained."""
         return self.other_trained + sum(layer.trained for layer in self.layers)
 
+    def of_layers(self, kinds: list[int]) -> Step:
+        """The step of a model with as many layers, each like that of this index."""
+        return self._replace(layers=[self.layers[kind] for kind in kinds])
+
+    def checkpointed_first(self, number: int, checkpointed: Step) -> Step:
+        """With so many layers as they are in ``checkpointed``, in which all are checkpointed."""
+        if number == 0:
+            return self
+        return checkpointed._replace(layers=[*checkpointed.layers[:number], *self.layers[number:]])
+
     def memory(self) -> StepMemory:
         """What the parts allocate, one after the other."""
         forward = [layer.forward for layer in self.layers]
@@ -219,7 +229,7 @@ def record(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
     return Step(before, recorded, loss_forward, loss_backward, after, other_weights, other_trained)
 
 
-def _run_in_parts(layers: list[nn.Module], loss: Callable[[], Tensor], alive: _Alive) -> Tensor:
+def _run_in_parts(layers: Iterable[nn.Module], loss: Callable[[], Tensor], alive: _Alive) -> Tensor:
     """``loss()``, with an end of a part at each border of layers, now and in its backward."""
 
     def enter(_, args) -> None:
@@ -232,7 +242,8 @@ def _run_in_parts(layers: list[nn.Module], loss: Callable[[], Tensor], alive: _A
         h.register_hook(alive.end_part)
 
     hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
-    hooks.append(layers[-1].register_forward_hook(leave))
+    *_, last = layers
+    hooks.append(last.register_forward_hook(leave))
     result = loss()
     alive.end_part()
     for hook in hooks:  # a recomputed layer would call them again
@@ -294,25 +305,29 @@ def loss_of(model: nn.Module, ids: Tensor, in_chunks: bool) -> Callable[[], Tens
 
     def loss() -> Tensor:
         h = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        return _LossInChunks.apply(h.flatten(0, -2), model.get_output_embeddings().weight)
+        return chunked_loss(h.flatten(0, -2), model.get_output_embeddings().weight)
 
     return loss
 
 
-class _LossInChunks(torch.autograd.Function):
-    """What Liger's fused linear cross entropy allocates, for a frozen output layer.
+def chunked_loss(h: Tensor, weight: Tensor) -> Tensor:
+    """Allocates what Liger's fused linear cross entropy does for a frozen output layer; the loss is 0.
 
-    The forward has the logits of some tokens at a time, which their gradient overwrites, and already computes
-    the gradient of h. `torch.nn.functional.linear_cross_entropy` in chunks keeps the same.
+    The logits of some tokens at a time, which their gradient overwrites, and already in the forward the
+    gradient of h (tokens, hidden_size). `torch.nn.functional.linear_cross_entropy` in chunks keeps the same.
     """
+    return _ChunkedLoss.apply(h, weight)
+
+
+class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight):
         (tokens, width), vocabulary = h.shape, len(weight)
         chunks = math.ceil(vocabulary / width)
         size = 2 ** math.ceil(math.log2(tokens / chunks))
-        grad = torch.empty_like(h)
-        losses = h.new_empty(tokens, dtype=torch.float32)
+        grad = torch.zeros_like(h)
+        losses = h.new_zeros(tokens, dtype=torch.float32)
         for h_chunk, grad_chunk in zip(h.split(size), grad.split(size), strict=True):
             logits = h_chunk @ weight.t()
             grad_chunk.copy_(logits @ weight)

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
@@ -15,6 +16,7 @@ from mica.cli import quantising
 from mica.cli.step_memory import (
     ATTENTION,
     checkpoint_first,
+    chunked_loss,
     decoder_layers,
     dropout_of_devices,
     loss_of,
@@ -130,3 +132,80 @@ def test_counted_is_measured(case):
 @pytest.mark.parametrize("case", ON_SMOLLM2)
 def test_counted_is_measured_on_smollm2(case):
     check(case, models.smollm2().config, models.smollm2(BF16), 512, tolerance=5e-3)
+
+
+WHOLE = {  # configuration, and which of its layers have other adapters
+    "Llama": (SMALL, "all-linear"),
+    "one layer unlike the others": (SMALL, ["1.mlp.down_proj", "q_proj"]),
+    "Gemma 3": (Gemma3TextConfig(**WIDTHS, head_dim=64, num_hidden_layers=7, vocab_size=2048), "all-linear"),
+    "GPT-2": (GPT2Config(n_embd=256, n_head=4, n_layer=4, vocab_size=2048), "all-linear"),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_step_of_all_layers_follows_from_one_of_each_kind(case):
+    config, targets = WHOLE[case]
+    mica.fast.enable(lora=True)
+    ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+
+    def recorded(model, number):
+        checkpoint_first(model, number)
+        return record(model, loss_of(model, ids, in_chunks=False))
+
+    whole = prepared(outline(config), {**DROPOUT, "targets": targets})
+    short = copy.deepcopy(whole)
+    adapted = [module for module in short.modules() if hasattr(module, "lora_A")]
+    kinds = shorten(short, adapted)
+    assert len(decoder_layers(short)[1]) == 1 + max(kinds) < len(kinds)
+    steps = [recorded(short, number) for number in (0, len(kinds))]
+    plain, checkpointed = (step.of_layers(kinds) for step in steps)
+    for number in (0, 1, len(kinds) - 1, len(kinds)):
+        step = plain.checkpointed_first(number, checkpointed)
+        assert step == recorded(whole, number)
+
+
+def test_the_first_layers_are_the_right_ones_to_checkpoint():
+    model = prepared(outline(SMALL), LORA)
+    ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+    peaks = []
+    for chosen in ((0, 1), (0, 2), (2, 3)):
+        checkpoint_first(model, 0)
+        for index, layer in enumerate(decoder_layers(model)[1]):
+            layer.gradient_checkpointing = index in chosen
+        peaks.append(record(model, loss_of(model, ids, in_chunks=True)).memory().peak)
+    assert peaks == sorted(peaks)
+    assert peaks[0] < peaks[-1]
+
+
+@pytest.mark.parametrize(
+    ("bits", "replaced"),
+    [(4, lambda linear: quantised_models.bnb_4bit(linear, double=True)), (8, quantised_models.bnb_8bit)],
+)
+def test_quantised_weights_have_the_bytes_of_real_ones(bits, replaced):
+    real = quantised_models.quantise(AutoModelForCausalLM.from_config(copy.deepcopy(SMALL), dtype=BF16), replaced)
+    counted = outline(SMALL, bits)
+    for ours, theirs in zip(decoder_layers(counted)[1], decoder_layers(real)[1], strict=True):
+        assert sum(size_of(ours)) == sum(size_of(theirs))
+
+
+def test_the_chunked_loss_allocates_as_much_as_libraries_do():
+    """Vocabulary and width are such that all cut the tokens into eight."""
+    h = nn.Parameter(torch.randn(64, 32, dtype=BF16))
+    weight, labels = torch.randn(256, 32, dtype=BF16), torch.randint(256, (64,))
+
+    def allocated(loss):
+        return measured(nn.ParameterList([h]), lambda: loss(h * 2))
+
+    kept, peak = allocated(lambda h: chunked_loss(h, weight))
+    liger = pytest.importorskip("liger_kernel.ops.fused_linear_cross_entropy")
+    function = liger.LigerFusedLinearCrossEntropyFunction
+    _, peak_of_liger = allocated(lambda h: function.apply(h, weight, labels)[0])  # the interpreter keeps logits
+    assert peak == pytest.approx(peak_of_liger, rel=0.01)
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("PyTorch has no linear_cross_entropy")
+    options = nn.LinearCrossEntropyOptions(chunking_method="aspect_ratio", acc_policy="compact")  # a GPU's
+    kept_by_torch, peak_of_torch = allocated(
+        lambda h: F.linear_cross_entropy(h, weight, labels, options=options)
+    )
+    assert kept == pytest.approx(kept_by_torch, rel=0.01)
+    assert peak_of_torch <= peak
