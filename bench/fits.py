@@ -21,9 +21,8 @@ def counted(model: str, how: str) -> list[dict]:
     arguments = ["fits", str(MODELS / model), "--tokens", str(TOKENS), *HOWS[how]]
     rows = []
     for setup in fits.measured(cli.parser().parse_args(arguments)):
-        fewest = {str(memory): setup.fewest(memory) for memory in pages.DEVICES}
-        for checkpointing in (False, True):
-            rows.append(setup.row(checkpointing) | {"fewest_checkpointed": fewest})
+        fewest = {str(memory): setup.fewest(memory)[0] for memory in pages.DEVICES}
+        rows += [row | {"fewest_checkpointed": fewest} for row in setup.rows()]
     return rows
 
 

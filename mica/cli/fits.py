@@ -33,8 +33,10 @@ _SCRIPT = """\
 To checkpoint the first k layers, whose backward is the last and finds most memory free (not by the Trainer,
 which checkpoints all: gradient_checkpointing=False, also in TRL's configurations):
 
+    from transformers.modeling_layers import GradientCheckpointingLayer
     model.{enable}({{"use_reentrant": False}})
-    for index, layer in enumerate(model.get_decoder().{layers}):
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < k"""
 
 
@@ -83,7 +85,13 @@ def add_parser(commands) -> None:
     add("--batch-size", type=count(), default=1, help="sequences in a step")
     add("--rank", type=count(), default=16, help="rank of the adapter")
     add("--target-modules", type=a_name, default="all-linear", metavar="NAMES", help="what is adapted")
-    add("--dropout", type=number(float, 0, 1, low_allowed=True), default=0.0, metavar="P", help="of the adapter")
+    add(
+        "--dropout",
+        type=number(float, 0, 1, low_allowed=True),
+        default=0.0,
+        metavar="P",
+        help="of the adapter",
+    )
     add("--dora", action="store_true", help="count DoRA, too")
     add_dtype_options(parser, "dtype of the weights; auto: that of the checkpoint")
     add("--bits", type=int, choices=(4, 8), help="of the frozen weights by bitsandbytes; 4: nf4, as in QLoRA")
@@ -95,65 +103,79 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command. ``--json`` is one object: the options, and ``rows`` as from `Counted.row`.
+    """Run the command. ``--json`` is one object: the options, and ``rows`` as from `Counted.rows`.
 
     Raises UsageError; also for mixtures of experts, whose memory depends on values.
     """
     if args.json:
         check_table(args.json)
     counted = measured(args)
-    rows = [one.row(checkpointing, args.memory) for one in counted for checkpointing in (False, True)]
+    rows = [row for one in counted for row in one.rows(args.memory)]
     print(_table(rows, args.memory))
     print(_NOTES)
     peaks = [row["peak_bytes"] for row in rows if row["checkpointing"]]
     if args.loss == "logits" and max(peaks) < _ALIKE * min(peaks):
         print(_LOGITS)
     if args.memory:
-        print(_fewest_table(counted, args))
+        from mica.cli.step_memory import ENABLE_CHECKPOINTING
+
+        print(_SCRIPT.format(enable=ENABLE_CHECKPOINTING))
     if args.json:
-        names = ("model", "tokens", "batch_size", "rank", "target_modules", "dropout", "dtype", "bits", "loss")
-        report = {name: getattr(args, name) for name in (*names, "memory")} | {"rows": rows}
-        write_table(args.json, report)
+        options = {
+            name: value for name, value in vars(args).items() if name not in ("run", "command", "json")
+        }
+        write_table(args.json, options | {"rows": rows})
     return 0
 
 
 class Counted(NamedTuple):
-    """The step of a set-up; ``plain`` and ``checkpointed``: with none and with all of its layers."""
+    """The step of a set-up; ``plain`` and ``checkpointed``: recorded with none and with all of its layers.
+
+    ``tokens``: of all sequences. ``kinds``: see `mica.cli.step_memory.memory`.
+    """
 
     name: str
-    tokens: int  # of all sequences of the step
-    plain: "Step"  # noqa: F821  of mica.cli.step_memory, which imports torch
-    checkpointed: "Step"  # noqa: F821
+    tokens: int
+    kinds: list[int]
+    plain: tuple
+    checkpointed: tuple
 
-    def figures(self, checkpointed: int) -> dict[str, int]:
-        """What the step takes with so many layers checkpointed, the first."""
-        step = self.plain.checkpointed_first(checkpointed, self.checkpointed)
-        memory = step.memory()
-        total = step.weights + _ADAM * step.trained + memory.peak
-        sizes = {"weights": step.weights, "kept": memory.kept, "peak": memory.peak, "total": total}
-        return {f"{name}_bytes": size for name, size in sizes.items()}
+    def row(self, number: int) -> dict:
+        """What the step takes with its first ``number`` layers checkpointed."""
+        from mica.cli.step_memory import memory
 
-    def fewest(self, memory: float) -> int | None:
-        """How many layers have to be checkpointed for so many GiB; None: all are not enough."""
-        for number in range(len(self.plain.layers) + 1):
-            if self.figures(number)["total_bytes"] <= memory * GIB:
-                return number
-        return None
+        kept, peak = memory(self.plain, self.checkpointed, self.kinds, number)
+        of_all = (*self.kinds, -1)
+        weights, trained = (sum(sizes[kind] for kind in of_all) for sizes in self.plain[1:])
+        return {
+            "name": self.name,
+            "checkpointing": number > 0,
+            "weights_bytes": weights,
+            "kept_bytes": kept,
+            "peak_bytes": peak,
+            "total_bytes": weights + _ADAM * trained + peak,
+        }
 
-    def row(self, checkpointing: bool, memory: float | None = None) -> dict:
-        """The step with none or all layers checkpointed.
+    def fewest(self, memory: float) -> tuple[int | None, int | None]:
+        """How many layers have to be checkpointed for so many GiB, and the total; None: all are too few."""
+        for checkpointed in range(len(self.kinds) + 1):
+            total = self.row(checkpointed)["total_bytes"]
+            if total <= memory * GIB:
+                return checkpointed, total
+        return None, None
 
-        With ``memory``, in GiB, also ``tokens_that_fit``, of all sequences of a step, and
-        ``fewest_checkpointed`` with ``fewest_total_bytes``, what a step then takes.
+    def rows(self, memory: float | None = None) -> list[dict]:
+        """With no and with all layers checkpointed.
+
+        ``memory``, in GiB, adds the tokens that fit, of all sequences, and `fewest`.
         """
-        figures = self.figures(len(self.plain.layers) if checkpointing else 0)
-        row = {"name": self.name, "checkpointing": checkpointing, **figures}
+        rows = [self.row(0), self.row(len(self.kinds))]
         if memory:
-            fewest = self.fewest(memory)
-            row["tokens_that_fit"] = tokens_that_fit(row, self.tokens, memory)
-            row["fewest_checkpointed"] = fewest
-            row["fewest_total_bytes"] = None if fewest is None else self.figures(fewest)["total_bytes"]
-        return row
+            fewest, total = self.fewest(memory)
+            for row in rows:
+                row["tokens_that_fit"] = tokens_that_fit(row, self.tokens, memory)
+                row |= {"fewest_checkpointed": fewest, "fewest_total_bytes": total}
+        return rows
 
 
 def measured(args: argparse.Namespace) -> list[Counted]:
@@ -178,10 +200,10 @@ class _Model(NamedTuple):
     bitsandbytes, or None.
     """
 
-    base: "PreTrainedModel"  # noqa: F821
+    base: object
     kinds: list[int]
     targets: dict[str, object]
-    quantisation: "BitsAndBytesConfig | None"  # noqa: F821
+    quantisation: object
 
 
 def _count(model: _Model, setup: Setup, args: argparse.Namespace) -> Counted:
@@ -192,11 +214,11 @@ def _count(model: _Model, setup: Setup, args: argparse.Namespace) -> Counted:
     adapted = _adapted(model, setup, args)
     ids = torch.zeros(args.batch_size, args.tokens, dtype=torch.long, device="meta")
     loss = loss_of(adapted, ids, args.loss == "chunked")
-    steps = []
-    for number in (0, len(model.kinds)):
-        checkpoint_first(adapted, number)
-        steps.append(record(adapted, loss).of_layers(model.kinds))
-    return Counted(setup.name, args.batch_size * args.tokens, *steps)
+    recorded = []
+    for checkpointed in (0, len(model.kinds)):
+        checkpoint_first(adapted, checkpointed)
+        recorded.append(record(adapted, loss))
+    return Counted(setup.name, ids.numel(), model.kinds, *recorded)
 
 
 def tokens_that_fit(row: dict, tokens: int, memory: float) -> int:
@@ -216,6 +238,7 @@ def _outline(args: argparse.Namespace) -> _Model:
     import torch
 
     from mica.cli.loading import find_source, quieten_libraries, skeleton
+    from mica.cli.quantising import quantisation
     from mica.cli.step_memory import ATTENTION, shorten
     from mica.cli.targets import find_targets, stacks_of
 
@@ -226,7 +249,7 @@ def _outline(args: argparse.Namespace) -> _Model:
     if base is None:
         what = "is no causal language model, or cannot be built without its weights"
         raise UsageError(f"{args.model}: {what}, so nothing can be counted")
-    quantisation = _quantisation(base, args)
+    found = quantisation(base, args)
     if stacks_of(base):
         raise UsageError(f"{args.model}: has experts, and how many tokens each gets is not known")
     targets = find_targets(base, args.target_modules)
@@ -234,26 +257,7 @@ def _outline(args: argparse.Namespace) -> _Model:
     base.requires_grad_(False)
     base.enable_input_require_grads()
     kinds = shorten(base, targets.modules.values())
-    return _Model(base.train(), kinds, targets.config, quantisation)
-
-
-def _quantisation(base, args: argparse.Namespace):
-    """By ``--bits``, or that of the checkpoint; None if there is none. Raises UsageError for other libraries."""
-    from transformers.utils import is_bitsandbytes_available
-
-    from mica.cli.quantising import of_bits, of_checkpoint
-
-    given = getattr(base.config, "quantization_config", None)
-    if given is None and args.bits is None:
-        return None
-    if given is not None and args.bits is not None:
-        raise UsageError(f"--bits {args.bits}: {args.model} is quantised already: leave --bits out")
-    if not is_bitsandbytes_available():
-        raise UsageError(f"{args.model}: 4 or 8 bits need bitsandbytes: pip install bitsandbytes")
-    found = of_bits(args.bits, base.dtype) if given is None else of_checkpoint(given)
-    if found is None:
-        raise UsageError(f"{args.model}: is quantised, and not by bitsandbytes, whose layers alone are counted")
-    return found
+    return _Model(base.train(), kinds, targets.config, found)
 
 
 @contextmanager
@@ -299,6 +303,8 @@ def _table(rows: list[dict], memory: float | None) -> str:
         header += [f"{checkpointing}kept", "peak", "total"]
         if memory:
             header.append(f"tokens in {memory:g}")
+    if memory:
+        header += [f"fewest checkpointed in {memory:g}", "total"]
     lines = [header]
     for row in rows:
         if not row["checkpointing"]:
@@ -306,23 +312,10 @@ def _table(rows: list[dict], memory: float | None) -> str:
         lines[-1] += [_gib(row[f"{which}_bytes"]) for which in ("kept", "peak", "total")]
         if memory:
             lines[-1].append(f"{row['tokens_that_fit']:,}")
+        if memory and row["checkpointing"]:
+            fewest, total = row["fewest_checkpointed"], row["fewest_total_bytes"]
+            lines[-1] += ["too few: all", ""] if fewest is None else [str(fewest), _gib(total)]
     return "\n".join(aligned(lines))
-
-
-def _fewest_table(counted: list[Counted], args: argparse.Namespace) -> str:
-    """How many layers each set-up has to checkpoint, what a step then takes, and how they are checkpointed."""
-    from mica.cli.step_memory import ENABLE_CHECKPOINTING
-
-    lines = [[f"{counted[0].tokens:,} tokens in {args.memory:g} GiB", "fewest checkpointed", "total"]]
-    for one in counted:
-        fewest = one.fewest(args.memory)
-        if fewest is None:
-            lines.append([one.name, "all are too few", ""])
-            continue
-        total = one.figures(fewest)["total_bytes"]
-        lines.append([one.name, f"{fewest} of {len(one.plain.layers)} layers", _gib(total)])
-    script = _SCRIPT.format(enable=ENABLE_CHECKPOINTING, layers="layers")
-    return "\n".join(["", *aligned(lines), "", script])
 
 
 def _gib(size: int) -> str:

@@ -1,26 +1,37 @@
 """bitsandbytes' layers on the meta device: a model in 4 or 8 bits whose memory is counted."""
 
-from __future__ import annotations
+from argparse import Namespace
 
-import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import is_bitsandbytes_available
+
+from mica.errors import UsageError
 
 
-def of_bits(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """4 bits are QLoRA's: nf4, quantised scales, products in the model's dtype."""
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-    return BitsAndBytesConfig(load_in_4bit=True, **nf4)
+def quantisation(model: nn.Module, args: Namespace) -> BitsAndBytesConfig | None:
+    """By ``args.bits``, where 4 are QLoRA's, or the checkpoint; None without.
 
-
-def of_checkpoint(config: dict) -> BitsAndBytesConfig | None:
-    """What ``quantization_config`` of a checkpoint says; None for another library."""
-    if config.get("quant_method", "bitsandbytes") != "bitsandbytes":
+    Raises UsageError for both, for other libraries, and if bitsandbytes is missing.
+    """
+    given = getattr(model.config, "quantization_config", None)
+    if given is None and args.bits is None:
         return None
-    return BitsAndBytesConfig.from_dict(config)
+    what = None
+    if given is not None and args.bits is not None:
+        what = f"is quantised already: leave --bits {args.bits} out"
+    elif given is not None and given.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        what = f"is quantised by {given['quant_method']}: only layers of bitsandbytes are counted"
+    elif not is_bitsandbytes_available():
+        what = "4 or 8 bits need bitsandbytes: pip install bitsandbytes"
+    if what is not None:
+        raise UsageError(f"{args.model}: {what}")
+    if given is not None:
+        return BitsAndBytesConfig.from_dict(given)
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    bits = {"load_in_4bit": args.bits == 4, "load_in_8bit": args.bits == 8}
+    return BitsAndBytesConfig(**bits, **nf4, bnb_4bit_compute_dtype=model.dtype)
 
 
 def quantise(model: nn.Module, config: BitsAndBytesConfig) -> None:
@@ -38,17 +49,12 @@ def quantise(model: nn.Module, config: BitsAndBytesConfig) -> None:
         weight = getattr(layer, "weight", None)
         kind = type(weight).__name__
         if kind == "Params4bit":
-            weight.data, weight.quant_state = functional.quantize_4bit(
-                weight.data.to(dtype),
-                compress_statistics=weight.compress_statistics,
-                quant_type=weight.quant_type,
-                quant_storage=weight.quant_storage,
-            )
+            options = ("compress_statistics", "quant_type", "quant_storage")
+            options = {name: getattr(weight, name) for name in options}
+            weight.data, weight.quant_state = functional.quantize_4bit(weight.data.to(dtype), **options)
             layer.quant_state = weight.quant_state
             weight.bnb_quantized = True
         elif kind == "Int8Params":
             weight.data, weight.SCB, _ = functional.int8_vectorwise_quant(weight.data.half())
             weight.CB = weight.data
             layer.state.threshold = 0.0  # which columns are outliers depends on values
-        if kind in ("Params4bit", "Int8Params") and layer.bias is not None:
-            layer.bias.data = layer.bias.data.to(dtype)

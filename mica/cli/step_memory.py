@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,9 @@ ATTENTION = "counted"  # a name with "flash" in it would be looked for on the Hu
 _COMPOSITE = ("bitsandbytes::gemm_4bit", "bitsandbytes::int8_scaled_mm")
 _ANY_DEVICE = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
 # transformers 5.24 has renamed it
-ENABLE_CHECKPOINTING = next(
-    name
-    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    if hasattr(PreTrainedModel, name)
-)
+ENABLE_CHECKPOINTING = "activation_checkpointing_enable"
+if not hasattr(PreTrainedModel, ENABLE_CHECKPOINTING):
+    ENABLE_CHECKPOINTING = "gradient_checkpointing_enable"
 _CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}  # its 5 kB are a CPU's, of no device
 
 
@@ -65,78 +63,54 @@ class Part(NamedTuple):
     peak: int
 
 
-class Layer(NamedTuple):
-    """A layer's parts of a step, and the bytes of its weights and of those of them that are trained."""
+class Recorded(NamedTuple):
+    """A step: what is before the layers, each layer, the loss, and the same backwards.
 
-    forward: Part
-    backward: Part
-    weights: int
-    trained: int
+    ``weights``, ``trained``: bytes of the parameters of each layer, and of what is in none; the former with
+    buffers and scales.
+    """
 
-
-class Step(NamedTuple):
-    """A step in parts, in their order, and the bytes of what is in no layer."""
-
-    before: Part
-    layers: list[Layer]
-    loss: Part
-    loss_backward: Part
-    after: Part
-    other_weights: int
-    other_trained: int
-
-    @property
-    def weights(self) -> int:
-        """Bytes of all weights, with adapters and buffers."""
-        return self.other_weights + sum(layer.weights for layer in self.layers)
-
-    @property
-    def trained(self) -> int:
-        """Bytes of all that is trained."""
-        return self.other_trained + sum(layer.trained for layer in self.layers)
-
-    def of_layers(self, kinds: list[int]) -> Step:
-        """The step of a model with as many layers, each like that of this index."""
-        return self._replace(layers=[self.layers[kind] for kind in kinds])
-
-    def checkpointed_first(self, number: int, checkpointed: Step) -> Step:
-        """With so many layers as they are in ``checkpointed``, in which all are checkpointed."""
-        if number == 0:
-            return self
-        return checkpointed._replace(layers=[*checkpointed.layers[:number], *self.layers[number:]])
-
-    def memory(self) -> StepMemory:
-        """What the parts allocate, one after the other."""
-        forward = [layer.forward for layer in self.layers]
-        backward = [layer.backward for layer in reversed(self.layers)]
-        level = peak = 0
-        for part in (self.before, *forward, self.loss, self.loss_backward, *backward, self.after):
-            peak = max(peak, level + part.peak)
-            level += part.change
-            if part is self.loss:
-                kept = level
-        return StepMemory(kept, peak)
+    parts: list[Part]
+    weights: list[int]
+    trained: list[int]
 
 
-@contextmanager
-def dropout_of_devices() -> Iterator[None]:
-    """Dropout inside keeps a mask of bytes, as on a GPU; elsewhere PyTorch's keeps one in the dtype of x.
+def memory(plain: Recorded, checkpointed: Recorded, kinds: list[int], number: int) -> StepMemory:
+    """What a step allocates of which the first ``number`` layers are checkpointed.
+
+    ``plain``, ``checkpointed``: recorded with none and with all. ``kinds``: for each layer of the step the
+    index of the recorded one.
+    """
+    others = checkpointed.parts if number else plain.parts
+    half = len(others) // 2
+    forward, backward = [], []
+    for index, kind in enumerate(kinds):
+        parts = checkpointed.parts if index < number else plain.parts
+        forward.append(parts[1 + kind])
+        backward.insert(0, parts[-2 - kind])
+    level = peak = 0
+    for part in (others[0], *forward, others[half - 1]):
+        peak = max(peak, level + part.peak)
+        level += part.change
+    kept = level
+    for part in (others[half], *backward, others[-1]):
+        peak = max(peak, level + part.peak)
+        level += part.change
+    return StepMemory(kept, peak)
+
+
+def dropout_of_devices():
+    """A context in which dropout keeps a mask of bytes, as on a GPU; elsewhere it has the dtype of x.
 
     No mode of PyTorch would do: within `backward` none sees what checkpointed layers compute again.
     """
-    functional = nn.functional
-    own = functional.dropout
-    functional.dropout = _native_dropout
-    try:
-        yield
-    finally:
-        functional.dropout = own
+    return patch.object(nn.functional, "dropout", _native_dropout)
 
 
 def _native_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    if not training or p == 0:
-        return input
-    return torch.native_dropout(input, p, training)[0]
+    if training and p:
+        input, _ = torch.native_dropout(input, p, training)
+    return input
 
 
 class _Alive(TorchDispatchMode):
@@ -144,25 +118,33 @@ class _Alive(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes = self._start = self._peak = 0
         self.parts: list[Part] = []
-        self.ends_part = False  # before the next operator, when what is only held by a call has gone
+        self._is_left = False  # the last layer, but what only its call holds is still there
         self._storages: dict[int, weakref.ref] = {}
-        self._begin()
-
-    def _begin(self) -> None:
-        self._start = self._peak = self.bytes
 
     def end_part(self, *_) -> None:
         """One part of the step is over, and the next begins."""
         self.parts.append(Part(self.bytes - self._start, self._peak - self._start))
-        self._begin()
+        self._start = self._peak = self.bytes
 
-    def note(self, tensor: Tensor) -> None:
+    def enter(self, _, args) -> None:
+        """A hook before each layer."""
+        self.end_part()
+        args[0].register_hook(self.end_part)
+
+    def leave(self, _, args, output) -> None:
+        """A hook after the last layer."""
+        self._is_left = True
+        h = output[0] if isinstance(output, tuple) else output
+        h.register_hook(self.end_part)
+
+    def note(self, tensor: Tensor) -> int:
+        """The bytes of its storage; 0 if it is known."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._storages:
-            return
+            return 0
         size = storage.nbytes()
 
         def forget(_) -> None:
@@ -172,18 +154,11 @@ class _Alive(TorchDispatchMode):
         self._storages[key] = weakref.ref(storage, forget)
         self.bytes += size
         self._peak = max(self._peak, self.bytes)
-
-    def weights_of(self, module: nn.Module) -> int:
-        """Bytes that the module has, but for what was noted before."""
-        before = self.bytes
-        for tensor in _held(module):
-            self.note(tensor)
-        self._begin()
-        return self.bytes - before
+        return size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.ends_part:
-            self.ends_part = False
+        if self._is_left:
+            self._is_left = False
             self.end_part()
         if func._schema.name in _COMPOSITE:
             with self:
@@ -206,92 +181,62 @@ def _held(module: nn.Module) -> Iterator[Tensor]:
             yield from (value for value in held if isinstance(value, Tensor))
 
 
-def _trained(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
-
-
-def record(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
+def record(model: nn.Module, loss: Callable[[], Tensor]) -> Recorded:
     """What ``loss()`` of the model and its backward allocate. The gradients are cleared again."""
-    _, layers = decoder_layers(model)
+    layers = list(decoder_layers(model).values())
+    weights, trained = [], []
     with dropout_of_devices(), _Alive() as alive:
-        weights = [alive.weights_of(layer) for layer in layers]
-        other_weights = alive.weights_of(model)
-        result = _run_in_parts(layers, loss, alive)
+        for module in (*layers, model):
+            sizes = [(alive.note(tensor), tensor.requires_grad) for tensor in _held(module)]
+            weights.append(sum(size for size, _ in sizes))
+            trained.append(sum(size for size, is_trained in sizes if is_trained))
+        alive.end_part()
+        hooks = [layer.register_forward_pre_hook(alive.enter) for layer in layers]
+        hooks.append(layers[-1].register_forward_hook(alive.leave))
+        result = loss()
+        alive.end_part()
+        for hook in hooks:  # a recomputed layer would call them again
+            hook.remove()
         result.backward()
         alive.end_part()
     model.zero_grad()
-    before, *forward = alive.parts[: len(layers) + 1]
-    loss_forward, loss_backward, *backward, after = alive.parts[len(layers) + 1 :]
-    trained = [_trained(layer) for layer in layers]
-    of_layers = zip(forward, reversed(backward), weights, trained, strict=True)
-    recorded = [Layer(*of_layer) for of_layer in of_layers]
-    other_trained = _trained(model) - sum(trained)
-    return Step(before, recorded, loss_forward, loss_backward, after, other_weights, other_trained)
+    return Recorded(alive.parts[1:], weights, trained)
 
 
-def _run_in_parts(layers: Iterable[nn.Module], loss: Callable[[], Tensor], alive: _Alive) -> Tensor:
-    """``loss()``, with an end of a part at each border of layers, now and in its backward."""
-
-    def enter(_, args) -> None:
-        alive.end_part()
-        args[0].register_hook(alive.end_part)
-
-    def leave(_, args, output) -> None:
-        alive.ends_part = True
-        h = output[0] if isinstance(output, tuple) else output
-        h.register_hook(alive.end_part)
-
-    hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
-    *_, last = layers
-    hooks.append(last.register_forward_hook(leave))
-    result = loss()
-    alive.end_part()
-    for hook in hooks:  # a recomputed layer would call them again
-        hook.remove()
-    return result
-
-
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """What the decoder calls the list of its layers, and the list.
-
-    Raises UsageError if it has none whose layers can be checkpointed one by one.
-    """
-    for name, module in model.get_decoder().named_children():
-        if isinstance(module, nn.ModuleList) and isinstance(next(iter(module)), GradientCheckpointingLayer):
-            return name, module
-    what = "has no list of layers that can be checkpointed one by one"
-    raise UsageError(f"{type(model).__name__} {what}, by which a step is counted")
+def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of the decoder that can be checkpointed, by name. Raises UsageError if there are none."""
+    named = model.get_decoder().named_modules()
+    layers = {name: module for name, module in named if isinstance(module, GradientCheckpointingLayer)}
+    if not layers:
+        raise UsageError(f"{type(model).__name__} has no layers that can be checkpointed one by one")
+    return layers
 
 
 def shorten(model: nn.Module, adapted: Iterable[nn.Module]) -> list[int]:
-    """Leave one layer of each kind in the model, which keep their names; ``adapted``: modules.
+    """Leave one layer of each kind in the model; they keep their names. ``adapted``: modules.
 
     The first layer is a kind of its own: the embeddings that it gets outlive it. Returns for each layer that
     was there the index of the one that is left of its kind.
     """
-    _, layers = decoder_layers(model)
-    config = model.get_decoder().config
-    types = getattr(config, "layer_types", None) or [""] * len(layers)
-    adapted = {id(module) for module in adapted}
+    decoder = model.get_decoder()
+    adapted = set(adapted)
     kinds = []
-    for index, layer in enumerate(layers):
-        inside = tuple(name for name, module in layer.named_modules() if id(module) in adapted)
-        kinds.append((index == 0, types[index], repr(layer), inside))
+    for name, layer in decoder_layers(model).items():
+        inside = tuple(inner for inner, module in layer.named_modules() if module in adapted)
+        kind = (not kinds, repr(layer), inside)
+        if kind in kinds:
+            parent, _, index = name.rpartition(".")
+            delattr(decoder.get_submodule(parent), index)  # `del` of a list would rename the others
+        kinds.append(kind)
     left = list(dict.fromkeys(kinds))
-    for index, kind in enumerate(kinds):
-        if kinds.index(kind) != index:
-            delattr(layers, str(index))  # `del` would rename the others
-    config.num_hidden_layers = len(left)
-    if any(types):
-        config.layer_types = [kind[1] for kind in left]
+    decoder.config.num_hidden_layers = len(left)
     return [left.index(kind) for kind in kinds]
 
 
 def checkpoint_first(model: nn.Module, number: int) -> None:
     """Checkpoint so many layers: the first, whose backward comes when the others' memory is free."""
     getattr(model, ENABLE_CHECKPOINTING)(_CHECKPOINTING)
-    _, layers = decoder_layers(model)
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(decoder_layers(model).values()):
         layer.gradient_checkpointing = index < number
 
 
@@ -305,27 +250,23 @@ def loss_of(model: nn.Module, ids: Tensor, in_chunks: bool) -> Callable[[], Tens
 
     def loss() -> Tensor:
         h = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        return chunked_loss(h.flatten(0, -2), model.get_output_embeddings().weight)
+        return ChunkedLoss.apply(h.flatten(0, -2), model.get_output_embeddings().weight)
 
     return loss
 
 
-def chunked_loss(h: Tensor, weight: Tensor) -> Tensor:
+class ChunkedLoss(torch.autograd.Function):
     """Allocates what Liger's fused linear cross entropy does for a frozen output layer; the loss is 0.
 
-    The logits of some tokens at a time, which their gradient overwrites, and already in the forward the
-    gradient of h (tokens, hidden_size). `torch.nn.functional.linear_cross_entropy` in chunks keeps the same.
+    Of h (tokens, hidden_size) and the weight (vocabulary, hidden_size). The logits of some tokens at a time,
+    which their gradient overwrites, and already in the forward the gradient of h.
+    `torch.nn.functional.linear_cross_entropy` in chunks keeps the same.
     """
-    return _ChunkedLoss.apply(h, weight)
-
-
-class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight):
         (tokens, width), vocabulary = h.shape, len(weight)
-        chunks = math.ceil(vocabulary / width)
-        size = 2 ** math.ceil(math.log2(tokens / chunks))
+        size = 2 ** math.ceil(math.log2(tokens / math.ceil(vocabulary / width)))
         grad = torch.zeros_like(h)
         losses = h.new_zeros(tokens, dtype=torch.float32)
         for h_chunk, grad_chunk in zip(h.split(size), grad.split(size), strict=True):

@@ -3,6 +3,7 @@
 import copy
 import gc
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,18 +13,19 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
 
 import mica.fast
-from mica.cli import quantising
+from mica.cli.quantising import quantisation, quantise
 from mica.cli.step_memory import (
     ATTENTION,
+    ChunkedLoss,
     checkpoint_first,
-    chunked_loss,
     decoder_layers,
     dropout_of_devices,
     loss_of,
+    memory,
     record,
     shorten,
 )
-from tests.support import models, quantised_models
+from tests.support import models, no_products, quantised_models
 from tests.support.processor import has_instructions
 
 BF16 = torch.bfloat16
@@ -68,7 +70,8 @@ def outline(config, bits=None):
         options = {"dtype": BF16, "attn_implementation": ATTENTION}
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
     if bits is not None:
-        quantising.quantise(model, quantising.of_bits(bits, BF16))
+        args = SimpleNamespace(bits=bits, model="a model")
+        quantise(model, quantisation(model, args))
     return model
 
 
@@ -76,7 +79,7 @@ def prepared(model, adapter, checkpointed=0):
     model.requires_grad_(False)
     model.enable_input_require_grads()
     if adapter is not None:
-        model = models.wrap(model, rank=16, targets="all-linear", **adapter)
+        model = models.wrap(model, rank=16, **{"targets": "all-linear", **adapter})
     checkpoint_first(model, checkpointed)
     return model.train()
 
@@ -103,6 +106,10 @@ def measured(model, loss):
     return kept, peak
 
 
+def as_it_ran(recorded):
+    return memory(recorded, recorded, list(range(len(recorded.weights) - 1)), 0)
+
+
 def check(case, config, real, tokens, tolerance):
     adapter, settings, how = ON_SMOLLM2[case]
     bits, in_chunks, checkpointed = how.get("bits"), how.get("in_chunks", False), how.get("checkpointed", 0)
@@ -116,10 +123,12 @@ def check(case, config, real, tokens, tolerance):
     counted = prepared(outline(config, bits), adapter, checkpointed)
     ids = torch.zeros(1, tokens, dtype=torch.long)
     with mica.fast.disabled() if settings is STOCK else nullcontext():
-        with dropout_of_devices():
+        with dropout_of_devices(), no_products.installed():
             expected = measured(real, loss_of(real, ids, in_chunks))
-        memory = record(counted, loss_of(counted, ids.to("meta"), in_chunks)).memory()
-    assert memory == pytest.approx(expected, rel=tolerance)
+        found = as_it_ran(record(counted, loss_of(counted, ids.to("meta"), in_chunks)))
+    kept, peak = expected
+    assert found.kept == pytest.approx(kept, rel=5e-3)
+    assert found.peak == pytest.approx(peak, rel=tolerance if bits else 5e-3)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -131,7 +140,8 @@ def test_counted_is_measured(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ON_SMOLLM2)
 def test_counted_is_measured_on_smollm2(case):
-    check(case, models.smollm2().config, models.smollm2(BF16), 512, tolerance=5e-3)
+    # Without AVX512 bitsandbytes expands scales to fp32, which no GPU does: 3.5 MB of 137 MB
+    check(case, models.smollm2().config, models.smollm2(BF16), 512, tolerance=3e-2)
 
 
 WHOLE = {  # configuration, and which of its layers have other adapters
@@ -156,12 +166,13 @@ def test_a_step_of_all_layers_follows_from_one_of_each_kind(case):
     short = copy.deepcopy(whole)
     adapted = [module for module in short.modules() if hasattr(module, "lora_A")]
     kinds = shorten(short, adapted)
-    assert len(decoder_layers(short)[1]) == 1 + max(kinds) < len(kinds)
-    steps = [recorded(short, number) for number in (0, len(kinds))]
-    plain, checkpointed = (step.of_layers(kinds) for step in steps)
+    assert len(decoder_layers(short)) == 1 + max(kinds) < len(kinds)
+    plain, checkpointed = (recorded(short, number) for number in (0, len(kinds)))
     for number in (0, 1, len(kinds) - 1, len(kinds)):
-        step = plain.checkpointed_first(number, checkpointed)
-        assert step == recorded(whole, number)
+        of_all = recorded(whole, number)
+        assert memory(plain, checkpointed, kinds, number) == as_it_ran(of_all)
+        for sizes, theirs in ((plain.weights, of_all.weights), (plain.trained, of_all.trained)):
+            assert [sizes[kind] for kind in (*kinds, -1)] == theirs
 
 
 def test_the_first_layers_are_the_right_ones_to_checkpoint():
@@ -170,9 +181,9 @@ def test_the_first_layers_are_the_right_ones_to_checkpoint():
     peaks = []
     for chosen in ((0, 1), (0, 2), (2, 3)):
         checkpoint_first(model, 0)
-        for index, layer in enumerate(decoder_layers(model)[1]):
+        for index, layer in enumerate(decoder_layers(model).values()):
             layer.gradient_checkpointing = index in chosen
-        peaks.append(record(model, loss_of(model, ids, in_chunks=True)).memory().peak)
+        peaks.append(as_it_ran(record(model, loss_of(model, ids, in_chunks=True))).peak)
     assert peaks == sorted(peaks)
     assert peaks[0] < peaks[-1]
 
@@ -182,10 +193,17 @@ def test_the_first_layers_are_the_right_ones_to_checkpoint():
     [(4, lambda linear: quantised_models.bnb_4bit(linear, double=True)), (8, quantised_models.bnb_8bit)],
 )
 def test_quantised_weights_have_the_bytes_of_real_ones(bits, replaced):
-    real = quantised_models.quantise(AutoModelForCausalLM.from_config(copy.deepcopy(SMALL), dtype=BF16), replaced)
+    real = quantised_models.quantise(
+        AutoModelForCausalLM.from_config(copy.deepcopy(SMALL), dtype=BF16), replaced
+    )
     counted = outline(SMALL, bits)
-    for ours, theirs in zip(decoder_layers(counted)[1], decoder_layers(real)[1], strict=True):
-        assert sum(size_of(ours)) == sum(size_of(theirs))
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    recorded = [
+        record(model.train(), loss_of(model, ids.to(model.device), in_chunks=False))
+        for model in map(prepared, (counted, real), (None, None))
+    ]
+    ours, theirs = (sum(step.weights) for step in recorded)
+    assert ours == theirs
 
 
 def test_the_chunked_loss_allocates_as_much_as_libraries_do():
@@ -196,10 +214,12 @@ def test_the_chunked_loss_allocates_as_much_as_libraries_do():
     def allocated(loss):
         return measured(nn.ParameterList([h]), lambda: loss(h * 2))
 
-    kept, peak = allocated(lambda h: chunked_loss(h, weight))
+    kept, peak = allocated(lambda h: ChunkedLoss.apply(h, weight))
     liger = pytest.importorskip("liger_kernel.ops.fused_linear_cross_entropy")
     function = liger.LigerFusedLinearCrossEntropyFunction
-    _, peak_of_liger = allocated(lambda h: function.apply(h, weight, labels)[0])  # the interpreter keeps logits
+    _, peak_of_liger = allocated(
+        lambda h: function.apply(h, weight, labels)[0]
+    )  # the interpreter keeps logits
     assert peak == pytest.approx(peak_of_liger, rel=0.01)
     if not hasattr(F, "linear_cross_entropy"):
         pytest.skip("PyTorch has no linear_cross_entropy")
