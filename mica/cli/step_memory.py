@@ -220,16 +220,20 @@ def shorten(model: nn.Module, adapted: Iterable[nn.Module]) -> list[int]:
     """
     decoder = model.get_decoder()
     adapted = set(adapted)
+    layers = decoder_layers(model)
+    types = getattr(decoder.config, "layer_types", None) or [None] * len(layers)
     kinds = []
-    for name, layer in decoder_layers(model).items():
+    for (name, layer), layer_type in zip(layers.items(), types, strict=True):
         inside = tuple(inner for inner, module in layer.named_modules() if module in adapted)
-        kind = (not kinds, repr(layer), inside)
+        kind = (layer_type, not kinds, repr(layer), inside)
         if kind in kinds:
             parent, _, index = name.rpartition(".")
             delattr(decoder.get_submodule(parent), index)  # `del` of a list would rename the others
         kinds.append(kind)
     left = list(dict.fromkeys(kinds))
     decoder.config.num_hidden_layers = len(left)
+    if any(types):
+        decoder.config.layer_types = [layer_type for layer_type, *_ in left]
     return [left.index(kind) for kind in kinds]
 
 

@@ -158,7 +158,7 @@ def check_script(printed):
         exec(textwrap.dedent(lines), {"model": model, "k": k})
         ran = []
         for layer in model.model.layers:
-            layer.mlp.register_forward_hook(lambda module, *_, ran=ran: ran.append(module))
+            layer.mlp.register_forward_pre_hook(lambda module, *_, ran=ran: ran.append(module))
         model(input_ids=ids, labels=ids).loss.backward()
         assert [ran.count(layer.mlp) for layer in model.model.layers] == [2] * k + [1] * (4 - k)
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
