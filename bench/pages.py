@@ -44,7 +44,9 @@ SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 SOLVED_RANKS = (16, 64, 128)
 WITHOUT = "without adapter"
 FITS = ("PEFT's default", "PEFT's best setting", "here", "here, norms saved")
-DEVICES = (24, 40, 80)  # GiB
+DEVICES = (24, 48, 80)  # GiB
+# How `bench.fits` counts a step
+BF16, NF4, NF4_DROPOUT = "bf16", "nf4, chunked loss", "nf4, chunked loss, dropout 0.05"
 
 
 @cache
@@ -93,10 +95,9 @@ def headline(counted: str, kept: str, one_core: str, two_cores: str, run: str, m
     fresh with plain LoRA. ``run``: has MiCA's creation. ``moe``: of the suite experts.
     """
     model = "Llama-3.1-8B"
-    found = raw(counted)
-    by_name = {row["name"]: row for row in found["models"][model] if not row["checkpointing"]}
-    steps = [by_name[name] for name in (WITHOUT, *(f"LoRA, {how}" for how in FITS[:3]))]
-    tokens = found["tokens"]
+    tokens = raw(counted)["tokens"]
+    in_4_bits, in_bf16 = (_lora_steps(counted, model, how) for how in (NF4, BF16))
+    smallest = DEVICES[0]
     of_kept, *_ = result(kept).select(suite="kept", adapter=PLAIN_LORA, dtype="bfloat16")
     clocks = [one for name in (one_core, two_cores) for one in _steps(name) if _is_plain(one)]
     created, loaded = (only(run, suite=suite) for suite in ("initialisation", "loading"))
@@ -119,12 +120,16 @@ def headline(counted: str, kept: str, one_core: str, two_cores: str, run: str, m
     return [
         ["", WITHOUT, *FITS[:3]],
         [
-            f"{model}, LoRA, {tokens} tokens: kept for the backward (counted)",
-            *(f"{step['kept_bytes'] / GIB:.1f} GiB" for step in steps),
+            f"{model} in 4 bits, LoRA, {tokens} tokens in {smallest} GiB: layers to checkpoint (counted)",
+            *(_fewest(step, smallest) for step in in_4_bits),
         ],
         [
-            "the same: tokens of a step that fit 80 GiB (counted)",
-            *(f"{tokens_that_fit(step, tokens, 80):,}" for step in steps),
+            "the same: tokens of a step without checkpointing (counted)",
+            *(f"{tokens_that_fit(step, tokens, smallest):,}" for step in in_4_bits),
+        ],
+        [
+            f"{model} in bf16, LoRA, {tokens} tokens: kept for the backward (counted)",
+            *(f"{step['kept_bytes'] / GIB:.1f} GiB" for step in in_bf16),
         ],
         ["SmolLM2-135M without its head, LoRA, 512 tokens: kept", *in_ways(megabytes, of_kept)],
         [
@@ -221,22 +226,36 @@ def subspaces(run: str) -> list[Row]:
     return rows
 
 
+def _lora_steps(run: str, model: str, how: str, checkpointing: bool = False) -> list[dict]:
+    """The rows without adapter, and with LoRA by PEFT's default, its best setting and here."""
+    rows = raw(run)["models"][model][how]
+    by_name = {row["name"]: row for row in rows if row["checkpointing"] == checkpointing}
+    return [by_name[name] for name in (WITHOUT, *(f"LoRA, {way}" for way in FITS[:3]))]
+
+
+def _fewest(step: dict, memory: int) -> str:
+    fewest = step["fewest_checkpointed"][str(memory)]
+    return "does not fit" if fewest is None else str(fewest)
+
+
 def fits(run: str) -> list[Row]:
-    """GiB of a step with MiCA, and the tokens that fit a device."""
-    found = raw(run)
-    names = [WITHOUT, *(f"MiCA, {how}" for how in FITS)]
-    rows = [["", WITHOUT, *FITS]]
-    for model, measured in found["models"].items():
-        by_name = {row["name"]: row for row in measured if not row["checkpointing"]}
-        steps = [by_name[name] for name in names]
-        for which, label in (("kept", "kept for the backward"), ("total", "weights, step and Adam")):
-            cells = [f"{step[f'{which}_bytes'] / GIB:.2f} GiB" for step in steps]
-            rows.append([f"{model}: {label}", *cells])
-        fitting = [
-            " / ".join(f"{tokens_that_fit(step, found['tokens'], memory):,}" for memory in DEVICES)
-            for step in steps
-        ]
-        rows.append([f"{model}: tokens that fit {' / '.join(map(str, DEVICES))} GiB", *fitting])
+    """Of a step with LoRA on each device: the fewest checkpointed layers, and the tokens that fit."""
+    tokens = raw(run)["tokens"]
+    devices = " / ".join(map(str, DEVICES))
+    rows = [[f"{devices} GiB", WITHOUT, *FITS[:3]]]
+
+    def row(label: str, steps: list[dict], shown: Callable[[dict, int], str]) -> None:
+        rows.append([label, *(" / ".join(shown(step, memory) for memory in DEVICES) for step in steps)])
+
+    def fitting(step: dict, memory: int) -> str:
+        return f"{tokens_that_fit(step, tokens, memory):,}"
+
+    for model in raw(run)["models"]:
+        steps = _lora_steps(run, model, NF4)
+        row(f"{model}: layers to checkpoint for {tokens:,} tokens", steps, _fewest)
+        row(f"{model}: tokens, none checkpointed", steps, fitting)
+        row("the same, dropout 0.05", _lora_steps(run, model, NF4_DROPOUT), fitting)
+        row(f"{model}: tokens, all checkpointed", _lora_steps(run, model, NF4, True), fitting)
     return rows
 
 

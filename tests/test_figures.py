@@ -24,7 +24,7 @@ def test_every_table_and_text_is_shown_and_a_wrong_figure_is_seen(tmp_path, monk
     texts = [(pages.ROOT / page).read_text(encoding="utf-8") for page in pages.PAGES]
     assert {found[2] for text in texts for found in pages.TABLE.finditer(text)} == pages.TABLES.keys()
     assert {found[2] for text in texts for found in pages.TEXT.finditer(text)} == {*on_a_gpu.TEXTS}
-    wrong = texts[0].replace("19.1 GiB", "19.2 GiB")
+    wrong = texts[0].replace("6,194", "6,195")
     assert wrong != texts[0]
     (tmp_path / "README.md").write_text(wrong, encoding="utf-8")
     monkeypatch.setattr(pages, "ROOT", tmp_path)
@@ -62,11 +62,23 @@ def words():
     figures = median(ratios), min(ratios), max(ratios)
     yield bench, "takes {:.2f} ({:.2f}–{:.2f}) of the CPU time of PEFT's step with it".format(*figures)
     yield main, f"[{figures[0]:.2f} of the time](bench/results/2026-12-01-checkpointing/README.md)"
-    checkpointed = [row for row in pages.raw("fits")["models"]["Llama-3.1-8B"] if row["checkpointing"]]
+    counted = pages.raw("fits")["models"]["Llama-3.1-8B"]
+    checkpointed = [row for row in counted[pages.BF16] if row["checkpointing"]]
     (peak,) = {f"{row['peak_bytes'] / pages.GIB:.2f}" for row in checkpointed}
-    yield bench, f"peak, {peak} GiB of Llama-3.1-8B for all"
     prepared, in_bf16 = pages.raw("2026-12-01-kbit/kept")["kept_bytes"].values()
     yield "recipes/README.md", f"keeps [{prepared[FAST] / in_bf16[FAST]:.2f} times as much]"
+    yield bench, f"peak of such a step, {peak} GiB of Llama-3.1-8B in bf16 for all"
+    fixed = {row["name"]: row["total_bytes"] - row["peak_bytes"] for row in counted[pages.NF4]}
+    less = (fixed["LoRA, here"] - fixed["LoRA, PEFT's best setting"]) / pages.GIB
+    fewer = []
+    for model, memory in (("Llama-3.1-8B", 24), ("Llama-3.1-70B", 80)):
+        rows = pages.raw("fits")["models"][model][pages.NF4]
+        by_name = {row["name"]: row for row in rows if row["checkpointing"]}
+        best, ours = (by_name[f"LoRA, {way}"] for way in ("PEFT's best setting", "here"))
+        share = pages.tokens_that_fit(ours, 4096, memory) / pages.tokens_that_fit(best, 4096, memory)
+        fewer.append(f"{1 - share:.0%}".replace("%", " %"))
+    yield bench, "{} of Llama-3.1-8B's in 24 GiB and {} of the 70B's in 80 GiB".format(*fewer)
+    yield bench, f"are 16-bit, and take {less:.1f} GiB less of Llama-3.1-8B"
     ratio = pages.only(*pages.sources("experts"), suite="experts", out=2048).ratio(FAST, LORA).median
     yield main, f"[{ratio:.2f}× as long](bench/README.md#experts)"
 

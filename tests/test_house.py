@@ -49,7 +49,8 @@ OPTIONS = {
     "--methods --rates --budget --steps --seeds --output --resume",
     "transfer": "--adapter --to --output --dtype --trust-remote-code",
     "inspect": "model --rank --target-modules --dtype --json --trust-remote-code",
-    "fits": "model --tokens --batch-size --rank --target-modules --dtype --memory --json --trust-remote-code",
+    "fits": "model --tokens --batch-size --rank --target-modules --dropout --dora --dtype "
+    "--trust-remote-code --bits --loss --memory --json",
     "doctor": "",
 }
 

@@ -13,7 +13,11 @@ from bench.results.schema import Result
 Row = list[str]
 
 # What an implementation's time is divided by, round by round, where its cell has it
-BASELINES = (BARE, STOCK, names.STOCK_16, names.STOCK_UNCAST, LORA, names.SVD, names.EIGH, names.COPY)
+CHECKPOINTED = tuple(names.checkpointed(name, 1) for name in (STOCK, names.STOCK_16))
+BASELINES = (
+    *(BARE, STOCK, names.STOCK_16, names.STOCK_UNCAST, *CHECKPOINTED),
+    *(LORA, names.SVD, names.EIGH, names.COPY),
+)
 
 
 def shape_in_words(axes: dict[str, str | int]) -> dict[str, str | int]:

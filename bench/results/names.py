@@ -45,6 +45,13 @@ DEVICE_TIME = "device time"
 GRAPH = "graph replay"
 
 
+def checkpointed(name: str, share: float) -> str:
+    """The name of a step with this share of its layers checkpointed."""
+    if share == 0:
+        return name
+    return f"{name}, {'all' if share == 1 else share} layers checkpointed"
+
+
 def stock(dtype: str, autocast: bool = False) -> list[str]:
     """PEFT by default and, where that is another one, in its best setting."""
     if autocast:

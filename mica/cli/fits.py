@@ -25,10 +25,19 @@ _ALIKE = 1.05  # peaks that differ by less
 _NOTES = """\
 GiB. A peak is in addition to the weights, a total is both with Adam's state. Attention is flash attention.
 Not counted: CUDA's context, workspaces, what the allocator rounds, flash attention's fp32 gradient of q,
-prepared copies of B, padding masks. All weights but the adapter's are frozen, without adapter too."""
+prepared copies of B, padding masks, outliers of 8-bit layers. Only the adapter is trained."""
 _LOGITS = """\
 With gradient checkpointing all peaks are alike, because the logits of the loss decide. What helps is a loss
-without them: Liger's fused one, or PyTorch's linear_cross_entropy."""
+without them (--loss chunked): Liger's fused one, or PyTorch's linear_cross_entropy."""
+_SCRIPT = """\
+To checkpoint the first k layers, whose backward is the last and finds most memory free (not by the Trainer,
+which checkpoints all: gradient_checkpointing=False, also in TRL's configurations):
+
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    model.{enable}({{"use_reentrant": False}})
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index < k"""
 
 
 class Setup(NamedTuple):
@@ -39,6 +48,7 @@ class Setup(NamedTuple):
     is_here: bool = False  # on this backend, else PEFT's code
     recompute: str = "norms"
     casts_factors: bool = True  # to fp32, which is PEFT's default
+    is_dora: bool = False
 
 
 def _setups() -> Iterator[Setup]:
@@ -48,6 +58,9 @@ def _setups() -> Iterator[Setup]:
         yield Setup(f"{name}, PEFT's best setting", init, casts_factors=False)
         yield Setup(f"{name}, here", init, is_here=True)
         yield Setup(f"{name}, here, norms saved", init, is_here=True, recompute="activations")
+    yield Setup("DoRA, PEFT's default", True, is_dora=True)
+    yield Setup("DoRA, PEFT's best setting", True, is_dora=True, casts_factors=False)
+    yield Setup("DoRA, here", True, is_dora=True, is_here=True)
 
 
 SETUPS = tuple(_setups())
@@ -72,71 +85,140 @@ def add_parser(commands) -> None:
     add("--batch-size", type=count(), default=1, help="sequences in a step")
     add("--rank", type=count(), default=16, help="rank of the adapter")
     add("--target-modules", type=a_name, default="all-linear", metavar="NAMES", help="what is adapted")
+    add(
+        "--dropout",
+        type=number(float, 0, 1, low_allowed=True),
+        default=0.0,
+        metavar="P",
+        help="of the adapter",
+    )
+    add("--dora", action="store_true", help="count DoRA, too")
     add_dtype_options(parser, "dtype of the weights; auto: that of the checkpoint")
-    add("--memory", type=number(float, 0), metavar="GIB", help="of a device: say how many tokens fit it")
+    add("--bits", type=int, choices=(4, 8), help="of the frozen weights by bitsandbytes; 4: nf4, as in QLoRA")
+    chunked = "chunked: no logits of all tokens, as in Liger's fused loss and linear_cross_entropy"
+    add("--loss", choices=("logits", "chunked"), default="logits", help=chunked)
+    memory = "of a device: say how many tokens fit it, and how many layers have to be checkpointed"
+    add("--memory", type=number(float, 0), metavar="GIB", help=memory)
     add("--json", type=a_path, metavar="FILE", help="also write the numbers as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command. ``--json`` is one object: the options, and ``rows`` as from `measured`.
+    """Run the command. ``--json`` is one object: the options, and ``rows`` as from `Counted.rows`.
 
-    Raises UsageError; also for quantised models and mixtures of experts, whose memory depends on values.
+    Raises UsageError; also for mixtures of experts, whose memory depends on values.
     """
     if args.json:
         check_table(args.json)
-    rows = measured(args)
+    counted = measured(args)
+    rows = [row for one in counted for row in one.rows(args.memory)]
     print(_table(rows, args.memory))
     print(_NOTES)
     peaks = [row["peak_bytes"] for row in rows if row["checkpointing"]]
-    if max(peaks) < _ALIKE * min(peaks):
+    if args.loss == "logits" and max(peaks) < _ALIKE * min(peaks):
         print(_LOGITS)
+    if args.memory:
+        from mica.cli.step_memory import ENABLE_CHECKPOINTING
+
+        print(_SCRIPT.format(enable=ENABLE_CHECKPOINTING))
     if args.json:
-        names = ("model", "tokens", "batch_size", "rank", "target_modules", "dtype", "memory")
-        report = {name: getattr(args, name) for name in names} | {"rows": rows}
-        write_table(args.json, report)
+        options = {
+            name: value for name, value in vars(args).items() if name not in ("run", "command", "json")
+        }
+        write_table(args.json, options | {"rows": rows})
     return 0
 
 
-def measured(args: argparse.Namespace) -> list[dict]:
-    """A row for each of `SETUPS`, without and with gradient checkpointing; stderr shows how many are done."""
+class Counted(NamedTuple):
+    """The step of a set-up; ``plain`` and ``checkpointed``: recorded with none and with all of its layers.
+
+    ``tokens``: of all sequences. ``kinds``: see `mica.cli.step_memory.memory`.
+    """
+
+    name: str
+    tokens: int
+    kinds: list[int]
+    plain: tuple
+    checkpointed: tuple
+
+    def row(self, number: int) -> dict:
+        """What the step takes with its first ``number`` layers checkpointed."""
+        from mica.cli.step_memory import memory
+
+        kept, peak = memory(self.plain, self.checkpointed, self.kinds, number)
+        of_all = (*self.kinds, -1)
+        weights, trained = (sum(sizes[kind] for kind in of_all) for sizes in self.plain[1:])
+        return {
+            "name": self.name,
+            "checkpointing": number > 0,
+            "weights_bytes": weights,
+            "kept_bytes": kept,
+            "peak_bytes": peak,
+            "total_bytes": weights + _ADAM * trained + peak,
+        }
+
+    def fewest(self, memory: float) -> tuple[int | None, int | None]:
+        """How many layers have to be checkpointed for so many GiB, and the total; None: all are too few."""
+        for checkpointed in range(len(self.kinds) + 1):
+            total = self.row(checkpointed)["total_bytes"]
+            if total <= memory * GIB:
+                return checkpointed, total
+        return None, None
+
+    def rows(self, memory: float | None = None) -> list[dict]:
+        """With no and with all layers checkpointed.
+
+        ``memory``, in GiB, adds the tokens that fit, of all sequences, and `fewest`.
+        """
+        rows = [self.row(0), self.row(len(self.kinds))]
+        if memory:
+            fewest, total = self.fewest(memory)
+            for row in rows:
+                row["tokens_that_fit"] = tokens_that_fit(row, self.tokens, memory)
+                row |= {"fewest_checkpointed": fewest, "fewest_total_bytes": total}
+        return rows
+
+
+def measured(args: argparse.Namespace) -> list[Counted]:
+    """Each of `SETUPS`; stderr shows how many are done, from the start."""
     from tqdm import tqdm
 
-    base = _outline(args)
-    rows = []
-    for setup in tqdm(SETUPS, desc="Counting", unit=" set-ups", leave=False):
-        with _running(setup), explained(f"{args.model} cannot be counted without values"):
-            model = _adapted(base, setup, args)
-            rows.append(_row(setup.name, model, False, args))
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-            rows.append(_row(setup.name, model, True, args))
-    return rows
+    setups = [setup for setup in SETUPS if args.dora or not setup.is_dora]
+    counted = []
+    with tqdm(total=len(setups), desc="Counting", unit=" set-ups", leave=False) as progress:
+        model = _outline(args)
+        for setup in setups:
+            with _running(setup), explained(f"{args.model} cannot be counted without values"):
+                counted.append(_count(model, setup, args))
+            progress.update()
+    return counted
 
 
-def _row(name: str, model, checkpointing: bool, args: argparse.Namespace) -> dict:
-    """With ``args.memory`` also ``tokens_that_fit``, of all sequences of a step.
+class _Model(NamedTuple):
+    """The frozen model on the meta device, with one layer of each kind, and what of it is adapted.
 
-    All but the weights and Adam's state grows with the tokens.
+    ``kinds``: for each layer of the whole model the index of that which stands for it. ``quantisation``: of
+    bitsandbytes, or None.
     """
+
+    base: object
+    kinds: list[int]
+    targets: dict[str, object]
+    quantisation: object
+
+
+def _count(model: _Model, setup: Setup, args: argparse.Namespace) -> Counted:
     import torch
 
-    from mica.cli.step_memory import count as count_step
+    from mica.cli.step_memory import checkpoint_first, loss_of, record
 
+    adapted = _adapted(model, setup, args)
     ids = torch.zeros(args.batch_size, args.tokens, dtype=torch.long, device="meta")
-    memory = count_step(model, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
-    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    fixed = memory.weights + _ADAM * trained
-    row = {
-        "name": name,
-        "checkpointing": checkpointing,
-        "weights_bytes": memory.weights,
-        "kept_bytes": memory.kept,
-        "peak_bytes": memory.peak,
-        "total_bytes": fixed + memory.peak,
-    }
-    if args.memory:
-        row["tokens_that_fit"] = tokens_that_fit(row, args.batch_size * args.tokens, args.memory)
-    return row
+    loss = loss_of(adapted, ids, args.loss == "chunked")
+    recorded = []
+    for checkpointed in (0, len(model.kinds)):
+        checkpoint_first(adapted, checkpointed)
+        recorded.append(record(adapted, loss))
+    return Counted(setup.name, ids.numel(), model.kinds, *recorded)
 
 
 def tokens_that_fit(row: dict, tokens: int, memory: float) -> int:
@@ -145,11 +227,8 @@ def tokens_that_fit(row: dict, tokens: int, memory: float) -> int:
     return int(tokens * max(0, memory * GIB - fixed) / row["peak_bytes"])
 
 
-def _outline(args: argparse.Namespace):
-    """The frozen model on the meta device.
-
-    Raises UsageError where what a step takes is not known without values.
-    """
+def _outline(args: argparse.Namespace) -> _Model:
+    """Raises UsageError where what a step takes is not known without values."""
     if args.model.lower().endswith(".gguf"):
         what = (
             "is a GGUF file: give the Hub id or the folder (with config.json) of the model it was made from"
@@ -159,7 +238,8 @@ def _outline(args: argparse.Namespace):
     import torch
 
     from mica.cli.loading import find_source, quieten_libraries, skeleton
-    from mica.cli.step_memory import ATTENTION
+    from mica.cli.quantising import quantisation
+    from mica.cli.step_memory import ATTENTION, shorten
     from mica.cli.targets import find_targets, stacks_of
 
     quieten_libraries()
@@ -169,14 +249,15 @@ def _outline(args: argparse.Namespace):
     if base is None:
         what = "is no causal language model, or cannot be built without its weights"
         raise UsageError(f"{args.model}: {what}, so nothing can be counted")
-    if getattr(base.config, "quantization_config", None) is not None:
-        raise UsageError(f"{args.model}: is quantised: what its library allocates is not counted")
+    found = quantisation(base, args)
     if stacks_of(base):
         raise UsageError(f"{args.model}: has experts, and how many tokens each gets is not known")
-    find_targets(base, args.target_modules).check_rank(base, args.target_modules, args.rank)
+    targets = find_targets(base, args.target_modules)
+    targets.check_rank(base, args.target_modules, args.rank)
     base.requires_grad_(False)
     base.enable_input_require_grads()
-    return base.train()
+    kinds = shorten(base, targets.modules.values())
+    return _Model(base.train(), kinds, targets.config, found)
 
 
 @contextmanager
@@ -194,23 +275,25 @@ def _running(setup: Setup) -> Iterator[None]:
         mica.fast.enable(**before)
 
 
-def _adapted(base, setup: Setup, args: argparse.Namespace):
-    """A copy of the model with this adapter, if any."""
+def _adapted(model: _Model, setup: Setup, args: argparse.Namespace):
+    """A copy of the model, quantised and with this adapter, if any."""
     from peft import LoraConfig, get_peft_model
 
-    from mica.cli.targets import find_targets
+    from mica.cli.quantising import quantise
 
-    model = copy.deepcopy(base)
+    base = copy.deepcopy(model.base)
+    if model.quantisation is not None:
+        quantise(base, model.quantisation)
     if setup.init is None:
-        return model
-    targets = find_targets(model, args.target_modules)
-    config = LoraConfig(init_lora_weights=setup.init, r=args.rank, task_type="CAUSAL_LM", **targets.config)
-    model = get_peft_model(model, config, low_cpu_mem_usage=True)
+        return base
+    options = {"r": args.rank, "lora_dropout": args.dropout, "use_dora": setup.is_dora, **model.targets}
+    config = LoraConfig(init_lora_weights=setup.init, task_type="CAUSAL_LM", **options)
+    adapted = get_peft_model(base, config, low_cpu_mem_usage=True)
     if not setup.casts_factors:  # on the meta device PEFT leaves them in fp32
-        for name, parameter in model.named_parameters():
+        for name, parameter in adapted.named_parameters():
             if "lora_" in name:
-                parameter.data = parameter.data.to(base.dtype)
-    return model.train()
+                parameter.data = parameter.data.to(model.base.dtype)
+    return adapted.train()
 
 
 def _table(rows: list[dict], memory: float | None) -> str:
@@ -220,6 +303,8 @@ def _table(rows: list[dict], memory: float | None) -> str:
         header += [f"{checkpointing}kept", "peak", "total"]
         if memory:
             header.append(f"tokens in {memory:g}")
+    if memory:
+        header += [f"fewest checkpointed in {memory:g}", "total"]
     lines = [header]
     for row in rows:
         if not row["checkpointing"]:
@@ -227,6 +312,9 @@ def _table(rows: list[dict], memory: float | None) -> str:
         lines[-1] += [_gib(row[f"{which}_bytes"]) for which in ("kept", "peak", "total")]
         if memory:
             lines[-1].append(f"{row['tokens_that_fit']:,}")
+        if memory and row["checkpointing"]:
+            fewest, total = row["fewest_checkpointed"], row["fewest_total_bytes"]
+            lines[-1] += ["too few: all", ""] if fewest is None else [str(fewest), _gib(total)]
     return "\n".join(aligned(lines))
 
 

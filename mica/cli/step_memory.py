@@ -1,24 +1,42 @@
 """The memory of a training step, counted with a model without values: nothing of it is allocated.
 
-What a step allocates follows from shapes and dtypes alone. On the meta device PyTorch's operators and this
-package's give shapes, and a mode adds up the storages that are alive; there is no autocast on that device.
-PyTorch's own `torch.distributed._tools.mem_tracker.MemTracker` raises where a parameter is frozen.
+What a step allocates follows from shapes and dtypes alone. On the meta device PyTorch's operators, those of
+bitsandbytes and this package's give shapes, and a mode adds up the storages that are alive; there is no
+autocast on that device. PyTorch's own `torch.distributed._tools.mem_tracker.MemTracker` raises where a
+parameter is frozen.
+
+A step is recorded in parts: what is before the layers, each layer, the loss, and the same backwards. A part
+adds as much to whatever is there already, so that a model of any depth, with any number of checkpointed
+layers, follows from one layer of each kind, to the byte (tests/mica/cli/test_step_memory.py).
 """
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mica.errors import UsageError
 
 # For ``attn_implementation``. PyTorch's own choice looks at values, and needs a GPU for flash attention.
 ATTENTION = "counted"  # a name with "flash" in it would be looked for on the Hub
+# Operators of bitsandbytes that allocate more than they return: its kernel for any device calls others.
+_COMPOSITE = ("bitsandbytes::gemm_4bit", "bitsandbytes::int8_scaled_mm")
+_ANY_DEVICE = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+# transformers 5.24 has renamed it
+ENABLE_CHECKPOINTING = "activation_checkpointing_enable"
+if not hasattr(PreTrainedModel, ENABLE_CHECKPOINTING):
+    ENABLE_CHECKPOINTING = "gradient_checkpointing_enable"
+_CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}  # its 5 kB are a CPU's, of no device
 
 
 def _flash_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -32,11 +50,67 @@ AttentionInterface.register(ATTENTION, _flash_attention)
 
 
 class StepMemory(NamedTuple):
-    """Bytes. ``kept`` and ``peak`` are in addition to those of the weights."""
+    """Bytes that a step allocates, in addition to the weights."""
 
-    weights: int  # with adapters and buffers
     kept: int  # after the forward, for the backward: the loss and its graph
     peak: int  # at any time of the step, with the gradients
+
+
+class Part(NamedTuple):
+    """A part of a step: by how many bytes it changes what is allocated, and at most exceeds what was."""
+
+    change: int
+    peak: int
+
+
+class Recorded(NamedTuple):
+    """A step: what is before the layers, each layer, the loss, and the same backwards.
+
+    ``weights``, ``trained``: bytes of the parameters of each layer, and of what is in none; the former with
+    buffers and scales.
+    """
+
+    parts: list[Part]
+    weights: list[int]
+    trained: list[int]
+
+
+def memory(plain: Recorded, checkpointed: Recorded, kinds: list[int], number: int) -> StepMemory:
+    """What a step allocates of which the first ``number`` layers are checkpointed.
+
+    ``plain``, ``checkpointed``: recorded with none and with all. ``kinds``: for each layer of the step the
+    index of the recorded one.
+    """
+    others = checkpointed.parts if number else plain.parts
+    half = len(others) // 2
+    forward, backward = [], []
+    for index, kind in enumerate(kinds):
+        parts = checkpointed.parts if index < number else plain.parts
+        forward.append(parts[1 + kind])
+        backward.insert(0, parts[-2 - kind])
+    level = peak = 0
+    for part in (others[0], *forward, others[half - 1]):
+        peak = max(peak, level + part.peak)
+        level += part.change
+    kept = level
+    for part in (others[half], *backward, others[-1]):
+        peak = max(peak, level + part.peak)
+        level += part.change
+    return StepMemory(kept, peak)
+
+
+def dropout_of_devices():
+    """A context in which dropout keeps a mask of bytes, as on a GPU; elsewhere it has the dtype of x.
+
+    No mode of PyTorch would do: within `backward` none sees what checkpointed layers compute again.
+    """
+    return patch.object(nn.functional, "dropout", _native_dropout)
+
+
+def _native_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if training and p:
+        input, _ = torch.native_dropout(input, p, training)
+    return input
 
 
 class _Alive(TorchDispatchMode):
@@ -44,14 +118,33 @@ class _Alive(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = self.peak = 0
+        self.bytes = self._start = self._peak = 0
+        self.parts: list[Part] = []
+        self._is_left = False  # the last layer, but what only its call holds is still there
         self._storages: dict[int, weakref.ref] = {}
 
-    def note(self, tensor: Tensor) -> None:
+    def end_part(self, *_) -> None:
+        """One part of the step is over, and the next begins."""
+        self.parts.append(Part(self.bytes - self._start, self._peak - self._start))
+        self._start = self._peak = self.bytes
+
+    def enter(self, _, args) -> None:
+        """A hook before each layer."""
+        self.end_part()
+        args[0].register_hook(self.end_part)
+
+    def leave(self, _, args, output) -> None:
+        """A hook after the last layer."""
+        self._is_left = True
+        h = output[0] if isinstance(output, tuple) else output
+        h.register_hook(self.end_part)
+
+    def note(self, tensor: Tensor) -> int:
+        """The bytes of its storage; 0 if it is known."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._storages:
-            return
+            return 0
         size = storage.nbytes()
 
         def forget(_) -> None:
@@ -60,9 +153,16 @@ class _Alive(TorchDispatchMode):
 
         self._storages[key] = weakref.ref(storage, forget)
         self.bytes += size
-        self.peak = max(self.peak, self.bytes)
+        self._peak = max(self._peak, self.bytes)
+        return size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self._is_left:
+            self._is_left = False
+            self.end_part()
+        if func._schema.name in _COMPOSITE:
+            with self:
+                return func.redispatch(_ANY_DEVICE, *args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -70,15 +170,116 @@ class _Alive(TorchDispatchMode):
         return result
 
 
-def count(model: nn.Module, loss: Callable[[], Tensor]) -> StepMemory:
+def _held(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers of a module, and the scales of those that bitsandbytes has quantised."""
+    yield from module.buffers()
+    for parameter in module.parameters():
+        yield parameter
+        state = getattr(parameter, "quant_state", None)
+        for holder in (parameter, state, getattr(state, "state2", None)):
+            held = getattr(holder, "__dict__", {}).values()
+            yield from (value for value in held if isinstance(value, Tensor))
+
+
+def record(model: nn.Module, loss: Callable[[], Tensor]) -> Recorded:
     """What ``loss()`` of the model and its backward allocate. The gradients are cleared again."""
-    with _Alive() as alive:
-        for tensor in (*model.parameters(), *model.buffers()):
-            alive.note(tensor)
-        weights = alive.bytes
+    layers = list(decoder_layers(model).values())
+    weights, trained = [], []
+    with dropout_of_devices(), _Alive() as alive:
+        for module in (*layers, model):
+            sizes = [(alive.note(tensor), tensor.requires_grad) for tensor in _held(module)]
+            weights.append(sum(size for size, _ in sizes))
+            trained.append(sum(size for size, is_trained in sizes if is_trained))
+        alive.end_part()
+        hooks = [layer.register_forward_pre_hook(alive.enter) for layer in layers]
+        hooks.append(layers[-1].register_forward_hook(alive.leave))
         result = loss()
-        kept = alive.bytes - weights
+        alive.end_part()
+        for hook in hooks:  # a recomputed layer would call them again
+            hook.remove()
         result.backward()
-        peak = alive.peak - weights
+        alive.end_part()
     model.zero_grad()
-    return StepMemory(weights, kept, peak)
+    return Recorded(alive.parts[1:], weights, trained)
+
+
+def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of the decoder that can be checkpointed, by name. Raises UsageError if there are none."""
+    named = model.get_decoder().named_modules()
+    layers = {name: module for name, module in named if isinstance(module, GradientCheckpointingLayer)}
+    if not layers:
+        raise UsageError(f"{type(model).__name__} has no layers that can be checkpointed one by one")
+    return layers
+
+
+def shorten(model: nn.Module, adapted: Iterable[nn.Module]) -> list[int]:
+    """Leave one layer of each kind in the model; they keep their names. ``adapted``: modules.
+
+    The first layer is a kind of its own: the embeddings that it gets outlive it. Returns for each layer that
+    was there the index of the one that is left of its kind.
+    """
+    decoder = model.get_decoder()
+    adapted = set(adapted)
+    layers = decoder_layers(model)
+    types = getattr(decoder.config, "layer_types", None) or [None] * len(layers)
+    kinds = []
+    for (name, layer), layer_type in zip(layers.items(), types, strict=True):
+        inside = tuple(inner for inner, module in layer.named_modules() if module in adapted)
+        kind = (layer_type, not kinds, repr(layer), inside)
+        if kind in kinds:
+            parent, _, index = name.rpartition(".")
+            delattr(decoder.get_submodule(parent), index)  # `del` of a list would rename the others
+        kinds.append(kind)
+    left = list(dict.fromkeys(kinds))
+    decoder.config.num_hidden_layers = len(left)
+    if any(types):
+        decoder.config.layer_types = [layer_type for layer_type, *_ in left]
+    return [left.index(kind) for kind in kinds]
+
+
+def checkpoint_first(model: nn.Module, number: int) -> None:
+    """Checkpoint so many layers: the first, whose backward comes when the others' memory is free."""
+    getattr(model, ENABLE_CHECKPOINTING)(_CHECKPOINTING)
+    for index, layer in enumerate(decoder_layers(model).values()):
+        layer.gradient_checkpointing = index < number
+
+
+def loss_of(model: nn.Module, ids: Tensor, in_chunks: bool) -> Callable[[], Tensor]:
+    """A function that computes a causal language model's loss.
+
+    ``in_chunks``: without the logits of all tokens at once.
+    """
+    if not in_chunks:
+        return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    def loss() -> Tensor:
+        h = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        return ChunkedLoss.apply(h.flatten(0, -2), model.get_output_embeddings().weight)
+
+    return loss
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Allocates what Liger's fused linear cross entropy does for a frozen output layer; the loss is 0.
+
+    Of h (tokens, hidden_size) and the weight (vocabulary, hidden_size). The logits of some tokens at a time,
+    which their gradient overwrites, and already in the forward the gradient of h.
+    `torch.nn.functional.linear_cross_entropy` in chunks keeps the same.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight):
+        (tokens, width), vocabulary = h.shape, len(weight)
+        size = 2 ** math.ceil(math.log2(tokens / math.ceil(vocabulary / width)))
+        grad = torch.zeros_like(h)
+        losses = h.new_zeros(tokens, dtype=torch.float32)
+        for h_chunk, grad_chunk in zip(h.split(size), grad.split(size), strict=True):
+            logits = h_chunk @ weight.t()
+            grad_chunk.copy_(logits @ weight)
+        ctx.save_for_backward(grad)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (grad,) = ctx.saved_tensors
+        return grad.mul_(grad_output), None

@@ -1,10 +1,20 @@
 """``mica fits``: its rows, what it says of a device, its refusals. Counts: `test_step_memory`."""
 
 import json
+import re
+import textwrap
 from dataclasses import asdict
 
 import pytest
-from transformers import BitsAndBytesConfig, LlamaConfig, MixtralConfig, T5Config
+import torch
+from transformers import (
+    BitsAndBytesConfig,
+    GPTQConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    T5Config,
+)
 
 from mica.cli import fits, main
 from mica.cli.fits import GIB, SETUPS, tokens_that_fit
@@ -20,6 +30,7 @@ LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "dtype": "bfloat16",
 }
+LONG = {**LLAMA, "max_position_embeddings": 2**20}
 TOKENS = 1024
 
 
@@ -38,9 +49,13 @@ def run(tmp_path, capsys):
     return run
 
 
+def only(monkeypatch, *names):
+    monkeypatch.setattr(fits, "SETUPS", [setup for setup in SETUPS if setup.name in names])
+
+
 def test_rows(run):
     before = asdict(settings)
-    status, report, captured = run(LlamaConfig(**LLAMA))
+    status, report, captured = run(LlamaConfig(**LLAMA), "--dora")
     assert (status, asdict(settings)) == (0, before)
     rows = {(row["name"], row["checkpointing"]): row for row in report["rows"]}
     assert rows.keys() == {(setup.name, checkpointing) for setup in SETUPS for checkpointing in (False, True)}
@@ -49,6 +64,8 @@ def test_rows(run):
         kept = [rows[f"{adapter}, {how}", False]["kept_bytes"] for how in most_first]
         assert kept == sorted(kept, reverse=True)
         assert len(set(kept)) == len(kept)
+    stock, dora = (rows[f"{adapter}, PEFT's default", False]["kept_bytes"] for adapter in ("LoRA", "DoRA"))
+    assert dora > stock
     bare, ours = (rows[name, False] for name in ("without adapter", "MiCA, here"))
     assert bare["weights_bytes"] + bare["peak_bytes"] == bare["total_bytes"]
     layers = 4 * 16 * (64 * 6 + 96)  # numbers of A: seven layers a block, of these one of 96 columns
@@ -57,19 +74,46 @@ def test_rows(run):
     assert rows["MiCA, here", True]["kept_bytes"] < ours["kept_bytes"] / 2
     assert f"{'MiCA, here, norms saved':25}  {ours['weights_bytes'] / GIB:7.2f}" in captured.out
     assert "Not counted" in captured.out
+    assert captured.err.startswith("\rCounting:   0%")  # before anything is counted
 
 
-@pytest.mark.parametrize("vocabulary", [256, 32768])
-def test_the_logits_are_named_where_they_decide(vocabulary, run, monkeypatch):
-    monkeypatch.setattr(fits, "SETUPS", SETUPS[:2])
-    _, _, captured = run(LlamaConfig(**{**LLAMA, "vocab_size": vocabulary}))
-    assert ("linear_cross_entropy" in captured.out) == (vocabulary == 32768)
+@pytest.mark.parametrize(("vocabulary", "loss"), [(256, "logits"), (32768, "logits"), (32768, "chunked")])
+def test_the_logits_are_named_where_they_decide(vocabulary, loss, run, monkeypatch):
+    only(monkeypatch, "without adapter", "LoRA, PEFT's default")
+    _, _, captured = run(LlamaConfig(**{**LLAMA, "vocab_size": vocabulary}), "--loss", loss)
+    assert ("--loss chunked" in captured.out) == (vocabulary == 32768 and loss == "logits")
+
+
+def test_options_change_what_they_name(run, monkeypatch):
+    name = "LoRA, PEFT's default"
+    only(monkeypatch, name)
+
+    def row(*options, **config):
+        _, report, _ = run(LlamaConfig(**{**LLAMA, "vocab_size": 4096, **config}), *options)
+        return report["rows"][0]
+
+    plain, nf4, dropped, chunked = (
+        row(*options) for options in ((), ("--bits", "4"), ("--dropout", "0.1"), ("--loss", "chunked"))
+    )
+    int8 = row("--bits", "8")
+    assert nf4["kept_bytes"] == plain["kept_bytes"]
+    assert nf4["weights_bytes"] < int8["weights_bytes"] < plain["weights_bytes"]
+    masks = 4 * TOKENS * (64 * 6 + 96)  # of bytes, for each layer
+    # By PEFT's default each layer keeps a copy of x, so that after dropout there is no other one
+    assert dropped["kept_bytes"] == plain["kept_bytes"] + masks
+    assert chunked["peak_bytes"] < plain["peak_bytes"]
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="bfloat16",
+    )
+    assert row(quantization_config=quantised.to_dict()) == nf4
 
 
 def test_the_tokens_that_fit_a_device_do(run, monkeypatch):
-    name = "MiCA, here"
-    monkeypatch.setattr(fits, "SETUPS", [setup for setup in SETUPS if setup.name == name])
-    config = LlamaConfig(**{**LLAMA, "max_position_embeddings": 2**20})
+    only(monkeypatch, "MiCA, here")
+    config = LlamaConfig(**LONG)
     _, report, captured = run(config, "--memory", "0.25")
     assert "tokens in 0.25" in captured.out
     tokens = report["rows"][0]["tokens_that_fit"]
@@ -81,11 +125,58 @@ def test_the_tokens_that_fit_a_device_do(run, monkeypatch):
     assert tokens_that_fit(report["rows"][0], TOKENS, memory=1e-6) == 0
 
 
+def test_the_fewest_checkpointed_layers_for_a_device(run, monkeypatch):
+    only(monkeypatch, "LoRA, here")
+    config = LlamaConfig(**LONG)
+    _, report, _ = run(config)
+    none, every = (row["total_bytes"] for row in report["rows"])
+    found = []
+    for size in (every - 1, every, (every + none) // 2, none):
+        _, report, captured = run(config, "--memory", str(size / GIB))
+        row = report["rows"][0]
+        found.append(row["fewest_checkpointed"])
+        if found[-1] is None:
+            assert row["fewest_total_bytes"] is None
+            assert "too few: all" in captured.out
+        else:
+            assert row["fewest_total_bytes"] <= size
+            line = next(line for line in captured.out.splitlines() if line.startswith("LoRA, here"))
+            assert line.split()[-2] == str(found[-1])
+    assert found[:2] + found[3:] == [None, 4, 0]
+    assert 0 < found[2] < 4
+    check_script(captured.out)
+
+
+def check_script(printed):
+    """The lines for the user's script do what they say, and change no gradient."""
+    lines = re.search(r"(?m)^    from .*\n(?:    .*\n)+", printed)[0]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "dtype": "float32"})).train()
+    ids = torch.arange(16).view(1, 16)
+    gradients = []
+    for k in (0, 1, 3, 4):
+        exec(textwrap.dedent(lines), {"model": model, "k": k})
+        ran = []
+        for layer in model.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda module, *_, ran=ran: ran.append(module))
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert [ran.count(layer.mlp) for layer in model.model.layers] == [2] * k + [1] * (4 - k)
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        model.zero_grad()
+    for others in gradients[1:]:
+        assert all(map(torch.equal, gradients[0], others))
+
+
+NF4 = BitsAndBytesConfig(load_in_4bit=True).to_dict()
 REFUSED = {  # what it is: (configuration, options, message)
-    "quantised": (
-        LlamaConfig(**LLAMA, quantization_config=BitsAndBytesConfig(load_in_4bit=True).to_dict()),
+    "quantised by another library": (
+        LlamaConfig(**LLAMA, quantization_config=GPTQConfig(bits=4).to_dict()),
         (),
-        "is quantised: what its library allocates is not counted",
+        "is quantised by gptq: only layers of bitsandbytes are counted",
+    ),
+    "quantised twice": (
+        *(LlamaConfig(**LLAMA, quantization_config=NF4), ("--bits", "8")),
+        "is quantised already: leave --bits 8 out",
     ),
     "experts": (
         MixtralConfig(**{**LLAMA, "architectures": ["MixtralForCausalLM"]}),
@@ -102,7 +193,7 @@ def test_a_gguf_file_is_refused_early(capsys, monkeypatch):
     monkeypatch.setattr("mica.cli.loading.find_source", pytest.fail)
     assert main(["fits", "some/model.Q4_K_M.GGUF", "--tokens", "8"]) == 2
     said = "is a GGUF file: give the Hub id or the folder (with config.json) of the model it was made from"
-    assert capsys.readouterr().err == f"mica fits: error: some/model.Q4_K_M.GGUF: {said}\n"
+    assert capsys.readouterr().err.endswith(f"mica fits: error: some/model.Q4_K_M.GGUF: {said}\n")
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -110,6 +201,7 @@ def test_what_is_not_counted_is_refused_in_one_line(case, run):
     config, options, message = REFUSED[case]
     status, report, captured = run(config, *options)
     assert (status, report, captured.out) == (2, None, "")
-    [line] = captured.err.splitlines()  # before anything is counted
+    assert captured.err.count("\n") == 1
+    *_, line = captured.err.splitlines()  # over the bar, which has been wiped out
     assert line.startswith("mica fits: error: ")
     assert message in line

@@ -3,62 +3,85 @@
 import copy
 import gc
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
 
 import mica.fast
-from mica.cli.step_memory import ATTENTION, count
-from tests.support import models
+from mica.cli.quantising import quantisation, quantise
+from mica.cli.step_memory import (
+    ATTENTION,
+    ChunkedLoss,
+    checkpoint_first,
+    decoder_layers,
+    dropout_of_devices,
+    loss_of,
+    memory,
+    record,
+    shorten,
+)
+from tests.support import models, no_products, quantised_models
+from tests.support.processor import has_instructions
 
 BF16 = torch.bfloat16
-# x has 2^17 numbers, as many as it takes to be computed again
-SMALL = LlamaConfig(
-    hidden_size=512,
-    intermediate_size=1024,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    vocab_size=8192,  # the peak is that of the logits, not of the temporaries of a layer
-)
-TOKENS = 256
-CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}  # its 5 kB are a CPU's, of no device
+WIDTHS = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = LlamaConfig(**WIDTHS, num_hidden_layers=4, vocab_size=2048)
+TOKENS = 128
 MARK = 12_345_678  # bytes of an allocation between forward and backward
 
+STOCK, HERE, NORMS_SAVED = None, {"lora": True}, {"lora": True, "recompute": "activations"}
 MICA = {"init_lora_weights": "mica"}
 LORA = {"init_lora_weights": True}
-CASES = {  # what it is: (adapter, settings of the backend, checkpointing)
-    "bare": (None, {}, False),
-    "stock MiCA": (MICA, None, False),
-    "MiCA": (MICA, {}, False),
-    "MiCA, norms saved": (MICA, {"recompute": "activations"}, False),
-    "MiCA, dropout": ({**MICA, "lora_dropout": 0.1}, {}, False),
-    "MiCA, checkpointing": (MICA, {}, True),
-    "stock LoRA": (LORA, None, False),
-    "LoRA": (LORA, {"lora": True}, False),
+DROPOUT = {"init_lora_weights": True, "lora_dropout": 0.1}
+CASES = {  # what it is: (adapter, settings of the backend, what else)
+    "bare": (None, HERE, {}),
+    "stock MiCA": (MICA, STOCK, {}),
+    "MiCA": (MICA, HERE, {}),
+    "MiCA, norms saved, nf4": (MICA, NORMS_SAVED, {"bits": 4}),
+    "MiCA, all layers checkpointed": (MICA, HERE, {"checkpointed": 4}),
+    "stock LoRA, nf4": (LORA, STOCK, {"bits": 4}),
+    "stock LoRA, dropout, one layer checkpointed": (DROPOUT, STOCK, {"checkpointed": 1}),
+    "LoRA, chunked loss": (LORA, HERE, {"in_chunks": True}),
+    "LoRA, nf4, dropout, one layer checkpointed": (DROPOUT, HERE, {"bits": 4, "checkpointed": 1}),
+}
+QLORA = {"bits": 4, "in_chunks": True, "checkpointed": 10}
+ON_SMOLLM2 = CASES | {  # in a small model the peak of these is that of bitsandbytes' kernels for a CPU
+    "stock LoRA, nf4, chunked loss, ten layers checkpointed": (LORA, STOCK, QLORA),
+    "stock LoRA, nf4, chunked loss, dropout, ten layers checkpointed": (DROPOUT, STOCK, QLORA),
+    "LoRA, nf4, chunked loss, dropout, ten layers checkpointed": (DROPOUT, HERE, QLORA),
+    "LoRA, nf4, chunked loss, all layers checkpointed": (LORA, HERE, {**QLORA, "checkpointed": 30}),
 }
 
 
 @pytest.fixture(autouse=True)
-def settings():
+def settings(monkeypatch):
+    has_instructions(True, monkeypatch)  # without them products are computed in float32
     yield
     mica.fast.enable(lora=False, recompute="norms")
 
 
-def prepared(model, adapter, checkpointing):
+def outline(config, bits=None):
+    with torch.device("meta"):
+        options = {"dtype": BF16, "attn_implementation": ATTENTION}
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+    if bits is not None:
+        args = SimpleNamespace(bits=bits, model="a model")
+        quantise(model, quantisation(model, args))
+    return model
+
+
+def prepared(model, adapter, checkpointed=0):
     model.requires_grad_(False)
     model.enable_input_require_grads()
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
     if adapter is not None:
-        model = models.wrap(model, rank=16, targets="all-linear", **adapter)
+        model = models.wrap(model, rank=16, **{"targets": "all-linear", **adapter})
+    checkpoint_first(model, checkpointed)
     return model.train()
-
-
-def loss_of(model, ids):
-    return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
 def measured(model, loss):
@@ -83,28 +106,126 @@ def measured(model, loss):
     return kept, peak
 
 
-def check(case, config, real, tokens):
-    adapter, settings, checkpointing = CASES[case]
+def as_it_ran(recorded):
+    return memory(recorded, recorded, list(range(len(recorded.weights) - 1)), 0)
+
+
+def check(case, config, real, tokens, tolerance):
+    adapter, settings, how = ON_SMOLLM2[case]
+    bits, in_chunks, checkpointed = how.get("bits"), how.get("in_chunks", False), how.get("checkpointed", 0)
+    if bits == 4:
+        real = quantised_models.quantise(
+            real, lambda linear: quantised_models.bnb_4bit(linear, double=True, compute_dtype=BF16)
+        )
+        real.is_loaded_in_4bit = True
     mica.fast.enable(**(settings or {}))
-    real = prepared(real, adapter, checkpointing)
-    with torch.device("meta"):
-        options = {"dtype": BF16, "attn_implementation": ATTENTION}
-        outline = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
-    outline = prepared(outline, adapter, checkpointing)
+    real = prepared(real, adapter, checkpointed)
+    counted = prepared(outline(config, bits), adapter, checkpointed)
     ids = torch.zeros(1, tokens, dtype=torch.long)
-    with mica.fast.disabled() if settings is None else nullcontext():
-        expected = measured(real, loss_of(real, ids))
-        memory = count(outline, loss_of(outline, ids.to("meta")))
-    assert memory[1:] == pytest.approx(expected, rel=1e-3)
-    assert memory.weights == pytest.approx(sum(p.nbytes for p in real.parameters()), rel=1e-3)
+    with mica.fast.disabled() if settings is STOCK else nullcontext():
+        with dropout_of_devices(), no_products.installed():
+            expected = measured(real, loss_of(real, ids, in_chunks))
+        found = as_it_ran(record(counted, loss_of(counted, ids.to("meta"), in_chunks)))
+    kept, peak = expected
+    assert found.kept == pytest.approx(kept, rel=5e-3)
+    assert found.peak == pytest.approx(peak, rel=tolerance if bits else 5e-3)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_counted_is_measured(case):
-    check(case, SMALL, AutoModelForCausalLM.from_config(copy.deepcopy(SMALL), dtype=BF16), TOKENS)
+    real = AutoModelForCausalLM.from_config(copy.deepcopy(SMALL), dtype=BF16)
+    check(case, SMALL, real, TOKENS, tolerance=5e-3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ON_SMOLLM2)
 def test_counted_is_measured_on_smollm2(case):
-    check(case, models.smollm2().config, models.smollm2(BF16), 512)
+    # Without AVX512 bitsandbytes expands scales to fp32, which no GPU does: 3.5 MB of 137 MB
+    check(case, models.smollm2().config, models.smollm2(BF16), 512, tolerance=3e-2)
+
+
+WHOLE = {  # configuration, and which of its layers have other adapters
+    "Llama": (SMALL, "all-linear"),
+    "one layer unlike the others": (SMALL, ["1.mlp.down_proj", "q_proj"]),
+    "Gemma 3": (Gemma3TextConfig(**WIDTHS, head_dim=64, num_hidden_layers=7, vocab_size=2048), "all-linear"),
+    "GPT-2": (GPT2Config(n_embd=256, n_head=4, n_layer=4, vocab_size=2048), "all-linear"),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_step_of_all_layers_follows_from_one_of_each_kind(case):
+    config, targets = WHOLE[case]
+    mica.fast.enable(lora=True)
+    ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+
+    def recorded(model, number):
+        checkpoint_first(model, number)
+        return record(model, loss_of(model, ids, in_chunks=False))
+
+    whole = prepared(outline(config), {**DROPOUT, "targets": targets})
+    short = copy.deepcopy(whole)
+    adapted = [module for module in short.modules() if hasattr(module, "lora_A")]
+    kinds = shorten(short, adapted)
+    assert len(decoder_layers(short)) == 1 + max(kinds) < len(kinds)
+    plain, checkpointed = (recorded(short, number) for number in (0, len(kinds)))
+    for number in (0, 1, len(kinds) - 1, len(kinds)):
+        of_all = recorded(whole, number)
+        assert memory(plain, checkpointed, kinds, number) == as_it_ran(of_all)
+        for sizes, theirs in ((plain.weights, of_all.weights), (plain.trained, of_all.trained)):
+            assert [sizes[kind] for kind in (*kinds, -1)] == theirs
+
+
+def test_the_first_layers_are_the_right_ones_to_checkpoint():
+    model = prepared(outline(SMALL), LORA)
+    ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+    peaks = []
+    for chosen in ((0, 1), (0, 2), (2, 3)):
+        checkpoint_first(model, 0)
+        for index, layer in enumerate(decoder_layers(model).values()):
+            layer.gradient_checkpointing = index in chosen
+        peaks.append(as_it_ran(record(model, loss_of(model, ids, in_chunks=True))).peak)
+    assert peaks == sorted(peaks)
+    assert peaks[0] < peaks[-1]
+
+
+@pytest.mark.parametrize(
+    ("bits", "replaced"),
+    [(4, lambda linear: quantised_models.bnb_4bit(linear, double=True)), (8, quantised_models.bnb_8bit)],
+)
+def test_quantised_weights_have_the_bytes_of_real_ones(bits, replaced):
+    real = quantised_models.quantise(
+        AutoModelForCausalLM.from_config(copy.deepcopy(SMALL), dtype=BF16), replaced
+    )
+    counted = outline(SMALL, bits)
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    recorded = [
+        record(model.train(), loss_of(model, ids.to(model.device), in_chunks=False))
+        for model in map(prepared, (counted, real), (None, None))
+    ]
+    ours, theirs = (sum(step.weights) for step in recorded)
+    assert ours == theirs
+
+
+def test_the_chunked_loss_allocates_as_much_as_libraries_do():
+    """Vocabulary and width are such that all cut the tokens into eight."""
+    h = nn.Parameter(torch.randn(64, 32, dtype=BF16))
+    weight, labels = torch.randn(256, 32, dtype=BF16), torch.randint(256, (64,))
+
+    def allocated(loss):
+        return measured(nn.ParameterList([h]), lambda: loss(h * 2))
+
+    kept, peak = allocated(lambda h: ChunkedLoss.apply(h, weight))
+    liger = pytest.importorskip("liger_kernel.ops.fused_linear_cross_entropy")
+    function = liger.LigerFusedLinearCrossEntropyFunction
+    _, peak_of_liger = allocated(
+        lambda h: function.apply(h, weight, labels)[0]
+    )  # the interpreter keeps logits
+    assert peak == pytest.approx(peak_of_liger, rel=0.01)
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("PyTorch has no linear_cross_entropy")
+    options = nn.LinearCrossEntropyOptions(chunking_method="aspect_ratio", acc_policy="compact")  # a GPU's
+    kept_by_torch, peak_of_torch = allocated(
+        lambda h: F.linear_cross_entropy(h, weight, labels, options=options)
+    )
+    assert kept == pytest.approx(kept_by_torch, rel=0.01)
+    assert peak_of_torch <= peak
