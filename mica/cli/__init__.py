@@ -140,7 +140,8 @@ def _run(argv: list[str] | None) -> int | Callable[[], int]:
     except SystemExit as stop:  # argparse: --help (0) or an error (2)
         return stop.code
     if args.command != "run":
-        with suppress(AttributeError):  # a file's name must not end a run where a pipe is cp1252, as on Windows
+        # a file's name must not end a run where a pipe is cp1252, as on Windows
+        with suppress(AttributeError):
             sys.stdout.reconfigure(errors="backslashreplace")
         for name in NOISY:
             logging.getLogger(name).setLevel(logging.ERROR)

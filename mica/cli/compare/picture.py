@@ -11,7 +11,7 @@ from mica.cli.compare.outcomes import Found
 _STYLES = ("seaborn-v0_8-whitegrid", "seaborn-v0_8-colorblind", {"axes.titlesize": "medium"})
 _LOOKS = {  # by method: also distinct in grey
     method: {"color": f"C{number}", "marker": marker}
-    for number, (method, marker) in enumerate(zip(METHODS, "os^", strict=True))
+    for number, (method, marker) in enumerate(zip(METHODS, "osD^", strict=True))
 }
 
 

@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from mica.cli.adapt import config
-from mica.cli.compare.methods import METHODS
+from mica.cli.compare.methods import DEFAULT, METHODS
 from mica.cli.compare.options import BLOCKS, OPTIONS, SHARED
 from mica.cli.folder import check_begun, check_new
 from mica.cli.output import check_folder, write_json
@@ -38,7 +38,7 @@ def of_mica_adapt(settings: dict[str, object], output: Path) -> config.Settings:
 
 def rates(settings: dict[str, object]) -> dict[str, list[float]]:
     """Method -> learning rates, ascending. Raises UsageError for rates of a method that is not compared."""
-    names = settings["methods"] or METHODS
+    names = settings["methods"] or DEFAULT
     found = {name: set() for name in names}
     for name, some in settings["rates"] or []:
         if name not in names:
