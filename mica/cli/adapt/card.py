@@ -67,8 +67,8 @@ The adapter is {{ step }}.
 {%- else -%}
 {{ model }} with the update of a [{{ method.title }}]({{ method.paper }}) adapter merged into its weights: \
 what {{ adapter }}{% if base %}, trained on `{{ base }}`,{% endif %} adds with rank {{ rank }} and alpha \
-{{ alpha }} in {{ layers }} layers. The update was trained on another model than this. Tokenizer and chat template are \
-those of {{ model }}.
+{{ alpha }} in {{ layers }} layers. The update was trained on another model than this. Tokenizer and chat \
+template are those of {{ model }}.
 {%- if embeddings %}
 
 What its training has added to the embeddings is added here too.

@@ -58,8 +58,8 @@ class SavedAdapter:
         """The options that the adapter fixes.
 
         ``method``: str. ``rank``, ``alpha``: int. ``target_modules``: names with commas; where PEFT got a
-        pattern, the layers themselves. ``experts``: True if it has stacks of experts, else None; ``train_embeddings``: likewise.
-        ``dropout``: float, a proposal.
+        pattern, the layers themselves. ``experts``: True if it has stacks of experts, else None;
+        ``train_embeddings``: likewise. ``dropout``: float, a proposal.
 
         Raises UsageError if ranks or alphas differ between layers, or alpha is no whole number: no option
         says that.

@@ -41,7 +41,8 @@ held-out blocks.
 
 All have {steps} steps of {step_tokens:,} tokens, of a text of {blocks:,} training blocks of \
 {sequence_length}; longer ones may show something else. Weights are {dtype}, those of full fine-tuning \
-float32; adapters are on {target_modules}; {optimizer}, {scheduler} schedule, warm-up {warmup_ratio:g}, weight decay {weight_decay:g}, gradients clipped at {max_grad_norm:g}. \
+float32; adapters are on {target_modules}; {optimizer}, {scheduler} schedule, warm-up {warmup_ratio:g}, \
+weight decay {weight_decay:g}, gradients clipped at {max_grad_norm:g}. \
 All of it took {minutes:.1f} minutes.
 
 {tried}
