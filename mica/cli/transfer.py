@@ -19,17 +19,15 @@ def add_parser(commands) -> None:
         *(commands, "transfer", run),
         help="merge an adapter into the chat model of its base",
         description="Merge what a MiCA, LoRA or DoRA adapter has added to its base model into another model "
-        "made from the same base, like its instruction-tuned one. Nothing is trained. Writes a plain model with "
-        "MODEL's tokenizer and chat template.",
+        "made from the same base, like its instruction-tuned one. Nothing is trained. Writes a plain model "
+        "with MODEL's tokenizer and chat template.",
         epilog=example(
             "mica transfer --adapter run --to HuggingFaceTB/SmolLM2-135M-Instruct --output chat",
             says="The adapter in run, trained on SmolLM2-135M, is merged into the chat model made from it.",
         ),
     )
     add = parser.add_argument
-    add(
-        "--adapter", required=True, type=a_path, metavar="DIR", help="output folder of mica adapt, or of PEFT"
-    )
+    add("--adapter", required=True, type=a_path, metavar="DIR", help="folder of mica adapt, or of PEFT")
     add(
         "--to",
         required=True,
@@ -47,8 +45,8 @@ def run(args: Namespace) -> int:
     DoRA's lengths and trained embeddings take the place of the base's: what MODEL gets of them is the
     difference to the adapter's base. A note says so if the adapter does not tell what that was.
 
-    Raises UsageError if --adapter is no MiCA, LoRA or DoRA adapter, or replaces other modules than embeddings;
-    if its base is needed for that difference, and cannot be loaded or has changed; if MODEL is quantised, has another
+    Raises UsageError if --adapter is no plain MiCA, LoRA or DoRA adapter, or replaces other modules than
+    embeddings; if its base is needed, and cannot be loaded or has changed; if MODEL is quantised, has another
     architecture than the base, lacks an adapted layer or has it in another shape, or gives a common token
     another id; and if the output is not new or empty, or cannot be written.
     """
@@ -137,7 +135,7 @@ def _load(args: Namespace, saved, source):
 
 
 def _base(args: Namespace, saved, dtype: str | None):
-    """The base of the adapter on the CPU, in the ``dtype`` in which its run has loaded it, if that is known."""
+    """The base of the adapter on the CPU, in the ``dtype`` in which its run has loaded it; None: unknown."""
     import torch
 
     from mica.cli.adapt import base

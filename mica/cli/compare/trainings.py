@@ -151,7 +151,7 @@ def built(base: nn.Module, args: Namespace) -> Iterator[nn.Module]:
         yield model
     finally:
         model.unload()
-        del base.peft_config  # PEFT leaves it, and warns of a second adapter
+        vars(base).pop("peft_config", None)  # some PEFT leaves it, and warns of a second adapter
 
 
 def _hash_of_weights(model: nn.Module) -> str:

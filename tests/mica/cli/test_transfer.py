@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -106,7 +106,7 @@ def test_what_is_written(made, tmp_path):
     assert len(tokenizer) == 258
     card = (out / "README.md").read_text()
     assert "merged into bfloat16: rounding swallowed" in card
-    assert "rank 4 and alpha 8, in 4 layers" in card
+    assert "adds with rank 4 and alpha 8 in 4 layers" in " ".join(card.split())
     names = {}
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     with working_in(tmp_path):
@@ -144,8 +144,10 @@ def test_adapters_and_models_that_are_refused(copies, tmp_path, refused):
     adapter, chat, out = copies
     refused(tmp_path / "no", chat, out, "no such folder")
     refused(adapter, "./nowhere", out, "--to ./nowhere: no such file or folder")
-    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-    refused(tmp_path / "lora", chat, out, f"--adapter {tmp_path / 'lora'}: must be a MiCA adapter")
+    get_peft_model(tiny_llama(), VeraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "vera")
+    refused(
+        tmp_path / "vera", chat, out, f"--adapter {tmp_path / 'vera'}: must be a plain MiCA, LoRA or DoRA"
+    )
     smaller = tmp_path / "smaller"
     byte_tokenizer().save_pretrained(smaller)
     refused(adapter, smaller, out, f"--to {smaller}: ")
@@ -162,7 +164,6 @@ EDITED = """
 {"target_modules": "("} => PEFT cannot load the adapter in
 {"target_modules": ["nope"]} => PEFT cannot load the adapter in
 {"use_dora": true} => PEFT cannot load the adapter in
-{"bias": "nope"} => PEFT cannot load the adapter in
 {"lora_dropout": "x"} => PEFT cannot load the adapter in
 {"r": 3} => PEFT cannot load the adapter in
 {"megatron_config": {"a": 1}} => PEFT cannot load the adapter in
