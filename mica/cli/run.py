@@ -11,7 +11,6 @@ from types import ModuleType
 
 from mica.cli.arguments import a_name, add_command, example
 from mica.cli.output import explained, tell
-from mica.errors import UsageError
 
 _MAIN = "__main__"
 # of what calls the script, and is left out of tracebacks; runpy's is "<frozen runpy>" from Python 3.11 on
@@ -62,10 +61,8 @@ def run(args: argparse.Namespace) -> Callable[[], int]:
     settings = {"lora": args.lora, "device": args.device, "recompute": args.recompute}
     if args.compute_dtype is not None:
         settings["compute_dtype"] = getattr(torch, args.compute_dtype)
-    try:
+    with explained(f"--device {args.device}", ValueError):
         mica.fast.enable(**{name: value for name, value in settings.items() if value is not None})
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     models = []
     if args.explain and os.environ.get("RANK", "0") == "0":
         models = _wrapped_from_now_on()

@@ -161,25 +161,23 @@ def _add_dora(saved, base, model):
 
     Returns the `mica.fast.MergeReport`. Raises ValueError as PEFT's merge for a weight that is not finite.
     """
-    import torch
     from peft.tuners.lora import LoraLayer
 
-    from mica.fast.merge.report import MergeReport, MergeStats
+    import mica.fast
+    from mica.fast.merge.merging import stats_of
 
-    report = MergeReport()
+    report = mica.fast.MergeReport()
     for name, layer in saved.load(base.float()).get_base_model().named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        before = layer.get_base_layer().weight.detach().clone()
+        before = layer.get_base_layer().weight.data.clone()
         layer.merge(safe_merge=True)
-        update = layer.get_base_layer().weight.detach() - before
-        weight = model.get_submodule(name).weight
-        old = weight.detach().float()
-        with torch.no_grad():
-            weight.copy_(old + update)
-        added = weight.detach().float() - old
-        squares = [float(values.square().sum()) for values in (update, added - update)]
-        report.layers[name] = MergeStats(weight.dtype, weight.numel(), int((added == 0).sum()), *squares)
+        update = layer.get_base_layer().weight.data - before
+        weight = model.get_submodule(name).weight.data
+        summed = weight.float() + update
+        new = summed.to(weight.dtype)
+        report.layers[name] = stats_of(weight, new, update, new.float() - summed)
+        weight.copy_(new)
     return report
 
 

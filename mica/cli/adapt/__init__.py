@@ -17,7 +17,7 @@ _EXAMPLE = example(
     says="The first trains, and writes a PEFT adapter with its model card to run; the second goes on if it "
     "was stopped.",
 )
-NEEDED = ("accelerate", "datasets", "matplotlib", "yaml")
+NEEDED = ("accelerate", "datasets", "yaml")
 
 
 def add_parser(commands) -> None:

@@ -3,8 +3,6 @@
 from argparse import Namespace
 from typing import NamedTuple
 
-from mica.cli.adapt.methods import METHODS as ADAPTERS
-
 FULL = "full"
 
 
@@ -24,9 +22,9 @@ class Method(NamedTuple):
 
 _OF_LORA = (2.5e-4, 5e-4, 1e-3, 2e-3)
 METHODS = {
-    "mica": Method(ADAPTERS["mica"].title, (5e-4, 1e-3, 2e-3, 4e-3)),
-    "lora": Method(ADAPTERS["lora"].title, _OF_LORA, divisor=2),
-    "dora": Method(ADAPTERS["dora"].title, _OF_LORA, divisor=2),
+    "mica": Method("MiCA", (5e-4, 1e-3, 2e-3, 4e-3)),
+    "lora": Method("LoRA", _OF_LORA, divisor=2),
+    "dora": Method("DoRA", _OF_LORA, divisor=2),
     FULL: Method("full fine-tuning", (5e-5, 1e-4, 2e-4, 4e-4)),
 }
 DEFAULT = ("mica", "lora", FULL)

@@ -15,7 +15,6 @@ from mica.errors import UsageError
 FILE = "settings.json"
 RUNS = "runs"
 PAGE = "README.md"
-PICTURE = "compare.png"
 DEFAULTS = {name: row.default for name, row in OPTIONS.items() if name not in ("output", "resume")}
 
 
@@ -60,12 +59,11 @@ def resumed(output: Path, given: dict[str, object]) -> dict[str, object]:
     """
     path = output / FILE
     check_begun(output, FILE)
-    if not Record(output).has(path):
-        what = "is not what mica compare has written: put that back, or name another folder"
-        raise UsageError(f"--resume: {path} {what}")
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored.keys() != DEFAULTS.keys():
-        what = "this version of mica compare has not written it: name another folder"
+    stored = None
+    if Record(output).has(path):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    if stored is None or stored.keys() != DEFAULTS.keys():
+        what = "this version of mica compare has not written it: put that back, or name another folder"
         raise UsageError(f"--resume: {path}: {what}")
     for name, new in given.items():
         if new != stored[name] and not OPTIONS[name].may_change:

@@ -61,9 +61,7 @@ def chosen(output, method):
 
 def test_the_page_and_what_was_measured(finished):
     found = results(finished)
-    assert {path.name for path in finished.iterdir()} == {
-        *("settings.json", "runs", "README.md", "compare.png", NAME)
-    }
+    assert {path.name for path in finished.iterdir()} == {*("settings.json", "runs", "README.md", NAME)}
     phases = [run["phase"] for run in found.values()]
     assert [phases.count(phase) for phase in (1, 2, 3)] == [5, 8, 4]
     sizes = {run["method"]: run["trained_parameters"] for run in found.values() if run["phase"] == 2}
