@@ -115,6 +115,8 @@ def where(x):
     return x, __name__
 
 if __name__ == "__main__":
+    import peft  # with which Python itself ends with status 1, and not by the signal
+
     atexit.register(print, "at exit")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         print(pool.map(where, [1]), flush=True)
@@ -134,7 +136,7 @@ def test_ctrl_c_spawned_processes_and_exit_handlers(folder):
 
 
 SFT = """--use_peft --lora_target_modules all-linear --max_length 32 --max_steps 4 --logging_steps 1
---learning_rate 1e-2 --dtype float32 --bf16 False --use_cpu --report_to none"""
+--optim sgd --learning_rate 1 --dtype float32 --bf16 False --use_cpu --report_to none"""
 
 
 @pytest.mark.slow
@@ -154,7 +156,7 @@ def test_a_script_of_trl_has_stock_s_losses_and_its_adapter_transfers(folder):
         losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
     assert "14 layers: 14 operators (CPU)" in done.stderr
     stock, ours = losses
-    assert ours == pytest.approx(stock, rel=1e-4)
+    assert ours == pytest.approx(stock, rel=1e-5)
     assert ours[-1] < ours[0]
     chat = saved(sibling(tiny_llama()), folder / "chat")
     assert transfer(output, chat, folder / "out") == 0
