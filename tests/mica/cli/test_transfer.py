@@ -15,7 +15,6 @@ from mica.cli import folder
 from mica.cli.output import SCRATCH, write_text
 from tests.support.adapt_runs import (
     edit_json,
-    factors,
     poison_solver,
     sibling,
     transfer,
@@ -70,32 +69,12 @@ def refused(capsys):
     return refused
 
 
-def test_the_same_update_is_in_the_sibling(made, tmp_path, monkeypatch, capsys):
-    adapter, tuned, chat = made
-    poison_solver(monkeypatch)
-    assert transfer(adapter, chat, tmp_path / "out") == 0
-    printed = capsys.readouterr().out
-    assert "257 tokens in common, with the same ids; 1 only in " in printed
-    assert "4 layers merged into float32" in printed
-
-    a, b = factors(tuned, "A"), factors(tuned, "B")
-    merged, before = load_file(tmp_path / "out" / "model.safetensors"), load_file(chat / "model.safetensors")
-    assert merged.keys() == before.keys()
-    moved = 0
-    for name, weight in before.items():
-        key = f"base_model.model.{name.removesuffix('.weight')}.lora_A.default.weight"
-        expected = weight
-        if key in a:
-            update = 2.0 * b[key.replace("lora_A", "lora_B")].double() @ a[key].double()
-            expected, moved = (weight.double() + update).float(), moved + 1
-        torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-7)
-    assert moved == 4
-
-
-def test_what_is_written(made, tmp_path):
+def test_what_is_written(made, tmp_path, monkeypatch, capsys):
     adapter, _, chat = made
     out = tmp_path / "out"
+    poison_solver(monkeypatch)
     assert transfer(adapter, chat, out, "--dtype", "bfloat16") == 0
+    assert "257 tokens in common, with the same ids; 1 only in " in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {
         "README.md", "chat_template.jinja", "config.json", "generation_config.json",
         "model.safetensors", "tokenizer.json", "tokenizer_config.json",
