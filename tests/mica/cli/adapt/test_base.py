@@ -43,7 +43,6 @@ def load(model, **options):
         ("int8", "Linear8bitLt", "mica", 1),
         ("nf4", "Linear4bit", "lora", 2),
         ("nf4", "Linear4bit", "dora", 3),
-        ("int8", "Linear8bitLt", "dora", 3),
     ],
 )
 def test_quantised_base_can_be_evaluated_and_then_trained(kind, layer, method, trained, model_dir):
@@ -94,8 +93,10 @@ def test_bitsandbytes_does_not_run_on_the_device(model_dir, monkeypatch):
         load(model_dir, quantize="nf4")
 
 
-def test_quantised_checkpoint_is_refused_before_its_weights_are_read(tmp_path):
+def test_what_cannot_be_quantised_is_refused_before_its_weights_are_read(tmp_path):
     tiny_llama().config.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"^--quantize int8: PEFT's DoRA loses the scales .* use nf4"):
+        load(tmp_path, quantize="int8", method="dora")
     edit_json(tmp_path / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(UsageError, match=r"^--quantize nf4: .* is quantised already"):
         load(tmp_path, quantize="nf4")
