@@ -1,6 +1,6 @@
 """``python -m tests.notebook``: executes examples/mica.ipynb and stores its outputs in it.
 
-Needs nbclient, ipykernel and ipywidgets. To be run in an environment with the extra `cli` only: optional
+Needs nbclient, ipykernel, ipywidgets and matplotlib. To be run with the extra `cli` only: optional
 libraries of quantisation print messages when they are imported. Progress bars are not stored: they are
 widgets, which a page without a kernel cannot show. Messages on stderr are stored, and tests/test_notebook.py
 accepts none.

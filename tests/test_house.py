@@ -37,7 +37,8 @@ PUBLIC = {
     ],
 }
 OPTIONS = {
-    "adapt": "--model --adapter --dtype --quantize --trust-remote-code "
+    "run": "-m --explain --no-lora --compute-dtype --device --recompute script arguments",
+    "adapt": "--model --adapter --method --dtype --quantize --trust-remote-code "
     "--text --text-field --dataset-config --held-out --held-out-text --retain "
     "--sequence-length --packing --recipe --rank --alpha --target-modules --experts "
     "--dropout --train-embeddings --embedding-learning-rate --keep-best --patience "

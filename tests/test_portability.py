@@ -91,6 +91,6 @@ def test_a_training_and_the_commands(tmp_path):
 def test_what_an_output_cannot_show_is_escaped(monkeypatch):
     output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr(sys, "stdout", output)
-    assert main(["--version"]) == 0
+    assert main(["inspect", "./nowhere"]) == 2
     print("語.txt", flush=True)
     assert output.buffer.getvalue().splitlines()[-1] == rb"\u8a9e.txt"

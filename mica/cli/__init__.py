@@ -10,15 +10,16 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 
 from mica import __version__
-from mica.cli import adapt, compare, doctor, fits, inspect, transfer
+from mica.cli import adapt, compare, doctor, fits, inspect, run, transfer
 from mica.cli.arguments import HelpFormatter, example, similar
 from mica.cli.output import one_line, tell
 from mica.errors import UnsuitableLayerError, UsageError
 
-_COMMANDS = (adapt, compare, transfer, inspect, fits, doctor)
+_COMMANDS = (run, adapt, compare, transfer, inspect, fits, doctor)
 # PEFT imports these where they are installed, and they log at import: torchao and bitsandbytes list the
 # kernels that cannot be loaded, torch warns that torchao uses a deprecated call. None of it concerns a user
 # here, and a one-line error would stand below ten such lines.
@@ -63,17 +64,24 @@ class _Parser(argparse.ArgumentParser):
             if token == "--":
                 return
             if not _LIKE_AN_OPTION.match(token):
-                if self._subparsers is None:
-                    continue
-                commands = self._subparsers._group_actions[0].choices
-                if token not in commands:
-                    self.error(f"no command is called '{token}'{similar(token, commands) or self._help}")
-                return  # what follows is for the parser of the command
+                if self._subparsers is not None:
+                    commands = self._subparsers._group_actions[0].choices
+                    if token not in commands:
+                        self.error(f"no command is called '{token}'{similar(token, commands) or self._help}")
+                    return  # what follows is for the parser of the command
+                if self._has_rest:
+                    return
+                continue
             option = token.partition("=")[0]
             if option not in known:
                 names = [name.strip("-") for name in known]  # with the dashes all names are similar
                 hint = similar(option.strip("-"), names, "--") or self._help
                 self.error(f"unrecognized arguments: {token}{hint}")
+
+    @property
+    def _has_rest(self) -> bool:
+        """Whether what follows the first word is for another parser: that of a command, or of a script."""
+        return any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions)
 
     @property
     def _help(self) -> str:
@@ -100,14 +108,11 @@ def main(argv: list[str] | None = None) -> int:
 
     0 on success, 2 on bad input and where the output cannot be written (one line on stderr), 130 after
     Ctrl-C, 1 where nobody reads the output any more. Anything else is a bug and keeps its traceback;
-    `mica adapt` ends with 143 after SIGTERM.
+    `mica adapt` ends with 143 after SIGTERM. `mica run` ends as its script does.
     """
-    with suppress(AttributeError):  # a file's name must not end a run where a pipe is cp1252, as on Windows
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = _run(argv)
         sys.stdout.flush()
-        return status
     except OSError as error:
         if not _output_is_lost():
             raise
@@ -116,6 +121,9 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         tell(f"mica: error: standard output cannot be written: {one_line(error)}")
         return 2
+    if callable(status):  # the script of `mica run`, whose output, errors and signals are its own
+        return status()
+    return status
 
 
 def _output_is_lost() -> bool:
@@ -127,7 +135,8 @@ def _output_is_lost() -> bool:
     return False
 
 
-def _run(argv: list[str] | None) -> int:
+def _run(argv: list[str] | None) -> int | Callable[[], int]:
+    """The exit status, or for `mica run` what is yet to be called."""
     try:
         prompt = parser()
         args = prompt.parse_args(argv)
@@ -135,8 +144,12 @@ def _run(argv: list[str] | None) -> int:
             prompt.error("no command is given; mica --help lists them")
     except SystemExit as stop:  # argparse: --help (0) or an error (2)
         return stop.code
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    if args.command != "run":
+        # a file's name must not end a run where a pipe is cp1252, as on Windows
+        with suppress(AttributeError):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        for name in NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return args.run(args)
     except (UsageError, UnsuitableLayerError) as error:

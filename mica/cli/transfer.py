@@ -10,22 +10,24 @@ from mica.cli.output import check_folder, dtype_name, explained, tell, write_fol
 from mica.cli.record import Record
 from mica.errors import UsageError
 
+_NEEDS_BASE = "its update can only be computed with the base"
+
 
 def add_parser(commands) -> None:
     """Declare ``mica transfer`` on an argparse subparsers object."""
     parser = add_command(
         *(commands, "transfer", run),
         help="merge an adapter into the chat model of its base",
-        description="Merge the update s·B·A of a MiCA adapter, trained on a base model, into another model "
-        "made from the same base, like its instruction-tuned one. Nothing is trained or computed again: "
-        "B stays that of the base. Writes a plain model with MODEL's tokenizer and chat template.",
+        description="Merge what a MiCA, LoRA or DoRA adapter has added to its base model into another model "
+        "made from the same base, like its instruction-tuned one. Nothing is trained. Writes a plain model "
+        "with MODEL's tokenizer and chat template.",
         epilog=example(
             "mica transfer --adapter run --to HuggingFaceTB/SmolLM2-135M-Instruct --output chat",
             says="The adapter in run, trained on SmolLM2-135M, is merged into the chat model made from it.",
         ),
     )
     add = parser.add_argument
-    add("--adapter", required=True, type=a_path, metavar="DIR", help="output folder of mica adapt")
+    add("--adapter", required=True, type=a_path, metavar="DIR", help="folder of mica adapt, or of PEFT")
     add(
         "--to",
         required=True,
@@ -40,11 +42,11 @@ def add_parser(commands) -> None:
 def run(args: Namespace) -> int:
     """Run the command: everything is checked before the weights are read, and the output is written whole.
 
-    If the adapter has trained embeddings, MODEL's are changed by what the training added to those of the
-    adapter's base. A note says so if the adapter does not tell what these were.
+    DoRA's lengths and trained embeddings take the place of the base's: what MODEL gets of them is the
+    difference to the adapter's base. A note says so if the adapter does not tell what that was.
 
-    Raises UsageError if --adapter is no MiCA adapter, or replaces other modules than embeddings; if it has
-    trained embeddings, and its base cannot be loaded or has changed; if MODEL is quantised, has another
+    Raises UsageError if --adapter is no plain MiCA, LoRA or DoRA adapter, or replaces other modules than
+    embeddings; if its base is needed, and cannot be loaded or has changed; if MODEL is quantised, has another
     architecture than the base, does not fit the adapter (`SavedAdapter.check_fit`), or gives a common token
     another id; and if the output is not new or empty, or cannot be written.
     """
@@ -64,31 +66,45 @@ def run(args: Namespace) -> int:
 def _transfer(args: Namespace, saved, source) -> int:
     """Merge and write, once the output is ours."""
     import mica.fast
-    from mica.cli.adapt import card, embeddings
+    from mica.cli.adapt import base, card, embeddings
 
+    mica.fast.enable(lora=True)  # merged in float32, rounded once and measured
     config = saved.config
+    is_dora = saved.method == "dora"
     model, tokenizer = _load(args, saved, source)
     saved.check_fit(model, f"--to {args.to}")
     updates = {}
+    trained_on = None
     if config.modules_to_save:
-        updates = _embedding_updates(args, saved, model)
+        embeddings.check_adapter(model, saved, f"--to {args.to}")
+    if config.modules_to_save or is_dora:
+        dtype = base.read_facts(args.adapter).get("base_dtype")
+        trained_on = _base(args, saved, dtype)
+        saved.check_fit(trained_on, f"its base {config.base_model_name_or_path}")
+    if config.modules_to_save:
+        updates = embeddings.update(saved, trained_on, dtype)
 
     peft_model = saved.load(model)
     embeddings.add(peft_model, updates)
     with explained(f"--adapter {args.adapter}", ValueError):  # a merged weight that is not finite
-        merged = peft_model.merge_and_unload(safe_merge=True)
-    report = str(mica.fast.merge_report(merged))
+        if is_dora:
+            merged = peft_model.unload()
+            report = _add_dora(saved, trained_on, merged)
+        else:
+            merged = peft_model.merge_and_unload(safe_merge=True)
+            report = mica.fast.merge_report(merged)
     facts = {
         "name": args.output.resolve().name,
         "model": args.to,
         "adapter": str(args.adapter),
         "base": config.base_model_name_or_path,
+        "method": saved.method,
         "layers": len(saved.layers),
         "embeddings": bool(updates),
         "rank": config.r,
         "alpha": config.lora_alpha,
         "dtype": dtype_name(merged.dtype),
-        "merge_report": report,
+        "merge_report": str(report),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
 
@@ -119,24 +135,51 @@ def _load(args: Namespace, saved, source):
     return model, tokenizer
 
 
-def _embedding_updates(args: Namespace, saved, model) -> dict:
-    """What training has added to the embeddings, by name; see `mica.cli.adapt.embeddings.update`."""
-    from mica.cli.adapt import base, embeddings
+def _base(args: Namespace, saved, dtype: str | None):
+    """The base of the adapter on the CPU, in the ``dtype`` in which its run has loaded it; None: unknown."""
+    import torch
 
-    embeddings.check_adapter(model, saved, f"--to {args.to}")
-    name = saved.config.base_model_name_or_path
-    is_same = base.is_trained_on(args.adapter, name or "")
+    from mica.cli.adapt import base
+    from mica.cli.loading import Source, load_model
+
+    name = saved.config.base_model_name_or_path or "without a name"
+    is_same = base.is_trained_on(args.adapter, name)
     if is_same is None:
         what = f"--adapter {args.adapter}: cannot check that its base {name} is what it was trained on"
         tell(f"mica transfer: note: {what}")
     elif not is_same:
         what = f"its base {name} is not what it was when training began"
-        remedy = (
-            "the update of its embeddings can only be computed with the base of the run: put that back there"
-        )
-        raise saved.error(f"{what}; {remedy}")
-    dtype = base.read_facts(args.adapter).get("base_dtype")
-    return embeddings.update(saved, dtype, args.trust_remote_code)
+        raise saved.error(f"{what}; {_NEEDS_BASE} of the run: put that back there")
+    source = Source(name, name, {"trust_remote_code": args.trust_remote_code}, option="")
+    try:
+        return load_model(source, dtype or "auto", torch.device("cpu"))
+    except UsageError as error:
+        raise saved.error(f"{_NEEDS_BASE}: {error}") from error
+
+
+def _add_dora(saved, base, model):
+    """Add to the layers of ``model`` what DoRA changes in those of ``base``, in float32, and rounded once.
+
+    Returns the `mica.fast.MergeReport`. Raises ValueError as PEFT's merge for a weight that is not finite.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    import mica.fast
+    from mica.fast.merge.merging import stats_of
+
+    report = mica.fast.MergeReport()
+    for name, layer in saved.load(base.float()).get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        before = layer.get_base_layer().weight.data.clone()
+        layer.merge(safe_merge=True)
+        update = layer.get_base_layer().weight.data - before
+        weight = model.get_submodule(name).weight.data
+        summed = weight.float() + update
+        new = summed.to(weight.dtype)
+        report.layers[name] = stats_of(weight, new, update, new.float() - summed)
+        weight.copy_(new)
+    return report
 
 
 def _check_architecture(args: Namespace, saved, theirs: str) -> str:

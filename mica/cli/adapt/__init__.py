@@ -1,4 +1,4 @@
-"""``mica adapt``: continued pretraining of a causal language model on text with MiCA."""
+"""``mica adapt``: continued pretraining of a causal language model on text with MiCA, LoRA or DoRA."""
 
 import argparse
 import importlib.util
@@ -10,20 +10,20 @@ from mica.cli.output import tell_once
 from mica.errors import UsageError
 
 _DESCRIPTION = """\
-Continued pretraining with MiCA. To train in several processes, start them with torchrun --nproc-per-node N -m
-mica adapt ... or with accelerate launch -m mica adapt ..."""
+Continued pretraining with MiCA, LoRA or DoRA. To train in several processes, start them with torchrun
+--nproc-per-node N -m mica adapt ... or with accelerate launch -m mica adapt ..."""
 _EXAMPLE = example(
     "mica adapt --model HuggingFaceTB/SmolLM2-135M --text corpus.jsonl --output run",
     "mica adapt --output run --resume",
     says="The first trains, and writes a PEFT adapter with its model card to run; the second goes on if it "
     "was stopped.",
 )
-NEEDED = ("accelerate", "datasets", "matplotlib", "yaml")
+NEEDED = ("accelerate", "datasets", "yaml")
 
 
 def add_parser(commands) -> None:
     """Declare ``mica adapt`` on an argparse subparsers object."""
-    text = "continued pretraining on text with MiCA"
+    text = "continued pretraining on text with MiCA, LoRA or DoRA"
     parser = add_command(commands, "adapt", run, help=text, description=_DESCRIPTION, epilog=_EXAMPLE)
     options.declare(parser)
 

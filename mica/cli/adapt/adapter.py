@@ -1,28 +1,32 @@
-"""The MiCA adapter of a run: a new one, that of a checkpoint, or that of ``--adapter``."""
+"""The adapter of a run: a new one, that of a checkpoint, or that of ``--adapter``."""
 
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+import mica.fast
 from mica.cli.adapt import embeddings, saved_adapter
+from mica.cli.adapt.methods import METHODS
 from mica.cli.adapt.saved_adapter import SavedAdapter
 from mica.cli.targets import Targets, find_targets, saved_parameters
 from mica.errors import UsageError
 
 
 def start(model, args: Namespace, checkpoint: Path | None = None) -> PeftModel:
-    """Return ``model`` with the adapter that is to be trained: A (and embeddings) in float32, B frozen.
+    """Return ``model`` with the adapter that is to be trained, in float32; MiCA's B is frozen.
 
-    From ``checkpoint`` (``--resume``), else from ``args.adapter``, else a new one; only the last runs the
-    solver, and B of the others keeps its bits. ``args.dropout`` counts in all three. All processes
-    must call this; they share the work of a new one.
+    From ``checkpoint`` (``--resume``), else from ``args.adapter``, else a new one of ``args.method``; only
+    the last runs MiCA's solver, and B of the others keeps its bits. ``args.dropout`` counts in all three. All
+    processes must call this; they share the work of a new one. LoRA and DoRA run on this backend, too.
 
     Raises UsageError as `check`.
     """
     targets = check(model, args, checkpoint)
+    mica.fast.enable(lora=True)
     precision = nullcontext()
     if args.train_embeddings:
         precision = embeddings.in_float32(model)
@@ -42,9 +46,10 @@ def _continued(model, args: Namespace, folder: Path) -> PeftModel:
 
 
 def _new(model, args: Namespace, targets: Targets) -> PeftModel:
-    """``model`` with a new adapter."""
+    """``model`` with a new adapter; ``args.seed`` draws A of LoRA."""
+    torch.manual_seed(args.seed)
     config = {
-        "init_lora_weights": "mica",
+        **METHODS[args.method].config,
         "task_type": "CAUSAL_LM",
         "r": args.rank,
         "lora_alpha": args.alpha,
@@ -67,16 +72,17 @@ def check(model: nn.Module, args: Namespace, checkpoint: Path | None = None) -> 
     Returns what will be adapted.
 
     Raises UsageError if ``--target-modules`` names no layer that can be adapted, if one is too small for the
-    rank, if parameters (experts) are to have dropout, if embeddings cannot be trained, or if the adapter of
-    ``checkpoint`` or ``args.adapter`` is not a MiCA adapter, does not fit the model, or has other layers than
-    ``args`` says.
+    rank, if parameters (experts) are to have dropout or DoRA, if embeddings cannot be trained, or if the
+    adapter of ``checkpoint`` or ``args.adapter`` is of no method here, does not fit the model, or has other
+    layers than ``args`` says.
     """
     targets = find_targets(model, args.target_modules, args.experts)
-    if targets.parameters and args.dropout:
-        raise UsageError(
-            f"--dropout {args.dropout:g}: PEFT has no dropout for parameters such as "
-            f"{min(targets.parameters)}: use --dropout 0 or --no-experts"
-        )
+    if targets.parameters:
+        such = f"for parameters such as {min(targets.parameters)}: use --no-experts"
+        if args.dropout:
+            raise UsageError(f"--dropout {args.dropout:g}: PEFT has no dropout {such} or --dropout 0")
+        if args.method == "dora":
+            raise UsageError(f"--method dora: PEFT has no DoRA {such} or --method lora")
     targets.check_rank(model, args.target_modules, args.rank)
     if args.train_embeddings:
         embeddings.check(model, args, targets)

@@ -91,7 +91,8 @@ def _quantization(kind: str, dtype: str) -> BitsAndBytesConfig:
 def check(args: Namespace, source: Source) -> PreTrainedConfig | None:
     """The base's configuration, None for GGUF; reads nothing else.
 
-    Raises UsageError if ``--quantize`` is given and the checkpoint is quantised, or bitsandbytes missing.
+    Raises UsageError if ``--quantize`` is given and the checkpoint is quantised, bitsandbytes missing, or the
+    method not possible over such weights.
     """
     config = None
     if not source.is_gguf:
@@ -103,6 +104,8 @@ def check(args: Namespace, source: Source) -> PreTrainedConfig | None:
         what = f"--model {source.given} is quantised already: leave --quantize out"
     elif not is_bitsandbytes_available():
         what = "needs bitsandbytes and accelerate: pip install bitsandbytes"
+    elif args.quantize == "int8" and args.method == "dora" and processes.use_cpu():
+        what = "PEFT's DoRA loses the scales of 8-bit weights on a CPU: use nf4"
     if what is not None:
         raise UsageError(f"--quantize {args.quantize}: {what}")
     return config

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
+from mica.cli.adapt.methods import METHODS
 from mica.cli.adapt.options import OPTIONS
 from mica.cli.output import shown
 
@@ -25,10 +26,8 @@ _TEMPLATE = """\
 
 {% if is_adapter -%}
 An adapter for {{ model }}, made by continued pretraining on {{ "{:,}".format(training_tokens) }} tokens \
-with [MiCA]({{ paper }}). MiCA adds `s·B·A` to an adapted weight `W`: `B` holds the {{ settings.rank }} left \
-singular vectors of `W` with the smallest singular values and stays frozen, `A` starts at zero and is \
-trained. {{ "{:,}".format(trained_parameters) }} of {{ "{:,}".format(total_parameters) }} parameters were \
-trained.
+with [{{ method.title }}]({{ method.paper }}). {{ method.says.format(rank=settings.rank) }} \
+{{ "{:,}".format(trained_parameters) }} of {{ "{:,}".format(total_parameters) }} parameters were trained.
 {%- if trained_embeddings %}
 
 {{ "{:,}".format(trained_embeddings) }} of these are the input and output embeddings, trained as whole \
@@ -66,10 +65,10 @@ The adapter is {{ step }}.
 {{ recipe }}
 ```
 {%- else -%}
-{{ model }} with the update of a [MiCA]({{ paper }}) adapter merged into its weights: the `s·B·A` of \
-{{ adapter }}{% if base %}, trained on `{{ base }}`,{% endif %} with rank {{ rank }} and alpha {{ alpha }}, \
-in {{ layers }} layers. The update was trained on another model than this. Tokenizer and chat template are \
-those of {{ model }}.
+{{ model }} with the update of a [{{ method.title }}]({{ method.paper }}) adapter merged into its weights: \
+what {{ adapter }}{% if base %}, trained on `{{ base }}`,{% endif %} adds with rank {{ rank }} and alpha \
+{{ alpha }} in {{ layers }} layers. The update was trained on another model than this. Tokenizer and chat \
+template are those of {{ model }}.
 {%- if embeddings %}
 
 What its training has added to the embeddings is added here too.
@@ -149,33 +148,34 @@ def card(summary: dict) -> ModelCard:
         "gguf": gguf,
     }
     datasets = [name for name in names if name is not None] or None
-    return _rendered(shown(folder), folder, summary | facts, library_name="peft", datasets=datasets)
+    facts |= summary
+    return _rendered(folder, settings["method"], facts, library_name="peft", datasets=datasets)
 
 
 def transfer_card(facts: dict) -> ModelCard:
     """The card of a model into which `mica transfer` has merged an update.
 
     ``facts``: ``name`` (of the folder), ``model`` and ``adapter`` (as given), ``base`` (of the adapter, or
-    None), ``rank``, ``alpha``, ``layers`` (their number), ``embeddings`` (whether they were trained),
-    ``dtype``, ``merge_report``, ``versions``.
+    None), ``method`` (its name), ``rank``, ``alpha``, ``layers`` (their number), ``embeddings`` (whether they
+    were trained), ``dtype``, ``merge_report``, ``versions``.
     """
     more = {"adapter": _public(facts["adapter"]), "base": hub_name(facts["base"])}
-    return _rendered(shown(facts["name"]), facts["name"], facts | more, library_name="transformers")
+    return _rendered(facts["name"], facts["method"], facts | more, library_name="transformers")
 
 
-def _rendered(name: str, folder: str, facts: dict, **metadata: Any) -> ModelCard:
+def _rendered(folder: str, method: str, facts: dict, **metadata: Any) -> ModelCard:
     data = ModelCardData(
         base_model=hub_name(facts["model"]),
         pipeline_tag="text-generation",
-        tags=["mica", "lora", "continued-pretraining"],
+        tags=list(dict.fromkeys((method, "lora", "continued-pretraining"))),
         **metadata,
     )
     own = {
-        "name": name,
+        "name": shown(folder),
         "folder": json.dumps(folder),
         "model": _public(facts["model"]),
         "public": _public,
-        "paper": "https://arxiv.org/abs/2604.01694",
+        "method": METHODS[method],
         "versions": ", ".join(f"{library} {version}" for library, version in facts["versions"].items()),
     }
     return ModelCard.from_template(data, template_str=_TEMPLATE, **facts | own)

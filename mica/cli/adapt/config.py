@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from mica.cli.adapt import run_yaml
 from mica.cli.adapt.folder import SETTINGS as FILE
-from mica.cli.adapt.options import OPTIONS, RECIPES, check_required
+from mica.cli.adapt.options import OPTIONS, check_required, recipe
 from mica.cli.folder import check_begun
 from mica.cli.output import expanded, tell_once
 from mica.errors import UsageError
@@ -56,8 +56,8 @@ def resolve(namespace: Namespace) -> Settings:
         earlier = _recorded(output)
     elif wanted.get("adapter") is not None:
         earlier = _of_adapter(wanted)
-    recipe = (earlier | wanted).get("recipe", OPTIONS["recipe"].default)
-    values = _merged(RECIPES[recipe], earlier, file, line)
+    named = _merged(earlier, file, line)
+    values = _merged(recipe(named["recipe"], named["method"]), earlier, file, line)
     _derive(values)
     _check(values, line)
     if values["keep_best"] is None and values["patience"]:

@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mica.cli.adapt.saved_adapter import WEIGHTS, SavedAdapter
-from mica.cli.loading import Source, load_model
 from mica.cli.output import dtype_name, explained
 from mica.cli.targets import Targets
 from mica.errors import UsageError
@@ -143,25 +142,16 @@ def separate(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float, na
         raise UsageError(f"--optimizer {name}: cannot give embeddings a learning rate of their own")
 
 
-def update(saved: SavedAdapter, dtype: str | None, trust_remote_code: bool) -> dict[str, Tensor]:
+def update(saved: SavedAdapter, base: nn.Module, dtype: str | None) -> dict[str, Tensor]:
     """What training has added to each embedding of the ``saved`` adapter, fp32 (vocabulary, hidden).
 
-    ``dtype``: in which the run loaded its base, whose rounding is no update. None: not known, so the base is
-    taken in the dtype of the trained ones where that is of 16 bits (PEFT copies the base's).
+    ``dtype``: in which the run loaded its ``base``, whose rounding is no update. None: not known, so the base
+    is taken in the dtype of the trained ones where that is of 16 bits (PEFT copies the base's).
 
-    Raises UsageError if the base of the adapter, which that needs, cannot be loaded.
+    Raises UsageError if the embeddings of the base are others.
     """
-    base = saved.config.base_model_name_or_path or "without a name"
-    source = Source(base, base, {"trust_remote_code": trust_remote_code}, option="")
-    try:
-        model = load_model(source, dtype or "auto", torch.device("cpu"))
-    except UsageError as error:
-        needs = "the update of its embeddings can only be computed with its base"
-        raise saved.error(f"{needs}: {error}") from error
-
-    found = find(model)
-    saved.check_fit(model, f"its base {base}")
-    check_adapter(model, saved, f"its base {base}")
+    found = find(base)
+    check_adapter(base, saved, f"its base {saved.config.base_model_name_or_path}")
     updates = {}
     for name, weight in _trained(saved, found).items():
         start = found[name].weight.detach()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
+from mica.cli.adapt.methods import METHODS
 from mica.cli.arguments import COUNT_LIMIT, DTYPES, a_name, a_path, a_source, count, number
 from mica.errors import UsageError
 
@@ -25,7 +26,8 @@ SCHEDULERS = (
     "inverse_sqrt",
 )
 
-# recipe -> option -> value. Not options: "source", and "alpha_per_rank", which is lora_alpha over the rank.
+# recipe -> option -> value, for MiCA. Not options: "source", and "alpha_per_rank", which is lora_alpha over
+# the rank.
 RECIPES = {
     # Continued pretraining in the paper: q_proj and v_proj, rank 16 or 32, learning rates from 5e-4 to 2e-3,
     # 4 to 8 epochs. Its text does not give alpha; alpha = 2r is in the author's example.
@@ -57,6 +59,18 @@ RECIPES = {
         "max_grad_norm": 1.0,
     },
 }
+# What all-linear has instead for LoRA and DoRA. alpha = 2r: "LoRA Learns Less and Forgets Less", which also
+# recommends all linear layers, for continued pretraining. The rate: trl's page "LoRA Without Regret".
+WITH_LORA = {"source": "arXiv 2405.09673, trl's documentation", "alpha_per_rank": 2, "learning_rate": 2e-4}
+
+
+def recipe(name: str, method: str) -> dict[str, object]:
+    """The values of a recipe for a method. Raises UsageError where it has none."""
+    if method == "mica":
+        return RECIPES[name]
+    if name == "paper":
+        raise UsageError(f"--recipe paper: it is MiCA's and has no values for {METHODS[method].title}")
+    return RECIPES[name] | WITH_LORA
 
 
 class Option(NamedTuple):
@@ -109,7 +123,7 @@ _SHARE_OR_0 = number(float, 0, 1, low_allowed=True)
 TABLE = (  # a string: the title of the group that begins there
     "model",
     Option("model", "Hub id, checkpoint folder or GGUF file", "MODEL", parse=a_source, required=True),
-    Option("adapter", "continue from this MiCA adapter: its rank, alpha and layers", "DIR", parse=a_path),
+    Option("adapter", "continue from this adapter: its method, rank, alpha, layers", "DIR", parse=a_path),
     Option(
         "dtype",
         "dtype of the frozen weights: auto, float32, bfloat16 or float16",
@@ -151,6 +165,7 @@ TABLE = (  # a string: the title of the group that begins there
         choices=("documents", "stream"),
     ),
     "adapter",
+    Option("method", "what is trained: A of MiCA, or LoRA or DoRA", default="mica", choices=tuple(METHODS)),
     Option(
         "recipe",
         "values for what is not given: paper (arXiv 2604.01694) or all-linear",
@@ -187,11 +202,11 @@ TABLE = (  # a string: the title of the group that begins there
         choices=SCHEDULERS,
     ),
     Option("warmup_ratio", "share of the steps until the peak", "SHARE", parse=_SHARE_OR_0),
-    Option("weight_decay", "weight decay of A and trained embeddings", "RATE", parse=_NOT_NEGATIVE),
+    Option("weight_decay", "weight decay of what is trained", "RATE", parse=_NOT_NEGATIVE),
     Option("max_grad_norm", "clip gradients to this norm; 0: never", "NORM", parse=_NOT_NEGATIVE),
     Option("optimizer", "by the Trainer's name (optim)", "NAME", "adamw_torch"),
     _switch("gradient_checkpointing", "recompute activations: less memory, slower", may_change=True),
-    Option("seed", "seed for the order of the blocks and dropout", "N", 0, count(0, 2**32)),
+    Option("seed", "seed for the order of the blocks, dropout, and A of LoRA", "N", 0, count(0, 2**32)),
     "progress",
     Option(
         "eval_steps",
@@ -297,10 +312,11 @@ def _add(group, option: Option) -> None:
 
 def _recipe_table() -> str:
     """The recipes side by side, a line per option."""
-    rows = dict.fromkeys(name for recipe in RECIPES.values() for name in recipe)
+    columns = RECIPES | {"for lora and dora": recipe("all-linear", "lora")}
+    rows = dict.fromkeys(name for values in columns.values() for name in values)
     del rows["source"]  # which the help of --recipe says
 
-    lines = [f"{'recipes:':22}" + "".join(f"{name:20}" for name in RECIPES)]
+    lines = [f"{'recipes:':22}" + "".join(f"{name:20}" for name in columns)]
     for row in rows:
-        lines.append(f"  {row:20}" + "".join(f"{recipe.get(row, '-')!s:20}" for recipe in RECIPES.values()))
+        lines.append(f"  {row:20}" + "".join(f"{values.get(row, '-')!s:20}" for values in columns.values()))
     return "\n".join(line.rstrip() for line in lines)

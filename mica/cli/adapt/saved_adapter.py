@@ -1,4 +1,4 @@
-"""A MiCA adapter in a folder: what its files say of it, before PEFT loads it."""
+"""A MiCA, LoRA or DoRA adapter in a folder: what its files say of it, before PEFT loads it."""
 
 import re
 from collections.abc import Iterator
@@ -26,11 +26,16 @@ _MADE_FOR = {
     ".token_adapter.": "trainable_token_indices",
 }
 _EDITED = (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError, re.error)
+# Ways to begin that leave the base as it is; others (PiSSA, OLoRA, CorDA, ...) train over changed weights.
+_STARTS = (True, False, "gaussian", "orthogonal")
+# What makes LoRA something else than s·B·A beside a weight
+_CHANGES = ("lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora")
+_CHANGES += ("arrow_config", "kasa_config", "monteclora_config")
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """A MiCA adapter in ``folder``, which ``option`` of the command line names; see `read`.
+    """An adapter in ``folder``, which ``option`` of the command line names; see `read`.
 
     ``layers``: what it has weights for: name -> (out_features, rows of A, in_features). An embedding has
     (embedding_dim, rows of A, num_embeddings). Several parameters of one module have its name, and once or
@@ -48,6 +53,13 @@ class SavedAdapter:
         return UsageError(f"{self.option} {self.folder}: {what}")
 
     @property
+    def method(self) -> str:
+        """Its name in `mica.cli.adapt.methods`."""
+        if requests_mica(self.config):
+            return "mica"
+        return "dora" if self.config.use_dora else "lora"
+
+    @property
     def stacks(self) -> set[str]:
         """Those of its layers that are stacks of experts: A has the rows of all of them."""
         return {name for name, (_, rows, _) in self.layers.items() if rows > self.config.r}
@@ -55,9 +67,9 @@ class SavedAdapter:
     def settings(self) -> dict[str, object]:
         """The options that the adapter fixes.
 
-        ``rank``, ``alpha``: int. ``target_modules``: names with commas; where PEFT got a pattern, the layers
-        themselves. ``experts``: True if it has stacks of experts, else None; ``train_embeddings``: likewise.
-        ``dropout``: float, a proposal.
+        ``method``: str. ``rank``, ``alpha``: int. ``target_modules``: names with commas; where PEFT got a
+        pattern, the layers themselves. ``experts``: True if it has stacks of experts, else None;
+        ``train_embeddings``: likewise. ``dropout``: float, a proposal.
 
         Raises UsageError if ranks or alphas differ between layers, or alpha is no whole number: no option
         says that.
@@ -80,6 +92,7 @@ class SavedAdapter:
         if isinstance(config.target_modules, set):
             modules = config.target_modules
         return {
+            "method": self.method,
             "rank": config.r,
             "alpha": int(config.lora_alpha),
             "target_modules": ",".join(sorted([*modules, *parameters])),
@@ -163,10 +176,10 @@ class SavedAdapter:
 
 
 def read(folder: Path, option: str = "--adapter") -> SavedAdapter:
-    """The MiCA adapter in ``folder``; of its weights only the header is read.
+    """The adapter in ``folder``; of its weights only the header is read.
 
-    Raises UsageError, naming ``option``, if ``folder`` is not the folder of an adapter, the adapter not
-    MiCA's, or a file of it damaged or incomplete.
+    Raises UsageError, naming ``option``, if ``folder`` is not the folder of an adapter, the adapter no plain
+    MiCA, LoRA or DoRA over its base, or a file of it damaged or incomplete.
     """
     where = f"{option} {folder}"
     if folder.is_file():
@@ -179,13 +192,9 @@ def read(folder: Path, option: str = "--adapter") -> SavedAdapter:
         config = PeftConfig.from_pretrained(folder)
         kind = config.peft_type.value
 
-    found = None
-    if kind != "LORA":
-        found = kind
-    elif not requests_mica(config):
-        found = f"LoRA with init_lora_weights={config.init_lora_weights!r}"
+    found = _what_else(config, kind)
     if found is not None:
-        raise UsageError(f"{where}: must be a MiCA adapter, but is {found}")
+        raise UsageError(f"{where}: must be a plain MiCA, LoRA or DoRA adapter, but is {found}")
     if not (folder / WEIGHTS).is_file():
         raise UsageError(f"{where}: has no {WEIGHTS}")
     for name in ("r", "lora_alpha"):
@@ -193,6 +202,18 @@ def read(folder: Path, option: str = "--adapter") -> SavedAdapter:
         if not isinstance(value, int | float) or value <= 0:
             raise UsageError(f"{where}: {CONFIG}: {name} must be a number above 0, not {value!r:.80}")
     return SavedAdapter(folder, option, config, *_shapes(folder / WEIGHTS, where))
+
+
+def _what_else(config: PeftConfig, kind: str) -> str | None:
+    """What an adapter is that is none of the methods; None for one of them."""
+    if kind != "LORA":
+        return kind
+    if not requests_mica(config) and config.init_lora_weights not in _STARTS:
+        return f"LoRA with init_lora_weights={config.init_lora_weights!r}"
+    if config.bias != "none":
+        return f"LoRA with bias={config.bias!r}"
+    changes = [name for name in _CHANGES if getattr(config, name, None)]
+    return f"LoRA with {changes[0]}" if changes else None
 
 
 def _shapes(file: Path, where: str) -> tuple[dict[str, tuple[int, int, int]], dict[str, tuple[int, ...]]]:

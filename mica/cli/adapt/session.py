@@ -31,8 +31,8 @@ from mica.cli.targets import has_experts
 from mica.errors import UsageError
 
 
-class _Inputs(NamedTuple):
-    """What a run reads before the weights of its base."""
+class Inputs(NamedTuple):
+    """What a run reads before the weights of its base; see `read`."""
 
     source: loading.Source
     tokenizer: PreTrainedTokenizerBase
@@ -59,9 +59,10 @@ def adapt(settings: Settings) -> int:
         processes.finish()
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
+    """Say something on standard error, in the main process."""
     if PartialState().is_main_process:
-        tell(f"mica adapt: note: {text}")
+        tell(f"mica: note: {text}")
 
 
 def _adapt(settings: Settings) -> int:
@@ -72,7 +73,7 @@ def _adapt(settings: Settings) -> int:
         with ExitStack() as checks:  # what they refuse leaves nothing
             processes.on_main(checks.enter_context, undo_on_error(args.output))
             processes.on_main(folder.check, args)
-            inputs = _read_inputs(settings)
+            inputs = read(settings)
             if not args.resume:
                 processes.on_main(_write_settings, settings)  # says what this folder is, from now on
             model, data, facts = _loaded(settings, inputs)
@@ -98,13 +99,16 @@ def _write_settings(settings: Settings) -> None:
     write("--output", args.output / folder.SETTINGS, run_yaml.as_yaml(config.values(settings)))
 
 
-def _read_inputs(settings: Settings) -> _Inputs:
-    """Check and read everything that comes before the weights, the cheapest first."""
+def read(settings: Settings) -> Inputs:
+    """Check and read everything that comes before the weights, the cheapest first; every process calls this.
+
+    Raises UsageError for what is wrong with options, texts, tokenizer or the model's configuration.
+    """
     args = settings.args
     source = loading.find_source(args.model, args.trust_remote_code)
     loading.check_backend(args.rank)
     training.check(args)
-    checkpoint = training.find_checkpoint(args, _note)
+    checkpoint = training.find_checkpoint(args, note)
 
     corpus.check(args)
     tokenizer = loading.load_tokenizer(source)
@@ -113,7 +117,7 @@ def _read_inputs(settings: Settings) -> _Inputs:
 
     data = corpus.gather(args, tokenizer)
     print(data.describe(), flush=True)
-    return _Inputs(source, tokenizer, data, checkpoint)
+    return Inputs(source, tokenizer, data, checkpoint)
 
 
 def _check_outline(settings: Settings, source: loading.Source, checkpoint: Path | None) -> None:
@@ -126,21 +130,31 @@ def _check_outline(settings: Settings, source: loading.Source, checkpoint: Path 
     adapter.check(model, settings.args, checkpoint)
 
 
-def _loaded(settings: Settings, inputs: _Inputs) -> tuple[PeftModel, corpus.Corpus, dict[str, Any]]:
+def suited(settings: Settings, inputs: Inputs, model) -> corpus.Corpus:
+    """The data as ``model`` takes it; its dtype becomes one that suits the processor. Notes say what changed.
+
+    Raises UsageError if the model cannot take the tokens.
+    """
+    args = settings.args
+    precision = loading.suit_processor(model, args.dtype)
+    loading.check_limits(inputs.source, model, args.sequence_length, inputs.data.largest_token_id)
+    data, packing = corpus.suited(inputs.data, settings, model, inputs.tokenizer)
+    for text in (precision, packing):
+        if text is not None:
+            note(text)
+    _drop_needless_experts(settings, model)
+    return data
+
+
+def _loaded(settings: Settings, inputs: Inputs) -> tuple[PeftModel, corpus.Corpus, dict[str, Any]]:
     """The model with its adapter, the data as this model takes it, and facts for the summary."""
     args = settings.args
     model = base.load(args, inputs.source, PartialState().device, inputs.tokenizer)
     if args.adapter is not None and inputs.checkpoint is None:
         _note_another_base(args.adapter, args.model, model.name_or_path)
-    precision = loading.suit_processor(model, args.dtype)
-    loading.check_limits(inputs.source, model, args.sequence_length, inputs.data.largest_token_id)
-    data, packing = corpus.suited(inputs.data, settings, model, inputs.tokenizer)
-    for note in (precision, packing):
-        if note is not None:
-            _note(note)
-    _drop_needless_experts(settings, model)
+    data = suited(settings, inputs, model)
     if has_experts(model) and not args.experts:
-        _note("the experts are not adapted, unless --target-modules names them; --experts adapts all")
+        note("the experts are not adapted, unless --target-modules names them; --experts adapts all")
     facts = {
         "dtype": dtype_name(model.dtype),
         "device": str(model.device),
@@ -157,8 +171,7 @@ def _loaded(settings: Settings, inputs: _Inputs) -> tuple[PeftModel, corpus.Corp
 def _note_another_base(trained: Path, model: str, location: str) -> None:
     """Say if the adapter in ``trained`` was not, or perhaps not, trained on the weights at ``location``."""
     if not base.is_trained_on(trained, location):
-        what = f"is not known to be trained on the weights of --model {model}"
-        _note(f"--adapter {trained}: {what}, whose minor directions its B should hold")
+        note(f"--adapter {trained}: is not known to be trained on the weights of --model {model}")
 
 
 def _drop_needless_experts(settings: Settings, model) -> None:

@@ -29,11 +29,11 @@ TABLE = (
     OF_ADAPT["retain"]._replace(required=True),
     OF_ADAPT["sequence_length"],
     "trainings",
-    OF_ADAPT["rank"]._replace(help="rank of MiCA; LoRA has half of it", default=RANK),
+    OF_ADAPT["rank"]._replace(help="rank of MiCA; LoRA and DoRA have half of it", default=RANK),
     OF_ADAPT["batch_size"],
     Option(
         "methods",
-        "what to compare; default: all of them",
+        "what to compare; default: mica lora full",
         choices=tuple(METHODS),
         many=True,
     ),

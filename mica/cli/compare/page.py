@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from mica.cli.compare import methods, settings
-from mica.cli.compare.methods import METHODS
+from mica.cli.compare.methods import FULL, METHODS
 from mica.cli.compare.outcomes import between_documents
 from mica.cli.compare.schedule import Comparison
-from mica.cli.output import markdown_table, shown, write_file, write_unless_edited
+from mica.cli.output import markdown_table, shown, write_unless_edited
 
 _MEASURED = {"learned": "test", "forgotten": "retained"}  # amount -> the blocks it is measured on
 _HEADER = ["", "trained parameters", "learning rate", "seed", "learned", "forgotten"]
@@ -35,37 +35,25 @@ held-out blocks.
 
 {spread}
 
-![Learned over forgotten](compare.png)
-
 ## The trainings
 
 All have {steps} steps of {step_tokens:,} tokens, of a text of {blocks:,} training blocks of \
-{sequence_length}; longer ones may show something else. Weights are {dtype}; {optimizer}, {scheduler} \
-schedule, warm-up {warmup_ratio:g}, weight decay {weight_decay:g}, gradients clipped at {max_grad_norm:g}. \
-All of it took {minutes:.1f} minutes.
+{sequence_length}; longer ones may show something else. Weights are {dtype}, those of full fine-tuning \
+float32; adapters are on {target_modules}; {optimizer}, {scheduler} schedule, warm-up {warmup_ratio:g}, \
+weight decay {weight_decay:g}, gradients clipped at {max_grad_norm:g}. \
+All of it took {minutes:.1f} minutes. At each learning rate seed 0 has learned and forgotten:
 
 {tried}
 """
-_COMMAND = """
-To train MiCA again:
-
-```sh
-mica adapt --model {model} --text {text} --retain {retain} --sequence-length {sequence_length} --rank {rank} \
---batch-size {batch_size} --eval-blocks {eval_blocks} --learning-rate {rate:g} --steps {steps} --output run
-```
+_COMMAND = """\
+mica adapt --method {method} --model {model} --text {text} --retain {retain} \
+--sequence-length {sequence_length} --rank {rank} --alpha {alpha} --batch-size {batch_size} \
+--eval-blocks {eval_blocks} --learning-rate {rate:g} --steps {steps} --output {method}
 """
-_HOW = (
-    "`r={rank}, lora_alpha={alpha}, lora_dropout={dropout:g}, init_lora_weights={init!r}, "
-    "target_modules={target_modules!r}`"
-)
 
 
 def write(output: Path, comparison: Comparison, facts: dict[str, Any]) -> None:
-    """Write page and picture to ``output``. Raises UsageError if that fails."""
-    from mica.cli.compare import picture  # imports matplotlib
-
-    found = comparison.found()
-    write_file("--output", output / settings.PICTURE, lambda path: picture.trade_off(found, path))
+    """Write the page to ``output``. Raises UsageError if that fails."""
     write_unless_edited("--output", output / settings.PAGE, markdown(comparison, facts))
 
 
@@ -74,13 +62,15 @@ def markdown(comparison: Comparison, facts: dict[str, Any]) -> str:
     found = comparison.found()
     steps = comparison.steps()
     tried = []
+    commands = []
+    quoted = {name: shlex.join(facts[name]) for name in ("text", "retain")}
+    quoted |= {"model": shlex.quote(facts["model"]), "steps": steps}
     for method, one in found.items():
-        how = _HOW.format(**vars(methods.options(method, argparse.Namespace(**facts))))
-        if METHODS[method].init is None:
-            how = "all weights, in float32"
-        rates = ", ".join(f"{rate:g}" for rate in one.curve)
-        number = f"{len(one.curve)} of {len(comparison.rates[method])} learning rates"
-        tried.append(f"- {METHODS[method].title}: {how}; {number}: {rates}")
+        for rate, end in one.curve.items():
+            tried.append([METHODS[method].title, f"{rate:g}", *(f"{mean:.3f}" for mean in end.means)])
+        if method != FULL:
+            own = vars(methods.options(method, argparse.Namespace(**facts)))
+            commands.append(_COMMAND.format(**own | quoted, rate=one.rate))
     values = facts | {
         "model_name": shown(Path(facts["model"]).name),
         "text_names": _names(facts["text"]),
@@ -90,13 +80,11 @@ def markdown(comparison: Comparison, facts: dict[str, Any]) -> str:
         "steps": steps,
         "step_tokens": facts["batch_size"] * facts["sequence_length"],
         "minutes": comparison.spent() / 60,
-        "tried": "\n".join(tried),
+        "tried": markdown_table(["", "learning rate", "learned", "forgotten"], tried),
     }
     page = _PAGE.format(**values)
-    if "mica" in found:
-        quoted = {name: shlex.join(facts[name]) for name in ("text", "retain")}
-        quoted["model"] = shlex.quote(facts["model"])
-        page += _COMMAND.format(**values | quoted, rate=found["mica"].rate)
+    if commands:
+        page += f"\nTo train with an adapter again:\n\n```sh\n{''.join(commands)}```\n"
     failed = [f"- `{key}`: {why}\n" for key, why in comparison.failed().items()]
     if failed:
         page += "\n## Failed\n\n" + "".join(failed)

@@ -59,8 +59,6 @@ def _compare(ours: dict[str, object], output: Path, resume: bool, began: float) 
         trainings = Trainings(ours, output)
         comparison = trainings.comparison(ours, _earlier(output, trainings.content))
         settings.write(output, ours)
-        for note in trainings.notes:
-            _note(f"note: {note}")
         zero = time.time() - (comparison.spent() + time.monotonic() - began)
         if BASE not in comparison.results:
             _do(Planned(schedule.TRIAL, BASE), comparison, trainings, output, zero)

@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from mica.cli.adapt import config
-from mica.cli.compare.methods import METHODS
+from mica.cli.compare.methods import DEFAULT, METHODS
 from mica.cli.compare.options import BLOCKS, OPTIONS, SHARED
 from mica.cli.folder import check_begun, check_new
 from mica.cli.output import check_folder, write_json
@@ -15,7 +15,6 @@ from mica.errors import UsageError
 FILE = "settings.json"
 RUNS = "runs"
 PAGE = "README.md"
-PICTURE = "compare.png"
 DEFAULTS = {name: row.default for name, row in OPTIONS.items() if name not in ("output", "resume")}
 
 
@@ -38,7 +37,7 @@ def of_mica_adapt(settings: dict[str, object], output: Path) -> config.Settings:
 
 def rates(settings: dict[str, object]) -> dict[str, list[float]]:
     """Method -> learning rates, ascending. Raises UsageError for rates of a method that is not compared."""
-    names = settings["methods"] or METHODS
+    names = settings["methods"] or DEFAULT
     found = {name: set() for name in names}
     for name, some in settings["rates"] or []:
         if name not in names:
@@ -60,12 +59,11 @@ def resumed(output: Path, given: dict[str, object]) -> dict[str, object]:
     """
     path = output / FILE
     check_begun(output, FILE)
-    if not Record(output).has(path):
-        what = "is not what mica compare has written: put that back, or name another folder"
-        raise UsageError(f"--resume: {path} {what}")
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored.keys() != DEFAULTS.keys():
-        what = "this version of mica compare has not written it: name another folder"
+    stored = None
+    if Record(output).has(path):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    if stored is None or stored.keys() != DEFAULTS.keys():
+        what = "this version of mica compare has not written it: put that back, or name another folder"
         raise UsageError(f"--resume: {path}: {what}")
     for name, new in given.items():
         if new != stored[name] and not OPTIONS[name].may_change:

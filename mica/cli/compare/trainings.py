@@ -1,10 +1,13 @@
 """What all trainings of a comparison share, and how one is made, by the Trainer of ``mica adapt``."""
 
+import copy
 import gc
 import hashlib
 import math
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,12 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from mica.cli import loading
-from mica.cli.adapt import adapter, corpus, evaluation, processes
+from mica.cli.adapt import adapter, evaluation, processes, session
 from mica.cli.adapt.packing import document_of, too_little
 from mica.cli.adapt.trainer import build_trainer
 from mica.cli.compare import methods, schedule, settings
-from mica.cli.compare.models import built
 from mica.cli.compare.schedule import BASE, Comparison, Planned, Results
 from mica.cli.output import dtype_name
-from mica.cli.targets import has_experts
 from mica.errors import UsageError
 from mica.subspace.content_hash import content_hash
 
@@ -39,30 +40,20 @@ class Trainings:
 
     ``args``: the options of `mica adapt` that they share. ``base``: the model before any training. ``data``:
     the texts. ``sets``: the blocks that are measured, by name; ``blocks``: their number. ``content``: a hash
-    of what each option names. ``notes``: lines to show to the user.
+    of what each option names.
     """
 
     def __init__(self, found: dict[str, object], output: Path):
         """Read model and texts. Raises UsageError for what is wrong with them or with options."""
         resolved = settings.of_mica_adapt(found, output)
         self.args = resolved.args
-        source = loading.find_source(self.args.model, self.args.trust_remote_code)
-        loading.check_backend(self.args.rank)
         processes.start()
-        tokenizer = loading.load_tokenizer(source)
-        self.data = corpus.gather(self.args, tokenizer)
-        self.base = loading.load_model(source, self.args.dtype, PartialState().device)
-        notes = [loading.suit_processor(self.base, self.args.dtype)]
+        inputs = session.read(resolved)
+        self.base = loading.load_model(inputs.source, self.args.dtype, PartialState().device)
+        self.data = session.suited(resolved, inputs, self.base)
         if set(self.args.text) & set(self.args.retain):
-            notes.append("--retain names a text of --text: forgetting is measured on what is learned")
+            session.note("--retain names a text of --text: forgetting is measured on what is learned")
         self.base.requires_grad_(False)
-        largest = self.data.largest_token_id
-        loading.check_limits(source, self.base, self.args.sequence_length, largest)
-        self.data, packing = corpus.suited(self.data, resolved, self.base, tokenizer)
-        notes.append(packing)
-        self.notes = list(filter(None, notes))
-        if not has_experts(self.base):
-            self.args.experts = None
         adapter.check(self.base, self.args)
         self.sets = self._sets()
         self.blocks = sum(map(len, self.sets.values()))
@@ -141,6 +132,26 @@ class Trainings:
         seconds = (time.perf_counter() - began) / self.blocks
         documents = {name: _documents(blocks) for name, blocks in self.sets.items()}
         return measured | {"block_seconds": seconds, "documents": documents}
+
+
+@contextmanager
+def built(base: nn.Module, args: Namespace) -> Iterator[nn.Module]:
+    """The model to train with the `options` of a method; afterwards ``base`` is as it was.
+
+    An adapter is put on ``base`` itself; full fine-tuning trains a copy of it, in float32, as small steps are
+    lost in 16 bits.
+
+    Raises UsageError as `adapter.start`.
+    """
+    if args.method == methods.FULL:
+        yield copy.deepcopy(base).float().requires_grad_(True)
+        return
+    model = adapter.start(base, args)
+    try:
+        yield model
+    finally:
+        model.unload()
+        vars(base).pop("peft_config", None)  # some PEFT leaves it, and warns of a second adapter
 
 
 def _hash_of_weights(model: nn.Module) -> str:

@@ -256,7 +256,7 @@ def merge_update(update: Update, weight: Tensor, out: Tensor, keeps: bool) -> tu
         if module is None:
             recovered = new.to(delta.dtype) - delta
             some = slice(-rows.start % measured, None, measured)
-            stats.add(_stats(old[some], new[some], delta[some], (recovered - wide)[some]))
+            stats.add(stats_of(old[some], new[some], delta[some], (recovered - wide)[some]))
             if keeps:
                 parts.append(_keep(old, recovered.to(old.dtype), new))
         out[rows][chosen] = new[chosen]
@@ -296,7 +296,8 @@ def _chosen(rows: slice, left: slice | Tensor) -> slice | Tensor:
     return left[(left >= rows.start) & (left < rows.stop)] - rows.start
 
 
-def _stats(old: Tensor, new: Tensor, delta: Tensor, error: Tensor) -> MergeStats:
+def stats_of(old: Tensor, new: Tensor, delta: Tensor, error: Tensor) -> MergeStats:
+    """The numbers of a weight, ``old`` and ``new``, which are ``error`` apart from the sum with ``delta``."""
     unchanged = int((new == old).sum())
     return MergeStats(
         old.dtype, old.numel(), unchanged, float(delta.square().sum()), float(error.square().sum())

@@ -24,6 +24,9 @@ adapt --sequence-lenght 64 => unrecognized arguments: --sequence-lenght => --seq
 {ADAPT} --learning-rate -1 => argument --learning-rate: must be a number above 0 => not '-1'
 {ADAPT} --dtype flaot32 => argument --dtype: invalid choice: 'flaot32' (choose from =>
 transfer --adaptr x --to y => unrecognized arguments: --adaptr => mean --adapter?
+run => the following arguments are required: SCRIPT => ARGS
+run --expain x.py => unrecognized arguments: --expain => ; did you mean --explain?
+run nowhere.py --rank 4 => nowhere.py: No such file or => directory
 inspect x --rank 4 8 => unrecognized arguments: 8 => ; mica inspect --help lists all
 inspect '' => argument MODEL: must not be empty =>
 inspect x --rank {"1" * 20} => argument --rank: must be a whole number at least 1 =>

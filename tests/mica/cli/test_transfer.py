@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,7 +15,6 @@ from mica.cli import folder
 from mica.cli.output import SCRATCH, write_text
 from tests.support.adapt_runs import (
     edit_json,
-    factors,
     poison_solver,
     sibling,
     transfer,
@@ -70,32 +69,12 @@ def refused(capsys):
     return refused
 
 
-def test_the_same_update_is_in_the_sibling(made, tmp_path, monkeypatch, capsys):
-    adapter, tuned, chat = made
-    poison_solver(monkeypatch)
-    assert transfer(adapter, chat, tmp_path / "out") == 0
-    printed = capsys.readouterr().out
-    assert "257 tokens in common, with the same ids; 1 only in " in printed
-    assert "4 layers merged into float32" in printed
-
-    a, b = factors(tuned, "A"), factors(tuned, "B")
-    merged, before = load_file(tmp_path / "out" / "model.safetensors"), load_file(chat / "model.safetensors")
-    assert merged.keys() == before.keys()
-    moved = 0
-    for name, weight in before.items():
-        key = f"base_model.model.{name.removesuffix('.weight')}.lora_A.default.weight"
-        expected = weight
-        if key in a:
-            update = 2.0 * b[key.replace("lora_A", "lora_B")].double() @ a[key].double()
-            expected, moved = (weight.double() + update).float(), moved + 1
-        torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-7)
-    assert moved == 4
-
-
-def test_what_is_written(made, tmp_path):
+def test_what_is_written(made, tmp_path, monkeypatch, capsys):
     adapter, _, chat = made
     out = tmp_path / "out"
+    poison_solver(monkeypatch)
     assert transfer(adapter, chat, out, "--dtype", "bfloat16") == 0
+    assert "257 tokens in common, with the same ids; 1 only in " in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {
         "README.md", "chat_template.jinja", "config.json", "generation_config.json",
         "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -106,7 +85,7 @@ def test_what_is_written(made, tmp_path):
     assert len(tokenizer) == 258
     card = (out / "README.md").read_text()
     assert "merged into bfloat16: rounding swallowed" in card
-    assert "rank 4 and alpha 8, in 4 layers" in card
+    assert "adds with rank 4 and alpha 8 in 4 layers" in " ".join(card.split())
     names = {}
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     with working_in(tmp_path):
@@ -144,8 +123,10 @@ def test_adapters_and_models_that_are_refused(copies, tmp_path, refused):
     adapter, chat, out = copies
     refused(tmp_path / "no", chat, out, "no such folder")
     refused(adapter, "./nowhere", out, "--to ./nowhere: no such file or folder")
-    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-    refused(tmp_path / "lora", chat, out, f"--adapter {tmp_path / 'lora'}: must be a MiCA adapter")
+    get_peft_model(tiny_llama(), VeraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "vera")
+    refused(
+        tmp_path / "vera", chat, out, f"--adapter {tmp_path / 'vera'}: must be a plain MiCA, LoRA or DoRA"
+    )
     smaller = tmp_path / "smaller"
     byte_tokenizer().save_pretrained(smaller)
     refused(adapter, smaller, out, f"--to {smaller}: ")
@@ -164,7 +145,6 @@ EDITED = """
 {"target_modules": "("} => PEFT cannot load the adapter in
 {"target_modules": ["nope"]} => PEFT cannot load the adapter in
 {"use_dora": true} => PEFT cannot load the adapter in
-{"bias": "nope"} => PEFT cannot load the adapter in
 {"lora_dropout": "x"} => PEFT cannot load the adapter in
 {"r": 3} => PEFT cannot load the adapter in
 {"megatron_config": {"a": 1}} => PEFT cannot load the adapter in

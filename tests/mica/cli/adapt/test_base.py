@@ -36,8 +36,16 @@ def load(model, **options):
     return base.load(settings(model=str(model), **options), find_source(str(model), False))
 
 
-@pytest.mark.parametrize(("kind", "layer"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
-def test_quantised_base_can_be_evaluated_and_then_trained(kind, layer, model_dir):
+@pytest.mark.parametrize(
+    ("kind", "layer", "method", "trained"),
+    [
+        ("nf4", "Linear4bit", "mica", 1),
+        ("int8", "Linear8bitLt", "mica", 1),
+        ("nf4", "Linear4bit", "lora", 2),
+        ("nf4", "Linear4bit", "dora", 3),
+    ],
+)
+def test_quantised_base_can_be_evaluated_and_then_trained(kind, layer, method, trained, model_dir):
     pytest.importorskip("bitsandbytes")
     model = load(model_dir, quantize=kind, dtype="float32")
     up = model.model.layers[0].mlp.up_proj
@@ -48,7 +56,7 @@ def test_quantised_base_can_be_evaluated_and_then_trained(kind, layer, model_dir
     if kind == "nf4":
         assert up.weight.quant_state.nested
         assert up.compute_dtype == torch.float32
-    tuned = adapter.start(model, settings(target_modules="all-linear"))
+    tuned = adapter.start(model, settings(target_modules="all-linear", method=method))
     ids, gradients = torch.arange(64).view(2, 32), []
     for _ in range(2):
         evaluated = logits(tuned)  # in eval mode, where bitsandbytes repacks 4-bit weights
@@ -58,8 +66,9 @@ def test_quantised_base_can_be_evaluated_and_then_trained(kind, layer, model_dir
         tuned(input_ids=ids, labels=ids).loss.backward()
         gradients.append({name: w.grad for name, w in tuned.named_parameters() if w.requires_grad})
     first, again = gradients
-    assert len(first) == 14
-    assert all(gradient.abs().max() > 0 for gradient in first.values())
+    assert len(first) == 14 * trained
+    starts_at_zero = "lora_A" if method == "mica" else "lora_B"  # and has a gradient before the other
+    assert all(gradient.abs().max() > 0 for name, gradient in first.items() if starts_at_zero in name)
     assert same(first, again)
 
 
@@ -84,8 +93,10 @@ def test_bitsandbytes_does_not_run_on_the_device(model_dir, monkeypatch):
         load(model_dir, quantize="nf4")
 
 
-def test_quantised_checkpoint_is_refused_before_its_weights_are_read(tmp_path):
+def test_what_cannot_be_quantised_is_refused_before_its_weights_are_read(tmp_path):
     tiny_llama().config.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"^--quantize int8: PEFT's DoRA loses the scales .* use nf4"):
+        load(tmp_path, quantize="int8", method="dora")
     edit_json(tmp_path / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(UsageError, match=r"^--quantize nf4: .* is quantised already"):
         load(tmp_path, quantize="nf4")

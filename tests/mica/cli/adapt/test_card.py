@@ -10,6 +10,8 @@ from mica.cli.adapt.card import card, hub_name
 from tests.support.adapt_runs import working_in, write_adapter
 from tests.support.tiny_cli import logits, tiny_llama
 
+SETTINGS = {"model": "owner/base-1B", "method": "mica", "rank": 16, "learning_rate": 5e-4, "experts": False}
+SETTINGS["held_out_text"] = ["/home/someone/x"]
 SUMMARY = {
     **{"model": "owner/base-1B", "adapter": "/home/someone/runs/out", "dtype": "float32"},
     **{"device": "cpu", "processes": 2, "steps": 200, "training_tokens": 12345, "training_seconds": 3600.4},
@@ -20,8 +22,7 @@ SUMMARY = {
         {"name": "owner/corpus", "documents": 1234, "tokens": 56789},
         {"name": "/home/someone/secret|notes.txt", "documents": 0, "tokens": 10},
     ],
-    "settings": {"model": "owner/base-1B", "rank": 16, "learning_rate": 5e-4, "experts": False}
-    | {"held_out_text": ["/home/someone/x"]},
+    "settings": SETTINGS,
     "versions": {"torch": "2.9", "peft": "0.21"},
 }
 
@@ -48,7 +49,7 @@ def test_text_has_results_data_recipe_and_versions():
         "1,000 of 2,000,000 parameters were trained.",
         "| held out, never trained on | 20.50 | 10.25 |\n| to be retained | 8.00 | 8.50 |\n",
         "| --- | --- | --- |\n| `owner/corpus` | 1,234 | 56,789 |\n| `secret\\|notes.txt` | 0 | 10 |\n",
-        "```yaml\nrank: 16\nlearning_rate: 0.0005\nexperts: false\n```",
+        "```yaml\nmethod: mica\nrank: 16\nlearning_rate: 0.0005\nexperts: false\n```",
         "200 steps in 3,600 s, base in float32, on cpu, 2 processes. torch 2.9, peft 0.21.",
     ):
         assert row in text
@@ -56,11 +57,13 @@ def test_text_has_results_data_recipe_and_versions():
     assert "quantised" not in text
     assert "The adapter is" not in text
     assert "someone" not in str(card(SUMMARY))  # no folder of this machine
-    best = text_of(adapter_step=150, stopped_by="--patience 2: why", settings={"rank": 16, "keep_best": True})
+    best = text_of(adapter_step=150, stopped_by="--patience 2: why", settings=SETTINGS | {"keep_best": True})
     assert "The adapter is of step 150, the best of those measured; stopped after step 200 by --pati" in best
     assert "The adapter is of step 200, the last; stopped after step 200 by" in text_of(stopped_by="x")
     assert "retained" not in text_of(retain_before=None)
-    assert "with the base quantised to nf4" in text_of(settings={"rank": 16, "quantize": "nf4"})
+    assert "with the base quantised to nf4" in text_of(
+        settings=SETTINGS | {"quantize": "nf4", "method": "dora"}
+    )
 
 
 @pytest.mark.parametrize(

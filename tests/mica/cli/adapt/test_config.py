@@ -66,6 +66,7 @@ def yaml_file(tmp_path):
             | {"learning_rate": 1e-3, "dropout": 0.05},
             id="yaml",
         ),
+        pytest.param(["--method", "dora"], "", {"alpha": 32, "learning_rate": 2e-4, "steps": 100}, id="dora"),
         pytest.param(["--steps", 7], "epochs: 3", {"steps": 7, "epochs": None}, id="steps"),
         pytest.param(["--epochs", 7], "steps: 3", {"epochs": 7, "steps": None}, id="epochs"),
     ],
@@ -141,6 +142,7 @@ def test_resume_needs_no_more_than_the_folder():
 --scheduler constant --warmup-ratio 0.1 => --warmup-ratio: scheduler 'constant' has no warmup; use
 --keep-best => --keep-best: needs --eval-steps
 --patience 5 => --patience: needs --eval-steps
+--recipe paper --method lora => --recipe paper: it is MiCA's and has no values for LoRA
 """),
 )
 def test_options_that_go_together(argv, message):
@@ -224,6 +226,10 @@ def test_the_adapter_s_values_hold(tmp_path, monkeypatch):
         resolve("--adapter", "a", "--rank", 9)
     with pytest.raises(UsageError, match="--train-embeddings True: --adapter does not have it; omit this op"):
         resolve("--adapter", "a", "--train-embeddings")
+    saved.settings = lambda: ADAPTER | {"method": "lora"}
+    args = resolve("--adapter", "a").args
+    assert (args.method, args.alpha, args.learning_rate) == ("lora", 24, 2e-4)
+    saved.settings = lambda: ADAPTER
     # The run that it began is resumed without it
     write(resolve("--adapter", "a", "--output", tmp_path), tmp_path)
     monkeypatch.setattr("mica.cli.adapt.saved_adapter.read", pytest.fail)

@@ -45,6 +45,7 @@ def test_inspect_lists_stacks_and_no_router(base, tmp_path):
     ("options", "message"),
     [
         ("--dropout 0.1", "--dropout 0.1: PEFT has no dropout for parameters such as model.layers.0.mlp.e"),
+        ("--method dora", "--method dora: PEFT has no DoRA for parameters such as model.layers.0.mlp.e"),
         ("--target-modules q_proj,gate --rank 7", "--rank 7: .*gate.weight has 6 x 32 weights, so at most 6"),
     ],
 )

@@ -1,4 +1,9 @@
-"""Whole runs with trained embeddings or experts: what is written, resumed, continued and transferred."""
+"""Whole runs by all methods, with embeddings or experts: what is written, resumed, continued, transferred."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -7,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from mica.cli.adapt import embeddings
+from mica.cli.adapt.methods import METHODS
 from tests.support.adapt_runs import (
     command,
     log_of,
@@ -36,13 +42,32 @@ def mixture(kind):
     return BUILDERS[kind](vocab_size=257, max_position_embeddings=128)
 
 
-MODELS = {
-    "named otherwise": gpt2,
-    "bfloat16": lambda: tiny_llama(tie_word_embeddings=True).bfloat16(),
-    "qwen3_moe": lambda: mixture("qwen3_moe"),
-    "gpt_oss": lambda: mixture("gpt_oss"),  # with biases, its stacks transposed; without --train-embeddings
+class Kind(NamedTuple):
+    build: Callable
+    method: str
+    options: str = "--train-embeddings"
+
+    @property
+    def dtype(self):
+        return "bfloat16" if self.build is bfloat16 else "float32"
+
+
+def bfloat16():
+    return tiny_llama(tie_word_embeddings=True).bfloat16()
+
+
+KINDS = {
+    "named otherwise": Kind(gpt2, "mica"),
+    "bfloat16": Kind(bfloat16, "mica"),
+    "qwen3_moe": Kind(partial(mixture, "qwen3_moe"), "mica"),
+    "gpt_oss": Kind(partial(mixture, "gpt_oss"), "mica", ""),  # with biases, its stacks transposed
+    "lora": Kind(bfloat16, "lora"),
+    "lora, experts": Kind(partial(mixture, "qwen3_moe"), "lora", ""),
+    "dora": Kind(bfloat16, "dora", "--dropout 0.1"),
+    "dora, embeddings": Kind(gpt2, "dora"),
 }
-with_embeddings = pytest.mark.parametrize("made", [*MODELS][:-1], indirect=True)
+SOLD = [kind for kind in KINDS if "--train" in KINDS[kind].options]
+with_embeddings = pytest.mark.parametrize("made", SOLD, indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +77,12 @@ def text(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=KINDS)
 def made(request, text, tmp_path_factory):
     """The kind; the folders of the model, of its run: 12 steps, a checkpoint every 4."""
-    folder, kind = tmp_path_factory.mktemp("made"), request.param
-    base = saved(MODELS[kind](), folder / "base")
-    options = ["--dtype", "bfloat16" if kind == "bfloat16" else "float32", "--save-steps", 4]
-    if kind != "gpt_oss":
-        options.append("--train-embeddings")
+    folder, kind = tmp_path_factory.mktemp("made"), KINDS[request.param]
+    base = saved(kind.build(), folder / "base")
+    options = ["--dtype", kind.dtype, "--save-steps", 4, "--method", kind.method, *kind.options.split()]
     assert adapt(base, text, folder / "run", *options) == 0
     return kind, base, folder / "run"
 
@@ -71,31 +94,44 @@ def test_embeddings_that_are_written(made):
     found = embeddings.find(before)
     assert after.keys() == found.keys()
     assert len(after) == 2
-    is_tied = kind != "qwen3_moe"
+    is_tied = len({embedding.weight for embedding in found.values()}) == 1
     assert torch.equal(*after.values()) == is_tied
     for name, weight in after.items():
         assert weight.dtype == torch.float32
         moved = (weight - found[name].weight.float()).abs().max()
         assert 0 < moved <= 12 * 0.002 * 1.1  # a tenth of the rate, in 12 steps
-        if kind == "bfloat16":  # what 16 bits would have swallowed
+        if kind.dtype == "bfloat16":  # what 16 bits would have swallowed
             assert not torch.equal(weight, weight.bfloat16().float())
     result = summary(run)
     assert result["trained_embeddings"] == 257 * 32 * (1 if is_tied else 2)
     assert result["perplexity_after"] < result["perplexity_before"]
-    assert result["layers_on_peft_path"] == []
+    assert kind.method == "dora" or result["layers_on_peft_path"] == []
     assert f"{result['trained_embeddings']:,} of these are the input and" in (run / "README.md").read_text()
     recorded = yaml.safe_load((run / "run.yaml").read_text())
     assert (recorded["train_embeddings"], recorded["embedding_learning_rate"]) == (True, 0.002)
 
 
+@pytest.mark.parametrize("made", ["lora", "dora"], indirect=True)
+def test_the_adapter_is_plain_and_its_method_named(made):
+    kind, _, run = made
+    config = json.loads((run / "adapter_config.json").read_text())
+    assert (config["init_lora_weights"], config["use_dora"]) == (True, kind.method == "dora")
+    assert {weight.dtype for weight in weights(run).values()} == {torch.float32}
+    assert "mica" not in config["peft_version"]
+    method = METHODS[kind.method]
+    assert f"with [{method.title}]({method.paper}). {method.title} adds" in (run / "README.md").read_text()
+    assert yaml.safe_load((run / "run.yaml").read_text())["method"] == kind.method
+    assert summary(run)["perplexity_after"] < summary(run)["perplexity_before"]
+
+
 @pytest.mark.slow
-@with_embeddings
+@pytest.mark.parametrize("made", [*SOLD, "lora", "dora"], indirect=True)
 def test_plain_peft_gives_its_logits(made, tmp_path):
     kind, base, run = made
     ids = torch.arange(64).view(2, 32)
     (theirs,) = logits_without_mica(tmp_path, ids, (base, run, "peft"))
     expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run))
-    tolerance = 0.1 if kind == "bfloat16" else 1e-4
+    tolerance = 0.1 if kind.dtype == "bfloat16" else 1e-4
     torch.testing.assert_close(theirs, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -115,29 +151,30 @@ def test_an_adapter_goes_on(made, text, tmp_path, monkeypatch):
     argv += ["--sequence-length", 32, "--steps", 1, "--dtype", "auto"]
     assert command(*argv, "--learning-rate", 1e-3, "--scheduler", "constant") == 0
     first, second = summary(run), summary(tmp_path / "on")
-    if kind != "bfloat16" or second["dtype"] == "bfloat16":
+    assert second["settings"]["method"] == kind.method
+    if kind.dtype == second["dtype"]:
         assert second["perplexity_before"] == pytest.approx(first["perplexity_after"], rel=1e-6)
     before, after = weights(run), weights(tmp_path / "on")
     assert before.keys() == after.keys()
     for name, weight in after.items():
         moved = (weight - before[name]).abs().max()
-        assert (moved > 0) == ("lora_B" not in name)
+        assert (moved > 0) == (kind.method != "mica" or "lora_B" not in name)
         assert moved <= (1.1e-3 if "lora_" in name else 1.1e-4)
 
 
 def test_transfer_adds_what_training_added(made, tmp_path):
     kind, base, run = made
-    chat, out = saved(sibling(MODELS[kind]()), tmp_path / "chat"), tmp_path / "out"
+    chat, out = saved(sibling(kind.build()), tmp_path / "chat"), tmp_path / "out"
     assert transfer(run, chat, out) == 0
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run)
     tuned.merge_and_unload().save_pretrained(tmp_path / "by peft")
     says_so = "added to the embeddings is added here too" in (out / "README.md").read_text()
-    assert says_so == (kind != "gpt_oss")
+    assert says_so == ("--train-embeddings" in kind.options)
     merged, there, trained, here = (
         weights(folder, "model") for folder in (out, chat, tmp_path / "by peft", base)
     )
     assert merged.keys() == there.keys()
-    tolerance = 2e-3 if kind == "bfloat16" else 1e-6
+    tolerance = 2e-3 if kind.dtype == "bfloat16" else 1e-6
     for name, weight in merged.items():  # the same update, up to the rounding of the sums
         assert weight.dtype == trained[name].dtype == there[name].dtype
         added, expected = (weight - there[name]).float(), (trained[name] - here[name]).float()

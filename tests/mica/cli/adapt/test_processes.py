@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 
 from mica.cli.adapt import checkpoints, processes, tokens
+from mica.cli.adapt.methods import METHODS
 from mica.cli.adapt.sources import find
 from mica.errors import UsageError
 from tests.support.adapt_runs import (
@@ -67,8 +68,9 @@ def test_an_error_that_all_know_may_be_told_in_other_words(tmp_path):
     assert errors.count("\n") == 1
 
 
-def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path):
-    options = {"dropout": 0.0, "steps": 12, "eval_steps": 6}
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path, method):
+    options = {"method": method, "dropout": 0.0, "steps": 12, "eval_steps": 6}
     data = corpus(30, retain=3)  # of an epoch's 30 blocks, 28 make whole batches
     alone = run(settings(tmp_path / "one", **options), data)
     first, second = two(

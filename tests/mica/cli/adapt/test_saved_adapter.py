@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 def test_settings_of_an_adapter(folder):
     expected = {"rank": 4, "alpha": 8, "target_modules": "down_proj,q_proj", "experts": None, "dropout": 0.0}
-    expected["train_embeddings"] = None
+    expected |= {"method": "mica", "train_embeddings": None}
     assert saved_adapter.read(folder).settings() == expected
     edit_json(folder / CONFIG, target_modules=r".*layers\.1.*(q_proj|down_proj)")
     names = saved_adapter.read(folder).settings()["target_modules"]
@@ -40,8 +40,10 @@ def test_settings_of_an_adapter(folder):
         *rows(r"""
 { => is not the configuration of a PEFT adapter
 {} => is not the configuration of a PEFT adapter
-{"peft_type": "IA3"} => must be a MiCA adapter, but is IA3
-{"peft_type": "LORA", "init_lora_weights": true} => but is LoRA with init_lora_weights=True
+{"peft_type": "IA3"} => must be a plain MiCA, LoRA or DoRA adapter, but is IA3
+{"peft_type": "LORA", "init_lora_weights": "pissa"} => but is LoRA with init_lora_weights='pissa'
+{"peft_type": "LORA", "bias": "all"} => but is LoRA with bias='all'
+{"peft_type": "LORA", "lora_bias": true} => but is LoRA with lora_bias
 """),
         ("[" * 100_000, "is not the configuration of a PEFT adapter"),
         (None, r"is not a PEFT adapter folder \(no adapter_config.json\)"),

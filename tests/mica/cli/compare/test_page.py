@@ -2,7 +2,7 @@
 
 import math
 
-from mica.cli.compare import page, picture
+from mica.cli.compare import page
 from tests.mica.cli.compare.comparisons import LOSS, WORLD, World, comparison, simulate
 
 FACTS = {"model": "/home/me/a model", "text": ["/home/me/t.txt"], "retain": ["/home/me/r.txt"], "rank": 64}
@@ -56,31 +56,16 @@ def test_of_one_seed_and_one_method_nothing_is_known():
 def test_how_the_trainings_were_is_on_the_page():
     """Names of files are without the folders of this machine, but for the command, which is to run."""
     asked = done(rates=(1e-3, 2e-3))
-    text, _, again = page.markdown(asked, FACTS).partition("To train MiCA again")
+    text, _, again = page.markdown(asked, FACTS).partition("To train with an adapter again")
     assert "/home/me" not in text
     assert "on `t.txt`" in text
     assert f"All have {asked.steps()} steps of 256 tokens" in text
-    assert "- LoRA: `r=32, lora_alpha=32, lora_dropout=0, init_lora_weights=True" in text
-    assert "- full fine-tuning: all weights, in float32; 2 of 2 learning rates: 0.001, 0.002" in text
-    start = "mica adapt --model '/home/me/a model' --text /home/me/t.txt --retain /home/me/r.txt "
+    for rate, end in asked.found()["full"].curve.items():
+        assert "| full fine-tuning | {:g} | {:.3f} | {:.3f} |".format(rate, *end.means) in text
+    start = (
+        "mica adapt --method mica --model '/home/me/a model' --text /home/me/t.txt --retain /home/me/r.txt "
+    )
     assert start in again
-    assert f"--learning-rate 0.002 --steps {asked.steps()} --output run" in again
-    assert "mica adapt" not in page.markdown(done(names=("lora",)), FACTS)
-
-
-def test_the_picture_labels_methods_and_rates(tmp_path, monkeypatch):
-    drawn = []
-    savefig = picture.Figure.savefig
-
-    def saved(figure, *args, **more):
-        drawn.append(figure)
-        return savefig(figure, *args, **more)
-
-    monkeypatch.setattr(picture.Figure, "savefig", saved)
-    asked = done()
-    picture.trade_off(asked.found(), tmp_path / "x.png")
-    (axes,) = drawn[0].axes
-    rates = [f"{rate:g}" for rates in asked.rates.values() for rate in rates]
-    assert [text.get_text() for text in axes.texts] == rates
-    assert axes.get_legend_handles_labels()[1] == ["MiCA", "LoRA", "full fine-tuning"]
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert "--rank 32 --alpha 32 " in again.splitlines()[4]  # LoRA's
+    assert f"--learning-rate 0.002 --steps {asked.steps()} --output lora" in again
+    assert "mica adapt" not in page.markdown(done(names=("full",)), FACTS)

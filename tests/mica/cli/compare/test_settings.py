@@ -34,7 +34,10 @@ def test_a_comparison_goes_on_with_its_settings(output):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"model": "m"}', r"/settings\.json is not what mica compare has written: put that back"),
+        (
+            '{"model": "m"}',
+            r"/settings\.json: this version of mica compare has not written it: put that back",
+        ),
         (None, r"nothing to continue in .*: there is no settings\.json"),
     ],
 )

@@ -9,7 +9,7 @@ DOCUMENTS = [
     "".join(f"{n} times {n} is {n * n}; " for n in range(start, start + 2)) for start in range(0, 400, 2)
 ]
 KEPT = [f"the quick brown fox jumps over {n} lazy dogs and runs away. " for n in range(60)]
-RATES = ("--rates", "mica=0.02,0.05", "lora=0.01,0.02", "full=0.001,0.002")
+RATES = ("--rates", "mica=0.02,0.05", "lora=0.01,0.02", "dora=0.01,0.02", "full=0.001,0.002")
 OPTIONS = "--methods mica lora --rank 4 --sequence-length 32 --steps 8 --seeds 2"
 
 

@@ -1,0 +1,122 @@
+"""``mica run``: somebody's script or module, unchanged, with PEFT's adapters on this backend."""
+
+import argparse
+import io
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from functools import partial, wraps
+from types import ModuleType
+
+from mica.cli.arguments import a_name, add_command, example
+from mica.cli.output import explained, tell
+
+_MAIN = "__main__"
+# of what calls the script, and is left out of tracebacks; runpy's is "<frozen runpy>" from Python 3.11 on
+_OUR_FILES = (__file__, runpy.run_module.__code__.co_filename)
+
+
+def add_parser(commands) -> None:
+    """Declare ``mica run`` on an argparse subparsers object."""
+    parser = add_command(
+        *(commands, "run", run),
+        help="run a script as it is, with its adapters on this backend",
+        description="Run a script, or with -m a module, as python does, with the adapters that it makes with "
+        "PEFT on this backend: MiCA, LoRA and DoRA. To run it in several processes, start them with torchrun "
+        "--nproc-per-node N -m mica run ... or with accelerate launch -m mica run ...",
+        epilog=example(
+            "mica run train.py --epochs 3",
+            "mica run --explain -m trl.scripts.sft --config sft.yaml",
+            says="The first runs train.py; the second a module of trl, and shows at the end how each adapted "
+            "layer ran. Processes that a script starts run PEFT's own code: name what trains.",
+        ),
+    )
+    parser.usage = "mica run [options] SCRIPT [ARGS ...]\n       mica run [options] -m MODULE [ARGS ...]"
+    add = parser.add_argument
+    add("-m", "--module", action="store_true", help="SCRIPT is the name of a module, as for python -m")
+    add("--explain", action="store_true", help="at the end show how each adapted layer ran, and why")
+    add("--no-lora", action="store_false", dest="lora", help="leave LoRA and DoRA to PEFT's own code")
+    add("--compute-dtype", choices=("float32",), help="of the low-rank products; otherwise x's")
+    add("--device", metavar="NAME", help="where MiCA's B is solved: auto, cpu, cuda:1, ...")
+    add("--recompute", choices=("norms", "activations"), help="what is computed again, and not kept")
+    add("script", type=a_name, metavar="SCRIPT", help="file of a script")
+    add("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its own arguments")
+
+
+def run(args: argparse.Namespace) -> Callable[[], int]:
+    """Read the script and switch the backend on; what is returned runs it, see `_as_main`.
+
+    Raises UsageError if there is no such file, and for a setting that `mica.fast.enable` refuses.
+    """
+    program = partial(runpy.run_module, args.script, run_name=_MAIN, alter_sys=True)
+    if not args.module:
+        with explained(args.script, OSError), io.open_code(args.script) as file:
+            program = partial(_execute, file.read(), os.path.abspath(args.script))
+
+    import torch
+
+    import mica.fast
+
+    settings = {"lora": args.lora, "device": args.device, "recompute": args.recompute}
+    if args.compute_dtype is not None:
+        settings["compute_dtype"] = getattr(torch, args.compute_dtype)
+    with explained(f"--device {args.device}", ValueError):
+        mica.fast.enable(**{name: value for name, value in settings.items() if value is not None})
+    models = []
+    if args.explain and os.environ.get("RANK", "0") == "0":
+        models = _wrapped_from_now_on()
+    return partial(_as_main, args, program, models)
+
+
+def _wrapped_from_now_on() -> list:
+    """A list to which every model is added that PEFT puts adapters into, and which keeps them alive."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    models = []
+    begin = BaseTuner.__init__
+
+    @wraps(begin)
+    def remember(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        if self.model not in models:
+            models.append(self.model)
+
+    BaseTuner.__init__ = remember
+    return models
+
+
+def _as_main(args: argparse.Namespace, program: Callable[[], object], models: list) -> int:
+    """Run ``program`` with what python gives to a script. What it raises ends the process as it would there.
+
+    A traceback is shown from the program's first frame on, by whatever hook the program has set.
+    """
+    sys.argv = [args.script, *args.arguments]
+    if not getattr(sys.flags, "safe_path", False):  # new in Python 3.11
+        sys.path[0] = os.getcwd() if args.module else os.path.dirname(os.path.realpath(args.script))
+    try:
+        program()
+    except (Exception, KeyboardInterrupt) as error:
+        _hide_our_frames(error)
+        raise
+    finally:
+        for model in models:
+            tell(str(sys.modules["mica.fast"].explain(model)))
+    return 0
+
+
+def _execute(source: bytes, file: str) -> None:
+    """Run a script as the main module, which stays that to the end: threads and exit handlers may look."""
+    main = ModuleType(_MAIN)
+    main.__file__ = file
+    sys.modules[_MAIN] = main
+    exec(compile(source, file, "exec"), vars(main))
+
+
+def _hide_our_frames(error: BaseException) -> None:
+    """Have Python show the traceback of ``error``, which ends the program, without what is ours in it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename in _OUR_FILES:
+        trace = trace.tb_next
+    show = sys.excepthook
+    sys.excepthook = lambda kind, error, _: show(kind, error.with_traceback(trace), trace)
