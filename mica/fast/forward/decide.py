@@ -14,16 +14,23 @@ from torch import Tensor, nn
 
 from mica.dtypes import SIXTEEN_BIT
 from mica.fast.forward import fast, layer_calls
+from mica.fast.forward.dora import Scaled
 from mica.fast.forward.eligibility import (
     REFERENCE,
     Adapter,
     OnOperators,
     OnPeft,
+    adapters_of,
+    class_of,
+    is_dora,
     product_dtypes,
+    quantised_layers,
     read_adapters,
     read_base,
+    read_magnitude,
     runs_adapter,
     why_not_dense,
+    why_not_frozen,
 )
 from mica.fast.forward.layer_calls import Input
 from mica.fast.settings import compute_dtype, settings
@@ -34,6 +41,7 @@ from mica.ops.linear import linear
 from mica.ops.low_rank import down_projection, up_projection
 from mica.ops.operator import AUTOCAST, is_autocast
 from mica.paths import choose
+from mica.paths.dropout import drawn_seed
 from mica.paths.operands import Operands
 
 
@@ -74,18 +82,6 @@ def decided(
     return patch
 
 
-def drawn_seed(p: float, device: torch.device) -> Tensor | None:
-    """A seed for dropout from torch's generator, whose state checkpointing restores, and so the mask.
-
-    Args:
-        p: The probability of dropout; where it is 0 nothing is drawn, and None returned.
-        device: The device of the activations.
-    """
-    if p == 0.0:
-        return None
-    return torch.randint(0, 2**63 - 1, (1,), device=device)
-
-
 @dataclass
 class Fused(OnOperators):
     """Base product and one adapter in one operator.
@@ -96,8 +92,9 @@ class Fused(OnOperators):
 
     operands: Operands
 
-    def __call__(self, x: Tensor) -> Tensor:
-        seed = drawn_seed(self.operands.dropout_p, x.device)
+    def __call__(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
+        if seed is None:
+            seed = drawn_seed(self.operands.dropout_p, x.device)
         return linear(x, *self.operands._replace(seed=seed))
 
     def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
@@ -143,11 +140,11 @@ class Added(OnOperators):
     dtype: torch.dtype | None
     why_called: str | None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
         y = self.base(x)
         for lora_A, lora_B, scaling, dropout_p, trains_B in self.adapters:
-            seed = drawn_seed(dropout_p, x.device)
-            h = down_projection(x, lora_A, scaling, self.dtype, dropout_p, seed)
+            own_seed = drawn_seed(dropout_p, x.device) if seed is None else seed
+            h = down_projection(x, lora_A, scaling, self.dtype, dropout_p, own_seed)
             y = up_projection(y, h, lora_B, trains_B)
         return y
 
@@ -183,7 +180,14 @@ def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnP
     reason = None if x is None else _why_not_call(layer, x, adapters)
     if reason is not None:
         return OnPeft(reason)
+    (name, *_) = adapters_of(layer)
+    if is_dora(layer, name):
+        return _scaled(layer, name, adapters[0], x)
+    return _unscaled(layer, adapters, x)
 
+
+def _unscaled(layer, adapters: list[Adapter], x: Tensor | None) -> Fused | Added:
+    """How it runs with these adapters as MiCA or plain LoRA."""
     base = layer._modules["base_layer"]
     dtype = None if x is None else compute_dtype(x.dtype)
     weight_and_bias = read_base(layer)
@@ -199,6 +203,26 @@ def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnP
     if not others:
         return fused
     return Added(fused, others, dtype, None)
+
+
+def _scaled(layer, name: str, adapter: Adapter, x: Tensor | None) -> Scaled | OnPeft:
+    """How it runs with DoRA: PEFT drops elements where the layer is in training mode."""
+    if not layer.training:
+        adapter = adapter._replace(dropout_p=0.0)
+    magnitude = read_magnitude(layer, name)
+    if type(magnitude) is str:
+        return OnPeft(magnitude)
+    inner = _unscaled(layer, [adapter], x)
+    plain = _unscaled(layer, [adapter._replace(dropout_p=0.0)], x)
+    bias = layer.base_layer.bias
+    if type(plain) is Fused:
+        weight, bias = plain.operands.weight, plain.operands.bias
+        plain.operands = plain.operands._replace(bias=None)
+        return Scaled(layer, adapter, magnitude, inner, plain, weight, bias)
+    reason = why_not_frozen("base bias", bias)
+    if class_of(layer) not in quantised_layers or reason is not None:
+        return OnPeft(f"DoRA, and {reason or inner.why_called}")
+    return Scaled(layer, adapter, magnitude, inner, plain, None, bias)
 
 
 def _why_not_arguments(kwargs: dict) -> str:
