@@ -16,7 +16,7 @@ edited in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -100,11 +100,11 @@ def plain_row_norms(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return torch.cat(norms)
 
 
-def _factor(magnitude: Tensor, inverse: Tensor) -> Tensor:
-    """g = m / n (N), in the dtype of the norms."""
+def _factor(magnitude: Tensor, inverse: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """What z is multiplied by (N), in the dtype of the norms: g, or with dropout (g − 1) / (1 − p)."""
     m = magnitude.to(inverse.dtype)
-    m = m + _SMALLEST * (m == 0)
-    return torch.where(inverse == 0, 1, m * inverse)
+    g = torch.where(inverse == 0, 1, (m + _SMALLEST * (m == 0)) * inverse)
+    return (g - 1) / (1 - dropout_p) if dropout_p else g
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def _factor(magnitude: Tensor, inverse: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------
 
 
-def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _parts(*tensors: Tensor) -> Iterator[Sequence[Tensor]]:
     """The same rows of each tensor (..., N).
 
     PyTorch widens whole operands of a mixed operation on a CPU: of 1024 x 1536 at once that takes ten times
@@ -120,12 +120,14 @@ def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """
     matrices = [as_matrix(tensor) for tensor in tensors]
     rows, columns = matrices[0].shape
-    step = max(1, _PART // max(1, columns)) if matrices[0].is_cpu else max(1, rows)
+    step = max(1, _PART // max(1, columns))
+    if rows <= step or not matrices[0].is_cpu:
+        return iter([matrices])
     return zip(*[matrix.split(step) for matrix in matrices], strict=True)
 
 
 def _multiply_add(z: Tensor, factor: Tensor, addend: Tensor | None, out: Tensor) -> Tensor:
-    """factor⊙z + addend, rounded once, into ``out``, which may be z or the addend."""
+    """factor⊙z + addend, (..., N) or (N), rounded once, into ``out``, which may be z or the addend."""
     if addend is None:
         for part, to in _parts(z, out):
             torch.mul(part, factor, out=to)
@@ -146,21 +148,25 @@ def _sums(grad_output: Tensor, z: Tensor, bias: Tensor | None, dtype: torch.dtyp
     return total
 
 
-def _product(dy: Tensor, factor: Tensor) -> Tensor:
+def _grad_z(grad_output: Tensor, factor: Tensor) -> Tensor:
     if torch.is_grad_enabled():  # a second derivative follows it
-        return (dy * factor).to(dy.dtype)
-    return _multiply_add(dy, factor, None, torch.empty_like(dy, memory_format=torch.contiguous_format))
+        return (grad_output * factor).to(grad_output.dtype)
+    return _multiply_add(grad_output, factor, None, _empty_like(grad_output))
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 # ---------------------------------------------------------------------------------------------------
-# without dropout
+# the layer
 # ---------------------------------------------------------------------------------------------------
 
 
 def scaled(
     z_of: Callable[[Tensor], Tensor],
     x: Tensor,
-    operands: tuple[Tensor, ...],
+    operands: Sequence[Tensor],
     magnitude: Tensor,
     inverse: Tensor,
     bias: Tensor | None = None,
@@ -168,8 +174,8 @@ def scaled(
     """y = g⊙z + bias with z = ``z_of(x)``.
 
     Args:
-        z_of: The layer without its bias: it returns a new tensor, (..., N), which is overwritten. It may be
-            called again in the backward.
+        z_of: The layer without its bias: it returns a new, contiguous tensor, (..., N), which may be
+            overwritten. The backward may call it again.
         x: The input, (..., K).
         operands: The tensors that ``z_of`` saves beside x.
         magnitude: m, (N).
@@ -179,67 +185,23 @@ def scaled(
     Returns:
         (..., N) in the dtype of z. The gradient of m is summed in fp32 at least.
     """
+    if _is_followed() or not (torch.is_grad_enabled() and magnitude.requires_grad):
+        return _multiplied(z_of(x), bias, magnitude, inverse)
+    if x.numel() < kept.SMALL:
+        return _KeepsZ.apply(z_of(x), bias, magnitude, inverse, 0.0)
 
     def layer(x: Tensor, *_) -> Tensor:
-        z = z_of(x)
-        if _is_followed():
-            y = z * _factor(magnitude, inverse)
-            return (y if bias is None else y + bias).to(z.dtype)
-        if not (torch.is_grad_enabled() and (z.requires_grad or magnitude.requires_grad)):
-            return _multiply_add(z, _factor(magnitude, inverse), bias, z)
-        y = _Scaled.apply(z_of, x, z, magnitude, inverse, bias)
+        y = _KeepsY.apply(z_of, x, z_of(x), magnitude, inverse, bias)
         y.grad_fn.version = y._version
         return y
 
-    if _is_followed() or not (torch.is_grad_enabled() and magnitude.requires_grad):
-        return layer(x)
     return kept.call(layer, x, *operands, magnitude, looks_after_y=True)
-
-
-def _is_followed() -> bool:
-    """Whether PyTorch has to see plain formulas: it compiles them, or transforms functions."""
-    return torch.compiler.is_compiling() or is_transformed()
-
-
-class _Scaled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z_of, x, z, magnitude, inverse, bias):
-        ctx.z_of = z_of
-        ctx.mark_dirty(z)
-        with below_autograd(), no_autocast():
-            _multiply_add(z, _factor(magnitude, inverse), bias, z)
-        if ctx.needs_input_grad[3]:
-            save(ctx, x, magnitude, inverse, bias, outputs=[z])
-        else:
-            save(ctx, None, magnitude, inverse, None, outputs=[None])
-        return z
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, magnitude, inverse, bias, y = saved(ctx)
-        with no_autocast():
-            g = _factor(magnitude, inverse)
-            dz = dm = None
-            if y is not None and y._version == ctx.version:
-                dm = _sums(dy, y, bias, inverse.dtype) / g
-            elif y is not None:
-                dm = _sums(dy, ctx.z_of(x), None, inverse.dtype)
-            if dm is not None:
-                dm = (dm * inverse).to(magnitude.dtype)
-            if ctx.needs_input_grad[2]:
-                dz = _product(dy, g)
-        return None, None, dz, dm, None, None
-
-
-# ---------------------------------------------------------------------------------------------------
-# with dropout
-# ---------------------------------------------------------------------------------------------------
 
 
 def corrected(
     z_of: Callable[[Tensor], Tensor],
     x: Tensor,
-    operands: tuple[Tensor, ...],
+    operands: Sequence[Tensor],
     magnitude: Tensor,
     inverse: Tensor,
     y: Tensor,
@@ -250,7 +212,7 @@ def corrected(
 
     Args:
         z_of, x, operands, magnitude, inverse: As in `scaled`.
-        y: The layer with its bias and the dropout, (..., N), which is overwritten.
+        y: The layer with its bias and the dropout, a new tensor (..., N), which is overwritten.
         dropout_p: The probability, above 0, with which an element of x is dropped.
         seed: An int64 tensor of shape (1,), which determines the mask.
 
@@ -258,29 +220,36 @@ def corrected(
         (..., N) in the dtype of y. Kept for the gradient of m is z'; drop(x) is computed again.
     """
     drop = partial(_dropped, dropout_p=dropout_p, seed=seed)
-    if _is_followed():
-        z = z_of(drop(x))
-        return (y + z * _excess(magnitude, inverse, dropout_p)).to(y.dtype)
-    needs_grad = torch.is_grad_enabled()
-    if not needs_grad:
-        z = z_of(drop(x))
-    else:
-        computed = kept.derived(drop, x)
-        kept_x = _Dropped.apply(x, dropout_p, seed)
-        z = kept.call(lambda x, *_: z_of(x), kept_x, *operands, computed=computed)
-    if needs_grad and (y.requires_grad or z.requires_grad or magnitude.requires_grad):
-        return _Corrected.apply(y, z, magnitude, inverse, dropout_p)
-    return _multiply_add(z, _excess(magnitude, inverse, dropout_p), y, y)
+    if _is_followed() or not torch.is_grad_enabled():
+        return _multiplied(z_of(drop(x)), y, magnitude, inverse, dropout_p)
+    computed = kept.derived(drop, x)
+    dropped = _Dropped.apply(x, dropout_p, seed)
+    z = kept.call(lambda x, *_: z_of(x), dropped, *operands, computed=computed)
+    return _KeepsZ.apply(z, y, magnitude, inverse, dropout_p)
+
+
+def _is_followed() -> bool:
+    """Whether PyTorch has to see plain formulas: it compiles them, or transforms functions."""
+    return torch.compiler.is_compiling() or is_transformed()
+
+
+def _multiplied(
+    z: Tensor, addend: Tensor | None, magnitude: Tensor, inverse: Tensor, dropout_p: float = 0.0
+) -> Tensor:
+    """Where m needs no gradient, or PyTorch finds it."""
+    if torch.is_grad_enabled() and z.requires_grad and not _is_followed():
+        return _KeepsZ.apply(z, addend, magnitude, inverse, dropout_p)
+    factor = _factor(magnitude, inverse, dropout_p)
+    if not _is_followed():
+        with no_autocast():
+            return _multiply_add(z, factor, addend, z)
+    y = z * factor
+    return (y if addend is None else y + addend).to(z.dtype)
 
 
 def _dropped(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    """keep⊙x: 1 / (1 − p) of it is in `_excess`."""
+    """keep⊙x: 1 / (1 − p) of it is in `_factor`."""
     return like(x.shape, dropout.dropped(as_matrix(x), dropout_p, seed))
-
-
-def _excess(magnitude: Tensor, inverse: Tensor, dropout_p: float) -> Tensor:
-    """(g − 1) / (1 − p) (N)."""
-    return (_factor(magnitude, inverse) - 1) / (1 - dropout_p)
 
 
 class _Dropped(torch.autograd.Function):
@@ -297,23 +266,52 @@ class _Dropped(torch.autograd.Function):
         return _dropped(grad, ctx.dropout_p, seed), None, None
 
 
-class _Corrected(torch.autograd.Function):
+class _KeepsZ(torch.autograd.Function):
+    """factor⊙z + addend: the bias (N) or None, and with dropout y (..., N), in whose place it is."""
+
     @staticmethod
-    def forward(ctx, y, z, magnitude, inverse, dropout_p):
+    def forward(ctx, z, addend, magnitude, inverse, dropout_p):
         ctx.dropout_p = dropout_p
-        ctx.mark_dirty(y)
+        out = addend if dropout_p else _empty_like(z)
+        if dropout_p:
+            ctx.mark_dirty(addend)
         save(ctx, z if ctx.needs_input_grad[2] else None, magnitude, inverse)
         with below_autograd(), no_autocast():
-            return _multiply_add(z, _excess(magnitude, inverse, dropout_p), y, y)
+            return _multiply_add(z, _factor(magnitude, inverse, dropout_p), addend, out)
 
     @staticmethod
     def backward(ctx, dy):
         z, magnitude, inverse = saved(ctx)
         dz = dm = None
         with no_autocast():
-            if ctx.needs_input_grad[1]:
-                dz = _product(dy, _excess(magnitude, inverse, ctx.dropout_p))
+            if ctx.needs_input_grad[0]:
+                dz = _grad_z(dy, _factor(magnitude, inverse, ctx.dropout_p))
             if z is not None:
                 sums = _sums(dy, z, None, inverse.dtype)
                 dm = (sums * inverse / (1 - ctx.dropout_p)).to(magnitude.dtype)
-        return dy, dz, dm, None, None
+        return dz, dy if ctx.needs_input_grad[1] else None, dm, None, None
+
+
+class _KeepsY(torch.autograd.Function):
+    """g⊙z + bias, in place of z."""
+
+    @staticmethod
+    def forward(ctx, z_of, x, z, magnitude, inverse, bias):
+        ctx.z_of = z_of
+        ctx.mark_dirty(z)
+        save(ctx, x, magnitude, inverse, bias, outputs=[z])
+        with below_autograd(), no_autocast():
+            return _multiply_add(z, _factor(magnitude, inverse), bias, z)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, magnitude, inverse, bias, y = saved(ctx)
+        with no_autocast():
+            g = _factor(magnitude, inverse)
+            if y._version == ctx.version:
+                sums = _sums(dy, y, bias, inverse.dtype) / g
+            else:  # it has been edited
+                sums = _sums(dy, ctx.z_of(x), None, inverse.dtype)
+            dm = (sums * inverse).to(magnitude.dtype)
+            dz = _grad_z(dy, g) if ctx.needs_input_grad[2] else None
+        return None, None, dz, dm, None, None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mica.dtypes import SIXTEEN_BIT
 from mica.fast.forward import fast, layer_calls
-from mica.fast.forward.dora import Scaled
+from mica.fast.forward.dora import Scaled, why_small
 from mica.fast.forward.eligibility import (
     REFERENCE,
     Adapter,
@@ -212,6 +212,9 @@ def _scaled(layer, name: str, adapter: Adapter, x: Tensor | None) -> Scaled | On
     magnitude = read_magnitude(layer, name)
     if type(magnitude) is str:
         return OnPeft(magnitude)
+    reason = None if x is None else why_small(x, adapter)
+    if reason is not None:
+        return OnPeft(reason)
     inner = _unscaled(layer, [adapter], x)
     plain = _unscaled(layer, [adapter._replace(dropout_p=0.0)], x)
     bias = layer.base_layer.bias
