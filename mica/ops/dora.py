@@ -55,9 +55,12 @@ def inverse_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
         lora_B: (N×r).
         scaling: s.
     """
-    with torch.no_grad(), no_autocast():
+    without = no_autocast
+    if torch.compiler.is_compiling():  # which knows PyTorch's own only
+        without = partial(torch.autocast, weight.device.type, enabled=False)
+    with torch.no_grad(), without():
         norms = _row_norms(weight.detach(), lora_A.detach(), lora_B.detach(), scaling)
-        return torch.where(norms == 0, 0, 1 / norms)
+        return inverse_of(norms)
 
 
 def _row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -100,7 +103,12 @@ def plain_row_norms(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return torch.cat(norms)
 
 
-def _factor(magnitude: Tensor, inverse: Tensor, dropout_p: float = 0.0) -> Tensor:
+def inverse_of(norms: Tensor) -> Tensor:
+    """1 / n, and 0 where n is 0."""
+    return torch.where(norms == 0, 0, 1 / norms)
+
+
+def factor_of(magnitude: Tensor, inverse: Tensor, dropout_p: float = 0.0) -> Tensor:
     """What z is multiplied by (N), in the dtype of the norms: g, or with dropout (g − 1) / (1 − p)."""
     m = magnitude.to(inverse.dtype)
     g = torch.where(inverse == 0, 1, (m + _SMALLEST * (m == 0)) * inverse)
@@ -239,7 +247,7 @@ def _multiplied(
     """Where m needs no gradient, or PyTorch finds it."""
     if torch.is_grad_enabled() and z.requires_grad and not _is_followed():
         return _KeepsZ.apply(z, addend, magnitude, inverse, dropout_p)
-    factor = _factor(magnitude, inverse, dropout_p)
+    factor = factor_of(magnitude, inverse, dropout_p)
     if not _is_followed():
         with no_autocast():
             return _multiply_add(z, factor, addend, z)
@@ -248,7 +256,7 @@ def _multiplied(
 
 
 def _dropped(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    """keep⊙x: 1 / (1 − p) of it is in `_factor`."""
+    """keep⊙x: 1 / (1 − p) of it is in `factor_of`."""
     return like(x.shape, dropout.dropped(as_matrix(x), dropout_p, seed))
 
 
@@ -277,7 +285,7 @@ class _KeepsZ(torch.autograd.Function):
             ctx.mark_dirty(addend)
         save(ctx, z if ctx.needs_input_grad[2] else None, magnitude, inverse)
         with below_autograd(), no_autocast():
-            return _multiply_add(z, _factor(magnitude, inverse, dropout_p), addend, out)
+            return _multiply_add(z, factor_of(magnitude, inverse, dropout_p), addend, out)
 
     @staticmethod
     def backward(ctx, dy):
@@ -285,7 +293,7 @@ class _KeepsZ(torch.autograd.Function):
         dz = dm = None
         with no_autocast():
             if ctx.needs_input_grad[0]:
-                dz = _grad_z(dy, _factor(magnitude, inverse, ctx.dropout_p))
+                dz = _grad_z(dy, factor_of(magnitude, inverse, ctx.dropout_p))
             if z is not None:
                 sums = _sums(dy, z, None, inverse.dtype)
                 dm = (sums * inverse / (1 - ctx.dropout_p)).to(magnitude.dtype)
@@ -301,13 +309,13 @@ class _KeepsY(torch.autograd.Function):
         ctx.mark_dirty(z)
         save(ctx, x, magnitude, inverse, bias, outputs=[z])
         with below_autograd(), no_autocast():
-            return _multiply_add(z, _factor(magnitude, inverse), bias, z)
+            return _multiply_add(z, factor_of(magnitude, inverse), bias, z)
 
     @staticmethod
     def backward(ctx, dy):
         x, magnitude, inverse, bias, y = saved(ctx)
         with no_autocast():
-            g = _factor(magnitude, inverse)
+            g = factor_of(magnitude, inverse)
             if y._version == ctx.version:
                 sums = _sums(dy, y, bias, inverse.dtype) / g
             else:  # it has been edited

@@ -101,7 +101,8 @@ def _int32(value):
 
 def dropped(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     """keep⊙x (M×K), a new tensor, with the mask of `dropout_keep`; not divided by 1 − p."""
-    module = native.module_if_built() if _is_plain(seed) and type(x) in TENSOR_TYPES and x.is_cpu else None
+    is_plain = _is_plain(seed) and type(x) in TENSOR_TYPES and not torch.compiler.is_compiling()
+    module = native.module_if_built() if is_plain else None
     if module is not None:
         return module.masked(x, dropout_p, seed.item())
     return applied(dropout_keep(seed, *x.shape, dropout_p), x)

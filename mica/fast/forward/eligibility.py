@@ -29,6 +29,7 @@ from torch.nn import functional
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
+from mica.fast import known_peft
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.layer_calls import Input
 from mica.fast.settings import compute_dtype, settings
@@ -143,7 +144,8 @@ def is_lora(layer: nn.Module, name: str) -> bool:
 
 def is_dora(layer: nn.Module, name: str) -> bool:
     """Whether the named adapter is DoRA on a linear layer, and the settings include that."""
-    return settings.lora and type(layer.lora_variant.get(name)) is variants.DoraLinearVariant
+    is_included = settings.lora and known_peft.DORA not in known_peft.left
+    return is_included and type(layer.lora_variant.get(name)) is variants.DoraLinearVariant
 
 
 def class_of(layer: nn.Module) -> type[nn.Module]:
@@ -262,7 +264,7 @@ def read_adapters(layer) -> list[Adapter] | str:
 def why_not_covered(layer, name: str) -> str:
     """Why this backend never runs an adapter that is neither MiCA nor, with ``lora=True``, plain LoRA or DoRA."""
     variant = layer.lora_variant.get(name)
-    if type(variant) is variants.DoraLinearVariant:
+    if type(variant) is variants.DoraLinearVariant and not settings.lora:
         return f"adapter {name!r} is DoRA, which mica.fast.enable(lora=True) includes"
     if variant is not None:
         return f"adapter {name!r} is of PEFT's variant {type(variant).__name__}"
