@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("language")  # each test once with the C++ 
 
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 BF16 = torch.bfloat16
-KINDS = ["linear", "lora", "dora", "qwen3_moe"]  # for `trained`: dense layers, and experts with their router
+KINDS = ["linear", "lora", "qwen3_moe"]  # for `trained`: dense layers, and experts with their router
 
 
 def assert_close(model, before, tolerance):
