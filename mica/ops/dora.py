@@ -99,7 +99,9 @@ def _squares_and_products(weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 def plain_row_norms(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """‖w + b A‖ of each row, from W (N×K), A (r×K) and B (N×r), in the dtype of A and B."""
-    norms = [torch.addmm(w.to(A.dtype), b, A).norm(dim=1) for w, b in zip(weight.split(_ROWS), B.split(_ROWS))]
+    norms = [
+        torch.addmm(w.to(A.dtype), b, A).norm(dim=1) for w, b in zip(weight.split(_ROWS), B.split(_ROWS))
+    ]
     return torch.cat(norms)
 
 

@@ -169,7 +169,10 @@ def _unknown(model):
         (_trained, "DoRA, and the base weight is trainable"),
         (_hooked, "hooks on the lora_magnitude_vector"),
         (_unknown, "adapter 'default' is of PEFT's variant DoraLinearVariant"),
-        (lambda model: mica.fast.enable(lora=False), r"is DoRA, which mica.fast.enable\(lora=True\) includes"),
+        (
+            lambda model: mica.fast.enable(lora=False),
+            r"is DoRA, which mica.fast.enable\(lora=True\) includes",
+        ),
     ],
 )
 def test_left_to_peft_with_a_reason(change, reason, monkeypatch):

@@ -50,7 +50,8 @@ def output(model, grad=False):
 @pytest.mark.parametrize("chunk", [None, 1], ids=["one chunk", "one row per chunk"])
 @pytest.mark.parametrize("dtype", RELATIVE)
 @pytest.mark.parametrize(
-    ("kind", "rank"), [("linear", 4), ("lora", 4), ("dora", 4), ("qwen3_moe", 4), ("gpt_oss", 4), ("gpt_oss", 1)]
+    ("kind", "rank"),
+    [("linear", 4), ("lora", 4), ("dora", 4), ("qwen3_moe", 4), ("gpt_oss", 4), ("gpt_oss", 1)],
 )
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_merges_in_fp32_and_rounds_once_and_unmerges_to_the_bit(
