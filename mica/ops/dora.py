@@ -6,12 +6,12 @@
     dz = g⊙dy
     dm = (Σ dy⊙z) / n                 summed over the tokens
 
-With dropout it is PEFT's formula: y = y₀ + (g − 1)⊙z', with y₀ = x Wᵀ + bias + s·drop(x) Aᵀ Bᵀ and z' the z of
-drop(x). A row without a norm, of zeros, is not scaled.
+With dropout it is PEFT's formula: y = y₀ + (g − 1)⊙z', with y₀ = x Wᵀ + bias + s·drop(x) Aᵀ Bᵀ and z' the
+z of drop(x). A row without a norm, of zeros, is not scaled.
 
-Without dropout z = (y − bias) / g, and autograd keeps many a y anyway: those of a gated MLP's first layers, v.
-Kept for dm are therefore y, and x, which the layer needs for A: z is computed from it again where y has been
-edited in place.
+Without dropout z = (y − bias) / g, and autograd keeps many a y anyway: those of a gated MLP's first layers,
+v. Kept for dm are therefore y, and x, which the layer needs for A: z is computed from it again where y has
+been edited in place. Where m is 0 and there is a bias, y says nothing of z, and dm is 0.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ _PART = 2**17  # numbers of a matrix on a CPU that are widened at a time: they f
 def inverse_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """1 / n of each row of W + s·B·A (N), in fp32 at least, without gradients; 0 of a row without a norm.
 
-    n² = ‖w‖² + 2s·b·(A wᵀ) + s²·b (AAᵀ) bᵀ of the rows w and b of W and B. A 16-bit W is multiplied by A in its
-    own dtype where the processor can: n is then off by 3e-5 where the update is as large as W.
+    n² = ‖w‖² + 2s·b·(A wᵀ) + s²·b (AAᵀ) bᵀ of the rows w and b of W and B. A 16-bit W is multiplied by A in
+    its own dtype where the processor can: n is then off by 3e-5 where the update is as large as W. On a CPU
+    rows that the update nearly cancels are computed plainly; elsewhere n of such a row may be off by 1 %.
 
     Args:
         weight: (N×K).
@@ -99,9 +100,9 @@ def _squares_and_products(weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 def plain_row_norms(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """‖w + b A‖ of each row, from W (N×K), A (r×K) and B (N×r), in the dtype of A and B."""
-    norms = [
-        torch.addmm(w.to(A.dtype), b, A).norm(dim=1) for w, b in zip(weight.split(_ROWS), B.split(_ROWS))
-    ]
+    norms = []
+    for w, b in zip(weight.split(_ROWS), B.split(_ROWS), strict=True):
+        norms.append(torch.addmm(w.to(A.dtype), b, A).norm(dim=1))
     return torch.cat(norms)
 
 

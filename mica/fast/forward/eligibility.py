@@ -117,7 +117,8 @@ def own(cls: type[nn.Module], name: str = "forward") -> Callable | None:
 
 
 # What the operators compute. Code that replaces one of these for all modules expects its own to run.
-FORWARDS = {cls: own(cls) for cls in (nn.Linear, Conv1D, nn.Identity, nn.Dropout, DoraLinearLayer)}
+_REPEATED = nn.Linear, Conv1D, nn.Identity, nn.Dropout, DoraLinearLayer
+FORWARDS = {cls: own(cls) for cls in _REPEATED}
 CALL = own(nn.Module, "__call__")  # the classes inherit it
 LINEAR = torch._C._nn.linear  # functional.linear
 
@@ -262,7 +263,7 @@ def read_adapters(layer) -> list[Adapter] | str:
 
 
 def why_not_covered(layer, name: str) -> str:
-    """Why this backend never runs an adapter that is neither MiCA nor, with ``lora=True``, plain LoRA or DoRA."""
+    """Why an adapter is PEFT's that is neither MiCA nor, with ``lora=True``, plain LoRA or DoRA."""
     variant = layer.lora_variant.get(name)
     if type(variant) is variants.DoraLinearVariant and not settings.lora:
         return f"adapter {name!r} is DoRA, which mica.fast.enable(lora=True) includes"

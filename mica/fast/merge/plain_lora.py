@@ -1,7 +1,7 @@
-"""Merging plain LoRA and DoRA of linear layers as MiCA is: in fp32, rounded once, with a record that undoes it.
+"""Merging plain LoRA and DoRA of linear layers as MiCA: in fp32, rounded once, with a record that undoes it.
 
 PEFT's linear layer merges plain LoRA itself, and any other adapter by the methods of its variant. While it
-merges or unmerges, these adapters have a variant of this file: order, checks, errors and warnings stay PEFT's.
+merges or unmerges, these adapters have another variant: order, checks, errors and warnings stay PEFT's.
 
 DoRA's norms are those of W + s·B·A without any other adapter in W. Where one is merged already PEFT's code
 merges DoRA, which takes that out of W for the moment.

@@ -1,4 +1,4 @@
-"""DoRA's part of a layer against its definition in fp64: outputs, all gradients, and what is kept for them."""
+"""DoRA's part of a layer against its definition in fp64: outputs, gradients, and what is kept for them."""
 
 import pytest
 import torch
@@ -111,7 +111,7 @@ def test_outputs_and_gradients(dtype, has_bias, dropout_p, kept_y):
 
 @pytest.mark.parametrize("frozen", range(3))
 @pytest.mark.parametrize("dropout_p", [0.0, P])
-def test_each_of_A_B_and_m_may_be_frozen(frozen, dropout_p):
+def test_each_factor_and_the_magnitude_may_be_frozen(frozen, dropout_p):
     layer = Layer(has_bias=False)
     expected = [grad for i, grad in enumerate(layer.exact(dropout_p)[2:]) if i != frozen]
     layer.trained[frozen].requires_grad_(False)
