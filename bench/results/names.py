@@ -18,6 +18,7 @@ COMPILED_FAST = "mica.fast, torch.compile"
 # The axis "adapter" of a cell; results before plain LoRA ran here do not have it
 MICA = "MiCA"
 PLAIN_LORA = "LoRA"
+DORA = "DoRA"
 
 # Host time
 PYTHON = "mica.fast, reference path"  # from Python

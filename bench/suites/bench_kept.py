@@ -10,7 +10,7 @@ import functools
 import torch
 from transformers import AutoModel
 
-from bench.results.names import BARE, FAST, FAST_ACTIVATIONS, MICA, PLAIN_LORA, in_words, stock
+from bench.results.names import BARE, DORA, FAST, FAST_ACTIVATIONS, MICA, PLAIN_LORA, in_words, stock
 from bench.suites.bench_step import AUTOCAST, CONFIGS, DROPOUT, Cell
 from bench.suites.decoder import SMOLLM2, config_of, under_autocast, work_on
 from bench.suites.harness import build_all, each, pick
@@ -24,7 +24,7 @@ FOUR_LAYERS = "4 layers of SmolLM2-135M"
 CELLS = [
     Cell(model, (1, TOKENS), dtype, how=how, adapter=adapter)
     for model in pick(default=(FOUR_LAYERS, SMOLLM2), dry=(TOY,))
-    for adapter in (MICA, PLAIN_LORA)
+    for adapter in (MICA, PLAIN_LORA, DORA)
     for dtype, how in (("bfloat16", ""), ("bfloat16", DROPOUT), ("float32", ""), ("float32", AUTOCAST))
 ]
 

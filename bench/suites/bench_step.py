@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from bench.measure.machine import DEVICE
-from bench.results.names import BARE, FAST, FAST_ACTIVATIONS, MICA, PLAIN_LORA, STOCK, stock
+from bench.results.names import BARE, DORA, FAST, FAST_ACTIVATIONS, MICA, PLAIN_LORA, STOCK, stock
 from bench.suites import harness
 from bench.suites.decoder import (
     RANK,
@@ -104,6 +104,8 @@ CELLS = pick(
         Cell(SMOLLM2, (1, 256), "float32"),
         *(Cell(SMOLLM2, (1, 512), how=how, adapter=PLAIN_LORA) for how in ("", AUTOCAST, DROPOUT)),
         Cell(SMOLLM2, (1, 256), "float32", adapter=PLAIN_LORA),
+        Cell(SMOLLM2, (1, 512), adapter=DORA),
+        Cell(SMOLLM2, (1, 256), "float32", adapter=DORA),
     ],
     cuda=[
         *steps_of_llama((4, 2048), "", CHECKPOINTED, AUTOCAST, DROPOUT, PAPER),
@@ -113,6 +115,7 @@ CELLS = pick(
     dry=[
         *toy_steps("", CHECKPOINTED, AUTOCAST, DROPOUT, PAPER),
         *toy_steps("", AUTOCAST, DROPOUT, adapter=PLAIN_LORA),
+        *toy_steps("", adapter=DORA),
     ],
 )
 

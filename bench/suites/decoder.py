@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
-from bench.results.names import BARE, MICA, PLAIN_LORA, STOCK_16, STOCK_UNCAST
+from bench.results.names import BARE, DORA, MICA, STOCK_16, STOCK_UNCAST
 from bench.suites.layer import Form
 from bench.suites.steps import CONTEXTS, OURS, Step, operators
 from tests.support import models
@@ -129,6 +129,8 @@ class Work(NamedTuple):
         form = Form(lambda: self.call(model, x), (x, *trained), context, model)
         optimizer = torch.optim.AdamW(trained, lr=rate) if trained and rate else None
         layers = len(models.adapted_layers(self.masters))
+        if self.adapter == DORA and any(type(module) is nn.Dropout for module in self.masters.modules()):
+            layers *= 2  # each is called with drop(x), too
         ran = operators(layers, on_kernels, forwards, self.adapter) if name in OURS else {}
         return Step(form, self.grad_output, optimizer, ran)
 
@@ -155,7 +157,9 @@ def adapted(
     adapter: str = MICA,
     **config,
 ) -> nn.Module:
-    """A copy with MiCA or plain LoRA; what it trains has values of this scale, as after training."""
-    init = True if adapter == PLAIN_LORA else "mica"
+    """A copy with MiCA, plain LoRA or DoRA; what it trains has values of this scale, as after training."""
+    init = "mica" if adapter == MICA else True
+    if adapter == DORA:
+        config["use_dora"] = True
     model = models.wrap(copy.deepcopy(bare), rank=RANK, targets=targets, init_lora_weights=init, **config)
     return models.randomise(model, scale)

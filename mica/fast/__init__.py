@@ -52,9 +52,9 @@ def enable(
     """Run adapters on this backend, as the import does for MiCA. A setting that is not given stays.
 
     Args:
-        lora: Whether plain LoRA runs on this backend, and is merged by it, too: adapters of linear layers
-            without a variant of PEFT's (DoRA, aLoRA, …), which may train lora_A, lora_B or both. It is False
-            at first.
+        lora: Whether plain LoRA and DoRA run on this backend, and are merged by it, too: adapters of linear
+            layers without another variant of PEFT's (aLoRA, …), which may train lora_A, lora_B or both. It is
+            False at first.
         compute_dtype: The dtype of the low-rank products. None, which it is at first, means that of the
             activations, so a bf16 model's adapters compute in bf16 from their fp32 master weights (a few
             tokens on a CPU in fp32, where that is faster), but in fp32 over fp16 activations, outside

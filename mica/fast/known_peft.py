@@ -26,14 +26,16 @@ KNOWN = ("0.20.0", "0.21.0", "0.21.1", "0.21.2")
 
 # The parts of the backend that can be left to PEFT alone, as they are called in messages.
 LINEAR = "the forward of linear layers"
+DORA = "DoRA"
 EMBEDDING = "the forward of embeddings"
 EXPERTS = "the forward of experts"
 INITIALISATION = "the initialisation"
 MERGING = "merging"
-PARTS = (INITIALISATION, LINEAR, EMBEDDING, EXPERTS, MERGING)
+PARTS = (INITIALISATION, LINEAR, DORA, EMBEDDING, EXPERTS, MERGING)
 
 _LAYERS = "peft.tuners.lora.layer"
 _VARIANTS = "peft.tuners.lora.variants"
+_DORA = "peft.tuners.lora.dora"
 
 
 def _merging_of(variant: str) -> dict[str, str]:
@@ -56,6 +58,15 @@ REPEATED: dict[str, dict[str, str]] = {
         f"{_LAYERS}:Linear.forward": "5cd0508e909e",
         f"{_VARIANTS}:MiCALinearVariant.forward": "e1e338634b72",
         "peft.tuners.tuners_utils:BaseTunerLayer._cast_input_dtype": "f8fd780187a6",
+    },
+    DORA: {
+        f"{_VARIANTS}:DoraLinearVariant.forward": "c2c574803a3d",
+        f"{_DORA}:DoraLinearLayer.forward": "0ae419adeea9",
+        f"{_DORA}:DoraLinearLayer.get_weight_norm": "5df1653c3671",
+        f"{_DORA}:DoraLinearLayer.get_lora_weight": "c5e723904092",
+        f"{_VARIANTS}:DoraLinearVariant.merge_safe": "8f8f6b278d75 ad2431ca53a7",
+        f"{_VARIANTS}:DoraLinearVariant.merge_unsafe": "5cd760e10814 442f807452c5",
+        f"{_VARIANTS}:DoraLinearVariant.unmerge": "f71767eea7b9 d26dde7faab7",
     },
     EMBEDDING: {
         f"{_LAYERS}:Embedding.forward": "8eff94c7871d",

@@ -164,6 +164,11 @@ Tensor call_here_or_none(const Tensor& x, Operands& operands) {
   return runs_here(x, operands) ? call_here(x, operands) : Tensor();
 }
 
+// `mica.paths.dropout.dropped`
+Tensor dropped(const Tensor& x, double dropout_p, int64_t seed) {
+  return masked(x, {dropout_p, static_cast<uint64_t>(seed)});
+}
+
 // -- what Python tells -----------------------------------------------------------------------------------
 
 // By their names what is looked at later, for as long as the process lives.
@@ -202,6 +207,7 @@ PYBIND11_MODULE(mica_native, module) {
   module.def("key_of", mica::with_operands<mica::key_of>);
   module.def("wide_product", mica::wide_product_or_none, py::call_guard<py::gil_scoped_release>());
   module.def("weighted_sums", mica::weighted_sums, py::call_guard<py::gil_scoped_release>());
+  module.def("masked", mica::dropped, py::call_guard<py::gil_scoped_release>());
   module.def("norm", mica::norm, py::call_guard<py::gil_scoped_release>());
   module.def("merge_bfloat16", mica::merge<uint16_t>, py::call_guard<py::gil_scoped_release>());
   module.def("merge_float32", mica::merge<uint32_t>, py::call_guard<py::gil_scoped_release>());

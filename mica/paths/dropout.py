@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 
+from mica import native
 from mica.memory import TENSOR_TYPES
 
 # Multipliers of the hash (hash prospector's) and of the column (2^32 over the golden ratio).
@@ -19,6 +20,18 @@ FIRST_FACTOR, SECOND_FACTOR, COLUMN_FACTOR = 0x21F0AAAD, 0xD35A2D97, 0x9E3779B9
 # Elements whose int32 temporaries fit into a CPU's cache. A mask of 1024 x 2048 takes 7 ms with 2**16, 5 with
 # 2**18 and 31 at once (one thread of an AMD EPYC); 1 in C++.
 _BLOCK = 2**17
+
+
+def drawn_seed(p: float, device: torch.device) -> Tensor | None:
+    """A seed from torch's generator, whose state checkpointing restores, and so the mask.
+
+    Args:
+        p: The probability of dropout; where it is 0 nothing is drawn, and None returned.
+        device: The device of the activations.
+    """
+    if p == 0.0:
+        return None
+    return torch.randint(0, 2**63 - 1, (1,), device=device)
 
 
 def dropout_keep(seed: Tensor, rows: int, columns: int, dropout_p: float) -> Tensor:
@@ -34,14 +47,17 @@ def dropout_keep(seed: Tensor, rows: int, columns: int, dropout_p: float) -> Ten
     """
     threshold = round(dropout_p * 2**24)
     step = max(1, _BLOCK // max(1, columns))
-    is_plain = type(seed) in TENSOR_TYPES and seed.is_cpu and not _are_functorch_transforms_active()
-    if not is_plain or rows <= step:
+    if not _is_plain(seed) or rows <= step:
         return keep_rows(seed, 0, rows, columns, threshold)
     keep = torch.empty(rows, columns, dtype=torch.bool)
     for start in range(0, rows, step):
         block = keep[start : start + step]
         block.copy_(keep_rows(seed, start, len(block), columns, threshold))
     return keep
+
+
+def _is_plain(seed: Tensor) -> bool:
+    return type(seed) in TENSOR_TYPES and seed.is_cpu and not _are_functorch_transforms_active()
 
 
 def keep_rows(seed: Tensor, first_row: int, rows: int, columns: int, threshold: int) -> Tensor:
@@ -81,6 +97,15 @@ def _int32(value):
     """A number (or int64 numbers) of 32 bits as the int32 with the same bits."""
     signed = (value ^ 0x80000000) - 0x80000000
     return signed.to(torch.int32) if isinstance(signed, Tensor) else signed
+
+
+def dropped(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    """keep⊙x (M×K), a new tensor, with the mask of `dropout_keep`; not divided by 1 − p."""
+    is_plain = _is_plain(seed) and type(x) in TENSOR_TYPES and not torch.compiler.is_compiling()
+    module = native.module_if_built() if is_plain else None
+    if module is not None:
+        return module.masked(x, dropout_p, seed.item())
+    return applied(dropout_keep(seed, *x.shape, dropout_p), x)
 
 
 def applied(keep: Tensor | None, x: Tensor) -> Tensor:

@@ -64,6 +64,26 @@ def linear_backward(
     return grad_x, grad_A, grad_B
 
 
+def dora(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor,
+    bias: Tensor | float = 0.0,
+    mask: Tensor | float = 1.0,
+) -> Tensor:
+    """y of a layer with DoRA (arXiv 2402.09353), with the dropout of PEFT's; a row without a norm has g = 1.
+
+    g = magnitude / n, and n, the norms of the rows of W + s·B·A, is a constant.
+    """
+    norms = (weight + scaling * lora_B @ lora_A).norm(dim=1).detach()
+    g = torch.where(norms == 0, 1.0, magnitude / torch.where(norms == 0, 1.0, norms))
+    z = linear(mask * x, weight, lora_A, lora_B, scaling)
+    return linear(x, weight, lora_A, lora_B, scaling, bias, mask) + (g - 1) * z
+
+
 def experts_linear(
     x: Tensor,
     offsets: Tensor,

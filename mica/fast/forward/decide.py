@@ -15,16 +15,23 @@ from torch import Tensor, nn
 
 from mica.dtypes import SIXTEEN_BIT
 from mica.fast.forward import fast, layer_calls
+from mica.fast.forward.dora import Scaled, why_small
 from mica.fast.forward.eligibility import (
     REFERENCE,
     Adapter,
     OnOperators,
     OnPeft,
+    adapters_of,
+    class_of,
+    is_dora,
     product_dtypes,
+    quantised_layers,
     read_adapters,
     read_base,
+    read_magnitude,
     runs_adapter,
     why_not_dense,
+    why_not_frozen,
 )
 from mica.fast.forward.layer_calls import Input
 from mica.fast.settings import compute_dtype, settings
@@ -34,6 +41,7 @@ from mica.ops.embedding import embedding
 from mica.ops.linear import linear
 from mica.ops.operator import AUTOCAST, is_autocast
 from mica.paths import choose
+from mica.paths.dropout import drawn_seed
 from mica.paths.operands import Operands
 from mica.paths.tuning import Kind
 
@@ -75,18 +83,6 @@ def decided(
     return patch
 
 
-def drawn_seed(p: float, device: torch.device) -> Tensor | None:
-    """A seed for dropout from torch's generator, whose state checkpointing restores, and so the mask.
-
-    Args:
-        p: The probability of dropout; where it is 0 nothing is drawn, and None returned.
-        device: The device of the activations.
-    """
-    if p == 0.0:
-        return None
-    return torch.randint(0, 2**63 - 1, (1,), device=device)
-
-
 @dataclass
 class Adapted(OnOperators):
     """A linear layer with its active adapters, each of which is one operator, and one node of autograd.
@@ -102,11 +98,11 @@ class Adapted(OnOperators):
     operands: list[Operands]
     why_called: str | None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
         y = self.base(x) if self.why_called else None
         for operands in self.operands:
-            seed = drawn_seed(operands.dropout_p, x.device)
-            y = linear(x, *operands._replace(seed=seed, base_output=y))
+            own_seed = drawn_seed(operands.dropout_p, x.device) if seed is None else seed
+            y = linear(x, *operands._replace(seed=own_seed, base_output=y))
         return y
 
     def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
@@ -163,6 +159,14 @@ def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnP
     if reason is not None:
         return OnPeft(reason)
 
+    (name, *_) = adapters_of(layer)
+    if is_dora(layer, name):
+        return _scaled(layer, name, adapters[0], x)
+    return _adapted(layer, adapters, x)
+
+
+def _adapted(layer, adapters: list[Adapter], x: Tensor | None) -> Adapted:
+    """How it runs with these adapters as MiCA or plain LoRA."""
     weight = bias = why_called = None
     base = read_base(layer)
     if type(base) is str:
@@ -177,6 +181,29 @@ def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnP
         operands.append(Operands(weight, lora_A, lora_B, scaling, bias, dtype, dropout_p, trains_B=trains_B))
         weight = bias = None
     return Adapted(layer._modules["base_layer"], operands, why_called)
+
+
+def _scaled(layer, name: str, adapter: Adapter, x: Tensor | None) -> Scaled | OnPeft:
+    """How it runs with DoRA: PEFT drops elements where the layer is in training mode."""
+    if not layer.training:
+        adapter = adapter._replace(dropout_p=0.0)
+    magnitude = read_magnitude(layer, name)
+    if type(magnitude) is str:
+        return OnPeft(magnitude)
+    reason = None if x is None else why_small(x, adapter)
+    if reason is not None:
+        return OnPeft(reason)
+    inner = _adapted(layer, [adapter], x)
+    plain = _adapted(layer, [adapter._replace(dropout_p=0.0)], x)
+    bias = layer.base_layer.bias
+    if not plain.why_called:
+        (operands,) = plain.operands
+        plain.operands = [operands._replace(bias=None)]
+        return Scaled(layer, adapter, magnitude, inner, plain, operands.weight, operands.bias)
+    reason = why_not_frozen("base bias", bias)
+    if class_of(layer) not in quantised_layers or reason is not None:
+        return OnPeft(f"DoRA, and {reason or inner.why_called}")
+    return Scaled(layer, adapter, magnitude, inner, plain, None, bias)
 
 
 def _why_not_arguments(kwargs: dict) -> str:

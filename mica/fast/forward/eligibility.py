@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from peft.tuners import lora
 from peft.tuners.lora import variants
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 from torch._C import _get_tracing_state
 from torch._subclasses.fake_tensor import FakeTensor
@@ -28,6 +29,7 @@ from torch.nn import functional
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
+from mica.fast import known_peft
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.layer_calls import Input
 from mica.fast.settings import compute_dtype, settings
@@ -118,7 +120,8 @@ def own(cls: type[nn.Module], name: str = "forward") -> Callable | None:
 
 
 # What the operators compute. Code that replaces one of these for all modules expects its own to run.
-FORWARDS = {cls: own(cls) for cls in (nn.Linear, Conv1D, nn.Identity, nn.Dropout)}
+_REPEATED = nn.Linear, Conv1D, nn.Identity, nn.Dropout, DoraLinearLayer
+FORWARDS = {cls: own(cls) for cls in _REPEATED}
 CALL = own(nn.Module, "__call__")  # the classes inherit it
 LINEAR = torch._C._nn.linear  # functional.linear
 
@@ -141,6 +144,12 @@ def is_mica(layer: nn.Module, name: str) -> bool:
 def is_lora(layer: nn.Module, name: str) -> bool:
     """Whether the named adapter is plain LoRA, which may train lora_B, and the settings include that."""
     return settings.lora and name not in layer.lora_variant and not isinstance(layer, lora.Embedding)
+
+
+def is_dora(layer: nn.Module, name: str) -> bool:
+    """Whether the named adapter is DoRA on a linear layer, and the settings include that."""
+    is_included = settings.lora and known_peft.DORA not in known_peft.left
+    return is_included and type(layer.lora_variant.get(name)) is variants.DoraLinearVariant
 
 
 def class_of(layer: nn.Module) -> type[nn.Module]:
@@ -239,8 +248,10 @@ def read_adapters(layer) -> list[Adapter] | str:
 
     adapters = []
     for name in names:
-        if not is_mica(layer, name) and not is_lora(layer, name):
+        if not is_mica(layer, name) and not is_lora(layer, name) and not is_dora(layer, name):
             return why_not_covered(layer, name)
+        if len(names) > 1 and is_dora(layer, name):
+            return f"several active adapters, {names}, of which {name!r} is DoRA"
         scaling = layer.scaling[name]
         reason = None if type(scaling) is float else _why_not_scaling(scaling)
         if reason is not None:
@@ -255,9 +266,12 @@ def read_adapters(layer) -> list[Adapter] | str:
 
 
 def why_not_covered(layer, name: str) -> str:
-    """Why this backend never runs an adapter that is neither MiCA nor, with ``lora=True``, plain LoRA."""
-    if name in layer.lora_variant:
-        return f"adapter {name!r} is of PEFT's variant {type(layer.lora_variant[name]).__name__}"
+    """Why an adapter is PEFT's that is neither MiCA nor, with ``lora=True``, plain LoRA or DoRA."""
+    variant = layer.lora_variant.get(name)
+    if type(variant) is variants.DoraLinearVariant and not settings.lora:
+        return f"adapter {name!r} is DoRA, which mica.fast.enable(lora=True) includes"
+    if variant is not None:
+        return f"adapter {name!r} is of PEFT's variant {type(variant).__name__}"
     if isinstance(layer, lora.Embedding):
         return f"adapter {name!r} is LoRA on an embedding"
     return f"adapter {name!r} is LoRA, which mica.fast.enable(lora=True) includes"
@@ -306,11 +320,11 @@ def _read_linear(layer, name: str, scaling) -> Adapter | str:
 
     A = weight_of(lora_A)
     B = weight_of(lora_B)
-    trains_B = is_lora(layer, name)
+    trains_B = not is_mica(layer, name)
     reason = (
-        _why_not_read_directly("lora_A", lora_A)
-        or _why_not_read_directly("lora_B", lora_B)
-        or _why_not_read_directly("lora_dropout", dropout)
+        why_not_read_directly("lora_A", lora_A)
+        or why_not_read_directly("lora_B", lora_B)
+        or why_not_read_directly("lora_dropout", dropout)
         or why_not_trained("lora_A", A)
         or (why_not_trained if trains_B else why_not_frozen)("lora_B", B)
     )
@@ -337,6 +351,21 @@ def _why_not_dropout(dropout: nn.Module) -> str | None:
     return None if 0.0 <= dropout.p < 1.0 else f"lora_dropout of {dropout.p:g}"
 
 
+def read_magnitude(layer, name: str) -> Tensor | str:
+    """The norms (out_features) that DoRA trains, or why PEFT's code has to run."""
+    module = layer._modules["lora_magnitude_vector"]._modules[name]
+    if type(module) is not DoraLinearLayer:
+        return f"the adapter's magnitude is of type {type(module).__name__}"
+    magnitude = weight_of(module)
+    reason = why_not_read_directly("lora_magnitude_vector", module) or why_not_dense("magnitude", magnitude)
+    if reason is not None:
+        return reason
+    device = weight_of(layer._modules["lora_A"]._modules[name]).device
+    if magnitude.device != device:  # ephemeral_gpu_offload
+        return f"the magnitude is on {magnitude.device}, and lora_A on {device}"
+    return magnitude
+
+
 def read_base(layer) -> tuple[Tensor, Tensor | None] | str:
     """(weight as (out_features, in_features), bias) of a linear layer, or why the base layer is called.
 
@@ -348,7 +377,7 @@ def read_base(layer) -> tuple[Tensor, Tensor | None] | str:
         return f"a base layer of type {type(base).__name__}"
     weight, bias = (weight_of(base, name) for name in ("weight", "bias"))
     reason = (
-        _why_not_read_directly("base layer", base)
+        why_not_read_directly("base layer", base)
         or why_not_frozen("base weight", weight)
         or why_not_frozen("base bias", bias)
     )
@@ -392,7 +421,7 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _why_not_read_directly(part: str, module: nn.Module) -> str | None:
+def why_not_read_directly(part: str, module: nn.Module) -> str | None:
     """Why the module has to be called: its formula alone would not do what a call does."""
     kind = type(module)
     if _has_hooks(module):

@@ -63,8 +63,12 @@ def why_small(x: Tensor) -> str | None:
     """
     if type(x) not in TENSOR_TYPES or x.numel() >= kept.SMALL or not x.is_cpu:
         return None
-    is_free = settings.compute_dtype is None and choose.setting() in _ANY_PATH
-    return WHY_SMALL if is_free and native.module() is None else None
+    return WHY_SMALL if is_free() and native.module() is None else None
+
+
+def is_free() -> bool:
+    """Whether the user demands neither a path nor a dtype of the products."""
+    return settings.compute_dtype is None and choose.setting() in _ANY_PATH
 
 
 def configure(module: ModuleType) -> None:

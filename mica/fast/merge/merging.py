@@ -32,6 +32,7 @@ from mica.fast.merge.unloading import needs_undo
 from mica.fast.refusals import check_weight
 from mica.fast.settings import around, settings
 from mica.memory import TENSOR_TYPES
+from mica.ops import dora
 from mica.ops.operator import no_autocast
 from mica.paths import reference_path
 from mica.row_checksums import WORDS, odd_numbers, row_checksums
@@ -51,6 +52,7 @@ class Update(NamedTuple):
     up: Tensor  # (E, out_features, r): B
     down: Tensor  # (E, r, in_features): s·A
     transposed: bool  # the weight is stored as (..., in_features, out_features)
+    factor: Tensor | None = None  # (out_features): what DoRA then multiplies W + s·B·A by, where E = 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,7 +63,20 @@ class Update(NamedTuple):
         return len(self.up) * rows, columns
 
     def to(self, device: torch.device) -> Update:
-        return Update(self.up.to(device), self.down.to(device), self.transposed)
+        factor = None if self.factor is None else self.factor.to(device)
+        return Update(self.up.to(device), self.down.to(device), self.transposed, factor)
+
+    def added(self, rows: slice, weight: Tensor, delta: Tensor) -> Tensor:
+        """The merged weight, not yet rounded, of these rows of the stored one."""
+        merged = weight + delta
+        return merged if self.factor is None else merged.mul_(self._factor_of(rows))
+
+    def subtracted(self, rows: slice, merged: Tensor, delta: Tensor) -> Tensor:
+        """The inverse of `added`."""
+        return (merged if self.factor is None else merged / self._factor_of(rows)) - delta
+
+    def _factor_of(self, rows: slice) -> Tensor:
+        return self.factor if self.transposed else self.factor[rows, None]
 
     def chunks(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Row slices of the stored weight, experts one below the other, with their s·B·A, contiguous."""
@@ -170,7 +185,14 @@ def _update_of(layer, adapter: str) -> Update:
         up, down = reference_path.delta_factors(lora_A_of(layer, adapter), lora_B_of(layer, adapter), scaling)
         return Update(up, down, is_stored_as_in_out(layer))
     up, down = reference_path.delta_factors(*adapter_weights(layer, adapter), scaling)
-    return Update(up.unsqueeze(0), down.unsqueeze(0), is_stored_transposed(layer))
+    transposed = is_stored_transposed(layer)
+    factor = None
+    if adapter in layer.lora_magnitude_vector:
+        weight = layer.get_base_layer().weight
+        norms = dora.plain_row_norms(weight.t() if transposed else weight, down, up)
+        magnitude = layer.lora_magnitude_vector[adapter].weight.to(norms.device)
+        factor = dora.factor_of(magnitude, dora.inverse_of(norms)) * (magnitude != 0)
+    return Update(up.unsqueeze(0), down.unsqueeze(0), transposed, factor)
 
 
 def is_covered(layer, weight: Tensor) -> bool:
@@ -241,7 +263,8 @@ def merge_update(update: Update, weight: Tensor, out: Tensor, keeps: bool) -> tu
     if module is not None:
         merge = module.merge_bfloat16 if weight.dtype == torch.bfloat16 else module.merge_float32
         rows_at_a_time = _rows_at_a_time(weight)
-        left, sums, fields = merge(weight, out, *update, rows_at_a_time, _factors(weight), keeps, measured)
+        factors = _factors(weight)
+        left, sums, fields = merge(weight, out, *update[:3], rows_at_a_time, factors, keeps, measured)
         stats = MergeStats(weight.dtype, weight[::measured].numel(), int(sums[0]), *sums[1:])
         if keeps:
             parts = [fields]
@@ -252,11 +275,15 @@ def merge_update(update: Update, weight: Tensor, out: Tensor, keeps: bool) -> tu
         chosen = _chosen(rows, left)
         old = weight[rows]
         wide = old.to(delta.dtype)
-        new = (wide + delta).to(old.dtype)
+        merged = update.added(rows, wide, delta)
+        new = merged.to(old.dtype)
         if module is None:
-            recovered = new.to(delta.dtype) - delta
+            recovered = update.subtracted(rows, new.to(delta.dtype), delta)
+            change, error = delta, recovered - wide
+            if update.factor is not None:
+                change, error = merged - wide, new.to(delta.dtype) - merged
             some = slice(-rows.start % measured, None, measured)
-            stats.add(stats_of(old[some], new[some], delta[some], (recovered - wide)[some]))
+            stats.add(stats_of(old[some], new[some], change[some], error[some]))
             if keeps:
                 parts.append(_keep(old, recovered.to(old.dtype), new))
         out[rows][chosen] = new[chosen]
@@ -277,6 +304,7 @@ def native_module(update: Update, weight: Tensor) -> ModuleType | None:
         and weight.device.type == "cpu"
         and weight.dtype in (torch.bfloat16, torch.float32)
         and update.up.dtype == torch.float32
+        and update.factor is None
         and update.shape == weight.shape
         and weight.numel() > 0
         and weight.shape[1] <= 2**16  # what `Kept.columns` can hold in 16 bits
@@ -325,21 +353,28 @@ def record(layer, adapter: str, undo: Undo) -> None:
 @_in_any_mode
 def unmerge_from(layer, adapter: str, weight: Tensor, undo: Undo | None) -> None:
     """In place: the bits from before the merge, or W' - s·B·A in fp32 and a warning with the reason."""
+    if undo is not None and not is_as_merged(undo, weight):
+        undo = None  # stock PEFT may have unmerged and merged it since
     weight = _as_matrix(weight)
     kept = None
     if undo is not None and undo.kept is not None and undo.kept.values.dtype == weight.dtype:
         kept = undo.kept.to(weight.device)
-    if undo is not None and undo.period != _period:
-        is_as_merged = kept is not None and torch.equal(row_checksums(weight), kept.checksums[:, 1])
-        if not is_as_merged:
-            undo = kept = None  # stock PEFT may have unmerged and merged it since
-
     if undo is None:
         update = _update_of(layer, adapter)
     else:
         update = undo.update
     if not unmerge_update(update.to(weight.device), weight, kept):
         _warn_of_inexact_unmerge(adapter, undo)
+
+
+def is_as_merged(undo: Undo, weight: Tensor) -> bool:
+    """Whether the weight is, for all that is known, as that merge left it."""
+    if undo.period == _period:
+        return True
+    if undo.kept is None or undo.kept.values.dtype != weight.dtype:
+        return False
+    after = undo.kept.checksums[:, 1].to(weight.device)
+    return torch.equal(row_checksums(_as_matrix(weight)), after)
 
 
 def unmerge_update(update: Update, weight: Tensor, kept: Kept | None) -> bool:
@@ -361,7 +396,7 @@ def _unmerge_update(update: Update, weight: Tensor, kept: Kept | None) -> bool:
     if module is not None and kept is not None:
         unmerge = module.unmerge_bfloat16 if weight.dtype == torch.bfloat16 else module.unmerge_float32
         step = _rows_at_a_time(weight)
-        left, is_exact = unmerge(weight, *update, step, _factors(weight), kept.tensors)
+        left, is_exact = unmerge(weight, *update[:3], step, _factors(weight), kept.tensors)
         if not len(left):
             return is_exact
 
@@ -369,7 +404,7 @@ def _unmerge_update(update: Update, weight: Tensor, kept: Kept | None) -> bool:
         is_as_merged = row_checksums(weight) == kept.checksums[:, 1]
     for rows, delta in update.chunks(weight):
         chosen = _chosen(rows, left)
-        new = (weight[rows].to(delta.dtype) - delta).to(weight.dtype)
+        new = update.subtracted(rows, weight[rows].to(delta.dtype), delta).to(weight.dtype)
         weight[rows][chosen] = new[chosen]
     if kept is None:
         return False

@@ -50,7 +50,8 @@ def output(model, grad=False):
 @pytest.mark.parametrize("chunk", [None, 1], ids=["one chunk", "one row per chunk"])
 @pytest.mark.parametrize("dtype", RELATIVE)
 @pytest.mark.parametrize(
-    ("kind", "rank"), [("linear", 4), ("lora", 4), ("qwen3_moe", 4), ("gpt_oss", 4), ("gpt_oss", 1)]
+    ("kind", "rank"),
+    [("linear", 4), ("lora", 4), ("dora", 4), ("qwen3_moe", 4), ("gpt_oss", 4), ("gpt_oss", 1)],
 )
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_merges_in_fp32_and_rounds_once_and_unmerges_to_the_bit(
@@ -92,12 +93,12 @@ def test_square_conv1d_is_merged_the_right_way_round_and_tied_weights_stay_tied(
 
 
 # Also those whose layers are nested wrappers of PEFT
-of_every_kind = pytest.mark.parametrize("kind", ["linear", "lora", *BUILDERS])
+of_every_kind = pytest.mark.parametrize("kind", ["linear", "lora", "dora", *BUILDERS])
 
 
 def model_and_tolerance(kind, dtype):
     """The tolerance is for outputs before and after a merge."""
-    if kind in ("linear", "lora"):
+    if kind in ("linear", "lora", "dora"):
         return trained(kind, dtype, scale=0.1), 3 * RELATIVE[dtype]
     return trained(kind, dtype), 10 * RELATIVE[dtype]  # for experts stock rounds W + s·B·A twice
 

@@ -109,7 +109,7 @@ def test_only_rows_with_such_numbers_are_left_and_kept_whole(dtype):
     module = merging.native_module(update, weight)
     merge = module.merge_bfloat16 if dtype is torch.bfloat16 else module.merge_float32
     factors = odd_numbers(1000 * weight.element_size() // 8)
-    left, _, fields = merge(weight, weight, *update, 70, factors, True, 1)
+    left, _, fields = merge(weight, weight, *update[:3], 70, factors, True, 1)
     assert left.tolist() == [5]
     assert merging.Kept.of(*fields).counts[5] == 1000
 

@@ -81,7 +81,6 @@ def with_weight_that_is_no_parameter(model):
 
 
 LEFT_TO_STOCK = {
-    "DoRA": ({"use_dora": True}, None),
     "lora_bias": ({"lora_bias": True}, None),
     "a parametrized weight": ({}, with_weight_norm),
     "a weight that is no parameter": ({}, with_weight_that_is_no_parameter),

@@ -1,0 +1,328 @@
+"""DoRA's part of a linear layer: every row of W + s·B·A gets a trained norm (arXiv 2402.09353).
+
+    z  = x Wᵀ + s·x Aᵀ Bᵀ             what the layer computes without its bias
+    y  = g⊙z + bias, g = m / n        m (N) is trained; n (N), the norms of the rows of W + s·B·A, is a
+                                      constant for autograd
+    dz = g⊙dy
+    dm = (Σ dy⊙z) / n                 summed over the tokens
+
+With dropout it is PEFT's formula: y = y₀ + (g − 1)⊙z', with y₀ = x Wᵀ + bias + s·drop(x) Aᵀ Bᵀ and z' the
+z of drop(x). A row without a norm, of zeros, is not scaled.
+
+Without dropout z = (y − bias) / g, and autograd keeps many a y anyway: those of a gated MLP's first layers,
+v. Kept for dm are therefore y, and x, which the layer needs for A: z is computed from it again where y has
+been edited in place. Where m is 0 and there is a bias, y says nothing of z, and dm is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mica.ops import kept
+from mica.ops.operator import as_matrix, below_autograd, like, no_autocast, save, saved
+from mica.paths import dropout
+from mica.paths.products import is_transformed, multiplies_itself, unrounded
+
+# Where n² is a smaller share of ‖w‖² + ‖s·bA‖² the update cancels most of the row, and n is computed from
+# W + s·B·A itself. Of random updates, 0.1 to 10 times as large as SmolLM2's weights, it is at least 0.82.
+CANCELLED = 0.1
+
+# Stands for an m of 0, so that y still says what z was: dm is not 0 there.
+_SMALLEST = 2.0**-60
+
+_ROWS = 1024  # of a 16-bit weight whose wider copy is alive at a time
+_PART = 2**17  # numbers of a matrix on a CPU that are widened at a time: they fit into its cache
+
+
+# ---------------------------------------------------------------------------------------------------
+# the norms
+# ---------------------------------------------------------------------------------------------------
+
+
+def inverse_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """1 / n of each row of W + s·B·A (N), in fp32 at least, without gradients; 0 of a row without a norm.
+
+    n² = ‖w‖² + 2s·b·(A wᵀ) + s²·b (AAᵀ) bᵀ of the rows w and b of W and B. A 16-bit W is multiplied by A in
+    its own dtype where the processor can: n is then off by 3e-5 where the update is as large as W. On a CPU
+    rows that the update nearly cancels are computed plainly; elsewhere n of such a row may be off by 1 %.
+
+    Args:
+        weight: (N×K).
+        lora_A: (r×K).
+        lora_B: (N×r).
+        scaling: s.
+    """
+    without = no_autocast
+    if torch.compiler.is_compiling():  # which knows PyTorch's own only
+        without = partial(torch.autocast, weight.device.type, enabled=False)
+    with torch.no_grad(), without():
+        norms = _row_norms(weight.detach(), lora_A.detach(), lora_B.detach(), scaling)
+        return inverse_of(norms)
+
+
+def _row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
+    A, B = lora_A.to(dtype), scaling * lora_B.to(dtype)
+    squares, products = _squares_and_products(weight, A)
+    of_update = torch.mul(B @ (A @ A.t()), B).sum(1)
+    of_rows = squares + of_update
+    squared = of_rows + 2 * torch.mul(products, B).sum(1)
+    norms = squared.clamp(min=0).sqrt()
+    if not weight.is_cpu or torch.compiler.is_compiling() or is_transformed():
+        return norms  # to look at a number would have to wait for the device
+    rows = (squared < CANCELLED * of_rows).nonzero().flatten()
+    if len(rows):
+        norms[rows] = plain_row_norms(weight[rows], A, B[rows])
+    return norms
+
+
+def _squares_and_products(weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """‖w‖² of each row of the weight (N), and W Aᵀ (N×r), in the dtype of A."""
+    is_wide = weight.dtype == A.dtype
+    multiplies_narrow = not is_wide and multiplies_itself(weight)
+    squares, products = [], []
+    for rows in (weight,) if is_wide else weight.split(_ROWS):
+        wide = rows.to(A.dtype)
+        squares.append(torch.linalg.vector_norm(wide, dim=1).square())
+        if not multiplies_narrow:
+            products.append(wide @ A.t())
+    if multiplies_narrow:
+        factor = A.to(weight.dtype).t()
+        products = [unrounded(weight, factor)]
+        if products[0] is None:
+            products = [(weight @ factor).to(A.dtype)]
+    return torch.cat(squares), torch.cat(products)
+
+
+def plain_row_norms(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """‖w + b A‖ of each row, from W (N×K), A (r×K) and B (N×r), in the dtype of A and B."""
+    norms = []
+    for w, b in zip(weight.split(_ROWS), B.split(_ROWS), strict=True):
+        norms.append(torch.addmm(w.to(A.dtype), b, A).norm(dim=1))
+    return torch.cat(norms)
+
+
+def inverse_of(norms: Tensor) -> Tensor:
+    """1 / n, and 0 where n is 0."""
+    return torch.where(norms == 0, 0, 1 / norms)
+
+
+def factor_of(magnitude: Tensor, inverse: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """What z is multiplied by (N), in the dtype of the norms: g, or with dropout (g − 1) / (1 − p)."""
+    m = magnitude.to(inverse.dtype)
+    g = torch.where(inverse == 0, 1, (m + _SMALLEST * (m == 0)) * inverse)
+    return (g - 1) / (1 - dropout_p) if dropout_p else g
+
+
+# ---------------------------------------------------------------------------------------------------
+# matrices (M×N) of 16 bits and rows (N) of 32
+# ---------------------------------------------------------------------------------------------------
+
+
+def _parts(*tensors: Tensor) -> Iterator[Sequence[Tensor]]:
+    """The same rows of each tensor (..., N).
+
+    PyTorch widens whole operands of a mixed operation on a CPU: of 1024 x 1536 at once that takes ten times
+    as long.
+    """
+    matrices = [as_matrix(tensor) for tensor in tensors]
+    rows, columns = matrices[0].shape
+    step = max(1, _PART // max(1, columns))
+    if rows <= step or not matrices[0].is_cpu:
+        return iter([matrices])
+    return zip(*[matrix.split(step) for matrix in matrices], strict=True)
+
+
+def _multiply_add(z: Tensor, factor: Tensor, addend: Tensor | None, out: Tensor) -> Tensor:
+    """factor⊙z + addend, (..., N) or (N), rounded once, into ``out``, which may be z or the addend."""
+    if addend is None:
+        for part, to in _parts(z, out):
+            torch.mul(part, factor, out=to)
+        return out
+    for part, more, to in _parts(z, addend.expand_as(z), out):
+        torch.addcmul(more, part, factor, out=to)
+    return out
+
+
+def _sums(grad_output: Tensor, z: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Σ dy⊙(z − bias) over the tokens (N)."""
+    total = torch.zeros(z.shape[-1], dtype=dtype, device=z.device)
+    for dy, part in _parts(grad_output, z):
+        wide = part.to(dtype)
+        if bias is not None:
+            wide = wide - bias
+        total = total + (wide * dy).sum(0)
+    return total
+
+
+def _grad_z(grad_output: Tensor, factor: Tensor) -> Tensor:
+    if torch.is_grad_enabled():  # a second derivative follows it
+        return (grad_output * factor).to(grad_output.dtype)
+    return _multiply_add(grad_output, factor, None, _empty_like(grad_output))
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+# ---------------------------------------------------------------------------------------------------
+# the layer
+# ---------------------------------------------------------------------------------------------------
+
+
+def scaled(
+    z_of: Callable[[Tensor], Tensor],
+    x: Tensor,
+    operands: Sequence[Tensor],
+    magnitude: Tensor,
+    inverse: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y = g⊙z + bias with z = ``z_of(x)``.
+
+    Args:
+        z_of: The layer without its bias: it returns a new, contiguous tensor, (..., N), which may be
+            overwritten. The backward may call it again.
+        x: The input, (..., K).
+        operands: The tensors that ``z_of`` saves beside x.
+        magnitude: m, (N).
+        inverse: 1 / n as `inverse_norms` returns it, (N).
+        bias: (N), frozen; None for none.
+
+    Returns:
+        (..., N) in the dtype of z. The gradient of m is summed in fp32 at least.
+    """
+    if _is_followed() or not (torch.is_grad_enabled() and magnitude.requires_grad):
+        return _multiplied(z_of(x), bias, magnitude, inverse)
+    if x.numel() < kept.SMALL:
+        return _KeepsZ.apply(z_of(x), bias, magnitude, inverse, 0.0)
+
+    def layer(x: Tensor, *_) -> Tensor:
+        y = _KeepsY.apply(z_of, x, z_of(x), magnitude, inverse, bias)
+        y.grad_fn.version = y._version
+        return y
+
+    return kept.call(layer, x, *operands, magnitude, looks_after_y=True)
+
+
+def corrected(
+    z_of: Callable[[Tensor], Tensor],
+    x: Tensor,
+    operands: Sequence[Tensor],
+    magnitude: Tensor,
+    inverse: Tensor,
+    y: Tensor,
+    dropout_p: float,
+    seed: Tensor,
+) -> Tensor:
+    """y + (g − 1)⊙z', with the z' of drop(x).
+
+    Args:
+        z_of, x, operands, magnitude, inverse: As in `scaled`.
+        y: The layer with its bias and the dropout, a new tensor (..., N), which is overwritten.
+        dropout_p: The probability, above 0, with which an element of x is dropped.
+        seed: An int64 tensor of shape (1,), which determines the mask.
+
+    Returns:
+        (..., N) in the dtype of y. Kept for the gradient of m is z'; drop(x) is computed again.
+    """
+    drop = partial(_dropped, dropout_p=dropout_p, seed=seed)
+    if _is_followed() or not torch.is_grad_enabled():
+        return _multiplied(z_of(drop(x)), y, magnitude, inverse, dropout_p)
+    computed = kept.derived(drop, x)
+    dropped = _Dropped.apply(x, dropout_p, seed)
+    z = kept.call(lambda x, *_: z_of(x), dropped, *operands, computed=computed)
+    return _KeepsZ.apply(z, y, magnitude, inverse, dropout_p)
+
+
+def _is_followed() -> bool:
+    """Whether PyTorch has to see plain formulas: it compiles them, or transforms functions."""
+    return torch.compiler.is_compiling() or is_transformed()
+
+
+def _multiplied(
+    z: Tensor, addend: Tensor | None, magnitude: Tensor, inverse: Tensor, dropout_p: float = 0.0
+) -> Tensor:
+    """Where m needs no gradient, or PyTorch finds it."""
+    if torch.is_grad_enabled() and z.requires_grad and not _is_followed():
+        return _KeepsZ.apply(z, addend, magnitude, inverse, dropout_p)
+    factor = factor_of(magnitude, inverse, dropout_p)
+    if not _is_followed():
+        with no_autocast():
+            return _multiply_add(z, factor, addend, z)
+    y = z * factor
+    return (y if addend is None else y + addend).to(z.dtype)
+
+
+def _dropped(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    """keep⊙x: 1 / (1 − p) of it is in `factor_of`."""
+    return like(x.shape, dropout.dropped(as_matrix(x), dropout_p, seed))
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dropout_p, seed):
+        ctx.dropout_p = dropout_p
+        save(ctx, seed)
+        with below_autograd():
+            return _dropped(x, dropout_p, seed)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (seed,) = saved(ctx)
+        return _dropped(grad, ctx.dropout_p, seed), None, None
+
+
+class _KeepsZ(torch.autograd.Function):
+    """factor⊙z + addend: the bias (N) or None, and with dropout y (..., N), in whose place it is."""
+
+    @staticmethod
+    def forward(ctx, z, addend, magnitude, inverse, dropout_p):
+        ctx.dropout_p = dropout_p
+        out = addend if dropout_p else _empty_like(z)
+        if dropout_p:
+            ctx.mark_dirty(addend)
+        save(ctx, z if ctx.needs_input_grad[2] else None, magnitude, inverse)
+        with below_autograd(), no_autocast():
+            return _multiply_add(z, factor_of(magnitude, inverse, dropout_p), addend, out)
+
+    @staticmethod
+    def backward(ctx, dy):
+        z, magnitude, inverse = saved(ctx)
+        dz = dm = None
+        with no_autocast():
+            if ctx.needs_input_grad[0]:
+                dz = _grad_z(dy, factor_of(magnitude, inverse, ctx.dropout_p))
+            if z is not None:
+                sums = _sums(dy, z, None, inverse.dtype)
+                dm = (sums * inverse / (1 - ctx.dropout_p)).to(magnitude.dtype)
+        return dz, dy if ctx.needs_input_grad[1] else None, dm, None, None
+
+
+class _KeepsY(torch.autograd.Function):
+    """g⊙z + bias, in place of z."""
+
+    @staticmethod
+    def forward(ctx, z_of, x, z, magnitude, inverse, bias):
+        ctx.z_of = z_of
+        ctx.mark_dirty(z)
+        save(ctx, x, magnitude, inverse, bias, outputs=[z])
+        with below_autograd(), no_autocast():
+            return _multiply_add(z, factor_of(magnitude, inverse), bias, z)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, magnitude, inverse, bias, y = saved(ctx)
+        with no_autocast():
+            g = factor_of(magnitude, inverse)
+            if y._version == ctx.version:
+                sums = _sums(dy, y, bias, inverse.dtype) / g
+            else:  # it has been edited
+                sums = _sums(dy, ctx.z_of(x), None, inverse.dtype)
+            dm = (sums * inverse).to(magnitude.dtype)
+            dz = _grad_z(dy, g) if ctx.needs_input_grad[2] else None
+        return None, None, dz, dm, None, None

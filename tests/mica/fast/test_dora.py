@@ -1,0 +1,218 @@
+"""DoRA's linear layers with ``lora=True`` are stock PEFT's; what is left to PEFT says why."""
+
+import copy
+import re
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import mica.fast
+from mica.fast import known_peft
+from mica.fast.forward import dora
+from mica.ops import kept
+from mica.paths.dropout import drawn_seed, dropout_keep
+from tests.support.merging_models import other_magnitudes, quietly
+from tests.support.models import adapted_layers, net, randomise, tiny_llama, wrap
+from tests.support.moe_models import second
+from tests.support.quantised_models import KINDS, TARGETS, TOKENS, quantise
+from tests.support.stock import assert_same, both, step, uninstalled
+from tests.support.tolerances import RELATIVE, error
+from tests.support.training import llama, train
+
+INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
+DORA = {"use_dora": True, "init_lora_weights": False}
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _dora(monkeypatch):
+    """On small layers, too."""
+    mica.fast.enable(lora=True)
+    monkeypatch.setattr(dora, "SMALL_WEIGHT", 0)
+
+
+def adapted(dtype=FP32, **config):
+    """Linear layers with a bias and without, and a Conv1D. A magnitude of the one without is 0."""
+    model = net(dtype, targets=["up", "conv", "down"], **DORA, **config)
+    other_magnitudes(randomise(model, 0.3))
+    for name in ("up", "conv"):
+        model.get_submodule(f"base_model.model.{name}").lora_magnitude_vector["default"].weight.data[2] = 1
+    return model.train()
+
+
+def paths(model):
+    return mica.fast.explain(model).counts()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "config", "autocast"),
+    [
+        (FP32, {}, None),
+        (FP32, {"use_rslora": True}, None),
+        (FP32, {}, BF16),
+        (BF16, {}, None),
+        (torch.float64, {"autocast_adapter_dtype": False}, None),
+    ],
+)
+def test_outputs_and_gradients_are_stocks(dtype, config, autocast):
+    model = adapted(dtype, **config)
+    with torch.autocast("cpu", autocast) if autocast else nullcontext():
+        assert_same(*both(lambda: step(model, INDICES)), 3 * RELATIVE[autocast or dtype])
+    assert paths(model) == {"reference": 3}
+
+
+def test_adapters_in_16_bits_are_as_exact_as_stocks():
+    """Stock rounds the norms to them."""
+    model = adapted(BF16, autocast_adapter_dtype=False)
+    ours, theirs = both(lambda: step(model, INDICES))
+    with mica.fast.disabled():
+        exact = step(copy.deepcopy(model).double(), INDICES)
+    errors = [sum(error(grad, exact[1][name]) for name, grad in grads.items()) for _, grads in (ours, theirs)]
+    assert errors[0] <= 1.2 * errors[1]
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_training_follows_stock(use_reentrant):
+    """AdamW's fused steps, which change no version: nothing of a norm is kept from one step to the next."""
+
+    def losses():
+        model = randomise(llama(**DORA))
+        if use_reentrant is not None:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, fused=True)
+        return train(model, optimizer=optimizer)
+
+    ours, theirs = both(losses)
+    assert ours[0] - ours[-1] > 1e-2
+    assert error(ours, theirs) <= 1e-5
+
+
+class Masked(nn.Module):
+    """PEFT's dropout with a mask of this package."""
+
+    def forward(self, x):
+        seed = drawn_seed(0.4, x.device)
+        keep = dropout_keep(seed, x[..., 0].numel(), x.shape[-1], 0.4).view(x.shape)
+        return x * keep / 0.6
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_dropout_is_pefts_formula(dtype):
+    model = adapted(dtype, lora_dropout=0.4)
+    stock = copy.deepcopy(model)
+    for layer in adapted_layers(stock).values():
+        layer.lora_dropout["default"] = Masked()
+    torch.manual_seed(3)
+    ours = step(model, INDICES)
+    assert paths(model) == {"reference": 3}
+    torch.manual_seed(3)
+    with mica.fast.disabled():
+        assert_same(ours, step(stock, INDICES), 3 * RELATIVE[dtype])
+    torch.manual_seed(3)
+    assert torch.equal(checkpoint(model, INDICES, use_reentrant=False), ours[0])
+    model.eval()
+    assert_same(*both(lambda: step(model, INDICES)), 3 * RELATIVE[dtype])
+    for layer in adapted_layers(model).values():
+        layer.lora_dropout.train()  # PEFT's code looks at the layer
+    assert_same(*both(lambda: model(INDICES)), 3 * RELATIVE[dtype])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "hqq, bf16 compute"])  # stock raises
+def test_quantised_layers(kind):
+    has_bias = kind != "hqq"  # which is trained there
+    model = quantise(tiny_llama(initializer_range=0.3, attention_bias=has_bias), kind)
+    model = randomise(wrap(model, targets=TARGETS, **DORA)).train()
+    ours, theirs = both(lambda: step(model, TOKENS))
+    tolerance = RELATIVE[BF16] if "bf16" in kind else 1e-4
+    assert_same(ours, theirs, tolerance)
+    assert paths(model) == {"reference": 14}
+
+
+def test_compiled():
+    layer = adapted_layers(adapted())["base_model.model.up"]
+    x = torch.randn(5, 12)
+    expected = layer(x)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert error(compiled(x), expected) <= RELATIVE[FP32]
+
+
+# -- left to PEFT -------------------------------------------------------------------------------------
+
+
+def _second(model):
+    second(model, init_lora_weights=False)
+    model.base_model.set_adapter(["default", "second"])
+
+
+def _trained(model):
+    model.base_model.model.up.base_layer.weight.requires_grad_()
+
+
+def _hooked(model):
+    model.base_model.model.up.lora_magnitude_vector["default"].register_forward_hook(lambda *_: None)
+
+
+def _unknown(model):
+    known_peft.left[known_peft.DORA] = ["it has another body"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_second, r"several active adapters, \['default', 'second'\], of which 'default' is DoRA"),
+        (lambda model: None, "a small layer with DoRA and a small input"),
+        (_trained, "DoRA, and the base weight is trainable"),
+        (_hooked, "hooks on the lora_magnitude_vector"),
+        (_unknown, "adapter 'default' is of PEFT's variant DoraLinearVariant"),
+        (
+            lambda model: mica.fast.enable(lora=False),
+            r"is DoRA, which mica.fast.enable\(lora=True\) includes",
+        ),
+    ],
+)
+def test_left_to_peft_with_a_reason(change, reason, monkeypatch):
+    monkeypatch.setattr(known_peft, "left", {})
+    if "small" in reason:
+        monkeypatch.setattr(dora, "SMALL_WEIGHT", 2**18)
+        monkeypatch.setattr(kept, "SMALL", 2**17)
+    model = adapted()
+    change(model)
+    x = torch.randn(5, 12)
+    assert_same(*both(lambda: model.base_model.model.up(x)), 0.0)
+    (row,) = [row for row in mica.fast.explain(model).rows if row.name.endswith("up")]
+    assert row.path == "peft"
+    assert re.search(reason, row.reason)
+
+
+# -- merging beside stock -----------------------------------------------------------------------------
+
+
+def test_stock_unmerges_what_was_merged_here():
+    model = adapted()
+    expected = model.eval()(INDICES)
+    for layer in adapted_layers(model).values():
+        layer.lora_magnitude_vector["default"].weight.data[2] = 1  # stock divides by it
+    before = {name: layer.base_layer.weight.clone() for name, layer in adapted_layers(model).items()}
+    model.merge_adapter()
+    with uninstalled():
+        model.unmerge_adapter()
+    for name, layer in adapted_layers(model).items():
+        assert error(layer.base_layer.weight, before[name]) <= RELATIVE[FP32]
+    assert expected.isfinite().all()
+
+
+def test_dora_after_another_adapter_is_merged_as_stock_does():
+    model = second(adapted(), init_lora_weights=False)
+    stock = copy.deepcopy(model)
+    model.merge_adapter(["second", "default"])
+    with mica.fast.disabled():
+        stock.merge_adapter(["second", "default"])
+    for ours, theirs in zip(adapted_layers(model).values(), adapted_layers(stock).values(), strict=True):
+        assert error(ours.base_layer.weight, theirs.base_layer.weight) <= 3 * RELATIVE[FP32]
+    assert [type(v).__name__ for v in ours.lora_variant.values()] == ["DoraLinearVariant"] * 2
+    quietly(partial(mica.fast.merge_report, model))
