@@ -99,18 +99,13 @@ def _section(devices: Devices, root: Path) -> str:
 
 
 def _device(sources: dict[str, str], root: Path) -> Iterator[str]:
-    """Where the figures are from, the targets, and how much faster the cells of each suite are."""
-    from bench.report.markdown import table  # imports pandas
-    from bench.report.targets import targets
-
+    """Where the figures are from, and how much faster the cells of each suite are."""
     results = {path: Result.load(root / path) for path in sorted({*sources.values()})}
     for path, result in results.items():
         yield _source(path, result)
     groups = [group for suite, path in sources.items() for group in results[path].select(suite=suite)]
-    merged = Result({}, groups)
-    yield table(targets(merged.with_both()))
     yield f"{FAST}, times as fast:"
-    yield markdown(in_short(waited_for(merged)))
+    yield markdown(in_short(waited_for(Result({}, groups))))
 
 
 def _source(path: str, result: Result) -> str:

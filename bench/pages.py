@@ -271,8 +271,7 @@ TABLES = {
 
 
 def table(name: str, *files: str) -> str:
-    rows = TABLES[name](*files)
-    return re.sub(r"\|  (?=\|)", "| ", markdown(rows)) + "\n"
+    return markdown(TABLES[name](*files)) + "\n"
 
 
 def filled(page: str, root: Path | None = None) -> str:

@@ -34,7 +34,7 @@ DEFAULTS = {field.name: field.default for field in fields(Settings) if field.nam
 # What imports one of these, where it is not installed, is skipped
 OPTIONAL = (
     "bitsandbytes datasets gguf hqq hypothesis kernels liger_kernel matplotlib pandas "
-    "pytest_benchmark tabulate torchao trl zstandard"
+    "pytest_benchmark torchao trl zstandard"
 )
 MISSING = {name for name in OPTIONAL.split() if find_spec(name) is None}
 

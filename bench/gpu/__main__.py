@@ -19,7 +19,6 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from bench.gpu.stages import Stage
     from bench.run import Run
 
-PREDICTION_SECONDS = 60.0  # at most; it takes as long as the libraries take to import
 REQUIRED = (
     "torch",
     "triton",
@@ -93,16 +91,6 @@ def default_name(stages: list[str]) -> str:
     return "-".join([f"{date.today()}-gpu", *(["stages", *stages] if stages else [])])
 
 
-def report(file: Path) -> str:
-    """Written next to the results, if this machine has what it takes: pandas and tabulate."""
-    try:
-        from bench.report.__main__ import write
-
-        return write(file)
-    except ImportError as error:
-        return f"{error.name} is not installed here: python -m bench.report {file} makes the report"
-
-
 def what_is_missing() -> str | None:
     """A sentence on the libraries that a run needs and this machine lacks."""
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
@@ -119,6 +107,7 @@ def adopt(file: Path) -> int:
     """``--adopt``: what has been written, or why nothing was."""
     try:
         from bench.gpu import adopt
+        from bench.report.__main__ import write
     except ImportError as error:
         print(f"bench.gpu --adopt needs {error.name}, which cannot be imported here", file=sys.stderr)
         return 2
@@ -127,7 +116,7 @@ def adopt(file: Path) -> int:
     except adopt.RefusedError as error:
         print(f"bench.gpu: {error}", file=sys.stderr)
         return 2
-    report(copied)
+    write(copied)
     print(f"{copied} and the pages are written: look at git diff, run make test, and commit.")
     return 0
 
@@ -144,30 +133,6 @@ def chosen_forms(folder: Path) -> Iterator[str]:
         yield f"{kind}: forward {layer.forward.found()}; backward {layer.backward.found()}"
 
 
-def predict(run: Run, is_dry: bool) -> None:
-    """Into the journal, before anything is measured, in a process with the environment of a stage.
-
-    The run goes on without, if the device is not in the table or the model fails.
-    """
-    from bench.gpu.prediction import DRY_RUN_AS
-    from bench.gpu.stages import DRY_SECONDS, STAGES, job
-    from bench.measure.machine import ROOT
-    from bench.measure.peaks import PEAKS
-
-    device = DRY_RUN_AS if is_dry else run.machine["device"]
-    if device not in PEAKS:
-        print(f"no prediction: bench/measure/peaks.py does not have {device}", flush=True)
-        return
-    (layers,) = (stage for stage in STAGES if stage.name == "layers")
-    limit = DRY_SECONDS if is_dry else PREDICTION_SECONDS
-    environment = {**os.environ, **job(layers, run.file, is_dry, limit, limit).environment}
-    command = [sys.executable, "-m", "bench.gpu.prediction", device]
-    try:
-        subprocess.run(command, cwd=ROOT, env=environment, timeout=limit, check=True)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        print(f"no prediction: {error}", flush=True)
-
-
 def run_stages(run: Run, stages: Sequence[Stage], is_dry: bool, budget: float, silence: float) -> list[str]:
     """How each of them ended. A signal to end is the last one's state: what was measured is in the result."""
     from bench.gpu.stages import job
@@ -177,7 +142,6 @@ def run_stages(run: Run, stages: Sequence[Stage], is_dry: bool, budget: float, s
     deadline = time.monotonic() + budget
     states = []
     try:
-        predict(run, is_dry)
         run.save()
         for stage in stages:
             left = deadline - time.monotonic()
@@ -214,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from bench.gpu.stages import STAGES
     from bench.measure.machine import output
+    from bench.report.__main__ import write
     from bench.results import journal
     from bench.run import Run
 
@@ -231,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         budget = DRY_BUDGET if args.dry_run else BUDGET
     states = run_stages(run, [known[number] for number in chosen], args.dry_run, budget, args.silence)
     run.journal.unlink()  # the result file has all of it
-    print(report(run.file))
+    print(write(run.file))
     for line in chosen_forms(run.file.parent):
         print(line)
     if not args.dry_run:

@@ -1,4 +1,4 @@
-"""The report of a result as Markdown: a table a suite, by pandas. Every figure in it follows from the result.
+"""The report of a result as Markdown: a table a suite. Every figure in it follows from the result.
 
 Ratios are taken within a round, in which the implementations took turns: the median and, in brackets, its 95
 % confidence interval (`bench.results.cell.interval`).
@@ -9,11 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from statistics import median
 
-import pandas as pd
-
-from bench.report import prediction
-from bench.report.targets import targets
-from bench.report.words import BASELINES, against, in_short, markdown, ratios, shape_in_words, waited_for
+from bench.report.words import Row, in_short, markdown, ratios, shape_in_words, waited_for
 from bench.results.cell import Group
 from bench.results.schema import Result
 from bench.results.throughput import number
@@ -42,20 +38,16 @@ def report(result: Result) -> str:
         parts += [_head(result.machine), HOW]
         if is_cpu_time:
             parts += [CPU_TIME, quietness(groups)]
-        if device != "cpu":
-            parts += ["## Targets", table(targets(result.with_both()))]
         parts += ["## In short: mica.fast, times as fast", markdown(in_short(groups))]
-    if result.predictions:
-        parts += ["## Prediction and measurement", *prediction.text(result, is_dry=device == "dry run")]
     if result.refused:
         parts.append(refused_text(result.refused))
     if result.stages:
-        parts += ["## What ran", stage_table(result.stages)]
+        parts += ["## What ran", markdown(stage_table(result.stages))]
     if result.checks:
         parts += ["## Checks", *checks_text(result.checks)]
     for suite in dict.fromkeys(group.axes.get("suite", "suites") for group in groups):
         cells = [group for group in groups if group.axes.get("suite", "suites") == suite]
-        parts += [f"## {suite.capitalize()}", suite_table(cells)]
+        parts += [f"## {suite.capitalize()}", markdown(suite_table(cells))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -71,49 +63,54 @@ def _head(machine: dict) -> str:
     return f"{', '.join(words)}; {commit}, {when}, a {machine.get('size')} run."
 
 
-def table(data: pd.DataFrame) -> str:
-    """As it stands; what is missing is empty."""
-    return data.fillna("").to_markdown(index=False, disable_numparse=True)
-
-
-def suite_table(groups: list[Group]) -> str:
+def suite_table(groups: list[Group]) -> list[Row]:
     """A row an implementation of a cell: the axes that cells differ in, time, throughput, ratios, facts."""
-    rows = [(group, name, timing) for group in groups for name, timing in group.timings.items()]
-    labels = _labels(groups, [group for group, *_ in rows])
-    seconds = pd.Series([timing.median for *_, timing in rows])
-    times = pd.DataFrame({"implementation": [name for _, name, _ in rows]})
-    if seconds.max() >= 1:
-        times["s"] = seconds.map("{:.4g}".format)
-    else:
-        times["ms"] = (1e3 * seconds).map("{:.4g}".format)
-    waiting = pd.Series([timing.waiting for *_, timing in rows], dtype=float)
-    if waiting.notna().any():
-        times["wall ÷ CPU"] = waiting.map("{:.2f}".format, na_action="ignore")
-    rates = pd.DataFrame([timing.throughput for *_, timing in rows], dtype=object)
-    columns = [against(baseline) for baseline in BASELINES]
-    divided = pd.DataFrame([ratios(group, name) for group, name, _ in rows], columns=columns, dtype=object)
-    divided = divided.dropna(axis=1, how="all")
-    facts = pd.DataFrame([timing.facts for *_, timing in rows], dtype=object)
-    facts.columns = [fact.replace("_mb", " MB").replace("_", " ") for fact in facts]
-    shown = [
-        labels,
-        times,
-        rates.map(number, na_action="ignore"),
-        divided.map(str, na_action="ignore"),
-        facts.map("{:.4g}".format, na_action="ignore"),
-    ]
-    return table(pd.concat(shown, axis=1))
+    longest = max(timing.median for group in groups for timing in group.timings.values())
+    unit, factor = ("s", 1.0) if longest >= 1 else ("ms", 1e3)
+    rows = []
+    for group, label in zip(groups, _labels(groups), strict=True):
+        for name, timing in group.timings.items():
+            times = {"implementation": name, unit: f"{factor * timing.median:.4g}"}
+            if timing.waiting is not None:
+                times["wall ÷ CPU"] = f"{timing.waiting:.2f}"
+            rates = {rate: number(value) for rate, value in timing.throughput.items()}
+            facts = {_in_words(fact): f"{value:.4g}" for fact, value in timing.facts.items()}
+            rows.append((label, times, rates, ratios(group, name), facts))
+            label = {}  # the next row is of the same cell
+    return _side_by_side(rows)
 
 
-def _labels(cells: list[Group], rows: list[Group]) -> pd.DataFrame:
-    """What tells the cells apart, of each row; nothing where it is that of the row above."""
-    values = pd.DataFrame([{"suite": "", **shape_in_words(cell.axes)} for cell in cells], dtype=object)
-    axes = [axis for axis in values if values[axis].nunique(dropna=False) > 1]
-    labels = pd.DataFrame([shape_in_words(group.axes) for group in rows], columns=axes, dtype=object)
-    names = pd.Series([group.name for group in rows])
-    if values.duplicated(axes or "suite").any():  # the axes do not
-        labels.insert(0, "cell", names)
-    return labels.apply(lambda column: column.mask(names.duplicated(), ""))
+def _labels(cells: list[Group]) -> list[dict[str, str]]:
+    """What tells each of the cells apart from the others."""
+    shapes = [shape_in_words(cell.axes) for cell in cells]
+    axes = dict.fromkeys(axis for shape in shapes for axis in shape)
+    differing = [axis for axis in axes if len({shape.get(axis) for shape in shapes}) > 1]
+    labels = [{axis: str(shape[axis]) for axis in differing if axis in shape} for shape in shapes]
+    if any(labels.count(label) > 1 for label in labels):
+        return [{"cell": cell.name, **label} for cell, label in zip(cells, labels, strict=True)]
+    return labels
+
+
+def _in_words(fact: str) -> str:
+    return fact.replace("_mb", " MB").replace("_", " ")
+
+
+def _side_by_side(rows: list[tuple[dict[str, str], ...]]) -> list[Row]:
+    """A table of rows in parts: the columns of all first parts, then those of the second ones, and so on.
+
+    A column in which no row has anything is left out.
+    """
+    header = []
+    lines = [[] for _ in rows]
+    for parts in zip(*rows, strict=True):
+        columns = dict.fromkeys(column for part in parts for column in part)
+        for column in columns:
+            cells = [part.get(column, "") for part in parts]
+            if any(cells):
+                header.append(column)
+                for line, cell in zip(lines, cells, strict=True):
+                    line.append(cell)
+    return [header, *lines]
 
 
 def quietness(groups: list[Group]) -> str:
@@ -137,16 +134,15 @@ def refused_text(refused: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def stage_table(stages: list[dict]) -> str:
+def stage_table(stages: list[dict]) -> list[Row]:
     """A row a stage. One in which nothing passed has not passed, whatever its tests were skipped for."""
-    rows = []
+    counts = ("seconds", "passed", "failed", "skipped")
+    rows = [["stage", "state", *counts, "was doing"]]
     for stage in stages:
-        row = {"stage": stage["stage"], "state": _state(stage)}
-        for name in ("seconds", "passed", "failed", "skipped"):
-            row[name] = str(stage.get(name, ""))
-        row["was doing"] = ", ".join(map(str, stage.get("was_doing", {}).values()))
-        rows.append(row)
-    return table(pd.DataFrame(rows))
+        counted = [str(stage.get(name, "")) for name in counts]
+        doing = ", ".join(map(str, stage.get("was_doing", {}).values()))
+        rows.append([stage["stage"], _state(stage), *counted, doing])
+    return rows
 
 
 def _state(stage: dict) -> str:

@@ -31,20 +31,18 @@ def shape_in_words(axes: dict[str, str | int]) -> dict[str, str | int]:
     return shown
 
 
-def against(baseline: str) -> str:
-    """The column of ratios to it."""
-    return f"÷ {baseline}"
+def ratios(group: Group, name: str) -> dict[str, str]:
+    """An implementation's time ÷ that of each baseline, "" of those that are not in its cell.
 
-
-def ratios(group: Group, name: str) -> dict[str, Ratio]:
-    """An implementation's time ÷ that of each baseline of its cell; none of the bare model's."""
-    found = {}
+    The bare model's is divided by none.
+    """
     if name == BARE:
-        return found
+        return {}
+    cells = {}
     for baseline in BASELINES:
-        if baseline in group.timings and baseline != name:
-            found[against(baseline)] = group.ratio(name, baseline)
-    return found
+        is_other = baseline in group.timings and baseline != name
+        cells[f"÷ {baseline}"] = str(group.ratio(name, baseline)) if is_other else ""
+    return cells
 
 
 def shows_no_difference(ratio: Ratio) -> bool:
@@ -64,10 +62,10 @@ def speedup(ratio: Ratio, digits: int = 2) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """A table, of which the first row is the header."""
+    """A table, of which the first row is the header; not padded, so that another figure changes one line."""
     header, *others = rows
     lines = [header, ["---"] * len(header), *others]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join("".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in lines)
 
 
 def waited_for(result: Result) -> list[Group]:

@@ -16,7 +16,7 @@ from pytest_benchmark.stats import Metadata
 from bench.results import throughput
 from bench.results.cell import Group
 
-RECORDS = ("refused", "checks", "stages", "predictions")  # of a `Result`, beside its groups
+RECORDS = ("refused", "checks", "stages")  # of a `Result`, beside its groups
 _COMMIT = {"commit": "id", "uncommitted_changes": "dirty"}  # of a machine's facts -> in "commit_info"
 
 
@@ -81,7 +81,7 @@ def facts(document: dict) -> dict:
 
 
 def records(document: dict) -> dict[str, list]:
-    """What was refused, checked and predicted, and in which stages, where the file says so."""
+    """What was refused and checked, and in which stages, where the file says so."""
     return {name: document.get(name, []) for name in RECORDS}
 
 

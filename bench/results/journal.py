@@ -2,8 +2,8 @@
 
 A line is JSON with a ``kind``: "sample" (a round of one implementation), "refused" (a cell, or an
 implementation in it, has no number), "test" (a test has ended), "doing" (what is about to happen: after a
-crash, what caused it), "stage", "prediction" (of an implementation, by a model), "machine" (its facts, where
-a run has noted them). `fold` makes a `Result` of them at any time.
+crash, what caused it), "stage", "machine" (its facts, where a run has noted them). `fold` makes a `Result`
+of them at any time.
 """
 
 from __future__ import annotations
@@ -80,8 +80,7 @@ def fold(entries: list[dict], machine: dict) -> Result:
             _drop_incomplete_rounds(group)
             groups.append(group)
     stages = [entry["summary"] for entry in entries if entry["kind"] == "stage"]
-    predictions = [_without_kind(entry) for entry in entries if entry["kind"] == "prediction"]
-    return Result(machine, groups, refused, _checks(entries), stages, predictions)
+    return Result(machine, groups, refused, _checks(entries), stages)
 
 
 def _without_kind(entry: dict) -> dict:

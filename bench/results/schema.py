@@ -21,8 +21,6 @@ class Result:
 
     ``refused``: cells, or implementations in them, that have no number, and why. ``checks``: what was tested
     in addition to the times: name, outcome, why. ``stages``: the processes of the run, one summary each.
-    ``predictions``: what a model said of a cell's implementation before anything was measured: group,
-    implementation, seconds, bytes, launches, and the device that it was modelled for.
     """
 
     machine: dict[str, str | int | bool]
@@ -30,7 +28,6 @@ class Result:
     refused: list[dict[str, str]] = field(default_factory=list)
     checks: list[dict[str, str]] = field(default_factory=list)
     stages: list[dict] = field(default_factory=list)
-    predictions: list[dict] = field(default_factory=list)
 
     def select(self, **axes: str | int) -> Iterator[Group]:
         """The groups whose axes have these values."""
