@@ -13,11 +13,10 @@ from mica.paths import choose
 from tests.fuzz.actions import FLAG, INDEX, SEQUENCES, TALLY, action, any_of, pass_on
 from tests.fuzz.adapters import Adapters
 from tests.fuzz.calls import Calls
-from tests.fuzz.edits import Edits
 from tests.fuzz.twins import factors, layers
 
 
-class Machine(Adapters, Calls, Edits):
+class Machine(Adapters, Calls):
     """All rules: those of the others, and the modes."""
 
     @precondition(lambda self: self.twins.is_mixture)
