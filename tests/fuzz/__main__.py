@@ -24,7 +24,7 @@ from hypothesis import seed
 from hypothesis.stateful import run_state_machine_as_test
 
 from mica.ops import kept
-from tests.fuzz.machine import Machine, OnKernels, options, tally
+from tests.fuzz.machine import Machine, OnKernels, options
 from tests.fuzz.models import KINDS
 from tests.fuzz.runs import Runs
 
@@ -110,7 +110,7 @@ def in_this_process(args: argparse.Namespace) -> int:
         failed += [command] if command else []
         spent[name] += time.monotonic() - began
     minutes = (time.monotonic() - start) / 60
-    print("\n".join([tally(), f"in {minutes:.1f} minutes, {len(failed)} rounds failed", *failed]), flush=True)
+    print("\n".join([f"in {minutes:.1f} minutes, {len(failed)} rounds failed", *failed]), flush=True)
     return 1 if failed else 0
 
 

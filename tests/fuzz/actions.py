@@ -5,7 +5,6 @@ Every action ends with a comparison of all that both models hold, and mostly of 
 
 import copy
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,33 +31,22 @@ LOOKS = any_of("gradients", "gradients", "output", "nothing")
 INDEX = st.integers(0, 7)
 SEEDS = st.integers(0, 99)
 
-# rule -> how often it was tried, how often it did something: dead rules are seen
-TALLY: dict[str, Counter] = {}
-SEQUENCES = Counter()  # of models, and of runs of `mica adapt`
-
 
 def pass_on(module, args, output):
     """A hook that changes nothing; at module level, so that a model with it can be pickled."""
 
 
 def action(**strategies):
-    """A rule that is followed by the comparisons. It returns False if there was nothing to do."""
+    """A rule that is followed by the comparisons."""
 
     def wrap(function):
-        name = function.__name__
-        TALLY[name] = Counter()
-
         def run(self, look, **drawn):
-            TALLY[name]["tried"] += 1
-            before = self.twins.fingerprint()
-            done = function(self, **drawn)
-            if done is not False:
-                TALLY[name]["effective"] += done is True or self.twins.fingerprint() != before
+            function(self, **drawn)
             self.twins.compare()
             if look != "nothing":
                 self.twins.probe(look == "gradients")
 
-        run.__name__ = name
+        run.__name__ = function.__name__
         return rule(look=LOOKS, **strategies)(run)
 
     return wrap
@@ -112,7 +100,6 @@ class Base(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def start(self, data):
-        SEQUENCES["models"] += 1
         mica.fast.enable(lora=data.draw(st.sampled_from(self.LORA)), compute_dtype=None)
         kind = data.draw(st.sampled_from(self.KIND_NAMES))
         dtype = data.draw(st.sampled_from(self.DTYPES))

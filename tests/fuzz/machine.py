@@ -10,7 +10,7 @@ from hypothesis.stateful import precondition
 import mica.fast
 from mica.fast.settings import settings
 from mica.paths import choose
-from tests.fuzz.actions import FLAG, INDEX, SEQUENCES, TALLY, action, any_of, pass_on
+from tests.fuzz.actions import FLAG, INDEX, action, any_of, pass_on
 from tests.fuzz.adapters import Adapters
 from tests.fuzz.calls import Calls
 from tests.fuzz.twins import factors, layers
@@ -95,7 +95,6 @@ class Machine(Adapters, Calls):
 
         self.twins.each(set_it)
         self.checkpointing = reentrant
-        return True
 
     @action(where=any_of("base", "layer", "lora_A", "lora_B", "lora_dropout"), layer=INDEX)
     def hook(self, where, layer):
@@ -104,7 +103,7 @@ class Machine(Adapters, Calls):
             for module, key in self.hooks:
                 module._forward_hooks.pop(key, None)
             self.hooks = []
-            return True
+            return
         name = self.pick_layer(layer)
         for model in self.twins.both:
             module = model.get_submodule(name)
@@ -113,7 +112,6 @@ class Machine(Adapters, Calls):
             elif where != "layer":
                 module = next(iter(getattr(module, where).values()), module)
             self.hooks.append((module, module.register_forward_hook(pass_on).id))
-        return True
 
     @action(what=any_of("fp32", "narrow", "norms", "lora", "off", "on", "uninstall"))
     def setting(self, what):
@@ -129,7 +127,6 @@ class Machine(Adapters, Calls):
             mica.fast.enable(lora=not settings.lora and True in self.LORA)
         else:
             mica.fast.enable(compute_dtype=torch.float32 if what == "fp32" else None)
-        return None
 
 
 class OnKernels(Machine):
@@ -157,11 +154,3 @@ def options(examples: int, steps: int, shrinks: bool = False, derandomize: bool 
     limits = {"max_examples": examples, "stateful_step_count": steps, "deadline": None, "database": None}
     checks = list(HealthCheck)
     return Options(**limits, derandomize=derandomize, phases=phases, suppress_health_check=checks)
-
-
-def tally() -> str:
-    rows = [f"{'action':32} {'tried':>6} {'effective':>9}"]
-    rows += [f"{name:32} {count['tried']:6} {count['effective']:9}" for name, count in sorted(TALLY.items())]
-    counts = ", ".join(f"{count} of {what}" for what, count in SEQUENCES.items())
-    rows.append(f"sequences: {counts}; actions: {sum(count['tried'] for count in TALLY.values())}")
-    return "\n".join(rows)

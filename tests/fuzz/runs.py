@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from safetensors.torch import load_file
 
 from mica.cli.adapt import checkpoints
-from tests.fuzz.actions import FLAG, SEQUENCES, any_of
+from tests.fuzz.actions import FLAG, any_of
 from tests.support import moe_models
 from tests.support.forked import Blow, Command
 from tests.support.tiny_cli import TEXT, byte_tokenizer, tiny_llama
@@ -104,7 +104,6 @@ class Runs(RuleBasedStateMachine):
 
     def unbroken(self) -> None:
         """Not before a rule needs it: hypothesis draws starts that nothing follows."""
-        SEQUENCES["runs"] += 1
         assert self.adapt("whole", *self.options) == 0, self.errors
         self.base = self.weights.read_bytes()
         self.adapter = load_file(self.folder / "whole" / WEIGHTS)
