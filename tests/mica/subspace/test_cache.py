@@ -12,7 +12,6 @@ from huggingface_hub import constants
 from mica.dtypes import FLOATING
 from mica.subspace import cache as cache_module
 from mica.subspace.cache import SubspaceCache, default_cache
-from mica.subspace.content_hash import content_hash
 from tests.mica.subspace.subspaces import get, only_file, put, same
 
 
