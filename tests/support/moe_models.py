@@ -68,6 +68,8 @@ def gpt_oss(experts=4, seed=0, **config):
 
 
 BUILDERS = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "gpt_oss": gpt_oss}
+
+
 def wrap_experts(model, rank=4, target_parameters=None, stock=False, target_modules=(), **config):
     """`wrap` with MiCA on the stacks (or ``target_parameters``), and no target modules.
 
