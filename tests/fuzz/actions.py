@@ -78,11 +78,9 @@ def configs(draw, kind: str, saves: bool = False):
 
 
 class Base(RuleBasedStateMachine):
-    """The twins, and what the rules share. ``KIND_NAMES``, ``LORA`` and ``DTYPES`` are drawn from."""
+    """The twins, and what the rules share. ``KIND_NAMES`` are drawn from."""
 
-    KIND_NAMES: Sequence[str] = tuple(name for name in KINDS if name != "small")
-    LORA: Sequence[bool] = (False, True, True)  # whether the backend runs plain LoRA
-    DTYPES: Sequence[torch.dtype] = (*[torch.float32] * 3, torch.bfloat16)
+    KIND_NAMES: Sequence[str] = tuple(KINDS)
 
     def __init__(self):
         super().__init__()
@@ -100,14 +98,14 @@ class Base(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def start(self, data):
-        mica.fast.enable(lora=data.draw(st.sampled_from(self.LORA)), compute_dtype=None)
+        mica.fast.enable(lora=data.draw(any_of(False, True, True)), compute_dtype=None)
         kind = data.draw(st.sampled_from(self.KIND_NAMES))
-        dtype = data.draw(st.sampled_from(self.DTYPES))
+        dtype = data.draw(any_of(*[torch.float32] * 3, torch.bfloat16))
         self.saves = data.draw(any_of(False, False, False, True))
         config = data.draw(configs(kind, self.saves))
         config["bias"] = data.draw(st.sampled_from(["none"] * 4 + ["lora_only", "all"]))
         cast, inference = data.draw(FLAG), data.draw(st.sampled_from([False] * 6 + [True]))
-        inference &= kind in ("llama", "small")  # stock can adapt no embedding and no Conv1D there
+        inference &= kind == "llama"  # stock can adapt no embedding and no Conv1D there
         if inference:  # nor train anything of the base
             config, self.saves = {**config, "bias": "none", "modules_to_save": None}, False
         self.twins = Twins(kind, dtype, config, cast, inference)

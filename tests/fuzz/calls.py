@@ -6,7 +6,6 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 
-from mica.paths import choose
 from tests.fuzz.actions import FLAG, INDEX, SEEDS, Base, action, any_of
 from tests.fuzz.compare import dtype_of_base, energy
 from tests.fuzz.models import tokens
@@ -62,8 +61,7 @@ class Calls(Base):
                 optimizer = self.optimizers.get(id(model))
                 if optimizer is None:
                     # fused, it does not count its edits
-                    is_fused = way == "fused" and choose.requested() != "triton"
-                    optimizer = torch.optim.AdamW([p for _, p in parameters], lr=0.02, fused=is_fused)
+                    optimizer = torch.optim.AdamW([p for _, p in parameters], lr=0.02, fused=way == "fused")
                     self.optimizers[id(model)] = optimizer
                 theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
                 trained.extend(name for name, p in parameters if id(p) in theirs)

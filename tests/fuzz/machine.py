@@ -1,7 +1,5 @@
 """Random sequences of what people do with adapters, done to `Twins`: hypothesis draws and shrinks them."""
 
-import os
-
 import torch
 from hypothesis import HealthCheck, Phase, assume
 from hypothesis import settings as Options
@@ -9,7 +7,6 @@ from hypothesis.stateful import precondition
 
 import mica.fast
 from mica.fast.settings import settings
-from mica.paths import choose
 from tests.fuzz.actions import FLAG, INDEX, action, any_of, pass_on
 from tests.fuzz.adapters import Adapters
 from tests.fuzz.calls import Calls
@@ -32,8 +29,6 @@ class Machine(Adapters, Calls):
     @action(dtype=any_of(torch.bfloat16, torch.float32, torch.float64))
     def to_dtype(self, dtype):
         """Also while an adapter is merged: what unmerging gives is then as near as stock's."""
-        # kernels that are required and do not exist are an error
-        assume(dtype != torch.float64 or choose.requested() != "triton")
         assume(not self.twins.of_inference)  # PyTorch leaves tensors that stock cannot train with
         self.twins.compare()  # the last probe may have unmerged, with the rounding of the present dtype
         is_merged = self.twins.is_merged
@@ -124,29 +119,9 @@ class Machine(Adapters, Calls):
         elif what == "norms":
             mica.fast.enable(recompute="activations" if settings.recompute == "norms" else "norms")
         elif what == "lora":
-            mica.fast.enable(lora=not settings.lora and True in self.LORA)
+            mica.fast.enable(lora=not settings.lora)
         else:
             mica.fast.enable(compute_dtype=torch.float32 if what == "fp32" else None)
-
-
-class OnKernels(Machine):
-    """On Triton's interpreter, where the reference path would run; tiny models, because that is slow."""
-
-    KIND_NAMES = ("small",)
-    LORA = (False,)  # has no kernels, which are demanded
-    DTYPES = (torch.float32, torch.float32, torch.bfloat16)
-
-    def __init__(self):
-        super().__init__()
-        self.backend = os.environ.get("MICA_BACKEND")
-        os.environ["MICA_BACKEND"] = "triton"
-
-    def teardown(self):
-        super().teardown()
-        if self.backend is None:
-            del os.environ["MICA_BACKEND"]
-        else:
-            os.environ["MICA_BACKEND"] = self.backend
 
 
 def options(examples: int, steps: int, shrinks: bool = False, derandomize: bool = False) -> Options:

@@ -1,10 +1,9 @@
 """Random actions on a model with the backend, and on its twin with stock PEFT (`make fuzz`: for longer)."""
 
 import pytest
-import torch
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.fuzz.machine import Machine, OnKernels, options
+from tests.fuzz.machine import Machine, options
 from tests.fuzz.models import MIXTURES
 from tests.fuzz.runs import Runs
 
@@ -30,10 +29,6 @@ def drive(fuzzed: type, examples: int, steps: int) -> None:
 def test_the_backend_does_what_peft_does(name):
     kinds, examples, steps = VARIANTS[name]
     drive(type(name, (Machine,), {"KIND_NAMES": kinds}), examples, steps)
-
-
-def test_interpreted_kernels_do_what_peft_does():
-    drive(type("Kernels", (OnKernels,), {"DTYPES": [torch.float32]}), 3, 8)
 
 
 def test_a_run_of_mica_adapt_that_is_broken_off_ends_as_the_unbroken_one():
