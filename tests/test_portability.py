@@ -4,14 +4,12 @@ No Triton, `fcntl` or `resource`, processes by spawn instead of fork, no right t
 those of Windows, and an output that is not Unicode, as that of a program in a Windows pipe.
 """
 
-import io
 import os
 import subprocess
 import sys
 
 import pytest
 
-from mica.cli import main
 from tests.support.imports import ROOT
 from tests.support.tiny_cli import TEXT, byte_tokenizer, tiny_llama
 
@@ -42,7 +40,6 @@ for name in set(dir(signal)) - kept:
 
 import torch
 import mica.fast
-from mica.cli import main
 from peft import LoraConfig, PeftModel, get_peft_model
 from tests.support.tiny_cli import tiny_llama
 
@@ -86,11 +83,3 @@ def test_a_training_and_the_commands(tmp_path):
     assert "q_proj" in said
     assert (tmp_path / "run ε/adapter_model.safetensors").exists()
     assert '"peak_memory_bytes": null' in (tmp_path / "run ε/summary.json").read_text(encoding="utf-8")
-
-
-def test_what_an_output_cannot_show_is_escaped(monkeypatch):
-    output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
-    monkeypatch.setattr(sys, "stdout", output)
-    assert main(["inspect", "./nowhere"]) == 2
-    print("語.txt", flush=True)
-    assert output.buffer.getvalue().splitlines()[-1] == rb"\u8a9e.txt"

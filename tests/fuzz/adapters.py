@@ -37,8 +37,8 @@ class Adapters(Base):
     def delete(self, index):
         name = self.pick(index)
         if not is_at_least("0.21") and self.twins.is_merged_adapter(name):
-            return False  # it is not refused there, and leaves the update in the weights for good
-        return self.remove(name)
+            return  # it is not refused there, and leaves the update in the weights for good
+        self.remove(name)
 
     @precondition(lambda self: len(self.twins.adapters) > 1 and not self.twins.is_merged)
     @action(data=st.data(), index=INDEX, seed=SEEDS, activate=FLAG)
@@ -108,7 +108,7 @@ class Adapters(Base):
 
     @action(index=INDEX, flipped=FLAG)
     def save(self, index, flipped):
-        return self.write(self.pick(index), flipped)
+        self.write(self.pick(index), flipped)
 
     @precondition(lambda self: self.files and len(self.twins.adapters) < 3)
     @action(index=INDEX, lean=FLAG, trainable=FLAG, cast=FLAG, activate=FLAG)
@@ -161,7 +161,7 @@ class Adapters(Base):
             return PeftModel.from_pretrained(fresh, folder, "one", **options)
 
         if not self.twins.replace(loaded):
-            return False
+            return
         self._renewed()
         self._compare_factors("one")
         self.twins.adopt("one", self.twins.ours.peft_config["one"].init_lora_weights == "mica", 0, False)
@@ -182,16 +182,14 @@ class Adapters(Base):
         self._compare_factors(name)
         self.twins.remember_bases(name)
         self.twins.remember_biases()
-        return outcome.error is None
 
     @action(way=any_of("deepcopy", "pickle", "state_dict"))
     def copies(self, way):
         if way == "state_dict":
             self.twins.each(lambda model: model.load_state_dict(copy.deepcopy(model.state_dict())) and None)
-            return True
-        done = self.twins.replace(copy.deepcopy if way == "deepcopy" else _through_a_file)
+            return
+        self.twins.replace(copy.deepcopy if way == "deepcopy" else _through_a_file)
         self.optimizers.clear()
         if way == "pickle" and self.twins.is_merged:  # it has no records
             self.twins.exact, self.twins.is_lost = False, True
         self.find_hooks()
-        return done

@@ -1,7 +1,5 @@
 """Random sequences of what people do with adapters, done to `Twins`: hypothesis draws and shrinks them."""
 
-import os
-
 import torch
 from hypothesis import HealthCheck, Phase, assume
 from hypothesis import settings as Options
@@ -9,15 +7,13 @@ from hypothesis.stateful import precondition
 
 import mica.fast
 from mica.fast.settings import settings
-from mica.paths import choose
-from tests.fuzz.actions import FLAG, INDEX, SEQUENCES, TALLY, action, any_of, pass_on
+from tests.fuzz.actions import FLAG, INDEX, action, any_of, pass_on
 from tests.fuzz.adapters import Adapters
 from tests.fuzz.calls import Calls
-from tests.fuzz.edits import Edits
 from tests.fuzz.twins import factors, layers
 
 
-class Machine(Adapters, Calls, Edits):
+class Machine(Adapters, Calls):
     """All rules: those of the others, and the modes."""
 
     @precondition(lambda self: self.twins.is_mixture)
@@ -33,8 +29,6 @@ class Machine(Adapters, Calls, Edits):
     @action(dtype=any_of(torch.bfloat16, torch.float32, torch.float64))
     def to_dtype(self, dtype):
         """Also while an adapter is merged: what unmerging gives is then as near as stock's."""
-        # kernels that are required and do not exist are an error
-        assume(dtype != torch.float64 or choose.requested() != "triton")
         assume(not self.twins.of_inference)  # PyTorch leaves tensors that stock cannot train with
         self.twins.compare()  # the last probe may have unmerged, with the rounding of the present dtype
         is_merged = self.twins.is_merged
@@ -96,7 +90,6 @@ class Machine(Adapters, Calls, Edits):
 
         self.twins.each(set_it)
         self.checkpointing = reentrant
-        return True
 
     @action(where=any_of("base", "layer", "lora_A", "lora_B", "lora_dropout"), layer=INDEX)
     def hook(self, where, layer):
@@ -105,7 +98,7 @@ class Machine(Adapters, Calls, Edits):
             for module, key in self.hooks:
                 module._forward_hooks.pop(key, None)
             self.hooks = []
-            return True
+            return
         name = self.pick_layer(layer)
         for model in self.twins.both:
             module = model.get_submodule(name)
@@ -114,7 +107,6 @@ class Machine(Adapters, Calls, Edits):
             elif where != "layer":
                 module = next(iter(getattr(module, where).values()), module)
             self.hooks.append((module, module.register_forward_hook(pass_on).id))
-        return True
 
     @action(what=any_of("fp32", "narrow", "norms", "lora", "off", "on", "uninstall"))
     def setting(self, what):
@@ -127,30 +119,9 @@ class Machine(Adapters, Calls, Edits):
         elif what == "norms":
             mica.fast.enable(recompute="activations" if settings.recompute == "norms" else "norms")
         elif what == "lora":
-            mica.fast.enable(lora=not settings.lora and True in self.LORA)
+            mica.fast.enable(lora=not settings.lora)
         else:
             mica.fast.enable(compute_dtype=torch.float32 if what == "fp32" else None)
-        return None
-
-
-class OnKernels(Machine):
-    """On Triton's interpreter, where the reference path would run; tiny models, because that is slow."""
-
-    KIND_NAMES = ("small",)
-    LORA = (False,)  # has no kernels, which are demanded
-    DTYPES = (torch.float32, torch.float32, torch.bfloat16)
-
-    def __init__(self):
-        super().__init__()
-        self.backend = os.environ.get("MICA_BACKEND")
-        os.environ["MICA_BACKEND"] = "triton"
-
-    def teardown(self):
-        super().teardown()
-        if self.backend is None:
-            del os.environ["MICA_BACKEND"]
-        else:
-            os.environ["MICA_BACKEND"] = self.backend
 
 
 def options(examples: int, steps: int, shrinks: bool = False, derandomize: bool = False) -> Options:
@@ -158,11 +129,3 @@ def options(examples: int, steps: int, shrinks: bool = False, derandomize: bool 
     limits = {"max_examples": examples, "stateful_step_count": steps, "deadline": None, "database": None}
     checks = list(HealthCheck)
     return Options(**limits, derandomize=derandomize, phases=phases, suppress_health_check=checks)
-
-
-def tally() -> str:
-    rows = [f"{'action':32} {'tried':>6} {'effective':>9}"]
-    rows += [f"{name:32} {count['tried']:6} {count['effective']:9}" for name, count in sorted(TALLY.items())]
-    counts = ", ".join(f"{count} of {what}" for what, count in SEQUENCES.items())
-    rows.append(f"sequences: {counts}; actions: {sum(count['tried'] for count in TALLY.values())}")
-    return "\n".join(rows)

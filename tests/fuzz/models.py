@@ -55,7 +55,6 @@ class Shared(nn.Module):
 
 _WIDE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 _WIDE |= {"num_key_value_heads": 1, "max_position_embeddings": 64}
-_SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 _GPT2 = {"n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
 _GEMMA = {**_WIDE, "head_dim": 8, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4}
 _T5 = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
@@ -116,9 +115,6 @@ _SHARED = ["q_proj", "k_proj", "v_proj", "mix", "conv", "down"]
 
 KINDS = {
     "llama": Kind(_causal("llama", **_WIDE), [_ATTENTION + _MLP, ["q_proj", "v_proj"], _MLP]),
-    "small": Kind(
-        _causal("llama", **_SMALL, max_position_embeddings=32), [_ATTENTION + _MLP, ["q_proj", "v_proj"]]
-    ),
     "gpt2": Kind(_causal("gpt2", **_GPT2), [["c_attn", "c_proj", "c_fc"], ["c_attn"], ["wte", "c_fc"]]),
     "gemma": Kind(
         _causal("gemma3_text", **_GEMMA),

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 import mica.fast
 from mica.fast.forward.expert_params import weight_name
-from mica.fast.settings import settings
 from tests.fuzz.compare import (
     Outcome,
     attempt,
@@ -313,15 +312,6 @@ class Twins:
             ours = dict(self.ours.named_parameters())  # their order differs: PEFT registers stacks anew
             for name, other in self.stock.named_parameters():
                 other.data.copy_(ours[name])
-
-    def fingerprint(self) -> tuple:
-        """Changes with everything that an action may do to the backend's model."""
-        named = self.ours.named_parameters()
-        values = tuple((n, p.dtype, p.requires_grad, p.detach().double().sum().item()) for n, p in named)
-        checkpoints = getattr(self.ours, "is_gradient_checkpointing", 0)
-        experts = self.is_mixture and self.ours.config._experts_implementation
-        modes = (self.autocast, str(settings), checkpoints, experts)
-        return values, modes, str(attributes(self.ours)), id(self.ours)
 
     # -- calls ----------------------------------------------------------------------------------------
 

@@ -68,14 +68,6 @@ def test_cast_padded_and_contiguous(rank, columns, dtype, kind):
     assert not result[..., rank:].any()
 
 
-def test_made_once(b):
-    first = b.prepare()
-    with torch.no_grad():
-        assert b.prepare() is first
-    assert not first.requires_grad
-    assert len(prepared_b.entries) == 1
-
-
 def test_a_backward_has_the_copy_of_the_forward(b):
     alias = b.alias()
     first = b.prepare()

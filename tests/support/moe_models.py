@@ -67,33 +67,7 @@ def gpt_oss(experts=4, seed=0, **config):
     )
 
 
-def olmoe(experts=6, seed=0, **config):
-    torch.manual_seed(seed)
-    sizes = {"intermediate_size": 24, "num_experts": experts}
-    return _filled(
-        transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**{**_SHARED, **sizes, **config})), seed
-    )
-
-
-def deepseek_v3(experts=4, seed=0, **config):
-    """With shared experts, and a first layer without any."""
-    torch.manual_seed(seed)
-    sizes = {"intermediate_size": 40, "moe_intermediate_size": 24, "n_routed_experts": experts}
-    heads = {
-        "head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 16,
-        "kv_lora_rank": 8,
-        "q_lora_rank": 8,
-    }
-    groups = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_hidden_layers": 3}
-    known = {**_SHARED, **sizes, **heads, **groups, "num_key_value_heads": 2, **config}
-    return _filled(transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**known)), seed)
-
-
 BUILDERS = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "gpt_oss": gpt_oss}
-OTHERS = {"olmoe": olmoe, "deepseek_v3": deepseek_v3}
 
 
 def wrap_experts(model, rank=4, target_parameters=None, stock=False, target_modules=(), **config):

@@ -8,7 +8,7 @@ import torch
 import mica.fast
 from tests.support import moe_models
 from tests.support.models import randomise
-from tests.support.moe_models import BUILDERS, OTHERS, STACKS, tokens, wrap_experts
+from tests.support.moe_models import BUILDERS, STACKS, tokens, wrap_experts
 from tests.support.moe_steps import adapted, as_stock_s, gradients, loss_of, outermost, ran, use
 from tests.support.stock import as_stock, assert_same
 from tests.support.tolerances import RELATIVE, error
@@ -40,11 +40,11 @@ def test_equals_every_implementation_of_transformers(kind, implementation, autoc
     assert {w.grad.dtype for w in model.parameters() if w.grad is not None} == {torch.float32}
 
 
-@pytest.mark.parametrize("kind", [*BUILDERS, *OTHERS])
+@pytest.mark.parametrize("kind", BUILDERS)
 def test_steps_of_lora_are_stock_s(kind):
     """Four of fused AdamW, whose edits no version counts: losses, and what lora_A and lora_B have become."""
     mica.fast.enable(lora=True)
-    model = randomise(wrap_experts({**BUILDERS, **OTHERS}[kind](), init_lora_weights=True)).train()
+    model = randomise(wrap_experts(BUILDERS[kind](), init_lora_weights=True)).train()
 
     def train():
         own = copy.deepcopy(model)

@@ -252,27 +252,6 @@ def test_fp64_within_autocast_is_pefts_and_fails_there(implementation):
         layer(x, index, weights)
 
 
-def test_one_registry_as_before_transformers_5_4(monkeypatch):
-    """Then a class's forward has no registry in its closure, and experts have no ``has_gate``."""
-    model, call = block_of(muse_spark, "grouped_mm"), call_of()
-    base = outermost(model).get_base_layer()
-    original = type(base).forward.__wrapped__
-
-    def dispatching(self, *args):
-        if self.config._experts_implementation != "eager":
-            return moe.ALL_EXPERTS_FUNCTIONS[self.config._experts_implementation](self, *args)
-        return original(self, *args)
-
-    monkeypatch.setattr(experts, "_DISPATCHING", dispatching.__code__)
-    monkeypatch.setattr(type(base), "forward", dispatching)
-    del base.has_gate
-    y, counts = ran(lambda: model(*call))
-    assert counts[0] == 2
-    base.has_gate = True
-    with mica.fast.disabled():
-        assert error(y, model(*call)) <= FP32
-
-
 # -- whose classes compute the formula in eager: all of transformers'. Those of others need not ------
 
 EXPERTS, HIDDEN, INNER = 4, 16, 12

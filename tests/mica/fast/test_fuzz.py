@@ -1,11 +1,9 @@
 """Random actions on a model with the backend, and on its twin with stock PEFT (`make fuzz`: for longer)."""
 
 import pytest
-import torch
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.fuzz.actions import TALLY
-from tests.fuzz.machine import Machine, OnKernels, options, tally
+from tests.fuzz.machine import Machine, options
 from tests.fuzz.models import MIXTURES
 from tests.fuzz.runs import Runs
 
@@ -33,17 +31,5 @@ def test_the_backend_does_what_peft_does(name):
     drive(type(name, (Machine,), {"KIND_NAMES": kinds}), examples, steps)
 
 
-def test_interpreted_kernels_do_what_peft_does():
-    drive(type("Kernels", (OnKernels,), {"DTYPES": [torch.float32]}), 3, 8)
-
-
 def test_a_run_of_mica_adapt_that_is_broken_off_ends_as_the_unbroken_one():
     drive(Runs, 4, 4)
-
-
-def test_no_action_is_dead():
-    """Each of them did something in the sequences above."""
-    if sum(count["tried"] for count in TALLY.values()) < 1000:
-        pytest.skip("this test counts what those before it in this file did")
-    dead = {name for name, count in TALLY.items() if not count["effective"]}
-    assert not dead, f"{dead} never did anything:\n{tally()}"

@@ -19,37 +19,6 @@ def layer_of(name="up", dtype=torch.float32, **config):
     return getattr(model.base_model.model, name)
 
 
-def trained(layer):
-    return next(parameter for parameter in layer.parameters() if parameter.requires_grad)
-
-
-PARTS = ["base_layer.weight", "lora_A.default.weight", "lora_B.default.weight"]
-
-
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("is_called", [False, True], ids=["fused", "called"])
-def test_gradients_are_those_of_the_weights_that_the_forward_used(is_called, dtype, autocast, part):
-    """``parameter.data = other`` between forward and backward, as optimisers and loaders do it."""
-    grads = []
-    for replaces in (False, True):
-        layer = layer_of(dtype=dtype)
-        if is_called:
-            layer.base_layer.register_forward_hook(lambda *_: None)
-        generator = torch.Generator().manual_seed(2)
-        x = torch.randn(20, 12, generator=generator).to(dtype).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y, counts = counted(lambda layer=layer, x=x: layer(x))
-        assert counts
-        parameter = layer.get_parameter(part)
-        if replaces:
-            parameter.data = parameter.data * -2
-        grads.append(torch.autograd.grad(y.float().square().sum(), (x, trained(layer))))
-    for expected, actual in zip(*grads, strict=True):
-        assert torch.equal(actual, expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_scaling_that_is_a_tensor_is_not_rounded(dtype):
     """1.3 in bf16 is 0.24 % less, and so would be every update."""

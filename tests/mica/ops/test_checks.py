@@ -19,12 +19,6 @@ def test_without_gradients_no_operand_must_be_frozen():
         mica_linear(*operands, 1.0, p.bias.requires_grad_())
 
 
-def test_x_and_the_factors_may_be_trained():
-    p = problem((3,), 4, 5, 2, torch.float32)
-    x, lora_A, lora_B = (t.requires_grad_() for t in (p.x, p.lora_A, p.lora_B))
-    assert mica_linear(x, p.weight, lora_A, lora_B).requires_grad
-
-
 def test_autocast_takes_a_weight_and_a_bias_of_another_dtype_than_x():
     """As the output of a layer before it: 16-bit activations over a 32-bit model."""
     p = problem((3,), 4, 5, 2, torch.float32)

@@ -221,21 +221,9 @@ def recomputed(p):
     ).backward(p.grad_output)
 
 
-def in_a_backward(p):
-    x = p.x.detach().clone().requires_grad_()
-    y = x * 1
-    y.register_hook(lambda grad: (run_forward(p), grad)[1])
-    y.sum().backward()
-
-
 def deterministic(p):
     torch.use_deterministic_algorithms(True)
     run(p)
-
-
-def without_hooks(p):
-    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
-        run(p)
 
 
 def of_inference(p):
@@ -246,9 +234,7 @@ def of_inference(p):
 
 NOT_NOW = {
     "deterministic": deterministic,
-    "backward": in_a_backward,
     "inference tensors": of_inference,
-    "hooks": without_hooks,
     "operator": lambda p: torch.ops.mica.linear(p.x, p.weight, p.lora_A, p.lora_B, 1.0, None, None),
     "vmap": lambda p: torch.func.vmap(lambda x: mica_linear(x, p.weight, p.lora_A, p.lora_B))(p.x[None]),
     "meta": lambda p: mica_linear(*(t.to("meta") for t in (p.x, p.weight, p.lora_A, p.lora_B))),

@@ -49,14 +49,6 @@ def dense(*sizes, dtype=BF16, adapter_dtype=FP32):
     return on_device(p)
 
 
-def shifted(p):
-    """x and dy at an address that 16 does not divide."""
-    for name in ("x", "grad_output"):
-        aligned = getattr(p, name)
-        setattr(p, name, torch.cat((aligned.new_zeros(1), aligned.flatten()))[1:].view(aligned.shape))
-    return p
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), LAYER_DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
@@ -77,23 +69,6 @@ def test_every_form_agrees_with_the_dense_oracle(
     for _ in range(2):  # planned, and as planned
         agree(run(p, compute_dtype, **options), solve(p, **options), dtype)
     assert {name for name, _ in launched} == set(FORMS[form])
-
-
-@pytest.mark.parametrize(
-    ("forms", "operands", "kernels"),
-    [
-        (["reference"], lambda: dense((8,), 17, 24, 2), "split"),  # kernels are demanded
-        (["first"], lambda: shifted(dense((8,), 16, 24, 2)), "first"),
-        (["mixed", "fused"], lambda: dense((8,), 16, 24, 16), "mixed fused"),
-        # of the forward, of the backward
-        (["fused", "split"], lambda: dense((8,), 16, 24, 2), "fused split"),
-    ],
-)
-def test_which_form_is_taken(choose_form, launched, forms, operands, kernels):
-    choose_form(*forms)
-    p = operands()
-    agree(run(p), solve(p), BF16)
-    assert {name for name, _ in launched} == {name for form in kernels.split() for name in FORMS[form]}
 
 
 @pytest.mark.parametrize("function", [mica_linear, by_call, mica_experts_linear])

@@ -13,10 +13,6 @@ from tests.support.tolerances import RELATIVE
 pytestmark = pytest.mark.usefixtures("language")  # one pass in C++, or PyTorch's operators
 
 
-def test_of_a_model_without_merges_it_says_so():
-    assert repr(mica.fast.merge_report(net(torch.float32))) == "nothing was merged by mica.fast"
-
-
 @pytest.mark.whole
 @pytest.mark.parametrize("dtype", RELATIVE)
 @pytest.mark.parametrize("adapters", [None, torch.float32, torch.float64])

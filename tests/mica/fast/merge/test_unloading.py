@@ -67,14 +67,6 @@ def test_the_weights_and_the_report_are_those_of_a_merge(kind, dtype, safe_merge
         assert torch.equal(weight, theirs[name]), name
 
 
-def test_a_merge_that_stays_has_an_undo(recorded):
-    model = trained()
-    copy.deepcopy(model).merge_and_unload()
-    recorded.clear()
-    model.merge_adapter()
-    assert corrected(recorded) == [True] * 3
-
-
 @pytest.mark.parametrize(
     ("names", "undone"),
     [(None, [False]), (["default", "second"], [True, False]), (["default", "another"], [False])],
