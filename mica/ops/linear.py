@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mica import native
-from mica.ops import kept, trial
+from mica.ops import computed, kept, trial
 from mica.ops.checks import LINEAR, check
 from mica.ops.low_rank import grad_b
 from mica.ops.operator import (
@@ -296,8 +296,7 @@ def configure(module: ModuleType) -> None:
     numbers = products.FEW_TO_ROUND, reference_path.TOKENS_PER_CHUNK, products.HAS_WIDE_SUMS
     module.configure_linear(
         *numbers,
-        kept.EDITED,
-        kept.OUTPUTS,
+        computed.EDITED,
         call_counts=call_counts,
         os=vars(os),
         modules=native.modules,
@@ -305,6 +304,7 @@ def configure(module: ModuleType) -> None:
         devices_without_kernels=choose.devices_without_kernels,
         on_reference=choose.on_reference,
         kept=vars(kept),
+        value_of=computed.value_of,
         eager=linear_eager,
     )
 
