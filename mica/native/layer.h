@@ -109,24 +109,30 @@ inline Tensor scaled_product(const Tensor& left, const Tensor& factor, double sc
   return at::mm(cast(left, dtype), cast(factor * scaling, dtype));
 }
 
-// y (M×N) and h (M×r) from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)
-inline std::pair<Tensor, Tensor> linear(const Tensor& x, const Operands& operands, const Numbers& numbers) {
+// h (M×r) from x (M×K), lora_A (r×K)
+inline Tensor low_rank(const Tensor& x, const Operands& operands, const Numbers& numbers) {
+  const ScalarType dtype =
+      product_dtype(x, numbers.factor_dtype, operands.lora_B.scalar_type(), numbers.compute_dtype);
+  const double scaling = operands.scaling / (1.0 - numbers.dropout.p);
+  return scaled_product(masked(x, numbers.dropout), operands.lora_A.t(), scaling, dtype);
+}
+
+// y (M×N) from x (M×K), h (M×r), weight (N×K), lora_B (N×r), bias (N)
+inline Tensor linear(const Tensor& x, const Tensor& h, const Operands& operands) {
   const Tensor& lora_B = operands.lora_B;
   const Tensor weight = autocast_to(operands.weight, x.scalar_type());
-  const ScalarType dtype = product_dtype(x, numbers.factor_dtype, lora_B.scalar_type(), numbers.compute_dtype);
-  const double scaling = operands.scaling / (1.0 - numbers.dropout.p);
-  const Tensor h = scaled_product(masked(x, numbers.dropout), operands.lora_A.t(), scaling, dtype);
+  const ScalarType dtype = h.scalar_type();
   const Tensor y = operands.bias ? at::addmm(autocast_to(*operands.bias, x.scalar_type()), x, weight.t())
                                  : at::mm(x, weight.t());
   if (dtype == y.scalar_type()) {
-    return {added(y, h, cast(lora_B, dtype).t()), h};
+    return added(y, h, cast(lora_B, dtype).t());
   }
   const ScalarType wide = c10::promoteTypes(y.scalar_type(), dtype);
   const Tensor factor = cast(lora_B, wide).t();
   if (wide == y.scalar_type()) {
-    return {at::addmm(y, h.to(wide), factor), h};
+    return at::addmm(y, h.to(wide), factor);
   }
-  return {added(y.to(wide), cast(h, wide), factor).to(y.scalar_type()), h};
+  return added(y.to(wide), cast(h, wide), factor).to(y.scalar_type());
 }
 
 // dA (r×K) from g (M×r) and x (M×K), summed in fp32 at least
@@ -206,12 +212,23 @@ inline Tensor like(at::IntArrayRef shape, const Tensor& matrix) {
 // Autocast's casts have been made before: within a formula it would cast each product's operands.
 using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
 
-// (y, h), or (y, nothing) where lora_B needs no gradient
-inline std::pair<Tensor, Tensor> forward_of(const Tensor& x, const Operands& operands, const Numbers& numbers) {
+inline Tensor h_of(const Tensor& x, const Operands& operands, const Numbers& numbers) {
   const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const auto [y, h] = linear(as_matrix(x), operands, numbers);
-  return {like(x.sizes(), y), operands.lora_B.requires_grad() ? like(x.sizes(), h) : Tensor()};
+  return like(x.sizes(), low_rank(as_matrix(x), operands, numbers));
+}
+
+inline Tensor y_of(const Tensor& x, const Tensor& h, const Operands& operands) {
+  const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return like(x.sizes(), linear(as_matrix(x), as_matrix(h), operands));
+}
+
+// A tensor of this shape in the memory of one number, for which others are put in later.
+inline Tensor placeholder(const Tensor& x, int64_t columns) {
+  auto sizes = x.sizes().vec();
+  sizes.back() = columns;
+  return at::empty_strided(sizes, std::vector<int64_t>(sizes.size(), 0), x.options());
 }
 
 // What a node has saved; undefined what no gradient needs.
@@ -308,14 +325,16 @@ inline Tensor x_of(const Tensor& token) {
 
 struct Layer : torch::autograd::Function<Layer> {
   // lora_A and lora_B are the operands', given as arguments so that autograd sees them. {y}, or {y, h} where lora_B is
-  // trained: an output, so that second derivatives reach x and lora_A through it.
+  // trained: an output, so that second derivatives reach x and lora_A through it. y is a placeholder: once all is saved,
+  // a checkpoint stops computing a layer again, so the product with the weight comes after that, as F.linear's does.
   static variable_list forward(
       AutogradContext* ctx, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Operands& operands,
       const Numbers& numbers) {
     const bool needs_x = x.requires_grad();
     const bool needs_A = lora_A.requires_grad();
     const bool has_token = operands.token.defined();
-    const auto [y, h] = forward_of(x, operands, numbers);
+    const Tensor y = placeholder(x, operands.weight.size(0));
+    const Tensor h = lora_B.requires_grad() ? h_of(x, operands, numbers) : Tensor();
     ctx->set_materialize_grads(false);
     {
       const at::AutoGradMode with_grad(true);
@@ -376,9 +395,12 @@ inline Tensor layer(const Tensor& given_x, const Operands& operands) {
       operands.scaling, compute_dtype, factor_dtype, autocast_dtype.value_or(factor_dtype), dropout};
   const bool needs_grad = x.requires_grad() || operands.lora_A.requires_grad() || operands.lora_B.requires_grad();
   if (at::GradMode::is_enabled() && needs_grad) {
-    return Layer::apply(x, operands.lora_A, operands.lora_B, operands, numbers)[0];
+    const variable_list outputs = Layer::apply(x, operands.lora_A, operands.lora_B, operands, numbers);
+    const Tensor h = outputs.size() > 1 ? outputs[1] : h_of(x, operands, numbers);
+    outputs[0].set_data(y_of(x, h, operands));
+    return outputs[0];
   }
-  return forward_of(x, operands, numbers).first;
+  return y_of(x, h_of(x, operands, numbers), operands);
 }
 
 } // namespace mica
