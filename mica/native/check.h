@@ -20,9 +20,7 @@
 
 #include <array>
 #include <bit>
-#include <set>
 #include <string_view>
-#include <typeindex>
 
 #include "layer.h"
 
@@ -47,9 +45,6 @@ PyObject* operator""_key() {
 // By their names what Python has told: `configure` of `mica.ops.linear` and of `mica.fast.forward.fast`.
 inline PyObject* const told_by_name = PyDict_New();
 inline int64_t times_told = 0;
-inline std::set<std::type_index> computed_again; // nodes after which `mica.ops.kept` may compute x again
-inline std::type_index product_node = typeid(void); // and two of them
-inline std::type_index cast_node = typeid(void);
 
 // -- dictionaries: all references are borrowed, and nullptr stands for what is not there -----------------
 
@@ -454,34 +449,12 @@ inline bool is_ours(PyObject* object) {
       !y.is_inference() && !is_watched;
 }
 
-// Whether what a node of autograd gives can be computed by so many products at most of what autograd keeps: a look at
-// the graph for `_described` of `mica.ops.kept`, which looks at the tensors as well.
-inline bool is_computable(const torch::autograd::Node* node, int products) {
-  if (!node || !computed_again.count(typeid(*node))) {
-    return false;
-  }
-  const std::type_index kind = typeid(*node);
-  if (kind == cast_node) {
-    return is_computable(node->next_edge(0).function.get(), products);
-  }
-  if (kind != product_node) {
-    return true;
-  }
-  const torch::autograd::Node* left = node->next_edge(0).function.get();
-  const torch::autograd::Node* right = node->next_edge(1).function.get();
-  const bool keeps_both = left && right; // it keeps each factor for the gradient of the other
-  return products > 0 && (keeps_both || is_computable(left ? left : right, products - 1));
-}
-
 // Whether `mica.ops.kept` has to be asked, which may spare the layer from keeping x.
 inline bool may_be_computed_again(const Tensor& x, const Operands& operands) {
   if (!at::GradMode::is_enabled() || !operands.lora_A.requires_grad() || !x.grad_fn()) {
     return false;
   }
-  if (x.numel() < PyLong_AsLongLong(item(told<"kept">(), "SMALL"_key))) {
-    return false;
-  }
-  return is_computable(x.grad_fn().get(), item(told<"kept">(), "_norms"_key) == Py_True ? 2 : 1);
+  return x.numel() >= PyLong_AsLongLong(item(told<"kept">(), "SMALL"_key));
 }
 
 } // namespace mica

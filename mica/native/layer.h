@@ -137,6 +137,14 @@ inline Tensor scaled_product(const Tensor& left, const Tensor& factor, double sc
   return at::mm(cast(left, dtype), cast(factor * scaling, dtype));
 }
 
+// h (M×r) from x (M×K), lora_A (r×K)
+inline Tensor low_rank(const Tensor& x, const Operands& operands, const Numbers& numbers) {
+  const ScalarType dtype =
+      product_dtype(x, numbers.factor_dtype, operands.lora_B.scalar_type(), numbers.compute_dtype);
+  const double scaling = operands.scaling / (1.0 - numbers.dropout.p);
+  return scaled_product(masked(x, numbers.dropout), operands.lora_A.t(), scaling, dtype);
+}
+
 // y + h Bᵀ (M×N) in the dtype of y: in y if that is ours, else a new tensor
 inline Tensor updated(const Tensor& y, const Tensor& h, const Tensor& lora_B, bool is_ours) {
   const ScalarType wide = c10::promoteTypes(y.scalar_type(), h.scalar_type());
@@ -148,23 +156,20 @@ inline Tensor updated(const Tensor& y, const Tensor& h, const Tensor& lora_B, bo
   return is_ours ? added(y, left, factor) : at::addmm(y, left, factor);
 }
 
-// y (M×N) and h (M×r) from x (M×K), weight (N×K) and bias (N) or base_output (M×N), lora_A (r×K) and lora_B (N×r)
-inline std::pair<Tensor, Tensor> linear(const Tensor& x, const Operands& operands, const Numbers& numbers) {
+// y (M×N) from x (M×K), h (M×r), lora_B (N×r), and weight (N×K) and bias (N) or base_output (M×N)
+inline Tensor linear(const Tensor& x, const Tensor& h, const Operands& operands) {
   const Tensor& lora_B = operands.lora_B;
-  const ScalarType dtype = product_dtype(x, numbers.factor_dtype, lora_B.scalar_type(), numbers.compute_dtype);
-  const double scaling = operands.scaling / (1.0 - numbers.dropout.p);
-  const Tensor h = scaled_product(masked(x, numbers.dropout), operands.lora_A.t(), scaling, dtype);
   if (operands.base_output) {
-    return {updated(as_matrix(*operands.base_output), h, lora_B, operands.is_ours), h};
+    return updated(as_matrix(*operands.base_output), h, lora_B, operands.is_ours);
   }
-  const ScalarType wide = c10::promoteTypes(x.scalar_type(), dtype);
+  const ScalarType wide = c10::promoteTypes(x.scalar_type(), h.scalar_type());
   const Tensor left = cast(h, wide);
   const Tensor factor = cast(lora_B, wide).t();
   const Tensor update = operands.bias
       ? at::addmm(cast(autocast_to(*operands.bias, x.scalar_type()), wide), left, factor)
       : at::mm(left, factor);
   const Tensor weight = autocast_to(operands.weight, x.scalar_type());
-  return {added(cast(update, x.scalar_type()), x, weight.t()), h};
+  return added(cast(update, x.scalar_type()), x, weight.t());
 }
 
 // dA (r×K) from g (M×r) and x (M×K), summed in fp32 at least
@@ -229,12 +234,23 @@ inline Tensor grad_x(
 // Autocast's casts have been made before: within a formula it would cast each product's operands.
 using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
 
-// (y, h), or (y, nothing) where lora_B needs no gradient
-inline std::pair<Tensor, Tensor> forward_of(const Tensor& x, const Operands& operands, const Numbers& numbers) {
+inline Tensor h_of(const Tensor& x, const Operands& operands, const Numbers& numbers) {
   const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const auto [y, h] = linear(as_matrix(x), operands, numbers);
-  return {like(x.sizes(), y), operands.lora_B.requires_grad() ? like(x.sizes(), h) : Tensor()};
+  return like(x.sizes(), low_rank(as_matrix(x), operands, numbers));
+}
+
+inline Tensor y_of(const Tensor& x, const Tensor& h, const Operands& operands) {
+  const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return like(x.sizes(), linear(as_matrix(x), as_matrix(h), operands));
+}
+
+// A tensor of this shape in the memory of one number, for which others are put in later.
+inline Tensor placeholder(const Tensor& x, int64_t columns) {
+  auto sizes = x.sizes().vec();
+  sizes.back() = columns;
+  return at::empty_strided(sizes, std::vector<int64_t>(sizes.size(), 0), x.options());
 }
 
 // What a node has saved; undefined what no gradient needs.
@@ -334,18 +350,25 @@ inline Tensor x_of(const Tensor& token) {
 
 struct Layer : torch::autograd::Function<Layer> {
   // lora_A, lora_B and base_output are the operands', given as arguments so that autograd sees them. {y}, or {y, h} where
-  // lora_B is trained: an output, so that second derivatives reach x and lora_A through it.
+  // lora_B is trained: an output, so that second derivatives reach x and lora_A through it. Where the base is not called
+  // y is a placeholder: once all is saved, a checkpoint stops computing a layer again, so the product with the weight
+  // comes after that, as F.linear's does.
   static variable_list forward(
       AutogradContext* ctx, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
       const OptionalTensor& base_output, const Operands& operands, const Numbers& numbers) {
     const bool needs_x = x.requires_grad();
     const bool needs_A = lora_A.requires_grad();
     const bool has_token = operands.token.defined();
-    auto [y, h] = forward_of(x, operands, numbers);
+    const bool needs_h = numbers.is_called || lora_B.requires_grad();
+    Tensor h = needs_h ? h_of(x, operands, numbers) : Tensor();
+    Tensor y = numbers.is_called ? y_of(x, h, operands) : placeholder(x, operands.weight.size(0));
     ctx->set_materialize_grads(false);
-    if (base_output && y.is_alias_of(*base_output)) {
+    if (numbers.is_called && y.is_alias_of(*base_output)) {
       y = *base_output;
       ctx->mark_dirty({y});
+    }
+    if (!lora_B.requires_grad()) {
+      h = Tensor();
     }
     {
       const at::AutoGradMode with_grad(true);
@@ -410,9 +433,14 @@ inline Tensor layer(const Tensor& given_x, const Operands& operands) {
   const bool needs_grad = x.requires_grad() || operands.lora_A.requires_grad() || operands.lora_B.requires_grad() ||
       (base_output && base_output->requires_grad());
   if (at::GradMode::is_enabled() && needs_grad) {
-    return Layer::apply(x, operands.lora_A, operands.lora_B, base_output, operands, numbers)[0];
+    const variable_list outputs = Layer::apply(x, operands.lora_A, operands.lora_B, base_output, operands, numbers);
+    if (!base_output) {
+      const Tensor h = outputs.size() > 1 ? outputs[1] : h_of(x, operands, numbers);
+      outputs[0].set_data(y_of(x, h, operands));
+    }
+    return outputs[0];
   }
-  return forward_of(x, operands, numbers).first;
+  return y_of(x, h_of(x, operands, numbers), operands);
 }
 
 } // namespace mica

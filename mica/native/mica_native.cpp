@@ -32,7 +32,7 @@ void count_backward() {
 Tensor value_of(const Tensor& token) {
   const py::gil_scoped_acquire gil;
   auto* computed = static_cast<PyObject*>(token.mutable_data_ptr());
-  THPObjectPtr x(PyObject_CallOneArg(item(told<"kept">(), "value_of"_key), computed));
+  THPObjectPtr x(PyObject_CallOneArg(told<"value_of">(), computed));
   if (!x) {
     python_error error;
     error.persist();
@@ -177,18 +177,12 @@ void tell(const py::kwargs& objects) {
   ++times_told;
 }
 
-// outputs: those of the operators after which `mica.ops.kept` may compute x again; first a product and a cast
 void configure_linear(
-    const std::tuple<int64_t, int64_t, int64_t, int64_t>& limits, bool wide_sums, const std::string& text, const std::vector<Tensor>& outputs,
+    const std::tuple<int64_t, int64_t, int64_t, int64_t>& limits, bool wide_sums, const std::string& text,
     const py::kwargs& objects) {
   std::tie(few_to_round, few_rows, chunk, tokens_per_chunk) = limits;
   has_wide_sums = wide_sums;
   edited = text;
-  product_node = typeid(*outputs.at(0).grad_fn());
-  cast_node = typeid(*outputs.at(1).grad_fn());
-  for (const Tensor& output : outputs) {
-    computed_again.emplace(typeid(*output.grad_fn()));
-  }
   tell(objects);
 }
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mica import native
-from mica.ops import kept, trial
+from mica.ops import computed, kept, trial
 from mica.ops.checks import LINEAR, check
 from mica.ops.operator import (
     AUTOCAST,
@@ -338,8 +338,7 @@ def configure(module: ModuleType) -> None:
     module.configure_linear(
         limits,
         products.HAS_WIDE_SUMS,
-        kept.EDITED,
-        kept.OUTPUTS,
+        computed.EDITED,
         call_counts=call_counts,
         os=vars(os),
         modules=native.modules,
@@ -347,6 +346,7 @@ def configure(module: ModuleType) -> None:
         devices_without_kernels=choose.devices_without_kernels,
         cpp_keys=choose.cpp_keys,
         kept=vars(kept),
+        value_of=computed.value_of,
         python_linear=linear,
     )
 

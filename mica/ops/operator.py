@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from mica.memory import TENSOR_TYPES, has_no_values, in_memory
-from mica.ops import kept
+from mica.ops import computed, kept
 from mica.paths import choose, tuning
 from mica.paths.operands import Operands
 from mica.paths.products import is_transformed
@@ -215,7 +215,7 @@ def saved(ctx) -> tuple[Tensor | None, ...]:
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
-        raise RuntimeError(kept.EDITED) from error
+        raise RuntimeError(computed.EDITED) from error
 
 
 def run_backward(

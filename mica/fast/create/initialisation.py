@@ -39,6 +39,7 @@ from mica.fast.forward.expert_params import is_wrapper
 from mica.fast.known_peft import INITIALISATION
 from mica.fast.loading import uninitialised
 from mica.fast.settings import around, settings, while_enabled
+from mica.ops import norms
 
 # The tuner's records of what it has adapted; older versions of PEFT have the first only.
 _TARGETED = ("targeted_module_names", "targeted_parameter_names")
@@ -58,6 +59,7 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
         UnsuitableLayerError: MiCA cannot start from a layer.
     """
     layer_calls.clear()  # new layers have been in no forward yet
+    norms.note(model)
     config = self.peft_config[adapter_name]
     if not settings.enabled or not requests_mica(config):
         return stock(self, model, adapter_name, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""What runs the layers of test_kept.py and test_kept_beside.py."""
+"""What runs the layers of test_kept.py, test_kept_beside.py and test_computed.py."""
 
 import pytest
 

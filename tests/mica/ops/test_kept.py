@@ -1,15 +1,13 @@
-"""What a layer's backward computes again instead of keeping it: bytes, bits, and how long they live."""
+"""What a layer's backward computes again instead of keeping it: bytes and bits."""
 
 import gc
-import threading
-from collections import OrderedDict
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from bench.measure.memory import alive_bytes
-from mica.ops import kept, mica_experts_linear
+from mica.ops import kept, mica_experts_linear, norms
 from tests.support.kept_layers import (
     IN,
     TOKENS,
@@ -20,7 +18,6 @@ from tests.support.kept_layers import (
     gradients,
     leaves,
     norm_weight,
-    of_shared,
     rms_norm,
 )
 from tests.support.linear_calls import adapted
@@ -87,6 +84,23 @@ def exact_gelu_tanh(gate):
     return F.gelu(gate, approximate="tanh")
 
 
+def written_out_gelu(gate, _):
+    """GELU by tanh, as GPT-2 and Phi-2 have it."""
+    return 0.5 * gate * (1.0 + torch.tanh(0.8 * (gate + 0.044715 * torch.pow(gate, 3.0))))
+
+
+def attention_of(q, k, v):
+    heads = [t.view(1, TOKENS, 4, -1).transpose(1, 2) for t in (q, k, v)]
+    output = F.scaled_dot_product_attention(heads[0].contiguous(), *heads[1:])
+    return output.transpose(1, 2).contiguous().view(TOKENS, IN)
+
+
+def attention_of_a_joint_product(gate, up):
+    """Only v is a view of what the product of q, k and v gives."""
+    q, k, v = torch.cat([gate, up, gate], -1).chunk(3, -1)
+    return attention_of(q * 2, k * 2, v)
+
+
 MADE = {  # x of two tensors, and how many tensors of its size and dtype are kept with and without the adapter
     "silu(G)·U": (gated, 0, 1),
     "U·gelu(G)": (lambda gate, up: up * F.gelu(gate), 0, 1),
@@ -95,11 +109,26 @@ MADE = {  # x of two tensors, and how many tensors of its size and dtype are kep
     "silu(G)·U in three dimensions": (lambda gate, up: F.silu(gate[None]) * up[None], 0, 1),
     "gelu(G)": (lambda gate, _: F.gelu(gate), 0, 0),
     "relu(G)²": (lambda gate, _: squared_relu(gate), 1, 1),
+    "gelu(G), written out": (written_out_gelu, 2, 3),
+    "attention": (lambda gate, up: attention_of(gate, up, up), 2, 2),
+    "attention of a joint product": (attention_of_a_joint_product, 4, 6),
     "a product in another shape": (lambda h, weight: weight[0] * h.sin(), 1, 1),
     "Liger's": (of_liger, 2, 2),
     "Liger's, times a tensor": (of_liger_scaled, 2, 3),
 }
+NORM = torch.nn.LayerNorm(IN, eps=1e-4)
+for _parameter in NORM.parameters():
+    torch.nn.init.normal_(_parameter)
+norms.note(NORM)
+
+
+def layer_norm(h, _=None):
+    return NORM.to(h.dtype)(h)
+
+
 NORMS = {  # the same, in 32 and in 16 bits
+    "a LayerNorm": (layer_norm, (0, 0), (0, 0)),
+    "a norm that feeds no layer": (lambda h, _: rms_norm(h) + h, (1, 0), (2, 2)),
     "a norm": (rms_norm, (0, 0), (1, 2)),
     "a norm whose weight is offset": (offset_norm, (0, 0), (1, 2)),
     "a norm scaled by a number": (lambda gate, up: 2.5 * (gate * up), (0, 0), (0, 0)),
@@ -293,137 +322,3 @@ def test_beside_a_called_base_layer_and_experts(way):
             for change in (lambda x: x, torch.clone)
         ]
         assert_same(*found)
-
-
-# ---------------------------------------------------------------------------------------------------
-# how long what is computed again lives
-# ---------------------------------------------------------------------------------------------------
-
-
-def profiled_backward(ys, **options):
-    with torch.profiler.profile(**options) as profiler:
-        sum(y.sum() for y in ys).backward(retain_graph=True)
-    return profiler.events()
-
-
-def test_layers_that_share_compute_once_in_each_backward():
-    counts = []
-    for number in (1, 3):
-        ys, _ = of_shared(number, dtype=FP32)  # in bfloat16 C++ computes a norm
-        names = [[event.name for event in profiled_backward(ys)] for _ in range(2)]
-        counts.append([of_one.count("aten::mul") for of_one in names])
-    for one, three in zip(*counts, strict=True):
-        assert three - one < 2 * 2  # the products of a norm, if both further layers made them
-
-
-def test_act_is_computed_once_for_two_layers_and_the_product():
-    """And nothing waits any more, as soon as all have had it."""
-    gate, up = leaves(FP32, FP32)
-    x = gated(gate, up)
-    ys = [Layer()(x), Layer(seed=1)(x)]
-    waiting = []
-    gate.register_hook(lambda _: waiting.append(len(kept._backward.held)))
-    names = [event.name for event in profiled_backward(ys)]
-    assert names.count("aten::silu") == 1
-    assert waiting == [0]
-
-
-@pytest.mark.parametrize("used", [1, 3])
-@pytest.mark.parametrize("make", [rms_norm, gated], ids=["norm", "product"])
-def test_nothing_outlives_a_backward_whose_graph_lives_on(make, used, way):
-    """Also where some of the layers that share x take no part in it."""
-    if way == "kernels":
-        pytest.skip("what Triton's interpreter allocates is counted, too")
-    ys, _ = of_shared(3, make)
-    profiled_backward(ys)  # makes the gradients, to which the next adds
-    assert (
-        sum(event.self_cpu_memory_usage for event in profiled_backward(ys[:used], profile_memory=True)) == 0
-    )
-
-
-def test_what_waits_for_a_layer_that_takes_no_part_does_not_add_up():
-    gate, up = leaves(FP32, FP32)
-    ys, seen = [], []
-    for seed in range(6):
-        x = F.silu(gate * seed) * up
-        x.register_hook(lambda _: seen.append(len(kept._backward.held)))
-        taking_part, other = Layer(seed=seed), Layer(seed=seed)
-        ys.append((taking_part(x), other(x)))
-
-    sum(y for y, _ in ys).sum().backward()
-    assert len(seen) == 6
-    assert 0 < max(seen) <= 3
-    assert kept._backward.held == OrderedDict()
-
-
-@pytest.mark.parametrize("retain", [False, True])
-def test_nothing_outlives_a_backward_that_raises(retain):
-    def out_of_memory(_):
-        waiting.append(len(kept._backward.held))
-        raise torch.OutOfMemoryError
-
-    waiting = []
-    gate, up = leaves(FP32, FP32)
-    x = F.silu(gate) * up
-    x.register_hook(out_of_memory)  # after the layer has had x, before the product has had act(G)
-    y = Layer()(x)
-    with pytest.raises(torch.OutOfMemoryError):
-        y.sum().backward(retain_graph=retain)
-    assert waiting == [1]
-    assert kept._backward.held == OrderedDict()
-
-
-def test_a_node_that_is_looked_at_outside_of_a_backward():
-    gate, up = leaves(FP32, FP32)
-    x = F.silu(gate) * up
-    Layer()(x)
-    assert torch.equal(x.grad_fn._saved_self, F.silu(gate))
-
-
-def test_a_backward_through_some_of_the_layers():
-    ys, layers = of_shared(3)
-    expected = torch.autograd.grad(ys[1].sum(), layers[1].lora_A, retain_graph=True)
-    for _ in range(3):
-        assert_same(torch.autograd.grad(ys[1].sum(), layers[1].lora_A, retain_graph=True), expected)
-
-
-def test_two_losses_and_a_graph_that_is_retained():
-    layers = Layer(), Layer(seed=1)
-    gate, up = leaves(FP32, FP32)
-    found = []
-    for change in (lambda x: x, torch.clone):
-        x = change(F.silu(gate) * up)
-        losses = [layer(x).sin().sum() for layer in layers]
-        inputs = layers[0].lora_A, layers[1].lora_A, gate, up
-        first = torch.autograd.grad(losses[0], inputs, retain_graph=True, allow_unused=True)
-        both = torch.autograd.grad(sum(losses), inputs, retain_graph=True)
-        again = torch.autograd.grad(sum(losses), inputs)
-        found.append([t for t in (*first, *both, *again) if t is not None])
-    assert_same(*found)
-
-
-def test_two_threads(way):
-    """Each with a backward of its own, through the same graph."""
-    if way == "kernels":
-        pytest.skip("Triton's interpreter takes one thread")
-    ys, layers = of_shared(2, gated)
-    expected = [
-        torch.autograd.grad(y.float().sum(), layer.lora_A, retain_graph=True)
-        for y, layer in zip(ys, layers, strict=True)
-    ]
-    found = [[], []]
-    start = threading.Barrier(2)
-
-    def work(i):
-        start.wait()
-        for _ in range(20):
-            found[i] += torch.autograd.grad(ys[i].float().sum(), layers[i].lora_A, retain_graph=True)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for grads, (reference,) in zip(found, expected, strict=True):
-        assert len(grads) == 20
-        assert all(torch.equal(grad, reference) for grad in grads)
