@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 
 from bench.measure.machine import DEVICE
-from bench.results.names import FAST, PLAIN_LORA, STOCK, STOCK_16, checkpointed
+from bench.results.names import FAST, PLAIN_LORA, STOCK, STOCK_16, checkpointed, in_words
 from bench.suites.bench_step import GATES, Cell
 from bench.suites.decoder import SMOLLM2, causal, loss, reference_ids, work_on
 from bench.suites.harness import build_all, pick
@@ -26,6 +26,7 @@ CELL = pick(
     dry=Cell("toy", (1, 8), layers=3, vocabulary=64, adapter=PLAIN_LORA),
 )
 AXES = {**CELL.axes, "suite": "checkpointing"}
+NAME = in_words(AXES)
 SHARES = (Fraction(0), Fraction(1, 3), Fraction(1))
 STEPS = {checkpointed(name, share): (name, share) for name in (STOCK, STOCK_16, FAST) for share in SHARES}
 SECONDS = pick(default=180.0, cuda=10.0, dry=0.0)
@@ -51,13 +52,13 @@ def setting() -> Prepared:
         checkpoint_first(step.form.module, int(share * len(layers)))
         return checked(step, expected, GATES[CELL.dtype])
 
-    return with_bytes(build_all(CELL.name, list(STEPS), build))
+    return with_bytes(build_all(NAME, list(STEPS), build))
 
 
 def bench_checkpointing():
-    steps = prepared(CELL.name, setting)
+    steps = prepared(NAME, setting)
 
     def sample(once: Once, _: str) -> None:
         steps.time(once, AXES)
 
-    rounds(CELL.name, list(STEPS), sample, SECONDS)
+    rounds(NAME, list(STEPS), sample, SECONDS)

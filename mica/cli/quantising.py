@@ -54,6 +54,9 @@ def quantise(model: nn.Module, config: BitsAndBytesConfig) -> None:
             weight.data, weight.quant_state = functional.quantize_4bit(weight.data.to(dtype), **options)
             layer.quant_state = weight.quant_state
             weight.bnb_quantized = True
+            weight.__deepcopy__ = lambda memo, own=weight: (
+                own
+            )  # PEFT's DoRA copies a layer to read its weight
         elif kind == "Int8Params":
             weight.data, weight.SCB, _ = functional.int8_vectorwise_quant(weight.data.half())
             weight.CB = weight.data

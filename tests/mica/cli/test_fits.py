@@ -55,7 +55,7 @@ def only(monkeypatch, *names):
 
 def test_rows(run):
     before = asdict(settings)
-    status, report, captured = run(LlamaConfig(**LLAMA), "--dora")
+    status, report, captured = run(LlamaConfig(**LLAMA), "--dora", "--bits", "4")
     assert (status, asdict(settings)) == (0, before)
     rows = {(row["name"], row["checkpointing"]): row for row in report["rows"]}
     assert rows.keys() == {(setup.name, checkpointing) for setup in SETUPS for checkpointing in (False, True)}
