@@ -61,6 +61,13 @@ def test_the_tensors_device_is_the_current_one(monkeypatch, current):
     assert seen == [expected]
 
 
+def test_numbers_and_constants_go_in_the_order_of_the_parameters():
+    both = Plan(kernel("x_ptr", "n", "A", "B"), (1, 1), {"n": 7}, {"B": 2, "A": 1}, Config(16, 0, 16, 4, 1))
+    assert both._tail == (7, 1, 2)
+    launch = both.bind([torch.zeros(1)])
+    assert list(launch.args) == ["x_ptr", "n"]
+
+
 def test_caches_are_bounded(monkeypatch):
     monkeypatch.setattr(launching, "MOST_PLANS", 3)
     plans, recorded = PlanCache(), RecordedLaunches()
