@@ -42,9 +42,9 @@ class Blow(NamedTuple):
 def run(
     argv: Sequence[str], folder: Path, log: Path, cache: Path, blows: Sequence[Blow] = ()
 ) -> tuple[int, str]:
-    """``mica`` with ``argv`` in ``folder``: its exit status, negative for a signal, and all that it has printed.
+    """``mica`` with ``argv`` in ``folder``: its exit status, negative for a signal, and what it has printed.
 
-    ``log``: a path for that, outside of the scene; ``cache``: for tokens, also outside.
+    ``log``: a path for all of that, outside of the scene; ``cache``: for tokens, also outside.
 
     Raises:
         TimeoutError: it hangs.
