@@ -72,9 +72,6 @@ def pytest_runtest_makereport(item, call):
     return (yield)
 
 
-_LEFT_OUT = pytest.StashKey[int]()
-
-
 def pytest_addoption(parser):
     parser.addoption(
         "--full", action="store_true", help="all cases of cross products, see tests.support.thinning"
@@ -90,25 +87,7 @@ def pytest_collection_modifyitems(config, items):
         return
     dropped = left_out(items)
     items[:] = [item for item in items if item not in dropped]
-    config.stash[_LEFT_OUT] = len(dropped)
-
-
-def pytest_sessionfinish(session):
-    if hasattr(session.config, "workeroutput"):  # a process of xdist tells the one that prints
-        session.config.workeroutput["left_out"] = session.config.stash.get(_LEFT_OUT, 0)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node):
-    node.config.stash[_LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    number = config.stash.get(_LEFT_OUT, 0)
-    if number:
-        terminalreporter.write_line(
-            f"cases of cross products that were left out: {number:,} (--full runs them, too)"
-        )
+    config.hook.pytest_deselected(items=[*dropped])
 
 
 @pytest.fixture(autouse=True)

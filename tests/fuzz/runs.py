@@ -21,8 +21,7 @@ from safetensors.torch import load_file
 
 from mica.cli.adapt import checkpoints
 from tests.fuzz.actions import FLAG, any_of
-from tests.support import moe_models
-from tests.support.forked import Blow, Command
+from tests.support import forked, moe_models
 from tests.support.tiny_cli import TEXT, byte_tokenizer, tiny_llama
 
 MODELS = ["llama", "mixture"]
@@ -109,20 +108,18 @@ class Runs(RuleBasedStateMachine):
         self.adapter = load_file(self.folder / "whole" / WEIGHTS)
         self.is_sound = True
 
-    def adapt(self, name: str, *options: str, blows: Sequence[Blow] = ()) -> int:
+    def adapt(self, name: str, *options: str, blows: Sequence[forked.Blow] = ()) -> int:
         """The exit status of a run; one that failed has said so in one line."""
         argv = ["adapt", "--output", f"{self.folder.name}/{name}", *options]
         outside = Path(self.outside.name)
         log = outside / f"log {len(list(outside.iterdir()))}"
-        command = Command(argv, self.inputs, log, outside / "cache", blows)
-        status = command.end()
-        self.errors = command.text()
+        status, self.errors = forked.run(argv, self.inputs, log, outside / "cache", blows)
         assert "Traceback" not in self.errors, self.errors
         lines = [line for line in self.errors.splitlines() if " error: " in line]
         assert len(lines) == (status == 2), self.errors
         return status
 
-    def go_on(self, blows: Sequence[Blow] = ()) -> int:
+    def go_on(self, blows: Sequence[forked.Blow] = ()) -> int:
         """As a user would: resume what can be resumed, else begin."""
         options = ["--resume"] if self.newest() else self.options
         return self.adapt("broken", *options, blows=blows)
@@ -148,7 +145,7 @@ class Runs(RuleBasedStateMachine):
         if not self.is_sound:
             self.unbroken()
         at = at % 8 if where == "step" else at
-        status = self.go_on([Blow(where, at + 1, what, moment)])
+        status = self.go_on([forked.Blow(where, at + 1, what, moment)])
         assert status in (0, STATUS[what]), f"{status}: {self.errors}"
         is_stopped = status in (130, 143)
         if where == "step" and status:

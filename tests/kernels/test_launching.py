@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from triton.compiler import CompiledKernel
 
 from mica.kernels import launching
 from mica.kernels.common import LaunchError
@@ -19,10 +18,6 @@ def test_compiled_launches():
     """In a process of its own: whether kernels are interpreted is decided as Triton is imported."""
     done = start("tests.kernels.launched")
     assert done.returncode == 0, done.stderr
-
-
-def test_this_triton_can_be_run_directly():
-    assert launching.can_run_directly(CompiledKernel)
 
 
 def kernel(*names):
@@ -59,6 +54,13 @@ def test_the_tensors_device_is_the_current_one(monkeypatch, current):
     assert entered == ([] if current == 1 else [1])
     expected = (2, 3, 1, 41, "function", "metadata", None, None, None, tensor.data_ptr(), 7, 16)
     assert seen == [expected]
+
+
+def test_numbers_and_constants_go_in_the_order_of_the_parameters():
+    both = Plan(kernel("x_ptr", "n", "A", "B"), (1, 1), {"n": 7}, {"B": 2, "A": 1}, Config(16, 0, 16, 4, 1))
+    assert both._tail == (7, 1, 2)
+    launch = both.bind([torch.zeros(1)])
+    assert list(launch.args) == ["x_ptr", "n"]
 
 
 def test_caches_are_bounded(monkeypatch):

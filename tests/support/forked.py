@@ -39,38 +39,24 @@ class Blow(NamedTuple):
     delay: float = 0.0
 
 
-class Command:
-    """``mica`` with ``argv`` in ``folder``, running. ``log``: a path, outside of the scene.
+def run(
+    argv: Sequence[str], folder: Path, log: Path, cache: Path, blows: Sequence[Blow] = ()
+) -> tuple[int, str]:
+    """``mica`` with ``argv`` in ``folder``: its exit status, negative for a signal, and what it has printed.
 
-    ``cache``: for tokens; also outside.
+    ``log``: a path for all of that, outside of the scene; ``cache``: for tokens, also outside.
+
+    Raises:
+        TimeoutError: it hangs.
     """
-
-    def __init__(
-        self,
-        argv: Sequence[str],
-        folder: Path,
-        log: Path,
-        cache: Path,
-        blows: Sequence[Blow] = (),
-    ):
-        self.argv, self.log = list(argv), log
-        arguments = (self.argv, folder, log, cache, list(blows))
-        self._process = SERVER.Process(target=_enter, args=arguments)
-        self._process.start()
-
-    def end(self) -> int:
-        """Its exit status, negative for a signal. One that hangs is an error."""
-        self._process.join(_DEADLINE)
-        if self._process.is_alive():
-            self._process.kill()
-            raise TimeoutError(f"{self.argv} hangs:\n{self.text()}")
-        return self._process.exitcode
-
-    def text(self) -> str:
-        """All that it has printed."""
-        if not self.log.exists():
-            return ""
-        return self.log.read_text(encoding="utf-8", errors="replace")
+    process = SERVER.Process(target=_enter, args=(list(argv), folder, log, cache, list(blows)))
+    process.start()
+    process.join(_DEADLINE)
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    if process.is_alive():
+        process.kill()
+        raise TimeoutError(f"{argv} hangs:\n{text}")
+    return process.exitcode, text
 
 
 def be_quick(cache: Path) -> None:

@@ -108,20 +108,6 @@ def assert_close(actual, expected):
     assert (actual.double() - expected.double()).abs().max() <= 2**-7 * expected.abs().max()
 
 
-def test_the_repacking_is_what_it_is_taken_for():
-    """One call in eval mode does it, where the processor has the instructions."""
-    bnb = pytest.importorskip("bitsandbytes")
-    if not bnb.functional.has_avx512bf16():
-        pytest.skip("this CPU has no AVX512-BF16")
-    called, ours = four_bits().eval(), four_bits()
-    with torch.no_grad():
-        called(torch.randn(1, 128))
-    repack(ours)
-    assert quantised.is_packed_for_cpu(called[0].weight)
-    assert torch.equal(called[0].weight.data, ours[0].weight.data)
-    assert torch.equal(called[0].weight.quant_state.absmax, ours[0].weight.quant_state.absmax)
-
-
 @pytest.mark.parametrize("kind", REPACKED)
 def test_a_basis_from_a_weight_that_was_repacked(kind):
     model = four_bits(kind)

@@ -162,24 +162,6 @@ def test_the_bits_under_autocast(monkeypatch, is_called, rows, dtype, adapter_dt
         check_same_bits(layer, monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda layer: setattr(layer, "x", layer.x.transpose(0, 1)),
-        lambda layer: setattr(layer, "x", torch.cat((layer.x, layer.x), dim=-1)[..., :IN]),
-        lambda layer: setattr(layer, "weight", layer.weight.t().contiguous().t()),
-        lambda layer: setattr(layer, "lora_B", layer.lora_B.t().contiguous().t()),
-        lambda layer: setattr(layer, "grad_output", torch.ones(()).expand(7, 7, OUT)),
-    ],
-    ids=["x, transposed", "x, rows apart", "the weight, transposed", "lora_B, transposed", "dy, expanded"],
-)
-def test_the_bits_of_other_layouts(monkeypatch, change, dtype):
-    layer = Layer((7, 7), dtype)
-    change(layer)
-    check_same_bits(layer, monkeypatch)
-
-
 @pytest.mark.parametrize(
     ("dtype", "compute_dtype", "autocast_dtype"), [(BF16, None, None), (FP32, BF16, None), (FP32, None, FP16)]
 )
