@@ -58,7 +58,7 @@ def enable(
         compute_dtype: The dtype of the low-rank products. None, which it is at first, means that of the
             activations, so a bf16 model's adapters compute in bf16 from their fp32 master weights (a few
             tokens on a CPU in fp32, where that is faster), but in fp32 over fp16 activations, outside
-            autocast, whose gradients could overflow. ``torch.float32`` gives stock PEFT's arithmetic over a
+            autocast, whose gradients could overflow. ``torch.float32`` gives stock PEFT's products over a
             16-bit base, still without its fp32 copy of the activations.
         device: Where the initialisation solves weights that are on the CPU. "auto", which it is at first,
             means on an accelerator, if there is one with enough memory, else on the CPU; otherwise it is a

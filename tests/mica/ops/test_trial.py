@@ -372,7 +372,7 @@ def test_c_plus_plus_computes_the_kinds_that_are_known_and_no_others(costs):
         trains_B = changes.pop("trains_B", False)
         values = {**operands, **changes}.values()
         x = p.x if x is None else x
-        y = native.module().linear(x, p.weight, p.lora_A, p.lora_B, *values, None, trains_B)
+        y = native.module().linear(x, p.weight, p.lora_A, p.lora_B, *values, None, trains_B, None)
         return y is not None
 
     assert runs_from_cpp(p)
