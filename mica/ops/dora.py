@@ -233,7 +233,9 @@ def corrected(
     drop = partial(_dropped, dropout_p=dropout_p, seed=seed)
     if _is_followed() or not torch.is_grad_enabled():
         return _multiplied(z_of(drop(x)), y, magnitude, inverse, dropout_p)
-    computed = kept.derived(drop, x)
+    computed = None
+    if x.numel() >= kept.SMALL:
+        computed = kept.Computed(drop, kept.input_of(x) or kept.Part(x.detach()))
     dropped = _Dropped.apply(x, dropout_p, seed)
     z = kept.call(lambda x, *_: z_of(x), dropped, *operands, computed=computed)
     return _KeepsZ.apply(z, y, magnitude, inverse, dropout_p)

@@ -79,22 +79,16 @@ def recompute_norms(on: bool) -> None:
 
 
 def call(
-    layer: Callable[..., Tensor],
-    x: Tensor,
-    *operands,
-    dtype: torch.dtype | None = None,
-    computed: Computed | None = None,
-    looks_after_y: bool = False,
+    layer: Callable[..., Tensor], x: Tensor, *operands, dtype=None, computed=None, looks_after_y=False
 ) -> Tensor:
     """``layer(x, *operands)``, eager and with gradients, whose nodes save no x that can be computed again.
 
-    dtype: to which the layer would cast x, as autocast does. computed: x, where the caller knows how it can
-    be computed. looks_after_y: whether the layer saves its output, too, and itself sees whether that was
-    edited: PyTorch then does not.
+    dtype: to which the layer would cast x. computed: x, if the caller knows how. looks_after_y: the layer
+    saves its output, too, and sees itself whether that was edited.
     """
     if computed is None and x.numel() >= SMALL and x.grad_fn is not None:
         computed = input_of(x)
-    if computed is None and not (looks_after_y and _may_hook()):
+    if (computed is None and not looks_after_y) or not _may_hook():
         return layer(x, *operands)
     if any(map(torch.is_inference, filter(torch.is_tensor, operands))):
         return layer(x, *operands)  # which PyTorch refuses, and says what helps
@@ -103,13 +97,10 @@ def call(
         x = x.to(dtype)
         if computed is not None:
             computed = Computed(Cast(dtype), computed)
-    packed = {}
+    if computed is not None:
+        computed.add_user()
+    packed = {identity(x): computed or Part(x.detach())}
     with torch.no_grad():
-        if computed is None:
-            packed[identity(x)] = Part(x.view_as(x))
-        else:
-            computed.add_user()
-            packed[identity(x)] = computed
         for operand in operands:
             if isinstance(operand, Tensor):  # a view has a base, for which kernels keep their copy of B
                 packed[identity(operand)] = Part(operand.view_as(operand))
@@ -120,14 +111,6 @@ def call(
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return layer(x, *operands)
-
-
-def derived(function: Callable[[Tensor], Tensor], x: Tensor) -> Computed | None:
-    """``function(x)`` of an x that is kept anyway; None where it has to be saved itself."""
-    if x.numel() < SMALL or not _may_hook():
-        return None
-    source = None if x.grad_fn is None else input_of(x)
-    return Computed(function, Part(x.detach()) if source is None else source)
 
 
 def claim(x: Tensor) -> Computed | None:
