@@ -86,7 +86,7 @@ def call(
     dtype: to which the layer would cast x. computed: x, if the caller knows how. looks_after_y: the layer
     saves its output, too, and sees itself whether that was edited.
     """
-    if computed is None and x.numel() >= SMALL and x.grad_fn is not None:
+    if computed is None and x.numel() >= SMALL:
         computed = input_of(x)
     if (computed is None and not looks_after_y) or not _may_hook():
         return layer(x, *operands)
@@ -129,7 +129,7 @@ def input_of(x: Tensor) -> Computed | None:
 
     Layers that share x (q, k and v) share what is computed: they are called one after the other.
     """
-    if x._version or not _may_hook():
+    if x.grad_fn is None or x._version or not _may_hook():
         return None
     if getattr(_last, "x", _nothing)() is x:
         if _last.computed is None:
