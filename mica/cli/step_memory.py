@@ -79,7 +79,9 @@ def memory(plain: Recorded, checkpointed: Recorded, kinds: list[int], number: in
     """What a step allocates of which the first ``number`` layers are checkpointed.
 
     ``plain``, ``checkpointed``: recorded with none and with all. ``kinds``: for each layer of the step the
-    index of the recorded one.
+    index of the recorded one. With some layers checkpointed the result may be low by a tensor or two of
+    (tokens, hidden_size): what the call of the first other layer has the one before keep less of, which that
+    one does not keep where it is checkpointed.
     """
     others = checkpointed.parts if number else plain.parts
     half = len(others) // 2
@@ -215,17 +217,21 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 def shorten(model: nn.Module, adapted: Iterable[nn.Module]) -> list[int]:
     """Leave one layer of each kind in the model; they keep their names. ``adapted``: modules.
 
-    The first layer is a kind of its own: the embeddings that it gets outlive it. Returns for each layer that
-    was there the index of the one that is left of its kind.
+    The first layer is a kind of its own: the embeddings that it gets outlive it. The kind of the layer before
+    counts, too: a layer's call may have it keep less. Returns for each layer that was there the index of the
+    one that is left of its kind.
     """
     decoder = model.get_decoder()
     adapted = set(adapted)
     layers = decoder_layers(model)
     types = getattr(decoder.config, "layer_types", None) or [None] * len(layers)
     kinds = []
+    before = None
     for (name, layer), layer_type in zip(layers.items(), types, strict=True):
         inside = tuple(inner for inner, module in layer.named_modules() if module in adapted)
-        kind = (layer_type, not kinds, repr(layer), inside)
+        own = layer_type, before is None, repr(layer), inside
+        kind = own, before
+        before = own
         if kind in kinds:
             parent, _, index = name.rpartition(".")
             delattr(decoder.get_submodule(parent), index)  # `del` of a list would rename the others
@@ -233,7 +239,7 @@ def shorten(model: nn.Module, adapted: Iterable[nn.Module]) -> list[int]:
     left = list(dict.fromkeys(kinds))
     decoder.config.num_hidden_layers = len(left)
     if any(types):
-        decoder.config.layer_types = [layer_type for layer_type, *_ in left]
+        decoder.config.layer_types = [layer_type for (layer_type, *_), _ in left]
     return [left.index(kind) for kind in kinds]
 
 

@@ -293,6 +293,9 @@ inline void read_base(PyObject* layer, PyObject* base, const Tensor& x, Operands
   }
   PyObject* parameters = item(own(base), "_parameters"_key);
   PyObject* weight = item(parameters, "weight"_key);
+  if (!weight) { // where a parametrization has been
+    weight = item(item(own(base), "_buffers"_key), "weight"_key);
+  }
   PyObject* bias = item(parameters, "bias"_key);
   const bool has_bias = bias && bias != Py_None;
   if (!is_frozen(weight) || (has_bias && !is_frozen(bias))) {

@@ -102,7 +102,9 @@ def call(
     packed = {identity(x): computed or Part(x.detach())}
     with torch.no_grad():
         for operand in operands:
-            if isinstance(operand, Tensor):  # a view has a base, for which kernels keep their copy of B
+            # A view has a base, for which kernels keep their copy of B. The output of a called base layer is not
+            # saved, and an alias would keep it
+            if isinstance(operand, Tensor) and operand.grad_fn is None:
                 packed[identity(operand)] = Part(operand.view_as(operand))
 
     def pack(tensor: Tensor) -> Tensor | Part | Computed:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mica.fast.settings import while_enabled
+from mica.ops import norms
 from mica.ops.operator import as_matrix, is_autocast
 
 
@@ -96,8 +97,12 @@ def clear() -> None:
 
 @while_enabled
 def whole_forward(stock, self, *args, **kwargs):
-    """For PEFT's model and its tuner: it shows that a model was called all of whose layers are bypassed."""
+    """For PEFT's model and its tuner: it shows that a model was called all of whose layers are bypassed.
+
+    The norms of a model that was copied, or adapted before this import, are known from here on.
+    """
     note(self)
+    norms.note(self)
     return stock(self, *args, **kwargs)
 
 

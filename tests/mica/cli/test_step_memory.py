@@ -146,7 +146,10 @@ def test_counted_is_measured_on_smollm2(case):
 
 WHOLE = {  # configuration, and which of its layers have other adapters
     "Llama": (SMALL, "all-linear"),
-    "one layer unlike the others": (SMALL, ["1.mlp.down_proj", "q_proj"]),
+    "one layer unlike the others": (
+        LlamaConfig(**WIDTHS, num_hidden_layers=6, vocab_size=2048),
+        ["1.mlp.down_proj", "q_proj"],
+    ),
     "Gemma 3": (Gemma3TextConfig(**WIDTHS, head_dim=64, num_hidden_layers=7, vocab_size=2048), "all-linear"),
     "GPT-2": (GPT2Config(n_embd=256, n_head=4, n_layer=4, vocab_size=2048), "all-linear"),
 }
@@ -170,7 +173,10 @@ def test_a_step_of_all_layers_follows_from_one_of_each_kind(case):
     plain, checkpointed = (recorded(short, number) for number in (0, len(kinds)))
     for number in (0, 1, len(kinds) - 1, len(kinds)):
         of_all = recorded(whole, number)
-        assert memory(plain, checkpointed, kinds, number) == as_it_ran(of_all)
+        found, expected = memory(plain, checkpointed, kinds, number), as_it_ran(of_all)
+        hidden_state = 2 * TOKENS * config.hidden_size  # bytes in 16 bits
+        most = 0 if number in (0, len(kinds)) else 2 * hidden_state
+        assert all(0 <= more - bytes <= most for bytes, more in zip(found, expected, strict=True))
         for sizes, theirs in ((plain.weights, of_all.weights), (plain.trained, of_all.trained)):
             assert [sizes[kind] for kind in (*kinds, -1)] == theirs
 
