@@ -288,7 +288,10 @@ inline std::optional<Operands> operands_of(PyObject* layer_dict, PyObject* name,
 
 // Give an adapter the base weight, which its operator multiplies; without it the base layer is called.
 inline void read_base(PyObject* layer, PyObject* base, const Tensor& x, Operands& operands) {
-  if (!is_of(layer, told<"lora_linear">()) || !is_of(base, told<"linear">()) || !is_module_plain(base)) {
+  const bool is_conv1d =
+      is_of(base, told<"conv1d">()) && has_attribute(told<"conv1d">(), "forward"_key, told<"conv1d_forward">());
+  const bool is_read = is_of(base, told<"linear">()) || is_conv1d;
+  if (!is_of(layer, told<"lora_linear">()) || !is_read || !is_module_plain(base)) {
     return;
   }
   PyObject* parameters = item(own(base), "_parameters"_key);
@@ -308,7 +311,7 @@ inline void read_base(PyObject* layer, PyObject* base, const Tensor& x, Operands
   if (!fits(weight) || (has_bias && !fits(bias))) {
     return;
   }
-  operands.weight = THPVariable_Unpack(weight);
+  operands.weight = is_conv1d ? THPVariable_Unpack(weight).t() : THPVariable_Unpack(weight);
   if (has_bias) {
     operands.bias = THPVariable_Unpack(bias);
   }

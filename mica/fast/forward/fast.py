@@ -16,6 +16,7 @@ from types import ModuleType
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from mica import native
 from mica.fast.forward import layer_calls
@@ -81,6 +82,8 @@ def configure(module: ModuleType) -> None:
         identity=nn.Identity,
         dropout=nn.Dropout,
         linear_forward=FORWARDS[nn.Linear],
+        conv1d=Conv1D,
+        conv1d_forward=FORWARDS[Conv1D],
         identity_forward=FORWARDS[nn.Identity],
         dropout_forward=FORWARDS[nn.Dropout],
         call=CALL,
