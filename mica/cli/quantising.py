@@ -1,6 +1,8 @@
 """bitsandbytes' layers on the meta device: a model in 4 or 8 bits whose memory is counted."""
 
 from argparse import Namespace
+from types import ModuleType
+from unittest.mock import patch
 
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -41,6 +43,11 @@ def quantise(model: nn.Module, config: BitsAndBytesConfig) -> None:
     """
     from bitsandbytes import functional
 
+    with patch.dict(functional.name2qmap, clear=True):  # where it would keep a code without values
+        _quantise(model, config, functional)
+
+
+def _quantise(model: nn.Module, config: BitsAndBytesConfig, functional: ModuleType) -> None:
     dtype = model.dtype
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     quantizer.preprocess_model(model, device_map=None)

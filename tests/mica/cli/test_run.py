@@ -75,7 +75,8 @@ def test_a_program_is_given_what_python_gives_it(folder, capsys, monkeypatch, wa
     ],
     ids=["error", "Ctrl-C", "syntax", "hook"],
 )
-def test_a_traceback_has_the_program_s_frames_alone(folder, capsys, code):
+def test_a_traceback_has_the_program_s_frames_alone(folder, capsys, monkeypatch, code):
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # not torch.distributed's
     script = folder / "fails.py"
     script.write_text(code)
     with pytest.raises((Exception, KeyboardInterrupt)) as raised:
@@ -84,7 +85,8 @@ def test_a_traceback_has_the_program_s_frames_alone(folder, capsys, code):
     assert capsys.readouterr().err == by_python(str(script)).stderr != ""
 
 
-def test_a_module_that_fails_and_exit_statuses(folder, capsys):
+def test_a_module_that_fails_and_exit_statuses(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     (folder / "sub" / "fails.py").write_text("1 / 0")
     with pytest.raises(ZeroDivisionError) as raised:
         main(["run", "-m", "sub.fails"])

@@ -202,7 +202,6 @@ def test_a_gradient_that_nobody_asks_for_is_not_computed():
 
 def test_backwards_in_several_threads():
     layer = Layer((64,))
-    expected = results(layer)
     found = []
 
     def work():
@@ -215,7 +214,11 @@ def test_backwards_in_several_threads():
     for thread in threads:
         thread.join()
     assert len(found) == 200
-    assert all(torch.equal(*pair) for result in found for pair in zip(result, expected, strict=True))
+    # not with those of this thread, for which MKL may have another number of threads
+    expected, *others = found
+    assert all(torch.equal(*pair) for result in others for pair in zip(result, expected, strict=True))
+    for result, ours in zip(expected, results(layer), strict=True):
+        torch.testing.assert_close(result, ours)
 
 
 @pytest.mark.parametrize("around", [nullcontext, torch.no_grad, torch.inference_mode])
