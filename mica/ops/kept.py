@@ -102,8 +102,8 @@ def call(
     packed = {identity(x): computed or Part(x.detach())}
     with torch.no_grad():
         for operand in operands:
-            # A view has a base, for which kernels keep their copy of B. The output of a called base layer is not
-            # saved, and an alias would keep it
+            # A view has a base, for which kernels keep their copy of B. The output of a called base layer is
+            # not saved, and an alias would keep it
             if isinstance(operand, Tensor) and operand.grad_fn is None:
                 packed[identity(operand)] = Part(operand.view_as(operand))
 
