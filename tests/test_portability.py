@@ -40,6 +40,7 @@ for name in set(dir(signal)) - kept:
 
 import torch
 import mica.fast
+from mica.cli import main
 from peft import LoraConfig, PeftModel, get_peft_model
 from tests.support.tiny_cli import tiny_llama
 
