@@ -25,10 +25,10 @@ for name in NOISY:  # or the end of a run shows what they log as PEFT imports th
 
 import mica.fast  # noqa: E402
 from mica.fast.settings import Settings  # noqa: E402
-from mica.ops import kept  # noqa: E402
+from mica.ops import recompute  # noqa: E402
 from tests.support.thinning import left_out  # noqa: E402
 
-kept.SMALL = 0  # what is tested is what becomes of inputs that are worth it
+recompute.MIN_NUMBERS = 0  # what is tested is what becomes of inputs that are worth it
 DEFAULTS = {field.name: field.default for field in fields(Settings) if field.name != "enabled"}
 
 # What imports one of these, where it is not installed, is skipped

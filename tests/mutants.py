@@ -35,7 +35,7 @@ NOTHING_RAN = 5  # pytest's exit status where no test was collected: all that ar
 # Without an edit these must pass: where the copy or the fork breaks the tests, every mutant would look red.
 CONTROL = [
     "tests/kernels/test_split_k.py",
-    "tests/mica/ops/test_kept.py",
+    "tests/mica/ops/test_recompute.py",
     "tests/mica/ops/test_routing.py",
     "tests/mica/fast/test_calls.py",
 ]

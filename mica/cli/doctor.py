@@ -128,7 +128,7 @@ def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
         device = torch.device(name)
         with _noted(problems, name):  # what cannot be asked here cannot run here either
             yield name, _description(device)
-            choice = choose.decide("linear", device, 16, (torch.bfloat16,))
+            choice = choose.choice_of("linear", device, 16, (torch.bfloat16,))
             forms.add(choice.form)
             reason = choice.reason or ""
             yield f"{name}: layers", f"{choice.form}: {reason}".removesuffix(": ")

@@ -264,7 +264,7 @@ def find_device() -> torch.device:
 def check_backend(rank: int) -> None:
     """Raise UsageError if ``MICA_BACKEND`` is invalid, or demands kernels that cannot run here."""
     try:
-        choice = choose.decide("linear", find_device(), rank, (torch.float32,))
+        choice = choose.choice_of("linear", find_device(), rank, (torch.float32,))
     except ValueError as error:
         raise UsageError(str(error)) from error
     if choice.form == choose.ERROR:

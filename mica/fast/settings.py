@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import torch
 
-from mica.ops import kept
+from mica.ops import recompute
 
 Recompute = Literal["norms", "activations"]
 ALLOWED = {
@@ -76,7 +76,7 @@ def change(**values) -> None:
         elif value not in ALLOWED[name]:
             raise ValueError(f"{name} must be one of {ALLOWED[name]}, but it is {value!r}.")
     vars(settings).update(values)
-    kept.recompute_norms(settings.recompute == "norms")
+    recompute.recompute_norms(settings.recompute == "norms")
 
 
 def _check_device(requested: str | torch.device) -> None:

@@ -455,12 +455,12 @@ inline bool is_ours(PyObject* object) {
       !y.is_inference() && !is_watched;
 }
 
-// Whether `mica.ops.kept` has to be asked, which may spare the layer from keeping x.
+// Whether `mica.ops.recompute` has to be asked, which may spare the layer from keeping x.
 inline bool may_be_computed_again(const Tensor& x, const Operands& operands) {
   if (!at::GradMode::is_enabled() || !operands.lora_A.requires_grad() || !x.grad_fn()) {
     return false;
   }
-  return x.numel() >= PyLong_AsLongLong(item(told<"kept">(), "SMALL"_key));
+  return x.numel() >= PyLong_AsLongLong(item(told<"recompute">(), "MIN_NUMBERS"_key));
 }
 
 } // namespace mica

@@ -35,7 +35,7 @@ inline bool has_wide_sums = false; // of 16-bit products on CUDA
 inline std::string edited; // the message where what was saved has been edited in place
 
 void count_backward();
-Tensor value_of(const Tensor& token); // x, computed again by `mica.ops.kept`
+Tensor value_of(const Tensor& token); // x, computed again by `mica.ops.recompute`
 
 // What a layer takes beside x, before autocast has cast anything: `mica.paths.operands.Operands`.
 struct Operands {
@@ -372,7 +372,7 @@ struct Layer : torch::autograd::Function<Layer> {
     }
     {
       const at::AutoGradMode with_grad(true);
-      // no fp32 copy, no mask, and nothing that no gradient needs; perhaps no x: `mica.ops.kept`
+      // no fp32 copy, no mask, and nothing that no gradient needs; perhaps no x: `mica.ops.recompute`
       ctx->save_for_backward(
           {needs_x && !numbers.is_called ? alias_of(operands.weight) : Tensor(), needs_x ? alias_of(lora_A) : Tensor(), alias_of(lora_B),
            needs_A ? alias_of(has_token ? operands.token : x) : Tensor(), h});

@@ -70,10 +70,10 @@ Tensor call_here(const Tensor& x, const Operands& operands) {
   return layer(x, operands);
 }
 
-// Stands for the `Computed` of x of `mica.ops.kept`, which lives as long: a tensor is all that autograd can save.
+// Stands for the `Computed` of x of `mica.ops.recompute`, which lives as long: a tensor is all that autograd can save.
 // Undefined: x has to be saved.
 Tensor token_or_none(PyObject* x) {
-  THPObjectPtr computed(PyObject_CallOneArg(item(told<"kept">(), "claim"_key), x));
+  THPObjectPtr computed(PyObject_CallOneArg(item(told<"recompute">(), "claim"_key), x));
   if (!computed) {
     throw python_error();
   }
@@ -109,7 +109,7 @@ PyObject* call_adapter(PyObject* given_x, PyObject* base_output, Operands& opera
   const bool asks = may_be_computed_again(x, operands);
   const bool is_cast = operands.autocast_dtype.value_or(x.scalar_type()) != x.scalar_type();
   const bool is_usual = !base_output || is_output_of(base_output, x, operands);
-  if (!is_usual || !runs_here(x, operands) || (asks && is_cast)) { // Python tells `mica.ops.kept` of the cast
+  if (!is_usual || !runs_here(x, operands) || (asks && is_cast)) { // Python tells `mica.ops.recompute` of the cast
     return call_python(given_x, base_output, operands);
   }
   if (base_output) {

@@ -31,7 +31,7 @@ EXPERTS = {
 }
 
 
-def check(
+def check_operands(
     dimensions: dict[str, str],
     *,
     compute_dtype: torch.dtype | None = None,

@@ -34,8 +34,7 @@ _EDITED = (
 class Part:
     """A tensor as it is now, which autograd keeps anyway.
 
-    alias: shares its memory and its version. name: the text for what x is computed from; an operand of the
-    layer has none.
+    alias: shares its memory and its version. name: used in error messages; empty for the layer's operands.
     """
 
     __slots__ = ("_alias", "_name", "_version")
@@ -72,7 +71,7 @@ class Computed:
         self._users = 0
 
     def add_user(self) -> None:
-        """Of its parts it is one user, however many it has itself."""
+        """Counts once as a user of each part, however many users it has."""
         if self._users == 0:
             for part in self.parts:
                 if isinstance(part, Computed):
@@ -183,7 +182,7 @@ def to_keep(tensor: Tensor | None) -> Tensor | None:
 
 
 def relieve(saved, computed: Computed) -> None:
-    """The node keeps a value no longer, but has it computed."""
+    """Make the node recompute this tensor instead of saving it."""
     saved.register_hooks(lambda _: computed, unpack)
     computed.add_user()
 

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mica.ops import kept
+from mica.ops import recompute
 from mica.ops.operator import as_matrix, below_autograd, like, no_autocast, save, saved
 from mica.paths import dropout
 from mica.paths.products import is_transformed, multiplies_itself, unrounded
@@ -198,7 +198,7 @@ def scaled(
     """
     if _is_followed() or not (torch.is_grad_enabled() and magnitude.requires_grad):
         return _multiplied(z_of(x), bias, magnitude, inverse)
-    if x.numel() < kept.SMALL:
+    if x.numel() < recompute.MIN_NUMBERS:
         return _KeepsZ.apply(z_of(x), bias, magnitude, inverse, 0.0)
 
     def layer(x: Tensor, *_) -> Tensor:
@@ -206,7 +206,7 @@ def scaled(
         y.grad_fn.version = y._version
         return y
 
-    return kept.call(layer, x, *operands, magnitude, looks_after_y=True)
+    return recompute.call(layer, x, *operands, magnitude, looks_after_y=True)
 
 
 def corrected(
@@ -234,10 +234,10 @@ def corrected(
     if _is_followed() or not torch.is_grad_enabled():
         return _multiplied(z_of(drop(x)), y, magnitude, inverse, dropout_p)
     computed = None
-    if x.numel() >= kept.SMALL:
-        computed = kept.Computed(drop, kept.input_of(x) or kept.Part(x.detach()))
+    if x.numel() >= recompute.MIN_NUMBERS:
+        computed = recompute.Computed(drop, recompute.arrange(x) or recompute.Part(x.detach()))
     dropped = _Dropped.apply(x, dropout_p, seed)
-    z = kept.call(lambda x, *_: z_of(x), dropped, *operands, computed=computed)
+    z = recompute.call(lambda x, *_: z_of(x), dropped, *operands, computed=computed)
     return _KeepsZ.apply(z, y, magnitude, inverse, dropout_p)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mica.ops.checks import EXPERTS, check
+from mica.ops.checks import EXPERTS, check_operands
 from mica.ops.operator import (
     below_autograd,
     no_autocast,
@@ -72,7 +72,7 @@ def mica_experts_linear(
         RuntimeError: MICA_BACKEND=triton is set, and there are no kernels for the call.
     """
     operands = Operands(weight, lora_A, lora_B, scaling, bias, compute_dtype)
-    check(EXPERTS, x=x, offsets=offsets, **operands._asdict())
+    check_operands(EXPERTS, x=x, offsets=offsets, **operands._asdict())
     return experts_linear(x, offsets, *operands[:_OPERANDS], None, None, lora_B.requires_grad)
 
 
@@ -122,7 +122,7 @@ def _experts(x, offsets, *args):
 def _experts_fake(x, offsets, *args):
     operands, tokens, _ = _split(args, _FORWARD)
     rows = (x if tokens is None else tokens).shape[0]
-    h = x.new_empty(rows, operands.rank, dtype=operands.dtype(x)) if operands.trains_B else None
+    h = x.new_empty(rows, operands.rank, dtype=operands.low_rank_dtype(x)) if operands.trains_B else None
     return without_none(x, x.new_empty(rows, operands.out_features), h)
 
 
@@ -182,7 +182,11 @@ class _ExpertsLinear(torch.autograd.Function):
         operands, tokens, inverse = _split(args, _FORWARD)
         _, needs_x, _, _, needs_A, needs_B = ctx.needs_input_grad[:6]
         ctx.set_materialize_grads(False)
-        ctx.scaling, ctx.compute_dtype, ctx.num_tokens = operands.scaling, operands.dtype(x), x.shape[0]
+        ctx.scaling, ctx.compute_dtype, ctx.num_tokens = (
+            operands.scaling,
+            operands.low_rank_dtype(x),
+            x.shape[0],
+        )
         ctx.trains_B = operands.trains_B or needs_B
         with below_autograd():
             y, h = run(x, offsets, *operands[:_OPERANDS], tokens, inverse, ctx.trains_B)

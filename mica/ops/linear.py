@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mica import native
-from mica.ops import computed, kept, trial
-from mica.ops.checks import LINEAR, check
+from mica.ops import computed, recompute, trial
+from mica.ops.checks import LINEAR, check_operands
 from mica.ops.operator import (
     AUTOCAST,
     as_matrix,
@@ -87,7 +87,7 @@ def mica_linear(
     """
     seed = seed if dropout_p else None
     operands = Operands(weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
-    check(LINEAR, x=x, **operands._asdict())
+    check_operands(LINEAR, x=x, **operands._asdict())
     return linear(x, *operands._replace(trains_B=lora_B.requires_grad))
 
 
@@ -194,7 +194,7 @@ def _linear_fake(x, *args):
 def _product_dtype(rows: Tensor, operands: Operands) -> torch.dtype:
     """That of the low-rank products, of which a trace knows the shapes alone."""
     tokens = rows.new_empty(rows.shape[:-1].numel(), 0)
-    return products.product_dtype(tokens, (operands.lora_A, operands.lora_B), operands.dtype(rows))
+    return products.product_dtype(tokens, (operands.lora_A, operands.lora_B), operands.low_rank_dtype(rows))
 
 
 def _linear_backward_fake(grad_output, x, output_mask, *args, is_called=False):
@@ -235,7 +235,7 @@ class _Linear(torch.autograd.Function):
         save(ctx, kept_x, kept_weight, kept_A, operands.lora_B, operands.seed, outputs=[kept_h])
         ctx.is_called = operands.base_output is not None
         tensors = ("weight", "lora_A", "lora_B", "bias", "seed", "base_output")
-        ctx.operands = operands._replace(compute_dtype=operands.dtype(x), **dict.fromkeys(tensors))
+        ctx.operands = operands._replace(compute_dtype=operands.low_rank_dtype(x), **dict.fromkeys(tensors))
         return y, h
 
     @staticmethod
@@ -285,7 +285,7 @@ def linear_eager(x, *args) -> Tensor:
         as_matrix(x)  # raises
     operands = Operands(*args)
     if torch.is_grad_enabled() and operands.lora_A.requires_grad:
-        return kept.call(_run, x, *operands, dtype=operands.autocast_dtype)
+        return recompute.call(_run, x, *operands, dtype=operands.autocast_dtype)
     return _run(x, *operands)
 
 
@@ -345,7 +345,7 @@ def configure(module: ModuleType) -> None:
         instructions=products.ANSWERS,
         devices_without_kernels=choose.devices_without_kernels,
         cpp_keys=choose.cpp_keys,
-        kept=vars(kept),
+        recompute=vars(recompute),
         value_of=computed.value_of,
         python_linear=linear,
     )

@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from mica.memory import TENSOR_TYPES, has_no_values, in_memory
-from mica.ops import computed, kept
+from mica.ops import computed, recompute
 from mica.paths import choose, tuning
 from mica.paths.operands import Operands
 from mica.paths.products import is_transformed
@@ -87,7 +87,7 @@ def run_formula(
     Args:
         formula: the function of the reference path; ``args`` are its arguments.
         tensor: x or a gradient, whose device decides.
-        rank, dtypes, kind: as `choose.decide` takes them.
+        rank, dtypes, kind: as `choose.choice_of` takes them.
         trains_B: whether lora_B may be trained, so that no copy of it may outlive the call.
         may_settle: whether the caller can have settled which form is the fastest.
 
@@ -103,7 +103,7 @@ def run_formula(
     is_given = form is not None
     function = choose.LORA + name if trains_B else name
     if not is_given:
-        choice = choose.decide(function, tensor.device, rank, dtypes, kind)
+        choice = choose.choice_of(function, tensor.device, rank, dtypes, kind)
         if may_settle and choice.unsettled is not None:
             raise tuning.UnsettledError(choice.unsettled)
         form = choice.form
@@ -358,7 +358,7 @@ def operator(
         if is_transformed():
             return followed(*args)
         if _is_counted(args[0]):
-            return kept.call(partial(apply, registered), *args)
+            return recompute.call(partial(apply, registered), *args)
         return apply(registered, *args)
 
     def autocast(device_type, *args):
@@ -383,7 +383,7 @@ def operator(
             with no_autocast():
                 return call(*args)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return kept.call(applied, *args)
+            return recompute.call(applied, *args)
         with below_autograd():
             return body(*args)
 

@@ -1,6 +1,6 @@
 """How a call runs: on Triton kernels, in which form, or on the reference path, and why.
 
-`decide` is the one decision. The operators follow it, and `mica.fast.explain` and the benchmarks report it.
+`choice_of` is the one decision. The operators follow it; `mica.fast.explain` and the benchmarks report it.
 ``MICA_BACKEND`` demands a path; by default the operands and what was measured on the device decide
 (`mica.paths.tuning`). C++ computes all layers on the `devices_without_kernels`, and elsewhere those whose
 keys are in `cpp_keys`.
@@ -56,7 +56,7 @@ def kind_of(
 
     Args:
         operands: The layer's operands.
-        dtypes: As `decide` takes them.
+        dtypes: As `choice_of` takes them.
         rows: x (tokens, in_features) in the forward, grad_output (tokens, out_features) in the backward.
         x: The x of a backward that needs it; else None.
     """
@@ -65,15 +65,15 @@ def kind_of(
     return Kind(operands.trains_B, dtypes, *sizes, operands.dropout_p > 0.0, is_aligned)
 
 
-# Kernels that failed to launch, by device, function, rank and dtypes as `decide` takes them, and the message.
-# PyTorch computes these calls from then on.
+# Kernels that failed to launch, by device, function, rank and dtypes as `choice_of` takes them, and the
+# message. PyTorch computes these calls from then on.
 _given_up: dict[tuple[torch.device, str, int, tuple[torch.dtype, ...]], str] = {}
 
 # The raw value of ``MICA_BACKEND``, None where it is unset, in 0.1 µs; only for comparisons.
 setting = runtime.raw_variable("MICA_BACKEND")
 _interpreting = runtime.raw_variable("TRITON_INTERPRET")
 
-# What `decide` has found out without looking at a layer. Only the environment and `give_up` can change it.
+# What `choice_of` has found out without looking at a layer. Only the environment and `give_up` can change it.
 _choices: dict[tuple, Choice] = {}
 
 # The indices of devices (-1: a CPU) on which C++ computes every layer, as there is no other way.
@@ -84,7 +84,7 @@ cpp_keys: set[bytes] = set()
 _ON_KERNELS = Choice(KERNELS)
 
 
-def decide(
+def choice_of(
     function: str,
     device: torch.device,
     rank: int,

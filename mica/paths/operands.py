@@ -49,11 +49,11 @@ class Operands(NamedTuple):
     def out_features(self) -> int:
         return self.lora_B.shape[-2]
 
-    def dtype(self, x: Tensor) -> torch.dtype:
+    def low_rank_dtype(self, x: Tensor) -> torch.dtype:
         """That of the low-rank products with this x, or with a gradient of its dtype."""
         return self.compute_dtype or x.dtype
 
     def dtypes(self, x: Tensor) -> tuple[torch.dtype, ...]:
         """What `mica.paths.choose` decides by: those of y (and x), of the products, of lora_A and lora_B."""
         y = x if self.base_output is None else self.base_output
-        return y.dtype, self.dtype(x), self.lora_A.dtype, self.lora_B.dtype
+        return y.dtype, self.low_rank_dtype(x), self.lora_A.dtype, self.lora_B.dtype

@@ -50,7 +50,7 @@ def linear(x: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
         y (M×N), new, in the dtype of x, or of the base_output; and h (M×r).
     """
     lora_A, lora_B = operands.lora_A, operands.lora_B
-    dtype = product_dtype(x, (lora_A, lora_B), operands.dtype(x))
+    dtype = product_dtype(x, (lora_A, lora_B), operands.low_rank_dtype(x))
     h = down_projection(x, lora_A, operands.scaling, dtype, operands.dropout_p, operands.seed)
     y = operands.base_output
     if y is not None:
@@ -231,7 +231,7 @@ def linear_backward(
         products, or None; and dA (r×K) in the dtype of lora_A, or None without x.
     """
     lora_A, lora_B = operands.lora_A, operands.lora_B
-    dtype = product_dtype(grad_output, (lora_A, lora_B), operands.dtype(grad_output))
+    dtype = product_dtype(grad_output, (lora_A, lora_B), operands.low_rank_dtype(grad_output))
     scaling = operands.scaling / (1.0 - operands.dropout_p)
     g = grad_h(grad_output, lora_B, scaling, dtype)
     if of_h is not None:
@@ -299,11 +299,11 @@ def experts_linear(x: Tensor, offsets: Tensor, operands: Operands) -> tuple[Tens
 
     def product(expert: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y, h = linear(x, _of_expert(operands, expert, weight, bias))
-        hidden.append(h.to(operands.dtype(x)))
+        hidden.append(h.to(operands.low_rank_dtype(x)))
         return y
 
     y = _by_expert(product, x, offsets, operands.weight, operands.bias)
-    h = x.new_zeros(x.shape[0], operands.rank, dtype=operands.dtype(x))
+    h = x.new_zeros(x.shape[0], operands.rank, dtype=operands.low_rank_dtype(x))
     return y, torch.cat([*hidden, h[sum(map(len, hidden)) :]])
 
 

@@ -65,7 +65,7 @@ def linear(x: Tensor, operands: Operands, *, form: str = "split") -> tuple[Tenso
     """
     weight, lora_A, lora_B = operands.weight, operands.lora_A, operands.lora_B
     scaling, dropout_p, bias = operands.scaling, operands.dropout_p, operands.bias
-    dtype = operands.dtype(x)
+    dtype = operands.low_rank_dtype(x)
     key = layout(x), layout(lora_A), lora_B.shape[0], scaling, dtype, dropout_p, fp32_setting()
     steps = recorded_forward.get(key)
     if steps is None:
@@ -101,7 +101,7 @@ def linear_backward(
     """
     weight, lora_A, lora_B = operands.weight, operands.lora_A, operands.lora_B
     scaling, dropout_p, seed = operands.scaling, operands.dropout_p, operands.seed
-    compute_dtype = operands.dtype(grad_output)
+    compute_dtype = operands.low_rank_dtype(grad_output)
     key = layout(grad_output), layout(x), layout(lora_A), scaling, compute_dtype, dropout_p, fp32_setting()
     steps = recorded_backward.get(key)
     if steps is None:
@@ -156,7 +156,7 @@ _MOST_ELEMENTS = 2**31 - 1  # of x, and of y: with more, an illegal access was r
 def experts_linear(x: Tensor, offsets: Tensor, operands: Operands) -> tuple[Tensor, Tensor | None]:
     """As `mica.paths.reference_path.experts_linear`; h as in `linear`."""
     lora_A, lora_B, scaling = operands.lora_A, operands.lora_B, operands.scaling
-    dtype = operands.dtype(x)
+    dtype = operands.low_rank_dtype(x)
     offsets = offsets.contiguous()
     bias = None if operands.bias is None else operands.bias.to(x.dtype)
     tensors = layout(x), layout(offsets), layout(lora_A), layout(bias), lora_B.shape[1]
@@ -185,7 +185,7 @@ def experts_linear_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `mica.paths.reference_path.experts_linear_backward`."""
     lora_A, lora_B, scaling = operands.lora_A, operands.lora_B, operands.scaling
-    compute_dtype = operands.dtype(grad_output)
+    compute_dtype = operands.low_rank_dtype(grad_output)
     grad_x = grad_A = None
     offsets = offsets.contiguous()
     tensors = layout(grad_output), layout(x), layout(offsets), layout(lora_A)

@@ -29,5 +29,5 @@ def test_llama_8b_is_as_it_was_counted_elsewhere():
 @pytest.mark.slow
 @pytest.mark.parametrize("how", fits.HOWS)
 def test_published_counts_are_counted_again(how, monkeypatch):
-    monkeypatch.setattr("mica.ops.kept.SMALL", 2**17)
+    monkeypatch.setattr("mica.ops.recompute.MIN_NUMBERS", 2**17)
     assert fits.counted("Llama-3.2-1B", how) == pages.raw("fits")["models"]["Llama-3.2-1B"][how]

@@ -22,7 +22,7 @@ import torch
 from hypothesis import seed
 from hypothesis.stateful import run_state_machine_as_test
 
-from mica.ops import kept
+from mica.ops import recompute
 from tests.fuzz.machine import Machine, options
 from tests.fuzz.models import KINDS
 from tests.fuzz.runs import Runs
@@ -100,7 +100,7 @@ def in_this_process(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # with it, NaN in every torch.empty
     warnings.simplefilter("ignore")
-    kept.SMALL = 0  # the models are
+    recompute.MIN_NUMBERS = 0  # the models are
     failed, spent, start = [], Counter(), time.monotonic()
     for number in seeds(args):
         name, began = next_part(args, spent), time.monotonic()

@@ -114,7 +114,7 @@ class Adapted(OnOperators):
             for function, kind in kinds.items():
                 known = choose.LORA + function if operands.trains_B else function
                 device = operands.lora_A.device
-                yield function, choose.decide(known, device, operands.rank, dtypes, kind)
+                yield function, choose.choice_of(known, device, operands.rank, dtypes, kind)
 
     def why_python(self, x: Input | None) -> str | None:
         first, *_ = self.operands

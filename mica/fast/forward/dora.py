@@ -15,7 +15,7 @@ from mica.fast.create import quantised
 from mica.fast.forward import fast
 from mica.fast.forward.eligibility import Adapter, OnOperators
 from mica.fast.forward.layer_calls import Input
-from mica.ops import dora, kept
+from mica.ops import dora, recompute
 from mica.ops.operator import autocast_to, is_autocast
 from mica.paths import choose
 from mica.paths.dropout import drawn_seed
@@ -29,7 +29,7 @@ SMALL_WEIGHT = 2**18
 def why_small(x: Tensor, adapter: Adapter) -> str | None:
     """Why a call is left to PEFT; None if it is not. As in `fast.why_small`, nothing else may count."""
     size = adapter.lora_A.shape[1] * adapter.lora_B.shape[0]
-    if x.is_cpu and x.numel() < kept.SMALL and size < SMALL_WEIGHT and fast.is_free():
+    if x.is_cpu and x.numel() < recompute.MIN_NUMBERS and size < SMALL_WEIGHT and fast.is_free():
         return "a small layer with DoRA and a small input, which PEFT's code computes faster"
     return None
 

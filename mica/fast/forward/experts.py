@@ -81,7 +81,7 @@ class Projection(OnOperators):
         dtypes = (self.dtype, product_dtype, lora_A.dtype, lora_B.dtype)
         lora = choose.LORA if self.adapter.trains_B else ""
         for function in (f"{lora}experts_linear", f"{lora}experts_linear_backward"):
-            yield function, choose.decide(function, lora_A.device, lora_A.shape[1], dtypes)
+            yield function, choose.choice_of(function, lora_A.device, lora_A.shape[1], dtypes)
 
 
 @dataclass

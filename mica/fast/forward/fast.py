@@ -30,7 +30,7 @@ from mica.fast.forward.eligibility import (
 )
 from mica.fast.settings import settings
 from mica.memory import TENSOR_TYPES
-from mica.ops import kept
+from mica.ops import recompute
 from mica.paths import choose
 
 _function: Callable[[nn.Module, Tensor], Tensor | None] | None = None  # of the C++, once that is loaded
@@ -62,7 +62,7 @@ def why_small(x: Tensor) -> str | None:
     as long as with stock PEFT, now 1.02 to 1.05. The answer must not depend on grad mode: a checkpoint's
     second forward must run the same code, or its dropout mask differs.
     """
-    if type(x) not in TENSOR_TYPES or x.numel() >= kept.SMALL or not x.is_cpu:
+    if type(x) not in TENSOR_TYPES or x.numel() >= recompute.MIN_NUMBERS or not x.is_cpu:
         return None
     return WHY_SMALL if is_free() and native.module() is None else None
 

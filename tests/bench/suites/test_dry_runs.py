@@ -95,14 +95,14 @@ def test_the_bytes_of_a_launch():
 BYPASSED = """
 from mica.paths import choose
 
-decide = choose.decide
+decide = choose.choice_of
 
 def bypassed(function, device, rank, *others):
     choice = decide(function, device, rank, *others)
     is_bypassed = (function, rank) == ("linear", 32) and choice.form != "reference"
     return choice._replace(form="split") if is_bypassed else choice
 
-choose.decide = bypassed
+choose.choice_of = bypassed
 """
 
 

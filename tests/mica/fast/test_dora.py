@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import mica.fast
 from mica.fast import known_peft
 from mica.fast.forward import dora
-from mica.ops import kept
+from mica.ops import recompute
 from mica.paths.dropout import drawn_seed, dropout_keep
 from tests.support.merging_models import other_magnitudes, quietly
 from tests.support.models import adapted_layers, net, randomise, tiny_llama, wrap
@@ -179,7 +179,7 @@ def test_left_to_peft_with_a_reason(change, reason, monkeypatch):
     monkeypatch.setattr(known_peft, "left", {})
     if "small" in reason:
         monkeypatch.setattr(dora, "SMALL_WEIGHT", 2**18)
-        monkeypatch.setattr(kept, "SMALL", 2**17)
+        monkeypatch.setattr(recompute, "SMALL", 2**17)
     model = adapted()
     change(model)
     x = torch.randn(5, 12)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mica import native
 from mica.fast import settings
 from mica.fast.forward import fast
-from mica.ops import kept, linear
+from mica.ops import linear, recompute
 from tests.support.layer_changes import (
     A_WEIGHT,
     B_WEIGHT,
@@ -373,9 +373,9 @@ def test_the_route_of_x(monkeypatch):
 )
 def test_python_is_asked_how_a_large_x_was_made(x, more, is_asked, monkeypatch):
     monkeypatch.setenv("MICA_BACKEND", "reference")
-    monkeypatch.setattr(kept, "SMALL", x.numel() + more)
+    monkeypatch.setattr(recompute, "SMALL", x.numel() + more)
     asked = []
-    monkeypatch.setattr(kept, "claim", asked.append)
+    monkeypatch.setattr(recompute, "claim", asked.append)
     called(layer_of(), x)
     assert len(asked) == is_asked
 

@@ -6,7 +6,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModel
 
 import mica.fast
-from mica.ops import kept
+from mica.ops import recompute
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,7 +77,7 @@ def gradients(model, output):
 @pytest.fixture
 def recomputed(monkeypatch):
     """How each x can be computed that is, and a copy of what it is."""
-    stock = kept.input_of
+    stock = recompute.arrange
     found = []
 
     def input_of(x):
@@ -86,7 +86,7 @@ def recomputed(monkeypatch):
             found.append((computed, x.detach().clone()))
         return computed
 
-    monkeypatch.setattr(kept, "input_of", input_of)
+    monkeypatch.setattr(recompute, "input_of", input_of)
     mica.fast.enable(lora=True)
     yield found
     mica.fast.enable(lora=False)
@@ -101,6 +101,6 @@ def test_what_is_computed_again_is_what_was_there(name, recomputed, monkeypatch)
     for computed, x in recomputed:
         assert torch.equal(computed.value(None), x)
     ours = gradients(model, output)
-    monkeypatch.setattr(kept, "SMALL", 2**62)  # where all x are saved
+    monkeypatch.setattr(recompute, "SMALL", 2**62)  # where all x are saved
     expected = gradients(model, model(**inputs).last_hidden_state)
     assert all(map(torch.equal, ours, expected))

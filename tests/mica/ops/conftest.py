@@ -1,4 +1,4 @@
-"""What runs the layers of test_kept.py, test_kept_beside.py and test_computed.py."""
+"""What runs the layers of test_recompute.py, test_recompute_beside.py and test_computed.py."""
 
 import pytest
 

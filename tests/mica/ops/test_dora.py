@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from mica.ops import dora, kept
+from mica.ops import dora, recompute
 from mica.ops.linear import linear
 from mica.paths.dropout import dropout_keep
 from tests.support import definition
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("kept_y")
 @pytest.fixture(params=[0, 2**17], ids=["y is kept", "z is kept"])
 def kept_y(request, monkeypatch):
     """A large x, or a small one."""
-    monkeypatch.setattr(kept, "SMALL", request.param)
+    monkeypatch.setattr(recompute, "SMALL", request.param)
     return request.param == 0
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mica.ops import kept, norms
+from mica.ops import norms, recompute
 from mica.ops.computed import nodes_before
 from tests.support.kept_layers import IN, Layer, check, leaves
 
@@ -28,7 +28,7 @@ def small(dtype=FP32):
 
 def is_computed_again(norm, h):
     x = norm(h)
-    computed = kept.input_of(x)
+    computed = recompute.arrange(x)
     if computed is not None:
         assert torch.equal(computed.value(None), x)
     return computed is not None
@@ -55,7 +55,7 @@ def test_its_bits_are_compared_once(monkeypatch):
     norm, compared, equal = noted(), [], torch.equal
     monkeypatch.setattr(torch, "equal", lambda *tensors: compared.append(tensors) or equal(*tensors))
     for _ in range(3):
-        kept.input_of(norm(small()))
+        recompute.arrange(norm(small()))
     assert len(compared) == 1
 
 
@@ -122,7 +122,7 @@ def test_a_weight_is_not_read_after_the_layer():
     norm.weight.data.mul_(2)
     norm.bias.untyped_storage().resize_(0)
     assert torch.equal(torch.autograd.grad(y.sum(), layer.lora_A)[0], expected)
-    assert kept.input_of(again) is None
+    assert recompute.arrange(again) is None
 
 
 def test_the_look_at_a_graph_ends():

@@ -31,7 +31,7 @@ def a_gpu(monkeypatch):
 
 def decided(device, rank, *dtypes, function="linear"):
     """The form without a look at rows."""
-    return choose.decide(function, device, rank, dtypes).form
+    return choose.choice_of(function, device, rank, dtypes).form
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_the_device_its_operands_and_the_setting_decide(a_gpu, setting, operands
     assert choose.why_not_kernels(*operands, function="linear") == reason
     device, rank, *dtypes = operands
     unseen = None if reason is None else lambda: pytest.fail("rows do not matter")
-    choice = choose.decide("linear", device, rank, tuple(dtypes), unseen)
+    choice = choose.choice_of("linear", device, rank, tuple(dtypes), unseen)
     assert choice.reason == reason
     if reason is None:
         assert choice.form == choose.KERNELS
@@ -98,12 +98,12 @@ def test_what_is_known_of_a_layer_decides(a_gpu, function, layer, changes, form,
     a_gpu.setattr(tuning, "_read", lambda path: {})
     tuning.table(GPU).settled[KIND] = layer
     kind = KIND._replace(**changes)
-    choice = choose.decide(function, GPU, 16, MASTERS, lambda: kind)
+    choice = choose.choice_of(function, GPU, 16, MASTERS, lambda: kind)
     said = [None if words is None else str(words) for words in (choice.reason, choice.measured)]
     assert (choice.form, *said) == (form, reason, note)
     assert choice.unsettled == (kind if reason and NOT_NOW in reason else None)
     a_gpu.setenv("MICA_BACKEND", "triton")  # demanded kernels run, and nothing is measured
-    demanded = choose.decide(function, GPU, 16, MASTERS, lambda: kind)
+    demanded = choose.choice_of(function, GPU, 16, MASTERS, lambda: kind)
     assert (demanded.form, demanded.unsettled) == ("split" if form == "reference" else form, None)
 
 
@@ -112,9 +112,9 @@ def test_what_a_file_says_is_settled_by_a_call_unless_kernels_are_demanded(a_gpu
     lora = KIND._replace(trains_B=True)
     a_gpu.setattr(tuning, "_read", lambda path: {str(lora): KNOWN._replace(is_settled=False)})
     for function, form in (("lora_linear", "split"), ("lora_linear_backward", "reference")):
-        assert choose.decide(function, GPU, 16, MASTERS, lambda: lora)[::3] == (form, lora)
+        assert choose.choice_of(function, GPU, 16, MASTERS, lambda: lora)[::3] == (form, lora)
     a_gpu.setenv("MICA_BACKEND", "triton")
-    assert choose.decide("lora_linear", GPU, 16, MASTERS, lambda: lora)[::3] == ("split", None)
+    assert choose.choice_of("lora_linear", GPU, 16, MASTERS, lambda: lora)[::3] == ("split", None)
 
 
 def test_a_gradient_of_b_runs_as_its_layer_s_backward(a_gpu):
@@ -124,9 +124,9 @@ def test_a_gradient_of_b_runs_as_its_layer_s_backward(a_gpu):
     lora = KIND._replace(trains_B=True, has_dropout=True)
     of_b = lora._replace(has_dropout=False)
     tuning.table(GPU).settled[lora] = Layer(Part("fused"), Part("split"))
-    assert choose.decide("grad_b", GPU, 16, MASTERS, lambda: of_b).form == "split"
+    assert choose.choice_of("grad_b", GPU, 16, MASTERS, lambda: of_b).form == "split"
     tuning.table(GPU).settled[of_b] = Layer(Part("fused"), Part("mixed"))
-    assert choose.decide("grad_b", GPU, 16, MASTERS, lambda: of_b).form == "mixed"
+    assert choose.choice_of("grad_b", GPU, 16, MASTERS, lambda: of_b).form == "mixed"
 
 
 # -- C++ ---------------------------------------------------------------------------------------------
@@ -228,13 +228,13 @@ def test_what_was_given_up_is_told(a_gpu):
     dtypes = (BF16, BF16, torch.float32)
     with pytest.warns(UserWarning, match="grad_a can be launched nowhere: out of resource$"):
         choose.give_up(GPU, "linear_backward", 16, dtypes, ERROR)
-    choice = choose.decide("linear_backward", GPU, 16, dtypes)
+    choice = choose.choice_of("linear_backward", GPU, 16, dtypes)
     assert choice.form == choose.REFERENCE
     assert choice.reason.startswith(
         "linear_backward at rank 16 (bfloat16, bfloat16, float32) was given up: the kernel"
     )
     assert choose.why_not_kernels(GPU, 16, *dtypes, function="linear") is None
     a_gpu.setenv("MICA_BACKEND", "triton")
-    assert choose.decide("linear_backward", GPU, 16, dtypes)[:2] == (choose.ERROR, choice.reason)
+    assert choose.choice_of("linear_backward", GPU, 16, dtypes)[:2] == (choose.ERROR, choice.reason)
     choose.clear()
-    assert choose.decide("linear_backward", GPU, 16, dtypes).form == choose.KERNELS
+    assert choose.choice_of("linear_backward", GPU, 16, dtypes).form == choose.KERNELS

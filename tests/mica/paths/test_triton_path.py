@@ -240,7 +240,7 @@ def test_a_kernel_that_cannot_be_launched(monkeypatch, by_default, choose_form, 
     run(p)
     kernels = {f"{name}_kernels" for name in {"linear", "linear_backward"} - PARTS[part]}
     assert {name for name in ops.call_counts if name.endswith("_kernels")} == kernels
-    given_up = choose.decide("linear_backward", p.x.device, 3, (BF16, BF16, FP32, FP32))
+    given_up = choose.choice_of("linear_backward", p.x.device, 3, (BF16, BF16, FP32, FP32))
     assert "out of resource" in given_up.reason
     for other in (dense((6,), 16, 32, 4, adapter_dtype=BF16), dense((6,), 16, 32, 3, dtype=FP32)):
         ops.call_counts.clear()

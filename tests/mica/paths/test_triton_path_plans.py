@@ -140,7 +140,7 @@ def test_a_kernel_that_a_capture_cannot_load_is_missed_once(
     assert len(messages) == len(missed)
     for name in formulas:
         assert ops.call_counts[f"{name}_kernels"] == (0 if name in missed else 2), name
-        choice = choose.decide(functions[name], p.x.device, 12, (BF16, BF16, FP32, FP32))
+        choice = choose.choice_of(functions[name], p.x.device, 12, (BF16, BF16, FP32, FP32))
         assert choice.form == choose.KERNELS
     ops.call_counts.clear()
     run(p)  # after the capture

@@ -19,7 +19,7 @@ layer, and v (norms.py, attention.py).
 
 To add an activation, one whose node keeps its input ("self"; ReLU, sigmoid and tanh keep their result, and
 nothing is gained): an output of it into computed.py; its function into `_of_activation`; a row into `MADE` of
-tests/mica/ops/test_kept.py; its name into mica/fast/README.md.
+tests/mica/ops/test_recompute.py; its name into mica/fast/README.md.
 
 Whoever sets saved-tensor hooks of their own (offloading, checkpointing) gets x. An edit in place of what x is
 computed from raises in the backward. An edit that autograd does not count (``tensor.data``, NumPy's views),
@@ -61,7 +61,7 @@ from mica.ops.computed import (
 # An x of fewer numbers is small, and simply saved: to find how it was made takes 20 µs, as long as a product
 # of a small x. An MLP then keeps x and act(G), at most 0.5 MiB in 16 bits: SmolLM2-135M 15 MiB, with 85
 # tokens. C++ reads this and `_norms` at each call.
-SMALL = 2**17
+MIN_NUMBERS = 2**17
 # The nodes of autograd that a layer's call looks at, at most: those of an attention are about fifty.
 _NODES = 64
 _norms = True
@@ -86,8 +86,8 @@ def call(
     dtype: to which the layer would cast x. computed: x, if the caller knows how. looks_after_y: the layer
     saves its output, too, and sees itself whether that was edited.
     """
-    if computed is None and x.numel() >= SMALL:
-        computed = input_of(x)
+    if computed is None and x.numel() >= MIN_NUMBERS:
+        computed = arrange(x)
     if (computed is None and not looks_after_y) or not _may_hook():
         return layer(x, *operands)
     if any(map(torch.is_inference, filter(torch.is_tensor, operands))):
@@ -116,8 +116,8 @@ def call(
 
 
 def claim(x: Tensor) -> Computed | None:
-    """`input_of`, with one user more: a layer in C++, which asks for `value_of`."""
-    computed = input_of(x)
+    """`arrange`, with one user more: a layer in C++, whose backward asks for `value_of`."""
+    computed = arrange(x)
     if computed is not None:
         computed.add_user()
     return computed
@@ -126,10 +126,11 @@ def claim(x: Tensor) -> Computed | None:
 _last = threading.local()  # .x and .computed, both weakly: of the call before; None where x has to be saved
 
 
-def input_of(x: Tensor) -> Computed | None:
-    """How x can be computed again, if that keeps nothing which is not kept anyway.
+def arrange(x: Tensor) -> Computed | None:
+    """Arrange that x is computed again, if that keeps nothing which is not kept anyway; returns how.
 
-    Layers that share x (q, k and v) share what is computed: they are called one after the other.
+    Nodes before x then save less (`_relieve_factor`, `_relieve_before`). Layers that share x (q, k and v)
+    share what is computed: they are called one after the other.
     """
     if x.grad_fn is None or x._version or not _may_hook():
         return None
@@ -143,7 +144,7 @@ def input_of(x: Tensor) -> Computed | None:
         if type(x.grad_fn) is LAYER_NORM:
             computed = norms.layer_norm(x) if _norms else None
         else:
-            computed = _described(x.grad_fn, 2 if _norms else 1)
+            computed = _arrange_output(x.grad_fn, 2 if _norms else 1)
         _relieve_before(x.grad_fn)
     except RuntimeError:  # freed already, or edited since
         return None
@@ -187,7 +188,7 @@ def _may_hook() -> bool:
 _FACTORS = {"self": "The first factor of a product", "other": "The second factor of a product"}
 
 
-def _described(node, products: int) -> Computed | None:
+def _arrange_output(node, products: int) -> Computed | None:
     """How a node's output is computed by so many products (and casts) at most of what autograd keeps."""
     if type(node) is CAST:
         return _of_cast(node, products)
@@ -195,10 +196,10 @@ def _described(node, products: int) -> Computed | None:
         return _of_activation(node)
     if products == 0:
         return None
-    left = _factor(node, "self", 0, products - 1)
+    left = _relieve_factor(node, "self", 0, products - 1)
     if left is None:
         return None
-    right = _factor(node, "other", 1, products - 1)
+    right = _relieve_factor(node, "other", 1, products - 1)
     return None if right is None else Computed(torch.mul, left, right)
 
 
@@ -208,7 +209,7 @@ def _of_cast(node, products: int) -> Computed | None:
     after = node._input_metadata[0]
     if before is None or before.device != after.device:
         return None
-    value = _described(node.next_functions[0][0], products)
+    value = _arrange_output(node.next_functions[0][0], products)
     return None if value is None else Computed(Cast(after.dtype), value)
 
 
@@ -272,8 +273,8 @@ _LIGER = {
 }
 
 
-def _factor(node, name: str, position: int, products: int) -> Part | Computed | None:
-    """A factor of a product, kept by its node or computed; what is computed is kept by nobody any more."""
+def _relieve_factor(node, name: str, position: int, products: int) -> Part | Computed | None:
+    """A factor of a product, saved or recomputable; its node no longer saves one that is recomputable."""
     saved = getattr(node, f"_raw_saved_{name}")
     if saved.unpack_hook is unpack:
         return saved.data
@@ -281,7 +282,7 @@ def _factor(node, name: str, position: int, products: int) -> Part | Computed | 
     value = kept_by(node, name)
     if value is None:
         is_packed = saved.unpack_hook is not None
-        return None if is_packed or made_by is None else _described(made_by, products)
+        return None if is_packed or made_by is None else _arrange_output(made_by, products)
     computed = None
     if value._version == 0:
         computed = _of_activation(made_by) or _scaled(node, position)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.measure.memory import alive_bytes
-from mica.ops import kept, mica_experts_linear, norms
+from mica.ops import mica_experts_linear, norms, recompute
 from tests.support.kept_layers import (
     IN,
     TOKENS,
@@ -234,13 +234,13 @@ def test_a_norm_of_subnormal_numbers(make):
     (h,) = leaves(FP32)
     x = make((h.detach() * 1e-39).to(BF16).requires_grad_(), eps=1.0)
     assert 0 < x.abs().max() < torch.finfo(BF16).tiny
-    assert torch.equal(kept.input_of(x).value(None), x)
+    assert torch.equal(recompute.arrange(x).value(None), x)
 
 
 @pytest.mark.parametrize(("small", "kept_more"), [(TOKENS * IN, 0), (TOKENS * IN + 1, 2)])
 def test_a_small_x_is_saved(small, kept_more, monkeypatch):
     """And so is act(G)."""
-    monkeypatch.setattr(kept, "SMALL", small)
+    monkeypatch.setattr(recompute, "SMALL", small)
     layer, inputs = Layer(), leaves(FP32, FP32)
     made = lambda: gated(*inputs)  # noqa: E731
     assert kept_sizes(lambda _, x: layer(x), made, 1) == kept_more
@@ -272,7 +272,7 @@ def test_any_other_x_is_saved(name):
 
 
 def test_a_norm_is_saved_where_only_activations_are_computed_again(monkeypatch):
-    monkeypatch.setattr(kept, "_norms", False)
+    monkeypatch.setattr(recompute, "_norms", False)
     layer, inputs = Layer(), leaves(FP32)
     made = lambda: rms_norm(*inputs)  # noqa: E731
     assert kept_sizes(lambda _, x: layer(x), made, 1) == 1
@@ -281,8 +281,8 @@ def test_a_norm_is_saved_where_only_activations_are_computed_again(monkeypatch):
 
 def test_a_cast_to_another_device_is_saved():
     gate, up = leaves(FP32, FP32)
-    assert kept.input_of((gate * up).to(BF16)) is not None
-    assert kept.input_of((gate * up).to("meta")) is None
+    assert recompute.arrange((gate * up).to(BF16)) is not None
+    assert recompute.arrange((gate * up).to("meta")) is None
 
 
 def test_what_autocast_casts(way):
