@@ -173,6 +173,16 @@ def kept(*runs: str) -> list[Row]:
     return rows
 
 
+def kinds(run: str) -> list[Row]:
+    """Counted by `bench.kinds`: what a forward keeps, of the model's without adapter."""
+    rows = []
+    for model, found in raw(run).items():
+        bare = found[WITHOUT]
+        ratios = {way: f"{size / bare:.2f}" for way, size in found.items() if way != WITHOUT}
+        rows.append([model, f"{bare / 2**20:,.0f} MiB", *ratios.values()])
+    return [["", WITHOUT, *ratios], *rows]
+
+
 def peers(run: str) -> list[Row]:
     """Time ÷ that without adapter, and megabytes kept: a row an implementation, a column a cell."""
     groups = [*result(run).select(suite="peers")]
@@ -263,6 +273,7 @@ TABLES = {
     "measured": measured,
     "headline": headline,
     "kept": kept,
+    "kinds": kinds,
     "peers": peers,
     "experts": experts,
     "subspaces": subspaces,

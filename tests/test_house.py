@@ -43,7 +43,7 @@ OPTIONS = {
     "--sequence-length --packing --recipe --rank --alpha --target-modules --experts "
     "--dropout --train-embeddings --embedding-learning-rate --keep-best --patience "
     "--steps --epochs --batch-size --gradient-accumulation-steps --learning-rate --scheduler --warmup-ratio "
-    "--weight-decay --max-grad-norm --optimizer --gradient-checkpointing --seed "
+    "--weight-decay --max-grad-norm --optimizer --gradient-checkpointing --memory --seed "
     "--eval-steps --eval-blocks --log-steps --report-to "
     "--output --save-steps --resume --config",
     "compare": "--model --text --retain --sequence-length --rank --batch-size "

@@ -187,10 +187,18 @@ def measured(args: argparse.Namespace) -> list[Counted]:
     with tqdm(total=len(setups), desc="Counting", unit=" set-ups", leave=False) as progress:
         model = _outline(args)
         for setup in setups:
-            with _running(setup), explained(f"{args.model} cannot be counted without values"):
-                counted.append(_count(model, setup, args))
+            counted.append(_count(model, setup, args))
             progress.update()
     return counted
+
+
+def count_step(setup: Setup, args: argparse.Namespace) -> Counted:
+    """The step of one set-up; ``args``: the options of the command.
+
+    Raises UsageError for mixtures of experts, whose memory depends on values, as for all that cannot be
+    counted.
+    """
+    return _count(_outline(args), setup, args)
 
 
 class _Model(NamedTuple):
@@ -211,13 +219,15 @@ def _count(model: _Model, setup: Setup, args: argparse.Namespace) -> Counted:
 
     from mica.cli.step_memory import checkpoint_first, loss_of, record
 
-    adapted = _adapted(model, setup, args)
     ids = torch.zeros(args.batch_size, args.tokens, dtype=torch.long, device="meta")
-    loss = loss_of(adapted, ids, args.loss == "chunked")
     recorded = []
-    for checkpointed in (0, len(model.kinds)):
-        checkpoint_first(adapted, checkpointed)
-        recorded.append(record(adapted, loss))
+    with _running(setup), explained(f"{args.model} cannot be counted without values"):
+        adapted = _adapted(model, setup, args)
+        loss = loss_of(adapted, ids, args.loss == "chunked")
+        for checkpointed in (0, len(model.kinds)):
+            # the states of CPU generators, 5 kB, are of no device
+            checkpoint_first(adapted, checkpointed, preserve_rng_state=False)
+            recorded.append(record(adapted, loss))
     return Counted(setup.name, ids.numel(), model.kinds, *recorded)
 
 

@@ -36,7 +36,6 @@ _ANY_DEVICE = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAuto
 ENABLE_CHECKPOINTING = "activation_checkpointing_enable"
 if not hasattr(PreTrainedModel, ENABLE_CHECKPOINTING):
     ENABLE_CHECKPOINTING = "gradient_checkpointing_enable"
-_CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}  # its 5 kB are a CPU's, of no device
 
 
 def _flash_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -205,6 +204,16 @@ def record(model: nn.Module, loss: Callable[[], Tensor]) -> Recorded:
     return Recorded(alive.parts[1:], weights, trained)
 
 
+def kept_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
+    """What a forward has allocated while its result is held: the result, and what a backward would need."""
+    with dropout_of_devices(), _Alive() as alive:
+        for tensor in _held(model):
+            alive.note(tensor)
+        before = alive.bytes
+        result = forward()  # noqa: F841
+        return alive.bytes - before
+
+
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of the decoder that can be checkpointed, by name. Raises UsageError if there are none."""
     named = model.get_decoder().named_modules()
@@ -243,9 +252,17 @@ def shorten(model: nn.Module, adapted: Iterable[nn.Module]) -> list[int]:
     return [left.index(kind) for kind in kinds]
 
 
-def checkpoint_first(model: nn.Module, number: int) -> None:
+def enable_checkpointing(model: nn.Module, **options) -> None:
+    """Checkpoint all layers; ``options``: of `torch.utils.checkpoint.checkpoint`.
+
+    The re-entrant kind gives frozen inputs no gradient.
+    """
+    getattr(model, ENABLE_CHECKPOINTING)({"use_reentrant": False, **options})
+
+
+def checkpoint_first(model: nn.Module, number: int, **options) -> None:
     """Checkpoint so many layers: the first, whose backward comes when the others' memory is free."""
-    getattr(model, ENABLE_CHECKPOINTING)(_CHECKPOINTING)
+    enable_checkpointing(model, **options)
     for index, layer in enumerate(decoder_layers(model).values()):
         layer.gradient_checkpointing = index < number
 

@@ -303,7 +303,7 @@ def _scaled(product, position: int) -> Computed | None:
     for node in nodes_before(other, _STEPS_TO_POWER) if other is not None else ():
         if type(node) is POWER and node.next_functions[0] == scaled.next_functions[0]:
             gate = kept_by(node, "self")
-            function = partial(torch.mul, other=number.item())
+            function = partial(torch.mul, other=number)
             return None if gate is None else Computed(function, Part(gate, f"What {node.name()} keeps"))
     return None
 

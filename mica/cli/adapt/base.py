@@ -46,7 +46,7 @@ def load(args: Namespace, source: Source, device: torch.device | None = None, to
     quantization = None
     if args.quantize is not None:
         if dtype == "auto":
-            dtype = _own_dtype(config, device)
+            dtype = own_dtype(config, device)
         quantization = _quantization(args.quantize, dtype)
 
     if source.is_gguf:
@@ -68,8 +68,11 @@ def load(args: Namespace, source: Source, device: torch.device | None = None, to
     return model
 
 
-def _own_dtype(config: PreTrainedConfig | None, device: torch.device) -> str:
-    """What ``--dtype auto`` means for a quantised base: as `loading.suit_processor` has it for others."""
+def own_dtype(config: PreTrainedConfig | None, device: torch.device) -> str:
+    """What ``--dtype auto`` means, where the checkpoint is not quantised.
+
+    For weights that are not quantised either `loading.suit_processor` does the same.
+    """
     dtype = getattr(config, "dtype", None) or torch.float32
     if device.type == "cpu" and not has_native(dtype):
         dtype = torch.float32

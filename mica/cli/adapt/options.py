@@ -119,6 +119,12 @@ _POSITIVE = number(float, 0)
 _NOT_NEGATIVE = number(float, 0, low_allowed=True)
 _SHARE = number(float, 0, 1)
 _SHARE_OR_0 = number(float, 0, 1, low_allowed=True)
+AUTO = "auto"
+
+
+def _memory(text: str) -> float | str:
+    return AUTO if text == AUTO else _POSITIVE(text)
+
 
 TABLE = (  # a string: the title of the group that begins there
     "model",
@@ -206,6 +212,13 @@ TABLE = (  # a string: the title of the group that begins there
     Option("max_grad_norm", "clip gradients to this norm; 0: never", "NORM", parse=_NOT_NEGATIVE),
     Option("optimizer", "by the Trainer's name (optim)", "NAME", "adamw_torch"),
     _switch("gradient_checkpointing", "recompute activations: less memory, slower", may_change=True),
+    Option(
+        "memory",
+        "do so in as few layers as a step needs to fit so many GiB; auto: all of the GPU's",
+        "GIB",
+        parse=_memory,
+        may_change=True,
+    ),
     Option("seed", "seed for the order of the blocks, dropout, and A of LoRA", "N", 0, count(0, 2**32)),
     "progress",
     Option(

@@ -19,6 +19,7 @@ from mica.cli.adapt import (
     config,
     corpus,
     folder,
+    memory,
     processes,
     run_yaml,
     summary,
@@ -38,6 +39,7 @@ class Inputs(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     data: corpus.Corpus
     checkpoint: Path | None
+    plan: memory.Plan | None
 
 
 def adapt(settings: Settings) -> int:
@@ -77,7 +79,8 @@ def _adapt(settings: Settings) -> int:
             if not args.resume:
                 processes.on_main(_write_settings, settings)  # says what this folder is, from now on
             model, data, facts = _loaded(settings, inputs)
-            session = training.Session(model, data, args, inputs.checkpoint)
+            checkpointed = processes.largest(inputs.plan.number) if inputs.plan else 0
+            session = training.Session(model, data, args, inputs.checkpoint, checkpointed)
         processes.on_main(_write_settings, settings)
         print(summary.ahead(model, data.amount(args, PartialState().num_processes)), flush=True)
 
@@ -112,12 +115,16 @@ def read(settings: Settings) -> Inputs:
 
     corpus.check(args)
     tokenizer = loading.load_tokenizer(source)
-    base.check(args, source)
+    config = base.check(args, source)
     _check_outline(settings, source, checkpoint)
+    plan = None
+    if args.memory is not None:
+        plan = memory.plan(args, config)
+        print(plan, flush=True)
 
     data = corpus.gather(args, tokenizer)
     print(data.describe(), flush=True)
-    return Inputs(source, tokenizer, data, checkpoint)
+    return Inputs(source, tokenizer, data, checkpoint, plan)
 
 
 def _check_outline(settings: Settings, source: loading.Source, checkpoint: Path | None) -> None:

@@ -179,7 +179,7 @@ def test_left_to_peft_with_a_reason(change, reason, monkeypatch):
     monkeypatch.setattr(known_peft, "left", {})
     if "small" in reason:
         monkeypatch.setattr(dora, "SMALL_WEIGHT", 2**18)
-        monkeypatch.setattr(recompute, "SMALL", 2**17)
+        monkeypatch.setattr(recompute, "MIN_NUMBERS", 2**17)
     model = adapted()
     change(model)
     x = torch.randn(5, 12)

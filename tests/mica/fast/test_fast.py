@@ -373,7 +373,7 @@ def test_the_route_of_x(monkeypatch):
 )
 def test_python_is_asked_how_a_large_x_was_made(x, more, is_asked, monkeypatch):
     monkeypatch.setenv("MICA_BACKEND", "reference")
-    monkeypatch.setattr(recompute, "SMALL", x.numel() + more)
+    monkeypatch.setattr(recompute, "MIN_NUMBERS", x.numel() + more)
     asked = []
     monkeypatch.setattr(recompute, "claim", asked.append)
     called(layer_of(), x)

@@ -80,13 +80,13 @@ def recomputed(monkeypatch):
     stock = recompute.arrange
     found = []
 
-    def input_of(x):
+    def arrange(x):
         computed = stock(x)
         if computed is not None:
             found.append((computed, x.detach().clone()))
         return computed
 
-    monkeypatch.setattr(recompute, "input_of", input_of)
+    monkeypatch.setattr(recompute, "arrange", arrange)
     mica.fast.enable(lora=True)
     yield found
     mica.fast.enable(lora=False)
@@ -101,6 +101,6 @@ def test_what_is_computed_again_is_what_was_there(name, recomputed, monkeypatch)
     for computed, x in recomputed:
         assert torch.equal(computed.value(None), x)
     ours = gradients(model, output)
-    monkeypatch.setattr(recompute, "SMALL", 2**62)  # where all x are saved
+    monkeypatch.setattr(recompute, "MIN_NUMBERS", 2**62)  # where all x are saved
     expected = gradients(model, model(**inputs).last_hidden_state)
     assert all(map(torch.equal, ours, expected))

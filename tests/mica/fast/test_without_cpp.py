@@ -14,7 +14,7 @@ from tests.support.models import net, randomise
 @pytest.fixture(autouse=True)
 def _inputs_are_small(monkeypatch):
     monkeypatch.setenv("MICA_NATIVE", "0")
-    monkeypatch.setattr(recompute, "SMALL", X.numel() + 1)
+    monkeypatch.setattr(recompute, "MIN_NUMBERS", X.numel() + 1)
 
 
 def adapted():
@@ -30,7 +30,7 @@ def adapted():
         (lambda patch: patch.setenv("MICA_BACKEND", "auto"), True),
         (lambda patch: patch.setenv("MICA_BACKEND", "reference"), False),
         (lambda patch: patch.delenv("MICA_NATIVE"), False),
-        (lambda patch: patch.setattr(recompute, "SMALL", X.numel()), False),
+        (lambda patch: patch.setattr(recompute, "MIN_NUMBERS", X.numel()), False),
         (lambda patch: mica.fast.enable(compute_dtype=torch.float32), False),
     ],
     ids=["small", "any path", "a path is demanded", "C++", "as large as it takes", "products in fp32"],
@@ -50,7 +50,7 @@ def test_explain_says_what_is_left_to_peft(change, is_left, monkeypatch):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_checkpoint_draws_the_same_mask_again(use_reentrant, small, monkeypatch):
     """Without gradients at first, or of a parameter whose detached copy comes the second time."""
-    monkeypatch.setattr(recompute, "SMALL", small)
+    monkeypatch.setattr(recompute, "MIN_NUMBERS", small)
     _, layer = adapted()
     found = []
     for call in layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("kept_y")
 @pytest.fixture(params=[0, 2**17], ids=["y is kept", "z is kept"])
 def kept_y(request, monkeypatch):
     """A large x, or a small one."""
-    monkeypatch.setattr(recompute, "SMALL", request.param)
+    monkeypatch.setattr(recompute, "MIN_NUMBERS", request.param)
     return request.param == 0
 
 

@@ -240,7 +240,7 @@ def test_a_norm_of_subnormal_numbers(make):
 @pytest.mark.parametrize(("small", "kept_more"), [(TOKENS * IN, 0), (TOKENS * IN + 1, 2)])
 def test_a_small_x_is_saved(small, kept_more, monkeypatch):
     """And so is act(G)."""
-    monkeypatch.setattr(recompute, "SMALL", small)
+    monkeypatch.setattr(recompute, "MIN_NUMBERS", small)
     layer, inputs = Layer(), leaves(FP32, FP32)
     made = lambda: gated(*inputs)  # noqa: E731
     assert kept_sizes(lambda _, x: layer(x), made, 1) == kept_more
