@@ -226,9 +226,9 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 def shorten(model: nn.Module, adapted: Iterable[nn.Module]) -> list[int]:
     """Leave one layer of each kind in the model; they keep their names. ``adapted``: modules.
 
-    The first layer is a kind of its own: the embeddings that it gets outlive it. The kind of the layer before
-    counts, too: a layer's call may have it keep less. Returns for each layer that was there the index of the
-    one that is left of its kind.
+    What the layer before is like counts, too: a layer's call may have it keep less. So the first layer is a
+    kind of its own; the embeddings that it gets outlive it. Returns for each layer that was there the index
+    of the one that is left of its kind.
     """
     decoder = model.get_decoder()
     adapted = set(adapted)
@@ -238,7 +238,7 @@ def shorten(model: nn.Module, adapted: Iterable[nn.Module]) -> list[int]:
     before = None
     for (name, layer), layer_type in zip(layers.items(), types, strict=True):
         inside = tuple(inner for inner, module in layer.named_modules() if module in adapted)
-        own = layer_type, before is None, repr(layer), inside
+        own = layer_type, repr(layer), inside
         kind = own, before
         before = own
         if kind in kinds:

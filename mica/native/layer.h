@@ -355,20 +355,16 @@ struct Layer : torch::autograd::Function<Layer> {
   // comes after that, as F.linear's does.
   static variable_list forward(
       AutogradContext* ctx, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
-      const OptionalTensor& base_output, const Operands& operands, const Numbers& numbers) {
+      const OptionalTensor& base_output, const Operands& operands, const Numbers& numbers, const Tensor* of_x) {
     const bool needs_x = x.requires_grad();
     const bool needs_A = lora_A.requires_grad();
     const bool has_token = operands.token.defined();
-    const bool needs_h = numbers.is_called || lora_B.requires_grad();
-    Tensor h = needs_h ? h_of(x, operands, numbers) : Tensor();
-    Tensor y = numbers.is_called ? y_of(x, h, operands) : placeholder(x, operands.weight.size(0));
+    const Tensor h = lora_B.requires_grad() ? *of_x : Tensor();
+    Tensor y = numbers.is_called ? y_of(x, *of_x, operands) : placeholder(x, operands.weight.size(0));
     ctx->set_materialize_grads(false);
     if (numbers.is_called && y.is_alias_of(*base_output)) {
       y = *base_output;
       ctx->mark_dirty({y});
-    }
-    if (!lora_B.requires_grad()) {
-      h = Tensor();
     }
     {
       const at::AutoGradMode with_grad(true);
@@ -394,7 +390,7 @@ struct Layer : torch::autograd::Function<Layer> {
     Saved saved{ctx->needs_input_grad(0), of(0, 0), tensors[1], tensors[2], of(3, 1), of(4, 2)};
     Tensor grad_output = grad_outputs[0];
     if (!grad_output.defined() && !grad_h.defined()) {
-      return variable_list(6);
+      return variable_list(7);
     }
     const Numbers numbers = saved_numbers(ctx);
     const Tensor grad_base = numbers.is_called ? grad_output : Tensor();
@@ -413,7 +409,7 @@ struct Layer : torch::autograd::Function<Layer> {
       below_autograd.emplace(); // PyTorch's calls take less time there
     }
     const variable_list grads = backward_of(grad_output, grad_h, saved, numbers);
-    return {grads[0], grads[1], grads[2], grad_base, Tensor(), Tensor()};
+    return {grads[0], grads[1], grads[2], grad_base, Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -432,15 +428,25 @@ inline Tensor layer(const Tensor& given_x, const Operands& operands) {
                         base_output.has_value(), operands.is_widened, dropout};
   const bool needs_grad = x.requires_grad() || operands.lora_A.requires_grad() || operands.lora_B.requires_grad() ||
       (base_output && base_output->requires_grad());
-  if (at::GradMode::is_enabled() && needs_grad) {
-    const variable_list outputs = Layer::apply(x, operands.lora_A, operands.lora_B, base_output, operands, numbers);
-    if (!base_output) {
-      const Tensor h = outputs.size() > 1 ? outputs[1] : h_of(x, operands, numbers);
-      outputs[0].set_data(y_of(x, h, operands));
-    }
-    return outputs[0];
+  if (!at::GradMode::is_enabled() || !needs_grad) {
+    return y_of(x, h_of(x, operands, numbers), operands);
   }
-  return y_of(x, h_of(x, operands, numbers), operands);
+  const bool saves_h = operands.lora_B.requires_grad();
+  const Tensor h = saves_h || base_output ? h_of(x, operands, numbers) : Tensor();
+  try {
+    const Tensor y = Layer::apply(x, operands.lora_A, operands.lora_B, base_output, operands, numbers, &h)[0];
+    if (!base_output) {
+      y.set_data(y_of(x, h.defined() ? h : h_of(x, operands, numbers), operands));
+    }
+    return y;
+  } catch (...) {
+    // A checkpoint ends its computation by an error while this node saves. Node and h would then hold each other, and
+    // through x all that was computed again, for good: a step of 12 layers lost 1 GB
+    if (saves_h) {
+      h.unsafeGetTensorImpl()->set_autograd_meta(nullptr);
+    }
+    throw;
+  }
 }
 
 } // namespace mica

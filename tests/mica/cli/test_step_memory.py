@@ -80,7 +80,7 @@ def prepared(model, adapter, checkpointed=0):
     model.enable_input_require_grads()
     if adapter is not None:
         model = models.wrap(model, rank=16, **{"targets": "all-linear", **adapter})
-    checkpoint_first(model, checkpointed)
+    checkpoint_first(model, checkpointed, preserve_rng_state=False)
     return model.train()
 
 

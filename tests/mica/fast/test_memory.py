@@ -5,6 +5,8 @@ import copy
 import peft
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     BertConfig,
@@ -100,3 +102,32 @@ def test_other_models_keep_no_more_than_without_an_adapter(name, init):
     mica.fast.enable(lora=True)
     model, bare = adapted_and_bare(config, BF16, init)
     assert kept(model, BF16, WIDTH) / kept(bare, BF16, WIDTH) <= limit
+
+
+OF_CHECKPOINTS = ["MiCA", "LoRA", "LoRA, dropout", "LoRA, hooked", "DoRA", "DoRA, dropout"]
+
+
+@pytest.mark.parametrize(
+    ("native", "how"), [*(("1", how) for how in OF_CHECKPOINTS), *(("0", how) for how in OF_CHECKPOINTS)]
+)
+def test_a_checkpointed_step_leaves_nothing(native, how, monkeypatch):
+    """A checkpoint ends its second forward by an error, in the node that saves the last tensor."""
+    monkeypatch.setenv("MICA_NATIVE", native)
+    method, *more = how.split(", ")
+    options = {"use_dora": method == "DoRA", "lora_dropout": 0.1 if "dropout" in more else 0.0}
+    lora = peft.LoraConfig(
+        r=4, init_lora_weights="mica" if method == "MiCA" else True, target_modules=["0", "1"], **options
+    )
+    bare = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)).requires_grad_(False)
+    model = peft.get_peft_model(bare, lora)
+    mica.fast.enable(lora=True)
+    if "hooked" in more:
+        bare[1].base_layer.register_forward_hook(lambda *_: None)
+    x = torch.randn(64, WIDTH, requires_grad=True)
+
+    def step():
+        checkpoint(model, x, use_reentrant=False, preserve_rng_state="dropout" in more).sum().backward()
+        x.grad = None
+        model.zero_grad()
+
+    assert alive_bytes(step) == 0
