@@ -73,7 +73,7 @@ def _refuse_exclusive(line: dict[str, object], file: dict[str, object]) -> None:
     if line.keys() >= {"held_out", "held_out_text"}:
         raise UsageError("--held-out and --held-out-text: use only one")
     if "memory" in line and line.get("gradient_checkpointing"):
-        raise UsageError("--memory and --gradient-checkpointing: use only one, which checkpoints all layers")
+        raise UsageError("--memory and --gradient-checkpointing: use only one; the latter checkpoints all")
 
 
 def _merged(*layers: dict[str, object]) -> dict[str, object]:

@@ -139,6 +139,7 @@ def test_resume_needs_no_more_than_the_folder():
     rows("""
 --steps 1 --epochs 1 => --steps and --epochs: use only one
 --held-out 0.1 --held-out-text a => --held-out and --held-out-text: use only one
+--memory 9 --gradient-checkpointing => --memory and --gradient-checkpointing: use only one
 --scheduler constant --warmup-ratio 0.1 => --warmup-ratio: scheduler 'constant' has no warmup; use
 --keep-best => --keep-best: needs --eval-steps
 --patience 5 => --patience: needs --eval-steps

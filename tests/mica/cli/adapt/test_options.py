@@ -18,7 +18,7 @@ eval_blocks=0 recipe=papers rank=0 rank=four alpha=0 alpha=1.5 dropout=-0.1 drop
 steps=0 steps=1.5 epochs=0 epochs=-1 epochs=nan batch_size=-1 batch_size=0 gradient_accumulation_steps=0
 learning_rate=0 learning_rate=nan learning_rate=inf scheduler=cosine_with_min_lr warmup_ratio=1
 warmup_ratio=-0.1 weight_decay=-1 max_grad_norm=-0.3 seed=-1 seed=4294967296 eval_steps=0 log_steps=0
-keep_best=3 patience=0 patience=1.5 save_steps=0
+keep_best=3 memory=0 memory=all patience=0 patience=1.5 save_steps=0
 trust_remote_code=3 experts=3 gradient_checkpointing=3 resume=3
 embedding_learning_rate=0 train_embeddings=3 steps=2147483648 epochs=1e10
 """
