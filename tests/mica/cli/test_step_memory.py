@@ -128,7 +128,7 @@ def check(case, config, real, tokens, tolerance):
         found = as_it_ran(record(counted, loss_of(counted, ids.to("meta"), in_chunks)))
     kept, peak = expected
     assert found.kept == pytest.approx(kept, rel=5e-3)
-    assert found.peak == pytest.approx(peak, rel=tolerance if bits else 5e-3)
+    assert found.peak == pytest.approx(peak, rel=tolerance if bits else 1e-2)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -140,8 +140,9 @@ def test_counted_is_measured(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ON_SMOLLM2)
 def test_counted_is_measured_on_smollm2(case):
-    # Without AVX512 bitsandbytes expands scales to fp32, which no GPU does: 3.5 MB of 137 MB
-    check(case, models.smollm2().config, models.smollm2(BF16), 512, tolerance=3e-2)
+    # Without AVX512 bitsandbytes expands scales to fp32 (3.5 MB of 137 MB), and dA of bfloat16 casts x (1.5 MB
+    # of 37 MB), which no GPU does
+    check(case, models.smollm2().config, models.smollm2(BF16), 512, tolerance=5e-2)
 
 
 WHOLE = {  # configuration, and which of its layers have other adapters
