@@ -140,7 +140,7 @@ def test_counted_is_measured(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ON_SMOLLM2)
 def test_counted_is_measured_on_smollm2(case):
-    # Without AVX512 bitsandbytes expands scales to fp32 (3.5 MB of 137 MB), and dA of bfloat16 casts x (1.5 MB
+    # Without AVX512 bitsandbytes expands scales to fp32 (3.5 MB of 137 MB) and dA of bfloat16 casts x (1.5 MB
     # of 37 MB), which no GPU does
     check(case, models.smollm2().config, models.smollm2(BF16), 512, tolerance=5e-2)
 
