@@ -311,11 +311,12 @@ def _text(explanation: Explanation) -> str:
 
 def _shown_path(row: Row) -> str:
     """On a CPU the reference path is the fast one, and nothing that a reader has to look into."""
-    return "operators (CPU)" if row.path == REFERENCE and row.reason == ON_A_CPU else row.path
+    is_fast = row.path == REFERENCE and row.reason.startswith(ON_A_CPU)
+    return "operators (CPU)" if is_fast else row.path
 
 
 def _shown_reason(row: Row) -> str:
-    return "" if row.reason == ON_A_CPU else row.reason
+    return row.reason.removeprefix(ON_A_CPU).removeprefix("; ")
 
 
 def _bypasses(rows) -> Iterator[str]:

@@ -47,11 +47,16 @@ def test_one_row_per_layer_in_a_table_that_aligns(monkeypatch):
 def test_on_a_cpu_the_table_shows_what_needs_no_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     choose.clear()
-    explanation = mica.fast.explain(net())
+    model = net()
+    explanation = mica.fast.explain(model)
     assert {row.path for row in explanation.rows} == {"reference"}
     *lines, totals = str(explanation).splitlines()
     assert [line.endswith("  operators (CPU)  -") for line in lines] == [False, True, True, True, True]
     assert totals == "4 layers: 4 operators (CPU)"
+    model.base_model.model.down.base_layer.weight.requires_grad_()
+    assert "  operators (CPU)  -      base layer called: the base weight is trainable\n" in str(
+        mica.fast.explain(model)
+    )
     choose.clear()
 
 
