@@ -163,7 +163,6 @@ def _relieve_before(node) -> None:
     for before in nodes_before(node, _NODES):
         if _norms and type(before) is PRODUCT:
             norms.narrow(before, "self", 0)
-            norms.narrow(before, "other", 1)
         elif attention.is_attention(before):
             attention.keep_less(before)
 
