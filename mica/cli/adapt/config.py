@@ -72,8 +72,6 @@ def _refuse_exclusive(line: dict[str, object], file: dict[str, object]) -> None:
         raise UsageError("--steps and --epochs: use only one")
     if line.keys() >= {"held_out", "held_out_text"}:
         raise UsageError("--held-out and --held-out-text: use only one")
-    if "memory" in line and line.get("gradient_checkpointing"):
-        raise UsageError("--memory and --gradient-checkpointing: use only one; the latter checkpoints all")
 
 
 def _merged(*layers: dict[str, object]) -> dict[str, object]:
@@ -125,6 +123,8 @@ def _check(values: dict[str, object], line: dict[str, object]) -> None:
     ``line``: what the command line had.
     """
     check_required(OPTIONS.values(), values)
+    if values["memory"] and values["gradient_checkpointing"]:
+        raise UsageError("--memory and --gradient-checkpointing: use only one; the latter checkpoints all")
     if "warmup_ratio" in line and values["scheduler"] == "constant":
         hint = "use 'constant_with_warmup' instead"
         raise UsageError(f"--warmup-ratio: scheduler 'constant' has no warmup; {hint}")
