@@ -1,9 +1,10 @@
-"""bitsandbytes' layers on the meta device: a model in 4 or 8 bits whose memory is counted."""
+"""bitsandbytes' configurations, and its layers on the meta device: a model whose memory is counted."""
 
 from argparse import Namespace
 from types import ModuleType
 from unittest.mock import patch
 
+import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -31,9 +32,19 @@ def quantisation(model: nn.Module, args: Namespace) -> BitsAndBytesConfig | None
         raise UsageError(f"{args.model}: {what}")
     if given is not None:
         return BitsAndBytesConfig.from_dict(given)
-    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    bits = {"load_in_4bit": args.bits == 4, "load_in_8bit": args.bits == 8}
-    return BitsAndBytesConfig(**bits, **nf4, bnb_4bit_compute_dtype=model.dtype)
+    return of_bits(args.bits, model.dtype)
+
+
+def of_bits(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """8 bits; or 4, nf4 with quantised scales, as QLoRA (arXiv 2305.14314), computing in ``dtype``."""
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def quantise(model: nn.Module, config: BitsAndBytesConfig) -> None:

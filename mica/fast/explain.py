@@ -309,14 +309,17 @@ def _text(explanation: Explanation) -> str:
     return "\n".join(printed)
 
 
-def _shown_path(row: Row) -> str:
+def _is_fast_on_cpu(row: Row) -> bool:
     """On a CPU the reference path is the fast one, and nothing that a reader has to look into."""
-    is_fast = row.path == REFERENCE and row.reason.startswith(ON_A_CPU)
-    return "operators (CPU)" if is_fast else row.path
+    return row.path == REFERENCE and row.reason.startswith(ON_A_CPU)
+
+
+def _shown_path(row: Row) -> str:
+    return "operators (CPU)" if _is_fast_on_cpu(row) else row.path
 
 
 def _shown_reason(row: Row) -> str:
-    return row.reason.removeprefix(ON_A_CPU).removeprefix("; ")
+    return row.reason.removeprefix(ON_A_CPU).removeprefix("; ") if _is_fast_on_cpu(row) else row.reason
 
 
 def _bypasses(rows) -> Iterator[str]:

@@ -352,15 +352,16 @@ struct Layer : torch::autograd::Function<Layer> {
   // lora_A, lora_B and base_output are the operands', given as arguments so that autograd sees them. {y}, or {y, h} where
   // lora_B is trained: an output, so that second derivatives reach x and lora_A through it. Where the base is not called
   // y is a placeholder: once all is saved, a checkpoint stops computing a layer again, so the product with the weight
-  // comes after that, as F.linear's does.
+  // comes after that, as F.linear's does. h_of_x: a pointer, which autograd does not take for an input; it may point to
+  // an undefined tensor where neither of the two needs it.
   static variable_list forward(
       AutogradContext* ctx, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
-      const OptionalTensor& base_output, const Operands& operands, const Numbers& numbers, const Tensor* of_x) {
+      const OptionalTensor& base_output, const Operands& operands, const Numbers& numbers, const Tensor* h_of_x) {
     const bool needs_x = x.requires_grad();
     const bool needs_A = lora_A.requires_grad();
     const bool has_token = operands.token.defined();
-    const Tensor h = lora_B.requires_grad() ? *of_x : Tensor();
-    Tensor y = numbers.is_called ? y_of(x, *of_x, operands) : placeholder(x, operands.weight.size(0));
+    const Tensor h = lora_B.requires_grad() ? *h_of_x : Tensor();
+    Tensor y = numbers.is_called ? y_of(x, *h_of_x, operands) : placeholder(x, operands.weight.size(0));
     ctx->set_materialize_grads(false);
     if (numbers.is_called && y.is_alias_of(*base_output)) {
       y = *base_output;

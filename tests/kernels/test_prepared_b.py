@@ -178,7 +178,7 @@ def test_not_kept_where_a_change_could_be_hidden(b, name):
     assert len(prepared_b.entries) == 0
 
 
-def test_recompute_beside_other_processes_until_a_module_is_sharded(b, gloo):
+def test_kept_beside_other_processes_until_a_module_is_sharded(b, gloo):
     """DDP writes B once, when it is made, and every write counts; FSDP2's do not."""
     first = b.prepare()
     assert b.prepare() is first

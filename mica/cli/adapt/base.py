@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.utils import is_bitsandbytes_available
 
 from mica.cli.adapt import fingerprint, processes
@@ -17,10 +17,12 @@ from mica.cli.adapt.folder import MARKER, SUMMARY, read_object
 from mica.cli.folder import is_unfinished
 from mica.cli.loading import Source, load_config, load_model, load_tokenizer
 from mica.cli.output import dtype_name, first_sentences, write_folder
+from mica.cli.quantising import of_bits
 from mica.cli.record import Record
 from mica.errors import UsageError
 from mica.paths.products import has_native
 
+BITS = {"nf4": 4, "int8": 8}  # by --quantize
 _CARD = "Converted by mica adapt from a GGUF file.\n"
 
 
@@ -47,7 +49,7 @@ def load(args: Namespace, source: Source, device: torch.device | None = None, to
     if args.quantize is not None:
         if dtype == "auto":
             dtype = own_dtype(config, device)
-        quantization = _quantization(args.quantize, dtype)
+        quantization = of_bits(BITS[args.quantize], getattr(torch, dtype))
 
     if source.is_gguf:
         processes.on_main(_convert, args, source, dtype, tokenizer)
@@ -77,18 +79,6 @@ def own_dtype(config: PreTrainedConfig | None, device: torch.device) -> str:
     if device.type == "cpu" and not has_native(dtype):
         dtype = torch.float32
     return dtype_name(dtype)
-
-
-def _quantization(kind: str, dtype: str) -> BitsAndBytesConfig:
-    """The configuration for ``--quantize``, which computes in ``dtype``."""
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(  # with quantised scales, as QLoRA (arXiv 2305.14314)
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-    )
 
 
 def check(args: Namespace, source: Source) -> PreTrainedConfig | None:

@@ -13,7 +13,6 @@ from mica.cli.fits import GIB, Setup, count_step
 from mica.cli.loading import find_device
 from mica.errors import UsageError
 
-_BITS = {"nf4": 4, "int8": 8}  # by --quantize
 _USABLE = 0.95  # of a GPU: its allocator rounds, and workspaces are not counted
 
 
@@ -75,7 +74,7 @@ def _options(args: Namespace, config: PreTrainedConfig | None) -> Namespace:
     return Namespace(
         **{name: getattr(args, name) for name in same},
         tokens=args.sequence_length,
-        bits=_BITS.get(args.quantize),
+        bits=base.BITS.get(args.quantize),
         loss="logits",
         dtype=dtype,
     )

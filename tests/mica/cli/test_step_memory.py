@@ -25,6 +25,7 @@ from mica.cli.step_memory import (
     record,
     shorten,
 )
+from mica.paths import products, reference_path
 from tests.support import models, no_products, quantised_models
 from tests.support.processor import has_instructions
 
@@ -58,9 +59,16 @@ ON_SMOLLM2 = CASES | {  # in a small model the peak of these is that of bitsandb
 }
 
 
+def fp32_sums(g, x):
+    return g.new_empty(g.shape[1], x.shape[1], dtype=torch.float32)
+
+
 @pytest.fixture(autouse=True)
 def settings(monkeypatch):
     has_instructions(True, monkeypatch)  # without them products are computed in float32
+    if not products.query(BF16):  # nor would C++ multiply gᵀ x: it casts x, 1.5 MB of 37, which no GPU does
+        monkeypatch.setenv("MICA_NATIVE", "0")
+        monkeypatch.setattr(reference_path, "_by_native", fp32_sums)
     yield
     mica.fast.enable(lora=False, recompute="norms")
 
@@ -128,7 +136,7 @@ def check(case, config, real, tokens, tolerance):
         found = as_it_ran(record(counted, loss_of(counted, ids.to("meta"), in_chunks)))
     kept, peak = expected
     assert found.kept == pytest.approx(kept, rel=5e-3)
-    assert found.peak == pytest.approx(peak, rel=tolerance if bits else 1e-2)
+    assert found.peak == pytest.approx(peak, rel=tolerance if bits else 5e-3)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -140,9 +148,8 @@ def test_counted_is_measured(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ON_SMOLLM2)
 def test_counted_is_measured_on_smollm2(case):
-    # Without AVX512 bitsandbytes expands scales to fp32 (3.5 MB of 137 MB) and dA of bfloat16 casts x (1.5 MB
-    # of 37 MB), which no GPU does
-    check(case, models.smollm2().config, models.smollm2(BF16), 512, tolerance=5e-2)
+    # Without AVX512 bitsandbytes expands scales to fp32, which no GPU does: 3.5 MB of 137 MB
+    check(case, models.smollm2().config, models.smollm2(BF16), 512, tolerance=3e-2)
 
 
 WHOLE = {  # configuration, and which of its layers have other adapters
