@@ -2,7 +2,7 @@
 
     z  = x Wᵀ + s·x Aᵀ Bᵀ             what the layer computes without its bias
     y  = g⊙z + bias, g = m / n        m (N) is trained; n (N), the norms of the rows of W + s·B·A, is a
-                                      constant for autograd
+       = g⊙(z + bias) + (1 − g)⊙bias  constant for autograd; where g is 1 this is z + bias to the last bit
     dz = g⊙dy
     dm = (Σ dy⊙z) / n                 summed over the tokens
 
@@ -43,12 +43,13 @@ _PART = 2**17  # numbers of a matrix on a CPU that are widened at a time: they f
 # ---------------------------------------------------------------------------------------------------
 
 
-def inverse_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """1 / n of each row of W + s·B·A (N), in fp32 at least, without gradients; 0 of a row without a norm.
+def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """n of each row of W + s·B·A (N), in fp32 at least, without gradients; ∞ of a row without a norm.
 
     n² = ‖w‖² + 2s·b·(A wᵀ) + s²·b (AAᵀ) bᵀ of the rows w and b of W and B. A 16-bit W is multiplied by A in
     its own dtype where the processor can: n is then off by 3e-5 where the update is as large as W. On a CPU
     rows that the update nearly cancels are computed plainly; elsewhere n of such a row may be off by 1 %.
+    Where the update is 0, as that of a fresh adapter, n is ‖w‖ to the last bit: √(‖w‖²) is, in binary.
 
     Args:
         weight: (N×K).
@@ -61,7 +62,7 @@ def inverse_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
         without = partial(torch.autocast, weight.device.type, enabled=False)
     with torch.no_grad(), without():
         norms = _row_norms(weight.detach(), lora_A.detach(), lora_B.detach(), scaling)
-        return inverse_of(norms)
+        return as_divisors(norms)
 
 
 def _row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -106,16 +107,29 @@ def plain_row_norms(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return torch.cat(norms)
 
 
-def inverse_of(norms: Tensor) -> Tensor:
-    """1 / n, and 0 where n is 0."""
-    return torch.where(norms == 0, 0, 1 / norms)
+def as_divisors(norms: Tensor) -> Tensor:
+    """n, and ∞ in place of 0."""
+    return norms.masked_fill(norms == 0, torch.inf)
 
 
-def factor_of(magnitude: Tensor, inverse: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """What z is multiplied by (N), in the dtype of the norms: g, or with dropout (g − 1) / (1 − p)."""
-    m = magnitude.to(inverse.dtype)
-    g = torch.where(inverse == 0, 1, (m + _SMALLEST * (m == 0)) * inverse)
+def factor_of(magnitude: Tensor, norms: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """What z is multiplied by (N), in the dtype of the norms: g, or with dropout (g − 1) / (1 − p).
+
+    g is exactly 1 where m is n, so that a fresh adapter changes no bit of y.
+    """
+    m = magnitude.to(norms.dtype)
+    g = torch.where(norms.isinf(), 1, (m + _SMALLEST * (m == 0)) / norms)
     return (g - 1) / (1 - dropout_p) if dropout_p else g
+
+
+def _factor_and_addend(
+    addend: Tensor | None, magnitude: Tensor, norms: Tensor, dropout_p: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """What z + bias is multiplied by, and what is added for y; with dropout, where y is added, z alone."""
+    factor = factor_of(magnitude, norms, dropout_p)
+    if addend is None or dropout_p:
+        return factor, addend
+    return factor, (1 - factor) * addend
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -175,34 +189,34 @@ def _empty_like(tensor: Tensor) -> Tensor:
 
 
 def scaled(
-    z_of: Callable[[Tensor], Tensor],
+    unscaled: Callable[[Tensor], Tensor],
     x: Tensor,
     operands: Sequence[Tensor],
     magnitude: Tensor,
-    inverse: Tensor,
+    norms: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """y = g⊙z + bias with z = ``z_of(x)``.
+    """y = g⊙z + bias with z + bias = ``unscaled(x)``.
 
     Args:
-        z_of: The layer without its bias: it returns a new, contiguous tensor, (..., N), which may be
-            overwritten. The backward may call it again.
+        unscaled: The layer as with plain LoRA, with its bias: it returns a new, contiguous tensor, (..., N),
+            which may be overwritten. The backward may call it again.
         x: The input, (..., K).
-        operands: The tensors that ``z_of`` saves beside x.
+        operands: The tensors that ``unscaled`` saves beside x.
         magnitude: m, (N).
-        inverse: 1 / n as `inverse_norms` returns it, (N).
+        norms: n as `row_norms` returns them, (N).
         bias: (N), frozen; None for none.
 
     Returns:
         (..., N) in the dtype of z. The gradient of m is summed in fp32 at least.
     """
     if _is_followed() or not (torch.is_grad_enabled() and magnitude.requires_grad):
-        return _multiplied(z_of(x), bias, magnitude, inverse)
+        return _multiplied(unscaled(x), bias, magnitude, norms)
     if x.numel() < recompute.MIN_NUMBERS:
-        return _KeepsZ.apply(z_of(x), bias, magnitude, inverse, 0.0)
+        return _KeepsZ.apply(unscaled(x), bias, magnitude, norms, 0.0)
 
     def layer(x: Tensor, *_) -> Tensor:
-        y = _KeepsY.apply(z_of, x, z_of(x), magnitude, inverse, bias)
+        y = _KeepsY.apply(unscaled, x, unscaled(x), magnitude, norms, bias)
         y.grad_fn.version = y._version
         return y
 
@@ -214,7 +228,7 @@ def corrected(
     x: Tensor,
     operands: Sequence[Tensor],
     magnitude: Tensor,
-    inverse: Tensor,
+    norms: Tensor,
     y: Tensor,
     dropout_p: float,
     seed: Tensor,
@@ -222,7 +236,8 @@ def corrected(
     """y + (g − 1)⊙z', with the z' of drop(x).
 
     Args:
-        z_of, x, operands, magnitude, inverse: As in `scaled`.
+        z_of: The layer as with plain LoRA, without bias and dropout, as ``unscaled`` otherwise.
+        x, operands, magnitude, norms: As in `scaled`.
         y: The layer with its bias and the dropout, a new tensor (..., N), which is overwritten.
         dropout_p: The probability, above 0, with which an element of x is dropped.
         seed: An int64 tensor of shape (1,), which determines the mask.
@@ -232,13 +247,13 @@ def corrected(
     """
     drop = partial(_dropped, dropout_p=dropout_p, seed=seed)
     if _is_followed() or not torch.is_grad_enabled():
-        return _multiplied(z_of(drop(x)), y, magnitude, inverse, dropout_p)
+        return _multiplied(z_of(drop(x)), y, magnitude, norms, dropout_p)
     computed = None
     if x.numel() >= recompute.MIN_NUMBERS:
         computed = recompute.Computed(drop, recompute.arrange(x) or recompute.Part(x.detach()))
     dropped = _Dropped.apply(x, dropout_p, seed)
     z = recompute.call(lambda x, *_: z_of(x), dropped, *operands, computed=computed)
-    return _KeepsZ.apply(z, y, magnitude, inverse, dropout_p)
+    return _KeepsZ.apply(z, y, magnitude, norms, dropout_p)
 
 
 def _is_followed() -> bool:
@@ -247,12 +262,12 @@ def _is_followed() -> bool:
 
 
 def _multiplied(
-    z: Tensor, addend: Tensor | None, magnitude: Tensor, inverse: Tensor, dropout_p: float = 0.0
+    z: Tensor, addend: Tensor | None, magnitude: Tensor, norms: Tensor, dropout_p: float = 0.0
 ) -> Tensor:
     """Where m needs no gradient, or PyTorch finds it."""
     if torch.is_grad_enabled() and z.requires_grad and not _is_followed():
-        return _KeepsZ.apply(z, addend, magnitude, inverse, dropout_p)
-    factor = factor_of(magnitude, inverse, dropout_p)
+        return _KeepsZ.apply(z, addend, magnitude, norms, dropout_p)
+    factor, addend = _factor_and_addend(addend, magnitude, norms, dropout_p)
     if not _is_followed():
         with no_autocast():
             return _multiply_add(z, factor, addend, z)
@@ -280,51 +295,51 @@ class _Dropped(torch.autograd.Function):
 
 
 class _KeepsZ(torch.autograd.Function):
-    """factor⊙z + addend: the bias (N) or None, and with dropout y (..., N), in whose place it is."""
+    """y of z + bias, z and the bias (N) or None; with dropout y + (g − 1)⊙z, in place of y, the addend."""
 
     @staticmethod
-    def forward(ctx, z, addend, magnitude, inverse, dropout_p):
+    def forward(ctx, z, addend, magnitude, norms, dropout_p):
         ctx.dropout_p = dropout_p
         out = addend if dropout_p else _empty_like(z)
         if dropout_p:
             ctx.mark_dirty(addend)
-        save(ctx, z if ctx.needs_input_grad[2] else None, magnitude, inverse)
+        save(ctx, z if ctx.needs_input_grad[2] else None, magnitude, norms, None if dropout_p else addend)
         with below_autograd(), no_autocast():
-            return _multiply_add(z, factor_of(magnitude, inverse, dropout_p), addend, out)
+            return _multiply_add(z, *_factor_and_addend(addend, magnitude, norms, dropout_p), out)
 
     @staticmethod
     def backward(ctx, dy):
-        z, magnitude, inverse = saved(ctx)
+        z, magnitude, norms, bias = saved(ctx)
         dz = dm = None
         with no_autocast():
             if ctx.needs_input_grad[0]:
-                dz = _grad_z(dy, factor_of(magnitude, inverse, ctx.dropout_p))
+                dz = _grad_z(dy, factor_of(magnitude, norms, ctx.dropout_p))
             if z is not None:
-                sums = _sums(dy, z, None, inverse.dtype)
-                dm = (sums * inverse / (1 - ctx.dropout_p)).to(magnitude.dtype)
+                sums = _sums(dy, z, bias, norms.dtype)
+                dm = (sums / (norms * (1 - ctx.dropout_p))).to(magnitude.dtype)
         return dz, dy if ctx.needs_input_grad[1] else None, dm, None, None
 
 
 class _KeepsY(torch.autograd.Function):
-    """g⊙z + bias, in place of z."""
+    """y in place of z, which is z + bias."""
 
     @staticmethod
-    def forward(ctx, z_of, x, z, magnitude, inverse, bias):
-        ctx.z_of = z_of
+    def forward(ctx, unscaled, x, z, magnitude, norms, bias):
+        ctx.unscaled = unscaled
         ctx.mark_dirty(z)
-        save(ctx, x, magnitude, inverse, bias, outputs=[z])
+        save(ctx, x, magnitude, norms, bias, outputs=[z])
         with below_autograd(), no_autocast():
-            return _multiply_add(z, factor_of(magnitude, inverse), bias, z)
+            return _multiply_add(z, *_factor_and_addend(bias, magnitude, norms), z)
 
     @staticmethod
     def backward(ctx, dy):
-        x, magnitude, inverse, bias, y = saved(ctx)
+        x, magnitude, norms, bias, y = saved(ctx)
         with no_autocast():
-            g = factor_of(magnitude, inverse)
+            g = factor_of(magnitude, norms)
             if y._version == ctx.version:
-                sums = _sums(dy, y, bias, inverse.dtype) / g
+                sums = _sums(dy, y, bias, norms.dtype) / g
             else:  # it has been edited
-                sums = _sums(dy, ctx.z_of(x), None, inverse.dtype)
-            dm = (sums * inverse).to(magnitude.dtype)
+                sums = _sums(dy, ctx.unscaled(x), bias, norms.dtype)
+            dm = (sums / norms).to(magnitude.dtype)
             dz = _grad_z(dy, g) if ctx.needs_input_grad[2] else None
         return None, None, dz, dm, None, None

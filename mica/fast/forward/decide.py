@@ -198,7 +198,8 @@ def _scaled(layer, name: str, adapter: Adapter, x: Tensor | None) -> Scaled | On
     bias = layer.base_layer.bias
     if not plain.why_called:
         (operands,) = plain.operands
-        plain.operands = [operands._replace(bias=None)]
+        if adapter.dropout_p:
+            plain.operands = [operands._replace(bias=None)]
         return Scaled(layer, adapter, magnitude, inner, plain, operands.weight, operands.bias)
     reason = why_not_frozen("base bias", bias)
     if class_of(layer) not in quantised_layers or reason is not None:

@@ -43,7 +43,7 @@ class Scaled(OnOperators):
         adapter: The adapter, as that of plain LoRA.
         magnitude: The norms that are trained, (out_features).
         inner: The layer as with plain LoRA.
-        plain: The same without dropout, and without the bias where the base layer is not called.
+        plain: The same without dropout; with it, without the bias where the base layer is not called.
         weight: The base weight, (out_features, in_features); None where it has to be dequantised.
         bias: That of the base layer; None for none.
     """
@@ -62,10 +62,10 @@ class Scaled(OnOperators):
     def __call__(self, x: Tensor) -> Tensor:
         lora_A, lora_B, scaling, dropout_p, _ = self.adapter
         weight = quantised.dequantise(self.layer, "the layer") if self.weight is None else self.weight
-        inverse = dora.inverse_norms(weight, lora_A, lora_B, scaling)
+        norms = dora.row_norms(weight, lora_A, lora_B, scaling)
         del weight  # a dequantised one
 
-        z_of = self._without_bias
+        z_of = self._without_bias if dropout_p else self.plain
         if is_autocast(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             z_of = torch.autocast(x.device.type, dtype)(z_of)  # the backward may call it
@@ -73,7 +73,7 @@ class Scaled(OnOperators):
                 x = autocast_to(x, dtype)
         tensors = (lora_A, lora_B, self.weight, self.bias)
         operands = [tensor for tensor in tensors if tensor is not None]
-        common = z_of, x, operands, self.magnitude, inverse
+        common = z_of, x, operands, self.magnitude, norms
         if dropout_p == 0.0:
             return dora.scaled(*common, self.bias)
         seed = drawn_seed(dropout_p, x.device)

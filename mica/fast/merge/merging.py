@@ -191,7 +191,7 @@ def _update_of(layer, adapter: str) -> Update:
         weight = layer.get_base_layer().weight
         norms = dora.plain_row_norms(weight.t() if transposed else weight, down, up)
         magnitude = layer.lora_magnitude_vector[adapter].weight.to(norms.device)
-        factor = dora.factor_of(magnitude, dora.inverse_of(norms)) * (magnitude != 0)
+        factor = dora.factor_of(magnitude, dora.as_divisors(norms)) * (magnitude != 0)
     return Update(up.unsqueeze(0), down.unsqueeze(0), transposed, factor)
 
 

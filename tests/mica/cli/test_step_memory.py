@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
 
 import mica.fast
+from mica.cli import step_memory
 from mica.cli.quantising import quantisation, quantise
 from mica.cli.step_memory import (
     ATTENTION,
@@ -20,6 +21,7 @@ from mica.cli.step_memory import (
     checkpoint_first,
     decoder_layers,
     dropout_of_devices,
+    kept_bytes,
     loss_of,
     memory,
     record,
@@ -150,6 +152,28 @@ def test_counted_is_measured(case):
 def test_counted_is_measured_on_smollm2(case):
     # Without AVX512 bitsandbytes expands scales to fp32, which no GPU does: 3.5 MB of 137 MB
     check(case, models.smollm2().config, models.smollm2(BF16), 512, tolerance=3e-2)
+
+
+def test_dropout_keeps_a_mask_of_bytes():
+    """On every device; a CPU's own keeps a mask of the dtype of x."""
+    x = torch.ones(8, 64, dtype=BF16, requires_grad=True)
+    output, mask = 2 * x.numel(), x.numel()
+    assert kept_bytes(nn.Dropout(0.1), lambda: F.dropout(x, 0.1)) == output + mask
+
+
+@pytest.mark.parametrize(
+    ("bits", "inner"),
+    [(4, 2 * 256 * 512), (8, 4 * TOKENS * 512)],  # the weight in 16 bits; the product in 32
+)
+def test_what_a_quantised_product_allocates_within(bits, inner):
+    model = outline(SMALL, bits)
+    x = torch.zeros(TOKENS, 256, dtype=BF16, device=model.device)
+    output = 2 * TOKENS * 512
+    with torch.no_grad(), step_memory._Alive() as alive:
+        y = model.model.layers[0].mlp.up_proj(x)
+        alive.end_part()
+    assert y.nbytes == output
+    assert alive.parts[0].peak >= inner + output
 
 
 WHOLE = {  # configuration, and which of its layers have other adapters

@@ -79,6 +79,16 @@ def test_merges_in_fp32_and_rounds_once_and_unmerges_to_the_bit(
         assert any(not torch.equal(weight, before[name]) for name, weight in weights(model).items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_only_weights_that_the_merged_ones_do_not_give_back_are_kept(kind, dtype):
+    model = trained(kind, dtype, scale=0.03)
+    model.merge_adapter()
+    layers = adapted_layers(model).values()
+    kept = sum(len(vars(layer)[merging.RECORDS]["default"].kept.values) for layer in layers)
+    assert 0 < kept < 0.5 * sum(stored(layer).numel() for layer in layers)
+
+
 def test_square_conv1d_is_merged_the_right_way_round_and_tied_weights_stay_tied():
     """Square, because there a transposed update fits too."""
     model = nn.ModuleDict({"conv": Conv1D(8, 8), "tied": Conv1D(8, 8)})

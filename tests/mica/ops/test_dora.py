@@ -1,5 +1,7 @@
 """DoRA's part of a layer against its definition in fp64: outputs, gradients, and what is kept for them."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -58,19 +60,20 @@ class Layer:
 
     def __call__(self, dropout_p=0.0, x=None):
         x = self.x if x is None else x
-        inverse = dora.inverse_norms(self.weight, self.lora_A, self.lora_B, SCALING)
+        norms = dora.row_norms(self.weight, self.lora_A, self.lora_B, SCALING)
         operands = self.weight, self.lora_A, self.lora_B
         if not dropout_p:
-            return dora.scaled(self.linear, x, operands, self.magnitude, inverse, self.bias)
+            unscaled = partial(self.linear, bias=self.bias)
+            return dora.scaled(unscaled, x, operands, self.magnitude, norms, self.bias)
         y = self.linear(x, self.bias, dropout_p)
-        return dora.corrected(self.linear, x, operands, self.magnitude, inverse, y, dropout_p, SEED)
+        return dora.corrected(self.linear, x, operands, self.magnitude, norms, y, dropout_p, SEED)
 
     def exact(self, dropout_p=0.0):
         """y and the gradients in fp64."""
         x, *trained = (t.detach().double().requires_grad_() for t in (self.x, *self.trained))
         mask = 1.0
         if dropout_p:
-            mask = dropout_keep(SEED, 2 * TOKENS, IN, dropout_p).view(x.shape) / (1 - dropout_p)
+            mask = dropout_keep(SEED, 2 * TOKENS, IN, dropout_p).view(x.shape).double() / (1 - dropout_p)
         bias = 0.0 if self.bias is None else self.bias.double()
         y = definition.dora(x, self.weight.double(), *trained[:2], SCALING, trained[2], bias, mask)
         return y, *gradients(y, x, *trained)
@@ -183,10 +186,10 @@ def test_second_derivatives_and_compiled_code_follow_the_formula(dropout_p):
     def function(x, lora_A, magnitude):
         layer.lora_A, layer.magnitude = lora_A, magnitude
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dora, "inverse_norms", lambda *_: fixed)
+            patch.setattr(dora, "row_norms", lambda *_: fixed)
             return layer(dropout_p, x)
 
-    fixed = dora.inverse_norms(layer.weight, layer.lora_A, layer.lora_B, SCALING)
+    fixed = dora.row_norms(layer.weight, layer.lora_A, layer.lora_B, SCALING)
     inputs = layer.x, layer.lora_A, layer.magnitude
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
     compiled = torch.compile(lambda: layer(dropout_p), backend="aot_eager", fullgraph=True)
@@ -213,9 +216,19 @@ def test_norms(dtype, tolerance, update):
     B[5] = weight[5] = 0
     weight, lora_A, B = weight.to(dtype), lora_A.to(wide), B.to(wide)
     exact = (weight.double() + SCALING * B.double() @ lora_A.double()).norm(dim=1)
-    inverse = dora.inverse_norms(weight, lora_A, B, SCALING)
-    assert inverse.dtype == wide
-    assert inverse[5] == exact[5] == 0
-    exact[5] = inverse[5] = 1
+    norms = dora.row_norms(weight, lora_A, B, SCALING)
+    assert norms.dtype == wide
+    assert norms[5] == torch.inf
+    assert exact[5] == 0
+    exact[5] = norms[5] = 1
     limit = tolerance if update != "cancels" else 20 * tolerance
-    assert (inverse.double() * exact - 1).abs().max() <= limit
+    assert (norms.double() / exact - 1).abs().max() <= limit
+
+
+@pytest.mark.parametrize("dtype", RELATIVE)
+def test_a_fresh_adapter_scales_nothing(dtype):
+    weight = torch.randn(2048, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
+    wide = torch.promote_types(dtype, FP32)
+    magnitude = torch.linalg.norm(weight.to(wide), dim=1)
+    norms = dora.row_norms(weight, torch.randn(4, 96), torch.zeros(2048, 4), SCALING)
+    assert dora.factor_of(magnitude, norms).eq(1).all()
