@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.support import tp_models
 from tests.support.models import adapted_layers, tiny_llama, wrap
 from tests.support.moe_models import BUILDERS, STACKS, wrap_experts
-from tests.support.training import FACTOR_A, STEPS, Run, batches, of_lora, optimizer_of, train
+from tests.support.training import FACTOR_A, STEPS, Run, batches, of_dora, of_lora, optimizer_of, train
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = "mica/fast/SETUPS.md"
@@ -301,5 +301,12 @@ TWO_PROCESSES: dict[str, list[Run]] = {
 TWO_PROCESSES |= {
     f"{LORA}DDP, FSDP2": [
         of_lora(run) for name in ("DDP", "FSDP2", "FSDP2, mixed precision") for run in TWO_PROCESSES[name]
+    ],
+}
+TWO_PROCESSES |= {
+    "DoRA (`enable(lora=True)`): DDP, FSDP2": [
+        of_dora(run)
+        for name in ("DDP", "FSDP2", "FSDP2, mixed precision", "FSDP2 with gradient checkpointing")
+        for run in TWO_PROCESSES[name]
     ],
 }

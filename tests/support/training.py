@@ -4,12 +4,14 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import mica.fast
+from mica.fast.forward import dora
 from tests.support.counts import whatever_language
 from tests.support.models import ADAPTERS, bases, randomise, tiny_llama, wrap
 from tests.support.tolerances import RELATIVE
@@ -82,15 +84,16 @@ class Run:
     adapter_dtype: torch.dtype = torch.float32
     trained: str = FACTOR_A  # in the names of all trained parameters
     said: dict[str, int] = field(default_factory=dict)  # text in a row of `explain` -> in how many
-    adapter: str = "MiCA"  # or "LoRA", which trains B, too
+    adapter: str = "MiCA"  # or "LoRA" or "DoRA", which train B, too
 
     def made(self) -> nn.Module:
-        is_lora = self.adapter == "LoRA"
-        mica.fast.enable(lora=is_lora)
-        if not is_lora:
+        mica.fast.enable(lora=self.adapter != "MiCA")
+        if self.adapter == "MiCA":
             return self.make(**self.config)
-        return randomise(self.make(**ADAPTERS["LoRA"], **self.config))
+        config = {**ADAPTERS["LoRA"], "use_dora": self.adapter == "DoRA", **self.config}
+        return randomise(self.make(**config))
 
+    @patch.object(dora, "SMALL_WEIGHT", 0)
     def done(self, rank: int = 0) -> dict:
         """`report` of it in this process."""
         torch.compiler.reset()
@@ -121,6 +124,12 @@ class Run:
 
 def of_lora(run: Run) -> Run:
     return replace(run, adapter="LoRA", trained=rf"{run.trained}|\.lora_B\.")
+
+
+def of_dora(run: Run) -> Run:
+    """Its operators and what autograd has of it."""
+    run = of_lora(run)
+    return replace(run, adapter="DoRA", trained=rf"{run.trained}|\.lora_magnitude_vector\.")
 
 
 def report(model, losses: Callable) -> dict:
@@ -168,7 +177,7 @@ def check(done, expected, run=None, steps=STEPS, path="reference"):
     assert len(done["rows"]) == layers
     for text, count in run.said.items():
         assert sum(text in row.reason for row in done["rows"]) == count, done["rows"]
-    assert done["moved"] == (list(done["B"]) if run.adapter == "LoRA" else [])
+    assert done["moved"] == ([] if run.adapter == "MiCA" else list(done["B"]))
     assert set(done["trained"].values()) == {run.adapter_dtype}
     assert all(re.search(run.trained, name) for name in done["trained"])
     assert len(done["A"]) >= layers
