@@ -48,6 +48,7 @@ KINDS = {
     "BERT": BertConfig(max_position_embeddings=TOKENS, **_NO_DROPOUT),
     "ViT": ViTConfig(**_NO_DROPOUT),
 }
+METHODS = {"LoRA": {}, "MiCA": {"init_lora_weights": "mica"}, "DoRA": {"use_dora": True}}
 
 
 def counted(config: PreTrainedConfig) -> dict[str, int]:
@@ -61,8 +62,8 @@ def counted(config: PreTrainedConfig) -> dict[str, int]:
         base = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation=ATTENTION)
     base.train().requires_grad_(False)
     found = {pages.WITHOUT: kept_bytes(base, _forward(base))}
-    for method, init in (("LoRA", True), ("MiCA", "mica")):
-        adapter = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=init)
+    for method, options in METHODS.items():
+        adapter = LoraConfig(r=16, target_modules="all-linear", **options)
         for way in pages.FITS[:3]:
             with nullcontext() if way == "here" else mica.fast.disabled():
                 model = get_peft_model(copy.deepcopy(base), adapter, low_cpu_mem_usage=True)

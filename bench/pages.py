@@ -178,7 +178,8 @@ def kinds(run: str) -> list[Row]:
     rows = []
     for model, found in raw(run).items():
         bare = found[WITHOUT]
-        ratios = {way: f"{size / bare:.2f}" for way, size in found.items() if way != WITHOUT}
+        ways = [way for way in found if way != WITHOUT and "MiCA, PEFT" not in way]
+        ratios = {way: f"{found[way] / bare:.2f}" for way in ways}
         rows.append([model, f"{bare / 2**20:,.0f} MiB", *ratios.values()])
     return [["", WITHOUT, *ratios], *rows]
 
