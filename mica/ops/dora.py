@@ -125,7 +125,10 @@ def factor_of(magnitude: Tensor, norms: Tensor, dropout_p: float = 0.0) -> Tenso
 def _factor_and_addend(
     addend: Tensor | None, magnitude: Tensor, norms: Tensor, dropout_p: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
-    """What z + bias is multiplied by, and what is added for y; with dropout, where y is added, z alone."""
+    """What z + bias is multiplied by (N), and the share of the bias (N) that makes up for its being scaled.
+
+    With dropout: what z is multiplied by, and y, the addend as it is.
+    """
     factor = factor_of(magnitude, norms, dropout_p)
     if addend is None or dropout_p:
         return factor, addend
