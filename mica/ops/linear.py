@@ -322,8 +322,8 @@ def _settled(kind: tuning.Kind, module: ModuleType | None, x, operands: Operands
 def _from_python(x, operands: Operands) -> Tensor:
     if operands.autocast_dtype is not None:
         x = autocast_to(x, operands.autocast_dtype)
-    needs_grad = x.requires_grad or operands.lora_A.requires_grad or operands.lora_B.requires_grad
-    if torch.is_grad_enabled() and needs_grad:
+    tensors = x, operands.lora_A, operands.lora_B, operands.base_output
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         with no_autocast():
             y, _ = _Linear.apply(_linear, x, *operands)
         return y

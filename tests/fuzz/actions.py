@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from peft.tuners.lora.variants import MiCALinearVariant
 from safetensors.torch import load_file, save_file
 
 import mica.fast
@@ -68,6 +69,8 @@ def configs(draw, kind: str, saves: bool = False):
         "fan_in_fan_out": False,
         "lora_dropout": draw(any_of(0.0, 0.0, 0.0, 0.3)) if not embeds and not mixture else 0.0,
     }
+    if config["init_lora_weights"] == "gaussian" and not embeds and not mixture:
+        config["use_dora"] = draw(FLAG)
     if draw(FLAG):
         config["rank_pattern"] = {targets[-1]: draw(any_of(1, 4))}
     if saves and draw(FLAG):
@@ -218,7 +221,8 @@ class Base(RuleBasedStateMachine):
     def merged(self):
         """Exact where the backend has merged, and MiCA adapters only."""
         for layer in layers(self.twins.ours).values():
-            plain = any(name not in layer.lora_variant for name in layer.merged_adapters)
+            variants = [layer.lora_variant.get(name) for name in layer.merged_adapters]
+            plain = any(not isinstance(variant, MiCALinearVariant) for variant in variants)
             plain |= bool(layer.merged_adapters) and not mica.fast.is_enabled()
             self.twins.exact &= not plain
             self.twins.is_lost |= plain

@@ -151,6 +151,14 @@ def check_experts(model: nn.Module, calls: dict[str, int], found: int, of_stacks
     assert at_least <= found <= expected, f"products of experts: {found}, by explain: {expected}"
 
 
+def _multiplies_twice(layer: LoraLayer) -> bool:
+    """Whether DoRA's base weight multiplies x, and what dropout leaves of it."""
+    return layer.training and any(
+        name in layer.lora_magnitude_vector and isinstance(layer.lora_dropout[name], nn.Dropout)
+        for name in layer.active_adapters
+    )
+
+
 def check_counts(model: nn.Module, calls: dict[str, int], counted: dict[str, int], autocast) -> None:
     """The operators that ran are those that `explain` says: ``calls`` of each layer in the forward."""
     expected = dict.fromkeys(("linear", "embedding", "linear_added"), 0)
@@ -167,6 +175,8 @@ def check_counts(model: nn.Module, calls: dict[str, int], counted: dict[str, int
             expected["embedding"] += count
             continue
         fused = "base layer called" not in row.reason
+        if _multiplies_twice(layer):
+            count *= 2
         expected["linear"] += count * adapters
         expected["linear_added"] += count * (adapters - fused)
     ran = {name: counted.get(name, 0) for name in expected}

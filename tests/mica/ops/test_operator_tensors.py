@@ -67,6 +67,24 @@ def test_a_gradient_that_arrives_lazily_negated(backend):
     torch.testing.assert_close(*grads)
 
 
+# -- what is tracked ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["x", "lora_A", "lora_B", "base_output"])
+def test_what_alone_needs_a_gradient_gets_it(backend, name):
+    """A base layer that is called may be all that is trained: its bias."""
+    p = problem((4,), 16, 24, 4, torch.float32)
+    tensors = {"x": p.x, "lora_A": p.lora_A, "lora_B": p.lora_B, "base_output": torch.randn(4, 24)}
+    leaf = tensors[name] = tensors[name].detach().clone().requires_grad_()
+    x, lora_A, lora_B, base_output = tensors.values()
+    expected = base_output + p.scaling * x @ lora_A.t() @ lora_B.t()
+    y = linear_eager(
+        x, None, lora_A, lora_B, p.scaling, None, None, 0.0, None, None, lora_B.requires_grad, base_output
+    )
+    grads = (torch.autograd.grad(output.square().sum(), leaf) for output in (y, expected))
+    torch.testing.assert_close(*grads)
+
+
 # -- what is saved ------------------------------------------------------------------------------------
 
 
