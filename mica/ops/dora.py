@@ -298,7 +298,10 @@ class _Dropped(torch.autograd.Function):
 
 
 class _KeepsZ(torch.autograd.Function):
-    """y of z + bias, z and the bias (N) or None; with dropout y + (g − 1)⊙z, in place of y, the addend."""
+    """y, where ``z`` holds z + bias and the addend is the bias (N) or None.
+
+    With dropout ``z`` is z', and the addend y, which becomes y + (g − 1)⊙z'.
+    """
 
     @staticmethod
     def forward(ctx, z, addend, magnitude, norms, dropout_p):
@@ -324,7 +327,7 @@ class _KeepsZ(torch.autograd.Function):
 
 
 class _KeepsY(torch.autograd.Function):
-    """y in place of z, which is z + bias."""
+    """y in place of ``z``, which holds z + bias."""
 
     @staticmethod
     def forward(ctx, unscaled, x, z, magnitude, norms, bias):

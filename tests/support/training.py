@@ -127,7 +127,7 @@ def of_lora(run: Run) -> Run:
 
 
 def of_dora(run: Run) -> Run:
-    """Its operators and what autograd has of it."""
+    """The same with DoRA, which trains the magnitudes, too."""
     run = of_lora(run)
     return replace(run, adapter="DoRA", trained=rf"{run.trained}|\.lora_magnitude_vector\.")
 

@@ -43,7 +43,8 @@ class Scaled(OnOperators):
         adapter: The adapter, as that of plain LoRA.
         magnitude: The norms that are trained, (out_features).
         inner: The layer as with plain LoRA.
-        plain: The same without dropout; with it, without the bias where the base layer is not called.
+        plain: The same without dropout. For an adapter that has some also without the bias, unless the base
+            layer is called.
         weight: The base weight, (out_features, in_features); None where it has to be dequantised.
         bias: That of the base layer; None for none.
     """

@@ -13,11 +13,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
 
 import mica.fast
-from mica.cli import step_memory
 from mica.cli.quantising import quantisation, quantise
 from mica.cli.step_memory import (
     ATTENTION,
     ChunkedLoss,
+    _Alive,
     checkpoint_first,
     decoder_layers,
     dropout_of_devices,
@@ -169,7 +169,7 @@ def test_what_a_quantised_product_allocates_within(bits, inner):
     model = outline(SMALL, bits)
     x = torch.zeros(TOKENS, 256, dtype=BF16, device=model.device)
     output = 2 * TOKENS * 512
-    with torch.no_grad(), step_memory._Alive() as alive:
+    with torch.no_grad(), _Alive() as alive:
         y = model.model.layers[0].mlp.up_proj(x)
         alive.end_part()
     assert y.nbytes == output
