@@ -1,4 +1,4 @@
-"""One MLP block, and one layer, with plain LoRA by the autograd functions of peers, on a CPU; r = 16.
+"""One MLP block, and one layer, with LoRA or DoRA by the autograd functions of peers, on a CPU; r = 16.
 
 Unsloth, axolotl and NeMo Automodel patch a model with these functions. They come from wheels in the folder
 that ``MICA_BENCH_PEERS`` names (`bench.suites.peers`); without it this suite is skipped. Each result is first
@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from bench.measure.clocks import seconds
 from bench.measure.machine import ON_ACCELERATOR
-from bench.results.names import BARE, FAST, PLAIN_LORA, STOCK, stock
+from bench.results.names import BARE, DORA, FAST, PLAIN_LORA, STOCK, stock
 from bench.suites import harness, peers
 from bench.suites.decoder import RANK, cast, work_on
 from bench.suites.harness import build_all, each, iterations
@@ -41,13 +41,14 @@ class Cell(harness.Cell):
     hidden: int
     intermediate: int = 0
     dtype: str = "bfloat16"
+    adapter: str = PLAIN_LORA
 
     @property
     def axes(self) -> dict[str, str | int]:
         return {
             "suite": "peers",
             "model": "MLP block" if self.intermediate else "layer",
-            "adapter": PLAIN_LORA,
+            "adapter": self.adapter,
             "tokens": TOKENS,
             "out": self.intermediate or self.hidden,
             "in": self.hidden,
@@ -57,10 +58,19 @@ class Cell(harness.Cell):
 
     @property
     def implementations(self) -> list[str]:
-        return [BARE, *stock(self.dtype), FAST, *PEERS]
+        of_peers = [name for name, peer in PEERS.items() if peer.has_dora or self.adapter != DORA]
+        return [BARE, *stock(self.dtype), FAST, *of_peers]
 
 
-CELLS = [Cell(576, 1536), Cell(576, 1536, "float32"), Cell(2048, 8192), Cell(576), Cell(2048)]
+CELLS = [
+    Cell(576, 1536),
+    Cell(576, 1536, "float32"),
+    Cell(2048, 8192),
+    Cell(576),
+    Cell(2048),
+    Cell(576, 1536, adapter=DORA),
+    Cell(576, 1536, "float32", DORA),
+]
 
 
 def bare_of(cell: Cell) -> nn.Module:
@@ -83,7 +93,7 @@ def setting(cell: Cell) -> Prepared:
     dtype = getattr(torch, cell.dtype)
     bare = bare_of(cell).to(dtype)
     targets = [name for name, layer in bare.named_modules() if isinstance(layer, nn.Linear)]
-    work = work_on(bare, (1, TOKENS, cell.hidden), PLAIN_LORA, targets, nn.Module.__call__)
+    work = work_on(bare, (1, TOKENS, cell.hidden), cell.adapter, targets, nn.Module.__call__)
     exact = work._replace(
         masters=copy.deepcopy(work.masters).double(),
         x=work.x.double(),

@@ -29,12 +29,14 @@ AMP = {
 class Peer(NamedTuple):
     """``mlp(model, x)`` of a model with gate_proj, up_proj and down_proj, and ``linear(layer, x)``.
 
-    ``has_masters``: whether its adapters may be in fp32 over a 16-bit base.
+    ``has_masters``: whether its adapters may be in fp32 over a 16-bit base; ``has_dora``: whether they may be
+    DoRA.
     """
 
     mlp: Callable[[nn.Module, Tensor], Tensor]
     linear: Callable[[nn.Module, Tensor], Tensor]
     has_masters: bool = True
+    has_dora: bool = False
 
 
 def factors(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -130,20 +132,37 @@ def _unsloth(wheel: Path) -> Peer:
 
 def _axolotl(wheel: Path) -> Peer:
     file = "axolotl/kernels/lora.py"
-    functions = _execute(wheel, file, "matmul_lora LoRA_MLP LoRA_O", dequantize=_as_it_is, nn=nn, **AMP)
+    functions = _execute(
+        wheel,
+        file,
+        "matmul_lora LoRA_MLP LoRA_O _lora_only _compute_dora_scale",
+        dequantize=_as_it_is,
+        nn=nn,
+        _should_use_triton_dora=lambda: False,
+        **AMP,
+    )
 
-    def operands(factors_of_one) -> tuple:
-        W, A, B, scaling = factors_of_one
-        return W, None, None, A, B, scaling, None, None
+    def operands(layer: nn.Module) -> tuple:
+        W, A, B, scaling = factors(layer)
+        return W, None, None, A, B, scaling, None, magnitude_of(layer)
 
     def mlp(model: nn.Module, x: Tensor) -> Tensor:
-        of_all = [operand for one in projections(model) for operand in operands(one)]
+        layers = model.gate_proj, model.up_proj, model.down_proj
+        of_all = [operand for layer in layers for operand in operands(layer)]
         return functions.LoRA_MLP.apply(x, None, *of_all, _swiglu, _swiglu_backward_gate_first, False)
 
     def linear(layer: nn.Module, x: Tensor) -> Tensor:
-        return functions.LoRA_O.apply(x, None, *operands(factors(layer)))
+        return functions.LoRA_O.apply(x, None, *operands(layer))
 
-    return Peer(mlp, linear)
+    def magnitude_of(layer: nn.Module) -> Tensor | None:
+        """Without its cached norm, which no longer holds after a training step."""
+        if not layer.lora_magnitude_vector:
+            return None
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        magnitude.__dict__.pop("_dora_cache", None)
+        return magnitude
+
+    return Peer(mlp, linear, has_dora=True)
 
 
 def _nemo(wheel: Path) -> Peer:

@@ -13,6 +13,7 @@ import mica.fast
 from bench.results import journal
 from bench.results.names import (
     BARE,
+    DORA,
     EIGH,
     FAST,
     FAST_ACTIVATIONS,
@@ -162,10 +163,14 @@ def test_losses_that_diverge_later_are_refused(monkeypatch):
     assert harness.refusals[STEP.name, FAST].startswith("a loss is")
 
 
-def test_plain_lora_trains_both_factors_and_runs_the_operators(lora):
-    setting = bench_step.setting(replace(STEP, adapter=PLAIN_LORA))
+@pytest.mark.parametrize("native", ["0", "1"])
+@pytest.mark.parametrize("adapter", [PLAIN_LORA, DORA])
+def test_all_that_an_adapter_trains_is_compared_and_the_operators_run(adapter, native, lora, monkeypatch):
+    monkeypatch.setenv("MICA_NATIVE", native)
+    setting = bench_step.setting(replace(STEP, adapter=adapter))
     assert setting.steps.keys() == {BARE, STOCK, FAST}
-    assert setting.steps[FAST].results().keys() == {"y", "dx", "dA", "dB"}
+    of_magnitudes = {"dm"} if adapter == DORA else set()
+    assert setting.steps[FAST].results().keys() == {"y", "dx", "dA", "dB"} | of_magnitudes
 
 
 @pytest.mark.parametrize(
@@ -218,10 +223,12 @@ def test_a_peer_that_is_wrong_gets_no_number(intermediate, monkeypatch, lora):
         return Peer(mlp, linear)
 
     monkeypatch.setattr(bench_peers, "PEERS", {"right 1.0": peer(0.0), "wrong 2.0": peer(1e-3)})
-    setting = bench_peers.setting(bench_peers.Cell(16, intermediate, "float32"))
+    cell = bench_peers.Cell(16, intermediate, "float32")
+    setting = bench_peers.setting(cell)
     assert [*setting.steps] == [BARE, STOCK, FAST, "right 1.0"]
     ((_, wrong),) = harness.refusals
     assert wrong == "wrong 2.0"
+    assert replace(cell, adapter=DORA).implementations == [BARE, STOCK, FAST]  # these peers have LoRA only
 
 
 # ---------------------------------------------------------------------------------------------------
