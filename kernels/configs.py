@@ -185,6 +185,10 @@ def is_x_first(
     return has_large_products and has_rows and is_aligned and not dropout
 
 
+# For what DoRA's backward needs of dy, on any target: a tile of it per program, read and written once.
+GRAD_MAGNITUDE = (Config(32, 128, 0, 4, 1),)
+
+
 # Up to this many rows of an expert, on average, its tiles are small: most of a large one would be empty.
 FEW_ROWS = 32
 

@@ -4,6 +4,7 @@ For each one: it compiles; no spills and no stack; tensor-core instructions are 
 registers; shared memory under the target's limit; no narrow global access in a main loop, which is one with
 tensor-core instructions and no loop inside. Narrow is below 128 bits, less where a case says so. A kernel
 without a main loop is one tile: all of its stores count, and all but a few of its loads (bias, seed, h).
+A kernel that adds up columns has no products.
 Where `grad_a` multiplies x first, its main loop has products of four warps and no synchronous load.
 
 AMD's targets, with 16-bit products: it compiles; no scratch memory; matrix instructions are there; shared
@@ -109,7 +110,7 @@ def inspect(target: str, case: Case, kernel) -> Finding:
         # with an address for each number, which Triton 3.6 keeps in up to 255: no spill is enough
         if finding.registers >= 255 and not case.shifted:
             finding.faults.append(f"{finding.registers} registers")
-    if not finding.tensor_core:
+    if case.has_products and not finding.tensor_core:
         finding.faults.append("no tensor-core instruction")
     if finding.shared > configs.SHARED_MEMORY[target]:
         finding.faults.append(f"{finding.shared} bytes of shared memory")
@@ -188,7 +189,8 @@ def _judge_widths(case: Case, main, accesses, finding: Finding) -> None:
         narrow = [access for access in narrow if any(first <= access[0] <= last for first, last in main)]
     else:
         loads = [access for access in narrow if not access[1]]
-        narrow = [access for access in narrow if access[1]] + loads[case.few_loads :]
+        stores = [access for access in narrow if access[1]]
+        narrow = stores[case.few_stores :] + loads[case.few_loads :]
     if narrow:
         finding.faults.append(
             f"{len(narrow)} narrow global accesses, such as {' '.join(narrow[0][3].split())}"

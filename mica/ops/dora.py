@@ -16,15 +16,15 @@ been edited in place. Where m is 0 and there is a bias, y says nothing of z, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from mica.ops import recompute
-from mica.ops.operator import as_matrix, below_autograd, like, no_autocast, save, saved
-from mica.paths import dropout
+from mica.ops.operator import as_matrix, below_autograd, like, no_autocast, run_formula, save, saved
+from mica.paths import columns, dropout
 from mica.paths.products import is_transformed, multiplies_itself, unrounded
 
 # Where n² is a smaller share of ‖w‖² + ‖s·bA‖² the update cancels most of the row, and n is computed from
@@ -35,7 +35,6 @@ CANCELLED = 0.1
 _SMALLEST = 2.0**-60
 
 _ROWS = 1024  # of a 16-bit weight whose wider copy is alive at a time
-_PART = 2**17  # numbers of a matrix on a CPU that are widened at a time: they fit into its cache
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -84,18 +83,19 @@ def _row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -
 def _squares_and_products(weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """‖w‖² of each row of the weight (N), and W Aᵀ (N×r), in the dtype of A."""
     is_wide = weight.dtype == A.dtype
-    multiplies_narrow = not is_wide and multiplies_itself(weight)
     squares, products = [], []
+    if not is_wide and multiplies_itself(weight):
+        # CUDA widens a number where it is read, PyTorch on a CPU all that it is given
+        for rows in weight.split(_ROWS) if weight.is_cpu else (weight,):
+            squares.append(torch.linalg.vector_norm(rows, dim=1, dtype=A.dtype).square())
+        factor = A.to(weight.dtype).t()
+        product = unrounded(weight, factor)
+        return torch.cat(squares), (weight @ factor).to(A.dtype) if product is None else product
+
     for rows in (weight,) if is_wide else weight.split(_ROWS):
         wide = rows.to(A.dtype)
         squares.append(torch.linalg.vector_norm(wide, dim=1).square())
-        if not multiplies_narrow:
-            products.append(wide @ A.t())
-    if multiplies_narrow:
-        factor = A.to(weight.dtype).t()
-        products = [unrounded(weight, factor)]
-        if products[0] is None:
-            products = [(weight @ factor).to(A.dtype)]
+        products.append(wide @ A.t())
     return torch.cat(squares), torch.cat(products)
 
 
@@ -133,57 +133,6 @@ def _factor_and_addend(
     if addend is None or dropout_p:
         return factor, addend
     return factor, (1 - factor) * addend
-
-
-# ---------------------------------------------------------------------------------------------------
-# matrices (M×N) of 16 bits and rows (N) of 32
-# ---------------------------------------------------------------------------------------------------
-
-
-def _parts(*tensors: Tensor) -> Iterator[Sequence[Tensor]]:
-    """The same rows of each tensor (..., N).
-
-    PyTorch widens whole operands of a mixed operation on a CPU: of 1024 x 1536 at once that takes ten times
-    as long.
-    """
-    matrices = [as_matrix(tensor) for tensor in tensors]
-    rows, columns = matrices[0].shape
-    step = max(1, _PART // max(1, columns))
-    if rows <= step or not matrices[0].is_cpu:
-        return iter([matrices])
-    return zip(*[matrix.split(step) for matrix in matrices], strict=True)
-
-
-def _multiply_add(z: Tensor, factor: Tensor, addend: Tensor | None, out: Tensor) -> Tensor:
-    """factor⊙z + addend, (..., N) or (N), rounded once, into ``out``, which may be z or the addend."""
-    if addend is None:
-        for part, to in _parts(z, out):
-            torch.mul(part, factor, out=to)
-        return out
-    for part, more, to in _parts(z, addend.expand_as(z), out):
-        torch.addcmul(more, part, factor, out=to)
-    return out
-
-
-def _sums(grad_output: Tensor, z: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Σ dy⊙(z − bias) over the tokens (N)."""
-    total = torch.zeros(z.shape[-1], dtype=dtype, device=z.device)
-    for dy, part in _parts(grad_output, z):
-        wide = part.to(dtype)
-        if bias is not None:
-            wide = wide - bias
-        total = total + (wide * dy).sum(0)
-    return total
-
-
-def _grad_z(grad_output: Tensor, factor: Tensor) -> Tensor:
-    if torch.is_grad_enabled():  # a second derivative follows it
-        return (grad_output * factor).to(grad_output.dtype)
-    return _multiply_add(grad_output, factor, None, _empty_like(grad_output))
-
-
-def _empty_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -278,6 +227,34 @@ def _multiplied(
     return (y if addend is None else y + addend).to(z.dtype)
 
 
+def _multiply_add(z: Tensor, factor: Tensor, addend: Tensor | None, out: Tensor) -> Tensor:
+    """``out``, with factor⊙z + addend in it: `columns.multiply_add` of (..., N), and of an addend (N)."""
+    if addend is not None and addend.dim() > 1:
+        addend = as_matrix(addend)
+    columns.multiply_add(as_matrix(z), factor, addend, as_matrix(out))
+    return out
+
+
+def _grads(
+    grad_output: Tensor, z: Tensor | None, bias: Tensor | None, factor: Tensor, needs_z: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dz = factor⊙dy (..., N) if it is needed, and Σ dy⊙(z − bias) over the tokens (N) if there is a z."""
+    dy = as_matrix(grad_output)
+    dz = sums = None
+    if torch.is_grad_enabled() and needs_z:  # a second derivative follows it
+        dz = (grad_output * factor).to(grad_output.dtype)
+    elif needs_z and z is not None:
+        tensors = (dy, z, factor) if bias is None else (dy, z, factor, bias)
+        dtypes = tuple(tensor.dtype for tensor in tensors)
+        dz, sums = run_formula(columns.grad_magnitude, dy, 1, dtypes, dy, as_matrix(z), factor, bias)
+        return like(grad_output.shape, dz), sums
+    elif needs_z:
+        dz = like(grad_output.shape, columns.scaled(dy, factor))
+    if z is not None:
+        sums = columns.sums_of_products(dy, as_matrix(z), bias, factor.dtype)
+    return dz, sums
+
+
 def _dropped(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     """keep⊙x: 1 / (1 − p) of it is in `factor_of`."""
     return like(x.shape, dropout.dropped(as_matrix(x), dropout_p, seed))
@@ -306,7 +283,7 @@ class _KeepsZ(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, addend, magnitude, norms, dropout_p):
         ctx.dropout_p = dropout_p
-        out = addend if dropout_p else _empty_like(z)
+        out = addend if dropout_p else torch.empty_like(z, memory_format=torch.contiguous_format)
         if dropout_p:
             ctx.mark_dirty(addend)
         save(ctx, z if ctx.needs_input_grad[2] else None, magnitude, norms, None if dropout_p else addend)
@@ -316,14 +293,12 @@ class _KeepsZ(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         z, magnitude, norms, bias = saved(ctx)
-        dz = dm = None
+        needs_z, needs_addend, *_ = ctx.needs_input_grad
         with no_autocast():
-            if ctx.needs_input_grad[0]:
-                dz = _grad_z(dy, factor_of(magnitude, norms, ctx.dropout_p))
-            if z is not None:
-                sums = _sums(dy, z, bias, norms.dtype)
-                dm = (sums / (norms * (1 - ctx.dropout_p))).to(magnitude.dtype)
-        return dz, dy if ctx.needs_input_grad[1] else None, dm, None, None
+            factor = factor_of(magnitude, norms, ctx.dropout_p)
+            dz, sums = _grads(dy, z, bias, factor, needs_z)
+            dm = None if sums is None else (sums / (norms * (1 - ctx.dropout_p))).to(magnitude.dtype)
+        return dz, dy if needs_addend else None, dm, None, None
 
 
 class _KeepsY(torch.autograd.Function):
@@ -342,10 +317,8 @@ class _KeepsY(torch.autograd.Function):
         x, magnitude, norms, bias, y = saved(ctx)
         with no_autocast():
             g = factor_of(magnitude, norms)
-            if y._version == ctx.version:
-                sums = _sums(dy, y, bias, norms.dtype) / g
-            else:  # it has been edited
-                sums = _sums(dy, ctx.unscaled(x), bias, norms.dtype)
-            dm = (sums / norms).to(magnitude.dtype)
-            dz = _grad_z(dy, g) if ctx.needs_input_grad[2] else None
+            is_edited = y._version != ctx.version
+            z = ctx.unscaled(x) if is_edited else y
+            dz, sums = _grads(dy, z, bias, g, ctx.needs_input_grad[2])
+            dm = (sums / norms if is_edited else sums / g / norms).to(magnitude.dtype)
         return None, None, dz, dm, None, None

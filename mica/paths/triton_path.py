@@ -27,10 +27,11 @@ from mica.kernels.common import fp32_setting
 from mica.kernels.down_projection import down_projection as down
 from mica.kernels.fused_linear import fused_linear
 from mica.kernels.grad_a import grad_a
+from mica.kernels.grad_magnitude import grad_magnitude as scale_and_sum
 from mica.kernels.launching import RecordedLaunches, layout
 from mica.kernels.prepared_b import prepare, prepare_experts
 from mica.kernels.up_projection import up_projection_
-from mica.paths import reference_path
+from mica.paths import columns, reference_path
 from mica.paths.operands import Operands
 
 # Dense and of experts: the layouts of the operands tell them apart.
@@ -141,6 +142,14 @@ def grad_b(
     if form == "mixed":
         return reference_path.grad_b(grad_output, h, dtype, grad_dtype)
     return grad_a(h, grad_output, rank=h.shape[1], out_dtype=dtype).t().contiguous()
+
+
+def grad_magnitude(
+    grad_output: Tensor, z: Tensor, factor: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `mica.paths.columns.grad_magnitude`."""
+    dz = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
+    return dz, scale_and_sum(grad_output, z, factor, dz, bias).sum(0)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -263,6 +272,7 @@ KERNELS = {
     reference_path.linear: linear,
     reference_path.linear_backward: linear_backward,
     reference_path.grad_b: grad_b,
+    columns.grad_magnitude: grad_magnitude,
     reference_path.experts_linear: experts_linear,
     reference_path.experts_linear_backward: experts_linear_backward,
     reference_path.experts_base: experts_base,

@@ -30,6 +30,7 @@ KERNELS: dict[str, tuple[Callable[..., float], dict]] = {
     "up of experts": (kernel_checks.up, {"route": "rows of none", "bias": True}),
     "grad_a of experts": (kernel_checks.grad_a, {"route": "tiles"}),
     "fused_linear": (kernel_checks.fused, {}),
+    "grad_magnitude": (kernel_checks.grad_magnitude, {}),
 }
 DENSE, EXPERTS = (
     ("down_projection", "up_projection", "grad_a"),
@@ -64,6 +65,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from _splits()
     yield from _of_lora_b()
     yield from _x_first()
+    yield from _of_magnitudes()
     yield from _configurations(target)
 
 
@@ -132,6 +134,15 @@ def _of_lora_b() -> Iterator[Case]:
             own = {"side": "B", "rank": rank, "width": width}
             yield Case("grad_a", name, own | {"tokens": tokens}, name == "bf16")
             yield Case("grad_a of experts", name, own, name == "bf16" and rank == 5)
+
+
+def _of_magnitudes() -> Iterator[Case]:
+    """DoRA's backward, whose factor is in fp32: tiles that are full, and such that are not."""
+    for name in ("bf16", "fp16", "fp32", "bf16 in fp32"):
+        for layout in LAYOUTS:
+            for tokens, width in ((33, 65), (64, 256)):
+                own = {"tokens": tokens, "width": width, "layout": layout, "bias": width == 65}
+                yield Case("grad_magnitude", name, own, name == "bf16")
 
 
 def _x_first() -> Iterator[Case]:

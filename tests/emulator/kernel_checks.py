@@ -12,6 +12,7 @@ import torch
 from mica.kernels.down_projection import down_projection
 from mica.kernels.fused_linear import fused_linear
 from mica.kernels.grad_a import grad_a as grad_a_
+from mica.kernels.grad_magnitude import grad_magnitude as grad_magnitude_
 from mica.kernels.limits import padded_columns
 from mica.kernels.prepared_b import padded as prepared
 from mica.kernels.up_projection import up_projection_
@@ -156,3 +157,17 @@ def fused(
         lambda sized: exact_fused(*map(sized, tensors), sized(bias) if is_forward else None, dropout, seed)
     )
     return judged(y, expected, size, x_dtype, torch.promote_types(x_dtype, dtype))
+
+
+def grad_magnitude(dtypes, width, tokens=70, layout="contiguous", bias=False):
+    y_dtype, factor_dtype, z_dtype = dtypes
+    dy, z = matrix(tokens, width, y_dtype, layout), matrix(tokens, width, z_dtype, layout)
+    factor, dz = matrix(1, width, factor_dtype)[0], torch.full_like(dy, float("nan"))
+    added = matrix(1, width, y_dtype)[0] if bias else None
+    sums = in_all_orders(lambda: grad_magnitude_(dy, z, factor, dz, added))
+    expected, size = of_numbers_and_sizes(
+        lambda sized: sized(dy.double()) * (sized(z.double()) + (sized(-added.double()) if bias else 0))
+    )
+    of_sums = judged(sums.double().sum(0).float(), expected.sum(0), size.sum(0), F32)
+    scaled = dy.double() * factor.double()
+    return max(of_sums, judged(dz, scaled, scaled.abs(), y_dtype))

@@ -12,7 +12,7 @@ from mica.paths import choose, triton_path  # noqa: F401  (its target_of is repl
 from tests.emulator import driver
 
 # Parameters that a launch may write; those that it must leave at 0
-OUTPUTS = ("out_ptr", "partial_ptr", "counter_ptr", "y_ptr", "grad_ptr")
+OUTPUTS = ("out_ptr", "partial_ptr", "counter_ptr", "y_ptr", "grad_ptr", "dz_ptr", "sums_ptr")
 LEFT_AT_ZERO = ("counter_ptr",)
 TOKENS = (9999, 1)  # many and few, of an expert too: tables differ
 

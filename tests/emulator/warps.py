@@ -81,15 +81,17 @@ def product(mods, instruction, count):
 
 
 def shuffle(mods, instruction, count):
-    """shfl.sync.idx of a whole warp."""
+    """shfl.sync of a whole warp: from the lane of a number (idx), or from the other of a pair (bfly)."""
     target, source, place, clamp, members = instruction.operands
-    if mods != ["sync", "idx", "b32"] or clamp != "31" or members != "-1":
+    if mods not in (["sync", "idx", "b32"], ["sync", "bfly", "b32"]) or clamp != "31" or members != "-1":
         return None
+    is_pair = mods[1] == "bfly"
     value, lane = reader(source, np.uint32, count), reader(place, np.uint32, count)
 
     def act(cta, mask):
         cta.warps(mask, instruction)
-        cta.put(target, value(cta)[cta.threads // 32 * 32 + lane(cta) % 32], mask)
+        lanes = (cta.threads % 32 ^ lane(cta)) if is_pair else lane(cta) % 32
+        cta.put(target, value(cta)[cta.threads // 32 * 32 + lanes], mask)
 
     return act
 

@@ -9,6 +9,7 @@ from mica.kernels import configs
 from mica.kernels.down_projection import down_projection
 from mica.kernels.fused_linear import fused_linear
 from mica.kernels.grad_a import grad_a
+from mica.kernels.grad_magnitude import grad_magnitude
 from mica.kernels.launching import Launch, PlannedCall
 from mica.kernels.up_projection import up_projection_
 
@@ -37,6 +38,8 @@ class Case:
     shifted: tuple[str, ...] = ()  # pointers that 16 does not divide
     load_bits: int = 128  # the narrowest load that a main loop may have
     few_loads: int = 4  # how many loads of any width a kernel without a main loop may have (seed, h)
+    has_products: bool = True  # of matrices, on tensor cores
+    few_stores: int = 0  # how many stores of any width it may have
     # Whether it was chosen for products of four warps, whose operands are loaded asynchronously
     is_asynchronous: bool = False
     is_quick: bool = True
@@ -48,7 +51,7 @@ def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 
 def cases(target: str) -> list[Case]:
     """All of them for one target."""
-    found = [*_odd(target)]
+    found = [*_odd(target), *_sums(target)]
     for name, (*dtypes, ranks) in DTYPES.items():
         for rank in ranks:
             # the other dtypes and ranks with the default configuration only
@@ -155,3 +158,21 @@ def _odd(target) -> Iterator[Case]:
         yield Case(kernel, "odd", call.bind()[1], is_aligned=False)
     of_B = grad_a.plan(empty(333, 13), y, rank=13, out_dtype=BF16, target=target)
     yield Case("grad_a", "odd, of B", of_B.bind()[1], is_aligned=False)
+
+
+def _sums(target) -> Iterator[Case]:
+    """The kernel without products: what it writes once a tile are sums, one number a thread."""
+    for name, tokens, width in (
+        ("bf16", 8192, 4096),
+        ("fp16", 8192, 4096),
+        ("fp32", 8192, 4096),
+        ("bf16", 333, 777),
+    ):
+        dtype = DTYPES[name][0]
+        if target in AMD and dtype is FP32:
+            continue
+        dy, bias = empty(tokens, width, dtype=dtype), empty(width, dtype=dtype)
+        call = grad_magnitude.plan(dy, dy, empty(width, dtype=FP32), dy, bias)
+        is_aligned = width % 16 == 0
+        label = name if is_aligned else "odd"
+        yield Case("grad_magnitude", label, call.bind()[1], is_aligned, has_products=False, few_stores=1)
