@@ -24,7 +24,6 @@ from mica.fast.forward.eligibility import (
     adapters_of,
     class_of,
     is_dora,
-    product_dtypes,
     quantised_layers,
     read_adapters,
     read_base,
@@ -123,8 +122,11 @@ class Adapted(OnOperators):
 
 def _dtypes(x: Input | None, operands: Operands) -> tuple[torch.dtype, torch.dtype]:
     """Those in which x and the low-rank products are multiplied."""
+    if x is not None and x.autocast_dtype is not None:
+        return x.autocast_dtype, x.autocast_dtype
     like_x = operands.lora_A if operands.weight is None else operands.weight
-    return product_dtypes(x, like_x.dtype, operands.lora_A.dtype)
+    dtype = like_x.dtype if x is None else x.dtype
+    return dtype, compute_dtype(dtype, operands.lora_A.dtype) or dtype
 
 
 def _kinds_of(operands: Operands, dtypes: tuple, x: Input | None) -> dict[str, Callable[[], Kind]]:

@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from mica.fast import known_peft
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.layer_calls import Input
-from mica.fast.settings import compute_dtype, settings
+from mica.fast.settings import settings
 from mica.memory import LAYER_TYPES
 from mica.paths import choose
 
@@ -94,22 +94,6 @@ class OnOperators:
         if self.why_called:
             reasons.append(f"base layer called: {self.why_called}")
         return path, "; ".join(reasons)
-
-
-def product_dtypes(
-    x: Input | None, default: torch.dtype, factor_dtype: torch.dtype
-) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes in which x and the low-rank products are multiplied.
-
-    Args:
-        x: What is known of x; None if nothing is.
-        default: The dtype of an x of which nothing is known.
-        factor_dtype: The dtype of lora_A and lora_B.
-    """
-    if x is not None and x.autocast_dtype is not None:
-        return x.autocast_dtype, x.autocast_dtype
-    dtype = default if x is None else x.dtype
-    return dtype, compute_dtype(dtype, factor_dtype) or dtype
 
 
 def own(cls: type[nn.Module], name: str = "forward") -> Callable | None:
