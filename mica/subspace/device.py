@@ -96,8 +96,7 @@ def _attempt(matrices: torch.Tensor, rank: int, name: str) -> list[MinorSubspace
     if triplets is None:
         return [None] * len(matrices)
     judgement = judge(state, triplets)
-    results: list[MinorSubspace | None] = [None] * len(matrices)
-    for index, is_certified in enumerate(judgement.certified.tolist()):
-        if is_certified:
-            results[index] = judgement.result(name, index)
-    return results
+    return [
+        judgement.result(name, index) if is_certified else None
+        for index, is_certified in enumerate(judgement.certified.tolist())
+    ]
