@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mica.subspace import krylov
 from mica.subspace.batched import BatchGram
@@ -61,7 +62,7 @@ def free_memory(device: torch.device) -> int:
     return module.mem_get_info(device)[0] + held
 
 
-def try_batch(matrices: torch.Tensor, rank: int) -> list[MinorSubspace | None]:
+def try_batch(matrices: Tensor, rank: int) -> list[MinorSubspace | None]:
     """The results of a batch on its device, without those that have to be left to the host.
 
     Args:
@@ -89,7 +90,7 @@ def batch_method(size: int, rank: int) -> str:
     return "krylov" if krylov.fits(size, rank) else "gram"
 
 
-def _attempt(matrices: torch.Tensor, rank: int, name: str) -> list[MinorSubspace | None]:
+def _attempt(matrices: Tensor, rank: int, name: str) -> list[MinorSubspace | None]:
     """The result of each matrix by that method; None where it fails or is not certified."""
     state = Problem(matrices, BatchGram, rank)
     triplets = BY[name](state)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from mica.subspace import threads
 from mica.subspace.cache import SubspaceCache
@@ -31,7 +32,7 @@ class Task:
     """
 
     name: str
-    weight: torch.Tensor
+    weight: Tensor
     rank: int
 
     @cached_property

@@ -25,6 +25,7 @@ from typing import TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
+from torch import Tensor
 
 from mica.subspace import lapack  # noqa: F401  (SciPy's library has to be loaded before the next line)
 
@@ -129,7 +130,7 @@ def one_pool() -> Iterator[None]:
         set_torch_threads(threads)
 
 
-def is_small(weight: torch.Tensor) -> bool:
+def is_small(weight: Tensor) -> bool:
     """Whether it is solved by one thread, beside others."""
     return weight.device.type == "cpu" and min(weight.shape) <= SMALL
 
