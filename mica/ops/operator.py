@@ -118,7 +118,7 @@ def run_formula(
     args = [_in_memory(arg) for arg in args]
     options = {} if kind is None else {"form": form}
     try:
-        result = triton_path.KERNELS[formula](*args, **options)
+        result = getattr(triton_path, name)(*args, **options)
     except triton_path.LaunchError as error:  # before anything ran: no operand has changed
         in_capture = isinstance(error, triton_path.NotLoadedError)
         # no capture permits the formulas of experts either: they wait for the device

@@ -1,5 +1,7 @@
 """The operators' bodies on Triton kernels: which kernels make up a formula of `mica.paths.reference_path`.
 
+A formula has the same name here.
+
     h  = down(x, A); y = x Wᵀ + bias by the vendor's library; y += h Bᵀ in place
     g  = down(dy, Bᵀ); dA = grad_a(g, x); dx = dy W by the vendor's library; dx += g A in place
     dB = grad_a(h, dy)ᵀ where B is trained
@@ -63,8 +65,8 @@ def linear(x: Tensor, operands: Operands, *, form: str = "split") -> tuple[Tenso
 
     h is None where no backward needs it: where lora_B is frozen for good.
     """
-    weight, lora_A, lora_B = operands.weight, operands.lora_A, operands.lora_B
-    scaling, dropout_p, bias = operands.scaling, operands.dropout_p, operands.bias
+    weight, lora_A, lora_B, scaling, bias, *_ = operands
+    dropout_p = operands.dropout_p
     dtype = operands.low_rank_dtype(x)
     key = layout(x), layout(lora_A), lora_B.shape[0], scaling, dtype, dropout_p, fp32_setting()
     steps = recorded_forward.get(key)
@@ -99,8 +101,8 @@ def linear_backward(
 
     Kernels sum dA in fp32 and write it in the dtype of lora_A, whatever the dtype of autocast.
     """
-    weight, lora_A, lora_B = operands.weight, operands.lora_A, operands.lora_B
-    scaling, dropout_p, seed = operands.scaling, operands.dropout_p, operands.seed
+    weight, lora_A, lora_B, scaling, *_ = operands
+    dropout_p, seed = operands.dropout_p, operands.seed
     compute_dtype = operands.low_rank_dtype(grad_output)
     key = layout(grad_output), layout(x), layout(lora_A), scaling, compute_dtype, dropout_p, fp32_setting()
     steps = recorded_backward.get(key)
@@ -155,16 +157,16 @@ _MOST_ELEMENTS = 2**31 - 1  # of x, and of y: with more, an illegal access was r
 
 def experts_linear(x: Tensor, offsets: Tensor, operands: Operands) -> tuple[Tensor, Tensor | None]:
     """As `mica.paths.reference_path.experts_linear`; h as in `linear`."""
-    lora_A, lora_B, scaling = operands.lora_A, operands.lora_B, operands.scaling
+    weight, lora_A, lora_B, scaling, bias, *_ = operands
     dtype = operands.low_rank_dtype(x)
     offsets = offsets.contiguous()
-    bias = None if operands.bias is None else operands.bias.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     tensors = layout(x), layout(offsets), layout(lora_A), layout(bias), lora_B.shape[1]
     key = *tensors, scaling, dtype, fp32_setting()
     numbers = {"scale": scaling, "compute_dtype": dtype}
     down, update = recorded_forward.get(key) or recorded_forward.record(key, numbers, {})
     h = down(x, lora_A, None, offsets)
-    y = base_product(x, offsets, operands.weight.transpose(1, 2))
+    y = base_product(x, offsets, weight.transpose(1, 2))
     factor = prepare_experts(lora_B, dtype, not operands.trains_B)
     y = update(y, h, factor, None, None, bias, offsets)
     return y, h[:, : operands.rank].contiguous() if operands.trains_B else None
@@ -184,7 +186,7 @@ def experts_linear_backward(
     grad_output: Tensor, x: Tensor | None, offsets: Tensor, operands: Operands, needs_x: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `mica.paths.reference_path.experts_linear_backward`."""
-    lora_A, lora_B, scaling = operands.lora_A, operands.lora_B, operands.scaling
+    weight, lora_A, lora_B, scaling, *_ = operands
     compute_dtype = operands.low_rank_dtype(grad_output)
     grad_x = grad_A = None
     offsets = offsets.contiguous()
@@ -198,9 +200,8 @@ def experts_linear_backward(
     if x is not None:
         grad_A = grad(g, x, None, offsets)
     if needs_x:
-        grad_x = update(
-            base_product(grad_output, offsets, operands.weight), g, lora_A, None, None, None, offsets
-        )
+        base = base_product(grad_output, offsets, weight)
+        grad_x = update(base, g, lora_A, None, None, None, offsets)
     return grad_x, grad_A
 
 
@@ -256,15 +257,3 @@ def _is_aligned(tensor: Tensor) -> bool:
         and not tensor.data_ptr() % 16
         and not any(size % numbers for size in sizes)
     )
-
-
-# A formula -> the same on kernels
-KERNELS = {
-    reference_path.linear: linear,
-    reference_path.linear_backward: linear_backward,
-    reference_path.grad_b: grad_b,
-    reference_path.experts_linear: experts_linear,
-    reference_path.experts_linear_backward: experts_linear_backward,
-    reference_path.experts_base: experts_base,
-    reference_path.experts_grad_b: experts_grad_b,
-}
