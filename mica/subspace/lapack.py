@@ -137,6 +137,10 @@ _dstedc = routine(cython_lapack, "dstedc", 11)
 _dormtr = routine(cython_lapack, "dormtr", 13)
 
 
+# The smallest eigenvalues (count), ascending, their vectors (n, count), and the largest eigenvalue ().
+Eigenpairs = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
 def _empty(rows: int, columns: int) -> np.ndarray:
     return np.empty((rows, columns), order="F")
 
@@ -247,8 +251,8 @@ def potrf(matrix: np.ndarray) -> bool:
     return True
 
 
-def smallest_eigenpairs(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The smallest eigenvalues (count), ascending, their vectors (n, count), and the largest eigenvalue ().
+def smallest_eigenpairs(matrix: np.ndarray, count: int) -> Eigenpairs:
+    """The smallest eigenpairs of a symmetric matrix, and its largest eigenvalue.
 
     Only the lower triangle of the symmetric ``matrix`` (n, n) is read. These are the steps of LAPACK's dsyevr
     and dsyevd; but dsyevr does not show the largest eigenvalue, and dsyevd would transform all vectors back
@@ -271,9 +275,7 @@ def smallest_eigenpairs(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.
     return values, vectors, largest
 
 
-def _by_division(
-    diagonal: np.ndarray, below: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _by_division(diagonal: np.ndarray, below: np.ndarray, count: int) -> Eigenpairs:
     """`smallest_eigenpairs` of a tridiagonal matrix, by divide and conquer of all; both are overwritten."""
     size = len(diagonal)
     vectors = _empty(size, size)
@@ -285,9 +287,7 @@ def _by_division(
     return diagonal[:count], vectors[:, :count].copy(order="F"), diagonal[-1, ...]
 
 
-def _by_bisection(
-    diagonal: np.ndarray, below: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def _by_bisection(diagonal: np.ndarray, below: np.ndarray, count: int) -> Eigenpairs | None:
     """`smallest_eigenpairs` of a tridiagonal matrix, by bisection and inverse iteration.
 
     None where LAPACK fails or finds fewer, as its inverse iteration may inside a cluster.
