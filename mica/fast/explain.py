@@ -208,8 +208,7 @@ def _decided(layer, outermost) -> OnPeft | OnOperators:
         return OnPeft(reason)
     if expert_params.is_wrapper(layer):
         return experts.decide_one(layer, outermost)
-    is_embedding = class_of(layer) is lora.Embedding
-    return decide.decide_embedding(layer) if is_embedding else decide.decide(layer)
+    return decide.decide(layer)
 
 
 def _why_not_entered(layer) -> str | None:
