@@ -28,7 +28,7 @@ class BatchGram:
         self.batch_shape = tall.shape[:-2]
         self.device = tall.device
         self._gram = _gram(tall)
-        self._inverse: Tensor | None = None
+        self._inverse = None
 
     def empty(self, count: int) -> Tensor:
         shape = (*self.batch_shape, self.size, count)

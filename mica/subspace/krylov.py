@@ -55,8 +55,8 @@ def fits(size: int, rank: int) -> bool:
 def _tridiagonal(gram, counts: set[int]) -> Iterator[Tensor]:
     """The projected matrix of plain Lanczos, (batch, steps, steps) on the host, after each count of steps."""
     vector = previous = random_block(gram, 1)
-    diagonal: list[Tensor] = []
-    below: list[Tensor] = []
+    diagonal = []
+    below = []
     for step in range(max(counts)):
         following = gram.apply(vector)
         if below:
@@ -129,7 +129,7 @@ def smallest_eigenpairs(gram, rank: int, limits: Bounds, eps: float) -> tuple[Te
     width = block_size(rank)
     most = max(1, min(MOST_STEPS, gram.size // width))
     first = min(FIRST_CHECK, most)
-    history: list[float] = []
+    history = []
     pairs = None
 
     def judge(basis: Tensor, projected: Tensor) -> int:

@@ -93,7 +93,7 @@ def solve_stack(weights: Tensor, rank: int) -> list[MinorSubspace]:
     """
     matrices = in_memory(weights.detach())
     with no_autocast():
-        results: list[MinorSubspace | None] = [None] * len(matrices)
+        results = [None] * len(matrices)
         if not is_on_host(matrices.device):
             results = []
             for batch in matrices.split(batch_size(*matrices.shape[-2:], matrices.device)):
@@ -108,9 +108,7 @@ def _check_weight(weight: Tensor) -> None:
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a torch.Tensor, but got {type(weight).__name__}.")
     if weight.layout is not torch.strided or weight.is_nested:
-        layout = f"layout {weight.layout}"
-        if weight.is_nested:
-            layout = "a nested one"
+        layout = "a nested one" if weight.is_nested else f"layout {weight.layout}"
         raise TypeError(f"weight must be a dense tensor, but got {layout}.")
     if weight.dtype not in FLOATING:
         raise TypeError(
