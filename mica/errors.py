@@ -1,4 +1,4 @@
-"""The errors that users meet, in one place."""
+"""The errors that users meet, in one place, and how others are quoted."""
 
 
 class UnsuitableLayerError(ValueError):
@@ -7,3 +7,8 @@ class UnsuitableLayerError(ValueError):
 
 class UsageError(ValueError):
     """Bad input to the command line: one clear line and exit status 2, no traceback."""
+
+
+def first_line(error: Exception) -> str:
+    """What a line that quotes the error says of it: its message may be long, or empty."""
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]

@@ -39,15 +39,13 @@ def row_checksums(matrix: Tensor, word: torch.dtype | None = None) -> Tensor:
     count = matrix.shape[1] * matrix.element_size() // word.itemsize
     odd = odd_numbers(count).to(matrix.device, non_blocking=True)
 
-    sums = []
-    for rows in matrix.split(_rows_at_a_time(matrix)):
-        sums.append(_weighted_sums(_as_words(rows, word).to(torch.int64), odd))
-    return torch.cat(sums)
+    parts = matrix.split(_rows_at_a_time(matrix))
+    return torch.cat([_weighted_sums(_as_words(rows, word).to(torch.int64), odd) for rows in parts])
 
 
 def _weighted_sums(words: Tensor, factors: Tensor) -> Tensor:
     """words @ factors, which PyTorch computes by one thread."""
-    if words.device.type != "cpu":  # where integers have no matrix product
+    if not words.is_cpu:  # a device has no matrix product of integers
         return (words * factors).sum(dim=1)
     module = native.module_if_built()
     if module is None:
@@ -76,9 +74,7 @@ def _word_of(matrix: Tensor) -> torch.dtype:
 
 
 def _rows_at_a_time(matrix: Tensor) -> int:
-    size = _DEVICE_CHUNK_BYTES
-    if matrix.device.type == "cpu":
-        size = _CHUNK_BYTES
+    size = _CHUNK_BYTES if matrix.is_cpu else _DEVICE_CHUNK_BYTES
     return max(1, size // max(1, matrix.shape[1] * matrix.element_size()))
 
 

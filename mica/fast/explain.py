@@ -82,7 +82,7 @@ class Explanation:
 
     def totals(self) -> str:
         """How many layers there are, and how many take each path: the line below the table."""
-        paths = Counter(map(_shown_path, self.rows))
+        paths = Counter(_shown(row).path for row in self.rows)
         parts = [", ".join(f"{count} {path}" for path, count in paths.items())]
         uncalled = sum(row.calls == 0 for row in self.rows)
         if uncalled:
@@ -208,8 +208,7 @@ def _decided(layer, outermost) -> OnPeft | OnOperators:
         return OnPeft(reason)
     if expert_params.is_wrapper(layer):
         return experts.decide_one(layer, outermost)
-    is_embedding = class_of(layer) is lora.Embedding
-    return decide.decide_embedding(layer) if is_embedding else decide.decide(layer)
+    return decide.decide(layer)
 
 
 def _why_not_entered(layer) -> str | None:
@@ -230,11 +229,11 @@ def _part_of(layer) -> str | None:
     """The part of the backend that the layer's forward is; None of a class over quantised weights."""
     if expert_params.is_wrapper(layer):
         return known_peft.EXPERTS
-    if class_of(layer) is lora.Embedding:
-        return known_peft.EMBEDDING
     kind = class_of(layer)
-    inherits = issubclass(kind, lora.Linear) and "forward" not in vars(kind)  # torchao's
-    return known_peft.LINEAR if kind is lora.Linear or inherits else None
+    if kind is lora.Embedding:
+        return known_peft.EMBEDDING
+    is_linear = kind.forward is lora.Linear.forward  # torchao's inherits it
+    return known_peft.LINEAR if is_linear else None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -273,24 +272,24 @@ def _checkpointed(modules: Mapping[str, nn.Module], layers: Collection[str]) -> 
 
 def _text(explanation: Explanation) -> str:
     """Aligned lines in the order of the layers, one for all equal rows; the long reasons, and the totals."""
-    rows = explanation.rows
+    rows = [_shown(row) for row in explanation.rows]
     if not rows:
         return "no adapted layers"
     equal: dict[Row, list[str]] = {}
     for row in rows:
         numberless = re.sub(r"\d+", "#", row.name)
         equal.setdefault(replace(row, name=numberless), []).append(row.name)
-    shared = Counter(_shown_reason(row) for row in equal)
+    shared = Counter(row.reason for row in equal)
     notes = [reason for reason, count in shared.items() if count > 1 and len(reason) > _LONG]
 
     lines = [_HEADER]
     for row, names in equal.items():
-        reason = _shown_reason(row)
+        reason = row.reason
         if reason in notes:
             reason = f"[{notes.index(reason) + 1}]"
         bypass = f"bypassed by {row.bypassed_by}" if row.calls == 0 and row.bypassed_by else ""
         calls = "-" if row.calls is None else str(row.calls)
-        cells = row.layer, row.adapter, _shown_path(row), calls, "; ".join(filter(None, (reason, bypass)))
+        cells = row.layer, row.adapter, row.path, calls, "; ".join(filter(None, (reason, bypass)))
         for pattern, count in patterns(names):
             lines.append((pattern + (f"  ×{count}" if count > 1 else ""), *cells))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -309,17 +308,12 @@ def _text(explanation: Explanation) -> str:
     return "\n".join(printed)
 
 
-def _is_fast_on_cpu(row: Row) -> bool:
-    """On a CPU the reference path is the fast one, and nothing that a reader has to look into."""
-    return row.path == REFERENCE and row.reason.startswith(ON_A_CPU)
-
-
-def _shown_path(row: Row) -> str:
-    return "operators (CPU)" if _is_fast_on_cpu(row) else row.path
-
-
-def _shown_reason(row: Row) -> str:
-    return row.reason.removeprefix(ON_A_CPU).removeprefix("; ") if _is_fast_on_cpu(row) else row.reason
+def _shown(row: Row) -> Row:
+    """The row in the table: on a CPU the reference path is the fast one, and nothing to look into."""
+    if row.path != REFERENCE or not row.reason.startswith(ON_A_CPU):
+        return row
+    reason = row.reason.removeprefix(ON_A_CPU).removeprefix("; ")
+    return replace(row, path="operators (CPU)", reason=reason)
 
 
 def _bypasses(rows) -> Iterator[str]:

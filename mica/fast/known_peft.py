@@ -213,8 +213,9 @@ def _outline(node) -> str:
         return "[" + ",".join(map(_outline, node)) + "]"
     if not isinstance(node, ast.AST):
         return repr(node)
-    fields = []
-    for name, value in ast.iter_fields(node):
-        if name not in _NO_RESULT and value is not None and value != []:
-            fields.append(f"{name}={_outline(value)}")
+    fields = [
+        f"{name}={_outline(value)}"
+        for name, value in ast.iter_fields(node)
+        if name not in _NO_RESULT and value not in (None, [])
+    ]
     return f"{type(node).__name__}({','.join(fields)})"

@@ -72,10 +72,11 @@ def set_state_dict(stock, model, peft_model_state_dict, adapter_name="default", 
     """
     result = stock(model, peft_model_state_dict, adapter_name, *args, **kwargs)
     created = {adapter.layer for adapter in uninitialised.get() or ()}
-    adapters = []
-    for name, layer in model.named_modules():
-        if is_mica(layer, adapter_name) and layer not in created:
-            adapters.append(NewAdapter(name, layer, adapter_name))
+    adapters = [
+        NewAdapter(name, layer, adapter_name)
+        for name, layer in model.named_modules()
+        if is_mica(layer, adapter_name) and layer not in created
+    ]
 
     _start_without_b(model, adapter_name, adapters, set(result.missing_keys), keeps_b=True)
     return result
@@ -104,9 +105,7 @@ def _start_without_b(
     outcome = "these layers keep the B that they had"
     if anew:
         outcome = "B was computed anew from the base weights"
-    others = ""
-    if len(orphaned) > 1:
-        others = f" and {len(orphaned) - 1} more layers"
+    others = f" and {len(orphaned) - 1} more layers" if len(orphaned) > 1 else ""
     warnings.warn(
         f"the checkpoint of adapter {name!r} has A but no B of {orphaned[0]}{others}, so {outcome}. That is "
         "the B that A was trained with only if this package made it, on this very base: stock PEFT's differs "

@@ -177,14 +177,9 @@ def _other_body(patch: Patch) -> str | None:
     return known_peft.difference(name, known_peft.QUANTISED[name])
 
 
-class _Installed(NamedTuple):
-    owner: object
-    name: str
-    before: object  # what the owner's __dict__ held
-
-
 _ABSENT = object()
-_installed: list[_Installed] = []
+# The owner of each replaced function, its name, and what the owner's __dict__ held
+_installed: list[tuple[object, str, object]] = []
 
 
 def _attribute(patch: Patch) -> object | None:
@@ -214,19 +209,16 @@ class Comparison(NamedTuple):
     Attributes:
         refused: Why PEFT is left as it is.
         left: Why PEFT's own code runs a part of the backend, by the name of the part.
-        optional: Why functions are not replaced that need not be.
-        patches: The other patches, which are made.
+        patches: Those that are made: none of these parts, nor of functions that need not be there and differ.
     """
 
     refused: list[str]
     left: dict[str, list[str]]
-    optional: list[str]
     patches: list[Patch]
 
 
 def compare() -> Comparison:
     refused = []
-    optional = []
     matching = []
     left = {}
     if peft.__version__ not in known_peft.KNOWN:
@@ -239,9 +231,7 @@ def compare() -> Comparison:
             left.setdefault(patch.part, []).append(text)
         elif patch.required:
             refused.append(text)
-        else:
-            optional.append(text)
-    return Comparison(refused, left, optional, [patch for patch in matching if patch.part not in left])
+    return Comparison(refused, left, [patch for patch in matching if patch.part not in left])
 
 
 def is_installed() -> bool:
@@ -283,7 +273,7 @@ def _replace(owner, patch: Patch) -> None:
         setattr(owner, patch.name, replacement)
     else:  # a static or class method
         setattr(owner, patch.name, type(attribute)(replacement))
-    _installed.append(_Installed(owner, patch.name, before))
+    _installed.append((owner, patch.name, before))
 
 
 def uninstall() -> None:

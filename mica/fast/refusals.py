@@ -38,9 +38,7 @@ def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged 
             lost; or it is split among processes, where PEFT multiplies parts with whole tensors.
     """
     base_layer = layer.get_base_layer()
-    called = f"this {type(base_layer).__name__} layer"
-    if name:
-        called = f"layer {name!r}"
+    called = f"layer {name!r}" if name else f"this {type(base_layer).__name__} layer"
     if tensor_parallel.plan_of(base_layer) is not None:
         raise ValueError(
             f"MiCA cannot be {verb} {called} under tensor parallelism: save the adapter, and merge it in a "

@@ -61,7 +61,14 @@ def check_operands(
         if name in ("weight", "bias") and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must be frozen (requires_grad=False), but it requires a gradient.")
     limits.same_device(**given, seed=seed)
-    _check_dtypes(given)
+    dtype_of_x = given["x"].dtype
+    for name in ("weight", "bias"):
+        if name not in given or is_autocast(given[name].device.type):
+            continue
+        dtype = given[name].dtype
+        if dtype != dtype_of_x:
+            differ = f"{name} is {dtype} and x {dtype_of_x}"
+            raise TypeError(f"{name} must have the dtype of x outside autocast, but {differ}.")
     if compute_dtype is not None and compute_dtype not in FLOATING:
         raise TypeError(f"compute_dtype must be a floating dtype, but it is {compute_dtype}.")
     limits.dropout(dropout_p, seed)
@@ -79,13 +86,3 @@ def _check_shape(tensor: str, shape: tuple, names: list[str], sizes: dict[str, o
         fits = sizes.setdefault(name, size) == size and fits
     if not fits:
         raise ValueError(f"{tensor} must be ({', '.join(names)}){known}, but it is {shape}.")
-
-
-def _check_dtypes(given: dict[str, Tensor]) -> None:
-    for name in ("weight", "bias"):
-        if name not in given or is_autocast(given[name].device.type):
-            continue
-        dtype, dtype_of_x = given[name].dtype, given["x"].dtype
-        if dtype != dtype_of_x:
-            differ = f"{name} is {dtype} and x {dtype_of_x}"
-            raise TypeError(f"{name} must have the dtype of x outside autocast, but {differ}.")

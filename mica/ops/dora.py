@@ -101,10 +101,8 @@ def _squares_and_products(weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 def plain_row_norms(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """‖w + b A‖ of each row, from W (N×K), A (r×K) and B (N×r), in the dtype of A and B."""
-    norms = []
-    for w, b in zip(weight.split(_ROWS), B.split(_ROWS), strict=True):
-        norms.append(torch.addmm(w.to(A.dtype), b, A).norm(dim=1))
-    return torch.cat(norms)
+    parts = zip(weight.split(_ROWS), B.split(_ROWS), strict=True)
+    return torch.cat([torch.addmm(w.to(A.dtype), b, A).norm(dim=1) for w, b in parts])
 
 
 def as_divisors(norms: Tensor) -> Tensor:

@@ -48,24 +48,24 @@ def _embedding_fake(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype
     return lora_A.new_empty(*indices.shape, lora_B.shape[0], dtype=compute_dtype or lora_A.dtype)
 
 
-def _embedding_backward_fake(grad_output, indices, lora_A, lora_B, scaling, padding_idx):
+def _embedding_backward_fake(grad_output, indices, lora_A, *_):
     return lora_A.new_empty(lora_A.shape)
 
 
 class _MicaEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run, indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
-        ctx.scaling, ctx.padding_idx = scaling, padding_idx
+    def forward(ctx, run, indices, lora_A, lora_B, *numbers):
+        ctx.scaling, ctx.padding_idx, _ = numbers
         save(ctx, indices, without_values(lora_A), lora_B)
         with below_autograd():
-            return run(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
+            return run(indices, lora_A, lora_B, *numbers)
 
     @staticmethod
     def backward(ctx, grad_output):
         tensors = grad_output, *saved(ctx)
         args = *tensors, ctx.scaling, ctx.padding_idx
         grad_A = run_backward(torch.ops.mica.embedding_backward, _embedding_backward, tensors, *args)
-        return None, None, grad_A, None, None, None, None
+        return None, None, grad_A, *[None] * 4
 
 
 def _cast(device_type, indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):

@@ -182,11 +182,9 @@ class _ExpertsLinear(torch.autograd.Function):
         operands, tokens, inverse = _split(args, _FORWARD)
         _, needs_x, _, _, needs_A, needs_B = ctx.needs_input_grad[:6]
         ctx.set_materialize_grads(False)
-        ctx.scaling, ctx.compute_dtype, ctx.num_tokens = (
-            operands.scaling,
-            operands.low_rank_dtype(x),
-            x.shape[0],
-        )
+        ctx.scaling = operands.scaling
+        ctx.compute_dtype = operands.low_rank_dtype(x)
+        ctx.num_tokens = x.shape[0]
         ctx.trains_B = operands.trains_B or needs_B
         with below_autograd():
             y, h = run(x, offsets, *operands[:_OPERANDS], tokens, inverse, ctx.trains_B)

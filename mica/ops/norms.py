@@ -116,7 +116,7 @@ def narrow(product, name: str, position: int) -> Computed | None:
         return None
     if wide._version or identity(same) != identity(wide):
         return None
-    computed = Computed(torch.Tensor.float, Part(wide.to(before.dtype), _INPUT))
+    computed = Computed(Tensor.float, Part(wide.to(before.dtype), _INPUT))
     for relieved in getattr(product, f"_raw_saved_{name}"), square._raw_saved_self:
         relieve(relieved, computed)
     return computed
@@ -135,7 +135,7 @@ def in_one_pass(x: Computed) -> Computed | None:
         return None
     normed, rounded_to = normed.uncast()
     rstd, h = normed.factors()
-    if h is None or h.function is not torch.Tensor.float or rounded_to not in (None, torch.bfloat16):
+    if h is None or h.function is not Tensor.float or rounded_to not in (None, torch.bfloat16):
         return None
     (narrow,) = h.parts
     return Computed(partial(norm, rounds=rounded_to is not None), weight, narrow, rstd)

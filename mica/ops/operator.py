@@ -125,8 +125,7 @@ def run_formula(
         has_no_other_way = in_capture and name.startswith("experts_")
         if is_given or has_no_other_way or choose.requested() == "triton":
             raise
-        note = choose.note_missed if in_capture else choose.give_up
-        note(tensor.device, function, rank, dtypes, error)
+        choose.give_up(tensor.device, function, rank, dtypes, error, in_capture)
         return formula(*args)
     call_counts[f"{name}_kernels"] += 1
     return result
@@ -189,11 +188,9 @@ def save(ctx, *tensors: Tensor | None, outputs: Sequence[Tensor | None] = ()) ->
     edit in place is still reported. Where a gradient is needed autograd follows it, for second derivatives.
     It is a view, which knows its base: the kernels' copy of B is kept for that. A view takes 1 µs.
     """
-    aliases = []
     torch._C._set_grad_enabled(True)  # `torch.enable_grad` takes 0.5 µs more
     try:
-        for tensor in tensors:
-            aliases.append(None if tensor is None else tensor.view_as(tensor))
+        aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
         ctx.save_for_backward(*aliases, *outputs)  # autograd knows an output by its identity
     finally:
         torch._C._set_grad_enabled(False)  # as it is in every forward

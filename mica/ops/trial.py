@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
+from mica.errors import first_line
 from mica.native.build import say
 from mica.ops.operator import call_counts, in_form
 from mica.paths import tuning
@@ -69,14 +70,14 @@ def _measured(
     def leave_out(form: str, error: Exception) -> None:
         nonlocal has_memory
         has_memory = has_memory and not isinstance(error, torch.OutOfMemoryError)
-        warnings.warn(f"MiCA leaves out the form {form!r} of {kind}: {_line(error)}", stacklevel=2)
+        warnings.warn(f"MiCA leaves out the form {form!r} of {kind}: {first_line(error)}", stacklevel=2)
 
     try:
         with _unseen():
             forward, backward = _rounds(kind, _scratch(kind, x, operands), calls, leave_out)
     except Exception as error:  # whatever keeps the reference path from running on scratch operands
         what = f"MiCA runs {kind} on the reference path, as it could not be measured"
-        warnings.warn(f"{what}: {_line(error)}", stacklevel=2)
+        warnings.warn(f"{what}: {first_line(error)}", stacklevel=2)
         return tuning.UNMEASURED
     layer = Layer(*tuning.chosen(forward, backward), date.today().isoformat())
     seconds = tuning.clock() - start
@@ -85,10 +86,6 @@ def _measured(
     say(f"measured in {seconds:.1f} s how {kind} runs on {where}: {found}")
     # another process may find the memory
     return layer if has_memory else layer._replace(day="")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
 @contextmanager

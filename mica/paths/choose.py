@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mica import native
+from mica.errors import first_line
 from mica.kernels import runtime
 from mica.kernels.limits import DTYPES, MAX_RANK, names_of
 from mica.paths import products, tuning
@@ -167,25 +168,28 @@ def demand_error(choice: Choice) -> RuntimeError:
 
 
 def give_up(
-    device: torch.device, function: str, rank: int, dtypes: tuple[torch.dtype, ...], error: Exception
+    device: torch.device,
+    function: str,
+    rank: int,
+    dtypes: tuple[torch.dtype, ...],
+    error: Exception,
+    in_capture: bool = False,
 ) -> None:
-    """Use no kernels for this function with such operands from now on; a warning names it and the reason."""
-    text = (str(error).strip() or type(error).__name__).partition("\n")[0]
+    """Use no kernels for this function with such operands from now on; a warning names it and the reason.
+
+    ``in_capture``: a CUDA graph is captured, which alone runs without them.
+    """
     what = f"{function} at rank {rank} ({names_of(dtypes)})"
+    if in_capture:
+        warnings.warn(
+            f"MiCA runs {what} on the reference path in a CUDA graph on {device}: {error}", stacklevel=2
+        )
+        return
+    text = first_line(error)
     _given_up[device, function, rank, dtypes] = f"{what} was given up: {text}"
     _choices.clear()
     failed = f"the Triton kernel for {what} failed on {device}"
     warnings.warn(f"{failed}; PyTorch computes it from now on: {text}", stacklevel=2)
-
-
-def note_missed(
-    device: torch.device, function: str, rank: int, dtypes: tuple[torch.dtype, ...], error: Exception
-) -> None:
-    """Warn that this function with such operands runs without kernels in a CUDA graph."""
-    what = f"{function} at rank {rank} ({names_of(dtypes)})"
-    warnings.warn(
-        f"MiCA runs {what} on the reference path in a CUDA graph on {device}: {error}", stacklevel=2
-    )
 
 
 def clear() -> None:

@@ -82,8 +82,8 @@ def _scaled_product(left: Tensor, factor: Tensor, scaling: float, dtype: torch.d
     if scaling == 1.0:
         return addmm(None, (_cast(left, dtype), _cast(factor, dtype)))
     if left.shape[0] < factor.shape[0] and _is_exact(scaling, dtype):
-        return addmm(None, (_cast(left, dtype), _cast(factor, dtype))).mul_(scaling)
-    return addmm(None, (_cast(left, dtype), _cast(factor * scaling, dtype)))
+        return _scaled_product(left, factor, 1.0, dtype).mul_(scaling)
+    return _scaled_product(left, factor * scaling, 1.0, dtype)
 
 
 def _is_exact(scaling: float, dtype: torch.dtype) -> bool:

@@ -338,7 +338,7 @@ def timed(
         The seconds of a call in each round, by form.
     """
     expected = calls[REFERENCE]()
-    rounds: Rounds = {}
+    rounds = {}
     for form, call in calls.items():
         with _left_out(form, rounds, leave_out):
             _check(call(), expected, tolerance)

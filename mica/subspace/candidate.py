@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mica.subspace import krylov
 from mica.subspace.certificate import ROUNDING, certify
@@ -26,7 +27,7 @@ class Problem:
         rank: The number of vectors that are requested.
     """
 
-    def __init__(self, weight: torch.Tensor, gram_of: Callable[[torch.Tensor], object], rank: int):
+    def __init__(self, weight: Tensor, gram_of: Callable[[Tensor], object], rank: int):
         self.basis_is_long = weight.shape[-2] > weight.shape[-1]  # the requested vectors are on the long side
         self.tall = weight if self.basis_is_long else weight.mT
         self.gram = gram_of(self.tall)
@@ -46,10 +47,10 @@ class Candidate(NamedTuple):
         null_count: How many of the vectors the weight does not determine, as in ``MinorSubspace``.
     """
 
-    basis: torch.Tensor
-    short_vectors: torch.Tensor
-    singular_values: torch.Tensor
-    norm: torch.Tensor
+    basis: Tensor
+    short_vectors: Tensor
+    singular_values: Tensor
+    norm: Tensor
     resolved: bool = False
     null_count: int = 0
 
@@ -64,11 +65,11 @@ class Judged(NamedTuple):
         null_count: As in ``MinorSubspace``, the same for the whole batch.
     """
 
-    basis: torch.Tensor
-    singular_values: torch.Tensor
-    certified: torch.Tensor
-    energy_excess: torch.Tensor
-    resolution: torch.Tensor
+    basis: Tensor
+    singular_values: Tensor
+    certified: Tensor
+    energy_excess: Tensor
+    resolution: Tensor
     null_count: int
 
     def result(self, method: str, index=...) -> MinorSubspace:
@@ -84,9 +85,7 @@ class Judged(NamedTuple):
         )
 
 
-def candidate(
-    problem: Problem, values: torch.Tensor, vectors: torch.Tensor, norm: torch.Tensor
-) -> Candidate | None:
+def candidate(problem: Problem, values: Tensor, vectors: Tensor, norm: Tensor) -> Candidate | None:
     """The singular triplets of the weight from eigenpairs of its Gram matrix.
 
     ``values`` (batch, rank), on the host, ascend; ``vectors`` are (batch, short, rank), orthonormal;
@@ -151,14 +150,12 @@ def judge(problem: Problem, triplets: Candidate) -> Judged:
     )
 
 
-def signs_of(basis: torch.Tensor) -> torch.Tensor:
+def signs_of(basis: Tensor) -> Tensor:
     """The sign of each column's entry of largest magnitude (the first one of several): (batch, 1, rank)."""
     return basis.gather(-2, basis.abs().argmax(dim=-2, keepdim=True)).sign()
 
 
-def energy_of(
-    problem: Problem, triplets: Candidate, basis: torch.Tensor, signs: torch.Tensor
-) -> torch.Tensor:
+def energy_of(problem: Problem, triplets: Candidate, basis: Tensor, signs: Tensor) -> Tensor:
     """‖weightᵀ basis‖², (batch); an upper bound where it comes from the Gram."""
     if problem.basis_is_long:
         return transposed_image(problem.tall, basis).square().sum((-2, -1))

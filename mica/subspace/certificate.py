@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mica.subspace.krylov import residual_of, resolution
 
@@ -25,13 +26,13 @@ class Certificate(NamedTuple):
         read: The other tensors that were read from the device at the same time.
     """
 
-    passed: torch.Tensor
-    deficit: torch.Tensor
-    ritz_sum: torch.Tensor
-    read: tuple[torch.Tensor, ...] = ()
+    passed: Tensor
+    deficit: Tensor
+    ritz_sum: Tensor
+    read: tuple[Tensor, ...] = ()
 
 
-def certify(gram, vectors: torch.Tensor, norm: torch.Tensor, *along: torch.Tensor) -> Certificate:
+def certify(gram, vectors: Tensor, norm: Tensor, *along: Tensor) -> Certificate:
     """Bound how far ``vectors`` (batch, n, r), orthonormal, are from the r smallest eigenpairs of ``gram``.
 
     ``gram`` is a ``HostGram`` or a ``BatchGram``, whose factor is overwritten; ``norm`` (batch) is ‖C‖, or

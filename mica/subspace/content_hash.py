@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from torch import Tensor
 
 from mica.memory import in_memory
 from mica.row_checksums import WORDS, row_checksums
 
 
 @torch.no_grad()
-def content_hash(weight: torch.Tensor) -> str:
+def content_hash(weight: Tensor) -> str:
     """64 hexadecimal digits for the bits of ``weight`` (out_features, in_features), its shape and dtype.
 
     It hashes a sum of each row (``row_checksums``), of 64 bits each: a change of a single number, or of signs

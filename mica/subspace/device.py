@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mica.subspace import krylov
 from mica.subspace.batched import BatchGram
@@ -61,7 +62,7 @@ def free_memory(device: torch.device) -> int:
     return module.mem_get_info(device)[0] + held
 
 
-def try_batch(matrices: torch.Tensor, rank: int) -> list[MinorSubspace | None]:
+def try_batch(matrices: Tensor, rank: int) -> list[MinorSubspace | None]:
     """The results of a batch on its device, without those that have to be left to the host.
 
     Args:
@@ -89,15 +90,14 @@ def batch_method(size: int, rank: int) -> str:
     return "krylov" if krylov.fits(size, rank) else "gram"
 
 
-def _attempt(matrices: torch.Tensor, rank: int, name: str) -> list[MinorSubspace | None]:
+def _attempt(matrices: Tensor, rank: int, name: str) -> list[MinorSubspace | None]:
     """The result of each matrix by that method; None where it fails or is not certified."""
     state = Problem(matrices, BatchGram, rank)
     triplets = BY[name](state)
     if triplets is None:
         return [None] * len(matrices)
     judgement = judge(state, triplets)
-    results: list[MinorSubspace | None] = [None] * len(matrices)
-    for index, is_certified in enumerate(judgement.certified.tolist()):
-        if is_certified:
-            results[index] = judgement.result(name, index)
-    return results
+    return [
+        judgement.result(name, index) if is_certified else None
+        for index, is_certified in enumerate(judgement.certified.tolist())
+    ]

@@ -106,7 +106,7 @@ class Meeting:
         now = time.monotonic()
         deadline = now + TIMEOUT.total_seconds() + 2 * (now - self._since)
         key = f"{self._key}/message {self._exchanges}"
-        messages = [None for _ in self._processes]
+        messages = [None] * self.size
         messages[self.rank] = message
         try:
             self._send(f"{key} of {self.rank}", message)
@@ -136,8 +136,7 @@ class Meeting:
             return None
         pieces = [f"{key}/{piece}" for piece in range(int(self._store.get(key)))]
         content = b"".join(map(self._store.get, pieces))
-        others = len(self._processes) - 1
-        if self._store.add(f"{key}/received", 1) == others:
+        if self._store.add(f"{key}/received", 1) == self.size - 1:
             for piece in pieces:
                 self._store.delete_key(piece)
         return pickle.loads(content)
@@ -178,8 +177,7 @@ def run_shared(
     share = share_of(tasks, meeting.rank, meeting.size)
     mine = [index for index in share if not tasks[index].weight.is_meta]
     solved: dict[int, tuple[str, MinorSubspace]] = {}
-    failure: Exception | None = None
-    notice: str | None = None
+    failure = notice = None
     try:
         for index, result in run_tasks(tasks, mine, device=device, cache=cache):
             solved[index] = tasks[index].key, move(result, "cpu")

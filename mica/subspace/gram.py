@@ -8,6 +8,7 @@ bf16, fp16) numbers are exact in fp64, so the only rounding is that of the sums.
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 # Elements in one block, which are 8 MiB in fp64, and the fewest rows, which make blocks larger from 2048
 # columns on. On a 576 x 49152 embedding, blocks of 32 MiB no longer fit the cache and take 1.3 times as long.
@@ -15,7 +16,7 @@ BLOCK_ELEMENTS = 1 << 20
 BLOCK_ROWS = 512
 
 
-def row_blocks(tall: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+def row_blocks(tall: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, tall[..., rows, :] in fp64), covering all rows in order.
 
     A block is valid until the next one is asked for: blocks share their memory, because new memory has to be
@@ -39,7 +40,7 @@ def row_blocks(tall: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
             yield rows, converted.copy_(block)
 
 
-def extremes(matrix: torch.Tensor) -> torch.Tensor:
+def extremes(matrix: Tensor) -> Tensor:
     """The smallest and the largest entry of a matrix, (2,) in its dtype: NaN if any entry is.
 
     It is the cheapest way to see whether all entries are finite: ``isfinite().all()`` takes 2.3 ms for
@@ -53,7 +54,7 @@ def extremes(matrix: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def image(tall: torch.Tensor, short_vectors: torch.Tensor) -> torch.Tensor:
+def image(tall: Tensor, short_vectors: Tensor) -> Tensor:
     """tall @ short_vectors: (..., long, count) fp64, for short_vectors (..., short, count)."""
     short_vectors = short_vectors.double()
     shape = (*tall.shape[:-2], short_vectors.shape[-1], tall.shape[-2])
@@ -64,7 +65,7 @@ def image(tall: torch.Tensor, short_vectors: torch.Tensor) -> torch.Tensor:
     return result.mT
 
 
-def transposed_image(tall: torch.Tensor, long_vectors: torch.Tensor) -> torch.Tensor:
+def transposed_image(tall: Tensor, long_vectors: Tensor) -> Tensor:
     """tallᵀ @ long_vectors: (..., short, count) fp64, for long_vectors (..., long, count)."""
     shape = (*tall.shape[:-2], long_vectors.shape[-1], tall.shape[-1])
     result = torch.zeros(shape, dtype=torch.float64, device=tall.device)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mica.subspace import lapack
 from mica.subspace.gram import row_blocks
@@ -33,7 +34,7 @@ class HostGram:
     next call needs. Vectors are (n, count) fp64, column-major.
     """
 
-    def __init__(self, tall: torch.Tensor):
+    def __init__(self, tall: Tensor):
         self.size = tall.shape[1]
         self.batch_shape = torch.Size()
         self.device = tall.device
@@ -49,37 +50,37 @@ class HostGram:
         self._diagonal = buffer.diagonal().copy()
         self._factor_diagonal = np.full(self.size, np.nan)
 
-    def empty(self, count: int) -> torch.Tensor:
+    def empty(self, count: int) -> Tensor:
         return torch.empty(count, self.size, dtype=torch.float64, device="cpu").T
 
-    def read(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+    def read(self, *tensors: Tensor) -> Sequence[Tensor]:
         """fp64 tensors, on the host."""
         return tensors
 
-    def apply(self, vectors: torch.Tensor) -> torch.Tensor:
+    def apply(self, vectors: Tensor) -> Tensor:
         """C @ vectors."""
         self._show(self._diagonal)
         return torch.from_numpy(lapack.symm(self._buffer, vectors.numpy()))
 
-    def factor(self, shift: torch.Tensor) -> torch.Tensor:
+    def factor(self, shift: Tensor) -> Tensor:
         """Factorise C − shift·I; returns whether it is positive definite, as a tensor () on the host."""
         self._mirror(shift.item())
         return torch.tensor(self._factorise(), device="cpu")
 
-    def solve(self, vectors: torch.Tensor) -> torch.Tensor:
+    def solve(self, vectors: Tensor) -> Tensor:
         """(C − shift·I)⁻¹ @ vectors, by the last ``factor``."""
         self._show(self._factor_diagonal)
         solution = vectors.numpy().copy(order="F")
         lapack.trsm(self._buffer, solution, transposed=True)
         return torch.from_numpy(lapack.trsm(self._buffer, solution))
 
-    def exceeds(self, vectors: torch.Tensor, weight: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    def exceeds(self, vectors: Tensor, weight: Tensor, bound: Tensor) -> Tensor:
         """Whether C + weight·vectors vectorsᵀ − bound·I is positive definite; overwrites the factor."""
         self._mirror(bound.item())
         lapack.syrk(vectors.numpy(), alpha=weight.item(), into=self._buffer)
         return torch.tensor(self._factorise(), device="cpu")
 
-    def smallest(self, count: int) -> tuple[torch.Tensor, ...]:
+    def smallest(self, count: int) -> tuple[Tensor, ...]:
         """C's smallest eigenvalues (count), ascending, their vectors (n, count), and ‖C‖.
 
         On the host, but for the vectors.
@@ -87,15 +88,15 @@ class HostGram:
         self._show(self._diagonal)
         return tuple(map(torch.from_numpy, lapack.smallest_eigenpairs(self._buffer, count)))
 
-    def inner(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def inner(self, left: Tensor, right: Tensor) -> Tensor:
         """leftᵀ @ right."""
         return torch.from_numpy(lapack.gemm(left.numpy(), right.numpy(), transposed=True))
 
-    def combine(self, vectors: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    def combine(self, vectors: Tensor, coefficients: Tensor) -> Tensor:
         """vectors @ coefficients."""
         return torch.from_numpy(lapack.gemm(vectors.numpy(), coefficients.numpy()))
 
-    def orthonormal(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    def orthonormal(self, vectors: Tensor) -> tuple[Tensor, Tensor, bool]:
         """QR of ``vectors``: an orthonormal basis, the triangle, and whether Cholesky was safe for it.
 
         Where it was not, the decomposition is Householder's.
@@ -111,13 +112,11 @@ class HostGram:
         unit, upper = torch.linalg.qr(vectors)
         return unit.T.contiguous().T, upper, False
 
-    def svd(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def svd(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The reduced SVD of ``vectors`` (long, count), for any ``long``."""
         return torch.linalg.svd(vectors, full_matrices=False)
 
-    def subtract(
-        self, target: torch.Tensor, vectors: torch.Tensor, coefficients: torch.Tensor
-    ) -> torch.Tensor:
+    def subtract(self, target: Tensor, vectors: Tensor, coefficients: Tensor) -> Tensor:
         """target − vectors @ coefficients, in the memory of ``target``."""
         lapack.gemm(vectors.numpy(), coefficients.numpy(), alpha=-1.0, into=target.numpy())
         return target

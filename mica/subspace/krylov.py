@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mica.subspace import lapack
 
@@ -35,8 +36,8 @@ class Bounds(NamedTuple):
         shifts: Shifts to try one after the other, from the best guess to one that is sure, each (batch).
     """
 
-    norm: torch.Tensor
-    shifts: tuple[torch.Tensor, ...]
+    norm: Tensor
+    shifts: tuple[Tensor, ...]
 
 
 def block_size(rank: int) -> int:
@@ -51,11 +52,11 @@ def fits(size: int, rank: int) -> bool:
     return 2 * block_size(rank) * (FIRST_CHECK + 3) <= size
 
 
-def _tridiagonal(gram, counts: set[int]) -> Iterator[torch.Tensor]:
+def _tridiagonal(gram, counts: set[int]) -> Iterator[Tensor]:
     """The projected matrix of plain Lanczos, (batch, steps, steps) on the host, after each count of steps."""
     vector = previous = random_block(gram, 1)
-    diagonal: list[torch.Tensor] = []
-    below: list[torch.Tensor] = []
+    diagonal = []
+    below = []
     for step in range(max(counts)):
         following = gram.apply(vector)
         if below:
@@ -109,9 +110,7 @@ def resolution(size: int, norm):
     return 4 * math.sqrt(size) * torch.finfo(torch.float64).eps * norm
 
 
-def smallest_eigenpairs(
-    gram, rank: int, limits: Bounds, eps: float
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+def smallest_eigenpairs(gram, rank: int, limits: Bounds, eps: float) -> tuple[Tensor, Tensor] | None:
     """The smallest eigenvalues of C and their vectors, or None if there is no convergence.
 
     Args:
@@ -130,10 +129,10 @@ def smallest_eigenpairs(
     width = block_size(rank)
     most = max(1, min(MOST_STEPS, gram.size // width))
     first = min(FIRST_CHECK, most)
-    history: list[float] = []
+    history = []
     pairs = None
 
-    def judge(basis: torch.Tensor, projected: torch.Tensor) -> int:
+    def judge(basis: Tensor, projected: Tensor) -> int:
         """Rayleigh-Ritz; the number of further steps that seem to be needed, 0 to stop."""
         nonlocal pairs
         coefficients = _largest_eigenvectors(*gram.read(projected), rank)
@@ -156,7 +155,7 @@ def smallest_eigenpairs(
     return pairs
 
 
-def _factorise(gram, shifts: tuple[torch.Tensor, ...]) -> bool:
+def _factorise(gram, shifts: tuple[Tensor, ...]) -> bool:
     """Factorise C minus the first of the shifts, for each matrix, that leaves it positive definite.
 
     Returns False if none does.
@@ -171,16 +170,14 @@ def _factorise(gram, shifts: tuple[torch.Tensor, ...]) -> bool:
     return bool(definite.all())
 
 
-def residual_of(gram, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def residual_of(gram, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """‖C X − X H‖ (batch) and H = Xᵀ C X (batch, rank, rank) of orthonormal ``vectors`` X."""
     products = gram.apply(vectors)
     small = gram.inner(vectors, products)
     return torch.linalg.matrix_norm(products - gram.combine(vectors, small)), small
 
 
-def relative_residual(
-    gram, vectors: torch.Tensor, norm: torch.Tensor, eps: float
-) -> tuple[float, torch.Tensor, torch.Tensor]:
+def relative_residual(gram, vectors: Tensor, norm: Tensor, eps: float) -> tuple[float, Tensor, Tensor]:
     """The largest ratio in the batch of ``residual_of`` to what is small enough; and H's eigenpairs.
 
     All on the host.
@@ -196,7 +193,7 @@ def relative_residual(
     return torch.where(residual == 0, 0.0, residual / allowed).max().item(), values, rotation
 
 
-def random_block(gram, count: int) -> torch.Tensor:
+def random_block(gram, count: int) -> Tensor:
     """Random orthonormal vectors (batch, n, count), the same for every matrix of a batch and every device."""
     generator = torch.Generator(device="cpu").manual_seed(SEED)
     start = torch.randn(count, gram.size, dtype=torch.float64, generator=generator, device="cpu")
@@ -207,10 +204,10 @@ def random_block(gram, count: int) -> torch.Tensor:
 
 def block_lanczos(
     gram,
-    block: torch.Tensor,
+    block: Tensor,
     steps: int,
     first_check: int,
-    judge: Callable[[torch.Tensor, torch.Tensor], int],
+    judge: Callable[[Tensor, Tensor], int],
 ) -> None:
     """Block Lanczos: an orthonormal basis Q of span{S, F S, …, F^(steps−1) S}, and Qᵀ F Q, for ``judge``.
 
@@ -235,7 +232,7 @@ def block_lanczos(
             first_check = min(step + 1 + further, steps)
 
 
-def _orthogonalise(gram, block: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _orthogonalise(gram, block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """(new, coefficients) with block = basis @ coefficients + new @ a triangle, (basis, new) orthonormal.
 
     Orthogonalising twice is enough, unless the block was nearly dependent: then Householder fills it up with
@@ -260,7 +257,7 @@ def _orthogonalise(gram, block: torch.Tensor, basis: torch.Tensor) -> tuple[torc
     return block, coefficients
 
 
-def _largest_eigenvectors(matrices: torch.Tensor, count: int) -> torch.Tensor:
+def _largest_eigenvectors(matrices: Tensor, count: int) -> Tensor:
     """Eigenvectors (batch, m, count) of symmetric matrices, by descending eigenvalue.
 
     Only the lower triangle is read.

@@ -15,6 +15,7 @@ import functools
 import sys
 
 import numpy as np
+from numpy import ndarray
 from scipy.linalg import LinAlgError, cython_blas, cython_lapack
 
 # SciPy's integers have 32 bits, or 64 if it was built so (1.18 on). Small numbers at the beginning of 64 bits
@@ -56,17 +57,7 @@ def _double(value: float):
 _POINTER_TO = {int: _int, float: _double, bytes: bytes}
 
 
-def _success(info) -> int:
-    """The value of LAPACK's ``info``, of which only the first 32 bits are sure to have been written."""
-    code = info.value
-    if sys.byteorder == "little":
-        code = ctypes.c_int32.from_buffer(info).value
-    if code < 0:
-        raise ValueError(f"LAPACK's argument {-code} had an illegal value")
-    return code
-
-
-def _has_contiguous_columns(matrix: np.ndarray) -> bool:
+def _has_contiguous_columns(matrix: ndarray) -> bool:
     if matrix.flags.f_contiguous:
         return True
     step, stride = matrix.strides
@@ -94,7 +85,7 @@ def routine(module, name: str, count: int):
     def call(*arguments) -> None:
         pointers = []
         for argument in arguments:
-            if not isinstance(argument, np.ndarray):
+            if not isinstance(argument, ndarray):
                 pointer_to = _POINTER_TO.get(type(argument), ctypes.byref)
                 pointers.append(pointer_to(argument))
                 continue
@@ -110,14 +101,14 @@ def routine(module, name: str, count: int):
     return call
 
 
-def _read(matrix: np.ndarray) -> np.ndarray:
+def _read(matrix: ndarray) -> ndarray:
     """A matrix as a routine can read it: itself, or a copy."""
     if matrix.dtype == np.float64 and _has_contiguous_columns(matrix):
         return matrix
     return np.asfortranarray(matrix, dtype=np.float64)
 
 
-def _written(matrix: np.ndarray) -> np.ndarray:
+def _written(matrix: ndarray) -> ndarray:
     """The matrix itself; ValueError if no routine can write to it."""
     if matrix.dtype != np.float64 or not _has_contiguous_columns(matrix) or not matrix.flags.writeable:
         raise ValueError(f"cannot write to a {matrix.dtype} array with strides {matrix.strides}")
@@ -137,18 +128,22 @@ _dstedc = routine(cython_lapack, "dstedc", 11)
 _dormtr = routine(cython_lapack, "dormtr", 13)
 
 
-def _empty(rows: int, columns: int) -> np.ndarray:
+# The smallest eigenvalues (count), ascending, their vectors (n, count), and the largest eigenvalue ().
+Eigenpairs = tuple[ndarray, ndarray, ndarray]
+
+
+def _empty(rows: int, columns: int) -> ndarray:
     return np.empty((rows, columns), order="F")
 
 
 def gemm(
-    left: np.ndarray,
-    right: np.ndarray,
+    left: ndarray,
+    right: ndarray,
     *,
     transposed: bool = False,
     alpha: float = 1.0,
-    into: np.ndarray | None = None,
-) -> np.ndarray:
+    into: ndarray | None = None,
+) -> ndarray:
     """alpha · left @ right, or alpha · leftᵀ @ right if ``transposed``; added to ``into``, in place."""
     left = _read(left)
     right = _read(right)
@@ -170,13 +165,13 @@ def gemm(
 
 
 def syrk(
-    factor: np.ndarray,
+    factor: ndarray,
     *,
     transposed: bool = False,
     lower: bool = False,
     alpha: float = 1.0,
-    into: np.ndarray | None = None,
-) -> np.ndarray:
+    into: ndarray | None = None,
+) -> ndarray:
     """One triangle of alpha · factor @ factorᵀ, or alpha · factorᵀ @ factor if ``transposed``.
 
     It is added to ``into``, in place. Without ``into`` the other triangle is zero.
@@ -197,7 +192,7 @@ def syrk(
     return target
 
 
-def symm(symmetric: np.ndarray, right: np.ndarray) -> np.ndarray:
+def symm(symmetric: ndarray, right: ndarray) -> ndarray:
     """symmetric @ right; only the lower triangle of ``symmetric`` is read."""
     symmetric = _read(symmetric)
     right = _read(right)
@@ -212,8 +207,8 @@ def symm(symmetric: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def trsm(
-    triangle: np.ndarray, right: np.ndarray, *, transposed: bool = False, on_the_right: bool = False
-) -> np.ndarray:
+    triangle: ndarray, right: ndarray, *, transposed: bool = False, on_the_right: bool = False
+) -> ndarray:
     """Solve triangle · x = right for x, in place of ``right``; the triangle is an upper one.
 
     With ``transposed`` it is triangleᵀ · x = right, with ``on_the_right`` x · triangle = right.
@@ -227,7 +222,7 @@ def trsm(
     return target
 
 
-def potrf(matrix: np.ndarray) -> bool:
+def potrf(matrix: ndarray) -> bool:
     """Write the upper Cholesky factor over the upper triangle of a symmetric matrix.
 
     Returns whether there is one. It is made in panels, because a rank-k update is faster than LAPACK's
@@ -247,8 +242,8 @@ def potrf(matrix: np.ndarray) -> bool:
     return True
 
 
-def smallest_eigenpairs(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The smallest eigenvalues (count), ascending, their vectors (n, count), and the largest eigenvalue ().
+def smallest_eigenpairs(matrix: ndarray, count: int) -> Eigenpairs:
+    """The smallest eigenpairs of a symmetric matrix, and its largest eigenvalue.
 
     Only the lower triangle of the symmetric ``matrix`` (n, n) is read. These are the steps of LAPACK's dsyevr
     and dsyevd; but dsyevr does not show the largest eigenvalue, and dsyevd would transform all vectors back
@@ -271,9 +266,7 @@ def smallest_eigenpairs(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.
     return values, vectors, largest
 
 
-def _by_division(
-    diagonal: np.ndarray, below: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _by_division(diagonal: ndarray, below: ndarray, count: int) -> Eigenpairs:
     """`smallest_eigenpairs` of a tridiagonal matrix, by divide and conquer of all; both are overwritten."""
     size = len(diagonal)
     vectors = _empty(size, size)
@@ -285,9 +278,7 @@ def _by_division(
     return diagonal[:count], vectors[:, :count].copy(order="F"), diagonal[-1, ...]
 
 
-def _by_bisection(
-    diagonal: np.ndarray, below: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def _by_bisection(diagonal: ndarray, below: ndarray, count: int) -> Eigenpairs | None:
     """`smallest_eigenpairs` of a tridiagonal matrix, by bisection and inverse iteration.
 
     None where LAPACK fails or finds fewer, as its inverse iteration may inside a cluster.
@@ -296,7 +287,7 @@ def _by_bisection(
     work = np.empty(5 * size)
     blocks, splits, integers, failed = np.empty((4, 3 * size), _NUMPY_INTEGER)
 
-    def bisect(first: int, last: int) -> np.ndarray:
+    def bisect(first: int, last: int) -> ndarray:
         values = np.empty(size)
         found = _Integer(0)
         which = (_BY_INDEX, _BY_BLOCK, size, 0.0, 0.0, first, last, 0.0)
@@ -318,7 +309,12 @@ def _by_bisection(
 
 
 def _run(function, *arguments) -> int:
-    """Call a routine; returns LAPACK's ``info``."""
+    """Call a routine; returns LAPACK's ``info``, of which only the first 32 bits are sure to be written."""
     info = _Integer(0)
     function(*arguments, info)
-    return _success(info)
+    code = info.value
+    if sys.byteorder == "little":
+        code = ctypes.c_int32.from_buffer(info).value
+    if code < 0:
+        raise ValueError(f"LAPACK's argument {-code} had an illegal value")
+    return code

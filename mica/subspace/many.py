@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from mica.subspace import threads
 from mica.subspace.cache import SubspaceCache
@@ -31,7 +32,7 @@ class Task:
     """
 
     name: str
-    weight: torch.Tensor
+    weight: Tensor
     rank: int
 
     @cached_property
@@ -80,12 +81,10 @@ def run_tasks(
     """
     target = accelerator() if device == "auto" else torch.device(device)
     groups: dict[tuple, list[int]] = defaultdict(list)  # what an accelerator solves together
-    on_host: list[int] = []
+    on_host = []
     for index in indices:
         task = tasks[index]
-        stored = None
-        if cache is not None:
-            stored = cache.get(task.key, task.rank)
+        stored = None if cache is None else cache.get(task.key, task.rank)
         where = task.weight.device
         if where.type == "cpu" and target is not None:
             where = target

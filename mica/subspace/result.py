@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 # A result is certified if its proven energy excess is at most this share of the smallest energy, plus one
 # resolution for each vector.
@@ -35,8 +36,8 @@ class MinorSubspace:
             singular values are numerically null. They are an arbitrary orthonormal completion.
     """
 
-    basis: torch.Tensor
-    singular_values: torch.Tensor
+    basis: Tensor
+    singular_values: Tensor
     method: str
     certified: bool
     energy_excess: float

@@ -6,6 +6,7 @@ import math
 import warnings
 
 import torch
+from torch import Tensor
 
 from mica.dtypes import FLOATING
 from mica.memory import in_memory
@@ -27,7 +28,7 @@ no_autocast = torch._C._DisableAutocast
 
 
 @torch.no_grad()
-def minor_subspace(weight: torch.Tensor, rank: int) -> MinorSubspace:
+def minor_subspace(weight: Tensor, rank: int) -> MinorSubspace:
     """The ``rank`` left singular vectors of ``weight`` with the smallest singular values (arXiv 2604.01694).
 
     The definition is ``torch.linalg.svd(weight, full_matrices=False).U[..., -rank:]``, here in fp64
@@ -81,7 +82,7 @@ def warnings_about(result: MinorSubspace, name: str) -> list[str]:
 
 
 @torch.no_grad()
-def solve_stack(weights: torch.Tensor, rank: int) -> list[MinorSubspace]:
+def solve_stack(weights: Tensor, rank: int) -> list[MinorSubspace]:
     """``minor_subspace`` of each matrix of a stack, without its checks and warnings.
 
     Matrices that an accelerator cannot settle are solved on the host, and their results lie there.
@@ -92,7 +93,7 @@ def solve_stack(weights: torch.Tensor, rank: int) -> list[MinorSubspace]:
     """
     matrices = in_memory(weights.detach())
     with no_autocast():
-        results: list[MinorSubspace | None] = [None] * len(matrices)
+        results = [None] * len(matrices)
         if not is_on_host(matrices.device):
             results = []
             for batch in matrices.split(batch_size(*matrices.shape[-2:], matrices.device)):
@@ -103,13 +104,11 @@ def solve_stack(weights: torch.Tensor, rank: int) -> list[MinorSubspace]:
         return results
 
 
-def _check_weight(weight: torch.Tensor) -> None:
-    if not isinstance(weight, torch.Tensor):
+def _check_weight(weight: Tensor) -> None:
+    if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a torch.Tensor, but got {type(weight).__name__}.")
     if weight.layout is not torch.strided or weight.is_nested:
-        layout = f"layout {weight.layout}"
-        if weight.is_nested:
-            layout = "a nested one"
+        layout = "a nested one" if weight.is_nested else f"layout {weight.layout}"
         raise TypeError(f"weight must be a dense tensor, but got {layout}.")
     if weight.dtype not in FLOATING:
         raise TypeError(
@@ -125,7 +124,7 @@ def _check_weight(weight: torch.Tensor) -> None:
         raise ValueError(f"weight must not be empty, but got shape {tuple(weight.shape)}.")
 
 
-def _check_rank(weight: torch.Tensor, rank: int) -> None:
+def _check_rank(weight: Tensor, rank: int) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"rank must be an int, but got {rank!r} of type {type(rank).__name__}.")
     limit = min(weight.shape)
@@ -137,7 +136,7 @@ def _check_rank(weight: torch.Tensor, rank: int) -> None:
 
 
 @one_pool()
-def check_entries(weight: torch.Tensor) -> None:
+def check_entries(weight: Tensor) -> None:
     """Raise ValueError unless a weight is finite and its fourth powers are within fp64's range.
 
     By one thread: after a look by two, PyTorch's threads spin while BLAS computes the Gram (of 576 x 576 in
@@ -159,7 +158,7 @@ def check_entries(weight: torch.Tensor) -> None:
         )
 
 
-def solve_matrix(weight: torch.Tensor, rank: int) -> MinorSubspace:
+def solve_matrix(weight: Tensor, rank: int) -> MinorSubspace:
     """Solve one matrix on the CPU by the first method whose result is certified, else by the last one.
 
     Args:

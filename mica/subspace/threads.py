@@ -25,6 +25,7 @@ from typing import TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
+from torch import Tensor
 
 from mica.subspace import lapack  # noqa: F401  (SciPy's library has to be loaded before the next line)
 
@@ -129,7 +130,7 @@ def one_pool() -> Iterator[None]:
         set_torch_threads(threads)
 
 
-def is_small(weight: torch.Tensor) -> bool:
+def is_small(weight: Tensor) -> bool:
     """Whether it is solved by one thread, beside others."""
     return weight.device.type == "cpu" and min(weight.shape) <= SMALL
 
@@ -150,24 +151,18 @@ def run(
     parallel = [item for item in items if small(item)]
     rest = [item for item in items if not small(item)]
     workers = min(torch.get_num_threads(), len(parallel), MOST_WORKERS)
-    if workers > 1:
-        yield from _in_parallel(function, parallel, workers)
-    else:
+    if workers <= 1:
         rest = parallel + rest
+    else:
+        with (
+            blas_threads(1),
+            ThreadPoolExecutor(workers, "mica-subspace", set_torch_threads, (1,)) as pool,
+        ):
+            futures = {pool.submit(function, item): item for item in parallel}
+            try:
+                for future in as_completed(futures):
+                    yield futures.pop(future), future.result()  # no result is kept here
+            finally:
+                pool.shutdown(cancel_futures=True)
     for item in rest:
         yield item, function(item)
-
-
-def _in_parallel(
-    function: Callable[[Item], Result], items: Sequence[Item], workers: int
-) -> Iterator[tuple[Item, Result]]:
-    with (
-        blas_threads(1),
-        ThreadPoolExecutor(workers, "mica-subspace", set_torch_threads, (1,)) as pool,
-    ):
-        futures = {pool.submit(function, item): item for item in items}
-        try:
-            for future in as_completed(futures):
-                yield futures.pop(future), future.result()  # no result is kept here
-        finally:
-            pool.shutdown(cancel_futures=True)

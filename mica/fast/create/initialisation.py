@@ -145,7 +145,7 @@ def _initialise(adapters: dict[str, NewAdapter], before: _Before, config) -> Non
         loaded.extend(adapters.values())
         return
 
-    errors: dict[str, UnsuitableLayerError] = {}
+    errors = {}
     for name, adapter in adapters.items():
         try:
             _make_mica(adapter, config)
@@ -181,9 +181,7 @@ def _make_mica(adapter: NewAdapter, config) -> None:
     """
     check_type(adapter)
     layer = adapter.layer
-    variant = MiCALinearVariant
-    if isinstance(layer, lora.Embedding):
-        variant = MiCAEmbeddingVariant
+    variant = MiCAEmbeddingVariant if isinstance(layer, lora.Embedding) else MiCALinearVariant
     layer.lora_variant[adapter.adapter_name] = variant()
     variant.init(layer, adapter_name=adapter.adapter_name, config=config)
     with torch.no_grad():

@@ -165,8 +165,7 @@ def check(adapter: NewAdapter, needs_values: bool = True) -> list[Task]:
     """
     _check_is_readable(adapter)
     tasks = adapter.materialise_tasks()
-    weight = tasks[0].weight
-    _check_dtype(adapter, weight)
+    _check_dtype(adapter, tasks[0].weight.dtype)
     if is_wrapper(adapter.layer):
         experts.check(adapter.layer, adapter.name)
     for task in tasks:
@@ -207,15 +206,15 @@ def _check_is_readable(adapter: NewAdapter) -> None:
         )
 
 
-def _check_dtype(adapter: NewAdapter, weight: Tensor) -> None:
-    if weight.dtype in FLOATING:
+def _check_dtype(adapter: NewAdapter, dtype: torch.dtype) -> None:
+    if dtype in FLOATING:
         return
     hint = ""
     if is_wrapper(adapter.layer):
         hint = " Experts in 8 or 4 bits (fp8, mxfp4) have to be dequantised when the model is loaded."
     raise TypeError(
         f"Please initialize MiCA under float32, float16, bfloat16 or float64: {adapter.name} has a weight of "
-        f"dtype {weight.dtype}.{hint}"
+        f"dtype {dtype}.{hint}"
     )
 
 

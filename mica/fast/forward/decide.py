@@ -6,11 +6,12 @@ what the base layer has returned; or PEFT's own code runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from peft.tuners import lora
 from torch import Tensor, nn
 
 from mica.dtypes import SIXTEEN_BIT
@@ -19,12 +20,12 @@ from mica.fast.forward.dora import Scaled, why_small
 from mica.fast.forward.eligibility import (
     REFERENCE,
     Adapter,
+    Choices,
     OnOperators,
     OnPeft,
     adapters_of,
     class_of,
     is_dora,
-    product_dtypes,
     quantised_layers,
     read_adapters,
     read_base,
@@ -46,17 +47,13 @@ from mica.paths.operands import Operands
 from mica.paths.tuning import Kind
 
 
-def decided(
-    decide: Callable, call_cpp: Callable | None = None, why_small: Callable | None = None
-) -> Callable:
+def decided(decide: Callable, may_be_cpp: bool = False) -> Callable:
     """A patch that replaces a layer's forward: ``decide`` returns an object, and calling that with x gives y.
 
     Args:
         decide: ``decide(layer, x, *args, **kwargs)`` decides how a call runs. Called with the layer alone, it
             leaves out what only a call shows.
-        call_cpp: A function that is tried first: ``call_cpp(layer, x)`` returns the output of a common call,
-            and None for any other.
-        why_small: A function that is asked next: ``why_small(x)`` returns a reason for PEFT's code, or None.
+        may_be_cpp: Whether C++ knows such layers: it is tried first, and without it small calls are PEFT's.
     """
 
     def patch(stock):
@@ -64,11 +61,11 @@ def decided(
             if not settings.enabled:
                 return stock(self, x, *args, **kwargs)
             reason = None
-            if call_cpp and not args and not kwargs and not torch.compiler.is_dynamo_compiling():
-                y = call_cpp(self, x)
+            if may_be_cpp and not args and not kwargs and not torch.compiler.is_dynamo_compiling():
+                y = fast.call_cpp(self, x)
                 if y is not None:
                     return y
-                reason = why_small(x)
+                reason = fast.why_small(x)
             if reason is None:
                 how = decide(self, x, *args, **kwargs)
                 if type(how) is not OnPeft:
@@ -105,7 +102,7 @@ class Adapted(OnOperators):
             y = linear(x, *operands._replace(seed=own_seed, base_output=y))
         return y
 
-    def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
+    def choices(self, x: Input | None) -> Choices:
         for operands in self.operands:
             dtypes = (*_dtypes(x, operands), operands.lora_A.dtype, operands.lora_B.dtype)
             kinds = dict.fromkeys(("linear", "linear_backward"))
@@ -123,8 +120,11 @@ class Adapted(OnOperators):
 
 def _dtypes(x: Input | None, operands: Operands) -> tuple[torch.dtype, torch.dtype]:
     """Those in which x and the low-rank products are multiplied."""
+    if x is not None and x.autocast_dtype is not None:
+        return x.autocast_dtype, x.autocast_dtype
     like_x = operands.lora_A if operands.weight is None else operands.weight
-    return product_dtypes(x, like_x.dtype, operands.lora_A.dtype)
+    dtype = like_x.dtype if x is None else x.dtype
+    return dtype, compute_dtype(dtype, operands.lora_A.dtype) or dtype
 
 
 def _kinds_of(operands: Operands, dtypes: tuple, x: Input | None) -> dict[str, Callable[[], Kind]]:
@@ -143,11 +143,11 @@ def _kinds_of(operands: Operands, dtypes: tuple, x: Input | None) -> dict[str, C
 
 
 def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnPeft:
-    """How a linear layer runs, with all of its active adapters.
+    """How a linear layer or an embedding runs, with all of its active adapters.
 
     Args:
         layer: PEFT's layer.
-        x: The input of a call, (..., in_features); None where no call is looked at.
+        x: The input of a call, (..., in_features), or indices; None where no call is looked at.
         args, kwargs: The other arguments of the call.
     """
     if args or kwargs:
@@ -155,6 +155,8 @@ def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | OnP
     adapters = read_adapters(layer)
     if type(adapters) is str:
         return OnPeft(adapters)
+    if isinstance(layer, lora.Embedding):
+        return _embedded(layer, *adapters, x)
     reason = None if x is None else _why_not_call(layer, x, adapters)
     if reason is not None:
         return OnPeft(reason)
@@ -275,19 +277,13 @@ class Embedded(OnOperators):
             update = update * embed_scale.to(update.dtype)
         return (result + update).to(result.dtype)
 
-    def explained(self, x: Input | None = None) -> tuple[str, str]:
+    def explained(self, x: Input | None) -> tuple[str, str]:
         why = runtime.why_unavailable(self.adapter.lora_A.device)
         return REFERENCE, why or "embeddings have no kernels"
 
 
-def decide_embedding(layer, x: Tensor | None = None, *args, **kwargs) -> Embedded | OnPeft:
-    """How an embedding runs, with its active adapter; the arguments are those of `decide`, x the indices."""
-    if args or kwargs:
-        return OnPeft(_why_not_arguments(kwargs))
-    adapters = read_adapters(layer)
-    if type(adapters) is str:
-        return OnPeft(adapters)
-    (adapter,) = adapters
+def _embedded(layer, adapter: Adapter, x: Tensor | None) -> Embedded | OnPeft:
+    """How an embedding runs with its active adapter; x are the indices."""
     reason = None if x is None else _why_not_indices(x, adapter.lora_A, adapter.lora_B)
     return Embedded(layer, adapter) if reason is None else OnPeft(reason)
 
@@ -305,5 +301,5 @@ def _why_not_indices(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
     return None if fits else f"lora_A of {lora_A.dtype} and lora_B of {lora_B.dtype}"
 
 
-linear_forward = decided(decide, fast.call_cpp, fast.why_small)
-embedding_forward = decided(decide_embedding)
+linear_forward = decided(decide, may_be_cpp=True)
+embedding_forward = decided(decide)

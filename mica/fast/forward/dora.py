@@ -5,7 +5,6 @@ Nothing of a norm is kept between calls: A and B change at each step, and fused 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +12,10 @@ from torch import Tensor, nn
 
 from mica.fast.create import quantised
 from mica.fast.forward import fast
-from mica.fast.forward.eligibility import Adapter, OnOperators
+from mica.fast.forward.eligibility import Adapter, Choices, OnOperators
 from mica.fast.forward.layer_calls import Input
 from mica.ops import dora, recompute
 from mica.ops.operator import autocast_to, is_autocast
-from mica.paths import choose
 from mica.paths.dropout import drawn_seed
 
 # Weights of fewer numbers are small. With a small x as well, this backend's Python takes longer than it
@@ -86,7 +84,7 @@ class Scaled(OnOperators):
             return z - self.bias
         return z
 
-    def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
+    def choices(self, x: Input | None) -> Choices:
         return self.inner.choices(x)
 
     def why_python(self, x: Input | None) -> str | None:

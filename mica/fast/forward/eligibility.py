@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from mica.fast import known_peft
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.layer_calls import Input
-from mica.fast.settings import compute_dtype, settings
+from mica.fast.settings import settings
 from mica.memory import LAYER_TYPES
 from mica.paths import choose
 
@@ -47,6 +47,10 @@ KERNEL, PEFT = "kernel", "peft"
 REFERENCE, ERROR = choose.REFERENCE, choose.ERROR
 
 
+# Each function of `mica.paths` that a forward and its backward call, and how it runs
+Choices = Iterator[tuple[str, choose.Choice]]
+
+
 class OnPeft(NamedTuple):
     """PEFT's own code runs.
 
@@ -56,7 +60,7 @@ class OnPeft(NamedTuple):
 
     reason: str
 
-    def explained(self, x: Input | None = None) -> tuple[str, str]:
+    def explained(self, x: Input | None) -> tuple[str, str]:
         return PEFT, self.reason
 
 
@@ -65,18 +69,15 @@ class OnOperators:
 
     why_called: str | None = None  # why the base layer is called, instead of its weight being read
 
-    def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
-        """Each function of `mica.paths` that a forward and its backward call, and how it runs.
-
-        x: what is known of a call's x; None: nothing.
-        """
+    def choices(self, x: Input | None) -> Choices:
+        """x: what is known of a call's x; None: nothing."""
         raise NotImplementedError
 
     def why_python(self, x: Input | None) -> str | None:
         """Why C++ never calls this layer on the reference path; None where it may."""
         return None
 
-    def explained(self, x: Input | None = None) -> tuple[str, str]:
+    def explained(self, x: Input | None) -> tuple[str, str]:
         """The path, and why it is not the one before it in the list above, or what was measured of it."""
         reasons = []
         path = KERNEL
@@ -94,22 +95,6 @@ class OnOperators:
         if self.why_called:
             reasons.append(f"base layer called: {self.why_called}")
         return path, "; ".join(reasons)
-
-
-def product_dtypes(
-    x: Input | None, default: torch.dtype, factor_dtype: torch.dtype
-) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes in which x and the low-rank products are multiplied.
-
-    Args:
-        x: What is known of x; None if nothing is.
-        default: The dtype of an x of which nothing is known.
-        factor_dtype: The dtype of lora_A and lora_B.
-    """
-    if x is not None and x.autocast_dtype is not None:
-        return x.autocast_dtype, x.autocast_dtype
-    dtype = default if x is None else x.dtype
-    return dtype, compute_dtype(dtype, factor_dtype) or dtype
 
 
 def own(cls: type[nn.Module], name: str = "forward") -> Callable | None:
@@ -375,7 +360,7 @@ def read_base(layer) -> tuple[Tensor, Tensor | None] | str:
     base = layer._modules["base_layer"]
     if class_of(layer) is not lora.Linear or (type(base) is not nn.Linear and type(base) is not Conv1D):
         return f"a base layer of type {type(base).__name__}"
-    weight, bias = (weight_of(base, name) for name in ("weight", "bias"))
+    weight, bias = weight_of(base), weight_of(base, "bias")
     reason = (
         why_not_read_directly("base layer", base)
         or why_not_frozen("base weight", weight)

@@ -8,7 +8,7 @@ forms the whole stack in every forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from mica.fast.forward import expert_params, layer_calls
 from mica.fast.forward.decide import decided, is_dense
 from mica.fast.forward.eligibility import (
     Adapter,
+    Choices,
     OnOperators,
     OnPeft,
     adapter_weights,
@@ -74,7 +75,7 @@ class Projection(OnOperators):
             operands = self.weight, lora_A, lora_B, scaling, self.bias, dtype
             return experts_linear(x, offsets, *operands, *(tokens_and_inverse or (None, None)), trains_B)
 
-    def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
+    def choices(self, x: Input | None) -> Choices:
         lora_A, lora_B, *_ = self.adapter
         follows = self.dtype is self.weight.dtype
         product_dtype = (compute_dtype(self.dtype, lora_A.dtype) if follows else None) or self.dtype

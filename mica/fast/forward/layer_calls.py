@@ -112,7 +112,7 @@ def calls_of(modules: Iterable[nn.Module]) -> dict[nn.Module, Calls]:
 
     Empty where nothing is known: before the first call, and once torch.compile has traced a layer.
     """
-    found: dict[nn.Module, Calls] = {}
+    found = {}
     for module in modules:
         count, why_peft, x = noted.get(ref(module), (0, None, None))
         found[module] = Calls(count, why_peft, Input(*x) if x else None)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 try:
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-except ImportError:  # PyTorch without torch.distributed
-    DTensor = None
+except ImportError:  # PyTorch without torch.distributed: no tensor is one
+    DTensor = ()
 
 # The plans that PEFT gives adapters, and the dimension of the weight (out_features, in_features) they split.
 _SPLIT = {"colwise": 0, "rowwise": 1}
@@ -27,7 +27,7 @@ def plan_of(base_layer: nn.Module) -> str | None:
 
 def _is_split(weight: Tensor, dim: int | None) -> bool:
     """Whether each process has one part along this dimension, and nothing else is done to the weight."""
-    if dim is None or DTensor is None or not isinstance(weight, DTensor):
+    if dim is None or not isinstance(weight, DTensor):
         return False
     return tuple(weight.placements) in ((Shard(dim),), (Shard(dim - 2),))
 
@@ -48,7 +48,7 @@ def gathered(base_layer: nn.Module) -> Tensor:
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """What this process holds of a tensor that is sharded as ``like``; no communication."""
-    if DTensor is None or not isinstance(like, DTensor):
+    if not isinstance(like, DTensor):
         return whole
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
@@ -63,7 +63,7 @@ def write(parameter: Tensor, whole: Tensor) -> None:
 def local_shard(parameter: Tensor) -> Tensor:
     """The part of a parameter that this process holds."""
     with torch.no_grad():
-        return parameter.to_local() if DTensor is not None and isinstance(parameter, DTensor) else parameter
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def widen(layer: nn.Module, adapter_name: str) -> None:

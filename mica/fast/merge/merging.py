@@ -14,6 +14,7 @@ import functools
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
@@ -94,9 +95,7 @@ class Update(NamedTuple):
 
 
 def _rows_at_a_time(weight: Tensor) -> int:
-    size = DEVICE_CHUNK
-    if weight.device.type == "cpu":
-        size = CHUNK
+    size = CHUNK if weight.is_cpu else DEVICE_CHUNK
     return max(1, size // max(1, weight.shape[1]))
 
 
@@ -207,19 +206,15 @@ def _as_matrix(weight: Tensor) -> Tensor:
     return weight.view(-1, weight.shape[-1])
 
 
-def _in_any_mode(function):
+@contextmanager
+def _in_any_mode(weight: Tensor) -> Iterator[None]:
     """For calls within autocast too (`disable_adapter` merges and unmerges in evaluations): in fp32.
 
     A weight made in inference mode can only be written to in that mode, and what is made there has no
     gradients over it: all others are written to, and made, outside.
     """
-
-    @functools.wraps(function)
-    def outside(layer, adapter: str, weight: Tensor, *args, **kwargs):
-        with no_autocast(), torch.inference_mode(weight.is_inference()), torch.no_grad():
-            return function(layer, adapter, weight, *args, **kwargs)
-
-    return outside
+    with no_autocast(), torch.inference_mode(weight.is_inference()), torch.no_grad():
+        yield
 
 
 def merge_into(layer, adapter: str, stored: Tensor, safe: bool) -> Tensor:
@@ -231,23 +226,18 @@ def merge_into(layer, adapter: str, stored: Tensor, safe: bool) -> Tensor:
     if safe:
         with torch.inference_mode(False):
             result = torch.empty_like(stored)
-    _write_merged(layer, adapter, result, stored, safe)
+    with _in_any_mode(result):
+        out = _as_matrix(result)
+        update = _update_of(layer, adapter)
+        keeps = needs_undo(layer, adapter)
+        if keeps:  # another adapter may be loaded before the unmerge
+            update = update._replace(up=update.up.clone())
+        stats, kept = merge_update(update, _as_matrix(stored), out, keeps)
+
+        norms_are_finite = math.isfinite(stats.update_squared + stats.error_squared)
+        if not safe or norms_are_finite or torch.isfinite(out).all():
+            record(layer, adapter, Undo(update, kept, stats, _period))
     return result
-
-
-@_in_any_mode
-def _write_merged(layer, adapter: str, result: Tensor, stored: Tensor, safe: bool) -> None:
-    out = _as_matrix(result)
-    update = _update_of(layer, adapter)
-    keeps = needs_undo(layer, adapter)
-    if keeps:  # another adapter may be loaded before the unmerge
-        update = update._replace(up=update.up.clone())
-    stats, kept = merge_update(update, _as_matrix(stored), out, keeps)
-
-    norms_are_finite = math.isfinite(stats.update_squared + stats.error_squared)
-    if safe and not norms_are_finite and not torch.isfinite(out).all():
-        return
-    record(layer, adapter, Undo(update, kept, stats, _period))
 
 
 def merge_update(update: Update, weight: Tensor, out: Tensor, keeps: bool) -> tuple[MergeStats, Kept | None]:
@@ -301,7 +291,7 @@ def native_module(update: Update, weight: Tensor) -> ModuleType | None:
     row_bytes = weight.shape[1] * weight.element_size()
     is_taken = (
         module is not None
-        and weight.device.type == "cpu"
+        and weight.is_cpu
         and weight.dtype in (torch.bfloat16, torch.float32)
         and update.up.dtype == torch.float32
         and update.factor is None
@@ -350,21 +340,21 @@ def record(layer, adapter: str, undo: Undo) -> None:
     vars(layer)[RECORDS] = records
 
 
-@_in_any_mode
 def unmerge_from(layer, adapter: str, weight: Tensor, undo: Undo | None) -> None:
     """In place: the bits from before the merge, or W' - s·B·A in fp32 and a warning with the reason."""
-    if undo is not None and not is_as_merged(undo, weight):
-        undo = None  # stock PEFT may have unmerged and merged it since
-    weight = _as_matrix(weight)
-    kept = None
-    if undo is not None and undo.kept is not None and undo.kept.values.dtype == weight.dtype:
-        kept = undo.kept.to(weight.device)
-    if undo is None:
-        update = _update_of(layer, adapter)
-    else:
-        update = undo.update
-    if not unmerge_update(update.to(weight.device), weight, kept):
-        _warn_of_inexact_unmerge(adapter, undo)
+    with _in_any_mode(weight):
+        if undo is not None and not is_as_merged(undo, weight):
+            undo = None  # stock PEFT may have unmerged and merged it since
+        weight = _as_matrix(weight)
+        kept = None
+        if undo is None:
+            update = _update_of(layer, adapter)
+        else:
+            update = undo.update
+            if undo.kept is not None and undo.kept.values.dtype == weight.dtype:
+                kept = undo.kept.to(weight.device)
+        if not unmerge_update(update.to(weight.device), weight, kept):
+            _warn_of_inexact_unmerge(adapter, undo)
 
 
 def is_as_merged(undo: Undo, weight: Tensor) -> bool:
@@ -430,19 +420,19 @@ def _warn_of_inexact_unmerge(adapter: str, undo: Undo | None) -> None:
     warnings.warn(
         f"adapter {adapter!r} was unmerged by subtracting {what} in fp32, not to the exact base "
         f"weight, because {why}.",
-        stacklevel=10,
+        stacklevel=9,
     )
 
 
-@_in_any_mode
 def _add_to_dequantised(layer, adapter: str, weight: Tensor, sign: int) -> Tensor:
     """W ± s·B·A of a dequantised W, in the wider of their dtypes: PEFT requantises it, as with plain LoRA.
 
     Stock's MiCA variant would round s·B·A to the dtype of W before that.
     """
-    if quantised.is_packed_for_cpu(getattr(layer.get_base_layer(), "weight", None)):
-        weight = quantised.dequantise(layer, "the layer")  # which PEFT misreads
-    return weight + sign * layer.get_delta_weight(adapter).to(weight.device)
+    with _in_any_mode(weight):
+        if quantised.is_packed_for_cpu(getattr(layer.get_base_layer(), "weight", None)):
+            weight = quantised.dequantise(layer, "the layer")  # which PEFT misreads
+        return weight + sign * layer.get_delta_weight(adapter).to(weight.device)
 
 
 def _merge(stock, module, active_adapter: str, orig_weight: Tensor, safe: bool) -> Tensor | None:

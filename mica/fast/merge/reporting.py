@@ -66,11 +66,10 @@ def kind_merged_into(module: nn.Module) -> str | None:
 def _merged_into(module: nn.Module) -> list[_Merged]:
     if not isinstance(module, lora.LoraLayer):
         return _unloaded.get(module, [])
-    kind = None
-    is_quantised = quantised.kind_of(module) is not None
-    if is_quantised and any(is_mica(module, adapter) for adapter in module.merged_adapters):
-        kind = quantised.kind_of(module).name
-    return [_Merged(weight_name(module), stats_of_merged(module), kind)]
+    kind = quantised.kind_of(module)
+    has_mica = any(is_mica(module, adapter) for adapter in module.merged_adapters)
+    name = kind.name if kind and has_mica else None
+    return [_Merged(weight_name(module), stats_of_merged(module), name)]
 
 
 def _note_unloaded(layers: Iterable[lora.LoraLayer]) -> None:
