@@ -22,7 +22,9 @@ _FAILED = "a trial kernel"
 def add_parser(commands) -> None:
     """Declare ``mica doctor`` on an argparse subparsers object."""
     add_command(
-        *(commands, "doctor", run),
+        commands,
+        "doctor",
+        run,
         help="what this machine has, which path MiCA layers take on it, and what is broken",
         description="Show versions, devices, whether MiCA layers run on Triton kernels there and why, "
         "whether PyTorch's operators are called from C++ (which this compiles if it has not been), "

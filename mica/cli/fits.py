@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
+from mica.cli.adapt.methods import METHODS
 from mica.cli.arguments import (
     a_name,
     a_path,
@@ -41,26 +42,25 @@ which checkpoints all: gradient_checkpointing=False, also in TRL's configuration
 
 
 class Setup(NamedTuple):
-    """How a model is trained. ``init``: what PEFT's ``init_lora_weights`` is; None: without an adapter."""
+    """How a model is trained. ``config``: what `LoraConfig` takes for a method; None: without an adapter."""
 
     name: str
-    init: bool | str | None = None
+    config: dict[str, object] | None = None
     is_here: bool = False  # on this backend, else PEFT's code
     recompute: str = "norms"
     casts_factors: bool = True  # to fp32, which is PEFT's default
-    is_dora: bool = False
 
 
 def _setups() -> Iterator[Setup]:
     yield Setup("without adapter")
-    for name, init in (("LoRA", True), ("MiCA", "mica")):
-        yield Setup(f"{name}, PEFT's default", init)
-        yield Setup(f"{name}, PEFT's best setting", init, casts_factors=False)
-        yield Setup(f"{name}, here", init, is_here=True)
-        yield Setup(f"{name}, here, norms saved", init, is_here=True, recompute="activations")
-    yield Setup("DoRA, PEFT's default", True, is_dora=True)
-    yield Setup("DoRA, PEFT's best setting", True, is_dora=True, casts_factors=False)
-    yield Setup("DoRA, here", True, is_dora=True, is_here=True)
+    for method in ("lora", "mica", "dora"):
+        name = METHODS[method].title
+        config = METHODS[method].config
+        yield Setup(f"{name}, PEFT's default", config)
+        yield Setup(f"{name}, PEFT's best setting", config, casts_factors=False)
+        yield Setup(f"{name}, here", config, is_here=True)
+        if method != "dora":
+            yield Setup(f"{name}, here, norms saved", config, is_here=True, recompute="activations")
 
 
 SETUPS = tuple(_setups())
@@ -69,7 +69,9 @@ SETUPS = tuple(_setups())
 def add_parser(commands) -> None:
     """Declare ``mica fits`` on an argparse subparsers object."""
     parser = add_command(
-        *(commands, "fits", run),
+        commands,
+        "fits",
+        run,
         help="what a training step takes in memory, from the configuration alone",
         description="Count, without loading or computing anything, what a training step of a model "
         "allocates: without an adapter, and with LoRA and MiCA of PEFT and of this package, with and without "
@@ -109,8 +111,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.json:
         check_table(args.json)
-    counted = measured(args)
-    rows = [row for one in counted for row in one.rows(args.memory)]
+    rows = [row for counted in measured(args) for row in counted.rows(args.memory)]
     print(_table(rows, args.memory))
     print(_NOTES)
     peaks = [row["peak_bytes"] for row in rows if row["checkpointing"]]
@@ -182,14 +183,11 @@ def measured(args: argparse.Namespace) -> list[Counted]:
     """Each of `SETUPS`; stderr shows how many are done, from the start."""
     from tqdm import tqdm
 
-    setups = [setup for setup in SETUPS if args.dora or not setup.is_dora]
-    counted = []
-    with tqdm(total=len(setups), desc="Counting", unit=" set-ups", leave=False) as progress:
+    dora = METHODS["dora"].config
+    setups = [setup for setup in SETUPS if args.dora or setup.config != dora]
+    with tqdm(setups, desc="Counting", unit=" set-ups", leave=False) as shown:
         model = _outline(args)
-        for setup in setups:
-            counted.append(_count(model, setup, args))
-            progress.update()
-    return counted
+        return [_count(model, setup, args) for setup in shown]
 
 
 def count_step(setup: Setup, args: argparse.Namespace) -> Counted:
@@ -294,10 +292,10 @@ def _adapted(model: _Model, setup: Setup, args: argparse.Namespace):
     base = copy.deepcopy(model.base)
     if model.quantisation is not None:
         quantise(base, model.quantisation)
-    if setup.init is None:
+    if setup.config is None:
         return base
-    options = {"r": args.rank, "lora_dropout": args.dropout, "use_dora": setup.is_dora, **model.targets}
-    config = LoraConfig(init_lora_weights=setup.init, task_type="CAUSAL_LM", **options)
+    options = {"r": args.rank, "lora_dropout": args.dropout, **model.targets, **setup.config}
+    config = LoraConfig(task_type="CAUSAL_LM", **options)
     adapted = get_peft_model(base, config, low_cpu_mem_usage=True)
     if not setup.casts_factors:  # on the meta device PEFT leaves them in fp32
         for name, parameter in adapted.named_parameters():

@@ -22,7 +22,9 @@ _MEANING = (
 def add_parser(commands) -> None:
     """Declare ``mica inspect`` on an argparse subparsers object."""
     parser = add_command(
-        *(commands, "inspect", run),
+        commands,
+        "inspect",
+        run,
         help="the spectra of a model's layers, and what MiCA would adapt in them",
         description="Show, for each kind of layer that MiCA would adapt, the singular values at the cut, the "
         "share of the weight's energy in the chosen subspace, and how many layers have the certificate of "

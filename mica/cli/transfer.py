@@ -16,7 +16,9 @@ _NEEDS_BASE = "its update can only be computed with the base"
 def add_parser(commands) -> None:
     """Declare ``mica transfer`` on an argparse subparsers object."""
     parser = add_command(
-        *(commands, "transfer", run),
+        commands,
+        "transfer",
+        run,
         help="merge an adapter into the chat model of its base",
         description="Merge what a MiCA, LoRA or DoRA adapter has added to its base model into another model "
         "made from the same base, like its instruction-tuned one. Nothing is trained. Writes a plain model "

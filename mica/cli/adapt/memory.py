@@ -61,8 +61,7 @@ def _of_gpu() -> float:
 
 
 def _setup(args: Namespace) -> Setup:
-    config = METHODS[args.method].config
-    return Setup(args.method, config["init_lora_weights"], is_here=True, is_dora="use_dora" in config)
+    return Setup(args.method, METHODS[args.method].config, is_here=True)
 
 
 def _options(args: Namespace, config: PreTrainedConfig | None) -> Namespace:
