@@ -51,8 +51,7 @@ def examine() -> tuple[dict[str, str], list[str]]:
     findings = dict(_versions(problems))
     for part, examined in {"devices": _devices, "C++": _cpp, "PEFT": _peft, "cache": _cache}.items():
         with _noted(problems, part):
-            for label, text in examined(problems):
-                findings[label] = text
+            findings.update(examined(problems))
     return findings, problems
 
 

@@ -68,8 +68,7 @@ def find_targets(model: nn.Module, names: str, experts: bool | None = None) -> T
     """
     wanted = ALL_LINEAR
     if names != ALL_LINEAR:
-        stripped = [name.strip() for name in names.split(",")]
-        wanted = [name for name in stripped if name]
+        wanted = [name for name in map(str.strip, names.split(",")) if name]
     matched = _matching_modules(model, wanted)
     parameters = {}
     if wanted == ALL_LINEAR:
@@ -77,7 +76,8 @@ def find_targets(model: nn.Module, names: str, experts: bool | None = None) -> T
         modules = {name: module for name, module in matched.items() if not _is_router(name, module, blocks)}
     else:
         modules = dict(matched)
-        parameters = _matching_parameters(model, wanted)
+        found = _ending(_adaptable_parameters(model), wanted)
+        parameters = {name: model.get_submodule(name.rpartition(".")[0]) for name in found}
         unknown = [name for name in wanted if not _ending([*modules, *parameters], [name])]
         if unknown:  # PEFT raises only if all are
             known = {_leaf(name) for name, _ in model.named_modules()}
@@ -114,12 +114,6 @@ def _matching_modules(model: nn.Module, names: str | list[str]) -> dict[str, nn.
 def _adaptable_parameters(model: nn.Module) -> list[str]:
     """The parameters that PEFT can adapt by their names: matrices and stacks of matrices."""
     return [name for name, parameter in model.named_parameters() if parameter.dim() in (2, 3)]
-
-
-def _matching_parameters(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
-    """The parameters that end in one of ``names``, and the module that holds each."""
-    found = _ending(_adaptable_parameters(model), names)
-    return {name: model.get_submodule(name.rpartition(".")[0]) for name in found}
 
 
 def _move_to_parameters(
