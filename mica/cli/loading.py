@@ -131,8 +131,7 @@ def _refuse_adapter(source: Source) -> None:
     with suppress(OSError, ValueError, AttributeError, RecursionError):
         config_file = find_adapter_config_file(source.location)
         if config_file is not None:
-            config = json.loads(Path(config_file).read_text(encoding="utf-8"))
-            base = config.get("base_model_name_or_path")
+            base = json.loads(Path(config_file).read_bytes()).get("base_model_name_or_path")
     if config_file is None:
         return
     of_what = f" for {base}" if base else ""
@@ -217,13 +216,11 @@ def load_model(source: Source, dtype: str, device: torch.device | None = None, q
 
 def _loading_options(source: Source, dtype: str, device: torch.device, quantization) -> dict:
     """The keywords of ``from_pretrained`` for the arguments of `load_model`."""
-    options = dict(source.options)
+    if dtype == "auto" and source.is_gguf:
+        dtype = "float32"
+    options = {**source.options, "dtype": dtype}
     if dtype != "auto":
         options["dtype"] = getattr(torch, dtype)
-    elif source.is_gguf:
-        options["dtype"] = torch.float32
-    else:
-        options["dtype"] = "auto"
     if quantization is not None:
         options["quantization_config"] = quantization
         options["device_map"] = {"": device}

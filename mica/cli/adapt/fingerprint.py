@@ -33,7 +33,7 @@ def of(location: str) -> str | None:
 
 
 def _of(folder: Path) -> str:
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    config = json.loads((folder / CONFIG_NAME).read_bytes())
     kept = {key: value for key, value in config.items() if key not in _VOLATILE}
     total = hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8)
 
@@ -57,5 +57,5 @@ def _weight_files(folder: Path) -> list[Path]:
     whole = folder / SAFE_WEIGHTS_NAME
     if whole.is_file():
         return [whole]
-    index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+    index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_bytes())
     return [folder / name for name in sorted(set(index["weight_map"].values()))]

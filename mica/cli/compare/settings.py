@@ -59,10 +59,10 @@ def resumed(output: Path, given: dict[str, object]) -> dict[str, object]:
     """
     path = output / FILE
     check_begun(output, FILE)
-    stored = None
+    stored = {}
     if Record(output).has(path):
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored is None or stored.keys() != DEFAULTS.keys():
+        stored = json.loads(path.read_bytes())
+    if stored.keys() != DEFAULTS.keys():
         what = "this version of mica compare has not written it: put that back, or name another folder"
         raise UsageError(f"--resume: {path}: {what}")
     for name, new in given.items():
