@@ -110,15 +110,12 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             wrapper.forward = torch.autocast(model.device.type, dtype)(wrapper.forward)
 
 
-def _wrappers(model: nn.Module) -> list[ModulesToSaveWrapper]:
-    return [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-
-
 def trained(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of trained embeddings, a tied one once."""
     found = []
-    for wrapper in _wrappers(model):
-        found += wrapper.modules_to_save.parameters()
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            found += module.modules_to_save.parameters()
     return list(dict.fromkeys(found))
 
 

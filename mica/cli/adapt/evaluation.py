@@ -78,8 +78,7 @@ def likelihood(
     state = PartialState()
     device = device or next(model.parameters()).device
     mine = range(state.process_index, len(blocks), state.num_processes)
-    largest_share = math.ceil(len(blocks) / state.num_processes)
-    rounds = math.ceil(largest_share / batch_size)
+    rounds = math.ceil(len(blocks) / (state.num_processes * batch_size))
 
     totals = torch.zeros(2, dtype=torch.float64)
     was_training = model.training

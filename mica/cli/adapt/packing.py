@@ -3,8 +3,6 @@
 The choice is by content, never by order or luck. Nothing is materialised.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -167,19 +165,13 @@ def _by_ends(documents: np.recarray, share: float, sequence_length: int, limit: 
     blocks = ends * wanted // total - (ends - whole) * wanted // total
     blocks = blocks[first][copy_of]  # copies lose as much as the first of them
     at = documents.length - blocks * sequence_length
-    train, held_out = _cut(documents, at)
+    train = documents.copy()
+    train.length = at
+    held_out = documents.copy()
+    held_out.start += at
+    held_out.length -= at
     is_held_out = is_first & (held_out.length > 0)
     return Split(train[at > 0], held_out[is_held_out], "ends of documents")
-
-
-def _cut(spans: np.recarray, at: np.ndarray) -> tuple[np.recarray, np.recarray]:
-    """Each span's first ``at`` tokens, and the rest; spans of no token are left in."""
-    heads = spans.copy()
-    heads.length = at
-    rests = spans.copy()
-    rests.start += at
-    rests.length -= at
-    return heads, rests
 
 
 def suit_packing(settings: Settings, model: torch.nn.Module) -> str | None:

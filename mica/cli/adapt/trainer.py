@@ -23,12 +23,9 @@ _NEVER = 2**31  # steps
 def training_arguments(args: Namespace, blocks: int, **more) -> TrainingArguments:
     """The Trainer's arguments for a run on ``blocks`` training blocks; ``more`` are passed on as they are."""
     amount = Amount(args, blocks, PartialState().num_processes)
-    max_steps = -1  # the epochs decide
-    if args.steps is not None:
-        max_steps = args.steps
     return TrainingArguments(
         output_dir=str(args.output),
-        max_steps=max_steps,
+        max_steps=args.steps or -1,  # the epochs decide
         num_train_epochs=args.epochs or 1,
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -174,15 +171,8 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
 
-    if _uses_fsdp1(trainer):
+    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
         raise UsageError("FSDP version 1 shards trained and frozen weights together: set fsdp_version: 2")
     if processes.several():
         set_seed(args.seed, device_specific=True)  # dropout masks of its own: it has blocks of its own
     return trainer
-
-
-def _uses_fsdp1(trainer: Trainer) -> bool:
-    if not trainer.is_fsdp_enabled:
-        return False
-    plugin = trainer.accelerator.state.fsdp_plugin
-    return getattr(plugin, "fsdp_version", 1) < 2
