@@ -152,8 +152,9 @@ def _split(text: Tokens, held_out: Tokens | None, args: Namespace) -> Split:
     train = text.spans[~np.isin(text.spans.digest, held_out.spans.digest)]
     tokens = train.length.sum()
     if tokens < args.sequence_length:
-        what = f"{tokens:,} tokens are not held out"
-        raise too_little("--text", what, "one training block", args.sequence_length)
+        raise too_little(
+            "--text", f"{tokens:,} tokens are not held out", "one training block", args.sequence_length
+        )
     return Split(train, held_out.spans, "--held-out-text", len(text.spans) - len(train))
 
 
@@ -165,8 +166,9 @@ def _measured(option: str, tokens: Tokens, args: Namespace) -> Dataset:
     """Blocks of a text that is only measured. Raises UsageError if it is shorter than one."""
     blocks = _blocks(tokens, tokens.spans, args)
     if not len(blocks):
-        what = f"{tokens.spans.length.sum():,} tokens found"
-        raise too_little(option, what, "one block", args.sequence_length)
+        raise too_little(
+            option, f"{tokens.spans.length.sum():,} tokens found", "one block", args.sequence_length
+        )
     return spread(blocks, args.eval_blocks)
 
 

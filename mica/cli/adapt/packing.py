@@ -121,15 +121,20 @@ def split(documents: np.recarray, share: float, sequence_length: int, limit: int
             return result
 
     _, first = np.unique(documents.digest, return_index=True)
-    what = f"{documents.length[first].sum():,} tokens found, copies not counted"
-    raise too_little(option, what, "one training and one held-out block", sequence_length)
+    raise too_little(
+        option,
+        f"{documents.length[first].sum():,} tokens found, copies not counted",
+        "one training and one held-out block",
+        sequence_length,
+    )
 
 
 def too_little(option: str, what: str, blocks: str, sequence_length: int) -> UsageError:
     """The error for a text that is too short for these ``blocks``."""
-    wanted = f"{blocks} of --sequence-length {sequence_length}"
-    remedy = "more text or a smaller --sequence-length helps"
-    return UsageError(f"{option}: {what}, too little for {wanted}; {remedy}")
+    return UsageError(
+        f"{option}: {what}, too little for {blocks} of --sequence-length {sequence_length}; "
+        "more text or a smaller --sequence-length helps"
+    )
 
 
 def _by_documents(documents: np.recarray, share: float, sequence_length: int, limit: int) -> Split | None:
