@@ -52,8 +52,10 @@ def check_folder(option: str, path: Path) -> None:
     try:
         os.path.realpath(path).encode()
     except UnicodeEncodeError:
-        what = "the libraries that write models need a path that is UTF-8: choose another folder"
-        raise UsageError(f"{option} {shown(str(path))}: {what}") from None
+        raise UsageError(
+            f"{option} {shown(str(path))}: "
+            "the libraries that write models need a path that is UTF-8: choose another folder"
+        ) from None
     if path.exists() and not path.is_dir():
         raise UsageError(f"{option} {path}: exists and is not a folder")
     existing = next(place for place in (path, *path.resolve().parents) if place.exists())
@@ -86,11 +88,8 @@ def write_table(path: Path, report: dict) -> None:
     Raises UsageError as `write_text`.
     """
 
-    def place(scratch: Path) -> None:
-        check_table(path)
-        os.replace(scratch, path)
-
-    _write_whole("--json", path, json_text(report), place)
+    check_table(path)
+    _write_whole("--json", path, json_text(report), lambda scratch: os.replace(scratch, path))
 
 
 def _write_whole(option: str, path: Path, text: str, place: Callable[[Path], None]) -> None:
