@@ -1,7 +1,7 @@
 """``mica fits``: what a training step of a model takes in memory, from its configuration alone."""
 
-import argparse
 import copy
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -104,7 +104,7 @@ def add_parser(commands) -> None:
     add("--json", type=a_path, metavar="FILE", help="also write the numbers as JSON")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """Run the command. ``--json`` is one object: the options, and ``rows`` as from `Counted.rows`.
 
     Raises UsageError; also for mixtures of experts, whose memory depends on values.
@@ -179,7 +179,7 @@ class Counted(NamedTuple):
         return rows
 
 
-def measured(args: argparse.Namespace) -> list[Counted]:
+def measured(args: Namespace) -> list[Counted]:
     """Each of `SETUPS`; stderr shows how many are done, from the start."""
     from tqdm import tqdm
 
@@ -190,7 +190,7 @@ def measured(args: argparse.Namespace) -> list[Counted]:
         return [_count(model, setup, args) for setup in shown]
 
 
-def count_step(setup: Setup, args: argparse.Namespace) -> Counted:
+def count_step(setup: Setup, args: Namespace) -> Counted:
     """The step of one set-up; ``args``: the options of the command.
 
     Raises UsageError for mixtures of experts, whose memory depends on values, as for all that cannot be
@@ -212,7 +212,7 @@ class _Model(NamedTuple):
     quantisation: object
 
 
-def _count(model: _Model, setup: Setup, args: argparse.Namespace) -> Counted:
+def _count(model: _Model, setup: Setup, args: Namespace) -> Counted:
     import torch
 
     from mica.cli.step_memory import checkpoint_first, loss_of, record
@@ -235,13 +235,13 @@ def tokens_that_fit(row: dict, tokens: int, memory: float) -> int:
     return int(tokens * max(0, memory * GIB - fixed) / row["peak_bytes"])
 
 
-def _outline(args: argparse.Namespace) -> _Model:
+def _outline(args: Namespace) -> _Model:
     """Raises UsageError where what a step takes is not known without values."""
     if args.model.lower().endswith(".gguf"):
-        what = (
+        raise UsageError(
+            f"{args.model}: "
             "is a GGUF file: give the Hub id or the folder (with config.json) of the model it was made from"
         )
-        raise UsageError(f"{args.model}: {what}")
 
     import torch
 
@@ -255,8 +255,10 @@ def _outline(args: argparse.Namespace) -> _Model:
     source = find_source(args.model, args.trust_remote_code, option="")  # it is an argument here
     base = skeleton(source, attn_implementation=ATTENTION, **options)
     if base is None:
-        what = "is no causal language model, or cannot be built without its weights"
-        raise UsageError(f"{args.model}: {what}, so nothing can be counted")
+        raise UsageError(
+            f"{args.model}: is no causal language model, or cannot be built without its weights, "
+            "so nothing can be counted"
+        )
     found = quantisation(base, args)
     if stacks_of(base):
         raise UsageError(f"{args.model}: has experts, and how many tokens each gets is not known")
@@ -283,7 +285,7 @@ def _running(setup: Setup) -> Iterator[None]:
         mica.fast.enable(**before)
 
 
-def _adapted(model: _Model, setup: Setup, args: argparse.Namespace):
+def _adapted(model: _Model, setup: Setup, args: Namespace):
     """A copy of the model, quantised and with this adapter, if any."""
     from peft import LoraConfig, get_peft_model
 

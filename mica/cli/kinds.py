@@ -79,9 +79,7 @@ def kinds_table(kinds: list[Kind], rank: int) -> str:
 
 def _cells(kind: Kind) -> list[str]:
     first = kind.rows[0]
-    dtype = first.dtype
-    if first.quantised:
-        dtype = f"{first.quantised}, dequantised"
+    dtype = f"{first.quantised}, dequantised" if first.quantised else first.dtype
     values = kind.values
     at_the_cut = ("sigma_above", "sigma_largest", "sigma_smallest", "gap")
     proven = [row.energy_excess for row in kind.rows if row.proven]

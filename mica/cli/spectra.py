@@ -163,25 +163,17 @@ def _measured(weight: Tensor, rank: int) -> dict:
 
     values = chosen.singular_values.double().cpu()
     largest = values[0].item()
-    gap = None
-    if above is not None and largest:
-        gap = above / largest
     energy = squared_norm(weight)
-    energy_share = None
-    if energy:
-        energy_share = values.square().sum().item() / energy
-    energy_excess = None
-    if math.isfinite(chosen.energy_excess):
-        energy_excess = chosen.energy_excess
+    excess = chosen.energy_excess
     return {
         "sigma_above": above,
         "sigma_largest": largest,
         "sigma_smallest": values[-1].item(),
-        "gap": gap,
-        "energy_share": energy_share,
+        "gap": above / largest if above is not None and largest else None,
+        "energy_share": values.square().sum().item() / energy if energy else None,
         "method": subspace.method,
         "proven": chosen.certified,
-        "energy_excess": energy_excess,
+        "energy_excess": excess if math.isfinite(excess) else None,
     }
 
 

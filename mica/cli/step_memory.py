@@ -10,8 +10,6 @@ adds as much to whatever is there already, so that a model of any depth, with an
 layers, follows from one layer of each kind, to the byte (tests/mica/cli/test_step_memory.py).
 """
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator

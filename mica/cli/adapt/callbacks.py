@@ -113,8 +113,9 @@ class Hooks(TrainerCallback):
         parts = []
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
-                what = f"the training loss is not finite ({logs['loss']}) at or before"
-                raise self._error(what, args, state)
+                raise self._error(
+                    f"the training loss is not finite ({logs['loss']}) at or before", args, state
+                )
             # if nothing stops it, and steps take this session's mean time
             done = state.global_step - self._first
             seconds = time.perf_counter() - self._begun
@@ -140,8 +141,10 @@ class Hooks(TrainerCallback):
 
     def _error(self, what: str, args, state) -> UsageError:
         saved = checkpoints.saved(Path(args.output_dir))
-        lower = f"a lower --learning-rate (now {args.learning_rate:g})"
-        return UsageError(f"{what} step {state.global_step}; {saved}. Try {lower} or --dtype float32")
+        return UsageError(
+            f"{what} step {state.global_step}; {saved}. "
+            f"Try a lower --learning-rate (now {args.learning_rate:g}) or --dtype float32"
+        )
 
 
 def _print_step(state, text: str) -> None:

@@ -46,8 +46,10 @@ def plan(args: Namespace, config: PreTrainedConfig | None) -> Plan:
     number, total = counted.fewest(memory)
     if number is None:
         least = counted.row(layers)["total_bytes"] / GIB
-        what = f"a step takes {least:.2f} GiB even with all {layers} layers checkpointed"
-        raise UsageError(f"--memory {args.memory}: {what}; lower --sequence-length or --batch-size")
+        raise UsageError(
+            f"--memory {args.memory}: a step takes {least:.2f} GiB even with all {layers} layers "
+            "checkpointed; lower --sequence-length or --batch-size"
+        )
     return Plan(number, layers, total)
 
 
