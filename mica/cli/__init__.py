@@ -47,10 +47,7 @@ class _Parser(argparse.ArgumentParser):
 
         argparse passes those of a command up to the main parser, which does not know its options.
         """
-        if args is None:
-            given = sys.argv[1:]
-        else:
-            given = list(args)
+        given = sys.argv[1:] if args is None else list(args)
         self._refuse_unknown(given)  # first: otherwise a misspelt required option is reported as missing
         found, unknown = super().parse_known_args(given, namespace)
         if unknown:
@@ -69,19 +66,14 @@ class _Parser(argparse.ArgumentParser):
                     if token not in commands:
                         self.error(f"no command is called '{token}'{similar(token, commands) or self._help}")
                     return  # what follows is for the parser of the command
-                if self._has_rest:
-                    return
+                if any(action.nargs == argparse.REMAINDER for action in self._actions):
+                    return  # what follows is for a script
                 continue
             option = token.partition("=")[0]
             if option not in known:
                 names = [name.strip("-") for name in known]  # with the dashes all names are similar
                 hint = similar(option.strip("-"), names, "--") or self._help
                 self.error(f"unrecognized arguments: {token}{hint}")
-
-    @property
-    def _has_rest(self) -> bool:
-        """Whether what follows the first word is for another parser: that of a command, or of a script."""
-        return any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions)
 
     @property
     def _help(self) -> str:

@@ -81,9 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     text = args.output / "python-reference.jsonl"
     topics = pandas.Series(python_reference_topics(), name="text").rename_axis("topic").reset_index()
     topics.to_json(text, orient="records", lines=True)
-    dtype = "float32"
-    if torch.accelerator.is_available() or has_native(torch.bfloat16):
-        dtype = "bfloat16"
+    dtype = "bfloat16" if torch.accelerator.is_available() or has_native(torch.bfloat16) else "float32"
     folder = args.output / "adapter"
     if folder.exists() and "--resume" not in options:
         shutil.rmtree(folder)  # of the demo that was run before

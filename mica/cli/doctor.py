@@ -13,6 +13,7 @@ from mica.cli.arguments import add_command, example
 from mica.cli.extras import DISTRIBUTION
 from mica.cli.output import dtype_name, one_line
 
+Findings = Iterator[tuple[str, str]]  # label, text
 OPTIONAL = ("accelerate", "datasets", "gguf", "trl", "bitsandbytes")  # what extras and recipes use
 _VARIABLES = ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "TRITON_INTERPRET")  # beside MICA_...
 # How the reasons of `mica.kernels.runtime` begin where kernels should run on a device and do not
@@ -22,7 +23,9 @@ _FAILED = "a trial kernel"
 def add_parser(commands) -> None:
     """Declare ``mica doctor`` on an argparse subparsers object."""
     add_command(
-        *(commands, "doctor", run),
+        commands,
+        "doctor",
+        run,
         help="what this machine has, which path MiCA layers take on it, and what is broken",
         description="Show versions, devices, whether MiCA layers run on Triton kernels there and why, "
         "whether PyTorch's operators are called from C++ (which this compiles if it has not been), "
@@ -49,8 +52,7 @@ def examine() -> tuple[dict[str, str], list[str]]:
     findings = dict(_versions(problems))
     for part, examined in {"devices": _devices, "C++": _cpp, "PEFT": _peft, "cache": _cache}.items():
         with _noted(problems, part):
-            for label, text in examined(problems):
-                findings[label] = text
+            findings.update(examined(problems))
     return findings, problems
 
 
@@ -63,7 +65,7 @@ def _noted(problems: list[str], what: str) -> Iterator[None]:
         problems.append(f"{what}: {type(error).__name__}: {one_line(error)}")
 
 
-def _versions(problems: list[str]) -> Iterator[tuple[str, str]]:
+def _versions(problems: list[str]) -> Findings:
     """MiCA, Python, what MiCA requires on this system or can use, and what the environment sets."""
     from packaging.requirements import Requirement
 
@@ -83,8 +85,7 @@ def _versions(problems: list[str]) -> Iterator[tuple[str, str]]:
             continue
         yield need.name, installed
         if not need.specifier.contains(installed, prereleases=True):
-            supported = f"is not among the supported versions, {need.specifier}"
-            problems.append(f"{need.name} {installed} {supported}")
+            problems.append(f"{need.name} {installed} is not among the supported versions, {need.specifier}")
 
     for name in OPTIONAL:
         yield name, _installed(name) or "not installed"
@@ -101,7 +102,7 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
+def _devices(problems: list[str]) -> Findings:
     """The CPU, then each CUDA or ROCm device: what it is, and how MiCA layers run there and why.
 
     That is "kernels", "reference", or "error" where they would raise.
@@ -140,7 +141,7 @@ def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
         problems.append("MICA_BACKEND=triton demands kernels, and no device here can run them")
 
 
-def _measured(name: str, device) -> Iterator[tuple[str, str]]:
+def _measured(name: str, device) -> Findings:
     """Which form of each kind of layer is the fastest on this device, and when that was measured."""
     from mica.paths import tuning
 
@@ -174,7 +175,7 @@ def _threads(number: int) -> str:
     return f"{said}, {os.cpu_count()} processors"
 
 
-def _cpp(problems: list[str]) -> Iterator[tuple[str, str]]:
+def _cpp(problems: list[str]) -> Findings:
     """Whether C++ calls PyTorch's operators, which may be compiled now.
 
     A machine without a compiler, or with one that fails, is not broken: the calls come from Python, with the
@@ -186,11 +187,13 @@ def _cpp(problems: list[str]) -> Iterator[tuple[str, str]]:
     if module is not None:
         yield "C++", f"calls PyTorch's operators; compiled in {os.path.dirname(module.__file__)}"
     else:
-        unused = "not used, so Python calls PyTorch's operators, with the same results"
-        yield "C++", f"{unused}: {native.why_not()}"
+        yield (
+            "C++",
+            f"not used, so Python calls PyTorch's operators, with the same results: {native.why_not()}",
+        )
 
 
-def _peft(problems: list[str]) -> Iterator[tuple[str, str]]:
+def _peft(problems: list[str]) -> Findings:
     """Whether mica.fast can patch PEFT; of a release that is not known, what runs on the backend."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about what is said here
@@ -207,7 +210,7 @@ def _peft(problems: list[str]) -> Iterator[tuple[str, str]]:
             problems.append(f"mica.fast leaves this PEFT as it is: {', '.join(found.refused)}")
 
 
-def _cache(problems: list[str]) -> Iterator[tuple[str, str]]:
+def _cache(problems: list[str]) -> Findings:
     """The folder of the initialisation cache, and why it is not used."""
     from mica.folders import why_untrusted
     from mica.subspace.cache import default_cache

@@ -1,11 +1,12 @@
 """``mica fits``: what a training step of a model takes in memory, from its configuration alone."""
 
-import argparse
 import copy
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
+from mica.cli.adapt.methods import METHODS
 from mica.cli.arguments import (
     a_name,
     a_path,
@@ -41,26 +42,25 @@ which checkpoints all: gradient_checkpointing=False, also in TRL's configuration
 
 
 class Setup(NamedTuple):
-    """How a model is trained. ``init``: what PEFT's ``init_lora_weights`` is; None: without an adapter."""
+    """How a model is trained. ``config``: what `LoraConfig` takes for a method; None: without an adapter."""
 
     name: str
-    init: bool | str | None = None
+    config: dict[str, object] | None = None
     is_here: bool = False  # on this backend, else PEFT's code
     recompute: str = "norms"
     casts_factors: bool = True  # to fp32, which is PEFT's default
-    is_dora: bool = False
 
 
 def _setups() -> Iterator[Setup]:
     yield Setup("without adapter")
-    for name, init in (("LoRA", True), ("MiCA", "mica")):
-        yield Setup(f"{name}, PEFT's default", init)
-        yield Setup(f"{name}, PEFT's best setting", init, casts_factors=False)
-        yield Setup(f"{name}, here", init, is_here=True)
-        yield Setup(f"{name}, here, norms saved", init, is_here=True, recompute="activations")
-    yield Setup("DoRA, PEFT's default", True, is_dora=True)
-    yield Setup("DoRA, PEFT's best setting", True, is_dora=True, casts_factors=False)
-    yield Setup("DoRA, here", True, is_dora=True, is_here=True)
+    for method in ("lora", "mica", "dora"):
+        name = METHODS[method].title
+        config = METHODS[method].config
+        yield Setup(f"{name}, PEFT's default", config)
+        yield Setup(f"{name}, PEFT's best setting", config, casts_factors=False)
+        yield Setup(f"{name}, here", config, is_here=True)
+        if method != "dora":
+            yield Setup(f"{name}, here, norms saved", config, is_here=True, recompute="activations")
 
 
 SETUPS = tuple(_setups())
@@ -69,7 +69,9 @@ SETUPS = tuple(_setups())
 def add_parser(commands) -> None:
     """Declare ``mica fits`` on an argparse subparsers object."""
     parser = add_command(
-        *(commands, "fits", run),
+        commands,
+        "fits",
+        run,
         help="what a training step takes in memory, from the configuration alone",
         description="Count, without loading or computing anything, what a training step of a model "
         "allocates: without an adapter, and with LoRA and MiCA of PEFT and of this package, with and without "
@@ -102,15 +104,14 @@ def add_parser(commands) -> None:
     add("--json", type=a_path, metavar="FILE", help="also write the numbers as JSON")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """Run the command. ``--json`` is one object: the options, and ``rows`` as from `Counted.rows`.
 
     Raises UsageError; also for mixtures of experts, whose memory depends on values.
     """
     if args.json:
         check_table(args.json)
-    counted = measured(args)
-    rows = [row for one in counted for row in one.rows(args.memory)]
+    rows = [row for counted in measured(args) for row in counted.rows(args.memory)]
     print(_table(rows, args.memory))
     print(_NOTES)
     peaks = [row["peak_bytes"] for row in rows if row["checkpointing"]]
@@ -178,21 +179,18 @@ class Counted(NamedTuple):
         return rows
 
 
-def measured(args: argparse.Namespace) -> list[Counted]:
+def measured(args: Namespace) -> list[Counted]:
     """Each of `SETUPS`; stderr shows how many are done, from the start."""
     from tqdm import tqdm
 
-    setups = [setup for setup in SETUPS if args.dora or not setup.is_dora]
-    counted = []
-    with tqdm(total=len(setups), desc="Counting", unit=" set-ups", leave=False) as progress:
+    dora = METHODS["dora"].config
+    setups = [setup for setup in SETUPS if args.dora or setup.config != dora]
+    with tqdm(setups, desc="Counting", unit=" set-ups", leave=False) as shown:
         model = _outline(args)
-        for setup in setups:
-            counted.append(_count(model, setup, args))
-            progress.update()
-    return counted
+        return [_count(model, setup, args) for setup in shown]
 
 
-def count_step(setup: Setup, args: argparse.Namespace) -> Counted:
+def count_step(setup: Setup, args: Namespace) -> Counted:
     """The step of one set-up; ``args``: the options of the command.
 
     Raises UsageError for mixtures of experts, whose memory depends on values, as for all that cannot be
@@ -214,7 +212,7 @@ class _Model(NamedTuple):
     quantisation: object
 
 
-def _count(model: _Model, setup: Setup, args: argparse.Namespace) -> Counted:
+def _count(model: _Model, setup: Setup, args: Namespace) -> Counted:
     import torch
 
     from mica.cli.step_memory import checkpoint_first, loss_of, record
@@ -237,13 +235,13 @@ def tokens_that_fit(row: dict, tokens: int, memory: float) -> int:
     return int(tokens * max(0, memory * GIB - fixed) / row["peak_bytes"])
 
 
-def _outline(args: argparse.Namespace) -> _Model:
+def _outline(args: Namespace) -> _Model:
     """Raises UsageError where what a step takes is not known without values."""
     if args.model.lower().endswith(".gguf"):
-        what = (
+        raise UsageError(
+            f"{args.model}: "
             "is a GGUF file: give the Hub id or the folder (with config.json) of the model it was made from"
         )
-        raise UsageError(f"{args.model}: {what}")
 
     import torch
 
@@ -257,8 +255,10 @@ def _outline(args: argparse.Namespace) -> _Model:
     source = find_source(args.model, args.trust_remote_code, option="")  # it is an argument here
     base = skeleton(source, attn_implementation=ATTENTION, **options)
     if base is None:
-        what = "is no causal language model, or cannot be built without its weights"
-        raise UsageError(f"{args.model}: {what}, so nothing can be counted")
+        raise UsageError(
+            f"{args.model}: is no causal language model, or cannot be built without its weights, "
+            "so nothing can be counted"
+        )
     found = quantisation(base, args)
     if stacks_of(base):
         raise UsageError(f"{args.model}: has experts, and how many tokens each gets is not known")
@@ -285,7 +285,7 @@ def _running(setup: Setup) -> Iterator[None]:
         mica.fast.enable(**before)
 
 
-def _adapted(model: _Model, setup: Setup, args: argparse.Namespace):
+def _adapted(model: _Model, setup: Setup, args: Namespace):
     """A copy of the model, quantised and with this adapter, if any."""
     from peft import LoraConfig, get_peft_model
 
@@ -294,10 +294,10 @@ def _adapted(model: _Model, setup: Setup, args: argparse.Namespace):
     base = copy.deepcopy(model.base)
     if model.quantisation is not None:
         quantise(base, model.quantisation)
-    if setup.init is None:
+    if setup.config is None:
         return base
-    options = {"r": args.rank, "lora_dropout": args.dropout, "use_dora": setup.is_dora, **model.targets}
-    config = LoraConfig(init_lora_weights=setup.init, task_type="CAUSAL_LM", **options)
+    options = {"r": args.rank, "lora_dropout": args.dropout, **model.targets, **setup.config}
+    config = LoraConfig(task_type="CAUSAL_LM", **options)
     adapted = get_peft_model(base, config, low_cpu_mem_usage=True)
     if not setup.casts_factors:  # on the meta device PEFT leaves them in fp32
         for name, parameter in adapted.named_parameters():

@@ -74,8 +74,9 @@ def _acquire(lock: filelock.FileLock, output: Path) -> None:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
-            what = "another command writes to it; wait for it or stop it"
-            raise UsageError(f"--output {output}: {what}") from error
+            raise UsageError(
+                f"--output {output}: another command writes to it; wait for it or stop it"
+            ) from error
 
 
 @contextmanager

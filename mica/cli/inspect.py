@@ -22,7 +22,9 @@ _MEANING = (
 def add_parser(commands) -> None:
     """Declare ``mica inspect`` on an argparse subparsers object."""
     parser = add_command(
-        *(commands, "inspect", run),
+        commands,
+        "inspect",
+        run,
         help="the spectra of a model's layers, and what MiCA would adapt in them",
         description="Show, for each kind of layer that MiCA would adapt, the singular values at the cut, the "
         "share of the weight's energy in the chosen subspace, and how many layers have the certificate of "
@@ -63,8 +65,10 @@ def run(args: Namespace) -> int:
     targets = _targets(model, args)
 
     start = time.perf_counter()
-    gap = f"gap = sigma_{args.rank + 1} / sigma_{args.rank}"
-    print(f"{args.model}, r = {args.rank}: chosen are sigma_{args.rank} to sigma_1, {gap}")
+    print(
+        f"{args.model}, r = {args.rank}: chosen are sigma_{args.rank} to sigma_1, "
+        f"gap = sigma_{args.rank + 1} / sigma_{args.rank}"
+    )
     print("medians of each kind of layer, and its worst gap, energy and excess", flush=True)
     rows = _measure(args, targets)
     result = summary(rows, seconds=time.perf_counter() - start)
@@ -107,8 +111,7 @@ def _targets(model, args: Namespace):
     """
     from mica.cli.targets import ALL_LINEAR, find_targets
 
-    with_experts = True if args.target_modules == ALL_LINEAR else None
-    targets = find_targets(model, args.target_modules, with_experts)
+    targets = find_targets(model, args.target_modules, args.target_modules == ALL_LINEAR or None)
     sizes = [min(size) for size in targets.sizes(model).values() if size is not None]
     if sizes and args.rank > max(sizes):
         raise UsageError(f"--rank {args.rank}: too large for every layer: at most {max(sizes)} fits")
@@ -124,9 +127,7 @@ def _measure(args: Namespace, targets) -> list:
     rows = []
     found = targets.modules | targets.parameters
     for name, module in tqdm(found.items(), desc="Measuring", unit=" layers", delay=2, leave=False):
-        parameter = None
-        if name in targets.parameters:
-            parameter = name.rpartition(".")[2]
+        parameter = name.rpartition(".")[2] if name in targets.parameters else None
         rows.append(measure(name, module, args.rank, parameter))
     return rows
 

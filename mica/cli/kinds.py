@@ -79,19 +79,16 @@ def kinds_table(kinds: list[Kind], rank: int) -> str:
 
 def _cells(kind: Kind) -> list[str]:
     first = kind.rows[0]
-    dtype = first.dtype
-    if first.quantised:
-        dtype = f"{first.quantised}, dequantised"
+    dtype = f"{first.quantised}, dequantised" if first.quantised else first.dtype
     values = kind.values
-    sigmas = ("sigma_above", "sigma_largest", "sigma_smallest")
+    at_the_cut = ("sigma_above", "sigma_largest", "sigma_smallest", "gap")
     proven = [row.energy_excess for row in kind.rows if row.proven]
     return [
         kind.name,
         str(len(kind.rows)),
         size_text(first.shape),
         dtype,
-        *(_number(median, values(name), ".4g") for name in sigmas),
-        _number(median, values("gap"), ".4g"),
+        *(_number(median, values(name), ".4g") for name in at_the_cut),
         _number(min, values("gap"), ".4g"),
         _number(median, values("energy_share"), ".2g"),
         _number(max, values("energy_share"), ".2g"),

@@ -74,9 +74,9 @@ def _explained_errors(source: Source) -> Iterator[None]:
     except _BAD_CONFIG as error:
         if source.options.get("trust_remote_code"):
             raise
-        what = f"{type(error).__name__}: {one_line(error)}"
         raise source.error(
-            f"its configuration describes no model that transformers knows ({what})"
+            "its configuration describes no model that transformers knows "
+            f"({type(error).__name__}: {one_line(error)})"
         ) from error
 
 
@@ -91,6 +91,7 @@ def find_source(model: str, trust_remote_code: bool, option: str = "--model ") -
     """Turn a name into a Source. Raises UsageError where the path alone shows that it cannot work."""
     # False and not None: with None transformers prompts whether to run the code.
     options = {"trust_remote_code": trust_remote_code}
+    location = model
     path = expanded(model)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -98,14 +99,14 @@ def find_source(model: str, trust_remote_code: bool, option: str = "--model ") -
         if importlib.util.find_spec("gguf") is None:
             raise UsageError(f"{option}{model}: GGUF files need gguf: {HOW_TO_INSTALL}")
         options["gguf_file"] = path.name
-        return Source(model, str(path.parent.absolute()), options, option)
-    if path.is_dir():
+        location = str(path.parent.absolute())
+    elif path.is_dir():
         # Absolute: the adapter names this folder, and is loaded from other working directories too.
-        return Source(model, str(path.absolute()), options, option)
+        location = str(path.absolute())
     # A Hub id is OWNER/NAME at most.
-    if model.endswith(".gguf") or model.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2:
+    elif model.endswith(".gguf") or model.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2:
         raise UsageError(f"{option}{model}: no such file or folder")
-    return Source(model, model, options, option)
+    return Source(model, location, options, option)
 
 
 def note_hub(location: str) -> None:
@@ -131,8 +132,7 @@ def _refuse_adapter(source: Source) -> None:
     with suppress(OSError, ValueError, AttributeError, RecursionError):
         config_file = find_adapter_config_file(source.location)
         if config_file is not None:
-            config = json.loads(Path(config_file).read_text(encoding="utf-8"))
-            base = config.get("base_model_name_or_path")
+            base = json.loads(Path(config_file).read_bytes()).get("base_model_name_or_path")
     if config_file is None:
         return
     of_what = f" for {base}" if base else ""
@@ -156,8 +156,9 @@ def load_tokenizer(source: Source):
     try:
         return AutoTokenizer.from_pretrained(source.location, **source.options)
     except _BAD_SOURCE as error:
-        what = "its tokenizer cannot be loaded, from tokenizer.json or tokenizer.model"
-        raise source.error(f"{what}: {one_line(error)}") from error
+        raise source.error(
+            f"its tokenizer cannot be loaded, from tokenizer.json or tokenizer.model: {one_line(error)}"
+        ) from error
 
 
 def load_config(source: Source):
@@ -199,8 +200,10 @@ def load_model(source: Source, dtype: str, device: torch.device | None = None, q
         raise source.error(error) from error  # one that the checkpoint's own quantisation needs
 
     for name, found, expected in sorted(info["mismatched_keys"]):
-        what = f"{name} is {size_text(found)}, and {size_text(expected)} by the configuration"
-        raise source.error(f"its configuration is not that of its weights: {what}")
+        raise source.error(
+            "its configuration is not that of its weights: "
+            f"{name} is {size_text(found)}, and {size_text(expected)} by the configuration"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise source.error(f"not a causal language model: it has no weights for {', '.join(missing[:3])}")
@@ -217,13 +220,11 @@ def load_model(source: Source, dtype: str, device: torch.device | None = None, q
 
 def _loading_options(source: Source, dtype: str, device: torch.device, quantization) -> dict:
     """The keywords of ``from_pretrained`` for the arguments of `load_model`."""
-    options = dict(source.options)
+    if dtype == "auto" and source.is_gguf:
+        dtype = "float32"
+    options = {**source.options, "dtype": dtype}
     if dtype != "auto":
         options["dtype"] = getattr(torch, dtype)
-    elif source.is_gguf:
-        options["dtype"] = torch.float32
-    else:
-        options["dtype"] = "auto"
     if quantization is not None:
         options["quantization_config"] = quantization
         options["device_map"] = {"": device}

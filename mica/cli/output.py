@@ -26,9 +26,7 @@ def explained(what: str, kinds=Exception) -> Iterator[None]:
     except UsageError:
         raise
     except kinds as error:
-        reason = first_sentences(_message(error))
-        if not reason:
-            reason = type(error).__name__
+        reason = first_sentences(_message(error)) or type(error).__name__
         usage_error = UsageError(f"{what}: {reason}")
         usage_error.is_known = getattr(error, "is_known", False)  # to all processes: see `processes.agreed`
         raise usage_error from error
@@ -54,8 +52,10 @@ def check_folder(option: str, path: Path) -> None:
     try:
         os.path.realpath(path).encode()
     except UnicodeEncodeError:
-        what = "the libraries that write models need a path that is UTF-8: choose another folder"
-        raise UsageError(f"{option} {shown(str(path))}: {what}") from None
+        raise UsageError(
+            f"{option} {shown(str(path))}: "
+            "the libraries that write models need a path that is UTF-8: choose another folder"
+        ) from None
     if path.exists() and not path.is_dir():
         raise UsageError(f"{option} {path}: exists and is not a folder")
     existing = next(place for place in (path, *path.resolve().parents) if place.exists())
@@ -70,8 +70,8 @@ def _check_writable(option: str, path: Path, folder: Path) -> None:
         raise UsageError(f"{option} {path}: {folder} is not writable")
 
 
-def write_file(option: str, path: Path, write: Callable[[Path], None], record: Record | None = None) -> None:
-    """Let ``write`` fill a temporary file next to ``path``, then rename it: never half a file.
+def write_text(option: str, path: Path, text: str, record: Record | None = None) -> None:
+    """Write ``text`` to a temporary file next to ``path``, then rename it: never half a file.
 
     ``record``: of the output folder; by default that in which the file is.
 
@@ -79,42 +79,31 @@ def write_file(option: str, path: Path, write: Callable[[Path], None], record: R
     there that no command has written.
     """
     record = record or Record(path.parent)
-    _write_whole(option, path, write, lambda scratch: record.place({path: scratch}))
+    _write_whole(option, path, text, lambda scratch: record.place({path: scratch}))
 
 
 def write_table(path: Path, report: dict) -> None:
     """Write what ``--json`` asks for, outside of output folders: not recorded, and replacing nothing.
 
-    Raises UsageError as `write_file`.
+    Raises UsageError as `write_text`.
     """
 
-    def place(scratch: Path) -> None:
-        check_table(path)
-        os.replace(scratch, path)
-
-    text = json_text(report)
-    _write_whole("--json", path, lambda scratch: scratch.write_text(text, encoding="utf-8"), place)
+    check_table(path)
+    _write_whole("--json", path, json_text(report), lambda scratch: os.replace(scratch, path))
 
 
-def _write_whole(
-    option: str, path: Path, write: Callable[[Path], None], place: Callable[[Path], None]
-) -> None:
-    """Let ``write`` fill a temporary file, which ``place`` then renames to ``path``, or raises."""
+def _write_whole(option: str, path: Path, text: str, place: Callable[[Path], None]) -> None:
+    """Write ``text`` to a temporary file, which ``place`` then renames to ``path``, or raises."""
     scratch = path.with_name(f".{uuid.uuid4().hex}{SCRATCH}")
     try:
         with explained(f"{option} {path}: cannot be written", OSError):
             path.parent.mkdir(exist_ok=True)
-            write(scratch)
+            scratch.write_text(text, encoding="utf-8")
             flush(scratch)
             place(scratch)
     finally:
         with suppress(OSError):  # the folder may have gone
             scratch.unlink()
-
-
-def write_text(option: str, path: Path, text: str, record: Record | None = None) -> None:
-    """Write ``text`` as `write_file` does."""
-    write_file(option, path, lambda scratch: scratch.write_text(text, encoding="utf-8"), record)
 
 
 def tell(text: str) -> None:
@@ -226,7 +215,7 @@ def flush(path: Path) -> None:
 
 
 def write_json(option: str, path: Path, report: dict, record: Record | None = None) -> None:
-    """Write ``report`` as JSON, as `write_file` does. Raises ValueError if it holds NaN or an infinity."""
+    """Write ``report`` as JSON, as `write_text` does. Raises ValueError if it holds NaN or an infinity."""
     write_text(option, path, json_text(report), record)
 
 

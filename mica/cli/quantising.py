@@ -1,7 +1,6 @@
 """bitsandbytes' configurations, and its layers on the meta device: a model whose memory is counted."""
 
 from argparse import Namespace
-from types import ModuleType
 from unittest.mock import patch
 
 import torch
@@ -47,6 +46,7 @@ def of_bits(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+@patch.dict("bitsandbytes.functional.name2qmap", clear=True)  # where it would keep a code without values
 def quantise(model: nn.Module, config: BitsAndBytesConfig) -> None:
     """Replace the layers of a model without values that transformers replaces while it loads one.
 
@@ -54,11 +54,6 @@ def quantise(model: nn.Module, config: BitsAndBytesConfig) -> None:
     """
     from bitsandbytes import functional
 
-    with patch.dict(functional.name2qmap, clear=True):  # where it would keep a code without values
-        _quantise(model, config, functional)
-
-
-def _quantise(model: nn.Module, config: BitsAndBytesConfig, functional: ModuleType) -> None:
     dtype = model.dtype
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     quantizer.preprocess_model(model, device_map=None)
@@ -72,9 +67,8 @@ def _quantise(model: nn.Module, config: BitsAndBytesConfig, functional: ModuleTy
             weight.data, weight.quant_state = functional.quantize_4bit(weight.data.to(dtype), **options)
             layer.quant_state = weight.quant_state
             weight.bnb_quantized = True
-            weight.__deepcopy__ = lambda memo, own=weight: (
-                own
-            )  # PEFT's DoRA copies a layer to read its weight
+            # PEFT's DoRA copies a layer to read its weight
+            weight.__deepcopy__ = lambda memo, own=weight: own
         elif kind == "Int8Params":
             weight.data, weight.SCB, _ = functional.int8_vectorwise_quant(weight.data.half())
             weight.CB = weight.data

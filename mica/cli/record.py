@@ -98,7 +98,7 @@ class Record:
     def _read(self) -> dict[str, list[str]]:
         """Empty where there is no record, or it cannot be understood: then nothing is a command's own."""
         with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
-            found = json.loads((self.folder / NAME).read_text(encoding="utf-8"))
+            found = json.loads((self.folder / NAME).read_bytes())
             return {name: list(hashes) for name, hashes in found.items() if _is_inside(name)}
         return {}
 

@@ -20,7 +20,9 @@ _OUR_FILES = (__file__, runpy.run_module.__code__.co_filename)
 def add_parser(commands) -> None:
     """Declare ``mica run`` on an argparse subparsers object."""
     parser = add_command(
-        *(commands, "run", run),
+        commands,
+        "run",
+        run,
         help="run a script as it is, with its adapters on this backend",
         description="Run a script, or with -m a module, as python does, with the adapters that it makes with "
         "PEFT on this backend: MiCA, LoRA and DoRA. To run it in several processes, start them with torchrun "

@@ -99,13 +99,9 @@ def measure(name: str, module: nn.Module, rank: int, parameter: str | None = Non
 def _worst_expert(measured: list[dict]) -> dict:
     """What `_measured` returned for the expert with the smallest gap, with the worst certificate of all."""
 
-    def gap(expert: int) -> float:
-        return measured[expert]["gap"] or math.inf
-
-    expert = min(range(len(measured)), key=gap)
-    numbers = measured[expert]
+    numbers = min(measured, key=lambda each: each["gap"] or math.inf)
     excesses = [each["energy_excess"] for each in measured]
-    numbers["expert"] = expert
+    numbers["expert"] = measured.index(numbers)
     numbers["proven"] = all(each["proven"] for each in measured)
     numbers["energy_excess"] = None
     if None not in excesses:
@@ -157,36 +153,27 @@ def _measured(weight: Tensor, rank: int) -> dict:
     """The numbers of one matrix in a `Row`."""
     subspace = minor_subspace(weight, min(rank + 1, *weight.shape))
     singular_values = subspace.singular_values.double().cpu()
+    above = None
+    chosen = subspace
     if len(singular_values) > rank:
         above = singular_values[0].item()
         # Where the rank + 1 smallest are not proven, the chosen may be, if the value above the cut is much
         # larger.
         chosen = narrow(subspace, rank) or minor_subspace(weight, rank)
-    else:
-        above = None
-        chosen = subspace
 
     values = chosen.singular_values.double().cpu()
     largest = values[0].item()
-    gap = None
-    if above is not None and largest:
-        gap = above / largest
     energy = squared_norm(weight)
-    energy_share = None
-    if energy:
-        energy_share = values.square().sum().item() / energy
-    energy_excess = None
-    if math.isfinite(chosen.energy_excess):
-        energy_excess = chosen.energy_excess
+    excess = chosen.energy_excess
     return {
         "sigma_above": above,
         "sigma_largest": largest,
         "sigma_smallest": values[-1].item(),
-        "gap": gap,
-        "energy_share": energy_share,
+        "gap": above / largest if above is not None and largest else None,
+        "energy_share": values.square().sum().item() / energy if energy else None,
         "method": subspace.method,
         "proven": chosen.certified,
-        "energy_excess": energy_excess,
+        "energy_excess": excess if math.isfinite(excess) else None,
     }
 
 
@@ -217,14 +204,11 @@ def narrow(stored: MinorSubspace, rank: int) -> MinorSubspace | None:
         return None
 
     reference = max(least, rank * stored.resolution)
-    relative_excess = 0.0
-    if reference:
-        relative_excess = excess / reference
     return replace(
         stored,
         basis=stored.basis[:, dropped:].contiguous(),
         singular_values=stored.singular_values[dropped:].clone(),
-        energy_excess=relative_excess,
+        energy_excess=excess / reference if reference else 0.0,
     )
 
 

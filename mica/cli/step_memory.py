@@ -10,11 +10,10 @@ adds as much to whatever is there already, so that a model of any depth, with an
 layers, follows from one layer of each kind, to the byte (tests/mica/cli/test_step_memory.py).
 """
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -89,15 +88,10 @@ def memory(plain: Recorded, checkpointed: Recorded, kinds: list[int], number: in
         parts = checkpointed.parts if index < number else plain.parts
         forward.append(parts[1 + kind])
         backward.insert(0, parts[-2 - kind])
-    level = peak = 0
-    for part in (others[0], *forward, others[half - 1]):
-        peak = max(peak, level + part.peak)
-        level += part.change
-    kept = level
-    for part in (others[half], *backward, others[-1]):
-        peak = max(peak, level + part.peak)
-        level += part.change
-    return StepMemory(kept, peak)
+    step = [others[0], *forward, *others[half - 1 : half + 1], *backward, others[-1]]
+    levels = [0, *accumulate(part.change for part in step)]
+    peaks = [level + part.peak for level, part in zip(levels, step, strict=False)]
+    return StepMemory(kept=levels[len(step) // 2], peak=max(peaks))
 
 
 def dropout_of_devices():

@@ -18,6 +18,7 @@ from mica.cli.arguments import similar
 from mica.cli.output import size_text
 from mica.errors import UsageError
 
+Modules = dict[str, nn.Module]  # by name
 ALL_LINEAR = "all-linear"
 _IN_AN_EXPERT = re.compile(r"\.experts\.\d+\.")  # that is a module of its own, not a part of a stack
 
@@ -29,8 +30,8 @@ class Targets(NamedTuple):
     holds it. ``config``: what `LoraConfig` takes for both, as ``target_modules`` and ``target_parameters``.
     """
 
-    modules: dict[str, nn.Module]
-    parameters: dict[str, nn.Module]
+    modules: Modules
+    parameters: Modules
     config: dict[str, object]
 
     def sizes(self, model: nn.Module) -> dict[str, tuple[int, int] | None]:
@@ -45,8 +46,10 @@ class Targets(NamedTuple):
         sizes = self.sizes(model)
         for name, size in sizes.items():
             if size is None:  # a norm, an activation
-                what = f"{name} is a {type(self.modules[name]).__name__}, which cannot be adapted"
-                raise UsageError(f"--target-modules {names}: {what}")
+                raise UsageError(
+                    f"--target-modules {names}: "
+                    f"{name} is a {type(self.modules[name]).__name__}, which cannot be adapted"
+                )
         smallest = min(sizes, key=lambda name: min(sizes[name]))
         largest_rank = min(sizes[smallest])
         if rank > largest_rank:
@@ -68,8 +71,7 @@ def find_targets(model: nn.Module, names: str, experts: bool | None = None) -> T
     """
     wanted = ALL_LINEAR
     if names != ALL_LINEAR:
-        stripped = [name.strip() for name in names.split(",")]
-        wanted = [name for name in stripped if name]
+        wanted = [name for name in map(str.strip, names.split(",")) if name]
     matched = _matching_modules(model, wanted)
     parameters = {}
     if wanted == ALL_LINEAR:
@@ -77,12 +79,15 @@ def find_targets(model: nn.Module, names: str, experts: bool | None = None) -> T
         modules = {name: module for name, module in matched.items() if not _is_router(name, module, blocks)}
     else:
         modules = dict(matched)
-        parameters = _matching_parameters(model, wanted)
+        found = _ending(_adaptable_parameters(model), wanted)
+        parameters = {name: model.get_submodule(name.rpartition(".")[0]) for name in found}
         unknown = [name for name in wanted if not _ending([*modules, *parameters], [name])]
         if unknown:  # PEFT raises only if all are
             known = {_leaf(name) for name, _ in model.named_modules()}
-            what = f"no layer of the model is called '{unknown[0]}'{similar(unknown[0], known)}"
-            raise UsageError(f"--target-modules {names}: {what}")
+            raise UsageError(
+                f"--target-modules {names}: "
+                f"no layer of the model is called '{unknown[0]}'{similar(unknown[0], known)}"
+            )
 
     if experts:
         linear = _matching_modules(model, ALL_LINEAR)
@@ -103,7 +108,7 @@ def find_targets(model: nn.Module, names: str, experts: bool | None = None) -> T
     return Targets(modules, parameters, config)
 
 
-def _matching_modules(model: nn.Module, names: str | list[str]) -> dict[str, nn.Module]:
+def _matching_modules(model: nn.Module, names: str | list[str]) -> Modules:
     """The modules that PEFT would take for ``names``, before its conversions for transformers 5."""
     config = LoraConfig(target_modules=names, task_type="CAUSAL_LM")
     config = _maybe_include_all_linear_layers(config, model)
@@ -116,15 +121,7 @@ def _adaptable_parameters(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.dim() in (2, 3)]
 
 
-def _matching_parameters(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
-    """The parameters that end in one of ``names``, and the module that holds each."""
-    found = _ending(_adaptable_parameters(model), names)
-    return {name: model.get_submodule(name.rpartition(".")[0]) for name in found}
-
-
-def _move_to_parameters(
-    model: nn.Module, modules: dict[str, nn.Module], parameters: dict[str, nn.Module]
-) -> None:
+def _move_to_parameters(model: nn.Module, modules: Modules, parameters: Modules) -> None:
     """Move what PEFT can adapt only by the name of its weight from ``modules`` to ``parameters``.
 
     These are modules with a matrix that are no layers to PEFT, like routers, and in a mixture of experts the
@@ -141,7 +138,7 @@ def _move_to_parameters(
 
 
 def _target_modules(
-    model: nn.Module, wanted: str | list[str], matched: dict[str, nn.Module], modules: dict[str, nn.Module]
+    model: nn.Module, wanted: str | list[str], matched: Modules, modules: Modules
 ) -> str | list[str]:
     """What makes PEFT adapt ``modules``; ``matched`` is what it would adapt for ``wanted``."""
     is_mixture = has_experts(model)
@@ -152,7 +149,7 @@ def _target_modules(
     return [name for name in wanted if _ending(modules, [name])]  # without the names of parameters
 
 
-def stacks_of(model: nn.Module) -> dict[str, nn.Module]:
+def stacks_of(model: nn.Module) -> Modules:
     """The stacks of experts, by the names of the parameters: the module that holds each.
 
     A stack is a 3-d parameter of a module of experts; biases, and the weights of convolutions, are none.
@@ -253,11 +250,8 @@ def saved_parameters(model: nn.Module, target_parameters: Iterable[str]) -> dict
     """
     found = {}
     for module_name, module in model.named_modules():
-        adapted = []
-        for key, parameter in module.named_parameters(recurse=False):
-            if _ending([f"{module_name}.{key}"], target_parameters):
-                adapted.append((key, parameter))
-
+        own = module.named_parameters(recurse=False)
+        adapted = [each for each in own if _ending([f"{module_name}.{each[0]}"], target_parameters)]
         for depth, (key, parameter) in enumerate(reversed(adapted)):
             shape = tuple(parameter.shape)
             if len(shape) == 3 and getattr(module, "is_transposed", False):

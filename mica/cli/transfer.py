@@ -16,7 +16,9 @@ _NEEDS_BASE = "its update can only be computed with the base"
 def add_parser(commands) -> None:
     """Declare ``mica transfer`` on an argparse subparsers object."""
     parser = add_command(
-        *(commands, "transfer", run),
+        commands,
+        "transfer",
+        run,
         help="merge an adapter into the chat model of its base",
         description="Merge what a MiCA, LoRA or DoRA adapter has added to its base model into another model "
         "made from the same base, like its instruction-tuned one. Nothing is trained. Writes a plain model "
@@ -108,9 +110,14 @@ def _transfer(args: Namespace, saved, source) -> int:
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
 
-    parts = [merged.save_pretrained, tokenizer.save_pretrained]
     record = Record(args.output)
-    write_folder(args.output, *parts, record=record, card=str(card.transfer_card(facts)))
+    write_folder(
+        args.output,
+        merged.save_pretrained,
+        tokenizer.save_pretrained,
+        record=record,
+        card=str(card.transfer_card(facts)),
+    )
     record.forget()  # nothing goes on in this folder
     print(f"merged model  {args.output}\n              {report}")
     return 0
@@ -145,11 +152,15 @@ def _base(args: Namespace, saved, dtype: str | None):
     name = saved.config.base_model_name_or_path or "without a name"
     is_same = base.is_trained_on(args.adapter, name)
     if is_same is None:
-        what = f"--adapter {args.adapter}: cannot check that its base {name} is what it was trained on"
-        tell(f"mica transfer: note: {what}")
+        tell(
+            f"mica transfer: note: --adapter {args.adapter}: cannot check that its base {name} "
+            "is what it was trained on"
+        )
     elif not is_same:
-        what = f"its base {name} is not what it was when training began"
-        raise saved.error(f"{what}; {_NEEDS_BASE} of the run: put that back there")
+        raise saved.error(
+            f"its base {name} is not what it was when training began; "
+            f"{_NEEDS_BASE} of the run: put that back there"
+        )
     source = Source(name, name, {"trust_remote_code": args.trust_remote_code}, option="")
     try:
         return load_model(source, dtype or "auto", torch.device("cpu"))
@@ -194,8 +205,10 @@ def _check_architecture(args: Namespace, saved, theirs: str) -> str:
     if ours is None:
         return f"architecture  {theirs}, not compared: no base found"
     if ours != theirs:
-        types = f"its model type is {theirs}, that of the adapter's base is {ours}"
-        raise UsageError(f"--to {args.to}: {types}: the update fits only models made from the same base")
+        raise UsageError(
+            f"--to {args.to}: its model type is {theirs}, that of the adapter's base is {ours}: "
+            "the update fits only models made from the same base"
+        )
     return f"architecture  {theirs}, as the adapter's base"
 
 
@@ -235,8 +248,9 @@ def _tokenizer(args: Namespace, saved, source):
             others += f": {first!r} is {ours[first]} there and {theirs[first]} here"
         raise UsageError(f"--to {args.to}: its tokenizer is not that of the adapter: {others}")
     new = len(theirs) - len(common)
-    agreement = f"{len(common):,} tokens in common, with the same ids; {new:,} only in {args.to}"
-    return tokenizer, f"tokenizers    {agreement}"
+    return tokenizer, (
+        f"tokenizers    {len(common):,} tokens in common, with the same ids; {new:,} only in {args.to}"
+    )
 
 
 def _vocabulary_of_adapter(args: Namespace, saved) -> dict[str, int]:
@@ -252,6 +266,5 @@ def _vocabulary_of_adapter(args: Namespace, saved) -> dict[str, int]:
         places.append(base)
     for place in places:
         with suppress(OSError, ValueError):
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
-            return tokenizer.get_vocab()
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code).get_vocab()
     raise saved.error(f"has no tokenizer, and neither has its base {base}: put the base's into the folder")

@@ -23,8 +23,14 @@ NEEDED = ("accelerate", "datasets", "yaml")
 
 def add_parser(commands) -> None:
     """Declare ``mica adapt`` on an argparse subparsers object."""
-    text = "continued pretraining on text with MiCA, LoRA or DoRA"
-    parser = add_command(commands, "adapt", run, help=text, description=_DESCRIPTION, epilog=_EXAMPLE)
+    parser = add_command(
+        commands,
+        "adapt",
+        run,
+        help="continued pretraining on text with MiCA, LoRA or DoRA",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+    )
     options.declare(parser)
 
 

@@ -27,22 +27,15 @@ def start(model, args: Namespace, checkpoint: Path | None = None) -> PeftModel:
     """
     targets = check(model, args, checkpoint)
     mica.fast.enable(lora=True)
-    precision = nullcontext()
-    if args.train_embeddings:
-        precision = embeddings.in_float32(model)
-    with precision:
+    with embeddings.in_float32(model) if args.train_embeddings else nullcontext():
         folder = checkpoint or args.adapter
         if folder is None:
             return _new(model, args, targets)
-        return _continued(model, args, folder)
-
-
-def _continued(model, args: Namespace, folder: Path) -> PeftModel:
-    """``model`` with the adapter in ``folder``."""
-    saved = saved_adapter.read(folder)
-    saved.config.lora_dropout = args.dropout
-    saved.config.base_model_name_or_path = model.name_or_path  # this model, wherever the adapter comes from
-    return saved.load(model, is_trainable=True)
+        saved = saved_adapter.read(folder)
+        saved.config.lora_dropout = args.dropout
+        # this model, wherever the adapter comes from
+        saved.config.base_model_name_or_path = model.name_or_path
+        return saved.load(model, is_trainable=True)
 
 
 def _new(model, args: Namespace, targets: Targets) -> PeftModel:
@@ -108,8 +101,8 @@ def _check_saved(model: nn.Module, args: Namespace, targets: Targets, saved: Sav
         expected -= {name for name, (_, shape) in parameters.items() if len(shape) == 3}
     differing = sorted(adapted ^ expected)
     if differing:
-        where = "not in the adapter"
-        if differing[0] in adapted:
-            where = "only in the adapter"
-        others = f"has adapted other layers: {', '.join(differing[:3])} {where}"
-        raise UsageError(f"--target-modules {args.target_modules}: {saved.option} {saved.folder} {others}")
+        where = "only in the adapter" if differing[0] in adapted else "not in the adapter"
+        raise UsageError(
+            f"--target-modules {args.target_modules}: {saved.option} {saved.folder} "
+            f"has adapted other layers: {', '.join(differing[:3])} {where}"
+        )

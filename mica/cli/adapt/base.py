@@ -53,14 +53,16 @@ def load(args: Namespace, source: Source, device: torch.device | None = None, to
 
     if source.is_gguf:
         processes.on_main(_convert, args, source, dtype, tokenizer)
-        source = converted(args)
+        location = os.path.abspath(args.output / FOLDER)
+        source = Source(args.model, location, {"trust_remote_code": False})
     try:
         model = load_model(source, dtype, device, quantization)
     except (ImportError, RuntimeError, NotImplementedError) as error:  # bitsandbytes does not run there
         if quantization is None or isinstance(error, torch.OutOfMemoryError):
             raise
-        what = f"not possible on {device}: {first_sentences(str(error))}"
-        raise UsageError(f"--quantize {args.quantize}: {what}") from error
+        raise UsageError(
+            f"--quantize {args.quantize}: not possible on {device}: {first_sentences(str(error))}"
+        ) from error
     # On a CPU with AVX512-BF16 the first call in eval mode repacks a 4-bit weight for good (bitsandbytes
     # 0.50). From then on the layer passes no gradient on, in train mode too: after one evaluation the
     # adapters below it would learn only what bypasses it.
@@ -87,9 +89,7 @@ def check(args: Namespace, source: Source) -> PreTrainedConfig | None:
     Raises UsageError if ``--quantize`` is given and the checkpoint is quantised, bitsandbytes missing, or the
     method not possible over such weights.
     """
-    config = None
-    if not source.is_gguf:
-        config = load_config(source)
+    config = None if source.is_gguf else load_config(source)
     if args.quantize is None:
         return config
     what = None
@@ -104,11 +104,6 @@ def check(args: Namespace, source: Source) -> PreTrainedConfig | None:
     return config
 
 
-def converted(args: Namespace) -> Source:
-    """Where the checkpoint of a run is that was made of a GGUF file: OUTPUT/base, as an absolute path."""
-    return Source(args.model, os.path.abspath(args.output / FOLDER), {"trust_remote_code": False})
-
-
 def facts(model: PeftModel, earlier: Path | None) -> dict[str, str | None]:
     """What a run records of its base, as JSON: a hash of its weights, its model type and its dtype.
 
@@ -121,8 +116,11 @@ def facts(model: PeftModel, earlier: Path | None) -> dict[str, str | None]:
     dtype = dtype_name(embedding.weight.dtype)
     if earlier is not None:
         dtype = read_facts(earlier).get("base_dtype")
-    weights = fingerprint.of(base.name_or_path)
-    return {fingerprint.BASE: weights, "base_dtype": dtype, "model_type": base.config.model_type}
+    return {
+        fingerprint.BASE: fingerprint.of(base.name_or_path),
+        "base_dtype": dtype,
+        "model_type": base.config.model_type,
+    }
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -159,5 +157,4 @@ def _convert(args: Namespace, source: Source, dtype: str, tokenizer) -> None:
     model = load_model(source, dtype, torch.device("cpu"))
     if tokenizer is None:
         tokenizer = load_tokenizer(source)
-    parts = (model.save_pretrained, tokenizer.save_pretrained)
-    write_folder(folder, *parts, record=record, card=_CARD)
+    write_folder(folder, model.save_pretrained, tokenizer.save_pretrained, record=record, card=_CARD)

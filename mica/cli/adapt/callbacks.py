@@ -43,10 +43,8 @@ class Request:
                 raise KeyboardInterrupt
             return
         self.signum = signum
-        if self._speaks:
-            self._announce(signum, may_stop_at_once)
-
-    def _announce(self, signum: int, may_stop_at_once: bool) -> None:
+        if not self._speaks:
+            return
         text = f"mica adapt: {signal.Signals(signum).name}: finishing this step and saving a checkpoint"
         if may_stop_at_once:
             text += "; Ctrl-C again stops at once"
@@ -115,21 +113,19 @@ class Hooks(TrainerCallback):
         parts = []
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
-                what = f"the training loss is not finite ({logs['loss']}) at or before"
-                raise self._error(what, args, state)
-            left = tqdm.format_interval(self._seconds_left(state))
+                raise self._error(
+                    f"the training loss is not finite ({logs['loss']}) at or before", args, state
+                )
+            # if nothing stops it, and steps take this session's mean time
+            done = state.global_step - self._first
+            seconds = time.perf_counter() - self._begun
+            left = tqdm.format_interval((state.max_steps - state.global_step) * seconds / max(1, done))
             parts += [f"loss {logs['loss']:.3f}", f"lr {logs['learning_rate']:.2e}", f"{left} left"]
         for name, key in _PERPLEXITIES.items():
             if key in logs:
                 parts.append(f"{name} perplexity {logs[key]:.2f}")
         if parts:
             _print_step(state, ", ".join(parts))
-
-    def _seconds_left(self, state) -> float:
-        """Seconds until the training ends, if nothing stops it and steps take this session's mean time."""
-        done = state.global_step - self._first
-        seconds = time.perf_counter() - self._begun
-        return (state.max_steps - state.global_step) * seconds / max(1, done)
 
     def on_evaluate(self, args, state, control, **kwargs):
         history = state.log_history
@@ -145,8 +141,10 @@ class Hooks(TrainerCallback):
 
     def _error(self, what: str, args, state) -> UsageError:
         saved = checkpoints.saved(Path(args.output_dir))
-        lower = f"a lower --learning-rate (now {args.learning_rate:g})"
-        return UsageError(f"{what} step {state.global_step}; {saved}. Try {lower} or --dtype float32")
+        return UsageError(
+            f"{what} step {state.global_step}; {saved}. "
+            f"Try a lower --learning-rate (now {args.learning_rate:g}) or --dtype float32"
+        )
 
 
 def _print_step(state, text: str) -> None:

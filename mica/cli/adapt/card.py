@@ -138,9 +138,7 @@ def card(summary: dict) -> ModelCard:
     names = [hub_name(source["name"]) for source in summary["sources"]]
     settings = summary["settings"]
     public = {name: value for name, value in settings.items() if not OPTIONS[name].is_path}
-    gguf = None
-    if summary["model"].lower().endswith(".gguf"):
-        gguf = json.dumps(Path(summary["model"]).name)
+    gguf = json.dumps(Path(summary["model"]).name) if summary["model"].lower().endswith(".gguf") else None
     facts = {
         "is_adapter": True,
         "step": step_of(summary),

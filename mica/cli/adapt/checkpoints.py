@@ -22,6 +22,7 @@ from mica.cli.output import SCRATCH, files_in, finish_files, flush, json_text, o
 from mica.cli.record import Record
 from mica.errors import UsageError
 
+_PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"  # of the names of checkpoints
 REMEDY = "remove it, and the run continues from the one before"
 
 # torch.save's writer says what it did, not why the system refused it
@@ -30,7 +31,7 @@ _WRITER = ("PytorchStreamWriter", "inline_container", "Parent directory", "iostr
 
 def folder_of(output: Path, step: int) -> Path:
     """The checkpoint of ``step``."""
-    return output / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    return output / f"{_PREFIX}{step}"
 
 
 def scratch(output: Path) -> Path:
@@ -40,14 +41,13 @@ def scratch(output: Path) -> Path:
 
 def folders(output: Path) -> list[Path]:
     """All ``checkpoint-STEP`` folders in ``output``, whole or not, oldest step first."""
-    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
-    found = [path for path in output.glob(f"{prefix}*") if path.name.removeprefix(prefix).isdecimal()]
-    return sorted((path for path in found if path.is_dir()), key=step)
+    found = [path for path in output.glob(f"{_PREFIX}*") if path.is_dir()]
+    return sorted((path for path in found if path.name.removeprefix(_PREFIX).isdecimal()), key=step)
 
 
 def step(checkpoint: Path) -> int:
     """The step after which ``checkpoint`` was written."""
-    return int(checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
+    return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def finish(output: Path, step: int, facts: dict[str, Any]) -> None:
@@ -111,8 +111,10 @@ def check(checkpoint: Path, **settings: Any) -> None:
     remedy = f"Continue with the same values, or start a new run from the checkpoint: --adapter {checkpoint}"
     if fingerprint.BASE in changed:  # what B belongs to
         remedy = "Put the base of the run back where --model is, or start afresh"
-    what = f"{checkpoint.name} was written with {', '.join(changed.values())}"
-    raise UsageError(f"--resume: {what}: continuing would be another training run. {remedy}")
+    raise UsageError(
+        f"--resume: {checkpoint.name} was written with {', '.join(changed.values())}: "
+        f"continuing would be another training run. {remedy}"
+    )
 
 
 def check_files(checkpoint: Path) -> None:
@@ -182,10 +184,11 @@ def written(output: Path, name: str) -> Iterator[None]:
     except NotWrittenError:  # from within it: all processes have been told
         raise
     except (OSError, UsageError) as error:
-        if PartialState().is_main_process and name.startswith(PREFIX_CHECKPOINT_DIR):
+        if PartialState().is_main_process and name.startswith(_PREFIX):
             shutil.rmtree(scratch(output), ignore_errors=True)
-        why = f"{name} cannot be written: {one_line(error)}; {saved(output)}"
-        raise NotWrittenError(f"--output {output}: {why}") from error
+        raise NotWrittenError(
+            f"--output {output}: {name} cannot be written: {one_line(error)}; {saved(output)}"
+        ) from error
 
 
 def saved(output: Path) -> str:

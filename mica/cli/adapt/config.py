@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from mica.cli.adapt import run_yaml
 from mica.cli.adapt.folder import SETTINGS as FILE
-from mica.cli.adapt.options import OPTIONS, check_required, recipe
+from mica.cli.adapt.options import OPTIONS, Values, check_required, recipe
 from mica.cli.folder import check_begun
 from mica.cli.output import expanded, tell_once
 from mica.errors import UsageError
@@ -16,8 +16,8 @@ STARTING = "mica adapt: loading libraries, model and texts ..."  # before the fi
 _LENGTHS = {"steps", "epochs"}  # the first layer with one of them decides
 _PATHS = {name for name, option in OPTIONS.items() if option.is_path}
 _OF_THE_RUN = [name for name, option in OPTIONS.items() if not option.by_run]
-_FIXED = [name for name in _OF_THE_RUN if not OPTIONS[name].may_change]
 _BY_CONTENT = {"model", "text", "held_out_text", "retain"}  # may be moved: the run compares what is in them
+_MUST_STAY = [name for name in _OF_THE_RUN if not OPTIONS[name].may_change and name not in _BY_CONTENT]
 
 
 class Settings(NamedTuple):
@@ -42,9 +42,7 @@ def resolve(namespace: Namespace) -> Settings:
     compared with its checkpoint: see `checkpoints.check`.
     """
     line = {name: value for name, value in vars(namespace).items() if name in OPTIONS}
-    file = {}
-    if "config" in line:
-        file = run_yaml.read(line["config"])
+    file = run_yaml.read(line["config"]) if "config" in line else {}
     _refuse_exclusive(line, file)
 
     wanted = file | line
@@ -66,7 +64,7 @@ def resolve(namespace: Namespace) -> Settings:
     return Settings(args, frozenset(wanted))
 
 
-def _refuse_exclusive(line: dict[str, object], file: dict[str, object]) -> None:
+def _refuse_exclusive(line: Values, file: Values) -> None:
     """Raise UsageError for options of which the user may give one only."""
     if line.keys() >= _LENGTHS or file.keys() >= _LENGTHS:
         raise UsageError("--steps and --epochs: use only one")
@@ -74,7 +72,7 @@ def _refuse_exclusive(line: dict[str, object], file: dict[str, object]) -> None:
         raise UsageError("--held-out and --held-out-text: use only one")
 
 
-def _merged(*layers: dict[str, object]) -> dict[str, object]:
+def _merged(*layers: Values) -> Values:
     """A value for every option, and what else a recipe has: of the last layer that has it, or its default."""
     values = {name: option.default for name, option in OPTIONS.items()}
     for layer in layers:
@@ -84,7 +82,7 @@ def _merged(*layers: dict[str, object]) -> dict[str, object]:
     return values
 
 
-def _recorded(output: Path) -> dict[str, object]:
+def _recorded(output: Path) -> Values:
     """The settings of the run in ``output``, by its run.yaml.
 
     What an adapter said when the run began is among them: its folder need not exist any more.
@@ -94,7 +92,7 @@ def _recorded(output: Path) -> dict[str, object]:
     return {"experts": None} | run_yaml.read(output / FILE, "--resume")
 
 
-def _of_adapter(wanted: dict[str, object]) -> dict[str, object]:
+def _of_adapter(wanted: Values) -> Values:
     """What ``--adapter`` fixes. Raises UsageError if other values are ``wanted``."""
     tell_once(STARTING)
     from mica.cli.adapt import saved_adapter  # which needs torch
@@ -102,14 +100,12 @@ def _of_adapter(wanted: dict[str, object]) -> dict[str, object]:
     own = saved_adapter.read(wanted["adapter"]).settings()
     for name in own.keys() & wanted.keys() - {"dropout"}:  # which is not in the weights
         if wanted[name] != own[name]:
-            what = f"--adapter has {own[name]}"
-            if own[name] is None:
-                what = "--adapter does not have it"
+            what = "--adapter does not have it" if own[name] is None else f"--adapter has {own[name]}"
             raise UsageError(f"{OPTIONS[name].flag} {wanted[name]}: {what}; omit this option")
     return own
 
 
-def _derive(values: dict[str, object]) -> None:
+def _derive(values: Values) -> None:
     """Set what follows from other options where it was not given."""
     if values["alpha"] is None:
         values["alpha"] = values["alpha_per_rank"] * values["rank"]
@@ -117,7 +113,7 @@ def _derive(values: dict[str, object]) -> None:
         values["embedding_learning_rate"] = values["learning_rate"] / 10  # as in the field's recipes
 
 
-def _check(values: dict[str, object], line: dict[str, object]) -> None:
+def _check(values: Values, line: Values) -> None:
     """Raise UsageError for a missing option, and for options that do not go together.
 
     ``line``: what the command line had.
@@ -126,8 +122,9 @@ def _check(values: dict[str, object], line: dict[str, object]) -> None:
     if values["memory"] and values["gradient_checkpointing"]:
         raise UsageError("--memory and --gradient-checkpointing: use only one; the latter checkpoints all")
     if "warmup_ratio" in line and values["scheduler"] == "constant":
-        hint = "use 'constant_with_warmup' instead"
-        raise UsageError(f"--warmup-ratio: scheduler 'constant' has no warmup; {hint}")
+        raise UsageError(
+            "--warmup-ratio: scheduler 'constant' has no warmup; use 'constant_with_warmup' instead"
+        )
     for name, option in OPTIONS.items():
         missing = [OPTIONS[other].flag for other in option.needs if not values[other]]
         if values[name] and missing:
@@ -142,18 +139,18 @@ def absolute(value: str | Path) -> str:
     return str(path.resolve())
 
 
-def fixed(args: Namespace) -> dict[str, object]:
+def fixed(args: Namespace) -> Values:
     """Option -> value, as JSON has it, of those that must be the same in a run and after ``--resume``.
 
     Without those of which the contents are compared.
     """
-    given = {name: getattr(args, name) for name in _FIXED if name not in _BY_CONTENT}
+    given = {name: getattr(args, name) for name in _MUST_STAY}
     if args.adapter is not None:
         given["adapter"] = absolute(args.adapter)
     return given
 
 
-def values(settings: Settings) -> dict[str, object]:
+def values(settings: Settings) -> Values:
     """Option -> value as JSON and YAML have it: without those of one start and those that are not set."""
     found = {}
     for name in _OF_THE_RUN:

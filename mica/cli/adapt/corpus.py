@@ -1,7 +1,5 @@
 """The data of a run: what is trained on, what is held out and never trained on, and what must be retained."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -87,9 +85,7 @@ def check(args: Namespace) -> list[list[sources.Source]]:
     """
     config = args.dataset_config
     given = {"--text": args.text, "--held-out-text": args.held_out_text, "--retain": args.retain}
-    found = []
-    for option, items in given.items():
-        found.append(sources.find(option, items or [], config, args.output))
+    found = [sources.find(option, items or [], config, args.output) for option, items in given.items()]
 
     is_any_on_hub = any(source.is_on_hub for source in chain.from_iterable(found))
     if config is not None and not is_any_on_hub:
@@ -108,9 +104,7 @@ def gather(args: Namespace, tokenizer) -> Corpus:
     found = check(args)
     datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions as well
     datasets.disable_progress_bars()  # tokenising has one of its own
-    by_source = []
-    for group in found:
-        by_source.append([tokenize(source, tokenizer, args.text_field) for source in group])
+    by_source = [[tokenize(source, tokenizer, args.text_field) for source in group] for group in found]
     text, held_out, retain = (joined(parts) if parts else None for parts in by_source)
 
     parts = _split(text, held_out, args)
@@ -124,7 +118,10 @@ def gather(args: Namespace, tokenizer) -> Corpus:
         train=_blocks(text, parts.train, args),
         held_out=_measured("--held-out-text", replace(held_out or text, spans=parts.held_out), args),
         retain=retained,
-        parts=tuple(map(_part, found[0], by_source[0])),
+        parts=tuple(
+            Part(source.given, int(tokens.spans.length.sum()), len(tokens.spans), source.skipped)
+            for source, tokens in zip(found[0], by_source[0], strict=True)
+        ),
         dropped=parts.dropped,
         held_out_by=parts.how,
         largest_token_id=max(int(ids.max(initial=0)) for tokens in every for ids in tokens.ids),
@@ -145,15 +142,6 @@ def suited(data: Corpus, settings: Settings, model, tokenizer) -> tuple[Corpus, 
     return data, note
 
 
-def _part(source: sources.Source, tokens: Tokens) -> Part:
-    return Part(
-        name=source.given,
-        tokens=int(tokens.spans.length.sum()),
-        documents=len(tokens.spans),
-        skipped=source.skipped,
-    )
-
-
 def _split(text: Tokens, held_out: Tokens | None, args: Namespace) -> Split:
     """Divide the documents of ``text``; if there is ``held_out``, into those and what is no copy of them.
 
@@ -164,8 +152,9 @@ def _split(text: Tokens, held_out: Tokens | None, args: Namespace) -> Split:
     train = text.spans[~np.isin(text.spans.digest, held_out.spans.digest)]
     tokens = train.length.sum()
     if tokens < args.sequence_length:
-        what = f"{tokens:,} tokens are not held out"
-        raise too_little("--text", what, "one training block", args.sequence_length)
+        raise too_little(
+            "--text", f"{tokens:,} tokens are not held out", "one training block", args.sequence_length
+        )
     return Split(train, held_out.spans, "--held-out-text", len(text.spans) - len(train))
 
 
@@ -177,8 +166,9 @@ def _measured(option: str, tokens: Tokens, args: Namespace) -> Dataset:
     """Blocks of a text that is only measured. Raises UsageError if it is shorter than one."""
     blocks = _blocks(tokens, tokens.spans, args)
     if not len(blocks):
-        what = f"{tokens.spans.length.sum():,} tokens found"
-        raise too_little(option, what, "one block", args.sequence_length)
+        raise too_little(
+            option, f"{tokens.spans.length.sum():,} tokens found", "one block", args.sequence_length
+        )
     return spread(blocks, args.eval_blocks)
 
 

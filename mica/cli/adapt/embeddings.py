@@ -4,7 +4,7 @@ What PEFT lacks: fp32 copies over a 16-bit base, a learning rate of their own, a
 """
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -54,8 +54,10 @@ def check(model: nn.Module, args: argparse.Namespace, targets: Targets) -> None:
     found = find(model)
     both = sorted(found.keys() & targets.modules.keys())
     if both:
-        what = f"{both[0]} is already fully trained by --train-embeddings; drop one of the two"
-        raise UsageError(f"--target-modules {args.target_modules}: {what}")
+        raise UsageError(
+            f"--target-modules {args.target_modules}: "
+            f"{both[0]} is already fully trained by --train-embeddings; drop one of the two"
+        )
     for name, module in found.items():
         dtype = dtype_name(module.weight.dtype)
         if dtype not in TRAINABLE:
@@ -74,19 +76,13 @@ def check_adapter(model: nn.Module, saved: SavedAdapter, model_option: str = "--
     if tied:
         replaced |= found.keys()
     if replaced != found.keys():
-        what = f"replaces whole modules, {', '.join(names)}, which are not the embeddings"
-        raise saved.error(f"{what} of {model_option}, {' and '.join(found)}")
+        raise saved.error(
+            f"replaces whole modules, {', '.join(names)}, which are not the embeddings "
+            f"of {model_option}, {' and '.join(found)}"
+        )
     if tied != _is_tied(found):
         how = "tied" if tied else "not tied"
         raise saved.error(f"its embeddings are {how}, unlike those of {model_option}")
-
-
-def _trained(saved: SavedAdapter, names: Iterable[str]) -> dict[str, Tensor]:
-    """The trained embeddings in an adapter's file, of shape (vocabulary, hidden); fp32 if `mica adapt`'s."""
-    where = f"{saved.option} {saved.folder}"
-    reading = explained(f"{where}: its embeddings cannot be read", (OSError, SafetensorError))
-    with reading, safe_open(saved.folder / WEIGHTS, framework="pt") as file:
-        return {name: file.get_tensor(f"base_model.model.{name}.weight") for name in names}
 
 
 @contextmanager
@@ -110,15 +106,12 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             wrapper.forward = torch.autocast(model.device.type, dtype)(wrapper.forward)
 
 
-def _wrappers(model: nn.Module) -> list[ModulesToSaveWrapper]:
-    return [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-
-
 def trained(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of trained embeddings, a tied one once."""
     found = []
-    for wrapper in _wrappers(model):
-        found += wrapper.modules_to_save.parameters()
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            found += module.modules_to_save.parameters()
     return list(dict.fromkeys(found))
 
 
@@ -152,8 +145,12 @@ def update(saved: SavedAdapter, base: nn.Module, dtype: str | None) -> dict[str,
     """
     found = find(base)
     check_adapter(base, saved, f"its base {saved.config.base_model_name_or_path}")
+    where = f"{saved.option} {saved.folder}"
+    reading = explained(f"{where}: its embeddings cannot be read", (OSError, SafetensorError))
+    with reading, safe_open(saved.folder / WEIGHTS, framework="pt") as file:
+        weights = {name: file.get_tensor(f"base_model.model.{name}.weight") for name in found}
     updates = {}
-    for name, weight in _trained(saved, found).items():
+    for name, weight in weights.items():
         start = found[name].weight.detach()
         if dtype is None and weight.dtype != torch.float32:
             start = start.to(weight.dtype)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import Dataset, default_collate
 
@@ -38,7 +39,7 @@ class Likelihood(NamedTuple):
         return math.exp(self.loss)
 
 
-def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """A batch of blocks, each tensor (batch_size, sequence_length).
 
     The first label of a block becomes -100: nothing comes before it, so it is never predicted. Versions of
@@ -50,7 +51,7 @@ def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {**batch, "labels": labels}
 
 
-def _nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _nll(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum over all predicted tokens, fp64 on the CPU; logits (batch, length, vocabulary) of any dtype."""
     targets = pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # so that the logits are not copied
     scores = logits.flatten(0, 1)
@@ -63,8 +64,8 @@ def _nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def likelihood(
-    model: torch.nn.Module,
-    blocks: Dataset[dict[str, torch.Tensor]],
+    model: nn.Module,
+    blocks: Dataset[dict[str, Tensor]],
     batch_size: int,
     device: torch.device | None = None,
 ) -> Likelihood:
@@ -78,8 +79,7 @@ def likelihood(
     state = PartialState()
     device = device or next(model.parameters()).device
     mine = range(state.process_index, len(blocks), state.num_processes)
-    largest_share = math.ceil(len(blocks) / state.num_processes)
-    rounds = math.ceil(largest_share / batch_size)
+    rounds = math.ceil(len(blocks) / (state.num_processes * batch_size))
 
     totals = torch.zeros(2, dtype=torch.float64)
     was_training = model.training

@@ -33,11 +33,15 @@ def of(location: str) -> str | None:
 
 
 def _of(folder: Path) -> str:
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    config = json.loads((folder / CONFIG_NAME).read_bytes())
     kept = {key: value for key, value in config.items() if key not in _VOLATILE}
     total = hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8)
 
-    for path in _weight_files(folder):
+    files = [folder / SAFE_WEIGHTS_NAME]  # what transformers reads of all that may lie there
+    if not files[0].is_file():
+        index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_bytes())
+        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+    for path in files:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))  # of the header: JSON, tensor -> dtype, shape, place
             header = file.read(min(size, 10**8))  # the format's limit
@@ -50,12 +54,3 @@ def _of(folder: Path) -> str:
                 file.seek(8 + size + middle)
                 total.update(file.read(min(PIECE, last - middle)))
     return total.hexdigest()
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """What transformers reads of all that may lie there."""
-    whole = folder / SAFE_WEIGHTS_NAME
-    if whole.is_file():
-        return [whole]
-    index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
-    return [folder / name for name in sorted(set(index["weight_map"].values()))]

@@ -24,7 +24,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
     """
     cannot_be_read = explained(f"{path} cannot be read", OSError)
     with cannot_be_read, suppress(FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_bytes())
         if isinstance(found, dict):
             return found
     return None

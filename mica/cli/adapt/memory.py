@@ -46,8 +46,10 @@ def plan(args: Namespace, config: PreTrainedConfig | None) -> Plan:
     number, total = counted.fewest(memory)
     if number is None:
         least = counted.row(layers)["total_bytes"] / GIB
-        what = f"a step takes {least:.2f} GiB even with all {layers} layers checkpointed"
-        raise UsageError(f"--memory {args.memory}: {what}; lower --sequence-length or --batch-size")
+        raise UsageError(
+            f"--memory {args.memory}: a step takes {least:.2f} GiB even with all {layers} layers "
+            "checkpointed; lower --sequence-length or --batch-size"
+        )
     return Plan(number, layers, total)
 
 
@@ -61,8 +63,7 @@ def _of_gpu() -> float:
 
 
 def _setup(args: Namespace) -> Setup:
-    config = METHODS[args.method].config
-    return Setup(args.method, config["init_lora_weights"], is_here=True, is_dora="use_dora" in config)
+    return Setup(args.method, METHODS[args.method].config, is_here=True)
 
 
 def _options(args: Namespace, config: PreTrainedConfig | None) -> Namespace:

@@ -15,6 +15,8 @@ from mica.cli.adapt.methods import METHODS
 from mica.cli.arguments import COUNT_LIMIT, DTYPES, a_name, a_path, a_source, count, number
 from mica.errors import UsageError
 
+Values = dict[str, object]  # of options, by their names
+
 # By the Trainer's names; its other schedules need parameters of their own.
 SCHEDULERS = (
     "linear",
@@ -64,7 +66,7 @@ RECIPES = {
 WITH_LORA = {"source": "arXiv 2405.09673, trl's documentation", "alpha_per_rank": 2, "learning_rate": 2e-4}
 
 
-def recipe(name: str, method: str) -> dict[str, object]:
+def recipe(name: str, method: str) -> Values:
     """The values of a recipe for a method. Raises UsageError where it has none."""
     if method == "mica":
         return RECIPES[name]
@@ -89,7 +91,7 @@ class Option(NamedTuple):
     metavar: str | None = None
     default: object = None
     parse: Callable | type = a_name
-    choices: tuple[str, ...] | None = None
+    choices: Iterable[str] | None = None
     many: bool = False
     required: bool = False
     by_run: bool = False
@@ -171,12 +173,12 @@ TABLE = (  # a string: the title of the group that begins there
         choices=("documents", "stream"),
     ),
     "adapter",
-    Option("method", "what is trained: A of MiCA, or LoRA or DoRA", default="mica", choices=tuple(METHODS)),
+    Option("method", "what is trained: A of MiCA, or LoRA or DoRA", default="mica", choices=METHODS),
     Option(
         "recipe",
         "values for what is not given: paper (arXiv 2604.01694) or all-linear",
         default="all-linear",
-        choices=tuple(RECIPES),
+        choices=RECIPES,
     ),
     Option("rank", "rank of the adapter", "R", parse=_COUNT),
     Option("alpha", "lora_alpha; the scaling is alpha / rank", "ALPHA", parse=_COUNT),
@@ -275,7 +277,7 @@ TABLE = (  # a string: the title of the group that begins there
 OPTIONS = {row.name: row for row in TABLE if isinstance(row, Option)}
 
 
-def check_required(rows: Iterable[Option], values: dict[str, object]) -> None:
+def check_required(rows: Iterable[Option], values: Values) -> None:
     """Raise UsageError if one of ``rows`` is required and has no value."""
     missing = [row.flag for row in rows if row.required and values.get(row.name) is None]
     if missing:
@@ -306,9 +308,7 @@ def declare(
 def _add(group, option: Option) -> None:
     """Declare ``option`` in an argparse group."""
     if option.is_switch:
-        action = argparse.BooleanOptionalAction
-        if option.by_run:
-            action = "store_true"
+        action = "store_true" if option.by_run else argparse.BooleanOptionalAction
         group.add_argument(option.flag, action=action, default=argparse.SUPPRESS, help=option.help)
         return
 

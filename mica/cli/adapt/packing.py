@@ -3,8 +3,6 @@
 The choice is by content, never by order or luck. Nothing is materialised.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -123,15 +121,20 @@ def split(documents: np.recarray, share: float, sequence_length: int, limit: int
             return result
 
     _, first = np.unique(documents.digest, return_index=True)
-    what = f"{documents.length[first].sum():,} tokens found, copies not counted"
-    raise too_little(option, what, "one training and one held-out block", sequence_length)
+    raise too_little(
+        option,
+        f"{documents.length[first].sum():,} tokens found, copies not counted",
+        "one training and one held-out block",
+        sequence_length,
+    )
 
 
 def too_little(option: str, what: str, blocks: str, sequence_length: int) -> UsageError:
     """The error for a text that is too short for these ``blocks``."""
-    wanted = f"{blocks} of --sequence-length {sequence_length}"
-    remedy = "more text or a smaller --sequence-length helps"
-    return UsageError(f"{option}: {what}, too little for {wanted}; {remedy}")
+    return UsageError(
+        f"{option}: {what}, too little for {blocks} of --sequence-length {sequence_length}; "
+        "more text or a smaller --sequence-length helps"
+    )
 
 
 def _by_documents(documents: np.recarray, share: float, sequence_length: int, limit: int) -> Split | None:
@@ -167,19 +170,13 @@ def _by_ends(documents: np.recarray, share: float, sequence_length: int, limit: 
     blocks = ends * wanted // total - (ends - whole) * wanted // total
     blocks = blocks[first][copy_of]  # copies lose as much as the first of them
     at = documents.length - blocks * sequence_length
-    train, held_out = _cut(documents, at)
+    train = documents.copy()
+    train.length = at
+    held_out = documents.copy()
+    held_out.start += at
+    held_out.length -= at
     is_held_out = is_first & (held_out.length > 0)
     return Split(train[at > 0], held_out[is_held_out], "ends of documents")
-
-
-def _cut(spans: np.recarray, at: np.ndarray) -> tuple[np.recarray, np.recarray]:
-    """Each span's first ``at`` tokens, and the rest; spans of no token are left in."""
-    heads = spans.copy()
-    heads.length = at
-    rests = spans.copy()
-    rests.start += at
-    rests.length -= at
-    return heads, rests
 
 
 def suit_packing(settings: Settings, model: torch.nn.Module) -> str | None:

@@ -104,9 +104,7 @@ def agreed(kinds: type[Exception] = Exception) -> Iterator[None]:
         if getattr(caught, "is_known", False):
             raise
         error = caught
-    messages = [None]
-    if error is not None:
-        messages = [one_line(error)]
+    messages = [None if error is None else one_line(error)]
     if several():
         messages = gather_object(messages)
     if error is None:

@@ -56,7 +56,7 @@ def gathered(model: nn.Module) -> dict[str, torch.Tensor] | None:
     None if nothing is sharded: PEFT takes them from the model. A tied weight is gathered once, and is there
     under each of its names: PEFT looks for all of them.
     """
-    if not _is_sharded(model):
+    if not any(isinstance(weight, DTensor) for weight in model.parameters()):
         return None
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -69,13 +69,7 @@ def gathered(model: nn.Module) -> dict[str, torch.Tensor] | None:
         if not weight.requires_grad and "lora_" not in name:
             continue
         if weight not in whole:
-            full = weight
-            if isinstance(weight, DTensor):
-                full = weight.full_tensor()
+            full = weight.full_tensor() if isinstance(weight, DTensor) else weight
             whole[weight] = full.detach().cpu()
         state[name.replace("_checkpoint_wrapped_module.", "")] = whole[weight]
     return state
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(weight, DTensor) for weight in model.parameters())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mica import __version__
 from mica.cli.adapt.folder import HEADER
-from mica.cli.adapt.options import OPTIONS, declare
+from mica.cli.adapt.options import OPTIONS, Values, declare
 from mica.cli.arguments import similar
 from mica.cli.output import one_line
 from mica.errors import UsageError
@@ -18,7 +18,7 @@ _NULLS = ("", "~", "null")
 _BOOLEANS = {"true": True, "false": False}
 
 
-def read(path: Path, option: str = "--config") -> dict[str, object]:
+def read(path: Path, option: str = "--config") -> Values:
     """Option -> value from a YAML file like "rank: 16", checked as on the command line.
 
     ``option`` is the one that led to the file, for the messages.
@@ -62,9 +62,7 @@ def _entry(name: str, value: object) -> list[str]:
     if value in _NULLS:
         return []
 
-    values = [value]
-    if option.many and isinstance(value, list):
-        values = value
+    values = value if option.many and isinstance(value, list) else [value]
     if not all(isinstance(each, str) for each in values):
         raise UsageError(f"{name} must be one value{' or a list of them' * option.many}, not {values[0]}")
     if not option.is_switch:
@@ -76,7 +74,7 @@ def _entry(name: str, value: object) -> list[str]:
     return [option.flag.replace("--", "--no-", 1)]
 
 
-def as_yaml(values: dict[str, object]) -> str:
+def as_yaml(values: Values) -> str:
     """The text of run.yaml: ``--config`` of that file repeats the run from anywhere.
 
     ``values``: as `config.values` has them.

@@ -29,8 +29,16 @@ _EDITED = (AttributeError, ImportError, LookupError, RuntimeError, TypeError, Va
 # Ways to begin that leave the base as it is; others (PiSSA, OLoRA, CorDA, ...) train over changed weights.
 _STARTS = (True, False, "gaussian", "orthogonal")
 # What makes LoRA something else than s·B·A beside a weight
-_CHANGES = ("lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora")
-_CHANGES += ("arrow_config", "kasa_config", "monteclora_config")
+_CHANGES = (
+    "lora_bias",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
 
 
 @dataclass(frozen=True)
@@ -88,9 +96,7 @@ class SavedAdapter:
             if holders:
                 parameters.append(parameter)
                 layers -= holders
-        modules = layers
-        if isinstance(config.target_modules, set):
-            modules = config.target_modules
+        modules = config.target_modules if isinstance(config.target_modules, set) else layers
         return {
             "method": self.method,
             "rank": config.r,
@@ -123,7 +129,8 @@ class SavedAdapter:
             if name in parameters:
                 parameter, found = parameters[name]
                 what = "a parameter"
-                experts = rows // self._rank_of(parameter)
+                ranks = self.config.rank_pattern or {}
+                experts = rows // ranks.get(get_pattern_key(ranks.keys(), parameter), self.config.r)
                 if len(found) == 3 or experts > 1:
                     shape = (experts, *shape)
             elif name in modules:
@@ -132,10 +139,7 @@ class SavedAdapter:
                 yield f"adapts {name}, which {model_option} does not have"
                 continue
             if found != shape:
-                if found is None:
-                    has = f"it is a {type(modules[name]).__name__}"
-                else:
-                    has = f"it has {size_text(found)}"
+                has = f"it has {size_text(found)}" if found else f"it is a {type(modules[name]).__name__}"
                 yield f"adapts {name} as {what} of {size_text(shape)}, but in {model_option} {has}"
 
         weights = model.state_dict()
@@ -153,16 +157,11 @@ class SavedAdapter:
         """What the configuration adapts in ``model`` and the adapter lacks: a phrase for each."""
         expected = [*saved_parameters(model, self.config.target_parameters or ())]
         with explained(f"PEFT cannot load the adapter in {self.folder}", _EDITED):
-            for name, _ in model.named_modules():
-                if name and check_target_module_exists(self.config, name):
-                    expected.append(name)
+            names = [name for name, _ in model.named_modules() if name]
+            expected += [name for name in names if check_target_module_exists(self.config, name)]
         for name in expected:
             if name not in self.layers:
                 yield f"has no weights for {name}, which {CONFIG} adapts in {model_option}"
-
-    def _rank_of(self, parameter: str) -> int:
-        ranks = self.config.rank_pattern or {}
-        return ranks.get(get_pattern_key(ranks.keys(), parameter), self.config.r)
 
     def load(self, model: nn.Module, is_trainable: bool = False) -> PeftModel:
         """``model`` with the adapter.

@@ -157,15 +157,13 @@ def _loaded(settings: Settings, inputs: Inputs) -> tuple[PeftModel, corpus.Corpu
     """The model with its adapter, the data as this model takes it, and facts for the summary."""
     args = settings.args
     model = base.load(args, inputs.source, PartialState().device, inputs.tokenizer)
-    if args.adapter is not None and inputs.checkpoint is None:
-        _note_another_base(args.adapter, args.model, model.name_or_path)
+    begins_with_adapter = args.adapter is not None and inputs.checkpoint is None
+    if begins_with_adapter and not base.is_trained_on(args.adapter, model.name_or_path):
+        note(f"--adapter {args.adapter}: is not known to be trained on the weights of --model {args.model}")
     data = suited(settings, inputs, model)
     if has_experts(model) and not args.experts:
         note("the experts are not adapted, unless --target-modules names them; --experts adapts all")
-    facts = {
-        "dtype": dtype_name(model.dtype),
-        "device": str(model.device),
-    }
+    facts = {"dtype": dtype_name(model.dtype), "device": str(model.device)}
 
     begin = time.perf_counter()
     model = adapter.start(model, args, inputs.checkpoint)
@@ -173,12 +171,6 @@ def _loaded(settings: Settings, inputs: Inputs) -> tuple[PeftModel, corpus.Corpu
         torch.cuda.synchronize()
     facts["initialisation_seconds"] = time.perf_counter() - begin
     return model, data, facts
-
-
-def _note_another_base(trained: Path, model: str, location: str) -> None:
-    """Say if the adapter in ``trained`` was not, or perhaps not, trained on the weights at ``location``."""
-    if not base.is_trained_on(trained, location):
-        note(f"--adapter {trained}: is not known to be trained on the weights of --model {model}")
 
 
 def _drop_needless_experts(settings: Settings, model) -> None:

@@ -6,8 +6,6 @@ file within another, and "[a].csv" for a.csv. JSON is read by the standard libra
 in which another column than the text's comes or changes its type after the first 10 MB.
 """
 
-from __future__ import annotations
-
 import bz2
 import csv
 import gzip
@@ -29,6 +27,7 @@ import datasets
 import pandas
 import pyarrow
 import pyarrow.parquet
+from pandas import DataFrame
 
 from mica.cli.loading import note_hub
 from mica.cli.output import expanded, explained
@@ -94,13 +93,12 @@ class Source:
     @cached_property
     def dataset(self) -> datasets.Dataset:
         """The saved or Hub dataset, its training split. Raises UsageError if it cannot be had."""
-        what = "cannot be loaded"
+        where = f"{self.option} {self.given}"
         if self.is_on_hub:
-            what = "no such file or folder, and it cannot be loaded from the Hub"
-        with explained(f"{self.option} {self.given}: {what}"):
-            if self.folder is None:
+            with explained(f"{where}: no such file or folder, and it cannot be loaded from the Hub"):
                 note_hub(self.given)
                 return datasets.load_dataset(self.given, self.config, split="train")
+        with explained(f"{where}: cannot be loaded"):
             found = datasets.load_from_disk(str(self.folder))
         if isinstance(found, datasets.Dataset):
             return found
@@ -146,7 +144,7 @@ class Source:
                 yield chunk
 
     def _texts(
-        self, frames: Iterator[pandas.DataFrame], field: str | None, path: Path | None
+        self, frames: Iterator[DataFrame], field: str | None, path: Path | None
     ) -> Iterator[list[str]]:
         """The documents in rows, of which only the first need to have the column."""
         # pandas says by a warning alone that it drops a field without a name.
@@ -164,7 +162,7 @@ class Source:
                 text.encode()  # raises UnicodeEncodeError for half a character, which JSON can express
                 yield [text]
 
-    def _column(self, frame: pandas.DataFrame, field: str | None, path: Path | None) -> str:
+    def _column(self, frame: DataFrame, field: str | None, path: Path | None) -> str:
         """The column to read: ``field``, else "text", "content", or, but in CSV, the only one with strings.
 
         Raises UsageError if there is no such column.
@@ -193,7 +191,7 @@ def _separator(path: Path, usual: str) -> str:
     return usual
 
 
-def _csv_frames(path: Path, usual: str = ",") -> Iterator[pandas.DataFrame]:
+def _csv_frames(path: Path, usual: str = ",") -> Iterator[DataFrame]:
     # By default pandas takes a first row with one field too many for a sign of an index column, and "NA" for
     # nothing.
     as_text = {"index_col": False, "keep_default_na": False, "na_values": ""}
@@ -202,20 +200,20 @@ def _csv_frames(path: Path, usual: str = ",") -> Iterator[pandas.DataFrame]:
         yield from pandas.read_csv(file, sep=separator, chunksize=10 * _ROWS, **as_text)
 
 
-def _frame(table: pyarrow.Table | pyarrow.RecordBatch) -> pandas.DataFrame:
+def _frame(table: pyarrow.Table | pyarrow.RecordBatch) -> DataFrame:
     return table.to_pandas(ignore_metadata=True)  # which may make an index of a column
 
 
-def _parquet_frames(path: Path) -> Iterator[pandas.DataFrame]:
+def _parquet_frames(path: Path) -> Iterator[DataFrame]:
     with _opened(path) as file:
         yield from map(_frame, pyarrow.parquet.ParquetFile(file).iter_batches(_ROWS))
 
 
-def _json_frames(path: Path) -> Iterator[pandas.DataFrame]:
+def _json_frames(path: Path) -> Iterator[DataFrame]:
     """The rows of JSON Lines, or of an array."""
     rows = _json_rows(path)
     while some := list(islice(rows, _ROWS)):
-        yield pandas.DataFrame(some, dtype=object)
+        yield DataFrame(some, dtype=object)
 
 
 def _json_rows(path: Path) -> Iterator[dict]:
@@ -301,16 +299,13 @@ def _take_files(source: Source, folder: Path, output: Path | None) -> None:
         files += [Path(place, name) for name in names if not name.startswith(".")]
     if output is not None:
         files = [path for path in files if output.resolve() not in path.resolve().parents]
-    found = [path for path in sorted(files) if _is_text(path)]
+    found = [
+        path for path in sorted(files) if path.is_file() and _suffix(path) in KINDS and path.stat().st_size
+    ]
     if not found:
         raise source.error(f"no text files in this folder; {_SUPPORTED}")
     source.files = tuple(found)
     source.skipped = len(files) - len(found)
-
-
-def _is_text(path: Path) -> bool:
-    """Whether a file of a folder is read: of a kind that is read, and not empty."""
-    return path.is_file() and _suffix(path) in KINDS and path.stat().st_size > 0
 
 
 def _take_file(source: Source, path: Path) -> None:

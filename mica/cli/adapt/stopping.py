@@ -42,14 +42,17 @@ def reason(history: list[dict], args: Namespace) -> str | None:
     waited = len(steps) - 1 - steps.index(lowest)
     if waited < args.patience:
         return None
-    than = f"{perplexities[lowest]:.2f} of step {lowest}"
-    return f"--patience {args.patience}: no lower held-out perplexity than the {than}"
+    return (
+        f"--patience {args.patience}: no lower held-out perplexity than the "
+        f"{perplexities[lowest]:.2f} of step {lowest}"
+    )
 
 
 def to_load(checkpoint: Path) -> Path:
     """``checkpoint``, which holds the best step. Raises UsageError if it is missing or incomplete."""
     if checkpoints.facts(checkpoint) is None:
-        what = f"--keep-best: {checkpoint.name}, which holds the best step, is missing or incomplete"
-        remedy = "--resume --no-keep-best uses the last step instead"
-        raise UsageError(f"{what}; {checkpoints.saved(checkpoint.parent)}; {remedy}")
+        raise UsageError(
+            f"--keep-best: {checkpoint.name}, which holds the best step, is missing or incomplete; "
+            f"{checkpoints.saved(checkpoint.parent)}; --resume --no-keep-best uses the last step instead"
+        )
     return checkpoint

@@ -4,13 +4,12 @@ Their fingerprint there is a hash of all that the ids depend on, so a file that 
 not tokenised again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
 
@@ -111,8 +110,7 @@ def tokenize(source: Source, tokenizer, field: str | None = None) -> Tokens:
     dependencies = [VERSION, PIECE, tokenizers.__version__, source.digest(), field, _serialised(tokenizer)]
     key = hashlib.blake2b(json.dumps(dependencies).encode(), digest_size=16).hexdigest()
 
-    def rows() -> Iterator[dict]:
-        return _rows(source, tokenizer, field)
+    rows = partial(_rows, source, tokenizer, field)
 
     def load() -> datasets.Dataset:
         where = f"tokens cannot be cached in {datasets.config.HF_DATASETS_CACHE}"
@@ -150,13 +148,6 @@ def _tokens(table) -> Tokens:
     return Tokens(ids, every[every.length > 0])
 
 
-def _dtype(tokenizer) -> np.dtype:
-    """The smallest one that holds all ids."""
-    if max(tokenizer.get_vocab().values()) < 2**16:
-        return np.dtype(np.uint16)
-    return np.dtype(np.uint32)
-
-
 def _serialised(tokenizer) -> str:
     """A hash of what a tokenizer does, the same in every process, unlike `datasets`' hash of its pickle."""
     parts = [len(tokenizer), tokenizer.eos_token_id, getattr(tokenizer, "split_special_tokens", None)]
@@ -173,16 +164,14 @@ def _serialised(tokenizer) -> str:
 
 def _rows(source: Source, tokenizer, field: str | None) -> Iterator[dict]:
     """A row for each document: its ``ids`` with the EOS, none without text, and a ``digest`` of them."""
-    eos = np.array([], _dtype(tokenizer))
-    if tokenizer.eos_token_id is not None:
-        eos = np.array([tokenizer.eos_token_id], eos.dtype)
+    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     is_any = False
     bar = tqdm(desc=f"Tokenising {Path(source.given).name}", unit=" tokens", unit_scale=True, delay=2)
     with bar:
         for ids in _ids_of_documents(source.documents(field), tokenizer):
             digest = int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "little", signed=True)
             if len(ids):
-                ids = np.concatenate([ids, eos])
+                ids = np.append(ids, np.array(eos, ids.dtype))
                 is_any = True
             yield {"ids": ids, "digest": digest}
             bar.update(len(ids))
@@ -192,7 +181,7 @@ def _rows(source: Source, tokenizer, field: str | None) -> Iterator[dict]:
 
 def _ids_of_documents(documents: Iterable[Iterable[str]], tokenizer) -> Iterator[np.ndarray]:
     """The ids of each document, without EOS; none if it has no text."""
-    dtype = _dtype(tokenizer)
+    dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32
     parts = []
     pieces = _pieces(documents)
     while batch := list(islice(pieces, BATCH)):

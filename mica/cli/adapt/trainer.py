@@ -22,18 +22,14 @@ _NEVER = 2**31  # steps
 
 def training_arguments(args: Namespace, blocks: int, **more) -> TrainingArguments:
     """The Trainer's arguments for a run on ``blocks`` training blocks; ``more`` are passed on as they are."""
-    amount = Amount(args, blocks, PartialState().num_processes)
-    max_steps = -1  # the epochs decide
-    if args.steps is not None:
-        max_steps = args.steps
     return TrainingArguments(
         output_dir=str(args.output),
-        max_steps=max_steps,
+        max_steps=args.steps or -1,  # the epochs decide
         num_train_epochs=args.epochs or 1,
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         # With a last batch that is smaller, N processes fill theirs up with blocks from the epoch's start.
-        dataloader_drop_last=amount.drops_the_rest,
+        dataloader_drop_last=Amount(args, blocks, PartialState().num_processes).drops_the_rest,
         dataloader_pin_memory=not processes.use_cpu(),
         learning_rate=args.learning_rate,
         lr_scheduler_type=args.scheduler,
@@ -63,32 +59,24 @@ class AdapterTrainer(Trainer):
     """The Trainer with exact perplexities, adapters without base weights, and one-line errors of writing.
 
     ``sets``: by name, the datasets whose perplexity is measured. ``finish(step)`` is called in every process
-    once all files of a checkpoint are in `checkpoints.scratch`. ``embedding_rate``: the learning rate of
-    trained embeddings, or None. ``measuring``: seconds spent on perplexities so far.
+    once all files of a checkpoint are in `checkpoints.scratch`. ``own``: the options of the run.
+    ``measuring``: seconds spent on perplexities so far.
     """
 
-    def __init__(
-        self,
-        *,
-        sets: dict[str, Dataset],
-        output: Path,
-        finish: Callable[[int], None],
-        embedding_rate: float | None,
-        **options,
-    ):
+    def __init__(self, sets: dict[str, Dataset], own: Namespace, finish: Callable[[int], None], **options):
         super().__init__(**options)
         self.sets = sets
+        self.own = own
         self.finish = finish
-        self.output = output
-        self.embedding_rate = embedding_rate
         self.measuring = 0.0
 
     def create_optimizer(self, *args, **kwargs):
         """The Trainer's own; embeddings get groups with their learning rate, which schedules scale alike."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if is_new and self.embedding_rate is not None:
-            embeddings.separate(optimizer, self.model, self.embedding_rate, self.args.optim)
+        rate = self.own.embedding_learning_rate
+        if is_new and rate is not None:
+            embeddings.separate(optimizer, self.model, rate, self.args.optim)
         return optimizer
 
     def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
@@ -117,7 +105,7 @@ class AdapterTrainer(Trainer):
         state = result.gathered(self.model)
         # All processes learn here of a failure in one: under FSDP2 the others would go on to gather the
         # optimiser's state.
-        with checkpoints.written(self.output, folder.name):
+        with checkpoints.written(self.own.output, folder.name):
             if self.args.should_save:
                 model = self.accelerator.unwrap_model(self.model)
                 result.write_adapter(model, folder, state)
@@ -126,12 +114,12 @@ class AdapterTrainer(Trainer):
 
     def _get_output_dir(self, trial) -> str:
         """Where checkpoints are written: they appear in the output folder when they are whole."""
-        return str(checkpoints.scratch(self.output))
+        return str(checkpoints.scratch(self.own.output))
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
-        with checkpoints.written(self.output, f"checkpoint-{self.state.global_step}"):
+        with checkpoints.written(self.own.output, f"checkpoint-{self.state.global_step}"):
             # of a run that was killed
-            processes.on_main(shutil.rmtree, checkpoints.scratch(self.output), True)
+            processes.on_main(shutil.rmtree, checkpoints.scratch(self.own.output), True)
             super()._save_checkpoint(*args, **kwargs)
         self.finish(self.state.global_step)
 
@@ -162,10 +150,9 @@ def build_trainer(
     if corpus.retain is not None:
         sets["retain"] = corpus.retain
     trainer = AdapterTrainer(
-        sets=sets,
-        output=args.output,
-        finish=finish,
-        embedding_rate=args.embedding_learning_rate,
+        sets,
+        args,
+        finish,
         model=model,
         args=arguments,
         train_dataset=corpus.train,
@@ -174,15 +161,8 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
 
-    if _uses_fsdp1(trainer):
+    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
         raise UsageError("FSDP version 1 shards trained and frozen weights together: set fsdp_version: 2")
     if processes.several():
         set_seed(args.seed, device_specific=True)  # dropout masks of its own: it has blocks of its own
     return trainer
-
-
-def _uses_fsdp1(trainer: Trainer) -> bool:
-    if not trainer.is_fsdp_enabled:
-        return False
-    plugin = trainer.accelerator.state.fsdp_plugin
-    return getattr(plugin, "fsdp_version", 1) < 2

@@ -4,7 +4,7 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -87,9 +87,11 @@ def find_checkpoint(args: Namespace, note: Callable[[str], None] = lambda text: 
 
 def _settings(args: Namespace) -> dict[str, Any]:
     """What the marker of a checkpoint holds of the options, by the names that `checkpoints.check` shows."""
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # `accelerate launch` sets it
-    facts = {"processes": PartialState().num_processes, "mixed_precision": precision}
-    return facts | config.fixed(args)
+    return {
+        "processes": PartialState().num_processes,
+        "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),  # set by `accelerate launch`
+        **config.fixed(args),
+    }
 
 
 class Session:
@@ -129,10 +131,9 @@ class Session:
             enable_checkpointing(self._model)
         elif checkpointed:
             checkpoint_first(self._model, checkpointed)
-        request = Request(alone=not processes.several(), speaks=PartialState().is_main_process)
-        self._hooks = Hooks(request, args)
+        self._request = Request(alone=not processes.several(), speaks=PartialState().is_main_process)
+        self._hooks = Hooks(self._request, args)
         self._trainer.add_callback(self._hooks)
-        self._request = request
         self._had_ended = False
         self._earlier = 0.0
         if checkpoint is not None:
@@ -180,18 +181,18 @@ class Session:
 
     def _run(self) -> None:
         """The training loop, up to its end or a signal; nothing for a run that had ended before."""
-        if self._checkpoint is None:
-            with processes.peers_needed(lambda: checkpoints.saved(self._args.output)):
-                self._trainer.train()
-            return
-        state = _state_if_ended(self._checkpoint, self._args)
-        if state is not None:
-            self._had_ended = True
-            self._trainer.state = state
-            return
-        readable = _readable(self._checkpoint, lambda: self._hooks.is_under_way)
+        begin = None
+        readable = nullcontext()
+        if self._checkpoint is not None:
+            state = _state_if_ended(self._checkpoint, self._args)
+            if state is not None:
+                self._had_ended = True
+                self._trainer.state = state
+                return
+            begin = str(self._checkpoint)
+            readable = _readable(self._checkpoint, lambda: self._hooks.is_under_way)
         with processes.peers_needed(lambda: checkpoints.saved(self._args.output)), readable:
-            self._trainer.train(resume_from_checkpoint=str(self._checkpoint))
+            self._trainer.train(resume_from_checkpoint=begin)
 
     def _finish_checkpoint(self, step: int) -> None:
         """Have the checkpoint of ``step`` count, and remove those that are not kept any more."""

@@ -24,8 +24,14 @@ _EXAMPLE = example(
 
 def add_parser(commands) -> None:
     """Declare ``mica compare`` on an argparse subparsers object."""
-    text = "what MiCA, LoRA and full fine-tuning learn of a text, and forget"
-    parser = add_command(commands, "compare", run, help=text, description=_DESCRIPTION, epilog=_EXAMPLE)
+    parser = add_command(
+        commands,
+        "compare",
+        run,
+        help="what MiCA, LoRA and full fine-tuning learn of a text, and forget",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+    )
     declare(parser, options.TABLE, recipes=False)
 
 

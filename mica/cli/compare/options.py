@@ -15,8 +15,9 @@ def _grid(text: str) -> list:
     """An argparse type: METHOD=RATE,RATE,... as a name and its learning rates."""
     name, _, values = text.partition("=")
     if name not in METHODS or not values:
-        expected = f"must be METHOD=RATE,RATE,... with a method of {', '.join(METHODS)}"
-        raise argparse.ArgumentTypeError(f"{expected}, not '{text}'")
+        raise argparse.ArgumentTypeError(
+            f"must be METHOD=RATE,RATE,... with a method of {', '.join(METHODS)}, not '{text}'"
+        )
     rate = number(float, 0)
     return [name, [rate(value) for value in values.split(",")]]
 
@@ -34,7 +35,7 @@ TABLE = (
     Option(
         "methods",
         "what to compare; default: mica lora full",
-        choices=tuple(METHODS),
+        choices=METHODS,
         many=True,
     ),
     Option(

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from mica.cli.compare import methods, settings
+from mica.cli.compare import methods
 from mica.cli.compare.methods import FULL, METHODS
 from mica.cli.compare.outcomes import between_documents
 from mica.cli.compare.schedule import Comparison
-from mica.cli.output import markdown_table, shown, write_unless_edited
+from mica.cli.output import markdown_table, shown
 
 _MEASURED = {"learned": "test", "forgotten": "retained"}  # amount -> the blocks it is measured on
 _HEADER = ["", "trained parameters", "learning rate", "seed", "learned", "forgotten"]
@@ -50,11 +50,6 @@ mica adapt --method {method} --model {model} --text {text} --retain {retain} \
 --sequence-length {sequence_length} --rank {rank} --alpha {alpha} --batch-size {batch_size} \
 --eval-blocks {eval_blocks} --learning-rate {rate:g} --steps {steps} --output {method}
 """
-
-
-def write(output: Path, comparison: Comparison, facts: dict[str, Any]) -> None:
-    """Write the page to ``output``. Raises UsageError if that fails."""
-    write_unless_edited("--output", output / settings.PAGE, markdown(comparison, facts))
 
 
 def markdown(comparison: Comparison, facts: dict[str, Any]) -> str:
@@ -121,12 +116,14 @@ def spread(comparison: Comparison) -> list[str]:
     for column, (amount, blocks) in enumerate(_MEASURED.items()):
         seeds = [float(np.ptp(one.each[:, column])) for one in found if len(one.seeds) > 1]
         documents = comparison.base["documents"][blocks]
-        values = {
-            "amount": amount,
-            "documents": len(set(documents)),
-            "seeds": _nats(max(seeds, default=math.nan)),
-        }
-        lines.append(_VARIES.format(**values, others=_nats(between_documents(found, amount, documents))))
+        lines.append(
+            _VARIES.format(
+                amount=amount,
+                seeds=_nats(max(seeds, default=math.nan)),
+                others=_nats(between_documents(found, amount, documents)),
+                documents=len(set(documents)),
+            )
+        )
     return [*lines, _CAUTION]
 
 

@@ -175,5 +175,7 @@ class Comparison(NamedTuple):
 
         seconds = self.spent() + beside + least * each_step
         minutes = math.ceil(_MARGIN * seconds / _FULLEST / 60)
-        what = f"too short for {least} steps at each learning rate: --resume --budget {minutes} goes on"
-        raise UsageError(f"--budget {self.budget / 60:g}: {what}, with what has been measured")
+        raise UsageError(
+            f"--budget {self.budget / 60:g}: too short for {least} steps at each learning rate: "
+            f"--resume --budget {minutes} goes on, with what has been measured"
+        )

@@ -7,14 +7,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from mica.cli import loading
-from mica.cli.adapt.options import check_required
+from mica.cli.adapt.options import Values, check_required
 from mica.cli.compare import page, schedule, settings
 from mica.cli.compare.options import OPTIONS
 from mica.cli.compare.outcomes import outcome
 from mica.cli.compare.schedule import BASE, Comparison, Planned, Results
 from mica.cli.compare.trainings import OUT_OF_MEMORY, Trainings
 from mica.cli.folder import exclusive, undo_on_error
-from mica.cli.output import explained, tell, write_json
+from mica.cli.output import explained, tell, write_json, write_unless_edited
 from mica.cli.record import Record
 from mica.errors import UsageError
 
@@ -52,7 +52,7 @@ def _note(text: str) -> None:
     tell(f"mica compare: {text}")
 
 
-def _compare(ours: dict[str, object], output: Path, resume: bool, began: float) -> int:
+def _compare(ours: Values, output: Path, resume: bool, began: float) -> int:
     """The comparison, once the folder is its own, and the page."""
     _note("reading model and texts ...")
     with nullcontext() if resume else undo_on_error(output):  # what is refused at once leaves nothing
@@ -68,13 +68,16 @@ def _compare(ours: dict[str, object], output: Path, resume: bool, began: float) 
     left = comparison.left()
     missing = ""
     if left:
-        command = f"mica compare --output {output} --resume --budget {comparison.minutes_for(left)}"
-        missing = f"the budget is used up; trainings of this kind left: {len(left)}; {command} does them"
+        missing = (
+            f"the budget is used up; trainings of this kind left: {len(left)}; "
+            f"mica compare --output {output} --resume --budget {comparison.minutes_for(left)} does them"
+        )
     if not comparison.whole():
         failed = next(iter(comparison.failed().values()), "")
         raise UsageError(missing or f"no method came to the end of a training: {failed}")
-    page.write(output, comparison, trainings.facts())
-    print(page.table(comparison), *page.spread(comparison), f"The page: {output / settings.PAGE}", sep="\n\n")
+    file = output / settings.PAGE
+    write_unless_edited("--output", file, page.markdown(comparison, trainings.facts()))
+    print(page.table(comparison), *page.spread(comparison), f"The page: {file}", sep="\n\n")
     if missing:
         _note(missing)
     return 0
@@ -85,17 +88,17 @@ def _do(planned: Planned, comparison: Comparison, trainings: Trainings, output: 
 
     ``zero``: when the clock of all starts of the comparison was at 0, Unix time.
     """
-    duration = ""
-    if planned.phase > schedule.TRIAL:
-        duration = f", about {comparison.seconds(planned):.0f} s"
+    duration = f", about {comparison.seconds(planned):.0f} s" if planned.phase > schedule.TRIAL else ""
     _note(f"{_name(planned)} ({len(comparison.left())} of this kind left{duration}) ...")
     result = trainings.make(planned)
     clock = time.time() - zero
     result["ended"] = round(clock, 2)
     write_json("--output", output / settings.RUNS / f"{planned.key}.json", result, Record(output))
     comparison.results[planned.key] = result
-    used = f"{clock / 60:.1f} of {comparison.budget / 60:g} minutes"
-    _note(f"{_name(planned)}: {_said(comparison, result)}; {used}")
+    _note(
+        f"{_name(planned)}: {_said(comparison, result)}; "
+        f"{clock / 60:.1f} of {comparison.budget / 60:g} minutes"
+    )
 
 
 def _earlier(output: Path, content: dict[str, str]) -> Results:
@@ -107,13 +110,14 @@ def _earlier(output: Path, content: dict[str, str]) -> Results:
     for path in sorted((output / settings.RUNS).glob("*.json")):
         advice = f"--resume: {path}: remove it, and its training is done again"
         with explained(advice, (LookupError, TypeError, ValueError)):
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = json.loads(path.read_bytes())
             if Planned(*(result[name] for name in Planned._fields)).key != path.stem:
                 raise ValueError("it is no result of this comparison")
             changed = [name for name, digest in content.items() if result["content"][name] != digest]
         if changed:
-            what = f"its content is not what {path} was measured with: begin another comparison"
-            raise UsageError(f"--{changed[0]}: {what}")
+            raise UsageError(
+                f"--{changed[0]}: its content is not what {path} was measured with: begin another comparison"
+            )
         if result["failed"] != OUT_OF_MEMORY:
             results[path.stem] = result
     return results

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from mica.cli import loading
 from mica.cli.adapt import adapter, evaluation, processes, session
+from mica.cli.adapt.options import Values
 from mica.cli.adapt.packing import document_of, too_little
 from mica.cli.adapt.trainer import build_trainer
 from mica.cli.compare import methods, schedule, settings
@@ -43,7 +44,7 @@ class Trainings:
     of what each option names.
     """
 
-    def __init__(self, found: dict[str, object], output: Path):
+    def __init__(self, found: Values, output: Path):
         """Read model and texts. Raises UsageError for what is wrong with them or with options."""
         resolved = settings.of_mica_adapt(found, output)
         self.args = resolved.args
@@ -66,8 +67,9 @@ class Trainings:
     def _sets(self) -> dict:
         held_out = self.data.held_out
         if len(held_out) < 3:
-            what = f"{len(held_out) * self.args.sequence_length:,} tokens can be held out"
-            raise too_little("--text", what, "three blocks", self.args.sequence_length)
+            length = self.args.sequence_length
+            what = f"{len(held_out) * length:,} tokens can be held out"
+            raise too_little("--text", what, "three blocks", length)
         choosing = _for_choosing(_documents(held_out))
         return {
             "validation": Subset(held_out, choosing),
@@ -75,7 +77,7 @@ class Trainings:
             "retained": self.data.retain,
         }
 
-    def comparison(self, found: dict[str, object], results: Results) -> Comparison:
+    def comparison(self, found: Values, results: Results) -> Comparison:
         """The comparison with the settings ``found``."""
         return Comparison(
             rates=settings.rates(found),
@@ -195,8 +197,7 @@ def measure(model: nn.Module, sets: dict[str, Dataset]) -> dict[str, Any]:
     losses = {}
     for name, blocks in sets.items():
         numbers = tqdm(range(len(blocks)), f"Measuring {name}", leave=False, delay=5)
-        each = (evaluation.likelihood(model, Subset(blocks, [number]), 1) for number in numbers)
-        losses[name] = [likelihood.loss for likelihood in each]
+        losses[name] = [evaluation.likelihood(model, Subset(blocks, [number]), 1).loss for number in numbers]
     if all(map(math.isfinite, chain.from_iterable(losses.values()))):
         return {"losses": losses, "failed": None}
     return {"losses": {}, "failed": DIVERGED}

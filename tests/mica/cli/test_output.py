@@ -10,16 +10,18 @@ from mica.cli.record import NAME, NotOwnError, Record
 from mica.errors import UsageError
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
     output.write_text("--json", path, "old")
 
     def full_disk(scratch):
-        scratch.write_text("half")
+        assert scratch.read_text() == "new"
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(output, "flush", full_disk)
+
     with pytest.raises(UsageError, match=r"--json .*table.json: cannot be written: No space"):
-        output.write_file("--json", path, full_disk)
+        output.write_text("--json", path, "new")
     assert path.read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == [NAME, path.name]
 

@@ -63,7 +63,7 @@ def test_a_marker_that_cannot_be_read_is_an_error_and_not_missing(tmp_path, monk
     def denied(path, **_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", denied)
+    monkeypatch.setattr(Path, "read_bytes", denied)
     with pytest.raises(UsageError, match=r"complete.json cannot be read: Permission denied$"):
         checkpoints.latest(tmp_path)
 

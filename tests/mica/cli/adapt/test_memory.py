@@ -48,7 +48,8 @@ def test_what_is_counted_is_what_is_trained(args):
     options = memory._options(args, None)
     assert (options.bits, options.dtype, options.tokens, options.loss) == (4, "bfloat16", 64, "logits")
     args.method = "dora"
-    assert memory._setup(args)[1:] == (True, True, "norms", True, True)
+    config = {"init_lora_weights": True, "use_dora": True}
+    assert memory._setup(args)[1:] == (config, True, "norms", True)
     args.train_embeddings = True
     with pytest.raises(UsageError, match="trained embeddings are not counted"):
         memory.plan(args, None)
