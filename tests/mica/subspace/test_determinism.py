@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from mica.subspace import krylov
-from tests.mica.subspace.subspaces import quietly_solved, same
+from tests.mica.subspace.subspaces import SHAPES, quietly_solved, same
 from tests.support.spectra import RANK, weight
-
-SHAPES = [(120, 40), (40, 120), (60, 60), (200, 140), (140, 200), (150, 150)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -73,11 +73,15 @@ def alone(tasks):
 
 @pytest.mark.parametrize("stores", [hash_stores, tcp_stores])
 def test_each_solves_a_share_and_has_all(group, solved, monkeypatch, stores):
-    monkeypatch.setattr(distributed, "_PIECE", 1000)
-    group.stores = stores(2)
-    tasks = make_tasks()
-    assert group.run(lambda: bases(tasks)) == [alone(tasks)] * 2
-    assert solved[:2] == [["layer 2", "layer 1"], ["layer 0"]]
+    """In messages of one piece and of many, which do not stay in the store."""
+    tasks, kept = make_tasks(), set()
+    for piece in (2**22, 100):
+        monkeypatch.setattr(distributed, "_PIECE", piece)
+        group.stores = stores(2)
+        assert group.run(lambda: bases(tasks)) == [alone(tasks)] * 2
+        kept.add(group.stores[0].num_keys())
+    assert solved[:2] == [["layer 2", "layer 1"] * 2, ["layer 0"] * 2]
+    assert len(kept) == 1
 
 
 def test_each_chunk_of_a_model_is_shared_also_with_one_that_reads_late(group, solved, monkeypatch):
@@ -105,16 +109,6 @@ def test_what_one_has_cached_nobody_solves_again(group, calls_of, tmp_path):
     for _ in range(2):
         assert group.run(lambda: bases(make_tasks(), cache=SubspaceCache(tmp_path))) == [expected] * 2
     assert len(calls) == len(SHAPES)
-
-
-def test_a_message_of_any_size_arrives_and_does_not_stay_in_the_store(group, monkeypatch):
-    kept = set()
-    for piece in (2**22, 100):
-        monkeypatch.setattr(distributed, "_PIECE", piece)
-        group.stores = hash_stores(2)
-        assert group.run(lambda: bases(make_tasks())) == [alone(make_tasks())] * 2
-        kept.add(group.stores[0].num_keys())
-    assert len(kept) == 1
 
 
 @pytest.mark.parametrize("change", [lambda weight: weight + 1, lambda weight: weight.T.contiguous().T])

@@ -11,14 +11,12 @@ from mica.dtypes import FLOATING
 from mica.subspace import MinorSubspace, krylov, methods, minor_subspace
 from mica.subspace.certificate import Certificate
 from mica.subspace.content_hash import content_hash
-from tests.mica.subspace.subspaces import beginning_with, quietly_solved, same, solved_by
+from tests.mica.subspace.subspaces import SHAPES, beginning_with, quietly_solved, same, solved_by
 from tests.support.judging import columns, judge, sine, truth
 from tests.support.spectra import NULL, RANK, SPECTRA, weight
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-# Tall, wide, square; small sides without and (from 128 on: conftest) with room for Krylov subspaces.
-SHAPES = [(120, 40), (40, 120), (60, 60), (200, 140), (140, 200), (150, 150)]
 METHODS = ["krylov", "gram", "svd"]
 by_each_method = pytest.mark.parametrize("method", METHODS)
 of_each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
