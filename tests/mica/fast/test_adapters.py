@@ -253,29 +253,16 @@ def test_mixed_batches_are_peft_s(targets):
 
 # -- edits of B -----------------------------------------------------------------------------------------
 
-EDITS = {
-    "counted": lambda B, new: B.copy_(new),
-    "another .data": lambda B, new: setattr(B, "data", new),
-    "through .data": lambda B, new: B.data.copy_(new),
-    "an assignment through .data": lambda B, new: B.data.__setitem__(..., new),
-    "numpy": lambda B, new: B.detach().numpy().__setitem__(..., new.numpy()),
-}
-COUNTED = ("counted", "another .data")
 
-
-@pytest.mark.parametrize("edit", EDITS)
-def test_on_kernels_one_call_is_needed_after_an_edit_that_is_not_counted(edit, monkeypatch):
+def test_on_kernels_one_call_is_needed_after_an_edit_that_is_not_counted(monkeypatch):
     """They keep a copy of B in their own layout."""
     gc.collect()  # nothing is tracked while there is a module of FSDP2, as one that another test has left
     model = randomise(net(targets=LAYERS)).eval()
     monkeypatch.setenv("MICA_BACKEND", "triton")
     before = model(BATCH)
-    with torch.no_grad():
-        B = model.base_model.model.down.lora_B["default"].weight
-        EDITS[edit](B, 3.0 * B)
-    if edit not in COUNTED:
-        assert torch.equal(model(BATCH), before)  # the fault is real
-        mica.fast.clear_caches()
+    model.base_model.model.down.lora_B["default"].weight.data.mul_(3.0)
+    assert torch.equal(model(BATCH), before)  # the fault is real
+    mica.fast.clear_caches()
     after = model(BATCH)
     assert error(after, before) > 1e-3
     monkeypatch.setenv("MICA_BACKEND", "reference")

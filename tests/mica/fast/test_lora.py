@@ -83,7 +83,6 @@ def eva(model):
     peft.initialize_lora_eva_weights(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}] * 8)
 
 
-PATTERNS = {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"up_proj": 3}}
 INITIALISATIONS = {
     **{str(init): partial(initialised, init) for init in (True, False)},
     **{init: partial(initialised, init) for init in ("gaussian", "pissa", "olora", "orthogonal")},
@@ -92,8 +91,6 @@ INITIALISATIONS = {
     "eva": partial(initialised, "eva", after=eva, eva_config=peft.EvaConfig(rho=1.0)),
     "corda": partial(initialised, "corda", before=corda, corda_config=peft.tuners.lora.config.CordaConfig()),
     "lora_ga": partial(initialised, "lora_ga", before=loraga, lora_ga_config=peft.LoraGAConfig()),
-    "rslora": partial(initialised, "gaussian", use_rslora=True),
-    "patterns": partial(initialised, "gaussian", **PATTERNS),
 }
 
 

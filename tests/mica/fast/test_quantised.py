@@ -45,18 +45,6 @@ def test_rank_one_does_not_start_from_packed_bytes():
     assert_spans(layer.lora_B["default"].weight, dequantised(layer.get_base_layer()))
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "hqq"])
-def test_a_second_adapter(kind):
-    model = adapted(kind)
-    second(model, r=2, lora_dropout=0.1)
-    for name in ("second", "default", ["default", "second"]):
-        model.base_model.set_adapter(name)
-        assert not any("lora_B" in n for n, p in model.named_parameters() if p.requires_grad)
-    for layer in adapted_layers(model).values():
-        for adapter in ("default", "second"):
-            assert_spans(layer.lora_B[adapter].weight, dequantised(layer.get_base_layer()))
-
-
 def test_an_8_bit_layer_that_was_called_before_still_works():
     """PEFT's `dequantize_module_weight` takes its scales away on the CPU."""
     model = llama("int8")
