@@ -204,26 +204,20 @@ def test_so_does_the_output_of_a_norm(name, dtype, way):
     check_sizes(make, dtype, 2, way, tuple(expected[dtype is not FP32]))
 
 
-@pytest.mark.parametrize("name", STATISTICS)
-def test_a_norm_by_a_part_or_a_view_of_its_input(name):
-    """The node of the square keeps another tensor than that of the product, in the same memory."""
+@pytest.mark.parametrize(
+    ("name", "rounded_to"),
+    [*((name, BF16) for name in STATISTICS), ("all features", FP32), ("all features", FP16)],
+)
+def test_a_norm_by_a_part_or_a_view_of_its_input(name, rounded_to):
+    """The node of the square keeps another tensor than that of the product, in the same memory.
+
+    Or it is rounded to another dtype than that of x.
+    """
     inputs = leaves(BF16)
 
     def make():
         wide = inputs[0].float()
         normed = wide * torch.rsqrt(STATISTICS[name](wide) + 1e-6)
-        return norm_weight(BF16) * normed.to(BF16)
-
-    check([Layer(BF16)], make, inputs)
-
-
-@pytest.mark.parametrize("rounded_to", [FP32, FP16])
-def test_a_norm_that_is_rounded_to_another_dtype_than_that_of_x(rounded_to):
-    inputs = leaves(BF16)
-
-    def make():
-        wide = inputs[0].float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
         return (norm_weight(BF16) * normed.to(rounded_to)).to(BF16)
 
     check([Layer(BF16)], make, inputs)
