@@ -11,7 +11,7 @@ from mica.kernels.launching import Plan
 from mica.ops import mica_linear, trial
 from mica.paths import choose, triton_path, tuning
 from mica.paths.tuning import NATIVE
-from tests.support.kernel_cases import BF16, DEVICE, seed_of
+from tests.support.kernel_cases import BF16, DEVICE, mica_and_lora, seed_of
 from tests.support.linear_calls import agree, of_users, on_device, run, same_bits
 from tests.support.oracle import problem, solve
 from tests.support.processor import has_instructions
@@ -94,7 +94,7 @@ def counted(how):
     return dict.fromkeys(names, 1) | {f"{name}_{how}": 1 for name in names if how}
 
 
-@pytest.mark.parametrize("trains_B", [False, True], ids=["MiCA", "LoRA"])
+@mica_and_lora
 def test_from_end_to_end_with_the_real_clock(device, tmp_path, capfd, trains_B):
     """Interpreted kernels are a thousand times slower, so the reference path is taken."""
     p = layer(trains_B)
@@ -130,7 +130,7 @@ def test_from_end_to_end_with_the_real_clock(device, tmp_path, capfd, trains_B):
         ({"fused": 0.99}, {"split": 1.5}, ""),
     ],
 )
-@pytest.mark.parametrize("trains_B", [False, True], ids=["MiCA", "LoRA"])
+@mica_and_lora
 def test_the_fastest_form_of_each_pass_runs_from_the_first_call_on(
     costs, launched, forward, backward, kernels, trains_B
 ):
