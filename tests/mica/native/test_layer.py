@@ -15,12 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from mica import native, ops
 from mica.ops.linear import linear_eager
 from mica.paths import products, reference_path
+from tests.support.cpp import needs_cpp
 from tests.support.processor import has_instructions
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 IN, OUT, RANK = 24, 20, 6
 
-pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.why_not()))
+pytestmark = needs_cpp
 
 
 @pytest.fixture(autouse=True)

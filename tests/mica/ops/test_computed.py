@@ -96,13 +96,6 @@ def test_a_node_that_is_looked_at_outside_of_a_backward():
     assert torch.equal(x.grad_fn._saved_self, F.silu(gate))
 
 
-def test_a_backward_through_some_of_the_layers():
-    ys, layers = of_shared(3)
-    expected = torch.autograd.grad(ys[1].sum(), layers[1].lora_A, retain_graph=True)
-    for _ in range(3):
-        assert_same(torch.autograd.grad(ys[1].sum(), layers[1].lora_A, retain_graph=True), expected)
-
-
 def test_two_losses_and_a_graph_that_is_retained():
     layers = Layer(), Layer(seed=1)
     gate, up = leaves(FP32, FP32)

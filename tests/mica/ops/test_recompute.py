@@ -150,6 +150,7 @@ SAVED = {
     "times a Python number": lambda h, _: h * 2.5,
     "relu(G)": lambda gate, _: F.relu(gate),
 }
+in_each_dtype = pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 
 
 def kept_sizes(call, make, number):
@@ -188,7 +189,7 @@ def check_sizes(make, dtype, number, way, expected):
 
 
 @pytest.mark.parametrize("number", [1, 3])
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@in_each_dtype
 @pytest.mark.parametrize("name", MADE)
 def test_it_keeps_less_and_gives_the_same_bits(name, dtype, number, way):
     """For one layer, and for several that share an x."""
@@ -197,7 +198,7 @@ def test_it_keeps_less_and_gives_the_same_bits(name, dtype, number, way):
 
 
 @pytest.mark.whole  # in 16 bits h is narrow
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@in_each_dtype
 @pytest.mark.parametrize("name", NORMS)
 def test_so_does_the_output_of_a_norm(name, dtype, way):
     make, *expected = NORMS[name]

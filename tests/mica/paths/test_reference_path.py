@@ -5,6 +5,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mica import native
 from mica.paths import dropout, products, reference_path
 from mica.paths.operands import Operands
+from tests.support.cpp import needs_cpp
 from tests.support.linear_calls import Seen, agree
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
@@ -173,7 +174,7 @@ def test_dropout_under_a_function_transform_with_a_seed_for_each(monkeypatch):
 
 
 @pytest.mark.skipif(not products.has_native(torch.bfloat16), reason="no instructions for bfloat16")
-@pytest.mark.skipif(native.module() is None, reason=str(native.why_not()))
+@needs_cpp
 @pytest.mark.parametrize("tokens", [1, 2, 127, 129, 1500])
 @pytest.mark.parametrize("columns", [1, 31, 300, 1111])
 def test_wide_products_of_bfloat16_numbers(tokens, columns):

@@ -18,6 +18,7 @@ from tests.support.linear_calls import (
     agree,
     by_call,
     call,
+    contiguous,
     leaves,
     of_users,
     on_device,
@@ -42,10 +43,7 @@ FORMS = {
 
 def dense(*sizes, dtype=BF16, adapter_dtype=FP32):
     """Contiguous and aligned."""
-    p = problem(*sizes, dtype, adapter_dtype)
-    for name in ("x", "weight", "lora_A", "lora_B", "grad_output"):
-        setattr(p, name, getattr(p, name).contiguous())
-    return on_device(p)
+    return contiguous(problem(*sizes, dtype, adapter_dtype))
 
 
 @pytest.mark.parametrize("form", FORMS)
