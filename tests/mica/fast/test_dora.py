@@ -15,15 +15,14 @@ from mica.fast import known_peft
 from mica.fast.forward import dora
 from mica.ops import recompute
 from mica.paths.dropout import drawn_seed, dropout_keep
-from tests.support.merging_models import other_magnitudes, quietly
-from tests.support.models import adapted_layers, net, randomise, tiny_llama, wrap
+from tests.support.merging_models import other_magnitudes, quietly, weights
+from tests.support.models import INDICES, adapted_layers, net, randomise, tiny_llama, wrap
 from tests.support.moe_models import second
-from tests.support.quantised_models import KINDS, TARGETS, TOKENS, quantise
+from tests.support.quantised_models import KINDS, TARGETS, quantise
 from tests.support.stock import assert_same, both, step, uninstalled
 from tests.support.tolerances import RELATIVE, error
 from tests.support.training import llama, train
 
-INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 DORA = {"use_dora": True, "init_lora_weights": False}
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -154,10 +153,10 @@ def test_quantised_layers(kind, dropout):
     model = randomise(wrap(model, targets=TARGETS, lora_dropout=dropout, **DORA)).train()
     stock = with_masks(model) if dropout else model
     torch.manual_seed(3)
-    ours = step(model, TOKENS)
+    ours = step(model, INDICES)
     torch.manual_seed(3)
     with mica.fast.disabled():
-        theirs = step(stock, TOKENS)
+        theirs = step(stock, INDICES)
     tolerance = RELATIVE[BF16] if "bf16" in kind else 1e-4
     assert_same(ours, theirs, tolerance)
     assert paths(model) == {"reference": 14}
@@ -227,7 +226,7 @@ def test_stock_unmerges_what_was_merged_here():
     expected = model.eval()(INDICES)
     for layer in adapted_layers(model).values():
         layer.lora_magnitude_vector["default"].weight.data[2] = 1  # stock divides by it
-    before = {name: layer.base_layer.weight.clone() for name, layer in adapted_layers(model).items()}
+    before = weights(model)
     model.merge_adapter()
     with uninstalled():
         model.unmerge_adapter()

@@ -10,11 +10,12 @@ from torch import nn
 
 import mica.fast
 from mica.paths import dropout
-from tests.support.models import net, randomise, wrap
+from tests.support.linear_calls import kept_by
+from tests.support.models import INDICES, net, randomise, wrap
 from tests.support.stock import as_stock, assert_same, both, counted, step
 from tests.support.tolerances import RELATIVE, error
 
-INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
+in_both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 def compare(model, tolerance):
@@ -117,7 +118,7 @@ def test_a_model_that_changes_outputs_in_place(build):
     assert "linear" in counts
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@in_both_dtypes
 def test_compile_fullgraph_follows_enable_and_disable(dtype):
     torch.compiler.reset()
     model = randomise(net(dtype))
@@ -131,7 +132,7 @@ def test_compile_fullgraph_follows_enable_and_disable(dtype):
         assert not counted(lambda: step(compiled, INDICES))[1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@in_both_dtypes
 @pytest.mark.parametrize("called", [False, True])
 def test_dropout_is_drawn_from_torch_s_generator(dtype, called):
     """Inverted dropout of x, as nn.Dropout's; the mask is that of the seed, and nothing of it is stored."""
@@ -140,11 +141,9 @@ def test_dropout_is_drawn_from_torch_s_generator(dtype, called):
     if called:
         layer.base_layer.weight.requires_grad_()
     x = torch.randn(200, 12).to(dtype).requires_grad_()
-    saved = []
     torch.manual_seed(7)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        out = layer(x)
-    assert not any(t.dtype == torch.bool for t in saved)
+    kept, out = kept_by(lambda: layer(x))
+    assert not any(t.dtype == torch.bool for t in kept)
     torch.manual_seed(7)
     seed = torch.randint(0, 2**63 - 1, (1,))
     keep = dropout.dropout_keep(seed, 200, 12, 0.3)
