@@ -1,8 +1,6 @@
 """The rules of the house: how long files are, who imports whom, and which names are public."""
 
 import argparse
-import subprocess
-import sys
 
 import pytest
 
@@ -12,6 +10,7 @@ import mica.ops
 import mica.subspace
 from mica.cli import parser
 from tests.support.imports import MODULES, ROOT, circular, imported, mirrored, private_uses, tree
+from tests.support.processes import printed_by
 
 # What a user's script may rest on. A name that goes is a breaking change, a new one a promise.
 PUBLIC = {
@@ -119,5 +118,4 @@ from mica import minor_subspace
 certified = minor_subspace(torch.randn(8, 8), 2).certified
 print(certified, [name for name in ("peft", "triton", "transformers") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "True []", done.stderr
+    assert printed_by(code, cwd=ROOT).strip() == "True []"

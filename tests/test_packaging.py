@@ -21,6 +21,7 @@ import pytest
 import setuptools
 
 from mica.cli.output import files_in
+from tests.support.processes import printed_by
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,17 +40,11 @@ print(json.dumps({
 """
 
 
-def probe(cwd, path="", *arguments, python=sys.executable):
-    environment = {**os.environ, "PYTHONPATH": str(path)}
-    command = [python, "-c", PROBE, *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def pip(command, *arguments, python=sys.executable):
+def pip(command, *arguments):
     options = ["-q", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
-    subprocess.run([python, "-m", "pip", command, *options, *arguments], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", command, *options, *arguments], check=True, capture_output=True
+    )
 
 
 def kernels_of(folder):
@@ -66,7 +61,7 @@ def sdist(tmp_path_factory):
         if path.is_file():
             shutil.copy(path, source)
     build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, folder], cwd=source, check=True, capture_output=True)
+    printed_by(build, folder, cwd=source)
     (built,) = folder.glob("mica_fast-*.tar.gz")
     return built
 
@@ -138,7 +133,9 @@ def test_install(is_wheel, inside, triton, request, tmp_path):
     site = request.getfixturevalue("site") if is_wheel else ""
     # `python -c` puts the working directory first: inside the checkout its own source is what runs
     home = site if is_wheel and not inside else ROOT
-    probed = probe(ROOT if inside else tmp_path, site, *([] if triton else ["no triton"]))
+    arguments = [] if triton else ["no triton"]
+    printed = printed_by(PROBE, *arguments, cwd=ROOT if inside else tmp_path, PYTHONPATH=str(site))
+    probed = json.loads(printed.splitlines()[-1])
     assert Path(probed["mica"]) == home / "mica/__init__.py"
     assert Path(probed["runtime"]).resolve() == (home / "mica/kernels/runtime.py").resolve()
     assert "site-packages" in probed["kernels"]  # Hugging Face's
@@ -164,7 +161,6 @@ def test_a_wheel_from_a_clone_without_links_has_the_kernels(clone, tmp_path):
     (wheel,) = tmp_path.glob("mica_fast-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert kernels_of(ROOT / "kernels") <= names
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"mica", "mica_fast"}
 
 
 @pytest.mark.parametrize("platform", ["linux", "win32"])

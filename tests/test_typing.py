@@ -29,26 +29,28 @@ WRONG = {
 }
 
 
+def _said(folder: Path, module: str, *arguments: object, **environment: str) -> str:
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode < 2, done.stdout + done.stderr
+    return done.stdout
+
+
 def _mypy(folder: Path) -> list[str]:
     # silent: of the package itself its signatures count, as if it were installed
     options = ["--strict", "--follow-imports=silent", "--no-error-summary", "--cache-dir", folder / "cache"]
-    environment = {**os.environ, "MYPYPATH": str(ROOT)}
-    command = [sys.executable, "-m", "mypy", *options, "script.py", "wrong.py"]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode < 2, done.stdout + done.stderr
-    return [line for line in done.stdout.splitlines() if ": error: " in line]
+    said = _said(folder, "mypy", *options, "script.py", "wrong.py", MYPYPATH=str(ROOT))
+    return [line for line in said.splitlines() if ": error: " in line]
 
 
 def _pyright(folder: Path) -> list[str]:
     settings = {"include": ["."], "typeCheckingMode": "strict"}
     (folder / "pyrightconfig.json").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "basedpyright", "--outputjson", "--pythonpath", sys.executable]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode < 2, done.stdout + done.stderr
+    options = ["--outputjson", "--pythonpath", sys.executable]
+    said = _said(folder, "basedpyright", *options, PYTHONPATH=str(ROOT))
     return [
         f"{Path(one['file']).name}:{one['range']['start']['line'] + 1}: {one['message']} ({one.get('rule')})"
-        for one in json.loads(done.stdout)["generalDiagnostics"]
+        for one in json.loads(said)["generalDiagnostics"]
     ]
 
 

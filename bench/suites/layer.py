@@ -117,9 +117,11 @@ def adapted_module(
 def exact(layer: Layer, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """y, dx, dA and dB in ``dtype`` by the reference."""
     operands = [t.detach().to(dtype) for t in (layer.x, layer.weight, layer.lora_A, layer.lora_B)]
+    x, _, lora_A, lora_B = operands
+    trained = [tensor.requires_grad_() for tensor in (x, lora_A, lora_B)]
     y = definition.linear(*operands, layer.scaling)
-    gradients = definition.linear_backward(layer.grad_output.to(dtype), *operands, layer.scaling)
-    return dict(zip(OF_A_STEP, (y, *gradients), strict=True))
+    gradients = torch.autograd.grad(y, trained, layer.grad_output.to(dtype))
+    return dict(zip(OF_A_STEP, (y.detach(), *gradients), strict=True))
 
 
 def check_dropout(errors: dict[str, float], p: float) -> None:

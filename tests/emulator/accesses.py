@@ -9,6 +9,8 @@ import numpy as np
 from tests.emulator.operands import UNSIGNED, address_of, bits_of, dtype_of, reader, vector
 from tests.emulator.program import FaultError, describe
 
+ADDRESSES = {"global": np.uint64, "shared": np.uint32}
+
 
 def access(mods) -> tuple[str, int, str] | None:
     """(space, count of numbers, kind) of a load's or store's modifiers."""
@@ -42,7 +44,7 @@ def load(mods, instruction, count):
     if len(targets) != numbers or kind[0] == "s":
         return None
     size, dtype = bits // 8 * numbers, UNSIGNED[bits]
-    read = address_of(instruction.operands[1], np.uint64 if space == "global" else np.uint32, count)
+    read = address_of(instruction.operands[1], ADDRESSES[space], count)
 
     def act(cta, mask):
         lanes = cta.lanes(mask)
@@ -71,7 +73,7 @@ def store(mods, instruction, count):
         return None
     dtype = UNSIGNED[bits]
     reads = [reader(source, dtype, count) for source in sources]
-    read = address_of(instruction.operands[0], np.uint64 if space == "global" else np.uint32, count)
+    read = address_of(instruction.operands[0], ADDRESSES[space], count)
 
     def act(cta, mask):
         lanes = cta.lanes(mask)

@@ -16,6 +16,12 @@ def _of_matrices(mods) -> tuple[int, bool] | None:
     return (int(mods[3][1:]), bool(mods[4:-2])) if mods[4:-2] in ([], ["trans"]) else None
 
 
+def _that_point(cta, mask, instruction, number):
+    """The warps that execute it, and the threads of theirs that have the address of a row."""
+    warps = cta.warps(mask, instruction)
+    return warps, (warps[:, None] * 32 + np.arange(8 * number)).reshape(-1)
+
+
 def matrices(mods, instruction, count):
     """ldmatrix: a row per address."""
     form = _of_matrices(mods)
@@ -26,8 +32,7 @@ def matrices(mods, instruction, count):
     read = address_of(instruction.operands[1], np.uint32, count)
 
     def act(cta, mask):
-        warps = cta.warps(mask, instruction)
-        lanes = (warps[:, None] * 32 + np.arange(8 * number)).reshape(-1)
+        warps, lanes = _that_point(cta, mask, instruction, number)
         rows = cta.shared.load(read(cta)[lanes], 16, lanes, instruction)
         tiles = np.ascontiguousarray(rows).view(np.uint16).reshape(len(warps), number, 8, 8)
         if transposed:
@@ -139,8 +144,7 @@ def store_matrices(mods, instruction, count):
     sources = [reader(text, np.uint32, count) for text in vector(instruction.operands[1])]
 
     def act(cta, mask):
-        warps = cta.warps(mask, instruction)
-        lanes = (warps[:, None] * 32 + np.arange(8 * number)).reshape(-1)
+        warps, lanes = _that_point(cta, mask, instruction, number)
         pairs = np.stack([source(cta).reshape(-1, 32)[warps] for source in sources], 1)
         tiles = np.ascontiguousarray(pairs).view(np.uint16).reshape(len(warps), number, 8, 8)
         if transposed:

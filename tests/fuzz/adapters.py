@@ -24,6 +24,9 @@ def _through_a_file(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
+where_there_are_several = precondition(lambda self: len(self.twins.adapters) > 1)
+
+
 class Adapters(Base):
     @precondition(lambda self: len(self.twins.adapters) < 3)
     @action(data=st.data(), seed=SEEDS, cast=FLAG, activate=FLAG)
@@ -32,7 +35,7 @@ class Adapters(Base):
         self.create(name, data.draw(configs(self.twins.kind, self.saves)), seed, cast)
         self.activate(name, activate)
 
-    @precondition(lambda self: len(self.twins.adapters) > 1)
+    @where_there_are_several
     @action(index=INDEX)
     def delete(self, index):
         name = self.pick(index)
@@ -40,21 +43,13 @@ class Adapters(Base):
             return  # it is not refused there, and leaves the update in the weights for good
         self.remove(name)
 
-    @precondition(lambda self: len(self.twins.adapters) > 1 and not self.twins.is_merged)
-    @action(data=st.data(), index=INDEX, seed=SEEDS, activate=FLAG)
-    def delete_and_add_again(self, data, index, seed, activate):
-        name, config = self.pick(index), data.draw(configs(self.twins.kind, self.saves))
-        self.remove(name)
-        self.create(name, config, seed, True)
-        self.activate(name, activate)
-
     @action(index=INDEX, inference=FLAG)
     def switch(self, index, inference):
         self.repaired_if_edited()
         name = self.pick(index)
         self.twins.each(lambda model: model.set_adapter(name, inference_mode=inference))
 
-    @precondition(lambda self: len(self.twins.adapters) > 1)
+    @where_there_are_several
     @action(first=INDEX, second=INDEX)
     def activate_several(self, first, second):
         names = list(dict.fromkeys([self.pick(first), self.pick(second)]))
@@ -116,13 +111,6 @@ class Adapters(Base):
         name = self.free_name()
         self._load(self.files[index % len(self.files)], name, lean, trainable, cast)
         self.activate(name, activate and name in self.twins.adapters)
-
-    @precondition(lambda self: self.files and len(self.twins.adapters) > 1 and not self.twins.is_merged)
-    @action(index=INDEX, file=INDEX, lean=FLAG)
-    def delete_and_load_again(self, index, file, lean):
-        name = self.pick(index)
-        self.remove(name)
-        self._load(self.files[file % len(self.files)], name, lean, False, True)
 
     def _load(self, folder, name, lean, trainable, cast):
         assume(not self.is_double)

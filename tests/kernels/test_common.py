@@ -7,6 +7,8 @@ from mica.kernels import common, limits
 from mica.paths import dropout
 from tests.support.kernel_cases import DEVICE, seed_of
 
+in_each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+
 
 @triton.jit
 def _keep_kernel(seed_ptr, out_ptr, first_row, columns, threshold, BLOCK: tl.constexpr):
@@ -44,7 +46,7 @@ def test_the_mask_is_the_references_bit_for_bit(seed, dropout_p, first_row):
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # of NumPy, where fp16 becomes infinite
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@in_each_dtype
 def test_cast_rounds_to_nearest_even(dtype):
     ties = torch.tensor(
         [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-8, 3.39e38, 0.0, -0.0]
@@ -56,7 +58,7 @@ def test_cast_rounds_to_nearest_even(dtype):
     torch.testing.assert_close(out, x.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@in_each_dtype
 def test_dot_adds_an_exact_product(dtype):
     """Small integers: every product and every sum is exact, so one wrong bit shows."""
     a, b = (torch.randint(-8, 9, (16, 16), device=DEVICE).to(dtype) for _ in range(2))

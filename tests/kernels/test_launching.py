@@ -120,9 +120,10 @@ REFUSALS = [
     triton.runtime.errors.OutOfResources(300_000, 101_376, "shared memory"),
     RuntimeError("PassManager::run failed"),
 ]
+for_each_reason = pytest.mark.parametrize("error", REFUSALS, ids=["resources", "compiler"])
 
 
-@pytest.mark.parametrize("error", REFUSALS, ids=["resources", "compiler"])
+@for_each_reason
 def test_the_next_configuration_is_tried(error):
     """And what was refused is not tried again, whatever the key: compiling it takes seconds."""
     kernel = Refusing(32, error)
@@ -135,7 +136,7 @@ def test_the_next_configuration_is_tried(error):
     assert kernel.tried[3:] == [64, 32]
 
 
-@pytest.mark.parametrize("error", REFUSALS, ids=["resources", "compiler"])
+@for_each_reason
 def test_where_none_can_be_launched_the_kernel_is_named(error):
     kernel = Refusing(8, error)
     launcher = skinny(kernel)

@@ -123,13 +123,15 @@ def grad(tokens, ends, length, width, rank, dtypes, layout="rows", factor_layout
 
 
 of_each_kernel = pytest.mark.parametrize("check", [down, up, grad])
+far_apart_in_memory = pytest.mark.usefixtures("large_memory")
+in_each_dtype = pytest.mark.parametrize(("dtype", "factor_dtype", "compute_dtype"), DTYPES)
 
 
 def dropout(p, seed):
     return {"dropout_p": p, "seed": seed_of(seed)} if p else {}
 
 
-@pytest.mark.parametrize(("dtype", "factor_dtype", "compute_dtype"), DTYPES)
+@in_each_dtype
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @of_each_kernel
@@ -138,7 +140,7 @@ def test_agrees_with_fp64(check, dtype, factor_dtype, compute_dtype, shape, drop
     check(tokens, None, *sizes, (dtype, factor_dtype, compute_dtype), **dropout(dropout_p, -5))
 
 
-@pytest.mark.parametrize(("dtype", "factor_dtype", "compute_dtype"), DTYPES)
+@in_each_dtype
 @pytest.mark.parametrize("name", EVERY_ROUTE)
 @of_each_kernel
 def test_agrees_with_fp64_on_experts(check, dtype, factor_dtype, compute_dtype, name):
@@ -190,7 +192,7 @@ def test_many_experts_with_few_rows(check):
     check(32, [min(expert // 12, 15) for expert in range(200)], 40, 40, 3, (FP32, FP32, FP32))
 
 
-@pytest.mark.usefixtures("large_memory")
+@far_apart_in_memory
 @pytest.mark.parametrize("length", [64, 150])
 def test_down_reads_no_row_after_the_last(length):
     """It would lie outside the mapped memory: reading it would end the process."""
@@ -200,17 +202,21 @@ def test_down_reads_no_row_after_the_last(length):
         assert error(h[:, :5], exact_down(x, factor, ends)) <= RELATIVE[BF16]
 
 
-@pytest.mark.parametrize("length", [64, 150])
-def test_down_nan_of_an_expert_stays_in_its_rows(length):
+@pytest.mark.parametrize("expert", [0, 2])
+def test_nan_of_an_expert_stays_with_it_in_down_up_and_grad(expert):
     rows, ends = ROUTES["tiles"]
-    for expert in (0, 2):
-        x = operand(rows, length, BF16)
-        x[mine := slices(ends)[expert]] = float("nan")
-        factor = stack(len(ends), 5, length, FP32)
-        h = run_guarded(*down_projection.plan(x, factor, None, offsets_of(ends)).bind())
-        is_nan = h[: ends[-1], :5].isnan()
-        assert is_nan[mine].all()
-        assert is_nan.sum() == is_nan[mine].sum()
+    own, offsets, factor = slices(ends)[expert], offsets_of(ends), stack(len(ends), 5, 150, FP32)
+    x, h = operand(rows, 150, BF16), operand(rows, 5, BF16)
+    nan_x, nan_h = x.clone(), h.clone()
+    nan_x[own] = nan_h[own] = float("nan")
+    of_down = down_projection(nan_x, factor, None, offsets)[: ends[-1], :5]
+    of_up = up_projection_(operand(rows, 150, BF16), nan_h, factor, None, None, None, offsets)
+    of_grad = [grad_a(*pair, None, offsets, rank=5) for pair in ((nan_h, x), (h, nan_x))]
+    places = [(of_down, own), (of_up, own), *((grad, expert) for grad in of_grad)]
+    for result, place in places:
+        is_nan = result.isnan()
+        assert is_nan[place].all()
+        assert is_nan.sum() == is_nan[place].sum()
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -228,7 +234,7 @@ def test_down_splits_are_summed_in_order(dtype, length):
         assert torch.equal(*(down_projection(x, factor, None, offsets) for _ in range(2)))
 
 
-@pytest.mark.usefixtures("large_memory")
+@far_apart_in_memory
 def test_down_offsets_beyond_32_bit():
     """Distances from row to row of x, from column to column, and to the third expert's factor."""
     far, near, ends = far_apart(3, 70, FP16), operand(4, 70, FP32), [1, 2, 3]
@@ -250,15 +256,6 @@ def test_up_padding_of_either_side_is_not_read(rank, ends):
     wide_h[:, :rank], wide_factor[:, :rank] = h, factor
     for left, right in ((wide_h, factor), (h, wide_factor), (wide_h, wide_factor)):
         check_up(base, left, right if ends else right[1], ends)
-
-
-def test_up_nan_of_an_expert_stays_in_its_rows():
-    rows, ends = ROUTES["tiles"]
-    h, factor = operand(rows, 5, BF16), stack(len(ends), 5, 70, FP32)
-    h[slices(ends)[2]] = float("nan")
-    y = up_projection_(operand(rows, 70, BF16), h, factor, None, None, None, offsets_of(ends))
-    assert y[slices(ends)[2]].isnan().all()
-    assert int(y.isnan().any(dim=1).sum()) == 1  # that expert has one row
 
 
 @pytest.mark.parametrize("ends", [None, [1, 1, 5]])
@@ -285,7 +282,7 @@ def test_up_has_one_rounding(ends):
     assert ((base.double() - expected).abs() <= 2.0**-8 * expected.abs() + 1e-6).all()
 
 
-@pytest.mark.usefixtures("large_memory")
+@far_apart_in_memory
 def test_up_offsets_beyond_32_bit():
     """Distances from row to row of base and of h, and to the third expert's factor and bias."""
     y, ends = far_apart(3, 70, FP16), [1, 2, 3]
@@ -334,16 +331,6 @@ def test_grad_plans_x_first_by_the_operands(experts):
     assert not planned(width=16 * 272, columns=16 * 272, step=16)  # neighbours in a row lie apart
 
 
-@pytest.mark.parametrize("side", [0, 1], ids=["g", "x"])
-def test_grad_nan_of_an_expert_stays_in_its_matrix(side):
-    rows, ends = ROUTES["tiles"]
-    operands = operand(rows, 5, BF16), operand(rows, 40, BF16)
-    operands[side][slices(ends)[2]] = float("nan")
-    grad = grad_a(*operands, None, offsets_of(ends), rank=5)
-    assert grad[2].isnan().all()
-    assert grad[[0, 1, 3]].isfinite().all()
-
-
 @pytest.mark.parametrize("ends", [None, [0, 3, 3, 50]])
 @pytest.mark.parametrize("rank", [1, 16, 20])
 def test_grad_of_padded_g_and_in_another_dtype(rank, ends):
@@ -355,7 +342,7 @@ def test_grad_of_padded_g_and_in_another_dtype(rank, ends):
     assert torch.equal(grad_a(g, x, None, offsets, rank=rank, out_dtype=BF16), plain.bfloat16())
 
 
-@pytest.mark.usefixtures("large_memory")
+@far_apart_in_memory
 @pytest.mark.parametrize("ends", [None, [2, 3]])
 def test_grad_offsets_beyond_32_bit(ends):
     g, x = far_apart(3, 4, FP16), far_apart(3, 70, FP16)

@@ -2,7 +2,7 @@ import pytest
 
 import mica.fast
 from mica import native, ops
-from mica.paths import products
+from mica.paths import choose, products
 from tests.support.linear_calls import IN_CHUNKS, NATIVE, OWN, PATHS, WAYS
 from tests.support.processor import has_instructions
 
@@ -51,3 +51,21 @@ def _multiply(way, monkeypatch):
     if way == IN_CHUNKS:
         monkeypatch.setattr(products, "CHUNK", 64)
         monkeypatch.setattr(products, "SHORTEST", 3)
+
+
+@pytest.fixture
+def by_default(monkeypatch):
+    """``by_default()``: the CPU, which stands for a device, can run kernels where nothing is demanded."""
+    from mica.kernels import launching  # which imports Triton
+
+    def by_default():
+        monkeypatch.setenv("MICA_BACKEND", "auto")
+        monkeypatch.setattr(choose.runtime, "is_interpreting", lambda: False)
+        monkeypatch.setattr(choose.runtime, "why_unavailable", lambda device: None)
+        has_instructions(True, monkeypatch)  # GPUs have them
+        choose.clear()
+        choose.devices_without_kernels.clear()
+        launching.clear()
+
+    yield by_default
+    choose.clear()

@@ -17,12 +17,11 @@ of x (S×K) are sorted by expert. Those of expert e reach from offsets[e-1] to o
 of k experts has k rows. y and dx of rows after the last offset are 0, and so are dA and dB of an expert
 without rows.
 
-All operands have one floating-point dtype.
+The functions compute y, and PyTorch's autograd the gradients. All operands have one floating-point dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -39,29 +38,8 @@ def linear(
     mask: Tensor | float = 1.0,
 ) -> Tensor:
     """y (..., N) from x (..., K); mask: shape of x."""
-    return x @ weight.T + bias + hidden(x, lora_A, scaling, mask) @ lora_B.T
-
-
-def hidden(x: Tensor, lora_A: Tensor, scaling: float, mask: Tensor | float = 1.0) -> Tensor:
-    """h (..., r) from x (..., K)."""
-    return scaling * ((mask * x) @ lora_A.T)
-
-
-def linear_backward(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    mask: Tensor | float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx (..., K), dA (r×K), dB (N×r)) from dy (..., N)."""
-    g = scaling * (grad_output @ lora_B)
-    grad_x = grad_output @ weight + mask * (g @ lora_A)
-    grad_A = torch.einsum("...r,...k->rk", g, mask * x)
-    grad_B = torch.einsum("...n,...r->nr", grad_output, hidden(x, lora_A, scaling, mask))
-    return grad_x, grad_A, grad_B
+    h = scaling * ((mask * x) @ lora_A.T)
+    return x @ weight.T + bias + h @ lora_B.T
 
 
 def dora(
@@ -95,32 +73,7 @@ def experts_linear(
 ) -> Tensor:
     """y (S×N) from x (S×K)."""
     y = x.new_zeros(len(x), weight.shape[1])
-    for expert, rows in rows_of(offsets):
+    for expert, (start, end) in enumerate(pairwise([0, *offsets.tolist()])):
+        rows = slice(start, end)
         y[rows] = linear(x[rows], weight[expert], lora_A[expert], lora_B[expert], scaling, bias[expert])
     return y
-
-
-def experts_linear_backward(
-    grad_output: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx (S×K), dA (E×r×K), dB (E×N×r)) from dy (S×N)."""
-    grad_x = torch.zeros_like(x)
-    grad_A = torch.zeros_like(lora_A)
-    grad_B = torch.zeros_like(lora_B)
-    for expert, rows in rows_of(offsets):
-        operands = weight[expert], lora_A[expert], lora_B[expert], scaling
-        gradients = linear_backward(grad_output[rows], x[rows], *operands)
-        grad_x[rows], grad_A[expert], grad_B[expert] = gradients
-    return grad_x, grad_A, grad_B
-
-
-def rows_of(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each expert and its rows."""
-    for expert, (start, end) in enumerate(pairwise([0, *offsets.tolist()])):
-        yield expert, slice(start, end)

@@ -7,6 +7,7 @@ import os
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from mica.kernels.common import target_of
@@ -53,6 +54,8 @@ draw = SimpleNamespace(
     leftovers=st.integers(0, 3),
     stacks=st.sampled_from(["contiguous", "gaps", "peft"]),
 )
+
+mica_and_lora = pytest.mark.parametrize("trains_B", [False, True], ids=["MiCA", "LoRA"])
 
 
 def operand(rows, columns, dtype, layout="rows", scale=1.0):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mica.ops import embedding as embeddings
@@ -44,10 +45,18 @@ def by_call(x, weight, lora_A, lora_B, scaling=1.0, bias=None, **options):
     return adapted(F.linear(x, weight, bias), x, lora_A, lora_B, scaling, **options)
 
 
+def contiguous(p: Problem) -> Problem:
+    names = ("x", "weight", "lora_A", "lora_B", "grad_output")
+    return on_device(replace(p, **{name: getattr(p, name).contiguous() for name in names}))
+
+
+def trained_of(p: Problem) -> list[torch.Tensor]:
+    return [p.x, p.lora_A, p.lora_B] if p.lora_B.requires_grad else [p.x, p.lora_A]
+
+
 def leaves(p: Problem, needs=(True, True, True)) -> tuple[torch.Tensor, ...]:
     """x, A and, of LoRA, B, each in memory of its own, that need gradients."""
-    trained = [p.x, p.lora_A, p.lora_B] if p.lora_B.requires_grad else [p.x, p.lora_A]
-    copies = [tensor.detach().clone() for tensor in trained]
+    copies = [tensor.detach().clone() for tensor in trained_of(p)]
     return tuple(map(torch.Tensor.requires_grad_, copies, needs))
 
 
@@ -61,20 +70,25 @@ def call(p: Problem, function, x, lora_A, lora_B=None, **options) -> torch.Tenso
 def run(p: Problem, compute_dtype=None, function=None, **options) -> dict:
     """y, dx, dA and, of LoRA, dB of ``function``, by default `mica_linear` or `mica_experts_linear`."""
     function = function or (mica_linear if p.offsets is None else mica_experts_linear)
-    trained = [p.x, p.lora_A, p.lora_B] if p.lora_B.requires_grad else [p.x, p.lora_A]
-    trained = [tensor.detach().requires_grad_() for tensor in trained]  # in their own memory
+    trained = [tensor.detach().requires_grad_() for tensor in trained_of(p)]  # in their own memory
     y = call(p, function, *trained, compute_dtype=compute_dtype, **options)
     y.backward(p.grad_output)
     names = ("grad_x", "grad_A", "grad_B")[: len(trained)]
     return {"y": y, **{name: tensor.grad for name, tensor in zip(names, trained, strict=True)}}
 
 
+def kept_by(function) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """What it saves for the backward, and its result."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        result = function()
+    return kept, result
+
+
 def saved_by(function) -> tuple[set[int], torch.Tensor]:
     """The addresses of what it saves for the backward, and its result."""
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        result = function()
-    return addresses(*saved), result
+    kept, result = kept_by(function)
+    return addresses(*kept), result
 
 
 def addresses(*tensors) -> set[int]:
@@ -121,6 +135,18 @@ class Seen(TorchDispatchMode):
 
     def largest(self, dtype: torch.dtype) -> int:
         return max((numel for own, numel in self.results if own == dtype), default=0)
+
+
+class SeenFunctions(TorchFunctionMode):
+    """The functions of PyTorch that are called in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 def arguments() -> dict[str, tuple]:

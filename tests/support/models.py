@@ -4,6 +4,7 @@ import copy
 import functools
 from contextlib import nullcontext
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -32,10 +33,16 @@ class Net(nn.Module):
 
 
 TARGETS = ["embed", "up", "conv", "down"]
+INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 ADAPTERS = {  # options of `wrap`; LoRA's B is not 0
     "MiCA": {"init_lora_weights": "mica"},
     "LoRA": {"init_lora_weights": False},
 }
+of_each_adapter_and_backend = pytest.mark.parametrize(
+    ("adapter", "backend"),
+    [("MiCA", "reference"), ("MiCA", "triton"), ("LoRA", "reference")],
+    indirect=["adapter"],
+)
 
 
 def wrap(

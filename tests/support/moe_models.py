@@ -30,8 +30,11 @@ _SHARED = {
 }
 
 
-def _filled(model, seed):
-    """Normal weights in every stack and router (transformers leaves some of them 0 or NaN), in eval mode."""
+def _made(name, seed, **sizes):
+    """In eval mode, with normal weights in every stack and router: transformers leaves some 0 or NaN."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(**{**_SHARED, **sizes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -42,29 +45,20 @@ def _filled(model, seed):
 
 def qwen3_moe(experts=6, seed=0, **config):
     """gate_up_proj (experts, 48, 32), down_proj (experts, 32, 24)."""
-    torch.manual_seed(seed)
     sizes = {"intermediate_size": 48, "moe_intermediate_size": 24, "num_experts": experts}
-    return _filled(
-        transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**{**_SHARED, **sizes, **config})), seed
-    )
+    return _made("Qwen3Moe", seed, **{**sizes, **config})
 
 
 def mixtral(experts=4, seed=0, **config):
     """gate_up_proj (experts, 80, 32), down_proj (experts, 32, 40)."""
-    torch.manual_seed(seed)
     sizes = {"intermediate_size": 40, "num_local_experts": experts}
-    return _filled(
-        transformers.MixtralForCausalLM(transformers.MixtralConfig(**{**_SHARED, **sizes, **config})), seed
-    )
+    return _made("Mixtral", seed, **{**sizes, **config})
 
 
 def gpt_oss(experts=4, seed=0, **config):
     """gate_up_proj (experts, 32, 80), down_proj (experts, 40, 32): (experts, in, out)."""
-    torch.manual_seed(seed)
     sizes = {"intermediate_size": 40, "num_local_experts": experts, "attention_dropout": 0.0}
-    return _filled(
-        transformers.GptOssForCausalLM(transformers.GptOssConfig(**{**_SHARED, **sizes, **config})), seed
-    )
+    return _made("GptOss", seed, **{**sizes, **config})
 
 
 BUILDERS = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "gpt_oss": gpt_oss}

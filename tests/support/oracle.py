@@ -98,16 +98,14 @@ def dropped(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None) -> tor
 
 def solve(p: Problem, dropout_p: float = 0.0, seed: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """y, dx, dA and dB by `tests.support.definition` in fp64, from the operands as they are stored."""
-    x, weight, lora_A, lora_B, grad_output = (
-        tensor.detach().double() for tensor in (p.x, p.weight, p.lora_A, p.lora_B, p.grad_output)
-    )
+    trained = [tensor.detach().double().requires_grad_() for tensor in (p.x, p.lora_A, p.lora_B)]
+    x, lora_A, lora_B = trained
+    weight = p.weight.detach().double()
     factors = weight, lora_A, lora_B, p.scaling
     bias = weight.new_zeros(weight.shape[:-1]) if p.bias is None else p.bias.double()
     if p.offsets is not None:
         y = definition.experts_linear(x, p.offsets, *factors, bias)
-        gradients = definition.experts_linear_backward(grad_output, x, p.offsets, *factors)
     else:
-        mask = dropout_mask(p.x, dropout_p, seed)
-        y = definition.linear(x, *factors, bias, mask)
-        gradients = definition.linear_backward(grad_output, x, *factors, mask)
-    return dict(zip(("y", "grad_x", "grad_A", "grad_B"), (y, *gradients), strict=True))
+        y = definition.linear(x, *factors, bias, dropout_mask(p.x, dropout_p, seed))
+    gradients = torch.autograd.grad(y, trained, p.grad_output.double())
+    return dict(zip(("y", "grad_x", "grad_A", "grad_B"), (y.detach(), *gradients), strict=True))

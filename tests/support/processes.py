@@ -1,4 +1,4 @@
-"""Starts the benchmarks in separate processes."""
+"""Programs in processes of their own, such as the benchmarks."""
 
 import os
 import subprocess
@@ -13,6 +13,14 @@ OURS = ("PYTEST_", "TRITON_INTERPRET", "MICA_BENCH_", "MICA_BACKEND")
 def outside() -> dict[str, str]:
     """The environment without the variables of this test run."""
     return {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+
+
+def printed_by(code: str, *arguments: object, cwd: Path | None = None, **environment: str) -> str:
+    """What a program in Python prints, which runs to its end in a process of its own."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def start(*arguments: object, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess:

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.models import tiny_llama, wrap
+from tests.support.models import INDICES, tiny_llama, wrap
 from tests.support.moe_models import exact_basis
 
-TOKENS = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 # Those of Llama. lm_head stays as it is.
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -120,7 +119,7 @@ def adapted(kind, seed=0, **config):
 
 def logits(model):
     model.train()  # in eval mode bitsandbytes repacks 4-bit weights on some CPUs
-    return model(input_ids=TOKENS).logits
+    return model(input_ids=INDICES).logits
 
 
 def assert_spans(B, weight):

@@ -1,13 +1,21 @@
-"""What ms-swift 4.6 does to PEFT as it is imported (its tuners/peft.py), as far as its recipe undoes it."""
+"""Code of other modules, and what ms-swift 4.6 does to PEFT as it is imported (its tuners/peft.py)."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType
+from types import MethodType, ModuleType
 from unittest.mock import patch
 
 import peft
+import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
+
+
+def of_module(name: str, source: str) -> dict:
+    """What the source defines as the text of a module of that name."""
+    scope = ModuleType(name).__dict__ | {"torch": torch}
+    exec(source, scope)
+    return scope
 
 
 @dataclass

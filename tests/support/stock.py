@@ -1,5 +1,6 @@
 """PEFT's own code as the oracle: the same calls with the backend on and off."""
 
+import warnings
 from contextlib import contextmanager
 
 import torch
@@ -74,3 +75,11 @@ def step(model, *args, **kwargs):
     if out.requires_grad:
         (out if loss is not None else out.float().square().mean()).backward()
     return out.detach(), gradients(model)
+
+
+def warned(function):
+    """What it returns, and the warnings of this package."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = function()
+    return result, [str(warning.message) for warning in caught if "mica.fast" in str(warning.message)]

@@ -1,9 +1,8 @@
 """Saved adapters in a process in which this package cannot be imported."""
 
-import subprocess
-import sys
-
 import torch
+
+from tests.support.processes import printed_by
 
 SCRIPT = """
 import sys, warnings
@@ -39,7 +38,5 @@ def logits_without_mica(folder, ids, *loads):
     torch.save(ids, folder / "ids.pt")
     files = [folder / f"logits {number}" for number in range(len(loads))]
     arguments = [part for load, file in zip(loads, files, strict=True) for part in (*load, file)]
-    command = [sys.executable, "-c", SCRIPT, folder / "ids.pt", *arguments]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    printed_by(SCRIPT, folder / "ids.pt", *arguments)
     return [torch.load(file) for file in files]

@@ -3,6 +3,11 @@ import pytest
 from mica.subspace import many
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
+    """Asked for by every test of this folder."""
+
+
 @pytest.fixture
 def solved(monkeypatch):
     """Counts the solver's calls."""

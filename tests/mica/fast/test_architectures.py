@@ -18,8 +18,6 @@ from transformers import (
 from tests.support.models import wrap
 from tests.support.training import STEPS, Run, check, optimizer_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOKENS = 61
 LABELS = 8
 SIZES = {

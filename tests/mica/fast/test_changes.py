@@ -12,7 +12,6 @@ from tests.support.layer_changes import (
     CALLED,
     CHANGES_OF,
     FUSED,
-    PEFT,
     TWICE_BACK,
     TWICE_BEFORE,
     TWICE_BEFORE_BACK,
@@ -154,16 +153,6 @@ def test_autocast_s_dtype_goes_before_the_setting_s(adapter):
         mica.fast.enable(compute_dtype=torch.float32)
         assert torch.equal(layer(narrow), expected)
     assert not torch.equal(layer(narrow), expected)
-
-
-def test_switched_off_and_on(layer):
-    assert_runs(layer, FUSED)
-    with mica.fast.disabled():
-        assert_runs(layer, PEFT)
-    mica.fast.disable()
-    assert_runs(layer, PEFT)
-    mica.fast.enable()
-    assert_runs(layer, FUSED)
 
 
 def test_the_backend_s_variable(layer, monkeypatch):

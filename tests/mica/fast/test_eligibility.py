@@ -20,6 +20,11 @@ def up(model):
     return model.base_model.model.up
 
 
+def said_of(model):
+    (row,) = mica.fast.explain(model).rows
+    return row.path, row.reason
+
+
 def assert_peft_runs(layer, x):
     out, counts = counted(lambda: as_stock(lambda: layer(x), 0.0))
     assert not counts
@@ -30,8 +35,7 @@ def test_a_dropout_s_forward_that_is_replaced_for_all_modules_runs(monkeypatch):
     model = randomise(net(targets=["up"], lora_dropout=0.5))
     expected, stock = up(model)(X), nn.Dropout.forward
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: 2 * stock(self, x))
-    (row,) = mica.fast.explain(model).rows
-    assert (row.path, row.reason) == ("peft", "Dropout.forward has been monkey-patched")
+    assert said_of(model) == ("peft", "Dropout.forward has been monkey-patched")
     assert_peft_runs(up(model), X)
     monkeypatch.undo()
     assert not torch.equal(up(model)(X), expected)  # another mask
@@ -57,8 +61,7 @@ def test_factors_of_another_class_are_peft_s(part):
 
     model = randomise(net(targets=["up"]))
     getattr(up(model), part)["default"].__class__ = Doubled
-    (row,) = mica.fast.explain(model).rows
-    assert (row.path, row.reason) == ("peft", "the adapter's modules are not plain nn.Linear")
+    assert said_of(model) == ("peft", "the adapter's modules are not plain nn.Linear")
     assert_peft_runs(up(model), X)
 
 
@@ -66,8 +69,7 @@ def test_a_replaced_forward_of_conv1d_has_the_base_layer_called(monkeypatch):
     model = randomise(net(targets=["conv"]))
     stock, x = Conv1D.forward, torch.randn(3, 20)
     monkeypatch.setattr(Conv1D, "forward", lambda self, x: 2 * stock(self, x))
-    (row,) = mica.fast.explain(model).rows
-    assert "base layer called: Conv1D.forward has been monkey-patched" in row.reason
+    assert "base layer called: Conv1D.forward has been monkey-patched" in said_of(model)[1]
     as_stock(lambda: model.base_model.model.conv(x), RELATIVE[torch.float32])
 
 
@@ -152,8 +154,7 @@ def test_adapters_made_in_inference_mode(monkeypatch, threads):
 def test_embeddings(attribute, reason):
     model = randomise(net(targets=["embed"]))
     setattr(model.base_model.model.embed.base_layer, attribute, 1.0 if attribute == "max_norm" else True)
-    (row,) = mica.fast.explain(model).rows
-    assert (row.path, row.reason) == ("peft", reason)
+    assert said_of(model) == ("peft", reason)
     assert_peft_runs(model.base_model.model.embed, INDICES)
 
 

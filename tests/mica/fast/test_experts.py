@@ -1,20 +1,20 @@
 """The forward of experts with MiCA adapters: against PEFT's own path."""
 
-import copy
-
 import pytest
 import torch
 
 import mica.fast
 from tests.support import moe_models
+from tests.support.linear_calls import kept_by
 from tests.support.models import randomise
 from tests.support.moe_models import BUILDERS, STACKS, tokens, wrap_experts
-from tests.support.moe_steps import adapted, as_stock_s, gradients, loss_of, outermost, ran, use
+from tests.support.moe_steps import adapted, as_stock_s, gradients, outermost, ran, use
 from tests.support.stock import as_stock, assert_same
 from tests.support.tolerances import RELATIVE, error
 from tests.support.training import checkpointed
 
 IMPLEMENTATIONS = ["grouped_mm", "batched_mm", "eager"]
+of_each_model = pytest.mark.parametrize("kind", BUILDERS)
 
 # -- training -----------------------------------------------------------------------------------------
 
@@ -22,7 +22,7 @@ IMPLEMENTATIONS = ["grouped_mm", "batched_mm", "eager"]
 @pytest.mark.whole
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("kind", BUILDERS)
+@of_each_model
 @pytest.mark.parametrize("init", ["mica", True])
 def test_equals_every_implementation_of_transformers(kind, implementation, autocast, init):
     """The grouped products of transformers run in the weight's dtype; F.linear and bmm in autocast's."""
@@ -40,30 +40,7 @@ def test_equals_every_implementation_of_transformers(kind, implementation, autoc
     assert {w.grad.dtype for w in model.parameters() if w.grad is not None} == {torch.float32}
 
 
-@pytest.mark.parametrize("kind", BUILDERS)
-def test_steps_of_lora_are_stock_s(kind):
-    """Four of fused AdamW, whose edits no version counts: losses, and what lora_A and lora_B have become."""
-    mica.fast.enable(lora=True)
-    model = randomise(wrap_experts(BUILDERS[kind](), init_lora_weights=True)).train()
-
-    def train():
-        own = copy.deepcopy(model)
-        weights = [weight for weight in own.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=1e-2, fused=True)
-        losses = []
-        for seed in range(4):
-            loss = loss_of(own, tokens(seed=seed))
-            losses.append(loss.detach())
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return losses, [weight.detach() for weight in weights]
-
-    _, counts = ran(lambda: as_stock(train, 1e-5, 1e-3))
-    assert counts == (16, 16)
-
-
-@pytest.mark.parametrize("kind", BUILDERS)
+@of_each_model
 @pytest.mark.parametrize("target", STACKS)
 def test_one_of_the_stacks_alone(kind, target):
     model, ids = adapted(kind, target_parameters=[target]), tokens()
@@ -86,10 +63,8 @@ def test_under_autocast_nothing_of_a_stack_is_kept(implementation):
     """The cast stack is an operator's own; x is kept in autocast's dtype, and the result has that of x."""
     layer = use(outermost(adapted("qwen3_moe")), implementation)
     x = torch.randn(5, 32, requires_grad=True)
-    kept = []
-    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
-    with keep, torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x, torch.arange(10).view(5, 2) % 6, torch.rand(5, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kept, y = kept_by(lambda: layer(x, torch.arange(10).view(5, 2) % 6, torch.rand(5, 2)))
     stacks = {w.untyped_storage().data_ptr() for w in layer.parameters()}
     assert all(t.dim() < 3 for t in kept if t is not None and t.untyped_storage().data_ptr() not in stacks)
     assert {t.dtype for t in kept if t is not None and t.shape == x.shape} == {torch.bfloat16}
@@ -131,18 +106,11 @@ def test_what_is_saved_for_the_backward_does_not_grow_with_the_experts():
     def saved(count):
         layer = outermost(randomise(wrap_experts(moe_models.mixtral(experts=count))))
         known = {w.untyped_storage().data_ptr() for w in layer.parameters()}
-        sizes = {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                sizes[storage.data_ptr()] = (storage.nbytes(), tensor)
-            return tensor
-
-        index = torch.arange(10).view(5, 2) % 4
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            layer(torch.randn(5, 32, requires_grad=True), index, torch.rand(5, 2))
-        return sum(size for size, _ in sizes.values())
+        x, index = torch.randn(5, 32, requires_grad=True), torch.arange(10).view(5, 2) % 4
+        kept, _ = kept_by(lambda: layer(x, index, torch.rand(5, 2)))
+        storages = [tensor.untyped_storage() for tensor in kept]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        return sum(size for address, size in sizes.items() if address not in known)
 
     assert saved(32) - saved(4) == 28 * 4  # the offsets, one tensor for both stacks
 
@@ -163,7 +131,7 @@ def test_fp16_overflows_nowhere_where_stock_does_not(monkeypatch, backend):
     assert counts == (2, 2)
 
 
-@pytest.mark.parametrize("kind", BUILDERS)
+@of_each_model
 @pytest.mark.parametrize("init", ["mica", True])
 def test_on_kernels(monkeypatch, kind, init):
     """Interpreted: a step of the whole model, its losses and gradients."""

@@ -8,9 +8,8 @@ from torch import nn
 
 import mica.fast
 from mica.ops import trial
-from mica.paths import choose, tuning
+from mica.paths import tuning
 from tests.support.models import wrap
-from tests.support.processor import has_instructions
 
 LARGE = (32, 48)
 
@@ -106,22 +105,15 @@ FP32, REFERENCE = torch.float32, ("reference", "reference")
     ],
     ids=str,
 )
-def test_the_tables_word_is_what_ran(call):
-    with pytest.MonkeyPatch.context() as patch:
-        # as if the CPU, on which kernels are interpreted, were a device that has them
-        patch.setenv("MICA_BACKEND", call.backend)
-        if not call.has_cpp:
-            patch.setenv("MICA_NATIVE", "0")
-        has_instructions(True, patch)
-        patch.setattr(choose.runtime, "is_interpreting", lambda: False)
-        patch.setattr(choose.runtime, "why_unavailable", lambda device: None)
-        patch.setattr(trial, "_measured", lambda kind, *_: measured(call.forms, kind))
-        choose.clear()
-        choose.devices_without_kernels.clear()
-        model = layer_of(call)
-        ran = run(model, call)
-        (told,) = mica.fast.explain(model).rows
-    choose.clear()
+def test_the_tables_word_is_what_ran(call, by_default, monkeypatch):
+    by_default()
+    monkeypatch.setenv("MICA_BACKEND", call.backend)
+    if not call.has_cpp:
+        monkeypatch.setenv("MICA_NATIVE", "0")
+    monkeypatch.setattr(trial, "_measured", lambda kind, *_: measured(call.forms, kind))
+    model = layer_of(call)
+    ran = run(model, call)
+    (told,) = mica.fast.explain(model).rows
 
     assert ran.keys() == {"linear", "linear_backward"}
     on_kernels = set(ran.values()) == {"kernels"}

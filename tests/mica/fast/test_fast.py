@@ -13,13 +13,12 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.nn.modules import module as nn_module
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mica import native
 from mica.fast import settings
 from mica.fast.forward import fast
 from mica.ops import linear, recompute
+from tests.support.cpp import needs_cpp
 from tests.support.layer_changes import (
     A_WEIGHT,
     B_WEIGHT,
@@ -32,9 +31,10 @@ from tests.support.layer_changes import (
     changed,
     layer_of,
 )
+from tests.support.linear_calls import Seen, SeenFunctions
 from tests.support.processor import has_instructions
 
-pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.why_not()))
+pytestmark = needs_cpp
 
 
 @pytest.fixture(autouse=True)
@@ -197,17 +197,7 @@ def test_active_adapters(names):
 # -- who else would have to see the call ---------------------------------------------------------------
 
 
-class SeesOperators(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
-class SeesFunctions(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("around", [SeesOperators, SeesFunctions, forward_ad.dual_level])
+@pytest.mark.parametrize("around", [Seen, SeenFunctions, forward_ad.dual_level])
 def test_modes(around):
     layer = layer_of()
     with around():

@@ -1,7 +1,5 @@
 """Other code in the place of this backend's functions: it is noticed, named, and the remedy works."""
 
-import types
-import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -12,11 +10,10 @@ from peft.tuners import lora
 import mica.fast
 from mica.fast.frameworks import REMEDIES
 from tests.support import stand_ins
-from tests.support.models import Net, adapted_layers, factors, net
+from tests.support.models import Net, net
 from tests.support.moe_models import assert_exact, qwen3_moe, wrap_experts
-from tests.support.quantised_models import adapted, assert_spans, dequantised
+from tests.support.stock import warned
 
-UNSLOTH = "unsloth.models.lora_init"
 # As theirs: fp64, by the Gram matrix, rounded to the dtype of the base; other layers get PEFT's.
 INITIALISATION = """
 def replacement(self, adapter_name):
@@ -31,24 +28,16 @@ def replacement(self, adapter_name):
 
 
 @contextmanager
-def another_initialisation(module=UNSLOTH):
+def another_initialisation():
     """As around PEFT's `get_peft_model` in Unsloth's."""
     original = vars(lora.LoraLayer)["mica_init"]
-    scope = types.ModuleType(module).__dict__ | {"torch": torch, "original": original}
-    exec(INITIALISATION, scope)
+    scope = stand_ins.of_module("unsloth.models.lora_init", INITIALISATION)
+    scope["original"] = original
     lora.LoraLayer.mica_init = scope["replacement"]
     try:
         yield
     finally:
         lora.LoraLayer.mica_init = original
-
-
-def warned(function):
-    """What it returns, and the warnings of this package."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = function()
-    return result, [str(warning.message) for warning in caught if "mica.fast" in str(warning.message)]
 
 
 @pytest.mark.parametrize("build", [net, lambda: wrap_experts(qwen3_moe())], ids=["layers", "experts"])
@@ -60,28 +49,12 @@ def test_another_initialisation_does_not_run(build):
     assert_exact(model)
 
 
-@pytest.mark.parametrize("kind", ["hqq", "nf4"])
-def test_nor_does_it_on_quantised_layers(kind):
-    """A layer of 4 bits of bitsandbytes is a subclass of nn.Linear."""
-    with another_initialisation():
-        model = adapted(kind)
-    for layer in adapted_layers(model).values():
-        assert_spans(factors(layer)[1], dequantised(layer.get_base_layer()))
-
-
-def of_module(name, source) -> dict:
-    """What the source defines as the text of a module of that name."""
-    scope = types.ModuleType(name).__dict__ | {"torch": torch}
-    exec(source, scope)
-    return scope
-
-
 def test_a_forward_that_was_replaced_before_is_under_this_package_s():
     """Unsloth's remedy: it rewrites the forwards as it loads a model, and the backend comes after that."""
     model, indices = net(), torch.tensor([[1, 2, 3]])
     expected = model(indices)
     source = "def unsloth_forward(self, x, *args, **kwargs): return self.base_layer(x) + 1"
-    theirs = of_module("Linear_peft_forward", source)["unsloth_forward"]
+    theirs = stand_ins.of_module("Linear_peft_forward", source)["unsloth_forward"]
     lora.Linear.forward = theirs
     assert {row.bypassed_by for row in mica.fast.explain(model).rows} == {None, "unsloth"}
     assert "mica.fast.uninstall() and mica.fast.enable()" in REMEDIES["unsloth"]

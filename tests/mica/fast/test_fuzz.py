@@ -7,7 +7,7 @@ from tests.fuzz.machine import Machine, options
 from tests.fuzz.models import MIXTURES
 from tests.fuzz.runs import Runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 # name -> kinds of models, sequences, actions in each
 VARIANTS = {

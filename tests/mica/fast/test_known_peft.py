@@ -15,11 +15,10 @@ from torch import nn
 import mica.fast
 from mica.fast import known_peft, patching
 from mica.fast.known_peft import EMBEDDING, EXPERTS, INITIALISATION, LINEAR, MERGING, PARTS, REPEATED
-from tests.support.models import net, randomise
+from tests.support.models import INDICES, net, randomise
 from tests.support.quantised_models import adapted
-from tests.support.stock import as_stock
+from tests.support.stock import as_stock, warned
 
-INDICES = torch.tensor([[1, 2, 3, 28]])
 UNKNOWN = "0.22.0"
 BEGIN = "mica.fast with PEFT 0.22.0, which it does not know (it was written for 0.20.0 to 0.21.2)"
 ALL = f"{BEGIN}: all that it replaces is unchanged there, so all of it runs on this backend."
@@ -37,10 +36,7 @@ def unknown(monkeypatch):
 
 def enabled() -> list[str]:
     """What is said while the backend is enabled."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        mica.fast.enable()
-    return [str(warning.message) for warning in caught if "mica.fast" in str(warning.message)]
+    return warned(mica.fast.enable)[1]
 
 
 def edited(tmp_path, monkeypatch, owner, name, old, new):

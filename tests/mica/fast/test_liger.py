@@ -22,7 +22,6 @@ from tests.support.training import Run, batches, check, llama, of_lora, report, 
 pytest.importorskip("triton")
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = batches(size=1, length=6)
 
 

@@ -84,8 +84,6 @@ SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4,
 MLP = {**SIZES, "intermediate_size": 4 * WIDTH}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 OF_ALL_KINDS = {  # in bf16, at most; with PEFT's own code 1.7 to 2.7
-    "Llama": (LlamaConfig(**SIZES, intermediate_size=448, num_key_value_heads=1), 0.72),
-    "Qwen3": (Qwen3Config(**SIZES, intermediate_size=384, num_key_value_heads=1, head_dim=32), 0.70),
     "Gemma3": (Gemma3TextConfig(**MLP, num_key_value_heads=1, head_dim=32), 0.68),
     "Phi3": (Phi3Config(**SIZES, intermediate_size=341, pad_token_id=0), 0.67),
     "Phi": (PhiConfig(**MLP), 0.90),

@@ -21,16 +21,17 @@ from tests.support.merging_models import (
     weights,
     without_lora,
 )
-from tests.support.models import Net, adapted_layers, factors, net, randomise, stored, wrap
+from tests.support.models import INDICES, Net, adapted_layers, factors, net, randomise, stored, wrap
 from tests.support.moe_models import BUILDERS, qwen3_moe, second, wrap_experts
 from tests.support.stock import uninstalled
 from tests.support.tolerances import RELATIVE, error
 
 pytestmark = pytest.mark.usefixtures("language")  # each test once with the C++ and once without
 
-INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 BF16 = torch.bfloat16
 KINDS = ["linear", "lora", "qwen3_moe"]  # for `trained`: dense layers, and experts with their router
+of_three_kinds = pytest.mark.parametrize("kind", KINDS)
+in_both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, BF16])
 
 
 def assert_close(model, before, tolerance):
@@ -79,7 +80,7 @@ def test_merges_in_fp32_and_rounds_once_and_unmerges_to_the_bit(
         assert any(not torch.equal(weight, before[name]) for name, weight in weights(model).items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@in_both_dtypes
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_only_weights_that_the_merged_ones_do_not_give_back_are_kept(kind, dtype):
     model = trained(kind, dtype, scale=0.03)
@@ -113,13 +114,15 @@ def model_and_tolerance(kind, dtype):
     return trained(kind, dtype), 10 * RELATIVE[dtype]  # for experts stock rounds W + s·B·A twice
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@in_both_dtypes
 @of_every_kind
-def test_a_merged_model_has_the_same_outputs_and_disable_adapter_unmerges_it(kind, dtype):
+def test_a_merged_model_has_the_same_outputs_and_so_has_an_unloaded_one(kind, dtype):
+    """`disable_adapter` unmerges it, and without its adapter it is the base."""
     model, tolerance = model_and_tolerance(kind, dtype)
     before, expected = weights(model), output(model)
     with model.disable_adapter():
         bare = output(model)
+    assert torch.equal(output(copy.deepcopy(model).unload()), bare)
     model.merge_adapter()
     assert error(output(model), expected) <= tolerance
     assert mica.fast.explain(model).counts() == {"peft": len(adapted_layers(model))}
@@ -127,25 +130,12 @@ def test_a_merged_model_has_the_same_outputs_and_disable_adapter_unmerges_it(kin
         assert torch.equal(output(model), bare)
     assert_same_bits(model, before)
     assert torch.equal(output(model), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-@of_every_kind
-def test_a_model_is_unloaded_without_or_with_its_merged_adapter(kind, dtype):
-    model, tolerance = model_and_tolerance(kind, dtype)
-    expected, layers = output(model), len(adapted_layers(model))
-    with model.disable_adapter():
-        bare = output(model)
-    unloaded = copy.deepcopy(model).unload()
-    assert not adapted_layers(unloaded)
-    assert torch.equal(output(unloaded), bare)
     unloaded = model.merge_and_unload()
     assert not adapted_layers(unloaded)
     assert error(output(unloaded), expected) <= tolerance
-    assert len(mica.fast.merge_report(unloaded).layers) == layers
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@of_three_kinds
 def test_many_rounds_of_merge_train_unmerge(kind):
     """As RL trainers do at every step; what was merged is taken out, not what A and B make now."""
     model = trained(kind, BF16)
@@ -160,7 +150,7 @@ def test_many_rounds_of_merge_train_unmerge(kind):
     assert_same_bits(model, before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@of_three_kinds
 def test_two_adapters_merge_and_unmerge_in_order(kind):
     model = trained(kind, BF16)
     randomise(second(model), scale=0.5, seed=3)
@@ -208,7 +198,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("kind", KINDS)
+@of_three_kinds
 def test_an_edit_while_merged_is_seen_and_said(kind, edit):
     """The update is taken out of what is there; no bits are put back at the wrong places."""
     model = trained(kind, BF16)
@@ -237,7 +227,7 @@ def test_an_unmerge_that_computes_otherwise_than_the_merge_is_seen_and_said():
 
 @pytest.mark.whole
 @pytest.mark.parametrize("off", [mica.fast.disabled, uninstalled, without_lora])
-@pytest.mark.parametrize("kind", KINDS)
+@of_three_kinds
 def test_switching_off_in_between_still_unmerges_to_the_bit(kind, off):
     model = trained(kind, BF16)
     before = weights(model)
@@ -273,7 +263,7 @@ def test_a_merge_without_a_record_is_unmerged_by_subtraction_and_that_is_said(ki
 
 
 @pytest.mark.parametrize("off", [mica.fast.disabled, uninstalled])
-@pytest.mark.parametrize("kind", KINDS)
+@of_three_kinds
 def test_what_stock_has_merged_since_is_not_undone_with_an_old_record(kind, off):
     """What stock merged within `disabled` it unmerges itself; after `uninstalled` we do, by subtraction."""
     model = trained(kind, scale=0.1)
@@ -323,7 +313,7 @@ def test_a_merge_that_is_refused_changes_nothing_and_leaves_no_record(kind, dtyp
 
 
 @pytest.mark.parametrize("first", ["copy", "original"])
-@pytest.mark.parametrize("kind", KINDS)
+@of_three_kinds
 def test_a_deep_copy_of_a_merged_model_unmerges_to_the_bit(kind, first):
     model = trained(kind, BF16)
     before = weights(model)
@@ -338,7 +328,7 @@ def test_a_deep_copy_of_a_merged_model_unmerges_to_the_bit(kind, first):
 # -- within autocast and inference mode ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@in_both_dtypes
 @pytest.mark.parametrize(("merging_in", "unmerging_in"), [(False, True), (True, False), (True, True)])
 def test_autocast_rounds_no_update(dtype, merging_in, unmerging_in):
     """An evaluation within autocast unmerges in `disable_adapter`; stock's update is in 16 bits then."""
@@ -351,7 +341,7 @@ def test_autocast_rounds_no_update(dtype, merging_in, unmerging_in):
             model.merge_adapter()
         merged = error(up.base_layer.weight, exact)
         with torch.autocast("cpu", BF16, enabled=unmerging_in), model.disable_adapter():
-            model(torch.tensor([[1, 2, 3, 28]]))
+            model(INDICES)
         after = weights(model)
         return merged, max(error(after[name], before[name]) for name in before)
 
@@ -367,7 +357,7 @@ def test_autocast_rounds_no_update(dtype, merging_in, unmerging_in):
 @pytest.mark.whole
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize(("made_in", "merged_in"), [(True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("kind", KINDS)
+@of_three_kinds
 def test_inference_mode(kind, made_in, merged_in, safe):
     """A model made in inference mode, or merged in it and in autocast, is unmerged outside of it."""
     mica.fast.enable(lora=kind == "lora")
@@ -400,20 +390,8 @@ def parameters_of(kind):
     return {f"model.layers.{layer}.mlp.{place}" for layer in (0, 1) for place in places}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_report_has_a_row_for_each_parameter_and_goes_with_the_unmerge(kind):
-    model = trained(kind, scale=0.02)
-    assert str(mica.fast.merge_report(model)).startswith("nothing was merged")
-    model.merge_adapter()
-    report = mica.fast.merge_report(model)
-    assert set(report.layers) == {f"base_model.model.{name}" for name in parameters_of(kind)}
-    assert report.swallowed < 1e-4  # next to nothing in fp32
-    model.unmerge_adapter()
-    assert not mica.fast.merge_report(model).layers
-
-
 @pytest.mark.filterwarnings("ignore:All adapters are already merged")
-@pytest.mark.parametrize("kind", KINDS)
+@of_three_kinds
 def test_report_says_what_rounding_swallowed(kind, monkeypatch):
     """As a share of the update, of all layers together: in a model that is merged, or merged and unloaded."""
     monkeypatch.setattr(merging, "MEASURED_ROWS", 1)

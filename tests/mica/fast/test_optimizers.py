@@ -16,7 +16,6 @@ from tests.support.stock import assert_same, both, counted
 from tests.support.training import train
 from tests.support.unchanged import unchanged
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.arange(24).reshape(2, 12)
 
 

@@ -1,6 +1,5 @@
 """The patches of PEFT: put on, switched, and taken off again to the object."""
 
-import subprocess
 import sys
 import threading
 import warnings
@@ -15,6 +14,7 @@ import mica.fast
 from mica.fast import known_peft, patching
 from mica.fast.settings import settings
 from tests.support.models import Net, bases, net, wrap
+from tests.support.processes import printed_by
 from tests.support.stock import uninstalled
 
 
@@ -63,8 +63,7 @@ print(mica.fast.is_enabled(), [str(w.message) for w in caught if 'leaves PEFT' i
 @pytest.mark.slow
 def test_uninstalled_is_stock_to_the_bit(tmp_path):
     """Against a process that never imported mica; which can be imported there although PEFT is another."""
-    command = [sys.executable, "-c", STOCK + ANOTHER_PEFT, tmp_path / "stock"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    printed = printed_by(STOCK + ANOTHER_PEFT, tmp_path / "stock")
     namespace = {}
     modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "mica"}
     with uninstalled():
@@ -72,8 +71,8 @@ def test_uninstalled_is_stock_to_the_bit(tmp_path):
         sys.modules.update(modules)
     for theirs, ours in zip(torch.load(tmp_path / "stock"), namespace["tensors"], strict=True):
         assert torch.equal(theirs, ours)
-    assert done.stdout.startswith("False ['mica.fast leaves PEFT")
-    assert "MiCALinearVariant.merge_safe is not there" in done.stdout
+    assert printed.startswith("False ['mica.fast leaves PEFT")
+    assert "MiCALinearVariant.merge_safe is not there" in printed
 
 
 def test_enable_disable_and_the_context_manager():

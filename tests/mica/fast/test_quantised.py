@@ -16,16 +16,25 @@ from torch import nn
 import mica.fast
 from mica.fast.create import quantised, solving
 from tests.support import quantised_models
-from tests.support.models import ADAPTERS, adapted_layers, assert_same_bases, factors, randomise, wrap
+from tests.support.models import (
+    ADAPTERS,
+    INDICES,
+    adapted_layers,
+    assert_same_bases,
+    factors,
+    of_each_adapter_and_backend,
+    randomise,
+    wrap,
+)
 from tests.support.moe_models import second
 from tests.support.quantised_models import KINDS, TARGETS, adapted, assert_spans, dequantised, llama, logits
 from tests.support.stock import as_stock, assert_same, counted, step, uninstalled
 from tests.support.tolerances import RELATIVE, error
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*may get different"),
 ]
+of_each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 # -- initialisation --------------------------------------------------------------------------------
@@ -45,18 +54,6 @@ def test_rank_one_does_not_start_from_packed_bytes():
     assert_spans(layer.lora_B["default"].weight, dequantised(layer.get_base_layer()))
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "hqq"])
-def test_a_second_adapter(kind):
-    model = adapted(kind)
-    second(model, r=2, lora_dropout=0.1)
-    for name in ("second", "default", ["default", "second"]):
-        model.base_model.set_adapter(name)
-        assert not any("lora_B" in n for n, p in model.named_parameters() if p.requires_grad)
-    for layer in adapted_layers(model).values():
-        for adapter in ("default", "second"):
-            assert_spans(layer.lora_B[adapter].weight, dequantised(layer.get_base_layer()))
-
-
 def test_an_8_bit_layer_that_was_called_before_still_works():
     """PEFT's `dequantize_module_weight` takes its scales away on the CPU."""
     model = llama("int8")
@@ -69,6 +66,7 @@ def test_an_8_bit_layer_that_was_called_before_still_works():
 # -- 4-bit weights that bitsandbytes has repacked for its CPU kernel --------------------------------
 
 REPACKED = ["nf4", "fp4", "nf4 double, bf16 storage"]  # 128 in_features: two blocks of scales per row
+of_each_repacked = pytest.mark.parametrize("kind", REPACKED)
 
 
 def four_bits(kind="nf4", in_features=128, layers=1):
@@ -91,6 +89,11 @@ def repack(model):
             )
 
 
+def base_of(model):
+    """That of its first layer."""
+    return model.base_model.model[0].get_base_layer()
+
+
 def round_scales(model):
     """As `repack` leaves the scales: in bf16, and no longer quantised themselves."""
     bnb = pytest.importorskip("bitsandbytes")
@@ -108,7 +111,7 @@ def assert_close(actual, expected):
     assert (actual.double() - expected.double()).abs().max() <= 2**-7 * expected.abs().max()
 
 
-@pytest.mark.parametrize("kind", REPACKED)
+@of_each_repacked
 def test_a_basis_from_a_weight_that_was_repacked(kind):
     model = four_bits(kind)
     weight = dequantised(model[0])
@@ -120,7 +123,7 @@ def test_a_basis_from_a_weight_that_was_repacked(kind):
     assert_spans(layer.lora_B["default"].weight, after)
 
 
-@pytest.mark.parametrize("kind", REPACKED)
+@of_each_repacked
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_a_merge_into_a_weight_that_was_repacked(kind, safe_merge):
     """PEFT dequantises it as if it had not been; stock's merge destroys the base.
@@ -138,14 +141,14 @@ def test_a_merge_into_a_weight_that_was_repacked(kind, safe_merge):
         model.merge_adapter(safe_merge=safe_merge)
     with mica.fast.disabled():
         stock.merge_adapter(safe_merge=safe_merge)
-    weights = [dequantised(model.base_model.model[0].get_base_layer()) for model in models]
+    weights = [dequantised(base_of(model)) for model in models]
     assert error(weights[2], weights[0]) > 0.3  # the fault is real
     assert error(weights[1], weights[0]) < 1e-6
     repack(ours)
     round_scales(plain)
     for model in (plain, ours):
         model.unmerge_adapter()
-    weights = [dequantised(model.base_model.model[0].get_base_layer()) for model in models]
+    weights = [dequantised(base_of(model)) for model in models]
     assert error(weights[1], weights[0]) < 1e-6
     repack(ours)
     round_scales(plain)
@@ -168,7 +171,7 @@ def test_evaluations_copies_and_switches_around_a_merge(kind, rounding):
     def evaluate(model):
         with torch.no_grad():
             model.eval()(x)
-        if not quantised.is_packed_for_cpu(model.base_model.model[0].get_base_layer().weight):
+        if not quantised.is_packed_for_cpu(base_of(model).weight):
             repack(model)
 
     before = weight()
@@ -190,7 +193,7 @@ def test_evaluations_copies_and_switches_around_a_merge(kind, rounding):
 
 
 @pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("kind", REPACKED)
+@of_each_repacked
 def test_what_is_trained_is_not_repacked(kind, before):
     """In stock no gradient passes a repacked layer, and saving it makes of it another one."""
     model = four_bits(kind, layers=2)
@@ -227,19 +230,15 @@ def test_an_adapter_for_inference_leaves_the_kernel_for_single_tokens():
 # -- forward and backward ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@of_each_kind
 def test_stock_refuses_mica(kind):
     """Fault 3: with another error for each library."""
     with pytest.raises((TypeError, ValueError, AttributeError, NotImplementedError)):
         adapted(kind, stock=True)
 
 
-@pytest.mark.parametrize(
-    ("adapter", "backend"),
-    [("MiCA", "reference"), ("MiCA", "triton"), ("LoRA", "reference")],
-    indirect=["adapter"],
-)
-@pytest.mark.parametrize("kind", KINDS)
+@of_each_adapter_and_backend
+@of_each_kind
 def test_training_runs_on_the_operators_and_follows_peft(monkeypatch, kind, adapter, backend):
     monkeypatch.setenv("MICA_BACKEND", backend)
     model = randomise(adapted(kind, **ADAPTERS[adapter]))
@@ -247,9 +246,7 @@ def test_training_runs_on_the_operators_and_follows_peft(monkeypatch, kind, adap
     assert {row.path for row in rows} == {{"reference": "reference", "triton": "kernel"}[backend]}
     assert all("base layer called: a base layer of type" in row.reason for row in rows)
     tolerance = 10 * RELATIVE[torch.bfloat16 if "bf16 compute" in kind else torch.float32]
-    _, counts = counted(
-        lambda: as_stock(lambda: step(model.train(), input_ids=quantised_models.TOKENS), tolerance)
-    )
+    _, counts = counted(lambda: as_stock(lambda: step(model.train(), input_ids=INDICES), tolerance))
     assert counts["linear_added"] == 7
     for name in ("linear", "linear_backward"):
         assert counts[name] == 7, name
@@ -335,7 +332,7 @@ def base_weights(model):
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@of_each_kind
 def test_merging_is_that_of_plain_lora(kind, safe_merge, monkeypatch):
     if kind.startswith("hqq"):  # as transformers 5.20 does, which makes a tensor at each look
         layer_class = pytest.importorskip("hqq.core.quantize").HQQLinear
@@ -358,7 +355,7 @@ def test_merging_is_that_of_plain_lora(kind, safe_merge, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:All adapters are already merged")
-@pytest.mark.parametrize("kind", KINDS)
+@of_each_kind
 def test_a_merge_into_quantised_weights_is_reported_as_not_measured(kind):
     model = randomise(adapted(kind), scale=0.3)
     assert str(mica.fast.merge_report(model)) == "nothing was merged by mica.fast"

@@ -35,7 +35,7 @@ STEPS = 4
 KEYS = "gate_up_proj", "down_proj"
 FUSED = r"14 layers: 14 (reference|operators \(CPU\))"  # the former with TRITON_INTERPRET, as here
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.slow
 
 
 def test_the_page_shows_the_files():
@@ -160,7 +160,7 @@ SMALL = {
 }
 
 
-def test_trl_s_recipe_with_liger(given, tmp_path, monkeypatch):
+def test_trl_s_recipe_with_liger(run_source, monkeypatch):
     """The lines that the page adds, with few tokens: Triton's interpreter runs Liger's kernels on a CPU."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
     run_on_any_device(monkeypatch)
@@ -169,16 +169,10 @@ def test_trl_s_recipe_with_liger(given, tmp_path, monkeypatch):
     kept, added = lines.splitlines()
     with_liger = replaced(plain, {kept[1:]: f"{kept[1:]}\n{added[1:]}"})
 
-    def run(name, source):
-        script = tmp_path / f"{name}.py"
-        script.write_text(source, encoding="utf-8")
-        monkeypatch.setattr(sys, "argv", ["", given.model, given.texts, str(tmp_path / name)])
-        return runpy.run_path(str(script), run_name="__main__")["trainer"]
-
     with mica.fast.disabled():
-        expected = losses_of(run("without", plain))
+        expected = losses_of(run_source("without", plain)["trainer"])
     with pytest.warns(FutureWarning, match="use_liger_kernel"):  # trl: until its release 2.0
-        done = in_this_process(lambda: run("with", with_liger))
+        done = in_this_process(lambda: run_source("with", with_liger)["trainer"])
     assert done.losses == pytest.approx(expected, rel=RELATIVE[torch.float32])
     assert done.explanation.counts() == {"reference": 14}
     assert all(row.calls for row in done.explanation.rows)
@@ -186,6 +180,19 @@ def test_trl_s_recipe_with_liger(given, tmp_path, monkeypatch):
     assert all(factors(layer)[0].any() for layer in adapted_layers(done.model).values())
     norm = done.model.get_base_model().model.norm
     assert norm.forward.__func__.__module__.startswith("liger_kernel.")
+
+
+@pytest.fixture
+def run_source(given, tmp_path, monkeypatch):
+    """``run_source(name, source)``: what a script defines as it runs; it saves in a folder of that name."""
+
+    def run_source(name, source):
+        script = tmp_path / f"{name}.py"
+        script.write_text(source, encoding="utf-8")
+        monkeypatch.setattr(sys, "argv", ["", given.model, given.texts, str(tmp_path / name)])
+        return runpy.run_path(str(script), run_name="__main__")
+
+    return run_source
 
 
 def replaced(text, changes):
@@ -205,16 +212,13 @@ LORA = {"qlora_sft.py": 1e-2, "accelerate_lora.py": 1e-3}
 
 
 @pytest.mark.parametrize("recipe", LORA)
-def test_plain_lora(recipe, given, tmp_path, monkeypatch, capsys):
+def test_plain_lora(recipe, run_source, capsys):
     """On this backend, with the losses of stock PEFT, and less kept where the recipe prints how much."""
     source = replaced((RECIPES / recipe).read_text(encoding="utf-8"), {"=2e-4": "=5e-3"})
 
     def run(name, source):
-        script = tmp_path / f"{name}.py"
-        script.write_text(source, encoding="utf-8")
-        monkeypatch.setattr(sys, "argv", ["", given.model, given.texts, str(tmp_path / name)])
         torch.manual_seed(0)
-        done = runpy.run_path(str(script), run_name="__main__")
+        done = run_source(name, source)
         if "trainer" in done:
             return done["trainer"].model, losses_of(done["trainer"])
         return done["trained"], done["losses"]
@@ -242,11 +246,6 @@ def test_the_saved_adapter(name, request, given, tmp_path):
     ours = logits(PeftModel.from_pretrained(base, folder))
     assert error(ours, plain) > 0.01
     assert error(theirs, ours) <= RELATIVE[torch.float32]
-    b_is_the_initial_one(folder, new)
-
-
-def b_is_the_initial_one(folder, new):
-    """To the bit, in the saved adapter; its A is not zero any more. ``new``: the model with a new adapter."""
     saved = load_file(folder / "adapter_model.safetensors")
     assert len(saved) == 2 * 14
     for layer, B in bases(new).items():

@@ -8,8 +8,6 @@ from transformers import CONFIG_MAPPING, AutoModel
 import mica.fast
 from mica.ops import recompute
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BF16, FP32 = torch.bfloat16, torch.float32
 IDS = torch.randint(3, 61, (2, 16), generator=torch.Generator().manual_seed(0))
 SIZES = {

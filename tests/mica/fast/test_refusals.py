@@ -13,14 +13,21 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import mica.fast
 from mica.fast.forward.eligibility import adapter_weights
 from tests.support.merging_models import assert_same_bits, trained, weights
-from tests.support.models import Net, adapted_layers, assert_same_bases, net, randomise, tiny_llama, wrap
+from tests.support.models import (
+    INDICES,
+    Net,
+    adapted_layers,
+    assert_same_bases,
+    net,
+    randomise,
+    tiny_llama,
+    wrap,
+)
 from tests.support.moe_models import exact_basis
 from tests.support.tolerances import RELATIVE, error
 from tests.support.training import train
 from tests.support.unchanged import unchanged
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 TOKENS = torch.arange(24).reshape(2, 12)
 
 # -- tied embeddings ---------------------------------------------------------------------------------

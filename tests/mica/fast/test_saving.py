@@ -34,10 +34,12 @@ from tests.support.training import llama, train
 from tests.support.without_mica import logits_without_mica
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*may get different"),
 ]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+lean_or_not = pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+trainable_or_not = pytest.mark.parametrize("is_trainable", [False, True])
+for_a_task_or_none = pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
 
 
 def dense():
@@ -101,7 +103,7 @@ def test_stock_peft_loads_it_and_gives_the_same_logits(tmp_path):
 # -- the mark of an adapter of experts ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+@for_a_task_or_none
 def test_the_file_says_plain_lora_and_what_it_is(tmp_path, task_type):
     model = trained(task_type=task_type)
     model.save_pretrained(tmp_path)
@@ -118,7 +120,7 @@ def test_the_file_says_plain_lora_and_what_it_is(tmp_path, task_type):
     assert saved_config(tmp_path)["peft_version"] == f"{peft.__version__}+mica"
 
 
-@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+@for_a_task_or_none
 def test_the_mark_survives_a_disabled_backend(tmp_path, task_type):
     """Stock would refuse what it says, and loads LoRA; saved again it is still there."""
     model = trained(task_type=task_type)
@@ -158,8 +160,8 @@ MODELS = {  # name: (the base, what adapts it)
 }
 
 
-@pytest.mark.parametrize("is_trainable", [False, True])
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@trainable_or_not
+@lean_or_not
 @pytest.mark.parametrize("name", MODELS)
 def test_loading_runs_no_solver_and_gives_what_stock_gives(
     name, low_cpu_mem_usage, is_trainable, tmp_path, solved
@@ -277,7 +279,7 @@ def warned_once(what, layers):
     assert "save_pretrained" in text
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@lean_or_not
 @pytest.mark.parametrize("name", ["linear", "experts", "nf4", "hqq"])
 def test_a_checkpoint_without_b_is_completed_with_one_warning(name, low_cpu_mem_usage, tmp_path):
     """Whoever trained A: the B that it needs cannot be seen. Nothing stays on the meta device."""
@@ -297,7 +299,7 @@ def test_a_checkpoint_without_b_is_completed_with_one_warning(name, low_cpu_mem_
         assert not (parameter.requires_grad and "lora_B" in key)
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@lean_or_not
 @pytest.mark.parametrize(
     ("layer", "missing"), [("embed", "embed."), ("up", "up.lora_A")], ids=["has_nothing", "b_alone"]
 )
@@ -334,7 +336,7 @@ def test_a_checkpoint_without_b_for_an_adapter_that_exists(how, tmp_path):
         peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(other))
 
 
-@pytest.mark.parametrize("is_trainable", [False, True])
+@trainable_or_not
 @pytest.mark.parametrize(
     ("build", "adapt"), [(tiny_llama, partial(wrap, targets=["q_proj"])), (gpt_oss, wrap_all)]
 )

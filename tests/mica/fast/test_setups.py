@@ -34,7 +34,6 @@ from tests.support.training import (
     train,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PATHS = {"yes": "reference", "no": "peft"}  # of `explain`, by the column "fast path"
 FULL = state_dict.StateDictOptions(full_state_dict=True)  # in every process
 

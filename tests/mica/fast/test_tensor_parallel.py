@@ -24,7 +24,6 @@ from tests.support.unchanged import unchanged
 pytestmark = [
     pytest.mark.slow,
     needs_peft("0.21", "a layer that is split is refused, as a shard"),
-    pytest.mark.usefixtures("one_thread"),
 ]
 
 BF16 = torch.bfloat16
@@ -56,19 +55,16 @@ def bases_of(base, **config):
     return {name: part(tensor) for name, tensor in B.items()}, gathered(B), str(mica.fast.explain(model))
 
 
-def stepped(base, hooked=False, twice=False, stock=False):
+def stepped(base, twice=False, stock=False):
     """Loss, gradients of A and, without gradients, logits, on PEFT's code if ``stock``.
 
-    hooked: every base layer; twice: with two active adapters.
+    twice: with two active adapters.
     """
     model = randomise(adapted(base))
     if twice:
         model.add_adapter("other", model.peft_config["default"])
         model.base_model.set_adapter(["default", "other"])
         randomise(model, seed=3)
-    for layer in adapted_layers(model).values():
-        if hooked:
-            layer.base_layer.register_forward_hook(lambda module, args, output: output * 1.5)
     with mica.fast.disabled() if stock else nullcontext():
         result, counts = counted(lambda: one_step(model))
     return {**result, "counts": counts, "text": str(mica.fast.explain(model))}
@@ -77,7 +73,6 @@ def stepped(base, hooked=False, twice=False, stock=False):
 STEPPED = {  # name: options of `stepped`
     "a step": {},
     "a step of uneven parts": {},
-    "a step with hooks": {"hooked": True},
     "a step with two adapters": {"twice": True},
     "a step on PEFT's code": {"stock": True},
 }

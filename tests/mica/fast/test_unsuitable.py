@@ -17,7 +17,7 @@ import mica.fast
 from mica.errors import UnsuitableLayerError
 from mica.subspace import many
 from tests.support import quantised_models
-from tests.support.models import Net, adapted_layers, net, randomise, tiny_llama, wrap
+from tests.support.models import INDICES, Net, adapted_layers, net, randomise, tiny_llama, wrap
 from tests.support.moe_models import holder, qwen3_moe, second, tokens, wrap_experts, wrappers
 from tests.support.peft_versions import needs_peft
 from tests.support.quantised_models import bnb_4bit, bnb_8bit
@@ -25,12 +25,11 @@ from tests.support.stock import counted
 from tests.support.tolerances import RELATIVE, error
 from tests.support.unchanged import unchanged
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 DOWN = {"wrap": wrap_experts, "target_parameters": ["experts.down_proj"], "rank": 2}
 BOTH = {**DOWN, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 EXPERTS, QUANTISED = {"wrap": wrap_experts}, {"targets": quantised_models.TARGETS}
 FIRST = {"targets": ["0"], "rank": 2}
+of_layers_and_experts = pytest.mark.parametrize(("build", "options"), [(Net, {}), (qwen3_moe, EXPERTS)])
 
 
 def refused(model, match, error=UnsuitableLayerError, wrap=wrap, **config):
@@ -247,7 +246,7 @@ def logits(model):
 # -- in the solver, and a second adapter -------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("build", "options"), [(Net, {}), (qwen3_moe, EXPERTS)])
+@of_layers_and_experts
 def test_a_failing_solver_leaves_the_model_as_it_was(monkeypatch, build, options):
     monkeypatch.setattr(many, "solve_stack", Mock(side_effect=ArithmeticError("no luck")))
     refused(build(), "of layer '.*'.* could not be computed: no luck", RuntimeError, **options)
@@ -325,7 +324,7 @@ def test_target_parameters_leave_out_what_the_error_names():
     assert len(wrappers(wrap_experts(poisoned_experts(), target_parameters=names))) == 3
 
 
-@pytest.mark.parametrize(("build", "options"), [(Net, {}), (qwen3_moe, EXPERTS)])
+@of_layers_and_experts
 def test_nothing_is_left_out_where_nothing_is_suitable(build, options):
     refused(build(), r"but got r=64 .*\)\.$", rank=64, **options)
 

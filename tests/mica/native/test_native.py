@@ -1,7 +1,7 @@
 """Where the module comes from, by MICA_NATIVE, and that a process looks for it once."""
 
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from huggingface_hub import constants
@@ -84,14 +84,9 @@ def test_threads_that_come_at_once_look_once(asked, monkeypatch, tmp_path, compi
 
     monkeypatch.setattr(build, "ensure_built", slowly)
     monkeypatch.setenv("MICA_NATIVE", str(tmp_path))
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(native.module())) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: native.module(), range(4)))
     assert len(asked) == 1
-    assert len(found) == 4
     assert len(set(map(id, found))) == 1
 
 

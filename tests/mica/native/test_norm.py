@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from mica import native
+from tests.support.cpp import needs_cpp
 
 BF16 = torch.bfloat16
 TOKENS = 300  # on several threads
-pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.why_not()))
+pytestmark = needs_cpp
 
 
 def operands(columns):

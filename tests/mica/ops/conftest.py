@@ -2,7 +2,7 @@
 
 import pytest
 
-from mica import native
+from mica import native, ops
 
 
 @pytest.fixture(params=("C++", "Python", "kernels"))
@@ -17,3 +17,14 @@ def way(request, monkeypatch):
     if request.param == "C++" and native.module() is None:
         pytest.skip(native.why_not())
     return request.param
+
+
+@pytest.fixture(params=["reference", "reference, from Python", "triton"])
+def backend(request, monkeypatch):
+    """A path, and what calls it."""
+    name, _, from_python = request.param.partition(", ")
+    monkeypatch.setenv("MICA_BACKEND", name)
+    if from_python:
+        monkeypatch.setenv("MICA_NATIVE", "0")
+    ops.call_counts.clear()
+    return name

@@ -11,13 +11,14 @@ from mica.ops.linear import linear
 from mica.ops.operator import call_counts
 from mica.paths.dropout import dropout_keep
 from tests.support import definition
-from tests.support.linear_calls import addresses
+from tests.support.linear_calls import addresses, kept_by
 from tests.support.tolerances import RELATIVE, error
 
 TOKENS, IN, OUT, RANK, SCALING, P = 7, 12, 10, 3, 0.5, 0.3
 ZERO_ROW, ZERO_MAGNITUDE = 4, 2
 SEED = torch.tensor([2**40 + 5])
 FP32, BF16 = torch.float32, torch.bfloat16
+with_and_without_dropout = pytest.mark.parametrize("dropout_p", [0.0, P])
 pytestmark = pytest.mark.usefixtures("kept_y")
 
 
@@ -97,7 +98,7 @@ def assert_exact(ours, exact, dtype):
         assert error(mine, theirs) <= RELATIVE[dtype]
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, P])
+@with_and_without_dropout
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("dtype", RELATIVE)
 def test_outputs_and_gradients(dtype, has_bias, dropout_p, kept_y, way):
@@ -119,7 +120,7 @@ def test_outputs_and_gradients(dtype, has_bias, dropout_p, kept_y, way):
 
 
 @pytest.mark.parametrize("frozen", range(3))
-@pytest.mark.parametrize("dropout_p", [0.0, P])
+@with_and_without_dropout
 def test_each_factor_and_the_magnitude_may_be_frozen(frozen, dropout_p):
     layer = Layer(has_bias=False)
     expected = [grad for i, grad in enumerate(layer.exact(dropout_p)[2:]) if i != frozen]
@@ -133,10 +134,10 @@ def test_each_factor_and_the_magnitude_may_be_frozen(frozen, dropout_p):
 def test_an_edited_y_is_no_error():
     layer = Layer()
     y = layer().relu_()
-    found = torch.autograd.grad((y * weights_of(y)).sum(), layer.trained)
+    found = gradients(y, *layer.trained)
     A, B, magnitude = (trained.detach().clone().requires_grad_() for trained in layer.trained)
     exact = definition.dora(layer.x, layer.weight, A, B, SCALING, magnitude, layer.bias).relu()
-    expected = torch.autograd.grad((exact * weights_of(exact)).sum(), [A, B, magnitude])
+    expected = gradients(exact, A, B, magnitude)
     assert_exact(found, expected, FP32)
 
 
@@ -151,13 +152,13 @@ def test_an_edited_operand_is_an_error(name):
         gradients(y, *layer.trained)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, P])
+@with_and_without_dropout
 def test_a_checkpoint_computes_the_same_and_keeps_nothing(dropout_p):
     layer = Layer()
     y = checkpoint(layer, dropout_p, use_reentrant=False)
     y.relu_()
-    expected = torch.autograd.grad((layer(dropout_p).relu() * weights_of(y)).sum(), layer.trained)
-    found = torch.autograd.grad((y * weights_of(y)).sum(), layer.trained)
+    expected = gradients(layer(dropout_p).relu(), *layer.trained)
+    found = gradients(y, *layer.trained)
     assert_exact(found, expected, FP32)
 
 
@@ -167,14 +168,7 @@ def test_what_is_kept(kept_y):
     small = {OUT, IN * RANK, OUT * RANK, OUT * IN, 2 * TOKENS * RANK, 1}
 
     def large(dropout_p):
-        found = []
-
-        def pack(tensor):
-            found.append(tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            y = layer(dropout_p)
+        found, y = kept_by(lambda: layer(dropout_p))
         own = addresses(layer.x)
         return {t.data_ptr(): t for t in found if t.numel() not in small and t.data_ptr() not in own}, y
 
@@ -183,7 +177,7 @@ def test_what_is_kept(kept_y):
     assert (set(saved) == addresses(y)) == kept_y
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, P])
+@with_and_without_dropout
 def test_second_derivatives_and_compiled_code_follow_the_formula(dropout_p):
     layer = Layer(torch.float64, has_bias=False)
     with torch.no_grad():

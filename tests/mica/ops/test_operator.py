@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -15,7 +14,7 @@ from mica import ops
 from mica.ops import mica_linear
 from mica.ops.embedding import embedding
 from mica.ops.linear import linear, linear_eager
-from tests.support.linear_calls import Seen, arguments
+from tests.support.linear_calls import Seen, SeenFunctions, arguments
 from tests.support.oracle import problem
 from tests.support.processor import has_instructions
 
@@ -28,6 +27,7 @@ FRONTS = {
     "base called": linear,
     "embedding": embedding,
 }
+of_each_front = pytest.mark.parametrize("name", FRONTS)
 # name -> (arguments of a call, by the operand that is trained; that operand)
 CALLS = {
     "linear": (lambda A: (P.x, P.weight, A, P.lora_B, 0.5, P.bias, None, 0.0, None), P.lora_A),
@@ -67,15 +67,11 @@ def test_an_output_of_a_compiled_call_may_be_changed_in_place():
     assert ops.call_counts["linear"]
 
 
-@pytest.mark.parametrize("backend", ["reference", "reference, from Python", "triton"])
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("tokens", [3, 17])  # masters of few tokens are multiplied in fp32
 @pytest.mark.parametrize("dtypes", [*itertools.product([torch.float32, torch.bfloat16], repeat=3)], ids=str)
-def test_past_every_check_autocast_gives_the_operator_s_bits(monkeypatch, backend, tokens, dtypes):
+def test_past_every_check_autocast_gives_the_operator_s_bits(tokens, dtypes):
     """Forward, backward within autocast and outside of it, and without a gradient."""
-    name, _, from_python = backend.partition(", ")
-    monkeypatch.setenv("MICA_BACKEND", name)
-    if from_python:
-        monkeypatch.setenv("MICA_NATIVE", "0")
     of_x, of_base, of_adapter = dtypes
     p = problem((tokens,), 40, 24, 8, torch.float32, scaling=1 / 3)
     frozen = p.weight.to(of_base), p.lora_B.to(of_adapter), p.bias.to(of_base)
@@ -104,7 +100,7 @@ def names_of(call):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", FRONTS)
+@of_each_front
 def test_an_eager_call_goes_past_the_dispatcher_to_the_same_bits(monkeypatch, name, autocast):
     has_instructions(True, monkeypatch)  # else it is called from Python
     results, events = [], []
@@ -131,7 +127,7 @@ def test_an_eager_call_goes_past_the_dispatcher_to_the_same_bits(monkeypatch, na
     assert [event for event in through_dispatcher if event.startswith("mica::")]
 
 
-@pytest.mark.parametrize("name", FRONTS)
+@of_each_front
 def test_a_dispatch_mode_sees_the_operators(name):
     """Around the backward alone, too."""
     with Seen() as seen:
@@ -146,18 +142,11 @@ def test_a_dispatch_mode_sees_the_operators(name):
     assert {f"{operator}_backward", aten} & set(seen.names)
 
 
-@pytest.mark.parametrize("name", FRONTS)
+@of_each_front
 def test_a_function_mode_sees_the_operators(name):
-    seen = []
-
-    class SeesFunctions(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    with SeesFunctions():
+    with SeenFunctions() as seen:
         called(name, trained(name))
-    assert [function for function in seen if f"mica.{OPERATORS.get(name, name)}" in function]
+    assert [function for function in seen.names if f"mica.{OPERATORS.get(name, name)}" in function]
 
 
 def test_tensors_of_other_classes_are_the_dispatcher_s():

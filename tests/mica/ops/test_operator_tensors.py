@@ -117,8 +117,11 @@ def of_experts():
     return {"x": p.x, "offsets": p.offsets, "weight": p.weight, "lora_A": p.lora_A, "lora_B": lora_B}
 
 
+CHOSEN = torch.tensor([[1, 0], [2, 1], [0, 2]])
+
+
 def of_tokens():
-    routing = route(torch.tensor([[1, 0], [2, 1], [0, 2]]), 3)
+    routing = route(CHOSEN, 3)
     order = {"offsets": routing.offsets, "tokens": routing.tokens, "inverse": routing.inverse}
     shapes = {"x": (3, 4), "weight": (3, 5, 4), "lora_A": (3, 2, 4), "lora_B": (3, 5, 2)}
     return order | {name: torch.randn(shape).double() for name, shape in shapes.items()}
@@ -134,7 +137,7 @@ def of_sums():
 
 
 def summed(y, weights):
-    return from_experts(y, weights, route(torch.tensor([[1, 0], [2, 1], [0, 2]]), 3))
+    return from_experts(y, weights, route(CHOSEN, 3))
 
 
 def eager(x, weight, lora_A, lora_B):

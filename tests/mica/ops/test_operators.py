@@ -34,28 +34,33 @@ DROPOUT = {"dropout_p": 0.5, "seed": SEED}
 
 
 class Kind(NamedTuple):
+    operator: str
     function: object  # as `mica_linear`
     problem: object  # of what follows, in_features, out_features, rank, dtype, adapter_dtype
     rows: object  # few
     many: object
-    counted: tuple[str, ...]
+
+    @property
+    def counted(self):
+        return self.operator, f"{self.operator}_backward"
+
+
+def dense(function, **options):
+    return Kind("linear", function, partial(oracle.problem, **options), (2, 3), (300,))
+
+
+def experts(**options):
+    problem = partial(expert_cases.problem, **options)
+    return Kind("experts_linear", mica_experts_linear, problem, "rows of none", "all to the second")
 
 
 KINDS = {
-    "linear": Kind(mica_linear, oracle.problem, (2, 3), (300,), ("linear",)),
-    "LoRA": Kind(mica_linear, partial(oracle.problem, trains_B=True), (2, 3), (300,), ("linear",)),
-    "base called": Kind(by_call, oracle.problem, (2, 3), (300,), ("linear",)),
-    "LoRA, base called": Kind(by_call, partial(oracle.problem, trains_B=True), (2, 3), (300,), ("linear",)),
-    "experts": Kind(
-        mica_experts_linear, expert_cases.problem, "rows of none", "all to the second", ("experts_linear",)
-    ),
-    "LoRA, experts": Kind(
-        mica_experts_linear,
-        partial(expert_cases.problem, trains_B=True),
-        "rows of none",
-        "all to the second",
-        ("experts_linear",),
-    ),
+    "linear": dense(mica_linear),
+    "LoRA": dense(mica_linear, trains_B=True),
+    "base called": dense(by_call),
+    "LoRA, base called": dense(by_call, trains_B=True),
+    "experts": experts(),
+    "LoRA, experts": experts(trains_B=True),
 }
 of_each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 with_options = pytest.mark.parametrize(
@@ -67,19 +72,10 @@ with_options = pytest.mark.parametrize(
         if not options or "experts" not in name  # which have none
     ],
 )
+in_each_autocast = pytest.mark.parametrize("autocast_dtype", [BF16, torch.float16])
 WHOLE = ("linear", "LoRA", "experts", "LoRA, experts")
 whole = pytest.mark.parametrize("kind", [KINDS[name] for name in WHOLE], ids=WHOLE)
 NAMES = ("grad_x", "grad_A", "grad_B")  # of the gradients of `leaves`
-
-
-@pytest.fixture(params=["reference", "reference, from Python", "triton"])
-def backend(request, monkeypatch):
-    name, _, from_python = request.param.partition(", ")
-    monkeypatch.setenv("MICA_BACKEND", name)
-    if from_python:
-        monkeypatch.setenv("MICA_NATIVE", "0")
-    ops.call_counts.clear()
-    return name
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((True, False), repeat=3)), ids=str)
@@ -256,7 +252,7 @@ def test_an_edit_of_x_in_place_is_reported(kind):
         y.backward()
 
 
-@pytest.mark.parametrize("autocast_dtype", [BF16, torch.float16])
+@in_each_autocast
 @pytest.mark.parametrize("backward_inside", [False, True])
 @pytest.mark.parametrize("name", ["linear", "LoRA", "base called", "LoRA, base called"])
 def test_autocast(path, autocast_dtype, backward_inside, name):
@@ -285,10 +281,10 @@ def test_autocast(path, autocast_dtype, backward_inside, name):
     for grad in grads[1:]:
         assert torch.equal(grad, grad.to(autocast_dtype).float()) == rounds
     agree({"y": y, **dict(zip(NAMES, grads, strict=False))}, solve(p), autocast_dtype)
-    assert all(ops.call_counts[f"{name}_kernels"] == (path == "triton") for name in kind.counted)
+    assert ops.call_counts[f"{kind.operator}_kernels"] == (path == "triton")
 
 
-@pytest.mark.parametrize("autocast_dtype", [BF16, torch.float16])
+@in_each_autocast
 def test_autocast_of_x_and_of_a_wider_y(autocast_dtype):
     p = oracle.problem((16,), 12, 10, 3, FP32)
     with torch.autocast("cpu", autocast_dtype):
@@ -318,7 +314,7 @@ def test_compiles_into_one_graph_whose_calls_are_counted(backend, compiler, kind
             agree(result, expected, BF16 if options else FP32)
         else:
             same_bits(result, expected)
-        for name in (*kind.counted, *(f"{name}_backward" for name in kind.counted)):
+        for name in kind.counted:
             assert ops.call_counts[name] == calls
             assert ops.call_counts[f"{name}_kernels"] == (calls if backend == "triton" else 0)
 
@@ -339,10 +335,10 @@ def test_gradient_of_a_master_is_not_rounded_to_16_bit(kind):
 def test_opcheck(backend, kind, dtype, adapter_dtype, compute_dtype, bias):
     """With dropout where there is no bias. A gradient's wrong dtype, which autograd casts, is seen here."""
     p = kind.problem(kind.rows, 5, 7, 2, dtype, adapter_dtype, bias)
-    (name,), offsets = kind.counted, [] if p.offsets is None else [p.offsets]
+    offsets = [] if p.offsets is None else [p.offsets]
     dropout = [] if bias or offsets else [0.3, SEED]
     x, *factors = leaves(p)
-    forward, backward = (getattr(torch.ops.mica, op).default for op in (name, f"{name}_backward"))
+    forward, backward = (getattr(torch.ops.mica, name).default for name in kind.counted)
     lora_A, lora_B = (*factors, p.lora_B)[:2]
     arguments = x, *offsets, p.weight, lora_A, lora_B, p.scaling, p.bias, compute_dtype, *dropout
     if kind is KINDS["LoRA, experts"]:  # the check differentiates h, too, whose formula waits for the offsets

@@ -150,6 +150,7 @@ SAVED = {
     "times a Python number": lambda h, _: h * 2.5,
     "relu(G)": lambda gate, _: F.relu(gate),
 }
+in_each_dtype = pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 
 
 def kept_sizes(call, make, number):
@@ -188,7 +189,7 @@ def check_sizes(make, dtype, number, way, expected):
 
 
 @pytest.mark.parametrize("number", [1, 3])
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@in_each_dtype
 @pytest.mark.parametrize("name", MADE)
 def test_it_keeps_less_and_gives_the_same_bits(name, dtype, number, way):
     """For one layer, and for several that share an x."""
@@ -197,33 +198,27 @@ def test_it_keeps_less_and_gives_the_same_bits(name, dtype, number, way):
 
 
 @pytest.mark.whole  # in 16 bits h is narrow
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@in_each_dtype
 @pytest.mark.parametrize("name", NORMS)
 def test_so_does_the_output_of_a_norm(name, dtype, way):
     make, *expected = NORMS[name]
     check_sizes(make, dtype, 2, way, tuple(expected[dtype is not FP32]))
 
 
-@pytest.mark.parametrize("name", STATISTICS)
-def test_a_norm_by_a_part_or_a_view_of_its_input(name):
-    """The node of the square keeps another tensor than that of the product, in the same memory."""
+@pytest.mark.parametrize(
+    ("name", "rounded_to"),
+    [*((name, BF16) for name in STATISTICS), ("all features", FP32), ("all features", FP16)],
+)
+def test_a_norm_by_a_part_or_a_view_of_its_input(name, rounded_to):
+    """The node of the square keeps another tensor than that of the product, in the same memory.
+
+    Or it is rounded to another dtype than that of x.
+    """
     inputs = leaves(BF16)
 
     def make():
         wide = inputs[0].float()
         normed = wide * torch.rsqrt(STATISTICS[name](wide) + 1e-6)
-        return norm_weight(BF16) * normed.to(BF16)
-
-    check([Layer(BF16)], make, inputs)
-
-
-@pytest.mark.parametrize("rounded_to", [FP32, FP16])
-def test_a_norm_that_is_rounded_to_another_dtype_than_that_of_x(rounded_to):
-    inputs = leaves(BF16)
-
-    def make():
-        wide = inputs[0].float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
         return (norm_weight(BF16) * normed.to(rounded_to)).to(BF16)
 
     check([Layer(BF16)], make, inputs)

@@ -6,6 +6,7 @@ from tests.support.linear_calls import saved_by
 from tests.support.tolerances import RELATIVE, error
 
 EXPERTS = 5
+in_each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 
 
 def tokens(num_tokens=9, top_k=3, sentinels=False):
@@ -51,7 +52,7 @@ def test_without_tokens():
     assert torch.equal(routing.offsets, torch.zeros(EXPERTS, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@in_each_dtype
 def test_to_and_from_experts(dtype):
     """With its derivatives, against sums token by token in fp64."""
     chosen = tokens()
@@ -72,7 +73,7 @@ def test_to_and_from_experts(dtype):
     assert rows.grad.dtype == weights.grad.dtype == dtype
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@in_each_dtype
 def test_the_gradient_of_to_experts_is_rounded_once(dtype):
     routing = route(tokens(), EXPERTS)
     grad = torch.randn(27, 4).to(dtype)

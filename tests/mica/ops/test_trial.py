@@ -11,10 +11,9 @@ from mica.kernels.launching import Plan
 from mica.ops import mica_linear, trial
 from mica.paths import choose, triton_path, tuning
 from mica.paths.tuning import NATIVE
-from tests.support.kernel_cases import BF16, DEVICE, seed_of
-from tests.support.linear_calls import agree, of_users, on_device, run, same_bits
+from tests.support.kernel_cases import BF16, DEVICE, mica_and_lora, seed_of
+from tests.support.linear_calls import agree, contiguous, of_users, run, same_bits
 from tests.support.oracle import problem, solve
-from tests.support.processor import has_instructions
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the CPU stands for a device")
 CPU = torch.device("cpu")
@@ -22,20 +21,15 @@ HAS_CPP = native.why_not() is None
 
 
 @pytest.fixture(autouse=True)
-def device(monkeypatch, tmp_path):
+def device(by_default, monkeypatch, tmp_path):
     """It can run kernels, nothing is known of it, and calls are few: an interpreted one takes 0.1 s."""
-    monkeypatch.setenv("MICA_BACKEND", "auto")
+    by_default()
     monkeypatch.setenv("MICA_TUNE", str(tmp_path))
-    monkeypatch.setattr(choose.runtime, "is_interpreting", lambda: False)
-    monkeypatch.setattr(choose.runtime, "why_unavailable", lambda device: None)
-    has_instructions(True, monkeypatch)
     for name, value in {"UNTIMED": 1, "CALLS": 1, "ROUNDS": 2}.items():
         monkeypatch.setattr(tuning, name, value)
-    another_process()
     ops.call_counts.clear()
     torch.use_deterministic_algorithms(False)
-    yield monkeypatch
-    choose.clear()
+    return monkeypatch
 
 
 def another_process():
@@ -81,11 +75,9 @@ def launched(monkeypatch):
 
 
 def layer(trains_B=False, tokens=16, dtype=BF16, rank=16):
-    p = problem((tokens,), 16, 32, rank, dtype)
-    for name in ("x", "weight", "lora_A", "lora_B", "grad_output"):
-        setattr(p, name, getattr(p, name).contiguous())
+    p = contiguous(problem((tokens,), 16, 32, rank, dtype))
     p.lora_B.requires_grad_(trains_B)
-    return on_device(p)
+    return p
 
 
 def counted(how):
@@ -94,7 +86,7 @@ def counted(how):
     return dict.fromkeys(names, 1) | {f"{name}_{how}": 1 for name in names if how}
 
 
-@pytest.mark.parametrize("trains_B", [False, True], ids=["MiCA", "LoRA"])
+@mica_and_lora
 def test_from_end_to_end_with_the_real_clock(device, tmp_path, capfd, trains_B):
     """Interpreted kernels are a thousand times slower, so the reference path is taken."""
     p = layer(trains_B)
@@ -130,7 +122,7 @@ def test_from_end_to_end_with_the_real_clock(device, tmp_path, capfd, trains_B):
         ({"fused": 0.99}, {"split": 1.5}, ""),
     ],
 )
-@pytest.mark.parametrize("trains_B", [False, True], ids=["MiCA", "LoRA"])
+@mica_and_lora
 def test_the_fastest_form_of_each_pass_runs_from_the_first_call_on(
     costs, launched, forward, backward, kernels, trains_B
 ):
@@ -345,8 +337,7 @@ def test_without_memory_for_scratch_the_reference_runs_in_this_process(device, t
 
 def test_switched_off_the_reference_runs_from_c_plus_plus(device, capfd, launched):
     device.setenv("MICA_TUNE", "0")
-    choose.clear()
-    choose.devices_without_kernels.clear()
+    another_process()
     p = layer()
     run(p)
     ops.call_counts.clear()
@@ -389,6 +380,5 @@ def test_c_plus_plus_computes_the_kinds_that_are_known_and_no_others(costs):
     assert not runs_from_cpp(p, dropout_p=0.5, seed=seed_of(1))
     shifted = torch.cat((p.x.new_zeros(1), p.x.flatten()))[1:].view(p.x.shape)
     assert not runs_from_cpp(p, shifted)
-    choose.clear()
-    choose.devices_without_kernels.clear()
+    another_process()
     assert not runs_from_cpp(p)

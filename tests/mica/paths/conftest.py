@@ -5,7 +5,6 @@ from mica.kernels import launching
 from mica.kernels.launching import Plan
 from mica.paths import choose, tuning
 from mica.paths.tuning import Layer, Part
-from tests.support.processor import has_instructions
 
 
 @pytest.fixture
@@ -17,22 +16,6 @@ def on_kernels(monkeypatch):
     ops.call_counts.clear()
     yield
     choose.clear()
-
-
-@pytest.fixture
-def by_default(monkeypatch):
-    """``by_default()``: the CPU, which stands for a device, can run kernels where nothing is demanded."""
-
-    def by_default():
-        monkeypatch.setenv("MICA_BACKEND", "auto")
-        monkeypatch.setattr(choose.runtime, "is_interpreting", lambda: False)
-        monkeypatch.setattr(choose.runtime, "why_unavailable", lambda device: None)
-        has_instructions(True, monkeypatch)  # GPUs have them
-        choose.clear()
-        choose.devices_without_kernels.clear()
-        launching.clear()
-
-    return by_default
 
 
 @pytest.fixture

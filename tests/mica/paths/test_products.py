@@ -1,19 +1,18 @@
 """16-bit products through fp32: rounded once, in bounded copies, followed by autograd and graphs."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from mica.paths import products
 from tests.support.linear_calls import Seen
 from tests.support.oracle import padded
+from tests.support.processes import printed_by
 from tests.support.tolerances import RELATIVE, error
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float64, torch.float32, *HALVES]
+in_half = pytest.mark.parametrize("dtype", HALVES)
+in_each_way = pytest.mark.usefixtures("sixteen_bit_products")
 
 
 def operands(dtype, rows=37, inner=(33, 8), columns=29, transposed=True):
@@ -29,7 +28,7 @@ def exact(addend, pairs):
     return total if addend is None else total + addend.double()
 
 
-@pytest.mark.usefixtures("sixteen_bit_products")
+@in_each_way
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("addend", [None, (29,), (37, 29)])
@@ -71,7 +70,7 @@ def test_fp32_sums_of_16_bit_numbers_without_a_copy(monkeypatch):
     assert seen == [None] == [products.unrounded(left, right)]
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@in_half
 @pytest.mark.parametrize("chunk", [64, 2**22])
 def test_the_sum_is_rounded_once(monkeypatch, dtype, chunk):
     """Two products that nearly cancel: rounded apart they would leave nothing but their rounding."""
@@ -97,7 +96,7 @@ def test_copies_are_bounded(monkeypatch, transposed):
     assert error(result, exact(None, pairs)) <= RELATIVE[torch.bfloat16]
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@in_half
 def test_few_rows_are_left_to_pytorch_where_its_loop_is_quick(monkeypatch, dtype):
     monkeypatch.setattr(products, "has_native", lambda dtype: False)
     for extra in (0, 1):
@@ -108,7 +107,7 @@ def test_few_rows_are_left_to_pytorch_where_its_loop_is_quick(monkeypatch, dtype
         assert extra or torch.equal(result, pair[0] @ pair[1])
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@in_half
 def test_few_rows_are_multiplied_by_fp32_factors_as_they_are(monkeypatch, dtype):
     few, more = (torch.zeros(products.FEW_TO_ROUND + extra, 4, dtype=dtype) for extra in (0, 1))
     wide, narrow = torch.zeros(2, 4), torch.zeros(2, 4, dtype=dtype)
@@ -123,7 +122,7 @@ def test_few_rows_are_multiplied_by_fp32_factors_as_they_are(monkeypatch, dtype)
     assert products.product_dtype(few, (wide, wide), dtype) == torch.float32
 
 
-@pytest.mark.usefixtures("sixteen_bit_products")
+@in_each_way
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_autograd_and_transforms_follow(dtype):
     first, (left, right) = operands(dtype)
@@ -145,12 +144,12 @@ def compiled_agrees(dtype):
     return error(compiled(left, right), exact(None, [(left, right)])) <= RELATIVE[dtype]
 
 
-@pytest.mark.usefixtures("sixteen_bit_products")
+@in_each_way
 def test_compiles_into_one_graph():
     assert compiled_agrees(torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@in_half
 def test_support_is_known_while_a_graph_is_traced(dtype):
     assert compiled_agrees(dtype)
 
@@ -169,9 +168,6 @@ def test_without_an_answer_there_are_none(monkeypatch):
 def test_a_process_without_16_bit_instructions():
     """oneDNN's own switch makes any x86 processor such a one; elsewhere it does nothing."""
     code = "import torch; from mica.paths import products; print(products.has_native(torch.bfloat16))"
-    limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=limited, capture_output=True, text=True, check=True
-    )
+    printed = printed_by(code, ONEDNN_MAX_CPU_ISA="AVX2")
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        assert run.stdout.strip() == "False"
+        assert printed.strip() == "False"

@@ -8,17 +8,17 @@ import torch
 import triton
 
 from mica import ops
-from mica.kernels import launching, prepared_b
+from mica.kernels import launching
 from mica.ops import mica_experts_linear, mica_linear
 from mica.paths import choose, triton_path
-from mica.paths.operands import Operands
 from tests.support import expert_cases
-from tests.support.kernel_cases import BF16, FP16, FP32, LAYER_DTYPES, seed_of
+from tests.support.kernel_cases import BF16, FP16, FP32, LAYER_DTYPES, mica_and_lora, seed_of
 from tests.support.linear_calls import (
     adapted,
     agree,
     by_call,
     call,
+    contiguous,
     leaves,
     of_users,
     on_device,
@@ -43,16 +43,13 @@ FORMS = {
 
 def dense(*sizes, dtype=BF16, adapter_dtype=FP32):
     """Contiguous and aligned."""
-    p = problem(*sizes, dtype, adapter_dtype)
-    for name in ("x", "weight", "lora_A", "lora_B", "grad_output"):
-        setattr(p, name, getattr(p, name).contiguous())
-    return on_device(p)
+    return contiguous(problem(*sizes, dtype, adapter_dtype))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), LAYER_DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-@pytest.mark.parametrize("trains_B", [False, True], ids=["MiCA", "LoRA"])
+@mica_and_lora
 @pytest.mark.whole
 def test_every_form_agrees_with_the_dense_oracle(
     by_default, choose_form, launched, form, dtype, adapter_dtype, compute_dtype, dropout_p, trains_B
@@ -89,20 +86,6 @@ def test_no_copy_of_a_trained_b_is_used_again(function):
         agree({"grad_A": lora_A.grad, "grad_B": lora_B.grad}, solve(now), BF16)
         optimizer.step()
     assert lora_B._version == 0
-
-
-def test_no_copy_of_b_is_kept_of_layers_and_experts_that_may_train_it():
-    p, stack = dense((6,), 16, 32, 3), on_device(expert_cases.problem("tiles", 33, 22, 5, BF16, FP32))
-    layer, experts = (Operands(q.weight, q.lora_A, q.lora_B, q.scaling, trains_B=True) for q in (p, stack))
-    prepared_b.clear()
-    triton_path.linear(p.x, layer)
-    triton_path.linear_backward(p.grad_output, p.x, layer, True)
-    triton_path.linear(p.x, layer._replace(weight=None, base_output=p.grad_output))
-    triton_path.experts_linear(stack.x, stack.offsets, experts)
-    triton_path.experts_linear_backward(stack.grad_output, stack.x, stack.offsets, experts, True)
-    assert not prepared_b.entries
-    triton_path.linear(p.x, layer._replace(trains_B=False))
-    assert prepared_b.entries
 
 
 RANK, TOKENS = 64, 40  # the rule's own number of tokens would take the interpreter long
@@ -179,7 +162,7 @@ def test_a_is_rounded_where_it_is_read_often_enough(rank, tokens, a_dtype, dtype
     assert (operand is not lora_A) == is_rounded
 
 
-@pytest.mark.parametrize("trains_B", [False, True], ids=["MiCA", "LoRA"])
+@mica_and_lora
 def test_second_derivatives_and_transforms_take_the_plain_formulas(trains_B):
     p = on_device(problem((3,), 5, 4, 2, FP32, trains_B=trains_B))
     _, *factors = leaves(p)

@@ -10,7 +10,7 @@ from mica import ops
 from mica.kernels import launching
 from mica.paths import choose, triton_path
 from tests.support import expert_cases
-from tests.support.kernel_cases import seed_of
+from tests.support.kernel_cases import mica_and_lora, seed_of
 from tests.support.linear_calls import agree, of_users, on_device, run, same_bits
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
@@ -108,7 +108,7 @@ KERNELS = {"_down_projection_kernel": LAYER, "_up_projection_kernel": LAYER, "_g
 PREFIX = {False: "", True: choose.LORA}  # by whether B is trained: of their names as choices
 
 
-@pytest.mark.parametrize("trains_B", [False, True], ids=["MiCA", "LoRA"])
+@mica_and_lora
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_that_a_capture_cannot_load_is_missed_once(
     monkeypatch, by_default, choose_form, kernel, trains_B
@@ -147,7 +147,7 @@ def test_a_kernel_that_a_capture_cannot_load_is_missed_once(
     assert all(ops.call_counts[f"{name}_kernels"] == 1 for name in formulas)
 
 
-@pytest.mark.parametrize("trains_B", [False, True], ids=["MiCA", "LoRA"])
+@mica_and_lora
 @pytest.mark.parametrize("demanded", ["triton", "auto"])
 def test_where_a_capture_cannot_run_the_reference_the_reason_is_raised(
     monkeypatch, by_default, demanded, trains_B

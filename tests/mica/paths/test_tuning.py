@@ -195,6 +195,14 @@ def other_process():
     return tuning.table(CPU)
 
 
+def settled(home, *kinds):
+    """The file in which so much is known, by default of `KIND`."""
+    for kind in kinds or (KIND,):
+        tuning.table(CPU).settle(kind, LAYER)
+    (file,) = home.glob("*.json")
+    return file
+
+
 def test_what_was_settled_is_known_to_the_next_process(home, monkeypatch):
     table = tuning.table(CPU)
     assert table.find(KIND) is None
@@ -220,8 +228,7 @@ def test_what_was_settled_is_known_to_the_next_process(home, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["half", "other", "list", "binary"])
 def test_a_file_that_cannot_be_believed_is_measured_anew(home, damage):
-    tuning.table(CPU).settle(KIND, LAYER)
-    (file,) = home.glob("*.json")
+    file = settled(home)
     content = file.read_text(encoding="utf-8")
     damaged = {
         "half": content[: len(content) // 2],
@@ -261,9 +268,7 @@ DAMAGE = """
 @pytest.mark.parametrize("changes", DAMAGE)
 def test_a_record_is_whole_or_ignored_and_replaced(home, changes):
     kind = KIND._replace(is_aligned=False)
-    for each in (kind, OTHER):
-        tuning.table(CPU).settle(each, LAYER)
-    (file,) = home.glob("*.json")
+    file = settled(home, kind, OTHER)
     content = json.loads(file.read_text(encoding="utf-8"))
     record = content["layers"][str(kind)]
     changed = record if "day" in changes else record["forward"]
@@ -360,8 +365,7 @@ def test_when_nothing_is_measured(monkeypatch):
 
 
 def test_choose_forgets_with_the_rest(home):
-    tuning.table(CPU).settle(KIND, LAYER)
-    (file,) = home.glob("*.json")
+    file = settled(home)
     content = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**content, "layers": {}}), encoding="utf-8")
     choose.clear()

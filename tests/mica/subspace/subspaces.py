@@ -11,6 +11,9 @@ import torch
 from mica.subspace import MinorSubspace, methods, minor_subspace, solver
 from mica.subspace.content_hash import content_hash
 
+# Tall, wide, square; small sides without and (from 128 on: conftest) with room for Krylov subspaces.
+SHAPES = [(120, 40), (40, 120), (60, 60), (200, 140), (140, 200), (150, 150)]
+
 
 def solved(weight, rank, **changes):
     """The solver's result by its definition, on its own: fp64 SVD, excess of the basis as rounded."""

@@ -53,13 +53,6 @@ def test_the_way_that_auto_takes_and_what_it_falls_back_to(size, rank, expected,
     assert methods.chain(size, rank) == whole[whole.index(expected) :]
 
 
-@of_each_shape
-def test_the_svd_finds_the_smallest(shape):
-    matrix = weight("gaussian", *shape)
-    found = methods.by_svd(stated(matrix)).basis
-    torch.testing.assert_close(energy(matrix, found), truth(matrix).squares[-RANK:])
-
-
 def test_each_method_tells_the_norm_and_only_krylov_pays_for_shifts(calls_of):
     bounds = calls_of(krylov, "bounds")
     matrix = weight("gaussian", 240, 220)

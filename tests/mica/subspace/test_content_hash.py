@@ -6,7 +6,6 @@ import torch
 from mica import row_checksums
 from mica.dtypes import FLOATING
 from mica.subspace.content_hash import content_hash
-from tests.mica.subspace.subspaces import get, put, same
 
 on_all_dtypes = pytest.mark.parametrize("dtype", FLOATING)
 
@@ -59,18 +58,13 @@ def test_other_content_has_another_key(dtype, kind, chunk, monkeypatch):
 @pytest.mark.parametrize("transposed", [False, True])
 @on_all_dtypes
 @pytest.mark.parametrize("columns", [16, 13])
-def test_padding_offset_and_strides_are_of_no_account(cache, dtype, columns, transposed):
-    weight = torch.randn(9, columns).to(dtype)
-    copies = [weight.clone()]
-    for offset, step, pad in ((0, 1, 3), (1, 1, 0), (4, 1, 8), (3, 2, 1), (0, 4, 0)):
-        buffer = torch.full((9 * (columns * step + pad) + offset,), torch.nan, dtype=dtype)
-        copy = buffer.as_strided(weight.shape, (columns * step + pad, step), offset)
-        copies.append(copy.copy_(weight))
+def test_padding_offset_and_strides_are_of_no_account(dtype, columns, transposed):
+    buffer = torch.randn(10, 2 * columns + 3).to(dtype)
+    weight = buffer[1:, 3::2]
+    copies = [weight, weight.contiguous(), weight.repeat(1, 2)[:, :columns]]
     if transposed:
         copies = [copy.T for copy in copies]
     assert len({content_hash(copy) for copy in copies}) == 1
-    subspace = put(cache, copies[0], 3)
-    assert all(same(get(cache, copy, 3), subspace) for copy in copies)
     expanded = weight[:1].T.expand(columns, 4)
     assert content_hash(expanded) == content_hash(expanded.contiguous())
 

@@ -1,16 +1,12 @@
 """The same bits in every call, process and default, the same numbers with more threads."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from mica.subspace import krylov
-from tests.mica.subspace.subspaces import quietly_solved, same
+from tests.mica.subspace.subspaces import SHAPES, quietly_solved, same
+from tests.support.processes import printed_by
 from tests.support.spectra import RANK, weight
-
-SHAPES = [(120, 40), (40, 120), (60, 60), (200, 140), (140, 200), (150, 150)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -58,8 +54,7 @@ torch.save([solved_by(method, matrix, rank) for matrix, rank, method in cases], 
 def elsewhere(tmp_path_factory):
     folder = tmp_path_factory.mktemp("determinism")
     torch.save([(weight("gaussian", *shape), RANK, method) for shape, method in CASES], folder / "cases")
-    paths = [str(folder / name) for name in ("cases", "results")]
-    subprocess.run([sys.executable, "-c", PROGRAM, *paths], check=True)
+    printed_by(PROGRAM, folder / "cases", folder / "results")
     return torch.load(folder / "results", weights_only=False)
 
 

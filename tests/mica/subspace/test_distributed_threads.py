@@ -71,13 +71,21 @@ def alone(tasks):
     return {index: result.basis.tolist() for index, result in many.run_tasks(tasks, range(len(tasks)))}
 
 
+def assert_both_have_all(group):
+    assert group.run(lambda: bases(make_tasks())) == [alone(make_tasks())] * 2
+
+
 @pytest.mark.parametrize("stores", [hash_stores, tcp_stores])
 def test_each_solves_a_share_and_has_all(group, solved, monkeypatch, stores):
-    monkeypatch.setattr(distributed, "_PIECE", 1000)
-    group.stores = stores(2)
-    tasks = make_tasks()
-    assert group.run(lambda: bases(tasks)) == [alone(tasks)] * 2
-    assert solved[:2] == [["layer 2", "layer 1"], ["layer 0"]]
+    """In messages of one piece and of many, which do not stay in the store."""
+    kept = set()
+    for piece in (2**22, 100):
+        monkeypatch.setattr(distributed, "_PIECE", piece)
+        group.stores = stores(2)
+        assert_both_have_all(group)
+        kept.add(group.stores[0].num_keys())
+    assert solved[:2] == [["layer 2", "layer 1"] * 2, ["layer 0"] * 2]
+    assert len(kept) == 1
 
 
 def test_each_chunk_of_a_model_is_shared_also_with_one_that_reads_late(group, solved, monkeypatch):
@@ -105,16 +113,6 @@ def test_what_one_has_cached_nobody_solves_again(group, calls_of, tmp_path):
     for _ in range(2):
         assert group.run(lambda: bases(make_tasks(), cache=SubspaceCache(tmp_path))) == [expected] * 2
     assert len(calls) == len(SHAPES)
-
-
-def test_a_message_of_any_size_arrives_and_does_not_stay_in_the_store(group, monkeypatch):
-    kept = set()
-    for piece in (2**22, 100):
-        monkeypatch.setattr(distributed, "_PIECE", piece)
-        group.stores = hash_stores(2)
-        assert group.run(lambda: bases(make_tasks())) == [alone(make_tasks())] * 2
-        kept.add(group.stores[0].num_keys())
-    assert len(kept) == 1
 
 
 @pytest.mark.parametrize("change", [lambda weight: weight + 1, lambda weight: weight.T.contiguous().T])
@@ -202,7 +200,7 @@ def test_one_that_is_interrupted_while_it_waits_is_not_waited_for(group, solved,
     with monkeypatch.context() as patches:
         patches.setattr(time, "sleep", interrupt)
         assert isinstance(group.run(lambda: bases(make_tasks()) if group.rank == 0 else None)[0], SystemExit)
-    assert group.run(lambda: bases(make_tasks())) == [alone(make_tasks())] * 2
+    assert_both_have_all(group)
     assert [len(own) for own in solved] == [2, 1, 0]
 
 
@@ -257,7 +255,7 @@ def test_a_store_that_fails_at_any_time_leaves_every_process_with_all(group, mon
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # which would make the number of calls vary
     group.stores = [hash_stores(1)[0]] * 2
     group.stores[1] = BreakingStore(group.stores[1], calls)
-    assert group.run(lambda: bases(make_tasks())) == [alone(make_tasks())] * 2
+    assert_both_have_all(group)
 
 
 class OfNothing(dist.Store):
@@ -282,7 +280,7 @@ class EveryKey:
 )
 def test_without_a_store_each_works_alone_and_says_why(group, caplog, store, reason):
     group.stores = [store] * 2
-    assert group.run(lambda: bases(make_tasks())) == [alone(make_tasks())] * 2
+    assert_both_have_all(group)
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     for message in caplog.messages:
         assert f"of torch.distributed computes MiCA's minor subspaces alone: {reason}" in message

@@ -1,10 +1,10 @@
 """The Gram matrix on the CPU: its memory; test_gram.py and test_krylov.py have its numbers."""
 
 import platform
-import subprocess
-import sys
 
 import pytest
+
+from tests.support.processes import printed_by
 
 PROGRAM = """
 import resource
@@ -26,6 +26,4 @@ print(faults[-1])
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_what_a_solution_has_freed_serves_the_next_one():
     """A square weight, whose arrays of 648 pages each are all of one size: glibc gave them all back."""
-    program = [sys.executable, "-c", PROGRAM]
-    faults = subprocess.run(program, check=True, capture_output=True, text=True).stdout
-    assert int(faults) < 100
+    assert int(printed_by(PROGRAM)) < 100

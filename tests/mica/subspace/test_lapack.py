@@ -12,6 +12,7 @@ from mica.subspace import lapack
 
 SIZES = [(1, 1), (1, 4), (4, 1), (5, 3), (3, 5), (33, 17)]
 LAYOUTS = ["columns", "padded", "rows", "strided"]
+in_each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def random(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -57,7 +58,7 @@ def close(actual: np.ndarray, expected: np.ndarray, tolerance: float = 1e-13) ->
     np.testing.assert_allclose(actual, expected, rtol=1e-7, atol=tolerance)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@in_each_layout
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("rows", "columns"), SIZES, ids=str)
 def test_gemm_and_syrk(rows, columns, transposed, layout):
@@ -81,7 +82,7 @@ def test_gemm_and_syrk(rows, columns, transposed, layout):
     np.testing.assert_array_equal(operands[0], left)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@in_each_layout
 @pytest.mark.parametrize("columns", [1, 2, 5])
 @pytest.mark.parametrize("size", [1, 2, 33])
 def test_symm_reads_the_lower_triangle_and_trsm_the_upper_one(size, columns, layout):
@@ -119,7 +120,7 @@ def test_potrf_in_the_upper_triangle(size):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("layout", LAYOUTS)
+@in_each_layout
 @pytest.mark.parametrize("size", [1, 2, 5, 20, 60])
 @pytest.mark.parametrize("share", [0, 8, math.inf])
 @pytest.mark.parametrize("kind", ["any", "diagonal", "cluster", "two blocks"])

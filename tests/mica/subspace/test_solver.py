@@ -11,18 +11,20 @@ from mica.dtypes import FLOATING
 from mica.subspace import MinorSubspace, krylov, methods, minor_subspace
 from mica.subspace.certificate import Certificate
 from mica.subspace.content_hash import content_hash
-from tests.mica.subspace.subspaces import beginning_with, quietly_solved, same, solved_by
+from tests.mica.subspace.subspaces import SHAPES, beginning_with, quietly_solved, same, solved_by
 from tests.support.judging import columns, judge, sine, truth
 from tests.support.spectra import NULL, RANK, SPECTRA, weight
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-# Tall, wide, square; small sides without and (from 128 on: conftest) with room for Krylov subspaces.
-SHAPES = [(120, 40), (40, 120), (60, 60), (200, 140), (140, 200), (150, 150)]
 METHODS = ["krylov", "gram", "svd"]
 by_each_method = pytest.mark.parametrize("method", METHODS)
 of_each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 of_each_large_shape = pytest.mark.parametrize("shape", SHAPES[3:], ids=str)
+of_three_shapes = pytest.mark.parametrize("shape", [(60, 40), (40, 60), (140, 200)], ids=str)
+in_each_dtype = pytest.mark.parametrize("dtype", FLOATING)
+of_each_sign = pytest.mark.parametrize("sign", [1, -1])
+by_auto_and_each_method = pytest.mark.parametrize("method", ["auto", *METHODS])
 
 
 def certified(matrix, rank=RANK, method="auto", determined=True) -> MinorSubspace:
@@ -77,7 +79,7 @@ LARGER = [(60, 40), (40, 60), (50, 50), (200, 140), (140, 200)]
 
 
 @pytest.mark.parametrize("shape", [*TINY, *LARGER], ids=str)
-@pytest.mark.parametrize("method", ["auto", *METHODS])
+@by_auto_and_each_method
 def test_ranks_from_one_to_all(shape, method):
     for name in ("gaussian", "zero", "flat", "times 1e4") if shape in TINY else ("gaussian",):
         for share in (0.0, 0.3, 0.8, 1.0):
@@ -86,7 +88,7 @@ def test_ranks_from_one_to_all(shape, method):
 
 
 @pytest.mark.parametrize("shape", [(120, 40), (40, 120), (60, 60), (140, 200)], ids=str)
-@pytest.mark.parametrize("dtype", FLOATING)
+@in_each_dtype
 @by_each_method
 def test_any_tensor_of_the_same_numbers(shape, dtype, method):
     matrix = weight("gaussian", *shape).to(dtype)
@@ -107,9 +109,9 @@ def test_any_tensor_of_the_same_numbers(shape, dtype, method):
     assert torch.equal(matrix, untouched)
 
 
-@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (140, 200)], ids=str)
+@of_three_shapes
 @pytest.mark.parametrize("exponent", [-1074, -1000, -210, 201, 700, 1000])
-@pytest.mark.parametrize("sign", [1, -1])
+@of_each_sign
 def test_fp64_weights_whose_squares_leave_the_range_are_refused(exponent, sign, shape):
     matrix = weight("flat", *shape).double()
     beyond = matrix * (sign * 2.0**exponent / matrix.max())
@@ -118,7 +120,7 @@ def test_fp64_weights_whose_squares_leave_the_range_are_refused(exponent, sign, 
     assert quietly_solved(0 * matrix, RANK).resolution == 0  # a zero weight resolves everything
 
 
-@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (140, 200)], ids=str)
+@of_three_shapes
 @pytest.mark.parametrize("exponent", [-200, -150, 150, 200])
 def test_fp64_weights_within_the_range(exponent, shape):
     matrix = weight("gaussian", *shape).double()
@@ -134,9 +136,9 @@ def test_fp64_weights_within_the_range(exponent, shape):
     assert scaled.resolution == pytest.approx(plain.resolution * 4.0**exponent, rel=1e-9)
 
 
-@pytest.mark.parametrize("shape", [(120, 40), (40, 120), (60, 60), (200, 140), (140, 200)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
 @by_each_method
-@pytest.mark.parametrize("sign", [1, -1])
+@of_each_sign
 def test_columns_and_signs_are_those_of_the_definition(shape, method, sign):
     """A smaller rank has the last of a larger one's columns."""
     matrix = weight("hard edge", *shape)
@@ -151,7 +153,7 @@ def test_columns_and_signs_are_those_of_the_definition(shape, method, sign):
 
 
 @of_each_shape
-@pytest.mark.parametrize("method", ["auto", *METHODS])
+@by_auto_and_each_method
 def test_what_cannot_be_proven_is_the_svd_s_with_a_warning(shape, method, monkeypatch):
     infinite = torch.tensor(math.inf, dtype=torch.float64)
     refused = Certificate(torch.tensor(False), infinite, torch.zeros((), dtype=torch.float64))
@@ -215,7 +217,7 @@ def test_falls_back_to_the_svd_from_wrong_vectors(shape, method, monkeypatch):
     assert certified(matrix, RANK, method).method == "svd"
 
 
-@pytest.mark.parametrize("dtype", FLOATING)
+@in_each_dtype
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)], ids=str)
 def test_a_lazily_negated_weight(dtype, shape):
     """The imaginary part of a conjugate, for example."""
@@ -245,7 +247,7 @@ def test_rank_of_another_type(rank):
         minor_subspace(torch.ones(40, 60), rank)
 
 
-@pytest.mark.parametrize("dtype", FLOATING)
+@in_each_dtype
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_non_finite_weights(dtype, bad, transposed):

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from mica import native
 from mica.fast.merge import merging
-from mica.row_checksums import odd_numbers, row_checksums
+from mica.row_checksums import odd_numbers
+from tests.support.cpp import needs_cpp
 
-pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.why_not()))
+pytestmark = needs_cpp
 
 BF16, FP32 = torch.bfloat16, torch.float32
 both_dtypes = pytest.mark.parametrize("dtype", [BF16, FP32])
@@ -135,10 +135,8 @@ def test_a_row_that_was_edited_gets_no_old_weights(dtype, monkeypatch):
 
 
 @both_dtypes
-@pytest.mark.parametrize("language", ["C++", "Python"])
-def test_an_edit_that_rounding_swallows_is_seen(dtype, language, monkeypatch):
-    if language == "Python":
-        from_python(monkeypatch)
+@pytest.mark.usefixtures("language")
+def test_an_edit_that_rounding_swallows_is_seen(dtype):
     weight = torch.full((2, 8), 1e-5, dtype=dtype)
     update = merging.Update(torch.full((1, 2, 1), 1e-20), torch.full((1, 1, 8), 1e-20), False)
     weight[1] = math.nan  # left to PyTorch
@@ -167,12 +165,10 @@ def test_threads_give_the_same(dtype):
 
 
 @both_dtypes
-@pytest.mark.parametrize("language", ["C++", "Python"])
+@pytest.mark.usefixtures("language")
 @pytest.mark.parametrize("threads", [(1, 2), (2, 1), (5, 2)])
-def test_an_unmerge_by_other_threads_is_exact(dtype, language, threads, monkeypatch):
+def test_an_unmerge_by_other_threads_is_exact(dtype, threads, monkeypatch):
     """MKL's fp32 product of (7, 4) and (4, 4096) has other bits on two threads than on one, mostly."""
-    if language == "Python":
-        from_python(monkeypatch)
     weight, update = weight_and_update(dtype, 7, 4096, 0.1)
     merged, before = weight.clone(), torch.get_num_threads()
     try:
@@ -197,11 +193,3 @@ def test_odd_layouts(dtype, columns, monkeypatch):
     weight, update = weight_and_update(dtype, 3, columns, 0.1)
     assert merging.native_module(update, weight) is None
     check_same(weight, update, True, monkeypatch)
-
-
-@pytest.mark.parametrize("shape", [(1, 4), (7, 12), (3000, 64), (5, 4096)])
-def test_sums_of_rows(shape, monkeypatch):
-    weight = torch.randn(shape).bfloat16()
-    ours = row_checksums(weight)
-    from_python(monkeypatch)
-    assert torch.equal(row_checksums(weight), ours)

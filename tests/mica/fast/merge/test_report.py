@@ -7,6 +7,7 @@ import torch
 
 import mica.fast
 from mica.fast.merge import merging
+from tests.support.merging_models import weights
 from tests.support.models import adapted_layers, factors, net, randomise, stored
 from tests.support.tolerances import RELATIVE
 
@@ -31,7 +32,7 @@ def test_a_weight_is_unchanged_if_its_value_is(dtype, adapters, monkeypatch):
         weight[1::5] = -0.0
         weight[3] = math.nan
         weight[8] = math.inf
-    before = {name: stored(layer).detach().clone() for name, layer in adapted_layers(model).items()}
+    before = weights(model)
     model.merge_adapter()
     report = mica.fast.merge_report(model)
     for name, layer in adapted_layers(model).items():
@@ -45,7 +46,7 @@ def test_a_weight_is_unchanged_if_its_value_is(dtype, adapters, monkeypatch):
 def test_what_leaves_with_its_layer_is_measured_in_every_eighth_row(dtype, chunk, monkeypatch):
     monkeypatch.setattr(merging, "CHUNK", chunk)
     model = randomise(net(dtype), scale=1e-3)
-    before = {name: stored(layer).detach().clone() for name, layer in adapted_layers(model).items()}
+    before = weights(model)
     unloaded = model.merge_and_unload()
     report = mica.fast.merge_report(unloaded)
     for name, stats in report.layers.items():
