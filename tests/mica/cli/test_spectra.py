@@ -119,9 +119,7 @@ def solver(monkeypatch):
     return replace
 
 
-@pytest.mark.parametrize(
-    ("above", "ranks", "reported"), [(2.0, [3], 3e-9), (1e3, [3, 2], 7e-9)], ids=["near", "far"]
-)
+@pytest.mark.parametrize(("above", "ranks", "reported"), [(2.0, [3], 3e-9), (1e3, [3, 2], 7e-9)])
 def test_the_bound_is_for_the_chosen_rank(above, ranks, reported, solver):
     """An excess of the three vectors may be one of the chosen two: more of their smaller energy."""
     calls = solver(lambda weight, rank: (True, 1e-9 if rank == 3 else 7e-9))
