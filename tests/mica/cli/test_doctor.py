@@ -112,7 +112,6 @@ def test_a_machine_without_a_gpu_works(run):
     assert problems == []
     assert {"mica", "Python", "torch", "triton", "peft", "transformers"} <= findings.keys()
     assert findings["torch"] == version("torch")
-    assert findings["cpu"].startswith(f"{platform.machine()}, {torch.get_num_threads()} thread")
     assert findings["cpu: layers"] == ON_A_CPU
     slow = "the CPU has no instructions for float16: adapted layers compute in float32, which --dtype auto"
     assert findings["16-bit products"] == f"{slow} selects"
