@@ -36,6 +36,7 @@ BF16 = torch.bfloat16
 WIDTHS = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL = LlamaConfig(**WIDTHS, num_hidden_layers=4, vocab_size=2048)
 TOKENS = 128
+META_IDS = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
 MARK = 12_345_678  # bytes of an allocation between forward and backward
 
 ADAPTERS = {
@@ -93,7 +94,7 @@ def outline(config, bits=None):
     return model
 
 
-def prepared(model, adapter, checkpointed=0):
+def prepared(model, adapter=None, checkpointed=0):
     model.requires_grad_(False)
     model.enable_input_require_grads()
     if adapter is not None:
@@ -201,11 +202,10 @@ WHOLE = {  # configuration, and which of its layers have other adapters
 def test_a_step_of_all_layers_follows_from_one_of_each_kind(case):
     config, targets = WHOLE[case]
     mica.fast.enable(lora=True)
-    ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
 
     def recorded(model, number):
         checkpoint_first(model, number)
-        return record(model, loss_of(model, ids, in_chunks=False))
+        return record(model, loss_of(model, META_IDS, in_chunks=False))
 
     whole = prepared(outline(config), ADAPTERS["LoRA with dropout"] | {"targets": targets})
     short = copy.deepcopy(whole)
@@ -225,12 +225,11 @@ def test_a_step_of_all_layers_follows_from_one_of_each_kind(case):
 
 def test_the_first_layers_are_the_right_ones_to_checkpoint():
     model = prepared(outline(SMALL), ADAPTERS["LoRA"])
-    ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
     peaks = []
     for chosen in ((0, 1), (0, 2), (2, 3)):
         for index, layer in enumerate(decoder_layers(model).values()):
             layer.gradient_checkpointing = index in chosen
-        peaks.append(as_it_ran(record(model, loss_of(model, ids, in_chunks=True))).peak)
+        peaks.append(as_it_ran(record(model, loss_of(model, META_IDS, in_chunks=True))).peak)
     assert peaks == sorted(peaks)
     assert peaks[0] < peaks[-1]
 
@@ -247,7 +246,7 @@ def test_quantised_weights_have_the_bytes_of_real_ones(bits, replaced):
     ids = torch.zeros(1, 8, dtype=torch.long)
     recorded = [
         record(model.train(), loss_of(model, ids.to(model.device), in_chunks=False))
-        for model in map(prepared, (counted, real), (None, None))
+        for model in map(prepared, (counted, real))
     ]
     ours, theirs = (sum(step.weights) for step in recorded)
     assert ours == theirs

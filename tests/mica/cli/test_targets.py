@@ -35,12 +35,27 @@ SIZES = {
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
     "olmoe": {"num_experts": 4, "intermediate_size": 24},
     # a dense layer, shared experts, and a family whose gate_proj, up_proj and down_proj PEFT renames
-    "deepseek_v3": {"n_routed_experts": 8, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
-    | {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-    | {"n_group": 2, "topk_group": 1},
+    "deepseek_v3": {
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+        "n_group": 2,
+        "topk_group": 1,
+    },
 }
-SHARED_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 61}
-SHARED_SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+SHARED_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "vocab_size": 61,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 
 
 def mixture(kind):

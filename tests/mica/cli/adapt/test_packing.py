@@ -108,6 +108,11 @@ def document(length: int, seed: int) -> tuple[int, ...]:
     return tuple(random.Random(seed).choices(range(1000), k=length))
 
 
+def alike(count: int, length: int) -> list[tuple[int, ...]]:
+    """Documents of one length, each another."""
+    return [document(length, seed) for seed in range(count)]
+
+
 def parts(documents, share=0.1, length=10, limit=100):
     """The spans of training and of held-out text as tuples of tokens, how they were made, and `dropped`."""
     tokens = store(*documents)
@@ -132,10 +137,10 @@ def test_documents_are_chosen_by_content():
     assert len(set(more) & set(held_out)) >= len(held_out) - 6  # most stay
 
 
-@pytest.mark.parametrize("longer", [[], *([document(5000, seed=n)] for n in range(500, 510))])
+@pytest.mark.parametrize("longer", [[], *([long] for long in alike(10, length=5000))])
 def test_no_more_than_is_measured(longer):
     """Nor where the first by its digest is the longest: it is not taken whole."""
-    _, held_out, how, _ = parts([*(document(8, seed=n) for n in range(500)), *longer], share=0.5, limit=3)
+    _, held_out, how, _ = parts([*alike(500, length=8), *longer], share=0.5, limit=3)
     assert how == "documents"
     assert 30 <= sum(map(len, held_out)) < 38
 
@@ -145,15 +150,15 @@ def test_the_end_of_long_documents():
     first, second, third, fourth = documents
     train = [first[:-100], second[:-50], third[:-100], fourth]
     assert parts(documents) == (train, [first[-100:], second[-50:]], "ends of documents", 0)
-    train, held_out, *_ = parts([document(400, seed=n) for n in range(100)], limit=20)  # evenly
+    train, held_out, *_ = parts(alike(100, length=400), limit=20)  # evenly
     assert [len(each) for each in held_out] == [10] * 20
     assert [len(each) for each in train] == ([400] * 4 + [390]) * 20
 
 
 def test_little_text():
     with pytest.raises(UsageError, match="--text: 19 tokens found, copies not counted, too little for one"):
-        parts([document(19, seed=0)])
-    assert parts([document(7, seed=n) for n in range(5)])[2] == "documents"
+        parts(alike(1, length=19))
+    assert parts(alike(5, length=7))[2] == "documents"
     least = tuple(range(20))
     assert parts([least], share=0.01) == ([least[:10]], [least[10:]], "ends of documents", 0)
 

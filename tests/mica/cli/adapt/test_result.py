@@ -18,10 +18,10 @@ def test_sharded_model_is_saved_whole(model_dir, tmp_path):
 
     A forward alone leaves the output layer unsharded, in memory that FSDP frees while PEFT saves.
     """
-    options = {"train_embeddings": True, "embedding_learning_rate": 1e-3}
+    args = settings(train_embeddings=True, embedding_learning_rate=1e-3)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = adapter.start(AutoModelForCausalLM.from_pretrained(model_dir), settings(**options))
+        model = adapter.start(AutoModelForCausalLM.from_pretrained(model_dir), args)
         move(model)
         expected = logits(model)
         base, mesh = model.get_base_model(), init_device_mesh("cpu", (1,))

@@ -95,11 +95,8 @@ def test_the_key_is_the_content(tmp_path, path, monkeypatch):
     tokenizer = byte_tokenizer()
     first = documents(tokenized(path, tokenizer))
 
-    def call(self, *args, **options):
-        raise AssertionError("tokenised again")
-
     with monkeypatch.context() as poisoned:
-        poisoned.setattr(PreTrainedTokenizerFast, "__call__", call)
+        poisoned.setattr(PreTrainedTokenizerFast, "__call__", raising(AssertionError("tokenised again")))
         os.utime(path, (1, 1))
         path = path.rename(tmp_path / "b.jsonl")
         tokenizer.backend_tokenizer.enable_padding()  # what a call may have left

@@ -65,7 +65,7 @@ class World(NamedTuple):
 WORLD = World()
 
 
-def simulate(asked: Comparison, world=WORLD, seconds=lambda planned: (2.0, 1.0, 0.1)) -> dict:
+def simulate(asked: Comparison, seconds=lambda planned: (2.0, 1.0, 0.1), world=WORLD) -> dict:
     """All results of a comparison in which a training takes ``seconds(planned)``: (start, step, block)."""
     while planned := asked.next():
         start, step, block = seconds(planned)

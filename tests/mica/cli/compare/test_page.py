@@ -12,7 +12,7 @@ FACTS = vars(ARGS) | SIZES | {"dtype": "float32", "blocks": 800}
 
 def done(world=WORLD, **more):
     asked = comparison(**more)
-    simulate(asked, world)
+    simulate(asked, world=world)
     return asked
 
 
