@@ -36,7 +36,7 @@ def test_settings_that_this_version_has_not_written_are_named(output):
     settings.write(output, {"some": "thing"})
     for edited in (False, True):
         if edited:
-            path.write_text('{"model": "m"}')
+            path.write_text(json.dumps(GIVEN | {"rank": 4}))
         with pytest.raises(UsageError, match=f"{path}: this version of mica compare has not written it: put"):
             settings.resumed(output, {})
     path.unlink()
