@@ -1,6 +1,5 @@
 """Runs of ``mica adapt`` in short, in this process or in others: settings, texts, and what a run leaves."""
 
-import atexit
 import bz2
 import gc
 import gzip
@@ -11,11 +10,10 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
-import threading
 from argparse import Namespace
-from collections.abc import Callable, Collection
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,18 +29,12 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
-from mica.cli import main
 from mica.cli.adapt import adapter, config, processes, result, training
 from mica.cli.adapt.training import Training
 from mica.errors import UsageError
 from tests.support.processes import ROOT
 from tests.support.server import SERVER
-from tests.support.tiny_cli import byte_tokenizer, tiny_llama
-
-# The Trainer collects garbage at the end of a run: looking through all that is imported took half of a test.
-gc.freeze()
-atexit.register(gc.unfreeze)  # or libraries report at exit what leaks
-
+from tests.support.tiny_cli import byte_tokenizer, mica, tiny_llama
 
 _TINY = {
     "dtype": "float32",
@@ -81,8 +73,12 @@ ROWS = [
 ]
 
 
-def compressed_by_zstandard(data: bytes) -> bytes:
-    return pyarrow.compress(data, "zstd", asbytes=True)
+PACK = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": partial(pyarrow.compress, codec="zstd", asbytes=True),
+}
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -99,13 +95,7 @@ def write(path: Path, rows: list[dict]) -> Path:
         data = pd.DataFrame(rows).to_csv(index=False, sep="," if kind == ".csv" else "\t")
     else:
         data = "".join(json.dumps(row) + "\n" for row in rows)
-    packs = {
-        ".gz": gzip.compress,
-        ".bz2": bz2.compress,
-        ".xz": lzma.compress,
-        ".zst": compressed_by_zstandard,
-    }
-    path.write_bytes(packs.get(path.suffix, bytes)(data.encode()))
+    path.write_bytes(PACK.get(path.suffix, bytes)(data.encode()))
     return path
 
 
@@ -125,15 +115,14 @@ def blocks(count: int, seed: int, documents: bool = True, length: int = 32) -> l
     return made
 
 
-def corpus(count: int = 64, held_out: int = 5, retain: int = 0, **options) -> SimpleNamespace:
+def corpus(count: int = 64, retain: int = 0) -> SimpleNamespace:
     """As ``corpus.gather`` gives it."""
-    train = blocks(count, 1, **options)
     return SimpleNamespace(
-        train=train,
-        fingerprint=f"{count} {options}",
-        retain_fingerprint=f"{retain} {options}" if retain else None,
-        held_out=blocks(held_out, 2, **options),
-        retain=blocks(retain, 3, **options) or None,
+        train=blocks(count, 1),
+        fingerprint=f"some {count}",
+        retain_fingerprint=f"some {retain}" if retain else None,
+        held_out=blocks(5, 2),
+        retain=blocks(retain, 3) or None,
     )
 
 
@@ -158,36 +147,26 @@ def losses(result: Training) -> list[tuple[int, float]]:
     return [(entry["step"], entry["loss"]) for entry in result.history if "loss" in entry]
 
 
-class _Watched(list):
-    """Blocks that call ``act()`` when they have been read as often as one of ``reads`` says."""
+class _Signalling(list):
+    """Blocks whose reader gets a signal with the ``last`` one, and with the next, as torchrun repeats it."""
 
-    def __init__(self, blocks, reads: Collection[int], act: Callable[[], None]):
+    def __init__(self, blocks, last: int, signum: int):
         super().__init__(blocks)
-        self.reads, self.act, self.count = reads, act, 0
+        self.last, self.signum, self.count = last, signum, 0
 
     def __getitem__(self, index):
         self.count += 1
-        if self.count in self.reads:
-            self.act()
+        if self.count in (self.last, self.last + 1):
+            os.kill(os.getpid(), self.signum)
         return super().__getitem__(index)
 
 
-def run_signalled(args, signum: int, steps: list[int | None], delay: float = 0.0) -> Training:
-    """`run`, where process i gets a signal ``delay`` s after it has read the blocks of step ``steps[i]``.
-
-    And again after the next block, as torchrun repeats it. None: it gets none.
-    """
-    state = processes.start()
-    checkpoint = training.find_checkpoint(args)
-    data, step = corpus(), steps[state.process_index]
-    if step is not None:
-        read = (step - (training.checkpoints.step(checkpoint) if checkpoint else 0)) * args.batch_size
-
-        def send():
-            threading.Timer(delay, os.kill, (os.getpid(), signum)).start()
-
-        data.train = _Watched(data.train, (read, read + 1), send)
-    return train(model(args, checkpoint), data, args, checkpoint)
+def run_signalled(args, signum: int, rank: int, step: int) -> Training:
+    """`run`, where one of the processes gets a signal when it has read the blocks of a step."""
+    data = corpus()
+    if processes.start().process_index == rank:
+        data.train = _Signalling(data.train, step * args.batch_size, signum)
+    return run(args, data)
 
 
 def run_sharded(kind: str, args) -> Training:
@@ -199,87 +178,59 @@ def run_sharded(kind: str, args) -> Training:
     page = (ROOT / "mica" / "cli" / "README.md").read_text(encoding="utf-8")
     text = re.search(r"```yaml\n(distributed_type: FSDP.*?)```", page, re.DOTALL)[1]
     text = text.replace("processes: 16", "processes: 2").replace("machines: 2", "machines: 1")
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(text)
-        file.flush()
-        given = launch_command_parser().parse_args(["--config_file", file.name, "-m", "mica"])
-        os.environ.update(prepare_multi_gpu_env(_validate_launch_command(given)[0]))
+    file = args.output.with_suffix(f".{os.environ['RANK']}.yaml")
+    file.write_text(text)
+    given = launch_command_parser().parse_args(["--config_file", str(file), "-m", "mica"])
+    os.environ.update(prepare_multi_gpu_env(_validate_launch_command(given)[0]))
     os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", FSDP_STATE_DICT_TYPE=kind)
-    with gloo_as_accelerator():
-        return run(args)
-
-
-@contextmanager
-def gloo_as_accelerator():
-    """What accelerate offers on GPUs only, on CPUs."""
     backend = ("gloo", DistributedType.MULTI_GPU)
     with (
         patch("accelerate.state.PartialState._prepare_backend", lambda *args, **kwargs: backend),
         patch("mica.cli.adapt.processes.use_cpu", lambda: False),
     ):
-        yield
+        return run(args)
 
 
-class Process:
-    """One or several processes that call ``function(*arguments)``; each must be a module's function."""
+def in_two_processes(
+    function: Callable[..., Any], *arguments: Any, folder: Path, statuses=(0, 0)
+) -> SimpleNamespace:
+    """``function(*arguments)`` in two processes, as torchrun starts them; it must be a module's function.
 
-    def __init__(
-        self, function: Callable[..., Any], *arguments: Any, count: int = 1, folder: Path | None = None
-    ):
-        self.folder = folder
-        self._store = dist.TCPStore(
-            "localhost", 0, is_master=True, wait_for_workers=False
-        )  # as torchrun has one
-        port = self._store.port
-        self.processes = [
-            SERVER.Process(target=_enter, args=(function, arguments, rank, count, port, folder))
-            for rank in range(count)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def kill(self, signum: int = signal.SIGKILL, rank: int | None = None) -> None:
-        for process in self.processes if rank is None else [self.processes[rank]]:
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, signum)
-
-    def join(self, timeout: float = 120) -> list[int]:
-        """The exit statuses; processes that do not end are killed."""
-        for process in self.processes:
-            process.join(timeout)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        return [process.exitcode for process in self.processes]
-
-    def results(self) -> list[Any]:
-        """What each process returned."""
-        return [
-            torch.load(self.folder / f"result-{i}", weights_only=False) for i in range(len(self.processes))
-        ]
-
-    def errors(self) -> str:
-        """What all processes wrote to standard error."""
-        return "".join((self.folder / f"stderr-{i}").read_text() for i in range(len(self.processes)))
+    They end with ``statuses``. Returns their ``results``, and the ``errors``: all that they have written to
+    standard error. What they need for that is in ``folder``.
+    """
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
+    started = [
+        SERVER.Process(target=_enter, args=(function, arguments, rank, store.port, folder))
+        for rank in range(2)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+        process.kill()  # if it has not ended
+        process.join()
+    errors = "".join((folder / f"stderr-{rank}").read_text() for rank in range(2))
+    assert [process.exitcode for process in started] == [*statuses], errors
+    results = [torch.load(path, weights_only=False) for path in sorted(folder.glob("result-*"))]
+    return SimpleNamespace(results=results, errors=errors)
 
 
-def _enter(function, arguments, rank, count, port, folder):
+def _enter(function, arguments, rank, port, folder):
+    gc.freeze()  # or the Trainer's collection looks through all that is imported: half of a test
     torch.set_num_threads(1)
-    if count > 1:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        os.environ.update({name: str(value) for name, value in names.items()})
-        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-        os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
-    if folder is not None:
-        sys.stderr = open(folder / f"stderr-{rank}", "w", buffering=1, encoding="utf-8")  # noqa: SIM115
-        os.dup2(sys.stderr.fileno(), 2)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ.update(MASTER_ADDR="localhost", OMP_NUM_THREADS="1")
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    sys.stderr = open(folder / f"stderr-{rank}", "w", buffering=1, encoding="utf-8")  # noqa: SIM115
+    os.dup2(sys.stderr.fileno(), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # multiprocessing's children ignore it
     status = 0
     try:
         with processes.one_voice():
             result = function(*arguments)
-        if folder is not None:
-            torch.save(result, folder / f"result-{rank}")
+        torch.save(result, folder / f"result-{rank}")
     except KeyboardInterrupt:
         status = 130
     except UsageError as error:
@@ -308,16 +259,12 @@ def saved(model, folder: Path) -> Path:
     return folder
 
 
-def command(*argv: object) -> int:
-    return main(["adapt", *map(str, argv)])
-
-
 def transfer(adapter: Path, to: Path, output: Path, *options: object) -> int:
-    return main(["transfer", *map(str, ("--adapter", adapter, "--to", to, "--output", output, *options))])
+    return mica("transfer --adapter", adapter, "--to", to, "--output", output, *options)
 
 
 def resume(output: Path) -> int:
-    return command("--output", output, "--resume")
+    return mica("adapt --resume --output", output)
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -336,12 +283,12 @@ def unfinished(run: Path, output: Path, last: int = 8) -> Path:
 
 
 def summary(output: Path) -> dict:
-    return json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    return json.loads((output / "summary.json").read_text())
 
 
 def log_of(output: Path) -> list[dict]:
     """What a run of 12 steps has logged and measured, up to its last checkpoint, without times."""
-    state = json.loads((output / "checkpoint-12" / "trainer_state.json").read_text(encoding="utf-8"))
+    state = json.loads((output / "checkpoint-12" / "trainer_state.json").read_text())
     timed = ("train_runtime", "train_tokens_per_second")
     return [{name: entry[name] for name in entry if name not in timed} for entry in state["log_history"]]
 
@@ -358,6 +305,11 @@ def whole_embeddings(folder: Path) -> dict[str, torch.Tensor]:
 
 def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether the adapters in two folders are the same to the bit."""
+    return same(weights(one), weights(other))
 
 
 def move(model) -> None:

@@ -26,11 +26,23 @@ def tiny_llama(**options) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{"vocab_size": 257, **sizes, **heads, **options}))
 
 
-def adapt(model, text, output, *options) -> int:
-    """Run ``mica adapt`` with settings for the tiny model; ``options`` come last and win."""
-    argv = ["adapt", "--model", str(model), "--text", str(text), "--output", str(output)]
-    argv += ["--rank", "4", "--steps", "12", "--sequence-length", "32", "--learning-rate", "0.02"]
-    return main([*argv, *map(str, options)])
+def words(*given: object) -> list[str]:
+    """Those of a command line: a string has one or several, anything else, as a path, is one."""
+    found = []
+    for each in given:
+        found += each.split() if isinstance(each, str) else [str(each)]
+    return found
+
+
+def mica(*given: object) -> int:
+    """Run the command of these `words`."""
+    return main(words(*given))
+
+
+def adapt(model, text, output, *options: object) -> int:
+    """Run ``mica adapt`` with settings for the tiny model; ``options``, as `words`, come last and win."""
+    own = "--rank 4 --steps 12 --sequence-length 32 --learning-rate 0.02"
+    return mica("adapt --model", model, "--text", text, "--output", output, own, *options)
 
 
 def logits(model) -> torch.Tensor:

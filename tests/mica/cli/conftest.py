@@ -1,4 +1,5 @@
 import gc
+import re
 import signal
 
 import pytest
@@ -17,7 +18,7 @@ def model_dir(tmp_path_factory):
 @pytest.fixture
 def text_file(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
+    path.write_text(TEXT)
     return path
 
 
@@ -48,6 +49,25 @@ def ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def refused(capsys):
+    """``refused(status, part, ...)``: a command was, in one line, its last, with all parts in it.
+
+    Returns all that it has printed.
+    """
+
+    def refused(status, *parts):
+        said = "".join(capsys.readouterr())
+        *before, line = re.split(r"[\r\n]+", said.rstrip())
+        assert status == 2
+        assert re.match(r"mica \w+: error: ", line)
+        assert [text for text in before if "error: " in text or "Traceback" in text] == []
+        assert [part for part in map(str, parts) if part not in line] == []
+        return said
+
+    return refused
 
 
 @pytest.fixture(scope="module", autouse=True)

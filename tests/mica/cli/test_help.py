@@ -10,10 +10,10 @@ import pytest
 from mica.cli import main, parser
 from tests.test_house import OPTIONS
 
-PAGES = [[], *([command] for command in OPTIONS)]
 
-
-@pytest.fixture(params=PAGES, ids=lambda command: " ".join(["mica", *command]))
+@pytest.fixture(
+    params=[[], *([command] for command in OPTIONS)], ids=lambda command: " ".join(["mica", *command])
+)
 def page(request, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert main([*request.param, "--help"]) == 0

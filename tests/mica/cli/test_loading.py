@@ -83,20 +83,16 @@ def test_it_is_said_once_before_the_hub_is_asked(monkeypatch, capsys, load):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "is_quantized", "said"),
-    [
-        (
-            "auto",
-            True,
-            "the checkpoint is quantised and computes in bfloat16: this processor has no",
-        ),
-        ("bfloat16", False, "--dtype bfloat16: this processor has no bfloat16 instructions"),
-    ],
+    ("dtype", "said"),
+    rows("""
+auto => the checkpoint is quantised and computes in bfloat16: this processor has no
+bfloat16 => --dtype bfloat16: this processor has no bfloat16 instructions
+"""),
 )
-def test_a_dtype_that_is_kept_has_its_cost_said(monkeypatch, dtype, is_quantized, said):
+def test_a_dtype_that_is_kept_has_its_cost_said(monkeypatch, dtype, said):
     monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: False)
     model = tiny_llama().bfloat16()
-    model.is_quantized = is_quantized
+    model.is_quantized = dtype == "auto"
     assert suit_processor(model, dtype).startswith(said)
     assert model.dtype == torch.bfloat16
 
@@ -105,7 +101,7 @@ def test_a_dtype_that_is_kept_has_its_cost_said(monkeypatch, dtype, is_quantized
 def test_a_missing_tokenizer_is_one_line(tmp_path, name):
     tiny_llama().save_pretrained(tmp_path)
     if name == "tokenizer_config.json":
-        (tmp_path / name).write_text("{}", encoding="utf-8")
+        (tmp_path / name).write_text("{}")
     what = r"its tokenizer cannot be loaded, from tokenizer\.json or tokenizer\.model: .+"
     with pytest.raises(UsageError, match=rf"^--model {tmp_path}: {what}$"):  # . is no line end
         load_tokenizer(find_source(str(tmp_path), False))
@@ -118,11 +114,6 @@ def test_a_relative_folder_becomes_absolute(tmp_path):
         model = load_model(source, "float32")
     assert source.given == "model"
     assert source.location == model.name_or_path == str(tmp_path / "model")
-
-
-def test_a_home_that_nobody_has_is_a_name():
-    with pytest.raises(UsageError, match="--model ~no-user-has-this-name: no such file or folder"):
-        find_source("~no-user-has-this-name", False)
 
 
 def test_among_several_processes_the_device_is_this_ones(monkeypatch):

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from mica.cli import main
 from tests.support.adapt_runs import saved, sibling, transfer
 from tests.support.processes import start
-from tests.support.tiny_cli import tiny_llama
+from tests.support.tables import rows
+from tests.support.tiny_cli import mica, tiny_llama
 
 STATE = """
 import sys
@@ -42,8 +43,8 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "sub" / "state.py").write_text(STATE)
     (tmp_path / "sub" / "__main__.py").write_text(STATE)
     monkeypatch.chdir(tmp_path)
-    for name in ("argv", "excepthook"):
-        monkeypatch.setattr(sys, name, getattr(sys, name))
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # not torch.distributed's
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(BaseTuner, "__init__", BaseTuner.__init__)
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
@@ -57,9 +58,8 @@ def by_python(*words):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_program_is_given_what_python_gives_it(folder, capsys, monkeypatch, way):
+def test_a_program_is_given_what_python_gives_it(folder, capsys, way):
     words = [*WAYS[way], *ARGUMENTS]
-    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     expected = by_python(*words).stdout.replace("surrogateescape", sys.stdout.errors)
     assert main(["run", *words]) == 0
     assert capsys.readouterr().out == expected.replace("strict", sys.stdout.errors)
@@ -73,40 +73,37 @@ def test_a_program_is_given_what_python_gives_it(folder, capsys, monkeypatch, wa
         "print(\n",
         "import sys\nsys.excepthook = lambda kind, error, at: print(at.tb_lineno, file=sys.stderr)\n1 / 0",
     ],
-    ids=["error", "Ctrl-C", "syntax", "hook"],
 )
-def test_a_traceback_has_the_program_s_frames_alone(folder, capsys, monkeypatch, code):
-    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # not torch.distributed's
+def test_a_traceback_has_the_program_s_frames_alone(folder, capsys, code):
     script = folder / "fails.py"
     script.write_text(code)
     with pytest.raises((Exception, KeyboardInterrupt)) as raised:
-        main(["run", str(script)])
+        mica("run", script)
     sys.excepthook(raised.type, raised.value, raised.tb)  # as Python does at the end
     assert capsys.readouterr().err == by_python(str(script)).stderr != ""
 
 
-def test_a_module_that_fails_and_exit_statuses(folder, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+def test_a_module_that_fails_and_exit_statuses(folder, capsys):
     (folder / "sub" / "fails.py").write_text("1 / 0")
     with pytest.raises(ZeroDivisionError) as raised:
-        main(["run", "-m", "sub.fails"])
+        mica("run -m sub.fails")
     sys.excepthook(raised.type, raised.value, raised.tb)
     _, first, *_ = capsys.readouterr().err.splitlines()
     assert first == f'  File "{folder}/sub/fails.py", line 1, in <module>'
     (folder / "exits.py").write_text("raise SystemExit(3)")
     with pytest.raises(SystemExit, match="3"):
-        main(["run", "exits.py"])
+        mica("run exits.py")
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [([], "14 layers: 14 reference"), (["--no-lora"], "14 layers: 14 peft")]
+    ("options", "said"), rows(" => 14 layers: 14 reference\n--no-lora => 14 layers: 14 peft")
 )
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_what_ran_is_shown_at_the_end(folder, capsys, monkeypatch, options, said, rank):
     """Of a model that nothing holds any more."""
     monkeypatch.setenv("RANK", rank)
     (folder / "train.py").write_text(TRAINS)
-    assert main(["run", "--explain", *options, "train.py"]) == 0
+    assert mica("run --explain", options, "train.py") == 0
     assert capsys.readouterr().err.count(said) == (rank == "0")
 
 

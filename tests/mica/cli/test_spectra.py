@@ -22,13 +22,12 @@ def linear(weight):
     return layer
 
 
-def unquantised_4bit():
-    """A weight that was never moved to its device, and so is not packed yet."""
-    return pytest.importorskip("bitsandbytes").nn.Linear4bit(16, 12)
-
-
 UNSUITABLE = {  # name -> (layer, effective shape, reason)
-    "not quantised yet": (unquantised_4bit, (12, 16), "bitsandbytes 4-bit) is not quantised yet"),
+    "not quantised yet": (  # its weight was never moved to its device
+        lambda: pytest.importorskip("bitsandbytes").nn.Linear4bit(16, 12),
+        (12, 16),
+        "bitsandbytes 4-bit) is not quantised yet",
+    ),
     "rank too large": (
         lambda: linear(torch.ones(8, 3)),
         (8, 3),
@@ -39,34 +38,17 @@ UNSUITABLE = {  # name -> (layer, effective shape, reason)
 }
 
 
-def around(layer):
-    model = nn.Module()
-    model.layer, model.lm_head = layer, nn.Linear(4, 4)
-    return model
-
-
-def check_adapted(layer, row, weight):
-    """PEFT's layer has the subspace whose singular values were measured."""
-    _, lora_B = adapter_weights(layer, "default")
-    assert lora_B.shape == (row.shape[0], 4)
-    assert not lora_B.requires_grad
-    reached = torch.linalg.svdvals(lora_B.double().T @ weight.double())
-    assert (reached[0].item(), reached[-1].item()) == ends_of(row)
-
-
 def ends_of(row):
     """The largest and the smallest of the values that were chosen."""
     return pytest.approx((row.sigma_largest, row.sigma_smallest), rel=2e-2, abs=1e-6)
-
-
-CONFIG = LoraConfig(init_lora_weights="mica", r=4, target_modules=["layer"])
 
 
 @pytest.mark.filterwarnings("ignore:.*a model with PEFT for a second time")  # its rest of one it refused
 @pytest.mark.parametrize("name", UNSUITABLE)
 def test_unsuitable_layer_gives_a_reason(name):
     make, shape, reason = UNSUITABLE[name]
-    model = around(make())
+    model = nn.Module()
+    model.layer, model.lm_head = make(), nn.Linear(4, 4)
     model.is_loaded_in_4bit = name == "not quantised yet"  # as transformers does
     row = spectra.measure("layer", model.layer, 4)
     assert reason in row.reason
@@ -74,7 +56,7 @@ def test_unsuitable_layer_gives_a_reason(name):
     assert row.quantised == ("bitsandbytes 4-bit" if model.is_loaded_in_4bit else None)
     assert all(getattr(row, number) is None for number in MEASURED)
     with pytest.raises((ValueError, TypeError)):
-        get_peft_model(model, CONFIG)
+        get_peft_model(model, LoraConfig(init_lora_weights="mica", r=4, target_modules=["layer"]))
 
 
 @pytest.mark.parametrize("kind", quantised_models.KINDS)
@@ -85,12 +67,17 @@ def test_quantised_layers_are_those_of_the_backend(kind):
     assert (row.reason, row.shape, row.kind) == (None, (48, 32), type(layer).__name__)
     assert row.quantised
     assert row.dtype in ("float32", "bfloat16", "float16")
-    expected = torch.linalg.svdvals(quantised_models.dequantised(layer))
+    weight = quantised_models.dequantised(layer)
+    expected = torch.linalg.svdvals(weight)
     assert (expected[-4].item(), expected[-1].item()) == ends_of(row)
     assert row.sigma_above == pytest.approx(expected[-5].item(), rel=1e-2)
     adapted = quantised_models.adapted(kind).base_model.model.model.layers[0].mlp.up_proj
     assert type(adapted.base_layer) is type(layer)
-    check_adapted(adapted, row, quantised_models.dequantised(layer))
+    _, lora_B = adapter_weights(adapted, "default")  # it has the subspace whose values were measured
+    assert lora_B.shape == (48, 4)
+    assert not lora_B.requires_grad
+    reached = torch.linalg.svdvals(lora_B.double().T @ weight.double())
+    assert (reached[0].item(), reached[-1].item()) == ends_of(row)
     assert "(max usable r is 32)" in spectra.measure("layer", layer, 33).reason
 
 
@@ -119,9 +106,7 @@ def solver(monkeypatch):
     return replace
 
 
-@pytest.mark.parametrize(
-    ("above", "ranks", "reported"), [(2.0, [3], 3e-9), (1e3, [3, 2], 7e-9)], ids=["near", "far"]
-)
+@pytest.mark.parametrize(("above", "ranks", "reported"), [(2.0, [3], 3e-9), (1e3, [3, 2], 7e-9)])
 def test_the_bound_is_for_the_chosen_rank(above, ranks, reported, solver):
     """An excess of the three vectors may be one of the chosen two: more of their smaller energy."""
     calls = solver(lambda weight, rank: (True, 1e-9 if rank == 3 else 7e-9))

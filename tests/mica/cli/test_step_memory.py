@@ -30,35 +30,44 @@ from mica.cli.step_memory import (
 from mica.paths import products, reference_path
 from tests.support import models, no_products, quantised_models
 from tests.support.processor import has_instructions
+from tests.support.tables import rows
 
 BF16 = torch.bfloat16
 WIDTHS = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL = LlamaConfig(**WIDTHS, num_hidden_layers=4, vocab_size=2048)
 TOKENS = 128
+META_IDS = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
 MARK = 12_345_678  # bytes of an allocation between forward and backward
 
-STOCK, HERE, NORMS_SAVED = None, {"lora": True}, {"lora": True, "recompute": "activations"}
-MICA = {"init_lora_weights": "mica"}
-LORA = {"init_lora_weights": True}
-DROPOUT = {"init_lora_weights": True, "lora_dropout": 0.1}
-CASES = {  # what it is: (adapter, settings of the backend, what else)
-    "bare": (None, HERE, {}),
-    "stock MiCA": (MICA, STOCK, {}),
-    "MiCA": (MICA, HERE, {}),
-    "MiCA, norms saved, nf4": (MICA, NORMS_SAVED, {"bits": 4}),
-    "MiCA, all layers checkpointed": (MICA, HERE, {"checkpointed": 4}),
-    "stock LoRA, nf4": (LORA, STOCK, {"bits": 4}),
-    "stock LoRA, dropout, one layer checkpointed": (DROPOUT, STOCK, {"checkpointed": 1}),
-    "LoRA, chunked loss": (LORA, HERE, {"in_chunks": True}),
-    "LoRA, nf4, dropout, one layer checkpointed": (DROPOUT, HERE, {"bits": 4, "checkpointed": 1}),
+ADAPTERS = {
+    "none": None,
+    "MiCA": {"init_lora_weights": "mica"},
+    "LoRA": {"init_lora_weights": True},
+    "LoRA with dropout": {"init_lora_weights": True, "lora_dropout": 0.1},
 }
-QLORA = {"bits": 4, "in_chunks": True, "checkpointed": 10}
-ON_SMOLLM2 = CASES | {  # in a small model the peak of these is that of bitsandbytes' kernels for a CPU
-    "stock LoRA, nf4, chunked loss, ten layers checkpointed": (LORA, STOCK, QLORA),
-    "stock LoRA, nf4, chunked loss, dropout, ten layers checkpointed": (DROPOUT, STOCK, QLORA),
-    "LoRA, nf4, chunked loss, dropout, ten layers checkpointed": (DROPOUT, HERE, QLORA),
-    "LoRA, nf4, chunked loss, all layers checkpointed": (LORA, HERE, {**QLORA, "checkpointed": 30}),
+BACKENDS = {
+    "stock": None,
+    "here": {"lora": True},
+    "norms saved": {"lora": True, "recompute": "activations"},
 }
+CASES = """
+none => here =>
+MiCA => stock =>
+MiCA => here =>
+MiCA => norms saved => bits=4
+MiCA => here => checkpointed=4
+LoRA => stock => bits=4
+LoRA with dropout => stock => checkpointed=1
+LoRA => here => in_chunks=1
+LoRA with dropout => here => bits=4 checkpointed=1
+"""
+# In a small model the peak of these is that of bitsandbytes' kernels for a CPU
+LARGE_CASES = """
+LoRA => stock => bits=4 in_chunks=1 checkpointed=10
+LoRA with dropout => stock => bits=4 in_chunks=1 checkpointed=10
+LoRA with dropout => here => bits=4 in_chunks=1 checkpointed=10
+LoRA => here => bits=4 in_chunks=1 checkpointed=30
+"""
 
 
 def fp32_sums(g, x):
@@ -79,13 +88,13 @@ def outline(config, bits=None):
     with torch.device("meta"):
         options = {"dtype": BF16, "attn_implementation": ATTENTION}
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
-    if bits is not None:
+    if bits:
         args = SimpleNamespace(bits=bits, model="a model")
         quantise(model, quantisation(model, args))
     return model
 
 
-def prepared(model, adapter, checkpointed=0):
+def prepared(model, adapter=None, checkpointed=0):
     model.requires_grad_(False)
     model.enable_input_require_grads()
     if adapter is not None:
@@ -121,9 +130,11 @@ def as_it_ran(recorded):
 
 
 def check(case, config, real, tokens, tolerance):
-    adapter, settings, how = ON_SMOLLM2[case]
-    bits, in_chunks, checkpointed = how.get("bits"), how.get("in_chunks", False), how.get("checkpointed", 0)
-    if bits == 4:
+    adapter, backend, options = case
+    adapter, settings = ADAPTERS[adapter], BACKENDS[backend]
+    options = dict(option.split("=") for option in options.split())
+    bits, in_chunks, checkpointed = (int(options.get(n, 0)) for n in ("bits", "in_chunks", "checkpointed"))
+    if bits:
         real = quantised_models.quantise(
             real, lambda linear: quantised_models.bnb_4bit(linear, double=True, compute_dtype=BF16)
         )
@@ -132,7 +143,7 @@ def check(case, config, real, tokens, tolerance):
     real = prepared(real, adapter, checkpointed)
     counted = prepared(outline(config, bits), adapter, checkpointed)
     ids = torch.zeros(1, tokens, dtype=torch.long)
-    with mica.fast.disabled() if settings is STOCK else nullcontext():
+    with mica.fast.disabled() if settings is None else nullcontext():
         with dropout_of_devices(), no_products.installed():
             expected = measured(real, loss_of(real, ids, in_chunks))
         found = as_it_ran(record(counted, loss_of(counted, ids.to("meta"), in_chunks)))
@@ -141,14 +152,14 @@ def check(case, config, real, tokens, tolerance):
     assert found.peak == pytest.approx(peak, rel=tolerance if bits else 5e-3)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rows(CASES), ids=", ".join)
 def test_counted_is_measured(case):
     real = AutoModelForCausalLM.from_config(copy.deepcopy(SMALL), dtype=BF16)
     check(case, SMALL, real, TOKENS, tolerance=5e-3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ON_SMOLLM2)
+@pytest.mark.parametrize("case", rows(CASES + LARGE_CASES.lstrip()), ids=", ".join)
 def test_counted_is_measured_on_smollm2(case):
     # Without AVX512 bitsandbytes expands scales to fp32, which no GPU does: 3.5 MB of 137 MB
     check(case, models.smollm2().config, models.smollm2(BF16), 512, tolerance=3e-2)
@@ -191,13 +202,12 @@ WHOLE = {  # configuration, and which of its layers have other adapters
 def test_a_step_of_all_layers_follows_from_one_of_each_kind(case):
     config, targets = WHOLE[case]
     mica.fast.enable(lora=True)
-    ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
 
     def recorded(model, number):
         checkpoint_first(model, number)
-        return record(model, loss_of(model, ids, in_chunks=False))
+        return record(model, loss_of(model, META_IDS, in_chunks=False))
 
-    whole = prepared(outline(config), {**DROPOUT, "targets": targets})
+    whole = prepared(outline(config), ADAPTERS["LoRA with dropout"] | {"targets": targets})
     short = copy.deepcopy(whole)
     adapted = [module for module in short.modules() if hasattr(module, "lora_A")]
     kinds = shorten(short, adapted)
@@ -214,14 +224,12 @@ def test_a_step_of_all_layers_follows_from_one_of_each_kind(case):
 
 
 def test_the_first_layers_are_the_right_ones_to_checkpoint():
-    model = prepared(outline(SMALL), LORA)
-    ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+    model = prepared(outline(SMALL), ADAPTERS["LoRA"])
     peaks = []
     for chosen in ((0, 1), (0, 2), (2, 3)):
-        checkpoint_first(model, 0)
         for index, layer in enumerate(decoder_layers(model).values()):
             layer.gradient_checkpointing = index in chosen
-        peaks.append(as_it_ran(record(model, loss_of(model, ids, in_chunks=True))).peak)
+        peaks.append(as_it_ran(record(model, loss_of(model, META_IDS, in_chunks=True))).peak)
     assert peaks == sorted(peaks)
     assert peaks[0] < peaks[-1]
 
@@ -238,7 +246,7 @@ def test_quantised_weights_have_the_bytes_of_real_ones(bits, replaced):
     ids = torch.zeros(1, 8, dtype=torch.long)
     recorded = [
         record(model.train(), loss_of(model, ids.to(model.device), in_chunks=False))
-        for model in map(prepared, (counted, real), (None, None))
+        for model in map(prepared, (counted, real))
     ]
     ours, theirs = (sum(step.weights) for step in recorded)
     assert ours == theirs

@@ -1,5 +1,7 @@
 """Which layers and stacks of experts are adapted, against what PEFT makes of its configuration."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -10,6 +12,7 @@ import mica.fast  # noqa: F401 (MiCA on parameters)
 from mica.cli.targets import features, find_targets, saved_parameters
 from mica.errors import UsageError
 from tests.support import models, moe_models
+from tests.support.tables import rows
 
 
 @pytest.mark.parametrize("make", [models.tiny_gpt2, models.tiny_llama])
@@ -32,12 +35,27 @@ SIZES = {
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
     "olmoe": {"num_experts": 4, "intermediate_size": 24},
     # a dense layer, shared experts, and a family whose gate_proj, up_proj and down_proj PEFT renames
-    "deepseek_v3": {"n_routed_experts": 8, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
-    | {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-    | {"n_group": 2, "topk_group": 1},
+    "deepseek_v3": {
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+        "n_group": 2,
+        "topk_group": 1,
+    },
 }
-SHARED_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 61}
-SHARED_SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+SHARED_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "vocab_size": 61,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 
 
 def mixture(kind):
@@ -46,37 +64,42 @@ def mixture(kind):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SHARED_SIZES, **SIZES[kind]}))
 
 
-STACKS = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
-ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
-SELF = [f"self_attn.{name}" for name in ATTENTION]
-SHARED = [f"mlp.shared_expert.{name}" for name in ("down_proj", "gate_proj", "up_proj")]
-LOW_RANK = [f"self_attn.{n}" for n in ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj")]
-MLP = [f"mlp.{name}.weight" for name in ("down_proj", "gate_proj", "up_proj")]
-DENSE = sorted(MLP + [name.replace("mlp.", "mlp.shared_experts.") for name in MLP])
+# The model, --target-modules, --experts, and what is adapted: modules and parameters
+MIXTURES = """
+gpt_oss => all-linear => true => SELF => STACKS
+gpt_oss => router => null =>  => mlp.router.weight
+qwen2_moe => all-linear => true => SHARED SELF => STACKS
+qwen2_moe => shared_expert_gate => null => shared_expert_gate =>
+deepseek_v3 => all-linear => true => LOW_RANK => DENSE STACKS
+deepseek_v3 => all-linear => false => LOW_RANK => DENSE
+mixtral => q_proj,v_proj => true => q_proj v_proj => STACKS
+mixtral => q_proj,down_proj => null => q_proj => mlp.experts.down_proj
+mixtral => q_proj,down_proj => false => q_proj =>
+mixtral => gate => null =>  => mlp.gate.weight
+gpt_oss => 0.mlp.experts.down_proj => null =>  => model.layers.0.mlp.experts.down_proj
+"""
+SEVERAL = {
+    "SELF": "self_attn.k_proj self_attn.o_proj self_attn.q_proj self_attn.v_proj",
+    "SHARED": "mlp.shared_expert.down_proj mlp.shared_expert.gate_proj mlp.shared_expert.up_proj",
+    "LOW_RANK": "self_attn.kv_a_proj_with_mqa self_attn.kv_b_proj self_attn.o_proj self_attn.q_a_proj "
+    "self_attn.q_b_proj",
+    "DENSE": "mlp.down_proj.weight mlp.gate_proj.weight mlp.up_proj.weight "
+    "mlp.shared_experts.down_proj.weight mlp.shared_experts.gate_proj.weight "
+    "mlp.shared_experts.up_proj.weight",
+    "STACKS": "mlp.experts.down_proj mlp.experts.gate_up_proj",
+}
+for word, several in SEVERAL.items():
+    MIXTURES = MIXTURES.replace(word, several)
 
 
-@pytest.mark.parametrize(
-    ("kind", "names", "experts", "modules", "parameters"),
-    [
-        ("gpt_oss", "all-linear", True, SELF, STACKS),
-        ("gpt_oss", "router", None, [], ["mlp.router.weight"]),
-        ("qwen2_moe", "all-linear", True, SHARED + SELF, STACKS),
-        ("qwen2_moe", "shared_expert_gate", None, ["shared_expert_gate"], None),
-        ("deepseek_v3", "all-linear", True, LOW_RANK, sorted(DENSE + STACKS)),
-        ("deepseek_v3", "all-linear", False, LOW_RANK, DENSE),
-        ("mixtral", "q_proj,v_proj", True, ["q_proj", "v_proj"], STACKS),
-        ("mixtral", "q_proj,down_proj", None, ["q_proj"], STACKS[:1]),
-        ("mixtral", "q_proj,down_proj", False, ["q_proj"], None),
-        ("mixtral", "gate", None, [], ["mlp.gate.weight"]),
-        ("gpt_oss", "0.mlp.experts.down_proj", None, [], ["model.layers.0.mlp.experts.down_proj"]),
-    ],
-)
+@pytest.mark.parametrize(("kind", "names", "experts", "modules", "parameters"), rows(MIXTURES))
 @pytest.mark.whole
 def test_targets_in_a_mixture(kind, names, experts, modules, parameters):
     """PEFT adapts these and nothing else, and saves them under the names that `saved_parameters` gives."""
     model = mixture(kind)
-    targets = find_targets(model, names, experts)
-    assert targets.config == {"target_modules": modules, "target_parameters": parameters}
+    targets = find_targets(model, names, json.loads(experts))
+    modules, parameters = sorted(modules.split()), sorted(parameters.split())
+    assert targets.config == {"target_modules": modules, "target_parameters": parameters or None}
     saved = saved_parameters(model, targets.parameters)
     shapes = {name: features(module) for name, module in targets.modules.items()}
     shapes |= {name: shape[-2:] for name, (_, shape) in saved.items()}

@@ -16,7 +16,7 @@ from mica.cli import main
 from tests.support.adapt_runs import poison_solver, saved, working_in, write_adapter
 from tests.support.tiny_cli import logits, tiny_llama
 
-PAGE = Path(cli.__file__).with_name("USE.md").read_text(encoding="utf-8")
+PAGE = Path(cli.__file__).with_name("USE.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 

@@ -13,8 +13,8 @@ LENGTH = 32
 
 
 def amount_of(blocks: int, batch_size: int, accumulation: int, processes: int = 1) -> Amount:
-    sizes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation, "sequence_length": LENGTH}
-    return Amount(Namespace(**sizes), blocks, processes)
+    args = Namespace(batch_size=batch_size, gradient_accumulation_steps=accumulation, sequence_length=LENGTH)
+    return Amount(args, blocks, processes)
 
 
 def rounds(amount: Amount) -> list[int]:

@@ -8,10 +8,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from mica.cli.adapt import base, embeddings
-from tests.support.adapt_runs import command, edit_json, saved, sibling, summary, transfer, weights
+from tests.support.adapt_runs import edit_json, saved, sibling, summary, transfer, weights
 from tests.support.tiny_cli import TEXT, adapt, tiny_llama
 
-EMBEDDED = ("model.embed_tokens", "lm_head")
 NOTE = "cannot check that its base"
 
 
@@ -22,8 +21,8 @@ def made(tmp_path_factory):
     (folder / "text.txt").write_text(TEXT)
     saved(tiny_llama(), folder / "base")
     saved(sibling(tiny_llama()), folder / "chat")
-    options = ["--dtype", "bfloat16", "--train-embeddings", "--save-steps", 8]
-    assert adapt(folder / "base", folder / "text.txt", folder / "run", *options) == 0
+    options = "--dtype bfloat16 --train-embeddings --save-steps 8"
+    assert adapt(folder / "base", folder / "text.txt", folder / "run", options) == 0
     return folder
 
 
@@ -51,7 +50,7 @@ def trained(folder, name: str) -> torch.Tensor:
 
 def check_transferred(folder, adapter="run", untrained_tokens=200) -> None:
     """What is in ``out`` is the sibling plus trained − rounded base: nothing where nothing was trained."""
-    for name in EMBEDDED:
+    for name in ("model.embed_tokens", "lm_head"):
         began = weight_of(folder / "base", name).bfloat16().double()
         update = trained(folder / adapter, name).double() - began
         there = weight_of(folder / "chat", name)
@@ -105,19 +104,22 @@ def test_an_adapter_of_peft_is_noted_and_its_dtype_counts(copied, capsys):
 
 def test_it_is_kept_by_whoever_goes_on(copied, capsys):
     """A second run adds to the embeddings of the first, which began with a base in bfloat16."""
-    argv = ["--text", copied / "text.txt", "--adapter", copied / "run", "--sequence-length", 32, "--steps", 1]
-    on = copied / "on"
-    assert command("--model", copied / "base", "--output", on, "--dtype", "float32", *argv) == 0
+
+    def go_on(base, output) -> int:
+        options = "--adapter", copied / "run", "--steps 1 --dtype float32"
+        return adapt(copied / base, copied / "text.txt", copied / output, *options)
+
+    assert go_on("base", "on") == 0
     assert "--adapter" not in capsys.readouterr().err
-    first, second = summary(copied / "run"), summary(on)
+    first, second = summary(copied / "run"), summary(copied / "on")
     assert first["base_dtype"] == second["base_dtype"] == "bfloat16"
     assert second["base_weights"] == first["base_weights"] is not None
     assert to_chat(copied, "on") == 0
     check_transferred(copied, "on")
 
     note = f"--adapter {copied / 'run'}: is not known to be trained on the weights of --model"
-    assert command("--model", copied / "chat", "--output", copied / "other", *argv) == 0
+    assert go_on("chat", "other") == 0
     assert note in capsys.readouterr().err
     (copied / "run" / "summary.json").unlink()
-    assert command("--model", copied / "base", "--output", copied / "unknown", *argv) == 0
+    assert go_on("base", "unknown") == 0
     assert note in capsys.readouterr().err

@@ -10,14 +10,32 @@ from mica.cli.adapt.card import card, hub_name
 from tests.support.adapt_runs import working_in, write_adapter
 from tests.support.tiny_cli import logits, tiny_llama
 
-SETTINGS = {"model": "owner/base-1B", "method": "mica", "rank": 16, "learning_rate": 5e-4, "experts": False}
-SETTINGS["held_out_text"] = ["/home/someone/x"]
+SETTINGS = {
+    "model": "owner/base-1B",
+    "method": "mica",
+    "rank": 16,
+    "learning_rate": 5e-4,
+    "experts": False,
+    "held_out_text": ["/home/someone/x"],
+}
 SUMMARY = {
-    **{"model": "owner/base-1B", "adapter": "/home/someone/runs/out", "dtype": "float32"},
-    **{"device": "cpu", "processes": 2, "steps": 200, "training_tokens": 12345, "training_seconds": 3600.4},
-    **{"adapter_step": 200, "stopped_by": None, "trained_embeddings": 0},
-    **{"trained_parameters": 1000, "total_parameters": 2000000},
-    **{"perplexity_before": 20.5, "perplexity_after": 10.25, "retain_before": 8.0, "retain_after": 8.5},
+    "model": "owner/base-1B",
+    "adapter": "/home/someone/runs/out",
+    "dtype": "float32",
+    "device": "cpu",
+    "processes": 2,
+    "steps": 200,
+    "training_tokens": 12345,
+    "training_seconds": 3600.4,
+    "adapter_step": 200,
+    "stopped_by": None,
+    "trained_embeddings": 0,
+    "trained_parameters": 1000,
+    "total_parameters": 2000000,
+    "perplexity_before": 20.5,
+    "perplexity_after": 10.25,
+    "retain_before": 8.0,
+    "retain_after": 8.5,
     "sources": [
         {"name": "owner/corpus", "documents": 1234, "tokens": 56789},
         {"name": "/home/someone/secret|notes.txt", "documents": 0, "tokens": 10},
@@ -66,13 +84,9 @@ def test_text_has_results_data_recipe_and_versions():
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "is_on_hub"),
-    [("owner/name", True), ("name", False), ("a/b/c", False), ("./b", False), ("~/b", False),
-     ("data/x.jsonl", False), (None, False)],
-)  # fmt: skip
-def test_names_of_the_hub(name, is_on_hub):
-    assert hub_name(name) == (name if is_on_hub else None)
+@pytest.mark.parametrize("name", ["name", "a/b/c", "./b", "~/b", "data/x.jsonl", None])
+def test_names_that_are_not_of_the_hub(name):
+    assert hub_name(name) is None
 
 
 def test_an_existing_folder_is_not_on_the_hub(tmp_path):
@@ -81,21 +95,13 @@ def test_an_existing_folder_is_not_on_the_hub(tmp_path):
         assert card(SUMMARY | {"model": "owner/name"}).data.base_model is None
 
 
-def code_of(text: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-
-
-def run_in(folder, code: str) -> dict:
-    names = {}
-    with working_in(folder):
-        exec(code, names)
-    return names
-
-
 @pytest.mark.parametrize("name", ["out", 'a "quote"'])
 def test_code_of_the_card_runs(model_dir, tmp_path, name):
     tuned = write_adapter(tmp_path / name, tiny_llama().from_pretrained(model_dir))
-    (code,) = code_of(text_of(model=str(model_dir), adapter=str(tmp_path / name)))
-    names = run_in(tmp_path, code)
+    text = text_of(model=str(model_dir), adapter=str(tmp_path / name))
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    with working_in(tmp_path):
+        exec(code, names)
     assert (logits(names["model"]) - logits(tuned)).abs().max() == 0
     assert names["tokenizer"]("a")["input_ids"]

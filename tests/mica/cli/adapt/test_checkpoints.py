@@ -11,6 +11,7 @@ from mica.cli.adapt.folder import MARKER
 from mica.cli.output import files_in
 from mica.cli.record import NAME
 from mica.errors import UsageError
+from tests.support.faults import raising
 
 ADAPTER, SHARD = "adapter_model.safetensors", "optimizer_0/shard.distcp"
 
@@ -59,11 +60,7 @@ def test_one_without_a_marker_that_can_be_read_does_not_count(tmp_path, content)
 def test_a_marker_that_cannot_be_read_is_an_error_and_not_missing(tmp_path, monkeypatch):
     """As on a network disk: the run would begin anew beside its checkpoints."""
     make(tmp_path, 3)
-
-    def denied(path, **_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr(Path, "read_bytes", raising(PermissionError(13, "Permission denied")))
     with pytest.raises(UsageError, match=r"complete.json cannot be read: Permission denied$"):
         checkpoints.latest(tmp_path)
 

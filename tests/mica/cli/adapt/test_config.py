@@ -11,77 +11,58 @@ from mica.cli.adapt import config, options, run_yaml
 from mica.cli.adapt.options import OPTIONS
 from mica.errors import UsageError
 from tests.support.tables import rows
+from tests.support.tiny_cli import words
 
-REQUIRED = ("--model", "m", "--text", "t", "--output", "o")
-YAML = "recipe: paper\nrank: 8\nseed: 1\nexperts: true\nlearning-rate: 1e-3\ntext: [a, b]\nalpha:\n"
+REQUIRED = "--model m --text t --output o"
 ADAPTER = {"rank": 8, "alpha": 24, "target_modules": "q_proj", "dropout": 0.0, "train_embeddings": None}
 
 
-def given(*argv: object) -> argparse.Namespace:
+def resolve(*given: object) -> config.Settings:
+    """Of a command line of these `words`."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     options.declare(parser)
-    return parser.parse_args(list(map(str, argv)))
+    return config.resolve(parser.parse_args(words(*given)))
 
 
-def resolve(*argv) -> config.Settings:
-    return config.resolve(given(*REQUIRED, *argv))
+def refused(message, *given) -> str:
+    with pytest.raises(UsageError, match=message) as refusal:
+        resolve(*given)
+    return str(refusal.value)
 
 
 @pytest.fixture
 def yaml_file(tmp_path):
     def write(text):
-        (tmp_path / "some.yaml").write_text(text, encoding="utf-8")
+        (tmp_path / "some.yaml").write_text(text)
         return tmp_path / "some.yaml"
 
     return write
 
 
-@pytest.mark.parametrize(
-    ("argv", "yaml", "expected"),
-    [
-        pytest.param(
-            [],
-            "",
-            {
-                "steps": 100,
-                "epochs": None,
-                "alpha": 16,
-                "learning_rate": 1e-3,
-                "text": ["t"],
-                "experts": True,
-            },
-            id="default",
-        ),
-        pytest.param(
-            ["--recipe", "paper", "--rank", 32],
-            "",
-            {"rank": 32, "alpha": 64, "target_modules": "q_proj,v_proj", "learning_rate": 5e-4, "epochs": 4}
-            | {"steps": None},
-            id="paper",
-        ),
-        pytest.param(
-            ["--seed", 2, "--no-experts"],
-            YAML,
-            {"rank": 8, "seed": 2, "experts": False, "text": ["t"]}
-            | {"learning_rate": 1e-3, "dropout": 0.05},
-            id="yaml",
-        ),
-        pytest.param(["--method", "dora"], "", {"alpha": 32, "learning_rate": 2e-4, "steps": 100}, id="dora"),
-        pytest.param(["--steps", 7], "epochs: 3", {"steps": 7, "epochs": None}, id="steps"),
-        pytest.param(["--epochs", 7], "steps: 3", {"epochs": 7, "steps": None}, id="epochs"),
-    ],
-)
+# The command line, the YAML with | for the end of a line, and what some of the options are then
+RESOLVED = """
+ => {} => steps=100 epochs=None alpha=16 learning_rate=0.001 text=['t'] experts=True
+--recipe paper --rank 32 => {} => rank=32 alpha=64 target_modules=q_proj,v_proj learning_rate=0.0005
+--recipe paper => {} => steps=None epochs=4.0
+--seed 2 --no-experts => YAML => seed=2 experts=False text=['t'] rank=8 learning_rate=0.001 dropout=0.05
+--method dora => {} => alpha=32 learning_rate=0.0002 steps=100
+--steps 7 => epochs: 3 => steps=7 epochs=None
+--epochs 7 => steps: 3 => epochs=7.0 steps=None
+""".replace("YAML", "recipe: paper|rank: 8|seed: 1|experts: true|learning-rate: 1e-3|text: [a, b]|alpha:")
+
+
+@pytest.mark.parametrize(("argv", "yaml", "expected"), rows(RESOLVED))
 def test_the_command_line_wins_over_yaml_over_the_recipe(argv, yaml, expected, yaml_file):
-    args = resolve(*argv, *(["--config", yaml_file(yaml)] if yaml else [])).args
+    args = resolve(REQUIRED, argv, "--config", yaml_file(yaml.replace("|", "\n"))).args
     assert set(vars(args)) == set(OPTIONS)
-    assert {name: getattr(args, name) for name in expected} == expected
+    assert set(expected.split()) <= {f"{name}={value}" for name, value in vars(args).items()}
 
 
 def test_what_was_given_is_known(yaml_file, run_folder):
     """By which it is refused where the model cannot do it; a recipe's value is dropped."""
-    given_options = resolve("--seed", 2, "--config", yaml_file("packing: documents\nrank:\n")).given
+    given_options = resolve(REQUIRED, "--seed 2 --config", yaml_file("packing: documents\nrank:\n")).given
     assert given_options == {"model", "text", "output", "seed", "config", "packing"}
-    resumed = config.resolve(given("--output", run_folder[0], "--resume"))
+    resumed = resolve("--resume --output", run_folder[0])
     assert resumed.given == {"output", "resume"}
 
 
@@ -106,15 +87,13 @@ NONE => cannot be read
 def test_bad_yaml(text, message, yaml_file, tmp_path):
     missing = [tmp_path, tmp_path / "none.yaml"]
     for path in missing if text == "NONE" else [yaml_file(text.replace("|", "\n"))]:
-        with pytest.raises(UsageError, match=message) as refusal:
-            resolve("--config", path)
-        assert str(refusal.value).startswith(f"--config {path}: ")
+        assert refused(message, REQUIRED, "--config", path).startswith(f"--config {path}: ")
 
 
 def test_yaml_is_read_as_the_command_line_is(yaml_file):
     lines = "rank: 010\nalpha: 1_000\nexperts: False\ntext_field: no\ntext: [a, -b]\npatience: ~\n"
     lines += 'dataset_config: 2026-01-01\noptimizer: &x "\\ud83d"\nseed: !!int 3\nsteps: null\n'
-    args = config.resolve(given("--model", "m", "--output", "o", "--config", yaml_file(lines))).args
+    args = resolve("--model m --output o --config", yaml_file(lines)).args
     assert (args.rank, args.alpha, args.experts) == (10, 1000, False)
     assert (args.text_field, args.text, args.patience) == ("no", ["a", "-b"], None)
     assert (args.dataset_config, args.optimizer, args.seed, args.steps) == ("2026-01-01", "\ud83d", 3, 100)
@@ -122,16 +101,13 @@ def test_yaml_is_read_as_the_command_line_is(yaml_file):
 
 def test_required_options_may_come_from_yaml(yaml_file):
     path = yaml_file("model: m\ntext: t\n")
-    assert config.resolve(given("--config", path, "--output", "o")).args.text == ["t"]
-    with pytest.raises(UsageError, match=r"the following arguments are required: --output$"):
-        config.resolve(given("--config", path))
-    with pytest.raises(UsageError, match="required: --model, --text, --output"):
-        config.resolve(given())
+    assert resolve("--output o --config", path).args.text == ["t"]
+    refused("the following arguments are required: --output$", "--config", path)
+    refused("required: --model, --text, --output")
 
 
 def test_resume_needs_no_more_than_the_folder():
-    with pytest.raises(UsageError, match=r"^--resume: needs --output, the folder of the run$"):
-        config.resolve(given("--resume"))
+    refused("^--resume: needs --output, the folder of the run$", "--resume")
 
 
 @pytest.mark.parametrize(
@@ -147,8 +123,7 @@ def test_resume_needs_no_more_than_the_folder():
 """),
 )
 def test_options_that_go_together(argv, message):
-    with pytest.raises(UsageError, match=f"^{message}"):
-        resolve(*argv.split())
+    refused(f"^{message}", REQUIRED, argv)
 
 
 @pytest.mark.parametrize(
@@ -161,13 +136,13 @@ def test_options_that_go_together(argv, message):
 )
 def test_who_stops_early_keeps_the_best(argv, kept):
     """None: so run.yaml does not have it, and --config run.yaml --patience 2 keeps the best."""
-    assert str(resolve("--eval-steps", 1, *argv.split()).args.keep_best) == kept
+    assert str(resolve(REQUIRED, "--eval-steps 1", argv).args.keep_best) == kept
 
 
 def write(settings: config.Settings, output: Path) -> None:
     """As a run writes its settings."""
     text = run_yaml.as_yaml(config.values(settings))
-    (output / "run.yaml").write_text(text, encoding="utf-8")
+    (output / "run.yaml").write_text(text)
 
 
 @pytest.fixture
@@ -176,21 +151,21 @@ def run_folder(tmp_path):
     (tmp_path / "corpus.txt").touch()
     output = tmp_path / "out"
     output.mkdir()
-    arguments = ["--model", "m", "--text", tmp_path / "corpus.txt", "--output", output, "--recipe", "paper"]
-    settings = config.resolve(given(*arguments, "--learning-rate", "1e-5", "--seed", 5, "--experts"))
+    arguments = "--model m --recipe paper --text", tmp_path / "corpus.txt", "--output", output
+    settings = resolve(*arguments, "--learning-rate 1e-5 --seed 5 --experts")
     write(settings, output)
     return output, settings
 
 
 def test_run_yaml_gives_the_same_settings(run_folder, tmp_path, monkeypatch):
     output, before = run_folder
-    again = config.resolve(given("--config", output / "run.yaml"))
-    resumed = config.resolve(given("--output", output, "--resume"))
+    again = resolve("--config", output / "run.yaml")
+    resumed = resolve("--resume --output", output)
     for settings in (again, resumed):
         after = vars(settings.args) | {"resume": False, "config": None, "output": output}
         assert after == vars(before.args)
     monkeypatch.chdir(tmp_path)  # a relative path to the same file is the same
-    assert config.resolve(given("--output", output, "--resume", "--text", "corpus.txt")).args.seed == 5
+    assert resolve("--resume --text corpus.txt --output", output).args.seed == 5
 
 
 @pytest.mark.parametrize(
@@ -203,36 +178,34 @@ def test_any_name_is_in_run_yaml_what_it_was(tmp_path, name):
     yaml.write_text("seed: 3")
     text.touch()
     output.mkdir()
-    write(config.resolve(given("--model", "m", "--text", text, "--config", yaml, "--output", output)), output)
-    for again in (["--output", output, "--resume"], ["--config", output / "run.yaml"]):
-        args = config.resolve(given(*again)).args
+    write(resolve("--model m --text", text, "--config", yaml, "--output", output), output)
+    for again in (["--resume --output", output], ["--config", output / "run.yaml"]):
+        args = resolve(*again).args
         assert (args.text, args.seed) == ([str(text)], 3)
 
 
 def test_resume_allows_what_leaves_training_alone(run_folder, tmp_path):
     moved = run_folder[0].rename(tmp_path / "moved")
-    argv = ["--save-steps", 3, "--eval-steps", 2, "--patience", 3]
-    args = config.resolve(given("--output", moved, "--resume", *argv)).args
+    args = resolve("--resume --save-steps 3 --eval-steps 2 --patience 3 --output", moved).args
     assert (args.save_steps, args.seed, args.patience) == (3, 5, 3)
 
 
 def test_the_adapter_s_values_hold(tmp_path, monkeypatch):
     saved = SimpleNamespace(settings=lambda: ADAPTER)
     monkeypatch.setattr("mica.cli.adapt.saved_adapter.read", lambda path: saved)
-    args = resolve("--adapter", "a", "--recipe", "paper").args
+    args = resolve(REQUIRED, "--adapter a --recipe paper").args
     assert (args.rank, args.alpha, args.target_modules, args.learning_rate) == (8, 24, "q_proj", 5e-4)
-    args = resolve("--adapter", "a", "--rank", 8, "--dropout", 0.1).args
+    args = resolve(REQUIRED, "--adapter a --rank 8 --dropout 0.1").args
     assert (args.rank, args.dropout) == (8, 0.1)
-    with pytest.raises(UsageError, match="--rank 9: --adapter has 8; omit this option"):
-        resolve("--adapter", "a", "--rank", 9)
-    with pytest.raises(UsageError, match="--train-embeddings True: --adapter does not have it; omit this op"):
-        resolve("--adapter", "a", "--train-embeddings")
+    refused("--rank 9: --adapter has 8; omit this option", REQUIRED, "--adapter a --rank 9")
+    omit = "--train-embeddings True: --adapter does not have it; omit this option"
+    refused(omit, REQUIRED, "--adapter a --train-embeddings")
     saved.settings = lambda: ADAPTER | {"method": "lora"}
-    args = resolve("--adapter", "a").args
+    args = resolve(REQUIRED, "--adapter a").args
     assert (args.method, args.alpha, args.learning_rate) == ("lora", 24, 2e-4)
     saved.settings = lambda: ADAPTER
     # The run that it began is resumed without it
-    write(resolve("--adapter", "a", "--output", tmp_path), tmp_path)
+    write(resolve(REQUIRED, "--adapter a --output", tmp_path), tmp_path)
     monkeypatch.setattr("mica.cli.adapt.saved_adapter.read", pytest.fail)
-    after = config.resolve(given("--output", tmp_path, "--resume"))
+    after = resolve("--resume --output", tmp_path)
     assert (after.args.adapter, after.args.alpha) == (Path("a"), 24)

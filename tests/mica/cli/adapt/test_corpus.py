@@ -2,7 +2,6 @@
 
 import re
 
-import datasets
 import pytest
 
 from mica.cli.adapt.corpus import Part, gather
@@ -12,11 +11,6 @@ from tests.support.adapt_runs import ROWS, write
 from tests.support.tiny_cli import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def settings(text, **changes):

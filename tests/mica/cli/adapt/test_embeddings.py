@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,19 +19,18 @@ from tests.support.adapt_runs import (
     weights,
     whole_embeddings,
 )
+from tests.support.processes import ROOT
 from tests.support.tables import rows
 from tests.support.tiny_cli import adapt, logits, tiny_llama
 
-ROOT = Path(__file__).resolve().parents[4]
 DEFAULT = {"train_embeddings": True, "embedding_learning_rate": 1e-3}
 
 
 def test_the_trainer_takes_both_rates(text_file, tmp_path):
     """Adam's first step is the rate itself, whatever the gradient."""
     base = saved(tiny_llama(), tmp_path / "base")
-    options = ["--steps", 1, "--scheduler", "constant", "--learning-rate", "1e-3"]
-    options += ["--train-embeddings", "--embedding-learning-rate", "3e-4"]
-    assert adapt(base, text_file, tmp_path / "out", *options) == 0
+    rates = "--learning-rate 1e-3 --train-embeddings --embedding-learning-rate 3e-4"
+    assert adapt(base, text_file, tmp_path / "out", "--steps 1 --scheduler constant", rates) == 0
     found = embeddings.find(AutoModelForCausalLM.from_pretrained(base))
     for name, weight in whole_embeddings(tmp_path / "out").items():
         assert (weight - found[name].weight).abs().max().item() == pytest.approx(3e-4, rel=1e-2)
@@ -42,17 +40,6 @@ def test_the_trainer_takes_both_rates(text_file, tmp_path):
     without = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     with pytest.raises(UsageError, match="--optimizer some: cannot give embeddings a learning rate"):
         embeddings.separate(without, model, 0.1, "some")
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_over_a_quantised_base(kind, text_file, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    base = saved(tiny_llama(), tmp_path / "base")
-    options = ["--train-embeddings", "--quantize", kind, "--dtype", "float32"]
-    assert adapt(base, text_file, tmp_path / "out", *options) == 0
-    trained = whole_embeddings(tmp_path / "out")
-    for name, module in embeddings.find(tiny_llama()).items():
-        assert not torch.equal(trained[name], module.weight)
 
 
 def test_16_bit_base():
@@ -91,7 +78,7 @@ def test_adapters_of_other_modules(changes, model, message, tmp_path):
 
 
 def test_the_table_of_the_readme_is_the_committed_run():
-    page = (ROOT / "mica/cli/README.md").read_text(encoding="utf-8")
+    page = (ROOT / "mica/cli/README.md").read_text()
     for kind in ("without", "with"):
         made = summary(ROOT / "bench/results/2026-11-27-embeddings" / kind)
         assert made["settings"].get("train_embeddings", False) == (kind == "with")

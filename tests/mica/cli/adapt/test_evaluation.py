@@ -12,18 +12,14 @@ from tests.support.adapt_runs import blocks
 from tests.support.tiny_cli import tiny_llama
 
 
-def logits_of(model, ids, **more):
-    with torch.no_grad():
-        return model(ids, **more).logits
-
-
+@torch.no_grad()
 def by_hand(model, documents):
     """Token by token: p(token | those before it in the document)."""
     total = 0.0
     count = 0
     for document in documents:
         for position in range(1, len(document)):
-            scores = logits_of(model, document[None, :position])[0, -1].double()
+            scores = model(document[None, :position]).logits[0, -1].double()
             total -= (scores - scores.logsumexp(0))[document[position]].item()
             count += 1
     return total, count
@@ -47,10 +43,11 @@ def test_perplexity_by_hand(batch_size, documents, monkeypatch):
     assert model.training
 
 
+@torch.no_grad()
 def test_perplexity_takes_the_loss_in_fp32():
     model = tiny_llama().bfloat16()
     ids = torch.arange(64).view(2, 32)
-    scores = logits_of(model, ids)[:, :-1].double().log_softmax(-1)
+    scores = model(ids).logits[:, :-1].double().log_softmax(-1)
     expected = -scores.gather(-1, ids[:, 1:, None]).mean()
     data = [{"input_ids": row, "labels": row} for row in ids]
     assert likelihood(model, data, 2).perplexity == pytest.approx(expected.exp().item(), rel=1e-6)

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from transformers import SchedulerType
 
-from mica.cli import main, parser
+from mica.cli import parser
 from mica.cli.adapt.options import OPTIONS, SCHEDULERS, TABLE
 from mica.cli.arguments import a_name, a_path, a_source
+from tests.support.tiny_cli import mica
 
 ANY_STRING = (a_name, a_path, a_source)
 # Values that the parser refuses. The other options take any string: test_refusals.py has theirs.
@@ -36,7 +37,7 @@ BAD = [*_SOME.split(), *(_plainly_bad(option) for option in OPTIONS.values())]
 def test_bad_value(bad, capsys):
     name, _, value = bad.partition("=")
     flag = OPTIONS[name].flag
-    assert main(["adapt", "--model=x", "--text=x", "--output=x", f"{flag}={value}"]) == 2
+    assert mica("adapt --model=x --text=x --output=x", f"{flag}={value}") == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
@@ -50,7 +51,7 @@ def test_schedulers_are_the_trainers():
 
 
 def test_help_has_every_option(capsys):
-    assert main(["adapt", "--help"]) == 0
+    assert mica("adapt --help") == 0
     lines = capsys.readouterr().out.splitlines()
     titles = [row for row in TABLE if isinstance(row, str)]
     assert [line[:-1] for line in lines if line[:-1] in titles] == titles

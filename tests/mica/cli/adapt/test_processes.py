@@ -18,26 +18,21 @@ from mica.cli.adapt.methods import METHODS
 from mica.cli.adapt.sources import find
 from mica.errors import UsageError
 from tests.support.adapt_runs import (
-    Process,
     corpus,
     fresh_state,  # noqa: F401 (a fixture)
+    in_two_processes,
     losses,
     run,
     run_sharded,
     run_signalled,
     same,
+    same_weights,
     settings,
     weights,
 )
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 
 pytestmark = pytest.mark.slow
-
-
-def two(function, *arguments, folder, statuses=(0, 0)):
-    started = Process(function, *arguments, count=2, folder=folder)
-    assert started.join() == list(statuses), started.errors()
-    return started
 
 
 def fail(failing):
@@ -49,7 +44,7 @@ def fail(failing):
 
 @pytest.mark.parametrize("failing", [[0, 1], [0], [1]])
 def test_an_error_is_printed_once(tmp_path, failing):
-    errors = two(fail, failing, folder=tmp_path, statuses=(2, 2)).errors()
+    errors = in_two_processes(fail, failing, folder=tmp_path, statuses=(2, 2)).errors
     assert errors == "error: --text x.csv: no\n"
 
 
@@ -63,7 +58,7 @@ def cannot_cache(path):
 
 def test_an_error_that_all_know_may_be_told_in_other_words(tmp_path):
     (tmp_path / "a.txt").write_text("a")
-    errors = two(cannot_cache, tmp_path / "a.txt", folder=tmp_path, statuses=(2, 2)).errors()
+    errors = in_two_processes(cannot_cache, tmp_path / "a.txt", folder=tmp_path, statuses=(2, 2)).errors
     assert errors.endswith(f"tokens cannot be cached in {tmp_path}: No space left on device\n")
     assert errors.count("\n") == 1
 
@@ -73,9 +68,8 @@ def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path, method):
     options = {"method": method, "dropout": 0.0, "steps": 12, "eval_steps": 6}
     data = corpus(30, retain=3)  # of an epoch's 30 blocks, 28 make whole batches
     alone = run(settings(tmp_path / "one", **options), data)
-    first, second = two(
-        run, settings(tmp_path / "two", batch_size=2, **options), data, folder=tmp_path
-    ).results()
+    both = settings(tmp_path / "two", batch_size=2, **options)
+    first, second = in_two_processes(run, both, data, folder=tmp_path).results
     assert first.history[:1] == second.history[:1]
     assert losses(first) == losses(second)
     assert dict(losses(first)) == pytest.approx(dict(losses(alone)), rel=1e-6)
@@ -94,14 +88,14 @@ def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path, method):
 def test_a_signal_stops_both_at_one_step(tmp_path):
     signum = signal.SIGTERM
     args = settings(tmp_path / "out", batch_size=2, save_steps=100)
-    started = two(run_signalled, args, signum, [4, None], folder=tmp_path)
-    first, second = started.results()
+    started = in_two_processes(run_signalled, args, signum, 0, 4, folder=tmp_path)
+    first, second = started.results
     assert first.interrupted == second.interrupted == signum
     assert first.steps == second.steps < 8
     assert checkpoints.latest(args.output) == args.output / f"checkpoint-{first.steps}"
-    assert started.errors().count("finishing this step") == 1
+    assert started.errors.count("finishing this step") == 1
     args.resume = True
-    assert [result.steps for result in two(run, args, folder=tmp_path).results()] == [10, 10]
+    assert [result.steps for result in in_two_processes(run, args, folder=tmp_path).results] == [10, 10]
 
 
 def full_disk(args):
@@ -120,7 +114,7 @@ def full_disk(args):
 
 def test_what_one_process_cannot_write_stops_both(tmp_path):
     args = settings(tmp_path / "out", batch_size=2)
-    errors = two(full_disk, args, folder=tmp_path, statuses=(2, 2)).errors()
+    errors = in_two_processes(full_disk, args, folder=tmp_path, statuses=(2, 2)).errors
     (line,) = [line for line in errors.splitlines() if "error" in line]
     assert "checkpoint-10 cannot be written: No space left on device; the last complete checkpoint is" in line
     assert [path.name for path in checkpoints.folders(args.output)] == ["checkpoint-5"]
@@ -129,15 +123,17 @@ def test_what_one_process_cannot_write_stops_both(tmp_path):
 def test_a_lost_process_is_one_line_and_costs_nothing_but_time(tmp_path):
     options = {"batch_size": 2, "dropout": 0.1, "eval_steps": 4, "keep_best": True}
     args = settings(tmp_path / "out", **options)
-    errors = two(run_signalled, args, signal.SIGKILL, [None, 8], folder=tmp_path, statuses=(2, -9)).errors()
+    errors = in_two_processes(
+        run_signalled, args, signal.SIGKILL, 1, 8, folder=tmp_path, statuses=(2, -9)
+    ).errors
     assert errors.splitlines()[-1] == (
         f"error: another process died; the last complete checkpoint is {args.output}/checkpoint-5 "
         "(--resume continues from it)"
     )
     assert "Traceback" not in errors
     args.resume = True
-    resumed = two(run, args, folder=tmp_path).results()[0]
-    whole = two(run, settings(tmp_path / "whole", **options), folder=tmp_path).results()[0]
+    resumed = in_two_processes(run, args, folder=tmp_path).results[0]
+    whole = in_two_processes(run, settings(tmp_path / "whole", **options), folder=tmp_path).results[0]
     assert dict(losses(resumed)) == pytest.approx(dict(losses(whole)), rel=1e-6)
     assert (resumed.tokens, resumed.adapter_step) == (whole.tokens, whole.adapter_step)
     for name, weight in weights(tmp_path / "whole").items():
@@ -146,13 +142,19 @@ def test_a_lost_process_is_one_line_and_costs_nothing_but_time(tmp_path):
 
 def test_all_stop_at_the_same_step_and_the_best_is_written(tmp_path):
     """On four blocks by heart, so that the held-out ones get worse from the start."""
-    options = {"dropout": 0.0, "learning_rate": 0.1, "scheduler": "constant"}
-    options |= {"eval_steps": 1, "patience": 2, "keep_best": True}
+    options = {
+        "dropout": 0.0,
+        "learning_rate": 0.1,
+        "scheduler": "constant",
+        "eval_steps": 1,
+        "patience": 2,
+        "keep_best": True,
+    }
     args = settings(tmp_path / "out", batch_size=2, **options)
-    results = two(run, args, corpus(4), folder=tmp_path).results()
+    results = in_two_processes(run, args, corpus(4), folder=tmp_path).results
     results.append(run(settings(tmp_path / "one", **options), corpus(4)))
     assert [(result.steps, result.adapter_step) for result in results] == [(2, 1)] * 3
-    assert same(weights(args.output), weights(args.output / "checkpoint-1"))
+    assert same_weights(args.output, args.output / "checkpoint-1")
 
 
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
@@ -160,7 +162,7 @@ def test_all_stop_at_the_same_step_and_the_best_is_written(tmp_path):
 def test_fsdp2(tmp_path, kind, more):
     """The last checkpoint follows an evaluation, which leaves the output layer unsharded."""
     args = settings(tmp_path / "out", batch_size=2, dropout=0.0, eval_steps=5, **more)
-    whole = two(run_sharded, kind, args, folder=tmp_path).results()[0]
+    whole = in_two_processes(run_sharded, kind, args, folder=tmp_path).results[0]
     assert checkpoints.facts(args.output / "checkpoint-10")["engine"] == "FSDP"
     alone = run(settings(tmp_path / "one", dropout=0.0, eval_steps=5, **more))
     assert dict(losses(whole)) == pytest.approx(dict(losses(alone)), rel=1e-4 if more else 1e-6)
@@ -174,7 +176,7 @@ def test_fsdp2(tmp_path, kind, more):
 
     shutil.rmtree(args.output / "checkpoint-10")  # as if the run had been killed before it
     args.resume = True
-    resumed = two(run_sharded, kind, args, folder=tmp_path).results()[0]
+    resumed = in_two_processes(run_sharded, kind, args, folder=tmp_path).results[0]
     assert losses(resumed) == losses(whole)
     assert same(weights(args.output), adapter)
 
@@ -194,7 +196,6 @@ print(faults[-1])
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_what_a_step_has_freed_serves_the_next_one():
     """Of 16,384 pages."""

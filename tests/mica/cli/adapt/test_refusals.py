@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, T5Config
 
 import mica
-from mica.cli import main
+from mica import cli
 from mica.cli.adapt.config import STARTING
 from mica.cli.adapt.options import OPTIONS
 from tests.support.adapt_runs import edit_json, saved
@@ -24,46 +24,32 @@ def out(tmp_path):
 
 
 @pytest.fixture
-def refused(capsys, out, text_file, model_dir):
+def refused(refused, capsys, out, text_file, model_dir):
     """``refused(part, ..., options=...)`` runs the command: one line with all parts, nothing in ``out``.
 
     ``quiet``: the error is the only line; else progress bars of earlier stages came before it.
     """
 
-    def check(*parts, model=model_dir, text=text_file, output=out, options=(), quiet=True, run=adapt):
+    def check(*parts, model=model_dir, text=text_file, output=out, options=(), quiet=True):
         capsys.readouterr()
-        assert run(model, text, output, *options) == 2
-        captured = capsys.readouterr()
-        lines = captured.err.replace("\r", "\n").removeprefix(f"{STARTING}\n").splitlines()
-        errors = [line for line in lines if "error: " in line]
-        assert len(errors) == 1, captured.err
-        assert errors == lines[-1:]
-        assert errors[0].startswith("mica adapt: error: ")
-        assert "Traceback" not in captured.err
-        if quiet:  # else the lines about the data came before it
-            assert (captured.out, lines) == ("", errors)
-        for part in parts:
-            assert str(part) in errors[0]
+        said = refused(adapt(model, text, output, *options), *parts)
+        assert not quiet or said.removeprefix(f"{STARTING}\n").count("\n") == 1
         assert not out.is_dir()
 
     return check
 
 
-def test_missing_argument_and_version(refused, capsys):
-    refused("--text", run=lambda *_: main(["adapt", "--model", "x", "--output", "y"]))
-    assert main(["--version"]) == 0
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"mica {mica.__version__}\n"
 
 
 @pytest.mark.parametrize(
     ("backend", "message"),
-    [
-        ("cuda", "MICA_BACKEND must be one of auto, triton, reference, but it is 'cuda'."),
-        (
-            "triton",
-            "MICA_BACKEND=triton demands Triton kernels, but there are none here: on a CPU",
-        ),
-    ],
+    rows("""
+cuda => MICA_BACKEND must be one of auto, triton, reference, but it is 'cuda'.
+triton => MICA_BACKEND=triton demands Triton kernels, but there are none here: on a CPU
+"""),
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_backend_that_is_not_available(backend, message, refused, monkeypatch):
@@ -72,20 +58,14 @@ def test_backend_that_is_not_available(backend, message, refused, monkeypatch):
     refused(message)
 
 
-@pytest.mark.parametrize("model", ["./nowhere", "nowhere/model.gguf", "nobody/no-such-model", "a/b/c", "~/x"])
+@pytest.mark.parametrize(
+    "model",
+    ["./nowhere", "nowhere/model.gguf", "nobody/no-such-model", "a/b/c", "~/x", "~no-user-is-called-so"],
+)
 def test_model_not_found(model, refused):
     unreachable = "no such folder, and the Hub cannot be reached: give a folder"
     reason = unreachable if model.startswith("nobody/") else "no such file or folder"
     refused(f"--model {model}: {reason}", model=model)
-
-
-def tiny_t5(path):
-    saved(T5ForConditionalGeneration(T5Config(vocab_size=257, d_model=8, d_kv=4, d_ff=8, num_layers=1)), path)
-
-
-def tiny_bert(path):
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    saved(BertForMaskedLM(BertConfig(vocab_size=257, **sizes)), path)
 
 
 def broken_weights(path):
@@ -123,14 +103,11 @@ NOT_CAUSAL = "not a causal language model"
         ("some.txt", lambda path: path.write_text(TEXT), "", True),
         ("broken", broken_weights, "its weights cannot be read: ", False),
         ("pickled", pickled_weights, "", False),
-        ("t5", tiny_t5, NOT_CAUSAL, True),
-        ("bert", tiny_bert, NOT_CAUSAL, True),
+        ("t5", T5Config().save_pretrained, NOT_CAUSAL, True),
+        ("bert", BertConfig(architectures=["BertForMaskedLM"]).save_pretrained, NOT_CAUSAL, True),
         ("headless", lambda path: saved(tiny_llama().model, path), NOT_CAUSAL, False),
         ("adapter", lambda path: adapter_of(None, path), "is an adapter, not a model", True),
-        (
-            *("adapter", lambda path: adapter_of("some/model", path)),
-            *("is an adapter for some/model, not a model", True),
-        ),
+        ("adapter", lambda path: adapter_of("a/b", path), "is an adapter for a/b, not a model", True),
     ],
 )
 def test_bad_model(name, make, message, quiet, refused, tmp_path, capsys):
@@ -138,11 +115,8 @@ def test_bad_model(name, make, message, quiet, refused, tmp_path, capsys):
     make(path)
     refused(f"--model {path}: ", message, model=path, quiet=quiet)
     if name == "adapter":
-        assert main(["inspect", str(path)]) == 2
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err.startswith(f"mica inspect: error: {path}: {message}")
-        assert captured.err.count("\n") == 1
+        assert cli.main(["inspect", str(path)]) == 2
+        assert capsys.readouterr().err.startswith(f"mica inspect: error: {path}: {message}")
 
 
 @pytest.mark.parametrize(
@@ -178,14 +152,14 @@ def test_remote_code_only_with_the_flag(remote_code, refused, tmp_path, out, tex
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("prompted on the terminal"))
     refused("custom code", "--trust-remote-code", model=remote_code)
     assert not (tmp_path / "mark").exists()
-    assert adapt(remote_code, text_file, out, "--trust-remote-code", "--steps", 1) == 0
+    assert adapt(remote_code, text_file, out, "--trust-remote-code --steps 1") == 0
     assert (tmp_path / "mark").exists()
 
 
 def test_output_cannot_be_a_folder(refused, text_file, model_dir):
     for output in (text_file, text_file / "below", model_dir):
         refused(f"--output {output}: ", output=output)
-    assert text_file.read_text(encoding="utf-8") == TEXT
+    assert text_file.read_text() == TEXT
     if Path("/proc/self").exists():  # its folder looks writable
         refused("--output /proc/mica: ", "cannot be made: No such", output="/proc/mica", quiet=False)
         assert not Path("/proc/mica").exists()
@@ -200,7 +174,7 @@ def test_missing_library(module, refused, monkeypatch):
 
 def test_missing_bitsandbytes(refused, monkeypatch):
     monkeypatch.setattr("mica.cli.adapt.base.is_bitsandbytes_available", lambda: False)
-    refused("--quantize nf4: needs bitsandbytes", options=["--quantize", "nf4"])
+    refused("--quantize nf4: needs bitsandbytes", options=["--quantize nf4"])
 
 
 # Options that take any string, a bad value of them, and what the message has besides these two
@@ -223,6 +197,7 @@ output => FILE => exists and is not a folder
 config => nowhere.yaml => cannot be read
 rank => 17 => model.layers.0.self_attn.k_proj has 16 x 32 weights, so at most 16
 sequence_length => 129 => 128
+experts =>  => --experts: LlamaForCausalLM has no experts
 """
 
 
@@ -230,6 +205,7 @@ sequence_length => 129 => 128
 def test_bad_value(name, value, message, refused, tmp_path):
     path = tmp_path / "rows.jsonl"
     lines = (json.dumps({"text": TEXT[index:]}) for index in range(20))
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    path.write_text("".join(f"{line}\n" for line in lines))
     flag, value = OPTIONS[name].flag, value.replace("FILE", __file__)
-    refused(flag if name == "text_field" else f"{flag} {value}", message, text=path, options=[flag, value])
+    start = flag if name == "text_field" else f"{flag} {value}".strip()
+    refused(start, message, text=path, options=[flag, value])

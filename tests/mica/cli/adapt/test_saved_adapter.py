@@ -22,10 +22,21 @@ def folder(tmp_path):
     return tmp_path / "adapter"
 
 
+def refused(path, message):
+    with pytest.raises(UsageError, match=message):
+        saved_adapter.read(path)
+
+
 def test_settings_of_an_adapter(folder):
-    expected = {"rank": 4, "alpha": 8, "target_modules": "down_proj,q_proj", "experts": None, "dropout": 0.0}
-    expected |= {"method": "mica", "train_embeddings": None}
-    assert saved_adapter.read(folder).settings() == expected
+    assert saved_adapter.read(folder).settings() == {
+        "method": "mica",
+        "rank": 4,
+        "alpha": 8,
+        "target_modules": "down_proj,q_proj",
+        "experts": None,
+        "dropout": 0.0,
+        "train_embeddings": None,
+    }
     edit_json(folder / CONFIG, target_modules=r".*layers\.1.*(q_proj|down_proj)")
     names = saved_adapter.read(folder).settings()["target_modules"]
     assert names.split(",")[0] == "model.layers.0.mlp.down_proj"  # what has weights, whatever the pattern
@@ -53,26 +64,20 @@ def test_no_mica_adapter(content, message, folder):
     (folder / CONFIG).unlink()
     if content is not None:
         (folder / CONFIG).write_text(content)
-    with pytest.raises(UsageError, match=f"^--adapter {folder}: .*{message}"):
-        saved_adapter.read(folder)
+    refused(folder, f"^--adapter {folder}: .*{message}")
 
 
 @pytest.mark.parametrize("name", ["r", "lora_alpha"])
 @pytest.mark.parametrize("value", ["x", None, 0, [4]])
 def test_a_value_that_is_no_number(name, value, folder):
     edit_json(folder / CONFIG, **{name: value})
-    with pytest.raises(
-        UsageError, match=f"^--adapter {folder}: adapter_config.json: {name} must be a number"
-    ):
-        saved_adapter.read(folder)
+    refused(folder, f"^--adapter {folder}: adapter_config.json: {name} must be a number")
 
 
 def test_no_folder_and_no_weights(folder):
-    with pytest.raises(UsageError, match=r"safetensors: is a file; give the folder of the adapter$"):
-        saved_adapter.read(folder / WEIGHTS)
+    refused(folder / WEIGHTS, "safetensors: is a file; give the folder of the adapter$")
     (folder / WEIGHTS).unlink()
-    with pytest.raises(UsageError, match=r"has no adapter_model.safetensors"):
-        saved_adapter.read(folder)
+    refused(folder, "has no adapter_model.safetensors")
 
 
 def test_weights_that_are_broken_or_lack_a_factor(folder):
@@ -80,11 +85,9 @@ def test_weights_that_are_broken_or_lack_a_factor(folder):
     weights = load_file(folder / WEIGHTS)
     del weights[next(name for name in weights if "lora_B" in name)]
     save_file(weights, folder / WEIGHTS)
-    with pytest.raises(UsageError, match=r"is incomplete: .* has only A or only B"):
-        saved_adapter.read(folder)
+    refused(folder, "is incomplete: .* has only A or only B")
     (folder / WEIGHTS).write_bytes(b"half a file")
-    with pytest.raises(UsageError, match="cannot be read"):
-        saved_adapter.read(folder)
+    refused(folder, "cannot be read")
 
 
 def add(folder, name: str, *shape: int) -> None:

@@ -8,15 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
 from mica.cli.adapt import checkpoints, session
 from mica.cli.adapt.summary import as_text
 from mica.cli.record import NAME
-from tests.support.adapt_runs import command, log_of, resume, same, saved, summary, unfinished, weights
-from tests.support.faults import FULL
-from tests.support.tiny_cli import TEXT, adapt
+from tests.support.adapt_runs import (
+    log_of,
+    resume,
+    same,
+    same_weights,
+    saved,
+    sibling,
+    summary,
+    unfinished,
+    weights,
+)
+from tests.support.faults import fill_disk_for
+from tests.support.tiny_cli import TEXT, adapt, mica, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +33,7 @@ def rows(tmp_path_factory):
     """300 documents, one a line."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     lines = (json.dumps({"id": n, "text": TEXT[31 * n : 31 * n + 60 + n]}) for n in range(300))
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    path.write_text("".join(f"{line}\n" for line in lines))
     return path
 
 
@@ -33,8 +42,8 @@ def paper(model_dir, rows, tmp_path_factory):
     """One run by the paper's recipe with all that can be measured, shared by the tests that read it."""
     output = tmp_path_factory.mktemp("paper") / "run"
     (output.parent / "general.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    options = ["--recipe", "paper", "--save-steps", 4, "--eval-steps", 6, "--log-steps", 3]
-    assert adapt(model_dir, rows, output, *options, "--retain", output.parent / "general.txt") == 0
+    options = "--recipe paper --save-steps 4 --eval-steps 6 --log-steps 3 --retain"
+    assert adapt(model_dir, rows, output, options, output.parent / "general.txt") == 0
     return output
 
 
@@ -44,7 +53,7 @@ def test_what_is_measured_is_written(paper):
     assert 1 < result["retain_before"] != result["retain_after"]
     assert log_of(paper)[-1]["eval_retain_perplexity"] == pytest.approx(result["retain_after"])
     assert [path.name for path in paper.glob(".*")] == [NAME]
-    card = (paper / "README.md").read_text(encoding="utf-8")
+    card = (paper / "README.md").read_text()
     assert f"{result['perplexity_after']:.2f}" in card
     assert "\nrecipe: paper\n" in card
 
@@ -62,7 +71,7 @@ def test_the_summary_counts_what_was_trained(paper, rows):
     risen = "held-out perplexity has risen: try a lower --learning-rate (now 0.02)"
     assert risen not in as_text(made)
     assert as_text(made | {"perplexity_after": 1e9}).endswith(risen)
-    texts = [json.loads(line)["text"] for line in rows.read_text(encoding="utf-8").splitlines()]
+    texts = [json.loads(line)["text"] for line in rows.read_text().splitlines()]
     source = {"name": str(rows), "documents": 300, "tokens": len("".join(texts)) + 300, "skipped": 0}
     assert made["sources"] == [source]
     assert made["epochs"] == 12 * 2 / made["blocks"]
@@ -70,38 +79,36 @@ def test_the_summary_counts_what_was_trained(paper, rows):
     assert made["dtype"] == "float32"
 
 
-def test_a_finished_run_replaces_what_it_wrote_last_and_nothing_else(paper, tmp_path, capsys):
+def test_a_finished_run_replaces_what_it_wrote_last_and_nothing_else(paper, tmp_path, refused, capsys):
     output = tmp_path / "out"
     shutil.copytree(paper, output)
-    page, card = output / "README.md", (paper / "README.md").read_text(encoding="utf-8")
+    page, card = output / "README.md", (paper / "README.md").read_text()
     assert resume(output) == 0
     made, said = summary(paper), capsys.readouterr()
     assert "it stays as it is" not in said.err
     change = f"{made['perplexity_before']:.2f} -> {made['perplexity_after']:.2f}"
     for part in (f"{made['epochs']:.3g} epochs, 768 tokens", "512 of", change, str(output)):
         assert part in said.out
-    page.write_text("mine", encoding="utf-8")
+    page.write_text("mine")
     assert resume(output) == 0
     said = f"mica: note: {page} is not what mica has written there: it stays as it is\n"
     assert capsys.readouterr().err.count(said) == 1
-    assert page.read_text(encoding="utf-8") == "mine"
+    assert page.read_text() == "mine"
     page.unlink()
-    (output / "tokenizer.json").write_text("mine", encoding="utf-8")
-    assert resume(output) == 2
+    (output / "tokenizer.json").write_text("mine")
     said = f"{output}/tokenizer.json is not what mica has written there: move it away; the last complete"
-    assert f"--output {output}: the adapter cannot be written: {said}" in capsys.readouterr().err
-    assert (output / "tokenizer.json").read_text(encoding="utf-8") == "mine"
-    assert same(weights(paper), weights(output))
+    refused(resume(output), f"--output {output}: the adapter cannot be written: {said}")
+    assert same_weights(paper, output)
     (output / "tokenizer.json").unlink()
     assert resume(output) == 0
-    assert page.read_text(encoding="utf-8").startswith(card[:100])
+    assert page.read_text().startswith(card[:100])
 
 
 def test_run_yaml_repeats_the_run(paper, tmp_path, capsys, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert command("--config", paper / "run.yaml", "--output", tmp_path / "again") == 0
-    assert same(weights(paper), weights(tmp_path / "again"))
+    assert mica("adapt --config", paper / "run.yaml", "--output", tmp_path / "again") == 0
+    assert same_weights(paper, tmp_path / "again")
     said = capsys.readouterr()
     assert "note: " not in said.err
     seen = f"{summary(paper)['epochs']:.3g} epochs"
@@ -110,56 +117,39 @@ def test_run_yaml_repeats_the_run(paper, tmp_path, capsys, monkeypatch):
 
 
 def edit(path: Path, *changes: tuple[str, str]) -> None:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text()
     for old, new in changes:
         assert old in text
         text = text.replace(old, new)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text)
 
 
-def refused(capsys, output: Path, *parts: object) -> None:
-    """``--resume`` ends with one line, and the checkpoints stay."""
-    before = [path.name for path in checkpoints.folders(output)]
-    capsys.readouterr()
-    assert resume(output) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("mica adapt: error: --resume: ")
-    for part in parts:
-        assert str(part) in error
-    assert [path.name for path in checkpoints.folders(output)] == before
-
-
-def change_weights(file: Path) -> None:
-    save_file({name: weight * 1.01 for name, weight in load_file(file).items()}, file, {"format": "pt"})
-
-
-def test_resume_over_other_base_weights_is_refused(paper, model_dir, tmp_path, capsys):
+def test_resume_over_other_base_weights_is_refused(paper, model_dir, tmp_path, refused):
     """A base that has only been moved goes on, wherever run.yaml says that it is now."""
     base = shutil.copytree(model_dir, tmp_path / "base")
     output = unfinished(paper, tmp_path / "out")
     edit(output / "run.yaml", (str(model_dir), str(base)))
-    change_weights(base / "model.safetensors")
-    refused(capsys, output, "checkpoint-8 was written with base_weights ", "(now ", "Put the base of the run")
+    saved(sibling(tiny_llama()), base)
+    refused(resume(output), "checkpoint-8 was written with base_weights ", "(now ", "Put the base of the run")
     shutil.copy(model_dir / "model.safetensors", base)
     assert resume(output) == 0
-    assert same(weights(paper), weights(output))
+    assert same_weights(paper, output)
 
 
-def test_resume_after_run_yaml_was_edited_is_refused(paper, tmp_path, capsys):
+def test_resume_after_run_yaml_was_edited_is_refused(paper, tmp_path, refused, capsys):
     output = unfinished(paper, tmp_path / "out")
     changes = [("learning_rate: 0.02", "learning_rate: 0.5"), ("seed: 0", "seed: 1")]
     edit(output / "run.yaml", *changes, ("log_steps: 3", "log_steps: 4"))  # the last may change
-    refused(
-        capsys,
-        output,
-        "with learning_rate 0.02 (now 0.5), seed 0 (now 1): continuing would be another training run",
-    )
+    before = checkpoints.folders(output)
+    said = "with learning_rate 0.02 (now 0.5), seed 0 (now 1): continuing would be another training run"
+    refused(resume(output), "error: --resume: ", said)
+    assert checkpoints.folders(output) == before
     edit(output / "run.yaml", *((new, old) for old, new in changes), ("log_steps", "# mine\nlog_steps"))
     assert resume(output) == 0
     note = f"mica: note: {output}/run.yaml is not what mica has written there: it stays as it is\n"
     assert note in capsys.readouterr().err
-    assert "# mine" in (output / "run.yaml").read_text(encoding="utf-8")
-    assert same(weights(paper), weights(output))
+    assert "# mine" in (output / "run.yaml").read_text()
+    assert same_weights(paper, output)
 
 
 @pytest.mark.parametrize("again", [True, False])
@@ -170,11 +160,11 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(paper, ro
     for name in ("run.yaml", NAME):
         shutil.copy(paper / name, output)
     if again:
-        assert command("--config", paper / "run.yaml", "--output", output) == 0
+        assert mica("adapt --config", paper / "run.yaml", "--output", output) == 0
     else:
         assert resume(output) == 0
         assert "has no complete checkpoint yet: the run starts from its begin" in capsys.readouterr().err
-    assert same(weights(paper), weights(output))
+    assert same_weights(paper, output)
 
 
 def test_a_signal_before_the_training_ends_it_at_once(model_dir, rows, tmp_path, capsys, monkeypatch):
@@ -215,7 +205,7 @@ def test_an_output_folder_in_the_text_is_no_text(model_dir, tmp_path, capsys):
     """Beside a text whose name is not UTF-8, which card and run.yaml show."""
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text(TEXT)
     output = tmp_path / "out"
-    assert adapt(model_dir, tmp_path, output, "--steps", 4, "--save-steps", 2) == 0
+    assert adapt(model_dir, tmp_path, output, "--steps 4 --save-steps 2") == 0
     before = weights(output)
     (output / "summary.json").unlink()
     shutil.rmtree(output / "checkpoint-4")
@@ -224,13 +214,12 @@ def test_an_output_folder_in_the_text_is_no_text(model_dir, tmp_path, capsys):
 
 
 def test_a_folder_where_another_run_writes_or_has_written_since_the_first_look_is_refused(
-    model_dir, rows, tmp_path, monkeypatch, capsys
+    model_dir, rows, tmp_path, monkeypatch, refused
 ):
     output = tmp_path / "out"
     exclusive = session.exclusive
     with exclusive(output):
-        assert adapt(model_dir, rows, output) == 2
-    assert "another command writes to it" in capsys.readouterr().err
+        refused(adapt(model_dir, rows, output), "another command writes to it")
 
     def later(output):
         output.mkdir()
@@ -238,46 +227,37 @@ def test_a_folder_where_another_run_writes_or_has_written_since_the_first_look_i
         return exclusive(output)
 
     monkeypatch.setattr(session, "exclusive", later)
-    assert adapt(model_dir, rows, output) == 2
-    assert "is not empty: choose another folder, or use --resume" in capsys.readouterr().err
+    refused(adapt(model_dir, rows, output), "is not empty: choose another folder, or use --resume")
     assert (output / "run.yaml").read_text() == "another run's"
 
 
-def test_packing_where_documents_cannot_be_kept_apart(rows, tmp_path, capsys):
+def test_packing_where_documents_cannot_be_kept_apart(rows, tmp_path, refused, capsys):
     """In a model whose positions follow from the attention mask."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 1}
     config = OPTConfig(vocab_size=257, num_attention_heads=2, max_position_embeddings=128, **sizes)
     opt = saved(OPTForCausalLM(config), tmp_path / "opt")
-    assert adapt(opt, rows, tmp_path / "refused", "--packing", "documents") == 2
-    assert "--packing documents: the attention of OPTForCausalLM does not stay" in capsys.readouterr().err
-    assert adapt(opt, rows, tmp_path / "out", "--steps", 3) == 0
+    said = "--packing documents: the attention of OPTForCausalLM does not stay"
+    refused(adapt(opt, rows, tmp_path / "refused", "--packing documents"), said)
+    assert adapt(opt, rows, tmp_path / "out", "--steps 3") == 0
     assert "note: packing is stream: the attention of OPTForCausalLM" in capsys.readouterr().err
     assert summary(tmp_path / "out")["settings"]["packing"] == "stream"
-    assert adapt(opt, rows, tmp_path / "given", "--steps", 3, "--packing", "stream") == 0
-    assert same(weights(tmp_path / "out"), weights(tmp_path / "given"))
+    assert adapt(opt, rows, tmp_path / "given", "--steps 3 --packing stream") == 0
+    assert same_weights(tmp_path / "out", tmp_path / "given")
 
 
 @pytest.mark.parametrize("name", ["summary.json", "README.md"])
 def test_what_cannot_be_written_after_the_training_is_said_beside_what_is_there(
-    paper, tmp_path, capsys, name
+    paper, tmp_path, refused, name
 ):
     output = unfinished(paper, tmp_path / "run", last=12)
-    replace = os.replace
-
-    def full(source, target):
-        if Path(target) == output / name:
-            raise FULL
-        replace(source, target)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", full)
-        assert resume(output) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line == (
-        f"mica adapt: error: --output {output / name}: cannot be written: No space left on device; "
-        f"the last complete checkpoint is {output}/checkpoint-12 (--resume continues from it)"
-    )
+        fill_disk_for(name, patch)
+        refused(
+            resume(output),
+            f"error: --output {output / name}: cannot be written: No space left on device; the last "
+            f"complete checkpoint is {output}/checkpoint-12 (--resume continues from it)",
+        )
     assert resume(output) == 0
     assert summary(output)["steps"] == 12
-    assert same(weights(output), weights(paper))
+    assert same_weights(output, paper)

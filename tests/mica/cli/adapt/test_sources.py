@@ -1,10 +1,7 @@
 """Every kind of text gives the same documents, and what is none is refused in one line."""
 
 import ast
-import bz2
-import gzip
 import json
-import lzma
 import os
 import re
 from pathlib import Path
@@ -17,11 +14,10 @@ import pytest
 
 from mica.cli.adapt.sources import find
 from mica.errors import UsageError
-from tests.support.adapt_runs import ROWS, compressed_by_zstandard, write
+from tests.support.adapt_runs import PACK, ROWS, write
 from tests.support.tables import rows
 
 TEXTS = [row["text"] for row in ROWS]
-PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": compressed_by_zstandard}
 
 
 def read(item, field=None, config=None) -> list[str]:
@@ -29,11 +25,14 @@ def read(item, field=None, config=None) -> list[str]:
     return ["".join(document) for document in source.documents(field)]
 
 
-NAMES = "a.jsonl a.ndjson a.json a.csv a.tsv a.parquet a.jsonl.gz a.json.xz a.csv.bz2 a.tsv.zst A.JSONL"
-ODD = "[a]*.csv [a]*.parquet x::a.jsonl zip:.csv simplecache::zip:.parquet"  # to some, patterns and addresses
+# The last are patterns and addresses to some libraries
+NAMES = """
+a.jsonl a.ndjson a.json a.csv a.tsv a.parquet a.jsonl.gz a.json.xz a.csv.bz2 a.tsv.zst A.JSONL
+[a]*.csv [a]*.parquet x::a.jsonl zip:.csv simplecache::zip:.parquet
+"""
 
 
-@pytest.mark.parametrize("name", [*NAMES.split(), *ODD.split()])
+@pytest.mark.parametrize("name", NAMES.split())
 def test_rows_are_documents(tmp_path, name):
     assert read(write(tmp_path / name, ROWS)) == TEXTS
 
@@ -42,7 +41,7 @@ def test_rows_are_documents(tmp_path, name):
 def test_a_text_file_is_one_document(tmp_path, name):
     text = "".join(TEXTS) * 2000  # several chunks; characters of several bytes at their ends
     data = b"\xef\xbb\xbf" + text.encode()
-    (tmp_path / name).write_bytes(gzip.compress(data, 1) if name.endswith("gz") else data)
+    (tmp_path / name).write_bytes(PACK[".gz"](data) if name.endswith("gz") else data)
     assert read(tmp_path / name) == [text.replace("\r\n", "\n")]
 
 
@@ -50,9 +49,9 @@ def test_a_folder_is_read_in_order(tmp_path):
     (tmp_path / "b").mkdir()
     write(tmp_path / "b" / "rows.jsonl", ROWS[:2])
     write(tmp_path / "c.csv", ROWS[2:4])
-    (tmp_path / "a.txt").write_text("first", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("first")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    (tmp_path / ".hidden.txt").write_text("hidden", encoding="utf-8")
+    (tmp_path / ".hidden.txt").write_text("hidden")
     assert read(tmp_path) == ["first", *TEXTS[:4]]
     assert find("--text", [tmp_path])[0].skipped == 1
 
@@ -139,22 +138,28 @@ def test_the_column(tmp_path, row, field, expected):
         assert read(write(tmp_path / name, [json.loads(row)] * 2), field or None) == [expected] * 2
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "expected"),
-    [
-        ("a.csv", "text,n\n007,1\nNA,2\n,3\n1 a,4\n", ["007", "NA", "", "1 a"]),
-        ("a.csv", "n,text\n1,a\n2\n", ["a", ""]),
-        ("a.csv", 'id;text\n1;"a;b"\n2;c, d\n', ["a;b", "c, d"]),
-        ("a.csv", '"id"\t"text"\n1\ta,b\n', ["a,b"]),
-        ("a.csv", ",text\n0,a b\n1,c\n", ["a b", "c"]),  # pandas writes a series so
-        ("a.jsonl", '{}\n{"id": "x"}\n{"id": "y", "text": "a"}\n', ["", "", "a"]),
-        ("a.jsonl", '{"text": "a"}\n' * 1000 + '{"new": 1}\n', ["a"] * 1000 + [""]),
-        ("a.jsonl", '{"text": "a", "m": null}\n\n{"m": {"x": [1]}, "text": "b"}\n{"n": 1}\n', ["a", "b", ""]),
-    ],
-)
+def content(text: str) -> bytes:
+    """That of a file, which ``text`` says as Python writes it."""
+    return ast.literal_eval(f"b'''{text}'''")
+
+
+# Name, content, and the documents with | between them; pandas writes a series as the fifth file
+COLUMNS = r"""
+a.csv => text,n\n007,1\nNA,2\n,3\n1 a,4\n => 007|NA||1 a
+a.csv => n,text\n1,a\n2\n => a|
+a.csv => id;text\n1;"a;b"\n2;c, d\n => a;b|c, d
+a.csv => "id"\t"text"\n1\ta,b\n => a,b
+a.csv => ,text\n0,a b\n1,c\n => a b|c
+a.jsonl => {}\n{"id": "x"}\n{"id": "y", "text": "a"}\n => ||a
+a.jsonl => {"text": "a", "m": null}\n\n{"m": {"x": [1]}, "text": "b"}\n{"n": 1}\n => a|b|
+"""
+LATE = ("a.jsonl", '{"text": "a"}\\n' * 1000 + '{"new": 1}', "a|" * 1000)
+
+
+@pytest.mark.parametrize(("name", "data", "expected"), [*rows(COLUMNS), LATE])
 def test_other_columns_do_not_matter_and_csv_is_text(tmp_path, name, data, expected):
-    (tmp_path / name).write_text(data, encoding="utf-8")
-    assert read(tmp_path / name) == expected
+    (tmp_path / name).write_bytes(content(data))
+    assert read(tmp_path / name) == expected.split("|")
 
 
 # Name, content as Python writes it, the column, and what the line says
@@ -173,9 +178,11 @@ a.txt => abc\0 =>  => not text: it contains a NUL character
 a.txt.gz => abc =>  => cannot be read: Not a gzipped file
 a.parquet => abc =>  => cannot be read: Parquet file size is 3 bytes
 """  # noqa: E501
-CASES = [(name, ast.literal_eval(f"b'''{data}'''"), *more) for name, data, *more in rows(CONTENTS)]
-CASES.append(("a.txt", b"abc" * 2**19 + b"\xc3", "", "cannot be read: 'utf-8' codec can't decode byte"))
-CASES.append(("a.parquet", [{"text": 1}], "", "column 'text' must have strings only"))
+CASES = [
+    *((name, content(data), *more) for name, data, *more in rows(CONTENTS)),
+    ("a.txt", b"abc" * 2**19 + b"\xc3", "", "cannot be read: 'utf-8' codec can't decode byte"),
+    ("a.parquet", [{"text": 1}], "", "column 'text' must have strings only"),
+]
 
 
 @pytest.mark.parametrize(("name", "data", "field", "message"), CASES)
@@ -204,19 +211,17 @@ def test_bad_names_are_refused(tmp_path):
     for name in ("a.docx", "a.gz", "folder/a.png"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "empty.txt").touch()
-    for name, message in {
-        "empty.txt": "the file is empty",
-        "a.docx": "unsupported file type '.docx'; supported: .txt",
-        "a.gz": "unsupported file type '.gz'",
-        "folder": "no text files in this folder",
-    }.items():
+    for name, message in rows("""
+empty.txt => the file is empty
+a.docx => unsupported file type '.docx'; supported: .txt
+a.gz => unsupported file type '.gz'
+folder => no text files in this folder
+"""):
         with pytest.raises(UsageError, match=re.escape(message)):
             find("--retain", [tmp_path / name])
 
 
 def test_datasets_that_cannot_be_had(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     what = "no such file or folder, and it cannot be loaded from the Hub: "
     with pytest.raises(UsageError, match=f"--text nobody/nothing: {what}") as caught:

@@ -72,7 +72,7 @@ def test_a_tokenizer_without_eos_and_a_large_vocabulary(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([f"<{n}>" for n in range(2**16)])
     tokenizer.eos_token = None
-    (tmp_path / "a.txt").write_text("ab<65535>c", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("ab<65535>c")
     result = tokenized(tmp_path / "a.txt", tokenizer)
     assert (result.ids[0].dtype, result.ids[0].max()) == (np.uint32, 256 + 2**16)
     assert documents(result) == oracle(["ab<65535>c"], tokenizer)
@@ -95,11 +95,8 @@ def test_the_key_is_the_content(tmp_path, path, monkeypatch):
     tokenizer = byte_tokenizer()
     first = documents(tokenized(path, tokenizer))
 
-    def call(self, *args, **options):
-        raise AssertionError("tokenised again")
-
     with monkeypatch.context() as poisoned:
-        poisoned.setattr(PreTrainedTokenizerFast, "__call__", call)
+        poisoned.setattr(PreTrainedTokenizerFast, "__call__", raising(AssertionError("tokenised again")))
         os.utime(path, (1, 1))
         path = path.rename(tmp_path / "b.jsonl")
         tokenizer.backend_tokenizer.enable_padding()  # what a call may have left

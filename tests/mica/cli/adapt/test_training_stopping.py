@@ -20,6 +20,7 @@ from tests.support.adapt_runs import (
     resume,
     run,
     same,
+    same_weights,
     settings,
     summary,
     train,
@@ -98,7 +99,7 @@ def test_the_adapter_is_that_of_the_best_step(scripted, tmp_path, more):
     scripted()
     args = settings(tmp_path / "best", **OPTIONS, **more, keep_best=True)
     trained = model(args)
-    result = train(trained, corpus(), args, None)
+    result = train(trained, corpus(), args)
     assert (result.steps, result.adapter_step, result.stopped_by) == (10, 4, None)
     assert steps(args.output) == [4, 9, 10]
     kept = weights(args.output / "checkpoint-4")
@@ -108,13 +109,13 @@ def test_the_adapter_is_that_of_the_best_step(scripted, tmp_path, more):
 
     last = run(settings(tmp_path / "last", **OPTIONS, **more))  # trained alike
     assert (last.adapter_step, steps(tmp_path / "last")) == (10, [9, 10])
-    assert same(weights(tmp_path / "last"), weights(args.output / "checkpoint-10"))
+    assert same_weights(tmp_path / "last", args.output / "checkpoint-10")
     assert not same(weights(tmp_path / "last"), kept)
     # a log closes the mean before each measurement, as that may become a checkpoint
     assert [step for step, _ in losses(result)] == [2, 3, 4, 6, 8, 9, 10]
 
 
-@pytest.mark.parametrize("signums", [[signal.SIGTERM], [signal.SIGINT] * 2], ids=["stopped", "killed"])
+@pytest.mark.parametrize("signums", [[signal.SIGTERM], [signal.SIGINT] * 2])
 @pytest.mark.parametrize("at", [6, 8])
 def test_resumed_it_has_the_same_best_and_ends_alike(scripted, tmp_path, signums, at):
     """8 is where the patience ends."""
@@ -137,8 +138,8 @@ def test_resumed_it_has_the_same_best_and_ends_alike(scripted, tmp_path, signums
     resumed = run(args)
     assert (resumed.steps, resumed.adapter_step, resumed.stopped_by) == (8, 4, unbroken.stopped_by)
     assert stopping.measured(resumed.history) == stopping.measured(unbroken.history)
-    assert same(weights(args.output), weights(tmp_path / "full"))
-    assert same(weights(args.output / "checkpoint-8"), weights(tmp_path / "full" / "checkpoint-8"))
+    assert same_weights(args.output, tmp_path / "full")
+    assert same_weights(args.output / "checkpoint-8", tmp_path / "full" / "checkpoint-8")
 
 
 def test_a_run_that_had_ended_is_not_trained_on(scripted, tmp_path, capsys):
@@ -158,7 +159,7 @@ def test_a_run_that_had_ended_is_not_trained_on(scripted, tmp_path, capsys):
     gone_on = run(args)
     assert [*stopping.measured(gone_on.history)] == [0, 2, 4, 6, 10]
     assert (gone_on.steps, run(settings(tmp_path / "full", **options)).steps) == (10, 10)
-    assert same(weights(args.output), weights(tmp_path / "full"))
+    assert same_weights(args.output, tmp_path / "full")
 
 
 def test_a_best_step_that_is_gone(scripted, tmp_path):
@@ -177,14 +178,14 @@ def test_a_best_step_that_is_gone(scripted, tmp_path):
     assert not (tmp_path / "adapter_model.safetensors").exists()
     args.keep_best = False
     assert run(args).adapter_step == 10
-    assert same(weights(tmp_path), weights(tmp_path / "checkpoint-10"))
+    assert same_weights(tmp_path, tmp_path / "checkpoint-10")
 
 
 def test_summary_card_and_adapter_are_of_the_best_step(scripted, model_dir, text_file, tmp_path, capsys):
     output = tmp_path / "out"
     scripted({0: 9.0, 3: 8.0, 6: 8.5, 9: 8.25}, {0: 20.0, 3: 19.0, 6: 18.0, 9: 17.0})
-    options = ["--eval-steps", 3, "--patience", 2, "--retain", text_file]
-    assert adapt(model_dir, text_file, output, *options) == 0
+    options = "--eval-steps 3 --patience 2 --retain"
+    assert adapt(model_dir, text_file, output, options, text_file) == 0
     made = summary(output)
     why = f"{PATIENCE} 8.00 of step 3"
     assert (made["steps"], made["adapter_step"], made["stopped_by"]) == (9, 3, why)
@@ -193,8 +194,8 @@ def test_summary_card_and_adapter_are_of_the_best_step(scripted, model_dir, text
     assert measured == pytest.approx([9.0, 8.0, 20.0, 19.0])
     said = f"of step 3, the best of those measured; stopped after step 9 by {why}"
     assert said in capsys.readouterr().out
-    assert f"\n\nThe adapter is {said}.\n" in (output / "README.md").read_text(encoding="utf-8")
-    assert same(weights(output), weights(output / "checkpoint-3"))
+    assert f"\n\nThe adapter is {said}.\n" in (output / "README.md").read_text()
+    assert same_weights(output, output / "checkpoint-3")
     assert resume(output) == 0
     assert summary(output)["adapter_step"] == 3
     state = output / "checkpoint-9" / "trainer_state.json"

@@ -65,9 +65,9 @@ class World(NamedTuple):
 WORLD = World()
 
 
-def simulate(asked: Comparison, world=WORLD, seconds=lambda planned: (2.0, 1.0, 0.1), stop=math.inf) -> dict:
+def simulate(asked: Comparison, seconds=lambda planned: (2.0, 1.0, 0.1), world=WORLD) -> dict:
     """All results of a comparison in which a training takes ``seconds(planned)``: (start, step, block)."""
-    while (planned := asked.next()) and len(asked.results) < stop:
+    while planned := asked.next():
         start, step, block = seconds(planned)
         took = start + planned.steps * step
         if planned.method == BASE or planned.phase > TRIAL:

@@ -2,19 +2,17 @@
 
 import math
 
-from mica.cli.compare import page
-from tests.mica.cli.compare.comparisons import LOSS, WORLD, World, comparison, simulate
+from mica.cli.compare import page, settings
+from tests.mica.cli.compare.comparisons import LOSS, SIZES, WORLD, World, comparison, simulate
 
-FACTS = {"model": "/home/me/a model", "text": ["/home/me/t.txt"], "retain": ["/home/me/r.txt"], "rank": 64}
-FACTS |= {"alpha": 64, "dropout": 0.0, "target_modules": "all-linear", "batch_size": 2, "eval_blocks": 64}
-FACTS |= {"sequence_length": 128, "optimizer": "adamw_torch", "scheduler": "linear", "warmup_ratio": 0.05}
-FACTS |= {"weight_decay": 0.0, "max_grad_norm": 1.0, "dtype": "float32", "blocks": 800}
-FACTS |= {"validation": 6, "test": 18, "retained": 10}
+GIVEN = {"model": "/home/me/a model", "text": ["/home/me/t.txt"], "retain": ["/home/me/r.txt"]}
+ARGS = settings.of_mica_adapt(settings.DEFAULTS | {"sequence_length": 128} | GIVEN, "unused").args
+FACTS = vars(ARGS) | SIZES | {"dtype": "float32", "blocks": 800}
 
 
 def done(world=WORLD, **more):
     asked = comparison(**more)
-    simulate(asked, world)
+    simulate(asked, world=world)
     return asked
 
 

@@ -35,14 +35,14 @@ def column(results, phase, name, method=None):
 def test_the_budget_is_held(seed):
     """Not above 1.1 of it, and not below 0.75 unless all that was wanted has run."""
     asked = comparison(budget=3600.0)
-    simulate(asked, World(), costs(seed))
+    simulate(asked, costs(seed))
     assert asked.spent() <= 1.1 * 3600
     assert asked.spent() >= 0.75 * 3600 or not asked.left()
     assert len(column(asked.results, RATES, "rate")) == 12
 
 
 def test_all_rates_are_tried_and_each_method_has_as_many_seeds_at_its_best():
-    results = simulate(comparison(longest=40), World(), costs(1))
+    results = simulate(comparison(longest=40), costs(1))
     for name in NAMES:
         assert sorted(column(results, RATES, "rate", name)) == [1e-3, 2e-3, 4e-3, 8e-3]
         assert column(results, SEEDS, "seed", name) == [1, 2]
@@ -99,12 +99,12 @@ def test_without_time_for_all_rates_a_budget_is_named_that_suffices():
         return 2.0, 1.0 if planned.phase == TRIAL else 3.0, 0.1
 
     asked = comparison(seeds=1, budget=1000.0)
-    simulate(asked, World(), seconds)
+    simulate(asked, seconds)
     assert asked.spent() <= 1000
     left = asked.left()
     assert {planned.phase for planned in left} == {RATES}
     more = asked._replace(budget=60.0 * asked.minutes_for(left))
-    simulate(more, World(), seconds)
+    simulate(more, seconds)
     assert not more.left()
 
 
@@ -118,19 +118,19 @@ def test_a_training_that_was_held_up_says_nothing_of_the_next_ones():
 
 def test_what_fails_is_not_gone_on_with():
     """A method that does not fit in memory is left out, and so are rates that diverge."""
-    results = simulate(comparison(), World(fails=("1-full", "2-mica-0.002")), costs(1))
+    results = simulate(comparison(), costs(1), World(fails=("1-full", "2-mica-0.002")))
     assert {*column(results, RATES, "method")} == {"mica", "lora"}
     assert {*column(results, SEEDS, "rate", "mica")} <= {1e-3, 4e-3}
     nothing = comparison()
-    simulate(nothing, World(fails=("1-",)))
+    simulate(nothing, world=World(fails=("1-",)))
     assert not nothing.left()
     assert not nothing.whole()
 
 
 def test_another_budget_adds_to_what_is_there_and_refuses_nothing():
     """Trainings of other lengths could not be compared with it."""
-    before = dict(simulate(comparison(budget=1200.0), World(), costs(1)))
-    more = simulate(comparison(dict(before), budget=3600.0, seeds=6), World(), costs(1))
+    before = dict(simulate(comparison(budget=1200.0), costs(1)))
+    more = simulate(comparison(dict(before), budget=3600.0, seeds=6), costs(1))
     assert before.items() <= more.items()
     assert len(column(more, SEEDS, "seed")) > len(column(before, SEEDS, "seed"))
     assert len({*column(more, RATES, "steps"), *column(more, SEEDS, "steps")}) == 1

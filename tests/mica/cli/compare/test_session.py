@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shlex
 import shutil
 from statistics import mean
@@ -12,20 +11,52 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mica.cli import main
 from mica.cli.adapt.methods import METHODS
 from mica.cli.compare import schedule, session, trainings
 from mica.cli.record import NAME
-from tests.mica.cli.compare.tiny_comparison import RATES, arguments, compare, results, untimed
-from tests.support.faults import FULL
+from tests.support.faults import fill_disk_for
 from tests.support.tables import rows
+from tests.support.tiny_cli import mica
+
+OPTIONS = "--methods mica lora --rates mica=0.02,0.05 lora=0.01,0.02 --rank 4 --sequence-length 32 --seeds 2"
+DOCUMENTS = [f"{n} times {n} is {n * n}; {n + 1} times {n + 1} is {(n + 1) ** 2}; " for n in range(0, 400, 2)]
+KEPT = [f"the quick brown fox jumps over {n} lazy dogs and runs away. " for n in range(60)]
+
+
+def compare(folder, model, *options, documents=DOCUMENTS, steps="--steps 8") -> int:
+    """Run the command in ``folder``: texts are written to it, and `out`; ``options`` come last and win."""
+    text, kept = folder / "text.jsonl", folder / "kept.jsonl"
+    for path, lines in ((text, documents), (kept, KEPT)):
+        path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    texts = "--text", text, "--retain", kept
+    return mica("compare --model", model, *texts, "--output", folder / "out", OPTIONS, steps, *options)
+
+
+def resume(output, *options) -> int:
+    return mica("compare --resume --output", output, *options)
+
+
+def results(output):
+    """What was measured, by the name of its file."""
+    return {path.stem: json.loads(path.read_text()) for path in (output / "runs").glob("*.json")}
+
+
+def untimed(output):
+    """What was measured, and the page, without seconds and folder: what must be the same again."""
+    found = results(output)
+    for result in found.values():
+        for name in [name for name in result if name.endswith("seconds") or name == "ended"]:
+            del result[name]
+    page = (output / "README.md").read_text().replace(str(output), "output")
+    return found, "\n".join(line for line in page.splitlines() if " minutes" not in line)
 
 
 @pytest.fixture(scope="module")
 def finished(model_dir, tmp_path_factory):
     """The folder of a comparison of all methods; not to be changed."""
     folder = tmp_path_factory.mktemp("comparison")
-    assert compare(folder, model_dir, folder / "out", "--methods", "dora", "full", *RATES) == 0
+    others = "--methods dora full --rates dora=0.01,0.02 full=0.001,0.002"
+    assert compare(folder, model_dir, others) == 0
     return folder / "out"
 
 
@@ -33,23 +64,6 @@ def finished(model_dir, tmp_path_factory):
 def copied(finished, tmp_path):
     """A copy of it."""
     return shutil.copytree(finished, tmp_path / "copy")
-
-
-@pytest.fixture
-def refused(capsys):
-    """Asserts that a command that ended with ``status`` was refused in one line, with all ``parts`` in it."""
-
-    def refused(status, *parts):
-        lines = capsys.readouterr().err.splitlines()
-        (line,) = [line for line in lines if line.startswith("mica compare: error")]
-        assert status == 2
-        assert [part for part in parts if part not in line] == []
-
-    return refused
-
-
-def resume(output, *options):
-    return main(["compare", "--output", str(output), "--resume", *options])
 
 
 def chosen(output, method):
@@ -61,7 +75,7 @@ def chosen(output, method):
 
 def test_the_page_and_what_was_measured(finished):
     found = results(finished)
-    assert {path.name for path in finished.iterdir()} == {*("settings.json", "runs", "README.md", NAME)}
+    assert {path.name for path in finished.iterdir()} == {"settings.json", "runs", "README.md", NAME}
     phases = [run["phase"] for run in found.values()]
     assert [phases.count(phase) for phase in (1, 2, 3)] == [5, 8, 4]
     sizes = {run["method"]: run["trained_parameters"] for run in found.values() if run["phase"] == 2}
@@ -79,7 +93,7 @@ def test_the_page_and_what_was_measured(finished):
 def test_the_command_on_the_page_trains_the_method_again(finished, tmp_path, method):
     commands = (finished / "README.md").read_text().split("```sh\n")[1].split("```")[0].splitlines()
     _, *words = shlex.split(commands[[*METHODS].index(method)])
-    assert main([*words[:-1], str(tmp_path / "run")]) == 0
+    assert mica(*words[:-1], tmp_path / "run") == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["settings"]["method"] == method
     losses = chosen(finished, method)[0]["losses"]
@@ -90,7 +104,7 @@ def test_the_command_on_the_page_trains_the_method_again(finished, tmp_path, met
 
 
 def test_a_rate_that_diverges_is_named_and_the_rest_goes_on(model_dir, tmp_path, capsys):
-    assert compare(tmp_path, model_dir, tmp_path / "out", "--rates", "mica=1e30") == 0
+    assert compare(tmp_path, model_dir, "--rates mica=1e30") == 0
     line = "mica, learning rate 1e+30, 8 steps, seed 0: diverged: a loss is not finite"
     assert line in capsys.readouterr().err
     text = (tmp_path / "out" / "README.md").read_text()
@@ -109,7 +123,7 @@ def test_a_method_that_runs_out_of_memory_is_left_out(model_dir, tmp_path, capsy
 
     output = tmp_path / "out"
     monkeypatch.setattr(trainings, "train", trained)
-    assert compare(tmp_path, model_dir, output) == 0
+    assert compare(tmp_path, model_dir) == 0
     assert "first steps of lora: out of memory" in capsys.readouterr().err
     text = (output / "README.md").read_text()
     assert "- `1-lora-0.01-4-0`: out of memory" in text
@@ -135,44 +149,29 @@ def test_a_method_that_runs_out_of_memory_is_left_out(model_dir, tmp_path, capsy
 """),
 )
 def test_mistakes_are_one_line(model_dir, tmp_path, refused, options, message):
-    refused(compare(tmp_path, model_dir, tmp_path / "out", *options.split()), message)
+    refused(compare(tmp_path, model_dir, options), message)
     assert not (tmp_path / "out").exists()  # so that the same command, corrected, is not refused
 
 
 @pytest.mark.parametrize(
     ("letters", "what"),
-    [
-        (40, "one training and one held-out block"),
-        (300, "32 tokens can be held out, too little for three"),
-    ],
+    rows("""
+40 => one training and one held-out block
+300 => 32 tokens can be held out, too little for three
+"""),
 )
 def test_of_a_short_text_a_smaller_sequence_length_is_named(model_dir, tmp_path, refused, letters, what):
-    argv = arguments(tmp_path, model_dir, tmp_path / "out")
-    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "x" * letters}))
-    refused(main(argv), "--text: ", what, "more text or a smaller --sequence-length helps")
+    status = compare(tmp_path, model_dir, documents=["x" * int(letters)])
+    refused(status, "--text: ", what, "more text or a smaller --sequence-length helps")
 
 
-def test_what_was_measured_is_kept_where_the_budget_does_not_suffice(
-    model_dir, tmp_path, refused, monkeypatch
-):
-    """And used with the budget that the message names; a smaller one is refused again, in no time."""
-    argv = arguments(tmp_path, model_dir, tmp_path / "out", "--budget", "0.01")
-    del argv[argv.index("--steps") : argv.index("--steps") + 2]
-    refused(
-        main(argv), "--budget 0.01: too short for 32 steps at each learning rate: --resume --budget 1 goes"
-    )
+def test_what_was_measured_is_kept_where_the_budget_does_not_suffice(model_dir, tmp_path, refused):
+    """A smaller one than the message names is refused again, in no time."""
+    status = compare(tmp_path, model_dir, "--budget 0.01", steps="")
+    refused(status, "--budget 0.01: too short for 32 steps at each learning rate: --resume --budget ")
     kept = results(tmp_path / "out")
     assert sorted(kept) == ["1-lora-0.01-4-0", "1-mica-0.02-4-0", "base"]
-    done = []
-
-    def stopped(self, planned):
-        done.append(planned.phase)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainings.Trainings, "make", stopped)
-    refused(resume(tmp_path / "out", "--budget", "0.02"), "--budget 0.02: too short for 32 steps")
-    assert resume(tmp_path / "out", "--budget", "60") == 130
-    assert done == [2]  # nothing of it is measured again
+    refused(resume(tmp_path / "out", "--budget 0.02"), "--budget 0.02: too short for 32 steps")
     assert results(tmp_path / "out") == kept
 
 
@@ -189,7 +188,7 @@ def test_a_budget_that_is_used_up_shows_what_there_is(model_dir, tmp_path, capsy
         session.time, "time", lambda: 800.0 * len(list((tmp_path / "out" / "runs").glob("2-*")))
     )
     output = tmp_path / "out"
-    assert compare(tmp_path, model_dir, output) == 0
+    assert compare(tmp_path, model_dir) == 0
     left = f"trainings of this kind left: 1; mica compare --output {output} --resume --budget "
     _, _, rest = capsys.readouterr().err.partition(left)
     assert "| LoRA |" in (output / "README.md").read_text()
@@ -204,7 +203,12 @@ def test_minutes_are_said_in_seconds():
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("2-mica-0.02-8-0", '{"phase": '), ("notes", '{"mine": 1}'), ("base", "[]")]
+    ("name", "text"),
+    rows("""
+2-mica-0.02-8-0 => {"phase":
+notes => {"mine": 1}
+base => []
+"""),
 )
 def test_a_file_that_is_no_result_is_one_line(copied, refused, name, text):
     (copied / "runs" / f"{name}.json").write_text(text)
@@ -217,7 +221,7 @@ def stopped(model_dir, tmp_path):
     model = shutil.copytree(model_dir, tmp_path / "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session.Comparison, "next", Mock(side_effect=KeyboardInterrupt))
-        assert compare(tmp_path, model, tmp_path / "out") == 130
+        assert compare(tmp_path, model) == 130
     return tmp_path / "out"
 
 
@@ -238,22 +242,11 @@ def test_another_text_is_refused(stopped, tmp_path, refused, option, file):
     refused(resume(stopped), f"{option}: its content is not what", "base.json was measured with")
 
 
-def test_the_same_model_and_texts_go_on(stopped):
-    assert resume(stopped) == 0
-
-
 @pytest.mark.parametrize("name", ["settings.json", "README.md"])
 def test_a_full_disk_is_one_line_and_what_is_missing_is_done_again(
     finished, copied, refused, monkeypatch, name
 ):
-    replace = os.replace
-
-    def full_disk(scratch, path):
-        if path.name == name:
-            raise FULL
-        return replace(scratch, path)
-
-    monkeypatch.setattr(os, "replace", full_disk)
+    fill_disk_for(name, monkeypatch)
     refused(resume(copied), f"{name}: cannot be written: No space left on device")
     monkeypatch.undo()
     for path in sorted((copied / "runs").glob("[23]*"))[::2]:  # as if it had been killed before these
@@ -275,7 +268,7 @@ def test_a_stop_says_how_to_go_on(model_dir, tmp_path, capsys, monkeypatch, meth
     monkeypatch.setattr(trainings.Trainings, "make", stopped)
     output = tmp_path / "out"
     is_kept = method != "base"
-    assert compare(tmp_path, model_dir, output) == 130
+    assert compare(tmp_path, model_dir) == 130
     assert output.exists() == is_kept
     said = capsys.readouterr().err
     line = f"mica compare: stopped; mica compare --output {output} --resume goes on\n"

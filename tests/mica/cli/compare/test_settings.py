@@ -31,27 +31,16 @@ def test_a_comparison_goes_on_with_its_settings(output):
             settings.resumed(output, other)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            '{"model": "m"}',
-            r"/settings\.json: this version of mica compare has not written it: put that back",
-        ),
-        (None, r"nothing to continue in .*: there is no settings\.json"),
-    ],
-)
-def test_settings_that_no_comparison_has_written_are_named(output, text, message):
-    (output / "settings.json").unlink()
-    if text is not None:
-        (output / "settings.json").write_text(text)
-    with pytest.raises(UsageError, match=message):
-        settings.resumed(output, {})
-
-
-def test_settings_of_another_version_are_named(output):
+def test_settings_that_this_version_has_not_written_are_named(output):
+    path = output / "settings.json"
     settings.write(output, {"some": "thing"})
-    with pytest.raises(UsageError, match=r"settings\.json: this version of mica compare has not written it"):
+    for edited in (False, True):
+        if edited:
+            path.write_text(json.dumps(GIVEN | {"rank": 4}))
+        with pytest.raises(UsageError, match=f"{path}: this version of mica compare has not written it: put"):
+            settings.resumed(output, {})
+    path.unlink()
+    with pytest.raises(UsageError, match=f"nothing to continue in {output}: there is no settings.json"):
         settings.resumed(output, {})
 
 
