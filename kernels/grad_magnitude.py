@@ -12,83 +12,64 @@ from torch import Tensor
 
 from mica.kernels import configs
 from mica.kernels.common import cast, ceil_div
-from mica.kernels.launching import Plan, Planned, launcher, strides
+from mica.kernels.launching import Plan, Planned, launcher
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _grad_magnitude_kernel(
     dy_ptr,  # (M, N)
     z_ptr,  # (M, N)
-    factor_ptr,  # (N)
+    factor_ptr,  # (N) fp32
     bias_ptr,  # (N), or None
     dz_ptr,  # (M, N)
-    sums_ptr,  # (tiles of rows, N) fp32, contiguous
+    sums_ptr,  # (tiles of rows, N) fp32
     num_rows,
     out_features,
-    stride_ym,
-    stride_yn,
-    stride_zm,
-    stride_zn,
-    stride_fn,
-    stride_cn,
-    stride_dm,
-    stride_dn,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    EVEN_N: tl.constexpr,
 ):
     tiles_n = tl.cdiv(out_features, BLOCK_N)
     tile = tl.program_id(0) // tiles_n
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_mask = tl.full((BLOCK_N,), True, tl.int1)
-    if not EVEN_N:
-        column_mask = columns < out_features
+    column_mask = columns < out_features
     mask = (rows < num_rows)[:, None] & column_mask[None, :]
-    rows_64 = rows.to(tl.int64)[:, None]
-    columns_64 = columns.to(tl.int64)
-    across = columns_64[None, :]
-    dy = tl.load(dy_ptr + rows_64 * stride_ym + across * stride_yn, mask=mask, other=0.0).to(tl.float32)
-    z = tl.load(z_ptr + rows_64 * stride_zm + across * stride_zn, mask=mask, other=0.0).to(tl.float32)
-    factor = tl.load(factor_ptr + columns_64 * stride_fn, mask=column_mask, other=0.0).to(tl.float32)
+    places = rows.to(tl.int64)[:, None] * out_features + columns[None, :]
+    dy = tl.load(dy_ptr + places, mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + places, mask=mask, other=0.0).to(tl.float32)
+    factor = tl.load(factor_ptr + columns, mask=column_mask, other=0.0)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + columns_64 * stride_cn, mask=column_mask, other=0.0)
-        z -= bias.to(tl.float32)[None, :]
-    dz = cast(dy * factor[None, :], dz_ptr.dtype.element_ty)
-    tl.store(dz_ptr + rows_64 * stride_dm + across * stride_dn, dz, mask=mask)
+        z -= tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    tl.store(dz_ptr + places, cast(dy * factor[None, :], dz_ptr.dtype.element_ty), mask=mask)
     # The compiler makes one operation of a product and the addition that follows, but not of an fma. Where a
     # thread has one row only, two threads that write the same sum would otherwise differ in its last bit.
     # In rows behind the last dy is 0 and z may be −bias.
     sums = tl.sum(tl.fma(dy, z, 0.0), axis=0)
-    tl.store(sums_ptr + tl.cast(tile, tl.int64) * out_features + columns_64, sums, mask=column_mask)
+    tl.store(sums_ptr + tl.cast(tile, tl.int64) * out_features + columns, sums, mask=column_mask)
 
 
 def _run(launch, plan, grad_output, z, factor, dz, bias=None):
-    sums = dz.new_empty(plan.shape, dtype=plan.dtype)
+    sums = factor.new_empty(plan.shape)
     launch(grad_output, z, factor, bias, dz, sums)
     return sums
 
 
 @launcher(_run)
 def grad_magnitude(
-    grad_output: Tensor,
-    z: Tensor,
-    factor: Tensor,
-    dz: Tensor,
-    bias: Tensor | None = None,
+    grad_output: Tensor, z: Tensor, factor: Tensor, dz: Tensor, bias: Tensor | None = None
 ) -> Planned:
     """dz = factor⊙dy, rounded once, and the parts of Σ dy⊙(z − bias) in fp32; the host does not wait.
 
     Args:
-        grad_output: dy, (num_rows, out_features), fp32/bf16/fp16, any strides.
-        z: as grad_output.
-        factor: (out_features,), fp32/bf16/fp16.
-        dz: as grad_output: where the kernel writes.
-        bias: as factor; None for none.
+        grad_output: dy, (num_rows, out_features), fp32/bf16/fp16, contiguous, as all the others.
+        z: (num_rows, out_features), fp32/bf16/fp16.
+        factor: (out_features,), fp32.
+        dz: (num_rows, out_features), fp32/bf16/fp16: where the kernel writes.
+        bias: (out_features,), fp32/bf16/fp16; None for none.
 
     Returns:
-        The sums over each tile of rows, (tiles, out_features) in fp32, contiguous: their sum over the first
-        dimension is Σ dy⊙(z − bias). Without rows there are no tiles.
+        The sums over each tile of rows, (tiles, out_features) in fp32: their sum over the first dimension is
+        Σ dy⊙(z − bias). Without rows there are no tiles.
 
     Raises:
         LaunchError: no configuration can be launched here.
@@ -101,16 +82,8 @@ def grad_magnitude(
         return Plan(
             kernel=_grad_magnitude_kernel,
             grid=(tiles_m * tiles_n, 1),
-            numbers={
-                "num_rows": num_rows,
-                "out_features": out_features,
-                **strides(ym_yn=grad_output, zm_zn=z, fn=factor, cn=bias, dm_dn=dz),
-            },
-            meta={
-                "BLOCK_M": config.block_m,
-                "BLOCK_N": config.block_n,
-                "EVEN_N": out_features % config.block_n == 0,
-            },
+            numbers={"num_rows": num_rows, "out_features": out_features},
+            meta={"BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
             config=config,
             shape=(tiles_m, out_features),
         )

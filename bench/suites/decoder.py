@@ -129,9 +129,12 @@ class Work(NamedTuple):
         form = Form(lambda: self.call(model, x), (x, *trained), context, model)
         optimizer = torch.optim.AdamW(trained, lr=rate) if trained and rate else None
         layers = len(models.adapted_layers(self.masters))
-        if self.adapter == DORA and any(type(module) is nn.Dropout for module in self.masters.modules()):
+        magnitudes = layers if self.adapter == DORA else 0
+        if magnitudes and any(type(module) is nn.Dropout for module in self.masters.modules()):
             layers *= 2  # each is called with drop(x), too
-        ran = operators(layers, on_kernels, forwards, self.adapter) if name in OURS else {}
+        ran = {}
+        if name in OURS:
+            ran = operators(layers, on_kernels, forwards, self.adapter, magnitudes)
         return Step(form, self.grad_output, optimizer, ran)
 
 

@@ -41,14 +41,21 @@ OURS = (FAST, FAST_ACTIVATIONS, KERNELS)  # implementations that run operators
 
 
 def operators(
-    linear: int, on_kernels: bool = ON_ACCELERATOR, forwards: int = 1, adapter: str = MICA
+    linear: int,
+    on_kernels: bool = ON_ACCELERATOR,
+    forwards: int = 1,
+    adapter: str = MICA,
+    magnitudes: int = 0,
 ) -> dict[str, int]:
     """What a forward + backward of this number of linear layers has to run.
 
     ``forwards``: 2 where gradient checkpointing recomputes every forward. ``adapter``: what trains B has its
-    gradient computed by an operator of its own, which C++ does not call.
+    gradient computed by an operator of its own, which C++ does not call. ``magnitudes``: how many layers are
+    DoRA's.
     """
     ran = {"linear": forwards * linear, "linear_backward": linear}
+    if magnitudes:
+        ran["grad_magnitude"] = magnitudes
     if on_kernels and adapter != MICA:
         ran["grad_b"] = linear
     if on_kernels:

