@@ -259,7 +259,7 @@ CHANGES_OF = {  # adapter: all changes of it
         **CHANGES,
         "a frozen lora_B": (_set(f"{B_WEIGHT}.requires_grad", False), FUSED, ""),
         "a sparse lora_B": (changed(B_WEIGHT, _sparse), PEFT, "the lora_B has layout torch.sparse_coo"),
-        "DoRA": (_dora, FUSED, ""),
+        "DoRA": (_dora, FUSED | {"grad_magnitude": 1}, ""),
         "without the setting": (_without_setting, PEFT, _EXCLUDED),
     },
 }
