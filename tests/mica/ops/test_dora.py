@@ -85,8 +85,8 @@ class Layer:
         return y, *gradients(y, self.x, *self.trained)
 
 
-def gradients(y, *inputs):
-    return torch.autograd.grad((y * weights_of(y)).sum(), inputs)
+def gradients(y, *inputs, **options):
+    return torch.autograd.grad((y * weights_of(y)).sum(), inputs, **options)
 
 
 def weights_of(y):
@@ -192,6 +192,8 @@ def test_second_derivatives_and_compiled_code_follow_the_formula(dropout_p):
     fixed = dora.row_norms(layer.weight, layer.lora_A, layer.lora_B, SCALING)
     inputs = layer.x, layer.lora_A, layer.magnitude
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+    followed = gradients(layer(dropout_p), *inputs, create_graph=True)
+    assert_exact(followed, gradients(layer(dropout_p), *inputs), torch.float64)
     compiled = torch.compile(lambda: layer(dropout_p), backend="aot_eager", fullgraph=True)
     assert_exact(gradients(compiled(), *inputs), gradients(layer(dropout_p), *inputs), torch.float64)
 
