@@ -45,6 +45,11 @@ def ratios(group: Group, name: str) -> dict[str, str]:
     return cells
 
 
+def shows_no_difference(ratio: Ratio) -> bool:
+    """Whether its interval contains 1: neither is shown to be faster."""
+    return ratio.low <= 1 <= ratio.high
+
+
 def shown(ratio: Ratio) -> str:
     return f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
 
