@@ -125,7 +125,8 @@ def run_formula(
         has_no_other_way = in_capture and name.startswith("experts_")
         if is_given or has_no_other_way or choose.requested() == "triton":
             raise
-        choose.give_up(tensor.device, function, rank, dtypes, error, in_capture)
+        note = choose.note_missed if in_capture else choose.give_up
+        note(tensor.device, function, rank, dtypes, error)
         return formula(*args)
     call_counts[f"{name}_kernels"] += 1
     return result

@@ -168,28 +168,25 @@ def demand_error(choice: Choice) -> RuntimeError:
 
 
 def give_up(
-    device: torch.device,
-    function: str,
-    rank: int,
-    dtypes: tuple[torch.dtype, ...],
-    error: Exception,
-    in_capture: bool = False,
+    device: torch.device, function: str, rank: int, dtypes: tuple[torch.dtype, ...], error: Exception
 ) -> None:
-    """Use no kernels for this function with such operands from now on; a warning names it and the reason.
-
-    ``in_capture``: a CUDA graph is captured, which alone runs without them.
-    """
-    what = f"{function} at rank {rank} ({names_of(dtypes)})"
-    if in_capture:
-        warnings.warn(
-            f"MiCA runs {what} on the reference path in a CUDA graph on {device}: {error}", stacklevel=2
-        )
-        return
+    """Use no kernels for this function with such operands from now on; a warning names it and the reason."""
     text = first_line(error)
+    what = f"{function} at rank {rank} ({names_of(dtypes)})"
     _given_up[device, function, rank, dtypes] = f"{what} was given up: {text}"
     _choices.clear()
     failed = f"the Triton kernel for {what} failed on {device}"
     warnings.warn(f"{failed}; PyTorch computes it from now on: {text}", stacklevel=2)
+
+
+def note_missed(
+    device: torch.device, function: str, rank: int, dtypes: tuple[torch.dtype, ...], error: Exception
+) -> None:
+    """Warn that this function with such operands runs without kernels in a CUDA graph."""
+    what = f"{function} at rank {rank} ({names_of(dtypes)})"
+    warnings.warn(
+        f"MiCA runs {what} on the reference path in a CUDA graph on {device}: {error}", stacklevel=2
+    )
 
 
 def clear() -> None:

@@ -139,7 +139,10 @@ class SavedAdapter:
                 yield f"adapts {name}, which {model_option} does not have"
                 continue
             if found != shape:
-                has = f"it has {size_text(found)}" if found else f"it is a {type(modules[name]).__name__}"
+                if found is None:
+                    has = f"it is a {type(modules[name]).__name__}"
+                else:
+                    has = f"it has {size_text(found)}"
                 yield f"adapts {name} as {what} of {size_text(shape)}, but in {model_option} {has}"
 
         weights = model.state_dict()

@@ -4,7 +4,7 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -181,18 +181,18 @@ class Session:
 
     def _run(self) -> None:
         """The training loop, up to its end or a signal; nothing for a run that had ended before."""
-        begin = None
-        readable = nullcontext()
-        if self._checkpoint is not None:
-            state = _state_if_ended(self._checkpoint, self._args)
-            if state is not None:
-                self._had_ended = True
-                self._trainer.state = state
-                return
-            begin = str(self._checkpoint)
-            readable = _readable(self._checkpoint, lambda: self._hooks.is_under_way)
+        if self._checkpoint is None:
+            with processes.peers_needed(lambda: checkpoints.saved(self._args.output)):
+                self._trainer.train()
+            return
+        state = _state_if_ended(self._checkpoint, self._args)
+        if state is not None:
+            self._had_ended = True
+            self._trainer.state = state
+            return
+        readable = _readable(self._checkpoint, lambda: self._hooks.is_under_way)
         with processes.peers_needed(lambda: checkpoints.saved(self._args.output)), readable:
-            self._trainer.train(resume_from_checkpoint=begin)
+            self._trainer.train(resume_from_checkpoint=str(self._checkpoint))
 
     def _finish_checkpoint(self, step: int) -> None:
         """Have the checkpoint of ``step`` count, and remove those that are not kept any more."""
