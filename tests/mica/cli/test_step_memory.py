@@ -165,6 +165,18 @@ def test_counted_is_measured_on_smollm2(case):
     check(case, models.smollm2().config, models.smollm2(BF16), 512, tolerance=3e-2)
 
 
+@pytest.mark.parametrize("checkpointed", [0, 4])
+def test_a_step_has_each_layer_twice(checkpointed):
+    """Once forwards and once backwards. A layer that is computed again is no part, and nothing stays."""
+    model = prepared(outline(SMALL), ADAPTERS["LoRA"], checkpointed)
+    recorded = record(model, loss_of(model, META_IDS, in_chunks=False))
+    assert len(recorded.parts) == 2 * (1 + SMALL.num_hidden_layers + 1)
+    for layer in decoder_layers(model).values():
+        assert not layer._forward_pre_hooks
+        assert not layer._forward_hooks
+    assert all(weight.grad is None for weight in model.parameters())
+
+
 def test_dropout_keeps_a_mask_of_bytes():
     """On every device; a CPU's own keeps a mask of the dtype of x."""
     x = torch.ones(8, 64, dtype=BF16, requires_grad=True)

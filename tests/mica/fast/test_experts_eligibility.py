@@ -243,6 +243,15 @@ def test_an_input_of_another_dtype_is_cast_by_grouped_products_alone():
         model(*call)
 
 
+@pytest.mark.parametrize("implementation", ["batched_mm", "eager"])
+def test_fp64_within_autocast_is_pefts_and_fails_there(implementation):
+    """Autocast leaves fp64 alone, and casts the weights."""
+    layer = use(outermost(adapted("qwen3_moe")), implementation)
+    x, index, weights = torch.randn(5, 32).double(), torch.arange(10).view(5, 2) % 6, torch.rand(5, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match=r"(?i)double"):
+        layer(x, index, weights)
+
+
 # -- whose classes compute the formula in eager: all of transformers'. Those of others need not ------
 
 EXPERTS, HIDDEN, INNER = 4, 16, 12
