@@ -122,6 +122,8 @@ def test_targets_in_a_mixture(kind, names, experts, modules, parameters):
 def test_names_that_match_nothing():
     with pytest.raises(UsageError, match=r"no layer of the model is called 'experts\.w1'"):
         find_targets(mixture("mixtral"), "experts.w1")
+    with pytest.raises(UsageError, match=r"'q_porj'; did you mean q_proj\?$"):
+        find_targets(mixture("mixtral"), "q_porj")
 
 
 class Routed(torch.nn.Module):
