@@ -174,7 +174,11 @@ def test_a_step_has_each_layer_twice(checkpointed):
     for layer in decoder_layers(model).values():
         assert not layer._forward_pre_hooks
         assert not layer._forward_hooks
-    assert all(weight.grad is None for weight in model.parameters())
+    weights = list(model.parameters())
+    trained = [weight for weight in weights if weight.requires_grad]
+    assert sum(recorded.trained) == sum(weight.nbytes for weight in trained)
+    assert sum(recorded.weights) == sum(tensor.nbytes for tensor in [*weights, *model.buffers()])
+    assert all(weight.grad is None for weight in weights)
 
 
 def test_dropout_keeps_a_mask_of_bytes():
@@ -262,6 +266,11 @@ def test_quantised_weights_have_the_bytes_of_real_ones(bits, replaced):
     ]
     ours, theirs = (sum(step.weights) for step in recorded)
     assert ours == theirs
+    described = ("weight_format", "quant_state.bitsandbytes__nf4")  # not the layer's own tensors
+    stored = {name: tensor.nbytes for name, tensor in real.state_dict().items()}
+    scales_and_weights = sum(size for name, size in stored.items() if not name.endswith(described))
+    offsets = 4 * sum(name.endswith(described[1]) for name in stored)  # of double quantisation: within these
+    assert theirs == scales_and_weights + offsets + sum(buffer.nbytes for buffer in real.buffers())
 
 
 def test_the_chunked_loss_allocates_as_much_as_libraries_do():
