@@ -239,6 +239,13 @@ def test_a_step_of_all_layers_follows_from_one_of_each_kind(case):
             assert [sizes[kind] for kind in (*kinds, -1)] == theirs
 
 
+def test_layers_of_which_others_are_adapted_are_of_another_kind():
+    """Also before they have adapters; the layer after such a one is of a kind of its own, too."""
+    model = outline(SMALL)
+    assert shorten(model, [model.model.layers[1].mlp.down_proj]) == [0, 1, 2, 3]
+    assert len(decoder_layers(model)) == 4
+
+
 def test_the_first_layers_are_the_right_ones_to_checkpoint():
     model = prepared(outline(SMALL), ADAPTERS["LoRA"])
     peaks = []
