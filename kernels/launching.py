@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,8 +26,8 @@ from triton.runtime.driver import driver
 from mica.kernels.common import INTERPRETED, LaunchError, NotLoadedError, fp32_setting, raw_stream
 from mica.kernels.configs import Config
 
-# A table with this many plans, of 2 KB each, is emptied: a varying number of tokens must not fill the memory.
-MOST_PLANS = 4096
+# A table with this many entries, of 2 KB each, is emptied: a varying number of tokens must not fill memory.
+MOST_ENTRIES = 4096
 
 # `_cuda_getDevice` is missing in builds without CUDA.
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
@@ -172,26 +172,25 @@ class PlannedCall(NamedTuple):
             LaunchError: none can be compiled and launched. It names the kernel and why the last one failed.
             NotLoadedError: see `Launch`.
         """
-        cache = self.launcher.cache
-        reason = None
+        launcher = self.launcher
         for config in self.configs:
             plan = self.plan(config)
             variant = self._variant(plan)
-            if variant not in cache.refused:
-                try:
-                    out = self.launcher.run(plan, plan, *self.tensors)
-                except NotLoadedError:
+            reason = launcher.refused.get(variant)
+            if reason is not None:
+                continue
+            try:
+                out = launcher.run(plan, plan, *self.tensors)
+            except Exception as error:
+                if not _is_refusal(error):
                     raise
-                except Exception as error:
-                    if not _is_refusal(error):
-                        raise
-                    cache.refused[variant] = str(error).strip() or type(error).__name__
-                else:
-                    cache.keep(key, plan)
-                    return out
-            reason = cache.refused[variant]
+                reason = str(error).strip() or type(error).__name__
+                launcher.refused.keep(variant, reason)
+            else:
+                launcher.cache.keep(key, plan)
+                return out
 
-        name = self.launcher.__name__
+        name = launcher.__name__
         raise LaunchError(f"the kernel {name} cannot be launched in any of its configurations: {reason}")
 
     def _variant(self, plan: Plan) -> tuple:
@@ -215,7 +214,9 @@ class Launcher:
     def __init__(self, planned: Callable[..., Planned], run: Callable[..., Tensor]):
         self.planned = planned
         self.run = run
-        self.cache = PlanCache()
+        self.cache = Table()
+        # variant -> why it cannot be launched: compiling it again would take seconds each time
+        self.refused = Table()
         functools.update_wrapper(self, planned)
 
     def __call__(self, *tensors: Tensor | None, **numbers: Hashable) -> Tensor:
@@ -242,56 +243,41 @@ def launcher(run: Callable[..., Tensor]) -> Callable[[Callable[..., Planned]], L
     return functools.partial(Launcher, run=run)
 
 
-class PlanCache:
-    """A kernel's plans, and which of its variants cannot be launched."""
+class Table:
+    """What has been found out about a kind of call, until `clear`."""
 
     def __init__(self):
-        self._plans: dict[Hashable, Plan] = {}
-        self.get = self._plans.get
-        # variant -> why not: compiling one again would take seconds each time
-        self.refused: dict[Hashable, str] = {}
-        _caches.append(self)
+        self._entries: dict[Hashable, Any] = {}
+        self.get = self._entries.get
+        self.clear = self._entries.clear
+        _tables.append(self)
 
     def __len__(self) -> int:
-        return len(self._plans)
+        return len(self._entries)
 
-    def keep(self, key: Hashable, plan: Plan) -> None:
-        if len(self._plans) >= MOST_PLANS:
-            self._plans.clear()
-        self._plans[key] = plan
-
-    def clear(self) -> None:
-        self._plans.clear()
-        self.refused.clear()
+    def keep(self, key: Hashable, entry: Any) -> None:
+        if len(self) >= MOST_ENTRIES:
+            self.clear()
+        self._entries[key] = entry
 
 
-class RecordedLaunches:
+class RecordedLaunches(Table):
     """The launches of one formula, whose plans follow from one key: a layer looks up one entry, not three."""
 
     def __init__(self, *launchers: Launcher):
+        super().__init__()
         self.launchers = launchers
-        self._steps: dict[Hashable, list[Callable[..., Tensor]]] = {}
-        self.get = self._steps.get
-        _caches.append(self)
-
-    def __len__(self) -> int:
-        return len(self._steps)
 
     def record(self, key: Hashable, *numbers: dict[str, Hashable]) -> list[Callable[..., Tensor]]:
         """What ``get(key)`` gives from now on: for each launcher a function of its tensors.
 
         ``numbers`` has that launcher's keywords. A step is planned at its first call.
         """
-        if len(self._steps) >= MOST_PLANS:
-            self._steps.clear()
         steps: list[Callable[..., Tensor]] = []
-        self._steps[key] = steps
+        self.keep(key, steps)
         for place, (launcher, own) in enumerate(zip(self.launchers, numbers, strict=True)):
             steps.append(functools.partial(_recorded, steps, place, launcher, own))
         return steps
-
-    def clear(self) -> None:
-        self._steps.clear()
 
 
 def _recorded(steps: list, place: int, launcher: Launcher, numbers: dict, *tensors: Tensor | None) -> Tensor:
@@ -303,13 +289,13 @@ def _recorded(steps: list, place: int, launcher: Launcher, numbers: dict, *tenso
     return out
 
 
-_caches: list[PlanCache | RecordedLaunches] = []
+_tables: list[Table] = []
 
 
 def clear() -> None:
     """Plan every kind of call again, and retry what could not be launched: after a change of driver."""
-    for cache in _caches:
-        cache.clear()
+    for table in _tables:
+        table.clear()
 
 
 def strides(**tensors: Tensor | None) -> dict[str, int]:
@@ -374,7 +360,10 @@ def can_run_directly(kind: type) -> bool:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether an error means that a kernel cannot be compiled or launched. Then no operand has changed."""
+    """Whether an error means that a kernel cannot be compiled or launched. Then no operand has changed.
+
+    Not an error of the interpreted kernel itself, nor that of a kernel which can be loaded after a capture.
+    """
     if isinstance(error, LaunchError):
-        return not isinstance(error, triton.runtime.errors.InterpreterError)  # an error of the kernel's own
+        return not isinstance(error, (triton.runtime.errors.InterpreterError, NotLoadedError))
     return isinstance(error, RuntimeError) and "PassManager::run failed" in str(error)

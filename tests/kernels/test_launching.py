@@ -10,7 +10,7 @@ import triton
 from mica.kernels import launching
 from mica.kernels.common import LaunchError
 from mica.kernels.configs import Config
-from mica.kernels.launching import Launcher, Plan, PlanCache, RecordedLaunches
+from mica.kernels.launching import Launcher, Plan, RecordedLaunches, Table
 from tests.support.processes import start
 
 
@@ -64,8 +64,8 @@ def test_numbers_and_constants_go_in_the_order_of_the_parameters():
 
 
 def test_caches_are_bounded(monkeypatch):
-    monkeypatch.setattr(launching, "MOST_PLANS", 3)
-    plans, recorded = PlanCache(), RecordedLaunches()
+    monkeypatch.setattr(launching, "MOST_ENTRIES", 3)
+    plans, recorded = Table(), RecordedLaunches()
     for key in range(10):
         plans.keep(key, plan())
         recorded.record(key)
@@ -158,7 +158,7 @@ def test_any_other_error_is_raised(error):
     with pytest.raises(type(error)):
         launcher(torch.zeros(4))
     assert kernel.tried == [64]
-    assert not launcher.cache.refused
+    assert not len(launcher.refused)
 
 
 def test_what_was_recorded_is_not_looked_up_again(monkeypatch):
