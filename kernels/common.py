@@ -171,6 +171,9 @@ def fp32_setting() -> str:
 _fp32_getter = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
-def keep_threshold(dropout_p: float) -> int:
-    """The probability in units of 2^-24, for `dropout_keep`."""
-    return round(dropout_p * 2**24)
+def dropout_numbers(dropout_p: float, scale: float = 1.0) -> dict[str, float | int]:
+    """What kernels are told of dropout: by what to scale all that is kept, and which elements that is.
+
+    The threshold is the probability in units of 2^-24, for `dropout_keep`.
+    """
+    return {"scale": float(scale) / (1.0 - dropout_p), "threshold": round(dropout_p * 2**24)}

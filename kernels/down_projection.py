@@ -17,7 +17,7 @@ from mica.kernels.common import (
     cast,
     dot,
     dropout_keep,
-    keep_threshold,
+    dropout_numbers,
     padded_rank,
     precision,
     target_of,
@@ -108,9 +108,7 @@ def _down_projection_kernel(
 
 def _run(launch, plan, x, factor, seed=None, offsets=None):
     h = x.new_empty(*plan.shape, dtype=plan.dtype)
-    partial = counter = None
-    if plan.parts:
-        partial, counter = workspace.of_split(plan, x)
+    partial, counter = workspace.of_split(plan, x)
     launch(x, factor, h, partial, counter, seed, offsets)
     return h
 
@@ -163,8 +161,7 @@ def down_projection(
             **strides(xm_xk=x, pe_pr_pk=factor),
             "per_split": per_split,
             "num_splits": splits,
-            "scale": float(scale) / (1.0 - dropout_p),
-            "threshold": keep_threshold(dropout_p),
+            **dropout_numbers(dropout_p, scale),
         }
         meta = {
             "RANK": rank,

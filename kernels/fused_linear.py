@@ -21,7 +21,7 @@ from mica.kernels.common import (
     ceil_div,
     dot,
     dropout_keep,
-    keep_threshold,
+    dropout_numbers,
     padded_rank,
     precision,
     target_of,
@@ -42,26 +42,6 @@ def _tile(tile, num_tokens, out_features, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
     height = tl.minimum(tiles_m - first, GROUP)
     inside = tile % (GROUP * tiles_n)
     return first + inside % height, inside // height
-
-
-@triton.jit
-def _low_rank(
-    h_ptr, p_ptr, bias_ptr, seed_ptr, rows, columns, num_tokens, out_features,
-    stride_hm, stride_hr, stride_pr, stride_pn, scale, threshold,
-    H_RANK: tl.constexpr, P_RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
-    EVEN_N: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The tile that the main loop starts from: bias + scale·keep⊙(h P)."""
-    acc = wide_product(
-        h_ptr, p_ptr, rows, columns, num_tokens, out_features, stride_hm, stride_hr, stride_pr, stride_pn,
-        H_RANK, P_RANK, BLOCK_R, BLOCK_L, EVEN_N, LOW, PRECISION,
-    ) * scale  # fmt: skip
-    if seed_ptr is not None:
-        acc = tl.where(dropout_keep(tl.load(seed_ptr), rows, columns, threshold), acc, 0.0)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + columns, mask=columns < out_features, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
-    return acc
 
 
 @triton.jit(do_not_specialize=["num_tokens", "threshold"])
@@ -102,11 +82,17 @@ def _fused_linear_kernel(
     tile_m, tile_n = _tile(tl.program_id(0), num_tokens, out_features, BLOCK_M, BLOCK_N, GROUP)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = _low_rank(
-        h_ptr, p_ptr, bias_ptr, seed_ptr, rows, columns, num_tokens, out_features,
-        stride_hm, stride_hr, stride_pr, stride_pn, scale, threshold,
+    # the main loop starts from bias + scale·keep⊙(h P)
+    acc = wide_product(
+        h_ptr, p_ptr, rows, columns, num_tokens, out_features, stride_hm, stride_hr, stride_pr, stride_pn,
         H_RANK, P_RANK, BLOCK_R, BLOCK_L, EVEN_N, LOW, PRECISION,
-    )  # fmt: skip
+    ) * scale  # fmt: skip
+    if seed_ptr is not None:
+        acc = tl.where(dropout_keep(tl.load(seed_ptr), rows, columns, threshold), acc, 0.0)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=columns < out_features, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+
     inner = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xm + inner.to(tl.int64)[None, :] * stride_xk
     w_ptrs = w_ptr + inner.to(tl.int64)[:, None] * stride_wk + columns.to(tl.int64)[None, :] * stride_wn
@@ -187,8 +173,7 @@ def fused_linear(
             "in_features": in_features,
             "out_features": out_features,
             **strides(xm_xk=x, wk_wn=w, hm_hr=h, pr_pn=factor),
-            "scale": 1.0 / (1.0 - dropout_p),
-            "threshold": keep_threshold(dropout_p),
+            **dropout_numbers(dropout_p),
         }
         meta = {
             "H_RANK": h.shape[1],

@@ -19,7 +19,7 @@ from mica.kernels.common import (
     ceil_div,
     dot,
     dropout_keep,
-    keep_threshold,
+    dropout_numbers,
     padded_rank,
     precision,
     target_of,
@@ -113,9 +113,7 @@ def _is_aligned(x: Tensor) -> bool:
 
 def _run(launch, plan, g, x, seed=None, offsets=None):
     grad = x.new_empty(*plan.shape, dtype=plan.dtype)
-    partial = counter = None
-    if plan.parts:
-        partial, counter = workspace.of_split(plan, x)
+    partial, counter = workspace.of_split(plan, x)
     launch(g, x, grad, partial, counter, seed, offsets)
     return grad
 
@@ -169,8 +167,7 @@ def grad_a(
             **strides(gm_gr=g, xm_xk=x),
             "per_split": per_split,
             "num_splits": splits,
-            "scale": 1.0 / (1.0 - dropout_p),
-            "threshold": keep_threshold(dropout_p),
+            **dropout_numbers(dropout_p),
         }
         meta = {
             "RANK": rank,

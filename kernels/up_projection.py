@@ -17,7 +17,7 @@ from mica.kernels.common import (
     cast,
     ceil_div,
     dropout_keep,
-    keep_threshold,
+    dropout_numbers,
     padded_rank,
     precision,
     target_of,
@@ -153,8 +153,7 @@ def up_projection_(
             "num_experts": num_experts,
             "out_features": out_features,
             **strides(bm_bn=base, om_on=written, hm_hr=h, pe_pr_pn=factor, ce_cn=bias),
-            "scale": float(scale) / (1.0 - dropout_p),
-            "threshold": keep_threshold(dropout_p),
+            **dropout_numbers(dropout_p, scale),
         }
         meta = {
             "H_RANK": h.shape[1],

@@ -23,8 +23,13 @@ if TYPE_CHECKING:
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
-def of_split(plan: Plan, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """(parts, counters) for a launch on the device of ``tensor``: one counter for each tile of the output."""
+def of_split(plan: Plan, tensor: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """(parts, counters) for a launch on the device of ``tensor``: one counter for each tile of the output.
+
+    None where the plan splits nothing.
+    """
+    if not plan.parts:
+        return None, None
     parts = tensor.new_empty(plan.parts, dtype=torch.float32)
     num_tiles = plan.grid[0]
     return parts, counters(num_tiles, tensor)

@@ -39,7 +39,7 @@ def _dot_kernel(a_ptr, b_ptr, out_ptr, PRECISION: tl.constexpr):
 @pytest.mark.parametrize("first_row", [0, 1_000_000])
 def test_the_mask_is_the_references_bit_for_bit(seed, dropout_p, first_row):
     out = torch.empty(64, 50, dtype=torch.int8, device=DEVICE)
-    threshold = common.keep_threshold(dropout_p)
+    threshold = common.dropout_numbers(dropout_p)["threshold"]
     _keep_kernel[(1,)](seed_of(seed), out, first_row, 50, threshold, BLOCK=64)
     expected = dropout.keep_rows(seed_of(seed), first_row, 64, 50, threshold)
     assert torch.equal(out.bool(), expected)
