@@ -85,7 +85,7 @@ def bench_initialisation():
     def sample(once: Once, name: str) -> None:
         with INITIALISATIONS[name]():
             wrapped = once(wrap, axes, make=lambda: copy.deepcopy(base()), peak=True)
-            once.note_growth(peak_mb=1e6)
+            once.note_growth("peak_mb", 1e6)
             shapes = [weight.shape for weight in weights(wrapped)]
             once.note_work({MATRICES: len(shapes), FLOP: sum(gram_flop(*shape) for shape in shapes)})
             spent = energy(wrapped)

@@ -11,22 +11,20 @@ from fractions import Fraction
 import torch
 
 from bench.measure.machine import DEVICE
-from bench.results.names import FAST, PLAIN_LORA, STOCK, STOCK_16, checkpointed, in_words
+from bench.results.names import FAST, PLAIN_LORA, STOCK, STOCK_16, checkpointed
 from bench.suites.bench_step import GATES, Cell
 from bench.suites.decoder import SMOLLM2, causal, loss, reference_ids, work_on
 from bench.suites.harness import build_all, pick
-from bench.suites.rounds import Once, prepared, rounds
+from bench.suites.rounds import prepared, rounds
 from bench.suites.steps import Prepared, checked, with_bytes
 from mica.cli.step_memory import checkpoint_first, decoder_layers
 from tests.support import models
 
 CELL = pick(
-    default=Cell(SMOLLM2, (1, 512), adapter=PLAIN_LORA),
-    cuda=Cell("Llama-3.2-1B", (4, 2048), layers=6, adapter=PLAIN_LORA),
-    dry=Cell("toy", (1, 8), layers=3, vocabulary=64, adapter=PLAIN_LORA),
+    default=Cell(SMOLLM2, (1, 512), adapter=PLAIN_LORA, suite="checkpointing"),
+    cuda=Cell("Llama-3.2-1B", (4, 2048), layers=6, adapter=PLAIN_LORA, suite="checkpointing"),
+    dry=Cell("toy", (1, 8), layers=3, vocabulary=64, adapter=PLAIN_LORA, suite="checkpointing"),
 )
-AXES = {**CELL.axes, "suite": "checkpointing"}
-NAME = in_words(AXES)
 SHARES = (Fraction(0), Fraction(1, 3), Fraction(1))
 STEPS = {checkpointed(name, share): (name, share) for name in (STOCK, STOCK_16, FAST) for share in SHARES}
 SECONDS = pick(default=180.0, cuda=10.0, dry=0.0)
@@ -52,13 +50,9 @@ def setting() -> Prepared:
         checkpoint_first(step.form.module, int(share * len(layers)))
         return checked(step, expected, GATES[CELL.dtype])
 
-    return with_bytes(build_all(NAME, list(STEPS), build))
+    return with_bytes(build_all(CELL.name, list(STEPS), build))
 
 
 def bench_checkpointing():
-    steps = prepared(NAME, setting)
-
-    def sample(once: Once, _: str) -> None:
-        steps.time(once, AXES)
-
-    rounds(NAME, list(STEPS), sample, SECONDS)
+    steps = prepared(CELL.name, setting)
+    rounds(CELL.name, list(STEPS), lambda once, _: steps.time(once, CELL.axes), SECONDS)

@@ -20,7 +20,7 @@ import torch
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR, ROOT
 from bench.results import throughput
-from bench.results.names import MICA, PLAIN_LORA, WALL, in_words
+from bench.results.names import MICA, PLAIN_LORA, WALL
 from bench.suites.bench_step import AUTOCAST, DROPOUT, Cell, build, work_of
 from bench.suites.decoder import SMOLLM2
 from bench.suites.harness import each, pick
@@ -33,7 +33,7 @@ SECONDS = pick(default=900.0, dry=0.0)  # of a cell
 # What would change a process: PyTorch's and SciPy's threads, glibc's allocator
 NOT_DEFAULT = ("OMP_", "MKL_", "OPENBLAS_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 CELLS = [
-    Cell(SMOLLM2, (2, 512), how=how, adapter=adapter)
+    Cell(SMOLLM2, (2, 512), how=how, adapter=adapter, suite="fresh")
     for adapter in (MICA, PLAIN_LORA)
     for how in ("", DROPOUT, AUTOCAST)
 ]
@@ -78,16 +78,14 @@ def main(file: str, implementation: str) -> None:
 
 @each(CELLS)
 def bench_fresh(cell, tmp_path):
-    axes = {**cell.axes, "suite": "fresh"}
-    group = in_words(axes)
-    file = prepared(group, lambda: saved_work(cell, tmp_path))
+    file = prepared(cell.name, lambda: saved_work(cell, tmp_path))
 
     def sample(once: Once, name: str) -> None:
         facts = in_a_process(file, name)
-        once.work = throughput.of_axes(axes)
-        once.add(facts.pop("seconds"), axes, facts, WALL)
+        once.work = throughput.of_axes(cell.axes)
+        once.add(facts.pop("seconds"), cell.axes, facts, WALL)
 
-    rounds(group, cell.implementations, sample, SECONDS, FEWEST)
+    rounds(cell.name, cell.implementations, sample, SECONDS, FEWEST)
 
 
 if __name__ == "__main__":

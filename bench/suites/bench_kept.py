@@ -10,7 +10,7 @@ import functools
 import torch
 from transformers import AutoModel
 
-from bench.results.names import BARE, DORA, FAST, FAST_ACTIVATIONS, MICA, PLAIN_LORA, in_words, stock
+from bench.results.names import BARE, DORA, FAST, FAST_ACTIVATIONS, MICA, PLAIN_LORA, stock
 from bench.suites.bench_step import AUTOCAST, CONFIGS, DROPOUT, Cell
 from bench.suites.decoder import SMOLLM2, config_of, under_autocast, work_on
 from bench.suites.harness import build_all, each, pick
@@ -22,7 +22,7 @@ TOKENS = pick(default=512, dry=8)
 TOY = "toy"
 FOUR_LAYERS = "4 layers of SmolLM2-135M"
 CELLS = [
-    Cell(model, (1, TOKENS), dtype, how=how, adapter=adapter)
+    Cell(model, (1, TOKENS), dtype, how=how, adapter=adapter, suite="kept")
     for model in pick(default=(FOUR_LAYERS, SMOLLM2), dry=(TOY,))
     for adapter in (MICA, PLAIN_LORA, DORA)
     for dtype, how in (("bfloat16", ""), ("bfloat16", DROPOUT), ("float32", ""), ("float32", AUTOCAST))
@@ -42,10 +42,6 @@ def bare_of(cell: Cell) -> torch.nn.Module:
     return AutoModel.from_config(config_of(widths, layers=4), dtype=dtype)
 
 
-def axes_of(cell: Cell) -> dict[str, str | int]:
-    return {**cell.axes, "suite": "kept"}
-
-
 @functools.lru_cache(maxsize=1)
 def setting(cell: Cell) -> Prepared:
     bare = bare_of(cell)
@@ -53,15 +49,14 @@ def setting(cell: Cell) -> Prepared:
     work = work_on(bare, (1, TOKENS, bare.config.hidden_size), cell.adapter, **config)
     if cell.how == AUTOCAST:
         work = work._replace(call=functools.partial(under_autocast, work.call))
-    return with_bytes(build_all(in_words(axes_of(cell)), implementations(cell), work.step))
+    return with_bytes(build_all(cell.name, implementations(cell), work.step))
 
 
 @each(CELLS)
 def bench_kept(cell):
-    axes = axes_of(cell)
-    steps = prepared(in_words(axes), lambda: setting(cell))
+    steps = prepared(cell.name, lambda: setting(cell))
 
     def sample(once: Once, _: str) -> None:
-        steps.time(once, axes, warm_up=lambda: None)
+        steps.time(once, cell.axes, warm_up=lambda: None)
 
-    rounds(in_words(axes), implementations(cell), sample, seconds=0.0, fewest=1)
+    rounds(cell.name, implementations(cell), sample, seconds=0.0, fewest=1)

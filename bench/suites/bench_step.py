@@ -65,12 +65,13 @@ class Cell(harness.Cell):
     vocabulary: int = 32000
     how: str = ""
     adapter: str = MICA
+    suite: str = "step"  # others run such steps, too
 
     @property
     def axes(self) -> dict[str, str | int]:
         batch, sequence = self.tokens
         axes = {
-            "suite": "step",
+            "suite": self.suite,
             "model": self.model,
             "adapter": self.adapter,
             "tokens": batch * sequence,
@@ -195,6 +196,6 @@ def bench_step(cell):
 
     def sample(once: Once, name: str) -> None:
         steps.time(once, cell.axes)
-        once.note_growth(peak_mb=1e6)
+        once.note_growth("peak_mb", 1e6)
 
     rounds(cell.name, cell.implementations, sample, SECONDS)

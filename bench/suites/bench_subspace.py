@@ -131,6 +131,6 @@ def bench_subspace(cell):
         else:
             once(calls[name], cell.axes, count, work=cell.work, peak=is_large)
         if is_large:
-            once.note_growth(peak_extra=4 * elements)
+            once.note_growth("peak_extra", 4 * elements)
 
     rounds(cell.name, cell.implementations, sample, SECONDS, FEWEST)

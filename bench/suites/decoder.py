@@ -128,13 +128,11 @@ class Work(NamedTuple):
         x = self.x.detach().requires_grad_()
         form = Form(lambda: self.call(model, x), (x, *trained), context, model)
         optimizer = torch.optim.AdamW(trained, lr=rate) if trained and rate else None
-        layers = len(models.adapted_layers(self.masters))
-        magnitudes = layers if self.adapter == DORA else 0
-        if magnitudes and any(type(module) is nn.Dropout for module in self.masters.modules()):
-            layers *= 2  # each is called with drop(x), too
         ran = {}
         if name in OURS:
-            ran = operators(layers, on_kernels, forwards, self.adapter, magnitudes)
+            layers = len(models.adapted_layers(self.masters))
+            has_dropout = any(type(module) is nn.Dropout for module in self.masters.modules())
+            ran = operators(layers, on_kernels, forwards, self.adapter, has_dropout)
         return Step(form, self.grad_output, optimizer, ran)
 
 

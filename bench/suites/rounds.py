@@ -90,10 +90,10 @@ class Once:
         for sample in self.samples:
             sample["work"] = work
 
-    def note_growth(self, **unit: float):
+    def note_growth(self, name: str, unit: float):
         """By how much memory grew at its peak, under this name, in a unit of so many bytes."""
         if self.grown is not None:
-            self.note(**{name: self.grown / size for name, size in unit.items()})
+            self.note(**{name: self.grown / unit})
 
     def _warmed_up(self, function, make: Callable | None, warm_up: Callable | None) -> Callable:
         """What is timed, after an untimed call, or what stands in for it."""

@@ -14,7 +14,17 @@ from torch import Tensor
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR
 from bench.measure.memory import alive_bytes
-from bench.results.names import BARE, FAST, FAST_ACTIVATIONS, KERNELS, MICA, STOCK, STOCK_16, STOCK_UNCAST
+from bench.results.names import (
+    BARE,
+    DORA,
+    FAST,
+    FAST_ACTIVATIONS,
+    KERNELS,
+    MICA,
+    STOCK,
+    STOCK_16,
+    STOCK_UNCAST,
+)
 from bench.suites.harness import build_all
 from bench.suites.layer import Form
 
@@ -41,25 +51,25 @@ OURS = (FAST, FAST_ACTIVATIONS, KERNELS)  # implementations that run operators
 
 
 def operators(
-    linear: int,
+    layers: int,
     on_kernels: bool = ON_ACCELERATOR,
     forwards: int = 1,
     adapter: str = MICA,
-    magnitudes: int = 0,
+    has_dropout: bool = False,
 ) -> dict[str, int]:
-    """What a forward + backward of this number of linear layers has to run.
+    """What a forward + backward of this number of linear layers has to run, as `counting` counts it.
 
-    ``forwards``: 2 where gradient checkpointing recomputes every forward. ``adapter``: what trains B has its
-    gradient computed by an operator of its own, which C++ does not call. ``magnitudes``: how many layers are
-    DoRA's.
+    ``forwards``: 2 where gradient checkpointing recomputes every forward. With dropout DoRA calls each layer
+    with x and with drop(x).
     """
-    ran = {"linear": forwards * linear, "linear_backward": linear}
-    if magnitudes:
-        ran["grad_magnitude"] = magnitudes
-    if on_kernels and adapter != MICA:
-        ran["grad_b"] = linear
+    calls = 2 * layers if adapter == DORA and has_dropout else layers
+    ran = {"linear": forwards * calls, "linear_backward": calls}
+    if adapter == DORA:
+        ran["grad_magnitude"] = layers
     if on_kernels:
         ran |= {f"{name}_kernels": times for name, times in ran.items()}
+        if adapter != MICA:
+            ran["grad_b_kernels"] = calls
     return ran
 
 
@@ -67,15 +77,14 @@ def operators(
 def counting() -> Iterator[dict[str, int]]:
     """Yields a dict that afterwards has how often each operator ran inside, if it did, from Python or C++.
 
-    grad_b is in it where kernels ran it: C++ calls no such operator, Python does for the same formula.
+    Of grad_b only its kernels count: C++ has no call for it, Python does for the same formula.
     """
     ran: dict[str, int] = {}
     before = Counter(mica.fast.call_counts)
     yield ran
     new = Counter(mica.fast.call_counts) - before
     for name, times in new.items():
-        is_formula_alone = name == "grad_b" and "grad_b_kernels" not in new
-        if not (name.endswith("_native") or is_formula_alone):
+        if name != "grad_b" and not name.endswith("_native"):
             ran[name] = times
 
 
