@@ -20,7 +20,6 @@ from bench.results import names
 from bench.results.cell import Group
 from bench.results.names import (
     BARE,
-    BOTH,
     EIGH,
     FAST,
     FAST_ACTIVATIONS,
@@ -78,12 +77,6 @@ def only(name: str, **axes: str | int) -> Group:
     return group
 
 
-def layers(name: str, **axes: str | int) -> list[Group]:
-    """Those of MiCA in both passes, without dropout."""
-    cells = result(name).select(suite="layer", adapter=MICA, **{"pass": BOTH}, **axes)
-    return [one for one in cells if "dropout" not in one.axes]
-
-
 def measured(run: str) -> list[Row]:
     return in_short(waited_for(result(run)))
 
@@ -99,7 +92,7 @@ def headline(counted: str, kept: str, one_core: str, two_cores: str, run: str, m
     in_4_bits, in_bf16 = (_lora_steps(counted, model, how) for how in (NF4, BF16))
     smallest = DEVICES[0]
     of_kept, *_ = result(kept).select(suite="kept", adapter=PLAIN_LORA, dtype="bfloat16")
-    clocks = [one for name in (one_core, two_cores) for one in _steps(name) if _is_plain(one)]
+    clocks = [one for name in (one_core, two_cores) for one in _plain_steps(name)]
     created, loaded = (only(run, suite=suite) for suite in ("initialisation", "loading"))
     largest = max(result(moe).select(suite="experts"), key=lambda one: one.axes["out"])
 
@@ -147,15 +140,10 @@ def headline(counted: str, kept: str, one_core: str, two_cores: str, run: str, m
     ]
 
 
-def _is_plain(group: Group) -> bool:
-    axes = group.axes
-    return axes.get("adapter") == PLAIN_LORA and axes["dtype"] == "bfloat16" and "how" not in axes
-
-
-def _steps(run: str) -> Iterator[Group]:
-    """Also those in fresh processes."""
-    for group in result(run).groups:
-        if group.axes["suite"] in ("step", "fresh"):
+def _plain_steps(run: str) -> Iterator[Group]:
+    """With LoRA, in bf16, run in no special way; also in fresh processes."""
+    for group in result(run).select(adapter=PLAIN_LORA, dtype="bfloat16"):
+        if group.axes["suite"] in ("step", "fresh") and "how" not in group.axes:
             yield group
 
 

@@ -86,11 +86,6 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def default_name(stages: list[str]) -> str:
-    """Of the result files. Runs of different stages on one day do not replace each other's."""
-    return "-".join([f"{date.today()}-gpu", *(["stages", *stages] if stages else [])])
-
-
 def what_is_missing() -> str | None:
     """A sentence on the libraries that a run needs and this machine lacks."""
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
@@ -187,8 +182,10 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [one for one in chosen if one not in known]
     if unknown:
         command.error(f"--stages: {', '.join(unknown)} is not one of {', '.join(known)}")
-    name = args.name or default_name([] if chosen == [*known] else chosen)
-    run = Run((args.output or output("dry-run" if args.dry_run else None)) / f"{name}.json")
+    name = f"{date.today()}-gpu"
+    if chosen != [*known]:  # runs of different stages on one day do not replace each other's results
+        name = "-".join([name, "stages", *chosen])
+    run = Run((args.output or output("dry-run" if args.dry_run else None)) / f"{args.name or name}.json")
     print(json.dumps(run.machine), flush=True)
     journal.write("machine", facts=run.machine)
     budget = args.budget

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import inf
 from statistics import median
 
 from bench.results import names
@@ -45,20 +44,8 @@ def ratios(group: Group, name: str) -> dict[str, str]:
     return cells
 
 
-def shows_no_difference(ratio: Ratio) -> bool:
-    """Whether its interval contains 1: neither is shown to be faster."""
-    return ratio.low <= 1 <= ratio.high
-
-
 def shown(ratio: Ratio) -> str:
     return f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
-
-
-def speedup(ratio: Ratio, digits: int = 2) -> str:
-    """How many times as fast, of a ratio of times, as a page has it."""
-    highest = 1 / ratio.low if ratio.low else inf
-    middle, low, high = (f"{value:.{digits}f}" for value in (1 / ratio.median, 1 / ratio.high, highest))
-    return f"{middle}× ({low}–{high})"
 
 
 def markdown(rows: list[Row]) -> str:

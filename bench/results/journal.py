@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from pathlib import Path
 
 from bench.results.cell import Group, Timing, is_refused
@@ -69,30 +70,27 @@ def fold(entries: list[dict], machine: dict) -> Result:
     What was refused at any time has no number, whatever was timed before. If the run ended within a round,
     only the rounds that every implementation has count. ``machine``: its facts, unless the journal has them.
     """
+    by_kind: dict[str, list[dict]] = defaultdict(list)
     for entry in entries:
-        if entry["kind"] == "machine":
-            machine = entry["facts"]
-    refused = [_without_kind(entry) for entry in entries if entry["kind"] == "refused"]
+        by_kind[entry["kind"]].append(entry)
+    for entry in by_kind["machine"]:
+        machine = entry["facts"]
+    refused = [_without_kind(entry) for entry in by_kind["refused"]]
+    timed: dict[str, Group] = {}
+    for entry in by_kind["sample"]:
+        add_sample(timed, entry)
     groups = []
-    for group in _timed(entries):
+    for group in timed.values():
         _drop_refused(group, refused)
         if group.timings:
             _drop_incomplete_rounds(group)
             groups.append(group)
-    stages = [entry["summary"] for entry in entries if entry["kind"] == "stage"]
-    return Result(machine, groups, refused, _checks(entries), stages)
+    stages = [entry["summary"] for entry in by_kind["stage"]]
+    return Result(machine, groups, refused, _checks(by_kind["test"]), stages)
 
 
 def _without_kind(entry: dict) -> dict:
     return {name: value for name, value in entry.items() if name != "kind"}
-
-
-def _timed(entries: list[dict]) -> list[Group]:
-    groups: dict[str, Group] = {}
-    for entry in entries:
-        if entry["kind"] == "sample":
-            add_sample(groups, entry)
-    return [*groups.values()]
 
 
 def add_sample(groups: dict[str, Group], entry: dict) -> None:
@@ -123,11 +121,11 @@ def _drop_incomplete_rounds(group: Group) -> None:
         del timing.wall[complete:]
 
 
-def _checks(entries: list[dict]) -> list[dict[str, str]]:
-    """The tests that time nothing."""
+def _checks(tests: list[dict]) -> list[dict[str, str]]:
+    """Those that time nothing."""
     checks = []
-    for entry in entries:
-        if entry["kind"] == "test" and entry.get("is_check"):
+    for entry in tests:
+        if entry.get("is_check"):
             told = ("stage", "name", "outcome", "why")
             checks.append({name: entry[name] for name in told if entry.get(name)})
     return checks
