@@ -167,7 +167,7 @@ def test_counted_is_measured_on_smollm2(case):
 
 @pytest.mark.parametrize("checkpointed", [0, 4])
 def test_a_step_has_each_layer_twice(checkpointed):
-    """Once forwards and once backwards. A layer that is computed again is no part, and nothing stays."""
+    """Once forwards and once backwards. A layer that is computed again is no part of its own, and nothing stays."""
     model = prepared(outline(SMALL), ADAPTERS["LoRA"], checkpointed)
     recorded = record(model, loss_of(model, META_IDS, in_chunks=False))
     assert len(recorded.parts) == 2 * (1 + SMALL.num_hidden_layers + 1)
@@ -225,8 +225,11 @@ def test_a_step_of_all_layers_follows_from_one_of_each_kind(case):
 
     whole = prepared(outline(config), ADAPTERS["LoRA with dropout"] | {"targets": targets})
     short = copy.deepcopy(whole)
-    adapted = [module for module in short.modules() if hasattr(module, "lora_A")]
-    kinds = shorten(short, adapted)
+    modules = short.get_base_model().named_modules()
+    adapted = {name: module for name, module in modules if hasattr(module, "lora_A")}
+    kinds = shorten(short, adapted.values())
+    base = outline(config)  # `fits` shortens it before it has adapters
+    assert shorten(base, map(base.get_submodule, adapted)) == kinds
     assert len(decoder_layers(short)) == 1 + max(kinds) < len(kinds)
     plain, checkpointed = (recorded(short, number) for number in (0, len(kinds)))
     for number in (0, 1, len(kinds) - 1, len(kinds)):
@@ -237,13 +240,6 @@ def test_a_step_of_all_layers_follows_from_one_of_each_kind(case):
         assert all(0 <= more - bytes <= most for bytes, more in zip(found, expected, strict=True))
         for sizes, theirs in ((plain.weights, of_all.weights), (plain.trained, of_all.trained)):
             assert [sizes[kind] for kind in (*kinds, -1)] == theirs
-
-
-def test_layers_of_which_others_are_adapted_are_of_another_kind():
-    """Also before they have adapters; the layer after such a one is of a kind of its own, too."""
-    model = outline(SMALL)
-    assert shorten(model, [model.model.layers[1].mlp.down_proj]) == [0, 1, 2, 3]
-    assert len(decoder_layers(model)) == 4
 
 
 def test_the_first_layers_are_the_right_ones_to_checkpoint():
