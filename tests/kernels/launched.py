@@ -231,11 +231,16 @@ def check_another_interface() -> None:
     def without_hooks(self, grid):
         return lambda *args, stream=None: self.run(*grid, stream, self.function, *args)
 
-    with replaced(CompiledKernel, "__getitem__", without_hooks):
-        launching.can_run_directly.cache_clear()
-        launching.clear()
-        launched(SMALL)
-        assert not launched(SMALL)["direct"]
+    def with_one_more(self, grid):
+        metadata = self.packed_metadata, None, None, None
+        return lambda *args, stream=None: self.run(*grid, stream, self.function, *metadata, *args, None)
+
+    for other in (without_hooks, with_one_more):
+        with replaced(CompiledKernel, "__getitem__", other):
+            launching.can_run_directly.cache_clear()
+            launching.clear()
+            launched(SMALL)
+            assert not launched(SMALL)["direct"]
     launching.can_run_directly.cache_clear()
 
 
