@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mica import native
+from mica.ops import norms
 from tests.support.cpp import needs_cpp
 
 BF16 = torch.bfloat16
@@ -27,13 +28,15 @@ def by_operators(weight, h, rstd, rounds):
 
 @pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("columns", [1, 33, 576])
-def test_it_has_the_bits_of_pytorch_s_operators(columns, rounds):
+def test_it_has_the_bits_of_pytorch_s_operators(columns, rounds, monkeypatch):
     weight, h, rstd = operands(columns)
     weight[0] = 1e30
     rstd[1, 5] = 1e10  # more than bfloat16 holds
     expected = by_operators(weight, h, rstd, rounds)
     assert expected.isinf().any()
     assert torch.equal(native.module().norm(weight, h, rstd, rounds), expected)
+    monkeypatch.setattr(native, "module_if_built", lambda: None)
+    assert torch.equal(norms.norm(weight, h, rstd, rounds=rounds), expected)
 
 
 OTHERS = {  # weight, h and rstd that are left to PyTorch
