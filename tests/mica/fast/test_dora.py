@@ -235,12 +235,15 @@ def test_stock_unmerges_what_was_merged_here():
     assert expected.isfinite().all()
 
 
-def test_dora_after_another_adapter_is_merged_as_stock_does():
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+@pytest.mark.parametrize("calls", [[["second", "default"]], [["second"], ["default"]]])
+def test_dora_after_another_adapter_is_merged_as_stock_does(calls):
     model = second(adapted(), init_lora_weights=False)
     stock = copy.deepcopy(model)
-    model.merge_adapter(["second", "default"])
-    with mica.fast.disabled():
-        stock.merge_adapter(["second", "default"])
+    for names in calls:
+        model.merge_adapter(names)
+        with mica.fast.disabled():
+            stock.merge_adapter(names)
     for ours, theirs in zip(adapted_layers(model).values(), adapted_layers(stock).values(), strict=True):
         assert error(ours.base_layer.weight, theirs.base_layer.weight) <= 3 * RELATIVE[FP32]
     assert [type(v).__name__ for v in ours.lora_variant.values()] == ["DoraLinearVariant"] * 2
