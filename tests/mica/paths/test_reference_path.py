@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -38,6 +40,14 @@ def test_grad_a_in_sixteen_bits_is_one_product_where_the_processor_has_it(monkey
         assert (seen.largest(torch.float32) == 0) == is_one
         assert (dA.dtype == dtype) == is_one
         assert error(dA, g.double().t() @ x.double()) <= RELATIVE[dA.dtype]
+
+
+def test_a_wide_product_is_that_of_native_where_it_has_one(monkeypatch):
+    g, x, product = torch.ones(8, 4).bfloat16(), torch.ones(8, 9).bfloat16(), torch.ones(4, 9)
+    monkeypatch.setattr(products, "has_native", lambda dtype: True)
+    monkeypatch.setattr(native, "module", lambda: SimpleNamespace(wide_product=lambda g, x: product))
+    assert reference_path.grad_a(g, x) is product
+    assert reference_path.grad_a(g.float(), x.float()) is not product
 
 
 @in_half

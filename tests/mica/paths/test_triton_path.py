@@ -8,9 +8,10 @@ import torch
 import triton
 
 from mica import ops
-from mica.kernels import launching
+from mica.kernels import launching, prepared_b
 from mica.ops import mica_experts_linear, mica_linear
 from mica.paths import choose, triton_path
+from mica.paths.operands import Operands
 from tests.support import expert_cases
 from tests.support.kernel_cases import BF16, FP16, FP32, LAYER_DTYPES, mica_and_lora, seed_of
 from tests.support.linear_calls import (
@@ -86,6 +87,27 @@ def test_no_copy_of_a_trained_b_is_used_again(function):
         agree({"grad_A": lora_A.grad, "grad_B": lora_B.grad}, solve(now), BF16)
         optimizer.step()
     assert lora_B._version == 0
+
+
+def test_no_copy_is_kept_of_a_b_that_may_be_trained_later():
+    prepared_b.clear()
+    p = dense((6,), 16, 32, 3)
+    operands = Operands(p.weight, p.lora_A, p.lora_B, p.scaling, trains_B=True)
+    triton_path.linear_backward(p.grad_output, p.x, operands, True)
+    p = on_device(expert_cases.problem("tiles", 33, 22, 5, BF16, FP32))
+    operands = Operands(p.weight, p.lora_A, p.lora_B, p.scaling, trains_B=True)
+    triton_path.experts_linear_backward(p.grad_output, p.x, p.offsets, operands, True)
+    assert not prepared_b.entries
+
+
+def test_the_output_of_a_base_layer_may_be_transposed_and_in_32_bits():
+    """y is contiguous, as torch.compile is told, and B is not rounded."""
+    base_output, x = torch.randn(20, 24).t(), torch.randint(-2, 3, (24, 8)).to(BF16)
+    lora_A, lora_B = torch.randint(-2, 3, (4, 8)).to(FP32), torch.randn(20, 4)  # h is exact in 16 bits
+    y = adapted(base_output, x, lora_A, lora_B)
+    assert y.is_contiguous()
+    update = x.double() @ (lora_B.double() @ lora_A.double()).t()
+    assert error(y, base_output.double() + update) <= RELATIVE[FP32]
 
 
 RANK, TOKENS = 64, 40  # the rule's own number of tokens would take the interpreter long
