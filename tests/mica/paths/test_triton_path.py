@@ -89,14 +89,15 @@ def test_no_copy_of_a_trained_b_is_used_again(function):
     assert lora_B._version == 0
 
 
-def test_no_copy_is_kept_of_a_b_that_may_be_trained_later():
+@pytest.mark.parametrize("kind", ["linear", "experts"])
+def test_no_copy_is_kept_of_a_b_that_may_be_trained_later(kind):
     prepared_b.clear()
-    p = dense((6,), 16, 32, 3)
-    operands = Operands(p.weight, p.lora_A, p.lora_B, p.scaling, trains_B=True)
-    triton_path.linear_backward(p.grad_output, p.x, operands, True)
     p = on_device(expert_cases.problem("tiles", 33, 22, 5, BF16, FP32))
+    backward, offsets = triton_path.experts_linear_backward, [p.offsets]
+    if kind == "linear":
+        p, backward, offsets = dense((6,), 16, 32, 3), triton_path.linear_backward, []
     operands = Operands(p.weight, p.lora_A, p.lora_B, p.scaling, trains_B=True)
-    triton_path.experts_linear_backward(p.grad_output, p.x, p.offsets, operands, True)
+    backward(p.grad_output, p.x, *offsets, operands, True)
     assert not prepared_b.entries
 
 
