@@ -167,7 +167,7 @@ def test_counted_is_measured_on_smollm2(case):
 
 @pytest.mark.parametrize("checkpointed", [0, 4])
 def test_a_step_has_each_layer_twice(checkpointed):
-    """Once forwards and once backwards; a layer that is computed again is no part of its own."""
+    """Once forwards and once backwards: one computed again is no part of its own. No hook stays."""
     model = prepared(outline(SMALL), ADAPTERS["LoRA"], checkpointed)
     recorded = record(model, loss_of(model, META_IDS, in_chunks=False))
     assert len(recorded.parts) == 2 * (1 + SMALL.num_hidden_layers + 1)

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from mica.ops import mica_experts_linear, mica_linear
 from mica.paths import choose, triton_path
 from mica.paths.operands import Operands
 from tests.support import expert_cases
-from tests.support.kernel_cases import BF16, FP16, FP32, LAYER_DTYPES, mica_and_lora, seed_of
+from tests.support.kernel_cases import BF16, DEVICE, FP16, FP32, LAYER_DTYPES, mica_and_lora, seed_of
 from tests.support.linear_calls import (
     adapted,
     agree,
@@ -103,8 +104,9 @@ def test_no_copy_is_kept_of_a_b_that_may_be_trained_later(kind):
 
 def test_the_output_of_a_base_layer_may_be_transposed_and_in_32_bits():
     """y is contiguous, as torch.compile is told, and B is not rounded."""
-    base_output, x = torch.randn(20, 24).t(), torch.randint(-2, 3, (24, 8)).to(BF16)
-    lora_A, lora_B = torch.randint(-2, 3, (4, 8)).to(FP32), torch.randn(20, 4)  # h is exact in 16 bits
+    base_output, lora_B = torch.randn(20, 24, device=DEVICE).t(), torch.randn(20, 4, device=DEVICE)
+    whole = partial(torch.randint, -2, 3, device=DEVICE)  # so that h is exact in 16 bits
+    x, lora_A = whole((24, 8), dtype=BF16), whole((4, 8), dtype=FP32)
     y = adapted(base_output, x, lora_A, lora_B)
     assert y.is_contiguous()
     update = x.double() @ (lora_B.double() @ lora_A.double()).t()
