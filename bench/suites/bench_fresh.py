@@ -33,9 +33,14 @@ SECONDS = pick(default=900.0, dry=0.0)  # of a cell
 # What would change a process: PyTorch's and SciPy's threads, glibc's allocator
 NOT_DEFAULT = ("OMP_", "MKL_", "OPENBLAS_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 CELLS = [
-    Cell(SMOLLM2, (2, 512), how=how, adapter=adapter, suite="fresh")
+    Cell(SMOLLM2, tokens, dtype, how=how, adapter=adapter, suite="fresh")
     for adapter in (MICA, PLAIN_LORA)
-    for how in ("", DROPOUT, AUTOCAST)
+    for tokens, dtype, how in (
+        ((2, 512), "bfloat16", ""),
+        ((2, 512), "bfloat16", DROPOUT),
+        ((2, 512), "bfloat16", AUTOCAST),
+        ((1, 256), "float32", ""),  # for processors without 16-bit instructions
+    )
 ]
 
 
