@@ -20,6 +20,7 @@ from bench.results import names
 from bench.results.cell import Group
 from bench.results.names import (
     BARE,
+    DORA,
     EIGH,
     FAST,
     FAST_ACTIVATIONS,
@@ -178,7 +179,8 @@ def peers(run: str) -> list[Row]:
     header = [""]
     for group in groups:
         axes = group.axes
-        header.append(f"{axes['model']}, {axes['in']} × {axes['out']}, {SHORT[axes['dtype']]}")
+        adapter = "DoRA, " if axes["adapter"] == DORA else ""
+        header.append(f"{adapter}{axes['model']}, {axes['in']} × {axes['out']}, {SHORT[axes['dtype']]}")
     rows = []
     for name in dict.fromkeys(name for group in groups for name in group.timings):
         row = [name]

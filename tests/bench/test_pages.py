@@ -23,6 +23,6 @@ def test_what_is_kept_beside_the_bare_model(monkeypatch):
 
 def test_peers_are_rows(monkeypatch):
     facts = {BARE: (1.0, 4.0), STOCK: (2.0, 9.0), "A peer 1.0": (1.5, 5.0)}
-    run(monkeypatch, "peers", facts, model="layer", dtype="float32", out=8, **{"in": 4})
-    rows = [["", "layer, 4 × 8, fp32"], [BARE, "1.00, 4.00 MB"], [STOCK, "2.00, 9.00 MB"]]
+    run(monkeypatch, "peers", facts, model="layer", adapter="DoRA", dtype="float32", out=8, **{"in": 4})
+    rows = [["", "DoRA, layer, 4 × 8, fp32"], [BARE, "1.00, 4.00 MB"], [STOCK, "2.00, 9.00 MB"]]
     assert pages.peers("") == [*rows, ["A peer 1.0", "1.50, 5.00 MB"]]
