@@ -11,7 +11,7 @@ from bench.results import names
 from bench.results.names import FAST, LORA, STOCK, best_stock
 
 EPYC = "amd-epyc-avx512-bf16-2-threads"
-TWO_THREADS = "intel-xeon-processor-amx-2-threads/2026-12-01-clock"
+TWO_THREADS = "intel-xeon-processor-amx-2-threads/2026-12-03-clock"
 
 
 @pytest.mark.parametrize("page", pages.PAGES)
@@ -46,8 +46,8 @@ def words():
     yield "mica/subspace/README.md", f"initialises {1 / created.median:.1f} times as fast as with stock PEFT"
     models = [one for suite in ("block", "step") for one in pages.result(run).select(suite=suite)]
     ratios = [one.ratio(FAST, best_stock(one.timings)) for one in models]
-    unsure = sum(ratio.low <= 1 <= ratio.high for ratio in ratios)
-    yield bench, f"{unsure} of the {len(models)} blocks and steps are not shown to be faster"
+    faster = sum(ratio.high < 1 for ratio in ratios)
+    yield bench, f"{faster} of the {len(models)} blocks and steps are faster than with PEFT's best setting"
     loading = pages.only(run, suite="loading").timings
     yield "mica/cli/USE.md", f"[{loading[STOCK].median:.1f} s instead of {loading[FAST].median:.2f} s]"
     created, loaded = (pages.only(TWO_THREADS, suite=suite) for suite in ("initialisation", "loading"))
