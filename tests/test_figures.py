@@ -87,7 +87,7 @@ def words():
         fewer.append(f"{1 - share:.0%}".replace("%", " %"))
     yield bench, "{} of Llama-3.1-8B's in 24 GiB and {} of the 70B's in 80 GiB".format(*fewer)
     yield bench, f"are 16-bit, and take {less:.1f} GiB less of Llama-3.1-8B"
-    ratio = pages.only(*pages.sources("experts"), suite="experts", out=2048).ratio(FAST, LORA).median
+    ratio = pages.only(*pages.sources("experts"), suite="experts", out=1024).ratio(FAST, LORA).median
     yield main, f"[{ratio:.2f}× as long](bench/README.md#experts)"
 
 

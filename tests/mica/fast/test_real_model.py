@@ -83,15 +83,17 @@ def test_gradients_are_as_exact_as_stocks(model, dtype):
         squared = sum((found[name].double() - exact[name]).square().sum() for name in exact)
         return (squared / sum(grad.square().sum() for grad in exact.values())).item()
 
+    randomise(model, scale=0.01)
+    with mica.fast.disabled():
+        exact_model = copy.deepcopy(model).double()
     ours, theirs = [], []
-    for seed, ids in enumerate(python_reference_tokens()[: TEXTS_COMPARED * 64].view(TEXTS_COMPARED, 1, 64)):
-        randomise(model, scale=0.01, seed=seed)
+    for ids in python_reference_tokens()[: TEXTS_COMPARED * 64].view(TEXTS_COMPARED, 1, 64):
         with mica.fast.disabled():
-            exact = run(copy.deepcopy(model).double(), ids)
+            exact = run(exact_model, ids)
         with quick_products(dtype):
             ours.append(squared_error(run(model, ids), exact))
             with mica.fast.disabled():
                 theirs.append(squared_error(run(model, ids, autocast=dtype == torch.bfloat16), exact))
-    # One text decides nothing: of six the errors were 0.78 to 1.19 times stock's, 0.99 (bf16) and 1.01 (fp32)
-    # in the geometric mean, on an Intel Xeon with AMX
+    # One text decides nothing: on an Intel Xeon with AMX errors were 0.84 to 1.28 times stock's, of
+    # four texts together 1.02 to 1.06 times
     assert sum(ours) <= 1.25**2 * sum(theirs)

@@ -224,16 +224,18 @@ def test_norms(dtype, tolerance, update):
     assert norms[5] == torch.inf
     assert exact[5] == 0
     exact[5] = norms[5] = 1
-    if dtype == BF16 and multiplies_itself(weight):
+    if update == "cancels":
+        tolerance *= 20
+    elif dtype == BF16 and multiplies_itself(weight):
         tolerance = 1e-3  # A is rounded, and so is its product: seen are 8e-4 with these few columns
-    limit = tolerance if update != "cancels" else 20 * tolerance
-    assert (norms.double() / exact - 1).abs().max() <= limit
+    assert (norms.double() / exact - 1).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize("dtype", RELATIVE)
 def test_a_fresh_adapter_scales_nothing(dtype):
-    weight = torch.randn(2048, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
+    rows, columns = 65_536, 8  # PyTorch's fp64 root of a square is another number in 1 row of 10,000
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
     wide = torch.promote_types(dtype, FP32)
     magnitude = torch.linalg.norm(weight.to(wide), dim=1)
-    norms = dora.row_norms(weight, torch.randn(4, 96), torch.zeros(2048, 4), SCALING)
+    norms = dora.row_norms(weight, torch.randn(4, columns), torch.zeros(rows, 4), SCALING)
     assert dora.factor_of(magnitude, norms).eq(1).all()
