@@ -5,9 +5,9 @@ first representation, into a cache of this process's own: a variant takes 0.1 s 
 compiles all of them to machine code.
 """
 
-import contextlib
 import tempfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from unittest.mock import patch
 
 import torch
 from triton import knobs
@@ -39,16 +39,6 @@ def stages(backend, found: dict, options, *language) -> None:
         return b""
 
     found |= {"ttir": lambda module, metadata: module, backend.binary_ext: no_code}
-
-
-@contextmanager
-def replaced(owner, name: str, value):
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 @contextmanager
@@ -214,12 +204,12 @@ def check_observers() -> None:
         launching.clear()
         launched(SMALL)
         assert is_direct(), change
-        with replaced(*change):
+        with patch.object(*change):
             assert not is_direct(), change
         assert is_direct(), change
         # what was compiled for it is not what runs directly afterwards
         launching.clear()
-        with replaced(*change):
+        with patch.object(*change):
             launched(SMALL)
         assert not is_direct(), change
         assert is_direct(), change
@@ -236,7 +226,7 @@ def check_another_interface() -> None:
         return lambda *args, stream=None: self.run(*grid, stream, self.function, *metadata, *args, None)
 
     for other in (without_hooks, with_one_more):
-        with replaced(CompiledKernel, "__getitem__", other):
+        with patch.object(CompiledKernel, "__getitem__", other):
             launching.can_run_directly.cache_clear()
             launching.clear()
             launched(SMALL)
@@ -251,8 +241,8 @@ def check_a_capture() -> None:
     """
     launching.clear()
     for call, tokens in enumerate((8, 8, 8, 8, 7)):
-        capturing = replaced(launching, "is_capturing", lambda device, call=call: call != 2)
-        with capturing, contextlib.suppress(NotLoadedError):
+        capturing = patch.object(launching, "is_capturing", lambda device, call=call: call != 2)
+        with capturing, suppress(NotLoadedError):
             launched((grad_a, (matrix(tokens, 24, FP16), matrix(tokens, 80, FP16)), {"rank": 24}))
         assert bool(_seen) == (call >= 2), call
 
@@ -260,8 +250,8 @@ def check_a_capture() -> None:
 if __name__ == "__main__":
     with (
         tempfile.TemporaryDirectory() as cache,
-        replaced(knobs.cache, "dir", cache),
-        replaced(CUDABackend, "add_stages", stages),
+        patch.object(knobs.cache, "dir", cache),
+        patch.object(CUDABackend, "add_stages", stages),
         no_launch.installed(launch=record),
     ):
         for name, case in cases().items():

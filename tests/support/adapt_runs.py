@@ -29,10 +29,10 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
-from mica.cli.adapt import adapter, config, processes, result, training
+from mica.cli.adapt import adapter, checkpoints, config, processes, result, training
 from mica.cli.adapt.training import Training
 from mica.errors import UsageError
-from tests.support.processes import ROOT
+from tests.support.pages import read
 from tests.support.server import SERVER
 from tests.support.tiny_cli import byte_tokenizer, mica, tiny_llama
 
@@ -58,7 +58,7 @@ def settings(output: Path = Path("unused"), **changed: Any) -> Namespace:
     values = vars(config.resolve(given).args) | _TINY
     unknown = changed.keys() - values.keys()
     assert not unknown, unknown
-    return Namespace(**{**values, **changed})
+    return Namespace(**values | changed)
 
 
 def adapter_settings(**changes) -> Namespace:
@@ -175,7 +175,7 @@ def run_sharded(kind: str, args) -> Training:
     accelerate offers FSDP2 on GPUs only; here it is told that gloo on CPUs is one. ``kind``: FULL_STATE_DICT
     or SHARDED_STATE_DICT.
     """
-    page = (ROOT / "mica" / "cli" / "README.md").read_text(encoding="utf-8")
+    page = read("mica/cli/README.md")
     text = re.search(r"```yaml\n(distributed_type: FSDP.*?)```", page, re.DOTALL)[1]
     text = text.replace("processes: 16", "processes: 2").replace("machines: 2", "machines: 1")
     file = args.output.with_suffix(f".{os.environ['RANK']}.yaml")
@@ -280,6 +280,11 @@ def unfinished(run: Path, output: Path, last: int = 8) -> Path:
     if last == 8:
         shutil.rmtree(output / "checkpoint-12")
     return output
+
+
+def steps(output: Path) -> list[int]:
+    """Those of its checkpoints."""
+    return [checkpoints.step(path) for path in checkpoints.folders(output)]
 
 
 def summary(output: Path) -> dict:

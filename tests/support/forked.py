@@ -59,20 +59,15 @@ def run(
     return process.exitcode, text
 
 
-def be_quick(cache: Path) -> None:
-    """What takes most of a tiny run's time and is not tested here is left out, in this process."""
-    torch.set_num_threads(1)
-    gc.freeze()  # or Trainer's collection looks through all that is imported
-    datasets.config.HF_DATASETS_CACHE = cache
-
-
 def _enter(argv, folder, log, cache, blows):
     os.chdir(folder)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # multiprocessing's children ignore it
-    be_quick(cache)
+    torch.set_num_threads(1)
+    gc.freeze()  # or Trainer's collection looks through all that is imported: most of a tiny run's time
+    datasets.config.HF_DATASETS_CACHE = cache
     _Watch(str(folder), blows)
     status = main(argv)
     sys.stdout.flush()
@@ -97,9 +92,8 @@ class _Watch:
 
     def audit(self, event: str, args: tuple) -> None:
         is_write = event in CHANGES or (event == "open" and _writes(args))
-        if not is_write or not self._is_inside(args[0]):
-            return
-        self.count("write")
+        if is_write and self._is_inside(args[0]):
+            self.count("write")
 
     def _is_inside(self, path: object) -> bool:
         if not isinstance(path, (str, bytes, os.PathLike)):
@@ -112,14 +106,11 @@ class _Watch:
         if self.blows and self.blows[0].where == kind and self.since[kind] >= self.blows[0].at:
             blow = self.blows.pop(0)
             self.since.clear()
-            self._deal(blow)
-
-    def _deal(self, blow: Blow) -> None:
-        signum = signal.Signals[blow.what]
-        if blow.delay:
-            threading.Timer(blow.delay, os.kill, (os.getpid(), signum)).start()
-        else:
-            os.kill(os.getpid(), signum)
+            signum = signal.Signals[blow.what]
+            if blow.delay:
+                threading.Timer(blow.delay, os.kill, (os.getpid(), signum)).start()
+            else:
+                os.kill(os.getpid(), signum)
 
 
 def _writes(args: tuple) -> bool:

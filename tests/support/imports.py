@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.processes import ROOT
 
 # `mica/kernels` is a link to `kernels/`, which is imported as `mica.kernels`.
 FOLDERS = {
@@ -20,8 +20,6 @@ def _name(package: str, path: Path) -> str:
     parts = path.with_suffix("").parts
     return ".".join((package, *(parts[:-1] if parts[-1] == "__init__" else parts)))
 
-
-_PACKAGES = ("mica", "bench", "tests")
 
 # "mica.fast.layers" -> its file, of all Python files of the checkout
 MODULES: dict[str, Path] = {
@@ -75,14 +73,14 @@ def private_uses(code: ast.Module) -> list[str]:
     """Private names of other modules of the checkout, imported or looked up in an imported module."""
     uses, bound = [], {}
     for node in ast.walk(code):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in _PACKAGES:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in FOLDERS:
             for alias in node.names:
                 bound[alias.asname or alias.name] = f"{node.module}.{alias.name}"
                 if _is_private(alias.name):
                     uses.append(f"{node.module}.{alias.name}")
         elif isinstance(node, ast.Import):
             for alias in node.names:
-                if alias.name.partition(".")[0] in _PACKAGES:
+                if alias.name.partition(".")[0] in FOLDERS:
                     bound[alias.asname or alias.name] = alias.name
     for node in ast.walk(code):
         if isinstance(node, ast.Attribute) and _is_private(node.attr):

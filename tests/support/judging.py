@@ -37,11 +37,11 @@ def dense(gram) -> torch.Tensor:
     return gram.apply(columns(unit.expand(*gram.batch_shape, gram.size, gram.size)))
 
 
-def assert_orthonormal(basis: torch.Tensor, tolerance: float = 1e-13) -> None:
+def assert_orthonormal(basis: torch.Tensor) -> None:
     """By the relative Frobenius error of each matrix of a batch."""
     unit = torch.eye(basis.shape[-1], dtype=torch.float64)
     for each in basis.double().reshape(-1, *basis.shape[-2:]):
-        assert error(each.T @ each, unit) <= tolerance
+        assert error(each.T @ each, unit) <= 1e-13
 
 
 def truth(matrix: torch.Tensor) -> Truth:

@@ -114,11 +114,6 @@ def for_all(owner, name):
     return change
 
 
-def rounded(path):
-    """Adapter weights of two dtypes: an error of PEFT's."""
-    return changed(f"{path}.data", lambda before: before.bfloat16())
-
-
 def _weight_norm(layer):
     parametrizations.weight_norm(layer.base_layer)
     return lambda: parametrize.remove_parametrizations(layer.base_layer, "weight")

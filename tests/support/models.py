@@ -45,16 +45,13 @@ of_each_adapter_and_backend = pytest.mark.parametrize(
 )
 
 
-def wrap(
-    model, rank=4, targets=None, stock=False, autocast_adapter_dtype=True, adapter_name="default", **config
-):
+def wrap(model, rank=4, targets=TARGETS, stock=False, autocast_adapter_dtype=True, **config):
     """`get_peft_model` with MiCA, on stock PEFT if requested."""
     config = {"init_lora_weights": "mica", "lora_alpha": 8, "fan_in_fan_out": False, **config}
     with mica.fast.disabled() if stock else nullcontext():
         return get_peft_model(
             model,
-            LoraConfig(r=rank, target_modules=TARGETS if targets is None else targets, **config),
-            adapter_name=adapter_name,
+            LoraConfig(r=rank, target_modules=targets, **config),
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
 
@@ -64,8 +61,8 @@ def stock_load(model, path, **kwargs):
         return PeftModel.from_pretrained(model, path, **kwargs)
 
 
-def net(dtype=torch.float32, seed=0, **kwargs):
-    torch.manual_seed(seed)
+def net(dtype=torch.float32, **kwargs):
+    torch.manual_seed(0)
     return wrap(Net(dtype), **kwargs)
 
 
@@ -135,13 +132,13 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def tiny_gpt2(seed=0):
-    torch.manual_seed(seed)
+def tiny_gpt2():
+    torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=32, n_embd=16, n_layer=2, n_head=2))
 
 
-def tiny_llama(seed=0, **config):
-    torch.manual_seed(seed)
+def tiny_llama(**config):
+    torch.manual_seed(0)
     defaults = {
         "vocab_size": 61,
         "hidden_size": 16,
@@ -151,7 +148,7 @@ def tiny_llama(seed=0, **config):
         "num_key_value_heads": 1,
         "max_position_embeddings": 64,
     }
-    return LlamaForCausalLM(LlamaConfig(**{**defaults, **config}))
+    return LlamaForCausalLM(LlamaConfig(**defaults | config))
 
 
 def smollm2(dtype=torch.float32):

@@ -33,10 +33,10 @@ def block(experts, implementation):
     )
 
 
-def call_of(dtype=torch.float32):
-    """Seven tokens of 16 features, to two of four experts each."""
+def call_of(dtype=torch.float32, width=16):
+    """Seven tokens of so many features, to two of four experts each."""
     index = torch.stack([torch.randperm(4)[:2] for _ in range(7)])
-    return torch.randn(7, 16).to(dtype), index, torch.rand(7, 2).to(dtype)
+    return torch.randn(7, width).to(dtype), index, torch.rand(7, 2).to(dtype)
 
 
 def outermost(model):

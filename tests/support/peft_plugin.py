@@ -9,14 +9,10 @@ import mica.fast
 mica.fast.enable(lora=os.environ["CONFORMANCE_MODE"] == "with lora=True")
 
 
-def _calls() -> int:
-    return sum(mica.fast.call_counts.values())
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    before = _calls()
+    before = mica.fast.call_counts.total()
     try:
         return (yield)
     finally:
-        item.user_properties.append(("calls", _calls() - before))  # a property of the test in the report
+        item.user_properties.append(("calls", mica.fast.call_counts.total() - before))  # in the report

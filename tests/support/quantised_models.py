@@ -104,17 +104,17 @@ def dequantised(base):
     return weight.dequantize().double()
 
 
-def llama(kind=None, seed=0):
+def llama(kind=None):
     """One layer, quantised; unquantised for None. In bf16 where bf16 is computed in."""
-    model = tiny_llama(seed, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    model = tiny_llama(hidden_size=32, intermediate_size=48, num_hidden_layers=1)
     if "bf16 compute" in (kind or ""):
         model.to(torch.bfloat16)
     return quantise(model, kind) if kind else model
 
 
-def adapted(kind, seed=0, **config):
+def adapted(kind, **config):
     """`llama` with MiCA on all its quantised layers."""
-    return wrap(llama(kind, seed), targets=TARGETS, **config)
+    return wrap(llama(kind), targets=TARGETS, **config)
 
 
 def logits(model):

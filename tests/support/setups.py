@@ -5,7 +5,6 @@ import re
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -20,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.support import tp_models
 from tests.support.models import adapted_layers, tiny_llama, wrap
 from tests.support.moe_models import BUILDERS, STACKS, wrap_experts
+from tests.support.pages import read
+from tests.support.stock import as_graph
 from tests.support.training import FACTOR_A, STEPS, Run, batches, of_dora, of_lora, optimizer_of, train
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = "mica/fast/SETUPS.md"
 BF16 = torch.bfloat16
 
@@ -43,8 +43,7 @@ ROW = re.compile(r"\| (.*) \| ([\w-]+) \| (\w+) \| \[(\w+)\]\(\.\./\.\./(.*)\) \
 
 def setups() -> dict[str, Setup]:
     """The rows of all tables, by name."""
-    page = (ROOT / PAGE).read_text(encoding="utf-8")
-    between = page.partition("<!-- setups -->")[2].partition("<!-- /setups -->")[0]
+    between = read(PAGE).partition("<!-- setups -->")[2].partition("<!-- /setups -->")[0]
     found = {}
     for section in between.split("\n## ")[1:]:
         group, *lines = [line for line in section.splitlines() if line]
@@ -95,26 +94,22 @@ def accumulated(model, mixed_precision):
     return torch.tensor(losses).view(STEPS, 2).mean(1)
 
 
-def compiled(backend):
-    return partial(torch.compile, fullgraph=True, backend=backend)
-
-
 AUTOCAST = partial(train, autocast=BF16)
-BF16_BASE = Run({"dtype": BF16}, dtype=BF16)
 TWICE = {"linear": 28, "linear_backward": 28}
 CONFIGURATIONS = "rsLoRA, `rank_pattern`, `alpha_pattern`, `modules_to_save`"
 
 ONE_PROCESS: dict[str, list[Run]] = {
     "`torch.compile(fullgraph=True)`": [
-        Run({"num_hidden_layers": 1}, around=compiled("inductor")),  # C++ for one layer takes half a minute
-        Run(around=compiled("aot_eager")),
+        # C++ for one layer takes half a minute
+        Run({"num_hidden_layers": 1}, around=partial(torch.compile, fullgraph=True)),
+        Run(around=as_graph),
     ],
     "autocast, bf16": [Run(train=AUTOCAST, dtype=BF16)],
     "one autocast context around the whole training loop": [
         Run(train=within_autocast, reference=AUTOCAST, dtype=BF16)
     ],
     "autocast, fp16, with `GradScaler`": [Run(train=scaled, dtype=torch.float16)],
-    "bf16 base, fp32 adapters": [BF16_BASE],
+    "bf16 base, fp32 adapters": [Run({"dtype": BF16}, dtype=BF16)],
     "gradient checkpointing, reentrant or not": [Run(use_reentrant=True), Run(use_reentrant=False)],
     "accelerate: bf16, gradient accumulation": [
         Run(train=partial(accumulated, mixed_precision="no"), reference=train, counts=TWICE),
@@ -133,10 +128,7 @@ ONE_PROCESS: dict[str, list[Run]] = {
             {"bias": "lora_only", "base": {"attention_bias": True}},
             trained=rf"{FACTOR_A}|_proj\.base_layer\.bias$",
             said={"base layer called: the base bias is trainable": 8},  # q, k, v, o
-            counts={
-                **dict.fromkeys(("linear", "linear_backward"), 14),
-                "linear_added": 8,
-            },
+            counts={"linear": 14, "linear_backward": 14, "linear_added": 8},
         )
     ],
 }
@@ -302,8 +294,6 @@ TWO_PROCESSES |= {
     f"{LORA}DDP, FSDP2": [
         of_lora(run) for name in ("DDP", "FSDP2", "FSDP2, mixed precision") for run in TWO_PROCESSES[name]
     ],
-}
-TWO_PROCESSES |= {
     "DoRA (`enable(lora=True)`): DDP, FSDP2": [
         of_dora(run)
         for name in ("DDP", "FSDP2", "FSDP2, mixed precision", "FSDP2 with gradient checkpointing")

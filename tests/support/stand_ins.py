@@ -48,11 +48,9 @@ def swift_imported():
 
     Their own are there under the names that swift gives them.
     """
-    init, load_adapter = LoraModel.__init__, PeftModel.load_adapter
-    of_model, of_peft = {"__init__": _init, "__init_origin__": init}, {"load_adapter": _load_adapter}
-    of_peft["load_adapter_origin"] = load_adapter
+    load_adapter = PeftModel.load_adapter
     with (
-        patch.multiple(LoraModel, create=True, **of_model),
-        patch.multiple(PeftModel, create=True, **of_peft),
+        patch.multiple(LoraModel, create=True, __init__=_init, __init_origin__=LoraModel.__init__),
+        patch.multiple(PeftModel, create=True, load_adapter=_load_adapter, load_adapter_origin=load_adapter),
     ):
         yield

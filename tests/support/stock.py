@@ -52,10 +52,9 @@ def assert_same(ours, theirs, tolerance):
 def as_stock(function, *tolerances):
     """What it returns with the backend, which is stock's; of a tuple each part by a tolerance of its own."""
     ours, theirs = both(function)
-    if len(tolerances) == 1:
-        assert_same(ours, theirs, *tolerances)
-    for mine, stock, tolerance in zip(ours, theirs, tolerances, strict=True) if tolerances[1:] else ():
-        assert_same(mine, stock, tolerance)
+    pairs = zip(ours, theirs, strict=True) if tolerances[1:] else [(ours, theirs)]
+    for pair, tolerance in zip(pairs, tolerances, strict=True):
+        assert_same(*pair, tolerance)
     return ours
 
 
@@ -75,6 +74,12 @@ def step(model, *args, **kwargs):
     if out.requires_grad:
         (out if loss is not None else out.float().square().mean()).backward()
     return out.detach(), gradients(model)
+
+
+def as_graph(function):
+    """It compiled as one graph, anew: what an earlier test has compiled is forgotten."""
+    torch.compiler.reset()
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
 
 
 def warned(function):

@@ -21,9 +21,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_llama(**options) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    return LlamaForCausalLM(LlamaConfig(**{"vocab_size": 257, **sizes, **heads, **options}))
+    return LlamaForCausalLM(LlamaConfig(**sizes | heads | options))
 
 
 def words(*given: object) -> list[str]:

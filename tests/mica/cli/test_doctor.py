@@ -56,9 +56,9 @@ def run(capsys):
 
     def run():
         status = main(["doctor"])
-        captured = capsys.readouterr()
-        assert captured.err == ""
-        *lines, last = captured.out.splitlines()
+        out, err = capsys.readouterr()
+        assert err == ""
+        *lines, last = out.splitlines()
         findings = {line[:16].strip(): line[16:].strip() for line in lines}
         assert len(findings) == len(lines)
         if status == 0:

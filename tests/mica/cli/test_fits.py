@@ -77,7 +77,7 @@ def test_the_logits_are_named_where_they_decide(vocabulary, loss, run, monkeypat
     only(monkeypatch, "without adapter", "LoRA, PEFT's default")
     if loss == "chunked":  # then it is something else that makes peaks alike
         monkeypatch.setattr(fits, "_ALIKE", math.inf)
-    _, _, captured = run(LlamaConfig(**{**LLAMA, "vocab_size": vocabulary}), f"--loss {loss}")
+    _, _, captured = run(LlamaConfig(**LLAMA | {"vocab_size": vocabulary}), f"--loss {loss}")
     assert ("--loss chunked" in captured.out) == (vocabulary == 32768 and loss == "logits")
 
 
@@ -86,7 +86,7 @@ def test_options_change_what_they_name(run, monkeypatch):
     only(monkeypatch, name)
 
     def row(*options, **config):
-        _, report, _ = run(LlamaConfig(**{**LLAMA, "vocab_size": 4096, **config}), *options)
+        _, report, _ = run(LlamaConfig(**LLAMA | {"vocab_size": 4096} | config), *options)
         return report["rows"][0]
 
     options = "", "--bits 4", "--bits 8", "--dropout 0.1", "--loss chunked"
@@ -145,8 +145,7 @@ def test_the_fewest_checkpointed_layers_for_a_device(run, monkeypatch):
 def check_script(printed):
     """The lines for the user's script do what they say, and change no gradient."""
     lines = re.search(r"(?m)^    from .*\n(?:    .*\n)+", printed)[0]
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "dtype": "float32"})).train()
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA | {"dtype": "float32"})).train()
     ids = torch.arange(16).view(1, 16)
     gradients = []
     for k in (0, 1, 3, 4):
@@ -172,11 +171,10 @@ t5 => {} =>  => is no causal language model, or cannot be built
 """  # noqa: E501
 
 
-def test_a_gguf_file_is_refused_early(capsys, monkeypatch):
+def test_a_gguf_file_is_refused_early(refused, monkeypatch):
     monkeypatch.setattr("mica.cli.loading.find_source", pytest.fail)
-    assert mica("fits some/model.Q4_K_M.GGUF --tokens 8") == 2
     said = "is a GGUF file: give the Hub id or the folder (with config.json) of the model it was made from"
-    assert capsys.readouterr().err.endswith(f"mica fits: error: some/model.Q4_K_M.GGUF: {said}\n")
+    refused(mica("fits some/model.Q4_K_M.GGUF --tokens 8"), f"fits: error: some/model.Q4_K_M.GGUF: {said}")
 
 
 @pytest.mark.parametrize(("model_type", "changes", "options", "message"), rows(REFUSED))

@@ -1,10 +1,7 @@
 """Where a model is loaded from and to, in which dtype, and what is printed."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +20,7 @@ from mica.cli.loading import (
 from mica.errors import UsageError
 from tests.support import models
 from tests.support.adapt_runs import edit_json, working_in
-from tests.support.processes import ROOT
+from tests.support.processes import start
 from tests.support.tables import rows
 from tests.support.tiny_cli import tiny_llama
 
@@ -127,8 +124,6 @@ def test_among_several_processes_the_device_is_this_ones(monkeypatch):
 @pytest.mark.slow
 def test_libraries_say_nothing_on_the_terminal(tmp_path):
     """What torchao, bitsandbytes and torch log as they are imported would hide the one line of an error."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "mica", "inspect", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = start("mica", "inspect", tmp_path, HF_HUB_OFFLINE="1")
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert done.stderr.startswith("mica inspect: error: ")

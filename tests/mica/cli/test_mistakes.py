@@ -42,9 +42,9 @@ def test_a_mistake_gets_one_line(argv, start, end, capsys, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     argv = shlex.split(argv)
     assert main(argv) == 2
-    captured = capsys.readouterr()
-    assert (captured.out, captured.err.count("\n")) == ("", 1)
-    program, _, message = captured.err.rstrip("\n").partition(": error: ")
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    program, _, message = err.rstrip("\n").partition(": error: ")
     assert program in ("mica", f"mica {argv[0] if argv else ''}")
     assert message.startswith(start)
     assert message.endswith(end)
@@ -80,6 +80,5 @@ def test_a_path_that_cannot_be_looked_at(argv, tmp_path, capsys, monkeypatch):
     named = "MODEL" if option == "inspect" else option
     for path, reason in ((loop, "Too many levels of symbolic links"), (shut, "Permission denied")):
         assert main([str(path) if token == "PATH" else token for token in argv]) == 2
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err == f"mica {argv[0]}: error: argument {named}: '{path}': {reason}\n"
+        said = f"mica {argv[0]}: error: argument {named}: '{path}': {reason}\n"
+        assert capsys.readouterr() == ("", said)

@@ -8,10 +8,9 @@ from mica.cli.record import NAME, NotOwnError, Record
 
 
 @pytest.fixture
-def record(tmp_path):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    return Record(folder)
+def record(output):
+    output.mkdir()
+    return Record(output)
 
 
 def put(record, name, text, moved=True):

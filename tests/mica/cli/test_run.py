@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file
 
 from mica.cli import main
-from tests.support.adapt_runs import saved, sibling, transfer
+from tests.support.adapt_runs import saved, sibling, transfer, write
 from tests.support.processes import start
 from tests.support.tables import rows
 from tests.support.tiny_cli import mica, tiny_llama
@@ -144,9 +144,8 @@ SFT = """--use_peft --lora_target_modules all-linear --lora_dropout 0 --max_leng
 def test_a_module_of_trl_has_stock_s_losses_and_its_adapter_transfers(folder):
     pytest.importorskip("trl")
     base = saved(tiny_llama(initializer_range=0.3), folder / "base")
-    lines = [json.dumps({"text": f"{n} times {n} is {n * n}; " * 3}) for n in range(32)]
     (folder / "data").mkdir()
-    (folder / "data" / "train.jsonl").write_text("\n".join(lines))
+    write(folder / "data" / "train.jsonl", [{"text": f"{n} times {n} is {n * n}; " * 3} for n in range(32)])
     options = ["--model_name_or_path", base, "--dataset_name", folder / "data", *SFT.split()]
     losses = []
     for words in ([], ["mica", "run", "--explain", "-m"]):

@@ -13,6 +13,7 @@ from mica.cli.targets import features, find_targets, saved_parameters
 from mica.errors import UsageError
 from tests.support import models, moe_models
 from tests.support.tables import rows
+from tests.support.unchanged import unchanged
 
 
 @pytest.mark.parametrize("make", [models.tiny_gpt2, models.tiny_llama])
@@ -23,9 +24,8 @@ def test_targets_are_those_of_peft(make, names):
     model = make()
     known = [name for name in names.split(",") if any(key.endswith(name) for key, _ in model.named_modules())]
     names = ",".join(known) or "all-linear"
-    before = {name: type(module) for name, module in model.named_modules()}
-    targets = find_targets(model, names)
-    assert {name: type(module) for name, module in model.named_modules()} == before
+    with unchanged(model):
+        targets = find_targets(model, names)
     wrapped = models.wrap(model, targets=names if names == "all-linear" else known, task_type="CAUSAL_LM")
     assert list(targets.modules) == wrapped.base_model.targeted_module_names
 
@@ -61,7 +61,7 @@ SHARED_SIZES = {
 def mixture(kind):
     if kind in moe_models.BUILDERS:
         return moe_models.BUILDERS[kind]()
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SHARED_SIZES, **SIZES[kind]}))
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHARED_SIZES | SIZES[kind]))
 
 
 # The model, --target-modules, --experts, and what is adapted: modules and parameters
@@ -97,14 +97,14 @@ for word, several in SEVERAL.items():
 def test_targets_in_a_mixture(kind, names, experts, modules, parameters):
     """PEFT adapts these and nothing else, and saves them under the names that `saved_parameters` gives."""
     model = mixture(kind)
-    targets = find_targets(model, names, json.loads(experts))
+    with unchanged(model):
+        targets = find_targets(model, names, json.loads(experts))
+        saved = saved_parameters(model, targets.parameters)
     modules, parameters = sorted(modules.split()), sorted(parameters.split())
     assert targets.config == {"target_modules": modules, "target_parameters": parameters or None}
-    saved = saved_parameters(model, targets.parameters)
     shapes = {name: features(module) for name, module in targets.modules.items()}
     shapes |= {name: shape[-2:] for name, (_, shape) in saved.items()}
     assert {name for name, _ in saved.values()} == set(targets.parameters)
-    before = {name: weight.shape for name, weight in model.named_parameters()}
     config = LoraConfig(init_lora_weights="mica", r=1, task_type="CAUSAL_LM", **targets.config)
     wrapped = get_peft_model(model, config)
     found = {}
@@ -116,7 +116,6 @@ def test_targets_in_a_mixture(kind, names, experts, modules, parameters):
             experts = saved[layer][1][0] if len(saved.get(layer, (0, ()))[1]) == 3 else 1
             assert lora_A.shape[0] == experts
     assert found == shapes
-    assert before == {name: weight.shape for name, weight in mixture(kind).named_parameters()}
 
 
 def test_names_that_match_nothing():

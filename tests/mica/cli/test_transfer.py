@@ -102,15 +102,14 @@ def test_nothing_is_replaced(copies, capsys):
     assert transfer(adapter, chat, out) == 0
 
 
-def test_a_transfer_that_was_killed_can_be_given_again(made, tmp_path):
+def test_a_transfer_that_was_killed_can_be_given_again(made, output):
     adapter, _, chat = made
-    out = tmp_path / "out"
-    (out / SCRATCH).mkdir(parents=True)
-    (out / SCRATCH / "model.safetensors").write_text("{")
-    write_text("--output", out / "config.json", "{")
-    assert transfer(adapter, chat, out) == 0
-    assert not list(out.glob(".*"))
-    assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == 258
+    (output / SCRATCH).mkdir(parents=True)
+    (output / SCRATCH / "model.safetensors").write_text("{")
+    write_text("--output", output / "config.json", "{")
+    assert transfer(adapter, chat, output) == 0
+    assert not list(output.glob(".*"))
+    assert AutoModelForCausalLM.from_pretrained(output).config.vocab_size == 258
 
 
 def test_adapters_and_models_that_are_refused(copies, tmp_path, refused):

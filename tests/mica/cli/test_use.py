@@ -1,23 +1,19 @@
 """USE.md: its code runs, in its order, on an adapter that has learned; all ways give the same tokens."""
 
 import importlib.util
-import re
 import shlex
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mica import cli
 from mica.cli import main
 from tests.support.adapt_runs import poison_solver, saved, working_in, write_adapter
+from tests.support.pages import FENCED, read
+from tests.support.processes import printed_by
 from tests.support.tiny_cli import logits, tiny_llama
 
-PAGE = Path(cli.__file__).with_name("USE.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+BLOCKS = FENCED.findall(read("mica/cli/USE.md"))
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +81,7 @@ with torch.no_grad():
 def test_plain_peft_computes_the_same(names, folder):
     """The page's Python where an import of this package fails, and the copy without its mark."""
     code = BLOCKS[0][1].replace("import mica.fast", "import sys; sys.modules['mica'] = None") + WITHOUT
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    printed_by(code, cwd=folder)
     after, adapter, plain = torch.load(folder / "without.pt")
     assert torch.equal(after, names["after"])
     assert torch.equal(adapter, plain)

@@ -21,11 +21,12 @@ from tests.support.models import (
     randomise,
 )
 from tests.support.moe_models import second
-from tests.support.stock import as_stock, counted, step
+from tests.support.stock import as_graph, as_stock, counted, step
 from tests.support.tolerances import RELATIVE, error
 
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3], [5, 6, 11, 12]])
 FP32 = 3 * RELATIVE[torch.float32]
+LAYERS = TARGETS[1:]
 in_both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
@@ -46,8 +47,8 @@ def compare(model, tolerance=FP32, **kwargs):
 def test_two_adapters_of_any_kind(first, second_is):
     """LoRA beside MiCA, too; on a base that is read, called because of a hook, or trained."""
     mica.fast.enable(lora=True)
-    model = net(targets=TARGETS[1:], **ADAPTERS[first])
-    randomise(second(model, targets=TARGETS[1:], r=3, **ADAPTERS[second_is]))
+    model = net(targets=LAYERS, **ADAPTERS[first])
+    randomise(second(model, r=3, **ADAPTERS[second_is]))
     layers = model.base_model.model
     layers.up.base_layer.register_forward_hook(lambda module, args, out: out * 2)
     layers.down.base_layer.weight.requires_grad_()
@@ -135,7 +136,7 @@ def test_export_for_inference(tmp_path, strict):
 
     ``strict=True`` traces as torch.compile does, and ours are in it; inside `disabled()` they are not.
     """
-    model = randomise(net(targets=TARGETS[1:])).eval().requires_grad_(False).base_model.model
+    model = randomise(net(targets=LAYERS)).eval().requires_grad_(False).base_model.model
     dims = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("length", min=2, max=32)}
     options = {"dynamic_shapes": {"indices": dims}, "strict": strict}
 
@@ -160,7 +161,7 @@ def test_export_for_inference(tmp_path, strict):
 
 def saved(folder, seed, rank=4, **config):
     """A trained adapter on the same base, in a folder."""
-    config.setdefault("targets", TARGETS[1:])
+    config.setdefault("targets", LAYERS)
     model = randomise(net(rank=rank, **config), seed=seed)
     for B in bases(model).values():
         B.data.neg_()  # as after another run: B is not the one that is there
@@ -174,7 +175,7 @@ def saved(folder, seed, rank=4, **config):
 def test_hotswap(monkeypatch, tmp_path, adapter, backend, dtype, rank):
     """Also on kernels, which keep a prepared copy of B: hotswap edits B behind PyTorch's back."""
     monkeypatch.setenv("MICA_BACKEND", backend)
-    model = randomise(net(dtype, targets=TARGETS[1:], **ADAPTERS[adapter])).eval()
+    model = randomise(net(dtype, targets=LAYERS, **ADAPTERS[adapter])).eval()
     folder = saved(tmp_path, 5, rank, lora_alpha=3, **ADAPTERS[adapter])
 
     def output():
@@ -185,12 +186,12 @@ def test_hotswap(monkeypatch, tmp_path, adapter, backend, dtype, rank):
     hotswap_adapter(model, str(folder), "default")
     after = output()
     assert error(after, before) > 0.01
-    loaded = PeftModel.from_pretrained(net(dtype, targets=TARGETS[1:]).unload(), folder)
+    loaded = PeftModel.from_pretrained(net(dtype, targets=LAYERS).unload(), folder)
     assert error(after, loaded(INDICES)) <= 3 * RELATIVE[dtype]
     assert path(model) == {"kernel" if backend == "triton" else "reference": 3}
 
 
-@pytest.mark.parametrize("targets", [TARGETS[1:], TARGETS[:1]])
+@pytest.mark.parametrize("targets", [LAYERS, TARGETS[:1]])
 def test_hotswap_of_an_adapter_without_b_is_refused(targets, tmp_path):
     """PEFT sets what is missing to 0: an adapter that does nothing, without a word.
 
@@ -218,10 +219,9 @@ def test_hotswap_of_an_adapter_without_b_is_refused(targets, tmp_path):
 
 def test_hotswap_of_a_compiled_model(tmp_path):
     """One graph for all adapters: ranks are padded, scalings are tensors."""
-    torch.compiler.reset()
-    model = randomise(net(targets=TARGETS[1:], rank=3)).eval()
+    model = randomise(net(targets=LAYERS, rank=3)).eval()
     prepare_model_for_compiled_hotswap(model, target_rank=6)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = as_graph(model)
     with torch.no_grad():
         before = compiled(INDICES)
         with torch._dynamo.config.patch(error_on_recompile=True):
@@ -230,12 +230,11 @@ def test_hotswap_of_a_compiled_model(tmp_path):
                 hotswap_adapter(model, str(folder), "default")
                 out, counts = counted(lambda: compiled(INDICES))
                 assert counts["linear"] == 3
-                loaded = PeftModel.from_pretrained(net(targets=TARGETS[1:]).unload(), folder)
+                loaded = PeftModel.from_pretrained(net(targets=LAYERS).unload(), folder)
                 assert error(out, loaded(INDICES)) <= FP32
                 assert error(out, before) > 0.01
 
 
-LAYERS = TARGETS[1:]
 BATCH = torch.randint(0, 29, (5, 3), generator=torch.Generator().manual_seed(3))
 
 

@@ -1,7 +1,6 @@
 """Models that are no decoders of text: each trains on the fast path, with stock PEFT's losses."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from transformers import (
 )
 
 from tests.support.models import wrap
-from tests.support.training import STEPS, Run, check, optimizer_of
+from tests.support.training import Run, check, optimizer_of, train
 
 TOKENS = 61
 LABELS = 8
@@ -94,48 +93,32 @@ def loss_of_unet(model: nn.Module) -> torch.Tensor:
     return nn.functional.mse_loss(predicted, noise)
 
 
-class Architecture(NamedTuple):
-    build: Callable[[], nn.Module]
-    loss: Callable[[nn.Module], torch.Tensor]
-    targets: str | list[str]
-    layers: int  # adapted ones
-
-
 ARCHITECTURES = {
+    # name: (what builds the model, its loss, target modules, how many layers are adapted)
     # query, key, value, output and two of the MLP in each of two layers; one in the head
-    "BERT": Architecture(bert, loss_of_text, "all-linear", 13),
+    "BERT": (bert, loss_of_text, "all-linear", 13),
     # the same and the classifier; the patch embedding is a convolution
-    "ViT": Architecture(vit, loss_of_vit, "all-linear", 13),
+    "ViT": (vit, loss_of_vit, "all-linear", 13),
     # 6 in each encoder layer, and 10, with the cross-attention, in each decoder layer
-    "T5": Architecture(t5, loss_of_text, "all-linear", 32),
+    "T5": (t5, loss_of_text, "all-linear", 32),
     # self-attention and cross-attention in one block down, the middle one and two up
-    "UNet": Architecture(unet, loss_of_unet, ["to_q", "to_k", "to_v", "to_out.0"], 32),
+    "UNet": (unet, loss_of_unet, ["to_q", "to_k", "to_v", "to_out.0"], 32),
 }
-
-
-def run_of(architecture: Architecture) -> Run:
-    def make():
-        torch.manual_seed(0)
-        return wrap(architecture.build(), targets=architecture.targets).train()
-
-    def train(model):
-        optimizer = optimizer_of(model)
-        losses = []
-        for _ in range(STEPS):
-            loss = architecture.loss(model)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return torch.tensor(losses)
-
-    return Run(make=make, train=train)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_another_architecture_trains_on_the_fast_path(name):
-    run = run_of(ARCHITECTURES[name])
+    build, loss_of, targets, layers = ARCHITECTURES[name]
+
+    def make():
+        torch.manual_seed(0)
+        return wrap(build(), targets=targets).train()
+
+    def losses(model):
+        return train(lambda **_: SimpleNamespace(loss=loss_of(model)), optimizer=optimizer_of(model))
+
+    run = Run(make=make, train=losses)
     done = run.done()
-    assert len(done["rows"]) == ARCHITECTURES[name].layers
+    assert len(done["rows"]) == layers
     assert all(row.calls == 3 for row in done["rows"])
     check(done, run.expected(), run)

@@ -154,22 +154,16 @@ def test_partitioned_weights_are_gathered_one_at_a_time(build, adapt, names, mon
     assert not any(parameter.numel() for parameter in parameters.values())
 
 
-def test_the_process_without_weights_requests_the_same_and_solves_nothing(monkeypatch):
+def test_the_process_without_weights_requests_the_same_and_solves_nothing(monkeypatch, solved):
     """FSDP with cpu_ram_efficient_loading: the first process, which has them, compares both requests."""
     monkeypatch.setattr(module, "is_fsdp_enabled", lambda: True)
-    requests, solved = [], []
-    request, solve = module.Meeting, many.solve_stack
+    requests, request = [], module.Meeting
 
     def requesting(layers):
         requests.append(layers)
         return request(layers)
 
-    def solving(weight, rank, **options):
-        solved.append(weight.shape)
-        return solve(weight, rank, **options)
-
     monkeypatch.setattr(module, "Meeting", requesting)
-    monkeypatch.setattr(many, "solve_stack", solving)
     with torch.device("meta"):
         absent = stack()
     (layer,) = wrappers(wrap_holder(absent)).values()

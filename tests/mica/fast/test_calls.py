@@ -7,13 +7,14 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mica.fast
 from mica.fast.forward import layer_calls
 from tests.support.models import net, wrap
+from tests.support.moe_models import second
+from tests.support.stock import as_graph
 
 INDICES = torch.tensor([[1, 5]])
 
@@ -84,7 +85,7 @@ def test_with_a_new_adapter_nothing_is_known():
     model = wrap(Twice(), targets=["up"])
     model(torch.ones(2, 8))
     assert called(model) == {"up": 2}
-    model.add_adapter("other", LoraConfig(r=2, init_lora_weights="mica", target_modules=["down"]))
+    second(model, target_modules=["down"])
     assert called(model) == {"up": None, "down": None}
     model(torch.ones(2, 8))
     assert called(model) == {"up": 2, "down": 1}
@@ -111,12 +112,12 @@ def test_the_last_call_s_x_is_known(model, any_language):
 
 @pytest.mark.parametrize("regional", [False, True])
 def test_compiled_calls_are_not_seen_and_never_denied(model, regional):
-    inner, options = model.base_model.model, {"fullgraph": True, "backend": "aot_eager"}
+    inner = model.base_model.model
     expected = model(torch.ones(2, 8))
     assert called(model) == {"up": 2, "down": 1}
     if regional:
-        inner.forward = torch.compile(inner.forward, **options)
-    run = model if regional else torch.compile(model, **options)
+        inner.forward = as_graph(inner.forward)
+    run = model if regional else as_graph(model)
     for _ in range(2):
         torch.testing.assert_close(run(torch.ones(2, 8)), expected)
         assert set(called(model).values()) == {None}

@@ -16,10 +16,10 @@ from tests.support.layer_changes import (
     TWICE_BEFORE,
     TWICE_BEFORE_BACK,
     X,
+    changed,
     layer_of,
-    rounded,
 )
-from tests.support.stock import assert_same, both, counted
+from tests.support.stock import as_graph, assert_same, both, counted
 from tests.support.tolerances import RELATIVE, error
 
 pytestmark = pytest.mark.usefixtures("language")
@@ -88,7 +88,7 @@ def test_hooks_on_the_layer_itself_run(layer, hook):
 @pytest.mark.parametrize("part", ["base_layer.weight", "lora_A.default.weight", "lora_B.default.weight"])
 def test_one_weight_of_another_dtype_is_peft_s_error(layer, part):
     assert_runs(layer, FUSED)
-    undo = rounded(part)(layer)
+    undo = changed(f"{part}.data", torch.Tensor.bfloat16)(layer)
     mica.fast.call_counts.clear()
     with pytest.raises(RuntimeError, match="dtype"):
         layer(X)
@@ -175,9 +175,8 @@ def test_another_device(layer):
 
 
 def test_compiled_between_eager_calls(layer):
-    torch.compiler.reset()
     expected = layer(X)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled = as_graph(layer)
     assert error(compiled(X), expected) <= RELATIVE[torch.float32]
     layer.scaling["default"] = 0.125
     again = layer(X)

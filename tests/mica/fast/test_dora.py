@@ -19,9 +19,9 @@ from tests.support.merging_models import other_magnitudes, quietly, weights
 from tests.support.models import INDICES, adapted_layers, net, randomise, tiny_llama, wrap
 from tests.support.moe_models import second
 from tests.support.quantised_models import KINDS, TARGETS, quantise
-from tests.support.stock import assert_same, both, step, uninstalled
+from tests.support.stock import as_graph, assert_same, both, step, uninstalled
 from tests.support.tolerances import RELATIVE, error
-from tests.support.training import llama, train
+from tests.support.training import checkpointed, llama, train, trainable
 
 DORA = {"use_dora": True, "init_lora_weights": False}
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -81,9 +81,8 @@ def test_training_follows_stock(use_reentrant):
     def losses():
         model = randomise(llama(**DORA))
         if use_reentrant is not None:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, fused=True)
+            checkpointed(model, use_reentrant)
+        optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.01, fused=True)
         return train(model, optimizer=optimizer)
 
     ours, theirs = both(losses)
@@ -166,7 +165,7 @@ def test_compiled():
     layer = adapted_layers(adapted())["base_model.model.up"]
     x = torch.randn(5, 12)
     expected = layer(x)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled = as_graph(layer)
     assert error(compiled(x), expected) <= RELATIVE[FP32]
 
 
@@ -223,7 +222,6 @@ def test_left_to_peft_with_a_reason(change, reason, monkeypatch):
 
 def test_stock_unmerges_what_was_merged_here():
     model = adapted()
-    expected = model.eval()(INDICES)
     for layer in adapted_layers(model).values():
         layer.lora_magnitude_vector["default"].weight.data[2] = 1  # stock divides by it
     before = weights(model)
@@ -232,7 +230,6 @@ def test_stock_unmerges_what_was_merged_here():
         model.unmerge_adapter()
     for name, layer in adapted_layers(model).items():
         assert error(layer.base_layer.weight, before[name]) <= RELATIVE[FP32]
-    assert expected.isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged")

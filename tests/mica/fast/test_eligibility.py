@@ -8,16 +8,12 @@ from transformers.pytorch_utils import Conv1D
 
 import mica.fast
 from mica.fast.forward import decide as calls
-from tests.support.layer_changes import INPUTS
+from tests.support.layer_changes import INPUTS, add, layer_of
 from tests.support.models import net, randomise
-from tests.support.stock import as_stock, assert_same, both, counted
+from tests.support.stock import as_graph, as_stock, assert_same, both, counted
 from tests.support.tolerances import RELATIVE, error
 
 X, INDICES = torch.randn(3, 12), torch.tensor([1, 2])
-
-
-def up(model):
-    return model.base_model.model.up
 
 
 def said_of(model):
@@ -32,25 +28,23 @@ def assert_peft_runs(layer, x):
 
 
 def test_a_dropout_s_forward_that_is_replaced_for_all_modules_runs(monkeypatch):
-    model = randomise(net(targets=["up"], lora_dropout=0.5))
-    expected, stock = up(model)(X), nn.Dropout.forward
+    layer = layer_of(lora_dropout=0.5)
+    expected, stock = layer(X), nn.Dropout.forward
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: 2 * stock(self, x))
-    assert said_of(model) == ("peft", "Dropout.forward has been monkey-patched")
-    assert_peft_runs(up(model), X)
+    assert said_of(layer) == ("peft", "Dropout.forward has been monkey-patched")
+    assert_peft_runs(layer, X)
     monkeypatch.undo()
-    assert not torch.equal(up(model)(X), expected)  # another mask
-    assert mica.fast.explain(model).counts() == {"reference": 1}
+    assert not torch.equal(layer(X), expected)  # another mask
+    assert mica.fast.explain(layer).counts() == {"reference": 1}
 
 
 def test_dropout_is_off_in_eval_mode_where_the_quick_check_does_not_apply():
-    model = net(targets=["up"], lora_dropout=0.5)
-    model.add_adapter("second", model.peft_config["default"])
-    model.base_model.set_adapter(["default", "second"])
-    randomise(model).eval()
-    assert mica.fast.explain(model).counts() == {"reference": 1}
-    out = up(model)(X)
-    with mica.fast.disabled():
-        assert error(out, up(model)(X)) <= RELATIVE[torch.float32]
+    layer = layer_of(lora_dropout=0.5)
+    add(layer, "second")
+    layer.set_adapter(["default", "second"])
+    layer.eval()
+    assert mica.fast.explain(layer).counts() == {"reference": 1}
+    as_stock(lambda: layer(X), RELATIVE[torch.float32])
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
@@ -59,10 +53,10 @@ def test_factors_of_another_class_are_peft_s(part):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    model = randomise(net(targets=["up"]))
-    getattr(up(model), part)["default"].__class__ = Doubled
-    assert said_of(model) == ("peft", "the adapter's modules are not plain nn.Linear")
-    assert_peft_runs(up(model), X)
+    layer = layer_of()
+    getattr(layer, part)["default"].__class__ = Doubled
+    assert said_of(layer) == ("peft", "the adapter's modules are not plain nn.Linear")
+    assert_peft_runs(layer, X)
 
 
 def test_a_replaced_forward_of_conv1d_has_the_base_layer_called(monkeypatch):
@@ -77,9 +71,8 @@ def test_a_replaced_forward_of_conv1d_has_the_base_layer_called(monkeypatch):
     ("owner", "name"), [(nn.Module, "__call__"), (nn.Linear, "__call__"), (nn.functional, "linear")]
 )
 def test_a_call_that_is_replaced_for_all_modules_runs_in_a_graph_from_before(monkeypatch, owner, name):
-    torch.compiler.reset()
-    model = randomise(net(targets=["up"]))
-    compiled = torch.compile(up(model), backend="aot_eager", fullgraph=True)
+    layer = layer_of()
+    compiled = as_graph(layer)
     expected = compiled(X)
     stock = getattr(owner, name)
 
@@ -90,15 +83,15 @@ def test_a_call_that_is_replaced_for_all_modules_runs_in_a_graph_from_before(mon
 
     monkeypatch.setattr(owner, name, twice, raising=False)
     with mica.fast.disabled():
-        doubled = up(model)(X)
+        doubled = layer(X)
     assert error(compiled(X), doubled) <= RELATIVE[torch.float32]
     monkeypatch.undo()
     assert torch.equal(compiled(X), expected)
-    assert mica.fast.explain(model).counts() == {"reference": 1}
+    assert mica.fast.explain(layer).counts() == {"reference": 1}
 
 
 def test_fx_s_own_call_while_it_traces_is_no_reason():
-    layer = up(randomise(net(targets=["up"])))
+    layer = layer_of()
     graph = make_fx(layer)(X)
     assert "mica.linear" in graph.code
     assert error(graph(X), layer(X)) <= RELATIVE[torch.float32]
@@ -107,8 +100,8 @@ def test_fx_s_own_call_while_it_traces_is_no_reason():
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse CSR)")
 def test_inputs_that_are_not_plain_are_peft_s(kind):
-    model, x = randomise(net(targets=["up"])), INPUTS[kind](X)
-    (out, expected), counts = counted(lambda: both(lambda: up(model)(x)))
+    layer, x = layer_of(), INPUTS[kind](X)
+    (out, expected), counts = counted(lambda: both(lambda: layer(x)))
     assert not counts
     assert out.layout == expected.layout
     assert_same(*map(_dense_parts, (out, expected)), 0.0)

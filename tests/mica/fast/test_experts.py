@@ -8,12 +8,11 @@ from tests.support import moe_models
 from tests.support.linear_calls import kept_by
 from tests.support.models import randomise
 from tests.support.moe_models import BUILDERS, STACKS, tokens, wrap_experts
-from tests.support.moe_steps import adapted, as_stock_s, gradients, outermost, ran, use
-from tests.support.stock import as_stock, assert_same
+from tests.support.moe_steps import adapted, as_stock_s, call_of, gradients, outermost, ran, use
+from tests.support.stock import as_graph, as_stock, assert_same
 from tests.support.tolerances import RELATIVE, error
 from tests.support.training import checkpointed
 
-IMPLEMENTATIONS = ["grouped_mm", "batched_mm", "eager"]
 of_each_model = pytest.mark.parametrize("kind", BUILDERS)
 
 # -- training -----------------------------------------------------------------------------------------
@@ -21,7 +20,7 @@ of_each_model = pytest.mark.parametrize("kind", BUILDERS)
 
 @pytest.mark.whole
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
 @of_each_model
 @pytest.mark.parametrize("init", ["mica", True])
 def test_equals_every_implementation_of_transformers(kind, implementation, autocast, init):
@@ -62,9 +61,10 @@ def test_gradient_checkpointing_changes_no_bit(use_reentrant):
 def test_under_autocast_nothing_of_a_stack_is_kept(implementation):
     """The cast stack is an operator's own; x is kept in autocast's dtype, and the result has that of x."""
     layer = use(outermost(adapted("qwen3_moe")), implementation)
-    x = torch.randn(5, 32, requires_grad=True)
+    x, *routing = call_of(width=32)
+    x.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        kept, y = kept_by(lambda: layer(x, torch.arange(10).view(5, 2) % 6, torch.rand(5, 2)))
+        kept, y = kept_by(lambda: layer(x, *routing))
     stacks = {w.untyped_storage().data_ptr() for w in layer.parameters()}
     assert all(t.dim() < 3 for t in kept if t is not None and t.untyped_storage().data_ptr() not in stacks)
     assert {t.dtype for t in kept if t is not None and t.shape == x.shape} == {torch.bfloat16}
@@ -74,12 +74,11 @@ def test_under_autocast_nothing_of_a_stack_is_kept(implementation):
 
 
 def test_compiled_without_a_graph_break():
-    torch.compiler.reset()
     layer = outermost(adapted("gpt_oss"))
-    x, index, weights = torch.randn(9, 32), torch.randint(0, 4, (9, 2)), torch.rand(9, 2)
-    expected = layer(x, index, weights)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    y, counts = ran(lambda: compiled(x, index, weights))
+    call = call_of(width=32)
+    expected = layer(*call)
+    compiled = as_graph(layer)
+    y, counts = ran(lambda: compiled(*call))
     assert counts[0] == 2
     assert error(y, expected) <= RELATIVE[torch.float32]
     y.sum().backward()
@@ -89,8 +88,7 @@ def test_compiled_without_a_graph_break():
 def test_tokens_without_an_expert_and_no_tokens():
     """An index of num_experts, which transformers' experts skip: its part is 0, whatever its weight."""
     layer = use(outermost(adapted()), "eager")
-    x, weights = torch.randn(7, 32), torch.rand(7, 2)
-    index = torch.stack([torch.randperm(4)[:2] for _ in range(7)])
+    x, index, weights = call_of(width=32)
     index[::2, 1] = 4
     y, counts = ran(lambda: layer(x, index, weights))
     assert counts[0] == 2
@@ -106,8 +104,8 @@ def test_what_is_saved_for_the_backward_does_not_grow_with_the_experts():
     def saved(count):
         layer = outermost(randomise(wrap_experts(moe_models.mixtral(experts=count))))
         known = {w.untyped_storage().data_ptr() for w in layer.parameters()}
-        x, index = torch.randn(5, 32, requires_grad=True), torch.arange(10).view(5, 2) % 4
-        kept, _ = kept_by(lambda: layer(x, index, torch.rand(5, 2)))
+        x, *routing = call_of(width=32)
+        kept, _ = kept_by(lambda: layer(x.requires_grad_(), *routing))
         storages = [tensor.untyped_storage() for tensor in kept]
         sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
         return sum(size for address, size in sizes.items() if address not in known)

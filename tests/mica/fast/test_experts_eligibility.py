@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from peft import LoraConfig
 from torch import nn
 from transformers import NemotronHConfig
 from transformers.integrations import moe
@@ -26,7 +25,6 @@ from tests.support.stock import as_stock
 from tests.support.tolerances import RELATIVE, error
 
 FP32 = RELATIVE[torch.float32]
-IMPLEMENTATIONS = ["grouped_mm", "batched_mm", "eager"]
 
 
 def reason(model):
@@ -61,8 +59,7 @@ def activate_both(model):
 
 
 def activate_another(model):
-    model.add_adapter("other", LoraConfig(init_lora_weights="mica", r=2, target_modules=["q_proj"]))
-    model.set_adapter("other")
+    second(model, target_modules=["q_proj"], target_parameters=None).set_adapter("second")
 
 
 def yes(before):
@@ -75,7 +72,7 @@ UNDECORATED, HOOKS = "Replaced does not use transformers' experts interface", "h
 REASONS = {
     "disabled": (lambda model: model.base_model.disable_adapter_layers(), "adapters are disabled", 0),
     "merged": (lambda model: model.merge_adapter(), "the adapter is merged", 0),
-    "another": (activate_another, "none of the active adapters ['other'] is on this layer", 0),
+    "another": (activate_another, "none of the active adapters ['second'] is on this layer", 0),
     "two": (activate_both, "several active adapters", None),
     "weight": (base_with("down_proj.requires_grad", yes), "the down_proj is trainable", 2),
     "bias": (base_with("down_proj_bias.requires_grad", yes), "the down_proj_bias is trainable", 2),
@@ -214,7 +211,7 @@ def block_of(build, implementation):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
 @pytest.mark.parametrize("build", [nemotron_h, muse_spark])
 def test_experts_without_a_gate_and_with_a_norm(build, implementation, dtype):
     """Weights in fp32 over 16-bit experts: their sums are in fp32, the result in the dtype of the input."""
@@ -247,9 +244,9 @@ def test_an_input_of_another_dtype_is_cast_by_grouped_products_alone():
 def test_fp64_within_autocast_is_pefts_and_fails_there(implementation):
     """Autocast leaves fp64 alone, and casts the weights."""
     layer = use(outermost(adapted("qwen3_moe")), implementation)
-    x, index, weights = torch.randn(5, 32).double(), torch.arange(10).view(5, 2) % 6, torch.rand(5, 2)
+    x, *routing = call_of(width=32)
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match=r"(?i)double"):
-        layer(x, index, weights)
+        layer(x.double(), *routing)
 
 
 # -- whose classes compute the formula in eager: all of transformers'. Those of others need not ------

@@ -8,6 +8,8 @@ from collections import Counter
 
 import pytest
 import torch
+from accelerate import hooks
+from accelerate.utils import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -37,7 +39,8 @@ def test_one_row_per_layer_in_a_table_that_aligns(monkeypatch):
     assert lines[0].split() == ["layer", "base", "adapter", "path", "calls", "reason"]
     assert lines[1].endswith(" reference  -      embeddings have no kernels")
     assert all(line.endswith(" reference  -      [1]") for line in lines[2:4])
-    assert lines[5] == f"[1] {INTERPRETED}"  # what two lines share stands once
+    # what two lines share stands once
+    assert lines[5] == "[1] TRITON_INTERPRET=1, and interpreted kernels run only with MICA_BACKEND=triton"
     assert totals == "4 layers: 4 reference"
     monkeypatch.setenv("MICA_BACKEND", "reference")
     assert str(mica.fast.explain(model)).count("  MICA_BACKEND=reference") == 3  # a short reason stays
@@ -68,9 +71,6 @@ def test_what_is_no_model_is_named(call, model):
         TypeError, match=rf"^mica\.fast\.{call}\(model\) needs a .*Module, .* model is a {kind}\.$"
     ):
         getattr(mica.fast, call)(model)
-
-
-INTERPRETED = "TRITON_INTERPRET=1, and interpreted kernels run only with MICA_BACKEND=triton"
 
 
 def test_kernels_that_cannot_be_had_are_an_error_where_they_are_demanded(monkeypatch):
@@ -232,8 +232,6 @@ def test_functions_in_the_place_of_a_layer(module, who):
 
 
 def test_ordinary_models_hooks_and_compilation_are_not_reported():
-    hooks = pytest.importorskip("accelerate.hooks")
-    operations = pytest.importorskip("accelerate.utils.operations")
     model = llama()
     for enable in (lambda: None, model.gradient_checkpointing_enable):
         enable()
@@ -243,7 +241,7 @@ def test_ordinary_models_hooks_and_compilation_are_not_reported():
     hooks.add_hook_to_module(block.mlp, hooks.ModelHook())
     hooks.add_hook_to_module(block.mlp.up_proj, hooks.ModelHook())
     block.self_attn.forward = torch.compile(block.self_attn.forward, backend="eager")
-    model.forward = operations.convert_outputs_to_fp32(model.forward)
+    model.forward = convert_outputs_to_fp32(model.forward)
     for module in (block.mlp, block.mlp.up_proj, block.self_attn, model):
         assert "forward" in vars(module)
         assert replaced_by(module) is None

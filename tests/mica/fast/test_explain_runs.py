@@ -120,10 +120,10 @@ def test_the_tables_word_is_what_ran(call, by_default, monkeypatch):
     assert told.path == ("kernel" if on_kernels else "reference"), (told, ran)
     of_backward = told.path == "reference" and "in the backward: " in told.reason
     assert of_backward == (ran["linear"] == "kernels" and not on_kernels)
-    is_reference = call.forms == ("reference", "reference")
-    if is_reference and call.backend == "auto" and call.has_cpp and not (call.is_called or call.dropout_p):
+    is_plain = call.backend == "auto" and call.has_cpp and not (call.is_called or call.dropout_p)
+    if call.forms == REFERENCE and is_plain:
         assert ran["linear"] == "C++", (told, ran)
     if "called from Python: " in told.reason:
         assert ran["linear"] == "Python", (told, ran)
-    if ran.get("linear") == "C++":
+    if ran["linear"] == "C++":
         assert ran["linear_backward"] == "C++"

@@ -1,7 +1,5 @@
 """Other code in the place of this backend's functions: it is noticed, named, and the remedy works."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from peft import get_peft_model
@@ -27,24 +25,13 @@ def replacement(self, adapter_name):
 """
 
 
-@contextmanager
-def another_initialisation():
-    """As around PEFT's `get_peft_model` in Unsloth's."""
-    original = vars(lora.LoraLayer)["mica_init"]
-    scope = stand_ins.of_module("unsloth.models.lora_init", INITIALISATION)
-    scope["original"] = original
-    lora.LoraLayer.mica_init = scope["replacement"]
-    try:
-        yield
-    finally:
-        lora.LoraLayer.mica_init = original
-
-
 @pytest.mark.parametrize("build", [net, lambda: wrap_experts(qwen3_moe())], ids=["layers", "experts"])
-def test_another_initialisation_does_not_run(build):
-    """Theirs rounds B to the dtype of the base, and knows neither experts nor packed weights."""
-    with another_initialisation():
-        model, said = warned(build)
+def test_another_initialisation_does_not_run(build, monkeypatch):
+    """Unsloth's rounds B to the dtype of the base, and knows neither experts nor packed weights."""
+    scope = stand_ins.of_module("unsloth.models.lora_init", INITIALISATION)
+    scope["original"] = lora.LoraLayer.mica_init
+    monkeypatch.setattr(lora.LoraLayer, "mica_init", scope["replacement"])
+    model, said = warned(build)
     assert said == []
     assert_exact(model)
 

@@ -1,13 +1,11 @@
 """A release of PEFT that this package does not know: what runs, what PEFT runs, and one sentence about it."""
 
 import types
-import warnings
 from importlib import util
 from pathlib import Path
 
 import peft
 import pytest
-import torch
 from peft.tuners import lora
 from peft.tuners.lora import variants
 from torch import nn
@@ -17,21 +15,24 @@ from mica.fast import known_peft, patching
 from mica.fast.known_peft import EMBEDDING, EXPERTS, INITIALISATION, LINEAR, MERGING, PARTS, REPEATED
 from tests.support.models import INDICES, net, randomise
 from tests.support.quantised_models import adapted
-from tests.support.stock import as_stock, warned
+from tests.support.stock import as_stock, assert_same, warned
 
-UNKNOWN = "0.22.0"
 BEGIN = "mica.fast with PEFT 0.22.0, which it does not know (it was written for 0.20.0 to 0.21.2)"
 ALL = f"{BEGIN}: all that it replaces is unchanged there, so all of it runs on this backend."
 
 
 @pytest.fixture
-def unknown(monkeypatch):
-    """PEFT is 0.22.0, and not patched yet; afterwards it is itself, and not patched."""
+def unpatched(monkeypatch):
+    """PEFT is not patched yet; nor is it afterwards, when monkeypatch gives back what was there."""
     mica.fast.uninstall()
-    monkeypatch.setattr(peft, "__version__", UNKNOWN)
     yield
     mica.fast.uninstall()
-    known_peft.left.clear()
+
+
+@pytest.fixture
+def unknown(unpatched, monkeypatch):
+    """PEFT is 0.22.0, too."""
+    monkeypatch.setattr(peft, "__version__", "0.22.0")
 
 
 def enabled() -> list[str]:
@@ -135,8 +136,7 @@ def test_a_release_in_which_nothing_differs_runs_and_says_so_once(unknown):
     assert enabled() == []
 
 
-def test_a_known_release_says_nothing():
-    mica.fast.uninstall()
+def test_a_known_release_says_nothing(unpatched):
     assert enabled() == []
     assert known_peft.left == {}
 
@@ -177,26 +177,18 @@ def test_the_basis_of_another_initialisation_is_taken_as_it_is(unknown, monkeypa
     """And it is no news at every model: the import has said it."""
     edited(tmp_path, monkeypatch, *DIFFERENT[INITIALISATION])
     enabled()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*mica.fast")
-        ours = net()
-    assert solved == []
+    ours, said = warned(net)
+    assert said == solved == []
     mica.fast.uninstall()
     theirs = net()
-    for mine, stock in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(mine, stock)
+    assert_same([*ours.parameters()], [*theirs.parameters()], 0.0)
 
 
-def test_another_signature_leaves_its_part_in_a_known_release_too(monkeypatch):
-    mica.fast.uninstall()
+def test_another_signature_leaves_its_part_in_a_known_release_too(unpatched, monkeypatch):
     monkeypatch.setattr(lora.Linear, "forward", lambda layer, x: nn.Module.forward(layer, x))
-    try:
-        (sentence,) = enabled()
-        assert sentence.startswith(f"mica.fast with PEFT {peft.__version__}: PEFT's own code runs {LINEAR}, ")
-        assert "peft.tuners.lora.layer:Linear.forward takes (layer x); " in sentence
-    finally:
-        mica.fast.uninstall()
-        known_peft.left.clear()
+    (sentence,) = enabled()
+    assert sentence.startswith(f"mica.fast with PEFT {peft.__version__}: PEFT's own code runs {LINEAR}, ")
+    assert "peft.tuners.lora.layer:Linear.forward takes (layer x); " in sentence
 
 
 def test_a_class_over_quantised_weights_with_another_body(unknown, monkeypatch):

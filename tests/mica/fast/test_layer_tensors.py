@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mica import native
-from tests.support.models import ADAPTERS, net, randomise
+from tests.support.layer_changes import layer_of
 from tests.support.processor import has_instructions
 from tests.support.stock import as_stock, counted
 from tests.support.tolerances import RELATIVE
@@ -14,15 +14,10 @@ from tests.support.tolerances import RELATIVE
 pytestmark = pytest.mark.usefixtures("language")
 
 
-def layer_of(name="up", dtype=torch.float32, **config):
-    model = randomise(net(dtype, targets=[name], **config))
-    return getattr(model.base_model.model, name)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_scaling_that_is_a_tensor_is_not_rounded(dtype):
     """1.3 in bf16 is 0.24 % less, and so would be every update."""
-    layer = layer_of(dtype=dtype, autocast_adapter_dtype=False, rank=12)
+    layer = layer_of(dtype, autocast_adapter_dtype=False, rank=12)
     layer.scaling["default"] = torch.tensor(1.3)
     A = layer.lora_A["default"].weight
     x = torch.eye(12, dtype=dtype).repeat(200, 1)
@@ -41,7 +36,7 @@ def test_fp16_overflows_nowhere_where_stock_does_not(monkeypatch, adapter, backe
     """h and its gradient are beyond 65504, over fp32 masters; second derivatives have them, too."""
     has_instructions(True, monkeypatch)  # or no fp16 is multiplied by C++
     monkeypatch.setenv("MICA_BACKEND", backend)
-    layer = layer_of(dtype=torch.float16, lora_alpha=1024, **ADAPTERS[adapter])
+    layer = layer_of(torch.float16, adapter, lora_alpha=1024)
     if is_called:
         layer.base_layer.register_forward_hook(lambda *_: None)
     with torch.no_grad():

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
 
 import mica.fast
 from mica.paths import dropout
+from tests.support.layer_changes import layer_of
 from tests.support.linear_calls import kept_by
-from tests.support.models import INDICES, net, randomise, wrap
-from tests.support.stock import as_stock, assert_same, both, counted, step
+from tests.support.models import INDICES, adapted_layers, net, randomise, wrap
+from tests.support.stock import as_graph, as_stock, assert_same, both, counted, step
 from tests.support.tolerances import RELATIVE, error
 
 in_both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -45,20 +45,11 @@ def test_parity_with_stock(monkeypatch, backend, dtype, masters, compute_dtype):
     assert counts["embedding"] == counts["embedding_backward"] == 1
 
 
-def scaled_embedding(model):
-    model.base_model.model.embed.base_layer.embed_scale = torch.tensor(3.0)
-    return model
-
-
-OTHERS = {
-    "wrapped before the backend was on": lambda: net(stock=True),
-    "embed_scale": lambda: scaled_embedding(net()),
-}
-
-
-@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("other", ["wrapped before the backend was on", "embed_scale"])
 def test_parity_of_other_models(other):
-    model = randomise(OTHERS[other]())
+    model = randomise(net(stock=other != "embed_scale"))
+    if other == "embed_scale":
+        model.base_model.model.embed.base_layer.embed_scale = torch.tensor(3.0)
     assert mica.fast.explain(model).counts() == {"reference": 4}
     compare(model, 3 * RELATIVE[torch.float32])
 
@@ -88,30 +79,15 @@ def test_autocast_as_stock(base_dtype, autocast_dtype):
     assert out.dtype == autocast_dtype
 
 
-def falcon():
-    """A sum of outputs in place."""
-    dropout = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
-    return transformers.FalconForCausalLM(
-        transformers.FalconConfig(**SIZES, num_attention_heads=2, **dropout)
-    )
-
-
-def falcon_with_hooks():
-    """Its base layers are called."""
-    model = falcon()
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda *_: None)
-    return model
-
-
-SIZES = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1}
-
-
-@pytest.mark.parametrize("build", [falcon, falcon_with_hooks])
-def test_a_model_that_changes_outputs_in_place(build):
+@pytest.mark.parametrize("is_called", [False, True])
+def test_a_model_that_changes_outputs_in_place(is_called):
+    """Falcon has a sum of outputs in place; also where hooks have its base layers called."""
     torch.manual_seed(0)
-    model = randomise(wrap(build(), targets="all-linear"))
+    sizes = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.FalconConfig(**sizes, attention_dropout=0.0, hidden_dropout=0.0)
+    model = randomise(wrap(transformers.FalconForCausalLM(config), targets="all-linear"))
+    for layer in adapted_layers(model).values() if is_called else ():
+        layer.base_layer.register_forward_hook(lambda *_: None)
     assert mica.fast.explain(model).counts().keys() == {"reference"}
     ids, tolerances = torch.randint(3, 61, (2, 12)), (RELATIVE[torch.float32], 10 * RELATIVE[torch.float32])
     _, counts = counted(lambda: as_stock(lambda: step(model.eval(), input_ids=ids, labels=ids), *tolerances))
@@ -120,9 +96,8 @@ def test_a_model_that_changes_outputs_in_place(build):
 
 @in_both_dtypes
 def test_compile_fullgraph_follows_enable_and_disable(dtype):
-    torch.compiler.reset()
     model = randomise(net(dtype))
-    compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
+    compiled = as_graph(model.base_model.model)
     done, counts = counted(lambda: step(compiled, INDICES))
     assert counts["linear"] == 3
     out, grads = step(model.base_model.model, INDICES)
@@ -136,8 +111,7 @@ def test_compile_fullgraph_follows_enable_and_disable(dtype):
 @pytest.mark.parametrize("called", [False, True])
 def test_dropout_is_drawn_from_torch_s_generator(dtype, called):
     """Inverted dropout of x, as nn.Dropout's; the mask is that of the seed, and nothing of it is stored."""
-    model = randomise(net(dtype, targets=["up"], lora_dropout=0.3))
-    layer = model.base_model.model.up
+    layer = layer_of(dtype, lora_dropout=0.3)
     if called:
         layer.base_layer.weight.requires_grad_()
     x = torch.randn(200, 12).to(dtype).requires_grad_()
@@ -153,12 +127,11 @@ def test_dropout_is_drawn_from_torch_s_generator(dtype, called):
     expected = F.linear(x.double(), layer.base_layer.weight.double(), layer.base_layer.bias.double())
     assert error(out, expected + F.linear(dropped, update)) <= 2 * RELATIVE[dtype]
     assert not torch.equal(layer(x), out)  # the next call draws another mask
-    model.eval()
+    layer.eval()
     as_stock(lambda: layer(x), 3 * RELATIVE[dtype])
 
 
 def test_each_compiled_call_draws_another_mask():
-    torch.compiler.reset()
-    layer, x = randomise(net(targets=["up"], lora_dropout=0.5)).base_model.model.up, torch.randn(5, 12)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    layer, x = layer_of(lora_dropout=0.5), torch.randn(5, 12)
+    compiled = as_graph(layer)
     assert not torch.equal(compiled(x), compiled(x))

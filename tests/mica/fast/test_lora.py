@@ -67,10 +67,9 @@ def eva(model):
     peft.initialize_lora_eva_weights(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}] * 8)
 
 
+BY_NAME = True, False, "gaussian", "pissa", "olora", "orthogonal", "pissa_niter_4"
 INITIALISATIONS = {
-    **{str(init): partial(initialised, init) for init in (True, False)},
-    **{init: partial(initialised, init) for init in ("gaussian", "pissa", "olora", "orthogonal")},
-    "pissa_niter_4": partial(initialised, "pissa_niter_4"),
+    **{str(init): partial(initialised, init) for init in BY_NAME},
     "loftq": partial(initialised, "loftq", loftq_config=peft.LoftQConfig(loftq_bits=4)),
     "eva": partial(initialised, "eva", after=eva, eva_config=peft.EvaConfig(rho=1.0)),
     "corda": partial(initialised, "corda", before=corda, corda_config=peft.tuners.lora.config.CordaConfig()),

@@ -47,12 +47,6 @@ LIMITS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _settings_back():
-    yield
-    mica.fast.enable(lora=False, recompute="norms")
-
-
 def adapted_and_bare(config, dtype, init="mica"):
     torch.manual_seed(0)
     bare = AutoModel.from_config(config, dtype=dtype).train().requires_grad_(False)
@@ -60,23 +54,19 @@ def adapted_and_bare(config, dtype, init="mica"):
     return peft.get_peft_model(copy.deepcopy(bare), lora), bare
 
 
-def kept(model, dtype, width):
-    x = torch.randn(1, 64, width, dtype=dtype)
+def kept(model):
+    x = torch.randn(1, 64, model.config.hidden_size, dtype=model.dtype)
     return alive_bytes(lambda: model(inputs_embeds=x.clone().requires_grad_()).last_hidden_state)
 
 
-@pytest.mark.parametrize("native", ["1", "0"])
+@pytest.mark.usefixtures("language")
 @pytest.mark.parametrize("recompute", ["activations", "norms"])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("name", GATED)
-def test_a_gated_model_keeps_less_than_without_an_adapter(name, dtype, recompute, native, monkeypatch):
-    monkeypatch.setenv("MICA_NATIVE", native)
+def test_a_gated_model_keeps_less_than_without_an_adapter(name, dtype, recompute):
     model, bare = adapted_and_bare(GATED[name], dtype)
     mica.fast.enable(recompute=recompute)
-    width = SHAPE["hidden_size"]
-    ratio = kept(model, dtype, width) / kept(bare, dtype, width)
-
-    assert ratio <= LIMITS[dtype, recompute]
+    assert kept(model) / kept(bare) <= LIMITS[dtype, recompute]
 
 
 WIDTH = 128
@@ -99,18 +89,13 @@ def test_other_models_keep_no_more_than_without_an_adapter(name, init):
     config.use_cache = False  # which would copy k and v
     mica.fast.enable(lora=True)
     model, bare = adapted_and_bare(config, BF16, init)
-    assert kept(model, BF16, WIDTH) / kept(bare, BF16, WIDTH) <= limit
+    assert kept(model) / kept(bare) <= limit
 
 
-OF_CHECKPOINTS = ["MiCA", "LoRA", "LoRA, dropout", "LoRA, hooked", "DoRA", "DoRA, dropout"]
-
-
-@pytest.mark.parametrize(
-    ("native", "how"), [*(("1", how) for how in OF_CHECKPOINTS), *(("0", how) for how in OF_CHECKPOINTS)]
-)
-def test_a_checkpointed_step_leaves_nothing(native, how, monkeypatch):
+@pytest.mark.usefixtures("language")
+@pytest.mark.parametrize("how", ["MiCA", "LoRA", "LoRA, dropout", "LoRA, hooked", "DoRA", "DoRA, dropout"])
+def test_a_checkpointed_step_leaves_nothing(how):
     """A checkpoint ends its second forward by an error, in the node that saves the last tensor."""
-    monkeypatch.setenv("MICA_NATIVE", native)
     method, *more = how.split(", ")
     options = {"use_dora": method == "DoRA", "lora_dropout": 0.1 if "dropout" in more else 0.0}
     lora = peft.LoraConfig(

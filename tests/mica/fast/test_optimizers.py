@@ -11,9 +11,10 @@ from peft.optimizers import create_loraplus_optimizer, lorafa
 
 import mica.fast
 from tests.support.models import adapted_layers, assert_same_bases, factors, net, tiny_llama, wrap
+from tests.support.moe_models import second
 from tests.support.peft_versions import is_at_least
 from tests.support.stock import assert_same, both, counted
-from tests.support.training import train
+from tests.support.training import train, trainable
 from tests.support.unchanged import unchanged
 
 TOKENS = torch.arange(24).reshape(2, 12)
@@ -21,14 +22,6 @@ TOKENS = torch.arange(24).reshape(2, 12)
 
 def lorafa_of(model, module=peft.optimizers):
     return module.create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
-
-
-def trainable(model):
-    return [name for name, p in model.named_parameters() if p.requires_grad]
-
-
-def trained(model):
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 @pytest.mark.parametrize("module", [peft.optimizers, lorafa])
@@ -52,14 +45,11 @@ def test_stock_lora_fa_leaves_nothing_trainable():
 def test_lora_fa_of_other_adapters_is_left_alone():
     model = net(targets=["up"], init_lora_weights=True)
     lorafa_of(model)
-    assert trainable(model) == ["base_model.model.up.lora_B.default.weight"]
-    mixed = net(targets=["up"])
-    plain = copy.deepcopy(mixed.peft_config["default"])
-    plain.init_lora_weights = True
-    mixed.add_adapter("plain", plain)
-    mixed.set_adapter("plain")
+    assert [*trainable(model)] == ["base_model.model.up.lora_B.default.weight"]
+    mixed = second(net(targets=["up"]), init_lora_weights=True)
+    mixed.set_adapter("second")
     lorafa_of(mixed)
-    assert trainable(mixed) == ["base_model.model.up.lora_B.plain.weight"]
+    assert [*trainable(mixed)] == ["base_model.model.up.lora_B.second.weight"]
     mixed.set_adapter("default")
     with pytest.raises(ValueError, match="adapter 'default' is MiCA"):
         lorafa_of(mixed)
@@ -84,13 +74,14 @@ def test_lora_plus_trains_a_alone(stock):
 
 def adamw_8bit(parameters, **options):
     """It does not count its edits, nor does fused AdamW. Small tensors it leaves in 32 bits."""
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     return bnb.optim.AdamW8bit(parameters, min_8bit_size=16, **options)
 
 
 OPTIMIZERS = {  # each of a model
-    "fused AdamW": lambda model: torch.optim.AdamW(trained(model), lr=1e-2, fused=True),
-    "AdamW8bit": lambda model: adamw_8bit(trained(model), lr=1e-2),
+    "fused AdamW": lambda model: torch.optim.AdamW(trainable(model).values(), lr=1e-2, fused=True),
+    "AdamW8bit": lambda model: adamw_8bit(trainable(model).values(), lr=1e-2),
     "LoRA-FA": lorafa_of,
     "LoRA+": lambda model: create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=4),
 }

@@ -31,9 +31,7 @@ from tests.support.quantised_models import KINDS, TARGETS, adapted, assert_spans
 from tests.support.stock import as_stock, assert_same, counted, step, uninstalled
 from tests.support.tolerances import RELATIVE, error
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*may get different"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*may get different")
 of_each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -78,7 +76,8 @@ def four_bits(kind="nf4", in_features=128, layers=1):
 
 def repack(model):
     """What one call in eval mode does on a CPU with AVX512-BF16: plain PyTorch, so on any processor."""
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     convert = vars(bnb.functional).get("_convert_weight_packed_for_cpu")
     if convert is None:
         pytest.skip("this bitsandbytes repacks nothing")
@@ -96,7 +95,8 @@ def base_of(model):
 
 def round_scales(model):
     """As `repack` leaves the scales: in bf16, and no longer quantised themselves."""
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             state = module.weight.quant_state
@@ -131,8 +131,9 @@ def test_a_merge_into_a_weight_that_was_repacked(kind, safe_merge):
     Ours is that into a layer that was not repacked, but whose scales are rounded as repacking does. With its
     own scales it is 0.005 to 0.05 away.
     """
-    config = {"targets": ["0"], "inference_mode": True}
-    models = [randomise(wrap(four_bits(kind), **config), scale=0.3) for _ in range(3)]
+    models = [
+        randomise(wrap(four_bits(kind), targets=["0"], inference_mode=True), scale=0.3) for _ in range(3)
+    ]
     plain, ours, stock = models
     repack(ours)
     repack(stock)
@@ -335,9 +336,10 @@ def base_weights(model):
 @of_each_kind
 def test_merging_is_that_of_plain_lora(kind, safe_merge, monkeypatch):
     if kind.startswith("hqq"):  # as transformers 5.20 does, which makes a tensor at each look
-        layer_class = pytest.importorskip("hqq.core.quantize").HQQLinear
+        from hqq.core.quantize import HQQLinear
+
         weight = property(lambda layer: torch.empty(0))
-        monkeypatch.setattr(layer_class, "weight", weight, raising=False)
+        monkeypatch.setattr(HQQLinear, "weight", weight, raising=False)
     model, plain = adapted_and_plain(kind)
     original = base_weights(model)
     for call in ("merge_adapter", "unmerge_adapter"):

@@ -30,7 +30,6 @@ from tests.support.tolerances import RELATIVE, error
 from tests.support.without_mica import logits_without_mica
 
 RECIPES = Path(__file__).parents[3] / "recipes"
-PAGE = RECIPES / "README.md"
 STEPS = 4
 KEYS = "gate_up_proj", "down_proj"
 FUSED = r"14 layers: 14 (reference|operators \(CPU\))"  # the former with TRITON_INTERPRET, as here
@@ -38,10 +37,14 @@ FUSED = r"14 layers: 14 (reference|operators \(CPU\))"  # the former with TRITON
 pytestmark = pytest.mark.slow
 
 
+def text_of(name):
+    return (RECIPES / name).read_text(encoding="utf-8")
+
+
 def test_the_page_shows_the_files():
     shown = [*code_of("python"), *code_of("yaml")]
-    files = [path for path in RECIPES.iterdir() if path.suffix in (".py", ".yaml")]
-    assert sorted(shown) == sorted(path.read_text(encoding="utf-8") for path in files)
+    files = [path.name for path in RECIPES.iterdir() if path.suffix in (".py", ".yaml")]
+    assert sorted(shown) == sorted(map(text_of, files))
 
 
 # -- the recipes, run ---------------------------------------------------------------------------------
@@ -63,9 +66,7 @@ def given(tmp_path_factory):
 
 def code_of(language):
     """The blocks in that language on the page."""
-    return re.findall(
-        rf"^```{language}\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of("README.md"), re.DOTALL | re.MULTILINE)
 
 
 def in_this_process(recipe):
@@ -164,7 +165,7 @@ def test_trl_s_recipe_with_liger(run_source, monkeypatch):
     """The lines that the page adds, with few tokens: Triton's interpreter runs Liger's kernels on a CPU."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
     run_on_any_device(monkeypatch)
-    plain = replaced((RECIPES / "sft_trainer.py").read_text(encoding="utf-8"), SMALL)
+    plain = replaced(text_of("sft_trainer.py"), SMALL)
     (lines,) = code_of("diff")
     kept, added = lines.splitlines()
     with_liger = replaced(plain, {kept[1:]: f"{kept[1:]}\n{added[1:]}"})
@@ -214,7 +215,7 @@ LORA = {"qlora_sft.py": 1e-2, "accelerate_lora.py": 1e-3}
 @pytest.mark.parametrize("recipe", LORA)
 def test_plain_lora(recipe, run_source, capsys):
     """On this backend, with the losses of stock PEFT, and less kept where the recipe prints how much."""
-    source = replaced((RECIPES / recipe).read_text(encoding="utf-8"), {"=2e-4": "=5e-3"})
+    source = replaced(text_of(recipe), {"=2e-4": "=5e-3"})
 
     def run(name, source):
         torch.manual_seed(0)
@@ -302,7 +303,7 @@ def test_axolotl_s_own_kernels_are_refused(monkeypatch):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, base.__name__, base)
     plugin = runpy.run_path(str(RECIPES / "mica_axolotl.py"))["MicaPlugin"]()
-    config = yaml.safe_load((RECIPES / "axolotl.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load(text_of("axolotl.yaml"))
     plugin.pre_model_load(config)
     with pytest.raises(ValueError, match=r"^lora_o_kernel would bypass the adapted layers"):
         plugin.pre_model_load(config | {"lora_o_kernel": True})
@@ -312,7 +313,7 @@ def test_axolotl_s_own_kernels_are_refused(monkeypatch):
 def test_axolotl_itself(given, tmp_path):
     """Where it is installed (its pins exclude this package's other tests)."""
     pytest.importorskip("axolotl", reason="axolotl is not installed")
-    config = yaml.safe_load((RECIPES / "axolotl.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load(text_of("axolotl.yaml"))
     config["datasets"][0]["path"] = given.texts
     config |= {"base_model": given.model, "special_tokens": {"pad_token": "<eos>"}}
     config |= {"output_dir": str(tmp_path / "adapter"), "dataset_prepared_path": str(tmp_path)}

@@ -86,8 +86,7 @@ def recomputed(monkeypatch):
 
     monkeypatch.setattr(recompute, "arrange", arrange)
     mica.fast.enable(lora=True)
-    yield found
-    mica.fast.enable(lora=False)
+    return found
 
 
 @pytest.mark.parametrize("name", MODELS)

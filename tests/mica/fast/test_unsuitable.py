@@ -46,11 +46,10 @@ def poisoned_net():
     return model
 
 
-def poisoned_experts(*experts):
+def poisoned_experts():
     model = qwen3_moe()
     with torch.no_grad():
-        for expert in experts or (3,):
-            model.model.layers[1].mlp.experts.down_proj[expert, 1, 2:4] = float("nan")
+        model.model.layers[1].mlp.experts.down_proj[3, 1, 2:4] = float("nan")
     return model
 
 
@@ -71,9 +70,9 @@ def llama_4():
     return model
 
 
-def of_weight(weight):
+def of_integers():
     model = nn.Sequential(nn.Linear(32, 64))
-    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    model[0].weight = nn.Parameter(torch.zeros(64, 32, dtype=torch.int8), requires_grad=False)
     return model
 
 
@@ -96,8 +95,10 @@ def nf4():
 
 def bnb_later(bits, **options):
     """Layers that quantise on their way to a device."""
-    kind = {4: "Linear4bit", 8: "Linear8bitLt"}[bits]
-    model = nn.Sequential(getattr(pytest.importorskip("bitsandbytes").nn, kind)(32, 16, **options))
+    import bitsandbytes as bnb
+
+    kind = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt}[bits]
+    model = nn.Sequential(kind(32, 16, **options))
     setattr(model, f"is_loaded_in_{bits}bit", True)
     return model
 
@@ -138,7 +139,7 @@ for _kind in ("nf4 double, bf16 storage", "int8", "hqq", "torchao int8"):
 for _dtype in (torch.float8_e4m3fn, torch.uint8):  # of experts
     CASES[f"{_dtype}"] = partial(stack, dtype=_dtype), DOWN, PACKED.format(_dtype), TypeError
 CASES["int8"] = (  # as in stock
-    lambda: of_weight(torch.zeros(64, 32, dtype=torch.int8)),
+    of_integers,
     FIRST,
     "Please initialize MiCA under .*layer '0' has a weight of dtype torch.int8",
     TypeError,
@@ -246,9 +247,14 @@ def logits(model):
 # -- in the solver, and a second adapter -------------------------------------------------------------
 
 
+def fail(monkeypatch):
+    """The solver does, with "no luck"."""
+    monkeypatch.setattr(many, "solve_stack", Mock(side_effect=ArithmeticError("no luck")))
+
+
 @of_layers_and_experts
 def test_a_failing_solver_leaves_the_model_as_it_was(monkeypatch, build, options):
-    monkeypatch.setattr(many, "solve_stack", Mock(side_effect=ArithmeticError("no luck")))
+    fail(monkeypatch)
     refused(build(), "of layer '.*'.* could not be computed: no luck", RuntimeError, **options)
 
 
@@ -266,7 +272,7 @@ def test_a_second_adapter_that_fails_leaves_the_first(build, rank, layer, output
     model = randomise(build())
     expected = output(model)
     if rank == 5:
-        monkeypatch.setattr(many, "solve_stack", Mock(side_effect=ArithmeticError("no luck")))
+        fail(monkeypatch)
     with unchanged(model), pytest.raises((UnsuitableLayerError, RuntimeError), match=layer):
         second(model, r=rank)
     assert list(model.peft_config) == ["default"]
@@ -275,7 +281,7 @@ def test_a_second_adapter_that_fails_leaves_the_first(build, rank, layer, output
 
 def test_a_second_adapter_that_fails_on_other_layers_leaves_no_record_of_them(monkeypatch):
     model = wrap(Net(), targets=["up"])
-    monkeypatch.setattr(many, "solve_stack", Mock(side_effect=ArithmeticError("no luck")))
+    fail(monkeypatch)
     with pytest.raises(RuntimeError, match="no luck"):
         second(model, target_modules=["conv", "down"])
     assert model.base_model.targeted_module_names == ["up"]

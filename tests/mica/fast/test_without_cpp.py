@@ -7,20 +7,13 @@ from torch.utils.checkpoint import checkpoint
 import mica.fast
 from mica.fast.forward import fast
 from mica.ops import recompute
-from tests.support.layer_changes import X
-from tests.support.models import net, randomise
+from tests.support.layer_changes import X, layer_of
 
 
 @pytest.fixture(autouse=True)
 def _inputs_are_small(monkeypatch):
     monkeypatch.setenv("MICA_NATIVE", "0")
     monkeypatch.setattr(recompute, "MIN_NUMBERS", X.numel() + 1)
-
-
-def adapted():
-    """A model of which one layer has an adapter, with dropout, and that layer."""
-    model = randomise(net(targets=["up"], lora_dropout=0.5))
-    return model, model.base_model.model.up
 
 
 @pytest.mark.parametrize(
@@ -37,10 +30,10 @@ def adapted():
 )
 def test_explain_says_what_is_left_to_peft(change, is_left, monkeypatch):
     change(monkeypatch)
-    model, _ = adapted()
+    layer = layer_of(lora_dropout=0.5)
     before = mica.fast.call_counts["linear"]
-    model(torch.arange(6).view(2, 3))
-    (row,) = mica.fast.explain(model).rows
+    layer(X)
+    (row,) = mica.fast.explain(layer).rows
     assert row.path == ("peft" if is_left else "reference")
     assert (row.reason == f"in its last call: {fast.WHY_SMALL}") == is_left
     assert mica.fast.call_counts["linear"] - before == (not is_left)
@@ -51,7 +44,7 @@ def test_explain_says_what_is_left_to_peft(change, is_left, monkeypatch):
 def test_a_checkpoint_draws_the_same_mask_again(use_reentrant, small, monkeypatch):
     """Without gradients at first, or of a parameter whose detached copy comes the second time."""
     monkeypatch.setattr(recompute, "MIN_NUMBERS", small)
-    _, layer = adapted()
+    layer = layer_of(lora_dropout=0.5)
     found = []
     for call in layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant):
         torch.manual_seed(1)

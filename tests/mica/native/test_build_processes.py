@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import tempfile
-from pathlib import Path
 
 import filelock
 import pytest
@@ -13,7 +12,6 @@ from mica import native
 from mica.native import build
 from tests.mica.native.compilers import copying, has_ended
 
-ROOT = Path(__file__).resolve().parents[3]
 fork = multiprocessing.get_context("fork")
 
 

@@ -9,10 +9,10 @@ from torch.utils.checkpoint import checkpoint
 from mica.ops import dora, recompute
 from mica.ops.linear import linear
 from mica.ops.operator import call_counts
-from mica.paths.dropout import dropout_keep
 from mica.paths.products import multiplies_itself
 from tests.support import definition
 from tests.support.linear_calls import addresses, kept_by
+from tests.support.oracle import dropout_mask
 from tests.support.tolerances import RELATIVE, error
 
 TOKENS, IN, OUT, RANK, SCALING, P = 7, 12, 10, 3, 0.5, 0.3
@@ -33,9 +33,9 @@ def kept_y(request, monkeypatch):
 class Layer:
     """A layer whose W and B have a row of zeros; one row's magnitude is 0."""
 
-    def __init__(self, dtype=FP32, has_bias=True, wide=None):
+    def __init__(self, dtype=FP32, has_bias=True):
         generator = torch.Generator().manual_seed(0)
-        wide = wide or torch.promote_types(dtype, FP32)
+        wide = torch.promote_types(dtype, FP32)
 
         def randn(*shape, dtype=wide):
             return torch.randn(shape, generator=generator).to(dtype)
@@ -63,8 +63,8 @@ class Layer:
 
     def __call__(self, dropout_p=0.0, x=None):
         x = self.x if x is None else x
-        norms = dora.row_norms(self.weight, self.lora_A, self.lora_B, SCALING)
         operands = self.weight, self.lora_A, self.lora_B
+        norms = dora.row_norms(*operands, SCALING)
         if not dropout_p:
             unscaled = partial(self.linear, bias=self.bias)
             return dora.scaled(unscaled, x, operands, self.magnitude, norms, self.bias)
@@ -74,9 +74,7 @@ class Layer:
     def exact(self, dropout_p=0.0):
         """y and the gradients in fp64."""
         x, *trained = (t.detach().double().requires_grad_() for t in (self.x, *self.trained))
-        mask = 1.0
-        if dropout_p:
-            mask = dropout_keep(SEED, 2 * TOKENS, IN, dropout_p).view(x.shape).double() / (1 - dropout_p)
+        mask = dropout_mask(x, dropout_p, SEED)
         bias = 0.0 if self.bias is None else self.bias.double()
         y = definition.dora(x, self.weight.double(), *trained[:2], SCALING, trained[2], bias, mask)
         return y, *gradients(y, x, *trained)
@@ -126,7 +124,8 @@ def test_each_factor_and_the_magnitude_may_be_frozen(frozen, dropout_p):
     layer = Layer(has_bias=False)
     expected = [grad for i, grad in enumerate(layer.exact(dropout_p)[2:]) if i != frozen]
     layer.trained[frozen].requires_grad_(False)
-    layer(dropout_p).mul(weights_of(layer.exact()[0].float())).sum().backward()
+    y = layer(dropout_p)
+    (y * weights_of(y)).sum().backward()
     assert layer.trained[frozen].grad is None
     grads = [trained.grad for trained in layer.trained if trained.grad is not None]
     assert_exact(grads, expected, FP32)

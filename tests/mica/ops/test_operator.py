@@ -1,7 +1,6 @@
 """What all operators share: outputs that belong to the caller, and the short way past torch.library."""
 
 import itertools
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -89,14 +88,8 @@ def test_past_every_check_autocast_gives_the_operator_s_bits(tokens, dtypes):
             with torch.autocast("cpu", torch.bfloat16, enabled=backward_inside):
                 y.backward(torch.ones_like(y))
             results.append((y, again, x.grad, A.grad))
-    for values in zip(*results, strict=True):
-        assert all(value.dtype == values[0].dtype and torch.equal(value, values[0]) for value in values)
-
-
-def names_of(call):
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        call()
-    return {event.name for event in profiled.events()}
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -104,21 +97,17 @@ def names_of(call):
 def test_an_eager_call_goes_past_the_dispatcher_to_the_same_bits(monkeypatch, name, autocast):
     has_instructions(True, monkeypatch)  # else it is called from Python
     results, events = [], []
-
-    def call(function):
-        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-            leaf = trained(name)
-            y = called(name, leaf, function)
-            with torch.no_grad():
-                again = called(name, leaf, function)
-        y.backward(torch.ones_like(y))
-        results.append((y.detach(), again, leaf.grad))
-
     for function in (FRONTS[name], front_of(name)):
-        events.append(names_of(lambda function=function: call(function)))
-    for ours, operators in zip(*results, strict=True):
-        assert ours.dtype == operators.dtype
-        assert torch.equal(ours, operators)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                leaf = trained(name)
+                y = called(name, leaf, function)
+                with torch.no_grad():
+                    again = called(name, leaf, function)
+            y.backward(torch.ones_like(y))
+        results.append((y.detach(), again, leaf.grad))
+        events.append({event.name for event in profiled.events()})
+    torch.testing.assert_close(*results, rtol=0, atol=0)
     assert torch.equal(*results[0][:2])
     own, through_dispatcher = events
     assert not [event for event in own if event.startswith("mica::")]
@@ -188,11 +177,9 @@ def in_other_layouts(operands: tuple):
                 yield f"{name} {place}", (*operands[:place], layout(operand), *operands[place + 1 :])
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("name", arguments())
-def test_the_strides_of_results_are_those_that_a_compiler_is_told(monkeypatch, backend, name):
+def test_the_strides_of_results_are_those_that_a_compiler_is_told(backend, name):
     """Inductor compiles what follows for the fake's strides, and stops at others."""
-    monkeypatch.setenv("MICA_BACKEND", backend)
     operator = getattr(torch.ops.mica, name).default
     for case, operands in in_other_layouts(arguments()[name]):
         results = operator(*operands)

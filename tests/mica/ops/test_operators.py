@@ -170,8 +170,7 @@ def test_vmap_within_ordinary_autograd(kind, through_dispatcher, autocast):
 
     def function(*operands, compute_dtype=None):
         if through_dispatcher and kind.function in operators:
-            results = operators[kind.function](*operands, compute_dtype)
-            return results[0]
+            return operators[kind.function](*operands, compute_dtype)[0]
         return kind.function(*operands, compute_dtype=compute_dtype)
 
     with torch.autocast("cpu", BF16, enabled=autocast):

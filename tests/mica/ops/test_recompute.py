@@ -12,7 +12,7 @@ from tests.support.kept_layers import (
     IN,
     TOKENS,
     Layer,
-    assert_same,
+    as_saved,
     check,
     gated,
     gradients,
@@ -32,7 +32,7 @@ def test_over_a_weight_of_inference_mode_pytorch_says_what_helps(request):
     with torch.inference_mode():
         layer.weight = layer.weight.clone()
     with pytest.raises(RuntimeError, match=r"use `torch.no_grad\(\)` instead"):
-        layer(F.silu(gate) * up)
+        layer(gated(gate, up))
 
 
 def offset_norm(h, _=None, eps=1e-6):
@@ -145,10 +145,10 @@ STATISTICS = {  # of an RMS norm, over parts and views of its input (tokens, fea
     "one row": lambda h: h.view(-1).pow(2).mean(),
     "the negative": lambda h: torch._neg_view(h).pow(2).mean(-1, keepdim=True),
 }
-SAVED = {
-    "a copy": lambda gate, up: (F.silu(gate) * up).clone(),
-    "times a Python number": lambda h, _: h * 2.5,
-    "relu(G)": lambda gate, _: F.relu(gate),
+SAVED = {  # and how many tensors like x are kept; relu(G) would be anyway
+    "a copy": (lambda gate, up: gated(gate, up).clone(), 2),
+    "times a Python number": (lambda h, _: h * 2.5, 1),
+    "relu(G)": (lambda gate, _: F.relu(gate), 1),
 }
 in_each_dtype = pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 
@@ -186,6 +186,14 @@ def check_sizes(make, dtype, number, way, expected):
     else:
         assert (ours, bare) == expected
     check(layers, made, inputs)
+
+
+def check_kept(make, kept):
+    """So many tensors like x, of one layer in fp32; and the bits."""
+    layer, inputs = Layer(), leaves(FP32, FP32)
+    made = lambda: make(*inputs)  # noqa: E731
+    assert kept_sizes(lambda _, x: layer(x), made, 1) == kept
+    check([layer], made, inputs)
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -232,14 +240,11 @@ def test_a_norm_of_subnormal_numbers(make):
     assert torch.equal(recompute.arrange(x).value(None), x)
 
 
-@pytest.mark.parametrize(("small", "kept_more"), [(TOKENS * IN, 0), (TOKENS * IN + 1, 2)])
-def test_a_small_x_is_saved(small, kept_more, monkeypatch):
+@pytest.mark.parametrize(("small", "kept"), [(TOKENS * IN, 0), (TOKENS * IN + 1, 2)])
+def test_a_small_x_is_saved(small, kept, monkeypatch):
     """And so is act(G)."""
     monkeypatch.setattr(recompute, "MIN_NUMBERS", small)
-    layer, inputs = Layer(), leaves(FP32, FP32)
-    made = lambda: gated(*inputs)  # noqa: E731
-    assert kept_sizes(lambda _, x: layer(x), made, 1) == kept_more
-    check([layer], made, inputs)
+    check_kept(gated, kept)
 
 
 def test_an_x_that_comes_again_after_another():
@@ -257,21 +262,12 @@ def test_an_x_that_comes_again_after_another():
 
 @pytest.mark.parametrize("name", SAVED)
 def test_any_other_x_is_saved(name):
-    layer = Layer()
-    inputs = leaves(FP32, FP32)
-    made = lambda: SAVED[name](*inputs)  # noqa: E731
-    without = kept_sizes(lambda _, x: F.linear(x, layer.weight), made, 1)
-    is_kept_anyway = name == "relu(G)"
-    assert kept_sizes(lambda _, x: layer(x), made, 1) == without + (not is_kept_anyway)
-    check([layer], made, inputs)
+    check_kept(*SAVED[name])
 
 
 def test_a_norm_is_saved_where_only_activations_are_computed_again(monkeypatch):
     monkeypatch.setattr(recompute, "_norms", False)
-    layer, inputs = Layer(), leaves(FP32)
-    made = lambda: rms_norm(*inputs)  # noqa: E731
-    assert kept_sizes(lambda _, x: layer(x), made, 1) == 1
-    check([layer], made, inputs)
+    check_kept(rms_norm, 1)
 
 
 def test_a_cast_to_another_device_is_saved():
@@ -283,17 +279,18 @@ def test_a_cast_to_another_device_is_saved():
 def test_what_autocast_casts(way):
     layer = Layer(BF16)
     gate, up = leaves(FP32, FP32)
-    found = []
-    for change in (lambda x: x, torch.clone):
+
+    def found(change):
         with torch.autocast("cpu", BF16):
-            y = layer(change(F.silu(gate) * up), BF16)
-        found.append(gradients(y, layer.lora_A, gate, up))
-    assert_same(*found)
+            y = layer(change(gated(gate, up)), BF16)
+        return gradients(y, layer.lora_A, gate, up)
+
+    as_saved(found)
 
 
 def test_dropout():
     inputs = leaves(BF16, BF16)
-    check([Layer(BF16, dropout=True)], lambda: F.silu(inputs[0]) * inputs[1], inputs)
+    check([Layer(BF16, dropout=True)], lambda: gated(*inputs), inputs)
 
 
 def test_beside_a_called_base_layer_and_experts(way):
@@ -311,9 +308,5 @@ def test_beside_a_called_base_layer_and_experts(way):
     }
     for lora_A, call in calls.items():
         if way != "kernels":  # Triton's interpreter leaves cycles that hold its arguments
-            assert kept_sizes(lambda _, x: call(x), lambda: F.silu(gate) * up, 1) == 0  # noqa: B023
-        found = [
-            gradients(call(change(F.silu(gate) * up)), lora_A, gate, up)
-            for change in (lambda x: x, torch.clone)
-        ]
-        assert_same(*found)
+            assert kept_sizes(lambda _, x: call(x), lambda: gated(gate, up), 1) == 0  # noqa: B023
+        as_saved(lambda change: gradients(call(change(gated(gate, up))), lora_A, gate, up))  # noqa: B023

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
@@ -10,9 +11,11 @@ from mica.kernels import launching
 from mica.kernels.launching import Plan
 from mica.ops import mica_linear, trial
 from mica.paths import choose, triton_path, tuning
+from mica.paths.operands import Operands
 from mica.paths.tuning import NATIVE
+from tests.support.faults import raising
 from tests.support.kernel_cases import BF16, DEVICE, mica_and_lora, seed_of
-from tests.support.linear_calls import agree, contiguous, of_users, run, same_bits
+from tests.support.linear_calls import agree, call, contiguous, leaves, of_users, run, same_bits
 from tests.support.oracle import problem, solve
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the CPU stands for a device")
@@ -205,14 +208,6 @@ def run_forward(p):
     return mica_linear(p.x, p.weight, p.lora_A, p.lora_B, p.scaling)
 
 
-def recomputed(p):
-    checkpoint = torch.utils.checkpoint.checkpoint
-    x, lora_A = (tensor.detach().clone().requires_grad_() for tensor in (p.x, p.lora_A))
-    checkpoint(
-        lambda x: mica_linear(x, p.weight, lora_A, p.lora_B, p.scaling), x, use_reentrant=False
-    ).backward(p.grad_output)
-
-
 def deterministic(p):
     torch.use_deterministic_algorithms(True)
     run(p)
@@ -261,7 +256,8 @@ def test_what_is_known_counts_in_a_deterministic_run_too(costs, launched):
 
 def test_checkpointing_settles_in_the_first_forward(costs, launched):
     costs({"split": 0.5})
-    recomputed(layer())
+    p = layer()
+    checkpoint(call, p, mica_linear, *leaves(p), use_reentrant=False).backward(p.grad_output)
     assert launched[-7:] == [
         *["down_projection", "up_projection"] * 2,
         "down_projection",
@@ -290,20 +286,13 @@ def off(function):
     return wrong
 
 
-def raises(error):
-    def raising(*args, **kwargs):
-        raise error
-
-    return raising
-
-
 @pytest.mark.parametrize(
     ("broken", "text", "lasts"),
     [
         (off(triton_path.fused_linear), "its result is off by", True),
-        (raises(RuntimeError("unspecified launch failure\nat …")), "unspecified launch failure$", True),
-        (raises(launching.LaunchError("out of resource")), "out of resource", True),
-        (raises(torch.OutOfMemoryError("CUDA out of memory.")), "CUDA out of memory.", False),
+        (raising(RuntimeError("unspecified launch failure\nat …")), "unspecified launch failure$", True),
+        (raising(launching.LaunchError("out of resource")), "out of resource", True),
+        (raising(torch.OutOfMemoryError("CUDA out of memory.")), "CUDA out of memory.", False),
     ],
 )
 def test_a_form_that_fails_is_out_with_a_warning(device, tmp_path, costs, launched, broken, text, lasts):
@@ -324,7 +313,7 @@ def test_without_memory_for_scratch_the_reference_runs_in_this_process(device, t
     costs({"split": 0.5})
     p = layer()
     with device.context() as patch:
-        patch.setattr(trial, "_scratch", raises(torch.OutOfMemoryError("CUDA out of memory.")))
+        patch.setattr(trial, "_scratch", raising(torch.OutOfMemoryError("CUDA out of memory.")))
         with pytest.warns(UserWarning, match="reference path, as it could not be measured: CUDA out of mem"):
             agree(run(p), solve(p), BF16)
     agree(run(p), solve(p), BF16)
@@ -358,13 +347,8 @@ def test_c_plus_plus_computes_the_kinds_that_are_known_and_no_others(costs):
     run(p)
 
     def runs_from_cpp(p, x=None, **changes):
-        ops.call_counts.clear()
-        operands = {"scaling": 1.0, "bias": None, "compute_dtype": None, "dropout_p": 0.0, "seed": None}
-        trains_B = changes.pop("trains_B", False)
-        values = {**operands, **changes}.values()
-        x = p.x if x is None else x
-        y = native.module().linear(x, p.weight, p.lora_A, p.lora_B, *values, None, trains_B, None)
-        return y is not None
+        operands = Operands(p.weight, p.lora_A, p.lora_B, **changes)
+        return native.module().linear(p.x if x is None else x, *operands) is not None
 
     assert runs_from_cpp(p)
     assert runs_from_cpp(layer(tokens=9))  # as many when rounded up

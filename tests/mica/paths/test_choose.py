@@ -72,6 +72,10 @@ MASTERS = (BF16, BF16, torch.float32, torch.float32)
 KIND = Kind(False, MASTERS, 16, 32, 48, 64, has_dropout=False, is_aligned=True)
 
 
+def chosen(function, kind):
+    return choose.choice_of(function, GPU, 16, MASTERS, lambda: kind)
+
+
 TIMES = {"C++": 90.0, "reference": 120.0, "split": 60.0, "fused": 180.0}
 KNOWN = Layer(Part("split", TIMES), Part("reference", TIMES))
 FAST = "measured here: split, 1.50 times as fast as the reference path"
@@ -98,12 +102,12 @@ def test_what_is_known_of_a_layer_decides(a_gpu, function, layer, changes, form,
     a_gpu.setattr(tuning, "_read", lambda path: {})
     tuning.table(GPU).settled[KIND] = layer
     kind = KIND._replace(**changes)
-    choice = choose.choice_of(function, GPU, 16, MASTERS, lambda: kind)
+    choice = chosen(function, kind)
     said = [None if words is None else str(words) for words in (choice.reason, choice.measured)]
     assert (choice.form, *said) == (form, reason, note)
     assert choice.unsettled == (kind if reason and NOT_NOW in reason else None)
     a_gpu.setenv("MICA_BACKEND", "triton")  # demanded kernels run, and nothing is measured
-    demanded = choose.choice_of(function, GPU, 16, MASTERS, lambda: kind)
+    demanded = chosen(function, kind)
     assert (demanded.form, demanded.unsettled) == ("split" if form == "reference" else form, None)
 
 
@@ -112,9 +116,9 @@ def test_what_a_file_says_is_settled_by_a_call_unless_kernels_are_demanded(a_gpu
     lora = KIND._replace(trains_B=True)
     a_gpu.setattr(tuning, "_read", lambda path: {str(lora): KNOWN._replace(is_settled=False)})
     for function, form in (("lora_linear", "split"), ("lora_linear_backward", "reference")):
-        assert choose.choice_of(function, GPU, 16, MASTERS, lambda: lora)[::3] == (form, lora)
+        assert chosen(function, lora)[::3] == (form, lora)
     a_gpu.setenv("MICA_BACKEND", "triton")
-    assert choose.choice_of("lora_linear", GPU, 16, MASTERS, lambda: lora)[::3] == ("split", None)
+    assert chosen("lora_linear", lora)[::3] == ("split", None)
 
 
 def test_a_gradient_of_b_runs_as_its_layer_s_backward(a_gpu):
@@ -124,9 +128,9 @@ def test_a_gradient_of_b_runs_as_its_layer_s_backward(a_gpu):
     lora = KIND._replace(trains_B=True, has_dropout=True)
     of_b = lora._replace(has_dropout=False)
     tuning.table(GPU).settled[lora] = Layer(Part("fused"), Part("split"))
-    assert choose.choice_of("grad_b", GPU, 16, MASTERS, lambda: of_b).form == "split"
+    assert chosen("grad_b", of_b).form == "split"
     tuning.table(GPU).settled[of_b] = Layer(Part("fused"), Part("mixed"))
-    assert choose.choice_of("grad_b", GPU, 16, MASTERS, lambda: of_b).form == "mixed"
+    assert chosen("grad_b", of_b).form == "mixed"
 
 
 # -- C++ ---------------------------------------------------------------------------------------------

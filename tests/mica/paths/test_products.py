@@ -7,6 +7,7 @@ from mica.paths import products
 from tests.support.linear_calls import Seen
 from tests.support.oracle import padded
 from tests.support.processes import printed_by
+from tests.support.processor import has_instructions
 from tests.support.tolerances import RELATIVE, error
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -17,8 +18,9 @@ in_each_way = pytest.mark.usefixtures("sixteen_bit_products")
 
 def operands(dtype, rows=37, inner=(33, 8), columns=29, transposed=True):
     def right(length):
-        shape = (columns, length) if transposed else (length, columns)
-        return padded(*shape, dtype=dtype).t() if transposed else padded(*shape, dtype=dtype)
+        if transposed:
+            return padded(columns, length, dtype=dtype).t()
+        return padded(length, columns, dtype=dtype)
 
     return [(padded(rows, length, dtype=dtype), right(length)) for length in inner]
 
@@ -74,20 +76,20 @@ def test_fp32_sums_of_16_bit_numbers_without_a_copy(monkeypatch):
 @pytest.mark.parametrize("chunk", [64, 2**22])
 def test_the_sum_is_rounded_once(monkeypatch, dtype, chunk):
     """Two products that nearly cancel: rounded apart they would leave nothing but their rounding."""
-    monkeypatch.setattr(products, "has_native", lambda dtype: False)
+    has_instructions(False, monkeypatch)
     monkeypatch.setattr(products, "CHUNK", chunk)
     (left, right), _ = operands(dtype)
     bias = torch.randn(29).to(dtype)
     pairs = [(left, right), (-left, right)]
     result = products.addmm(bias, *pairs)
     assert error(result, exact(bias, pairs)) <= RELATIVE[torch.float32]
-    monkeypatch.setattr(products, "has_native", lambda dtype: True)
+    has_instructions(True, monkeypatch)
     assert error(products.addmm(bias, *pairs), exact(bias, pairs)) > RELATIVE[torch.float32]
 
 
 @pytest.mark.parametrize("transposed", [True, False])
 def test_copies_are_bounded(monkeypatch, transposed):
-    monkeypatch.setattr(products, "has_native", lambda dtype: False)
+    has_instructions(False, monkeypatch)
     monkeypatch.setattr(products, "CHUNK", 2**13)
     pairs = operands(torch.bfloat16, 700, (100, 16), 900, transposed)
     with Seen() as seen:
@@ -98,7 +100,7 @@ def test_copies_are_bounded(monkeypatch, transposed):
 
 @in_half
 def test_few_rows_are_left_to_pytorch_where_its_loop_is_quick(monkeypatch, dtype):
-    monkeypatch.setattr(products, "has_native", lambda dtype: False)
+    has_instructions(False, monkeypatch)
     for extra in (0, 1):
         (pair, _) = operands(dtype, rows=products.FEW_ROWS + extra)
         with Seen() as seen:
@@ -111,14 +113,14 @@ def test_few_rows_are_left_to_pytorch_where_its_loop_is_quick(monkeypatch, dtype
 def test_few_rows_are_multiplied_by_fp32_factors_as_they_are(monkeypatch, dtype):
     few, more = (torch.zeros(products.FEW_TO_ROUND + extra, 4, dtype=dtype) for extra in (0, 1))
     wide, narrow = torch.zeros(2, 4), torch.zeros(2, 4, dtype=dtype)
-    monkeypatch.setattr(products, "has_native", lambda dtype: True)
+    has_instructions(True, monkeypatch)
     assert products.product_dtype(few, (wide, wide), dtype) == torch.float32
     assert products.product_dtype(few, (wide, wide), torch.float64) == torch.float64
     assert products.product_dtype(more, (wide, wide), dtype) == dtype
     assert products.product_dtype(few, (wide, narrow), dtype) == dtype
     # a device with its own products
     assert products.product_dtype(few.to("meta"), (wide, wide), dtype) == dtype
-    monkeypatch.setattr(products, "has_native", lambda dtype: False)
+    has_instructions(False, monkeypatch)
     assert products.product_dtype(few, (wide, wide), dtype) == torch.float32
 
 
@@ -137,21 +139,14 @@ def test_autograd_and_transforms_follow(dtype):
         assert error(both[1], exact(addend, [*others, (left, -right)])) <= RELATIVE[dtype]
 
 
-def compiled_agrees(dtype):
+@in_each_way
+@in_half
+def test_compiles_into_one_graph(dtype):
+    """What the processor supports is known while a graph is traced."""
     torch.compiler.reset()
     (left, right), _ = operands(dtype)
     compiled = torch.compile(lambda a, b: products.addmm(None, (a, b)), fullgraph=True, backend="aot_eager")
-    return error(compiled(left, right), exact(None, [(left, right)])) <= RELATIVE[dtype]
-
-
-@in_each_way
-def test_compiles_into_one_graph():
-    assert compiled_agrees(torch.bfloat16)
-
-
-@in_half
-def test_support_is_known_while_a_graph_is_traced(dtype):
-    assert compiled_agrees(dtype)
+    assert error(compiled(left, right), exact(None, [(left, right)])) <= RELATIVE[dtype]
 
 
 def test_what_pytorch_asks_of_the_processor_decides():

@@ -10,19 +10,20 @@ from mica.paths.operands import Operands
 from tests.support.cpp import needs_cpp
 from tests.support.linear_calls import Seen, agree
 from tests.support.oracle import problem, solve
+from tests.support.processor import has_instructions
 from tests.support.tolerances import RELATIVE, error
 
 in_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 in_each_way = pytest.mark.usefixtures("sixteen_bit_products")
 
 
-def operands(p, bias=None, compute_dtype=None):
-    return Operands(p.weight, p.lora_A, p.lora_B, p.scaling, bias, compute_dtype)
+def operands(p, bias=None):
+    return Operands(p.weight, p.lora_A, p.lora_B, p.scaling, bias)
 
 
-def compute(p, compute_dtype=None):
+def compute(p):
     """By `linear` and `linear_backward`."""
-    of_p = operands(p, p.bias, compute_dtype)
+    of_p = operands(p, p.bias)
     y, _ = reference_path.linear(p.x, of_p)
     grad_x, grad_A = reference_path.linear_backward(p.grad_output, p.x, of_p, True)
     return {"y": y, "grad_x": grad_x, "grad_A": grad_A}
@@ -33,7 +34,7 @@ def test_grad_a_in_sixteen_bits_is_one_product_where_the_processor_has_it(monkey
     """It sums in fp32 and rounds once; elsewhere, or not asked for it, through fp32 in chunks."""
     g, x = torch.randn(3000, 4).to(dtype), torch.randn(3000, 9).to(dtype)
     for has_native, grad_dtype in ((True, dtype), (True, torch.float32), (False, dtype)):
-        monkeypatch.setattr(products, "has_native", lambda dtype, answer=has_native: answer)
+        has_instructions(has_native, monkeypatch)
         with Seen() as seen:
             dA = reference_path.grad_a(g, x, grad_dtype=grad_dtype)
         is_one = has_native and grad_dtype == dtype
@@ -44,7 +45,7 @@ def test_grad_a_in_sixteen_bits_is_one_product_where_the_processor_has_it(monkey
 
 def test_a_wide_product_is_that_of_native_where_it_has_one(monkeypatch):
     g, x, product = torch.ones(8, 4).bfloat16(), torch.ones(8, 9).bfloat16(), torch.ones(4, 9)
-    monkeypatch.setattr(products, "has_native", lambda dtype: True)
+    has_instructions(True, monkeypatch)
     monkeypatch.setattr(native, "module", lambda: SimpleNamespace(wide_product=lambda g, x: product))
     assert reference_path.grad_a(g, x) is product
     assert reference_path.grad_a(g.float(), x.float()) is not product
@@ -214,6 +215,6 @@ def test_wide_products_of_bfloat16_numbers(tokens, columns):
 def test_no_wide_product_where_bfloat16_is_slow(monkeypatch):
     """There the operands are copied to fp32, as for every other product."""
     g, x = torch.randn(200, 5).bfloat16(), torch.randn(200, 300).bfloat16()
-    monkeypatch.setattr(products, "has_native", lambda dtype: False)
+    has_instructions(False, monkeypatch)
     monkeypatch.setattr(native, "module", lambda: pytest.fail("asked for it"))
     assert torch.equal(reference_path.grad_a(g, x), g.float().t() @ x.float())

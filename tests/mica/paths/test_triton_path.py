@@ -116,22 +116,11 @@ def test_the_output_of_a_base_layer_may_be_transposed_and_in_32_bits():
 RANK, TOKENS = 64, 40  # the rule's own number of tokens would take the interpreter long
 
 
-def of_linear(p, **dropout):
-    return tuple(run(p, **dropout).values())
-
-
-def of_called(p):
-    x, lora_A = leaves(p)
-    y = torch.zeros_like(p.grad_output)
-    y = adapted(y, x, lora_A, p.lora_B, p.scaling, dropout_p=0.4, seed=seed_of(5))
-    y.backward(p.grad_output)
-    return y.detach(), x.grad, lora_A.grad
-
-
-CALLS = {
-    "linear": of_linear,
-    "linear with dropout": lambda p: of_linear(p, dropout_p=0.4, seed=seed_of(5)),
-    "base called": of_called,
+DROPPED = {"dropout_p": 0.4, "seed": seed_of(5)}
+CALLS = {  # options of `run`
+    "linear": {},
+    "linear with dropout": DROPPED,
+    "base called": {"function": by_call, **DROPPED},
 }
 
 
@@ -147,7 +136,7 @@ def test_where_a_is_rounded_before_the_launches_no_bit_differs(monkeypatch, laun
             torch.manual_seed(0)
             p = dense((TOKENS,), 48, 40, RANK, dtype=dtype)
             launched.clear()
-            results.setdefault(many, []).append(CALLS[call](p))
+            results.setdefault(many, []).append([*run(p, **CALLS[call]).values()])
             kinds = {kind for _, kind in launched if kind}
             assert (FP32 in kinds) == (many > TOKENS)
             assert kinds <= {FP32, dtype}

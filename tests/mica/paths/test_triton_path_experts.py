@@ -15,9 +15,9 @@ from tests.support.oracle import solve
 pytestmark = pytest.mark.usefixtures("on_kernels")
 
 
-def stack(route, in_features, out_features, rank, *dtypes, **options):
+def stack(*sizes, **options):
     """With ends as `mica.fast` may pass them, which PyTorch's grouped product does not take."""
-    p = problem(route, in_features, out_features, rank, *dtypes, **options)
+    p = problem(*sizes, **options)
     return on_device(replace(p, offsets=p.offsets.long()))
 
 
@@ -25,12 +25,11 @@ def stack(route, in_features, out_features, rank, *dtypes, **options):
 def grouped(monkeypatch):
     """Where the base product may be PyTorch's grouped one, or may not; its calls."""
     calls, own = [], F.grouped_mm
-    exists = path._is_grouped(torch.device(DEVICE), BF16, 3)
     monkeypatch.setattr(F, "grouped_mm", lambda *args, **how: calls.append(1) or own(*args, **how))
 
-    def may(is_grouped=True):
-        if is_grouped and not exists:
-            pytest.skip("no grouped product here")
+    def may(is_grouped=True, dtype=BF16):
+        if is_grouped and not path._is_grouped(torch.device(DEVICE), dtype, 3):
+            pytest.skip("no grouped product of this dtype here")
         monkeypatch.setattr(path, "_is_grouped", lambda *arguments: is_grouped)
         return calls
 
@@ -42,9 +41,7 @@ def grouped(monkeypatch):
 @pytest.mark.parametrize("is_grouped", [False, True])
 def test_both_base_products(grouped, dtype, lora_dtype, compute_dtype, transposed, is_grouped):
     """Aligned operands but for x and dy, whose rows lie apart: those are copied. Rows of no expert are 0."""
-    if is_grouped and not path._is_grouped(torch.device(DEVICE), dtype, 3):
-        pytest.skip("no grouped product of this dtype here")
-    calls = grouped(is_grouped)
+    calls = grouped(is_grouped, dtype)
     p = stack("rows of none", 48, 32, 16, dtype, lora_dtype, bias=False, transposed=transposed)
     result = run(p, compute_dtype)
     agree(result, solve(p), dtype)

@@ -119,10 +119,6 @@ def test_the_passes_are_apart_but_c_plus_plus_has_both(clock, forward, backward,
     assert parts[0].microseconds["split"] == 1e6 * forward
 
 
-def nan(number):
-    return torch.full((3,), float("nan"))
-
-
 def raising(when, error):
     def result(number):
         if number >= when:
@@ -137,7 +133,7 @@ def raising(when, error):
     [
         (1.005, None),
         (1.02, "its result is off by 2.0e-02, more than 0.01"),
-        (nan, "its result is off by nan"),
+        (torch.nan, "its result is off by nan"),
         (lambda number: torch.ones(2), "must match the size"),
         (raising(-tuning.UNTIMED, RuntimeError("no such kernel")), "no such kernel"),
         (raising(5, RuntimeError("later")), "later"),

@@ -124,8 +124,8 @@ def test_a_run_on_a_gguf_file_goes_on_where_its_folder_was_moved(
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_gguf_base_is_converted_in_the_dtype_of_the_run_and_once(gguf_file, tmp_path, monkeypatch, dtype):
-    options = {"output": tmp_path / "out", "dtype": dtype}
+def test_gguf_base_is_converted_in_the_dtype_of_the_run_and_once(gguf_file, output, monkeypatch, dtype):
+    options = {"output": output, "dtype": dtype}
     model = load(gguf_file, **options)
     assert model.dtype == (torch.float32 if dtype == "auto" else torch.bfloat16)
     monkeypatch.setattr("mica.cli.adapt.base.write_folder", lambda *_, **__: pytest.fail("converted again"))

@@ -9,20 +9,19 @@ from transformers import AutoModelForCausalLM
 
 from mica.cli.adapt import base, embeddings
 from tests.support.adapt_runs import edit_json, saved, sibling, summary, transfer, weights
-from tests.support.tiny_cli import TEXT, adapt, tiny_llama
+from tests.support.tiny_cli import adapt, tiny_llama
 
 NOTE = "cannot check that its base"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder with a text, a float32 ``base``, a sibling ``chat``, and ``run``, which began in bfloat16."""
+def made(tmp_path_factory, text_file):
+    """A folder with a float32 ``base``, a sibling ``chat``, and ``run``, which began in bfloat16."""
     folder = tmp_path_factory.mktemp("made")
-    (folder / "text.txt").write_text(TEXT)
     saved(tiny_llama(), folder / "base")
     saved(sibling(tiny_llama()), folder / "chat")
     options = "--dtype bfloat16 --train-embeddings --save-steps 8"
-    assert adapt(folder / "base", folder / "text.txt", folder / "run", options) == 0
+    assert adapt(folder / "base", text_file, folder / "run", options) == 0
     return folder
 
 
@@ -44,15 +43,12 @@ def weight_of(folder, name: str) -> torch.Tensor:
     return AutoModelForCausalLM.from_pretrained(folder).get_submodule(name).weight.detach()
 
 
-def trained(folder, name: str) -> torch.Tensor:
-    return weights(folder)[f"base_model.model.{name}.weight"].float()
-
-
 def check_transferred(folder, adapter="run", untrained_tokens=200) -> None:
     """What is in ``out`` is the sibling plus trained − rounded base: nothing where nothing was trained."""
     for name in ("model.embed_tokens", "lm_head"):
         began = weight_of(folder / "base", name).bfloat16().double()
-        update = trained(folder / adapter, name).double() - began
+        trained = weights(folder / adapter)[f"base_model.model.{name}.weight"]
+        update = trained.double() - began
         there = weight_of(folder / "chat", name)
         expected = there.double() + update
         found = weight_of(folder / "out", name)
@@ -102,12 +98,12 @@ def test_an_adapter_of_peft_is_noted_and_its_dtype_counts(copied, capsys):
     check_transferred(copied, "theirs", untrained_tokens=128)  # the first 128 of 257 are trained
 
 
-def test_it_is_kept_by_whoever_goes_on(copied, capsys):
+def test_it_is_kept_by_whoever_goes_on(copied, text_file, capsys):
     """A second run adds to the embeddings of the first, which began with a base in bfloat16."""
 
     def go_on(base, output) -> int:
         options = "--adapter", copied / "run", "--steps 1 --dtype float32"
-        return adapt(copied / base, copied / "text.txt", copied / output, *options)
+        return adapt(copied / base, text_file, copied / output, *options)
 
     assert go_on("base", "on") == 0
     assert "--adapter" not in capsys.readouterr().err

@@ -7,7 +7,6 @@ import pytest
 from transformers import TrainerState
 
 from mica.cli.adapt.callbacks import Hooks, Request
-from tests.support.adapt_runs import fresh_state  # noqa: F401 (a fixture)
 
 
 @pytest.mark.parametrize("main", [True, False])

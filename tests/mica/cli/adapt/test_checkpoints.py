@@ -11,6 +11,7 @@ from mica.cli.adapt.folder import MARKER
 from mica.cli.output import files_in
 from mica.cli.record import NAME
 from mica.errors import UsageError
+from tests.support.adapt_runs import steps
 from tests.support.faults import raising
 
 ADAPTER, SHARD = "adapter_model.safetensors", "optimizer_0/shard.distcp"
@@ -21,17 +22,12 @@ def put(folder):
     (folder / "optimizer_0").mkdir(parents=True)
     (folder / ADAPTER).write_bytes(b"weights")
     (folder / SHARD).write_bytes(b"moments")
-    return folder
 
 
 def make(output, step, **facts):
     put(checkpoints.folder_of(checkpoints.scratch(output), step))
     checkpoints.finish(output, step, facts)
     return checkpoints.folder_of(output, step)
-
-
-def steps(output):
-    return [checkpoints.step(path) for path in checkpoints.folders(output)]
 
 
 def test_the_newest_complete_one_counts(tmp_path):

@@ -146,10 +146,9 @@ def write(settings: config.Settings, output: Path) -> None:
 
 
 @pytest.fixture
-def run_folder(tmp_path):
+def run_folder(tmp_path, output):
     """The folder of a run that was started in another working directory."""
     (tmp_path / "corpus.txt").touch()
-    output = tmp_path / "out"
     output.mkdir()
     arguments = "--model m --recipe paper --text", tmp_path / "corpus.txt", "--output", output
     settings = resolve(*arguments, "--learning-rate 1e-5 --seed 5 --experts")

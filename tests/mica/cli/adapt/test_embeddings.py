@@ -26,15 +26,15 @@ from tests.support.tiny_cli import adapt, logits, tiny_llama
 DEFAULT = {"train_embeddings": True, "embedding_learning_rate": 1e-3}
 
 
-def test_the_trainer_takes_both_rates(text_file, tmp_path):
+def test_the_trainer_takes_both_rates(text_file, tmp_path, output):
     """Adam's first step is the rate itself, whatever the gradient."""
     base = saved(tiny_llama(), tmp_path / "base")
     rates = "--learning-rate 1e-3 --train-embeddings --embedding-learning-rate 3e-4"
-    assert adapt(base, text_file, tmp_path / "out", "--steps 1 --scheduler constant", rates) == 0
+    assert adapt(base, text_file, output, "--steps 1 --scheduler constant", rates) == 0
     found = embeddings.find(AutoModelForCausalLM.from_pretrained(base))
-    for name, weight in whole_embeddings(tmp_path / "out").items():
+    for name, weight in whole_embeddings(output).items():
         assert (weight - found[name].weight).abs().max().item() == pytest.approx(3e-4, rel=1e-2)
-    lora_A = [weight for key, weight in weights(tmp_path / "out").items() if "lora_A" in key]
+    lora_A = [weight for key, weight in weights(output).items() if "lora_A" in key]
     assert max(weight.abs().max().item() for weight in lora_A) == pytest.approx(1e-3, rel=1e-2)
     model = adapter.start(tiny_llama(), settings(**DEFAULT))
     without = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)

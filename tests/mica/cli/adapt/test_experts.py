@@ -33,9 +33,9 @@ def test_inspect_lists_stacks_and_no_router(base, tmp_path):
 --target-modules q_proj,gate --rank 7 => --rank 7: ...gate.weight has 6 x 32 weights, so at most 6
 """),
 )
-def test_refused_before_training(options, message, base, text_file, tmp_path, refused):
-    refused(adapt(base, text_file, tmp_path / "out", options), *message.split("..."))
-    assert not (tmp_path / "out").exists()
+def test_refused_before_training(options, message, base, text_file, output, refused):
+    refused(adapt(base, text_file, output, options), *message.split("..."))
+    assert not output.exists()
 
 
 def test_without_experts_and_by_name(base, text_file, tmp_path, capsys):

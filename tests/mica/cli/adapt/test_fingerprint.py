@@ -46,12 +46,12 @@ def test_shards(tmp_path):
 
 def test_a_name_on_the_hub_is_its_copy_in_the_cache(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert fingerprint.of("owner/name") is None
+    assert of("owner/name") is None
     folder = tmp_path / "models--owner--name"
     shutil.copytree(model_dir, folder / "snapshots" / "0a1b")
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("0a1b")
-    assert fingerprint.of("owner/name") == of(model_dir)
+    assert of("owner/name") == of(model_dir)
 
 
 @pytest.mark.parametrize("contents", [None, b"", b"\xff" * 9, b"\x02" + b"\0" * 7 + b"[]"])
@@ -60,4 +60,4 @@ def test_what_is_no_checkpoint_has_none(contents, model_dir, tmp_path):
         shutil.copy(model_dir / "config.json", tmp_path)
         (tmp_path / "model.safetensors").write_bytes(contents)
     assert of(tmp_path) is None
-    assert fingerprint.of("") is None
+    assert of("") is None

@@ -27,7 +27,7 @@ from tests.support.adapt_runs import (
     whole_embeddings,
 )
 from tests.support.moe_models import BUILDERS
-from tests.support.tiny_cli import TEXT, adapt, logits, tiny_llama
+from tests.support.tiny_cli import adapt, logits, tiny_llama
 from tests.support.without_mica import logits_without_mica
 
 
@@ -69,20 +69,13 @@ KINDS = {
 SOLD = [kind for kind in KINDS if "--train" in KINDS[kind].options]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT)
-    return path
-
-
 @pytest.fixture(scope="module", params=KINDS)
-def made(request, text, tmp_path_factory):
+def made(request, text_file, tmp_path_factory):
     """The kind; the folders of the model, of its run: 12 steps, a checkpoint every 4."""
     folder, kind = tmp_path_factory.mktemp("made"), KINDS[request.param]
     base = saved(kind.build(), folder / "base")
     options = f"--dtype {kind.dtype} --save-steps 4 --method {kind.method}"
-    assert adapt(base, text, folder / "run", options, kind.options) == 0
+    assert adapt(base, text_file, folder / "run", options, kind.options) == 0
     return kind, base, folder / "run"
 
 
@@ -142,11 +135,11 @@ def test_killed_and_resumed_to_the_bit(made, tmp_path, monkeypatch):
     assert log_of(output) == log_of(run)
 
 
-def test_an_adapter_goes_on(made, text, tmp_path, monkeypatch):
+def test_an_adapter_goes_on(made, text_file, tmp_path, monkeypatch):
     kind, base, run = made
     poison_solver(monkeypatch)
     options = "--steps 1 --learning-rate 1e-3 --scheduler constant"
-    assert adapt(base, text, tmp_path / "on", "--adapter", run, options, kind.options) == 0
+    assert adapt(base, text_file, tmp_path / "on", "--adapter", run, options, kind.options) == 0
     first, second = summary(run), summary(tmp_path / "on")
     assert second["settings"]["method"] == kind.method
     if kind.dtype == second["dtype"]:

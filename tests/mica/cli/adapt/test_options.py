@@ -8,7 +8,7 @@ from transformers import SchedulerType
 from mica.cli import parser
 from mica.cli.adapt.options import OPTIONS, SCHEDULERS, TABLE
 from mica.cli.arguments import a_name, a_path, a_source
-from tests.support.tiny_cli import mica
+from tests.support.tiny_cli import mica, words
 
 ANY_STRING = (a_name, a_path, a_source)
 # Values that the parser refuses. The other options take any string: test_refusals.py has theirs.
@@ -38,12 +38,12 @@ def test_bad_value(bad, capsys):
     name, _, value = bad.partition("=")
     flag = OPTIONS[name].flag
     assert mica("adapt --model=x --text=x --output=x", f"{flag}={value}") == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert captured.err.startswith("mica adapt: error: argument ")
-    assert flag in captured.err or flag.replace("--", "--[no-]") in captured.err
-    assert value in captured.err
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("mica adapt: error: argument ")
+    assert flag in err or flag.replace("--", "--[no-]") in err
+    assert value in err
 
 
 def test_schedulers_are_the_trainers():
@@ -63,8 +63,7 @@ def test_help_has_every_option(capsys):
 
 
 def test_only_what_was_given_is_in_the_namespace():
-    argv = ["adapt", "--model=x", "--no-experts", "--text", "a", "b", "--text", "c"]
-    argv += ["--output=~/run"]
+    argv = words("adapt --model=x --no-experts --text a b --text c --output=~/run")
     given = {name: value for name, value in vars(parser().parse_args(argv)).items() if name in OPTIONS}
     assert given.pop("output") == Path.home() / "run"
     assert given == {"model": "x", "experts": False, "text": ["a", "b", "c"]}

@@ -38,10 +38,10 @@ def store(*documents: list[int]) -> Tokens:
     )
 
 
-def packed(documents: list[list[list[int]]], length: int, packing: str = "documents", chosen=slice(None)):
-    """Blocks of some documents of several sources."""
+def packed(documents: list[list[list[int]]], length: int, packing: str = "documents"):
+    """Blocks of the documents of several sources."""
     tokens = joined([store(*each) for each in documents])
-    return Blocks(tokens.ids, tokens.spans[chosen], length, packing)
+    return Blocks(tokens.ids, tokens.spans, length, packing)
 
 
 def test_a_block_is_of_the_document_that_has_most_of_it():

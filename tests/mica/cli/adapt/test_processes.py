@@ -4,8 +4,6 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
-import sys
 from unittest.mock import Mock
 
 import datasets
@@ -30,9 +28,14 @@ from tests.support.adapt_runs import (
     settings,
     weights,
 )
+from tests.support.processes import printed_by
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 
 pytestmark = pytest.mark.slow
+
+
+def check_losses(found, expected, rel=1e-6):
+    assert dict(losses(found)) == pytest.approx(dict(losses(expected)), rel=rel)
 
 
 def fail(failing):
@@ -72,7 +75,7 @@ def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path, method):
     first, second = in_two_processes(run, both, data, folder=tmp_path).results
     assert first.history[:1] == second.history[:1]
     assert losses(first) == losses(second)
-    assert dict(losses(first)) == pytest.approx(dict(losses(alone)), rel=1e-6)
+    check_losses(first, alone)
     for name in ("eval_held_out_perplexity", "eval_retain_perplexity"):
         expected = [entry[name] for entry in alone.history if name in entry]
         assert [entry[name] for entry in first.history if name in entry] == pytest.approx(expected, rel=1e-6)
@@ -134,7 +137,7 @@ def test_a_lost_process_is_one_line_and_costs_nothing_but_time(tmp_path):
     args.resume = True
     resumed = in_two_processes(run, args, folder=tmp_path).results[0]
     whole = in_two_processes(run, settings(tmp_path / "whole", **options), folder=tmp_path).results[0]
-    assert dict(losses(resumed)) == pytest.approx(dict(losses(whole)), rel=1e-6)
+    check_losses(resumed, whole)
     assert (resumed.tokens, resumed.adapter_step) == (whole.tokens, whole.adapter_step)
     for name, weight in weights(tmp_path / "whole").items():
         torch.testing.assert_close(weights(args.output)[name], weight, rtol=0, atol=1e-6)
@@ -165,7 +168,7 @@ def test_fsdp2(tmp_path, kind, more):
     whole = in_two_processes(run_sharded, kind, args, folder=tmp_path).results[0]
     assert checkpoints.facts(args.output / "checkpoint-10")["engine"] == "FSDP"
     alone = run(settings(tmp_path / "one", dropout=0.0, eval_steps=5, **more))
-    assert dict(losses(whole)) == pytest.approx(dict(losses(alone)), rel=1e-4 if more else 1e-6)
+    check_losses(whole, alone, 1e-4 if more else 1e-6)
     adapter = weights(args.output)
     shapes = [{name: w.shape for name, w in found.items()} for found in (adapter, weights(tmp_path / "one"))]
     assert shapes[0] == shapes[1]
@@ -199,6 +202,4 @@ print(faults[-1])
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_what_a_step_has_freed_serves_the_next_one():
     """Of 16,384 pages."""
-    program = [sys.executable, "-c", FAULTS]
-    faults = subprocess.run(program, check=True, capture_output=True, text=True).stdout
-    assert int(faults) < 100
+    assert int(printed_by(FAULTS)) < 100

@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from mica.cli.adapt import checkpoints, session
@@ -23,6 +22,7 @@ from tests.support.adapt_runs import (
     summary,
     unfinished,
     weights,
+    write,
 )
 from tests.support.faults import fill_disk_for
 from tests.support.tiny_cli import TEXT, adapt, mica, tiny_llama
@@ -31,10 +31,8 @@ from tests.support.tiny_cli import TEXT, adapt, mica, tiny_llama
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """300 documents, one a line."""
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    lines = (json.dumps({"id": n, "text": TEXT[31 * n : 31 * n + 60 + n]}) for n in range(300))
-    path.write_text("".join(f"{line}\n" for line in lines))
-    return path
+    documents = [{"id": n, "text": TEXT[31 * n : 31 * n + 60 + n]} for n in range(300)]
+    return write(tmp_path_factory.mktemp("rows") / "rows.jsonl", documents)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +77,7 @@ def test_the_summary_counts_what_was_trained(paper, rows):
     assert made["dtype"] == "float32"
 
 
-def test_a_finished_run_replaces_what_it_wrote_last_and_nothing_else(paper, tmp_path, refused, capsys):
-    output = tmp_path / "out"
+def test_a_finished_run_replaces_what_it_wrote_last_and_nothing_else(paper, output, refused, capsys):
     shutil.copytree(paper, output)
     page, card = output / "README.md", (paper / "README.md").read_text()
     assert resume(output) == 0
@@ -124,10 +121,10 @@ def edit(path: Path, *changes: tuple[str, str]) -> None:
     path.write_text(text)
 
 
-def test_resume_over_other_base_weights_is_refused(paper, model_dir, tmp_path, refused):
+def test_resume_over_other_base_weights_is_refused(paper, model_dir, tmp_path, output, refused):
     """A base that has only been moved goes on, wherever run.yaml says that it is now."""
     base = shutil.copytree(model_dir, tmp_path / "base")
-    output = unfinished(paper, tmp_path / "out")
+    unfinished(paper, output)
     edit(output / "run.yaml", (str(model_dir), str(base)))
     saved(sibling(tiny_llama()), base)
     refused(resume(output), "checkpoint-8 was written with base_weights ", "(now ", "Put the base of the run")
@@ -136,8 +133,8 @@ def test_resume_over_other_base_weights_is_refused(paper, model_dir, tmp_path, r
     assert same_weights(paper, output)
 
 
-def test_resume_after_run_yaml_was_edited_is_refused(paper, tmp_path, refused, capsys):
-    output = unfinished(paper, tmp_path / "out")
+def test_resume_after_run_yaml_was_edited_is_refused(paper, output, refused, capsys):
+    unfinished(paper, output)
     changes = [("learning_rate: 0.02", "learning_rate: 0.5"), ("seed: 0", "seed: 1")]
     edit(output / "run.yaml", *changes, ("log_steps: 3", "log_steps: 4"))  # the last may change
     before = checkpoints.folders(output)
@@ -153,9 +150,8 @@ def test_resume_after_run_yaml_was_edited_is_refused(paper, tmp_path, refused, c
 
 
 @pytest.mark.parametrize("again", [True, False])
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(paper, rows, tmp_path, capsys, again):
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(paper, rows, output, capsys, again):
     """By --resume, or by its first command given again."""
-    output = tmp_path / "out"
     shutil.copytree(paper / "checkpoint-12", checkpoints.scratch(output) / "checkpoint-4")
     for name in ("run.yaml", NAME):
         shutil.copy(paper / name, output)
@@ -167,10 +163,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(paper, ro
     assert same_weights(paper, output)
 
 
-def test_a_signal_before_the_training_ends_it_at_once(model_dir, rows, tmp_path, capsys, monkeypatch):
+def test_a_signal_before_the_training_ends_it_at_once(model_dir, rows, output, capsys, monkeypatch):
     """What the user has put into the folder meanwhile stays."""
     before = signal.getsignal(signal.SIGTERM)
-    output = tmp_path / "out"
 
     def stopped(number, name=None):
         def start(*_):
@@ -191,8 +186,7 @@ def test_a_signal_before_the_training_ends_it_at_once(model_dir, rows, tmp_path,
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_signal_in_the_training_says_how_to_continue(model_dir, rows, tmp_path, capsys, monkeypatch):
-    output = tmp_path / "out"
+def test_a_signal_in_the_training_says_how_to_continue(model_dir, rows, output, capsys, monkeypatch):
     begin = "mica.cli.adapt.callbacks.Hooks.on_step_begin"
     monkeypatch.setattr(begin, lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     assert adapt(model_dir, rows, output) == 128 + signal.SIGTERM
@@ -201,10 +195,9 @@ def test_a_signal_in_the_training_says_how_to_continue(model_dir, rows, tmp_path
     assert not (output / "summary.json").exists()
 
 
-def test_an_output_folder_in_the_text_is_no_text(model_dir, tmp_path, capsys):
+def test_an_output_folder_in_the_text_is_no_text(model_dir, tmp_path, output):
     """Beside a text whose name is not UTF-8, which card and run.yaml show."""
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text(TEXT)
-    output = tmp_path / "out"
     assert adapt(model_dir, tmp_path, output, "--steps 4 --save-steps 2") == 0
     before = weights(output)
     (output / "summary.json").unlink()
@@ -214,9 +207,8 @@ def test_an_output_folder_in_the_text_is_no_text(model_dir, tmp_path, capsys):
 
 
 def test_a_folder_where_another_run_writes_or_has_written_since_the_first_look_is_refused(
-    model_dir, rows, tmp_path, monkeypatch, refused
+    model_dir, rows, output, monkeypatch, refused
 ):
-    output = tmp_path / "out"
     exclusive = session.exclusive
     with exclusive(output):
         refused(adapt(model_dir, rows, output), "another command writes to it")
@@ -231,19 +223,18 @@ def test_a_folder_where_another_run_writes_or_has_written_since_the_first_look_i
     assert (output / "run.yaml").read_text() == "another run's"
 
 
-def test_packing_where_documents_cannot_be_kept_apart(rows, tmp_path, refused, capsys):
+def test_packing_where_documents_cannot_be_kept_apart(rows, tmp_path, output, refused, capsys):
     """In a model whose positions follow from the attention mask."""
-    torch.manual_seed(0)
     sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 1}
     config = OPTConfig(vocab_size=257, num_attention_heads=2, max_position_embeddings=128, **sizes)
     opt = saved(OPTForCausalLM(config), tmp_path / "opt")
     said = "--packing documents: the attention of OPTForCausalLM does not stay"
     refused(adapt(opt, rows, tmp_path / "refused", "--packing documents"), said)
-    assert adapt(opt, rows, tmp_path / "out", "--steps 3") == 0
+    assert adapt(opt, rows, output, "--steps 3") == 0
     assert "note: packing is stream: the attention of OPTForCausalLM" in capsys.readouterr().err
-    assert summary(tmp_path / "out")["settings"]["packing"] == "stream"
+    assert summary(output)["settings"]["packing"] == "stream"
     assert adapt(opt, rows, tmp_path / "given", "--steps 3 --packing stream") == 0
-    assert same_weights(tmp_path / "out", tmp_path / "given")
+    assert same_weights(output, tmp_path / "given")
 
 
 @pytest.mark.parametrize("name", ["summary.json", "README.md"])

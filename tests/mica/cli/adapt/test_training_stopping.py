@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from mica.cli.adapt import checkpoints, evaluation, stopping, training
+from mica.cli.adapt import evaluation, stopping, training
 from mica.cli.adapt.evaluation import Likelihood
 from mica.errors import UsageError
 from tests.support.adapt_runs import (
@@ -22,6 +22,7 @@ from tests.support.adapt_runs import (
     same,
     same_weights,
     settings,
+    steps,
     summary,
     train,
     weights,
@@ -88,10 +89,6 @@ def scripted(monkeypatch):
         monkeypatch.setattr(training, "build_trainer", built)
 
     return script
-
-
-def steps(output):
-    return [checkpoints.step(path) for path in checkpoints.folders(output)]
 
 
 @pytest.mark.parametrize("more", [{}, {"train_embeddings": True, "embedding_learning_rate": 1e-3}])
@@ -181,8 +178,7 @@ def test_a_best_step_that_is_gone(scripted, tmp_path):
     assert same_weights(tmp_path, tmp_path / "checkpoint-10")
 
 
-def test_summary_card_and_adapter_are_of_the_best_step(scripted, model_dir, text_file, tmp_path, capsys):
-    output = tmp_path / "out"
+def test_summary_card_and_adapter_are_of_the_best_step(scripted, model_dir, text_file, output, capsys):
     scripted({0: 9.0, 3: 8.0, 6: 8.5, 9: 8.25}, {0: 20.0, 3: 19.0, 6: 18.0, 9: 17.0})
     options = "--eval-steps 3 --patience 2 --retain"
     assert adapt(model_dir, text_file, output, options, text_file) == 0

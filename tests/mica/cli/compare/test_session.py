@@ -103,16 +103,16 @@ def test_the_command_on_the_page_trains_the_method_again(finished, tmp_path, met
     assert summary["retain_after"] == pytest.approx(math.exp(mean(losses["retained"])), rel=1e-3)
 
 
-def test_a_rate_that_diverges_is_named_and_the_rest_goes_on(model_dir, tmp_path, capsys):
+def test_a_rate_that_diverges_is_named_and_the_rest_goes_on(model_dir, tmp_path, output, capsys):
     assert compare(tmp_path, model_dir, "--rates mica=1e30") == 0
     line = "mica, learning rate 1e+30, 8 steps, seed 0: diverged: a loss is not finite"
     assert line in capsys.readouterr().err
-    text = (tmp_path / "out" / "README.md").read_text()
+    text = (output / "README.md").read_text()
     assert "## Failed\n\n- `2-mica-1e+30-8-0`: diverged" in text
-    assert chosen(tmp_path / "out", "mica")[0]["rate"] == 0.05  # those that were given before count on
+    assert chosen(output, "mica")[0]["rate"] == 0.05  # those that were given before count on
 
 
-def test_a_method_that_runs_out_of_memory_is_left_out(model_dir, tmp_path, capsys, monkeypatch):
+def test_a_method_that_runs_out_of_memory_is_left_out(model_dir, tmp_path, output, capsys, monkeypatch):
     """And tried again by --resume, once there is memory."""
     train = trainings.train
 
@@ -121,7 +121,6 @@ def test_a_method_that_runs_out_of_memory_is_left_out(model_dir, tmp_path, capsy
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return train(model, data, args, *more)
 
-    output = tmp_path / "out"
     monkeypatch.setattr(trainings, "train", trained)
     assert compare(tmp_path, model_dir) == 0
     assert "first steps of lora: out of memory" in capsys.readouterr().err
@@ -148,9 +147,9 @@ def test_a_method_that_runs_out_of_memory_is_left_out(model_dir, tmp_path, capsy
 --sequence-length 3000 => --sequence-length 3000: the model takes at most 128 tokens
 """),
 )
-def test_mistakes_are_one_line(model_dir, tmp_path, refused, options, message):
+def test_mistakes_are_one_line(model_dir, tmp_path, output, refused, options, message):
     refused(compare(tmp_path, model_dir, options), message)
-    assert not (tmp_path / "out").exists()  # so that the same command, corrected, is not refused
+    assert not output.exists()  # so that the same command, corrected, is not refused
 
 
 @pytest.mark.parametrize(
@@ -165,17 +164,17 @@ def test_of_a_short_text_a_smaller_sequence_length_is_named(model_dir, tmp_path,
     refused(status, "--text: ", what, "more text or a smaller --sequence-length helps")
 
 
-def test_what_was_measured_is_kept_where_the_budget_does_not_suffice(model_dir, tmp_path, refused):
+def test_what_was_measured_is_kept_where_the_budget_does_not_suffice(model_dir, tmp_path, output, refused):
     """A smaller one than the message names is refused again, in no time."""
     status = compare(tmp_path, model_dir, "--budget 0.01", steps="")
     refused(status, "--budget 0.01: too short for 32 steps at each learning rate: --resume --budget ")
-    kept = results(tmp_path / "out")
+    kept = results(output)
     assert sorted(kept) == ["1-lora-0.01-4-0", "1-mica-0.02-4-0", "base"]
-    refused(resume(tmp_path / "out", "--budget 0.02"), "--budget 0.02: too short for 32 steps")
-    assert results(tmp_path / "out") == kept
+    refused(resume(output, "--budget 0.02"), "--budget 0.02: too short for 32 steps")
+    assert results(output) == kept
 
 
-def test_a_budget_that_is_used_up_shows_what_there_is(model_dir, tmp_path, capsys, monkeypatch):
+def test_a_budget_that_is_used_up_shows_what_there_is(model_dir, tmp_path, output, capsys, monkeypatch):
     """On a machine that becomes slower; and names one in which the rest can be done."""
     make = trainings.Trainings.make
 
@@ -184,10 +183,7 @@ def test_a_budget_that_is_used_up_shows_what_there_is(model_dir, tmp_path, capsy
         return make(self, planned) | took
 
     monkeypatch.setattr(trainings.Trainings, "make", slow)
-    monkeypatch.setattr(
-        session.time, "time", lambda: 800.0 * len(list((tmp_path / "out" / "runs").glob("2-*")))
-    )
-    output = tmp_path / "out"
+    monkeypatch.setattr(session.time, "time", lambda: 800.0 * len(list((output / "runs").glob("2-*"))))
     assert compare(tmp_path, model_dir) == 0
     left = f"trainings of this kind left: 1; mica compare --output {output} --resume --budget "
     _, _, rest = capsys.readouterr().err.partition(left)
@@ -216,13 +212,13 @@ def test_a_file_that_is_no_result_is_one_line(copied, refused, name, text):
 
 
 @pytest.fixture
-def stopped(model_dir, tmp_path):
+def stopped(model_dir, tmp_path, output):
     """Arguments of a comparison that was stopped after the model before all was measured."""
     model = shutil.copytree(model_dir, tmp_path / "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session.Comparison, "next", Mock(side_effect=KeyboardInterrupt))
         assert compare(tmp_path, model) == 130
-    return tmp_path / "out"
+    return output
 
 
 def test_other_weights_are_refused(stopped, tmp_path, refused):
@@ -256,7 +252,7 @@ def test_a_full_disk_is_one_line_and_what_is_missing_is_done_again(
 
 
 @pytest.mark.parametrize("method", ["base", "mica"])
-def test_a_stop_says_how_to_go_on(model_dir, tmp_path, capsys, monkeypatch, method):
+def test_a_stop_says_how_to_go_on(model_dir, tmp_path, output, capsys, monkeypatch, method):
     """Once anything was measured; before that nothing is left."""
     make = trainings.Trainings.make
 
@@ -266,7 +262,6 @@ def test_a_stop_says_how_to_go_on(model_dir, tmp_path, capsys, monkeypatch, meth
         return make(self, planned)
 
     monkeypatch.setattr(trainings.Trainings, "make", stopped)
-    output = tmp_path / "out"
     is_kept = method != "base"
     assert compare(tmp_path, model_dir) == 130
     assert output.exists() == is_kept

@@ -13,6 +13,7 @@ from mica.fast.merge import merging
 from tests.support.merging_models import assert_same_bits, exact_merge, quietly, trained, weights
 from tests.support.models import adapted_layers, factors, randomise, stored
 from tests.support.moe_models import second
+from tests.support.stock import assert_same
 from tests.support.tolerances import RELATIVE, error
 
 BF16 = torch.bfloat16
@@ -38,10 +39,12 @@ def corrected(recorded):
     return [undo.kept is not None for _, _, undo in recorded]
 
 
-def broken(layer, adapter="default"):
-    """With a NaN in A: with ``safe_merge`` PEFT refuses it."""
+def refused_at(layer, model, adapter="default", **options):
+    """`merge_and_unload` of the model, whose layer gets a NaN in A: with ``safe_merge`` PEFT refuses it."""
     with torch.no_grad():
         factors(layer, adapter)[0].view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_and_unload(safe_merge=True, **options)
 
 
 # -- what is left out ---------------------------------------------------------------------------------
@@ -60,9 +63,7 @@ def test_the_weights_and_the_report_are_those_of_a_merge(kind, dtype, safe_merge
     unloaded = model.merge_and_unload(safe_merge=safe_merge)
     assert mica.fast.merge_report(unloaded).layers == expected
     assert mica.fast.merge_report(unloaded).swallowed == report.swallowed
-    theirs = merged.merge_and_unload().state_dict()
-    for name, weight in unloaded.state_dict().items():
-        assert torch.equal(weight, theirs[name]), name
+    assert_same(unloaded.state_dict(), merged.merge_and_unload().state_dict(), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -123,9 +124,7 @@ def test_a_layer_that_was_kept_unmerges_by_subtraction_and_says_so(kind):
 def test_after_a_failure_merges_have_their_undo_again(recorded):
     model = trained(dtype=BF16)
     first, layer, _ = adapted_layers(model).values()
-    broken(first)
-    with pytest.raises(ValueError, match="NaNs detected"):
-        model.merge_and_unload(safe_merge=True)
+    refused_at(first, model)
     before = stored(layer).detach().clone()
     layer.merge()
     assert corrected(recorded) == [True]
@@ -144,9 +143,7 @@ def test_a_refused_layer_leaves_those_before_it_merged_and_itself_as_it_was(numb
     expected = {name: exact_merge(layer, before[name]) for name, layer in layers.items()}
     names = list(layers)
     layer = layers[names[number]]
-    broken(layer)
-    with pytest.raises(ValueError, match="NaNs detected"):
-        model.merge_and_unload(safe_merge=True)
+    refused_at(layer, model)
     assert list(adapted_layers(model)) == names[number:]
     for name in names[:number]:
         module = model.get_submodule(name)
@@ -161,9 +158,7 @@ def test_a_refused_second_adapter_leaves_a_first_that_unmerges_to_the_bit():
     model = randomise(second(trained(dtype=BF16)), scale=0.5, seed=3)
     before = weights(model)
     name, layer = next(iter(adapted_layers(model).items()))
-    broken(layer, "second")
-    with pytest.raises(ValueError, match="NaNs detected"):
-        model.merge_and_unload(safe_merge=True, adapter_names=["default", "second"])
+    refused_at(layer, model, "second", adapter_names=["default", "second"])
     assert layer.merged_adapters == ["default"]
     assert list(mica.fast.merge_report(model).layers) == [name]
     quietly(layer.unmerge)
@@ -175,9 +170,7 @@ def test_a_refused_inner_wrapper_leaves_an_outer_one_that_unmerges_to_the_bit():
     before = weights(model)
     layers = adapted_layers(model)
     outer = next(layer for layer in layers.values() if isinstance(layer.base_layer, lora.LoraLayer))
-    broken(outer.base_layer)
-    with pytest.raises(ValueError, match="NaNs detected"):
-        model.merge_and_unload(safe_merge=True)
+    refused_at(outer.base_layer, model)
     assert outer.merged_adapters == ["default"]
     quietly(outer.unmerge)
     assert_same_bits(model, before)
