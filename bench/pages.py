@@ -95,7 +95,7 @@ def headline(counted: str, kept: str, one_core: str, two_cores: str, run: str, m
     of_kept, *_ = result(kept).select(suite="kept", adapter=PLAIN_LORA, dtype="bfloat16")
     clocks = [one for name in (one_core, two_cores) for one in _plain_steps(name)]
     created, loaded = (only(run, suite=suite) for suite in ("initialisation", "loading"))
-    moe_step = only(moe, suite="experts", out=1024)  # of 2048 PEFT's time varies by half within a run
+    moe_step = only(moe, suite="experts", out=1024)  # of 2048 PEFT's time varies by a third within a run
 
     def in_ways(shown: Callable[[Group, str], str], *groups: Group) -> list[str]:
         """A cell for each way to train, with a part of each group."""

@@ -146,9 +146,12 @@ def test_what_is_not_proven_is_said(model_dir, run, monkeypatch):
 --target-modules q_prj => --target-modules q_prj: no layer of the model is called 'q_prj'; did you mean
 """),
 )
-def test_a_mistake_is_one_line(options, message, model_dir, refused, tmp_path, monkeypatch):
+def test_a_mistake_is_one_line(options, message, model_dir, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("mica.cli.loading.load_model", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
-    said = refused(mica("inspect", model_dir, options), f"mica inspect: error: {message}")
-    assert said.count("\n") == 1
+    assert mica("inspect", model_dir, options) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"mica inspect: error: {message}")
+    assert captured.err.count("\n") == 1

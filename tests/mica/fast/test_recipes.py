@@ -24,6 +24,7 @@ from tests.support.gloo import METHOD
 from tests.support.liger import run_on_any_device
 from tests.support.models import adapted_layers, bases, factors, wrap
 from tests.support.moe_models import qwen3_moe, wrap_experts
+from tests.support.pages import FENCED, read
 from tests.support.processes import start
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 from tests.support.tolerances import RELATIVE, error
@@ -37,14 +38,10 @@ FUSED = r"14 layers: 14 (reference|operators \(CPU\))"  # the former with TRITON
 pytestmark = pytest.mark.slow
 
 
-def text_of(name):
-    return (RECIPES / name).read_text(encoding="utf-8")
-
-
 def test_the_page_shows_the_files():
     shown = [*code_of("python"), *code_of("yaml")]
-    files = [path.name for path in RECIPES.iterdir() if path.suffix in (".py", ".yaml")]
-    assert sorted(shown) == sorted(map(text_of, files))
+    files = [path for path in RECIPES.iterdir() if path.suffix in (".py", ".yaml")]
+    assert sorted(shown) == sorted(map(read, files))
 
 
 # -- the recipes, run ---------------------------------------------------------------------------------
@@ -66,7 +63,7 @@ def given(tmp_path_factory):
 
 def code_of(language):
     """The blocks in that language on the page."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text_of("README.md"), re.DOTALL | re.MULTILINE)
+    return [code for name, code in FENCED.findall(read(RECIPES / "README.md")) if name == language]
 
 
 def in_this_process(recipe):
@@ -165,7 +162,7 @@ def test_trl_s_recipe_with_liger(run_source, monkeypatch):
     """The lines that the page adds, with few tokens: Triton's interpreter runs Liger's kernels on a CPU."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
     run_on_any_device(monkeypatch)
-    plain = replaced(text_of("sft_trainer.py"), SMALL)
+    plain = replaced(read(RECIPES / "sft_trainer.py"), SMALL)
     (lines,) = code_of("diff")
     kept, added = lines.splitlines()
     with_liger = replaced(plain, {kept[1:]: f"{kept[1:]}\n{added[1:]}"})
@@ -215,7 +212,7 @@ LORA = {"qlora_sft.py": 1e-2, "accelerate_lora.py": 1e-3}
 @pytest.mark.parametrize("recipe", LORA)
 def test_plain_lora(recipe, run_source, capsys):
     """On this backend, with the losses of stock PEFT, and less kept where the recipe prints how much."""
-    source = replaced(text_of(recipe), {"=2e-4": "=5e-3"})
+    source = replaced(read(RECIPES / recipe), {"=2e-4": "=5e-3"})
 
     def run(name, source):
         torch.manual_seed(0)
@@ -303,7 +300,7 @@ def test_axolotl_s_own_kernels_are_refused(monkeypatch):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, base.__name__, base)
     plugin = runpy.run_path(str(RECIPES / "mica_axolotl.py"))["MicaPlugin"]()
-    config = yaml.safe_load(text_of("axolotl.yaml"))
+    config = yaml.safe_load(read(RECIPES / "axolotl.yaml"))
     plugin.pre_model_load(config)
     with pytest.raises(ValueError, match=r"^lora_o_kernel would bypass the adapted layers"):
         plugin.pre_model_load(config | {"lora_o_kernel": True})
@@ -313,7 +310,7 @@ def test_axolotl_s_own_kernels_are_refused(monkeypatch):
 def test_axolotl_itself(given, tmp_path):
     """Where it is installed (its pins exclude this package's other tests)."""
     pytest.importorskip("axolotl", reason="axolotl is not installed")
-    config = yaml.safe_load(text_of("axolotl.yaml"))
+    config = yaml.safe_load(read(RECIPES / "axolotl.yaml"))
     config["datasets"][0]["path"] = given.texts
     config |= {"base_model": given.model, "special_tokens": {"pad_token": "<eos>"}}
     config |= {"output_dir": str(tmp_path / "adapter"), "dataset_prepared_path": str(tmp_path)}

@@ -107,8 +107,10 @@ def bad_input():
         yield operator, {"compute_dtype": torch.int8}, TypeError, "compute_dtype must be a floating dtype"
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
 @pytest.mark.parametrize(("operator", "change", "kind", "message"), list(bad_input()))
-def test_bad_input_is_named(backend, operator, change, kind, message):
+def test_bad_input_is_named(monkeypatch, backend, operator, change, kind, message):
+    monkeypatch.setenv("MICA_BACKEND", backend)
     operands, _ = CASES[operator]
     with pytest.raises(kind, match=message):
         operator(**{**operands(), **change})
