@@ -1,4 +1,4 @@
-"""Σ dy⊙(z − bias) over the tokens and dz = factor⊙dy, both from one reading of dy: DoRA's backward.
+"""Σ dy⊙z over the tokens and dz = factor⊙dy, both from one reading of dy: DoRA's backward.
 
 The kernel is memory-bound: 6 bytes for each of M·N 16-bit numbers, where PyTorch's operators, which write
 products in fp32, move more than 20. Formulas: `mica.paths.columns`.
@@ -20,7 +20,6 @@ def _grad_magnitude_kernel(
     dy_ptr,  # (M, N)
     z_ptr,  # (M, N)
     factor_ptr,  # (N) fp32
-    bias_ptr,  # (N), or None
     dz_ptr,  # (M, N)
     sums_ptr,  # (tiles of rows, N) fp32
     num_rows,
@@ -38,38 +37,32 @@ def _grad_magnitude_kernel(
     dy = tl.load(dy_ptr + places, mask=mask, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + places, mask=mask, other=0.0).to(tl.float32)
     factor = tl.load(factor_ptr + columns, mask=column_mask, other=0.0)
-    if bias_ptr is not None:
-        z -= tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     tl.store(dz_ptr + places, cast(dy * factor[None, :], dz_ptr.dtype.element_ty), mask=mask)
     # The compiler makes one operation of a product and the addition that follows, but not of an fma. Where a
     # thread has one row only, two threads that write the same sum would otherwise differ in its last bit.
-    # In rows behind the last dy is 0 and z may be −bias.
     sums = tl.sum(tl.fma(dy, z, 0.0), axis=0)
     tl.store(sums_ptr + tl.cast(tile, tl.int64) * out_features + columns, sums, mask=column_mask)
 
 
-def _run(launch, plan, grad_output, z, factor, dz, bias=None):
+def _run(launch, plan, grad_output, z, factor, dz):
     sums = factor.new_empty(plan.shape)
-    launch(grad_output, z, factor, bias, dz, sums)
+    launch(grad_output, z, factor, dz, sums)
     return sums
 
 
 @launcher(_run)
-def grad_magnitude(
-    grad_output: Tensor, z: Tensor, factor: Tensor, dz: Tensor, bias: Tensor | None = None
-) -> Planned:
-    """dz = factor⊙dy, rounded once, and the parts of Σ dy⊙(z − bias) in fp32; the host does not wait.
+def grad_magnitude(grad_output: Tensor, z: Tensor, factor: Tensor, dz: Tensor) -> Planned:
+    """dz = factor⊙dy, rounded once, and the parts of Σ dy⊙z in fp32; the host does not wait.
 
     Args:
         grad_output: dy, (num_rows, out_features), fp32/bf16/fp16, contiguous, as all the others.
         z: (num_rows, out_features), fp32/bf16/fp16.
         factor: (out_features,), fp32.
         dz: (num_rows, out_features), fp32/bf16/fp16: where the kernel writes.
-        bias: (out_features,), fp32/bf16/fp16; None for none.
 
     Returns:
         The sums over each tile of rows, (tiles, out_features) in fp32: their sum over the first dimension is
-        Σ dy⊙(z − bias). Without rows there are no tiles.
+        Σ dy⊙z. Without rows there are no tiles.
 
     Raises:
         LaunchError: no configuration can be launched here.

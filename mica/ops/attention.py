@@ -6,7 +6,20 @@ from functools import partial
 
 from torch import Tensor
 
-from mica.ops.computed import CLONE, TRANSPOSE, VIEWS, Computed, Part, kept_by, output_before, relieve
+from mica.ops.computed import (
+    CLONE,
+    TRANSPOSE,
+    Computed,
+    Part,
+    before_views,
+    kept_by,
+    output_before,
+    part_of,
+    relieve,
+)
+
+_INPUTS = ("query", "key", "value")
+_CALLED = "An input of attention"
 
 
 def is_attention(node) -> bool:
@@ -16,13 +29,13 @@ def is_attention(node) -> bool:
 
 def copied_output(node) -> Computed | None:
     """``output.transpose(1, 2).contiguous()`` in any shape: the output itself is kept."""
-    copy, _ = _before_views(node, 0)
+    copy, _ = before_views(node, 0)
     if copy is node or type(copy) is not CLONE:
         return None
     transpose = copy.next_functions[0][0]
     if type(transpose) is not TRANSPOSE or (transpose._saved_dim0, transpose._saved_dim1) != (1, 2):
         return None
-    made_by, number = _before_views(*transpose.next_functions[0])
+    made_by, number = before_views(*transpose.next_functions[0])
     output = kept_by(made_by, "output") if is_attention(made_by) and number == 0 else None
     if output is None:
         return None
@@ -35,16 +48,11 @@ def copied_output(node) -> Computed | None:
     return Computed(function, Part(output, "The output of attention"))
 
 
-def _before_views(node, number: int):
-    """The edge of autograd to what has made the tensor of another shape."""
-    while type(node) in VIEWS:
-        node, number = node.next_functions[0]
-    return node, number
-
-
 def keep_less(node) -> None:
-    """Where v is a part of one product of q, k and v, of which nothing else is kept: v alone."""
-    q, k, v = (kept_by(node, name) for name in ("query", "key", "value"))
+    """What can be computed again of q, k and v, and v alone where they are one product that nobody keeps."""
+    for position, name in enumerate(_INPUTS):
+        part_of(node, name, position, _CALLED)
+    q, k, v = (kept_by(node, name) for name in _INPUTS)
     if q is None or k is None or v is None:
         return
     memory = v.untyped_storage()
@@ -52,7 +60,7 @@ def keep_less(node) -> None:
     if is_shared or memory.nbytes() < 1.5 * v.nbytes:
         return
     spread = partial(_spread, stride=v.stride())  # products of another layout might be rounded in another way
-    relieve(node._raw_saved_value, Computed(spread, Part(v.clone(), "The values of attention")))
+    relieve(node._raw_saved_value, Computed(spread, Part(v.clone(), _CALLED)))
 
 
 def _spread(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:

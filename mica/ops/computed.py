@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,9 +21,10 @@ from mica.memory import LAYER_TYPES
 
 # What the nodes of autograd say of a tensor that they have saved.
 EDITED = (
-    "x, lora_A, lora_B or the weight of an adapted layer has been modified by an inplace operation after "
-    "the layer's forward. They are kept as they came, without a copy: edit a clone of x instead."
+    "{} of an adapted layer has been modified by an inplace operation after the layer's forward. What the "
+    "backward needs is kept as it came, without a copy: edit a clone instead, or call the backward before."
 )
+OPERANDS = "x, lora_A, lora_B or the weight"
 
 _EDITED = (
     "{} (a tensor of shape {} and {}) was modified in place after the forward, but the backward of a MiCA "
@@ -53,7 +54,7 @@ class Part:
         if self._alias._version != self._version:
             shape = tuple(self._alias.shape)
             edited = _EDITED.format(self._name, shape, self._alias.dtype)
-            raise RuntimeError(edited if self._name else EDITED)
+            raise RuntimeError(edited if self._name else EDITED.format(OPERANDS))
         return self._alias
 
 
@@ -159,9 +160,11 @@ with torch.inference_mode(False), torch.enable_grad():
         _t.view(2),
         torch.ops.aten._unsafe_view(_t, [2]),
     )
+    _PARTS = _t.transpose(0, 1), _t.split(1, dim=1)[0], _t.split([1, 1], dim=1)[0], _t[:, :1]
 PRODUCT, CAST, SILU, GELU, POWER, LAYER_NORM, SUM, CLONE, TRANSPOSE, *VIEWS = (
     type(output.grad_fn) for output in _OUTPUTS
 )
+PARTS = [type(part.grad_fn) for part in _PARTS]
 
 
 def kept_by(node, name: str) -> Tensor | None:
@@ -169,6 +172,47 @@ def kept_by(node, name: str) -> Tensor | None:
     if getattr(node, f"_raw_saved_{name}").unpack_hook is not None:
         return None
     return to_keep(getattr(node, f"_saved_{name}"))
+
+
+def part_of(node, name: str, position: int, called: str) -> Part | Computed | None:
+    """What a node keeps of its input at this position, by `kept_by`, or has computed again.
+
+    An output that can be computed again from what its own node keeps, such as DoRA's, is kept no longer.
+    """
+    saved = getattr(node, f"_raw_saved_{name}")
+    if saved.unpack_hook is unpack:
+        return saved.data
+    value = kept_by(node, name)
+    if value is None:
+        return None
+    computed = None if value._version else _output_again(node.next_functions[position], value)
+    if computed is None:
+        return Part(value, called)
+    relieve(saved, computed)
+    return computed
+
+
+def _output_again(edge: tuple, value: Tensor) -> Computed | None:
+    """The ``value``, a view of a node's output, whose function can compute that again."""
+    made_by, _ = before_views(*edge, (*VIEWS, *PARTS))
+    function = getattr(type(made_by), "_forward_cls", None)  # of nodes of functions in Python
+    if not hasattr(function, "output_again"):
+        return None
+    whole = getattr(made_by, "again", lambda: None)()
+    if whole is None:
+        whole = function.output_again(made_by)
+    if whole is None:
+        return None
+    made_by.again = weakref.ref(whole)  # G and U may be halves of it
+    layout = value.shape, value.stride(), value.storage_offset()
+    return Computed(lambda output: output.as_strided(*layout), whole)
+
+
+def before_views(node, number: int, views: Sequence[type] = VIEWS) -> tuple:
+    """The edge of autograd to what has made the tensor of which this is a view."""
+    while type(node) in views:
+        node, number = node.next_functions[0]
+    return node, number
 
 
 def to_keep(tensor: Tensor | None) -> Tensor | None:

@@ -1,17 +1,20 @@
 """DoRA's part of a linear layer: every row of W + s·B·A gets a trained norm (arXiv 2402.09353).
 
-    z  = x Wᵀ + s·x Aᵀ Bᵀ             what the layer computes without its bias
-    y  = g⊙z + bias, g = m / n        m (N) is trained; n (N), the norms of the rows of W + s·B·A, is a
-       = g⊙(z + bias) + (1 − g)⊙bias  constant for autograd; where g is 1 this is z + bias to the last bit
+    z  = x Wᵀ + s·x Aᵀ Bᵀ     what the layer computes without its bias
+    y  = g⊙z + bias           g = m / n: m (N) is trained; n (N), the norms of the rows of W + s·B·A, is a
+                              constant for autograd
     dz = g⊙dy
-    dm = (Σ dy⊙z) / n                 summed over the tokens
+    dm = (Σ dy⊙z) / n         summed over the tokens
+
+z may hold the bias already, and then y = g⊙(z + bias) + (1 − g)⊙bias: where g is 1, as in a fresh adapter,
+this is to the last bit what the base layer returns. In 16 bits a large bias would hide what z is.
 
 With dropout it is PEFT's formula: y = y₀ + (g − 1)⊙z', with y₀ = x Wᵀ + bias + s·drop(x) Aᵀ Bᵀ and z' the
 z of drop(x). A row without a norm, of zeros, is not scaled.
 
-Without dropout z = (y − bias) / g, and autograd keeps many a y anyway: those of a gated MLP's first layers,
-v. Kept for dm are therefore y, and x, which the layer needs for A: z is computed from it again where y has
-been edited in place. Where m is 0 and there is a bias, y says nothing of z, and dm is 0.
+z is kept for dm. y could give it back, as (y − bias) / g, but in 16 bits not where the bias is large or g
+small. Where autograd would keep y as well (those of a gated MLP's first layers, v), y is computed again from
+z instead (`mica.ops.recompute`), so that one of the two is kept.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor
 
 from mica.ops import recompute
+from mica.ops.computed import Computed, Part
 from mica.ops.operator import as_matrix, below_autograd, like, no_autocast, run_formula, save, saved
 from mica.paths import columns, dropout
 from mica.paths.products import is_transformed, multiplies_itself, unrounded
@@ -30,11 +34,14 @@ from mica.paths.products import is_transformed, multiplies_itself, unrounded
 # Where n² is a smaller share of ‖w‖² + ‖s·bA‖² the update cancels most of the row, and n is computed from
 # W + s·B·A itself. Of random updates, 0.1 to 10 times as large as SmolLM2's weights, it is at least 0.82.
 CANCELLED = 0.1
+# Elsewhere that share is taken to be no less than this, which rounding alone can make it: where W is
+# multiplied in 32 bits, and in 16.
+_LEAST, _LEAST_IN_16_BITS = 3e-6, 3e-3
 
-# Stands for an m of 0, so that y still says what z was: dm is not 0 there.
-_SMALLEST = 2.0**-60
-
-_ROWS = 1024  # of a 16-bit weight whose wider copy is alive at a time
+_ROWS = (
+    1024  # of a weight whose wider copy is alive at a time: on a device, or of rows that are computed plainly
+)
+_CACHED = 2**17  # numbers of such a copy that stay in the cache of a CPU
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -47,8 +54,11 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
 
     n² = ‖w‖² + 2s·b·(A wᵀ) + s²·b (AAᵀ) bᵀ of the rows w and b of W and B. A 16-bit W is multiplied by A in
     its own dtype where the processor can: on a CPU n of an update as large as W is then off by 4e-5 with 576
-    columns and 2e-5 with 2048 (root mean square in bf16; of 2048 rows at most 2e-4 and 1e-4). On a CPU rows
-    that the update nearly cancels are computed plainly; elsewhere n of such a row may be off by 1 %.
+    columns and 2e-5 with 2048 (root mean square in bf16; of 2048 rows at most 2e-4 and 1e-4). Rows that the
+    update nearly cancels are computed plainly on a CPU. Elsewhere, and in compiled code, to find them would
+    have to wait for the device. Where n² is less than a tenth of ‖w‖² + ‖s·bA‖² n is then off by more than
+    1 % in bf16 (3 % at 0.033), in fp32 by 0.5 % at 5e-5; of a row that is cancelled further n is too large,
+    √1e-2 and √1e-5 of that sum's root at least, so that its y is too small and never wild.
     Where the update is 0, as that of a fresh adapter, n is ‖w‖ itself. √(‖w‖²) need not be: MKL does not
     round roots correctly, and of a million in fp64 90 differed on an Intel Xeon.
 
@@ -69,12 +79,14 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
 def _row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
     A, B = lora_A.to(dtype), scaling * lora_B.to(dtype)
-    own, products = _norms_and_products(weight, A)
+    is_rounded = weight.dtype != dtype and multiplies_itself(weight)
+    own, products = _norms_and_products(weight, A, is_rounded)
     squares = own.square()
     of_update = torch.mul(B @ (A @ A.t()), B).sum(1)
     of_rows = squares + of_update
     squared = of_rows + 2 * torch.mul(products, B).sum(1)
-    norms = torch.where(squared == squares, own, squared.clamp(min=0).sqrt())
+    least = of_rows * (_LEAST_IN_16_BITS if is_rounded else _LEAST)
+    norms = torch.where(squared == squares, own, squared.maximum(least).sqrt())
     if not weight.is_cpu or torch.compiler.is_compiling() or is_transformed():
         return norms  # to look at a number would have to wait for the device
     rows = (squared < CANCELLED * of_rows).nonzero().flatten()
@@ -83,19 +95,22 @@ def _row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -
     return norms
 
 
-def _norms_and_products(weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """‖w‖ of each row of the weight (N), and W Aᵀ (N×r), in the dtype of A."""
-    is_wide = weight.dtype == A.dtype
-    norms, products = [], []
-    if not is_wide and multiplies_itself(weight):
+def _norms_and_products(weight: Tensor, A: Tensor, is_rounded: bool) -> tuple[Tensor, Tensor]:
+    """‖w‖ of each row of the weight (N), and W Aᵀ (N×r), in the dtype of A.
+
+    ``is_rounded``: A is rounded to the 16 bits of the weight for their product.
+    """
+    step = max(1, _CACHED // max(1, weight.shape[1])) if weight.is_cpu else _ROWS
+    if is_rounded:
         # CUDA widens a number where it is read, PyTorch on a CPU all that it is given
-        for rows in weight.split(_ROWS) if weight.is_cpu else (weight,):
-            norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=A.dtype))
+        parts = weight.split(step) if weight.is_cpu else (weight,)
+        norms = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=A.dtype) for rows in parts])
         factor = A.to(weight.dtype).t()
         product = unrounded(weight, factor)
-        return torch.cat(norms), (weight @ factor).to(A.dtype) if product is None else product
+        return norms, (weight @ factor).to(A.dtype) if product is None else product
 
-    for rows in (weight,) if is_wide else weight.split(_ROWS):
+    norms, products = [], []
+    for rows in (weight,) if weight.dtype == A.dtype else weight.split(step):
         wide = rows.to(A.dtype)
         norms.append(torch.linalg.vector_norm(wide, dim=1))
         products.append(wide @ A.t())
@@ -116,24 +131,10 @@ def as_divisors(norms: Tensor) -> Tensor:
 def factor_of(magnitude: Tensor, norms: Tensor, dropout_p: float = 0.0) -> Tensor:
     """What z is multiplied by (N), in the dtype of the norms: g, or with dropout (g − 1) / (1 − p).
 
-    g is exactly 1 where m is n, so that a fresh adapter changes no bit of y.
+    g is exactly 1 where m is n, as in a fresh adapter.
     """
-    m = magnitude.to(norms.dtype)
-    g = torch.where(norms.isinf(), 1, (m + _SMALLEST * (m == 0)) / norms)
+    g = torch.where(norms.isinf(), 1, magnitude.to(norms.dtype) / norms)
     return (g - 1) / (1 - dropout_p) if dropout_p else g
-
-
-def _factor_and_addend(
-    addend: Tensor | None, magnitude: Tensor, norms: Tensor, dropout_p: float = 0.0
-) -> tuple[Tensor, Tensor | None]:
-    """What z + bias is multiplied by (N), and the share of the bias (N) that makes up for its being scaled.
-
-    With dropout: what z is multiplied by, and y, the addend as it is.
-    """
-    factor = factor_of(magnitude, norms, dropout_p)
-    if addend is None or dropout_p:
-        return factor, addend
-    return factor, (1 - factor) * addend
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -142,38 +143,32 @@ def _factor_and_addend(
 
 
 def scaled(
-    unscaled: Callable[[Tensor], Tensor],
-    x: Tensor,
-    operands: Sequence[Tensor],
-    magnitude: Tensor,
-    norms: Tensor,
-    bias: Tensor | None = None,
+    z: Tensor, magnitude: Tensor, norms: Tensor, bias: Tensor | None = None, has_bias: bool = False
 ) -> Tensor:
-    """y = g⊙z + bias with z + bias = ``unscaled(x)``.
+    """y = g⊙z + bias.
 
     Args:
-        unscaled: The layer as with plain LoRA, with its bias: it returns a new, contiguous tensor, (..., N),
-            which may be overwritten. The backward may call it again.
-        x: The input, (..., K).
-        operands: The tensors that ``unscaled`` saves beside x.
+        z: What the layer computes as plain LoRA: a new, contiguous tensor, (..., N), which is kept or
+            overwritten.
         magnitude: m, (N).
         norms: n as `row_norms` returns them, (N).
         bias: (N), frozen; None for none.
+        has_bias: Whether the bias has been added to z.
 
     Returns:
         (..., N) in the dtype of z. The gradient of m is summed in fp32 at least.
     """
-    if _is_followed() or not (torch.is_grad_enabled() and magnitude.requires_grad):
-        return _multiplied(unscaled(x), bias, magnitude, norms)
-    if x.numel() < recompute.MIN_NUMBERS:
-        return _KeepsZ.apply(unscaled(x), bias, magnitude, norms, 0.0)
+    if _is_followed() or not torch.is_grad_enabled():
+        factor = factor_of(magnitude, norms)
+        return _multiplied(z, factor, _addend(bias, factor, has_bias))
+    return _Scaled.apply(z, bias, magnitude, norms, has_bias, 0.0)
 
-    def layer(x: Tensor, *_) -> Tensor:
-        y = _KeepsY.apply(unscaled, x, unscaled(x), magnitude, norms, bias)
-        y.grad_fn.version = y._version
-        return y
 
-    return recompute.call(layer, x, *operands, magnitude, looks_after_y=True)
+def _addend(bias: Tensor | None, factor: Tensor, has_bias: bool) -> Tensor | None:
+    """What is added to g⊙z (N), in the dtype of g."""
+    if bias is None:
+        return None
+    return (1 - factor) * bias if has_bias else bias.to(factor.dtype)
 
 
 def corrected(
@@ -189,8 +184,10 @@ def corrected(
     """y + (g − 1)⊙z', with the z' of drop(x).
 
     Args:
-        z_of: The layer as with plain LoRA, without bias and dropout, as ``unscaled`` otherwise.
-        x, operands, magnitude, norms: As in `scaled`.
+        z_of: The layer as plain LoRA without bias and dropout, which returns what `scaled` takes.
+        x: The input, (..., K).
+        operands: The tensors that ``z_of`` saves beside x.
+        magnitude, norms: As in `scaled`.
         y: The layer with its bias and the dropout, a new tensor (..., N), which is overwritten.
         dropout_p: The probability, above 0, with which an element of x is dropped.
         seed: An int64 tensor of shape (1,), which determines the mask.
@@ -200,13 +197,13 @@ def corrected(
     """
     drop = partial(_dropped, dropout_p=dropout_p, seed=seed)
     if _is_followed() or not torch.is_grad_enabled():
-        return _multiplied(z_of(drop(x)), y, magnitude, norms, dropout_p)
+        return _multiplied(z_of(drop(x)), factor_of(magnitude, norms, dropout_p), y)
     computed = None
     if x.numel() >= recompute.MIN_NUMBERS:
-        computed = recompute.Computed(drop, recompute.arrange(x) or recompute.Part(x.detach()))
+        computed = Computed(drop, recompute.arrange(x) or Part(x.detach()))
     dropped = _Dropped.apply(x, dropout_p, seed)
     z = recompute.call(lambda x, *_: z_of(x), dropped, *operands, computed=computed)
-    return _KeepsZ.apply(z, y, magnitude, norms, dropout_p)
+    return _Scaled.apply(z, y, magnitude, norms, False, dropout_p)
 
 
 def _is_followed() -> bool:
@@ -214,13 +211,8 @@ def _is_followed() -> bool:
     return torch.compiler.is_compiling() or is_transformed()
 
 
-def _multiplied(
-    z: Tensor, addend: Tensor | None, magnitude: Tensor, norms: Tensor, dropout_p: float = 0.0
-) -> Tensor:
-    """Where m needs no gradient, or PyTorch finds it."""
-    if torch.is_grad_enabled() and z.requires_grad and not _is_followed():
-        return _KeepsZ.apply(z, addend, magnitude, norms, dropout_p)
-    factor, addend = _factor_and_addend(addend, magnitude, norms, dropout_p)
+def _multiplied(z: Tensor, factor: Tensor, addend: Tensor | None) -> Tensor:
+    """factor⊙z + addend, without gradients, or where PyTorch finds them."""
     if not _is_followed():
         with no_autocast():
             return _multiply_add(z, factor, addend, z)
@@ -237,22 +229,21 @@ def _multiply_add(z: Tensor, factor: Tensor, addend: Tensor | None, out: Tensor)
 
 
 def _grads(
-    grad_output: Tensor, z: Tensor | None, bias: Tensor | None, factor: Tensor, needs_z: bool
+    grad_output: Tensor, z: Tensor | None, factor: Tensor, needs_z: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dz = factor⊙dy (..., N) if it is needed, and Σ dy⊙(z − bias) over the tokens (N) if there is a z."""
+    """dz = factor⊙dy (..., N) if it is needed, and Σ dy⊙z over the tokens (N) if there is a z."""
     dy = as_matrix(grad_output)
     dz = sums = None
     if torch.is_grad_enabled() and needs_z:  # a second derivative follows it
         dz = (grad_output * factor).to(grad_output.dtype)
     elif needs_z and z is not None:
-        tensors = (dy, z, factor) if bias is None else (dy, z, factor, bias)
-        dtypes = tuple(tensor.dtype for tensor in tensors)
-        dz, sums = run_formula(columns.grad_magnitude, dy, 1, dtypes, dy, as_matrix(z), factor, bias)
+        dtypes = dy.dtype, z.dtype, factor.dtype
+        dz, sums = run_formula(columns.grad_magnitude, dy, 1, dtypes, dy, as_matrix(z), factor)
         return like(grad_output.shape, dz), sums
     elif needs_z:
         dz = like(grad_output.shape, columns.scaled(dy, factor))
     if z is not None:
-        sums = columns.sums_of_products(dy, as_matrix(z), bias, factor.dtype)
+        sums = columns.sums_of_products(dy, as_matrix(z), factor.dtype)
     return dz, sums
 
 
@@ -275,51 +266,47 @@ class _Dropped(torch.autograd.Function):
         return _dropped(grad, ctx.dropout_p, seed), None, None
 
 
-class _KeepsZ(torch.autograd.Function):
-    """y, where ``z`` holds z + bias and the addend is the bias (N) or None.
-
-    With dropout ``z`` is z', and the addend y, which becomes y + (g − 1)⊙z'.
-    """
+class _Scaled(torch.autograd.Function):
+    """`scaled`; with dropout y₀ + (g − 1)⊙z', in the memory of y₀, which is passed as the bias."""
 
     @staticmethod
-    def forward(ctx, z, addend, magnitude, norms, dropout_p):
+    def forward(ctx, z, bias, magnitude, norms, has_bias, dropout_p):
         ctx.dropout_p = dropout_p
-        out = addend if dropout_p else torch.empty_like(z, memory_format=torch.contiguous_format)
+        factor = factor_of(magnitude, norms, dropout_p)
+        addend = bias
         if dropout_p:
-            ctx.mark_dirty(addend)
-        save(ctx, z if ctx.needs_input_grad[2] else None, magnitude, norms, None if dropout_p else addend)
+            ctx.mark_dirty(bias)
+            out = bias
+        else:
+            addend = _addend(bias, factor, has_bias)
+            out = torch.empty_like(z, memory_format=torch.contiguous_format)
+        kept_z = z if ctx.needs_input_grad[2] else None
+        save(ctx, kept_z, factor, norms, magnitude, bias if has_bias else None, None if dropout_p else addend)
         with below_autograd(), no_autocast():
-            return _multiply_add(z, *_factor_and_addend(addend, magnitude, norms, dropout_p), out)
+            return _multiply_add(z, factor, addend, out)
 
     @staticmethod
     def backward(ctx, dy):
-        z, magnitude, norms, bias = saved(ctx)
+        z, factor, norms, magnitude, bias, _ = saved(ctx, "The magnitude or the base bias")
         needs_z, needs_addend, *_ = ctx.needs_input_grad
         with no_autocast():
-            factor = factor_of(magnitude, norms, ctx.dropout_p)
-            dz, sums = _grads(dy, z, bias, factor, needs_z)
+            if torch.is_grad_enabled():  # a second derivative follows m
+                factor = factor_of(magnitude, norms, ctx.dropout_p)
+            if z is not None and bias is not None:
+                z = z - bias
+            dz, sums = _grads(dy, z, factor, needs_z)
             dm = None if sums is None else (sums / (norms * (1 - ctx.dropout_p))).to(magnitude.dtype)
-        return dz, dy if needs_addend else None, dm, None, None
-
-
-class _KeepsY(torch.autograd.Function):
-    """y in place of ``z``, which holds z + bias."""
+        return dz, dy if needs_addend else None, dm, None, None, None
 
     @staticmethod
-    def forward(ctx, unscaled, x, z, magnitude, norms, bias):
-        ctx.unscaled = unscaled
-        ctx.mark_dirty(z)
-        save(ctx, x, magnitude, norms, bias, outputs=[z])
-        with below_autograd(), no_autocast():
-            return _multiply_add(z, *_factor_and_addend(bias, magnitude, norms), z)
+    def output_again(node) -> Computed | None:
+        """y, from what its node keeps; None: it keeps too little."""
+        z, factor, _, _, _, addend = node.saved_tensors
+        if z is None or node.dropout_p:
+            return None
+        kept = [z, factor] if addend is None else [z, factor, addend]
+        return Computed(_scaled_again, *[Part(tensor.detach()) for tensor in kept])
 
-    @staticmethod
-    def backward(ctx, dy):
-        x, magnitude, norms, bias, y = saved(ctx)
-        with no_autocast():
-            g = factor_of(magnitude, norms)
-            is_edited = y._version != ctx.version
-            z = ctx.unscaled(x) if is_edited else y
-            dz, sums = _grads(dy, z, bias, g, ctx.needs_input_grad[2])
-            dm = (sums / norms if is_edited else sums / g / norms).to(magnitude.dtype)
-        return None, None, dz, dm, None, None
+
+def _scaled_again(z: Tensor, factor: Tensor, addend: Tensor | None = None) -> Tensor:
+    return _multiply_add(z, factor, addend, torch.empty_like(z, memory_format=torch.contiguous_format))

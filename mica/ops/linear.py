@@ -338,7 +338,7 @@ def configure(module: ModuleType) -> None:
     module.configure_linear(
         limits,
         products.HAS_WIDE_SUMS,
-        computed.EDITED,
+        computed.EDITED.format(computed.OPERANDS),
         call_counts=call_counts,
         os=vars(os),
         modules=native.modules,

@@ -202,8 +202,8 @@ def without_values(tensor: Tensor) -> Tensor:
     return tensor.data  # has a version of its own
 
 
-def saved(ctx) -> tuple[Tensor | None, ...]:
-    """What the forward has given to `save`.
+def saved(ctx, name: str = computed.OPERANDS) -> tuple[Tensor | None, ...]:
+    """What the forward has given to `save`; ``name``: of what of it may be edited, for the error.
 
     Raises:
         RuntimeError: a tensor was edited; stock PEFT forgives that where it saved an fp32 copy of x.
@@ -213,7 +213,7 @@ def saved(ctx) -> tuple[Tensor | None, ...]:
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
-        raise RuntimeError(computed.EDITED) from error
+        raise RuntimeError(computed.EDITED.format(name)) from error
 
 
 def run_backward(

@@ -10,6 +10,9 @@ keeps anyway for PyTorch's own backward, those are enough: the same operators gi
     x = LayerNorm(h)           likewise; h is kept anyway
     x = attention's output     in another order of dimensions: the output is kept anyway
 
+G, U, q, k and v may be computed again themselves: those that a layer with DoRA has made, which keeps what it
+has scaled (`part_of`).
+
 Casts may stand between them. act is SiLU, GELU (also by tanh) or a square (of a ReLU), or all is one function
 of Liger's; of a GELU that is written out, two of five tensors are computed again. This is done by PyTorch's
 documented hooks: `torch.autograd.graph.saved_tensors_hooks` around the layer's call, and
@@ -53,6 +56,7 @@ from mica.ops.computed import (
     kept_by,
     nodes_before,
     output_before,
+    part_of,
     relieve,
     to_keep,
     unpack,
@@ -78,28 +82,23 @@ def recompute_norms(on: bool) -> None:
 # ---------------------------------------------------------------------------------------------------
 
 
-def call(
-    layer: Callable[..., Tensor], x: Tensor, *operands, dtype=None, computed=None, looks_after_y=False
-) -> Tensor:
+def call(layer: Callable[..., Tensor], x: Tensor, *operands, dtype=None, computed=None) -> Tensor:
     """``layer(x, *operands)``, eager and with gradients, whose nodes save no x that can be computed again.
 
-    dtype: to which the layer would cast x. computed: x, if the caller knows how. looks_after_y: the layer
-    saves its output, too, and sees itself whether that was edited.
+    dtype: to which the layer would cast x. computed: x, if the caller knows how.
     """
     if computed is None and x.numel() >= MIN_NUMBERS:
         computed = arrange(x)
-    if (computed is None and not looks_after_y) or not _may_hook():
+    if computed is None or not _may_hook():
         return layer(x, *operands)
     if any(map(torch.is_inference, filter(torch.is_tensor, operands))):
         return layer(x, *operands)  # which PyTorch refuses, and says what helps
 
     if dtype is not None and x.dtype is not dtype:
         x = x.to(dtype)
-        if computed is not None:
-            computed = Computed(Cast(dtype), computed)
-    if computed is not None:
-        computed.add_user()
-    packed = {identity(x): computed or Part(x.detach())}
+        computed = Computed(Cast(dtype), computed)
+    computed.add_user()
+    packed = {identity(x): computed}
     with torch.no_grad():
         for operand in operands:
             # A view has a base, for which kernels keep their copy of B. The output of a called base layer is
@@ -224,8 +223,8 @@ def _of_activation(node) -> Computed | None:
         function = torch.square
     else:
         return attention.copied_output(node)
-    gate = kept_by(node, "self")
-    return None if gate is None else Computed(function, Part(gate, f"What {node.name()} keeps"))
+    gate = part_of(node, "self", 0, f"What {node.name()} keeps")
+    return None if gate is None else Computed(function, gate)
 
 
 def _of_liger(node) -> Computed | None:
@@ -289,7 +288,7 @@ def _relieve_factor(node, name: str, position: int, products: int) -> Part | Com
         relieve(saved, computed)
         return computed
     narrow = norms.narrow(node, name, position) if _norms and products == 0 else None
-    return narrow or Part(value, _FACTORS[name])
+    return narrow or part_of(node, name, position, _FACTORS[name])
 
 
 def _scaled(product, position: int) -> Computed | None:
@@ -301,9 +300,8 @@ def _scaled(product, position: int) -> Computed | None:
     other = product.next_functions[1 - position][0]
     for node in nodes_before(other, _STEPS_TO_POWER) if other is not None else ():
         if type(node) is POWER and node.next_functions[0] == scaled.next_functions[0]:
-            gate = kept_by(node, "self")
-            function = partial(torch.mul, other=number)
-            return None if gate is None else Computed(function, Part(gate, f"What {node.name()} keeps"))
+            gate = part_of(node, "self", 0, f"What {node.name()} keeps")
+            return None if gate is None else Computed(partial(torch.mul, other=number), gate)
     return None
 
 

@@ -39,29 +39,23 @@ def scaled(matrix: Tensor, factor: Tensor) -> Tensor:
     return multiply_add(matrix, factor, None, out)
 
 
-def sums_of_products(left: Tensor, right: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Σ left⊙(right − bias) over the rows (N), in ``dtype``, of two matrices (M×N) and a bias (N) or None."""
+def sums_of_products(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ left⊙right over the rows (N), in ``dtype``, of two matrices (M×N)."""
     total = torch.zeros(left.shape[1], dtype=dtype, device=left.device)
     for part, wide in _parts(left, right):
-        wide = wide.to(dtype)
-        if bias is not None:
-            wide = wide - bias
-        total = total + (wide * part).sum(0)
+        total = total + (wide.to(dtype) * part).sum(0)
     return total
 
 
-def grad_magnitude(
-    grad_output: Tensor, z: Tensor, factor: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """dz = factor⊙dy (M×N), and Σ dy⊙(z − bias) over the tokens (N), in the dtype of the factor.
+def grad_magnitude(grad_output: Tensor, z: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """dz = factor⊙dy (M×N), and Σ dy⊙z over the tokens (N), in the dtype of the factor.
 
     Args:
         grad_output: dy, (M×N).
-        z: (M×N), with the bias in it.
+        z: (M×N).
         factor: (N), in fp32 at least.
-        bias: (N); None for none.
     """
-    return scaled(grad_output, factor), sums_of_products(grad_output, z, bias, factor.dtype)
+    return scaled(grad_output, factor), sums_of_products(grad_output, z, factor.dtype)
 
 
 def _parts(*matrices: Tensor) -> Iterator[Sequence[Tensor]]:

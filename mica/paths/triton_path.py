@@ -144,14 +144,11 @@ def grad_b(
     return grad_a(h, grad_output, rank=h.shape[1], out_dtype=dtype).t().contiguous()
 
 
-def grad_magnitude(
-    grad_output: Tensor, z: Tensor, factor: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def grad_magnitude(grad_output: Tensor, z: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """As `mica.paths.columns.grad_magnitude`."""
     dz = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
-    bias = None if bias is None else bias.contiguous()
     tensors = grad_output.contiguous(), z.contiguous(), factor.contiguous()
-    return dz, scale_and_sum(*tensors, dz, bias).sum(0)
+    return dz, scale_and_sum(*tensors, dz).sum(0)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def _of_magnitudes() -> Iterator[Case]:
     for name in ("bf16", "fp16", "fp32", "bf16 in fp32"):
         for layout in ("contiguous", "shifted"):
             for tokens, width in ((33, 65), (70, 144), (64, 256)):
-                own = {"tokens": tokens, "width": width, "layout": layout, "bias": width == 65}
+                own = {"tokens": tokens, "width": width, "layout": layout}
                 yield Case("grad_magnitude", name, own, name == "bf16")
 
 

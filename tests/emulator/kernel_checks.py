@@ -159,15 +159,12 @@ def fused(
     return judged(y, expected, size, x_dtype, torch.promote_types(x_dtype, dtype))
 
 
-def grad_magnitude(dtypes, width, tokens, layout, bias):
+def grad_magnitude(dtypes, width, tokens, layout):
     y_dtype, factor_dtype, z_dtype = dtypes
     dy, z = matrix(tokens, width, y_dtype, layout), matrix(tokens, width, z_dtype, layout)
     factor, dz = matrix(1, width, factor_dtype)[0], torch.full_like(dy, float("nan"))
-    added = matrix(1, width, y_dtype)[0] if bias else None
-    sums = in_all_orders(lambda: grad_magnitude_(dy, z, factor, dz, added))
-    expected, size = of_numbers_and_sizes(
-        lambda sized: sized(dy.double()) * (sized(z.double()) + (sized(-added.double()) if bias else 0))
-    )
+    sums = in_all_orders(lambda: grad_magnitude_(dy, z, factor, dz))
+    expected, size = of_numbers_and_sizes(lambda sized: sized(dy.double()) * sized(z.double()))
     of_sums = judged(sums.double().sum(0).float(), expected.sum(0), size.sum(0), F32)
     scaled = dy.double() * factor.double()
     return max(of_sums, judged(dz, scaled, scaled.abs(), y_dtype))

@@ -171,8 +171,8 @@ def _sums(target) -> Iterator[Case]:
         dtype = DTYPES[name][0]
         if target in AMD and dtype is FP32:
             continue
-        dy, bias = empty(tokens, width, dtype=dtype), empty(width, dtype=dtype)
-        call = grad_magnitude.plan(dy, dy, empty(width, dtype=FP32), dy, bias)
+        dy = empty(tokens, width, dtype=dtype)
+        call = grad_magnitude.plan(dy, dy, empty(width, dtype=FP32), dy)
         is_aligned = width % 16 == 0
         label = name if is_aligned else "odd"
         yield Case("grad_magnitude", label, call.bind()[1], is_aligned, has_products=False, few_stores=1)

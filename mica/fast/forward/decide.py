@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mica.dtypes import SIXTEEN_BIT
 from mica.fast.forward import fast, layer_calls
-from mica.fast.forward.dora import Scaled, why_small
+from mica.fast.forward.dora import Scaled
 from mica.fast.forward.eligibility import (
     REFERENCE,
     Adapter,
@@ -192,21 +192,24 @@ def _scaled(layer, name: str, adapter: Adapter, x: Tensor | None) -> Scaled | On
     magnitude = read_magnitude(layer, name)
     if type(magnitude) is str:
         return OnPeft(magnitude)
-    reason = None if x is None else why_small(x, adapter)
-    if reason is not None:
-        return OnPeft(reason)
     inner = _adapted(layer, [adapter], x)
     plain = _adapted(layer, [adapter._replace(dropout_p=0.0)], x)
     bias = layer.base_layer.bias
+    has_bias = not adapter.dropout_p and (x is None or _product_dtype(x) not in SIXTEEN_BIT)
     if not plain.why_called:
         (operands,) = plain.operands
-        if adapter.dropout_p:
+        if not has_bias:
             plain.operands = [operands._replace(bias=None)]
-        return Scaled(layer, adapter, magnitude, inner, plain, operands.weight, operands.bias)
+        return Scaled(layer, adapter, magnitude, inner, plain, operands.weight, operands.bias, has_bias)
     reason = why_not_frozen("base bias", bias)
     if class_of(layer) not in quantised_layers or reason is not None:
         return OnPeft(f"DoRA, and {reason or inner.why_called}")
-    return Scaled(layer, adapter, magnitude, inner, plain, None, bias)
+    return Scaled(layer, adapter, magnitude, inner, plain, None, bias, has_bias)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """That in which a layer multiplies x."""
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x.device.type) else x.dtype
 
 
 def _why_not_arguments(kwargs: dict) -> str:

@@ -11,25 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from mica.fast.create import quantised
-from mica.fast.forward import fast
 from mica.fast.forward.eligibility import Adapter, Choices, OnOperators
 from mica.fast.forward.layer_calls import Input
-from mica.ops import dora, recompute
+from mica.ops import dora
 from mica.ops.operator import autocast_to, is_autocast
 from mica.paths.dropout import drawn_seed
-
-# Weights of fewer numbers are small. With a small x as well, this backend's Python takes longer than it
-# gains: 24 tokens and 256 x 256 in fp32 took 1.2 to 1.6 times as long as with stock PEFT, 576 x 576 took 0.5
-# to 0.8.
-SMALL_WEIGHT = 2**18
-
-
-def why_small(x: Tensor, adapter: Adapter) -> str | None:
-    """Why a call is left to PEFT; None if it is not. As in `fast.why_small`, nothing else may count."""
-    size = adapter.lora_A.shape[1] * adapter.lora_B.shape[0]
-    if x.is_cpu and x.numel() < recompute.MIN_NUMBERS and size < SMALL_WEIGHT and fast.is_free():
-        return "a small layer with DoRA and a small input, which PEFT's code computes faster"
-    return None
 
 
 @dataclass
@@ -41,10 +27,10 @@ class Scaled(OnOperators):
         adapter: The adapter, as that of plain LoRA.
         magnitude: The norms that are trained, (out_features).
         inner: The layer as with plain LoRA.
-        plain: The same without dropout. For an adapter that has some also without the bias, unless the base
-            layer is called.
+        plain: The same without dropout. It adds the bias if ``has_bias``, or if the base layer is called.
         weight: The base weight, (out_features, in_features); None where it has to be dequantised.
         bias: That of the base layer; None for none.
+        has_bias: Whether the bias is added before the scaling: without dropout, in 32 bits and more.
     """
 
     layer: nn.Module
@@ -54,6 +40,7 @@ class Scaled(OnOperators):
     plain: OnOperators
     weight: Tensor | None
     bias: Tensor | None
+    has_bias: bool
 
     def __post_init__(self) -> None:
         self.why_called = self.inner.why_called
@@ -64,24 +51,22 @@ class Scaled(OnOperators):
         norms = dora.row_norms(weight, lora_A, lora_B, scaling)
         del weight  # a dequantised one
 
-        z_of = self._without_bias if dropout_p else self.plain
-        if is_autocast(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            z_of = torch.autocast(x.device.type, dtype)(z_of)  # the backward may call it
-            if self.weight is not None:
-                x = autocast_to(x, dtype)
-        tensors = (lora_A, lora_B, self.weight, self.bias)
-        operands = [tensor for tensor in tensors if tensor is not None]
-        common = z_of, x, operands, self.magnitude, norms
+        if x.dim() == 1:
+            x = x.unsqueeze(0)  # PEFT's scale is (1, out_features), and so is what it returns
         if dropout_p == 0.0:
-            return dora.scaled(*common, self.bias)
+            return dora.scaled(self._unscaled(x), self.magnitude, norms, self.bias, self.has_bias)
+        if self.weight is not None and is_autocast(x.device.type):
+            x = autocast_to(x, torch.get_autocast_dtype(x.device.type))
+        tensors = (lora_A, lora_B, self.weight)
+        operands = [tensor for tensor in tensors if tensor is not None]
         seed = drawn_seed(dropout_p, x.device)
-        return dora.corrected(*common, self.inner(x, seed), dropout_p, seed)
+        y = self.inner(x, seed)
+        return dora.corrected(self._unscaled, x, operands, self.magnitude, norms, y, dropout_p, seed)
 
-    def _without_bias(self, x: Tensor) -> Tensor:
+    def _unscaled(self, x: Tensor) -> Tensor:
         z = self.plain(x)
-        if self.weight is None and self.bias is not None:
-            return z - self.bias
+        if self.weight is None and self.bias is not None and not self.has_bias:
+            return z - self.bias.to(z.dtype)
         return z
 
     def choices(self, x: Input | None) -> Choices:

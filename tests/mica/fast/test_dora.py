@@ -31,7 +31,6 @@ FP32, BF16 = torch.float32, torch.bfloat16
 def _dora(monkeypatch):
     """On small layers, too."""
     mica.fast.enable(lora=True)
-    monkeypatch.setattr(dora, "SMALL_WEIGHT", 0)
 
 
 def adapted(dtype=FP32, **config):
