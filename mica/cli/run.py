@@ -1,20 +1,29 @@
 """``mica run``: somebody's script or module, unchanged, with PEFT's adapters on this backend."""
 
 import argparse
+import builtins
 import io
 import os
+import pkgutil
 import runpy
 import sys
 from collections.abc import Callable
 from functools import partial, wraps
+from importlib.machinery import BuiltinImporter, SourceFileLoader
 from types import ModuleType
+from typing import NoReturn
 
 from mica.cli.arguments import a_name, add_command, example
 from mica.cli.output import explained, tell
 
 _MAIN = "__main__"
-# of what calls the script, and is left out of tracebacks; runpy's is "<frozen runpy>" from Python 3.11 on
-_OUR_FILES = (__file__, runpy.run_module.__code__.co_filename)
+
+
+class _RefusedCode(argparse.Action):
+    """Python's option -c, which has no place here."""
+
+    def __call__(self, parser, *_) -> NoReturn:
+        parser.error("argument -c: code is not taken; write it to a file, or pipe it to mica run -")
 
 
 def add_parser(commands) -> None:
@@ -42,7 +51,8 @@ def add_parser(commands) -> None:
     add("--compute-dtype", choices=("float32",), help="of the low-rank products; otherwise x's")
     add("--device", metavar="NAME", help="where MiCA's B is solved: auto, cpu, cuda:1, ...")
     add("--recompute", choices=("norms", "activations"), help="what is computed again, and not kept")
-    add("script", type=a_name, metavar="SCRIPT", help="file of a script")
+    add("-c", action=_RefusedCode, nargs=0, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    add("script", type=a_name, metavar="SCRIPT", help="a file, a folder or zip file with __main__.py, or -")
     add("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its own arguments")
 
 
@@ -51,10 +61,7 @@ def run(args: argparse.Namespace) -> Callable[[], int]:
 
     Raises UsageError if there is no such file, and for a setting that `mica.fast.enable` refuses.
     """
-    program = partial(runpy.run_module, args.script, run_name=_MAIN, alter_sys=True)
-    if not args.module:
-        with explained(args.script, OSError), io.open_code(args.script) as file:
-            program = partial(_execute, file.read(), os.path.abspath(args.script))
+    program, places = _program(args.script, args.module)
 
     import torch
 
@@ -68,7 +75,25 @@ def run(args: argparse.Namespace) -> Callable[[], int]:
     models = []
     if args.explain and os.environ.get("RANK", "0") == "0":
         models = _wrapped_from_now_on()
-    return partial(_as_main, args, program, models)
+    return partial(_as_main, args, program, places, models)
+
+
+def _program(script: str, is_module: bool) -> tuple[Callable[[], object], list[str]]:
+    """What runs the script in the main module, and what python, except by -P, puts before `sys.path` for it.
+
+    For modules, folders and zip files python itself calls this function of runpy's. The public ones put
+    another main module back at the end, at which threads and exit handlers may look.
+    """
+    path = os.path.join(os.getcwd(), script)  # as python does: neither normalised nor resolved
+    if is_module:
+        return partial(runpy._run_module_as_main, script), [os.getcwd()]
+    if script == "-":
+        return partial(_execute, sys.stdin.buffer.read(), "<stdin>", BuiltinImporter), [""]
+    if pkgutil.get_importer(path) is not None:
+        return partial(_execute_contents, path), []
+    with explained(script, OSError), io.open_code(path) as file:
+        program = partial(_execute, file.read(), path, SourceFileLoader(_MAIN, path))
+    return program, [os.path.dirname(os.path.realpath(path))]
 
 
 def _wrapped_from_now_on() -> list:
@@ -88,17 +113,24 @@ def _wrapped_from_now_on() -> list:
     return models
 
 
-def _as_main(args: argparse.Namespace, program: Callable[[], object], models: list) -> int:
+def _as_main(args: argparse.Namespace, program: Callable[[], object], places: list[str], models: list) -> int:
     """Run ``program`` with what python gives to a script. What it raises ends the process as it would there.
 
-    A traceback is shown from the program's first frame on, by whatever hook the program has set.
+    Its main module stays that to the end of the process. A traceback is shown without our frames, by whatever
+    hook the program has set.
     """
     sys.argv = [args.script, *args.arguments]
     if not getattr(sys.flags, "safe_path", False):  # new in Python 3.11
-        sys.path[0] = os.getcwd() if args.module else os.path.dirname(os.path.realpath(args.script))
+        sys.path[:1] = places
+    main = ModuleType(_MAIN)
+    main.__annotations__ = {}
+    main.__builtins__ = builtins
+    sys.modules[_MAIN] = main
     try:
         program()
-    except (Exception, KeyboardInterrupt) as error:
+    except SystemExit:
+        raise
+    except BaseException as error:
         _hide_our_frames(error)
         raise
     finally:
@@ -107,18 +139,25 @@ def _as_main(args: argparse.Namespace, program: Callable[[], object], models: li
     return 0
 
 
-def _execute(source: bytes, file: str) -> None:
-    """Run a script as the main module, which stays that to the end: threads and exit handlers may look."""
-    main = ModuleType(_MAIN)
+def _execute(source: bytes, file: str, loader: object) -> None:
+    """Run a script in the main module."""
+    main = sys.modules[_MAIN]
     main.__file__ = file
-    sys.modules[_MAIN] = main
+    main.__cached__ = None
+    main.__loader__ = loader
     exec(compile(source, file, "exec"), vars(main))
+
+
+def _execute_contents(path: str) -> None:
+    """Run the __main__.py of a folder or a zip file, which is searched for modules also by python -P."""
+    sys.path.insert(0, path)
+    runpy._run_module_as_main(_MAIN, alter_argv=False)
 
 
 def _hide_our_frames(error: BaseException) -> None:
     """Have Python show the traceback of ``error``, which ends the program, without what is ours in it."""
     trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename in _OUR_FILES:
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
     show = sys.excepthook
     sys.excepthook = lambda kind, error, _: show(kind, error.with_traceback(trace), trace)

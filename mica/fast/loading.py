@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+from peft.tuners import lora
 from torch import Tensor, nn
 
 from mica.fast.caches import clear_caches
@@ -20,8 +20,6 @@ from mica.fast.settings import around, settings, while_enabled
 
 # Beside an adapter on a GGUF file: the folder of the checkpoint that `mica adapt` has made of that file.
 BASE = "base"
-
-_NAME_OF_A = re.compile(r"\.lora_(embedding_)?A\.")
 
 # Adapters created within `without_solver`, whose B is still 0; None outside of it.
 uninitialised: ContextVar[list[NewAdapter] | None] = ContextVar("mica_uninitialised", default=None)
@@ -162,28 +160,40 @@ def add_weighted_adapter(stock, self, adapters, weights, adapter_name, *args, **
 def hotswap_adapter_from_state_dict(stock, model, state_dict, adapter_name, *args, **kwargs):
     """PEFT writes the new adapter through ``.data``, which PyTorch does not count as a change of a tensor.
 
-    So whatever was derived from the old B is dropped. PEFT sets to 0 what the new adapter lacks; with B = 0
-    an adapter would do nothing, and nothing could train it.
+    So whatever was derived from the old B is dropped.
     """
     if settings.enabled:
-        _check_has_b(model, state_dict, adapter_name)
+        _check_is_whole(model, state_dict, adapter_name)
     try:
         return stock(model, state_dict, adapter_name, *args, **kwargs)
     finally:  # also after an error: a part of the weights may be new
         clear_caches()
 
 
-def _check_has_b(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str) -> None:
-    """Raise ValueError if the state dict has A but no B of a MiCA layer."""
-    # the keys lack the prefix of torch.compile's wrapper
-    modules = {name.removeprefix("_orig_mod."): module for name, module in model.named_modules()}
-    for key in state_dict:
-        if _NAME_OF_A.sub(r".lora_\1B.", key, count=1) in state_dict:  # so are keys of anything else than A
+def _check_is_whole(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str) -> None:
+    """Raise ValueError if the state dict lacks what a layer cannot do without, as PEFT sets that to 0.
+
+    It does so for the layers of the old adapter that the new one leaves alone. There A = B = 0 is right: no
+    update. But a MiCA layer with B = 0 does nothing with its A, and nothing could train it; and DoRA
+    multiplies the whole output of a layer by its magnitude.
+    """
+    given = {key.removesuffix(".weight") for key in state_dict}  # an embedding's parameters have no such end
+    for name, layer in model.named_modules():
+        if not isinstance(layer, lora.LoraLayer):
             continue
-        layer = _NAME_OF_A.split(key)[0]
-        if layer in modules and is_mica(modules[layer], adapter_name):
+        name = name.removeprefix("_orig_mod.")  # of torch.compile's wrapper, which the keys lack
+        kind = "lora_embedding" if isinstance(layer, lora.Embedding) else "lora"
+        parts = f"{kind}_A", f"{kind}_B", "lora_magnitude_vector"
+        has_a, has_b, has_magnitude = (f"{name}.{part}.{adapter_name}" in given for part in parts)
+        if is_mica(layer, adapter_name) and has_a and not has_b:
             raise ValueError(
                 f"hotswapping adapter {adapter_name!r} needs a whole adapter, but the new one has A and no B "
-                f"of {layer!r}: save it with model.save_pretrained(folder), or load it with "
+                f"of {name!r}: save it with model.save_pretrained(folder), or load it with "
                 "model.load_adapter, which computes B anew from the base weights."
+            )
+        if adapter_name in layer.lora_magnitude_vector and not has_magnitude:
+            raise ValueError(
+                f"hotswapping adapter {adapter_name!r} needs DoRA's magnitudes of all its layers, but the "
+                f"new one has none of {name!r}, whose output would be 0: load it under another name, with "
+                "model.load_adapter."
             )

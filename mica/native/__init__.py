@@ -4,8 +4,8 @@ Small layers and few tokens spend most of their time in the Python around PyTorc
 operators are called here by one node of autograd (layer.h), behind a check of the layer (check.h).
 Where PyTorch has no fast operator on a CPU there is a loop: dropout and a product of bfloat16 in fp32
 (loops.h), the output of an RMS norm (norm.h), and merging a weight (merging.h). All of it is built at the
-first forward, once for each machine and PyTorch (`mica.native.build`). Without it everything runs from
-Python; only dA of bfloat16 operands is then summed in another order.
+first forward of a layer that this backend runs, once for each machine and PyTorch (`mica.native.build`).
+Without it everything runs from Python; only dA of bfloat16 operands is then summed in another order.
 """
 
 from __future__ import annotations
@@ -55,17 +55,20 @@ def module() -> ModuleType | None:
 
 def module_if_built() -> ModuleType | None:
     """`module`, if it can be had without compiling: for what gains less than a compiler takes."""
+    return None if needs_compiler() else module()
+
+
+def needs_compiler() -> bool:
+    """Whether `module` and `why_not` would compile before they answer."""
     raw = setting()
-    if raw in modules or _is_built(raw):
-        return module()
-    return None
+    return raw not in modules and _is_unbuilt(raw)
 
 
 @functools.cache
-def _is_built(raw: object) -> bool:
-    """Whether the folder that this raw setting names had the module when this was first asked."""
+def _is_unbuilt(raw: object) -> bool:
+    """Whether the folder that this raw setting names lacked the module when this was first asked."""
     folder = _folder()
-    return folder is not None and build.is_built(folder)
+    return folder is not None and not build.is_built(folder)
 
 
 def why_not() -> str | None:

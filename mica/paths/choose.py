@@ -123,13 +123,13 @@ def choice_of(
 
 
 def why_not_cpp(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
-    """Why C++ calls no layer on this device; None if it may.
+    """Why C++ calls no layer on this device; None if it may, or if that would have to be compiled first.
 
     Args:
         device: The device of the layer.
         dtypes: The dtypes in which x and the low-rank products are multiplied.
     """
-    reason = native.why_not()
+    reason = None if native.needs_compiler() else native.why_not()
     if reason is not None:
         return reason
     for dtype in dtypes:

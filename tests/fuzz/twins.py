@@ -11,6 +11,7 @@ backend's model. Where stock has one of the bugs in mica/fast/README.md, the twi
 | a 16-bit merge rounds twice and cannot be undone | compared within the dtype's rounding, then copied |
 | MiCA on `target_parameters` is refused | the twin's is plain LoRA, then marked as MiCA, A and B are copied |
 | experts in fp64 have no grouped product | they are switched to "eager" |
+| hotswapping without DoRA's magnitudes sets them to 0 | it is not done to the twin, and ours must refuse |
 
 Not drawn for experts, because stock refuses it there: dropout.
 """

@@ -69,6 +69,8 @@ def decided(decide: Callable, may_be_cpp: bool = False) -> Callable:
             if reason is None:
                 how = decide(self, x, *args, **kwargs)
                 if type(how) is not OnPeft:
+                    if may_be_cpp and fast.settle(x):
+                        return forward(self, x)  # from C++, now that there may be some
                     layer_calls.note(self, x=x)
                     return how(x)
                 reason = how.reason if runs_adapter(self) else None

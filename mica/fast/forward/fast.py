@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import ModuleType
 
+import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
@@ -39,16 +40,22 @@ _function: Callable[[nn.Module, Tensor], Tensor | None] | None = None  # of the 
 def call_cpp(layer: nn.Module, x: Tensor) -> Tensor | None:
     """The output of a layer for x (..., in_features), counted by `layer_calls`; None if anything is unusual.
 
-    The first call in a process may compile the C++, once on a machine.
+    None, too, until `settle` has loaded the C++.
     """
-    global _function
-    if _function is None:
-        module = native.module()
-        if module is None:
-            return None
-        configure(module)
-        _function = module.fast
-    return _function(layer, x)
+    return None if _function is None else _function(layer, x)
+
+
+def settle(x: Tensor) -> bool:
+    """Load the C++, before the first layer runs that it may call, and True; False if there is nothing to do.
+
+    This may compile it, which takes 15 s and more, once on a machine: not for layers that PEFT runs.
+    """
+    if torch.compiler.is_dynamo_compiling() or native.setting() in native.modules:
+        return False
+    if not (x.is_cpu or x.is_cuda):
+        return False
+    native.module()
+    return True
 
 
 WHY_SMALL = "a small input, which PEFT's code computes faster than this backend does without C++"
@@ -64,7 +71,7 @@ def why_small(x: Tensor) -> str | None:
     """
     if type(x) not in TENSOR_TYPES or x.numel() >= recompute.MIN_NUMBERS or not x.is_cpu:
         return None
-    return WHY_SMALL if is_free() and native.module() is None else None
+    return WHY_SMALL if is_free() and not native.needs_compiler() and native.module() is None else None
 
 
 def is_free() -> bool:
@@ -72,8 +79,9 @@ def is_free() -> bool:
     return settings.compute_dtype is None and choose.setting() in _ANY_PATH
 
 
-def configure(module: ModuleType) -> None:
+def _configure(module: ModuleType) -> None:
     """Tell the C++ what the classes are, and the functions that they had before anybody replaced them."""
+    global _function
     module.tell(
         lora_linear=lora.Linear,
         quantised_layers=quantised_layers,
@@ -93,3 +101,7 @@ def configure(module: ModuleType) -> None:
         settings=vars(settings),
         noted=layer_calls.noted,
     )
+    _function = module.fast
+
+
+native.when_loaded(_configure)

@@ -26,6 +26,7 @@ adapt --sequence-lenght 64 => unrecognized arguments: --sequence-lenght => --seq
 transfer --adaptr x --to y => unrecognized arguments: --adaptr => mean --adapter?
 run => the following arguments are required: SCRIPT => ARGS
 run --expain x.py => unrecognized arguments: --expain => ; did you mean --explain?
+run -c print() => argument -c: code is not taken; write it to a file, or pipe it to => mica run -
 run nowhere.py --rank 4 => nowhere.py: No such file or => directory
 inspect x --rank 4 8 => unrecognized arguments: 8 => ; mica inspect --help lists all
 inspect '' => argument MODEL: must not be empty =>

@@ -1,8 +1,11 @@
 """``mica run``: the same script by python and by it, and which code its adapters run."""
 
+import io
 import json
+import os
 import subprocess
 import sys
+from zipfile import ZipFile
 
 import pytest
 from peft.tuners.tuners_utils import BaseTuner
@@ -10,18 +13,30 @@ from safetensors.torch import load_file
 
 from mica.cli import main
 from tests.support.adapt_runs import saved, sibling, transfer, write
-from tests.support.processes import start
+from tests.support.processes import ROOT, start
 from tests.support.tables import rows
 from tests.support.tiny_cli import mica, tiny_llama
 
 STATE = """
 import sys
 here = sys.modules["__main__"]
-print(sys.argv, __name__, __file__, sys.path[0], __spec__ and __spec__.name, vars(here) is globals())
+print(sys.argv, sys.path[0], __spec__ and __spec__.name, here, vars(here) is globals())
 print(sys.stdout.errors, sys.excepthook is sys.__excepthook__)
+for name in sorted(vars(here)):
+    print(name, type(vars(here)[name]).__name__)
+print(__name__, __file__, __cached__, __annotations__, __package__, __builtins__)
 """
-ARGUMENTS = ["--explain", "-m", "", "--", "x y", "--help"]
-WAYS = {"script": ["sub/state.py"], "module": ["-m", "sub.state"], "package": ["-m", "sub"]}
+ARGUMENTS = ["--explain", "-m", "-c", "", "--", "x y", "--help"]
+WAYS = {
+    "a script": ["sub/state.py"],
+    "a path that is not normal": ["./sub/../link.py"],
+    "a folder": ["sub"],
+    "a link to a folder": ["./link"],
+    "a zip file": ["sub.zip"],
+    "standard input": ["-"],
+    "a module": ["-m", "sub.state"],
+    "a package": ["-m", "sub"],
+}
 TRAINS = """
 import torch
 from peft import LoraConfig, get_peft_model
@@ -42,6 +57,10 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "state.py").write_text(STATE)
     (tmp_path / "sub" / "__main__.py").write_text(STATE)
+    (tmp_path / "link").symlink_to("sub")
+    (tmp_path / "link.py").symlink_to("sub/state.py")
+    with ZipFile(tmp_path / "sub.zip", "w") as file:
+        file.writestr("__main__.py", STATE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # not torch.distributed's
@@ -53,46 +72,65 @@ def folder(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def by_python(*words):
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True)
+def by_python(*words, script=None):
+    """``script``: what it reads from standard input."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *words]
+    return subprocess.run(command, input=script, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_program_is_given_what_python_gives_it(folder, capsys, way):
+def test_a_program_is_given_what_python_gives_it(folder, capsys, monkeypatch, way):
     words = [*WAYS[way], *ARGUMENTS]
-    expected = by_python(*words).stdout.replace("surrogateescape", sys.stdout.errors)
+    expected = by_python(*words, script=STATE).stdout.replace("surrogateescape", sys.stdout.errors)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(STATE.encode())))
     assert main(["run", *words]) == 0
-    assert capsys.readouterr().out == expected.replace("strict", sys.stdout.errors)
+    assert capsys.readouterr().out == expected.replace("strict", sys.stdout.errors) != ""
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "def f():\n    raise ValueError('x')\n\ntry:\n    f()\nexcept ValueError:\n    {}['y']\n",
-        "raise KeyboardInterrupt",
-        "print(\n",
-        "import sys\nsys.excepthook = lambda kind, error, at: print(at.tb_lineno, file=sys.stderr)\n1 / 0",
-    ],
-)
-def test_a_traceback_has_the_program_s_frames_alone(folder, capsys, code):
-    script = folder / "fails.py"
-    script.write_text(code)
-    with pytest.raises((Exception, KeyboardInterrupt)) as raised:
-        mica("run", script)
-    sys.excepthook(raised.type, raised.value, raised.tb)  # as Python does at the end
-    assert capsys.readouterr().err == by_python(str(script)).stderr != ""
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="there is no python -P")
+@pytest.mark.parametrize("words", [["sub"], ["sub/state.py"]], ids=["folder", "script"])
+def test_with_safe_paths(folder, words):
+    expected = by_python("-P", *words)
+    assert by_python("-P", "-m", "mica", "run", *words).stdout == expected.stdout != ""
 
 
-def test_a_module_that_fails_and_exit_statuses(folder, capsys):
-    (folder / "sub" / "fails.py").write_text("1 / 0")
-    with pytest.raises(ZeroDivisionError) as raised:
-        mica("run -m sub.fails")
-    sys.excepthook(raised.type, raised.value, raised.tb)
-    _, first, *_ = capsys.readouterr().err.splitlines()
-    assert first == f'  File "{folder}/sub/fails.py", line 1, in <module>'
+FAILURES = {
+    "twice": "def f():\n    raise ValueError('x')\n\ntry:\n    f()\nexcept ValueError:\n    {}['y']\n",
+    "by Ctrl-C": "raise KeyboardInterrupt",
+    "by a generator's end": "raise GeneratorExit",
+    "by asyncio": "import asyncio\nraise asyncio.CancelledError",
+    "by an exception of its own": "class Ends(BaseException):\n    pass\n\nraise Ends",
+    "in its syntax": "print(\n",
+    "under a hook": "import sys\nsys.excepthook = lambda *of: print(of[2].tb_lineno, file=sys.stderr)\n1/0",
+}
+
+
+@pytest.mark.parametrize("how", FAILURES)
+@pytest.mark.parametrize("words", ["sub/fails.py", "fails", "-m sub.fails"])
+def test_a_traceback_is_the_one_of_python(folder, capsys, how, words):
+    """Without a frame of ours; those of runpy are python's, too."""
+    (folder / "fails").mkdir()
+    for script in folder / "sub" / "fails.py", folder / "fails" / "__main__.py":
+        script.write_text(FAILURES[how])
+    try:
+        mica("run", words)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)  # as Python does at the end
+    assert capsys.readouterr().err == by_python(*words.split()).stderr != ""
+
+
+def test_exit_statuses_and_what_cannot_be_run(folder):
+    """The second as python says it, too."""
     (folder / "exits.py").write_text("raise SystemExit(3)")
     with pytest.raises(SystemExit, match="3"):
         mica("run exits.py")
+    (folder / "empty").mkdir()
+    for words in ["empty"], ["-m", "nowhere"]:
+        with pytest.raises(SystemExit) as raised:
+            mica("run", *words)
+        assert f"{raised.value}\n" == by_python(*words).stderr
 
 
 @pytest.mark.parametrize(
@@ -108,15 +146,18 @@ def test_what_ran_is_shown_at_the_end(folder, capsys, monkeypatch, options, said
 
 
 ENDS = """
-import atexit, multiprocessing, os, signal, time
+import atexit, multiprocessing, os, signal, sys, time
 
 def where(x):
     return x, __name__
 
+def is_main():
+    print("at exit", vars(sys.modules["__main__"]) is globals(), sys.path[:2])
+
 if __name__ == "__main__":
     import peft  # with which Python itself ends with status 1, and not by the signal
 
-    atexit.register(print, "at exit")
+    atexit.register(is_main)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         print(pool.map(where, [1]), flush=True)
     os.kill(os.getpid(), signal.SIGINT)
@@ -125,14 +166,15 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_ctrl_c_spawned_processes_and_exit_handlers(folder):
-    (folder / "ends.py").write_text(ENDS)
-    expected = by_python("ends.py")
-    done = start("mica", "run", folder / "ends.py")
+@pytest.mark.parametrize("words", [["sub/ends.py"], ["-m", "sub.ends"]], ids=["script", "module"])
+def test_ctrl_c_spawned_processes_and_exit_handlers(folder, words):
+    (folder / "sub" / "ends.py").write_text(ENDS)
+    expected = by_python(*words)
+    done = by_python("-m", "mica", "run", *words)
     assert (done.returncode, done.stdout) == (expected.returncode, expected.stdout)
     assert done.stderr.partition("Traceback")[1:] == expected.stderr.partition("Traceback")[1:]
     assert "KeyboardInterrupt" in done.stderr
-    assert "[(1, '__mp_main__')]\nat exit\n" in done.stdout
+    assert "[(1, '__mp_main__')]\nat exit True" in done.stdout
 
 
 SFT = """--use_peft --lora_target_modules all-linear --lora_dropout 0 --max_length 32 --max_steps 4

@@ -6,7 +6,11 @@ import gc
 import pytest
 import torch
 from peft import PeftModel
-from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from peft.utils.hotswap import (
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    prepare_model_for_compiled_hotswap,
+)
 from safetensors.torch import load_file, save_file
 
 import mica.fast
@@ -215,6 +219,46 @@ def test_hotswap_of_an_adapter_without_b_is_refused(targets, tmp_path):
             return
         hotswap_adapter(stock, str(whole), "default")
         assert torch.equal(stock(INDICES), stock.unload()(INDICES))  # the fault is real
+
+
+def lora_parts(model):
+    return {name: weight.clone() for name, weight in model.state_dict().items() if "lora_" in name}
+
+
+@pytest.mark.parametrize(
+    "new", [{"use_dora": False}, {"targets": ["up"]}], ids=["plain LoRA", "fewer layers"]
+)
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_hotswap_without_dora_s_magnitudes_is_refused(new, is_compiled):
+    """PEFT sets them to 0, and with them what the layer returns; of plain LoRA a layer may be missing."""
+    dora = {"targets": ["up", "down"], "init_lora_weights": False, "use_dora": True}
+    model = randomise(net(**dora))
+    whole, lacking = (lora_parts(randomise(net(**dora | options), seed=5)) for options in ({}, new))
+    swapped = as_graph(model) if is_compiled else model
+    config = model.peft_config["default"]
+    before = lora_parts(model)
+    with pytest.raises(
+        ValueError, match=r"'default' needs DoRA's magnitudes .* none of 'base_model.model.\w+'"
+    ):
+        hotswap_adapter_from_state_dict(swapped, lacking, "default", config)
+    after = lora_parts(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with mica.fast.disabled():
+        hotswap_adapter_from_state_dict(swapped, lacking, "default", config)
+        assert not model.base_model.model.down(torch.randn(3, 16)).any()  # the fault is real
+    hotswap_adapter_from_state_dict(swapped, whole, "default", config)
+    after = lora_parts(model)
+    assert all(torch.equal(whole[name], after[name]) for name in whole)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, indirect=True)
+def test_hotswap_of_fewer_layers_is_allowed(adapter, tmp_path):
+    """As PEFT documents it: the others have no update then."""
+    model = randomise(net(targets=["up", "down"], **ADAPTERS[adapter]))
+    folder = saved(tmp_path, 5, targets=["up"], **ADAPTERS[adapter])
+    hotswap_adapter(model, str(folder), "default")
+    loaded = PeftModel.from_pretrained(net(targets=LAYERS).unload(), folder)
+    assert error(model(INDICES), loaded(INDICES)) <= FP32
 
 
 def test_hotswap_of_a_compiled_model(tmp_path):

@@ -32,7 +32,7 @@ def forget():
 
     def forget():
         native.modules.clear()
-        native._is_built.cache_clear()
+        native._is_unbuilt.cache_clear()
         choose.clear()
 
     forget()

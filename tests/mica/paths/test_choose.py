@@ -146,6 +146,7 @@ def test_a_gradient_of_b_runs_as_its_layer_s_backward(a_gpu):
     ],
 )
 def test_products_without_instructions_are_python_s(monkeypatch, dtypes, named):
+    monkeypatch.setattr(choose.native, "needs_compiler", lambda: False)
     monkeypatch.setattr(choose.native, "why_not", lambda: None)
     has_instructions(False, monkeypatch)
     reason = None if named is None else f"this processor has no instructions for {named}"
@@ -153,6 +154,8 @@ def test_products_without_instructions_are_python_s(monkeypatch, dtypes, named):
     assert choose.why_not_cpp(GPU, dtypes) is None
     monkeypatch.setattr(choose.native, "why_not", lambda: "no compiler")
     assert choose.why_not_cpp(GPU, dtypes) == "no compiler"
+    monkeypatch.setattr(choose.native, "needs_compiler", lambda: True)
+    assert choose.why_not_cpp(GPU, dtypes) is None  # nothing is compiled to say so
 
 
 def test_the_devices_of_which_cpp_computes_all_layers(a_gpu):
