@@ -446,13 +446,20 @@ inline bool is_output_of(PyObject* object, const Tensor& x, const Operands& oper
       y.size(-1) == operands.lora_B.size(0) && y.sizes().slice(0, y.dim() - 1) == x.sizes().slice(0, x.dim() - 1);
 }
 
+// Whether the memory is PyTorch's own. Memory that was lent to it (NumPy's, DLPack's, mapped, shared between processes) is
+// given back in another way, and its owner, who sees what is written, counts no reference here.
+inline bool is_from_pytorch(const c10::Storage& storage) {
+  c10::Allocator* allocator = storage.allocator();
+  return allocator && storage.data_ptr().get_deleter() == allocator->raw_deleter();
+}
+
 // Whether nobody else has this tensor or its memory, or watches it: what adds to it may write into it.
 inline bool is_ours(PyObject* object) {
   const Tensor& y = THPVariable_Unpack(object);
   const auto* autograd = torch::autograd::impl::get_autograd_meta(y);
   const bool is_watched = autograd && (!autograd->hooks_.empty() || autograd->retains_grad_);
-  return Py_REFCNT(object) == 1 && y.use_count() == 1 && y.storage().use_count() == 1 && y.is_contiguous() &&
-      !y.is_inference() && !is_watched;
+  return Py_REFCNT(object) == 1 && y.use_count() == 1 && y.storage().use_count() == 1 &&
+      is_from_pytorch(y.storage()) && y.is_contiguous() && !y.is_inference() && !is_watched;
 }
 
 // Whether `mica.ops.recompute` has to be asked, which may spare the layer from keeping x.
