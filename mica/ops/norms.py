@@ -50,7 +50,7 @@ def layer_norm(x: Tensor) -> Computed | None:
     shape = node._saved_normalized_shape
     if norm is None or len(shape) != 1:
         return None
-    names = ["input", "weight"]
+    names = ["input", "result2", "weight"]
     if node._saved_bias is not None:
         names.append("bias")
     tensors = [kept_by(node, name) for name in names]
@@ -59,8 +59,10 @@ def layer_norm(x: Tensor) -> Computed | None:
 
     eps = norm.eps
 
-    def function(h, weight, bias=None):
-        return F.layer_norm(h, shape, weight, bias, eps)
+    def function(h, rstd, weight, bias=None):
+        output, _, own_rstd = torch.native_layer_norm(h, shape, weight, bias, eps)
+        _check_rstd(own_rstd, rstd)
+        return output
 
     computed = Computed(function, *[Part(tensor, _INPUT) for tensor in tensors])
     if has_no_values(x):
@@ -69,10 +71,27 @@ def layer_norm(x: Tensor) -> Computed | None:
     if proven_eps != eps:  # once a norm, because a GPU is waited for
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        with torch._C._DisableAutocast():
-            is_same = torch.equal(computed.value(None), x)
+        h, _, *factors = tensors
+        with torch.no_grad(), torch._C._DisableAutocast():
+            is_same = torch.equal(F.layer_norm(h, shape, *factors, eps=eps), x)
         _proven[norm] = eps, is_same
     return computed if is_same else None
+
+
+_OTHER_EPS = (
+    "the output of a LayerNorm cannot be computed again, as its eps was not that of the nn.LayerNorm "
+    "with its weight: call that module, or switch this off by mica.fast.enable(recompute='activations')."
+)
+
+
+def _check_rstd(own: Tensor, kept: Tensor) -> None:
+    """Raise RuntimeError where the eps was not that of the forward; on a GPU without waiting for it.
+
+    A kernel may sum in another order where its operands lie otherwise, so not every bit is compared: a
+    gradient is off by no more than this.
+    """
+    if not has_no_values(own):
+        torch._assert_async(torch.isclose(own, kept, rtol=1e-3, atol=0, equal_nan=True).all(), _OTHER_EPS)
 
 
 def _owner(weight: Tensor | None) -> nn.LayerNorm | None:

@@ -59,6 +59,27 @@ def test_its_bits_are_compared_once(monkeypatch):
     assert len(compared) == 1
 
 
+def by_a_call_of_its_own(norm, h):
+    return F.layer_norm(h, (IN,), norm.weight, norm.bias, 1e-6)
+
+
+def by_a_norm_with_its_weight(norm, h):
+    other = nn.LayerNorm(IN, 1e-6)
+    other.weight, other.bias = norm.weight, norm.bias
+    return other(h)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("compute", [by_a_call_of_its_own, by_a_norm_with_its_weight])
+def test_another_eps_once_the_norm_s_own_is_proven_is_an_error(compute, dtype):
+    """Its first output had the bits of the module's eps, later ones have not."""
+    norm, layer, h = noted(1e-5).to(dtype), Layer(dtype), small(dtype)
+    assert is_computed_again(norm, h)
+    y = layer(compute(norm, h))
+    with pytest.raises(RuntimeError, match="its eps was not that of"):
+        y.sum().backward()
+
+
 def of_another_eps():
     norm = noted(1e-5)
     norm.forward = lambda h: F.layer_norm(h, (IN,), norm.weight, norm.bias, 1e-6)
