@@ -65,7 +65,7 @@ def decided(decide: Callable, may_be_cpp: bool = False) -> Callable:
                 y = fast.call_cpp(self, x)
                 if y is not None:
                     return y
-                reason = fast.why_small(x)
+                reason = fast.why_small(self, x)
             if reason is None:
                 how = decide(self, x, *args, **kwargs)
                 if type(how) is not OnPeft:

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 from peft.tuners import lora
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -62,13 +63,16 @@ WHY_SMALL = "a small input, which PEFT's code computes faster than this backend 
 _ANY_PATH = None, "", b"", "auto", b"auto"  # what MICA_BACKEND is where no path is demanded
 
 
-def why_small(x: Tensor) -> str | None:
+def why_small(layer: nn.Module, x: Tensor) -> str | None:
     """Why a call for which there is no C++ is left to PEFT; None if it is not.
 
     With a small x this backend's Python takes longer than it gains: a layer of 64 × 64 took 1.4 to 1.6 times
     as long as with stock PEFT, now 1.02 to 1.05. The answer must not depend on grad mode: a checkpoint's
-    second forward must run the same code, or its dropout mask differs.
+    second forward must run the same code, or its dropout mask differs. A layer with DoRA is left to PEFT for
+    no size: rows of zeros have another answer there.
     """
+    if any(type(variant) is DoraLinearVariant for variant in layer.lora_variant.values()):
+        return None
     if type(x) not in TENSOR_TYPES or x.numel() >= recompute.MIN_NUMBERS or not x.is_cpu:
         return None
     return WHY_SMALL if is_free() and not native.needs_compiler() and native.module() is None else None

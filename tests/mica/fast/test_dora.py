@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 import mica.fast
 from mica.fast import known_peft
-from mica.fast.forward import dora
 from mica.ops import recompute
 from mica.paths.dropout import drawn_seed, dropout_keep
 from tests.support.merging_models import other_magnitudes, quietly, weights
@@ -28,18 +27,14 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
-def _dora(monkeypatch):
-    """On small layers, too."""
+def _dora():
     mica.fast.enable(lora=True)
 
 
 def adapted(dtype=FP32, **config):
-    """Linear layers with a bias and without, and a Conv1D. A magnitude of the one without is 0."""
+    """Linear layers with a bias and without, and a Conv1D. A magnitude of each is 0."""
     model = net(dtype, targets=["up", "conv", "down"], **DORA, **config)
-    other_magnitudes(randomise(model, 0.3))
-    for name in ("up", "conv"):
-        model.get_submodule(f"base_model.model.{name}").lora_magnitude_vector["default"].weight.data[2] = 1
-    return model.train()
+    return other_magnitudes(randomise(model, 0.3)).train()
 
 
 def paths(model):
@@ -160,12 +155,53 @@ def test_quantised_layers(kind, dropout):
     assert paths(model) == {"reference": 14}
 
 
-def test_compiled():
+@pytest.mark.whole
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("autocast", ["none", "around", "inside"])
+@pytest.mark.parametrize("adapter", ["MiCA", "LoRA", "DoRA"])
+def test_compiled(adapter, autocast, dropout):
+    """As one graph, forward and backward; the mask is that of the eager call."""
+    config = {"MiCA": {}, "LoRA": {"init_lora_weights": False}, "DoRA": DORA}[adapter]
+    model = randomise(net(targets=["up"], lora_dropout=dropout, **config), 0.3).train()
+    (layer,) = adapted_layers(model).values()
+    cast = partial(torch.autocast, "cpu", BF16)
+
+    def inside(x):
+        with cast() if autocast == "inside" else nullcontext():
+            return layer(x)
+
+    def run(function):
+        x = torch.linspace(-1, 1, 60).view(5, 12).requires_grad_()
+        torch.manual_seed(3)
+        with cast() if autocast == "around" else nullcontext():
+            y = function(x)
+        weights = [weight for weight in layer.parameters() if weight.requires_grad]
+        return y, *torch.autograd.grad(y.float().square().sum(), [x, *weights])
+
+    tolerance = 3 * RELATIVE[FP32 if autocast == "none" else BF16]
+    for ours, expected in zip(run(as_graph(inside)), run(inside), strict=True):
+        assert error(ours, expected) <= tolerance
+
+
+def test_one_dimension_becomes_two_as_in_peft():
     layer = adapted_layers(adapted())["base_model.model.up"]
-    x = torch.randn(5, 12)
-    expected = layer(x)
-    compiled = as_graph(layer)
-    assert error(compiled(x), expected) <= RELATIVE[FP32]
+    ours, theirs = both(lambda: layer(torch.linspace(-1, 1, 12)))
+    assert ours.shape == theirs.shape == (1, 20)
+    assert error(ours, theirs) <= 3 * RELATIVE[FP32]
+
+
+@pytest.mark.parametrize("native", ["0", "1"])
+@pytest.mark.parametrize("tokens", [5, 2000])
+def test_a_row_of_zeros_is_not_scaled_whatever_the_size(tokens, native, monkeypatch):
+    """Stock divides 0 by 0 there."""
+    monkeypatch.setenv("MICA_NATIVE", native)
+    monkeypatch.setattr(recompute, "MIN_NUMBERS", 12 * 1000)
+    layer = adapted_layers(adapted())["base_model.model.up"]
+    layer.base_layer.weight.data[3] = 0
+    layer.lora_B["default"].weight.data[3] = 0
+    ours, theirs = both(lambda: layer(torch.ones(tokens, 12)))
+    assert torch.equal(ours[:, 3], layer.base_layer.bias[3].expand(tokens))
+    assert theirs[:, 3].isnan().all()
 
 
 # -- left to PEFT -------------------------------------------------------------------------------------
@@ -192,7 +228,6 @@ def _unknown(model):
     ("change", "reason"),
     [
         (_second, r"several active adapters, \['default', 'second'\], of which 'default' is DoRA"),
-        (lambda model: None, "a small layer with DoRA and a small input"),
         (_trained, "DoRA, and the base weight is trainable"),
         (_hooked, "hooks on the lora_magnitude_vector"),
         (_unknown, "adapter 'default' is of PEFT's variant DoraLinearVariant"),
@@ -204,9 +239,6 @@ def _unknown(model):
 )
 def test_left_to_peft_with_a_reason(change, reason, monkeypatch):
     monkeypatch.setattr(known_peft, "left", {})
-    if "small" in reason:
-        monkeypatch.setattr(dora, "SMALL_WEIGHT", 2**18)
-        monkeypatch.setattr(recompute, "MIN_NUMBERS", 2**17)
     model = adapted()
     change(model)
     x = torch.randn(5, 12)
