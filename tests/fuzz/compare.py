@@ -63,11 +63,12 @@ def is_same(tensor: Tensor, other: Tensor) -> bool:
     return tensor.dtype == other.dtype and torch.equal(tensor, other)
 
 
-def rounded_otherwise(model: nn.Module) -> nn.Module:
-    """The model with weights that are as good, within the rounding of their dtype."""
+def rounded_otherwise(model: nn.Module, autocast: torch.dtype | None) -> nn.Module:
+    """The model with weights that are as good, within the rounding of their dtype, or of autocast's."""
     with torch.no_grad():
         for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, dtype=torch.float64) * (torch.finfo(parameter.dtype).eps / 2)
+            eps = max(torch.finfo(dtype).eps for dtype in (parameter.dtype, autocast) if dtype is not None)
+            noise = torch.randn(parameter.shape, dtype=torch.float64) * (eps / 2)
             parameter.data = (parameter.data.double() * (1 + noise)).to(parameter.dtype)
     return model
 

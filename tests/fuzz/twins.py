@@ -21,6 +21,7 @@ import re
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,7 +114,8 @@ class Twins:
             for _ in range(4):
                 if mine <= 3 * theirs + 3 * self.tolerance:
                     return
-                theirs = max(theirs, furthest(oracle(rounded_otherwise), exact))
+                change = partial(rounded_otherwise, autocast=self.autocast)
+                theirs = max(theirs, furthest(oracle(change), exact))
             raise AssertionError(f"off by {mine:.1e}, stock by {theirs:.1e} (fp64 judges)") from error
 
     def _of_a_copy(self, action: Callable[[nn.Module], Any], change: Callable) -> Any:
