@@ -1,8 +1,12 @@
-"""For every test: `torch.empty` holds NaN, so that a result that was never written is seen."""
+"""For every test: `torch.empty` holds NaN, so that a result that was never written is seen.
+
+torch and PEFT take 8 s to import, so that is done where tests run: not in the process that hands them out.
+"""
 
 import logging
 import os
 from dataclasses import fields
+from functools import partial
 from importlib.util import find_spec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be fetched, not even by mistake
@@ -16,20 +20,12 @@ if "MICA_TEST_DEVICE" not in os.environ:
 os.environ.pop("MICA_BACKEND", None)
 
 import pytest
-import torch
 
 from mica.cli import NOISY
+from tests.support.thinning import left_out
 
 for name in NOISY:  # or the end of a run shows what they log as PEFT imports them
     logging.getLogger(name).setLevel(logging.ERROR)
-
-import mica.fast  # noqa: E402
-from mica.fast.settings import Settings  # noqa: E402
-from mica.ops import recompute  # noqa: E402
-from tests.support.thinning import left_out  # noqa: E402
-
-recompute.MIN_NUMBERS = 0  # what is tested is what becomes of inputs that are worth it
-DEFAULTS = {field.name: field.default for field in fields(Settings) if field.name != "enabled"}
 
 # What imports one of these, where it is not installed, is skipped
 OPTIONAL = (
@@ -90,19 +86,39 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=[*dropped])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def enable():
+    """``enable()``: the backend, with the settings that it comes with."""
+    import mica.fast
+    from mica.fast.settings import Settings
+    from mica.ops import recompute
+
+    recompute.MIN_NUMBERS = 0  # what is tested is what becomes of inputs that are worth it
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+        from tests.support import interpreter
+
+        interpreter.hasten()
+    defaults = {field.name: field.default for field in fields(Settings) if field.name != "enabled"}
+    return partial(mica.fast.enable, **defaults)
+
+
 @pytest.fixture(autouse=True)
-def _poisoned_memory_and_fresh_settings():
+def _poisoned_memory_and_fresh_settings(enable):
+    import torch
+
     torch.use_deterministic_algorithms(True)  # with fill_uninitialized_memory: NaN in every torch.empty
     torch.manual_seed(0)
-    mica.fast.enable(**DEFAULTS)
+    enable()
     yield
-    mica.fast.enable(**DEFAULTS)
+    enable()
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")
 def one_thread():
     """Threads only wait for each other on matrices as small as most tests', the more on a busy machine."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -30,7 +30,7 @@ def layer(tokens=35, in_features=40, out_features=24, rank=12, dtype=BF16):
 
 
 def stack(out_features=22, bias=True):
-    return expert_cases.problem("tiles", 33, out_features, 5, BF16, FP32, bias)
+    return expert_cases.problem("rows of none", 33, out_features, 5, BF16, FP32, bias)
 
 
 def without_bias(p):
