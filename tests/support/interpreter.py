@@ -6,7 +6,7 @@ from triton.runtime import interpreter
 
 
 def hasten() -> None:
-    """Of what the interpreter repeats, do once what has one result.
+    """What the interpreter repeats although it has one result is done once.
 
     It replaces the functions of `triton.language` at each call of a device function, also where that is done
     since the launch of the kernel, and builds a table of dtypes at each operation.

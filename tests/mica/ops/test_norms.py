@@ -34,6 +34,13 @@ def is_computed_again(norm, h):
     return computed is not None
 
 
+def test_a_row_of_nan_is_no_other_eps():
+    norm, h = noted(), small()
+    assert is_computed_again(norm, h)
+    h.data[1] = float("nan")
+    assert recompute.arrange(norm(h)).value(None)[1].isnan().all()
+
+
 @pytest.mark.parametrize("eps", [1e-12, 1e-6, 3e-5])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
