@@ -31,16 +31,15 @@ from mica.ops.operator import as_matrix, below_autograd, like, no_autocast, run_
 from mica.paths import columns, dropout
 from mica.paths.products import is_transformed, multiplies_itself, unrounded
 
-# Where n² is a smaller share of ‖w‖² + ‖s·bA‖² the update cancels most of the row, and n is computed from
-# W + s·B·A itself. Of random updates, 0.1 to 10 times as large as SmolLM2's weights, it is at least 0.82.
-CANCELLED = 0.1
-# Elsewhere that share is taken to be no less than this, which rounding alone can make it: where W is
+# Where n² is a smaller share of ‖w‖² the update cancels much of the row, and n is computed from W + s·B·A
+# itself. No row of SmolLM2's weights is one under random updates 0.1 to 10 times as large as they are.
+_CANCELLED = 0.375
+# Where that is not done n² is taken to be no less a share, as rounding alone can make it that: where W is
 # multiplied in 32 bits, and in 16.
-_LEAST, _LEAST_IN_16_BITS = 3e-6, 3e-3
+_LEAST, _LEAST_IN_16_BITS = 6e-6, 6e-3
 
-_ROWS = (
-    1024  # of a weight whose wider copy is alive at a time: on a device, or of rows that are computed plainly
-)
+# Rows of a weight whose wider copy is alive at a time: on a device, or where they are computed plainly
+_ROWS = 1024
 _CACHED = 2**17  # numbers of such a copy that stay in the cache of a CPU
 
 
@@ -55,10 +54,10 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     n² = ‖w‖² + 2s·b·(A wᵀ) + s²·b (AAᵀ) bᵀ of the rows w and b of W and B. A 16-bit W is multiplied by A in
     its own dtype where the processor can: on a CPU n of an update as large as W is then off by 4e-5 with 576
     columns and 2e-5 with 2048 (root mean square in bf16; of 2048 rows at most 2e-4 and 1e-4). Rows that the
-    update nearly cancels are computed plainly on a CPU. Elsewhere, and in compiled code, to find them would
-    have to wait for the device. Where n² is less than a tenth of ‖w‖² + ‖s·bA‖² n is then off by more than
-    1 % in bf16 (3 % at 0.033), in fp32 by 0.5 % at 5e-5; of a row that is cancelled further n is too large,
-    √1e-2 and √1e-5 of that sum's root at least, so that its y is too small and never wild.
+    update cancels are computed plainly on a CPU. Elsewhere, and in compiled code, to find them would have to
+    wait for the device: n is then off by up to 1.5 % where it is a third of ‖w‖ (3 % at 0.23) in bf16, and by
+    0.5 % at 0.01 in fp32. It is never taken for less than 0.077·‖w‖ and 0.0024·‖w‖, so that y of a row that
+    is cancelled further is too small, and never wild.
     Where the update is 0, as that of a fresh adapter, n is ‖w‖ itself. √(‖w‖²) need not be: MKL does not
     round roots correctly, and of a million in fp64 90 differed on an Intel Xeon.
 
@@ -82,14 +81,12 @@ def _row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -
     is_rounded = weight.dtype != dtype and multiplies_itself(weight)
     own, products = _norms_and_products(weight, A, is_rounded)
     squares = own.square()
-    of_update = torch.mul(B @ (A @ A.t()), B).sum(1)
-    of_rows = squares + of_update
-    squared = of_rows + 2 * torch.mul(products, B).sum(1)
-    least = of_rows * (_LEAST_IN_16_BITS if is_rounded else _LEAST)
+    squared = squares + torch.mul(2 * products + B @ (A @ A.t()), B).sum(1)
+    least = squares * (_LEAST_IN_16_BITS if is_rounded else _LEAST)
     norms = torch.where(squared == squares, own, squared.maximum(least).sqrt())
     if not weight.is_cpu or torch.compiler.is_compiling() or is_transformed():
         return norms  # to look at a number would have to wait for the device
-    rows = (squared < CANCELLED * of_rows).nonzero().flatten()
+    rows = (squared < _CANCELLED * squares).nonzero().flatten()
     if len(rows):
         norms[rows] = plain_row_norms(weight[rows], A, B[rows])
     return norms

@@ -297,7 +297,7 @@ def test_a_fresh_adapter_scales_nothing(dtype):
     assert dora.factor_of(magnitude, norms).eq(1).all()
 
 
-@pytest.mark.parametrize(("dtype", "least"), [(FP32, 3e-6), (BF16, 3e-3)])
+@pytest.mark.parametrize(("dtype", "least"), [(FP32, 0.0024), (BF16, 0.077)])
 def test_compiled_norms_of_cancelled_rows_are_bounded(dtype, least):
     """There, as on a GPU, no row is looked at."""
     generator = torch.Generator().manual_seed(1)
@@ -306,13 +306,11 @@ def test_compiled_norms_of_cancelled_rows_are_bounded(dtype, least):
     left = torch.logspace(0, -5, 300, dtype=torch.float64)[:, None]  # of a row
     weight = (-update * (1 + left)).to(dtype)
     exact = (weight.double() + update).norm(dim=1)
-    whole = (weight.double().square().sum(1) + update.square().sum(1)).sqrt()
-    is_bounded = multiplies_itself(weight) or dtype is FP32
-    compiled = torch.compile(dora.row_norms, backend="eager")(weight, lora_A, B, SCALING)
-    norms = compiled.double()
+    own = weight.double().norm(dim=1)
+    norms = torch.compile(dora.row_norms, backend="eager")(weight, lora_A, B, SCALING).double()
     assert norms.isfinite().all()
-    if is_bounded:
-        assert (norms / whole >= 0.999 * least**0.5).all()
-    assert (norms <= 1.5 * torch.maximum(exact, least**0.5 * whole)).all()
-    is_kept = exact.square() >= 0.1 * whole.square()
-    assert (norms / exact - 1).abs()[is_kept].max() <= 1e-2
+    if dtype is FP32 or multiplies_itself(weight):
+        assert (norms >= least * own).all()
+    assert (norms <= 1.5 * torch.maximum(exact, least * own)).all()
+    is_kept = exact >= own / 3
+    assert (norms / exact - 1).abs()[is_kept].max() <= 2e-2
