@@ -3,9 +3,9 @@
 import ast
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 
 from mica.cli.extras import DISTRIBUTION
@@ -36,8 +36,14 @@ def requirements(command: str) -> list[str]:
     return [word for word in words if not word.startswith("-")]
 
 
+@cache
+def printable() -> dict[Path, list[str]]:
+    """The texts that each module can print."""
+    return {path: strings(path) for path in sorted((ROOT / "mica").rglob("*.py"))}
+
+
 def strings(path: Path) -> list[str]:
-    """The texts in a module that can be printed: string constants, without docstrings."""
+    """The string constants of a module, without docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     docstrings = {
@@ -47,31 +53,32 @@ def strings(path: Path) -> list[str]:
     return [text for text in constants if isinstance(text, str) and text not in docstrings]
 
 
-MODULES = sorted((ROOT / "mica").rglob("*.py"))
-TEXTS = {page: read(page) for page in pages()}
-ON_PAGES = [(name, command) for name, text in TEXTS.items() for command in commands(text)]
-IN_MESSAGES = [
-    (str(path.relative_to(ROOT)), command)
-    for path in MODULES
-    for text in strings(path)
-    for command in COMMAND.findall(text)
-    if path.name != "extras.py"
-]
-
-
-@pytest.mark.parametrize(("name", "command"), ON_PAGES + IN_MESSAGES)
-def test_a_command_names_what_can_be_found(name, command):
+def test_a_command_names_what_can_be_found():
     """From a clone, or one step above it, and without an index that has this package."""
-    assert requirements(command)
+    on_pages = [command for page in pages() for command in commands(read(page))]
+    in_messages = [
+        command
+        for path, texts in printable().items()
+        for command in COMMAND.findall("\n".join(texts))
+        if path.name != "extras.py"
+    ]
+    assert on_pages
+    assert in_messages
+    for command in on_pages + in_messages:
+        assert_can_be_found(command)
+
+
+def assert_can_be_found(command):
+    assert requirements(command), command
     for text in requirements(command):
         if text.endswith(".whl"):
             continue
         if own := FROM_A_CLONE.fullmatch(text):
-            assert set(own["extras"].split(",")) <= declared_extras()
+            assert set(own["extras"].split(",")) <= declared_extras(), command
         else:
-            assert Requirement(text).name != DISTRIBUTION
+            assert Requirement(text).name != DISTRIBUTION, command
 
 
 def test_no_message_names_a_page_of_the_checkout():
-    found = {str(path): [text for text in strings(path) if PAGE.search(text)] for path in MODULES}
+    found = {str(path): [text for text in texts if PAGE.search(text)] for path, texts in printable().items()}
     assert {path: texts for path, texts in found.items() if texts} == {}

@@ -12,17 +12,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.parametrize("file", sorted({mutant.file for mutant in MUTANTS}))
 def test_an_edit_has_one_place_and_leaves_python(file):
-    source = (ROOT / file).read_text()
-    before, faults = ast.dump(ast.parse(source)), []
+    source, faults = (ROOT / file).read_text(), []
     for mutant in MUTANTS:
         if mutant.file != file:
             continue
         try:
-            is_an_edit = ast.dump(ast.parse(mutant.applied(source))) != before
+            ast.parse(mutant.applied(source))
         except (LookupError, SyntaxError) as error:
             faults.append(f"{mutant.function}: {error}")
-        else:
-            faults += [] if is_an_edit else [f"{mutant.function}: {mutant.old!r} stays what it is"]
+        if mutant.old.split() == mutant.new.split():
+            faults.append(f"{mutant.function}: {mutant.old!r} stays what it is")
     assert not faults
 
 

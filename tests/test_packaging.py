@@ -40,11 +40,12 @@ print(json.dumps({
 """
 
 
-def pip(command, *arguments):
-    options = ["-q", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
-    subprocess.run(
-        [sys.executable, "-m", "pip", command, *options, *arguments], check=True, capture_output=True
-    )
+def built(kind, folder, source):
+    """The sdist or the wheel of a source tree, made as pip makes it, without pip."""
+    build = f"import sys; from setuptools.build_meta import build_{kind}; build_{kind}(sys.argv[1])"
+    printed_by(build, folder, cwd=source)
+    (file,) = folder.glob("mica_fast-*")
+    return file
 
 
 def kernels_of(folder):
@@ -60,18 +61,16 @@ def sdist(tmp_path_factory):
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, source)
-    build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
-    printed_by(build, folder, cwd=source)
-    (built,) = folder.glob("mica_fast-*.tar.gz")
-    return built
+    return built("sdist", folder, source)
 
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    pip("wheel", "-w", folder, sdist)
-    (built,) = folder.glob("mica_fast-*.whl")
-    return built
+    source = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(source, filter="data")
+    (source,) = source.iterdir()
+    return built("wheel", tmp_path_factory.mktemp("wheel"), source)
 
 
 def test_sdist_holds_the_package_and_its_papers(sdist):
@@ -115,7 +114,8 @@ def test_the_description_is_the_readme_without_relative_links(wheel):
 def site(wheel, tmp_path_factory):
     """Where the wheel is installed."""
     site = tmp_path_factory.mktemp("site")
-    pip("install", "--target", site, wheel)
+    options = ["-q", "--no-deps", "--disable-pip-version-check", "--target", site, wheel]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options], check=True, capture_output=True)
     return site
 
 
@@ -157,9 +157,9 @@ def clone(tmp_path):
 
 
 def test_a_wheel_from_a_clone_without_links_has_the_kernels(clone, tmp_path):
-    pip("wheel", "-w", tmp_path, clone)
-    (wheel,) = tmp_path.glob("mica_fast-*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    folder = tmp_path / "wheel"
+    folder.mkdir()
+    names = set(zipfile.ZipFile(built("wheel", folder, clone)).namelist())
     assert kernels_of(ROOT / "kernels") <= names
 
 

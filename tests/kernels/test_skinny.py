@@ -188,8 +188,8 @@ def test_every_configuration(check):
 
 @of_each_kernel
 def test_many_experts_with_few_rows(check):
-    """Fifteen of 200 have a row each; the other 17 rows belong to none."""
-    check(32, [min(expert // 12, 15) for expert in range(200)], 40, 40, 3, (FP32, FP32, FP32))
+    """Fifteen of 96 have a row each; the other 17 rows belong to none."""
+    check(32, [min(expert // 6, 15) for expert in range(96)], 40, 40, 3, (FP32, FP32, FP32))
 
 
 @far_apart_in_memory
