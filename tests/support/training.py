@@ -4,14 +4,12 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import mica.fast
-from mica.fast.forward import dora
 from tests.support.counts import whatever_language
 from tests.support.models import ADAPTERS, bases, randomise, tiny_llama, wrap
 from tests.support.tolerances import RELATIVE
@@ -93,7 +91,6 @@ class Run:
         config = {**ADAPTERS["LoRA"], "use_dora": self.adapter == "DoRA", **self.config}
         return randomise(self.make(**config))
 
-    @patch.object(dora, "SMALL_WEIGHT", 0)
     def done(self, rank: int = 0) -> dict:
         """`report` of it in this process."""
         torch.compiler.reset()
