@@ -1,7 +1,9 @@
+import functools
 import gc
 import re
 import signal
 
+import jinja2
 import pytest
 
 from tests.support.tiny_cli import TEXT, byte_tokenizer, tiny_llama
@@ -63,8 +65,15 @@ def refused(capsys):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_collections(one_thread):
-    """The Trainer collects garbage after each training: most of a tiny one, with all that was imported."""
+def _quick_runs(one_thread):
+    """Without what most of a tiny training is, and no test can see.
+
+    The Trainer collects garbage after each one, with all that was imported; PEFT compiles its template of a
+    model card at each checkpoint; and files wait for the disk.
+    """
     gc.freeze()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jinja2.Environment.compile", functools.cache(jinja2.Environment.compile))
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
     gc.unfreeze()

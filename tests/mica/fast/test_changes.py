@@ -174,6 +174,7 @@ def test_another_device(layer):
     assert not mica.fast.call_counts
 
 
+@pytest.mark.parametrize("adapter", ["LoRA"], indirect=True)
 def test_compiled_between_eager_calls(layer):
     expected = layer(X)
     compiled = as_graph(layer)
