@@ -3,6 +3,7 @@
 torch and PEFT take 8 s to import, so that is done where tests run: not in the process that hands them out.
 """
 
+import gc
 import logging
 import os
 from dataclasses import fields
@@ -86,6 +87,10 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=[*dropped])
 
 
+def pytest_sessionfinish():
+    gc.unfreeze()  # or libraries report as leaked what nobody has looked for
+
+
 @pytest.fixture(scope="session", autouse=True)
 def enable():
     """``enable()``: the backend, with the settings that it comes with."""
@@ -112,6 +117,12 @@ def _poisoned_memory_and_fresh_settings(enable):
     yield
     enable()
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections():
+    """To look for garbage through all that is imported takes 0.7 s; the Trainer does after each training."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

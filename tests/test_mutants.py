@@ -17,7 +17,10 @@ def test_an_edit_has_one_place_and_leaves_python(file):
         if mutant.file != file:
             continue
         try:
-            ast.parse(mutant.applied(source))
+            start, end = mutant.span(source)
+            edited = mutant.applied(source)
+            definition = edited[start : end + len(edited) - len(source)]
+            ast.parse("if True:\n" * definition.startswith(" ") + definition)  # methods are indented
         except (LookupError, SyntaxError) as error:
             faults.append(f"{mutant.function}: {error}")
         if mutant.old.split() == mutant.new.split():

@@ -182,7 +182,7 @@ def test_all_that_an_adapter_trains_is_compared_and_the_operators_run(adapter, n
     ],
 )
 def test_what_is_kept_beside_stock_and_its_best_setting(dtype, how, best, lora):
-    cell = bench_step.Cell("toy", (1, 8), dtype, how=how, adapter=PLAIN_LORA)
+    cell = replace(STEP, dtype=dtype, how=how, adapter=PLAIN_LORA)
     kept = {name: facts["saved_mb"] for name, facts in bench_kept.setting(cell).facts.items()}
     assert [*kept] == [BARE, STOCK, *best, FAST, FAST_ACTIVATIONS]
     fewest_first = [kept[name] for name in (FAST, FAST_ACTIVATIONS, *best, STOCK)]

@@ -1,5 +1,4 @@
 import functools
-import gc
 import re
 import signal
 
@@ -68,12 +67,9 @@ def refused(capsys):
 def _quick_runs(one_thread):
     """Without what most of a tiny training is, and no test can see.
 
-    The Trainer collects garbage after each one, with all that was imported; PEFT compiles its template of a
-    model card at each checkpoint; and files wait for the disk.
+    PEFT compiles its template of a model card at each checkpoint, and files wait for the disk.
     """
-    gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jinja2.Environment.compile", functools.cache(jinja2.Environment.compile))
         patch.setattr("os.fsync", lambda descriptor: None)
         yield
-    gc.unfreeze()

@@ -19,7 +19,7 @@ from tests.support.layer_changes import (
     changed,
     layer_of,
 )
-from tests.support.stock import as_graph, assert_same, both, counted
+from tests.support.stock import as_graph, assert_same, counted
 from tests.support.tolerances import RELATIVE, error
 
 pytestmark = pytest.mark.usefixtures("language")
@@ -39,13 +39,16 @@ def assert_runs(layer, operators, x=X, tolerance=3 * RELATIVE[torch.float32]):
         out = layer(x)
         return out, *torch.autograd.grad(out.float().square().sum(), [x, *trained], allow_unused=True)
 
-    _, counts = counted(step)
+    torch.manual_seed(11)
+    ours, counts = counted(step)
     kernels = {name: counts.pop(name) for name in list(counts) if name.endswith("_kernels")}
     backward = {"linear_backward": operators["linear"]} if operators else {}
     assert counts == operators | backward
     if operators and any(type(module) is nn.Dropout for module in layer.lora_dropout.values()):
         return kernels  # the masks are not PEFT's
-    assert_same(*both(step), tolerance if operators else 0.0)
+    torch.manual_seed(11)
+    with mica.fast.disabled():
+        assert_same(ours, step(), tolerance if operators else 0.0)
     return kernels
 
 
@@ -63,7 +66,7 @@ def assert_runs(layer, operators, x=X, tolerance=3 * RELATIVE[torch.float32]):
 def test_the_next_call_sees_it_and_explain_says_it(adapter, name, dtype):
     change, operators, reason = CHANGES_OF[adapter][name]
     layer, x = layer_of(dtype, adapter), X.to(dtype)
-    assert_runs(layer, FUSED, x, 3 * RELATIVE[dtype])
+    layer(x).sum().backward()
     undo = change(layer)
     try:
         assert_runs(layer, operators, x, 3 * RELATIVE[dtype])

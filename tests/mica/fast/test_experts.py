@@ -19,10 +19,9 @@ of_each_model = pytest.mark.parametrize("kind", BUILDERS)
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("autocast", "init"), [(False, "mica"), (True, True)])
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
 @of_each_model
-@pytest.mark.parametrize("init", ["mica", True])
 def test_equals_every_implementation_of_transformers(kind, implementation, autocast, init):
     """The grouped products of transformers run in the weight's dtype; F.linear and bmm in autocast's."""
     mica.fast.enable(lora=True)

@@ -94,15 +94,14 @@ def test_a_model_that_changes_outputs_in_place(is_called):
     assert "linear" in counts
 
 
-@in_both_dtypes
-def test_compile_fullgraph_follows_enable_and_disable(dtype):
-    model = randomise(net(dtype))
+def test_compile_fullgraph_follows_enable_and_disable():
+    model = randomise(net(torch.bfloat16))
     compiled = as_graph(model.base_model.model)
     done, counts = counted(lambda: step(compiled, INDICES))
     assert counts["linear"] == 3
     out, grads = step(model.base_model.model, INDICES)
     grads = {f"_orig_mod.{name}": grad for name, grad in grads.items()}
-    assert_same(done, (out, grads), 3 * RELATIVE[dtype])
+    assert_same(done, (out, grads), 3 * RELATIVE[torch.bfloat16])
     with mica.fast.disabled():
         assert not counted(lambda: step(compiled, INDICES))[1]
 

@@ -350,8 +350,9 @@ def test_autocast_rounds_no_update(dtype, merging_in, unmerging_in):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize(("made_in", "merged_in"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("made_in", "merged_in", "safe"), [(True, False, False), (False, True, True), (True, True, False)]
+)
 @of_three_kinds
 def test_inference_mode(kind, made_in, merged_in, safe):
     """A model made in inference mode, or merged in it and in autocast, is unmerged outside of it."""

@@ -20,8 +20,8 @@ SIZES = {
 }
 HEADS = {"num_key_value_heads": 2, "head_dim": 16}
 OTHER_SIZES = {
-    **dict.fromkeys(["exaone4", "gemma", "glm", "glm4", "helium", "lfm2", "mistral", "mixtral"], HEADS),
-    **dict.fromkeys(["nemotron", "qwen2", "qwen3", "qwen2_moe", "seed_oss", "stablelm"], HEADS),
+    **dict.fromkeys(["exaone4", "gemma", "glm", "glm4", "lfm2", "mixtral"], HEADS),
+    **dict.fromkeys(["nemotron", "qwen2", "qwen3", "qwen2_moe", "stablelm"], HEADS),
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 16},
     "t5": {"d_model": 64, "d_kv": 16, "d_ff": 96},
@@ -29,13 +29,13 @@ OTHER_SIZES = {
     "codegen": {"rotary_dim": 16},
 }
 NAMES = """
-    arcee ernie4_5 glm glm4 granite helium llama mistral mixtral phi3 qwen2 qwen2_moe seed_oss smollm3 t5
-    apertus diffllama doge exaone4 gemma gemma2 gemma3_text lfm2 olmo2 olmo3 qwen3 vaultgemma
-    bert convbert deberta-v2 distilbert electra mpnet roberta roformer xlm-roberta bert-32 gpt_neox-32
+    arcee glm glm4 granite llama mixtral phi3 qwen2 qwen2_moe t5
+    apertus diffllama doge exaone4 gemma gemma2 gemma3_text lfm2 olmo2 qwen3
+    bert convbert deberta-v2 distilbert mpnet roformer bert-32 gpt_neox-32
     biogpt bloom codegen ctrl falcon gpt2 gpt_bigcode gpt_neo gpt_neox gptj mpt opt phi persimmon starcoder2
     albert bart beit clip_vision_model cohere dinov2 nemotron olmo siglip_vision_model stablelm vit whisper
 """
-MODELS = NAMES.split()  # "-32": in fp32
+MODELS = NAMES.split()  # "-32": in fp32; not those whose code transformers generates from one of these
 
 
 def without_dropout(config):

@@ -50,7 +50,8 @@ CASES = [
     *(("LoRA, linear", sizes, True, {}) for sizes in SIZES[1::2]),
     *(("LoRA, linear", sizes, True, DROPOUT) for sizes in SIZES[::2]),
     *(("LoRA, base called", sizes, True, {}) for sizes in SIZES[::2]),
-    *((kind, (route, 9, 14, 3), True, {}) for kind in ("experts", "LoRA, experts") for route in EVERY_ROUTE),
+    *(("LoRA, experts", (route, 9, 14, 3), True, {}) for route in EVERY_ROUTE),
+    *(("experts", (route, 9, 14, 3), True, {}) for route in ("tiles", "none at all")),
     # with the weight transposed
     *(("experts", (route, 33, 22, 5), False, {}) for route in ("first and last idle", "rows of none")),
 ]

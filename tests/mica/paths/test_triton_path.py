@@ -68,7 +68,7 @@ def test_every_form_agrees_with_the_dense_oracle(
     choose_form(form)
     if form == "reference":  # demanded kernels run whatever the table says
         by_default()
-    p = dense((3, 20), 48, 72, 16 if form == "mixed" else 5, dtype=dtype, adapter_dtype=adapter_dtype)
+    p = dense((2, 9), 48, 72, 16 if form == "mixed" else 5, dtype=dtype, adapter_dtype=adapter_dtype)
     p.lora_B.requires_grad_(trains_B)
     options = {"dropout_p": dropout_p, "seed": seed_of(77)} if dropout_p else {}
     for _ in range(2):  # planned, and as planned

@@ -26,16 +26,24 @@ class Mutant(NamedTuple):
     new: str
     tests: list[str]
 
+    def span(self, source: str) -> tuple[int, int]:
+        """Where in the file's text the definition is, from the start of its first line.
+
+        Raises:
+            LookupError: it is missing, or not unique.
+        """
+        spans = [span for name, *span in _definitions(source) if name == self.function]
+        if len(spans) != 1:
+            raise LookupError(f"{self.file} defines {self.function} {len(spans)} times")
+        return tuple(spans[0])
+
     def applied(self, source: str) -> str:
         """The file's text with the edit.
 
         Raises:
             LookupError: the function or the text to replace is missing, or not unique.
         """
-        spans = [span for name, *span in _definitions(source) if name == self.function]
-        if len(spans) != 1:
-            raise LookupError(f"{self.file} defines {self.function} {len(spans)} times")
-        start, end = spans[0]
+        start, end = self.span(source)
         places = list(_pattern(self.old).finditer(source, start, end))
         if len(places) != 1:
             raise LookupError(f"{self.old!r} occurs {len(places)} times in {self.function} of {self.file}")
