@@ -40,6 +40,17 @@ def count(low: int = 1, high: int = COUNT_LIMIT):
     return number(int, low, high, low_allowed=True)
 
 
+MEMORY = (
+    "where gradient checkpointing is on, each batch checkpoints only as many layers as it needs to fit "
+    "so many GiB; auto: what is free on the device"
+)
+
+
+def memory(text: str) -> float | str:
+    """An argparse type: for `mica.fast.enable`."""
+    return text if text == "auto" else number(float, 0)(text)
+
+
 def a_name(text: str) -> str:
     """An argparse type: any string but the empty one, which a shell makes of an unset variable."""
     if not text.strip():

@@ -190,15 +190,6 @@ def measured(args: Namespace) -> list[Counted]:
         return [_count(model, setup, args) for setup in shown]
 
 
-def count_step(setup: Setup, args: Namespace) -> Counted:
-    """The step of one set-up; ``args``: the options of the command.
-
-    Raises UsageError for mixtures of experts, whose memory depends on values, as for all that cannot be
-    counted.
-    """
-    return _count(_outline(args), setup, args)
-
-
 class _Model(NamedTuple):
     """The frozen model on the meta device, with one layer of each kind, and what of it is adapted.
 

@@ -13,7 +13,7 @@ from importlib.machinery import BuiltinImporter, SourceFileLoader
 from types import ModuleType
 from typing import NoReturn
 
-from mica.cli.arguments import a_name, add_command, example
+from mica.cli.arguments import MEMORY, a_name, add_command, example, memory
 from mica.cli.output import explained, tell
 
 _MAIN = "__main__"
@@ -38,9 +38,9 @@ def add_parser(commands) -> None:
         "--nproc-per-node N -m mica run ... or with accelerate launch -m mica run ...",
         epilog=example(
             "mica run train.py --epochs 3",
-            "mica run --explain -m trl.scripts.sft --config sft.yaml",
-            says="The first runs train.py; the second a module of trl, and shows at the end how each adapted "
-            "layer ran. Processes that a script starts run PEFT's own code: name what trains.",
+            "mica run --memory auto -m trl.scripts.sft --config sft.yaml",
+            says="The first runs train.py; the second a module of trl, with as few layers checkpointed as "
+            "each batch needs. Processes that a script starts run PEFT's own code: name what trains.",
         ),
     )
     parser.usage = "mica run [options] SCRIPT [ARGS ...]\n       mica run [options] -m MODULE [ARGS ...]"
@@ -51,6 +51,7 @@ def add_parser(commands) -> None:
     add("--compute-dtype", choices=("float32",), help="of the low-rank products; otherwise x's")
     add("--device", metavar="NAME", help="where MiCA's B is solved: auto, cpu, cuda:1, ...")
     add("--recompute", choices=("norms", "activations"), help="what is computed again, and not kept")
+    add("--memory", type=memory, metavar="GIB", help=MEMORY)
     add("-c", action=_RefusedCode, nargs=0, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add("script", type=a_name, metavar="SCRIPT", help="a file, a folder or zip file with __main__.py, or -")
     add("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its own arguments")
@@ -67,7 +68,12 @@ def run(args: argparse.Namespace) -> Callable[[], int]:
 
     import mica.fast
 
-    settings = {"lora": args.lora, "device": args.device, "recompute": args.recompute}
+    settings = {
+        "lora": args.lora,
+        "device": args.device,
+        "recompute": args.recompute,
+        "memory": args.memory,
+    }
     if args.compute_dtype is not None:
         settings["compute_dtype"] = getattr(torch, args.compute_dtype)
     with explained(f"--device {args.device}", ValueError):
@@ -134,8 +140,11 @@ def _as_main(args: argparse.Namespace, program: Callable[[], object], places: li
         _hide_our_frames(error)
         raise
     finally:
+        fast = sys.modules["mica.fast"]
         for model in models:
-            tell(str(sys.modules["mica.fast"].explain(model)))
+            tell(str(fast.explain(model)))
+        if args.memory and not args.explain and os.environ.get("RANK", "0") == "0":
+            tell(fast.checkpointing.summary())
     return 0
 
 

@@ -1,9 +1,6 @@
 """The memory of a training step, counted with a model without values: nothing of it is allocated.
 
-What a step allocates follows from shapes and dtypes alone. On the meta device PyTorch's operators, those of
-bitsandbytes and this package's give shapes, and a mode adds up the storages that are alive; there is no
-autocast on that device. PyTorch's own `torch.distributed._tools.mem_tracker.MemTracker` raises where a
-parameter is frozen.
+It is counted on the meta device (`mica.counting`), on which there is no autocast.
 
 A step is recorded in parts: what is before the layers, each layer, the loss, and the same backwards. A part
 adds as much to whatever is there already, so that a model of any depth, with any number of checkpointed
@@ -11,26 +8,21 @@ layers, follows from one layer of each kind, to the byte (tests/mica/cli/test_st
 """
 
 import math
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mica.counting import Alive, held
 from mica.errors import UsageError
 
 # For ``attn_implementation``. PyTorch's own choice looks at values, and needs a GPU for flash attention.
 ATTENTION = "counted"  # a name with "flash" in it would be looked for on the Hub
-# Operators of bitsandbytes that allocate more than they return: its kernel for any device calls others.
-_COMPOSITE = ("bitsandbytes::gemm_4bit", "bitsandbytes::int8_scaled_mm")
-_ANY_DEVICE = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
 # transformers 5.24 has renamed it
 ENABLE_CHECKPOINTING = "activation_checkpointing_enable"
 if not hasattr(PreTrainedModel, ENABLE_CHECKPOINTING):
@@ -108,20 +100,19 @@ def _native_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplac
     return input
 
 
-class _Alive(TorchDispatchMode):
-    """Adds up the storages of all tensors that operators return, until they are gone."""
+class _Parts(Alive):
+    """Divides a step into parts."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = self._start = self._peak = 0
         self.parts: list[Part] = []
+        self._start = 0
         self._is_left = False  # the last layer, but what only its call holds is still there
-        self._storages: dict[int, weakref.ref] = {}
 
     def end_part(self, *_) -> None:
         """One part of the step is over, and the next begins."""
-        self.parts.append(Part(self.bytes - self._start, self._peak - self._start))
-        self._start = self._peak = self.bytes
+        self.parts.append(Part(self.bytes - self._start, self.peak - self._start))
+        self._start = self.peak = self.bytes
 
     def enter(self, _, args) -> None:
         """A hook before each layer."""
@@ -134,55 +125,20 @@ class _Alive(TorchDispatchMode):
         h = output[0] if isinstance(output, tuple) else output
         h.register_hook(self.end_part)
 
-    def note(self, tensor: Tensor) -> int:
-        """The bytes of its storage; 0 if it is known."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._storages:
-            return 0
-        size = storage.nbytes()
-
-        def forget(_) -> None:
-            del self._storages[key]
-            self.bytes -= size
-
-        self._storages[key] = weakref.ref(storage, forget)
-        self.bytes += size
-        self._peak = max(self._peak, self.bytes)
-        return size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, *args, **kwargs):
         if self._is_left:
             self._is_left = False
             self.end_part()
-        if func._schema.name in _COMPOSITE:
-            with self:
-                return func.redispatch(_ANY_DEVICE, *args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.note(leaf)
-        return result
-
-
-def _held(module: nn.Module) -> Iterator[Tensor]:
-    """The parameters and buffers of a module, and the scales of those that bitsandbytes has quantised."""
-    yield from module.buffers()
-    for parameter in module.parameters():
-        yield parameter
-        state = getattr(parameter, "quant_state", None)
-        for holder in (parameter, state, getattr(state, "state2", None)):
-            held = getattr(holder, "__dict__", {}).values()
-            yield from (value for value in held if isinstance(value, Tensor))
+        return super().__torch_dispatch__(*args, **kwargs)
 
 
 def record(model: nn.Module, loss: Callable[[], Tensor]) -> Recorded:
     """What ``loss()`` of the model and its backward allocate. The gradients are cleared again."""
     layers = list(decoder_layers(model).values())
     weights, trained = [], []
-    with dropout_of_devices(), _Alive() as alive:
+    with dropout_of_devices(), _Parts() as alive:
         for module in (*layers, model):
-            sizes = [(alive.note(tensor), tensor.requires_grad) for tensor in _held(module)]
+            sizes = [(alive.note(tensor), tensor.requires_grad) for tensor in held(module)]
             weights.append(sum(size for size, _ in sizes))
             trained.append(sum(size for size, is_trained in sizes if is_trained))
         alive.end_part()
@@ -200,8 +156,8 @@ def record(model: nn.Module, loss: Callable[[], Tensor]) -> Recorded:
 
 def kept_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
     """What a forward has allocated while its result is held: the result, and what a backward would need."""
-    with dropout_of_devices(), _Alive() as alive:
-        for tensor in _held(model):
+    with dropout_of_devices(), Alive() as alive:
+        for tensor in held(model):
             alive.note(tensor)
         before = alive.bytes
         result = forward()  # noqa: F841

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mica.fast import patching
+from mica.fast import checkpointing, patching
 from mica.fast import settings as _settings
 from mica.fast.caches import clear_caches
 from mica.fast.explain import Explanation, explain
@@ -48,6 +48,7 @@ def enable(
     compute_dtype: torch.dtype | None = _AS_IT_IS,
     device: str | torch.device = _AS_IT_IS,
     recompute: _settings.Recompute = _AS_IT_IS,
+    memory: float | str | None = _AS_IT_IS,
 ) -> None:
     """Run adapters on this backend, as the import does for MiCA. A setting that is not given stays.
 
@@ -67,6 +68,11 @@ def enable(
             layer that is act(G)·U or act(G). "norms", which it is at first, means also the output of an RMS
             norm, once for all layers that share it, and the 32-bit copy of its 16-bit input. The bits of the
             gradients are the same.
+        memory: GiB of the device that a step may take in all: weights, adapter, gradients, an optimizer's
+            states, activations and loss. "auto" means what is free there whenever a batch begins, less 5 %
+            of the device. Where transformers' gradient checkpointing is on, each batch then checkpoints only
+            as many layers as it needs to fit, and losses and gradients are the same to the bit. None, which
+            it is at first, leaves all as they are set. See `mica.fast.checkpointing`.
 
     Raises:
         ValueError: A value is not one of these, or it is a device that this process does not have.
@@ -76,9 +82,11 @@ def enable(
         "compute_dtype": compute_dtype,
         "device": device,
         "recompute": recompute,
+        "memory": memory,
     }
     _settings.change(**{name: value for name, value in given.items() if value is not _AS_IT_IS})
     _settings.switch(patching.install())
+    checkpointing.install()
 
 
 def disable() -> None:
@@ -113,6 +121,7 @@ def uninstall() -> None:
     """Give PEFT all its functions back, the very same objects: stock PEFT, bit for bit."""
     _settings.switch(False)
     patching.uninstall()
+    checkpointing.uninstall()
 
 
 enable()

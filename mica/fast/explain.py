@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mica.fast import known_peft, patching
+from mica.fast import checkpointing, known_peft, patching
 from mica.fast.forward import decide, expert_params, experts, layer_calls
 from mica.fast.forward.eligibility import (
     KERNEL,
@@ -71,10 +71,12 @@ class Explanation:
     Attributes:
         rows: One `Row` for each adapted layer, in the order of the layers.
         checkpointed: How many modules around adapted layers have gradient checkpointing on.
+        by_memory: Lines that say how many of them are checkpointed, where that is chosen by batch.
     """
 
     rows: list[Row] = field(default_factory=list)
     checkpointed: int = 0
+    by_memory: list[str] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
         """How many layers take each path, for instance {"kernel": 210}."""
@@ -118,7 +120,8 @@ def explain(model: nn.Module) -> Explanation:
 
     ``checkpointed``: how many modules with adapted layers transformers or torch's ``CheckpointWrapper``
     checkpoints, whose activations are discarded on any path; ``str()`` says so in its last line. A function
-    that calls `torch.utils.checkpoint` itself is not seen.
+    that calls `torch.utils.checkpoint` itself is not seen. ``by_memory`` says in how many layers
+    batches did so with ``mica.fast.enable(memory=…)``, and what a step took.
 
     Raises:
         TypeError: ``model`` is not a `torch.nn.Module`.
@@ -128,7 +131,7 @@ def explain(model: nn.Module) -> Explanation:
     layers = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
     calls = layer_calls.calls_of(modules.values())
     rows = [_row(model, name, module, modules, calls) for name, module in layers.items()]
-    return Explanation(rows, _checkpointed(modules, layers))
+    return Explanation(rows, _checkpointed(modules, layers), checkpointing.report(model))
 
 
 def _row(
@@ -299,9 +302,11 @@ def _text(explanation: Explanation) -> str:
     ]
     printed += [f"[{number}] {reason}" for number, reason in enumerate(notes, 1)]
     printed += [explanation.totals(), *_bypasses(rows)]
-    if count := explanation.checkpointed:
+    if explanation.by_memory:
+        printed += explanation.by_memory
+    elif count := explanation.checkpointed:
         where = f"in {count} layer{'s' if count > 1 else ''}"
-        advice = "gradient_checkpointing=False is faster, where a step fits without"
+        advice = 'mica.fast.enable(memory="auto") has each batch checkpoint as few layers as it needs'
         printed.append(
             f"gradient checkpointing is on {where}: what this backend saves is discarded there; {advice}"
         )

@@ -6,6 +6,7 @@ layer with an old bound method (from accelerate's hooks) follows them too.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +18,7 @@ import torch
 from mica.ops import recompute
 
 Recompute = Literal["norms", "activations"]
+AUTO = "auto"
 ALLOWED = {
     "compute_dtype": (None, torch.float32),
     "recompute": get_args(Recompute),
@@ -31,6 +33,7 @@ class Settings:
     device: str | torch.device = "auto"
     recompute: Recompute = "norms"
     lora: bool = False
+    memory: float | str | None = None
 
 
 settings = Settings()
@@ -73,10 +76,19 @@ def change(**values) -> None:
     for name, value in values.items():
         if name == "device":
             _check_device(value)
+        elif name == "memory":
+            _check_memory(value)
         elif value not in ALLOWED[name]:
             raise ValueError(f"{name} must be one of {ALLOWED[name]}, but it is {value!r}.")
     vars(settings).update(values)
     recompute.recompute_norms(settings.recompute == "norms")
+
+
+def _check_memory(value: object) -> None:
+    """Raise ValueError if this is no budget."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value not in (None, AUTO) and not (is_number and 0 < value < math.inf):
+        raise ValueError(f"memory must be a number of GiB above 0, 'auto' or None, but it is {value!r}.")
 
 
 def _check_device(requested: str | torch.device) -> None:

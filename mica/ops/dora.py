@@ -25,6 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mica.memory import has_no_values
 from mica.ops import recompute
 from mica.ops.computed import Computed, Part
 from mica.ops.operator import as_matrix, below_autograd, like, no_autocast, run_formula, save, saved
@@ -84,7 +85,7 @@ def _row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -
     squared = squares + torch.mul(2 * products + B @ (A @ A.t()), B).sum(1)
     least = squares * (_LEAST_IN_16_BITS if is_rounded else _LEAST)
     norms = torch.where(squared == squares, own, squared.maximum(least).sqrt())
-    if not weight.is_cpu or torch.compiler.is_compiling() or is_transformed():
+    if not weight.is_cpu or has_no_values(weight) or torch.compiler.is_compiling() or is_transformed():
         return norms  # to look at a number would have to wait for the device
     rows = (squared < _CANCELLED * squares).nonzero().flatten()
     if len(rows):

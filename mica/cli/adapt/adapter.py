@@ -26,7 +26,7 @@ def start(model, args: Namespace, checkpoint: Path | None = None) -> PeftModel:
     Raises UsageError as `check`.
     """
     targets = check(model, args, checkpoint)
-    mica.fast.enable(lora=True)
+    mica.fast.enable(lora=True, memory=args.memory)
     with embeddings.in_float32(model) if args.train_embeddings else nullcontext():
         folder = checkpoint or args.adapter
         if folder is None:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 from mica.cli.adapt.methods import METHODS
-from mica.cli.arguments import COUNT_LIMIT, DTYPES, a_name, a_path, a_source, count, number
+from mica.cli.arguments import COUNT_LIMIT, DTYPES, a_name, a_path, a_source, count, memory, number
 from mica.errors import UsageError
 
 Values = dict[str, object]  # of options, by their names
@@ -121,11 +121,6 @@ _POSITIVE = number(float, 0)
 _NOT_NEGATIVE = number(float, 0, low_allowed=True)
 _SHARE = number(float, 0, 1)
 _SHARE_OR_0 = number(float, 0, 1, low_allowed=True)
-AUTO = "auto"
-
-
-def _memory(text: str) -> float | str:
-    return AUTO if text == AUTO else _POSITIVE(text)
 
 
 TABLE = (  # a string: the title of the group that begins there
@@ -216,9 +211,9 @@ TABLE = (  # a string: the title of the group that begins there
     _switch("gradient_checkpointing", "recompute activations: less memory, slower", may_change=True),
     Option(
         "memory",
-        "do so in as few layers as a step needs to fit so many GiB; auto: all of the GPU's",
+        "do so in as few layers as each batch needs to fit so many GiB; auto: what is free on the device",
         "GIB",
-        parse=_memory,
+        parse=memory,
         may_change=True,
     ),
     Option("seed", "seed for the order of the blocks, dropout, and A of LoRA", "N", 0, count(0, 2**32)),

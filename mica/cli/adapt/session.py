@@ -19,7 +19,6 @@ from mica.cli.adapt import (
     config,
     corpus,
     folder,
-    memory,
     processes,
     run_yaml,
     summary,
@@ -30,6 +29,7 @@ from mica.cli.folder import exclusive, undo_on_error
 from mica.cli.output import dtype_name, tell, write_text, write_unless_edited
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
+from mica.fast import checkpointing
 
 
 class Inputs(NamedTuple):
@@ -39,7 +39,6 @@ class Inputs(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     data: corpus.Corpus
     checkpoint: Path | None
-    plan: memory.Plan | None
 
 
 def adapt(settings: Settings) -> int:
@@ -79,12 +78,13 @@ def _adapt(settings: Settings) -> int:
             if not args.resume:
                 processes.on_main(_write_settings, settings)  # says what this folder is, from now on
             model, data, facts = _loaded(settings, inputs)
-            checkpointed = processes.largest(inputs.plan.number) if inputs.plan else 0
-            session = training.Session(model, data, args, inputs.checkpoint, checkpointed)
+            session = training.Session(model, data, args, inputs.checkpoint)
         processes.on_main(_write_settings, settings)
         print(summary.ahead(model, data.amount(args, PartialState().num_processes)), flush=True)
 
         done = session.train(inputs.tokenizer)
+        if args.memory is not None:
+            print(checkpointing.summary(), flush=True)
         if done.interrupted:
             print(
                 f"Stopped at step {done.steps:,}. To continue: mica adapt --output {args.output} --resume",
@@ -115,16 +115,11 @@ def read(settings: Settings) -> Inputs:
 
     corpus.check(args)
     tokenizer = loading.load_tokenizer(source)
-    config = base.check(args, source)
+    base.check(args, source)
     _check_outline(settings, source, checkpoint)
-    plan = None
-    if args.memory is not None:
-        plan = memory.plan(args, config)
-        print(plan, flush=True)
-
     data = corpus.gather(args, tokenizer)
     print(data.describe(), flush=True)
-    return Inputs(source, tokenizer, data, checkpoint, plan)
+    return Inputs(source, tokenizer, data, checkpoint)
 
 
 def _check_outline(settings: Settings, source: loading.Source, checkpoint: Path | None) -> None:

@@ -20,7 +20,7 @@ from mica.cli.adapt.callbacks import Hooks, Request
 from mica.cli.adapt.folder import SUMMARY
 from mica.cli.adapt.trainer import build_trainer, training_arguments
 from mica.cli.output import explained, first_sentences
-from mica.cli.step_memory import checkpoint_first, enable_checkpointing
+from mica.cli.step_memory import enable_checkpointing
 from mica.errors import UsageError
 
 KEPT = 2  # checkpoints
@@ -97,17 +97,14 @@ def _settings(args: Namespace) -> dict[str, Any]:
 class Session:
     """One start of a run: its loop, the checkpoints that it marks, and the adapter that it writes."""
 
-    def __init__(
-        self, model: PeftModel, corpus, args: Namespace, checkpoint: Path | None, checkpointed: int = 0
-    ):
+    def __init__(self, model: PeftModel, corpus, args: Namespace, checkpoint: Path | None):
         """Prepare to train ``model`` in place; nothing is written. Every process must call this.
 
         ``model``: on this process's device; with ``checkpoint`` its adapter must be that of the checkpoint.
         ``corpus``: ``fingerprint``, ``retain_fingerprint``, and ``train``, ``held_out`` and ``retain`` (or
         None), map-style datasets of ``input_ids``, ``labels`` and maybe ``position_ids``, int64 of shape
         (sequence_length,). Blocks are drawn in random order, each once an epoch; the last few of an epoch
-        that give no whole batch are left out. ``checkpointed``: how many layers, the first ones, recompute
-        their activations; with ``args.gradient_checkpointing`` all do.
+        that give no whole batch are left out.
 
         Raises UsageError if the checkpoint was written with other options, data or base weights.
         """
@@ -127,10 +124,8 @@ class Session:
         }
         if checkpoint is not None:
             checkpoints.check(checkpoint, **self._settings)
-        if args.gradient_checkpointing:
+        if args.gradient_checkpointing or args.memory is not None:
             enable_checkpointing(self._model)
-        elif checkpointed:
-            checkpoint_first(self._model, checkpointed)
         self._request = Request(alone=not processes.several(), speaks=PartialState().is_main_process)
         self._hooks = Hooks(self._request, args)
         self._trainer.add_callback(self._hooks)

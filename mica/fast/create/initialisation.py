@@ -24,7 +24,7 @@ from peft.utils.integrations import gather_params_ctx
 from torch import nn
 
 from mica.errors import UnsuitableLayerError
-from mica.fast import known_peft
+from mica.fast import checkpointing, known_peft
 from mica.fast.create import quantised
 from mica.fast.create.solving import NewAdapter, check, check_type, initialise, is_outline, restore_exact
 from mica.fast.forward import layer_calls, tensor_parallel
@@ -59,6 +59,7 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
         UnsuitableLayerError: MiCA cannot start from a layer.
     """
     layer_calls.clear()  # new layers have been in no forward yet
+    checkpointing.forget()
     norms.note(model)
     config = self.peft_config[adapter_name]
     if not settings.enabled or not requests_mica(config):

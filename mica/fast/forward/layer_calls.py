@@ -13,7 +13,8 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from mica.fast.settings import while_enabled
+from mica.fast import checkpointing
+from mica.fast.settings import settings, while_enabled
 from mica.ops import norms
 from mica.ops.operator import as_matrix, is_autocast
 
@@ -104,7 +105,10 @@ def whole_forward(stock, self, *args, **kwargs):
     note(self)
     if not torch.compiler.is_compiling():
         norms.note(self)
-    return stock(self, *args, **kwargs)
+    output = stock(self, *args, **kwargs)
+    if settings.memory is not None and not torch.compiler.is_compiling():
+        checkpointing.note_output(output)
+    return output
 
 
 def calls_of(modules: Iterable[nn.Module]) -> dict[nn.Module, Calls]:
