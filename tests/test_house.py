@@ -36,7 +36,7 @@ PUBLIC = {
     ],
 }
 OPTIONS = {
-    "run": "-m --explain --no-lora --compute-dtype --device --recompute -c script arguments",
+    "run": "-m --explain --no-lora --compute-dtype --device --recompute --memory -c script arguments",
     "adapt": "--model --adapter --method --dtype --quantize --trust-remote-code "
     "--text --text-field --dataset-config --held-out --held-out-text --retain "
     "--sequence-length --packing --recipe --rank --alpha --target-modules --experts "

@@ -12,7 +12,6 @@ says; on a CPU, which has none that does, the tensors that Python can see are ad
 
 from __future__ import annotations
 
-import copy
 import gc
 import threading
 import warnings
@@ -20,18 +19,17 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mica.counting import Alive, held
+from mica.fast.costs import GIVEN, Curve, count, peak, shapes_of
 from mica.fast.settings import AUTO, settings
 from mica.memory import has_no_values
 
@@ -42,68 +40,6 @@ _CAREFUL = 1.1  # what is counted becomes so many times as much when memory runs
 # Bytes for a number that the model returns: its loss keeps a copy and log-probabilities in 32 bits, and its
 # backward two gradients
 _LOSS = 16
-_NAME = "_gradient_checkpointing_func"
-_FSDP2 = "__composable_api"  # how attributes begin in which it keeps process groups
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class Cost(NamedTuple):
-    """Bytes that a layer allocates, above what was there before its forward."""
-
-    kept: float  # after the forward, for the backward: its output, too
-    peak: float  # at any time of its forward and backward, with what is kept
-
-
-class Curve:
-    """What a layer takes by the length of a sequence, from the lengths that were counted.
-
-    No less than it does where that is a polynomial of the second degree without negative coefficients, as
-    eager attention's is.
-    """
-
-    def __init__(self) -> None:
-        self._lengths: list[int] = []
-        self._costs: list[Cost] = []
-
-    def lacks(self, length: int) -> bool:
-        """Whether this length should be counted: it is outside of those that were, or far from both sides."""
-        index = bisect_left(self._lengths, length)
-        if index == len(self._lengths) or index == 0:
-            return self._lengths[index : index + 1] != [length]
-        return self._lengths[index] != length and self._lengths[index] > 2 * self._lengths[index - 1]
-
-    def add(self, length: int, cost: Cost) -> None:
-        index = bisect_left(self._lengths, length)
-        self._lengths.insert(index, length)
-        self._costs.insert(index, cost)
-
-    def at(self, length: int) -> Cost:
-        index = bisect_left(self._lengths, length)
-        if index == len(self._lengths):
-            growth = (length / self._lengths[-1]) ** 2
-            return Cost(*(growth * value for value in self._costs[-1]))
-        above = self._costs[index]
-        if index == 0:
-            return above
-        low, high = self._lengths[index - 1 : index + 1]
-        share = (length - low) / (high - low)
-        return Cost(*(x + share * (y - x) for x, y in zip(self._costs[index - 1], above, strict=True)))
-
-
-def peak(costs: list[Cost], number: int, h: int, rest: float) -> float:
-    """Bytes that a step takes with its first ``number`` layers checkpointed.
-
-    Args:
-        costs: Those of the layers.
-        number: How many are checkpointed; of these the input alone is kept.
-        h: Bytes of a layer's input.
-        rest: Bytes that what comes after the layers takes.
-    """
-    level = most = 0.0
-    for index, cost in enumerate(costs):
-        most = max(most, level + cost.peak + h)  # with the gradient of its output
-        level += h if index < number else cost.kept
-    return max(most, level + rest)
 
 
 class Run:
@@ -172,7 +108,7 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_runs: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
+runs: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
 _graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
 _care = 1.0  # times what is counted
 _is_uncounted = False  # a layer could not be counted
@@ -188,25 +124,25 @@ class GivenFunction:
         if layer is None:
             return self
         try:
-            stock = vars(layer)[_NAME]
+            stock = vars(layer)[GIVEN]
         except KeyError:
-            raise AttributeError(f"{owner.__name__!r} object has no attribute {_NAME!r}") from None
+            raise AttributeError(f"{owner.__name__!r} object has no attribute {GIVEN!r}") from None
         if settings.memory is None or not settings.enabled or torch.compiler.is_compiling():
             return stock
         return partial(_run, layer, stock)
 
     def __set__(self, layer: nn.Module, function: Callable) -> None:
-        vars(layer)[_NAME] = function
+        vars(layer)[GIVEN] = function
 
     def __delete__(self, layer: nn.Module) -> None:
-        del vars(layer)[_NAME]
+        del vars(layer)[GIVEN]
 
 
 def install() -> None:
     """Have transformers' layers ask here, if `settings.memory` is set; nothing is known of any model."""
     global _step_hook
     if settings.memory is not None and _step_hook is None:
-        setattr(GradientCheckpointingLayer, _NAME, GivenFunction())
+        setattr(GradientCheckpointingLayer, GIVEN, GivenFunction())
         _step_hook = register_optimizer_step_post_hook(_note_step)
     forget()
 
@@ -215,7 +151,7 @@ def uninstall() -> None:
     """Give transformers' class back as it was."""
     global _step_hook
     if _step_hook is not None:
-        delattr(GradientCheckpointingLayer, _NAME)
+        delattr(GradientCheckpointingLayer, GIVEN)
         _step_hook.remove()
         _step_hook = None
     forget()
@@ -225,7 +161,7 @@ def forget() -> None:
     """Layers have changed: count them anew."""
     global _care, _is_uncounted
     _thread.forward = None
-    _runs.clear()
+    runs.clear()
     _seen.clear()
     _care = 1.0
     _is_uncounted = False
@@ -246,7 +182,7 @@ def _run(layer: nn.Module, stock: Callable, function: Callable, *args) -> Any:
         return stock(function, *args)
 
     length = x.shape[-2]
-    shapes = _shapes(args, kwargs, length)
+    shapes = shapes_of(args, kwargs, length)
     forward = _thread.forward
     if forward is None or not _is_same(forward.output(), x):
         forward = _thread.forward = _begin(layer, shapes, x)
@@ -272,7 +208,7 @@ def _begin(layer: nn.Module, shapes: Hashable, x: Tensor) -> _Forward:
     _thread.forward = None
     for graph in list(_graphs):
         graph.run.is_followed = True
-    return _Forward(_runs.setdefault(layer, Run()), shapes, x)
+    return _Forward(runs.setdefault(layer, Run()), shapes, x)
 
 
 def _choose(forward: _Forward, length: int, device: torch.device) -> None:
@@ -344,30 +280,6 @@ def _explain(error: torch.OutOfMemoryError, forward: _Forward) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------
-# what a layer takes
-# ---------------------------------------------------------------------------------------------------
-
-
-def _shapes(args: tuple, kwargs: dict, length: int) -> Hashable:
-    """What decides about a layer's memory in its operands but the length: a dimension of that size is -1."""
-
-    def described(leaf: object) -> Hashable:
-        if not isinstance(leaf, Tensor):
-            return leaf if isinstance(leaf, bool | None) else type(leaf)
-        if leaf.dim() < 2 and not leaf.is_floating_point():  # where packed documents begin
-            return leaf.dtype
-        return leaf.dtype, leaf.requires_grad, tuple(-1 if size == length else size for size in leaf.shape)
-
-    operands = tuple(described(leaf) for leaf in tree_leaves((args, kwargs)))
-    return operands, _autocast_dtype(args)
-
-
-def _autocast_dtype(args: tuple) -> torch.dtype | None:
-    device = next((leaf.device.type for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), "cpu")
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
 def _add(curve: Curve, length: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
     """Count the layer at this length; where that cannot be done all layers are checkpointed from now on."""
     global _is_uncounted
@@ -383,55 +295,6 @@ def _add(curve: Curve, length: int, layer: nn.Module, args: tuple, kwargs: dict)
         )
 
 
-def count(layer: nn.Module, args: tuple, kwargs: dict) -> Cost:
-    """What a forward of the layer allocates, and its backward; nothing is computed.
-
-    Raises whatever an operation raises that needs values.
-    """
-    mode = FakeTensorMode()
-    fake = _on_fakes(layer, mode)
-    device = next(layer.parameters()).device.type
-    dtype = torch.get_autocast_dtype(device)
-    is_on = torch.is_autocast_enabled(device)
-    args, kwargs = tree_map_only(
-        Tensor, lambda x: mode.from_tensor(x.detach()).requires_grad_(x.requires_grad), (args, kwargs)
-    )
-    autocast = torch.autocast(device, dtype, is_on, cache_enabled=False)
-    with mode, autocast, Alive() as alive:
-        for tensor in (*held(fake), *tree_leaves((args, kwargs))):
-            if isinstance(tensor, Tensor):
-                alive.note(tensor)
-        before = alive.peak = alive.bytes
-        output = fake.forward(*args, **kwargs)
-        kept = alive.bytes - before
-        h = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-        if h.requires_grad:
-            h.backward(torch.empty_like(h))
-    return Cost(kept, alive.peak - before)
-
-
-def _on_fakes(layer: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy of the layer without values, without checkpointing and without hooks of its own (FSDP2's)."""
-    copied = object.__new__(type(layer))
-    memo: dict[int, object] = {id(layer): copied}
-    parameters = list(layer.parameters())
-    for parameter in parameters:  # of bitsandbytes' class, too, which is no longer one without its values
-        values = mode.from_tensor(parameter.detach().as_subclass(Tensor))
-        memo[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
-    state = {
-        name: value
-        for name, value in vars(layer).items()
-        if name not in (*_HOOKS, _NAME) and not name.startswith(_FSDP2)
-    }
-    with FakeCopyMode(mode):
-        for parameter in parameters:
-            if type(parameter) is not nn.Parameter:  # its scales
-                vars(memo[id(parameter)]).update(copy.deepcopy(vars(parameter), memo))
-        vars(copied).update(copy.deepcopy(state, memo))
-    vars(copied).update({name: {} for name in _HOOKS}, gradient_checkpointing=False)
-    return copied
-
-
 # ---------------------------------------------------------------------------------------------------
 # what there is
 # ---------------------------------------------------------------------------------------------------
@@ -442,7 +305,7 @@ def _budget(device: torch.device) -> tuple[float, float]:
 
     The latter with gradients and an optimizer's states that are still to come.
     """
-    taken, trained = _taken(device)
+    taken, trained = taken_of(device)
     to_come = sum(p.nbytes for p in trained if device.type == "cpu" or p.grad is None)
     if not _has_stepped:
         to_come += _STATES * sum(p.nbytes for p in trained)
@@ -456,7 +319,7 @@ def _budget(device: torch.device) -> tuple[float, float]:
     return taken + free + cached - MARGIN * total, taken + to_come
 
 
-def _taken(device: torch.device) -> tuple[float, list[Tensor]]:
+def taken_of(device: torch.device) -> tuple[float, list[Tensor]]:
     """Bytes of the device that are taken, on a CPU without gradients; and the trained parameters on it."""
     if device not in _seen:
         _seen[device] = _look(device)
@@ -504,7 +367,7 @@ def report(model: nn.Module | None = None) -> list[str]:
     """A line for each run of layers, of this model or of all, of which some were chosen."""
     modules = None if model is None else set(model.modules())
     lines = []
-    for layer, run in _runs.items():
+    for layer, run in runs.items():
         if run.numbers is None or (modules is not None and layer not in modules):
             continue
         last, least, most = run.numbers

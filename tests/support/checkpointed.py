@@ -69,7 +69,7 @@ def layers_of(model):
 
 def numbers():
     """How many layers each run has checkpointed: in the last batch, at least, at most."""
-    return [run.numbers for run in checkpointing._runs.values()]
+    return [run.numbers for run in checkpointing.runs.values()]
 
 
 def fixed_bytes(model):
@@ -84,7 +84,7 @@ def budget_for(model, size):
     """So many bytes beside what is fixed, of this model and of whatever else the process holds."""
     gc.collect()
     checkpointing.forget()
-    taken, trained = checkpointing._taken(torch.device("cpu"))
+    taken, trained = checkpointing.taken_of(torch.device("cpu"))
     taken += 3 * sum(parameter.nbytes for parameter in trained)
     del trained  # or what a test deletes would stay
     mica.fast.enable(memory=(taken + size) / GIB)

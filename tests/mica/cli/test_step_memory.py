@@ -17,7 +17,6 @@ from mica.cli.quantising import quantisation, quantise
 from mica.cli.step_memory import (
     ATTENTION,
     ChunkedLoss,
-    _Alive,
     checkpoint_first,
     decoder_layers,
     dropout_of_devices,
@@ -27,6 +26,7 @@ from mica.cli.step_memory import (
     record,
     shorten,
 )
+from mica.counting import Alive
 from mica.paths import products, reference_path
 from tests.support import models, no_products, quantised_models
 from tests.support.processor import has_instructions
@@ -195,11 +195,10 @@ def test_what_a_quantised_product_allocates_within(bits, inner):
     model = outline(SMALL, bits)
     x = torch.zeros(TOKENS, 256, dtype=BF16, device=model.device)
     output = 2 * TOKENS * 512
-    with torch.no_grad(), _Alive() as alive:
+    with torch.no_grad(), Alive() as alive:
         y = model.model.layers[0].mlp.up_proj(x)
-        alive.end_part()
     assert y.nbytes == output
-    assert alive.parts[0].peak >= inner + output
+    assert alive.peak >= inner + output
 
 
 WHOLE = {  # configuration, and which of its layers have other adapters

